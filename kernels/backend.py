@@ -1,0 +1,44 @@
+"""Which implementation of a kernel runs: `"reference"` (plain torch, any transform), or the device's best."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch._C import _functorch
+
+_reference_only: ContextVar[bool] = ContextVar("ftrain_reference_only", default=False)
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """Within the block every kernel that is left to `"auto"` runs its plain torch reference."""
+    token = _reference_only.set(True)
+    try:
+        yield
+    finally:
+        _reference_only.reset(token)
+
+
+def inside_higher_transform() -> bool:
+    """True under `vmap`, `jvp` or a nested `grad`: there only the plain torch reference composes."""
+    if _reference_only.get():
+        return True
+    stack = _functorch.get_interpreter_stack()
+    if not stack:
+        return False
+    return len(stack) > 1 or stack[-1].key() != _functorch.TransformType.Grad
+
+
+def choose_backend(backend: str, device: torch.device, available: dict[str, str]) -> str:
+    """Resolve `backend="auto"` to a name.
+
+    `available` maps a device type to its best backend, e.g. `{"cpu": "cpu", "cuda": "flash"}`; a device that is not in
+    it, and any higher-order transform, get `"reference"`. An explicit name must be one that the kernel has.
+    """
+    if backend == "auto":
+        return "reference" if inside_higher_transform() else available.get(device.type, "reference")
+    known = {"reference", *available.values()}
+    if backend not in known:
+        raise ValueError(f"backend={backend!r} is not one of {sorted(known | {'auto'})}")
+    return backend

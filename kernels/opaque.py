@@ -1,0 +1,30 @@
+"""Ops that a trace keeps as one node: a schema, an implementation, a shape rule.
+
+A kernel's forward and backward are each one opaque op *without* autograd; a `torch.autograd.Function` with
+`setup_context` joins them. `torch.func` refuses ops whose autograd was registered through `torch.library`, and an
+opaque op is what lets data-dependent work (a loop over documents, a loop over experts) live in a static graph.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("ftrain", "FRAGMENT")
+
+
+def opaque_op(schema: str, *, fake: Callable) -> Callable[[Callable], Callable]:
+    """Register the decorated function as `torch.ops.ftrain.<name>` and return the op's `default` overload.
+
+    `schema` is the op's signature in the dispatcher's language, e.g. `"scale(Tensor x, float factor) -> Tensor"`.
+    `fake` gets the same arguments with fake tensors and returns empty outputs of the right shapes, dtypes and strides.
+    The op must neither mutate nor alias its inputs, and must give equal results for equal inputs.
+    """
+    name = schema.split("(", 1)[0]
+
+    def register(implementation: Callable) -> Callable:
+        _library.define(schema)
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ftrain::{name}", fake, lib=_library)
+        return getattr(torch.ops.ftrain, name).default
+
+    return register

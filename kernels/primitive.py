@@ -1,0 +1,44 @@
+"""Primitives: kernels that a trace can rebind, so that a plan can change how they run without touching model code.
+
+`ftrain.jit` binds the few that matter to layout (attention, experts, embedding lookup, loss reduction, merge of
+modalities) to their sharded forms while it traces. In eager code the stack of bindings is empty and a primitive is the
+plain function it decorates.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_bindings: ContextVar[tuple[Mapping[str, Callable], ...]] = ContextVar("ftrain_bindings", default=())
+
+
+def primitive(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make the decorated function rebindable under `name`; the plain function stays reachable as `.local`."""
+
+    def decorate(local: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(local)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for layer in reversed(_bindings.get()):
+                if name in layer:
+                    return layer[name](*args, **kwargs)
+            return local(*args, **kwargs)
+
+        call.local = local  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+@contextmanager
+def bind(bindings: Mapping[str, Callable]) -> Iterator[None]:
+    """Within the block, calls of the named primitives go to `bindings`; inner blocks win over outer ones."""
+    token = _bindings.set((*_bindings.get(), bindings))
+    try:
+        yield
+    finally:
+        _bindings.reset(token)
