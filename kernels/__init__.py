@@ -1,0 +1,2 @@
+WORKSPACE: dict = {}
+FLOPS: dict = {}

@@ -1,0 +1,100 @@
+"""The omni-modal sparse-MoE model of the experiment, in several sizes."""
+
+from dataclasses import dataclass
+
+from experiments.omni.language import Tokenizer
+from modules import audio_encoder, image_decoder, vision_encoder
+from modules.attention import AttentionConfig
+from modules.audio_encoder import AudioConfig
+from modules.decoder import DecoderConfig, preset
+from modules.image_decoder import ImageDecoderConfig
+from modules.moe import MoEConfig
+from modules.omni import OmniModel
+from modules.vision_encoder import VisionConfig
+from modules.vq_image import VqConfig
+
+IMAGE_SIZE = 8
+VIDEO_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths of the foundation and of the encoders; `tokens` is the budget of a training batch."""
+
+    d_model: int
+    layers: int
+    heads: int
+    kv_heads: int
+    experts: int
+    d_expert: int
+    encoder_width: int
+    encoder_layers: int
+    tokens: int
+
+
+SIZES = {
+    "tiny": Size(96, 3, 4, 2, 8, 96, 64, 2, 1024),
+    "small": Size(256, 6, 8, 4, 16, 256, 128, 4, 4096),
+    "medium": Size(768, 12, 12, 4, 32, 512, 384, 8, 16384),
+}
+NAMES = (*SIZES, "30b-a3b")
+
+
+def foundation(size: str, vocab: int) -> DecoderConfig:
+    """The sparse-MoE decoder: top-2 experts and one shared, balanced without a loss; or Qwen3-30B-A3B's shape."""
+    if size == "30b-a3b":
+        big = preset(size)
+        return DecoderConfig(vocab=max(vocab, big.vocab), d_model=big.d_model, layers=big.layers,
+                             attention=big.attention, moe=big.moe)  # fmt: skip
+    s = SIZES[size]
+    heads = AttentionConfig(s.d_model, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.d_model // s.heads, qk_norm=True)
+    experts = MoEConfig(s.d_model, s.d_expert, experts=s.experts, top_k=2, shared_experts=1, score="sigmoid", balance="bias")
+    return DecoderConfig(vocab=vocab, d_model=s.d_model, layers=s.layers, attention=heads, moe=experts)
+
+
+def vq_config(size: str) -> VqConfig:
+    """The tokenizer of 8x8 digits: a 4x4 grid of codes."""
+    wide = size != "tiny"
+    return VqConfig(size=IMAGE_SIZE, channels=1, widths=(64, 128) if wide else (32, 64), codes=128, d_code=8)
+
+
+def image_config(size: str, d_out: int) -> VisionConfig:
+    """Images: 2x2 patches, four of which make a token."""
+    s = SIZES.get(size, SIZES["medium"])
+    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=2, channels=1, merge=2)
+
+
+def video_config(size: str, d_out: int) -> VisionConfig:
+    """Videos: patches of 4x4 pixels and two frames, four of which make a token."""
+    s = SIZES.get(size, SIZES["medium"])
+    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=4, channels=1, frames=2, merge=2)
+
+
+def audio_config(size: str, d_out: int, rate: int) -> AudioConfig:
+    """Spoken words: 40 mel bands every 10 ms; a token is 80 ms."""
+    s = SIZES.get(size, SIZES["medium"])
+    hop = rate // 100
+    return AudioConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, rate=rate, n_fft=4 * hop, hop=hop, mels=40)
+
+
+def omni_model(size: str, tokens: Tokenizer, *, audio_rate: int | None) -> OmniModel:
+    """Foundation, encoders and decoder of a size; without `audio_rate` there is no audio encoder.
+
+    ValueError for an unknown size.
+    """
+    if size not in NAMES:
+        raise ValueError(f"--size {size!r} is not one of {', '.join(NAMES)}")
+    base = foundation(size, len(tokens))
+    d = base.d_model
+
+    def marks(name: str) -> dict[str, int]:
+        return {"begin": tokens.id(f"<{name}>"), "end": tokens.id(f"</{name}>")}
+
+    encoders = {
+        "image": vision_encoder.encoder(image_config(size, d), **marks("image")),
+        "video": vision_encoder.encoder(video_config(size, d), **marks("video")),
+    }
+    if audio_rate is not None:
+        encoders["audio"] = audio_encoder.encoder(audio_config(size, d, audio_rate), **marks("audio"))
+    images = ImageDecoderConfig(vq=vq_config(size), d_model=d)
+    return OmniModel(base, encoders, {"image": image_decoder.decoder(images, **marks("image_out"))})

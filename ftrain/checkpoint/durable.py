@@ -1,0 +1,74 @@
+"""Files that survive a crash of the machine: written, synced, and only then given their name."""
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from ftrain.checkpoint.folders import discarded, temporary
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def sync_path(path: Path) -> None:
+    """Block until the file, or the names in the folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Sync every file below `root`, and every folder after what it holds."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            sync_path(Path(folder, name))
+        sync_path(Path(folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Give `path` this content at once: a reader sees the old text or the new one, also after a crash."""
+    new = temporary(path)
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    sync_path(path.parent)
+
+
+def publish(made: Path, final: Path) -> None:
+    """Rename the synced folder `made` to `final`, replacing one that is there in a single step where the OS can."""
+    if not final.exists():
+        os.rename(made, final)
+    elif _exchange(made, final):
+        remove_folder(made)
+    else:
+        old = discarded(final)
+        os.rename(final, old)
+        os.rename(made, final)
+        remove_folder(old)
+    sync_path(final.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder such that its name is gone before the first of its files is."""
+    gone = discarded(path)
+    os.rename(path, gone)
+    sync_path(path.parent)
+    shutil.rmtree(gone)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names atomically with Linux' renameat2; False where the system or file system cannot."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    if function(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(a), None, str(b))

@@ -1,0 +1,125 @@
+"""The manifest of a checkpoint: every leaf by its path, every file by its size and hash, itself by a hash."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ftrain.checkpoint.errors import DamagedCheckpoint
+from ftrain.checkpoint.folders import MANIFEST
+
+VERSION = 1
+Scalar = bool | int | float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayLeaf:
+    """A tensor: its `part` sub-folder, its `key` there, `shape` and `chunk` in elements, torch's name of the `dtype`."""
+
+    part: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """A file: its size in bytes, and the SHA-256 of those that are small (large ones carry a crc32c per chunk)."""
+
+    bytes: int
+    sha256: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What one checkpoint holds. `arrays` and `scalars` go by leaf path, `files` by name relative to the step's folder;
+    `database` and `checksum` are the `Storage` it was written with.
+    """
+
+    step: int
+    database: bool
+    checksum: bool
+    arrays: dict[str, ArrayLeaf]
+    scalars: dict[str, Scalar]
+    metrics: dict[str, float]
+    files: dict[str, FileRecord]
+
+
+def dumps(manifest: Manifest) -> str:
+    """The manifest as JSON, with a SHA-256 of all the rest as its last entry."""
+    body = {
+        "format": "ftrain checkpoint",
+        "version": VERSION,
+        **dataclasses.asdict(manifest),
+        "scalars": {path: _encode(value) for path, value in manifest.scalars.items()},
+        "metrics": {name: _encode(float(value)) for name, value in manifest.metrics.items()},
+    }
+    return _canonical({**body, "sha256": _digest(body)})
+
+
+def load(folder: Path) -> Manifest:
+    """Read and check the manifest of the step in `folder`.
+
+    Raises:
+        DamagedCheckpoint: it is missing, or not the text that was written.
+        ValueError: it was written by a newer version.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes().decode()
+        body = json.loads(text)
+        claimed = body.pop("sha256")
+        intact = claimed == _digest(body) and text == _canonical({**body, "sha256": claimed})
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path} is missing: {folder} is not a complete checkpoint") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}): restore another step") from error
+    if not intact:
+        raise DamagedCheckpoint(f"{path} is damaged (its checksum is wrong): restore another step")
+    if body["version"] > VERSION:
+        raise ValueError(f"{path} has version {body['version']}, this ftrain reads up to {VERSION}: upgrade ftrain")
+    return _from_json(body)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_json(body: dict[str, Any]) -> Manifest:
+    arrays = {
+        path: ArrayLeaf(**{**leaf, "shape": tuple(leaf["shape"]), "chunk": tuple(leaf["chunk"])})
+        for path, leaf in body["arrays"].items()
+    }
+    return Manifest(
+        step=body["step"],
+        database=body["database"],
+        checksum=body["checksum"],
+        arrays=arrays,
+        scalars={path: _decode(value) for path, value in body["scalars"].items()},
+        metrics={name: float(value) for name, value in body["metrics"].items()},
+        files={name: FileRecord(**record) for name, record in body["files"].items()},
+    )
+
+
+def _encode(value: Scalar) -> Any:
+    """JSON has no NaN and no infinities, and any string may be a leaf: such floats are `{"float": "nan"}`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    return value
+
+
+def _decode(value: Any) -> Scalar:
+    return float(value["float"]) if isinstance(value, dict) else value
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(_canonical(body).encode()).hexdigest()
+
+
+def _canonical(body: dict[str, Any]) -> str:
+    return json.dumps(body, indent=1, ensure_ascii=True, allow_nan=False) + "\n"

@@ -1,0 +1,208 @@
+"""A step made ready for given shapes: the graph after its passes, its plan, and the program that runs it."""
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ftrain import tree
+from ftrain.cost import Cost, graph_cost
+from ftrain.donation import give_away
+from ftrain.execute import Program, choose, compile_graph
+from ftrain.loop import is_loop, loop_body
+from ftrain.liveness import MemoryPlan, plan_memory
+from ftrain.passes.clean import clean
+from ftrain.passes.donate import donate as donate_pass
+from ftrain.passes.donate import write_in_place
+from ftrain.passes.order import update_early
+from ftrain.precision import Precision
+from ftrain.remat import Remat, rematerialize
+from ftrain.trace import Aval, Traced, argument_paths, is_array, spread_paths, trace
+
+
+class Compiled:
+    """What a call of a jitted function runs for arguments of one set of shapes."""
+
+    def __init__(self, traced: Traced, treedef: Any, leaves: list[Any], paths: list[str], backend: str) -> None:
+        self.traced = traced
+        self.graph: fx.GraphModule = traced.module
+        self.backend = backend
+        self.seconds_to_compile = 0.0
+        self.leaf_paths = paths
+        self.leaf_signatures = [Aval.of(leaf) if is_array(leaf) else (type(leaf), leaf) for leaf in leaves]
+        self.donated: dict[int, int] = {}
+        self._treedef = treedef
+        self._slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+        self._avals = [(a.shape, a.dtype, a.device) for a in traced.input_avals]
+        self._statics = [(i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf)]
+        self._program: Program | None = None
+
+    def fits(self, leaves: list[Any], treedef: Any) -> bool:
+        """True if arguments with these leaves and this structure can be run as they are."""
+        if treedef != self._treedef:
+            return False
+        if self._statics:
+            if any(type(leaves[i]) is not type(v) or leaves[i] != v for i, v in self._statics):
+                return False
+            leaves = [leaves[i] for i in self._slots]
+        return set(map(type, leaves)) <= _PLAIN and [*map(_aval_of, leaves)] == self._avals
+
+    def run(self, leaves: list[Any]) -> Any:
+        """Run on the flat leaves of real arguments and return the result's tree."""
+        if self._statics:
+            leaves = [leaves[i] for i in self._slots]
+        if self._program is None:
+            self._check_real(leaves)
+            self._program = compile_graph(_copy(self.graph), self.backend)
+        inputs = leaves if all(map(Tensor.is_contiguous, leaves)) else [leaf.contiguous() for leaf in leaves]
+        outputs = self._program(inputs)
+        if self.donated:
+            outputs = self._with_donated(leaves, inputs, outputs)
+        return self.traced.assemble(outputs)
+
+    def _with_donated(self, leaves: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+        paths = self.traced.input_paths
+        kept = iter(outputs)
+        merged: list[Tensor] = []
+        slot_of = self._slot_of_output
+        for slot in slot_of:
+            if slot is None:
+                merged.append(next(kept))
+            else:
+                old = leaves[slot]
+                fresh = give_away(old, paths[slot])
+                merged.append(fresh if inputs[slot] is old else inputs[slot])
+        return merged
+
+    @cached_property
+    def _slot_of_output(self) -> list[int | None]:
+        by_output = {output: slot for slot, output in self.donated.items()}
+        return [by_output.get(i) for i in range(len(self.traced.output_paths))]
+
+    def _check_real(self, leaves: list[Any]) -> None:
+        seen: dict[int, str] = {}
+        for path, leaf in zip(self.traced.input_paths, leaves, strict=True):
+            if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
+                raise ValueError(f"leaf {path!r} has a shape and no data: this step can be lowered but not run on it")
+        for slot in self.donated:
+            leaf, path = leaves[slot], self.traced.input_paths[slot]
+            if leaf.numel() == 0:
+                continue
+            other = seen.setdefault(leaf.untyped_storage().data_ptr(), path)
+            if other != path:
+                raise ValueError(
+                    f"donated leaves {other!r} and {path!r} share memory, so the step cannot write both: keep a tied "
+                    "weight at one place of the tree"
+                )
+
+    def memory(self) -> MemoryPlan:
+        """Bytes alive over the run, the peak, and what is alive then."""
+        return plan_memory(self.executed, round_to=512 if self._device.type == "cuda" else 1)
+
+    def cost(self) -> Cost:
+        """FLOPs and bytes per node, and in all."""
+        return graph_cost(self.graph)
+
+    @cached_property
+    def executed(self) -> fx.GraphModule:
+        """The graph as the interpreter runs it, with writes in place."""
+        module = _copy(self.graph)
+        write_in_place(module)
+        return module
+
+    def as_text(self) -> str:
+        """The graph, a line per node: name, type, op, and where it comes from."""
+        from ftrain.text import graph_text
+
+        return graph_text(self.executed)
+
+    def report(self, file: str | Path) -> Path:
+        """Write an HTML page about the step: totals, memory over time, costs, the graph."""
+        from ftrain.report import write_report
+
+        return write_report(self, Path(file))
+
+    @property
+    def _device(self) -> torch.device:
+        return self._avals[0][2] if self._avals else torch.device("cpu")
+
+
+# Built from C functions, since every call pays for each leaf.
+_PLAIN = {Tensor, torch.nn.Parameter}
+_aval_of = operator.attrgetter("shape", "dtype", "device")
+
+
+def compile_step(
+    fn: Callable,
+    args: tuple,
+    names: Sequence[str],
+    *,
+    donate: int | None,
+    backend: str,
+    remat: Remat,
+    precision: Precision | None,
+) -> Compiled:
+    """Trace `fn(*args)` and run the passes: clean, rematerialize, update early, donate."""
+    leaves, treedef = tree.flatten(args)
+    traced = trace(fn, args, names, precision=precision)
+    device = traced.input_avals[0].device if traced.input_avals else torch.device("cpu")
+    compiled = Compiled(traced, treedef, leaves, argument_paths(args, names), choose(backend, device))
+    module = traced.module
+    clean(module)
+    spread_paths(module, names[0] if names else "")
+    rematerialize(module, remat)
+    compiled.donated = {} if donate is None else match_donated(traced, args[donate], names[donate])
+    inputs = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    by_name = {inputs[slot]: output for slot, output in compiled.donated.items()}
+    update_early(module, by_name)
+    donate_pass(module, by_name)
+    return compiled
+
+
+def match_donated(traced: Traced, argument: Any, name: str) -> dict[int, int]:
+    """Which input leaf's memory takes which output leaf: positions of both in the graph.
+
+    The whole result or one member of a tuple result must have the argument's structure.
+    """
+    marker = tree.unflatten(traced.output_tree, range(traced.output_tree.num_leaves))
+    structure = tree.flatten(argument)[1]
+    members = [marker, *marker] if isinstance(marker, tuple) and not hasattr(marker, "_fields") else [marker]
+    found = next((m for m in members if tree.flatten(m)[1] == structure), None)
+    if found is None:
+        nearest = members[1] if len(members) > 1 else members[0]
+        raise ValueError(
+            f"donate={name!r}: no part of the result has its structure; return the new {name} with the same tree. "
+            f"Differences to the result's first part: {tree.diff(argument, nearest)}"
+        )
+    tensor_index = {leaf: i for i, leaf in enumerate(i for i in tree.flatten(marker)[0] if i not in traced.static_outputs)}
+    avals = dict(zip(traced.input_paths, traced.input_avals, strict=True))
+    slots = {path: i for i, path in enumerate(traced.input_paths)}
+    values = traced.module.graph.output_node().args[0]
+    matched: dict[int, int] = {}
+    for path, output in zip(argument_paths((argument,), [name]), tree.flatten(found)[0], strict=True):
+        if path not in slots or output not in tensor_index:
+            continue
+        new = Aval.of(values[tensor_index[output]].meta["val"])  # type: ignore[index,union-attr]
+        if new[:2] != avals[path][:2]:
+            raise ValueError(
+                f"donate={name!r}: leaf {path!r} is {avals[path]} and its new value is {new}: a step must keep shapes and "
+                "dtypes of its state"
+            )
+        matched[slots[path]] = tensor_index[output]
+    return matched
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own with the same values in its metadata; bodies of loops are copied too."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    copy = fx.GraphModule(module, graph)
+    for node in copy.graph.nodes:
+        if is_loop(node):
+            setattr(copy, node.args[0].target, _copy(loop_body(node)))
+    copy.recompile()
+    return copy

@@ -1,0 +1,118 @@
+"""Ways to run a graph: as Python over ATen, through Inductor, as a CUDA graph.
+
+Each takes a graph and returns a function from the list of flat inputs to the list of flat outputs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.loop import is_loop, loop_body
+from ftrain.passes.donate import write_in_place
+from ftrain.private import below_autograd, compile_with_inductor
+
+Backend = Literal["auto", "aten", "inductor", "cudagraph"]
+Program = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """Resolve "auto": the interpreter of ATen ops on CPU, Inductor on CUDA."""
+    known = ("auto", "aten", "inductor", "cudagraph")
+    if backend not in known:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(known)}")
+    if backend == "cudagraph" and device.type != "cuda":
+        raise ValueError(f"backend='cudagraph' needs arguments on a CUDA device; these are on {device}")
+    if backend == "auto":
+        return "inductor" if device.type == "cuda" else "aten"
+    return backend
+
+
+def compile_graph(module: fx.GraphModule, backend: str) -> Program:
+    """Make the program; `module` is the graph after all passes and is not used again."""
+    if backend == "aten":
+        return aten_program(module)
+    program = inductor_program(module)
+    if backend == "cudagraph":
+        from ftrain.cudagraph import cudagraph_program
+
+        return cudagraph_program(program)
+    return program
+
+
+def aten_program(module: fx.GraphModule) -> Program:
+    """The graph as one Python function, each variable dropped after its last use."""
+    _prepare_for_python(module)
+    forward = module.forward
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad(), below_autograd():
+            return forward(*inputs)
+
+    return run
+
+
+def _prepare_for_python(module: fx.GraphModule) -> None:
+    write_in_place(module)
+    for node in module.graph.nodes:
+        if is_loop(node):
+            _prepare_for_python(loop_body(node))
+    module.recompile()
+
+
+def inductor_program(module: fx.GraphModule) -> Program:
+    """The graph compiled whole; bodies of loops are compiled once each and called from Python."""
+    if any(is_loop(n) for n in module.graph.nodes):
+        return _inductor_around_loops(module)
+    compiled = compile_with_inductor(module)
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return list(compiled(*inputs))
+
+    return run
+
+
+def _inductor_around_loops(module: fx.GraphModule) -> Program:
+    """Cut the graph at its loops; compile what lies between, and each body."""
+    stage = 0
+    stages: dict[fx.Node, int] = {}
+    for node in module.graph.nodes:
+        if is_loop(node):
+            stages[node], stage = stage + 1, stage + 2
+        else:
+            stages[node] = stage
+    from torch.fx.passes.split_module import split_module
+
+    split = split_module(module, module, lambda n: stages[n], keep_original_order=True)
+    for name, part in list(split.named_children()):
+        loops = [n for n in part.graph.nodes if is_loop(n)]
+        if loops:
+            _compile_bodies(part, loops)
+        elif any(n.op == "call_function" for n in part.graph.nodes):
+            setattr(split, name, _Compiled(compile_with_inductor(part)))
+    forward = split.forward
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return list(forward(*inputs))
+
+    return run
+
+
+def _compile_bodies(part: fx.GraphModule, loops: list[fx.Node]) -> None:
+    for node in loops:
+        body = loop_body(node)
+        setattr(part, node.args[0].target, _Compiled(compile_with_inductor(body)))  # type: ignore[union-attr]
+
+
+class _Compiled(torch.nn.Module):
+    """A compiled function in the place of a submodule."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return self.function(*inputs)

@@ -1,0 +1,147 @@
+"""`grad` and `value_and_grad`: derivatives of losses that are scalars, `Mean`s or weighted sums of them.
+
+They mean what `torch.func`'s mean, and compose with `torch.func.vmap`, `jvp` and each other. At the bottom of a traced
+step the same numbers come from `torch.autograd.grad` on detached leaves: its backward is not itself differentiated, so
+the graph holds only what a training step needs, and each of its nodes can be led back to the forward op it transposes.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from ftrain import tree
+from ftrain.precision import compute_view
+from ftrain.provenance import current_provenance
+from kernels.backend import reference_kernels
+from kernels.mean import Mean, WeightedSum
+
+_depth: ContextVar[int] = ContextVar("ftrain_grad_depth", default=0)
+
+
+class _Differentiated(NamedTuple):
+    value: Tensor
+    aux: Any
+    grads: list[Tensor]
+
+
+def grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """The gradient of `fn` with respect to its arguments `argnums`; with `has_aux`, `(gradient, aux)`."""
+    with_value = value_and_grad(fn, argnums, has_aux)
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        value, grads = with_value(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return wrapped
+
+
+def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)`.
+
+    `fn` returns a scalar tensor, a `Mean` or a `WeightedSum` (with `has_aux`, a pair of it and any tree of tensors);
+    the value is its number. The gradient has the tree of the argument (a tuple of trees for a tuple of `argnums`);
+    leaves that the loss does not use have zero gradients. Every leaf must be floating: others are a ValueError that
+    names the path. For an accumulated loss (`ftrain.accumulate`) the micro-batches are run one after the other.
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = tree.flatten([args[n] for n in numbers])
+        _check_floating(args, numbers)
+
+        def loss_of_leaves(*new_leaves: Tensor) -> tuple[Any, Any]:
+            new_args = list(args)
+            for n, value in zip(numbers, tree.unflatten(treedef, list(new_leaves)), strict=True):
+                new_args[n] = tree.map(compute_view, value)
+            out = fn(*new_args, **kwargs)
+            return out if has_aux else (out, None)
+
+        differentiate = getattr(fn, "value_and_grad", None)
+        if differentiate is not None:
+            result = _Differentiated(*differentiate(args, kwargs, numbers, leaves, treedef, has_aux))
+        else:
+            result = differentiated(loss_of_leaves, leaves)
+        grads = tree.unflatten(treedef, result.grads)
+        value = (result.value, result.aux) if has_aux else result.value
+        return value, (grads[0] if isinstance(argnums, int) else tuple(grads))
+
+    return wrapped
+
+
+def differentiated(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
+    """Value, aux and gradients of a function of flat leaves that returns `(loss, aux)`."""
+    bottom = current_provenance() is not None and _depth.get() == 0 and not _inside_transform()
+    bottom = bottom and not any(leaf.requires_grad for leaf in leaves)
+    token = _depth.set(_depth.get() + 1)
+    try:
+        if bottom:
+            return _by_autograd(loss_of_leaves, leaves)
+        with reference_kernels() if _depth.get() > 1 else nullcontext():
+            return _by_func(loss_of_leaves, leaves)
+    finally:
+        _depth.reset(token)
+
+
+def loss_value(loss: Any) -> Tensor:
+    """The number of a loss: a scalar tensor as it is, a `Mean` or `WeightedSum` by its `value()`."""
+    if isinstance(loss, Mean | WeightedSum):
+        return loss.value()
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the loss must be a scalar tensor, a Mean or a WeightedSum, not {what}: return loss.sum()?")
+    return loss
+
+
+def _by_autograd(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
+    provenance = current_provenance()
+    assert provenance is not None
+    with torch.enable_grad():
+        detached = [leaf.detach().requires_grad_() for leaf in leaves]
+        with provenance.in_phase("forward"):
+            loss, aux = loss_of_leaves(*detached)
+            value = loss_value(loss)
+        if not value.requires_grad:
+            return _Differentiated(value, aux, [torch.zeros_like(leaf) for leaf in leaves])
+        provenance.watch_backward(value)
+        with provenance.in_phase("backward"):
+            grads = torch.autograd.grad(value, detached, materialize_grads=True)
+    return _Differentiated(value.detach(), tree.map(_detach, aux), list(grads))
+
+
+def _by_func(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
+    structure: list[Any] = []
+
+    def flat(*new_leaves: Tensor) -> tuple[Tensor, list[Tensor]]:
+        loss, aux = loss_of_leaves(*new_leaves)
+        aux_leaves, aux_tree = tree.flatten(aux)
+        structure.append(aux_tree)
+        return loss_value(loss), aux_leaves
+
+    numbers = tuple(range(len(leaves)))
+    grads, (value, aux_leaves) = torch.func.grad_and_value(flat, argnums=numbers, has_aux=True)(*leaves)
+    return _Differentiated(value, tree.unflatten(structure[-1], aux_leaves), list(grads))
+
+
+def _inside_transform() -> bool:
+    return bool(_functorch.get_interpreter_stack())
+
+
+def _detach(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _check_floating(args: tuple, numbers: tuple[int, ...]) -> None:
+    for n in numbers:
+        for path, leaf in zip(tree.paths(args[n]), tree.flatten(args[n])[0], strict=True):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                what = f"dtype {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(
+                    f"argument {n}, leaf {path!r} is {what}, which has no gradient: keep it in another argument"
+                )

@@ -1,0 +1,183 @@
+"""`ftrain.jit`: a pure step, traced once per shapes into one graph, then run."""
+
+import functools
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from ftrain import tree
+from ftrain.compiled import Compiled, compile_step
+from ftrain.donation import DonatedTensor, path_of
+from ftrain.precision import Precision, computing_in
+from ftrain.remat import Remat
+from ftrain.trace import Aval, argument_paths, is_array
+
+_disabled: ContextVar[bool] = ContextVar("ftrain_disable_jit", default=False)
+
+
+@contextmanager
+def disable_jit() -> Iterator[None]:
+    """Within the block jitted steps run eagerly, op by op, for a debugger; nothing is donated."""
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def jit(
+    fn: Callable | None = None,
+    *,
+    donate: str | None = None,
+    backend: str = "auto",
+    remat: Remat | str = "none",
+    precision: Precision | None = None,
+) -> Any:
+    """Make a step of a pure function of trees of tensors; usable as a decorator, with or without options.
+
+    - `donate`: the name of an argument whose memory the step may write its new value into. The result, or one member of
+      a tuple result, must have the argument's tree, shapes and dtypes. The old leaves are spoiled: using one again is
+      a ValueError that names it.
+    - `backend`: "aten" (the graph as Python), "inductor", "cudagraph", or "auto": aten on CPU, inductor on CUDA.
+    - `remat`: what the backward computes again instead of keeping; see `Remat`.
+    - `precision`: in which dtype losses see the parameters; see `Precision`.
+
+    Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
+    shapes, dtypes or devices; from the second trace on a warning says which leaf changed, and how.
+    """
+    if fn is None:
+        return functools.partial(jit, donate=donate, backend=backend, remat=remat, precision=precision)
+    return Step(fn, donate=donate, backend=backend, remat=Remat.of(remat), precision=precision)
+
+
+class Step:
+    """A jitted function: call it, or `lower` it to look at what a call would run."""
+
+    def __init__(
+        self, fn: Callable, *, donate: str | None, backend: str, remat: Remat, precision: Precision | None
+    ) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._parameters = _positional_names(fn)
+        if donate is not None and donate not in self._parameters:
+            raise ValueError(f"donate={donate!r} is not an argument of {_name(fn)}({', '.join(self._parameters)})")
+        self._donate = None if donate is None else self._parameters.index(donate)
+        self._backend, self._remat, self._precision = backend, remat, precision
+        self._compiled: dict[Any, Compiled] = {}
+        self._latest: Compiled | None = None
+        self._explained = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step on real tensors."""
+        args = self._bind(args, kwargs)
+        if _disabled.get():
+            with computing_in(self._precision):
+                return self._fn(*args)
+        leaves, treedef = tree.flatten(args)
+        compiled = self._latest
+        if compiled is None or not compiled.fits(leaves, treedef):
+            self._refuse_donated(args, leaves)
+            compiled = self._latest = self._find(args, leaves, treedef)
+        return compiled.run(leaves)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Compiled:
+        """Trace and plan for these arguments without running; leaves may be `Aval`s, meta or fake tensors."""
+        args = self._bind(args, kwargs)
+        leaves, treedef = tree.flatten(args)
+        self._refuse_donated(args, leaves)
+        return self._find(args, leaves, treedef)
+
+    def init(self, fn: Callable, *args: Any) -> Any:
+        """Create a state: `fn(*args)` run as a graph, so that each leaf is made on its own and nothing else is kept."""
+        return jit(fn, backend="aten")(*args)
+
+    @property
+    def traces(self) -> int:
+        """How many times the function was traced."""
+        return len(self._compiled)
+
+    def _bind(self, args: tuple, kwargs: dict) -> tuple:
+        if not kwargs:
+            return args
+        unknown = set(kwargs) - set(self._parameters)
+        if unknown:
+            raise ValueError(f"{_name(self._fn)} has no argument {', '.join(sorted(unknown))}")
+        bound = inspect.signature(self._fn).bind(*args, **kwargs)
+        return tuple(bound.arguments[n] for n in self._parameters if n in bound.arguments)
+
+    def _find(self, args: tuple, leaves: list[Any], treedef: Any) -> Compiled:
+        key = (treedef, tuple(_signature(leaf) for leaf in leaves))
+        found = self._compiled.get(key)
+        if found is None:
+            if self._compiled:
+                self._explain(args, leaves)
+            started = time.perf_counter()
+            found = compile_step(
+                self._fn,
+                args,
+                self._parameters[: len(args)],
+                donate=self._donate,
+                backend=self._backend,
+                remat=self._remat,
+                precision=self._precision,
+            )
+            found.seconds_to_compile = time.perf_counter() - started
+            self._compiled[key] = found
+        return found
+
+    def _explain(self, args: tuple, leaves: list[Any]) -> None:
+        if self._explained or self._latest is None:
+            return
+        self._explained = True
+        now = dict(zip(argument_paths(args, self._parameters), map(_signature, leaves), strict=False))
+        before = dict(zip(self._latest.leaf_paths, self._latest.leaf_signatures, strict=True))
+        changes = [f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]]
+        changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
+        more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
+        warnings.warn(
+            f"{_name(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "
+            "shapes fixed (pack batches to one budget); later retraces are not reported.",
+            stacklevel=5,
+        )
+
+    def _refuse_donated(self, args: tuple, leaves: list[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, DonatedTensor):
+                raise ValueError(
+                    f"leaf {path_of(leaf)!r} was donated to an earlier step, which wrote its new state over it: pass the "
+                    "state that the step returned, or make the step with donate=None"
+                )
+        for path, leaf in zip(argument_paths(args, self._parameters), leaves, strict=True):
+            if not is_array(leaf) and not isinstance(leaf, int | float | str | bool | complex | torch.dtype):
+                raise ValueError(
+                    f"leaf {path!r} is {type(leaf).__module__}.{type(leaf).__name__}; a step takes trees of tensors, "
+                    "numbers and strings: convert arrays with torch.as_tensor"
+                )
+
+
+def _signature(leaf: Any) -> Any:
+    return Aval.of(leaf) if is_array(leaf) else (type(leaf), leaf)
+
+
+def _show(signature: Any) -> str:
+    return str(signature) if isinstance(signature, Aval) else repr(signature[1])
+
+
+def _name(fn: Callable) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _positional_names(fn: Callable) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(fn).parameters.values()
+    names = [p.name for p in parameters if p.kind in kinds]
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        names += [f"arg{i}" for i in range(len(names), 32)]
+    return names
+

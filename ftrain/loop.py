@@ -1,0 +1,98 @@
+"""A loop that a trace holds once: `carry = body(carry, xs[i], consts)` for every `i`.
+
+The graph of the body is traced one time and called `n` times, so the graph of a step does not grow with the number of
+micro-batches. The loop itself is never differentiated: a body takes its own gradients.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.private import FakeTensor, emit_node, is_tracked, new_fake_like, paused_trace, trace_to_graph, tracing_graph
+from ftrain.provenance import user_site
+
+
+def run_loop(body: Callable, n: int, carry: list[Tensor], xs: list[Tensor], consts: list[Tensor]) -> list[Tensor]:
+    """Run `carry = body(*carry, *(x[i] for x in xs), *consts)` for `i` in `range(n)` and return the last carry.
+
+    The body may write its results into the carry it is given (see the donate pass), so the first one is a copy.
+    """
+    carry = [c.clone() for c in carry]
+    for i in range(n):
+        carry = list(body(*carry, *[x[i] for x in xs], *consts))
+    return carry
+
+
+def loop(body: Callable, n: int, *, carry: list[Tensor], xs: list[Tensor], consts: list[Tensor]) -> list[Tensor]:
+    """Like `run_loop`; under a trace it becomes one node that holds the body's graph.
+
+    `xs` have a leading dim of `n`. The carry keeps its shapes and dtypes. Tensors of the enclosing trace that the body
+    closes over become further consts.
+    """
+    if tracing_graph() is None:
+        return run_loop(body, n, carry, xs, consts)
+    with paused_trace():
+        fakes = [new_fake_like(t) for t in carry] + [new_fake_like(x[0]) for x in xs]
+        fakes += [new_fake_like(t) for t in consts]
+    graph = trace_to_graph(body, fakes)
+    _check_carry(graph, carry)
+    captured = _lift_captured(graph)
+    with paused_trace():
+        outputs = [new_fake_like(t) for t in carry]
+    meta = {"phase": "loop", "site": user_site()}
+    return emit_node(run_loop, graph, "loop", (n, list(carry), list(xs), [*consts, *captured]), outputs, meta)
+
+
+def _check_carry(graph: fx.GraphModule, carry: list[Tensor]) -> None:
+    results = graph.graph.output_node().args[0]
+    for i, (node, before) in enumerate(zip(results, carry, strict=True)):  # type: ignore[arg-type]
+        after = node.meta["val"]
+        if after.shape != before.shape or after.dtype != before.dtype:
+            raise ValueError(
+                f"a loop's carry must keep its shape and dtype: leaf {i} goes in as {tuple(before.shape)} {before.dtype} "
+                f"and comes out as {tuple(after.shape)} {after.dtype}"
+            )
+
+
+def _lift_captured(module: fx.GraphModule) -> list[Tensor]:
+    """Turn fake tensors that the body closed over into further placeholders; return them in that order."""
+    captured: list[Tensor] = []
+    graph = module.graph
+    last_placeholder = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(module, node.target, None)
+        if not isinstance(value, FakeTensor):
+            continue
+        if not is_tracked(value):
+            raise ValueError("a loop's body closes over a tensor that is not part of the step: pass it as an argument")
+        with graph.inserting_after(last_placeholder):
+            placeholder = graph.placeholder(f"captured_{len(captured)}")
+        placeholder.meta.update(node.meta, val=value)
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+        delattr(module, node.target)
+        captured.append(value)
+        last_placeholder = placeholder
+    module.recompile()
+    return captured
+
+
+def is_loop(node: fx.Node) -> bool:
+    """True for the node of a loop."""
+    return node.op == "call_function" and node.target is run_loop
+
+
+def loop_body(node: fx.Node) -> fx.GraphModule:
+    """The graph of a loop node's body."""
+    owner = node.graph.owning_module
+    body = getattr(owner, node.args[0].target)  # type: ignore[union-attr,arg-type]
+    assert isinstance(body, fx.GraphModule)
+    return body
+
+
+def zeros_like_all(tensors: list[Tensor]) -> list[Tensor]:
+    """Accumulators for a list of tensors."""
+    return [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors]

@@ -1,0 +1,132 @@
+"""Adafactor: second moments kept as a row and a column instead of a matrix (Shazeer and Stern 2018).
+
+As `torch.optim.Adafactor`: the step is relative to the size of the parameter, at most `learning_rate`, and there is no
+first moment. A leaf of two or more dims is factored over its last two; leading dims are a batch of matrices.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ftrain import tree
+from ftrain.optim.norms import sum_of_squares
+from ftrain.optim.transform import (
+    LearningRate,
+    Transform,
+    cast,
+    decay_terms,
+    new_count,
+    rate_at,
+    require_like,
+    require_range,
+    require_rate,
+    state_dtype,
+)
+from ftrain.tree import Tree
+
+
+class AdafactorState(NamedTuple):
+    """`steps`: updates made so far; mean squared gradients: `row` `[..., N, 1]` and `column` `[..., 1, M]` of leaves
+    with two or more dims, `whole` of all others. Each tree has None where it does not apply."""
+
+    steps: Tensor
+    row: Tree
+    column: Tree
+    whole: Tree
+
+
+def adafactor(
+    learning_rate: LearningRate = 1e-2,
+    *,
+    beta2_decay: float = -0.8,
+    eps: tuple[float | None, float] = (None, 1e-3),
+    clip: float = 1.0,
+    weight_decay: float = 0.0,
+) -> Transform:
+    """`p <- p - max(eps[1], rms(p)) * min(rate, 1/sqrt(t)) * u / max(1, rms(u) / clip)`, `u = g / sqrt(v)`.
+
+    The average v forgets with `1 - t^beta2_decay`; `eps[0]` bounds sqrt(v) from below (None: the dtype's epsilon).
+    Decay is decoupled: `p <- p - rate * weight_decay * p`. Averages have the leaf's dtype, but at least float32.
+    """
+    require_rate(learning_rate)
+    require_range("clip", clip, 1.0)
+    require_range("weight_decay", weight_decay, 0.0)
+    require_range("eps[0]", eps[0] or 0.0, 0.0)
+    require_range("eps[1]", eps[1], 0.0)
+    if beta2_decay > 0:
+        raise ValueError(f"beta2_decay must be <= 0, not {beta2_decay}")
+
+    def init(params: Tree) -> AdafactorState:
+        def moments(p: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            if p.ndim < 2:
+                return None, None, torch.zeros_like(p, dtype=state_dtype(p.dtype))
+            row, column = (p.new_zeros(s, dtype=state_dtype(p.dtype)) for s in _factor_shapes(p))
+            return row, column, None
+
+        return AdafactorState(new_count(params), *tree.map_many(moments, 3, params))
+
+    def update(grads: Tree, state: AdafactorState, params: Tree) -> tuple[Tree, AdafactorState]:
+        require_like(grads, params)
+        count = state.steps + 1
+        steps = count.to(torch.float64)
+        forget, rate = steps**beta2_decay, rate_at(learning_rate, state.steps)
+        relative = (steps**-0.5).clamp(max=rate)
+
+        def leaf(p: Tensor, g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None) -> tuple:
+            floor = torch.finfo(p.dtype).eps if eps[0] is None else eps[0]
+            moments, u = _precondition(g, row, column, whole, forget, floor)
+            size, over = _rms(p).clamp(min=eps[1]), (_rms(u) / clip).clamp(min=1.0)
+            factor = cast(-relative * size / over, u.dtype)
+            if weight_decay == 0.0:
+                return u * factor, *moments
+            share, _ = decay_terms(rate, weight_decay, u.dtype)
+            return torch.addcmul(cast(p, u.dtype) * -share, u, factor), *moments
+
+        updates, *moments = _map_factored(leaf, params, grads, state)
+        return updates, AdafactorState(count, *moments)
+
+    return Transform(init, update)
+
+
+def _precondition(
+    g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None, forget: Tensor, floor: float
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor]:
+    """The moments after this gradient, and the gradient over their root."""
+    g = cast(g, state_dtype(g.dtype))
+    square = g * g
+    if row is None or column is None:
+        assert whole is not None
+        whole = torch.lerp(whole, square, cast(forget, whole.dtype))
+        return (None, None, whole), g * whole.clamp(min=floor**2).rsqrt()
+    row = torch.lerp(row, square.mean(dim=-1, keepdim=True), cast(forget, row.dtype))
+    column = torch.lerp(column, square.mean(dim=-2, keepdim=True), cast(forget, column.dtype))
+    estimate = row / row.mean(dim=-2, keepdim=True).clamp(min=floor) * column
+    return (row, column, None), g * estimate.clamp(min=floor**2).rsqrt()
+
+
+def _map_factored(leaf: Callable[..., tuple], params: Tree, grads: Tree, state: AdafactorState) -> tuple[Tree, ...]:
+    """`leaf(p, g, row, column, whole)` at every parameter, with None for the moments it does not have."""
+    factored = tree.map(lambda p: p if p.ndim >= 2 else None, params)
+    plain = tree.map(lambda p: p if p.ndim < 2 else None, params)
+    for name, part, expected in (("row", state.row, factored), ("column", state.column, factored)):
+        tree.require_same(expected, part, names=("the factored parameters", f"the state's {name}"))
+    tree.require_same(plain, state.whole, names=("the parameters of less than two dims", "the state's whole"))
+    rows, columns, wholes = (iter(tree.leaves(part)) for part in (state.row, state.column, state.whole))
+    values, treedef = tree.flatten(params)
+    results = []
+    for p, g in zip(values, tree.leaves(grads), strict=True):
+        moments = (next(rows), next(columns), None) if p.ndim >= 2 else (None, None, next(wholes))
+        results.append(leaf(p, g, *moments))
+    return tuple(tree.unflatten(treedef, [result[i] for result in results]) for i in range(4))
+
+
+def _factor_shapes(p: Tensor) -> tuple[list[int], list[int]]:
+    *batch, n, m = p.shape
+    return [*batch, n, 1], [*batch, 1, m]
+
+
+def _rms(x: Tensor) -> Tensor:
+    """The root of the mean square, 0-d; zero of an empty tensor."""
+    return (sum_of_squares(x) / max(x.numel(), 1)).sqrt()

@@ -1,0 +1,69 @@
+"""Lion: the sign of an interpolated momentum (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms")."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ftrain import tree
+from ftrain.optim.transform import (
+    LearningRate,
+    Mask,
+    Transform,
+    cast,
+    decays,
+    new_count,
+    rate_at,
+    require_like,
+    require_range,
+    require_rate,
+    zeros,
+)
+from ftrain.tree import Tree
+
+
+class LionState(NamedTuple):
+    """`steps`: updates made so far; `mean` is the running average of gradients."""
+
+    steps: Tensor
+    mean: Tree
+
+
+def lion(
+    learning_rate: LearningRate,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    weight_decay: float = 0.0,
+    state_dtype: torch.dtype | None = None,
+    mask: Mask = None,
+) -> Transform:
+    """`p <- p - rate * (sign(b1 m + (1 - b1) g) + weight_decay * p)`, then `m <- b2 m + (1 - b2) g`.
+
+    One average per parameter: half of Adam's state. Rates are 3 to 10 times smaller than Adam's, and decays larger.
+    `mask` says which leaves decay; `state_dtype` is the dtype of the average (None: the parameter's, at least float32).
+    """
+    require_rate(learning_rate)
+    require_range("b1", b1, 0.0, 1.0)
+    require_range("b2", b2, 0.0, 1.0)
+    require_range("weight_decay", weight_decay, 0.0)
+
+    def init(params: Tree) -> LionState:
+        return LionState(new_count(params), zeros(params, state_dtype))
+
+    def update(grads: Tree, state: LionState, params: Tree) -> tuple[Tree, LionState]:
+        require_like(grads, params)
+        minus_rate = -rate_at(learning_rate, state.steps)
+
+        def leaf(p: Tensor, g: Tensor, m: Tensor, decay: bool) -> tuple[Tensor, Tensor]:
+            wide = torch.promote_types(torch.promote_types(g.dtype, m.dtype), torch.float32)
+            g, m_wide = cast(g, wide), cast(m, wide)
+            direction = torch.lerp(m_wide, g, 1 - b1).sign()
+            if decay and weight_decay:
+                direction = torch.add(direction, p, alpha=weight_decay)
+            return direction * minus_rate, cast(torch.lerp(m_wide, g, 1 - b2), m.dtype)
+
+        updates, mean = tree.map_many(leaf, 2, params, grads, state.mean, decays(mask, params))
+        return updates, LionState(state.steps + 1, mean)
+
+    return Transform(init, update)

@@ -1,0 +1,139 @@
+"""Muon: momentum whose matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+Shapes: w_EIO weights of a linear map from I to O, stored `[in, out]` after any leading dims, which are a batch: every
+expert of `[E, I, O]` is a matrix of its own. torch and the papers store `[out, in]`; the factor on the learning rate
+below counts out over in, as theirs does, so a transposed weight gets the transposed update.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ftrain import tree
+from ftrain.optim.transform import (
+    LearningRate,
+    Mask,
+    Transform,
+    cast,
+    decay_terms,
+    decays,
+    new_count,
+    rate_at,
+    require_like,
+    require_range,
+    require_rate,
+    zeros,
+)
+from ftrain.tree import Tree
+
+Adjust = Literal["original", "match_rms_adamw"]
+QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; singular values end in about [0.7, 1.2], not at 1
+
+
+class MuonState(NamedTuple):
+    """`steps`: updates made so far; `momentum` is the running average of gradients."""
+
+    steps: Tensor
+    momentum: Tree
+
+
+def muon(
+    learning_rate: LearningRate,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.1,
+    ns_steps: int = 5,
+    ns_coefficients: tuple[float, float, float] = QUINTIC,
+    ns_dtype: torch.dtype = torch.bfloat16,
+    eps: float = 1e-7,
+    adjust: Adjust = "original",
+    mask: Mask = None,
+) -> Transform:
+    """`p <- p - rate * (factor * orthogonal(m) + weight_decay * p)`: equal to `torch.optim.Muon`, weights transposed.
+
+    factor: `"original"` sqrt(max(1, out/in)); `"match_rms_adamw"` 0.2 sqrt(max(in, out)), with which AdamW's rate and
+    decay can be kept (Liu et al. 2025, arXiv 2502.16982). `ns_steps` Newton-Schulz steps run in `ns_dtype`; on a CPU
+    without bfloat16 units float32 is faster. For matrices only: any other leaf is a ValueError at `init` that names it;
+    give those to another transform with `multi_transform`. `mask` says which leaves decay.
+    """
+    require_rate(learning_rate)
+    require_range("momentum", momentum, 0.0, 1.0)
+    require_range("weight_decay", weight_decay, 0.0)
+    require_range("eps", eps, 0.0)
+    require_range("ns_steps", ns_steps, 1, 100)
+    if adjust not in ("original", "match_rms_adamw"):
+        raise ValueError(f"adjust must be 'original' or 'match_rms_adamw', not {adjust!r}")
+
+    def init(params: Tree) -> MuonState:
+        tree.map_with_path(_require_matrix, params)
+        return MuonState(new_count(params), zeros(params))
+
+    def update(grads: Tree, state: MuonState, params: Tree) -> tuple[Tree, MuonState]:
+        require_like(grads, params)
+        rate = rate_at(learning_rate, state.steps)
+
+        def leaf(p: Tensor, g: Tensor, m: Tensor, decay: bool) -> tuple[Tensor, Tensor]:
+            g = cast(g, m.dtype)
+            m = torch.lerp(m, g, 1 - momentum)
+            direction = torch.lerp(g, m, momentum) if nesterov else m
+            o = orthogonalize(direction, steps=ns_steps, coefficients=ns_coefficients, dtype=ns_dtype, eps=eps)
+            factor = _factor(p.shape, adjust)
+            if not (decay and weight_decay):
+                return cast(o, m.dtype) * (-factor * rate), m
+            share, ratio = decay_terms(rate, weight_decay, m.dtype)
+            return torch.add(cast(p, m.dtype), o, alpha=ratio * factor) * -share, m
+
+        updates, buffer = tree.map_many(leaf, 2, params, grads, state.momentum, decays(mask, params))
+        return updates, MuonState(state.steps + 1, buffer)
+
+    return Transform(init, update)
+
+
+def orthogonalize(
+    g_EIO: Tensor,
+    *,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = QUINTIC,
+    dtype: torch.dtype = torch.bfloat16,
+    eps: float = 1e-7,
+) -> Tensor:
+    """Near `U V^T` of each matrix `U S V^T`: same shape, in `dtype`, singular values in about [0.7, 1.2].
+
+    Newton-Schulz: `x <- a x + (b y + c y^2) x`, `y = x x^T`, from x of Frobenius norm 1, on the side where y is small.
+    """
+    a, b, c = coefficients
+    # laid out in memory as torch's weights are: matrix products then round as theirs do
+    x = g_EIO.mT.to(dtype, memory_format=torch.contiguous_format)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        y = x @ x.mT
+        x = _add_product(x, _add_product(y, y, y, beta=b, alpha=c), x, beta=a, alpha=1.0)
+    return x if tall else x.mT
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """`beta * base + alpha * left @ right`, rounded once."""
+    if base.ndim == 2:
+        return torch.addmm(base, left, right, beta=beta, alpha=alpha)
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (base, left, right)]
+    return torch.baddbmm(*flat, beta=beta, alpha=alpha).reshape(base.shape)
+
+
+def _factor(shape: torch.Size, adjust: Adjust) -> float:
+    fan_in, fan_out = shape[-2:]
+    if adjust == "original":
+        return math.sqrt(max(1.0, fan_out / fan_in))
+    return 0.2 * math.sqrt(max(fan_in, fan_out))
+
+
+def _require_matrix(path: str, p: Tensor) -> None:
+    if p.ndim < 2 or p.numel() == 0:
+        raise ValueError(
+            f"muon is for matrices: {path!r} has shape {list(p.shape)}; give it to adamw with multi_transform"
+        )

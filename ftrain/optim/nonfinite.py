@@ -1,0 +1,61 @@
+"""Skip a step whose gradients are not finite: nothing changes but a counter."""
+
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ftrain import tree
+from ftrain.optim.norms import sum_over_shards
+from ftrain.optim.transform import Transform, device_of, new_count, require_like, require_range
+from ftrain.tree import Tree
+
+
+class SkipState(NamedTuple):
+    """The state of the transform within; how many updates were skipped in all, and how many since the last that was
+    not: 0-d int64."""
+
+    inner: Any
+    skipped_total: Tensor
+    skipped_in_a_row: Tensor
+
+
+def skip_nonfinite(transform: Transform, *, max_consecutive: int | None = None) -> Transform:
+    """`transform`, but where a gradient holds a NaN or an infinity the updates are zero and its state stays as it is.
+
+    Put it around everything that keeps state. Values are chosen with `where`, so no NaN passes. After `max_consecutive`
+    skips in a row the next update is let through, that a run which cannot recover is seen to fail (as in optax); None
+    skips for ever. The price is a `where` over each update and state leaf, and one pass to look at the gradients.
+    """
+    if max_consecutive is not None:
+        require_range("max_consecutive", max_consecutive, 1)
+
+    def init(params: Tree) -> SkipState:
+        return SkipState(transform.init(params), new_count(params), new_count(params))
+
+    def update(grads: Tree, state: SkipState, params: Tree) -> tuple[Tree, SkipState]:
+        require_like(grads, params)
+        updates, inner = transform.update(grads, state.inner, params)
+        finite = all_finite(grads)
+        keep = finite
+        if max_consecutive is not None:
+            keep = finite | (state.skipped_in_a_row >= max_consecutive)
+        updates = tree.map(lambda u: torch.where(keep, u, 0.0), updates)
+        inner = tree.map(lambda new, old: torch.where(keep, new, old), inner, state.inner)
+        skipped = (~keep).to(torch.int64)
+        in_a_row = torch.where(finite, 0, state.skipped_in_a_row + skipped)
+        return updates, SkipState(inner, state.skipped_total + skipped, in_a_row)
+
+    return Transform(init, update)
+
+
+def all_finite(gradients: Tree) -> Tensor:
+    """Is every number of every leaf, on every shard, finite? 0-d bool. One pass per leaf: its smallest and largest."""
+    leaves = [g for g in tree.leaves(gradients) if g.numel()]
+    if not leaves:
+        return torch.ones((), dtype=torch.bool, device=device_of(gradients))
+    wide = reduce(torch.promote_types, (g.dtype for g in leaves))
+    extremes_N2 = torch.stack([torch.stack(torch.aminmax(g)).to(wide) for g in leaves])
+    bad_N = (~extremes_N2.isfinite()).any(dim=1).to(torch.float32)
+    return sum_over_shards(bad_N, leaves).sum() == 0

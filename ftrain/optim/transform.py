@@ -1,0 +1,125 @@
+"""The contract of an optimizer: a pair of pure functions, as in optax, and `apply_updates`.
+
+`init(params) -> state` and `update(grads, state, params) -> (updates, state)`. Updates are *added* to the parameters.
+Both are tensor operations only, without in-place writes or branches on values, so that they trace into the graph of a
+step. A state is a NamedTuple whose subtrees mirror the parameters, so sharding and checkpoints follow the parameters;
+counts are 0-d int64 tensors, one per transform: the number of updates made so far.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from ftrain import tree
+from ftrain.tree import Tree
+
+Schedule = Callable[[Tensor], Tensor]
+LearningRate = float | Schedule
+Mask = Callable[[Tree], Tree] | Tree | None
+
+
+class Transform(NamedTuple):
+    """`init(params) -> state`, `update(grads, state, params) -> (updates, state)`; what is added is the update."""
+
+    init: Callable[[Tree], Any]
+    update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+
+
+class EmptyState(NamedTuple):
+    """The state of a transform that remembers nothing."""
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """`params + updates`, each leaf in its parameter's dtype: summed in the wider of the two, rounded once."""
+    require_like(updates, params, name="the updates")
+    return tree.map(_add, params, updates)
+
+
+def _add(param: Tensor, update: Tensor) -> Tensor:
+    return cast(param + update, param.dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, without a node in the graph when it has that dtype already."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which running averages of a leaf are kept: its own, but never below float32.
+
+    In bfloat16 0.999 * v rounds back to v, so an average would never forget.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def zeros(params: Tree, dtype: torch.dtype | None = None) -> Tree:
+    """Zeros shaped as `params`, in `dtype` or else in each leaf's `state_dtype`."""
+    return tree.map(lambda p: torch.zeros_like(p, dtype=dtype or state_dtype(p.dtype)), params)
+
+
+def new_count(params: Tree) -> Tensor:
+    """A count of zero: 0-d int64, on the device of the parameters."""
+    return torch.zeros((), dtype=torch.int64, device=device_of(params))
+
+
+def device_of(params: Tree) -> torch.device:
+    """The device of the first leaf; the CPU for a tree without leaves."""
+    found = tree.leaves(params)
+    return found[0].device if found else torch.device("cpu")
+
+
+def rate_at(learning_rate: LearningRate, count: Tensor) -> float | Tensor:
+    """The learning rate of the update that comes after `count` others: the number itself, or the schedule's value."""
+    return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def decay_terms(rate: float | Tensor, weight_decay: float, dtype: torch.dtype) -> tuple[float | Tensor, float]:
+    """`(share, ratio)` of a decay above 0: `-share * (p + ratio * direction)` is the update, in two passes over memory.
+
+    share is `rate * weight_decay`. For a rate that is a number, `1 - share` is rounded to `dtype`, since torch's
+    optimizers do so by `p *= 1 - rate * decay`: in float32 they are off by up to 3e-8 at every step, which adds up, and
+    agreement with them is worth more. A share that would round to nothing, and a scheduled one, stay exact.
+    """
+    if isinstance(rate, Tensor) or rate == 0.0:
+        return rate * weight_decay, 1 / weight_decay
+    share = rate * weight_decay
+    if dtype == torch.float32:
+        share = 1 - float(numpy.float32(1 - share)) or share
+    return share, rate / share
+
+
+def decays(mask: Mask, params: Tree) -> Tree:
+    """Which leaves a mask selects: a tree of bools shaped as `params`; None selects all."""
+    if mask is None:
+        return tree.map(lambda _: True, params)
+    chosen = mask(params) if callable(mask) else mask
+    tree.require_same(params, chosen, names=("the parameters", "the mask"))
+    for path, value in zip(tree.paths(chosen), tree.leaves(chosen), strict=True):
+        if not isinstance(value, bool):
+            raise ValueError(f"a mask holds bools; at {path!r} it holds {tree.describe(value)}")
+    return chosen
+
+
+def require_like(updates: Tree, params: Tree, *, name: str = "the gradients") -> None:
+    """ValueError unless both trees have one structure and equal shapes; it names the leaf."""
+    tree.require_same(params, updates, names=("the parameters", name))
+    for i, (p, u) in enumerate(zip(tree.leaves(params), tree.leaves(updates), strict=True)):
+        if p.shape != u.shape:
+            path = tree.paths(params)[i]
+            raise ValueError(f"{name} at {path!r} have shape {list(u.shape)}, the parameter has {list(p.shape)}")
+
+
+def require_rate(learning_rate: LearningRate) -> None:
+    """ValueError for a learning rate below zero or not a number; a schedule is taken as it is."""
+    if not callable(learning_rate):
+        require_range("learning_rate", learning_rate, 0.0)
+
+
+def require_range(name: str, value: float, low: float, below: float = float("inf")) -> None:
+    """ValueError unless `low <= value < below`."""
+    if not low <= value < below:
+        upper = "" if below == float("inf") else f" and < {below}"
+        raise ValueError(f"{name} must be >= {low}{upper}, not {value}")

@@ -1,0 +1,42 @@
+"""Remove nodes that compute nothing."""
+
+import torch
+from torch import fx
+
+from ftrain.loop import is_loop, loop_body
+
+_aten = torch.ops.aten
+_IDENTITIES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default, _aten.lift.default}
+_SAME_SHAPE = {_aten.view.default, _aten.expand.default, _aten._unsafe_view.default, _aten.reshape.default}
+
+
+def clean(module: fx.GraphModule) -> None:
+    """Drop dead nodes, and ops that return their input: `detach`, views to the same shape. No value changes.
+
+    Bodies of loops are cleaned too.
+    """
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _IDENTITIES or (node.target in _SAME_SHAPE and _keeps_layout(node)):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(is_impure_node=_is_effect)
+    for node in module.graph.nodes:
+        if is_loop(node):
+            clean(loop_body(node))
+    module.recompile()
+
+
+def _keeps_layout(node: fx.Node) -> bool:
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    return before is not None and before.shape == after.shape and before.stride() == after.stride()
+
+
+def _is_effect(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable or "assert" in target._schema.name
+    return False

@@ -1,0 +1,132 @@
+"""Write new state over old: a step holds one copy of its state, not two."""
+
+import torch
+from torch import fx
+
+from ftrain.loop import is_loop, loop_body
+from ftrain.passes.aliasing import readers_by_storage, storage
+
+_aten = torch.ops.aten
+
+# Elementwise ops that may write over one of their inputs: the overload that takes `out`.
+_OUT_FORM = {
+    _aten.add.Tensor: _aten.add.out,
+    _aten.sub.Tensor: _aten.sub.out,
+    _aten.mul.Tensor: _aten.mul.out,
+    _aten.div.Tensor: _aten.div.out,
+    _aten.addcmul.default: _aten.addcmul.out,
+    _aten.addcdiv.default: _aten.addcdiv.out,
+    _aten.lerp.Scalar: _aten.lerp.Scalar_out,
+    _aten.lerp.Tensor: _aten.lerp.Tensor_out,
+    _aten.where.self: _aten.where.self_out,
+    _aten.maximum.default: _aten.maximum.out,
+    _aten.minimum.default: _aten.minimum.out,
+    _aten.sqrt.default: _aten.sqrt.out,
+    _aten.neg.default: _aten.neg.out,
+}
+
+
+def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: bool = False) -> None:
+    """Insert `copy_(old, new)` for every donated leaf, as early as the old value's last reader allows.
+
+    `donated` maps names of placeholders to positions of outputs with the same shape and dtype. These outputs are
+    dropped, since the new values are in the arguments (with `keep_outputs` they become the placeholders themselves). A
+    new value that is itself another input, a view, or a second use of the same node is copied first, and so is another
+    output that looks at a donated leaf. Values do not change. Bodies of loops write into their carry.
+    """
+    graph = module.graph
+    for loop in [n for n in graph.nodes if is_loop(n)]:
+        body = loop_body(loop)
+        carried = [n.name for n in body.graph.nodes if n.op == "placeholder"][: len(loop.args[2])]
+        donate(body, {name: i for i, name in enumerate(carried)}, keep_outputs=True)
+    _copy_kept_views(graph, donated)
+    output = graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    inputs_by_storage = {storage(n): n for n in placeholders.values()}
+    readers = readers_by_storage(graph)
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    taken: set[fx.Node] = set()
+    for name, index in donated.items():
+        old, new = placeholders[name], results[index]
+        if new is old:
+            continue
+        if new in taken or storage(new) in inputs_by_storage or _shares_storage(new, graph, output):
+            with graph.inserting_before(output):
+                new = _copy_of(graph, new)
+            position[new] = position[output]
+        taken.add(new)
+        results[index] = old
+        last = max([new, *readers.get(storage(old), ())], key=position.__getitem__)
+        with graph.inserting_after(last):
+            write = graph.call_function(_aten.copy_.default, (old, new))
+        write.meta.update(val=old.meta["val"], phase="step", path=old.meta.get("path"), site=new.meta.get("site"))
+    dropped = set() if keep_outputs else set(donated.values())
+    output.args = ([r for i, r in enumerate(results) if i not in dropped],)
+    graph.lint()
+    module.recompile()
+
+
+def _copy_kept_views(graph: fx.Graph, donated: dict[str, int]) -> None:
+    """Copy outputs that stay and look at memory that will be overwritten."""
+    output = graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    overwritten = {storage(n) for n in graph.nodes if n.op == "placeholder" and n.name in donated}
+    replaced = set(donated.values())
+    for i, node in enumerate(results):
+        if i not in replaced and storage(node) in overwritten:
+            with graph.inserting_after(_after_placeholders(graph, node)):
+                results[i] = _copy_of(graph, node)
+    output.args = (results,)
+
+
+def _after_placeholders(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    return node if node.op != "placeholder" else [n for n in graph.nodes if n.op == "placeholder"][-1]
+
+
+def write_in_place(module: fx.GraphModule) -> None:
+    """Turn `copy_(old, op(...))` into `op(..., out=old)` where the op is elementwise; no value changes.
+
+    Later readers of the new value read the old leaf's memory instead. For the interpreter only: compilers fuse the copy
+    by themselves.
+    """
+    graph = module.graph
+    readers = readers_by_storage(graph)
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    for write in [n for n in graph.nodes if n.target is _aten.copy_.default]:
+        old, new = write.args
+        if new.target not in _OUT_FORM or not _may_alias(new, old):
+            continue
+        if any(position[new] < position[r] < position[write] for r in readers[storage(old)]):
+            continue
+        with graph.inserting_after(new):
+            fused = graph.call_function(_OUT_FORM[new.target], new.args, {**new.kwargs, "out": old})
+        fused.meta.update(new.meta, val=old.meta["val"])
+        position[fused] = position[new]
+        graph.erase_node(write)
+        new.replace_all_uses_with(fused)
+        graph.erase_node(new)
+    graph.lint()
+    module.recompile()
+
+
+def _shares_storage(node: fx.Node, graph: fx.Graph, output: fx.Node) -> bool:
+    """Another result looks at the same memory, so writing it elsewhere would break that one."""
+    mine = storage(node)
+    return any(other is not node and storage(other) == mine for other in output.all_input_nodes)
+
+
+def _copy_of(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    value = node.meta["val"]
+    copy = graph.call_function(_aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    copy.meta.update(node.meta, val=value.new_empty(value.shape), phase="step")
+    return copy
+
+
+def _may_alias(new: fx.Node, old: fx.Node) -> bool:
+    """The op's result has the leaf's layout, and whatever it reads of the leaf is the leaf itself."""
+    result, leaf = new.meta["val"], old.meta["val"]
+    if result.shape != leaf.shape or result.dtype != leaf.dtype or not result.is_contiguous():
+        return False
+    mine = storage(old)
+    return all(n is old or storage(n) != mine for n in new.all_input_nodes)

@@ -1,0 +1,125 @@
+"""Every private torch name that the trainer uses, with one canary test each: an upgrade of torch has one place."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+__all__ = ["FakeTensor", "FakeTensorMode"]
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have shapes and no memory; sizes that depend on data get symbols."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def autograd_sequence() -> int:
+    """The number that autograd will give to the next forward op on this thread."""
+    return torch.autograd._get_sequence_nr()
+
+
+def tracing_graph() -> fx.Graph | None:
+    """The graph being written by the innermost trace on this thread, or None."""
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph  # type: ignore[union-attr]
+
+
+def trace_to_graph(function: Callable, fakes: list[Any]) -> fx.GraphModule:
+    """Trace a function of flat fake tensors to a graph of ATen ops and opaque ops.
+
+    An enclosing trace is paused, so a body of a loop can be traced in the middle of another trace.
+    """
+    with disable_proxy_modes_tracing(), torch.autograd.set_multithreading_enabled(False):
+        return make_fx(function, tracing_mode="real", _error_on_data_dependent_ops=False)(*fakes)
+
+
+@contextmanager
+def paused_trace() -> Iterator[None]:
+    """Within the block ops leave no nodes in the enclosing trace."""
+    with disable_proxy_modes_tracing():
+        yield
+
+
+def emit_node(
+    target: Callable, body: fx.GraphModule, name: str, args: tuple, outputs: list[Tensor], meta: dict[str, Any]
+) -> list[Tensor]:
+    """Append `target(body, *args)` to the trace under way; `outputs` are fake tensors that now stand for its results."""
+    mode = get_proxy_mode()
+    assert mode is not None, "emit_node is only for use inside a trace"
+    tracer: Any = mode.tracer
+    number = sum(1 for key, _ in tracer.root.named_children() if key.startswith(name))
+    tracer.root.register_module(f"{name}_{number}", body)
+    handle = tracer.create_proxy("get_attr", f"{name}_{number}", (), {})
+    proxies = torch.utils._pytree.tree_map(tracer.unwrap_proxy, args)
+    before = len(tracer.graph.nodes)
+    proxy = tracer.create_proxy("call_function", target, (handle, *proxies), {}, name=name)
+    track_tensor_tree(outputs, proxy, constant=None, tracer=tracer)
+    for _, node in zip(range(len(tracer.graph.nodes) - before), reversed(tracer.graph.nodes), strict=False):
+        node.meta.update(meta)
+    return outputs
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """True if the tensor stands for a node of the trace under way."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    mode = get_proxy_mode()
+    return mode is not None and get_proxy_slot(tensor, mode.tracer, None) is not None  # type: ignore[call-overload]
+
+
+def below_autograd() -> Any:
+    """A guard that skips autograd's dispatch: a traced graph already holds its backward."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identity of the memory that a tensor looks at; equal for views of one another, also for fake tensors."""
+    return tensor.untyped_storage()._cdata
+
+
+def new_fake_like(tensor: Tensor) -> Tensor:
+    """A fresh fake tensor of the same shape, dtype and device, contiguous, unknown to any trace."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def shapes_of_result(function: Callable[[], Any]) -> Any:
+    """Call a function for the shapes of its result alone: inside a trace nothing is recorded, outside nothing computed."""
+    if tracing_graph() is not None:
+        with disable_proxy_modes_tracing():
+            return function()
+    with new_fake_mode():
+        return function()
+
+
+def fake_mode_of(fakes: list[Any]) -> FakeTensorMode:
+    """The mode that made these fake tensors (a new one if there is none)."""
+    for value in fakes:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return new_fake_mode()
+
+
+def compile_with_inductor(module: fx.GraphModule) -> Callable:
+    """Compile a graph of functional ops and final `copy_`s to inputs; shapes are those of the trace."""
+    from torch._inductor import standalone_compile
+
+    inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    return standalone_compile(module, inputs, dynamic_shapes="from_graph")
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value of a node, worked out anew from those of its inputs: its memory is its own, or its input's view."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    flat = torch.utils._pytree.tree_leaves((args, kwargs))
+    with fake_mode_of([a for a in flat if isinstance(a, FakeTensor)]):
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,120 @@
+"""Where a node of the graph came from: source line, phase, and for a backward node the forward op it transposes.
+
+While a step is traced, a dispatch mode stands above the tracer and marks every node that an op leaves in the graph.
+Autograd numbers forward ops (`sequence_nr`) and keeps the number on their backward nodes; a prehook on each backward
+node tells the mode which forward op is being transposed.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ftrain.private import autograd_sequence, tracing_graph
+
+_HERE = str(Path(__file__).resolve().parent)
+_KERNELS = str(Path(_HERE).parent / "kernels")
+_MACHINERY = (_HERE, _KERNELS, str(Path(torch.__file__).resolve().parent), "<", "optree", "contextlib")
+
+
+class Site(NamedTuple):
+    """A line of the user's code."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} ({self.function})"
+
+
+def _is_machinery(file: str) -> bool:
+    return file.startswith(_MACHINERY) or "/optree/" in file or file.endswith("contextlib.py")
+
+
+def user_site(frame: FrameType | None = None) -> Site | None:
+    """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit."""
+    here = frame or sys._getframe(1)
+    while here is not None:
+        if not _is_machinery(here.f_code.co_filename):
+            return Site(here.f_code.co_filename, here.f_lineno, here.f_code.co_name)
+        here = here.f_back  # type: ignore[assignment]
+    return None
+
+
+class Provenance(TorchDispatchMode):
+    """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward" or "step")."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "step"
+        self._site_of_sequence: dict[int, Site | None] = {}
+        self._transposed: int | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        graph = tracing_graph()
+        before = len(graph.nodes) if graph is not None else 0
+        out = func(*args, **(kwargs or {}))
+        if graph is not None and len(graph.nodes) > before:
+            site = self._site()
+            for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
+                node.meta["site"], node.meta["phase"] = site, self.phase
+        return out
+
+    def _site(self) -> Site | None:
+        if self._transposed is not None:
+            return self._site_of_sequence.get(self._transposed)
+        site = user_site()
+        self._site_of_sequence[autograd_sequence() - 1] = site
+        return site
+
+    @contextmanager
+    def in_phase(self, phase: str) -> Iterator[None]:
+        """Nodes made within the block belong to `phase`."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase, self._transposed = before, None
+
+    def watch_backward(self, loss: Tensor) -> None:
+        """Make the backward of `loss` tell which forward op each of its nodes transposes."""
+        seen, stack = set(), [loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            number = node._sequence_nr()
+            node.register_prehook(lambda grads, number=number: self._enter(number))
+            stack.extend(parent for parent, _ in node.next_functions)
+
+    def _enter(self, sequence: int) -> None:
+        self._transposed = sequence
+
+
+_current: ContextVar[Provenance | None] = ContextVar("ftrain_provenance", default=None)
+
+
+def current_provenance() -> Provenance | None:
+    """The mode of the trace under way, or None in eager code."""
+    return _current.get()
+
+
+@contextmanager
+def recording() -> Iterator[Provenance]:
+    """Record provenance for the trace made within the block."""
+    mode = Provenance()
+    token = _current.set(mode)
+    try:
+        with mode:
+            yield mode
+    finally:
+        _current.reset(token)

@@ -1,0 +1,163 @@
+"""From a pure function and the shapes of its arguments to one flat graph of ATen ops.
+
+The trace sees shapes alone: every tensor leaf becomes a fake tensor of its own (so two leaves that share memory stay
+two), runs through the function once, and leaves a node per op: forward, backward and optimizer update alike.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ftrain import tree
+from ftrain.loop import is_loop, loop_body
+from ftrain.passes.functionalize import functionalize
+from ftrain.precision import Precision, computing_in
+from ftrain.private import FakeTensor, new_fake_mode, trace_to_graph
+from ftrain.provenance import recording
+
+
+class Aval(NamedTuple):
+    """What a trace knows of a tensor; also stands for one where a step is lowered without data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(leaf: Any) -> "Aval":
+        """The abstract value of a tensor or of something that has `shape` and `dtype`."""
+        device = getattr(leaf, "device", None) or torch.device("cpu")
+        return Aval(tuple(leaf.shape), leaf.dtype, torch.device(device))
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass
+class Traced:
+    """A flat graph: one placeholder per tensor leaf of the arguments, one output per tensor leaf of the result."""
+
+    module: fx.GraphModule
+    input_paths: list[str]
+    input_avals: list[Aval]
+    output_paths: list[str]
+    output_tree: Any
+    static_outputs: dict[int, Any]
+
+    def assemble(self, tensors: Sequence[Tensor]) -> Any:
+        """The result's tree, from the graph's flat outputs and the leaves that are not tensors."""
+        if self.static_outputs:
+            remaining = iter(tensors)
+            count = len(tensors) + len(self.static_outputs)
+            tensors = [self.static_outputs[i] if i in self.static_outputs else next(remaining) for i in range(count)]
+        return tree.unflatten(self.output_tree, tensors)
+
+
+def is_array(leaf: Any) -> bool:
+    """True for what a trace takes as data: tensors and abstract values; numbers and strings are constants of a trace."""
+    return isinstance(leaf, Tensor | Aval)
+
+
+def trace(
+    function: Callable, args: tuple, names: Sequence[str], *, precision: Precision | None = None, device: Any = None
+) -> Traced:
+    """Trace `function(*args)`; `names` are the names of its arguments, the first components of leaf paths.
+
+    Leaves may be tensors (real, meta or fake) or `Aval`s; only their shapes and dtypes are read. `device` overrides the
+    leaves' devices. Leaves that are not tensors are constants of the trace.
+    """
+    leaves, treedef = tree.flatten(args)
+    paths = argument_paths(args, names)
+    slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    avals = [Aval.of(leaves[i]) for i in slots]
+    result: list[tuple[list[Any], Any, list[str]]] = []
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        filled = list(leaves)
+        for i, tensor in zip(slots, tensors, strict=True):
+            filled[i] = tensor
+        out = function(*tree.unflatten(treedef, filled))
+        out_leaves, out_tree = tree.flatten(out)
+        result.append((out_leaves, out_tree, tree.paths(out)))
+        return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
+
+    with new_fake_mode(), recording(), computing_in(precision):
+        fakes = [torch.empty(a.shape, dtype=a.dtype, device=_traceable(device or a.device)) for a in avals]
+        module = trace_to_graph(flat, fakes)
+    out_leaves, out_tree, out_paths = result[-1]
+    module = functionalize(module, [paths[i] for i in slots])
+    _name_placeholders(module.graph, [paths[i] for i in slots])
+    _check_constants(module)
+    return Traced(
+        module=module,
+        input_paths=[paths[i] for i in slots],
+        input_avals=avals,
+        output_paths=[p for p, leaf in zip(out_paths, out_leaves, strict=True) if isinstance(leaf, Tensor)],
+        output_tree=out_tree,
+        static_outputs={i: leaf for i, leaf in enumerate(out_leaves) if not isinstance(leaf, Tensor)},
+    )
+
+
+def argument_paths(args: tuple, names: Sequence[str]) -> list[str]:
+    """Dotted paths of all leaves of the arguments, each starting with its argument's name."""
+    return [".".join(p for p in (name, path) if p) for name, arg in zip(names, args, strict=True) for path in tree.paths(arg)]
+
+
+def _traceable(device: Any) -> torch.device:
+    """Fake CUDA tensors with an autograd leaf abort a process whose torch has no CUDA: trace those as CPU tensors."""
+    device = torch.device(device)
+    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return device
+
+
+def _name_placeholders(graph: fx.Graph, paths: list[str]) -> None:
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, path in zip(placeholders, paths, strict=True):
+        node.meta["path"] = path
+        node.meta["phase"] = "input"
+        node._rename(path.replace(".", "_").replace("-", "_"))
+
+
+def _check_constants(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        value = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(value, FakeTensor):
+            raise ValueError(
+                f"{node.meta.get('site')}: the step uses a tensor that was made in another trace; pass it as an argument"
+            )
+
+
+def spread_paths(module: fx.GraphModule, first_argument: str) -> None:
+    """Give every node the path of the parameter that it is about.
+
+    A node that reads leaves of the step's first argument (its state or parameters) has the last such leaf's path; any
+    other inherits from the latest of its inputs that has one, which is where the computation stands. Leaves of other
+    arguments only name nodes that know nothing better.
+    """
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    prefix = first_argument + "."
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or node.op == "output":
+            continue
+        known = [n for n in node.all_input_nodes if n.meta.get("path")]
+        state = [n for n in known if n.meta["path"].startswith(prefix)]
+        leaves = [n for n in state if n.op == "placeholder"]
+        best = leaves or state or known
+        if best:
+            node.meta["path"] = max(best, key=order.__getitem__).meta["path"]
+        if is_loop(node):
+            _spread_into(node, first_argument)
+
+
+def _spread_into(node: fx.Node, first_argument: str) -> None:
+    body = loop_body(node)
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    flat = [n for group in node.args[2:] for n in group]  # type: ignore[union-attr]
+    for inner, outer in zip(placeholders, flat, strict=True):
+        if isinstance(outer, fx.Node) and outer.meta.get("path"):
+            inner.meta["path"] = outer.meta["path"]
+    spread_paths(body, first_argument)

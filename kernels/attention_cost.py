@@ -1,0 +1,203 @@
+"""What the attention ops cost: bytes of workspace and floating-point operations, from their arguments alone.
+
+The rules see shapes, never the segments. Where documents matter they give the bound: flops and buffers of one document
+that fills the pack, and copies as if no two documents lay side by side.
+
+T query tokens, S key tokens, H query heads, G key/value heads, K head dim, V value dim, item: bytes of an element.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.attention_cpu import Rule, blocks, served_by_aten
+from kernels.attention_cuda import served_by_flash
+from kernels.attention_math import accumulate_dtype
+from kernels.documents import TOKENS_TOGETHER
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers that all rules need."""
+
+    T: int
+    S: int
+    H: int
+    G: int
+    K: int
+    V: int
+    item: int
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor) -> "Sizes":
+        (T, H, K), (S, G, V) = q.shape, v.shape
+        return Sizes(T, S, H, G, K, V, accumulate_dtype(q.dtype).itemsize)
+
+    @property
+    def queries(self) -> int:
+        """Bytes per token of the queries."""
+        return self.H * self.K * self.item
+
+    @property
+    def keys(self) -> int:
+        """Bytes per token of keys and values."""
+        return self.G * (self.K + self.V) * self.item
+
+    @property
+    def output(self) -> int:
+        """Bytes per token of the output."""
+        return self.H * self.V * self.item
+
+    @property
+    def copied(self) -> int:
+        """How many tokens, all heads counted, are copied at once: short documents together, or one head of a long."""
+        return min(max(self.T, self.S), max(TOKENS_TOGETHER, -(-max(self.T, self.S) // self.G)))
+
+
+def forward_workspace(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor | None,
+    kv_segments: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    max_documents: int | None,
+) -> int:
+    """Peak bytes of `attention_forward` beyond its outputs."""
+    if q.is_cuda and served_by_flash(q, v, kv_segments):
+        return 0
+    n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
+    call = _call_bytes(n, rule, served_by_aten(q, v), backward=False)
+    if _in_place(q, segments):
+        return max(call, n.T * n.H * n.item)
+    copies = n.copied * (n.queries + n.keys + n.output + n.H * n.item)
+    cast = n.copied * n.H * n.V * q.element_size() if q.element_size() < n.item else 0
+    return copies + max(call, cast) + _index_bytes(n, segments)
+
+
+def backward_workspace(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor | None,
+    kv_segments: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    max_documents: int | None,
+) -> int:
+    """Peak bytes of `attention_backward` beyond its outputs."""
+    n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
+    if q.is_cuda and served_by_flash(q, v, kv_segments):
+        return _flash_backward_bytes(n, q.element_size(), max_documents or 1)
+    call = _call_bytes(n, rule, served_by_aten(q, v), backward=True)
+    if _in_place(q, segments):
+        return call
+    copies = n.copied * (2 * n.queries + 2 * n.keys + 2 * n.output + n.H * n.item)
+    return call + copies + _index_bytes(n, segments)
+
+
+def _flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:
+    """float32 sums of dq, a number per query, and gradients of keys per query head before these are added up."""
+    padded = n.T + 128 * documents
+    expanded = 0 if n.G == n.H else 2 * n.T * n.H * n.K * half
+    return padded * n.H * (n.K + 1) * 4 + expanded
+
+
+def _in_place(q: Tensor, segments: Tensor | None) -> bool:
+    """One document in the dtype that is computed in: the kernel's results are the op's."""
+    return segments is None and q.dtype == accumulate_dtype(q.dtype)
+
+
+def _index_bytes(n: Sizes, segments: Tensor | None) -> int:
+    """Positions of gathered tokens, int64, of queries and of keys."""
+    return 0 if segments is None else 2 * 8 * min(max(n.T, n.S), TOKENS_TOGETHER)
+
+
+def _call_bytes(n: Sizes, rule: Rule, aten: bool, backward: bool) -> int:
+    """One call for the largest block of a document that fills the pack: mask, buffers, results."""
+    rule = rule.trimmed(n.T, n.S)
+    cut = list(blocks(n.T, n.S, rule))
+    L, M = max((b.L for b in cut), default=0), max((b.M for b in cut), default=0)
+    masked = rule.window is not None or (rule.causal and n.T != n.S)
+    mask = L * M * n.item if masked else 0
+    buffers = _aten_bytes(n, L, M, backward) if aten else _math_bytes(n, L, M, backward)
+    if len(cut) < 2:
+        return mask + buffers
+    # the results of the block before are let go only when the next ones are there
+    results = L * n.queries + 2 * M * n.keys if backward else 2 * L * (n.output + n.H * n.item)
+    return mask + buffers + results
+
+
+def _aten_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
+    """What each thread of ATen's kernel holds: scores of a tile (and their gradient), maxima, sums, a tile's output."""
+    tile = min(L, 256 if L >= 768 else 64 if L >= 192 else 32)
+    scores = tile * min(512, M)
+    each = 2 * scores if backward else scores + 2 * tile + tile * n.K
+    return torch.get_num_threads() * each * n.item
+
+
+def _math_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
+    """Scores and probabilities, or probabilities and their gradient, of the heads that are computed together."""
+    heads = max(n.H // n.G, n.H * n.copied // max(n.T, n.S, 1))
+    scores = heads * L * M * n.item
+    return 2 * scores + L * n.output + (L * n.queries + 2 * M * n.keys if backward else 0)
+
+
+def seen_pairs(T: int, S: int, causal: bool, window: int | None) -> float:
+    """How many pairs of a query and a key meet in one document; causal counts half."""
+    dense = T * S / 2 if causal else T * S
+    return dense if window is None else min(dense, T * min(S, window if causal else 2 * window - 1))
+
+
+def forward_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor | None,
+    kv_segments: Tensor | None,
+    causal: bool,
+    window: int | None,
+    *_: object,
+) -> int:
+    """Two matmuls: scores and output."""
+    n = Sizes.of(q, k, v)
+    return int(2 * n.H * (n.K + n.V) * seen_pairs(n.T, n.S, causal, window))
+
+
+def backward_flops(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor | None,
+    kv_segments: Tensor | None,
+    causal: bool,
+    window: int | None,
+    *_: object,
+) -> int:
+    """Five matmuls: the scores again, and the gradients of probabilities, values, queries and keys."""
+    n = Sizes.of(q, k, v)
+    return int(2 * n.H * (3 * n.K + 2 * n.V) * seen_pairs(n.T, n.S, causal, window))
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {
+    "ftrain::attention_forward": forward_workspace,
+    "ftrain::attention_backward": backward_workspace,
+}
+"""Op name to peak bytes beyond the op's outputs, from its arguments."""
+
+FLOPS: dict[str, Callable[..., int]] = {
+    "ftrain::attention_forward": forward_flops,
+    "ftrain::attention_backward": backward_flops,
+}
+"""Op name to floating-point operations of its matmuls, recomputation included."""

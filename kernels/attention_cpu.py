@@ -1,0 +1,261 @@
+"""Attention over packed documents, document by document: the implementation behind the opaque ops on CPU.
+
+Documents of equal length are one batched call of ATen's flash attention for CPU; where that op does not serve (values
+of another width, devices other than CPU) the same loop runs plain math. Time grows with the sum of squared document
+lengths; with a window, with length times window. No mask over the pack exists.
+
+T query tokens, S key tokens, H query heads, G key/value heads, R = H / G, K head dim, V value dim,
+B documents computed together, L queries and M keys of one of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import attention_math
+from kernels.attention_math import accumulate_dtype
+from kernels.documents import TOKENS_TOGETHER, Pair, batches, document_pairs, rows
+
+BLOCK = 128
+"""Fewest queries that share one masked call."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which keys a query sees, in a document whose ends are aligned, and the scale of the scores."""
+
+    causal: bool
+    window: int | None
+    scale: float
+
+    def trimmed(self, L: int, M: int) -> "Rule":
+        """Without a window that hides nothing in a document of these lengths."""
+        if self.window is not None and self.window >= max(L, M):
+            return Rule(self.causal, None, self.scale)
+        return self
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries `[i, i + L)` of a document, and the keys `[j, j + M)` that any of them sees."""
+
+    i: int
+    L: int
+    j: int
+    M: int
+    offset: int  # position of query i minus position of key j
+
+
+def blocks(L: int, M: int, rule: Rule) -> Iterator[Block]:
+    """Cut a document so that its calls cover what the rule lets through and little more."""
+    if rule.window is None and (not rule.causal or L == M):
+        yield Block(0, L, 0, M, M - L)
+        return
+    shift, size = M - L, max(BLOCK, rule.window or 0)
+    for i in range(0, L, size):
+        last = min(L, i + size) - 1
+        low = 0 if rule.window is None else max(0, i + shift - rule.window + 1)
+        high = M if rule.window is None else min(M, last + shift + rule.window)
+        high = min(high, last + shift + 1) if rule.causal else high
+        if high > low:
+            yield Block(i, last + 1 - i, low, high - low, i + shift - low)
+
+
+def block_mask(block: Block, rule: Rule, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """What is added to the scores of a block, `[L, M]`: 0 where seen, -inf elsewhere; None if everything is seen."""
+    if rule.window is None and not (rule.causal and block.offset < block.M - 1):
+        return None
+    i_L1 = torch.arange(block.L, device=device)[:, None] + block.offset
+    j_M = torch.arange(block.M, device=device)
+    ahead = 0 if rule.causal or rule.window is None else rule.window - 1
+    hidden_LM = j_M > i_L1 + ahead
+    if rule.window is not None:
+        hidden_LM.logical_or_(j_M <= i_L1 - rule.window)
+    return torch.zeros(block.L, block.M, dtype=dtype, device=device).masked_fill_(hidden_LM, -torch.inf)
+
+
+def forward(
+    q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, segments_T: Tensor | None, kv_segments_S: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Output `[T, H, V]` and the log of the sum of exponentials `[H, T]` (float32, or float64 for float64).
+
+    Half precision is computed in float32: most CPUs are slower in half (6 times with AVX2), and none is more exact.
+    """
+    T, H, _ = q_THK.shape
+    q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (q_THK, k_SGK, v_SGV))
+    pairs, dtype = document_pairs(segments_T, kv_segments_S, T, k_SGK.shape[0]), accumulate_dtype(q_THK.dtype)
+    if _fills(pairs, T, k_SGK.shape[0]) and q_THK.dtype == dtype:
+        L, M = pairs[0].q_length, pairs[0].k_length
+        out_BHLV, lse_BHL = _batch_forward(_fold(q_THK, L), _fold(k_SGK, M), _fold(v_SGV, M), rule)
+        return out_BHLV.transpose(1, 2).reshape(T, H, -1), lse_BHL.transpose(0, 1).reshape(H, T).contiguous()
+    out_THV = q_THK.new_zeros(T, H, v_SGV.shape[2])
+    lse_HT = torch.full((H, T), -torch.inf, dtype=dtype, device=q_THK.device)
+    for part in _parts(pairs, H, k_SGK.shape[1], q_THK.device):
+        q, k, v = part.queries(q_THK, dtype), part.keys(k_SGK, dtype), part.keys(v_SGV, dtype)
+        out_BHLV, lse_BHL = _batch_forward(q, k, v, rule)
+        out_THV[:, part.h][part.at_q] = _unfold(out_BHLV, out_THV.dtype)
+        lse_HT[part.h, part.at_q] = lse_BHL.transpose(0, 1).flatten(1)
+    return out_THV, lse_HT
+
+
+def backward(
+    grad_THV: Tensor,
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
+    out_THV: Tensor,
+    lse_HT: Tensor,
+    segments_T: Tensor | None,
+    kv_segments_S: Tensor | None,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, shaped as these."""
+    (T, H, _), S = q_THK.shape, k_SGK.shape[0]
+    grad_THV, q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (grad_THV, q_THK, k_SGK, v_SGV))
+    pairs, dtype = document_pairs(segments_T, kv_segments_S, T, S), lse_HT.dtype
+    if _fills(pairs, T, S) and q_THK.dtype == dtype:
+        L, M = pairs[0].q_length, pairs[0].k_length
+        grad, q, out = (_fold(x, L) for x in (grad_THV, q_THK, out_THV))
+        grads = _batch_backward(grad, q, _fold(k_SGK, M), _fold(v_SGV, M), out, _fold_lse(lse_HT, L), rule)
+        dq, dk, dv = (_unfold(g, dtype).contiguous() for g in grads)
+        return dq, dk, dv
+    dq_THK, dk_SGK, dv_SGV = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_SGK, v_SGV))
+    for part in _parts(pairs, H, k_SGK.shape[1], q_THK.device):
+        grad, q, out = (part.queries(x, dtype) for x in (grad_THV, q_THK, out_THV))
+        k, v, lse = part.keys(k_SGK, dtype), part.keys(v_SGV, dtype), _fold_lse(lse_HT[part.h, part.at_q], part.L)
+        dq, dk, dv = _batch_backward(grad, q, k, v, out, lse, rule)
+        dq_THK[:, part.h][part.at_q] = _unfold(dq, q_THK.dtype)
+        dk_SGK[:, part.g][part.at_k] = _unfold(dk, q_THK.dtype)
+        dv_SGV[:, part.g][part.at_k] = _unfold(dv, q_THK.dtype)
+    return dq_THK, dk_SGK, dv_SGV
+
+
+def _fills(pairs: list[Pair], T: int, S: int) -> bool:
+    """True if the documents are equally long and fill the pack in order: then views go in and views come out."""
+    if not pairs:
+        return False
+    L, M = pairs[0].q_length, pairs[0].k_length
+    equal = all((p.q_start, p.q_length, p.k_start, p.k_length) == (n * L, L, n * M, M) for n, p in enumerate(pairs))
+    return equal and len(pairs) * L == T and len(pairs) * M == S
+
+
+@dataclass(frozen=True)
+class Part:
+    """Equal documents and some of their heads, computed in one go."""
+
+    at_q: slice | Tensor
+    at_k: slice | Tensor
+    L: int
+    M: int
+    h: slice
+    g: slice
+
+    def queries(self, x_THK: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[B, heads, L, K]`: a view where the documents lie side by side in the right dtype."""
+        return _fold(x_THK[:, self.h][self.at_q], self.L).to(dtype)
+
+    def keys(self, x_SGK: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[B, heads, M, K]`, likewise."""
+        return _fold(x_SGK[:, self.g][self.at_k], self.M).to(dtype)
+
+
+def _parts(pairs: list[Pair], H: int, G: int, device: torch.device) -> Iterator[Part]:
+    """Cut the work so that copies stay small: short documents together, the heads of long ones a few at a time."""
+    R = H // G
+    for batch in batches(pairs):
+        L, M = batch[0].q_length, batch[0].k_length
+        at_q, at_k = rows([p.q_start for p in batch], L, device), rows([p.k_start for p in batch], M, device)
+        some = max(1, G * TOKENS_TOGETHER // (len(batch) * max(L, M)))
+        for g in range(0, G, some):
+            yield Part(at_q, at_k, L, M, slice(g * R, (g + some) * R), slice(g, g + some))
+
+
+def _fold(x_TNK: Tensor, L: int) -> Tensor:
+    """`[B * L, heads, K]` seen as `[B, heads, L, K]`."""
+    return x_TNK.unflatten(0, (-1, L)).transpose(1, 2)
+
+
+def _unfold(x_BNLK: Tensor, dtype: torch.dtype) -> Tensor:
+    return x_BNLK.transpose(1, 2).flatten(0, 1).to(dtype)
+
+
+def _fold_lse(lse_HT: Tensor, L: int) -> Tensor:
+    return lse_HT.unflatten(1, (-1, L)).transpose(0, 1)
+
+
+def inner_dense(x: Tensor) -> Tensor:
+    """The kernels step over the last dim by one, and an expanded gradient has steps of zero."""
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+
+
+def _batch_forward(q_BHLK: Tensor, k_BGMK: Tensor, v_BGMV: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    B, H, L, _ = q_BHLK.shape
+    M = k_BGMK.shape[2]
+    rule = rule.trimmed(L, M)
+    cut = list(blocks(L, M, rule))
+    if [block.L for block in cut] == [L]:
+        return _block_forward(q_BHLK, *_keys(cut[0], k_BGMK, v_BGMV), rule, cut[0])
+    out_BLHV = q_BHLK.new_zeros(B, L, H, v_BGMV.shape[3])
+    lse_BHL = torch.full((B, H, L), -torch.inf, dtype=accumulate_dtype(q_BHLK.dtype), device=q_BHLK.device)
+    for block in cut:
+        i = slice(block.i, block.i + block.L)
+        out, lse_BHL[:, :, i] = _block_forward(q_BHLK[:, :, i], *_keys(block, k_BGMK, v_BGMV), rule, block)
+        out_BLHV[:, i] = out.transpose(1, 2)
+    return out_BLHV.transpose(1, 2), lse_BHL
+
+
+def _batch_backward(
+    grad_BHLV: Tensor, q_BHLK: Tensor, k_BGMK: Tensor, v_BGMV: Tensor, out_BHLV: Tensor, lse_BHL: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    L, M = q_BHLK.shape[2], k_BGMK.shape[2]
+    rule = rule.trimmed(L, M)
+    cut = list(blocks(L, M, rule))
+    if [(block.L, block.M) for block in cut] == [(L, M)]:
+        return _block_backward(grad_BHLV, q_BHLK, k_BGMK, v_BGMV, out_BHLV, lse_BHL, rule, cut[0])
+    dq, dk, dv = (torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (q_BHLK, k_BGMK, v_BGMV))
+    for block in cut:
+        i, j = slice(block.i, block.i + block.L), slice(block.j, block.j + block.M)
+        grad, q, out, lse = grad_BHLV[:, :, i], q_BHLK[:, :, i], out_BHLV[:, :, i], lse_BHL[:, :, i]
+        dq[:, :, i], dk_j, dv_j = _block_backward(grad, q, *_keys(block, k_BGMK, v_BGMV), out, lse, rule, block)
+        dk[:, :, j] += dk_j
+        dv[:, :, j] += dv_j
+    return dq, dk, dv
+
+
+def _keys(block: Block, k_BGMK: Tensor, v_BGMV: Tensor) -> tuple[Tensor, Tensor]:
+    j = slice(block.j, block.j + block.M)
+    return k_BGMK[:, :, j], v_BGMV[:, :, j]
+
+
+def _mask(q: Tensor, rule: Rule, block: Block) -> tuple[bool, Tensor | None]:
+    """The kernel's own causal flag where it says it all, else a mask where anything is hidden."""
+    if rule.causal and rule.window is None and block.L == block.M and block.offset == 0:
+        return True, None
+    return False, block_mask(block, rule, q.dtype, q.device)
+
+
+def served_by_aten(q: Tensor, v: Tensor) -> bool:
+    """True if ATen's flash attention for CPU takes these inputs."""
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+
+
+def _block_forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule, block: Block) -> tuple[Tensor, Tensor]:
+    causal, mask = _mask(q, rule, block)
+    if not served_by_aten(q, v):
+        return attention_math.forward(q, k, v, causal, mask, rule.scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=rule.scale
+    )
+
+
+def _block_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, block: Block
+) -> tuple[Tensor, Tensor, Tensor]:
+    causal, mask = _mask(q, rule, block)
+    if not served_by_aten(q, v):
+        return attention_math.backward(grad, q, k, v, out, lse, causal, mask, rule.scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=rule.scale
+    )

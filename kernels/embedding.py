@@ -1,0 +1,175 @@
+"""Rows of a table by token, and rows put into a sequence in place of others.
+
+Legend: T tokens, V vocabulary, D model, N rows to put in.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.backend import choose_backend
+from kernels.first_order import first_order
+from kernels.opaque import opaque_op
+from kernels.primitive import primitive
+
+# On CUDA the reference: checking an index would make the host wait, and ATen's own backward is deterministic.
+_BACKENDS = {"cpu": "cpu"}
+
+
+@primitive("embedding")
+def embedding(tokens_T: Tensor, table_VD: Tensor, *, backend: str = "auto") -> Tensor:
+    """`table[token]`, `[T, D]` (`[..., D]` for tokens of any shape, int64 or int32).
+
+    A token outside [0, V) is a ValueError on a CPU. The gradient of the table is dense, summed in float32 (float64)
+    and in a fixed order.
+    """
+    if tokens_T.dtype not in (torch.int64, torch.int32) or table_VD.dim() != 2:
+        raise ValueError(
+            f"embedding: tokens must be int64 or int32 and the table [V, D], got {tokens_T.dtype} and "
+            f"{list(table_VD.shape)}"
+        )
+    if choose_backend(backend, table_VD.device, _BACKENDS) == "reference":
+        return embedding_reference(tokens_T, table_VD)
+    return _Embedding.apply(tokens_T, table_VD)
+
+
+def embedding_reference(tokens_T: Tensor, table_VD: Tensor) -> Tensor:
+    """`embedding` in plain torch, differentiable to any order."""
+    return torch.nn.functional.embedding(tokens_T, table_VD)
+
+
+@primitive("merge")
+def merge_rows(x_TD: Tensor, rows_ND: Tensor, index_N: Tensor, *, backend: str = "auto") -> Tensor:
+    """x with `x[index[n]] = rows[n]`: a new tensor `[T, D]`, differentiable in both.
+
+    `index_N` int64 in [0, T]; a row whose index is T is dropped, so a fixed budget of rows can be padded. The others
+    must be distinct (a ValueError on a CPU).
+    """
+    _check_merge(x_TD, rows_ND, index_N)
+    if choose_backend(backend, x_TD.device, _BACKENDS) == "reference":
+        return merge_rows_reference(x_TD, rows_ND, index_N)
+    return _Merge.apply(x_TD, rows_ND, index_N)
+
+
+def merge_rows_reference(x_TD: Tensor, rows_ND: Tensor, index_N: Tensor) -> Tensor:
+    """`merge_rows` in plain torch, differentiable to any order."""
+    padded = torch.cat([x_TD, x_TD.new_zeros(1, x_TD.shape[1])])
+    return padded.index_copy(0, index_N, rows_ND)[:-1]
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(tokens_T: Tensor, table_VD: Tensor) -> Tensor:
+        return _lookup(tokens_T, table_VD)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        tokens_T, table_VD = inputs
+        ctx.vocabulary = table_VD.shape[0]
+        ctx.save_for_backward(tokens_T)
+
+    @staticmethod
+    def backward(ctx, dy_TD: Tensor):
+        (tokens_T,) = ctx.saved_tensors
+        return None, _lookup_backward_once(dy_TD, tokens_T, ctx.vocabulary)
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(x_TD: Tensor, rows_ND: Tensor, index_N: Tensor) -> Tensor:
+        return _merge(x_TD, rows_ND, index_N)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, dy_TD: Tensor):
+        return *_merge_backward_once(dy_TD, *ctx.saved_tensors), None
+
+
+def _check_merge(x_TD: Tensor, rows_ND: Tensor, index_N: Tensor) -> None:
+    if x_TD.dim() != 2 or rows_ND.dim() != 2 or x_TD.shape[1] != rows_ND.shape[1] or x_TD.dtype != rows_ND.dtype:
+        raise ValueError(
+            f"merge_rows: x [T, D] and rows [N, D] must share D and dtype, got {x_TD.dtype} {list(x_TD.shape)} and "
+            f"{rows_ND.dtype} {list(rows_ND.shape)}"
+        )
+    if index_N.shape != rows_ND.shape[:1] or index_N.dtype != torch.int64:
+        raise ValueError(
+            f"merge_rows: index must be int64 [{rows_ND.shape[0]}], got {index_N.dtype} {list(index_N.shape)}"
+        )
+
+
+def _lookup_cpu(tokens: Tensor, table_VD: Tensor) -> Tensor:
+    flat_N, V = tokens.reshape(-1), table_VD.shape[0]
+    if flat_N.numel():
+        low, high = (int(bound) for bound in torch.aminmax(flat_N))
+        if low < 0 or high >= V:
+            first = int(torch.nonzero((flat_N < 0) | (flat_N >= V))[0])
+            raise ValueError(f"embedding: token {int(flat_N[first])} at index {first} is outside the vocabulary of {V}")
+    return table_VD.index_select(0, flat_N).view(*tokens.shape, table_VD.shape[1])
+
+
+def _lookup_backward_cpu(dy: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    flat_N, dy_ND = tokens.reshape(-1), dy.reshape(-1, dy.shape[-1])
+    if dy.dtype in (torch.float32, torch.float64):
+        return torch.ops.aten.embedding_dense_backward(dy_ND, flat_N, vocabulary, -1, False)
+    # Sum in float32 only the rows of tokens that occur, then round once.
+    seen_U, which_N = torch.unique(flat_N, return_inverse=True)
+    sum_UD = torch.ops.aten.embedding_dense_backward(dy_ND.float(), which_N, seen_U.shape[0], -1, False)
+    return dy.new_zeros(vocabulary, dy.shape[-1]).index_copy_(0, seen_U.long(), sum_UD.to(dy.dtype))
+
+
+def _merge_cpu(x_TD: Tensor, rows_ND: Tensor, index_N: Tensor) -> Tensor:
+    _check_index(index_N, x_TD.shape[0])
+    y_TD = x_TD.clone(memory_format=torch.contiguous_format)
+    if int((kept_N := index_N < x_TD.shape[0]).sum()) == len(index_N):
+        return y_TD.index_copy_(0, index_N, rows_ND)
+    return y_TD.index_copy_(0, index_N[kept_N], rows_ND[kept_N])
+
+
+def _merge_backward_cpu(dy_TD: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
+    kept_N = index_N < dy_TD.shape[0]
+    dx_TD = dy_TD.clone(memory_format=torch.contiguous_format).index_fill_(0, index_N[kept_N], 0)
+    if not dy_TD.shape[0]:
+        return dx_TD, dy_TD.new_zeros(len(index_N), dy_TD.shape[1])
+    drows_ND = dy_TD.index_select(0, torch.where(kept_N, index_N, 0))
+    return dx_TD, drows_ND.masked_fill_(~kept_N[:, None], 0)
+
+
+def _check_index(index_N: Tensor, tokens: int) -> None:
+    """Raise for an index outside [0, T] or one below T that comes twice."""
+    if not index_N.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index_N))
+    if low < 0 or high > tokens:
+        first = int(torch.nonzero((index_N < 0) | (index_N > tokens))[0])
+        raise ValueError(f"merge_rows: index {int(index_N[first])} of row {first} is outside [0, {tokens}]")
+    count_T = torch.bincount(index_N, minlength=tokens + 1)[:tokens]
+    if tokens and int(count_T.max()) > 1:
+        raise ValueError(f"merge_rows: {int(count_T.max())} rows go to index {int(count_T.argmax())}, must be one")
+
+
+_lookup = opaque_op(
+    "embedding(Tensor tokens, Tensor table) -> Tensor",
+    fake=lambda tokens, table: table.new_empty((*tokens.shape, table.shape[1])),
+)(_lookup_cpu)
+
+_lookup_backward = opaque_op(
+    "embedding_backward(Tensor dy, Tensor tokens, SymInt vocabulary) -> Tensor",
+    fake=lambda dy, tokens, vocabulary: dy.new_empty(vocabulary, dy.shape[-1]),
+)(_lookup_backward_cpu)
+
+_merge = opaque_op(
+    "merge_rows(Tensor x, Tensor rows, Tensor index) -> Tensor",
+    fake=lambda x, rows, index: x.new_empty(x.shape),
+)(_merge_cpu)
+
+_merge_backward = opaque_op(
+    "merge_rows_backward(Tensor dy, Tensor index) -> (Tensor, Tensor)",
+    fake=lambda dy, index: (dy.new_empty(dy.shape), dy.new_empty(index.shape[0], dy.shape[1])),
+)(_merge_backward_cpu)
+
+_lookup_backward_once = first_order(_lookup_backward, "embedding")
+_merge_backward_once = first_order(_merge_backward, "merge_rows")

@@ -1,0 +1,29 @@
+"""Backwards that can run but not be differentiated again."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def first_order(op: Callable, kernel: str) -> Callable:
+    """Wrap the opaque backward of `kernel` so that differentiating its result raises.
+
+    An opaque op is a constant to autograd: without this a second derivative through it would be silently zero.
+    `torch.autograd.function.once_differentiable` does not do: under `torch.func`, and where the caller allows unused
+    inputs, it is silent too.
+    """
+
+    class FirstOrder(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output) -> None:
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError(f"{kernel} has no second derivative with this backend; pass backend='reference'")
+
+    return FirstOrder.apply

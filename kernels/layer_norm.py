@@ -1,0 +1,60 @@
+"""Layer normalisation over the last dim (Ba, Kiros and Hinton, "Layer normalization", 2016).
+
+Legend: N rows (every leading dim, flattened), D normalised dim.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import choose_backend
+
+# ATen's own layer norm is one node in a trace, one pass over memory on a CPU, and Inductor takes it apart to fuse it.
+_BACKENDS = {"cpu": "aten", "cuda": "aten"}
+
+
+def layer_norm(
+    x_ND: Tensor,
+    weight_D: Tensor | None = None,
+    bias_D: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dim; any leading dims.
+
+    Computed in float32 (float64 for float64) and rounded once, to the dtype of x. Weight and bias may each be None and
+    may be wider than x. `backend="aten"` runs `torch.nn.functional.layer_norm`.
+    """
+    _check(x_ND, weight_D, bias_D)
+    if choose_backend(backend, x_ND.device, _BACKENDS) == "reference":
+        return layer_norm_reference(x_ND, weight_D, bias_D, eps=eps)
+    if all(p is None or p.dtype == x_ND.dtype for p in (weight_D, bias_D)):
+        return torch.nn.functional.layer_norm(x_ND, x_ND.shape[-1:], weight_D, bias_D, eps)
+    wide = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
+    weight_D, bias_D = (None if p is None else p.to(wide) for p in (weight_D, bias_D))
+    # A CPU mixes narrow rows with wide weights by itself, if all three statistics are wide.
+    if x_ND.device.type == "cpu" and weight_D is not None and bias_D is not None:
+        return torch.nn.functional.layer_norm(x_ND, x_ND.shape[-1:], weight_D, bias_D, eps)
+    return torch.nn.functional.layer_norm(x_ND.to(wide), x_ND.shape[-1:], weight_D, bias_D, eps).to(x_ND.dtype)
+
+
+def layer_norm_reference(
+    x_ND: Tensor, weight_D: Tensor | None = None, bias_D: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    """`layer_norm` in plain torch, differentiable to any order."""
+    wide_ND = x_ND.to(torch.float64 if x_ND.dtype == torch.float64 else torch.float32)
+    centred_ND = wide_ND - wide_ND.mean(-1, keepdim=True)
+    y_ND = centred_ND * torch.rsqrt(centred_ND.square().mean(-1, keepdim=True) + eps)
+    if weight_D is not None:
+        y_ND = y_ND * weight_D.to(y_ND.dtype)
+    if bias_D is not None:
+        y_ND = y_ND + bias_D.to(y_ND.dtype)
+    return y_ND.to(x_ND.dtype)
+
+
+def _check(x_ND: Tensor, weight_D: Tensor | None, bias_D: Tensor | None) -> None:
+    if not x_ND.is_floating_point() or x_ND.dim() == 0:
+        raise ValueError(f"layer_norm: x must be floating point with a last dim, got {x_ND.dtype} {list(x_ND.shape)}")
+    for name, p in (("weight", weight_D), ("bias", bias_D)):
+        if p is not None and p.shape != x_ND.shape[-1:]:
+            raise ValueError(f"layer_norm: {name} {list(p.shape)} does not match the last dim of {list(x_ND.shape)}")

@@ -1,0 +1,373 @@
+"""Cross entropy of `x @ w` against labels, without ever holding the logits of all tokens.
+
+T tokens, D model, V vocabulary, c tokens of a chunk.
+
+The forward makes the logits of one chunk of tokens at a time and turns them, in place, into their own gradient: loss
+and gradients come from one pass, and the backward only multiplies by the gradient of the loss.
+Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", arXiv 2410.10989, section 3.2.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backend import choose_backend
+from kernels.first_order import first_order
+from kernels.opaque import opaque_op
+
+__all__ = ["FLOPS", "WORKSPACE", "linear_cross_entropy", "linear_cross_entropy_reference"]
+
+BACKENDS = {"cpu": "chunked", "cuda": "chunked"}
+
+CHUNK_BYTES = 24 * 2**20
+"""Size of the float32 logits of one chunk."""
+
+FEWEST_TOKENS = 128
+"""A chunk is never smaller: each adds to the whole gradient of the weight, which must not cost more than its matmul."""
+
+
+def linear_cross_entropy(
+    x_TD: Tensor,
+    w_DV: Tensor,
+    labels_T: Tensor,
+    *,
+    ignore_index: int = -100,
+    weights_T: Tensor | None = None,
+    softcap: float | None = None,
+    transposed: bool = False,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The sum over tokens of `weight * (logsumexp(z) - z[label])` with `z = x @ w`: a scalar in nats.
+
+    - `x_TD`, `w_DV`: one floating dtype. `transposed`: the weight is given as `[V, D]` (a tied embedding).
+    - `labels_T` int64: in `[0, V)`, or `ignore_index`, which adds nothing to the loss or any gradient.
+    - `weights_T`: floating, a factor per token, 1 if None; differentiable.
+    - `softcap`: `z` becomes `softcap * tanh(z / softcap)` (Gemma 2, arXiv 2408.00118).
+    - `chunk_tokens`: tokens per chunk; if None, as many as 24 MB of logits hold, and at least 128.
+    - `backend`: "auto", "reference" or "chunked".
+
+    The result is float32 (float64 for float64 inputs), as are logits and softmax; matmuls run in the dtype of the
+    inputs and the gradient of the weight is accumulated in that of the result. All labels ignored gives zero loss and
+    zero gradients. Differentiable once; `"auto"` takes the reference under `vmap`, `jvp` and nested `grad`.
+    `ValueError` for shapes and dtypes that do not fit, and for a label out of range (CUDA: a device-side assertion).
+    """
+    _check(x_TD, w_DV, labels_T, weights_T, softcap, transposed, chunk_tokens)
+    if choose_backend(backend, x_TD.device, BACKENDS) == "reference":
+        return linear_cross_entropy_reference(
+            x_TD,
+            w_DV,
+            labels_T,
+            ignore_index=ignore_index,
+            weights_T=weights_T,
+            softcap=softcap,
+            transposed=transposed,
+        )
+    T, V = x_TD.shape[0], w_DV.shape[0 if transposed else 1]
+    chunk = chunk_tokens or min(max(CHUNK_BYTES // (4 * max(V, 1)), FEWEST_TOKENS), max(T, 1))
+    options = Options(ignore_index, softcap, transposed, chunk)
+    need_x, need_w = x_TD.requires_grad, w_DV.requires_grad
+    need_weights = weights_T is not None and weights_T.requires_grad
+    if not torch.is_grad_enabled() or not (need_x or need_w or need_weights):
+        return linear_cross_entropy_loss(x_TD, w_DV, labels_T, weights_T, *options)
+    return _LinearCrossEntropy.apply(x_TD, w_DV, labels_T, weights_T, options, need_x, need_w)[0]
+
+
+def linear_cross_entropy_reference(
+    x_TD: Tensor,
+    w_DV: Tensor,
+    labels_T: Tensor,
+    *,
+    ignore_index: int = -100,
+    weights_T: Tensor | None = None,
+    softcap: float | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """The definition of `linear_cross_entropy`: all logits at once, any number of derivatives, any transform."""
+    z_TV = (x_TD @ (w_DV.mT if transposed else w_DV)).to(result_dtype(x_TD.dtype))
+    if softcap is not None:
+        z_TV = softcap * torch.tanh(z_TV / softcap)
+    valid_T = labels_T != ignore_index
+    label_T = torch.where(valid_T, labels_T, 0)
+    loss_T = z_TV.logsumexp(-1) - z_TV.gather(-1, label_T[..., None])[..., 0]
+    factor_T = valid_T.to(z_TV.dtype) if weights_T is None else torch.where(valid_T, weights_T, 0).to(z_TV.dtype)
+    return (loss_T * factor_T).sum()
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Options(NamedTuple):
+    """What the ops take besides tensors."""
+
+    ignore_index: int
+    softcap: float | None
+    transposed: bool
+    chunk: int
+
+
+@opaque_op(
+    "linear_cross_entropy_loss(Tensor x, Tensor w, Tensor labels, Tensor? weights, int ignore_index, float? softcap, "
+    "bool transposed, int chunk) -> Tensor",
+    fake=lambda x, *_: x.new_empty((), dtype=result_dtype(x.dtype)),
+)
+def linear_cross_entropy_loss(
+    x_TD: Tensor,
+    w_DV: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    transposed: bool,
+    chunk: int,
+) -> Tensor:
+    """The loss alone."""
+    w_DV = w_DV.t() if transposed else w_DV
+    _check_labels(labels_T, ignore_index, w_DV.shape[1])
+    loss_T = torch.zeros(x_TD.shape[0], dtype=result_dtype(x_TD.dtype), device=x_TD.device)
+    for at in _chunks(labels_T, ignore_index, chunk):
+        loss_T[at] = _chunk_loss(x_TD[at], w_DV, _safe(labels_T[at], ignore_index), softcap)[0]
+    return (loss_T * _factors(labels_T, weights_T, ignore_index, loss_T.dtype)).sum()
+
+
+def _grads_fake(
+    x: Tensor, w: Tensor, labels: Tensor, weights: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_x, need_w, dtype = *rest[-2:], result_dtype(x.dtype)
+    dx, dw = x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0)
+    return x.new_empty((), dtype=dtype), dx, dw, x.new_empty(x.shape[0], dtype=dtype)
+
+
+@opaque_op(
+    "linear_cross_entropy_grads(Tensor x, Tensor w, Tensor labels, Tensor? weights, int ignore_index, float? softcap, "
+    "bool transposed, int chunk, bool need_x, bool need_w) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_grads_fake,
+)
+def linear_cross_entropy_grads(
+    x_TD: Tensor,
+    w_DV: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    transposed: bool,
+    chunk: int,
+    need_x: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its gradients by `x` and `w` (empty where not needed), and the unweighted loss of each token `[T]`."""
+    dtype = result_dtype(x_TD.dtype)
+    factor_T = _factors(labels_T, weights_T, ignore_index, dtype)
+    loss_T = torch.zeros_like(factor_T)
+    dx_TD = torch.zeros(x_TD.shape if need_x else 0, dtype=x_TD.dtype, device=x_TD.device)
+    dw = torch.zeros(w_DV.shape if need_w else 0, dtype=dtype, device=w_DV.device)
+    w_DV, dw_DV = (w_DV.t(), dw.t() if need_w else dw) if transposed else (w_DV, dw)
+    _check_labels(labels_T, ignore_index, w_DV.shape[1])
+    for at in _chunks(labels_T, ignore_index, chunk):
+        x_cD, label_c = x_TD[at], _safe(labels_T[at], ignore_index)
+        loss_T[at], dz_cV = _chunk_gradient(x_cD, w_DV, label_c, factor_T[at], softcap)
+        dz_cV = dz_cV.to(x_TD.dtype)
+        if need_x:
+            dx_TD[at] = dz_cV @ w_DV.mT
+        if need_w:
+            _add_product(dw_DV, x_cD, dz_cV)
+        del dz_cV  # or it lives on while the next chunk makes its own
+    loss_T = torch.where(labels_T == ignore_index, 0, loss_T)
+    return (loss_T * factor_T).sum(), dx_TD, dw.to(w_DV.dtype), loss_T
+
+
+def _chunks(labels_T: Tensor, ignore_index: int, chunk: int) -> Iterator[slice | Tensor]:
+    """Which tokens are computed together. On CPU ignored tokens are left out; CUDA would have to wait to know them."""
+    T = labels_T.shape[0]
+    valid = None if labels_T.is_cuda else (labels_T != ignore_index).nonzero().flatten()
+    if valid is None or len(valid) == T:
+        yield from (slice(i, min(i + chunk, T)) for i in range(0, T, chunk))
+    else:
+        yield from valid.split(chunk) if len(valid) else ()
+
+
+def _factors(labels_T: Tensor, weights_T: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """The factor of each token's loss: its weight, or zero."""
+    valid_T = labels_T != ignore_index
+    return valid_T.to(dtype) if weights_T is None else torch.where(valid_T, weights_T.to(dtype), 0)
+
+
+def _safe(label_c: Tensor, ignore_index: int) -> Tensor:
+    return torch.where(label_c == ignore_index, 0, label_c)
+
+
+def _chunk_loss(
+    x_cD: Tensor, w_DV: Tensor, label_c: Tensor, softcap: float | None, slope: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss `[c]`, exponentials `[c, V]`, their sums `[c, 1]`, and the softcap's slope `[c, V]` if asked for."""
+    z_cV = (x_cD @ w_DV).to(result_dtype(x_cD.dtype))
+    slope_cV = None
+    if softcap is not None:
+        z_cV.div_(softcap).tanh_()
+        slope_cV = z_cV.square().neg_().add_(1) if slope else None
+        z_cV.mul_(softcap)
+    z_cV.sub_(z_cV.amax(1, keepdim=True))
+    picked_c = z_cV.gather(1, label_c[:, None])[:, 0]
+    z_cV.exp_()
+    sum_c1 = z_cV.sum(1, keepdim=True)
+    return sum_c1[:, 0].log() - picked_c, z_cV, sum_c1, slope_cV
+
+
+def _chunk_gradient(
+    x_cD: Tensor, w_DV: Tensor, label_c: Tensor, factor_c: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Loss `[c]`, and the gradient of the weighted loss by the logits before the softcap `[c, V]`."""
+    loss_c, z_cV, sum_c1, slope_cV = _chunk_loss(x_cD, w_DV, label_c, softcap, slope=True)
+    z_cV.mul_(factor_c[:, None] / sum_c1)
+    z_cV.scatter_add_(1, label_c[:, None], -factor_c[:, None])
+    return loss_c, z_cV if slope_cV is None else z_cV.mul_(slope_cV)
+
+
+def _add_product(dw_DV: Tensor, x_cD: Tensor, dz_cV: Tensor) -> None:
+    """`dw += x^T dz`. Half precision products are added to the float32 sum by rows, so that no second copy is held."""
+    if dw_DV.dtype == x_cD.dtype:
+        dw_DV.addmm_(x_cD.t(), dz_cV)
+        return
+    for some_DV, some_cD in zip(dw_DV.split(len(x_cD)), x_cD.split(len(x_cD), dim=1), strict=True):
+        some_DV.add_(some_cD.t() @ dz_cV)
+
+
+def _scaled(
+    grad: Tensor, dx: Tensor, dw: Tensor, loss_T: Tensor, x: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients times that of the loss; `x` and `w` only say what a second derivative would be taken by."""
+    return (dx * grad).to(dx.dtype), (dw * grad).to(dw.dtype), loss_T * grad
+
+
+_scale = first_order(_scaled, "linear_cross_entropy")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, w: Tensor, labels: Tensor, weights: Tensor | None, options: Options, need_x: bool, need_w: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return linear_cross_entropy_grads(x, w, labels, weights, *options, need_x, need_w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        x, w, _labels, weights, _options, *ctx.need = inputs
+        _, dx, dw, loss_T = output
+        ctx.mark_non_differentiable(dx, dw, loss_T)
+        ctx.save_for_backward(x, w, weights, dx, dw, loss_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, weights, dx, dw, loss_T = ctx.saved_tensors
+        scaled_x, scaled_w, scaled_loss_T = _scale(grad, dx, dw, loss_T, x, w)
+        dweights = None if weights is None else scaled_loss_T.to(weights.dtype)
+        return scaled_x if ctx.need[0] else None, scaled_w if ctx.need[1] else None, None, dweights, None, None, None
+
+
+def _check_labels(labels_T: Tensor, ignore_index: int, V: int) -> None:
+    bad_T = (labels_T != ignore_index) & ((labels_T < 0) | (labels_T >= V))
+    message = f"linear_cross_entropy: a label is neither in [0, {V}) nor ignore_index={ignore_index}"
+    if labels_T.is_cuda:
+        torch._assert_async(~bad_T.any(), message)
+    elif bad_T.any():
+        at = int(bad_T.nonzero()[0])
+        raise ValueError(f"{message}: label {int(labels_T[at])} at token {at}")
+
+
+def _check(
+    x_TD: Tensor,
+    w_DV: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor | None,
+    softcap: float | None,
+    transposed: bool,
+    chunk_tokens: int | None,
+) -> None:
+    layout = "[V, D]" if transposed else "[D, V]"
+    if x_TD.dim() != 2 or w_DV.dim() != 2 or x_TD.shape[1] != w_DV.shape[1 if transposed else 0]:
+        shapes = f"x {tuple(x_TD.shape)}, w {tuple(w_DV.shape)}"
+        raise ValueError(f"linear_cross_entropy wants x [T, D] and w {layout} (transposed={transposed}); got {shapes}")
+    if x_TD.dtype != w_DV.dtype or not x_TD.is_floating_point():
+        raise ValueError(f"linear_cross_entropy: x is {x_TD.dtype}, w {w_DV.dtype}; they must be one floating dtype")
+    T = x_TD.shape[0]
+    if labels_T.shape != (T,) or labels_T.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: labels must be int64 [{T}], not {labels_T.dtype} {[*labels_T.shape]}")
+    if weights_T is not None and (weights_T.shape != (T,) or not weights_T.is_floating_point()):
+        raise ValueError(f"linear_cross_entropy: weights must be floating [{T}], not {[*weights_T.shape]}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"linear_cross_entropy: softcap={softcap} must be positive, or None")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"linear_cross_entropy: chunk_tokens={chunk_tokens} must be at least 1, or None")
+
+
+def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int) -> int:
+    """Logits of one chunk, and the tokens that are gathered where some are ignored."""
+    c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
+    half = x.element_size() if x.element_size() < item else 0
+    return c * V * (item + half) + c * x.shape[1] * x.element_size()
+
+
+def _loss_workspace(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    transposed: bool,
+    chunk: int,
+) -> int:
+    return _chunk_bytes(x, w, transposed, chunk) + _per_token_bytes(x)
+
+
+def _grads_workspace(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    transposed: bool,
+    chunk: int,
+    need_x: bool,
+    need_w: bool,
+) -> int:
+    c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
+    slope = 0 if softcap is None else c * V * item
+    loop = _chunk_bytes(x, w, transposed, chunk) + slope
+    accumulated = w.numel() * item if need_w and w.element_size() < item else 0
+    output = w.numel() * w.element_size() if accumulated else 0
+    # the sum in float32 stands beside the chunks in the loop, and after it beside the output it is cast to
+    dx_chunk = c * x.shape[1] * x.element_size() if need_x else 0
+    return max(accumulated - output + loop + dx_chunk, accumulated) + _per_token_bytes(x)
+
+
+def _per_token_bytes(x: Tensor) -> int:
+    """Losses, factors, labels and masks of all tokens."""
+    return x.shape[0] * (3 * result_dtype(x.dtype).itemsize + 11)
+
+
+def _flops(x: Tensor, w: Tensor, *_: object) -> int:
+    return 2 * x.shape[0] * w.numel()
+
+
+def _grads_flops(x: Tensor, w: Tensor, *rest: object) -> int:
+    need_x, need_w = rest[-2:]
+    return _flops(x, w) * (1 + bool(need_x) + bool(need_w))
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {
+    "ftrain::linear_cross_entropy_loss": _loss_workspace,
+    "ftrain::linear_cross_entropy_grads": _grads_workspace,
+}
+"""Op name to peak bytes beyond the op's outputs, from its arguments."""
+
+FLOPS: dict[str, Callable[..., int]] = {
+    "ftrain::linear_cross_entropy_loss": _flops,
+    "ftrain::linear_cross_entropy_grads": _grads_flops,
+}
+"""Op name to floating-point operations of its matmuls; ignored tokens are counted."""

@@ -1,0 +1,227 @@
+"""Mixture of experts without dropping: sort token slots by expert, multiply group by group, put them back.
+
+Tokens are sorted and gathered, never scattered with atomics, so every result and gradient is deterministic
+(as in Gale et al., "MegaBlocks: efficient sparse training with mixture-of-experts", 2023).
+
+Legend: T tokens, K experts per token, N = T * K rows, E experts, D model, F hidden of an expert.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backend import choose_backend
+from kernels.first_order import first_order
+from kernels.grouped_mm import grouped_mm
+from kernels.opaque import opaque_op
+from kernels.primitive import primitive
+from kernels.swiglu import swiglu
+
+_BACKENDS = {"cpu": "sorted", "cuda": "sorted"}
+
+# Elements per pass over the rows, so that the float temporaries of one pass stay in cache.
+_CHUNK = 1 << 17
+
+
+class Dispatch(NamedTuple):
+    """Where rows came from. `order_N` int64: row n holds slot `order[n]`, which is choice `order % K` of token
+    `order // K`. `offsets_E` int32: expert e has rows `offsets[e - 1] .. offsets[e]`."""
+
+    order_N: Tensor
+    offsets_E: Tensor
+
+
+def moe_dispatch(
+    x_TD: Tensor, expert_TK: Tensor, *, num_experts: int, backend: str = "auto"
+) -> tuple[Tensor, Dispatch]:
+    """Copy each token once for each of its experts, `[N, D]`, sorted by expert and stable by token.
+
+    `expert_TK` holds integers in [0, num_experts); a token may name an expert twice.
+    """
+    _check_routing(x_TD.shape[0], expert_TK)
+    slots_N = expert_TK.reshape(-1)
+    order_N = torch.argsort(slots_N, stable=True)
+    experts_E = torch.arange(num_experts, dtype=slots_N.dtype, device=slots_N.device)
+    offsets_E = torch.searchsorted(slots_N[order_N], experts_E, right=True, out_int32=True)
+    dispatch = Dispatch(order_N, offsets_E)
+    if choose_backend(backend, x_TD.device, _BACKENDS) == "reference":
+        return x_TD[order_N // expert_TK.shape[1]], dispatch
+    return _Spread.apply(x_TD, order_N, expert_TK.shape[1]), dispatch
+
+
+def combine(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch, *, backend: str = "auto") -> Tensor:
+    """The weighted sum of each token's K rows, `[T, D]`, in the order of its choices; the dtype of the rows.
+
+    Sums in float32 (float64 for float64 rows). Differentiable in rows and weights.
+    """
+    if rows_ND.dim() != 2 or rows_ND.shape[0] != weights_TK.numel() or weights_TK.dim() != 2:
+        raise ValueError(
+            f"combine: rows {list(rows_ND.shape)} must be [T * K, D] for weights [T, K], got {list(weights_TK.shape)}"
+        )
+    if choose_backend(backend, rows_ND.device, _BACKENDS) == "reference":
+        return combine_reference(rows_ND, weights_TK, dispatch)
+    return _Combine.apply(rows_ND, weights_TK, dispatch.order_N)
+
+
+def combine_reference(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
+    """`combine` in plain torch, differentiable to any order."""
+    wide = _wide(rows_ND.dtype)
+    rows_TKD = rows_ND[_inverse(dispatch.order_N)].unflatten(0, tuple(weights_TK.shape))
+    return (rows_TKD.to(wide) * weights_TK.to(wide)[..., None]).sum(1).to(rows_ND.dtype)
+
+
+@primitive("moe")
+def experts_swiglu(
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weights_TK: Tensor,
+    w_gate_EDF: Tensor,
+    w_up_EDF: Tensor,
+    w_down_EFD: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Each token's experts, each a SwiGLU MLP, weighted and summed: `[T, D]`. Every token reaches all its experts.
+
+    A plan rebinds this primitive to run the experts on the ranks that hold them.
+    """
+    reference = "reference" if backend == "reference" else "auto"
+    rows_ND, dispatch = moe_dispatch(x_TD, expert_TK, num_experts=w_gate_EDF.shape[0], backend=reference)
+    gate_NF = grouped_mm(rows_ND, w_gate_EDF, dispatch.offsets_E, backend=backend)
+    up_NF = grouped_mm(rows_ND, w_up_EDF, dispatch.offsets_E, backend=backend)
+    hidden_NF = swiglu(gate_NF, up_NF, backend=reference)
+    rows_ND = grouped_mm(hidden_NF, w_down_EFD, dispatch.offsets_E, backend=backend)
+    return combine(rows_ND, weights_TK, dispatch, backend=reference)
+
+
+class _Spread(torch.autograd.Function):
+    """Token rows to slots in sorted order; its transpose is `_Collect`."""
+
+    @staticmethod
+    def forward(x_TD: Tensor, order_N: Tensor, choices: int) -> Tensor:
+        return x_TD.index_select(0, order_N // choices)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, order_N, ctx.choices = inputs
+        ctx.save_for_backward(order_N)
+
+    @staticmethod
+    def backward(ctx, drows_ND: Tensor):
+        return _Collect.apply(drows_ND, *ctx.saved_tensors, ctx.choices), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The sum of each token's rows; its transpose is `_Spread`."""
+
+    @staticmethod
+    def forward(rows_ND: Tensor, order_N: Tensor, choices: int) -> Tensor:
+        if rows_ND.device.type == "cpu":
+            return _combine(rows_ND, None, order_N, choices)
+        return rows_ND.index_select(0, _inverse(order_N)).unflatten(0, (-1, choices)).sum(1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, order_N, ctx.choices = inputs
+        ctx.save_for_backward(order_N)
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        return _Spread.apply(dx_TD, *ctx.saved_tensors, ctx.choices), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor) -> Tensor:
+        if rows_ND.device.type == "cpu":
+            return _combine(rows_ND, weights_TK, order_N, weights_TK.shape[1])
+        return combine_reference(rows_ND, weights_TK, Dispatch(order_N, order_N))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy_TD: Tensor):
+        rows_ND, weights_TK, order_N = ctx.saved_tensors
+        backward = _combine_backward_once if rows_ND.device.type == "cpu" else _combine_backward_reference
+        return *backward(dy_TD, rows_ND, weights_TK, order_N), None
+
+
+def _combine_backward_reference(
+    dy_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients by gathers alone, so that no sum is made in an order that varies."""
+    wide = _wide(rows_ND.dtype)
+    dy_ND = dy_TD.index_select(0, order_N // weights_TK.shape[1]).to(wide)
+    drows_ND = dy_ND * weights_TK.reshape(-1).index_select(0, order_N).to(wide)[:, None]
+    dweights_N = (dy_ND * rows_ND.to(wide)).sum(-1).index_select(0, _inverse(order_N))
+    return drows_ND.to(rows_ND.dtype), dweights_N.view(weights_TK.shape).to(weights_TK.dtype)
+
+
+def _inverse(order_N: Tensor) -> Tensor:
+    """Where each slot went: `inverse[order[n]] = n`."""
+    rows_N = torch.arange(order_N.shape[0], device=order_N.device)
+    return torch.zeros_like(order_N).scatter(0, order_N, rows_N)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_routing(tokens: int, expert_TK: Tensor) -> None:
+    if expert_TK.dim() != 2 or expert_TK.shape[0] != tokens or expert_TK.is_floating_point():
+        raise ValueError(
+            f"moe_dispatch: experts must be integers [T, K] with T={tokens}, got {expert_TK.dtype} "
+            f"{list(expert_TK.shape)}"
+        )
+
+
+def _combine_cpu(rows_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, choices: int) -> Tensor:
+    tokens, D = rows_ND.shape[0] // choices, rows_ND.shape[1]
+    y_TD = rows_ND.new_empty(tokens, D)
+    wide = _wide(rows_ND.dtype)
+    slot_TK = _inverse(order_N).view(tokens, choices)
+    weights_TK = None if weights_TK is None else weights_TK.to(wide)
+    step = max(1, _CHUNK // max(1, D))
+    for t in range(0, tokens, step):
+        here = slice(t, t + step)
+        total = rows_ND.index_select(0, slot_TK[here, 0]).to(wide)
+        if weights_TK is not None:
+            total.mul_(weights_TK[here, :1])
+        for k in range(1, choices):
+            rows = rows_ND.index_select(0, slot_TK[here, k])
+            if weights_TK is None:
+                total.add_(rows)
+            else:
+                total.addcmul_(rows.to(wide), weights_TK[here, k : k + 1])
+        y_TD[here].copy_(total)
+    return y_TD
+
+
+def _combine_backward_cpu(dy_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor) -> tuple[Tensor, Tensor]:
+    N, D = rows_ND.shape
+    wide = _wide(rows_ND.dtype)
+    drows_ND, dweights_N = torch.empty_like(rows_ND), rows_ND.new_empty(N, dtype=wide)
+    weights_N = weights_TK.reshape(-1).to(wide)
+    step = max(1, _CHUNK // max(1, D))
+    for n in range(0, N, step):
+        slots = order_N[n : n + step]
+        dy = dy_TD.index_select(0, slots // weights_TK.shape[1]).to(wide)
+        dweights_N[slots] = (dy * rows_ND[n : n + step]).sum(-1)
+        drows_ND[n : n + step].copy_(dy.mul_(weights_N[slots][:, None]))
+    return drows_ND, dweights_N.view(weights_TK.shape).to(weights_TK.dtype)
+
+
+_combine = opaque_op(
+    "combine(Tensor rows, Tensor? weights, Tensor order, int choices) -> Tensor",
+    fake=lambda rows, weights, order, choices: rows.new_empty(rows.shape[0] // choices, rows.shape[1]),
+)(_combine_cpu)
+
+_combine_backward = opaque_op(
+    "combine_backward(Tensor dy, Tensor rows, Tensor weights, Tensor order) -> (Tensor, Tensor)",
+    fake=lambda dy, rows, weights, order: (rows.new_empty(rows.shape), weights.new_empty(weights.shape)),
+)(_combine_backward_cpu)
+
+_combine_backward_once = first_order(_combine_backward, "combine")

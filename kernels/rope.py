@@ -1,0 +1,212 @@
+"""Rotary position embedding (Su et al., "RoFormer", 2021), along one axis of positions or several.
+
+Legend: T tokens, H heads, K head dim, F frequencies (half of the rotated dims), A axes of positions (time, row, ...).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.backend import choose_backend
+from kernels.opaque import opaque_op
+
+# On CUDA the reference: Inductor fuses it with its neighbours, which an opaque op would prevent.
+_BACKENDS = {"cpu": "cpu"}
+
+_LAYOUTS = ("half", "interleaved")
+
+# Elements per pass over the tokens, so that the temporaries of one pass stay in cache.
+_CHUNK = 1 << 17
+
+
+def rope_table(
+    positions: Tensor,
+    *,
+    head_dim: int,
+    base: float = 10000.0,
+    sections: tuple[int, ...] | None = None,
+    interleaved: bool = False,
+    per_axis_ladder: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[T, F]` of the angles, F = head_dim / 2; worked out in float64.
+
+    `positions` is `[T]`, or `[A, T]` with `sections`: how many of the F frequencies turn with each axis. Frequency j of
+    n is `base ** (-j / n)`.
+
+    - Qwen2-VL (M-RoPE): one ladder of F frequencies, cut into consecutive blocks, one per axis.
+    - Qwen3-VL (`interleaved`): one ladder; of the first `A * sections[a]` frequencies axis a > 0 owns a, a + A, ...;
+      axis 0 owns the rest.
+    - ViT in two dims, Wan in three (`per_axis_ladder`): consecutive blocks, each a ladder of its own `sections[a]`
+      frequencies that begins at 1.
+    """
+    if head_dim % 2 or head_dim <= 0:
+        raise ValueError(f"rope_table: head_dim={head_dim} must be even and positive")
+    frequencies = head_dim // 2
+    position_AT = positions[None] if positions.dim() == 1 else positions
+    _check_sections(position_AT, frequencies, sections, interleaved=interleaved, per_axis_ladder=per_axis_ladder)
+    sections = sections or (frequencies,)
+    position_AT = position_AT.double()
+    if per_axis_ladder:
+        ladders = [_ladder(n, base, positions.device) for n in sections]
+        angle_TF = torch.cat([p[:, None] * f for p, f in zip(position_AT, ladders, strict=True)], dim=1)
+    else:
+        angle_TF = _shared_ladder(position_AT, _ladder(frequencies, base, positions.device), sections, interleaved)
+    return angle_TF.cos().to(dtype), angle_TF.sin().to(dtype)
+
+
+def rope(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half", backend: str = "auto") -> Tensor:
+    """Rotate the first 2F dims of each head by its token's angles; dims beyond 2F pass through.
+
+    Frequency j turns the pair of dims `(j, j + F)` with `layout="half"` (Llama, Hugging Face) or `(2j, 2j + 1)` with
+    `layout="interleaved"` (GPT-J, Wan). Computed in float32 (float64 for float64) and rounded once. Not differentiable
+    in the table.
+    """
+    _check(x_THK, cos_TF, sin_TF, layout)
+    if choose_backend(backend, x_THK.device, _BACKENDS) == "reference":
+        return rope_reference(x_THK, cos_TF, sin_TF, layout=layout)
+    return _Rope.apply(x_THK, cos_TF, sin_TF, layout, False)
+
+
+def rope_reference(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half") -> Tensor:
+    """`rope` in plain torch, differentiable to any order."""
+    F = cos_TF.shape[-1]
+    wide = _wide(x_THK.dtype)
+    cos_T1F, sin_T1F = cos_TF.to(wide)[:, None], sin_TF.to(wide)[:, None]
+    turned, rest = x_THK[..., : 2 * F].to(wide), x_THK[..., 2 * F :]
+    if layout == "half":
+        a, b = turned[..., :F], turned[..., F:]
+        y = torch.cat([a * cos_T1F - b * sin_T1F, b * cos_T1F + a * sin_T1F], dim=-1)
+    else:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        y = torch.stack([a * cos_T1F - b * sin_T1F, b * cos_T1F + a * sin_T1F], dim=-1).flatten(-2)
+    y = y.to(x_THK.dtype)
+    return torch.cat([y, rest], dim=-1) if rest.shape[-1] else y
+
+
+class _Rope(torch.autograd.Function):
+    """Linear, and its transpose is the rotation by minus the angle: every derivative is one of these again."""
+
+    @staticmethod
+    def forward(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, layout: str, inverse: bool) -> Tensor:
+        return _rotate(x_THK, cos_TF, sin_TF, layout, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, cos_TF, sin_TF, ctx.layout, ctx.inverse = inputs
+        ctx.save_for_backward(cos_TF, sin_TF)
+
+    @staticmethod
+    def backward(ctx, dy_THK: Tensor):
+        if any(ctx.needs_input_grad[1:3]):
+            raise NotImplementedError("rope has no derivative in its table with this backend; pass backend='reference'")
+        return _Rope.apply(dy_THK, *ctx.saved_tensors, ctx.layout, not ctx.inverse), None, None, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _ladder(n: int, base: float, device: torch.device) -> Tensor:
+    exponent = torch.arange(n, dtype=torch.float64, device=device) / n
+    return torch.exp(exponent * -math.log(base))
+
+
+def _shared_ladder(position_AT: Tensor, ladder_F: Tensor, sections: tuple[int, ...], interleaved: bool) -> Tensor:
+    """Angles `[T, F]` of one ladder whose frequencies are dealt out to the axes."""
+    axes = len(sections)
+    if not interleaved:
+        blocks_F = ladder_F.split(sections)
+        return torch.cat([p[:, None] * f for p, f in zip(position_AT, blocks_F, strict=True)], dim=1)
+    slot_F = torch.arange(len(ladder_F), device=ladder_F.device)
+    owner_TF = position_AT[0][:, None]
+    for axis in range(1, axes):
+        mine_F = (slot_F % axes == axis) & (slot_F < axes * sections[axis])
+        owner_TF = torch.where(mine_F, position_AT[axis][:, None], owner_TF)
+    return owner_TF * ladder_F
+
+
+def _check_sections(
+    position_AT: Tensor,
+    frequencies: int,
+    sections: tuple[int, ...] | None,
+    *,
+    interleaved: bool,
+    per_axis_ladder: bool,
+) -> None:
+    if position_AT.dim() != 2:
+        raise ValueError(f"rope_table: positions must be [T] or [axes, T], got {list(position_AT.shape)}")
+    axes = position_AT.shape[0]
+    if sections is None:
+        if axes != 1 or interleaved or per_axis_ladder:
+            raise ValueError(f"rope_table: {axes} axes of positions need sections, frequencies per axis")
+        return
+    if len(sections) != axes or sum(sections) != frequencies or min(sections) < 0:
+        raise ValueError(
+            f"rope_table: sections {sections} must give each of {axes} axes its frequencies, {frequencies} in all "
+            f"(half of head_dim), but sum to {sum(sections)}"
+        )
+    if interleaved and per_axis_ladder:
+        raise ValueError(
+            "rope_table: take one of interleaved (one ladder, dealt out) and per_axis_ladder (one for each axis)"
+        )
+    if interleaved and any(axis + axes * (n - 1) >= frequencies for axis, n in enumerate(sections) if axis and n):
+        raise ValueError(f"rope_table: interleaved sections {sections} do not fit in {frequencies} frequencies")
+
+
+def _check(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, layout: str) -> None:
+    if layout not in _LAYOUTS:
+        raise ValueError(f"rope: layout={layout!r} is not one of {list(_LAYOUTS)}")
+    if x_THK.dim() != 3 or not x_THK.is_floating_point():
+        raise ValueError(f"rope: x must be floating point [T, H, K], got {x_THK.dtype} {list(x_THK.shape)}")
+    if cos_TF.shape != sin_TF.shape or cos_TF.dim() != 2 or cos_TF.shape[0] != x_THK.shape[0]:
+        raise ValueError(
+            f"rope: cos {list(cos_TF.shape)} and sin {list(sin_TF.shape)} must be [T, F] with T of x "
+            f"{list(x_THK.shape)}"
+        )
+    if 2 * cos_TF.shape[1] > x_THK.shape[2]:
+        raise ValueError(
+            f"rope: {cos_TF.shape[1]} frequencies turn twice as many dims; x is {list(x_THK.shape)}"
+        )
+
+
+def _rotate_cpu(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, layout: str, inverse: bool) -> Tensor:
+    y_THK = torch.empty_like(x_THK, memory_format=torch.contiguous_format)
+    if y_THK.numel() == 0:
+        return y_THK
+    F, wide = cos_TF.shape[1], _wide(x_THK.dtype)
+    turn = _turn_half if layout == "half" else _turn_interleaved
+    y_THK[..., 2 * F :].copy_(x_THK[..., 2 * F :])
+    tokens = max(1, _CHUNK // x_THK[0].numel())
+    for t in range(0, x_THK.shape[0], tokens):
+        here = slice(t, t + tokens)
+        into = y_THK[here, :, : 2 * F]
+        x = x_THK[here, :, : 2 * F].to(wide)
+        cos, sin = cos_TF[here, None].to(wide), sin_TF[here, None].to(wide)
+        sin = -sin if inverse else sin
+        if into.dtype == wide:
+            turn(x, cos, sin, into)
+        else:
+            into.copy_(turn(x, cos, sin, torch.empty_like(x, memory_format=torch.contiguous_format)))
+    return y_THK
+
+
+def _turn_half(x: Tensor, cos: Tensor, sin: Tensor, into: Tensor) -> Tensor:
+    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), into.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    return into
+
+
+def _turn_interleaved(x: Tensor, cos: Tensor, sin: Tensor, into: Tensor) -> Tensor:
+    """One complex product: vectorised, where steps of two elements are not."""
+    x, turned = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (x, into))
+    torch.mul(x, torch.complex(cos, sin), out=turned)
+    return into
+
+
+_rotate = opaque_op(
+    "rope(Tensor x, Tensor cos, Tensor sin, str layout, bool inverse) -> Tensor",
+    fake=lambda x, cos, sin, layout, inverse: x.new_empty(x.shape),
+)(_rotate_cpu)

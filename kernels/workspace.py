@@ -1,0 +1,18 @@
+"""What each opaque op costs beyond its shapes: workspace bytes and flops, for a memory planner and a cost model.
+
+A rule is a plain function of the op's own arguments (real or fake tensors, numbers); it looks at shapes, dtypes and
+devices alone. Each kernel file declares its rules in two constant dicts, `WORKSPACE` and `FLOPS`, from the op's name
+(`"ftrain::attention_forward"`) to the rule; here they are put side by side.
+
+- `WORKSPACE`: peak bytes that the op holds beyond its inputs and outputs while it runs. Where that depends on data, the
+  bound. An op that is not listed holds nothing that matters.
+- `FLOPS`: floating-point operations of the op's matmuls, two per multiply-add. An op that is not listed has none.
+"""
+
+from collections.abc import Callable
+
+from kernels import attention_cost, linear_cross_entropy
+
+WORKSPACE: dict[str, Callable[..., int]] = {**attention_cost.WORKSPACE, **linear_cross_entropy.WORKSPACE}
+
+FLOPS: dict[str, Callable[..., int]] = {**attention_cost.FLOPS, **linear_cross_entropy.FLOPS}

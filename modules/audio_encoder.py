@@ -1,0 +1,166 @@
+"""An audio encoder: log-mel frames, two strided convolutions, a transformer, mean pooling to tokens.
+
+The shape is Whisper's (Radford et al. 2022), over clips of any length packed side by side: a clip is an item of
+`4 * pool` frames per token, and neither convolutions nor attention cross from one clip to the next.
+
+Legend: S samples, F mel frames of the pack, B frequency bins, M mel bands, D encoder width, n tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modules import encoder_stack, linear
+from modules.encoder_stack import StackConfig
+from modules.omni import Encoder, Row
+from modules.spec import ParamSpec, fan_in, zeros
+
+CONV_STRIDE = 4  # two convolutions of stride 2
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """`rate` samples a second, windows of `n_fft` samples every `hop`, `mels` bands; `pool` conv frames to one token.
+
+    One token spans `4 * pool * hop / rate` seconds. The encoder is `d_model` wide with `layers` layers of `heads` heads
+    and an MLP of `d_hidden` (0: four times `d_model`); its tokens are `d_out` wide, the foundation's width.
+    """
+
+    d_model: int
+    layers: int
+    heads: int
+    d_out: int
+    rate: int = 16_000
+    n_fft: int = 400
+    hop: int = 160
+    mels: int = 80
+    pool: int = 2
+    d_hidden: int = 0
+
+    @property
+    def rows_per_token(self) -> int:
+        """Mel frames that become one token."""
+        return CONV_STRIDE * self.pool
+
+    @property
+    def stack(self) -> StackConfig:
+        """The transformer."""
+        return StackConfig(self.d_model, self.layers, self.heads, self.d_hidden or 4 * self.d_model)
+
+
+@cache
+def mel_filters(rate: int, n_fft: int, mels: int) -> np.ndarray:
+    """Triangular filters `[n_fft // 2 + 1, mels]`, float64, from 0 Hz to half the rate, on Slaney's mel scale.
+
+    The scale is linear to 1 kHz (200/3 Hz per mel) and logarithmic above (27 mels to a factor of 6.4), each filter has
+    the same area (Slaney, Auditory Toolbox, 1998): librosa's default, and Whisper's.
+    """
+    edges_hz = _mel_to_hz(np.linspace(0.0, _hz_to_mel(rate / 2), mels + 2))
+    bins_hz = np.linspace(0.0, rate / 2, n_fft // 2 + 1)[:, None]
+    low, centre, high = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
+    triangles = np.minimum((bins_hz - low) / (centre - low), (high - bins_hz) / (high - centre))
+    return np.maximum(triangles, 0.0) * 2.0 / (high - low)
+
+
+def _hz_to_mel(hz: float) -> float:
+    return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) * 27 / math.log(6.4)
+
+
+def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
+    return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * math.log(6.4) / 27))
+
+
+def log_mel(wave_S: Tensor, *, rate: int, n_fft: int, hop: int, mels: int) -> Tensor:
+    """Log-mel spectrogram `[S // hop, mels]` of a mono wave in [-1, 1], scaled as Whisper does.
+
+    Power spectra of Hann windows centred on samples 0, hop, 2 hop, ... (reflected at the ends; the frame centred on the
+    end is left out), mel filters, log10 of at least 1e-10, cut at 8 below the clip's loudest, then `(x + 4) / 4`.
+    """
+    if wave_S.ndim != 1 or wave_S.shape[0] <= n_fft // 2 or wave_S.shape[0] < hop:
+        raise ValueError(
+            f"log_mel takes one channel [S] of more than {max(n_fft // 2, hop - 1)} samples, got {list(wave_S.shape)}"
+        )
+    window = torch.hann_window(n_fft, dtype=wave_S.dtype, device=wave_S.device)
+    spectrum = torch.stft(wave_S, n_fft, hop, window=window, center=True, pad_mode="reflect", return_complex=True)
+    power_FB = spectrum[:, : wave_S.shape[0] // hop].abs().square().T
+    filters_BM = torch.from_numpy(mel_filters(rate, n_fft, mels)).to(power_FB)
+    log_FM = (power_FB @ filters_BM).clamp(min=1e-10).log10()
+    return (torch.maximum(log_FM, log_FM.max() - 8.0) + 4.0) / 4.0
+
+
+def clip_features(wave: np.ndarray | Tensor, *, cfg: AudioConfig) -> dict[str, np.ndarray]:
+    """One clip's features: `mel_FM` float32 of its wave `[S]` (mono, at `cfg.rate`), silence filling its last token."""
+    wave_S = torch.as_tensor(np.asarray(wave, np.float32))
+    token = cfg.rows_per_token * cfg.hop
+    short = -wave_S.shape[-1] % token if wave_S.shape[-1] else token
+    padded_S = F.pad(wave_S, (0, short))
+    return {"mel_FM": log_mel(padded_S, rate=cfg.rate, n_fft=cfg.n_fft, hop=cfg.hop, mels=cfg.mels).numpy()}
+
+
+def specs(cfg: AudioConfig) -> dict[str, Any]:
+    """`conv1`, `conv2` (`w` over three taps in order of time, `b`), `stack`, and the projector `hidden`, `out`."""
+    return {
+        "conv1": _conv_specs(cfg.mels, cfg.d_model, "frequency"),
+        "conv2": _conv_specs(cfg.d_model, cfg.d_model, "conv_in"),
+        "stack": encoder_stack.specs(cfg.stack),
+        "hidden": linear.specs(cfg.d_model, cfg.d_out, ("embed", "mlp"), bias=True),
+        "out": linear.specs(cfg.d_out, cfg.d_out, ("mlp", "embed"), bias=True),
+    }
+
+
+def _conv_specs(d_in: int, d_out: int, axis_in: str) -> dict[str, ParamSpec]:
+    weight = ParamSpec((3, d_in, d_out), ("conv_kernel", axis_in, "embed"), fan_in(3 * d_in))
+    return {"w_3IO": weight, "b_O": ParamSpec((d_out,), ("embed",), zeros())}
+
+
+def halving_conv(params: Any, x_FI: Tensor, segments_F: Tensor) -> Tensor:
+    """A convolution of three taps and stride 2 within each clip of the pack: `[F, I]` to `[F / 2, O]`.
+
+    Equal to `conv1d(kernel_size=3, stride=2, padding=1)` on each clip alone, for clips of even length: output i reads
+    frames 2i - 1, 2i and 2i + 1, and only the first can lie in the clip before, where it reads as zero.
+    """
+    pairs_H2I = x_FI.unflatten(0, (-1, 2))
+    before_HI = torch.cat([torch.zeros_like(x_FI[:1]), pairs_H2I[:-1, 1]])
+    same_H = torch.cat([torch.zeros_like(segments_F[:1], dtype=torch.bool), segments_F[2::2] == segments_F[1:-1:2]])
+    before_HI = torch.where(same_H[:, None], before_HI, 0.0)
+    taps_HI3 = torch.cat([before_HI, pairs_H2I.flatten(1)], dim=1)
+    return taps_HI3 @ params["w_3IO"].flatten(0, 1) + params["b_O"]
+
+
+def lm_encode(params: Any, features: Mapping[str, Tensor], *, cfg: AudioConfig) -> Tensor:
+    """Packed `mel_FM` and `segments_N` (a clip's number, `[F]`) to tokens `[F / rows_per_token, d_out]`."""
+    mel_FM, segments_F = features["mel_FM"], features["segments_N"]
+    if mel_FM.shape[0] % cfg.rows_per_token:
+        raise ValueError(f"{mel_FM.shape[0]} mel frames are not whole tokens of {cfg.rows_per_token}")
+    x = F.gelu(halving_conv(params["conv1"], mel_FM, segments_F))
+    x = F.gelu(halving_conv(params["conv2"], x, segments_F[::2]))
+    segments = segments_F[::CONV_STRIDE]
+    x = encoder_stack.apply(params["stack"], x, positions=_positions(segments), segments_T=segments, cfg=cfg.stack)
+    pooled_nD = x.unflatten(0, (-1, cfg.pool)).mean(1)
+    return linear.apply(params["out"], F.gelu(linear.apply(params["hidden"], pooled_nD)))
+
+
+def _positions(segments_T: Tensor) -> Tensor:
+    """Places counted from the start of each segment, `[T]`."""
+    place_T = torch.arange(segments_T.shape[0], device=segments_T.device)
+    starts_T = torch.cat([torch.ones_like(segments_T[:1], dtype=torch.bool), segments_T[1:] != segments_T[:-1]])
+    return place_T - torch.where(starts_T, place_T, 0).cummax(0).values
+
+
+def encoder(cfg: AudioConfig, *, begin: int, end: int) -> Encoder:
+    """The modality for `OmniModel`; `begin` and `end` are token ids."""
+    return Encoder(
+        specs=specs(cfg),
+        lm_encode=lambda params, features: lm_encode(params, features, cfg=cfg),
+        features={"mel_FM": Row((cfg.mels,), "float32")},
+        rows_per_token=cfg.rows_per_token,
+        begin=begin,
+        end=end,
+    )

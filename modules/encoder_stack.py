@@ -1,0 +1,93 @@
+"""The transformer that vision and audio encoders share: pre-norm layers, bidirectional within an item of the pack.
+
+Legend: T rows (patches or frames), D width, A position axes, L layers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from modules import attention, mlp, norm
+from modules.attention import AttentionConfig
+from modules.mlp import MlpConfig
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """`layers` layers `d_model` wide, `heads` heads, an MLP of `d_hidden`.
+
+    `position_axes` is how many coordinates a row has (1 time, 2 row and column, 3 time, row and column); each has an
+    equal share of the head dim, and its own whole range of rotary frequencies up to base `rope_base`.
+    """
+
+    d_model: int
+    layers: int
+    heads: int
+    d_hidden: int
+    position_axes: int = 1
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.heads or (self.d_model // self.heads) % 2:
+            raise ValueError(f"d_model={self.d_model} over heads={self.heads} must give a whole, even head dim")
+        if self.d_model // self.heads // 2 < self.position_axes:
+            raise ValueError(
+                f"a head dim of {self.d_model // self.heads} has {self.d_model // self.heads // 2} rotary pairs, "
+                f"fewer than the {self.position_axes} position axes"
+            )
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The attention of each layer."""
+        return AttentionConfig(
+            d_model=self.d_model,
+            heads=self.heads,
+            kv_heads=self.heads,
+            head_dim=self.d_model // self.heads,
+            bias=True,
+            out_bias=True,
+            causal=False,
+            rope_base=self.rope_base,
+            rope_sections=_sections(self.d_model // self.heads // 2, self.position_axes),
+            rope_per_axis_ladder=self.position_axes > 1,
+        )
+
+    @property
+    def mlp(self) -> MlpConfig:
+        """The MLP of each layer."""
+        return MlpConfig(self.d_model, self.d_hidden, kind="gelu", bias=True)
+
+
+def _sections(pairs: int, axes: int) -> tuple[int, ...] | None:
+    """Rotary pairs per position axis, the first axes taking what does not divide evenly; None for one axis."""
+    if axes == 1:
+        return None
+    return tuple(pairs // axes + (i < pairs % axes) for i in range(axes))
+
+
+def specs(cfg: StackConfig) -> dict[str, Any]:
+    """`layers.<i>.{norm_attention, attention, norm_mlp, mlp}` and `norm_out`."""
+    gain = (2 * cfg.layers) ** -0.5
+    layers = [
+        {
+            "norm_attention": norm.specs(cfg.d_model, kind="layer"),
+            "attention": attention.specs(cfg.attention, out_gain=gain),
+            "norm_mlp": norm.specs(cfg.d_model, kind="layer"),
+            "mlp": mlp.specs(cfg.mlp, out_gain=gain),
+        }
+        for _ in range(cfg.layers)
+    ]
+    return {"layers": layers, "norm_out": norm.specs(cfg.d_model, kind="layer")}
+
+
+def apply(params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Tensor, cfg: StackConfig) -> Tensor:
+    """`[T, D]` to normalised `[T, D]`; `positions` int64 `[T]`, or `[A, T]` for several axes; each item by itself."""
+    table = attention.rope(positions, cfg.attention)
+    for layer in params["layers"]:
+        normed_TD = norm.apply(layer["norm_attention"], x_TD)
+        x_TD = x_TD + attention.apply(
+            layer["attention"], normed_TD, cfg=cfg.attention, segments_T=segments_T, rope=table
+        )
+        x_TD = x_TD + mlp.apply(layer["mlp"], norm.apply(layer["norm_mlp"], x_TD), cfg=cfg.mlp)
+    return norm.apply(params["norm_out"], x_TD)

@@ -1,0 +1,30 @@
+"""A linear map: `x @ w`, with or without a bias.
+
+Legend: N rows (any leading dims), I inputs, O outputs.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from modules.spec import Init, ParamSpec, fan_in, zeros
+
+
+def specs(
+    d_in: int, d_out: int, axes: tuple[str | None, str | None], bias: bool = False, *, init: Init | None = None
+) -> dict[str, ParamSpec]:
+    """`w [d_in, d_out]` with logical `axes`, and `b [d_out]` where `bias`; `w` starts with deviation `d_in ** -0.5`."""
+    weight = ParamSpec((d_in, d_out), axes, init or fan_in(d_in))
+    return {"w": weight, "b": ParamSpec((d_out,), axes[1:], zeros())} if bias else {"w": weight}
+
+
+def apply(params: dict[str, Any], x_NI: Tensor) -> Tensor:
+    """`x @ w (+ b)` over the last dim: `[..., d_in]` to `[..., d_out]`."""
+    return affine(x_NI, params["w"], params.get("b"))
+
+
+def affine(x_NI: Tensor, w_IO: Tensor, b_O: Tensor | None = None) -> Tensor:
+    """`x @ w (+ b)`, for blocks that name their weights themselves; raises `ValueError` where the widths differ."""
+    if x_NI.shape[-1] != w_IO.shape[0]:
+        raise ValueError(f"the last dim of x {list(x_NI.shape)} must be the first dim of the weight {list(w_IO.shape)}")
+    return x_NI @ w_IO if b_O is None else x_NI @ w_IO + b_O

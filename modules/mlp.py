@@ -1,0 +1,55 @@
+"""The two-layer MLPs: SwiGLU (Shazeer 2020) and GELU.
+
+Legend: T tokens, D width, F hidden width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.swiglu import swiglu
+from modules.linear import affine
+from modules.spec import ParamSpec, fan_in, zeros
+
+KINDS = ("swiglu", "gelu", "gelu_tanh")
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """`kind`: swiglu `(silu(x gate) * x up) down`, or gelu (exact) or gelu_tanh `gelu(x up) down`; `d_hidden` is F."""
+
+    d_model: int
+    d_hidden: int
+    kind: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"MlpConfig.kind={self.kind!r} is not one of {', '.join(KINDS)}")
+
+
+def specs(cfg: MlpConfig, *, out_gain: float = 1.0) -> dict[str, ParamSpec]:
+    """`w_gate_DF` (swiglu only), `w_up_DF`, `w_down_FD`, and with `bias` `b_gate_F`, `b_up_F`, `b_down_D`.
+
+    `out_gain` scales the initial deviation of the last weight, for deep residual stacks.
+    """
+    d, f = cfg.d_model, cfg.d_hidden
+    inputs = ("gate", "up") if cfg.kind == "swiglu" else ("up",)
+    tree = {f"w_{name}_DF": ParamSpec((d, f), ("embed", "mlp"), fan_in(d)) for name in inputs}
+    tree["w_down_FD"] = ParamSpec((f, d), ("mlp", "embed"), fan_in(f, gain=out_gain))
+    if cfg.bias:
+        tree |= {f"b_{name}_F": ParamSpec((f,), ("mlp",), zeros()) for name in inputs}
+        tree["b_down_D"] = ParamSpec((d,), ("embed",), zeros())
+    return tree
+
+
+def apply(params: dict[str, Any], x_TD: Tensor, *, cfg: MlpConfig) -> Tensor:
+    """`[T, D]` to `[T, D]`."""
+    up_TF = affine(x_TD, params["w_up_DF"], params.get("b_up_F"))
+    if cfg.kind == "swiglu":
+        hidden_TF = swiglu(affine(x_TD, params["w_gate_DF"], params.get("b_gate_F")), up_TF)
+    else:
+        hidden_TF = F.gelu(up_TF, approximate="tanh" if cfg.kind == "gelu_tanh" else "none")
+    return affine(hidden_TF, params["w_down_FD"], params.get("b_down_D"))

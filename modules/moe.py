@@ -1,0 +1,171 @@
+"""The mixture-of-experts block: a router, experts, shared experts, and two ways to keep the load even.
+
+Each token goes to the `top_k` experts that its router scores highest; no token is dropped. Balance comes from an
+auxiliary loss (Switch Transformer, Fedus et al. 2021) or, without a loss, from a bias per expert that is added to the
+scores for the choice only and nudged against the load after each step (Wang et al. 2024, DeepSeek-V3).
+
+Legend: T tokens, D model width, E experts, K experts per token, F hidden width of one expert.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.mean import Mean, sum_over_batch
+from kernels.moe import experts_swiglu
+from modules import mlp
+from modules.spec import ParamSpec, fan_in, zeros
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """`experts` experts `d_expert` wide, of which each token uses `top_k`, and `shared_experts` that every token uses.
+
+    `score`: softmax over experts, or a sigmoid of each (DeepSeek-V3). `normalize`: weights of the chosen experts sum to
+    one; they are then multiplied by `scale`. `balance`: "aux" (the caller adds `aux_coefficient * aux_loss(stats)`),
+    "bias" (the caller keeps a tree of biases and moves it with `update_bias` at `bias_rate`), or "none".
+    """
+
+    d_model: int
+    d_expert: int
+    experts: int
+    top_k: int
+    shared_experts: int = 0
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    balance: Literal["aux", "bias", "none"] = "aux"
+    aux_coefficient: float = 1e-3
+    bias_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"MoEConfig: top_k={self.top_k} must be between 1 and experts={self.experts}")
+        if self.score not in ("softmax", "sigmoid"):
+            raise ValueError(f"MoEConfig: score={self.score!r} is not one of 'softmax', 'sigmoid'")
+        if self.balance not in ("aux", "bias", "none"):
+            raise ValueError(f"MoEConfig: balance={self.balance!r} is not one of 'aux', 'bias', 'none'")
+
+    @property
+    def shared(self) -> mlp.MlpConfig | None:
+        """The shared experts as one MLP, `shared_experts` times as wide as one expert; `None` without any."""
+        return mlp.MlpConfig(self.d_model, self.shared_experts * self.d_expert) if self.shared_experts else None
+
+
+class RouterStats(NamedTuple):
+    """What a router did, as sums over its tokens (padding left out), so that ranks and micro-batches can be added up.
+
+    Float32 (float64 for float64 inputs). `load_E`: tokens sent to each expert, a constant. `probability_E`: the sum
+    over tokens of the probability of each expert, differentiable. `count`: tokens, a scalar. Stacked over layers each
+    gains a leading dim.
+    """
+
+    load_E: Tensor
+    probability_E: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody needs
+
+
+def specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
+    """`w_router_DE`, `w_gate_EDF`, `w_up_EDF`, `w_down_EFD`, and `shared` (an MLP) where there are shared experts.
+
+    `out_gain` scales the initial deviation of the last weights, for deep residual stacks.
+    """
+    d, e, f = cfg.d_model, cfg.experts, cfg.d_expert
+    tree: dict[str, Any] = {
+        "w_router_DE": ParamSpec((d, e), ("embed", None), fan_in(d)),
+        "w_gate_EDF": ParamSpec((e, d, f), ("expert", "embed", "mlp"), fan_in(d)),
+        "w_up_EDF": ParamSpec((e, d, f), ("expert", "embed", "mlp"), fan_in(d)),
+        "w_down_EFD": ParamSpec((e, f, d), ("expert", "mlp", "embed"), fan_in(f, gain=out_gain)),
+    }
+    if cfg.shared is not None:
+        tree["shared"] = mlp.specs(cfg.shared, out_gain=out_gain)
+    return tree
+
+
+def balance_specs(cfg: MoEConfig) -> dict[str, ParamSpec]:
+    """State beside the parameters: `router_bias_E`, zeros, where the balance is "bias"; else nothing."""
+    return {"router_bias_E": ParamSpec((cfg.experts,), (None,), zeros())} if cfg.balance == "bias" else {}
+
+
+def apply(
+    params: dict[str, Any],
+    x_TD: Tensor,
+    *,
+    cfg: MoEConfig,
+    bias_E: Tensor | None = None,
+    valid_T: Tensor | None = None,
+) -> tuple[Tensor, RouterStats]:
+    """`[T, D]` to `[T, D]`, with what the router did.
+
+    `bias_E`: the `router_bias_E` of the balance state, given exactly where the balance is "bias". `valid_T`: bool,
+    false for padding, which is computed but not counted.
+    """
+    expert_TK, weights_TK, stats = route(params["w_router_DE"], x_TD, cfg=cfg, bias_E=bias_E, valid_T=valid_T)
+    out_TD = experts_swiglu(
+        x_TD, expert_TK, weights_TK.to(x_TD.dtype), params["w_gate_EDF"], params["w_up_EDF"], params["w_down_EFD"]
+    )
+    if cfg.shared is not None:
+        out_TD = out_TD + mlp.apply(params["shared"], x_TD, cfg=cfg.shared)
+    return out_TD, stats
+
+
+def route(
+    w_router_DE: Tensor, x_TD: Tensor, *, cfg: MoEConfig, bias_E: Tensor | None = None, valid_T: Tensor | None = None
+) -> tuple[Tensor, Tensor, RouterStats]:
+    """Choose experts: ids `[T, K]` (int64), weights `[T, K]` (differentiable), statistics.
+
+    Computed in float32, or float64 for float64 inputs: near ties, the choice must not hang on a rounded score.
+    """
+    if (bias_E is None) != (cfg.balance != "bias"):
+        raise ValueError(f"moe: balance={cfg.balance!r}, but router_bias_E was {'not ' if bias_E is None else ''}given")
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    logits_TE = x_TD.to(dtype) @ w_router_DE.to(dtype)
+    scores_TE = logits_TE.softmax(-1) if cfg.score == "softmax" else logits_TE.sigmoid()
+    choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E.detach()
+    expert_TK = choice_TE.topk(cfg.top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(-1, expert_TK)
+    if cfg.normalize:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    probability_TE = scores_TE if cfg.score == "softmax" else scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+    return expert_TK, weights_TK * cfg.scale, _statistics(expert_TK, probability_TE, valid_T)
+
+
+def _statistics(expert_TK: Tensor, probability_TE: Tensor, valid_T: Tensor | None) -> RouterStats:
+    tokens = probability_TE.shape[0]
+    if valid_T is None:
+        one_T = torch.ones_like(probability_TE[:, 0])
+    elif valid_T.shape == (tokens,):
+        one_T = valid_T.to(probability_TE.dtype)
+    else:
+        raise ValueError(f"moe: valid_T has shape {list(valid_T.shape)}, expected [{tokens}]")
+    one_TK = one_T.detach()[:, None].expand_as(expert_TK)
+    load_E = torch.zeros_like(probability_TE[0]).scatter_add(0, expert_TK.flatten(), one_TK.flatten())
+    return RouterStats(load_E.detach(), (probability_TE * one_T[:, None]).sum(0), one_T.sum())
+
+
+def aux_loss(stats: RouterStats) -> Mean:
+    """The Switch loss `E * sum_e f_e P_e`, `f_e` the share of tokens sent to e, `P_e` the mean probability of e.
+
+    At even load it is `top_k`, its least value. Of stats stacked over layers it is the mean of the layers' losses; the
+    loss of `pool(stats)` is that of transformers, which treats all layers' tokens as one. As a `Mean` it adds up over
+    ranks and micro-batches; the shares `f_e` are constants and are taken over all ranks.
+    """
+    shares_E = sum_over_batch(stats.load_E) / sum_over_batch(stats.count).clamp(min=1)[..., None]
+    experts = stats.load_E.shape[-1]
+    return Mean(experts * (shares_E.detach() * stats.probability_E).sum(), stats.count.sum())
+
+
+def pool(stats: RouterStats) -> RouterStats:
+    """Statistics stacked over layers, `[L, E]`, as if all layers were one router."""
+    return RouterStats(stats.load_E.sum(0), stats.probability_E.sum(0), stats.count.sum(0))
+
+
+def update_bias(bias_E: Tensor, load_E: Tensor, *, rate: float) -> Tensor:
+    """The biases after a step: up by `rate` for experts below the mean load, down for those above (Wang et al. 2024).
+
+    `load_E`: the step's tokens per expert (of `RouterStats`), this rank's or already summed over ranks.
+    """
+    load_E = sum_over_batch(load_E)
+    return bias_E + rate * torch.sign(load_E.mean(-1, keepdim=True) - load_E).to(bias_E.dtype)

@@ -1,0 +1,31 @@
+"""Norms over the last dim: RMS norm and layer norm; only a layer norm has a bias, by which `apply` tells them apart.
+
+Legend: N rows (any leading dims), D width.
+"""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from kernels.layer_norm import layer_norm
+from kernels.rms_norm import rms_norm
+from modules.spec import ParamSpec, ones, zeros
+
+Kind = Literal["rms", "layer"]
+
+
+def specs(d: int, *, kind: Kind = "rms", axis: str | None = "embed") -> dict[str, ParamSpec]:
+    """`weight_D [d]`, ones, and for a layer norm `bias_D [d]`, zeros."""
+    weight = ParamSpec((d,), (axis,), ones())
+    if kind == "rms":
+        return {"weight_D": weight}
+    if kind == "layer":
+        return {"weight_D": weight, "bias_D": ParamSpec((d,), (axis,), zeros())}
+    raise ValueError(f"norm kind {kind!r} is not one of 'rms', 'layer'")
+
+
+def apply(params: dict[str, Any], x_ND: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """The layer norm where the parameters hold a bias, else the RMS norm (Zhang & Sennrich 2019); same shape as `x`."""
+    if "bias_D" in params:
+        return layer_norm(x_ND, params["weight_D"], params["bias_D"], eps=eps)
+    return rms_norm(x_ND, params["weight_D"], eps=eps)

@@ -1,0 +1,216 @@
+"""Parameter specs: the single source of truth for a model's parameters (names, shapes, axes, initial values).
+
+A model's `specs(cfg)` is a tree of nested dicts and lists whose leaves are `ParamSpec`s. Everything else follows from
+it: initial values, shapes without memory, counts, checks of loaded weights, and (through `axes`) how a plan splits
+them. A leaf's name is its path joined with dots: `layers.0.moe.w_gate_EDF`. Leaves come in the order of sorted dict
+keys, the order that optree flattens in.
+"""
+
+import difflib
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import random
+from sharding import logical_axes
+
+Tree = Any  # nested dicts with string keys and lists, of one kind of leaf: what static types cannot say usefully
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent normal numbers with mean 0."""
+
+    std: float
+
+    def sample(self, key: Tensor, shape: tuple[int, ...], *, window: random.Window | None = None) -> Tensor:
+        """Float32 numbers of `shape`, or its `window`."""
+        return random.normal(key, shape, std=self.std, window=window)
+
+
+@dataclass(frozen=True)
+class TruncatedNormal:
+    """Normal numbers of deviation `std` *before* those beyond two deviations are cut away."""
+
+    std: float
+
+    def sample(self, key: Tensor, shape: tuple[int, ...], *, window: random.Window | None = None) -> Tensor:
+        """Float32 numbers of `shape`, or its `window`."""
+        return random.truncated_normal(key, shape, std=self.std, window=window)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform numbers in `[-bound, bound)`."""
+
+    bound: float
+
+    def sample(self, key: Tensor, shape: tuple[int, ...], *, window: random.Window | None = None) -> Tensor:
+        """Float32 numbers of `shape`, or its `window`."""
+        return random.uniform(key, shape, low=-self.bound, high=self.bound, window=window)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value everywhere."""
+
+    value: float
+
+    def sample(self, key: Tensor, shape: tuple[int, ...], *, window: random.Window | None = None) -> Tensor:
+        """Float32 numbers of `shape`, or its `window`; the key only tells the device."""
+        size = shape if window is None else tuple(window.size)
+        return torch.full(size, float(self.value), dtype=torch.float32, device=key.device)
+
+
+Init = Normal | TruncatedNormal | Uniform | Constant
+
+
+def zeros() -> Constant:
+    """All zeros: biases."""
+    return Constant(0.0)
+
+
+def ones() -> Constant:
+    """All ones: the weights of norms."""
+    return Constant(1.0)
+
+
+def fan_in(fan: int, *, gain: float = 1.0) -> Normal:
+    """Deviation `gain / sqrt(fan)`: with `gain` 1 a sum over `fan` inputs keeps their variance (LeCun et al. 1998)."""
+    if fan < 1:
+        raise ValueError(f"fan_in needs at least one input, got {fan}")
+    return Normal(gain / math.sqrt(fan))
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, what each dim means (`sharding.logical_axes`, `None`: never split), initial values.
+
+    Raises `ValueError` where `axes` does not name every dim, or names an unknown axis.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Init
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.shape):
+            raise ValueError(f"a parameter of shape {self.shape} needs {len(self.shape)} logical axes, got {self.axes}")
+        if any(size < 1 for size in self.shape):
+            raise ValueError(f"every dim of a parameter needs a size of at least 1, got {self.shape} ({self.axes})")
+        logical_axes.check(self.axes)
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the parameter holds."""
+        return math.prod(self.shape)
+
+
+def leaves_with_paths(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
+    """`(dotted path, leaf)` of every leaf of a tree of specs or parameters, dict keys sorted."""
+    if not isinstance(tree, dict | list):
+        yield path, tree
+        return
+    for name, child in _children(tree):
+        yield from leaves_with_paths(child, _join(path, name))
+
+
+def map_with_paths(function: Callable[[str, Any], Any], tree: Tree, path: str = "") -> Tree:
+    """The same tree with `function(path, leaf)` in the place of each leaf."""
+    if isinstance(tree, dict):
+        return {key: map_with_paths(function, child, _join(path, key)) for key, child in tree.items()}
+    if isinstance(tree, list):
+        return [map_with_paths(function, child, _join(path, str(i))) for i, child in enumerate(tree)]
+    return function(path, tree)
+
+
+def init(specs: Tree, key: Tensor, *, device: torch.device | str | None = None) -> Tree:
+    """Initial parameters on `device` (default: the key's).
+
+    A leaf's numbers depend on `key` (int64 `[2]`), its path, shape and initializer alone: not on the device, nor on
+    what else is in the tree.
+    """
+    key = key if device is None else key.to(device)
+    return map_with_paths(lambda path, spec: init_leaf(spec, key, path), specs)
+
+
+def init_leaf(spec: ParamSpec, key: Tensor, path: str, window: random.Window | None = None) -> Tensor:
+    """The leaf called `path` in the tree that `init` makes from `key`, or only a `window` of it.
+
+    A window of the global array holds the numbers that the whole array has there, so a rank can make its own shard.
+    """
+    leaf_key = random.fold_in(key, zlib.crc32(path.encode()))
+    return spec.init.sample(leaf_key, spec.shape, window=window).to(spec.dtype)
+
+
+def abstract(specs: Tree) -> Tree:
+    """The parameters as meta tensors: shapes and dtypes, no memory."""
+    return map_with_paths(lambda _, spec: torch.empty(spec.shape, dtype=spec.dtype, device="meta"), specs)
+
+
+def count(specs: Tree) -> int:
+    """How many numbers the parameters hold together."""
+    return sum(spec.elements for _, spec in leaves_with_paths(specs))
+
+
+def bytes(specs: Tree) -> int:
+    """How many bytes the parameters take, each in its own dtype."""
+    return sum(spec.elements * spec.dtype.itemsize for _, spec in leaves_with_paths(specs))
+
+
+def check(params: Tree, specs: Tree) -> None:
+    """Raise `ValueError` where `params` is not what `specs` describe.
+
+    Names the path and: the missing key; the unknown key with the nearest known one; or the shape or dtype that was
+    expected and found.
+    """
+    _check(params, specs, "")
+
+
+def _check(params: Tree, specs: Tree, path: str) -> None:
+    where = path or "the tree of parameters"
+    if isinstance(specs, ParamSpec):
+        _check_leaf(params, specs, where)
+        return
+    if type(params) is not type(specs):
+        raise ValueError(f"{where}: expected a {type(specs).__name__}, found a {type(params).__name__}")
+    expected, found = dict(_children(specs)), dict(_children(params))
+    unknown = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in found]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], missing or list(expected), n=1, cutoff=0.0)
+        hint = f"; nearest known: {_join(path, near[0])!r}" if near else ""
+        raise ValueError(f"unknown parameter {_join(path, unknown[0])!r}{hint}")
+    if missing:
+        raise ValueError(f"missing parameter {_join(path, missing[0])!r} ({len(missing)} missing in {where})")
+    for name, child in expected.items():
+        _check(found[name], child, _join(path, name))
+
+
+def _check_leaf(param: Any, spec: ParamSpec, where: str) -> None:
+    if not isinstance(param, Tensor):
+        raise ValueError(f"{where}: expected a tensor of shape {list(spec.shape)}, found a {type(param).__name__}")
+    if tuple(param.shape) != spec.shape:
+        raise ValueError(f"{where}: expected shape {list(spec.shape)} {spec.axes}, found {list(param.shape)}")
+    if param.dtype != spec.dtype:
+        raise ValueError(f"{where}: expected dtype {spec.dtype}, found {param.dtype}")
+
+
+def _children(tree: dict | list) -> list[tuple[str, Any]]:
+    """`(name, child)` of a dict, keys sorted, or of a list; a key that would make dotted paths ambiguous is refused."""
+    if isinstance(tree, list):
+        return [(str(i), child) for i, child in enumerate(tree)]
+    for key in tree:
+        if not isinstance(key, str) or not key or "." in key:
+            raise ValueError(f"{key!r} cannot name a parameter: use a non-empty string without dots")
+    return sorted(tree.items())
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

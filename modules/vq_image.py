@@ -1,0 +1,253 @@
+"""A VQ image tokenizer: convolutional encoder, codebook, convolutional decoder (VQ-VAE, van den Oord et al. 2017).
+
+The networks are VQGAN's without attention (Esser et al. 2021): residual blocks of group norm, SiLU and 3x3
+convolutions, halved by strided convolutions, doubled by nearest neighbours. The codebook may be compared on the unit
+sphere (ViT-VQGAN, Yu et al. 2022), which keeps more of it in use. It learns by gradient; `revive` re-seats entries that
+nothing uses. The loss is squared error: no perceptual or adversarial term.
+
+Legend: B images, C channels, H height, W width; of the grid of codes: h, w, N = h * w; K entries of the codebook, Z
+their width, R latent rows (B * N).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import random
+from kernels.mean import Mean
+from modules.spec import Constant, Normal, ParamSpec, fan_in, zeros
+
+
+@dataclass(frozen=True)
+class VqConfig:
+    """Square images of `size` pixels, `channels` channels, to a grid of codes `2 ** (len(widths) - 1)` times smaller.
+
+    `widths`: channels of the networks at each resolution, full resolution first; `blocks` residual blocks at each.
+    `codes` entries of width `d_code`, compared on the unit sphere with `normalise`. `commitment` weighs the pull of the
+    encoder towards its codes; `groups` is the number of groups in the group norms, a divisor of every width.
+    """
+
+    size: int
+    channels: int = 3
+    widths: tuple[int, ...] = (64, 128)
+    blocks: int = 1
+    codes: int = 256
+    d_code: int = 8
+    normalise: bool = True
+    commitment: float = 0.25
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.widths or self.size % self.factor:
+            raise ValueError(f"VqConfig: size={self.size} is not a multiple of {self.factor} (widths={self.widths})")
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"VqConfig: groups={self.groups} does not divide every one of widths={self.widths}")
+        if self.codes < 2:
+            raise ValueError(f"VqConfig: codes={self.codes} must be at least 2")
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a side one code spans."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes a side."""
+        return self.size // self.factor
+
+    @property
+    def codes_per_image(self) -> int:
+        """N."""
+        return self.grid**2
+
+
+def specs(cfg: VqConfig) -> dict[str, Any]:
+    """`encoder`, `codebook_KZ`, `decoder`."""
+    init = Normal(cfg.d_code**-0.5)
+    return {
+        "encoder": _encoder_specs(cfg),
+        "codebook_KZ": ParamSpec((cfg.codes, cfg.d_code), ("codebook", "code_dim"), init),
+        "decoder": _decoder_specs(cfg),
+    }
+
+
+def encode(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
+    """Images (float, about [-1, 1]) to codes `[B, N]` int64, row by row of the grid; no gradient."""
+    with torch.no_grad():
+        rows_RZ = _rows(_encode_grid(params["encoder"], _check(images_BCHW, cfg), cfg))
+        return nearest(rows_RZ, params["codebook_KZ"], normalise=cfg.normalise).unflatten(0, (-1, cfg.codes_per_image))
+
+
+def decode(params: Any, codes_BN: Tensor, *, cfg: VqConfig) -> Tensor:
+    """Codes `[B, N]` to images `[B, C, H, W]`, differentiable in the parameters."""
+    if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.codes_per_image:
+        raise ValueError(f"decode takes codes [B, {cfg.codes_per_image}], got {list(codes_BN.shape)}")
+    rows_RZ = _normalised(params["codebook_KZ"], cfg.normalise).index_select(0, codes_BN.flatten())
+    return _decode_grid(params["decoder"], _grid(rows_RZ, cfg), cfg)
+
+
+def loss(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> tuple[Mean, dict[str, Mean], Tensor]:
+    """The training loss (per image), its terms, and the codes `[B, N]` that were used.
+
+    `loss = reconstruction + codebook + commitment * cfg.commitment`; the terms are means over images of squared
+    differences, averaged over an image's pixels or latent numbers. The decoder's gradient reaches the encoder straight
+    through the quantizer.
+    """
+    latent_RZ = _rows(_encode_grid(params["encoder"], _check(images_BCHW, cfg), cfg))
+    latent_RZ = _normalised(latent_RZ, cfg.normalise)
+    book_KZ = _normalised(params["codebook_KZ"], cfg.normalise)
+    codes_R = nearest(latent_RZ, book_KZ, normalise=False)
+    entry_RZ = book_KZ.index_select(0, codes_R)
+    straight_RZ = latent_RZ + (entry_RZ - latent_RZ).detach()
+    made_BCHW = _decode_grid(params["decoder"], _grid(straight_RZ, cfg), cfg)
+    images = images_BCHW.shape[0]
+    terms = {
+        "reconstruction": _per_image(made_BCHW - images_BCHW, images),
+        "codebook": _per_image(entry_RZ - latent_RZ.detach(), images),
+        "commitment": _per_image(latent_RZ - entry_RZ.detach(), images),
+    }
+    total = terms["reconstruction"].total + terms["codebook"].total + cfg.commitment * terms["commitment"].total
+    return Mean(total, terms["codebook"].count), terms, codes_R.unflatten(0, (-1, cfg.codes_per_image))
+
+
+def _per_image(difference: Tensor, images: int) -> Mean:
+    """The mean square within an image, summed over images, with their number."""
+    total = difference.square().sum() * (images / max(difference.numel(), 1))
+    return Mean(total, torch.full((), images, dtype=torch.float32, device=difference.device))
+
+
+def nearest(rows_RZ: Tensor, book_KZ: Tensor, *, normalise: bool) -> Tensor:
+    """The index of the closest entry for each row, `[R]` int64; with `normalise`, by angle. No gradient."""
+    rows_RZ, book_KZ = _normalised(rows_RZ.detach(), normalise), _normalised(book_KZ.detach(), normalise)
+    # |r - b|^2 without |r|^2, which is the same for all entries.
+    return (book_KZ.square().sum(1) - 2 * rows_RZ @ book_KZ.T).argmin(1)
+
+
+def usage(codes: Tensor, entries: int) -> Tensor:
+    """How often each entry is used, `[K]` float32."""
+    return torch.zeros(entries, device=codes.device).index_add(
+        0, codes.flatten(), torch.ones(codes.numel(), device=codes.device)
+    )
+
+
+def latents(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
+    """The encoder's rows before quantizing, `[R, Z]`, as they are compared with the codebook."""
+    return _normalised(_rows(_encode_grid(params["encoder"], _check(images_BCHW, cfg), cfg)), cfg.normalise)
+
+
+def revive(book_KZ: Tensor, usage_K: Tensor, rows_RZ: Tensor, *, key: Tensor, least: float = 1.0) -> Tensor:
+    """The codebook with every entry used less than `least` times re-seated on a row drawn from `rows_RZ`.
+
+    A pure function, to be called now and then between steps with the usage since the last call (Dhariwal et al. 2020,
+    Jukebox, "random restarts"). `key`: a random key.
+    """
+    drawn_K = random.randint(key, (book_KZ.shape[0],), low=0, high=rows_RZ.shape[0])
+    return torch.where((usage_K < least)[:, None], rows_RZ.index_select(0, drawn_K).to(book_KZ.dtype), book_KZ)
+
+
+def _check(images_BCHW: Tensor, cfg: VqConfig) -> Tensor:
+    expected = (cfg.channels, cfg.size, cfg.size)
+    if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
+        raise ValueError(f"images must be [B, {', '.join(map(str, expected))}], got {list(images_BCHW.shape)}")
+    return images_BCHW
+
+
+def _normalised(rows: Tensor, normalise: bool) -> Tensor:
+    return F.normalize(rows, dim=-1) if normalise else rows
+
+
+def _rows(grid_BZhw: Tensor) -> Tensor:
+    return grid_BZhw.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _grid(rows_RZ: Tensor, cfg: VqConfig) -> Tensor:
+    return rows_RZ.unflatten(0, (-1, cfg.grid, cfg.grid)).permute(0, 3, 1, 2)
+
+
+def _conv_specs(d_in: int, d_out: int, kernel: int = 3, *, gain: float = 1.0) -> dict[str, ParamSpec]:
+    axes = ("conv_out", "conv_in", "conv_kernel", "conv_kernel")
+    weight = ParamSpec((d_out, d_in, kernel, kernel), axes, fan_in(d_in * kernel**2, gain=gain))
+    return {"w_OIhw": weight, "b_O": ParamSpec((d_out,), ("channels",), zeros())}
+
+
+def _norm_specs(width: int) -> dict[str, ParamSpec]:
+    return {
+        "weight_C": ParamSpec((width,), ("channels",), Constant(1.0)),
+        "bias_C": ParamSpec((width,), ("channels",), zeros()),
+    }
+
+
+def _block_specs(d_in: int, d_out: int) -> dict[str, Any]:
+    tree = {
+        "norm1": _norm_specs(d_in),
+        "conv1": _conv_specs(d_in, d_out, gain=2**0.5),
+        "norm2": _norm_specs(d_out),
+        "conv2": _conv_specs(d_out, d_out, gain=0.5),
+    }
+    return tree | ({"skip": _conv_specs(d_in, d_out, 1)} if d_in != d_out else {})
+
+
+def _stage_specs(d_in: int, d_out: int, blocks: int) -> list[Any]:
+    return [_block_specs(d_in if i == 0 else d_out, d_out) for i in range(blocks)]
+
+
+def _encoder_specs(cfg: VqConfig) -> dict[str, Any]:
+    widths = cfg.widths
+    return {
+        "conv_in": _conv_specs(cfg.channels, widths[0]),
+        "stages": [_stage_specs(widths[max(i - 1, 0)], widths[i], cfg.blocks) for i in range(len(widths))],
+        "down": [_conv_specs(width, width) for width in widths[:-1]],
+        "norm_out": _norm_specs(widths[-1]),
+        "conv_out": _conv_specs(widths[-1], cfg.d_code),
+    }
+
+
+def _decoder_specs(cfg: VqConfig) -> dict[str, Any]:
+    widths = cfg.widths[::-1]
+    return {
+        "conv_in": _conv_specs(cfg.d_code, widths[0]),
+        "stages": [_stage_specs(widths[max(i - 1, 0)], widths[i], cfg.blocks) for i in range(len(widths))],
+        "up": [_conv_specs(width, width) for width in widths[:-1]],
+        "norm_out": _norm_specs(widths[-1]),
+        "conv_out": _conv_specs(widths[-1], cfg.channels),
+    }
+
+
+def _conv(params: Any, x_BCHW: Tensor, *, stride: int = 1) -> Tensor:
+    w_OIhw = params["w_OIhw"]
+    return F.conv2d(x_BCHW, w_OIhw, params["b_O"], stride=stride, padding=w_OIhw.shape[-1] // 2)
+
+
+def _norm_silu(params: Any, x_BCHW: Tensor, cfg: VqConfig) -> Tensor:
+    return F.silu(F.group_norm(x_BCHW, cfg.groups, params["weight_C"], params["bias_C"], eps=1e-6))
+
+
+def _block(params: Any, x_BCHW: Tensor, cfg: VqConfig) -> Tensor:
+    out_BCHW = _conv(params["conv1"], _norm_silu(params["norm1"], x_BCHW, cfg))
+    out_BCHW = _conv(params["conv2"], _norm_silu(params["norm2"], out_BCHW, cfg))
+    return out_BCHW + (_conv(params["skip"], x_BCHW) if "skip" in params else x_BCHW)
+
+
+def _encode_grid(params: Any, images_BCHW: Tensor, cfg: VqConfig) -> Tensor:
+    """Images to latents `[B, Z, h, w]`."""
+    x_BCHW = _conv(params["conv_in"], images_BCHW)
+    for i, stage in enumerate(params["stages"]):
+        if i:
+            x_BCHW = _conv(params["down"][i - 1], x_BCHW, stride=2)
+        for block in stage:
+            x_BCHW = _block(block, x_BCHW, cfg)
+    return _conv(params["conv_out"], _norm_silu(params["norm_out"], x_BCHW, cfg))
+
+
+def _decode_grid(params: Any, latents_BZhw: Tensor, cfg: VqConfig) -> Tensor:
+    """Latents to images `[B, C, H, W]`."""
+    x_BCHW = _conv(params["conv_in"], latents_BZhw)
+    for i, stage in enumerate(params["stages"]):
+        if i:
+            x_BCHW = _conv(params["up"][i - 1], F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+        for block in stage:
+            x_BCHW = _block(block, x_BCHW, cfg)
+    return _conv(params["conv_out"], _norm_silu(params["norm_out"], x_BCHW, cfg))

@@ -1,0 +1,118 @@
+"""The audio encoder: the spectrogram against an independent one in numpy, the packed convolution, packed clips."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import random
+from modules import audio_encoder, spec
+from modules.audio_encoder import AudioConfig
+
+TINY = AudioConfig(d_model=16, layers=2, heads=2, d_out=12, rate=8000, n_fft=128, hop=40, mels=10, pool=2)
+
+
+def wave(seconds: float, *, rate: int = 8000, seed: int = 0) -> np.ndarray:
+    """A chirp with noise."""
+    times = np.arange(int(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).normal(size=times.shape)
+    return (0.5 * np.sin(2 * np.pi * (200 + 700 * times) * times) + 0.01 * noise).astype(np.float32)
+
+
+def naive_log_mel(wave: np.ndarray, *, rate: int, n_fft: int, hop: int, mels: int) -> np.ndarray:
+    """Slaney's filters and Whisper's scaling, filter by filter and frame by frame, in float64."""
+
+    def hz(mel: float) -> float:
+        return mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
+
+    top = 15 + 27 * math.log(rate / 2 / 1000, 6.4) if rate > 2000 else rate / 2 * 3 / 200
+    edges = [hz(top * i / (mels + 1)) for i in range(mels + 2)]
+    filters = np.zeros((mels, n_fft // 2 + 1))
+    for m in range(mels):
+        low, centre, high = edges[m : m + 3]
+        for b in range(n_fft // 2 + 1):
+            f = b * rate / n_fft
+            rise, fall = (f - low) / (centre - low), (high - f) / (high - centre)
+            filters[m, b] = max(0.0, min(rise, fall)) * 2 / (high - low)
+    padded = np.pad(wave.astype(np.float64), n_fft // 2, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+    frames = [padded[i * hop : i * hop + n_fft] * window for i in range(len(wave) // hop)]
+    power = np.abs(np.fft.rfft(np.stack(frames), axis=1)) ** 2
+    log = np.log10(np.maximum(power @ filters.T, 1e-10))
+    return (np.maximum(log, log.max() - 8) + 4) / 4
+
+
+@pytest.mark.parametrize(
+    ("rate", "n_fft", "hop", "mels"),
+    [(16000, 400, 160, 80), (8000, 128, 40, 10), (22050, 512, 200, 64), (2000, 64, 16, 5)],
+)
+def test_log_mel_is_the_textbook_spectrogram(rate: int, n_fft: int, hop: int, mels: int) -> None:
+    sound = wave(0.3, rate=rate)
+    made = audio_encoder.log_mel(torch.from_numpy(sound), rate=rate, n_fft=n_fft, hop=hop, mels=mels)
+    expected = naive_log_mel(sound, rate=rate, n_fft=n_fft, hop=hop, mels=mels)
+    np.testing.assert_allclose(made.numpy(), expected, atol=2e-4)
+
+
+def test_a_pure_tone_is_loudest_in_its_own_band() -> None:
+    tone = torch.sin(2 * math.pi * 1000 * torch.arange(8000) / 8000)
+    mel_FM = audio_encoder.log_mel(tone, rate=8000, n_fft=512, hop=80, mels=20)
+    centres = audio_encoder._mel_to_hz(np.linspace(0.0, audio_encoder._hz_to_mel(4000.0), 22))[1:-1]
+    assert abs(centres[int(mel_FM[50].argmax())] - 1000) == np.abs(centres - 1000).min()
+
+
+def test_halving_conv_is_conv1d_on_each_clip_alone() -> None:
+    lengths = [4, 2, 8]
+    x_FI, w_3IO, b_O = torch.randn(14, 5), torch.randn(3, 5, 6), torch.randn(6)
+    segments_F = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    packed = audio_encoder.halving_conv({"w_3IO": w_3IO, "b_O": b_O}, x_FI, segments_F)
+    alone = [
+        torch.nn.functional.conv1d(clip.T[None], w_3IO.permute(2, 1, 0), b_O, stride=2, padding=1)[0].T
+        for clip in x_FI.split(lengths)
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone))
+
+
+def features(*clips: np.ndarray, budget: int | None = None) -> dict[str, torch.Tensor]:
+    mels = [torch.from_numpy(audio_encoder.clip_features(clip, cfg=TINY)["mel_FM"]) for clip in clips]
+    segments = [torch.full((len(mel),), i) for i, mel in enumerate(mels)]
+    if budget is not None:
+        rest = budget - sum(map(len, mels))
+        mels.append(torch.zeros(rest, TINY.mels))
+        segments.append(torch.full((rest,), len(clips)))
+    return {"mel_FM": torch.cat(mels), "segments_N": torch.cat(segments)}
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(1, 1), (320, 1), (321, 2), (8000, 25)])
+def test_a_clip_is_filled_up_to_whole_tokens(samples: int, tokens: int) -> None:
+    mel_FM = audio_encoder.clip_features(np.ones(samples), cfg=TINY)["mel_FM"]
+    assert mel_FM.shape == (tokens * TINY.rows_per_token, TINY.mels)
+
+
+def test_clips_in_a_pack_do_not_hear_one_another_nor_the_padding() -> None:
+    params = spec.init(audio_encoder.specs(TINY), random.key(0))
+    short, long = wave(0.1), wave(0.25, seed=1)
+    alone = [audio_encoder.lm_encode(params, features(clip), cfg=TINY) for clip in (short, long)]
+    packed = audio_encoder.lm_encode(params, features(short, long, budget=80), cfg=TINY)
+    assert packed.shape == (80 // TINY.rows_per_token, TINY.d_out)
+    torch.testing.assert_close(packed[: sum(map(len, alone))], torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_takes_part() -> None:
+    params = spec.init(audio_encoder.specs(TINY), random.key(0))
+    clips = features(wave(0.1), wave(0.2, seed=1))
+    grads = torch.func.grad(lambda p: audio_encoder.lm_encode(p, clips, cfg=TINY).square().sum())(params)
+    silent = [path for path, leaf in spec.leaves_with_paths(grads) if not leaf.abs().max() > 0]
+    assert not silent
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 400)), np.zeros((0, 3))])
+def test_a_wave_of_several_channels_is_refused(bad: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="one channel"):
+        audio_encoder.clip_features(bad, cfg=TINY)
+
+
+def test_a_broken_token_is_refused() -> None:
+    params = spec.init(audio_encoder.specs(TINY), random.key(0))
+    with pytest.raises(ValueError, match="12 mel frames are not whole tokens of 8"):
+        audio_encoder.lm_encode(params, {"mel_FM": torch.zeros(12, 10), "segments_N": torch.zeros(12)}, cfg=TINY)

@@ -1,0 +1,138 @@
+"""Packing: where every token, row and label goes, what fits, and clear words for what cannot."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_omni import MODEL, audio, documents, drawing, image, video
+
+from modules.packing import IGNORE, Budget, Media, Target, Text, exact_budget, measure, pack
+
+BUDGET = Budget(tokens=96, rows={"image": 48, "video": 16, "audio": 48}, targets={"draw": 3})
+
+
+def test_one_document_laid_out_by_hand() -> None:
+    document = [Text([1, 2]), image(0), Text([3, 4], train=True), drawing(1), Text([5], train=True)]
+    budget = Budget(tokens=20, rows={"image": 24}, targets={"draw": 1})
+    batch = pack([document], budget=budget, model=MODEL).batch
+    # <image> is 30, </image> 31, and an 8 x 8 image gives 4 tokens; <draw> is 36, </draw> 37, with 4 codes.
+    assert batch["tokens_T"].tolist() == [1, 2, 30, 0, 0, 0, 0, 31, 3, 4, 36, 0, 0, 0, 0, 37, 5, 0, 0, 0]
+    x = IGNORE
+    assert batch["labels_T"].tolist() == [x, x, x, x, x, x, x, 3, 4, 36, x, x, x, x, x, 5, x, x, x, x]
+    assert batch["positions_T"].tolist() == [*range(17), 0, 1, 2]
+    assert batch["segments_T"].tolist() == [0] * 17 + [1] * 3
+    assert batch["valid_T"].tolist() == [True] * 17 + [False] * 3
+    assert batch["encoders"]["image"]["index_n"].tolist() == [3, 4, 5, 6, 20, 20]
+    assert batch["encoders"]["image"]["features"]["segments_N"].tolist() == [0] * 16 + [1] * 8
+    assert batch["decoders"]["draw"]["index_n"].tolist() == [11, 12, 13, 14]
+    np.testing.assert_array_equal(batch["decoders"]["draw"]["target"][0].numpy(), document[3].array)
+
+
+def test_the_first_token_of_a_document_is_nobodys_label() -> None:
+    batch = pack([[Text([1, 2], train=True)], [Text([3, 4], train=True)]], budget=Budget(5), model=MODEL).batch
+    assert batch["labels_T"].tolist() == [2, IGNORE, 4, IGNORE, IGNORE]
+
+
+@given(st.permutations(range(5)), st.sampled_from(["drop", "pad"]), st.integers(0, 30))
+@settings(deadline=None, max_examples=30)
+def test_every_packed_document_is_as_it_was_alone(order: list[int], absent: str, spare: int) -> None:
+    given_documents = [documents()[i] for i in order]
+    exact = exact_budget(given_documents, model=MODEL)
+    budget = Budget(exact.tokens + spare, {name: rows + 8 for name, rows in exact.rows.items()}, {"draw": 4})
+    packed = pack(given_documents, budget=budget, model=MODEL, absent=absent)
+    assert (packed.taken, packed.left) == ([0, 1, 2, 3, 4], [])
+    for number, document in enumerate(given_documents):
+        alone = pack([document], budget=exact_budget([document], model=MODEL), model=MODEL).batch
+        here = packed.batch["segments_T"] == number
+        start = int(here.nonzero()[0])
+        for name in ("tokens_T", "labels_T", "positions_T"):
+            assert torch.equal(packed.batch[name][here], alone[name])
+        for kind in ("encoders", "decoders"):
+            for name, part in alone[kind].items():
+                index_n = packed.batch[kind][name]["index_n"]
+                inside = (index_n >= start) & (index_n < start + int(here.sum()))
+                assert torch.equal(index_n[inside] - start, part["index_n"])
+
+
+def test_features_lie_in_the_order_of_their_places() -> None:
+    batch = pack([[image(0), video(1), image(2, 4, 12)], [image(3)]], budget=BUDGET, model=MODEL).batch
+    pictures = [image(0), image(2, 4, 12), image(3)]
+    part = batch["encoders"]["image"]
+    expected = np.concatenate([p.features["patches_NP"] for p in pictures])
+    np.testing.assert_array_equal(part["features"]["patches_NP"][: len(expected)].numpy(), expected)
+    assert not part["features"]["patches_NP"][len(expected) :].any()
+    assert part["features"]["segments_N"].bincount().tolist() == [16, 12, 16, 4]
+    assert (part["index_n"][:-1].diff() > 0).all()
+
+
+def test_shapes_depend_on_the_budget_alone() -> None:
+    def shapes(batch: dict) -> dict:
+        return {k: shapes(v) if isinstance(v, dict) else (v.shape, v.dtype) for k, v in batch.items()}
+
+    one = pack([documents()[2]], budget=BUDGET, model=MODEL, absent="pad").batch
+    many = pack(documents(), budget=BUDGET, model=MODEL, absent="pad").batch
+    assert shapes(one) == shapes(many)
+
+
+def test_an_absent_modality_is_not_in_the_batch() -> None:
+    batch = pack([documents()[2], documents()[0]], budget=BUDGET, model=MODEL).batch
+    assert set(batch["encoders"]) == {"image"}
+    assert batch["decoders"] == {}
+
+
+def test_first_fit_takes_later_documents_that_still_fit() -> None:
+    sizes = [4, 5, 3, 2, 1]
+    packed = pack([[Text(list(range(size)))] for size in sizes], budget=Budget(8), model=MODEL)
+    assert (packed.taken, packed.left) == ([0, 2, 4], [1, 3])
+    packed = pack([[image(0)], [image(1)], [Text([1])]], budget=Budget(99, {"image": 16}), model=MODEL)
+    assert (packed.taken, packed.left) == ([0, 2], [1])
+
+
+def test_measure_counts_boundaries_rows_and_targets() -> None:
+    size = measure(documents()[4], model=MODEL)
+    # 12 x 5 pixels fill 3 x 2 squares; 3 frames of 8 x 4 fill 2 x 2 x 1 squares.
+    assert size == (2 + 6 + 2 + 4 + 2 + 2 + 4 + 1, {"image": 24, "video": 16}, {"draw": 1})
+
+
+@pytest.mark.parametrize(
+    ("docs", "words"),
+    [
+        ([], "no documents"),
+        ([[]], "no parts"),
+        ([[Text([1])], [Text([1] * 97)]], r"document 1 needs 97 tokens \(the budget holds 96\)"),
+        ([[image(0, 16, 16)]], r"document 0 needs 64 image rows \(the budget holds 48\)"),
+        ([[drawing(i) for i in range(4)]], r"4 draw targets \(the budget holds 3\)"),
+        ([[Media("smell", {})]], r"no encoder for modality 'smell'; it has \['audio', 'image', 'video'\]"),
+        ([[Target("image", np.zeros(1))]], r"no decoder for modality 'image'; it has \['draw'\]"),
+        ([[Text([1, 2])], [Text([3, 40])]], r"token id 40 at place 1 of packed document 1 is outside \[0, 40\)"),
+        ([[Text([-1])]], "token id -1"),
+        ([[Target("draw", np.zeros((1, 8, 9)))]], r"target 'draw' has shape \[1, 8, 9\], the model takes \[1, 8, 8\]"),
+        ([[Media("audio", {"mel_FM": np.zeros((8, 11))})]], r"audio.mel_FM has shape \[11\], the model takes \[10\]"),
+        ([[Media("audio", {"mel_FM": np.zeros((9, 10))})]], "9 rows: not a positive multiple of 8"),
+        ([[Media("audio", {"mel": np.zeros((8, 10))})]], r"takes features \['mel_FM'\], got \['mel'\]"),
+        ([[Media("image", {"patches_NP": np.zeros((4, 4)), "positions_N3": np.zeros((8, 3))})]], "differ in rows"),
+    ],
+)
+def test_what_cannot_be_packed_is_named(docs: list, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pack(docs, budget=BUDGET, model=MODEL)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"budget": Budget(9, {"image": 18})}, "18 rows is not a multiple"),
+        ({"budget": Budget(9, {"smell": 8})}, "no encoder for modality 'smell'"),
+        ({"absent": "maybe"}, "absent='maybe'"),
+    ],
+)
+def test_what_cannot_be_a_budget_is_named(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pack([[Text([1])]], **({"budget": BUDGET, "model": MODEL, "absent": "pad"} | change))
+
+
+def test_tensors_and_arrays_are_both_taken() -> None:
+    as_tensors = Media("audio", {"mel_FM": torch.from_numpy(audio(0).features["mel_FM"])})
+    one, other = (pack([[item]], budget=BUDGET, model=MODEL).batch for item in (as_tensors, audio(0)))
+    assert torch.equal(one["encoders"]["audio"]["features"]["mel_FM"], other["encoders"]["audio"]["features"]["mel_FM"])
