@@ -12,12 +12,11 @@ from torch import Tensor, fx
 from ftrain import tree
 from ftrain.cost import Cost, graph_cost
 from ftrain.donation import give_away
-from ftrain.execute import Program, choose, compile_graph
+from ftrain.execute import Program, choose, compile_graph, prepare_for_python
 from ftrain.loop import is_loop, loop_body
 from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
-from ftrain.passes.donate import write_in_place
 from ftrain.passes.order import update_early
 from ftrain.precision import Precision
 from ftrain.remat import Remat, rematerialize
@@ -29,6 +28,7 @@ class Compiled:
 
     def __init__(self, traced: Traced, treedef: Any, leaves: list[Any], paths: list[str], backend: str) -> None:
         self.traced = traced
+        self.name = ""
         self.graph: fx.GraphModule = traced.module
         self.backend = backend
         self.seconds_to_compile = 0.0
@@ -111,7 +111,7 @@ class Compiled:
     def executed(self) -> fx.GraphModule:
         """The graph as the interpreter runs it, with writes in place."""
         module = _copy(self.graph)
-        write_in_place(module)
+        prepare_for_python(module)
         return module
 
     def as_text(self) -> str:
@@ -151,6 +151,7 @@ def compile_step(
     traced = trace(fn, args, names, precision=precision)
     device = traced.input_avals[0].device if traced.input_avals else torch.device("cpu")
     compiled = Compiled(traced, treedef, leaves, argument_paths(args, names), choose(backend, device))
+    compiled.name = getattr(fn, "__name__", type(fn).__name__)
     module = traced.module
     clean(module)
     spread_paths(module, names[0] if names else "")
@@ -187,7 +188,7 @@ def match_donated(traced: Traced, argument: Any, name: str) -> dict[int, int]:
         if path not in slots or output not in tensor_index:
             continue
         new = Aval.of(values[tensor_index[output]].meta["val"])  # type: ignore[index,union-attr]
-        if new[:2] != avals[path][:2]:
+        if (new.shape, new.dtype) != (avals[path].shape, avals[path].dtype):
             raise ValueError(
                 f"donate={name!r}: leaf {path!r} is {avals[path]} and its new value is {new}: a step must keep shapes and "
                 "dtypes of its state"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
-import kernels
 from ftrain.loop import is_loop, loop_body
+from kernels.workspace import FLOPS
 
 
 class NodeCost(NamedTuple):
@@ -54,7 +54,7 @@ def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
         moved = sum(_bytes(n.meta.get("val")) for n in [node, *node.all_input_nodes])
         name = str(node.target)
         costs.append(
-            NodeCost(node.name, name, meta.get("phase", ""), meta.get("path", ""), times * node_flops(node), times * moved)
+            NodeCost(node.name, name, meta.get("phase", ""), meta.get("path") or "", times * node_flops(node), times * moved)
         )
     return costs
 
@@ -68,7 +68,7 @@ def node_flops(node: fx.Node) -> int:
     if not isinstance(target, torch._ops.OpOverload):
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    own = kernels.FLOPS.get(target._schema.name)
+    own = FLOPS.get(target._schema.name)
     if own is not None:
         return int(own(*args, **kwargs))
     rule = flop_registry.get(target.overloadpacket)

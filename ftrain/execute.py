@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
-from ftrain.passes.donate import write_in_place
+from ftrain.passes.donate import carry_in_place, write_in_place
 from ftrain.private import below_autograd, compile_with_inductor
 
 Backend = Literal["auto", "aten", "inductor", "cudagraph"]
@@ -43,7 +43,7 @@ def compile_graph(module: fx.GraphModule, backend: str) -> Program:
 
 def aten_program(module: fx.GraphModule) -> Program:
     """The graph as one Python function, each variable dropped after its last use."""
-    _prepare_for_python(module)
+    prepare_for_python(module)
     forward = module.forward
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -53,11 +53,13 @@ def aten_program(module: fx.GraphModule) -> Program:
     return run
 
 
-def _prepare_for_python(module: fx.GraphModule) -> None:
+def prepare_for_python(module: fx.GraphModule) -> None:
+    """Turn final copies into writes in place, in bodies of loops too: the graph as the interpreter runs it."""
     write_in_place(module)
+    carry_in_place(module)
     for node in module.graph.nodes:
         if is_loop(node):
-            _prepare_for_python(loop_body(node))
+            prepare_for_python(loop_body(node))
     module.recompile()
 
 

@@ -4,16 +4,17 @@ The generated program drops a variable right after its last use, so the bytes al
 variable still looks at. Views share a storage; what an op allocates for itself while it runs is its workspace.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-import kernels
 from ftrain.loop import is_loop, loop_body
 from ftrain.private import storage_id
+from ftrain.workspace import cpu_workspace
+from kernels.workspace import WORKSPACE
 
 
 class LiveTensor(NamedTuple):
@@ -46,35 +47,65 @@ class MemoryPlan:
         return self.inputs + self.peak
 
 
+class Held(NamedTuple):
+    """A piece of memory: its bytes and the node that made it."""
+
+    bytes: int
+    owner: fx.Node
+
+
+class Moment(NamedTuple):
+    """While `node` runs: the bytes of all memory alive beyond the inputs, each piece of it, and the op's workspace.
+
+    `alive` changes as the simulation goes on: read it at once, or copy it.
+    """
+
+    node: fx.Node
+    live: int
+    workspace: int
+    alive: Mapping[int, Held]
+
+
 def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
     """Simulate the graph; `round_to` is the allocator's granularity in bytes (512 on CUDA, 1 for CPU storages)."""
-    nodes = list(module.graph.nodes)
-    last_use, owner = _lifetimes(nodes)
+    peak, peak_node, at_peak = 0, "", list[Held]()
+    timeline = []
+    for node, live, workspace, alive in simulate(module, round_to=round_to):
+        if node.op != "placeholder":
+            timeline.append((node.name, live + workspace))
+        if live + workspace > peak:
+            peak, peak_node, at_peak = live + workspace, node.name, list(alive.values())
+    top = [_describe(held) for held in at_peak]
+    for node in module.graph.nodes:
+        if node.name == peak_node and is_loop(node):
+            top += plan_memory(loop_body(node), round_to=round_to).top
+    return MemoryPlan(input_bytes(module), peak, peak_node, timeline, sorted(top, reverse=True))
+
+
+def input_bytes(module: fx.GraphModule) -> int:
+    """Bytes of the arguments."""
+    return sum(size for n in module.graph.nodes if n.op == "placeholder" for _, size in _storages(n))
+
+
+def simulate(module: fx.GraphModule, *, round_to: int = 1) -> Iterator[Moment]:
+    """What is alive while each node runs, in order."""
+    nodes = [n for n in module.graph.nodes if n.op != "output"]
+    last_use = _last_uses(list(module.graph.nodes))
     held = {s for n in nodes if n.op in ("placeholder", "get_attr") for s, _ in _storages(n)}
-    inputs = sum(size for n in nodes if n.op == "placeholder" for _, size in _storages(n))
-    sizes = {s: -(-size // round_to) * round_to for n in nodes for s, size in _storages(n)}
     expiring: dict[fx.Node, list[int]] = {}
     for storage, node in last_use.items():
         expiring.setdefault(node, []).append(storage)
-    alive: set[int] = set()
-    live = peak = 0
-    timeline, at_peak, peak_node = [], set(), ""
+    alive: dict[int, Held] = {}
+    live = 0
     for node in nodes:
-        for storage, _ in _storages(node):
+        for storage, size in _storages(node):
             if storage not in held and storage not in alive:
-                alive.add(storage)
-                live += sizes[storage]
-        now = live + workspace_bytes(node)
-        if node.op not in ("placeholder", "output"):
-            timeline.append((node.name, now))
-        if now > peak:
-            peak, at_peak, peak_node = now, set(alive), node.name
+                alive[storage] = Held(-(-size // round_to) * round_to, node)
+                live += alive[storage].bytes
+        yield Moment(node, live, workspace_bytes(node, round_to=round_to), alive)
         for storage in expiring.get(node, ()):
             if storage in alive:
-                alive.discard(storage)
-                live -= sizes[storage]
-    top = sorted((_describe(owner[s], sizes[s]) for s in at_peak), reverse=True)
-    return MemoryPlan(inputs, peak, peak_node, timeline, top)
+                live -= alive.pop(storage).bytes
 
 
 def _storages(node: fx.Node) -> list[tuple[int, int]]:
@@ -87,36 +118,31 @@ def _storages(node: fx.Node) -> list[tuple[int, int]]:
     return found
 
 
-def _lifetimes(nodes: list[fx.Node]) -> tuple[dict[int, fx.Node], dict[int, fx.Node]]:
-    """For each storage the node after which nothing looks at it, and the node that made it."""
+def _last_uses(nodes: list[fx.Node]) -> dict[int, fx.Node]:
+    """For each piece of memory the node after which nothing looks at it."""
     position = {n: i for i, n in enumerate(nodes)}
     last: dict[int, fx.Node] = {}
-    owner: dict[int, fx.Node] = {}
     for node in nodes:
         end = max([node, *node.users], key=position.__getitem__)
         for storage, _ in _storages(node):
-            owner.setdefault(storage, node)
             if storage not in last or position[end] > position[last[storage]]:
                 last[storage] = end
-    return last, owner
+    return last
 
 
-def workspace_bytes(node: fx.Node) -> int:
-    """What the op of a node allocates beyond its outputs while it runs."""
+def workspace_bytes(node: fx.Node, *, round_to: int = 1) -> int:
+    """What the op of a node allocates beyond its outputs while it runs; of a loop, what a round of its body needs."""
     if is_loop(node):
-        return plan_memory(loop_body(node)).peak
-    rule = _workspace_rule(node.target)
-    if rule is None:
+        return plan_memory(loop_body(node), round_to=round_to).peak
+    if not isinstance(node.target, torch._ops.OpOverload):
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return int(rule(*args, **kwargs))
+    rule = WORKSPACE.get(node.target._schema.name)
+    return int(rule(*args, **kwargs)) if rule is not None else cpu_workspace(node.target, args, kwargs)
 
 
-def _workspace_rule(target: Any) -> Callable | None:
-    rules: Mapping[str, Callable] = kernels.WORKSPACE
-    return rules.get(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
-
-
-def _describe(node: fx.Node, size: int) -> LiveTensor:
-    meta = node.meta
-    return LiveTensor(size, node.name, meta.get("path", ""), str(meta.get("site") or ""), meta.get("phase", ""))
+def _describe(held: Held) -> LiveTensor:
+    meta = held.owner.meta
+    return LiveTensor(
+        held.bytes, held.owner.name, meta.get("path") or "", str(meta.get("site") or ""), meta.get("phase", "")
+    )

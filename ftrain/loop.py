@@ -13,12 +13,21 @@ from ftrain.private import FakeTensor, emit_node, is_tracked, new_fake_like, pau
 from ftrain.provenance import user_site
 
 
-def run_loop(body: Callable, n: int, carry: list[Tensor], xs: list[Tensor], consts: list[Tensor]) -> list[Tensor]:
+def run_loop(
+    body: Callable,
+    n: int,
+    carry: list[Tensor],
+    xs: list[Tensor],
+    consts: list[Tensor],
+    *,
+    copy: list[bool] | None = None,
+) -> list[Tensor]:
     """Run `carry = body(*carry, *(x[i] for x in xs), *consts)` for `i` in `range(n)` and return the last carry.
 
-    The body may write its results into the carry it is given (see the donate pass), so the first one is a copy.
+    The body may write its results into the carry it is given (see the donate pass), so the first one is a copy; `copy`
+    says of which leaves (all of them by default).
     """
-    carry = [c.clone() for c in carry]
+    carry = [c.clone() if must else c for c, must in zip(carry, copy or [True] * len(carry), strict=True)]
     for i in range(n):
         carry = list(body(*carry, *[x[i] for x in xs], *consts))
     return carry

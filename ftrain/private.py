@@ -40,7 +40,12 @@ def trace_to_graph(function: Callable, fakes: list[Any]) -> fx.GraphModule:
     An enclosing trace is paused, so a body of a loop can be traced in the middle of another trace.
     """
     with disable_proxy_modes_tracing(), torch.autograd.set_multithreading_enabled(False):
-        return make_fx(function, tracing_mode="real", _error_on_data_dependent_ops=False)(*fakes)
+        return make_fx(
+            function,
+            tracing_mode="real",
+            _error_on_data_dependent_ops=False,
+            _disable_torch_fn_metadata_mode=True,
+        )(*fakes)
 
 
 @contextmanager

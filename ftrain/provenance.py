@@ -5,6 +5,7 @@ Autograd numbers forward ops (`sequence_nr`) and keeps the number on their backw
 node tells the mode which forward op is being transposed.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ class Site(NamedTuple):
         return f"{self.file}:{self.line} ({self.function})"
 
 
+@functools.cache
 def _is_machinery(file: str) -> bool:
     return file.startswith(_MACHINERY) or "/optree/" in file or file.endswith("contextlib.py")
 
@@ -50,7 +52,9 @@ def user_site(frame: FrameType | None = None) -> Site | None:
 
 
 class Provenance(TorchDispatchMode):
-    """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward" or "step")."""
+    """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward" or "step") and `meta["sequence"]`, which
+    a forward op shares with the nodes of its backward.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,17 +67,18 @@ class Provenance(TorchDispatchMode):
         before = len(graph.nodes) if graph is not None else 0
         out = func(*args, **(kwargs or {}))
         if graph is not None and len(graph.nodes) > before:
-            site = self._site()
+            sequence, site = self._origin()
             for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
-                node.meta["site"], node.meta["phase"] = site, self.phase
+                node.meta.update(site=site, phase=self.phase, sequence=sequence)
         return out
 
-    def _site(self) -> Site | None:
+    def _origin(self) -> tuple[int, Site | None]:
+        """The number of the forward op that is computed or transposed, and its line."""
         if self._transposed is not None:
-            return self._site_of_sequence.get(self._transposed)
-        site = user_site()
-        self._site_of_sequence[autograd_sequence() - 1] = site
-        return site
+            return self._transposed, self._site_of_sequence.get(self._transposed)
+        sequence, site = autograd_sequence() - 1, user_site()
+        self._site_of_sequence.setdefault(sequence, site)  # later ops without gradients see the same number
+        return sequence, site
 
     @contextmanager
     def in_phase(self, phase: str) -> Iterator[None]:

@@ -40,8 +40,8 @@ def show_node(node: fx.Node) -> str:
         return typed
     if node.op == "get_attr":
         return f"{typed} = constant"
-    arguments = node.args[1:] if is_loop(node) else node.args
-    parts = [show_argument(a) for a in arguments] + [f"{k}={show_argument(v)}" for k, v in node.kwargs.items()]
+    arguments, options = (node.args[1:], {}) if is_loop(node) else (node.args, node.kwargs)
+    parts = [show_argument(a) for a in arguments] + [f"{k}={show_argument(v)}" for k, v in options.items()]
     return f"{typed} = {op_name(node)}({', '.join(parts)})"
 
 

@@ -6,7 +6,7 @@ two), runs through the function once, and leaves a node per op: forward, backwar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,8 @@ from ftrain.private import FakeTensor, new_fake_mode, trace_to_graph
 from ftrain.provenance import recording
 
 
-class Aval(NamedTuple):
+@dataclass(frozen=True)
+class Aval:
     """What a trace knows of a tensor; also stands for one where a step is lowered without data."""
 
     shape: tuple[int, ...]
@@ -134,21 +135,28 @@ def _check_constants(module: fx.GraphModule) -> None:
 def spread_paths(module: fx.GraphModule, first_argument: str) -> None:
     """Give every node the path of the parameter that it is about.
 
-    A node that reads leaves of the step's first argument (its state or parameters) has the last such leaf's path; any
-    other inherits from the latest of its inputs that has one, which is where the computation stands. Leaves of other
-    arguments only name nodes that know nothing better.
+    A node that reads leaves of the step's first argument (its state or parameters) has the last such leaf's path; a
+    backward node has its forward op's; any other inherits from the latest of its inputs that has one, which is where
+    the computation stands. Leaves of other arguments only name nodes that know nothing better.
     """
     order = {node: i for i, node in enumerate(module.graph.nodes)}
+    forward: dict[int, str] = {}
     prefix = first_argument + "."
     for node in module.graph.nodes:
-        if node.op == "placeholder" or node.op == "output":
+        if node.op in ("placeholder", "output"):
             continue
         known = [n for n in node.all_input_nodes if n.meta.get("path")]
         state = [n for n in known if n.meta["path"].startswith(prefix)]
         leaves = [n for n in state if n.op == "placeholder"]
         best = leaves or state or known
-        if best:
-            node.meta["path"] = max(best, key=order.__getitem__).meta["path"]
+        path = max(best, key=order.__getitem__).meta["path"] if best else ""
+        sequence = node.meta.get("sequence")
+        if node.meta.get("phase") == "forward":
+            forward.setdefault(sequence, path)
+        elif node.meta.get("phase") == "backward":
+            path = forward.get(sequence) or path
+        if path:
+            node.meta["path"] = path
         if is_loop(node):
             _spread_into(node, first_argument)
 

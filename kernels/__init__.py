@@ -1,2 +1,1 @@
-WORKSPACE: dict = {}
-FLOPS: dict = {}
+"""Math with hand-written forward and backward: one file per op. See ARCHITECTURE.md, "How a kernel is made"."""

@@ -4,7 +4,7 @@ T query tokens, S key/value tokens (S = T unless `kv_segments_S` is given), H qu
 K head dim of queries and keys, V head dim of values (mostly V = K).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +68,10 @@ def attention(
             window=window,
             scale=scale,
         )
-    if BACKENDS.get(q_THK.device.type, chosen) != chosen:
+    if BACKENDS.get(q_THK.device.type) != chosen:
         raise ValueError(f"attention: backend={chosen!r} does not run on {q_THK.device}; use backend='auto'")
-    options = Options(causal, window, scale, max_documents)
-    return _Attention.apply(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, options)[0]
+    rule = Rule(causal, window, scale, max_documents)
+    return _Attention.apply(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, rule)[0]
 
 
 def attention_reference(
@@ -132,15 +132,6 @@ def _left_after(segments_T: Tensor) -> Tensor:
     return ((segments_T[:, None] == segments_T) & later_TT).sum(1)
 
 
-class Options(NamedTuple):
-    """What the ops take besides tensors."""
-
-    causal: bool
-    window: int | None
-    scale: float
-    max_documents: int | None
-
-
 @opaque_op(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? segments, Tensor? kv_segments, bool causal, int? window, "
     "float scale, int? max_documents) -> (Tensor, Tensor)",
@@ -161,9 +152,9 @@ def attention_forward(
     max_documents: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, V]` and the scores' log-sum-exp `[H, T]`."""
-    rule = Rule(causal, window, scale)
+    rule = Rule(causal, window, scale, max_documents)
     if q_THK.is_cuda:
-        return attention_cuda.forward(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, rule, max_documents)
+        return attention_cuda.forward(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, rule)
     return attention_cpu.forward(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, rule)
 
 
@@ -187,10 +178,10 @@ def attention_backward(
     max_documents: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `q`, `k`, `v`; the probabilities are made again from the log-sum-exp."""
-    rule = Rule(causal, window, scale)
+    rule = Rule(causal, window, scale, max_documents)
     tensors = (grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, segments_T, kv_segments_S)
     if q_THK.is_cuda:
-        return attention_cuda.backward(*tensors, rule, max_documents)
+        return attention_cuda.backward(*tensors, rule)
     return attention_cpu.backward(*tensors, rule)
 
 
@@ -200,20 +191,20 @@ _backward = first_order(attention_backward, "attention")
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, kv_segments: Tensor | None, options: Options
+        q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, kv_segments: Tensor | None, rule: Rule
     ) -> tuple[Tensor, Tensor]:
-        return attention_forward(q, k, v, segments, kv_segments, *options)
+        return attention_forward(q, k, v, segments, kv_segments, *rule)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, segments, kv_segments, ctx.options = inputs
+        q, k, v, segments, kv_segments, ctx.rule = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(q, k, v, out, lse, segments, kv_segments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None)
+        return (*_backward(grad, *ctx.saved_tensors, *ctx.rule), None, None, None)
 
 
 def _check(
@@ -245,6 +236,4 @@ def _check(
         ("kv_segments_S", kv_segments_S, k_SGK.shape[0]),
     ):
         if segments is not None and (segments.shape != (tokens,) or segments.dtype != torch.int64):
-            raise ValueError(
-                f"attention: {name} must be int64 [{tokens}]; got {segments.dtype} {tuple(segments.shape)}"
-            )
+            raise ValueError(f"attention: {name} must be int64 [{tokens}], not {segments.dtype} {[*segments.shape]}")

@@ -74,9 +74,9 @@ def forward_workspace(
     call = _call_bytes(n, rule, served_by_aten(q, v), backward=False)
     if _in_place(q, segments):
         return max(call, n.T * n.H * n.item)
-    copies = n.copied * (n.queries + n.keys + n.output + n.H * n.item)
+    results = n.output + n.H * n.item
     cast = n.copied * n.H * n.V * q.element_size() if q.element_size() < n.item else 0
-    return copies + max(call, cast) + _index_bytes(n, segments)
+    return _copies(n, q, n.queries + n.keys, results) + max(call, cast) + _index_bytes(n, segments)
 
 
 def backward_workspace(
@@ -100,8 +100,16 @@ def backward_workspace(
     call = _call_bytes(n, rule, served_by_aten(q, v), backward=True)
     if _in_place(q, segments):
         return call
-    copies = n.copied * (2 * n.queries + 2 * n.keys + 2 * n.output + n.H * n.item)
-    return call + copies + _index_bytes(n, segments)
+    inputs, results = n.queries + n.keys + 2 * n.output + n.H * n.item, n.queries + n.keys
+    # ATen copies a gradient that is not dense, as a view of some heads of a long document is not
+    return _copies(n, q, inputs, results, not_dense=n.output) + call + _index_bytes(n, segments)
+
+
+def _copies(n: Sizes, q: Tensor, inputs: int, results: int, not_dense: int = 0) -> int:
+    """Short documents are gathered; the inputs of long ones are views unless their dtype changes. Bytes per token."""
+    if q.element_size() < n.item:
+        return n.copied * (inputs + results)
+    return max(min(n.T, TOKENS_TOGETHER) * (inputs + results), n.copied * (results + not_dense))
 
 
 def _flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:

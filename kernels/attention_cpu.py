@@ -10,6 +10,7 @@ B documents computed together, L queries and M keys of one of them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,19 +23,17 @@ BLOCK = 128
 """Fewest queries that share one masked call."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Which keys a query sees, in a document whose ends are aligned, and the scale of the scores."""
+class Rule(NamedTuple):
+    """Which keys a query sees in a document (whose last query stands at its last key), and the scale of the scores."""
 
     causal: bool
     window: int | None
     scale: float
+    max_documents: int | None = None
 
     def trimmed(self, L: int, M: int) -> "Rule":
         """Without a window that hides nothing in a document of these lengths."""
-        if self.window is not None and self.window >= max(L, M):
-            return Rule(self.causal, None, self.scale)
-        return self
+        return self._replace(window=None) if self.window is not None and self.window >= max(L, M) else self
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,12 @@ def forward(
     T, H, _ = q_THK.shape
     q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (q_THK, k_SGK, v_SGV))
     pairs, dtype = document_pairs(segments_T, kv_segments_S, T, k_SGK.shape[0]), accumulate_dtype(q_THK.dtype)
+    if rule.max_documents is not None and len(pairs) > rule.max_documents:
+        raise ValueError(f"attention: {len(pairs)} documents in a pack, more than max_documents={rule.max_documents}")
     if _fills(pairs, T, k_SGK.shape[0]) and q_THK.dtype == dtype:
         L, M = pairs[0].q_length, pairs[0].k_length
         out_BHLV, lse_BHL = _batch_forward(_fold(q_THK, L), _fold(k_SGK, M), _fold(v_SGV, M), rule)
-        return out_BHLV.transpose(1, 2).reshape(T, H, -1), lse_BHL.transpose(0, 1).reshape(H, T).contiguous()
+        return _unfold(out_BHLV, dtype).contiguous(), lse_BHL.transpose(0, 1).flatten(1).contiguous()
     out_THV = q_THK.new_zeros(T, H, v_SGV.shape[2])
     lse_HT = torch.full((H, T), -torch.inf, dtype=dtype, device=q_THK.device)
     for part in _parts(pairs, H, k_SGK.shape[1], q_THK.device):
@@ -97,6 +98,7 @@ def forward(
         out_BHLV, lse_BHL = _batch_forward(q, k, v, rule)
         out_THV[:, part.h][part.at_q] = _unfold(out_BHLV, out_THV.dtype)
         lse_HT[part.h, part.at_q] = lse_BHL.transpose(0, 1).flatten(1)
+        del q, k, v, out_BHLV, lse_BHL  # or they live on while the next part makes its own
     return out_THV, lse_HT
 
 
@@ -129,6 +131,7 @@ def backward(
         dq_THK[:, part.h][part.at_q] = _unfold(dq, q_THK.dtype)
         dk_SGK[:, part.g][part.at_k] = _unfold(dk, q_THK.dtype)
         dv_SGV[:, part.g][part.at_k] = _unfold(dv, q_THK.dtype)
+        del grad, q, k, v, out, lse, dq, dk, dv  # or they live on while the next part makes its own
     return dq_THK, dk_SGK, dv_SGV
 
 

@@ -35,13 +35,12 @@ def forward(
     segments_T: Tensor | None,
     kv_segments_S: Tensor | None,
     rule: Rule,
-    max_documents: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, V]` and log-sum-exp `[H, T]`."""
     if not served_by_flash(q_THK, v_TGV, kv_segments_S):
         return attention_cpu.forward(q_THK, k_TGK, v_TGV, segments_T, kv_segments_S, rule)
     q_THK, k_TGK, v_TGV = (inner_dense(x) for x in (q_THK, k_TGK, v_TGV))
-    cu_N, longest = _offsets(segments_T, q_THK, max_documents)
+    cu_N, longest = _offsets(segments_T, q_THK, rule.max_documents)
     left, right = _sides(rule)
     flash = _flash_attn()
     if flash is not None:
@@ -77,13 +76,12 @@ def backward(
     segments_T: Tensor | None,
     kv_segments_S: Tensor | None,
     rule: Rule,
-    max_documents: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     if not served_by_flash(q_THK, v_TGV, kv_segments_S):
         return attention_cpu.backward(grad_THV, q_THK, k_TGK, v_TGV, out_THV, lse_HT, segments_T, kv_segments_S, rule)
     grad_THV, q_THK, k_TGK, v_TGV = (inner_dense(x) for x in (grad_THV, q_THK, k_TGK, v_TGV))
-    cu_N, longest = _offsets(segments_T, q_THK, max_documents)
+    cu_N, longest = _offsets(segments_T, q_THK, rule.max_documents)
     if _flash_attn() is not None:
         return _flash_attn_backward(grad_THV, q_THK, k_TGK, v_TGV, out_THV, lse_HT, cu_N, longest, rule)
     left, right = _sides(rule)

@@ -26,7 +26,7 @@ def document_offsets(segments_T: Tensor, *, max_documents: int | None = None) ->
 
     Without `max_documents` the size depends on the data, so a CUDA device is waited for. With it the result always has
     `max_documents + 1` entries, the documents that are missing have length zero, nothing waits and the call can be
-    traced; more documents than that raise `ValueError` on CPU and a device-side assertion on CUDA.
+    traced; more documents than that raise `RuntimeError`, on CUDA by an assertion on the device.
     """
     T = segments_T.shape[0]
     change_T = segments_T[1:] != segments_T[:-1]

@@ -173,3 +173,23 @@ _merge_backward = opaque_op(
 
 _lookup_backward_once = first_order(_lookup_backward, "embedding")
 _merge_backward_once = first_order(_merge_backward, "merge_rows")
+
+
+def _lookup_backward_workspace(dy: Tensor, tokens: Tensor, vocabulary: int) -> int:
+    """16-bit gradients: a float32 copy, and the sums of the tokens that occur (at most: all), before the output is."""
+    D, item = dy.shape[-1], dy.element_size()
+    if item >= 4:
+        return 0 if dy.is_contiguous() else dy.numel() * item
+    seen = min(tokens.numel(), vocabulary) * D
+    return max(4 * dy.numel() + 4 * seen + 16 * tokens.numel() - vocabulary * D * item, (4 + item) * seen)
+
+
+def _merge_workspace(x: Tensor, rows: Tensor, index: Tensor) -> int:
+    """A copy of the rows that are kept, if not all are."""
+    return rows.numel() * rows.element_size() + 9 * index.numel()
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {
+    "ftrain::embedding_backward": _lookup_backward_workspace,
+    "ftrain::merge_rows": _merge_workspace,
+}

@@ -304,11 +304,11 @@ def _check(
         raise ValueError(f"linear_cross_entropy: chunk_tokens={chunk_tokens} must be at least 1, or None")
 
 
-def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int) -> int:
-    """Logits of one chunk, and the tokens that are gathered where some are ignored."""
+def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, slope: bool) -> int:
+    """Logits of one chunk beside their half precision form or the softcap's slope, and tokens gathered for it."""
     c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
     half = x.element_size() if x.element_size() < item else 0
-    return c * V * (item + half) + c * x.shape[1] * x.element_size()
+    return c * V * (item + max(half, item if slope else 0)) + c * x.shape[1] * x.element_size()
 
 
 def _loss_workspace(
@@ -321,7 +321,7 @@ def _loss_workspace(
     transposed: bool,
     chunk: int,
 ) -> int:
-    return _chunk_bytes(x, w, transposed, chunk) + _per_token_bytes(x)
+    return _chunk_bytes(x, w, transposed, chunk, slope=False) + _per_token_bytes(x)
 
 
 def _grads_workspace(
@@ -336,9 +336,8 @@ def _grads_workspace(
     need_x: bool,
     need_w: bool,
 ) -> int:
-    c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
-    slope = 0 if softcap is None else c * V * item
-    loop = _chunk_bytes(x, w, transposed, chunk) + slope
+    c, item = min(chunk, x.shape[0]), result_dtype(x.dtype).itemsize
+    loop = _chunk_bytes(x, w, transposed, chunk, slope=softcap is not None)
     accumulated = w.numel() * item if need_w and w.element_size() < item else 0
     output = w.numel() * w.element_size() if accumulated else 0
     # the sum in float32 stands beside the chunks in the loop, and after it beside the output it is cast to

@@ -6,12 +6,14 @@ Tokens are sorted and gathered, never scattered with atomics, so every result an
 Legend: T tokens, K experts per token, N = T * K rows, E experts, D model, F hidden of an expert.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
+from kernels.chunks import PIECE
 from kernels.first_order import first_order
 from kernels.grouped_mm import grouped_mm
 from kernels.opaque import opaque_op
@@ -19,9 +21,6 @@ from kernels.primitive import primitive
 from kernels.swiglu import swiglu
 
 _BACKENDS = {"cpu": "sorted", "cuda": "sorted"}
-
-# Elements per pass over the rows, so that the float temporaries of one pass stay in cache.
-_CHUNK = 1 << 17
 
 
 class Dispatch(NamedTuple):
@@ -40,10 +39,9 @@ def moe_dispatch(
     `expert_TK` holds integers in [0, num_experts); a token may name an expert twice.
     """
     _check_routing(x_TD.shape[0], expert_TK)
-    slots_N = expert_TK.reshape(-1)
-    order_N = torch.argsort(slots_N, stable=True)
-    experts_E = torch.arange(num_experts, dtype=slots_N.dtype, device=slots_N.device)
-    offsets_E = torch.searchsorted(slots_N[order_N], experts_E, right=True, out_int32=True)
+    expert_N, order_N = torch.sort(expert_TK.reshape(-1), stable=True)
+    experts_E = torch.arange(num_experts, dtype=expert_N.dtype, device=expert_N.device)
+    offsets_E = torch.searchsorted(expert_N, experts_E, right=True, out_int32=True)
     dispatch = Dispatch(order_N, offsets_E)
     if choose_backend(backend, x_TD.device, _BACKENDS) == "reference":
         return x_TD[order_N // expert_TK.shape[1]], dispatch
@@ -181,23 +179,25 @@ def _check_routing(tokens: int, expert_TK: Tensor) -> None:
 def _combine_cpu(rows_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, choices: int) -> Tensor:
     tokens, D = rows_ND.shape[0] // choices, rows_ND.shape[1]
     y_TD = rows_ND.new_empty(tokens, D)
-    wide = _wide(rows_ND.dtype)
     slot_TK = _inverse(order_N).view(tokens, choices)
-    weights_TK = None if weights_TK is None else weights_TK.to(wide)
-    step = max(1, _CHUNK // max(1, D))
+    weights_TK = None if weights_TK is None else weights_TK.to(_wide(rows_ND.dtype))
+    step = max(1, PIECE // max(1, D))
     for t in range(0, tokens, step):
-        here = slice(t, t + step)
-        total = rows_ND.index_select(0, slot_TK[here, 0]).to(wide)
-        if weights_TK is not None:
-            total.mul_(weights_TK[here, :1])
-        for k in range(1, choices):
-            rows = rows_ND.index_select(0, slot_TK[here, k])
-            if weights_TK is None:
-                total.add_(rows)
-            else:
-                total.addcmul_(rows.to(wide), weights_TK[here, k : k + 1])
-        y_TD[here].copy_(total)
+        weights = None if weights_TK is None else weights_TK[t : t + step]
+        _combine_piece(rows_ND, weights, slot_TK[t : t + step], y_TD[t : t + step])
     return y_TD
+
+
+def _combine_piece(rows_ND: Tensor, weights_TK: Tensor | None, slot_TK: Tensor, y_TD: Tensor) -> None:
+    total_TD = rows_ND.new_zeros(y_TD.shape, dtype=_wide(rows_ND.dtype))
+    for k in range(slot_TK.shape[1]):
+        rows_TD = rows_ND.index_select(0, slot_TK[:, k])
+        if weights_TK is None:
+            total_TD.add_(rows_TD)
+        else:
+            total_TD.addcmul_(rows_TD, weights_TK[:, k : k + 1])
+        del rows_TD  # before the next choice's are gathered
+    y_TD.copy_(total_TD)
 
 
 def _combine_backward_cpu(dy_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,13 +205,20 @@ def _combine_backward_cpu(dy_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, or
     wide = _wide(rows_ND.dtype)
     drows_ND, dweights_N = torch.empty_like(rows_ND), rows_ND.new_empty(N, dtype=wide)
     weights_N = weights_TK.reshape(-1).to(wide)
-    step = max(1, _CHUNK // max(1, D))
+    step = max(1, PIECE // max(1, D))
     for n in range(0, N, step):
-        slots = order_N[n : n + step]
-        dy = dy_TD.index_select(0, slots // weights_TK.shape[1]).to(wide)
-        dweights_N[slots] = (dy * rows_ND[n : n + step]).sum(-1)
-        drows_ND[n : n + step].copy_(dy.mul_(weights_N[slots][:, None]))
+        slots, rows, drows = order_N[n : n + step], rows_ND[n : n + step], drows_ND[n : n + step]
+        dy = dy_TD.index_select(0, slots // weights_TK.shape[1])
+        dweights_N[slots] = _combine_backward_piece(dy.to(wide), rows, weights_N[slots], drows)
+        del dy
     return drows_ND, dweights_N.view(weights_TK.shape).to(weights_TK.dtype)
+
+
+def _combine_backward_piece(dy: Tensor, rows: Tensor, weights: Tensor, drows: Tensor) -> Tensor:
+    """Into drows; overwrites dy; returns the gradients of the rows' weights."""
+    dweights = (dy * rows).sum(-1)
+    drows.copy_(dy.mul_(weights[:, None]))
+    return dweights
 
 
 _combine = opaque_op(
@@ -225,3 +232,29 @@ _combine_backward = opaque_op(
 )(_combine_backward_cpu)
 
 _combine_backward_once = first_order(_combine_backward, "combine")
+
+
+def _piece(rows: Tensor) -> int:
+    """Elements of the rows that are worked on at once."""
+    return min(rows.numel(), max(1, PIECE // max(1, rows.shape[1])) * rows.shape[1])
+
+
+def _combine_workspace(rows: Tensor, weights: Tensor | None, order: Tensor, choices: int) -> int:
+    """Where each slot went, the running sum, and one choice's rows (16-bit: also in float32)."""
+    wide = _wide(rows.dtype)
+    piece = min(_piece(rows), rows.numel() // max(1, choices))
+    narrow = 0 if rows.dtype == wide else rows.element_size()
+    return 8 * rows.shape[0] + piece * (2 * wide.itemsize + narrow)
+
+
+def _combine_backward_workspace(dy: Tensor, rows: Tensor, weights: Tensor, order: Tensor) -> int:
+    """The gradient of the piece's rows and its product with them (16-bit: both factors also in float32)."""
+    wide = _wide(rows.dtype)
+    narrow = 0 if rows.dtype == wide else rows.element_size() + wide.itemsize
+    return (2 * wide.itemsize + narrow) * _piece(rows)
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {
+    "ftrain::combine": _combine_workspace,
+    "ftrain::combine_backward": _combine_backward_workspace,
+}

@@ -9,6 +9,7 @@ Legend: R runs (contiguous pieces of the global index), L numbers per run.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ _NUMBERS, _FOLD, _SPLIT = 0, 1, 2
 
 # Words per pass: the int64 temporaries of one pass (about ten of a quarter of this) stay in a CPU's cache.
 _CPU_CHUNK = 1 << 16
-_GPU_CHUNK = 1 << 24
+_GPU_CHUNK = 1 << 22
 
 # How many leading bits of a 32-bit word a uniform number keeps: those its significand holds, so that it never rounds
 # up to 1. float64 joins two words.
@@ -244,7 +245,7 @@ def _generate(
     run, offset_R = _runs(shape, size, key.device)
     per = _words_per_number(dtype)
     first_R1 = _first_words(base, offset_R, per)
-    words_RL = _piece((key[0], key[1]), first_R1, run * per, aligned=base is None)
+    words_RL = _piece((key[0], key[1]), first_R1, run * per, base is None)
     return _numbers(words_RL, kind, dtype, bound).reshape(size)
 
 
@@ -272,8 +273,8 @@ def _generate_in_chunks(
     for r in range(0, out_RL.shape[0], rows):
         for c in range(0, run, chunk):
             into = out_RL[r : r + rows, c : c + chunk]
-            words = _piece(key_words, first_R1[r : r + rows] + c * per, into.shape[1] * per, aligned=base is None)
-            into.copy_(_numbers(words, kind, dtype, bound))
+            first = first_R1[r : r + rows] + c * per
+            into.copy_(_numbers(_piece(key_words, first, into.shape[1] * per, base is None), kind, dtype, bound))
     return out
 
 
@@ -302,7 +303,7 @@ def _words_per_number(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.float64 else 1
 
 
-def _piece(key: tuple[Word, Word], first_R1: Tensor, length: int, *, aligned: bool) -> Tensor:
+def _piece(key: tuple[Word, Word], first_R1: Tensor, length: int, aligned: bool) -> Tensor:
     """Words `first .. first + length` of each run, `[R, length]`; `aligned` when every first is a multiple of 4."""
     device = first_R1.device
     counter = (first_R1 >> 2) + torch.arange((length + 6) // 4, device=device)
@@ -347,3 +348,21 @@ _philox_key = opaque_op(
     "philox_key(Tensor key, Tensor data, int tag) -> Tensor",
     fake=lambda key, data, tag: data.new_empty((*data.shape, 2)),
 )(_derived_key_op)
+
+
+def _workspace(
+    key: Tensor,
+    base: Tensor | None,
+    shape: tuple[int, ...],
+    size: tuple[int, ...],
+    kind: str,
+    dtype: torch.dtype,
+    bound: float,
+) -> int:
+    """Bytes of one pass: per word 24 to generate, 10 to select, or 40 to turn it into a normal."""
+    chunk = _CPU_CHUNK if key.device.type == "cpu" else _GPU_CHUNK
+    words = math.prod(size) * _words_per_number(dtype)
+    return min(words, chunk) * (40 if kind == "normal" else 24 if base is None else 34)
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {"ftrain::philox": _workspace}

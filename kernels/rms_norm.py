@@ -3,18 +3,18 @@
 Legend: N rows (every leading dim, flattened), D normalised dim.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
+from kernels.chunks import piece_numel, pieces
 from kernels.first_order import first_order
 from kernels.opaque import opaque_op
 
 # On CUDA the reference: Inductor fuses it with its neighbours, which an opaque op would prevent.
 _BACKENDS = {"cpu": "cpu"}
-
-# Elements per pass over the rows, so that the float temporaries of one pass stay in cache.
-_CHUNK = 1 << 18
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor | None = None, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
@@ -71,53 +71,55 @@ def _check(x_ND: Tensor, weight_D: Tensor | None) -> None:
         raise ValueError(f"rms_norm: weight {list(weight_D.shape)} does not match the last dim of {list(x_ND.shape)}")
 
 
-def _forward_cpu(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    D = x.shape[-1]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty((*x.shape[:-1], 1), dtype=_wide(x.dtype))
-    x_ND, y_ND, rstd_N1 = x.reshape(-1, D), y.view(-1, D), rstd.view(-1, 1)
-    weight_D = None if weight_D is None else weight_D.to(rstd.dtype)
-    rows = max(1, _CHUNK // max(D, 1))
-    for n in range(0, x_ND.shape[0], rows):
-        wide, r = x_ND[n : n + rows].to(rstd.dtype), rstd_N1[n : n + rows]
-        torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=r)
-        r.square_().div_(D).add_(eps).rsqrt_()
-        into = y_ND[n : n + rows]
-        scaled = torch.mul(wide, r, out=into) if into.dtype == wide.dtype else wide.mul_(r)
+def _forward_cpu(x_ND: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    wide = _wide(x_ND.dtype)
+    y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+    rstd_N1 = x_ND.new_empty((*x_ND.shape[:-1], 1), dtype=wide)
+    weight_D = None if weight_D is None else weight_D.to(wide)
+    for x, y, rstd in pieces(x_ND, y_ND, rstd_N1):
+        _forward_piece(x.to(wide), weight_D, eps, y, rstd)
+    return y_ND, rstd_N1
+
+
+def _forward_piece(x: Tensor, weight_D: Tensor | None, eps: float, y: Tensor, rstd: Tensor) -> None:
+    """Into y and rstd; overwrites x where it is a copy, wider than y."""
+    torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=rstd)
+    rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    scaled = torch.mul(x, rstd, out=y) if y.dtype == x.dtype else x.mul_(rstd)
+    if weight_D is not None:
+        scaled.mul_(weight_D)
+    if scaled is not y:
+        y.copy_(scaled)
+
+
+def _backward_cpu(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor | None, rstd_N1: Tensor) -> tuple[Tensor, Tensor]:
+    D, wide = x_ND.shape[-1], rstd_N1.dtype
+    dx_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+    dweight_D = x_ND.new_zeros(D, dtype=wide)
+    scale_D = dweight_D.new_ones(D) if weight_D is None else weight_D.to(wide)
+    for dy, x, rstd, dx in pieces(dy_ND, x_ND, rstd_N1, dx_ND):
+        dweight = _backward_piece(dy.to(wide), x.to(wide), scale_D, rstd, dx)
         if weight_D is not None:
-            scaled.mul_(weight_D)
-        if scaled is not into:
-            into.copy_(scaled)
-    return y, rstd
+            dweight_D.add_(dweight)
+    return dx_ND, dweight_D if weight_D is None else dweight_D.to(weight_D.dtype)
 
 
-def _backward_cpu(dy: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_piece(dy: Tensor, x: Tensor, scale_D: Tensor, rstd: Tensor, dx: Tensor) -> Tensor:
     """Layer norm's backward with the mean set to zero, plus the term that layer norm subtracts for its mean.
 
     With g = dy * weight and h = x * rstd, layer norm has `dx = rstd * (g - mean(g) - h * mean(g * h))` and the same
-    weight gradient; the compiled backward of layer norm reads each input once.
+    weight gradient; the compiled backward of layer norm reads each input once. Returns the weight's gradient.
     """
-    D, wide = x.shape[-1], rstd.dtype
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight_D = x.new_zeros(D, dtype=wide)
-    dy_ND, x_ND, dx_ND, rstd_N1 = dy.reshape(-1, D), x.reshape(-1, D), dx.view(-1, D), rstd.view(-1, 1)
-    scale_D = dweight_D.new_ones(D) if weight_D is None else weight_D.to(wide)
-    wants = [True, weight_D is not None, False]
-    rows = max(1, _CHUNK // max(D, 1))
-    for n in range(0, x_ND.shape[0], rows):
-        g, r = dy_ND[n : n + rows].to(wide), rstd_N1[n : n + rows]
-        part, dweight, _ = torch.ops.aten.native_layer_norm_backward(
-            g, x_ND[n : n + rows].to(wide), [D], torch.zeros_like(r), r, scale_D, None, wants
-        )
-        mean_N1 = torch.mv(g, scale_D).div_(D).unsqueeze(-1).mul_(r)
-        into = dx_ND[n : n + rows]
-        if into.dtype == wide:
-            torch.add(part, mean_N1, out=into)
-        else:
-            into.copy_(part.add_(mean_N1))
-        if weight_D is not None:
-            dweight_D.add_(dweight)
-    return dx, dweight_D if weight_D is None else dweight_D.to(weight_D.dtype)
+    D = x.shape[-1]
+    part, dweight_D, _ = torch.ops.aten.native_layer_norm_backward(
+        dy, x, [D], torch.zeros_like(rstd), rstd, scale_D, None, [True, True, False]
+    )
+    mean = (dy @ scale_D).div_(D).unsqueeze(-1).mul_(rstd)
+    if dx.dtype == part.dtype:
+        torch.add(part, mean, out=dx)
+    else:
+        dx.copy_(part.add_(mean))
+    return dweight_D
 
 
 _forward = opaque_op(
@@ -134,3 +136,20 @@ _backward = opaque_op(
 )(_backward_cpu)
 
 _backward_once = first_order(_backward, "rms_norm")
+
+
+def _forward_workspace(x: Tensor, weight: Tensor | None, eps: float) -> int:
+    wide = _wide(x.dtype)
+    return 0 if x.dtype == wide else piece_numel(x) * wide.itemsize
+
+
+def _backward_workspace(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> int:
+    """The piece's gradient, with both inputs in float32 or contiguous where they are not."""
+    copies = 1 + sum(t.dtype != rstd.dtype or not t.is_contiguous() for t in (dy, x))
+    return copies * piece_numel(dy, x, rstd) * rstd.element_size()
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {
+    "ftrain::rms_norm": _forward_workspace,
+    "ftrain::rms_norm_backward": _backward_workspace,
+}

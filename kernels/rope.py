@@ -4,20 +4,19 @@ Legend: T tokens, H heads, K head dim, F frequencies (half of the rotated dims),
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
+from kernels.chunks import PIECE
 from kernels.opaque import opaque_op
 
 # On CUDA the reference: Inductor fuses it with its neighbours, which an opaque op would prevent.
 _BACKENDS = {"cpu": "cpu"}
 
 _LAYOUTS = ("half", "interleaved")
-
-# Elements per pass over the tokens, so that the temporaries of one pass stay in cache.
-_CHUNK = 1 << 17
 
 
 def rope_table(
@@ -166,9 +165,7 @@ def _check(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, layout: str) -> None:
             f"{list(x_THK.shape)}"
         )
     if 2 * cos_TF.shape[1] > x_THK.shape[2]:
-        raise ValueError(
-            f"rope: {cos_TF.shape[1]} frequencies turn twice as many dims; x is {list(x_THK.shape)}"
-        )
+        raise ValueError(f"rope: {cos_TF.shape[1]} frequencies turn twice as many dims; x is {list(x_THK.shape)}")
 
 
 def _rotate_cpu(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, layout: str, inverse: bool) -> Tensor:
@@ -178,35 +175,48 @@ def _rotate_cpu(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, layout: str, inve
     F, wide = cos_TF.shape[1], _wide(x_THK.dtype)
     turn = _turn_half if layout == "half" else _turn_interleaved
     y_THK[..., 2 * F :].copy_(x_THK[..., 2 * F :])
-    tokens = max(1, _CHUNK // x_THK[0].numel())
-    for t in range(0, x_THK.shape[0], tokens):
-        here = slice(t, t + tokens)
-        into = y_THK[here, :, : 2 * F]
-        x = x_THK[here, :, : 2 * F].to(wide)
-        cos, sin = cos_TF[here, None].to(wide), sin_TF[here, None].to(wide)
-        sin = -sin if inverse else sin
-        if into.dtype == wide:
-            turn(x, cos, sin, into)
-        else:
-            into.copy_(turn(x, cos, sin, torch.empty_like(x, memory_format=torch.contiguous_format)))
+    for t in range(0, x_THK.shape[0], _tokens(x_THK)):
+        here = slice(t, t + _tokens(x_THK))
+        x, y = x_THK[here, :, : 2 * F], y_THK[here, :, : 2 * F]
+        turn(x.to(wide), cos_TF[here, None].to(wide), sin_TF[here, None].to(wide), y, inverse)
     return y_THK
 
 
-def _turn_half(x: Tensor, cos: Tensor, sin: Tensor, into: Tensor) -> Tensor:
-    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), into.chunk(2, dim=-1)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    return into
+def _tokens(x_THK: Tensor) -> int:
+    """Tokens in a piece."""
+    return max(1, PIECE // max(1, x_THK.shape[1] * x_THK.shape[2]))
 
 
-def _turn_interleaved(x: Tensor, cos: Tensor, sin: Tensor, into: Tensor) -> Tensor:
+def _turn_half(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, inverse: bool) -> None:
+    into = y if y.dtype == x.dtype else torch.empty_like(x, memory_format=torch.contiguous_format)
+    (a, b), (into_a, into_b) = x.chunk(2, dim=-1), into.chunk(2, dim=-1)
+    torch.mul(a, cos, out=into_a).addcmul_(b, sin, value=1 if inverse else -1)
+    torch.mul(b, cos, out=into_b).addcmul_(a, sin, value=-1 if inverse else 1)
+    if into is not y:
+        y.copy_(into)
+
+
+def _turn_interleaved(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, inverse: bool) -> None:
     """One complex product: vectorised, where steps of two elements are not."""
-    x, turned = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (x, into))
-    torch.mul(x, torch.complex(cos, sin), out=turned)
-    return into
+    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.complex(cos, -sin if inverse else sin)
+    y.copy_(torch.view_as_real(turned).flatten(-2))
 
 
 _rotate = opaque_op(
     "rope(Tensor x, Tensor cos, Tensor sin, str layout, bool inverse) -> Tensor",
     fake=lambda x, cos, sin, layout, inverse: x.new_empty(x.shape),
 )(_rotate_cpu)
+
+
+def _workspace(x: Tensor, cos: Tensor, sin: Tensor, layout: str, inverse: bool) -> int:
+    """The piece in float32 and turned, and its angles."""
+    wide, F = _wide(x.dtype), cos.shape[1]
+    tokens = min(x.shape[0], _tokens(x))
+    in_place = x.dtype == wide and (layout == "half" or (x.is_contiguous() and x.shape[2] == 2 * F))
+    copies = (0 if in_place else 1) + (0 if x.dtype == wide and layout == "half" else 1)
+    tables = 2 * (cos.dtype != wide) + (0 if layout == "half" else 2)
+    return tokens * F * wide.itemsize * (copies * x.shape[1] * 2 + tables)
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {"ftrain::rope": _workspace}

@@ -3,18 +3,18 @@
 Legend: N rows (any leading dims), F hidden features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
+from kernels.chunks import piece_numel, pieces
 from kernels.first_order import first_order
 from kernels.opaque import opaque_op
 
 # On CUDA the reference: Inductor fuses it with its neighbours, which an opaque op would prevent.
 _BACKENDS = {"cpu": "cpu"}
-
-# Elements per pass, so that the temporaries of one pass stay in cache.
-_CHUNK = 1 << 18
 
 
 def swiglu(gate_NF: Tensor, up_NF: Tensor, *, backend: str = "auto") -> Tensor:
@@ -55,49 +55,40 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _rows(*tensors: Tensor) -> tuple[int, list[Tensor]]:
-    """The tensors as `[N, F]` (or one row, where all are contiguous), and how many rows make one pass."""
-    if all(t.is_contiguous() for t in tensors):
-        flat = [t.reshape(-1, 1) for t in tensors]
-    else:
-        flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
-    return max(1, _CHUNK // max(1, flat[0].shape[1])), flat
-
-
-def _forward_cpu(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    if y.numel() == 0:
-        return y
-    rows, (gate_NF, up_NF, y_NF) = _rows(gate, up, y)
-    for n in range(0, y_NF.shape[0], rows):
-        g, u, into = gate_NF[n : n + rows], up_NF[n : n + rows], y_NF[n : n + rows]
-        if _wide(g.dtype) == g.dtype:
-            torch.ops.aten.silu.out(g, out=into).mul_(u)
+def _forward_cpu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    y_NF = torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
+    wide = _wide(gate_NF.dtype)
+    for gate, up, y in pieces(gate_NF, up_NF, y_NF):
+        if y.dtype == wide:
+            torch.ops.aten.silu.out(gate, out=y).mul_(up)
         else:
-            into.copy_(torch.ops.aten.silu_(g.to(_wide(g.dtype))).mul_(u))
-    return y
+            y.copy_(torch.ops.aten.silu_(gate.to(wide)).mul_(up))
+    return y_NF
 
 
-def _backward_cpu(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    dup = torch.empty_like(dgate)
-    if dup.numel() == 0:
-        return dgate, dup
-    wide = _wide(gate.dtype)
-    rows, (dy_NF, gate_NF, up_NF, dgate_NF, dup_NF) = _rows(dy, gate, up, dgate, dup)
-    for n in range(0, dy_NF.shape[0], rows):
-        here = slice(n, n + rows)
-        into_gate, into_up = dgate_NF[here], dup_NF[here]
-        d, g = dy_NF[here].to(wide), gate_NF[here].to(wide)
-        # One exponential serves both gradients: silu = g s and silu' = s + silu (1 - s), with s = sigmoid(g).
-        s = torch.sigmoid(g)
-        silu = torch.mul(g, s, out=into_up) if into_up.dtype == wide else g.mul_(s)
-        s.addcmul_(silu, s, value=-1).add_(silu).mul_(up_NF[here])
-        torch.mul(s, d, out=into_gate) if into_gate.dtype == wide else into_gate.copy_(s.mul_(d))
-        silu.mul_(d)
-        if silu is not into_up:
-            into_up.copy_(silu)
-    return dgate, dup
+def _backward_cpu(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
+    dgate_NF = torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
+    dup_NF = torch.empty_like(dgate_NF)
+    wide = _wide(gate_NF.dtype)
+    for dy, gate, up, dgate, dup in pieces(dy_NF, gate_NF, up_NF, dgate_NF, dup_NF):
+        _backward_piece(dy.to(wide), gate.to(wide), up, dgate, dup)
+    return dgate_NF, dup_NF
+
+
+def _backward_piece(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Into dgate and dup; overwrites gate where it is a copy, wider than up.
+
+    One exponential serves both gradients: silu = g s and silu' = s + silu (1 - s), with s = sigmoid(g).
+    """
+    s = torch.sigmoid(gate)
+    if gate.dtype == up.dtype:
+        silu = torch.mul(gate, s, out=dup)
+        torch.mul(s.addcmul_(silu, s, value=-1).add_(silu).mul_(up), dy, out=dgate)
+        dup.mul_(dy)
+    else:
+        silu = gate.mul_(s)
+        dgate.copy_(s.addcmul_(silu, s, value=-1).add_(silu).mul_(up).mul_(dy))
+        dup.copy_(silu.mul_(dy))
 
 
 _forward = opaque_op("swiglu(Tensor gate, Tensor up) -> Tensor", fake=lambda gate, up: gate.new_empty(gate.shape))(
@@ -110,3 +101,21 @@ _backward = opaque_op(
 )(_backward_cpu)
 
 _backward_once = first_order(_backward, "swiglu")
+
+
+def _forward_workspace(gate: Tensor, up: Tensor) -> int:
+    """16-bit inputs: both in float32."""
+    wide = _wide(gate.dtype)
+    return 0 if gate.dtype == wide else 2 * piece_numel(gate, up) * wide.itemsize
+
+
+def _backward_workspace(dy: Tensor, gate: Tensor, up: Tensor) -> int:
+    """The sigmoid; for 16-bit inputs, all three in float32."""
+    wide = _wide(gate.dtype)
+    return (1 if gate.dtype == wide else 4) * piece_numel(dy, gate, up) * wide.itemsize
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {
+    "ftrain::swiglu": _forward_workspace,
+    "ftrain::swiglu_backward": _backward_workspace,
+}

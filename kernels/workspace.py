@@ -11,8 +11,36 @@ devices alone. Each kernel file declares its rules in two constant dicts, `WORKS
 
 from collections.abc import Callable
 
-from kernels import attention_cost, linear_cross_entropy
+from kernels import (
+    attention_cost,
+    embedding,
+    grouped_mm,
+    layer_norm,
+    linear_cross_entropy,
+    moe,
+    random,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
-WORKSPACE: dict[str, Callable[..., int]] = {**attention_cost.WORKSPACE, **linear_cross_entropy.WORKSPACE}
+_FILES = (
+    attention_cost,
+    embedding,
+    grouped_mm,
+    layer_norm,
+    linear_cross_entropy,
+    moe,
+    random,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
-FLOPS: dict[str, Callable[..., int]] = {**attention_cost.FLOPS, **linear_cross_entropy.FLOPS}
+
+def _joined(table: str) -> dict[str, Callable[..., int]]:
+    return {op: rule for file in _FILES for op, rule in getattr(file, table, {}).items()}
+
+
+WORKSPACE = _joined("WORKSPACE")
+FLOPS = _joined("FLOPS")

@@ -135,11 +135,14 @@ def halving_conv(params: Any, x_FI: Tensor, segments_F: Tensor) -> Tensor:
 
 
 def lm_encode(params: Any, features: Mapping[str, Tensor], *, cfg: AudioConfig) -> Tensor:
-    """Packed `mel_FM` and `segments_N` (a clip's number, `[F]`) to tokens `[F / rows_per_token, d_out]`."""
+    """Packed `mel_FM` and `segments_N` (a clip's number, `[F]`) to tokens `[F / rows_per_token, d_out]`.
+
+    Computes in the dtype of the parameters.
+    """
     mel_FM, segments_F = features["mel_FM"], features["segments_N"]
     if mel_FM.shape[0] % cfg.rows_per_token:
         raise ValueError(f"{mel_FM.shape[0]} mel frames are not whole tokens of {cfg.rows_per_token}")
-    x = F.gelu(halving_conv(params["conv1"], mel_FM, segments_F))
+    x = F.gelu(halving_conv(params["conv1"], mel_FM.to(params["conv1"]["w_3IO"].dtype), segments_F))
     x = F.gelu(halving_conv(params["conv2"], x, segments_F[::2]))
     segments = segments_F[::CONV_STRIDE]
     x = encoder_stack.apply(params["stack"], x, positions=_positions(segments), segments_T=segments, cfg=cfg.stack)

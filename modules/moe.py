@@ -103,9 +103,7 @@ def apply(
     false for padding, which is computed but not counted.
     """
     expert_TK, weights_TK, stats = route(params["w_router_DE"], x_TD, cfg=cfg, bias_E=bias_E, valid_T=valid_T)
-    out_TD = experts_swiglu(
-        x_TD, expert_TK, weights_TK.to(x_TD.dtype), params["w_gate_EDF"], params["w_up_EDF"], params["w_down_EFD"]
-    )
+    out_TD = experts_swiglu(x_TD, expert_TK, weights_TK, params["w_gate_EDF"], params["w_up_EDF"], params["w_down_EFD"])
     if cfg.shared is not None:
         out_TD = out_TD + mlp.apply(params["shared"], x_TD, cfg=cfg.shared)
     return out_TD, stats

@@ -26,7 +26,7 @@ from kernels.mean import Mean
 from modules import decoder as foundation
 from modules import moe
 from modules.decoder import DecoderConfig, DecoderStats
-from modules.spec import Tree
+from modules.spec import Tree, map_with_paths
 
 RESERVED_TERMS = ("text", "balance")
 
@@ -117,15 +117,12 @@ def specs(model: OmniModel) -> dict[str, Tree]:
 
 
 def trainable(model: OmniModel) -> dict[str, Tree]:
-    """A prefix of the parameter tree with True where training may move what lies below, False where it is frozen."""
-    return {
-        "foundation": True,
-        "encoders": dict.fromkeys(model.encoders, True),
-        "decoders": {
-            name: {child: child not in decoder.frozen for child in decoder.specs}
-            for name, decoder in model.decoders.items()
-        },
-    }
+    """A tree of bools shaped as the parameters: False for what lies in a decoder's `frozen` subtrees, else True."""
+    tree = map_with_paths(lambda path, _: True, specs(model))
+    for name, decoder in model.decoders.items():
+        for child in decoder.frozen:
+            tree["decoders"][name][child] = map_with_paths(lambda path, _: False, decoder.specs[child])
+    return tree
 
 
 class Rows(NamedTuple):

@@ -124,11 +124,14 @@ def specs(cfg: VisionConfig) -> dict[str, Any]:
 
 
 def lm_encode(params: Any, features: Mapping[str, Tensor], *, cfg: VisionConfig) -> Tensor:
-    """Packed `patches_NP`, `positions_N3`, `segments_N` (an item's number) to tokens `[N / merge**2, d_out]`."""
+    """Packed `patches_NP`, `positions_N3`, `segments_N` (an item's number) to tokens `[N / merge**2, d_out]`.
+
+    Computes in the dtype of the parameters.
+    """
     patches_NP, positions_N3 = features["patches_NP"], features["positions_N3"]
     if patches_NP.shape[0] % cfg.rows_per_token:
         raise ValueError(f"{patches_NP.shape[0]} patches are not whole squares of {cfg.rows_per_token}")
-    x_ND = linear.apply(params["patch"], patches_NP)
+    x_ND = linear.apply(params["patch"], patches_NP.to(params["patch"]["w"].dtype))
     positions_AN = positions_N3[:, 3 - cfg.axes :].T
     x_ND = encoder_stack.apply(
         params["stack"], x_ND, positions=positions_AN, segments_T=features["segments_N"], cfg=cfg.stack

@@ -233,7 +233,7 @@ def _block(params: Any, x_BCHW: Tensor, cfg: VqConfig) -> Tensor:
 
 def _encode_grid(params: Any, images_BCHW: Tensor, cfg: VqConfig) -> Tensor:
     """Images to latents `[B, Z, h, w]`."""
-    x_BCHW = _conv(params["conv_in"], images_BCHW)
+    x_BCHW = _conv(params["conv_in"], images_BCHW.to(params["conv_in"]["w_OIhw"].dtype))
     for i, stage in enumerate(params["stages"]):
         if i:
             x_BCHW = _conv(params["down"][i - 1], x_BCHW, stride=2)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from experiments.omni import corpus
 from experiments.omni.language import Tokenizer
+from experiments.omni.sources import Readers
 from modules import audio_encoder, image_decoder, vision_encoder
 from modules.attention import AttentionConfig
 from modules.audio_encoder import AudioConfig
@@ -14,7 +16,6 @@ from modules.vision_encoder import VisionConfig
 from modules.vq_image import VqConfig
 
 IMAGE_SIZE = 8
-VIDEO_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -65,36 +66,44 @@ def image_config(size: str, d_out: int) -> VisionConfig:
 
 
 def video_config(size: str, d_out: int) -> VisionConfig:
-    """Videos: patches of 4x4 pixels and two frames, four of which make a token."""
+    """Videos: patches of 2x2 pixels and two frames, nine of which make a token."""
     s = SIZES.get(size, SIZES["medium"])
-    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=4, channels=1, frames=2, merge=2)
+    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=2, channels=1, frames=2, merge=3)
 
 
-def audio_config(size: str, d_out: int, rate: int) -> AudioConfig:
-    """Spoken words: 40 mel bands every 10 ms; a token is 80 ms."""
+def audio_config(size: str, d_out: int) -> AudioConfig:
+    """Spoken words: 40 mel bands every 12 ms; a token is eight of them, 93 ms."""
     s = SIZES.get(size, SIZES["medium"])
-    hop = rate // 100
-    return AudioConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, rate=rate, n_fft=4 * hop, hop=hop, mels=40)
+    return AudioConfig(
+        s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, rate=corpus.RATE, n_fft=512, hop=128, mels=40
+    )
 
 
-def omni_model(size: str, tokens: Tokenizer, *, audio_rate: int | None) -> OmniModel:
-    """Foundation, encoders and decoder of a size; without `audio_rate` there is no audio encoder.
-
-    ValueError for an unknown size.
-    """
+def readers(size: str) -> Readers:
+    """The encoders' configurations of a size, from which the data makes its features. ValueError for an unknown size."""
     if size not in NAMES:
         raise ValueError(f"--size {size!r} is not one of {', '.join(NAMES)}")
-    base = foundation(size, len(tokens))
-    d = base.d_model
+    d_out = width(size)
+    return Readers(image_config(size, d_out), video_config(size, d_out), audio_config(size, d_out))
+
+
+def omni_model(size: str, words: Tokenizer, *, audio: bool) -> OmniModel:
+    """Foundation, encoders and decoder of a size; without `audio` there is no audio encoder."""
+    base, configs = foundation(size, len(words)), readers(size)
 
     def marks(name: str) -> dict[str, int]:
-        return {"begin": tokens.id(f"<{name}>"), "end": tokens.id(f"</{name}>")}
+        return {"begin": words.id(f"<{name}>"), "end": words.id(f"</{name}>")}
 
     encoders = {
-        "image": vision_encoder.encoder(image_config(size, d), **marks("image")),
-        "video": vision_encoder.encoder(video_config(size, d), **marks("video")),
+        "image": vision_encoder.encoder(configs.image, **marks("image")),
+        "video": vision_encoder.encoder(configs.video, **marks("video")),
     }
-    if audio_rate is not None:
-        encoders["audio"] = audio_encoder.encoder(audio_config(size, d, audio_rate), **marks("audio"))
-    images = ImageDecoderConfig(vq=vq_config(size), d_model=d)
+    if audio and configs.audio is not None:
+        encoders["audio"] = audio_encoder.encoder(configs.audio, **marks("audio"))
+    images = ImageDecoderConfig(vq=vq_config(size), d_model=base.d_model)
     return OmniModel(base, encoders, {"image": image_decoder.decoder(images, **marks("image_out"))})
+
+
+def width(size: str) -> int:
+    """The foundation's width."""
+    return SIZES[size].d_model if size in SIZES else preset(size).d_model

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 _SYNCHRONOUS, _DONT_EXIT, _UTF8, _SPEED, _PITCH = 2, 0x8000, 1, 1, 3  # espeak-ng/speak_lib.h
+_BUFFER_MS = 2000  # a word in one call back, since each has to wait for the interpreter
 _WAV_HEADER = 44
 _SPEECH_TIMEOUT_S = 20
 _ON_SAMPLES = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -61,7 +62,7 @@ class Library:
             ctypes.c_void_p, ctypes.c_void_p,
         ]  # fmt: skip
         data = str(folder / "espeak-ng-data").encode()
-        self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DONT_EXIT)
+        self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, _BUFFER_MS, data, _DONT_EXIT)
         if self._rate <= 0:
             raise OSError(f"espeak_Initialize gave {self._rate}")
         self._heard: list[np.ndarray] = []

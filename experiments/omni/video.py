@@ -1,4 +1,4 @@
-"""Videos: one handwritten digit that moves across a small black field, a pure function of the digit and the motion.
+"""Videos: one handwritten digit that moves across a small field of paper, a pure function of the digit and the motion.
 
 Legend: S frames, H rows, W columns, C channels.
 """
@@ -12,38 +12,38 @@ from experiments.omni.digits import CLASSES, PAPER, SIDE
 DIRECTIONS = ("left", "right", "up", "down")
 _STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
-# Each digit's word and each direction's word is trained on, these pairs of them never are.
+# Each of these digits and each of these directions is trained on, the two together never are.
 HELD_OUT_MOTIONS = frozenset({(1, "left"), (4, "right"), (6, "up"), (8, "down")})
 
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """`frames` frames of `side` x `side` pixels; the digit moves one pixel per frame."""
+    """`frames` frames of `side` x `side` pixels; the digit moves `speed` pixels a frame, through the field's middle."""
 
-    frames: int = 4
+    frames: int = 3
     side: int = 12
+    speed: int = 2
 
     def __post_init__(self) -> None:
-        if self.frames < 2 or self.side < SIDE + self.frames - 1:
+        least = SIDE + (self.frames - 1) * self.speed
+        if self.frames < 2 or self.speed < 1 or self.side < least or (self.side - least) % 2:
             raise ValueError(
-                f"a digit of {SIDE} pixels that moves in {self.frames} frames needs at least 2 frames and a side of "
-                f"{SIDE + self.frames - 1}, got a side of {self.side}"
+                f"VideoConfig(frames={self.frames}, side={self.side}, speed={self.speed}): needs at least 2 frames, a "
+                f"speed of at least 1, and a side of {least}, {least + 2}, ... for a digit of {SIDE} pixels to stay in "
+                "view on a way with the same room before and after it"
             )
 
 
-def moving(image_HWC: np.ndarray, direction: str, rng: np.random.Generator, *, cfg: VideoConfig) -> np.ndarray:
-    """A video float32 `[S, H, W, C]` of the image moving `direction`, from a random place that keeps it in view."""
+def moving(image_HWC: np.ndarray, direction: str, *, cfg: VideoConfig) -> np.ndarray:
+    """A video float32 `[S, H, W, C]` of the image moving `direction`, one of `DIRECTIONS`."""
     if direction not in _STEPS:
         raise ValueError(f"direction={direction!r} is not one of {DIRECTIONS}")
-    room, travel = cfg.side - SIDE, cfg.frames - 1
-    place = []
-    for step in _STEPS[direction]:
-        first, last = (travel, room) if step < 0 else (0, room - travel) if step > 0 else (0, room)
-        place.append(int(rng.integers(first, last + 1)))
-    video_SHWC = np.full((cfg.frames, cfg.side, cfg.side, image_HWC.shape[-1]), PAPER, np.float32)
     down, right = _STEPS[direction]
+    room, travel = cfg.side - SIDE, (cfg.frames - 1) * cfg.speed
+    video_SHWC = np.full((cfg.frames, cfg.side, cfg.side, image_HWC.shape[-1]), PAPER, np.float32)
     for frame in range(cfg.frames):
-        row, column = place[0] + frame * down, place[1] + frame * right
+        ahead = 2 * frame * cfg.speed - travel  # in half pixels, from the middle of the way
+        row, column = (room + down * ahead) // 2, (room + right * ahead) // 2
         video_SHWC[frame, row : row + SIDE, column : column + SIDE] = image_HWC
     return video_SHWC
 

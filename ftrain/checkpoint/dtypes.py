@@ -19,19 +19,14 @@ _BITS = {1: torch.uint8, 2: torch.int16}
 def dtype_name(dtype: torch.dtype, path: str) -> str:
     """The name under which a dtype is stored; ValueError that names the leaf `path` when it cannot be."""
     if dtype not in _NAME_OF:
-        raise ValueError(
-            f"{path!r} has dtype {dtype}, which zarr does not store: view it as uint8 first (possible: {', '.join(DTYPES)})"
-        )
+        known = ", ".join(DTYPES)
+        raise ValueError(f"{path!r} has dtype {dtype}, which zarr cannot store: view it as uint8 (possible: {known})")
     return _NAME_OF[dtype]
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous CPU tensor as an array; `bfloat16` and `float8` come as ml_dtypes."""
     target = ts.dtype(_NAME_OF[tensor.dtype]).numpy_dtype
-    try:
-        native = isinstance(target.type(), np.generic) and target.kind != "V" and target.name in np.sctypeDict
-    except TypeError:
-        native = False
-    if native:
+    if target.isbuiltin == 1:
         return tensor.numpy()
     return tensor.view(_BITS[tensor.itemsize]).numpy().view(target)

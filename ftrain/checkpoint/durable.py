@@ -28,6 +28,14 @@ def sync_tree(root: Path) -> None:
         sync_path(Path(folder))
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, whose names survive a crash."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_path(folder.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Give `path` this content at once: a reader sees the old text or the new one, also after a crash."""
     new = temporary(path)

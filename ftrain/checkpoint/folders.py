@@ -22,7 +22,7 @@ PARTS = {"params": "model", "opt_state": "optimizer"}
 OTHER_PART = "extra_state"
 
 _STEP = re.compile(r"global_step_(\d+)")
-_LEFTOVER = re.compile(r"global_step_\d+\.(tmp|old)-[0-9a-f]+|latest_checkpointed_iteration\.txt\.tmp-[0-9a-f]+")
+_LEFTOVER = re.compile(r"(global_step_\d+|latest_checkpointed_iteration\.txt)(\.(tmp|old)-[0-9a-f]+)+")
 
 
 def step_folder(root: Path, step: int) -> Path:

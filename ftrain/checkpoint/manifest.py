@@ -16,7 +16,7 @@ Scalar = bool | int | float | str
 
 @dataclasses.dataclass(frozen=True)
 class ArrayLeaf:
-    """A tensor: its `part` sub-folder, its `key` there, `shape` and `chunk` in elements, torch's name of the `dtype`."""
+    """A tensor: its sub-folder `part`, its `key` there, `shape` and `chunk` in elements, torch's name of its dtype."""
 
     part: str
     key: str
@@ -101,7 +101,7 @@ def _from_json(body: dict[str, Any]) -> Manifest:
         checksum=body["checksum"],
         arrays=arrays,
         scalars={path: _decode(value) for path, value in body["scalars"].items()},
-        metrics={name: float(value) for name, value in body["metrics"].items()},
+        metrics={name: float(_decode(value)) for name, value in body["metrics"].items()},
         files={name: FileRecord(**record) for name, record in body["files"].items()},
     )
 
@@ -122,4 +122,16 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _canonical(body: dict[str, Any]) -> str:
-    return json.dumps(body, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    """One line per leaf and per file, so that a reader and `diff` can follow."""
+    entries = (f" {_line(name)}: {_block(value)}" for name, value in body.items())
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _block(value: Any) -> str:
+    if not isinstance(value, dict) or not value:
+        return _line(value)
+    return "{\n" + ",\n".join(f"  {_line(name)}: {_line(item)}" for name, item in value.items()) + "\n }"
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False)

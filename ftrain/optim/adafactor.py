@@ -16,7 +16,6 @@ from ftrain.optim.transform import (
     LearningRate,
     Transform,
     cast,
-    decay_terms,
     new_count,
     rate_at,
     require_like,
@@ -72,6 +71,7 @@ def adafactor(
         count = state.steps + 1
         steps = count.to(torch.float64)
         forget, rate = steps**beta2_decay, rate_at(learning_rate, state.steps)
+        keep = 1 - rate * weight_decay
         relative = (steps**-0.5).clamp(max=rate)
 
         def leaf(p: Tensor, g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None) -> tuple:
@@ -81,8 +81,9 @@ def adafactor(
             factor = cast(-relative * size / over, u.dtype)
             if weight_decay == 0.0:
                 return u * factor, *moments
-            share, _ = decay_terms(rate, weight_decay, u.dtype)
-            return torch.addcmul(cast(p, u.dtype) * -share, u, factor), *moments
+            # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up
+            p = cast(p, u.dtype)
+            return torch.addcmul(p * keep, u, factor) - p, *moments
 
         updates, *moments = _map_factored(leaf, params, grads, state)
         return updates, AdafactorState(count, *moments)

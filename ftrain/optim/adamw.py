@@ -11,7 +11,6 @@ from ftrain.optim.transform import (
     Mask,
     Transform,
     cast,
-    decay_terms,
     decays,
     new_count,
     rate_at,
@@ -21,6 +20,8 @@ from ftrain.optim.transform import (
     zeros,
 )
 from ftrain.tree import Tree
+
+SMALLEST_RATE = 1e-30  # so small that no parameter moves, and its inverse is a float32
 
 
 class AdamWState(NamedTuple):
@@ -59,20 +60,21 @@ def adamw(
 
     def update(grads: Tree, state: AdamWState, params: Tree) -> tuple[Tree, AdamWState]:
         require_like(grads, params)
-        steps = state.steps + 1
-        rate = rate_at(learning_rate, state.steps)
-        bias = _bias(steps, b1, b2)
-        scalars = {d: _scalars(*bias, rate, eps, weight_decay, d) for d in _dtypes(state.square)}
+        steps, rate = state.steps + 1, rate_at(learning_rate, state.steps)
+        keep = 1 - rate * weight_decay
+        scalars = {dtype: _denominator(steps, rate, b1, b2, eps, dtype) for dtype in _dtypes(state.square)}
 
         def leaf(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decay: bool) -> tuple[Tensor, Tensor, Tensor]:
-            k, g = scalars[v.dtype], cast(g, v.dtype)
+            g, (scale, offset) = cast(g, v.dtype), scalars[v.dtype]
             m_new = torch.lerp(cast(m, v.dtype), g, 1 - b1)
             v_new = torch.addcmul(v * b2, g, g, value=1 - b2)
-            denominator = torch.addcmul(k.offset, v_new.sqrt(), k.scale)
+            denominator = torch.addcmul(offset, v_new.sqrt(), scale)
             if decay and weight_decay:
-                step = torch.addcdiv(cast(p, v.dtype), m_new, denominator, value=k.ratio) * k.minus_share
+                # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up
+                p = cast(p, v.dtype)
+                step = torch.addcdiv(p * keep, m_new, denominator) - p
             else:
-                step = m_new / denominator * k.minus_rate
+                step = m_new / denominator
             return step, cast(m_new, m.dtype), v_new
 
         chosen = decays(mask, params)
@@ -82,27 +84,18 @@ def adamw(
     return Transform(init, update)
 
 
-class _Scalars(NamedTuple):
-    """What all leaves of one dtype share: `m / (offset + scale * sqrt(v))` is Adam's direction, free of bias."""
+def _denominator(
+    steps: Tensor, rate: float | Tensor, b1: float, b2: float, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`(scale, offset)` such that `m / (offset + scale * sqrt(v))` is the step: rate, sign and bias are folded in.
 
-    scale: Tensor
-    offset: Tensor
-    minus_rate: float | Tensor
-    minus_share: float | Tensor
-    ratio: float
-
-
-def _scalars(
-    first: Tensor, root: Tensor, rate: float | Tensor, eps: float, weight_decay: float, dtype: torch.dtype
-) -> _Scalars:
-    share, ratio = decay_terms(rate, weight_decay, dtype) if weight_decay else (0.0, 0.0)
-    return _Scalars(cast(first / root, dtype), cast(first * eps, dtype), -rate, -share, ratio)
-
-
-def _bias(steps: Tensor, b1: float, b2: float) -> tuple[Tensor, Tensor]:
-    """`1 - b1^steps` and `sqrt(1 - b2^steps)`: float64, since in float32 the second loses four digits at step 1."""
+    In float64: in float32 `1 - b2^steps` loses four digits at step 1. A rate of 0 becomes 1e-30, to divide by.
+    """
     exact = steps.to(torch.float64)
-    return 1 - torch.pow(b1, exact), torch.sqrt(1 - torch.pow(b2, exact))
+    first, second = 1 - torch.pow(b1, exact), 1 - torch.pow(b2, exact)
+    rate = rate.to(torch.float64).clamp(min=SMALLEST_RATE) if isinstance(rate, Tensor) else max(rate, SMALLEST_RATE)
+    factor = first / -rate
+    return cast(factor / second.sqrt(), dtype), cast(factor * eps, dtype)
 
 
 def _dtypes(averages: Tree) -> set[torch.dtype]:

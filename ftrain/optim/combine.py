@@ -110,13 +110,19 @@ def label_tree(labels: Labels, params: Tree) -> Tree:
 
 def scale(factor: float) -> Transform:
     """Multiply every update by `factor`; -rate makes a descent step of a gradient."""
-    return Transform(lambda params: EmptyState(), lambda u, s, params: (tree.map(lambda x: x * factor, u), s))
+
+    def update(updates: Tree, state: EmptyState, params: Tree) -> tuple[Tree, EmptyState]:
+        require_like(updates, params, name="the updates")
+        return tree.map(lambda u: u * factor, updates), state
+
+    return Transform(lambda params: EmptyState(), update)
 
 
 def scale_by_schedule(schedule: Schedule) -> Transform:
     """Multiply every update by the schedule's value, which is positive: put `scale(-1.0)` beside it to descend."""
 
     def update(updates: Tree, state: ScheduleState, params: Tree) -> tuple[Tree, ScheduleState]:
+        require_like(updates, params, name="the updates")
         factor = schedule(state.steps)
         return tree.map(lambda u: u * factor.to(u.dtype), updates), ScheduleState(state.steps + 1)
 
@@ -142,6 +148,7 @@ def freeze() -> Transform:
     """Zero updates, whatever the gradients (NaN included): for groups of a `multi_transform` that must not move."""
 
     def update(updates: Tree, state: EmptyState, params: Tree) -> tuple[Tree, EmptyState]:
+        require_like(updates, params, name="the updates")
         return tree.map(lambda u: u.new_zeros(()).expand_as(u), updates), state
 
     return Transform(lambda params: EmptyState(), update)

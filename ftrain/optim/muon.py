@@ -17,7 +17,6 @@ from ftrain.optim.transform import (
     Mask,
     Transform,
     cast,
-    decay_terms,
     decays,
     new_count,
     rate_at,
@@ -74,17 +73,19 @@ def muon(
     def update(grads: Tree, state: MuonState, params: Tree) -> tuple[Tree, MuonState]:
         require_like(grads, params)
         rate = rate_at(learning_rate, state.steps)
+        keep = 1 - rate * weight_decay
 
         def leaf(p: Tensor, g: Tensor, m: Tensor, decay: bool) -> tuple[Tensor, Tensor]:
             g = cast(g, m.dtype)
             m = torch.lerp(m, g, 1 - momentum)
             direction = torch.lerp(g, m, momentum) if nesterov else m
             o = orthogonalize(direction, steps=ns_steps, coefficients=ns_coefficients, dtype=ns_dtype, eps=eps)
-            factor = _factor(p.shape, adjust)
+            step = cast(o, m.dtype) * (-_factor(p.shape, adjust) * rate)
             if not (decay and weight_decay):
-                return cast(o, m.dtype) * (-factor * rate), m
-            share, ratio = decay_terms(rate, weight_decay, m.dtype)
-            return torch.add(cast(p, m.dtype), o, alpha=ratio * factor) * -share, m
+                return step, m
+            # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up
+            p = cast(p, m.dtype)
+            return p * keep + step - p, m
 
         updates, buffer = tree.map_many(leaf, 2, params, grads, state.momentum, decays(mask, params))
         return updates, MuonState(state.steps + 1, buffer)

@@ -9,7 +9,6 @@ counts are 0-d int64 tensors, one per transform: the number of updates made so f
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -74,21 +73,6 @@ def device_of(params: Tree) -> torch.device:
 def rate_at(learning_rate: LearningRate, count: Tensor) -> float | Tensor:
     """The learning rate of the update that comes after `count` others: the number itself, or the schedule's value."""
     return learning_rate(count) if callable(learning_rate) else learning_rate
-
-
-def decay_terms(rate: float | Tensor, weight_decay: float, dtype: torch.dtype) -> tuple[float | Tensor, float]:
-    """`(share, ratio)` of a decay above 0: `-share * (p + ratio * direction)` is the update, in two passes over memory.
-
-    share is `rate * weight_decay`. For a rate that is a number, `1 - share` is rounded to `dtype`, since torch's
-    optimizers do so by `p *= 1 - rate * decay`: in float32 they are off by up to 3e-8 at every step, which adds up, and
-    agreement with them is worth more. A share that would round to nothing, and a scheduled one, stay exact.
-    """
-    if isinstance(rate, Tensor) or rate == 0.0:
-        return rate * weight_decay, 1 / weight_decay
-    share = rate * weight_decay
-    if dtype == torch.float32:
-        share = 1 - float(numpy.float32(1 - share)) or share
-    return share, rate / share
 
 
 def decays(mask: Mask, params: Tree) -> Tree:

@@ -1,5 +1,7 @@
 """Write new state over old: a step holds one copy of its state, not two."""
 
+import operator
+
 import torch
 from torch import fx
 
@@ -107,6 +109,25 @@ def write_in_place(module: fx.GraphModule) -> None:
         new.replace_all_uses_with(fused)
         graph.erase_node(new)
     graph.lint()
+    module.recompile()
+
+
+def carry_in_place(module: fx.GraphModule) -> None:
+    """Let a loop write into the first carry it is given, instead of a copy, where no other node looks at that memory.
+
+    For the interpreter only, like `write_in_place`; no value changes.
+    """
+    readers = readers_by_storage(module.graph)
+    for loop in [n for n in module.graph.nodes if is_loop(n)]:
+        carry: list[fx.Node] = list(loop.args[2])
+        owned = [c.op == "call_function" and list(c.users) == readers[storage(c)] == [loop] for c in carry]
+        owned = [mine and carry.count(c) == 1 for c, mine in zip(carry, owned, strict=True)]
+        loop.kwargs = {"copy": [not o for o in owned]}
+        results = loop.meta["val"]
+        loop.meta["val"] = [c.meta["val"] if o else r for c, o, r in zip(carry, owned, results, strict=True)]
+        for user in loop.users:
+            if user.target is operator.getitem:
+                user.meta["val"] = loop.meta["val"][user.args[1]]
     module.recompile()
 
 

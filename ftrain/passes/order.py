@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from ftrain.loop import is_loop, loop_body
 from ftrain.passes.aliasing import readers_by_storage, storage
 
 
@@ -13,17 +14,24 @@ def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
     `donated` maps the names of placeholders to the positions of the outputs that replace them. An optimizer written
     with tree maps computes all first moments, then all second moments, ...: whole trees of temporaries. Here the chain
     of one output is emitted whole, at the first place where all forward and backward nodes that it reads are done and
-    the old value of its leaf has been read for the last time. Data dependences are kept, so no value changes.
+    the old value of its leaf has been read for the last time. Data dependences are kept, so no value changes. Bodies of
+    loops add to their carry as early.
     """
     graph = module.graph
     nodes = list(graph.nodes)
+    for loop in [n for n in nodes if is_loop(n)]:
+        body = loop_body(loop)
+        carried = [n.name for n in body.graph.nodes if n.op == "placeholder"][: len(loop.args[2])]  # type: ignore[arg-type]
+        update_early(body, {name: i for i, name in enumerate(carried)})
     position = {node: i for i, node in enumerate(nodes)}
     output = nodes[-1]
     backbone = [n for n in nodes[:-1] if n.meta.get("phase") != "step" or n.op in ("placeholder", "get_attr")]
     placed = set(backbone)
     old_leaf = {position_out: name for name, position_out in donated.items()}
     readers = readers_by_storage(graph)
-    old_readers = {n.name: [r for r in readers.get(storage(n), ()) if r in placed] for n in nodes[:-1] if n.name in donated}
+    old_readers = {
+        n.name: [r for r in readers.get(storage(n), ()) if r in placed] for n in nodes[:-1] if n.name in donated
+    }
 
     chains = []
     for i, result in enumerate(_results(output)):

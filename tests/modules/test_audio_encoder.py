@@ -98,6 +98,21 @@ def test_clips_in_a_pack_do_not_hear_one_another_nor_the_padding() -> None:
     torch.testing.assert_close(packed[: sum(map(len, alone))], torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 
+def test_the_order_of_sounds_matters() -> None:
+    """Sounds between silences, so that convolutions see one at a time: only positions tell their order."""
+    params = spec.init(audio_encoder.specs(TINY), random.key(0))
+    sounds = torch.randn(5, TINY.rows_per_token, TINY.mels)
+    sounds[:, TINY.rows_per_token // 2 :] = 0
+    order = torch.tensor([0, 3, 1, 4, 2])
+    one, other = (
+        audio_encoder.lm_encode(
+            params, {"mel_FM": mel_FM, "segments_N": torch.zeros(len(mel_FM), dtype=torch.int64)}, cfg=TINY
+        )
+        for mel_FM in (sounds.flatten(0, 1), sounds[order].flatten(0, 1))
+    )
+    assert (one[order] - other).abs().max() > 1e-3
+
+
 def test_every_parameter_takes_part() -> None:
     params = spec.init(audio_encoder.specs(TINY), random.key(0))
     clips = features(wave(0.1), wave(0.2, seed=1))

@@ -186,6 +186,44 @@ def test_the_residual_stream_does_not_grow_with_depth():
 
 
 @pytest.mark.parametrize("cfg", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_bfloat16_is_float32_but_for_rounding(cfg):
+    labels = decoder.next_token_labels(TOKENS, SEGMENTS)
+
+    def loss(params):
+        hidden, _ = run(cfg, params)
+        return decoder.loss(params, hidden, labels, cfg).value(), hidden
+
+    def grads_and_loss(params):
+        return torch.func.grad_and_value(loss, has_aux=True)(params)
+
+    params = params_of(cfg)
+    wide, (wide_loss, _) = grads_and_loss(params)
+    low, (low_loss, hidden) = grads_and_loss(spec.map_with_paths(lambda _, leaf: leaf.bfloat16(), params))
+    assert hidden.dtype == torch.bfloat16
+    assert low_loss.dtype == torch.float32
+    assert low_loss.item() == pytest.approx(wide_loss.item(), rel=1e-3)
+    for (path, got), (_, want) in zip(spec.leaves_with_paths(low), spec.leaves_with_paths(wide), strict=True):
+        assert got.dtype == torch.bfloat16, path
+        if "moe" not in path:  # a token near a tie changes its expert, and the experts' gradients with it
+            assert torch.cosine_similarity(got.float().flatten(), want.flatten(), dim=0) > 0.99, path
+
+
+@pytest.mark.parametrize("cfg", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_gradients_of_single_documents_by_vmap(cfg):
+    """Per-sample gradients: `vmap` of `grad` equals one gradient after another."""
+    params, tokens = params_of(cfg), TOKENS[:14].view(2, 7)
+
+    def loss(p, tokens_T):
+        hidden, _ = decoder.apply(p, tokens_T, positions=torch.arange(7), segments=None, cfg=cfg)
+        return decoder.loss(p, hidden, decoder.next_token_labels(tokens_T, None), cfg).value()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, tokens)
+    singly = [torch.func.grad(loss)(params, row) for row in tokens]
+    for (_, both), *each in zip(*map(spec.leaves_with_paths, (together, *singly)), strict=True):
+        torch.testing.assert_close(both, torch.stack([leaf for _, leaf in each]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [DENSE, SPARSE], ids=["dense", "sparse"])
 def test_loss_and_gradient_trace_on_shapes_alone(cfg):
     labels = decoder.next_token_labels(TOKENS, SEGMENTS)
 

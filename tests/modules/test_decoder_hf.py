@@ -156,3 +156,30 @@ def test_logits_equal_those_of_transformers(family):
     with torch.no_grad():
         theirs = model(tokens[None], use_cache=False).logits[0]
     torch.testing.assert_close(decoder.logits(params, hidden, cfg), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_sigmoid_router_with_biases_equals_that_of_deepseek_v3():
+    theirs = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3").DeepseekV3TopkRouter(
+        transformers.DeepseekV3Config(
+            hidden_size=D,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        )
+    )
+    cfg = MoEConfig(D, 20, experts=8, top_k=3, score="sigmoid", scale=2.5, balance="bias")
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.randn(8, D, generator=generator) * 0.2)
+        theirs.e_score_correction_bias.copy_(torch.randn(8, generator=generator) * 0.3)
+        x_TD = torch.randn(T, D, generator=generator)
+        _, their_weights_TK, their_expert_TK = theirs(x_TD)
+        expert_TK, weights_TK, _ = moe.route(theirs.weight.T, x_TD, cfg=cfg, bias_E=theirs.e_score_correction_bias)
+
+    def dense(expert_TK, weights_TK):  # their choice is not sorted
+        return torch.zeros(T, 8).scatter(1, expert_TK, weights_TK)
+
+    torch.testing.assert_close(dense(expert_TK, weights_TK), dense(their_expert_TK, their_weights_TK))

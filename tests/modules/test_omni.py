@@ -82,8 +82,11 @@ def test_gradients_reach_every_part_but_the_frozen_tokenizer() -> None:
 
 def test_the_mask_of_what_trains_leaves_out_the_tokenizer() -> None:
     mask = omni.trainable(MODEL)
-    assert mask["encoders"] == {"image": True, "video": True, "audio": True}
-    assert mask["decoders"] == {"draw": {"tokenizer": False, "codes_CD": True, "places_ND": True, "head_DC": True}}
+    assert [path for path, _ in spec.leaves_with_paths(mask)] == [
+        path for path, _ in spec.leaves_with_paths(parameters())
+    ]
+    for path, trains in spec.leaves_with_paths(mask):
+        assert trains is not path.startswith("decoders.draw.tokenizer.")
 
 
 def test_an_absent_modality_costs_nothing() -> None:
@@ -144,8 +147,15 @@ def test_each_code_is_predicted_from_the_state_before_it() -> None:
     torch.testing.assert_close(losses(embeds).sum(), terms_of([[Text([1, 2]), drawing(0)]])["draw"].total)
 
 
+def test_it_computes_in_the_dtype_of_its_parameters() -> None:
+    low = optree.tree_map(lambda leaf: leaf.bfloat16(), parameters())
+    terms, _ = omni.loss_terms(low, batch_of(documents()), model=MODEL)
+    for name, exact in terms_of(documents()).items():
+        torch.testing.assert_close(terms[name].value().float(), exact.value(), rtol=0.03, atol=0)
+
+
 def test_one_batch_is_learned_by_heart() -> None:
-    batch, params = batch_of(documents(), spare=1), parameters()
+    batch, params = batch_of([documents()[0], documents()[3]], spare=1), parameters()
 
     def loss(params: dict) -> torch.Tensor:
         return weighted_sum(omni.loss_terms(params, batch, model=MODEL)[0], WEIGHTS).value()
@@ -153,7 +163,7 @@ def test_one_batch_is_learned_by_heart() -> None:
     leaves, tree = optree.tree_flatten(params)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     optimizer = torch.optim.Adam(leaves, lr=1e-2)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         loss(optree.tree_unflatten(tree, leaves)).backward()
         optimizer.step()
@@ -163,7 +173,7 @@ def test_one_batch_is_learned_by_heart() -> None:
 
 
 def test_the_loss_traces_on_fake_tensors_into_one_graph() -> None:
-    batch, params = batch_of(documents(), spare=1), parameters()
+    batch, params = batch_of([documents()[0], documents()[3]], spare=1), parameters()
 
     def step(params: dict, batch: dict) -> tuple:
         def loss(params: dict) -> torch.Tensor:

@@ -1,0 +1,136 @@
+"""The two pictures of a run: `curves.png`, how it learned, and `samples.png`, what it answers, for a person to judge.
+
+Legend: H rows, W columns, C channels, S frames, F mel frames, M mel bands.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+
+from experiments.omni.language import LANGUAGES
+from experiments.omni.tasks import Example
+
+_SMOOTHING = 0.95
+_ENGLISH, _CHINESE = (next(l for l in LANGUAGES if l.tag == tag) for tag in ("en:", "zh:"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model answered to an example: words, or an image `[H, W, C]` (with the digit the judge saw in it)."""
+
+    example: Example
+    words: str = ""
+    image_HWC: np.ndarray | None = None
+    recognised: int = -1
+
+    @property
+    def right(self) -> bool:
+        """Whether all words are right, or the drawing was recognised as what was asked for."""
+        if self.image_HWC is not None:
+            return self.recognised == self.example.digit
+        return self.words == " ".join(self.example.answer)
+
+
+def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Losses, learning rate and tokens a second over the steps, from the rows of metrics.jsonl, as a PNG."""
+    if not rows:
+        raise ValueError("there are no metrics to draw")
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(4, 1, 1))
+    losses = [name for name in dict.fromkeys(key for row in rows for key in row) if name.startswith("loss")]
+    for name in losses:
+        _line(top, rows, name, label="total" if name == "loss" else name.removeprefix("loss/"))
+    if any(_series(rows, name)[1].min(initial=1.0) > 0 for name in losses):
+        top.set_yscale("log")
+    top.set_ylabel("loss")
+    if losses:
+        top.legend(ncols=2)
+    _line(middle, rows, "lr")
+    middle.set_ylabel("learning rate")
+    _line(bottom, rows, "tokens_per_s")
+    bottom.set_ylabel("tokens/s")
+    bottom.set_xlabel("step")
+    for axes in (top, middle, bottom):
+        axes.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric where it is there and finite."""
+    pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None and np.isfinite(row[name])]
+    steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str | None = None) -> None:
+    """A metric, faint, and smoothed over some twenty steps."""
+    steps, values = _series(rows, name)
+    smooth, mean = [], values[0] if len(values) else 0.0
+    for value in values:
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
+        smooth.append(mean)
+    (line,) = axes.plot(steps, smooth, label=label)
+    axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
+
+
+def samples(answers: Mapping[str, Sequence[Answer]], reals: Mapping[int, np.ndarray], file: Path) -> None:
+    """A grid as a PNG, one row of examples for each task: what was shown and asked, the answer and the truth.
+
+    Drawings stand beside a real image of the digit, from `reals` (digit to `[H, W, C]`). Right answers are green.
+    """
+    if not answers or not all(answers.values()):
+        raise ValueError(f"samples need at least one answer for each task, got {[(k, len(v)) for k, v in answers.items()]}")
+    columns = max(len(row) for row in answers.values())
+    figure = Figure(figsize=(2.2 * columns, 2.4 * len(answers)), layout="constrained")
+    for part, (task, row) in zip(np.atleast_1d(figure.subfigures(len(answers), 1)), answers.items(), strict=True):
+        part.suptitle(task.replace("_to_", " → ").replace("_", " "), fontsize=10, fontweight="bold")
+        for cell, answer in zip(np.atleast_1d(part.subfigures(1, columns)), row, strict=False):
+            _cell(cell, answer, reals)
+    _save(figure, file)
+
+
+def _cell(cell: SubFigure, answer: Answer, reals: Mapping[int, np.ndarray]) -> None:
+    """One example: its media side by side, the prompt above, answer and truth below."""
+    panels = [(kind, value) for kind, value in answer.example.shown if isinstance(value, np.ndarray)]
+    if answer.image_HWC is not None:
+        panels += [("drawn", answer.image_HWC), ("real", reals[answer.example.digit])]
+    for axes, (kind, value) in zip(np.atleast_1d(cell.subplots(1, max(1, len(panels)))), panels, strict=False):
+        _panel(axes, kind, value)
+    asked = (value if isinstance(value, str) else f"[{kind}]" for kind, value in answer.example.shown)
+    cell.suptitle(readable(" ".join(asked)), fontsize=7)
+    drawing = answer.image_HWC is not None
+    said = f"looks like {answer.recognised}" if drawing else answer.words or "(nothing)"
+    truth = str(answer.example.digit) if drawing else " ".join(answer.example.answer)
+    text = said if answer.right else f"{said}, truth: {truth}"
+    cell.supxlabel(readable(text), fontsize=8, color="green" if answer.right else "red")
+
+
+def readable(text: str) -> str:
+    """Chinese words as the English ones in brackets, since the font that matplotlib carries cannot draw them."""
+    english = {word: f"[{meant}]" for word, meant in zip(_CHINESE.words, _ENGLISH.words, strict=True)}
+    english.pop(_CHINESE.tag)
+    return " ".join(english.get(word, word) for word in text.split())
+
+
+def _panel(axes: Axes, kind: str, value: np.ndarray) -> None:
+    """An image, a video's frames side by side, or a spectrogram."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if kind == "audio":
+        axes.imshow(value.T, origin="lower", aspect="auto", cmap="magma")
+        return
+    if kind == "video":
+        value = np.concatenate([np.pad(frame, ((0, 0), (0, 1), (0, 0)), constant_values=1) for frame in value], axis=1)
+    axes.imshow(value[..., 0], cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+    if kind in ("drawn", "real"):
+        axes.set_title(kind, fontsize=7)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    FigureCanvasAgg(figure).print_figure(file, dpi=110, format="png")

@@ -1,0 +1,108 @@
+"""What a person sees of a run: a bar with the losses, speed, memory and time left, and the table at the end.
+
+On a terminal the bar is redrawn in place; elsewhere (a file, a pipe, CI) it is a plain line every so many steps.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_SMOOTHING = 0.9
+
+
+class Report:
+    """Shows the steps of a run from `first` (done before, on a resume) to `total`; use it as a context.
+
+    `every` is how many steps lie between two lines where there is no terminal.
+    """
+
+    def __init__(self, total: int, *, first: int = 0, every: int = 50, console: Console | None = None) -> None:
+        if not 0 <= first <= total or every < 1:
+            raise ValueError(f"first={first} must lie in [0, total={total}] and every={every} must be at least 1")
+        self.console = console or Console()
+        self._total, self._first, self._every = total, first, every
+        self._smooth: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("training", total=total, completed=first, numbers="")
+
+    def __enter__(self) -> "Report":
+        if self.console.is_terminal:
+            self._bar.start()
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._bar.stop()
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Show one step's metrics: `step` (from 1), and of `loss`, `loss/<term>`, `tokens_per_s`, `mfu`, `peak_bytes`
+        those that are there. Losses and speed are smoothed over some ten steps."""
+        for name, value in metrics.items():
+            if name.startswith("loss") or name == "tokens_per_s":
+                self._smooth[name] = _SMOOTHING * self._smooth.get(name, value) + (1 - _SMOOTHING) * value
+        step = int(metrics["step"])
+        if self.console.is_terminal:
+            self._bar.update(self._task, completed=step, numbers=describe(metrics, self._smooth))
+        elif step % self._every == 0 or step == self._total:
+            left = f"left {duration(self._seconds_left(step))}"
+            self.console.print(
+                f"step {step}/{self._total}  {describe(metrics, self._smooth)}  {left}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _seconds_left(self, step: int) -> float:
+        done = max(1, step - self._first)
+        return (time.monotonic() - self._began) / done * (self._total - step)
+
+    def say(self, text: str) -> None:
+        """A line of text, above the bar where there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def describe(metrics: Mapping[str, Any], smooth: Mapping[str, float]) -> str:
+    """One line of a step's numbers: the loss, each term's, tokens a second, MFU, peak memory."""
+    parts = [f"loss {smooth['loss']:.3f}"] if "loss" in smooth else []
+    parts += [f"{name.removeprefix('loss/')} {value:.3f}" for name, value in smooth.items() if name.startswith("loss/")]
+    if "tokens_per_s" in smooth:
+        parts.append(f"{smooth['tokens_per_s']:,.0f} tok/s")
+    if metrics.get("mfu") is not None:
+        parts.append(f"MFU {metrics['mfu']:.1%}")
+    if metrics.get("peak_bytes") is not None:
+        parts.append(f"peak {metrics['peak_bytes'] / 2**20:,.0f} MiB")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def accuracy_table(
+    held_out: Mapping[str, float], *, counts: Mapping[str, int], goals: Mapping[str, float], title: str = "held out"
+) -> Table:
+    """The final table: each task's accuracy, of how many examples, and whether its goal, if it has one, is met."""
+    table = Table(title=title)
+    for name, justify in (("task", "left"), ("accuracy", "right"), ("examples", "right"), ("goal", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for task, accuracy in held_out.items():
+        goal = goals.get(task)
+        met = "" if goal is None else f">= {goal:.0%} " + ("met" if accuracy >= goal else "missed")
+        table.add_row(task, f"{accuracy:.1%}", f"{counts[task]:,}", met)
+    return table

@@ -1,0 +1,114 @@
+"""The training step of the experiment: losses by task, one optimizer, experts balanced without a loss.
+
+Legend: T tokens of the pack, D model width, n codes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ftrain
+from ftrain import TrainState, optim
+from kernels.mean import Mean
+from modules import decoder as foundation
+from modules import omni
+from modules.decoder import DecoderStats
+from modules.omni import OmniModel
+
+IGNORE = foundation.IGNORE
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`learning_rate` is the peak, reached after `warmup_steps`; the cosine ends at `floor` of it after `steps`."""
+
+    steps: int
+    learning_rate: float = 3e-3
+    warmup_steps: int = 60
+    floor: float = 0.02
+    weight_decay: float = 0.05
+    max_norm: float = 1.0
+
+
+def transform(cfg: TrainConfig) -> optim.Transform:
+    """Clipped AdamW on all parameters but the frozen tokenizer, which has no optimizer state; no update if not finite."""
+    warmup = min(cfg.warmup_steps, max(cfg.steps // 5, 1))
+    schedule = optim.warmup_cosine(
+        cfg.learning_rate, warmup_steps=warmup, total_steps=cfg.steps, floor=cfg.floor * cfg.learning_rate
+    )
+    adamw = optim.adamw(schedule, b2=0.98, weight_decay=cfg.weight_decay, mask=_decays)
+    groups = {"train": adamw, "frozen": optim.freeze()}
+    by_path = optim.multi_transform(groups, [("decoders.*.tokenizer.**", "frozen"), ("**", "train")])
+    return optim.skip_nonfinite(optim.chain(optim.clip_by_global_norm(cfg.max_norm), by_path))
+
+
+def _decays(params: Any) -> Any:
+    """Matrices decay; vectors (norms, biases) and embeddings of places do not."""
+    return ftrain.tree.map(lambda leaf: leaf.dim() >= 2, params)
+
+
+def init_state(model: OmniModel, tx: optim.Transform, seed: int, device: torch.device) -> TrainState:
+    """Fresh parameters, optimizer state and balance of the experts."""
+    key = ftrain.key(seed).to(device)
+    params = ftrain.init(omni.specs(model), ftrain.fold_in(key, 0))
+    balance = ftrain.init(foundation.balance_specs(model.foundation), ftrain.fold_in(key, 1))
+    return TrainState.create(params, tx, extra={"balance": balance})
+
+
+def task_losses(
+    params: Any, batch: Mapping[str, Any], *, model: OmniModel, balance: Any, tasks: tuple[str, ...]
+) -> tuple[dict[str, Mean], DecoderStats]:
+    """The loss of each task of the mixture as a `Mean`; `batch["task_T"]` says which task a token belongs to.
+
+    A task's loss is over its text labels, and over its image codes where it draws.
+    """
+    rows, places, codes = omni.media_rows(params, batch, model=model)
+    x_TD = omni.merge(foundation.embed(params["foundation"], batch["tokens_T"]), rows, places)
+    hidden_TD, stats = omni.hidden_states(params, x_TD, batch, model=model, balance=balance)
+    terms = {}
+    for number, task in enumerate(tasks):
+        if task.endswith("_to_image"):
+            terms[task] = _image_loss(params, hidden_TD, batch, codes, model, number)
+        else:
+            labels_T = torch.where(batch["task_T"] == number, batch["labels_T"], IGNORE)
+            terms[task] = foundation.loss(params["foundation"], hidden_TD, labels_T, model.foundation)
+    return terms, stats
+
+
+def _image_loss(
+    params: Any, hidden_TD: Tensor, batch: Mapping[str, Any], codes: dict[str, Tensor], model: OmniModel, number: int
+) -> Mean:
+    place_n = batch["decoders"]["image"]["index_n"]
+    task_n = batch["task_T"].index_select(0, place_n.clamp(max=hidden_TD.shape[0] - 1))
+    mine_n = (place_n < hidden_TD.shape[0]) & (task_n == number)
+    labels_n = torch.where(mine_n, codes["image"], IGNORE)
+    return model.decoder("image").lm_head(params["decoders"]["image"], hidden_TD.index_select(0, place_n - 1), labels_n)
+
+
+def train_step(
+    model: OmniModel, tx: optim.Transform, tasks: tuple[str, ...], weights: Mapping[str, float]
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    """The pure step `(state, batch) -> (state, metrics)`."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        balance = state.extra["balance"]
+
+        def loss_fn(params: Any, batch: Any) -> tuple[Any, Any]:
+            terms, stats = task_losses(params, batch, model=model, balance=balance, tasks=tasks)
+            return ftrain.weighted_sum(terms, weights), (terms, stats)
+
+        (loss, (terms, stats)), grads = ftrain.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        rate = model.foundation.moe.bias_rate if model.foundation.moe is not None else 0.0
+        extra = {"balance": foundation.update_balance(balance, stats, rate=rate)}
+        metrics = {
+            "loss": loss,
+            "terms": {task: mean.value() for task, mean in terms.items()},
+            "tokens": batch["valid_T"].sum(),
+            "grad_norm": optim.global_norm(grads),
+        }
+        return state.apply(tx, grads).replace(extra=extra), metrics
+
+    return step

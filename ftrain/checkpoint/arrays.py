@@ -1,0 +1,156 @@
+"""Arrays in tensorstore: zarr3 with a crc32c on every chunk, in one OCDBT database per part of the state.
+
+A database (the default) keeps thousands of leaves in a few files; without one every chunk is a file of its own, which
+the `zarr` package reads too. All arrays of one save are opened with one `ts.Context`, so that they share a database,
+and written in one transaction. Two defaults of tensorstore are dangerous here and are set otherwise: chunks that are
+all zero would not be written, and chunks that are lost would be read as zeros.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from ftrain.checkpoint.errors import DamagedCheckpoint
+from ftrain.checkpoint.manifest import ArrayLeaf
+
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """How arrays are laid out: in a `database` (OCDBT) or a file per chunk; `chunk_bytes`, the upper bound of a chunk;
+    `checksum` every chunk (5 GB/s per core, when writing and when reading), or trust the disk.
+    """
+
+    database: bool = True
+    chunk_bytes: int = 16 * _MIB
+    checksum: bool = True
+
+
+DEFAULT_STORAGE = Storage()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A block of a stored array: where it begins (an index per dim), and its elements or the room for them."""
+
+    start: tuple[int, ...]
+    values: np.ndarray
+
+
+def write_part(
+    folder: Path, leaves: Mapping[str, ArrayLeaf], pieces: Mapping[str, Sequence[Piece]], storage: Storage
+) -> None:
+    """Write these leaves, all of one part, into `folder` and return when they are on the disk.
+
+    A block must begin and end on the chunk grid of its leaf. Its memory is read until the function returns, also when
+    it raises. Errors of tensorstore pass through.
+    """
+    context = ts.Context()
+    transaction = ts.Transaction(atomic=True) if storage.database else None
+    opening = [
+        ts.open(
+            _spec(folder, leaf, database=storage.database, checksum=storage.checksum),
+            create=True,
+            context=context,
+            transaction=transaction,
+        )
+        for leaf in leaves.values()
+    ]
+    stores = [future.result() for future in opening]
+    writes = [
+        _block(store, piece).write(piece.values, can_reference_source_data_indefinitely=True)
+        for path, store in zip(leaves, stores, strict=True)
+        for piece in pieces[path]
+    ]
+    if transaction is not None:
+        transaction.commit_async().result()
+    _finish(writes)
+
+
+def read_part(
+    folder: Path,
+    leaves: Mapping[str, ArrayLeaf],
+    pieces: Mapping[str, Sequence[Piece]],
+    database: bool,
+    checksum: bool,
+    context: ts.Context,
+) -> None:
+    """Fill the memory of these blocks from the leaves stored in `folder`; any blocks, on the chunk grid or not.
+    One `context` for all calls of a restore keeps the database open between them.
+
+    Raises:
+        DamagedCheckpoint: a leaf is missing, or not what was written; its path is named.
+    """
+    opening = {
+        path: ts.open(_spec(folder, leaf, database=database, checksum=checksum), open=True, context=context)
+        for path, leaf in leaves.items()
+    }
+    stores = {path: _checked(future, path, folder) for path, future in opening.items()}
+    reading = [
+        (path, ts.array(piece.values, copy=False).write(_block(stores[path], piece)))
+        for path in leaves
+        for piece in pieces[path]
+    ]
+    failures = [(path, error) for path, future in reading if (error := future.exception()) is not None]
+    for path, error in failures:
+        raise _damaged(path, folder, error) from error
+
+
+def _spec(folder: Path, leaf: ArrayLeaf, *, database: bool, checksum: bool) -> dict[str, Any]:
+    """The whole metadata is given when reading too: tensorstore then refuses an array that says otherwise."""
+    files = {"driver": "file", "path": f"{folder}/"}
+    if database:
+        kvstore: dict[str, Any] = {"driver": "ocdbt", "base": files, "path": f"{leaf.key}/"}
+    else:
+        kvstore = {**files, "path": f"{folder}/{leaf.key}/"}
+    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    return {
+        "driver": "zarr3",
+        "kvstore": kvstore,
+        "metadata": {
+            "shape": list(leaf.shape),
+            "data_type": leaf.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(leaf.chunk)}},
+            "fill_value": _zero(leaf.dtype),
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": codecs + ([{"name": "crc32c"}] if checksum else []),
+        },
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+
+
+def _zero(dtype: str) -> bool | int | float | list[float]:
+    if dtype.startswith("complex"):
+        return [0.0, 0.0]
+    return False if dtype == "bool" else 0 if "int" in dtype else 0.0
+
+
+def _block(store: ts.TensorStore, piece: Piece) -> ts.TensorStore:
+    ends = [begin + size for begin, size in zip(piece.start, piece.values.shape, strict=True)]
+    index = tuple(slice(begin, end) for begin, end in zip(piece.start, ends, strict=True))
+    return store[index][ts.d[:].translate_to[0]] if index else store
+
+
+def _finish(writes: Sequence[ts.WriteFutures]) -> None:
+    """Wait for all, so that none reads its memory any more, and then raise the first error."""
+    errors = [error for future in writes if (error := future.exception()) is not None]
+    if errors:
+        raise errors[0]
+
+
+def _checked(future: ts.Future, path: str, folder: Path) -> ts.TensorStore:
+    try:
+        return future.result()
+    except ValueError as error:
+        raise _damaged(path, folder, error) from error
+
+
+def _damaged(path: str, folder: Path, error: Exception) -> DamagedCheckpoint:
+    reason = str(error).partition(" [tensorstore_spec=")[0]
+    return DamagedCheckpoint(f"leaf {path!r} in {folder} is damaged: {reason}; restore another step")

@@ -1,0 +1,168 @@
+"""Saves of a training run that go on behind its next steps."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from ftrain.checkpoint import folders, read
+from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
+from ftrain.checkpoint.clean import apply_retention, remove_leftovers
+from ftrain.checkpoint.durable import make_folder
+from ftrain.checkpoint.errors import SaveFailed
+from ftrain.checkpoint.leaves import Leaves, named_leaves
+from ftrain.checkpoint.lock import WriterLock
+from ftrain.checkpoint.retention import KEEP_ALL, Retention
+from ftrain.checkpoint.snapshot import Spare
+from ftrain.checkpoint.write import write_checkpoint
+
+_log = logging.getLogger("ftrain.checkpoint")
+State = TypeVar("State")
+
+
+class Checkpointer:
+    """Saves and restores the state of one run in the folder `root`, which holds `global_step_N` (see folders.py).
+
+        with Checkpointer("run/checkpoints", keep=Retention(last=3)) as checkpoints:
+            if checkpoints.latest() is not None:
+                state = checkpoints.restore(state)
+            ...
+            checkpoints.save(state, step)
+
+    Leaving the `with` block waits for the last save and raises what went wrong in it.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        keep: Retention = KEEP_ALL,
+        storage: Storage = DEFAULT_STORAGE,
+        background: bool = True,
+        busy: Literal["wait", "skip"] = "wait",
+    ) -> None:
+        """Nothing is touched on disk before the first save.
+
+        Args:
+            root: the folder of checkpoints; made by the first save.
+            keep: which steps stay, applied after each save.
+            storage: how arrays are laid out.
+            background: write behind the next steps, at the price of one copy of the state in host memory; False
+                writes from the state's own memory before `save` returns.
+            busy: when the previous save is still being written, wait for it or skip the new one.
+        """
+        self._root = Path(root)
+        self._keep, self._storage, self._background, self._busy = keep, storage, background, busy
+        self._spare = Spare()
+        self._lock: WriterLock | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None
+
+    def reserve(self, state: Any) -> None:
+        """Make the spare memory now, so that the first save blocks no longer than the later ones."""
+        self._spare.reserve(named_leaves(state))
+
+    def save(self, state: Any, step: int, metrics: Mapping[str, float] | None = None) -> bool:
+        """Save `state` as step `step`; returns when the state may change, True unless the save was skipped.
+
+        A step that exists is replaced. `metrics` are kept in the manifest for `Retention(best=...)`.
+
+        Raises:
+            SaveFailed: the previous background save failed; this one was not begun. (Call again to go on.)
+            ValueError: a leaf cannot be saved, or another run writes into the folder.
+        """
+        if self._busy == "skip" and self._thread is not None and self._thread.is_alive():
+            _log.warning("step %d is not saved: the previous save is still being written", step)
+            return False
+        self.wait()
+        leaves = named_leaves(state)
+        self._own_folder(step)
+        if not self._background:
+            self._write(leaves, step, dict(metrics or {}))
+            self.wait()
+            return True
+        copy = self._spare.copy(leaves)
+        self._thread = threading.Thread(
+            target=self._write, args=(copy, step, dict(metrics or {})), name=f"checkpoint step {step}"
+        )
+        self._thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Return when the last save is on the disk. Raises `SaveFailed` if it is not going to be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            step, cause = self._failure
+            self._failure = None
+            raise self._failed(step, cause) from cause
+
+    def check(self) -> None:
+        """Raise `SaveFailed` if the last save has already failed; never waits. Cheap enough for every step."""
+        if self._thread is None or not self._thread.is_alive():
+            self.wait()
+
+    def latest(self) -> int | None:
+        """The last committed step, or None. A save that is still being written is not counted."""
+        return folders.latest(self._root)
+
+    def steps(self) -> list[int]:
+        """All committed steps, ascending."""
+        return folders.steps(self._root)
+
+    def restore(
+        self, abstract_state: State, step: int | None = None, *, partial: bool = False, donate: bool = False
+    ) -> State:
+        """As `ftrain.checkpoint.restore`, from this folder, after waiting for a save in flight."""
+        self.wait()
+        return read.restore(abstract_state, self._root, step, partial=partial, donate=donate)
+
+    def close(self) -> None:
+        """Wait for the last save, give back the spare memory, and let other runs write into the folder."""
+        try:
+            self.wait()
+        finally:
+            self._spare = Spare()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _own_folder(self, step: int) -> None:
+        if self._lock is not None:
+            return
+        try:
+            make_folder(self._root)
+            self._lock = WriterLock(self._root)
+        except OSError as cause:
+            raise self._failed(step, cause) from cause
+
+    def _write(self, leaves: Leaves, step: int, metrics: dict[str, float]) -> None:
+        """Runs in the background thread: whatever goes wrong is kept for the next call from the training loop."""
+        try:
+            remove_leftovers(self._root)
+            write_checkpoint(self._root, step, leaves, storage=self._storage, metrics=metrics)
+            apply_retention(self._root, self._keep)
+        except BaseException as cause:
+            _log.error("saving step %d into %s failed: %s", step, self._root, cause)
+            self._failure = (step, cause)
+
+    def _failed(self, step: int, cause: BaseException) -> SaveFailed:
+        good = self.latest()
+        if good == step:
+            return SaveFailed(f"step {step} is in {self._root}, but removing older ones failed: {cause}")
+        kept = "no step was saved before" if good is None else f"the last good step is {good}"
+        return SaveFailed(
+            f"saving step {step} into {self._root} failed: {cause}; {kept}, and the state in memory is unharmed: "
+            "free space or mend the folder, then save again"
+        )
