@@ -51,15 +51,21 @@ def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
             costs += _node_costs(loop_body(node), times * int(node.args[1]))  # type: ignore[arg-type]
             continue
         meta = node.meta
-        moved = sum(_bytes(n.meta.get("val")) for n in [node, *node.all_input_nodes])
+        moved = 0 if _is_view(node) else sum(_bytes(n.meta.get("val")) for n in [node, *node.all_input_nodes])
         name = str(node.target)
         costs.append(
-            NodeCost(node.name, name, meta.get("phase", ""), meta.get("path") or "", times * node_flops(node), times * moved)
+            NodeCost(
+                node.name, name, meta.get("phase", ""), meta.get("path") or "", times * node_flops(node), times * moved
+            )
         )
     return costs
 
 
-
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return target is torch.ops.aten._unsafe_view.default or (
+        isinstance(target, torch._ops.OpOverload) and target.is_view
+    )
 
 
 def node_flops(node: fx.Node) -> int:

@@ -31,8 +31,9 @@ class LiveTensor(NamedTuple):
 class MemoryPlan:
     """Bytes over the run of a graph.
 
-    `inputs`: the arguments, alive throughout (state and batch). `peak`: the most alive at once beyond them, workspace of
-    ops included. `timeline`: (node name, bytes alive beyond the inputs while it runs). `top`: what is alive at the peak.
+    `inputs`: the arguments, alive throughout (state and batch). `peak`: the most alive at once beyond them, workspace
+    of ops included. `timeline`: (node name, bytes alive beyond the inputs while it runs). `top`: what is alive at the
+    peak, largest first; where the peak is in a loop, also what its body holds then.
     """
 
     inputs: int

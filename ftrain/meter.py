@@ -8,7 +8,7 @@ from torch.autograd.profiler import profile
 
 
 class PeakBytes(NamedTuple):
-    """Bytes above what was alive before the call: the most at once (`peak`), and what is left when it returned (`kept`).
+    """Bytes above what was alive before the call: the most at once (`peak`), and what is left after it (`kept`).
 
     `kept` counts the call's result (while the meter holds it) and whatever else the call did not free.
     """

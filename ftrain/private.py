@@ -74,6 +74,17 @@ def emit_node(
     return outputs
 
 
+def unwrap_functional(tensor: Tensor) -> Tensor:
+    """The tensor that `torch.func.functionalize` wraps, with all writes so far applied."""
+    torch._sync(tensor)
+    return torch._C._functorch._unwrap_functional_tensor(tensor, True)
+
+
+def wrap_functional(tensor: Tensor) -> Tensor:
+    """A tensor as the body of the innermost `torch.func.functionalize` sees it."""
+    return torch._C._functorch._wrap_functional_tensor(tensor, torch._C._functorch.maybe_current_level())
+
+
 def is_tracked(tensor: Tensor) -> bool:
     """True if the tensor stands for a node of the trace under way."""
     from torch.fx.experimental.proxy_tensor import get_proxy_slot

@@ -10,7 +10,7 @@ from torch import fx
 from ftrain.cost import NodeCost
 from ftrain.loop import is_loop, loop_body
 from ftrain.memory_timeline import inputs_by_argument, memory_timeline
-from ftrain.report_page import Card, Table, page
+from ftrain.report_page import Card, Cell, Table, page
 from ftrain.report_timeline import timeline_figure
 from ftrain.text import op_name, short_site, show_bytes, show_node, show_value
 
@@ -62,9 +62,10 @@ def cards(compiled: "Compiled") -> list[Card]:
     count = _count_nodes(compiled.executed)
     return [
         Card("Compute", show_flops(cost.flops), " · ".join(phases)),
-        Card("Peak above inputs", show_bytes(memory.peak), f"at {memory.peak_node}"),
-        Card("Inputs", show_bytes(memory.inputs), " · ".join(inputs[:4])),
-        Card("Inputs and peak", show_bytes(memory.total), f"{len(compiled.donated)} leaves are written in place"),
+        Card("Peak above inputs", show_bytes(memory.peak), f"at {memory.peak_node}; {show_bytes(memory.total)} in all"),
+        Card(
+            "Inputs", show_bytes(memory.inputs), f"{' · '.join(inputs[:4])}; {len(compiled.donated)} written in place"
+        ),
         Card("Bytes moved", show_bytes(cost.bytes), f"{cost.flops / max(cost.bytes, 1):.3g} FLOPs per byte"),
         Card("Graph", f"{count:,} nodes", f"traced and planned in {compiled.seconds_to_compile:.2f} s"),
         Card("Backend", compiled.backend, f"on {_devices(compiled)}"),
@@ -75,13 +76,15 @@ def peak_table(compiled: "Compiled", limit: int = 60) -> Table:
     """What is alive at the peak, largest first."""
     memory = compiled.memory()
     nodes = {n.name: n for n in all_nodes(compiled.executed)}
-    rows = []
+    rows: list[list[Cell]] = []
     for tensor in memory.top[:limit]:
         node = nodes[tensor.node]
         share = tensor.bytes / max(memory.peak, 1)
         value = show_value(node.meta.get("val"))
         site = short_site(node.meta.get("site"))
-        rows.append([(tensor.bytes, show_bytes(tensor.bytes)), (share, f"{share:.1%}"), tensor.node, value, tensor.phase])
+        rows.append(
+            [(tensor.bytes, show_bytes(tensor.bytes)), (share, f"{share:.1%}"), tensor.node, value, tensor.phase]
+        )
         rows[-1] += [tensor.path, site]
     return Table(["bytes", "share", "made by", "type", "phase", "parameter", "source"], rows)
 
@@ -103,13 +106,13 @@ class Group(NamedTuple):
 
 
 def group_table(label: str, nodes: Iterable[NodeCost], key: Callable[[NodeCost], str]) -> Table:
-    """Costs of nodes that share a key, most bytes last among equal FLOPs."""
+    """Costs of nodes that share a key; most FLOPs first, then most bytes."""
     groups: dict[str, Group] = {}
     for node in nodes:
         groups[key(node)] = groups.get(key(node), Group()).add(node)
     ordered = sorted(groups.items(), key=lambda item: (item[1].flops, item[1].bytes), reverse=True)
     flops, moved = (max(sum(getattr(g, f) for g in groups.values()), 1) for f in ("flops", "bytes"))
-    rows = [
+    rows: list[list[Cell]] = [
         [
             name,
             (g.nodes, f"{g.nodes:,}"),
@@ -127,7 +130,7 @@ def group_table(label: str, nodes: Iterable[NodeCost], key: Callable[[NodeCost],
 def graph_table(module: fx.GraphModule) -> Table:
     """Every node, in the order in which they run."""
     alive = {(s.loop, s.node.name): s.total for s in memory_timeline(module)}
-    rows = []
+    rows: list[list[Cell]] = []
     for node, loops in walk(module):
         total = alive.get((" ".join(loops), node.name))
         indent = "\u2003" * len(loops)
@@ -137,7 +140,7 @@ def graph_table(module: fx.GraphModule) -> Table:
 
 
 def walk(module: fx.GraphModule, inside: tuple[str, ...] = ()) -> Iterable[tuple[fx.Node, tuple[str, ...]]]:
-    """All nodes but inputs' outputs, bodies of loops after their loop, each with the loops it is inside of."""
+    """All nodes but outputs, each with the loops it is inside of; the body of a loop follows its node."""
     for node in module.graph.nodes:
         if node.op == "output":
             continue
@@ -159,7 +162,7 @@ def component(path: str) -> str:
     parts = ["*" if re.fullmatch(r"\d+", p) else p for p in path.split(".")]
     if len(parts) > 2 and parts[1] in ("params", "opt_state"):
         parts = parts[2:] if parts[1] == "params" else parts[1:]
-    return ".".join(parts[:-1][:4]) or path or "(none)"
+    return ".".join(parts[:-1][:4] or parts) or "(none)"
 
 
 def show_flops(count: float) -> str:

@@ -27,29 +27,33 @@ class Table:
 
     def html(self) -> str:
         """The table's HTML; all texts are escaped."""
-        numeric = [bool(self.rows) and isinstance(cell, tuple) for cell in (self.rows or [self.columns])[0]]
-        head = "".join(f"<th{' class=n' if n else ''}>{escape(c)}</th>" for c, n in zip(self.columns, numeric, strict=True))
-        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in self.rows)
-        search = '<input type="search" placeholder="filter rows: op, parameter, file, phase">' if self.searchable else ""
-        css = "scroll mono" if self.mono else "scroll"
-        return (
-            f"{search}<div class='{css}'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-            if self.rows
-            else "<p>None.</p>"
+        if not self.rows:
+            return "<p>None.</p>"
+        numeric = [isinstance(cell, tuple) for cell in self.rows[0]]
+        head = "".join(
+            f"<th{' class=n' if n else ''}>{escape(c)}</th>" for c, n in zip(self.columns, numeric, strict=True)
         )
+        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in self.rows)
+        search = (
+            '<input type="search" placeholder="filter rows: op, parameter, file, phase">' if self.searchable else ""
+        )
+        css = "scroll mono" if self.mono else "scroll"
+        return f"{search}<div class='{css}'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(cell: Cell) -> str:
     if isinstance(cell, tuple):
         return f'<td class=n data-v="{cell[0]:.6g}">{escape(cell[1])}</td>'
-    shown = escape(cell).replace(".", ".<wbr>").replace("_", "_<wbr>") if len(cell) > 30 else escape(cell)
-    return f"<td>{shown}</td>"
+    return f"<td class=s>{escape(cell)}</td>" if len(cell) <= 56 else f"<td>{escape(cell)}</td>"
 
 
-def page(name: str, subtitle: str, shapes: Sequence[str], cards: Sequence[Card], sections: Sequence[tuple[str, str]]) -> str:
+def page(
+    name: str, subtitle: str, shapes: Sequence[str], cards: Sequence[Card], sections: Sequence[tuple[str, str]]
+) -> str:
     """The whole page. `sections` are titles and HTML; every other text is escaped here."""
     tiles = "".join(
-        f"<div class=card><h3>{escape(c.title)}</h3><b>{escape(c.value)}</b><p>{escape(c.note)}</p></div>" for c in cards
+        f"<div class=card><h3>{escape(c.title)}</h3><b>{escape(c.value)}</b><p>{escape(c.note)}</p></div>"
+        for c in cards
     )
     inputs = "".join(f"<li>{escape(s)}</li>" for s in shapes)
     parts = "".join(f"<section><h2>{escape(title)}</h2>{html}</section>" for title, html in sections)
@@ -76,7 +80,7 @@ main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 28px; margin: 0; } h2 { font-size: 19px; margin: 40px 0 12px; }
 header p { margin: 4px 0 8px; color: var(--soft); overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--accent); } details ul { max-height: 320px; overflow: auto; padding-left: 20px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin-top: 20px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin-top: 20px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; min-width: 0; }
 .card h3 { margin: 0; font-size: 13px; font-weight: 500; color: var(--soft); }
 .card b { font-size: 22px; font-weight: 600; } .card p { margin: 2px 0 0; font-size: 13px; color: var(--soft);
@@ -91,15 +95,18 @@ svg .grid { stroke: var(--line); stroke-width: 1; opacity: .7; } #cursor { strok
 .input0 { fill: var(--input0); background: var(--input0); } .input1 { fill: var(--input1); background: var(--input1); }
 .input2 { fill: var(--input2); background: var(--input2); } .input3 { fill: var(--input3); background: var(--input3); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 8px; font-size: 13px; }
-.legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; vertical-align: -1px; }
+.legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px;
+  vertical-align: -1px; }
 #memory-tip { min-height: 3em; margin: 8px 0 0; color: var(--soft); overflow-wrap: anywhere; }
-.scroll { overflow: auto; max-height: 560px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.scroll { overflow: auto; max-height: 560px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th { position: sticky; top: 0; background: var(--card); text-align: left; font-weight: 600; cursor: pointer;
   box-shadow: inset 0 -1px var(--line); white-space: nowrap; }
 th[aria-sort=ascending]::after { content: " ↑"; } th[aria-sort=descending]::after { content: " ↓"; }
 th, td { padding: 5px 12px; vertical-align: top; overflow-wrap: anywhere; } td { border-top: 1px solid var(--line); }
 tbody tr:first-child td { border-top: 0; } tbody tr:hover { background: var(--bg); }
+.s { white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .mono, .mono td { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; font-size: 12px; }
 .mono td:not(:first-child) { min-width: 76px; } .mono tbody tr { content-visibility: auto; }

@@ -33,7 +33,7 @@ def timeline_figure(samples: Sequence[Sample], inputs: Mapping[str, int]) -> str
         areas.append(_area(scale, below, above, kind, kind))
         below = above
     svg = f'<svg id="memory" data-left="{LEFT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
-    svg += f'{"".join(areas)}{_axis(scale)}<line id="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+    svg += f'{_axis(scale)}{"".join(areas)}<line id="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
     cut = f" The axis begins at {show_bytes(floor)}; the inputs go on below." if floor else ""
     note = f"Bytes alive while each node runs.{cut} Move over the picture to see the node."
     data = json.dumps([_tooltip(s, base) for s in shown]).replace("</", "<\\/")
@@ -87,7 +87,9 @@ def _axis(scale: _Scale) -> str:
 def _legend(bands: Mapping[str, int]) -> str:
     inputs = [(f"{label} {show_bytes(size)}", _MUTED[min(i, 3)]) for i, (label, size) in enumerate(bands.items())]
     entries = [(kind, kind) for kind in reversed(KINDS)] + inputs[::-1]
-    return f'<p class="legend">{"".join(f"<span><i class={css}></i>{escape(label)}</span>" for label, css in entries)}</p>'
+    return (
+        f'<p class="legend">{"".join(f"<span><i class={css}></i>{escape(label)}</span>" for label, css in entries)}</p>'
+    )
 
 
 def _merge_small(inputs: Mapping[str, int]) -> dict[str, int]:
@@ -101,7 +103,12 @@ def _merge_small(inputs: Mapping[str, int]) -> dict[str, int]:
 def _tooltip(sample: Sample, base: int) -> str:
     node = sample.node
     kinds = [f"{kind} {show_bytes(b)}" for kind, b in zip(KINDS, sample.bytes, strict=True) if b]
-    facts = [sample.loop and f"in {sample.loop}", node.meta.get("phase"), node.meta.get("path"), short_site(node.meta.get("site"))]
+    facts = [
+        sample.loop and f"in {sample.loop}",
+        node.meta.get("phase"),
+        node.meta.get("path"),
+        short_site(node.meta.get("site")),
+    ]
     where = ", ".join(str(f) for f in facts if f)
     total = f"{show_bytes(base + sample.total)} in all, {show_bytes(sample.total)} above inputs"
     return f"{node.name} = {op_name(node)} ({where}): {total}" + (f" = {' + '.join(kinds)}" if kinds else "")

@@ -50,10 +50,13 @@ class Sizes:
         """Bytes per token of the output."""
         return self.H * self.V * self.item
 
-    @property
-    def copied(self) -> int:
-        """How many tokens, all heads counted, are copied at once: short documents together, or one head of a long."""
-        return min(max(self.T, self.S), max(TOKENS_TOGETHER, -(-max(self.T, self.S) // self.G)))
+    def copied(self, segments: Tensor | None) -> int:
+        """How many tokens, counted with all their heads, are copied at once: short documents together, or some heads of
+        a long one."""
+        longest = max(self.T, self.S)
+        if segments is None:
+            return longest * min(self.G, max(1, self.G * TOKENS_TOGETHER // max(longest, 1))) // self.G
+        return min(longest, max(TOKENS_TOGETHER, -(-longest // self.G)))
 
 
 def forward_workspace(
@@ -72,11 +75,11 @@ def forward_workspace(
         return 0
     n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
     call = _call_bytes(n, rule, served_by_aten(q, v), backward=False)
-    if _in_place(q, segments):
+    if _in_place(q, v, segments):
         return max(call, n.T * n.H * n.item)
     results = n.output + n.H * n.item
-    cast = n.copied * n.H * n.V * q.element_size() if q.element_size() < n.item else 0
-    return _copies(n, q, n.queries + n.keys, results) + max(call, cast) + _index_bytes(n, segments)
+    cast = n.copied(segments) * n.H * n.V * q.element_size() if q.element_size() < n.item else 0
+    return _copies(n, q, segments, n.queries + n.keys, results) + max(call, cast) + _index_bytes(n, segments)
 
 
 def backward_workspace(
@@ -98,18 +101,19 @@ def backward_workspace(
     if q.is_cuda and served_by_flash(q, v, kv_segments):
         return _flash_backward_bytes(n, q.element_size(), max_documents or 1)
     call = _call_bytes(n, rule, served_by_aten(q, v), backward=True)
-    if _in_place(q, segments):
+    if _in_place(q, v, segments):
         return call
     inputs, results = n.queries + n.keys + 2 * n.output + n.H * n.item, n.queries + n.keys
     # ATen copies a gradient that is not dense, as a view of some heads of a long document is not
-    return _copies(n, q, inputs, results, not_dense=n.output) + call + _index_bytes(n, segments)
+    return _copies(n, q, segments, inputs, results, not_dense=n.output) + call + _index_bytes(n, segments)
 
 
-def _copies(n: Sizes, q: Tensor, inputs: int, results: int, not_dense: int = 0) -> int:
+def _copies(n: Sizes, q: Tensor, segments: Tensor | None, inputs: int, results: int, not_dense: int = 0) -> int:
     """Short documents are gathered; the inputs of long ones are views unless their dtype changes. Bytes per token."""
     if q.element_size() < n.item:
-        return n.copied * (inputs + results)
-    return max(min(n.T, TOKENS_TOGETHER) * (inputs + results), n.copied * (results + not_dense))
+        return n.copied(segments) * (inputs + results)
+    gathered = 0 if segments is None else min(n.T, TOKENS_TOGETHER)
+    return max(gathered * (inputs + results), n.copied(segments) * (results + not_dense))
 
 
 def _flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:
@@ -119,9 +123,9 @@ def _flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:
     return padded * n.H * (n.K + 1) * 4 + expanded
 
 
-def _in_place(q: Tensor, segments: Tensor | None) -> bool:
-    """One document in the dtype that is computed in: the kernel's results are the op's."""
-    return segments is None and q.dtype == accumulate_dtype(q.dtype)
+def _in_place(q: Tensor, v: Tensor, segments: Tensor | None) -> bool:
+    """One document as the kernel takes it: the kernel's results are the op's."""
+    return segments is None and served_by_aten(q, v) and q.dtype == accumulate_dtype(q.dtype)
 
 
 def _index_bytes(n: Sizes, segments: Tensor | None) -> int:
@@ -154,9 +158,9 @@ def _aten_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
 
 def _math_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
     """Scores and probabilities, or probabilities and their gradient, of the heads that are computed together."""
-    heads = max(n.H // n.G, n.H * n.copied // max(n.T, n.S, 1))
+    heads = max(n.H // n.G, n.H * n.copied(None) // max(n.T, n.S, 1))
     scores = heads * L * M * n.item
-    return 2 * scores + L * n.output + (L * n.queries + 2 * M * n.keys if backward else 0)
+    return 2 * scores + L * (n.queries if backward else n.output)
 
 
 def seen_pairs(T: int, S: int, causal: bool, window: int | None) -> float:

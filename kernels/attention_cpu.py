@@ -87,7 +87,7 @@ def forward(
     pairs, dtype = document_pairs(segments_T, kv_segments_S, T, k_SGK.shape[0]), accumulate_dtype(q_THK.dtype)
     if rule.max_documents is not None and len(pairs) > rule.max_documents:
         raise ValueError(f"attention: {len(pairs)} documents in a pack, more than max_documents={rule.max_documents}")
-    if _fills(pairs, T, k_SGK.shape[0]) and q_THK.dtype == dtype:
+    if _fills(pairs, T, k_SGK.shape[0]) and served_by_aten(q_THK, v_SGV) and q_THK.dtype == dtype:
         L, M = pairs[0].q_length, pairs[0].k_length
         out_BHLV, lse_BHL = _batch_forward(_fold(q_THK, L), _fold(k_SGK, M), _fold(v_SGV, M), rule)
         return _unfold(out_BHLV, dtype).contiguous(), lse_BHL.transpose(0, 1).flatten(1).contiguous()
@@ -117,7 +117,7 @@ def backward(
     (T, H, _), S = q_THK.shape, k_SGK.shape[0]
     grad_THV, q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (grad_THV, q_THK, k_SGK, v_SGV))
     pairs, dtype = document_pairs(segments_T, kv_segments_S, T, S), lse_HT.dtype
-    if _fills(pairs, T, S) and q_THK.dtype == dtype:
+    if _fills(pairs, T, S) and served_by_aten(q_THK, v_SGV) and q_THK.dtype == dtype:
         L, M = pairs[0].q_length, pairs[0].k_length
         grad, q, out = (_fold(x, L) for x in (grad_THV, q_THK, out_THV))
         grads = _batch_backward(grad, q, _fold(k_SGK, M), _fold(v_SGV, M), out, _fold_lse(lse_HT, L), rule)

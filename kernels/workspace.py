@@ -12,6 +12,7 @@ devices alone. Each kernel file declares its rules in two constant dicts, `WORKS
 from collections.abc import Callable
 
 from kernels import (
+    adamw,
     attention_cost,
     embedding,
     grouped_mm,
@@ -25,6 +26,7 @@ from kernels import (
 )
 
 _FILES = (
+    adamw,
     attention_cost,
     embedding,
     grouped_mm,

@@ -1,1 +1,1 @@
-"""Data and presentation of the omni-modal experiment: real digits, speech, videos, what is asked of them, what is shown."""
+"""The omni-modal experiment: its data, model, training and what it shows."""

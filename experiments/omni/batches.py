@@ -65,7 +65,10 @@ def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, spare:
     per_item = {name: max(s.rows.get(name, 0) for s in sizes) for name in model.encoders}
     return Budget(
         tokens=rounded(sum(s.tokens for s in sizes), 64),
-        rows={n: rounded(sum(s.rows.get(n, 0) for s in sizes), per_item[n] or e.rows_per_token) for n, e in model.encoders.items()},
+        rows={
+            n: rounded(sum(s.rows.get(n, 0) for s in sizes), per_item[n] or e.rows_per_token)
+            for n, e in model.encoders.items()
+        },
         targets={n: rounded(sum(s.targets.get(n, 0) for s in sizes), 1) for n in model.decoders},
     )
 

@@ -23,11 +23,12 @@ from experiments.omni.speech import WAYS, Silence, Sound, Way, find_way
 
 RATE = 11_025
 SAMPLES = 56 * 128  # 0.65 s: the longest word at the slowest speed takes 0.62 s
-TRAINED_VOICES = tuple(
-    "f1 f4 m1 m2 m4 m5 m6 m7 Alex Andy Annie Denis Diogo Gene Michael anika antonio aunty belinda ed edward grandma "
-    "grandpa gustave john linda miguel pablo pedro rob robert shelby".split()
-)
-HELD_OUT_VOICES = tuple("m3 m8 Mike Andrea boris paul steph travis".split())
+TRAINED_VOICES = (
+    "f1", "f4", "m1", "m2", "m4", "m5", "m6", "m7", "Alex", "Andy", "Annie", "Denis", "Diogo", "Gene", "Michael",
+    "anika", "antonio", "aunty", "belinda", "ed", "edward", "grandma", "grandpa", "gustave", "john", "linda", "miguel",
+    "pablo", "pedro", "rob", "robert", "shelby",
+)  # fmt: skip
+HELD_OUT_VOICES = ("m3", "m8", "Mike", "Andrea", "boris", "paul", "steph", "travis")
 SPEEDS = (150, 175, 200, 230)
 PITCHES = (20, 40, 60, 80)
 _QUIET = 0.03

@@ -54,7 +54,7 @@ def split(*, held_out: float = 0.2) -> tuple[Digits, Digits]:
 
 
 def bend(images_NHWC: np.ndarray, rng: np.random.Generator, *, warp: Warp) -> np.ndarray:
-    """Each image turned, zoomed, sheared and shifted by its own random amounts; bilinear, with paper beyond the edge."""
+    """Each image turned, zoomed, sheared and shifted by its own random amounts; bilinear, paper beyond the edge."""
     count, side = len(images_NHWC), images_NHWC.shape[1]
     turn_N1 = rng.uniform(-warp.turn, warp.turn, (count, 1))
     zoom_N2 = 1 + rng.uniform(-warp.zoom, warp.zoom, (count, 2))

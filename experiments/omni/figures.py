@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 
 from experiments.omni.language import LANGUAGES
 from experiments.omni.tasks import Example
 
 _SMOOTHING = 0.95
+_CELL = (2.2, 2.2)  # inches
 _ENGLISH, _CHINESE = (next(l for l in LANGUAGES if l.tag == tag) for tag in ("en:", "zh:"))
 
 
@@ -85,30 +86,44 @@ def samples(answers: Mapping[str, Sequence[Answer]], reals: Mapping[int, np.ndar
     Drawings stand beside a real image of the digit, from `reals` (digit to `[H, W, C]`). Right answers are green.
     """
     if not answers or not all(answers.values()):
-        raise ValueError(f"samples need at least one answer for each task, got {[(k, len(v)) for k, v in answers.items()]}")
+        counts = {task: len(row) for task, row in answers.items()}
+        raise ValueError(f"samples need at least one answer for each task, got {counts or 'no task'}")
     columns = max(len(row) for row in answers.values())
-    figure = Figure(figsize=(2.2 * columns, 2.4 * len(answers)), layout="constrained")
-    for part, (task, row) in zip(np.atleast_1d(figure.subfigures(len(answers), 1)), answers.items(), strict=True):
-        part.suptitle(task.replace("_to_", " → ").replace("_", " "), fontsize=10, fontweight="bold")
-        for cell, answer in zip(np.atleast_1d(part.subfigures(1, columns)), row, strict=False):
-            _cell(cell, answer, reals)
+    figure = Figure(figsize=(_CELL[0] * columns, _CELL[1] * len(answers)))
+    for down, (task, row) in enumerate(answers.items()):
+        for across, answer in enumerate(row):
+            _cell(figure, answer, reals, (across / columns, 1 - (down + 1) / len(answers)), (columns, len(answers)))
+        heading = task.replace("_to_", " → ").replace("_", " ")
+        figure.text(0.5, 1 - (down + 0.02) / len(answers), heading, ha="center", va="top", weight="bold", size=10)
     _save(figure, file)
 
 
-def _cell(cell: SubFigure, answer: Answer, reals: Mapping[int, np.ndarray]) -> None:
-    """One example: its media side by side, the prompt above, answer and truth below."""
+def _cell(
+    figure: Figure,
+    answer: Answer,
+    reals: Mapping[int, np.ndarray],
+    corner: tuple[float, float],
+    parts: tuple[int, int],
+) -> None:
+    """One example: prompt, its media side by side, answer and truth; `corner` is the lower left, of 1/`parts` size."""
     panels = [(kind, value) for kind, value in answer.example.shown if isinstance(value, np.ndarray)]
     if answer.image_HWC is not None:
         panels += [("drawn", answer.image_HWC), ("real", reals[answer.example.digit])]
-    for axes, (kind, value) in zip(np.atleast_1d(cell.subplots(1, max(1, len(panels)))), panels, strict=False):
-        _panel(axes, kind, value)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return corner[0] + x / parts[0], corner[1] + y / parts[1]
+
+    for number, (kind, value) in enumerate(panels):
+        width = 0.9 / len(panels)
+        size = (width * 0.9 / parts[0], 0.58 / parts[1])
+        _panel(figure.add_axes((*place(0.06 + number * width, 0.16), *size)), kind, value)
     asked = (value if isinstance(value, str) else f"[{kind}]" for kind, value in answer.example.shown)
-    cell.suptitle(readable(" ".join(asked)), fontsize=7)
+    figure.text(*place(0.5, 0.83), readable(" ".join(asked)), ha="center", va="center", size=7)
     drawing = answer.image_HWC is not None
-    said = f"looks like {answer.recognised}" if drawing else answer.words or "(nothing)"
-    truth = str(answer.example.digit) if drawing else " ".join(answer.example.answer)
+    said = f"looks like {answer.recognised}" if drawing else readable(answer.words) or "(nothing)"
+    truth = str(answer.example.digit) if drawing else readable(" ".join(answer.example.answer))
     text = said if answer.right else f"{said}, truth: {truth}"
-    cell.supxlabel(readable(text), fontsize=8, color="green" if answer.right else "red")
+    figure.text(*place(0.5, 0.08), text, ha="center", va="center", size=8, color="green" if answer.right else "red")
 
 
 def readable(text: str) -> str:

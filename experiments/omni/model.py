@@ -49,7 +49,9 @@ def foundation(size: str, vocab: int) -> DecoderConfig:
                              attention=big.attention, moe=big.moe)  # fmt: skip
     s = SIZES[size]
     heads = AttentionConfig(s.d_model, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.d_model // s.heads, qk_norm=True)
-    experts = MoEConfig(s.d_model, s.d_expert, experts=s.experts, top_k=2, shared_experts=1, score="sigmoid", balance="bias")
+    experts = MoEConfig(
+        s.d_model, s.d_expert, experts=s.experts, top_k=2, shared_experts=1, score="sigmoid", balance="bias"
+    )
     return DecoderConfig(vocab=vocab, d_model=s.d_model, layers=s.layers, attention=heads, moe=experts)
 
 

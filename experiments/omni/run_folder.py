@@ -37,7 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metrics = _opened_for_appending(path)
+        self._metrics = (path / METRICS).open("a", encoding="utf-8")
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
@@ -144,8 +144,6 @@ def _check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"run folder {path} cannot be written: {error.strerror or error}; give another --out") from error
-
-
-def _opened_for_appending(path: Path):  # noqa: ANN202
-    return open(path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        raise ValueError(
+            f"run folder {path} cannot be written: {error.strerror or error}; give another --out"
+        ) from error

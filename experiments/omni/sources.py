@@ -3,7 +3,7 @@
 Legend: N items, F mel frames, M mel bands, H rows, W columns, C channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Readers:
     image: VisionConfig
     video: VisionConfig
     audio: AudioConfig | None = None
-    film: VideoConfig = VideoConfig()
+    film: VideoConfig = field(default_factory=VideoConfig)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Sources:
-    """Both splits, the vocabulary and the encoders' configs; `silence` says why there is no speech, if there is none."""
+    """Both splits, the vocabulary and the encoders' configs; `silence` says why there is no speech, if so."""
 
     train: Items
     held_out: Items

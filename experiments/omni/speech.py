@@ -35,7 +35,7 @@ class Sound(NamedTuple):
 
 
 class Speaker(Protocol):
-    """Something that says a word: `voice` as espeak-ng names it (`de+f3`), `speed` in words a minute, `pitch` 0 to 99."""
+    """Something that says words: `voice` as espeak-ng names it (`de+f3`), `speed` words a minute, `pitch` 0 to 99."""
 
     def say(self, word: str, *, voice: str, speed: int, pitch: int) -> Sound:
         """The word as sound; ValueError if there is no such voice."""
@@ -53,7 +53,7 @@ class Silence:
 
 
 class Library:
-    """espeak-ng through ctypes: `folder` must hold a copy of `libespeak-ng.so` that nothing else loads, and its data."""
+    """espeak-ng through ctypes: `folder` holds a copy of `libespeak-ng.so` that nothing else loads, and its data."""
 
     def __init__(self, folder: Path) -> None:
         self._library = ctypes.CDLL(str(folder / "libespeak-ng.so"))

@@ -62,6 +62,8 @@ class _Draw:
 
     def choose(self, count: int) -> int:
         """In training a random number below `count`, else the next of a fixed shuffle of all of them."""
+        if not count:
+            raise ValueError(f"task {self.task!r} needs speech: {self.sources.silence}")
         if self.training:
             return int(self.rng.integers(count))
         round_, place = divmod(self.index, count)
@@ -98,8 +100,7 @@ def _image(draw: _Draw, place: int) -> _Piece:
 
 def _clip(draw: _Draw, place: int) -> _Piece:
     speech = draw.items.speech
-    if speech is None:
-        raise ValueError(f"task {draw.task!r} needs speech: {draw.sources.silence}")
+    assert speech is not None
     mel_FM = speech.mels_NFM[place]
     if draw.training:
         mel_FM = _shift_bands(mel_FM, int(draw.rng.integers(-1, 2)))
@@ -123,7 +124,7 @@ def _answered(draw: _Draw, pieces: list[_Piece], answer: tuple[str, ...], digit:
 
 
 def _drawn(draw: _Draw, pieces: list[_Piece], digit: int) -> Example:
-    """An example whose answer is a real image of the digit."""
+    """An example whose answer is a real image of the digit, as the decoder takes it: channels first."""
     prompt = _opened(draw, pieces)
     places = np.flatnonzero(draw.items.drawn.labels_N == digit)
     image_HWC = draw.items.drawn.images_NHWC[places[draw.rng.integers(len(places))]]

@@ -13,13 +13,12 @@ def chunk_shape(shape: Shape, piece: Shape, *, itemsize: int, limit: int) -> Sha
     range of the piece's memory; all chunks of a dim are about equally long.
     """
     chunk = [max(1, n) for n in piece]
-    for dim in range(len(chunk)):
-        size = math.prod(chunk) * itemsize
-        if size <= limit:
+    for dim, length in enumerate(chunk):
+        if math.prod(chunk) * itemsize <= limit:
             break
-        parts = min(chunk[dim], math.ceil(size / limit))
-        split = piece[dim] < shape[dim]
-        chunk[dim] = _divisor(chunk[dim], parts) if split else math.ceil(chunk[dim] / parts)
+        fitting = max(1, limit // (math.prod(chunk[dim + 1 :]) * itemsize))
+        parts = math.ceil(length / fitting)
+        chunk[dim] = _divisor(length, parts) if piece[dim] < shape[dim] else math.ceil(length / parts)
     return tuple(chunk)
 
 

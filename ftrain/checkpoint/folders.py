@@ -60,7 +60,7 @@ def latest(root: str | Path) -> int | None:
     here = steps(root)
     try:
         named = int((Path(root) / LATEST).read_text().strip())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         named = -1
     return named if named in here else max(here, default=None)
 

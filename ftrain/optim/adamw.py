@@ -10,7 +10,6 @@ from ftrain.optim.transform import (
     LearningRate,
     Mask,
     Transform,
-    cast,
     decays,
     new_count,
     rate_at,
@@ -20,9 +19,7 @@ from ftrain.optim.transform import (
     zeros,
 )
 from ftrain.tree import Tree
-
-SMALLEST_RATE = 1e-30  # so small that no parameter moves, and its inverse is a float32
-
+from kernels.adamw import adamw_update, scalars
 
 class AdamWState(NamedTuple):
     """`steps`: updates made so far; running averages of the gradient (`mean`) and of its square (`square`)."""
@@ -61,41 +58,17 @@ def adamw(
     def update(grads: Tree, state: AdamWState, params: Tree) -> tuple[Tree, AdamWState]:
         require_like(grads, params)
         steps, rate = state.steps + 1, rate_at(learning_rate, state.steps)
-        keep = 1 - rate * weight_decay
-        scalars = {dtype: _denominator(steps, rate, b1, b2, eps, dtype) for dtype in _dtypes(state.square)}
+        at = {dtype: scalars(steps, rate, b1=b1, b2=b2, eps=eps, dtype=dtype) for dtype in _dtypes(state.square)}
 
         def leaf(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decay: bool) -> tuple[Tensor, Tensor, Tensor]:
-            g, (scale, offset) = cast(g, v.dtype), scalars[v.dtype]
-            m_new = torch.lerp(cast(m, v.dtype), g, 1 - b1)
-            v_new = torch.addcmul(v * b2, g, g, value=1 - b2)
-            denominator = torch.addcmul(offset, v_new.sqrt(), scale)
-            if decay and weight_decay:
-                # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up
-                p = cast(p, v.dtype)
-                step = torch.addcdiv(p * keep, m_new, denominator) - p
-            else:
-                step = m_new / denominator
-            return step, cast(m_new, m.dtype), v_new
+            kept = weight_decay if decay else 0.0
+            return adamw_update(p, g, m, v, at[v.dtype], b1=b1, b2=b2, eps=eps, weight_decay=kept)
 
         chosen = decays(mask, params)
         updates, mean, square = tree.map_many(leaf, 3, params, grads, state.mean, state.square, chosen)
         return updates, AdamWState(steps, mean, square)
 
     return Transform(init, update)
-
-
-def _denominator(
-    steps: Tensor, rate: float | Tensor, b1: float, b2: float, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`(scale, offset)` such that `m / (offset + scale * sqrt(v))` is the step: rate, sign and bias are folded in.
-
-    In float64: in float32 `1 - b2^steps` loses four digits at step 1. A rate of 0 becomes 1e-30, to divide by.
-    """
-    exact = steps.to(torch.float64)
-    first, second = 1 - torch.pow(b1, exact), 1 - torch.pow(b2, exact)
-    rate = rate.to(torch.float64).clamp(min=SMALLEST_RATE) if isinstance(rate, Tensor) else max(rate, SMALLEST_RATE)
-    factor = first / -rate
-    return cast(factor / second.sqrt(), dtype), cast(factor * eps, dtype)
 
 
 def _dtypes(averages: Tree) -> set[torch.dtype]:

@@ -12,9 +12,9 @@ def storage(node: fx.Node) -> int | None:
     return storage_id(value) if isinstance(value, torch.Tensor) else None
 
 
-def readers_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+def readers_by_storage(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
     """For each piece of memory the nodes that read it, directly or through views, in order of the graph."""
-    readers: dict[int, list[fx.Node]] = {}
+    readers: dict[int | None, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue

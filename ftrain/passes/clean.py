@@ -30,6 +30,7 @@ def clean(module: fx.GraphModule) -> None:
 
 def _keeps_layout(node: fx.Node) -> bool:
     before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    assert after is not None
     return before is not None and before.shape == after.shape and before.stride() == after.stride()
 
 

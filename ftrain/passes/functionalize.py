@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from ftrain.private import fake_mode_of, trace_to_graph, tracing_graph
+from ftrain.loop import is_loop, loop_body
+from ftrain.private import (
+    emit_node,
+    fake_mode_of,
+    trace_to_graph,
+    tracing_graph,
+    unwrap_functional,
+    wrap_functional,
+)
 
 
 def mutating_nodes(module: fx.GraphModule) -> list[fx.Node]:
@@ -21,8 +29,10 @@ def functionalize(module: fx.GraphModule, input_paths: list[str]) -> fx.GraphMod
     """The same graph without in-place ops: writes into temporaries become values, at no change of any bit.
 
     A write that reaches an argument of the step is a ValueError that names the leaf and the line: steps are pure.
-    A graph without in-place ops is returned as it is.
+    A graph without in-place ops is returned as it is. Bodies of loops are treated alike.
     """
+    for loop in [n for n in module.graph.nodes if is_loop(n)]:
+        setattr(module, loop.args[0].target, functionalize(loop_body(loop), _paths_in_body(loop, input_paths)))
     culprits = mutating_nodes(module)
     if not culprits:
         return module
@@ -42,6 +52,14 @@ def functionalize(module: fx.GraphModule, input_paths: list[str]) -> fx.GraphMod
     return pure
 
 
+def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
+    """What a loop's body calls its inputs: the step's leaves by their paths, other tensors by their nodes."""
+    placeholders = [n for n in loop.graph.nodes if n.op == "placeholder"]
+    known = dict(zip(placeholders, input_paths, strict=True))
+    given = [n for group in loop.args[2:] for n in group]  # type: ignore[union-attr]
+    return [known.get(n, f"a loop's input {n}") for n in given]
+
+
 class _KeepMeta(fx.Interpreter):
     """Run a graph under another trace and hand each node's provenance to the nodes it leaves there."""
 
@@ -51,10 +69,17 @@ class _KeepMeta(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
-        out = super().run_node(n)
+        out = self._emit_loop(n) if is_loop(n) else super().run_node(n)
         if graph is not None:
             for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
-                for key in ("site", "phase"):
+                for key in ("site", "phase", "sequence"):
                     if key in n.meta:
                         node.meta.setdefault(key, n.meta[key])
         return out
+
+    def _emit_loop(self, n: fx.Node) -> list[torch.Tensor]:
+        """A loop stays one node: running it here would unroll it."""
+        (body, rounds, *tensors), _ = self.fetch_args_kwargs_from_env(n)
+        groups = [[unwrap_functional(t) for t in group] for group in tensors]
+        outputs = emit_node(n.target, body, n.name, (rounds, *groups), list(n.meta["val"]), {})  # type: ignore[arg-type]
+        return [wrap_functional(t) for t in outputs]

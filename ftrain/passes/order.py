@@ -21,7 +21,7 @@ def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
     nodes = list(graph.nodes)
     for loop in [n for n in nodes if is_loop(n)]:
         body = loop_body(loop)
-        carried = [n.name for n in body.graph.nodes if n.op == "placeholder"][: len(loop.args[2])]  # type: ignore[arg-type]
+        carried = [n.name for n in body.graph.nodes if n.op == "placeholder"][: len(loop.args[2])]
         update_early(body, {name: i for i, name in enumerate(carried)})
     position = {node: i for i, node in enumerate(nodes)}
     output = nodes[-1]

@@ -31,6 +31,7 @@ ONE_DOCUMENT = {
     "window, both sides": attention_arguments([1500], window=64, causal=False),
     "wide window": attention_arguments([1500], window=200),
     "narrow values": attention_arguments([400], V=16),
+    "narrow values, long": attention_arguments([1100], V=16),
 }
 
 

@@ -122,7 +122,9 @@ def test_a_write_that_fails_is_raised_later_and_harms_nothing(tmp_path):
     checkpoints.wait()
     with file_size_limit(MIB):
         checkpoints.save(large, 2)
-        message = rf"saving step 2 into {re.escape(str(tmp_path))} failed: .*{re.escape(str(tmp_path))}.*last good step is 1"
+        message = (
+            rf"saving step 2 into {re.escape(str(tmp_path))} failed: .*{re.escape(str(tmp_path))}.*last good step is 1"
+        )
         with pytest.raises(SaveFailed, match=message):
             checkpoints.wait()
     assert sorted(p.name for p in tmp_path.glob("global*")) == ["global_step_1"]

@@ -1,0 +1,128 @@
+"""What a person sees: the bar or its lines, the final table, the figures."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from matplotlib import image as pictures
+from rich.console import Console
+
+from experiments.omni import figures, progress
+from experiments.omni.tasks import Example
+
+METRICS = {"loss": 2.0, "loss/text": 1.5, "loss/image": 0.5, "tokens_per_s": 12_345.0, "mfu": 0.25, "peak_bytes": 2**28}
+INK = np.ones((8, 8, 1), np.float32)
+
+
+def console(*, terminal):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=160)
+
+
+def test_without_a_terminal_there_are_plain_lines_with_every_number():
+    plain = console(terminal=False)
+    with progress.Report(100, every=50, console=plain) as report:
+        for step in range(1, 101):
+            report.update({"step": step, **METRICS})
+        report.say("[not markup]")
+    first, last, said = plain.file.getvalue().splitlines()
+    assert re.fullmatch(
+        r"step 50/100  loss 2\.000  text 1\.500  image 0\.500  12,345 tok/s  MFU 25\.0%  peak 256 MiB  left \d:\d\d",
+        first,
+    )
+    assert last.startswith("step 100/100")
+    assert last.endswith("left 0:00")
+    assert said == "[not markup]"
+
+
+def test_on_a_terminal_there_is_one_bar():
+    terminal = console(terminal=True)
+    with progress.Report(10, first=4, console=terminal) as report:
+        for step in range(5, 11):
+            report.update({"step": step, **METRICS})
+    shown = terminal.file.getvalue()
+    assert "10/10" in shown
+    assert "12,345 tok/s" in shown
+    assert "\x1b[" in shown
+
+
+def test_a_term_that_is_absent_is_not_shown():
+    plain = console(terminal=False)
+    with progress.Report(1, console=plain) as report:
+        report.update({"step": 1, "loss": 1.0, "mfu": None})
+    assert plain.file.getvalue().strip() == "step 1/1  loss 1.000  left 0:00"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3_599.6, "1:00:00"), (36_000, "10:00:00")])
+def test_durations(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def test_a_report_of_no_steps_is_refused():
+    with pytest.raises(ValueError, match="first=5 must lie in"):
+        progress.Report(4, first=5)
+
+
+def test_the_final_table_says_which_goals_are_met():
+    plain = console(terminal=False)
+    plain.print(
+        progress.accuracy_table(
+            {"image_to_text": 0.97, "video_to_text": 0.9, "arithmetic": 0.5},
+            counts={"image_to_text": 359, "video_to_text": 359, "arithmetic": 100},
+            goals={"image_to_text": 0.95, "video_to_text": 0.95},
+        )
+    )
+    rows = {line.split()[1]: line for line in plain.file.getvalue().splitlines() if "_to_" in line or "arith" in line}
+    assert "97.0%" in rows["image_to_text"]
+    assert ">= 95% met" in rows["image_to_text"]
+    assert "missed" in rows["video_to_text"]
+    assert ">=" not in rows["arithmetic"]
+
+
+def answers():
+    video, mel = np.stack([INK[..., :]] * 3), np.random.default_rng(0).normal(size=(56, 40))
+    told = Example("video_to_text", (), (), ("三", "左"), 3, (("text", "zh: 看"), ("video", video)))
+    drawn = Example("audio_to_image", (), (), (), 4, (("text", "en: draw"), ("audio", mel)))
+    return {
+        "video_to_text": [figures.Answer(told, "三 左"), figures.Answer(told, "三 右")],
+        "audio_to_image": [figures.Answer(drawn, image_HWC=INK, recognised=4)],
+    }
+
+
+def test_an_answer_is_right_if_all_its_words_are_or_the_judge_sees_the_digit():
+    right, wrong = answers()["video_to_text"]
+    assert right.right
+    assert not wrong.right
+    (drawn,) = answers()["audio_to_image"]
+    assert drawn.right
+    assert not figures.Answer(drawn.example, image_HWC=INK, recognised=5).right
+
+
+def test_samples_are_one_picture_without_missing_letters(tmp_path, recwarn):
+    figures.samples(answers(), {4: INK}, tmp_path / "samples.png")
+    picture = pictures.imread(tmp_path / "samples.png")
+    assert picture.shape[0] == picture.shape[1]
+    assert picture[..., :3].std() > 0.05
+    assert not [warning for warning in recwarn if "missing" in str(warning.message)]
+    assert figures.readable("zh: 画 三") == "zh: [draw] [three]"
+
+
+def test_samples_need_answers(tmp_path):
+    with pytest.raises(ValueError, match="'video_to_text': 0"):
+        figures.samples({"video_to_text": []}, {}, tmp_path / "samples.png")
+
+
+def test_curves_leave_out_what_is_missing_or_not_finite(tmp_path):
+    rows = [{"step": i, "loss": 2.0 / i, "lr": 1e-3, "tokens_per_s": 10.0 * i} for i in range(1, 30)]
+    rows[5]["loss"] = float("nan")
+    rows[7]["loss/image"] = 1.0
+    figures.curves(rows, tmp_path / "curves.png")
+    assert pictures.imread(tmp_path / "curves.png")[..., :3].std() > 0.02
+    with pytest.raises(ValueError, match="no metrics"):
+        figures.curves([], tmp_path / "curves.png")
+
+
+def test_figures_are_the_same_picture_each_time(tmp_path):
+    for name in ("one.png", "two.png"):
+        figures.samples(answers(), {4: INK}, tmp_path / name)
+    np.testing.assert_array_equal(pictures.imread(tmp_path / "one.png"), pictures.imread(tmp_path / "two.png"))
