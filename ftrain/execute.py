@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.donate import carry_in_place, write_in_place
+from ftrain.passes.twins import use_twins
 from ftrain.private import below_autograd, compile_with_inductor
 
 Backend = Literal["auto", "aten", "inductor", "cudagraph"]
@@ -55,6 +56,7 @@ def aten_program(module: fx.GraphModule) -> Program:
 
 def prepare_for_python(module: fx.GraphModule) -> None:
     """Turn final copies into writes in place, in bodies of loops too: the graph as the interpreter runs it."""
+    use_twins(module)
     write_in_place(module)
     carry_in_place(module)
     for node in module.graph.nodes:

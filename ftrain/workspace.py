@@ -34,11 +34,12 @@ def nbytes(x: Tensor, dtype: torch.dtype | None = None) -> int:
 
 def _promotion(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
     """An elementwise op converts each operand of another dtype than the common one, whole."""
-    operands = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
+    if op._schema.name == "aten::masked_fill":
+        return 0
+    values = args[1:] if op._schema.name == "aten::where" else args
+    operands = [a for a in values if isinstance(a, Tensor) and a.dim() > 0]
     out = kwargs.get("out")
-    if op._schema.name in ("aten::where", "aten::masked_fill"):
-        operands = [a for a in operands if a is not args["where" not in op._schema.name]]
-    if not operands or "masked_fill" in op._schema.name:
+    if not operands:
         return 0
     common = functools.reduce(torch.promote_types, [a.dtype for a in operands])
     scalars = [a for a in args if isinstance(a, float) or (isinstance(a, Tensor) and a.dim() == 0)]
@@ -88,10 +89,11 @@ def _softmax_backward(grad: Tensor, y: Tensor, *rest: Any) -> int:
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> int:
-    """oneDNN's erf version wants one layout of both; where they differ it copies, and its result too."""
+    """oneDNN's erf version wants rows: operands are copied, and so is a result that follows a transposed gradient."""
     if approximate != "none" or grad.dtype != torch.float32 or grad.stride() == x.stride():
         return 0
-    return _copy_if_strided(grad, x) + nbytes(x)
+    steps = [s for s in grad.stride() if s]
+    return _copy_if_strided(grad, x) + (nbytes(x) if steps != sorted(steps, reverse=True) else 0)
 
 
 def _layer_norm(x: Tensor, shape: list[int], *rest: Any) -> int:
@@ -182,10 +184,6 @@ def _loss_with_temporary(x: Tensor, *rest: Any, **_: Any) -> int:
 def _cat(tensors: list[Tensor], dim: int = 0) -> int:
     common = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
     return max((nbytes(t) for t in tensors if t.dtype != common), default=0)
-
-
-def _grouped_mm(a: Tensor, b: Tensor, *rest: Any, **_: Any) -> int:
-    return 0
 
 
 def _attention_tiles(q_BHTK: Tensor, k_BHSK: Tensor) -> tuple[int, int]:

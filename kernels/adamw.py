@@ -36,14 +36,15 @@ class Scalars(NamedTuple):
     offset: Tensor
 
 
-def scalars(
-    steps: Tensor, rate: float | Tensor, *, b1: float, b2: float, eps: float, dtype: torch.dtype
-) -> Scalars:
+def scalars(steps: Tensor, rate: float | Tensor, *, b1: float, b2: float, eps: float, dtype: torch.dtype) -> Scalars:
     """Rate, sign and bias corrections folded into two numbers, in float64: in float32 `1 - b2^steps` loses four digits
     at step 1. A rate of 0 becomes 1e-30, to divide by.
     """
     exact = steps.to(torch.float64)
-    rate = torch.as_tensor(rate, dtype=torch.float64, device=steps.device)
+    if isinstance(rate, Tensor):
+        rate = rate.to(torch.float64)
+    else:
+        rate = torch.full((), rate, dtype=torch.float64, device=steps.device)
     first, second = 1 - torch.pow(b1, exact), 1 - torch.pow(b2, exact)
     factor = first / -rate.clamp(min=SMALLEST_RATE)
     return Scalars(steps, rate, (factor / second.sqrt()).to(dtype), (factor * eps).to(dtype))

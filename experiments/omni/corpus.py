@@ -139,7 +139,9 @@ def cut(sound: Sound) -> np.ndarray:
     """A clip float32 `[SAMPLES]` at `RATE`: silence before and after removed, of equal loudness, zeros behind."""
     common = math.gcd(RATE, sound.rate)
     up, down = RATE // common, sound.rate // common
-    wave_S = resample_poly(sound.samples_S.astype(np.float32) / 32_768, up, down, window=_low_pass(up, down))
+    wave_S = sound.samples_S.astype(np.float32) / 32_768
+    if up != down:
+        wave_S = resample_poly(wave_S, up, down, window=_low_pass(up, down))
     loud = np.flatnonzero(np.abs(wave_S) > _QUIET * np.abs(wave_S).max())
     if not loud.size:
         raise ValueError(f"a sound of {len(sound.samples_S)} samples is silent")

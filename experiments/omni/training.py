@@ -33,16 +33,19 @@ class TrainConfig:
     max_norm: float = 1.0
 
 
-def transform(cfg: TrainConfig) -> optim.Transform:
-    """Clipped AdamW on all parameters but the frozen tokenizer, which has no optimizer state; no update if not finite."""
+def schedule(cfg: TrainConfig) -> optim.Schedule:
+    """Warm-up and cosine, over `cfg.steps`."""
     warmup = min(cfg.warmup_steps, max(cfg.steps // 5, 1))
-    schedule = optim.warmup_cosine(
-        cfg.learning_rate, warmup_steps=warmup, total_steps=cfg.steps, floor=cfg.floor * cfg.learning_rate
-    )
-    adamw = optim.adamw(schedule, b2=0.98, weight_decay=cfg.weight_decay, mask=_decays)
+    floor = cfg.floor * cfg.learning_rate
+    return optim.warmup_cosine(cfg.learning_rate, warmup_steps=warmup, total_steps=max(cfg.steps, warmup), floor=floor)
+
+
+def transform(cfg: TrainConfig) -> optim.Transform:
+    """Clipped AdamW on all parameters but the frozen tokenizer, which has no optimizer state."""
+    adamw = optim.adamw(schedule(cfg), b2=0.98, weight_decay=cfg.weight_decay, mask=_decays)
     groups = {"train": adamw, "frozen": optim.freeze()}
     by_path = optim.multi_transform(groups, [("decoders.*.tokenizer.**", "frozen"), ("**", "train")])
-    return optim.skip_nonfinite(optim.chain(optim.clip_by_global_norm(cfg.max_norm), by_path))
+    return optim.chain(optim.clip_by_global_norm(cfg.max_norm), by_path)
 
 
 def _decays(params: Any) -> Any:
@@ -102,13 +105,14 @@ def train_step(
 
         (loss, (terms, stats)), grads = ftrain.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
         rate = model.foundation.moe.bias_rate if model.foundation.moe is not None else 0.0
+        updated = state.apply(tx, grads)
         extra = {"balance": foundation.update_balance(balance, stats, rate=rate)}
         metrics = {
             "loss": loss,
             "terms": {task: mean.value() for task, mean in terms.items()},
             "tokens": batch["valid_T"].sum(),
-            "grad_norm": optim.global_norm(grads),
+            "grad_norm": updated.opt_state[0].norm,
         }
-        return state.apply(tx, grads).replace(extra=extra), metrics
+        return updated.replace(extra=extra), metrics
 
     return step

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.omni.digits import CLASSES, PAPER, SIDE
+from experiments.omni.digits import PAPER, SIDE
 
 DIRECTIONS = ("left", "right", "up", "down")
 _STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-
-# Each of these digits and each of these directions is trained on, the two together never are.
-HELD_OUT_MOTIONS = frozenset({(1, "left"), (4, "right"), (6, "up"), (8, "down")})
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,3 @@ def moving(image_HWC: np.ndarray, direction: str, *, cfg: VideoConfig) -> np.nda
         row, column = (room + down * ahead) // 2, (room + right * ahead) // 2
         video_SHWC[frame, row : row + SIDE, column : column + SIDE] = image_HWC
     return video_SHWC
-
-
-def trained_directions(digit: int) -> tuple[str, ...]:
-    """The directions in which this digit moves in training."""
-    if not 0 <= digit < CLASSES:
-        raise ValueError(f"digit={digit} is not one of 0 to {CLASSES - 1}")
-    return tuple(direction for direction in DIRECTIONS if (digit, direction) not in HELD_OUT_MOTIONS)

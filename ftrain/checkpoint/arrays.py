@@ -67,9 +67,14 @@ def write_part(
         for path, store in zip(leaves, stores, strict=True)
         for piece in pieces[path]
     ]
-    if transaction is not None:
-        transaction.commit_async().result()
-    _finish(writes)
+    try:
+        if transaction is not None:
+            transaction.commit_async().result()
+    finally:
+        # Also after an error: until a write has ended, it reads the memory that the caller will use again.
+        errors = [error for future in writes if (error := future.exception()) is not None]
+    if errors:
+        raise errors[0]
 
 
 def read_part(
@@ -135,13 +140,6 @@ def _block(store: ts.TensorStore, piece: Piece) -> ts.TensorStore:
     ends = [begin + size for begin, size in zip(piece.start, piece.values.shape, strict=True)]
     index = tuple(slice(begin, end) for begin, end in zip(piece.start, ends, strict=True))
     return store[index][ts.d[:].translate_to[0]] if index else store
-
-
-def _finish(writes: Sequence[ts.WriteFutures]) -> None:
-    """Wait for all, so that none reads its memory any more, and then raise the first error."""
-    errors = [error for future in writes if (error := future.exception()) is not None]
-    if errors:
-        raise errors[0]
 
 
 def _checked(future: ts.Future, path: str, folder: Path) -> ts.TensorStore:

@@ -21,6 +21,7 @@ from ftrain.optim.transform import (
 from ftrain.tree import Tree
 from kernels.adamw import adamw_update, scalars
 
+
 class AdamWState(NamedTuple):
     """`steps`: updates made so far; running averages of the gradient (`mean`) and of its square (`square`)."""
 

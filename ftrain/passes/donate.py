@@ -53,7 +53,7 @@ def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: boo
         old, new = placeholders[name], results[index]
         if new is old:
             continue
-        if new in taken or storage(new) in inputs_by_storage or _shares_storage(new, graph, output):
+        if new in taken or storage(new) in inputs_by_storage or _is_result_twice(new, output):
             with graph.inserting_before(output):
                 new = _copy_of(graph, new)
             position[new] = position[output]
@@ -131,10 +131,10 @@ def carry_in_place(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _shares_storage(node: fx.Node, graph: fx.Graph, output: fx.Node) -> bool:
-    """Another result looks at the same memory, so writing it elsewhere would break that one."""
+def _is_result_twice(node: fx.Node, output: fx.Node) -> bool:
+    """Another result is this value or looks at its memory, and must not see the leaf's next value."""
     mine = storage(node)
-    return any(other is not node and storage(other) == mine for other in output.all_input_nodes)
+    return sum(storage(result) == mine for result in output.args[0]) > 1  # type: ignore[union-attr,misc]
 
 
 def _copy_of(graph: fx.Graph, node: fx.Node) -> fx.Node:

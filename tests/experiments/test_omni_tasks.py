@@ -1,6 +1,7 @@
 """Examples: that they repeat, that nothing held out is trained on, and what is in them."""
 
 from dataclasses import replace
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from experiments.omni import digits, sources, tasks
 from experiments.omni.corpus import Clips, Corpus, Delivery
 from experiments.omni.language import EOS, LANGUAGES
 from experiments.omni.speech import Silence
-from experiments.omni.video import HELD_OUT_MOTIONS
 from modules.audio_encoder import AudioConfig
 from modules.packing import Media, Target, Text
 from modules.vision_encoder import VisionConfig
@@ -121,7 +121,7 @@ def test_training_reads_only_training_clips_and_held_out_all_held_out_clips():
     assert heard == kept
 
 
-@pytest.mark.parametrize("task", ["video_to_text", "arithmetic"])
+@pytest.mark.parametrize("task", ["audio_to_text", "video_to_text", "arithmetic"])
 def test_held_out_combinations_are_tested_and_never_trained_on(task):
     novel = {"train": 0, "held_out": 0}
     for split in novel:
@@ -135,7 +135,14 @@ def test_every_digit_and_every_sum_is_trained_on_though_pairs_are_held_out():
     kept = {(a, b) for a in range(10) for b in range(a, 10)} - tasks.HELD_OUT_SUMS
     assert {a for a, _ in kept} | {b for _, b in kept} == set(range(10))
     assert {a + b for a, b in kept} == set(range(19))
-    assert {digit for digit, _ in HELD_OUT_MOTIONS} < set(range(10))
+
+
+@pytest.mark.parametrize("sizes", [(10, 4, 6), (10, 6, 6)], ids=["digit-direction-language", "digit-language-language"])
+def test_of_a_held_out_combination_any_two_are_trained_on_together(sizes):
+    trained = [numbers for numbers in product(*map(range, sizes)) if not tasks.is_held_out(*numbers)]
+    assert 0.8 < len(trained) / np.prod(sizes) < 0.9
+    for one, two in combinations(range(3), 2):
+        assert len({(numbers[one], numbers[two]) for numbers in trained}) == sizes[one] * sizes[two]
 
 
 def test_sums_are_of_what_is_shown():

@@ -11,7 +11,11 @@ from ftrain.accumulate import accumulate
 from ftrain.grad import grad
 from ftrain.jit import jit
 from ftrain.meter import allocation_deltas, measure_peak
+from kernels.attention import attention as attend
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.mean import Mean
+from kernels.moe import experts_swiglu
+from kernels.rms_norm import rms_norm
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
 SCALARS = 512  # bytes: numbers that ops wrap as 0-d tensors are not planned
@@ -79,6 +83,21 @@ def half(p, x):
     return Mean.of((x.mean(-1).float() + x.float().softmax(-1).amax(-1)).square())
 
 
+def our_kernels(p, batch):
+    x_TD, segments_T, labels_T = batch
+    q_THK, k_TGK, v_TGK = ((x_TD @ p[name]).unflatten(-1, (-1, 16)) for name in "qkv")
+    x_TD = x_TD + attend(q_THK, k_TGK, v_TGK, segments_T=segments_T).flatten(1)
+    scores_TK, experts_TK = (x_TD @ p["router"]).softmax(-1).topk(2)
+    x_TD = x_TD + experts_swiglu(rms_norm(x_TD, p["scale"]), experts_TK, scores_TK, p["gate"], p["up"], p["down"])
+    return Mean(linear_cross_entropy(x_TD, p["head"], labels_T), torch.tensor(float(len(x_TD))))
+
+
+def our_kernels_params():
+    heads = {"q": r(64, 64), "k": r(64, 32), "v": r(64, 32)}
+    experts = {"router": r(64, 4), "gate": r(4, 64, 96), "up": r(4, 64, 96), "down": r(4, 96, 64)}
+    return {**heads, **experts, "scale": torch.ones(64), "head": r(64, 800)}
+
+
 def r(*shape):
     return torch.randn(*shape) * 0.1
 
@@ -95,6 +114,11 @@ STEPS = {
     "attention": lambda: (attention, {**{n: r(64, 64) for n in "qkv"}, "scale": r(64)}, r(4, 128, 64)),
     "language": lambda: (language, {"embedding": r(500, 32), "head": r(32, 500)}, torch.randint(0, 500, (4, 33))),
     "indexing": lambda: (indexing, {"table": r(300, 32)}, torch.randint(0, 300, (512,))),
+    "our_kernels": lambda: (
+        our_kernels,
+        our_kernels_params(),
+        (r(512, 64), torch.arange(512) // 128, torch.randint(0, 800, (512,))),
+    ),
     "half": lambda: (half, {"w": r(64, 64)}, r(256, 64)),
 }
 

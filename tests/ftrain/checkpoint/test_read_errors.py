@@ -53,7 +53,7 @@ def test_a_saved_leaf_that_nobody_asks_for(tmp_path):
     ("leaf", "message"),
     [
         (object(), "'params.x' is a object: a checkpoint holds tensors, bool, int, float and str"),
-        (torch.zeros(2, dtype=torch.complex32), r"'params.x' has dtype torch.complex32, .* view it as uint8"),
+        (torch.zeros(2, dtype=torch.bits16), r"'params.x' has dtype torch.bits16, .* view it as uint8"),
         (torch.zeros(2, 2).to_sparse(), r"'params.x' is torch.sparse_coo: .* call .to_dense\(\)"),
     ],
 )

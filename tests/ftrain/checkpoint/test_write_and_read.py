@@ -5,9 +5,9 @@ import json
 import pytest
 import tensorstore as ts
 import torch
+from checkpoint_states import same_bits, training_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from checkpoint_states import same_bits, training_state
 
 from ftrain import tree
 from ftrain.checkpoint import Storage, latest, restore, save, steps

@@ -1,0 +1,102 @@
+"""Everything a run of the experiment is made of, from its options: data, model, step, state."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import ftrain
+from experiments.omni import batches, judge, model, sources, tasks, tokenizer_training, training
+from experiments.omni.batches import Batches
+from experiments.omni.judge import Judge
+from experiments.omni.sources import Sources
+from experiments.omni.tasks import Mixture
+from experiments.omni.training import TrainConfig
+from ftrain import TrainState, optim
+from ftrain.hardware import free_bytes
+from modules import omni, spec
+from modules.omni import OmniModel
+
+TOKENIZER_STEPS = 300
+_BYTES_PER_PARAMETER = 16  # float32 master, two moments, gradient
+_DOCUMENTS = {"tiny": 64, "small": 256, "medium": 1024, "30b-a3b": 1024}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run made ready. `step`: the jitted step; `tasks`: names in the order of `batch["task_T"]`."""
+
+    size: str
+    model: OmniModel
+    sources: Sources
+    tasks: tuple[str, ...]
+    batches: Batches
+    config: TrainConfig
+    transform: optim.Transform
+    step: ftrain.Step
+    judge: Judge
+    seed: int
+    device: torch.device
+
+    def abstract_state(self) -> Any:
+        """The state's shapes, for restoring into."""
+        params = spec.abstract(omni.specs(self.model))
+        balance = spec.abstract(training.foundation.balance_specs(self.model.foundation))
+        return TrainState.create(params, self.transform, extra={"balance": balance})
+
+    def fresh_state(self, say: Callable[[str], None]) -> TrainState:
+        """The state at step 0, with an image tokenizer trained on the real images that are trained on."""
+        state = training.init_state(self.model, self.transform, self.seed, self.device)
+        began = time.monotonic()
+        images_NCHW = self.sources.train.drawn.images_NHWC.transpose(0, 3, 1, 2).copy()
+        config = model.vq_config(self.size)
+        tokenizer, error = tokenizer_training.train_tokenizer(
+            images_NCHW, cfg=config, steps=TOKENIZER_STEPS, seed=self.seed, device=self.device
+        )
+        say(f"image tokenizer: {config.codes_per_image} codes an image, squared error {error:.4f}, "
+            f"{time.monotonic() - began:.0f} s")  # fmt: skip
+        params = {**state.params, "decoders": {"image": {**state.params["decoders"]["image"], "tokenizer": tokenizer}}}
+        return state.replace(params=params)
+
+
+def make(
+    *, size: str, steps: int, seed: int, device: torch.device, backend: str, remat: str, say: Callable[[str], None]
+) -> Job:
+    """Read the data, build the model of this size, and jit its step. ValueError if the state cannot fit the device."""
+    began = time.monotonic()
+    readers = model.readers(size)
+    data = sources.load(readers, seed=seed)
+    spoken = data.train.speech is not None
+    clips = f"{len(data.train.speech.mels_NFM):,} spoken words" if data.train.speech else f"no audio: {data.silence}"
+    say(f"data: {len(data.train.drawn.labels_N):,} handwritten digits, {clips} ({time.monotonic() - began:.0f} s)")
+    net = model.omni_model(size, data.words, audio=spoken)
+    parameters = spec.count(omni.specs(net))
+    _check_memory(size, parameters, device)
+    names = tasks.possible(data)
+    mixture = Mixture(data, seed)
+    documents = _DOCUMENTS[size]
+    feed = Batches(
+        mixture=mixture,
+        model=net,
+        tasks=names,
+        documents=documents,
+        budget=batches.fitting_budget(mixture, net, documents=documents),
+        device=device,
+    )
+    config = TrainConfig(steps=steps)
+    tx = training.transform(config)
+    step = ftrain.jit(training.train_step(net, tx, names, {}), donate="state", backend=backend, remat=remat)
+    say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {feed.budget.tokens:,} tokens a step")
+    grader = judge.train(data.train.drawn, data.held_out.drawn, seed=seed)
+    return Job(size, net, data, names, feed, config, tx, step, grader, seed, device)
+
+
+def _check_memory(size: str, parameters: int, device: torch.device) -> None:
+    needed, free = parameters * _BYTES_PER_PARAMETER, free_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"--size {size}: the state of {parameters / 1e9:.1f} B parameters takes {needed / 2**30:,.0f} GiB and "
+            f"{device} has {free / 2**30:,.0f} GiB free: take a smaller --size, or more devices"
+        )
