@@ -13,8 +13,8 @@ from ftrain import tree
 from ftrain.cost import Cost, graph_cost
 from ftrain.donation import give_away
 from ftrain.execute import Program, choose, compile_graph, prepare_for_python
-from ftrain.loop import is_loop, loop_body
 from ftrain.liveness import MemoryPlan, plan_memory
+from ftrain.loop import is_loop, loop_body
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
 from ftrain.passes.order import update_early
@@ -37,7 +37,9 @@ class Compiled:
         self.donated: dict[int, int] = {}
         self._treedef = treedef
         self._slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-        self._avals = [(a.shape, a.dtype, a.device) for a in traced.input_avals]
+        self._shapes = [torch.Size(a.shape) for a in traced.input_avals]
+        self._dtypes = [a.dtype for a in traced.input_avals]
+        self._devices = [a.device for a in traced.input_avals]
         self._statics = [(i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf)]
         self._program: Program | None = None
 
@@ -49,7 +51,12 @@ class Compiled:
             if any(type(leaves[i]) is not type(v) or leaves[i] != v for i, v in self._statics):
                 return False
             leaves = [leaves[i] for i in self._slots]
-        return set(map(type, leaves)) <= _PLAIN and [*map(_aval_of, leaves)] == self._avals
+        return (
+            set(map(type, leaves)) <= _PLAIN
+            and [*map(Tensor.size, leaves)] == self._shapes
+            and [*map(_dtype_of, leaves)] == self._dtypes
+            and [*map(_device_of, leaves)] == self._devices
+        )
 
     def run(self, leaves: list[Any]) -> Any:
         """Run on the flat leaves of real arguments and return the result's tree."""
@@ -65,38 +72,32 @@ class Compiled:
         return self.traced.assemble(outputs)
 
     def _with_donated(self, leaves: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-        paths = self.traced.input_paths
-        kept = iter(outputs)
-        merged: list[Tensor] = []
-        slot_of = self._slot_of_output
-        for slot in slot_of:
-            if slot is None:
-                merged.append(next(kept))
-            else:
-                old = leaves[slot]
-                fresh = give_away(old, paths[slot])
-                merged.append(fresh if inputs[slot] is old else inputs[slot])
-        return merged
+        slots, paths, order = self._donation
+        fresh = give_away([leaves[slot] for slot in slots], paths)
+        if inputs is not leaves:
+            fresh = [x if inputs[slot] is leaves[slot] else inputs[slot] for slot, x in zip(slots, fresh, strict=True)]
+        found = fresh + outputs
+        return [found[i] for i in order]
 
     @cached_property
-    def _slot_of_output(self) -> list[int | None]:
-        by_output = {output: slot for slot, output in self.donated.items()}
-        return [by_output.get(i) for i in range(len(self.traced.output_paths))]
+    def _donation(self) -> tuple[list[int], list[str], list[int]]:
+        """The donated slots, their paths, and where each output is in the list of donated leaves and other outputs."""
+        slots = list(self.donated)
+        place = {self.donated[slot]: i for i, slot in enumerate(slots)}
+        others = iter(range(len(slots), len(self.traced.output_paths)))
+        order = [place[i] if i in place else next(others) for i in range(len(self.traced.output_paths))]
+        return slots, [self.traced.input_paths[slot] for slot in slots], order
 
     def _check_real(self, leaves: list[Any]) -> None:
-        seen: dict[int, str] = {}
-        for path, leaf in zip(self.traced.input_paths, leaves, strict=True):
+        first: dict[int, int] = {}
+        for slot, (path, leaf) in enumerate(zip(self.traced.input_paths, leaves, strict=True)):
             if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
                 raise ValueError(f"leaf {path!r} has a shape and no data: this step can be lowered but not run on it")
-        for slot in self.donated:
-            leaf, path = leaves[slot], self.traced.input_paths[slot]
-            if leaf.numel() == 0:
-                continue
-            other = seen.setdefault(leaf.untyped_storage().data_ptr(), path)
-            if other != path:
+            other = first.setdefault(leaf.untyped_storage().data_ptr(), slot) if leaf.numel() else slot
+            if other != slot and (slot in self.donated or other in self.donated):
                 raise ValueError(
-                    f"donated leaves {other!r} and {path!r} share memory, so the step cannot write both: keep a tied "
-                    "weight at one place of the tree"
+                    f"{self.traced.input_paths[other]!r} and {path!r} share memory, and the step writes its new state "
+                    "over it: keep a tied weight at one place of the tree, or clone one of them"
                 )
 
     def memory(self) -> MemoryPlan:
@@ -128,12 +129,13 @@ class Compiled:
 
     @property
     def _device(self) -> torch.device:
-        return self._avals[0][2] if self._avals else torch.device("cpu")
+        return self._devices[0] if self._devices else torch.device("cpu")
 
 
 # Built from C functions, since every call pays for each leaf.
 _PLAIN = {Tensor, torch.nn.Parameter}
-_aval_of = operator.attrgetter("shape", "dtype", "device")
+_dtype_of = operator.attrgetter("dtype")
+_device_of = operator.attrgetter("device")
 
 
 def compile_step(

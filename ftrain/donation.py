@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +12,8 @@ class DonatedTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse every use."""
-        names = [path_of(a) for a in (*args, *(kwargs or {}).values()) if isinstance(a, DonatedTensor)]
+        given = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        names = [path_of(a) for a in given if isinstance(a, DonatedTensor)]
         raise ValueError(
             f"leaf {(names or ['?'])[0]!r} was donated to a step, which wrote its new state over it: use the state that "
             "the step returned, or make the step with donate=None"
@@ -23,9 +25,10 @@ def path_of(leaf: DonatedTensor) -> str:
     return leaf.__dict__.get("_donated_path", "?")
 
 
-def give_away(leaf: Tensor, path: str) -> Tensor:
-    """Return a new tensor on the leaf's memory and spoil the old object."""
-    fresh = leaf.data
-    leaf._donated_path = path  # type: ignore[attr-defined]
-    leaf.__class__ = DonatedTensor  # type: ignore[assignment]
+def give_away(leaves: list[Tensor], paths: list[str]) -> list[Tensor]:
+    """Return new tensors on the memory of the leaves and spoil the old objects. Every step pays this for each leaf."""
+    fresh = [leaf.data for leaf in leaves]
+    for leaf, path in zip(leaves, paths, strict=True):
+        leaf._donated_path = path
+        leaf.__class__ = DonatedTensor  # type: ignore[assignment]
     return fresh

@@ -109,7 +109,9 @@ class Step:
         if unknown:
             raise ValueError(f"{_name(self._fn)} has no argument {', '.join(sorted(unknown))}")
         bound = inspect.signature(self._fn).bind(*args, **kwargs)
-        return tuple(bound.arguments[n] for n in self._parameters if n in bound.arguments)
+        given = 1 + max(self._parameters.index(n) for n in bound.arguments)
+        bound.apply_defaults()
+        return tuple(bound.arguments[n] for n in self._parameters[:given])
 
     def _find(self, args: tuple, leaves: list[Any], treedef: Any) -> Compiled:
         key = (treedef, tuple(_signature(leaf) for leaf in leaves))
@@ -135,7 +137,7 @@ class Step:
         if self._explained or self._latest is None:
             return
         self._explained = True
-        now = dict(zip(argument_paths(args, self._parameters), map(_signature, leaves), strict=False))
+        now = dict(zip(argument_paths(args, self._parameters[: len(args)]), map(_signature, leaves), strict=False))
         before = dict(zip(self._latest.leaf_paths, self._latest.leaf_signatures, strict=True))
         changes = [f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]]
         changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
@@ -143,7 +145,7 @@ class Step:
         warnings.warn(
             f"{_name(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "
             "shapes fixed (pack batches to one budget); later retraces are not reported.",
-            stacklevel=5,
+            stacklevel=4,
         )
 
     def _refuse_donated(self, args: tuple, leaves: list[Any]) -> None:
@@ -153,7 +155,7 @@ class Step:
                     f"leaf {path_of(leaf)!r} was donated to an earlier step, which wrote its new state over it: pass the "
                     "state that the step returned, or make the step with donate=None"
                 )
-        for path, leaf in zip(argument_paths(args, self._parameters), leaves, strict=True):
+        for path, leaf in zip(argument_paths(args, self._parameters[: len(args)]), leaves, strict=True):
             if not is_array(leaf) and not isinstance(leaf, int | float | str | bool | complex | torch.dtype):
                 raise ValueError(
                     f"leaf {path!r} is {type(leaf).__module__}.{type(leaf).__name__}; a step takes trees of tensors, "

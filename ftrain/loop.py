@@ -59,34 +59,30 @@ def _check_carry(graph: fx.GraphModule, carry: list[Tensor]) -> None:
         after = node.meta["val"]
         if after.shape != before.shape or after.dtype != before.dtype:
             raise ValueError(
-                f"a loop's carry must keep its shape and dtype: leaf {i} goes in as {tuple(before.shape)} {before.dtype} "
-                f"and comes out as {tuple(after.shape)} {after.dtype}"
+                f"a loop's carry must keep its shape and dtype: leaf {i} goes in as {tuple(before.shape)} "
+                f"{before.dtype} and comes out as {tuple(after.shape)} {after.dtype}"
             )
 
 
 def _lift_captured(module: fx.GraphModule) -> list[Tensor]:
     """Turn fake tensors that the body closed over into further placeholders; return them in that order."""
-    captured: list[Tensor] = []
     graph = module.graph
+    values = {str(n.target): getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    captured = {name: value for name, value in values.items() if isinstance(value, FakeTensor)}
     last_placeholder = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    for node in list(graph.nodes):
-        if node.op != "get_attr":
-            continue
-        value = getattr(module, node.target, None)
-        if not isinstance(value, FakeTensor):
-            continue
+    for i, (name, value) in enumerate(captured.items()):
         if not is_tracked(value):
             raise ValueError("a loop's body closes over a tensor that is not part of the step: pass it as an argument")
+        reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
         with graph.inserting_after(last_placeholder):
-            placeholder = graph.placeholder(f"captured_{len(captured)}")
-        placeholder.meta.update(node.meta, val=value)
-        node.replace_all_uses_with(placeholder)
-        graph.erase_node(node)
-        delattr(module, node.target)
-        captured.append(value)
-        last_placeholder = placeholder
+            last_placeholder = graph.placeholder(f"captured_{i}")
+        last_placeholder.meta.update(reads[0].meta, val=value)
+        for node in reads:
+            node.replace_all_uses_with(last_placeholder)
+            graph.erase_node(node)
+        delattr(module, name)
     module.recompile()
-    return captured
+    return list(captured.values())
 
 
 def is_loop(node: fx.Node) -> bool:

@@ -7,15 +7,16 @@ from torch import fx
 from ftrain.liveness import Held, simulate
 from ftrain.loop import is_loop, loop_body
 
-KINDS = ("activations", "gradients", "update", "workspace")
-_KIND_OF_PHASE = {"forward": "activations", "backward": "gradients"}
+KINDS = ("activations", "gradients and backward", "update", "workspace")
+_KIND_OF_PHASE = {"forward": KINDS[0], "backward": KINDS[1]}
 
 
 class Sample(NamedTuple):
     """Bytes alive beyond the inputs while a node runs.
 
     `loop`: the loop it is inside of, if any (one round is shown). `bytes`, in the order of `KINDS`: made by the forward
-    pass, by the backward pass, by the rest of the step (optimizer, accumulators), and workspace of the op itself.
+    pass, by the backward pass (what it computes again included), by the rest of the step (optimizer, accumulators),
+    and workspace of the op itself.
     """
 
     node: fx.Node
@@ -49,7 +50,7 @@ def memory_timeline(module: fx.GraphModule, *, round_to: int = 1) -> list[Sample
 
 def kind_of(held: Held) -> str:
     """Which of `KINDS` a piece of memory counts as, by the phase of the node that made it."""
-    return _KIND_OF_PHASE.get(held.owner.meta.get("phase", ""), "update")
+    return _KIND_OF_PHASE.get(held.owner.meta.get("phase", ""), KINDS[2])
 
 
 def inputs_by_argument(module: fx.GraphModule) -> dict[str, int]:

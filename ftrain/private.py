@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -21,6 +22,15 @@ __all__ = ["FakeTensor", "FakeTensorMode"]
 def new_fake_mode() -> FakeTensorMode:
     """A mode in which tensors have shapes and no memory; sizes that depend on data get symbols."""
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+DEVICE_QUERY = torch.ops.prim.device.default
+"""What `x.device` dispatches inside modes, several times per op of a trace."""
+
+
+def device_of_fake(tensor: Any) -> torch.device:
+    """The device that a fake tensor stands for, without a way through the modes."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def autograd_sequence() -> int:
@@ -39,7 +49,8 @@ def trace_to_graph(function: Callable, fakes: list[Any]) -> fx.GraphModule:
 
     An enclosing trace is paused, so a body of a loop can be traced in the middle of another trace.
     """
-    with disable_proxy_modes_tracing(), torch.autograd.set_multithreading_enabled(False):
+    lazily = _use_lazy_graph_module(True)  # source code is made on the first call, not after each pass
+    with disable_proxy_modes_tracing(), torch.autograd.set_multithreading_enabled(False), lazily:
         return make_fx(
             function,
             tracing_mode="real",

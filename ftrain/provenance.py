@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftrain.private import autograd_sequence, tracing_graph
+from ftrain.private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
 
 _HERE = str(Path(__file__).resolve().parent)
 _KERNELS = str(Path(_HERE).parent / "kernels")
@@ -63,6 +63,8 @@ class Provenance(TorchDispatchMode):
         self._transposed: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE_QUERY:
+            return device_of_fake(args[0])
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
         out = func(*args, **(kwargs or {}))

@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
-from ftrain.private import value_of
+from ftrain.private import storage_id, value_of
 
 _LAYER = re.compile(r"^(.*\blayers\.\d+)(\.|$)")
 
@@ -44,12 +44,18 @@ def rematerialize(module: fx.GraphModule, remat: Remat) -> None:
     kept = {n for n in forward if _is_kept(n, layer_of, remat.policy)}
     position = {n: i for i, n in enumerate(module.graph.nodes) if n in layer_of and n not in kept}
     copies: dict[fx.Node, fx.Node] = {}
+    moved: dict[fx.Node, set[int]] = {}  # nodes whose value is new, and the memory that it was before
     for node in list(module.graph.nodes):
         if node in layer_of or node.op in ("placeholder", "get_attr", "output"):
             continue
+        before = set().union(*(moved[n] for n in node.all_input_nodes if n in moved))
         for source in node.all_input_nodes:
             if source in position:
+                before |= _memory(source)
                 node.replace_input_with(source, _recompute(module.graph, source, position, copies, before=node))
+        if before & _memory(node):  # a view of what is now a copy
+            moved[node] = _memory(node)
+            node.meta["val"] = value_of(node)
     module.graph.lint()
     module.recompile()
 
@@ -71,6 +77,12 @@ def _is_kept(node: fx.Node, layer_of: dict[fx.Node, str], policy: str) -> bool:
     if isinstance(node.meta.get("val"), list | tuple):
         return False
     return any(layer_of[u] != mine for u in node.users if u in layer_of)
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """Identities of the memory that a node's value looks at."""
+    value = node.meta.get("val")
+    return {storage_id(v) for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor)}
 
 
 def _recompute(

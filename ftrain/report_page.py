@@ -44,7 +44,7 @@ class Table:
 def _cell(cell: Cell) -> str:
     if isinstance(cell, tuple):
         return f'<td class=n data-v="{cell[0]:.6g}">{escape(cell[1])}</td>'
-    return f"<td class=s>{escape(cell)}</td>" if len(cell) <= 56 else f"<td>{escape(cell)}</td>"
+    return f"<td class=s>{escape(cell)}</td>" if len(cell) <= 40 else f"<td>{escape(cell)}</td>"
 
 
 def page(

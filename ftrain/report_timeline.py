@@ -30,13 +30,13 @@ def timeline_figure(samples: Sequence[Sample], inputs: Mapping[str, int]) -> str
     below = [base] * len(shown)
     for kind_index, kind in enumerate(KINDS):
         above = [b + s.bytes[kind_index] for b, s in zip(below, shown, strict=True)]
-        areas.append(_area(scale, below, above, kind, kind))
+        areas.append(_area(scale, below, above, kind.split()[0], kind))
         below = above
     svg = f'<svg id="memory" data-left="{LEFT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
     svg += f'{_axis(scale)}{"".join(areas)}<line id="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
     cut = f" The axis begins at {show_bytes(floor)}; the inputs go on below." if floor else ""
     note = f"Bytes alive while each node runs.{cut} Move over the picture to see the node."
-    data = json.dumps([_tooltip(s, base) for s in shown]).replace("</", "<\\/")
+    data = json.dumps([_tooltip(s, base) for s in shown]).replace("<", "\\u003c")
     script = f'<script type="application/json" id="memory-data">{data}</script>'
     return f'<figure>{_legend(bands)}{svg}<p id="memory-tip" class="mono">{escape(note)}</p>{script}</figure>'
 
@@ -86,7 +86,7 @@ def _axis(scale: _Scale) -> str:
 
 def _legend(bands: Mapping[str, int]) -> str:
     inputs = [(f"{label} {show_bytes(size)}", _MUTED[min(i, 3)]) for i, (label, size) in enumerate(bands.items())]
-    entries = [(kind, kind) for kind in reversed(KINDS)] + inputs[::-1]
+    entries = [(kind, kind.split()[0]) for kind in reversed(KINDS)] + inputs[::-1]
     return (
         f'<p class="legend">{"".join(f"<span><i class={css}></i>{escape(label)}</span>" for label, css in entries)}</p>'
     )

@@ -18,7 +18,8 @@ from ftrain.workspace_convolution import convolution_backward_workspace, convolu
 
 def cpu_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
     """Bytes that `op(*args, **kwargs)` allocates for itself at most; tensors may be fake. 0 off the CPU."""
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    flat = [b for a in (*args, *kwargs.values()) for b in (a if isinstance(a, list | tuple) else [a])]
+    tensors = [a for a in flat if isinstance(a, Tensor)]
     if not tensors or any(t.device.type != "cpu" for t in tensors):
         return 0
     rule = RULES.get(op._schema.name)

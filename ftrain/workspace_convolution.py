@@ -37,7 +37,7 @@ def convolution_workspace(
     )
     if not _uses_onednn(x, w, stride, dilation, groups):
         return 0 if transposed else _columns(x, w, y, stride, padding)
-    if x.is_contiguous(memory_format=torch.channels_last) and x.dim() == 4 and x.shape[1] > 1:
+    if _channels_last(x) or _channels_last(w):
         return 2 * _bytes(w)
     if transposed:
         return max(_blocked(x) + _blocked_weight(w, groups), _scattered(y, stride)) - _bytes(y)
@@ -61,10 +61,12 @@ def convolution_backward_workspace(
     """Bytes beyond the three gradients, for `aten::convolution_backward`: the larger of its two phases."""
     if not _uses_onednn(x, w, stride, dilation, groups):
         return 0 if transposed else _columns(x, w, grad_y, stride, padding)
+    if _channels_last(x) or _channels_last(w):
+        return 3 * _bytes(w)
     grad_x = _bytes(x) if output_mask[0] else 0
     grad_w = _bytes(w) if output_mask[1] else 0
     image = grad_y if transposed else x
-    plain = _blocked(grad_y) + _blocked(x) - _blocked(image) + 2 * _bytes(w)
+    plain = _blocked(grad_y) + _blocked(x) - _blocked(image) + _bytes(w)
     operands = plain if image.shape[1] == 3 else _blocked(grad_y) + _blocked(x) + _blocked_weight(w, groups)
     first = second = 0
     if output_mask[0] and transposed:
@@ -85,6 +87,11 @@ def _uses_onednn(x: Tensor, w: Tensor, stride: Sequence[int], dilation: Sequence
     worth_it = _steps(stride) or _steps(dilation) or x.shape[0] >= 16 or not one_by_one or torch.get_num_threads() > 1
     large = min(kernel[-2:]) > 3 or x.shape[0] > 1 or math.prod(x.shape[:4]) > 20480
     return worth_it and (groups > 1 or large)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """oneDNN takes such tensors as they are; then only weights are reordered."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _columns(x: Tensor, w: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:

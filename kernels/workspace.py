@@ -22,6 +22,7 @@ from kernels import (
     random,
     rms_norm,
     rope,
+    squares,
     swiglu,
 )
 
@@ -36,6 +37,7 @@ _FILES = (
     random,
     rms_norm,
     rope,
+    squares,
     swiglu,
 )
 

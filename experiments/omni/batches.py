@@ -1,10 +1,13 @@
-"""Training batches as a pure function of the step, packed to one budget, made ahead by a thread.
+"""Training batches as a pure function of the step, packed to one budget, made ahead by another process.
 
 Legend: T tokens of the pack.
 """
 
+import multiprocessing
+import signal
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 
 from experiments.omni.tasks import Example, Mixture
+from ftrain.interrupt import SIGNALS
 from modules.omni import OmniModel
 from modules.packing import Budget, measure, pack
 
@@ -34,23 +38,39 @@ class Batches:
 
     def at(self, step: int) -> dict[str, Any]:
         """The batch of a step, with `task_T`: the number of each token's task in `tasks`, -1 on padding."""
-        examples = [self.mixture.example(step * self.documents + i) for i in range(self.documents)]
-        packed = pack([e.document for e in examples], budget=self.budget, model=self.model, absent="pad")
-        batch = packed.batch
-        numbers = np.array([*(self.tasks.index(examples[i].task) for i in packed.taken), -1])
-        batch["task_T"] = torch.from_numpy(numbers[batch["segments_T"].numpy()])
-        return _moved(batch, self.device)
+        return _as_tensors(self._arrays(step), self.device)
 
     def ahead(self, first: int, last: int) -> Iterator[dict[str, Any]]:
-        """The batches of steps `first` to `last - 1` in order, made in a thread while the caller computes."""
-        with ThreadPoolExecutor(1) as pool:
-            waiting: list[Future] = []
-            for step in range(first, last):
-                waiting.append(pool.submit(self.at, step))
-                if len(waiting) > _AHEAD:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
+        """The batches of steps `first` to `last - 1` in order, made by another process while the caller computes.
+
+        A process, since a thread would take turns with the caller's Python; forked, since it then has the data already.
+        """
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"), initializer=_alone) as pool:
+            waiting: deque[Future] = deque()
+            try:
+                for step in range(first, last):
+                    waiting.append(pool.submit(self._arrays, step))
+                    if len(waiting) > _AHEAD:
+                        yield _as_tensors(waiting.popleft().result(), self.device)
+                while waiting:
+                    yield _as_tensors(waiting.popleft().result(), self.device)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _arrays(self, step: int) -> dict[str, Any]:
+        """The batch of a step as numpy arrays, which cross a process border by value."""
+        examples = [self.mixture.example(step * self.documents + i) for i in range(self.documents)]
+        packed = pack([e.document for e in examples], budget=self.budget, model=self.model, absent="pad")
+        batch = _as_arrays(packed.batch)
+        numbers = np.array([*(self.tasks.index(examples[i].task) for i in packed.taken), -1])
+        return {**batch, "task_T": numbers[batch["segments_T"]]}
+
+
+def _alone() -> None:
+    """In the data process: one thread, and Ctrl-C is the parent's business."""
+    torch.set_num_threads(1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, spare: float = 1.25) -> Budget:
@@ -73,5 +93,11 @@ def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, spare:
     )
 
 
-def _moved(tree: Any, device: torch.device) -> Any:
-    return {k: _moved(v, device) for k, v in tree.items()} if isinstance(tree, dict) else tree.to(device)
+def _as_arrays(tree: Any) -> Any:
+    return {k: _as_arrays(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.numpy()
+
+
+def _as_tensors(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, dict):
+        return {k: _as_tensors(v, device) for k, v in tree.items()}
+    return torch.from_numpy(tree).to(device)

@@ -7,7 +7,7 @@ from experiments.omni.language import Tokenizer
 from experiments.omni.sources import Readers
 from modules import audio_encoder, image_decoder, vision_encoder
 from modules.attention import AttentionConfig
-from modules.audio_encoder import AudioConfig
+from modules.audio_encoder import CONV_STRIDE, AudioConfig
 from modules.decoder import DecoderConfig, preset
 from modules.image_decoder import ImageDecoderConfig
 from modules.moe import MoEConfig
@@ -16,6 +16,7 @@ from modules.vision_encoder import VisionConfig
 from modules.vq_image import VqConfig
 
 IMAGE_SIZE = 8
+_HOP = 128  # samples between mel frames
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,34 @@ def foundation(size: str, vocab: int) -> DecoderConfig:
 def vq_config(size: str) -> VqConfig:
     """The tokenizer of 8x8 digits: a 4x4 grid of codes."""
     wide = size != "tiny"
-    return VqConfig(size=IMAGE_SIZE, channels=1, widths=(64, 128) if wide else (32, 64), codes=128, d_code=8)
+    return VqConfig(size=IMAGE_SIZE, channels=1, widths=(32, 64) if wide else (16, 32), codes=128, d_code=8)
 
 
 def image_config(size: str, d_out: int) -> VisionConfig:
-    """Images: 2x2 patches, four of which make a token."""
+    """Images: patches of 4x4 pixels, four of which make a token: a digit is one token."""
     s = SIZES.get(size, SIZES["medium"])
-    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=2, channels=1, merge=2)
+    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=4, channels=1, merge=2)
 
 
 def video_config(size: str, d_out: int) -> VisionConfig:
-    """Videos: patches of 2x2 pixels and two frames, nine of which make a token."""
+    """Videos: patches of 5x5 pixels and three frames, four of which make a token: a film is one token."""
     s = SIZES.get(size, SIZES["medium"])
-    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=2, channels=1, frames=2, merge=3)
+    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=5, channels=1, frames=3, merge=2)
 
 
 def audio_config(size: str, d_out: int) -> AudioConfig:
-    """Spoken words: 40 mel bands every 12 ms; a token is eight of them, 93 ms."""
+    """Spoken words: 40 mel bands every 12 ms; a clip is one token."""
     s = SIZES.get(size, SIZES["medium"])
     return AudioConfig(
-        s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, rate=corpus.RATE, n_fft=512, hop=128, mels=40
+        s.encoder_width,
+        s.encoder_layers,
+        heads=4,
+        d_out=d_out,
+        rate=corpus.RATE,
+        n_fft=256,
+        hop=_HOP,
+        mels=40,
+        pool=corpus.SAMPLES // _HOP // CONV_STRIDE,
     )
 
 
@@ -102,7 +111,7 @@ def omni_model(size: str, words: Tokenizer, *, audio: bool) -> OmniModel:
     }
     if audio and configs.audio is not None:
         encoders["audio"] = audio_encoder.encoder(configs.audio, **marks("audio"))
-    images = ImageDecoderConfig(vq=vq_config(size), d_model=base.d_model)
+    images = ImageDecoderConfig(vq=vq_config(size), d_model=base.d_model, init_std=base.init_std)
     return OmniModel(base, encoders, {"image": image_decoder.decoder(images, **marks("image_out"))})
 
 

@@ -234,10 +234,10 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
         "image_to_text": 2.0,
         "audio_to_text": 2.0,
-        "video_to_text": 2.0,
+        "video_to_text": 3.0,
         "text_to_image": 1.0,
         "audio_to_image": 1.0,
-        "arithmetic": 2.0,
+        "arithmetic": 1.5,
     }
 )
 

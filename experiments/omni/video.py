@@ -18,8 +18,8 @@ class VideoConfig:
     """`frames` frames of `side` x `side` pixels; the digit moves `speed` pixels a frame, through the field's middle."""
 
     frames: int = 3
-    side: int = 12
-    speed: int = 2
+    side: int = 10
+    speed: int = 1
 
     def __post_init__(self) -> None:
         least = SIDE + (self.frames - 1) * self.speed

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
-from ftrain.optim.norms import sum_of_squares
 from ftrain.optim.transform import (
     LearningRate,
     Transform,
@@ -24,6 +23,7 @@ from ftrain.optim.transform import (
     state_dtype,
 )
 from ftrain.tree import Tree
+from kernels.squares import sum_of_squares
 
 
 class AdafactorState(NamedTuple):

@@ -1,6 +1,7 @@
 """Write new state over old: a step holds one copy of its state, not two."""
 
 import operator
+from collections import Counter
 
 import torch
 from torch import fx
@@ -42,22 +43,16 @@ def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: boo
         carried = [n.name for n in body.graph.nodes if n.op == "placeholder"][: len(loop.args[2])]
         donate(body, {name: i for i, name in enumerate(carried)}, keep_outputs=True)
     _copy_kept_views(graph, donated)
+    _copy_shared_values(graph, donated)
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    inputs_by_storage = {storage(n): n for n in placeholders.values()}
     readers = readers_by_storage(graph)
     position = {n: i for i, n in enumerate(graph.nodes)}
-    taken: set[fx.Node] = set()
     for name, index in donated.items():
         old, new = placeholders[name], results[index]
         if new is old:
             continue
-        if new in taken or storage(new) in inputs_by_storage or _is_result_twice(new, output):
-            with graph.inserting_before(output):
-                new = _copy_of(graph, new)
-            position[new] = position[output]
-        taken.add(new)
         results[index] = old
         last = max([new, *readers.get(storage(old), ())], key=position.__getitem__)
         with graph.inserting_after(last):
@@ -67,6 +62,24 @@ def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: boo
     output.args = ([r for i, r in enumerate(results) if i not in dropped],)
     graph.lint()
     module.recompile()
+
+
+def _copy_shared_values(graph: fx.Graph, donated: dict[str, int]) -> None:
+    """Copy new values that are inputs, or that share memory with another result, before anything is written."""
+    output = graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    inputs = {storage(n) for n in placeholders.values()}
+    results_in = Counter(map(storage, results))
+    for name, index in donated.items():
+        new = results[index]
+        if new is placeholders[name]:
+            continue
+        # another result that is this value, or looks at its memory, must not see the leaf's next value
+        if storage(new) in inputs or results_in[storage(new)] > 1:
+            with graph.inserting_after(_after_placeholders(graph, new)):
+                results[index] = _copy_of(graph, new)
+    output.args = (results,)
 
 
 def _copy_kept_views(graph: fx.Graph, donated: dict[str, int]) -> None:
@@ -129,12 +142,6 @@ def carry_in_place(module: fx.GraphModule) -> None:
             if user.target is operator.getitem:
                 user.meta["val"] = loop.meta["val"][user.args[1]]
     module.recompile()
-
-
-def _is_result_twice(node: fx.Node, output: fx.Node) -> bool:
-    """Another result is this value or looks at its memory, and must not see the leaf's next value."""
-    mine = storage(node)
-    return sum(storage(result) == mine for result in output.args[0]) > 1  # type: ignore[union-attr,misc]
 
 
 def _copy_of(graph: fx.Graph, node: fx.Node) -> fx.Node:

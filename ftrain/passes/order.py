@@ -1,7 +1,5 @@
 """Run each leaf's update as soon as its gradient exists, so that gradients and temporaries live briefly."""
 
-from collections.abc import Iterable
-
 from torch import fx
 
 from ftrain.loop import is_loop, loop_body
@@ -33,52 +31,48 @@ def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
         n.name: [r for r in readers.get(storage(n), ()) if r in placed] for n in nodes[:-1] if n.name in donated
     }
 
+    ready = _ready(nodes[:-1], placed, position)
     chains = []
     for i, result in enumerate(_results(output)):
-        chain = _ancestors([result], placed)
-        needs = [n for c in [*chain, result] for n in c.all_input_nodes if n in placed]
-        needs += old_readers.get(old_leaf.get(i, ""), [])
-        chains.append((max((position[n] for n in needs), default=-1), i, chain))
-    chains.sort(key=lambda c: c[:2])
+        read = max((position[r] for r in old_readers.get(old_leaf.get(i, ""), ())), default=-1)
+        chains.append((max(ready[result], read), i, result))
+    chains.sort(key=lambda c: c[:2], reverse=True)
 
     order: list[fx.Node] = []
     done: set[fx.Node] = set()
-    waiting = iter(chains)
-    current = next(waiting, None)
     for node in backbone:
-        while current is not None and current[0] < position[node] and node.op not in ("placeholder", "get_attr"):
-            _emit(sorted(current[2], key=position.__getitem__), order, done)
-            current = next(waiting, None)
-        early = _ancestors(node.all_input_nodes, placed)
-        _emit([*sorted(early, key=position.__getitem__), node], order, done)
-    while current is not None:
-        _emit(sorted(current[2], key=position.__getitem__), order, done)
-        current = next(waiting, None)
-    _emit(nodes[:-1], order, done)
+        while chains and chains[-1][0] < position[node] and node.op not in ("placeholder", "get_attr"):
+            _emit([chains.pop()[2]], position, order, done)
+        _emit([node], position, order, done)
+    while chains:
+        _emit([chains.pop()[2]], position, order, done)
+    _emit(nodes[:-1], position, order, done)
     _apply(graph, order)
+
+
+def _ready(nodes: list[fx.Node], placed: set[fx.Node], position: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """For each node the last position among the placed nodes that it is computed from; its own if it is placed."""
+    ready: dict[fx.Node, int] = {}
+    for node in nodes:
+        ready[node] = position[node] if node in placed else max((ready[n] for n in node.all_input_nodes), default=-1)
+    return ready
 
 
 def _results(output: fx.Node) -> list[fx.Node]:
     return [n for n in output.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
 
 
-def _ancestors(roots: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
+def _emit(roots: list[fx.Node], position: dict[fx.Node, int], order: list[fx.Node], done: set[fx.Node]) -> None:
+    """Append `roots` and what they are computed from to `order`, as far as it is not done, in the order of before."""
     found: set[fx.Node] = set()
     stack = list(roots)
     while stack:
         node = stack.pop()
-        if node in found or node in stop:
-            continue
-        found.add(node)
-        stack.extend(node.all_input_nodes)
-    return found
-
-
-def _emit(nodes: list[fx.Node], order: list[fx.Node], done: set[fx.Node]) -> None:
-    for node in nodes:
-        if node not in done:
-            done.add(node)
-            order.append(node)
+        if node not in found and node not in done:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    done |= found
+    order.extend(sorted(found, key=position.__getitem__))
 
 
 def _apply(graph: fx.Graph, order: list[fx.Node]) -> None:

@@ -39,17 +39,17 @@ def use_twins(module: fx.GraphModule) -> None:
     readers = readers_by_storage(graph)
     position = {n: i for i, n in enumerate(graph.nodes)}
     for node in pure:
-        writes = _writes(node, TWINS[node.target])  # type: ignore[index]
+        writes = _writes(node, TWINS[node.target])
         if writes is None or not _may_write(node, writes, readers, position):
             continue
         with graph.inserting_before(node):
-            twin = graph.call_function(TWINS[node.target].op, node.args, node.kwargs)  # type: ignore[index]
+            twin = graph.call_function(TWINS[node.target].op, node.args, node.kwargs)
         twin.meta.update(node.meta, val=None)
         for write in writes:
-            old, new = write.args
+            old, new = write.all_input_nodes
             graph.erase_node(write)
-            new.replace_all_uses_with(old)  # type: ignore[union-attr,arg-type]
-            graph.erase_node(new)  # type: ignore[arg-type]
+            new.replace_all_uses_with(old)
+            graph.erase_node(new)
         for result in list(node.users):
             graph.erase_node(result)
         graph.erase_node(node)
@@ -84,7 +84,7 @@ def _is_write(node: fx.Node, old: object, new: fx.Node) -> bool:
 
 
 def _may_write(
-    node: fx.Node, writes: list[fx.Node], readers: dict[int, list[fx.Node]], position: dict[fx.Node, int]
+    node: fx.Node, writes: list[fx.Node], readers: dict[int | None, list[fx.Node]], position: dict[fx.Node, int]
 ) -> bool:
     """No other argument looks at the memory that is written, nobody else reads it until the copies, and it fits."""
     leaves: list[fx.Node] = [w.args[0] for w in writes]  # type: ignore[misc]
@@ -97,5 +97,5 @@ def _may_write(
         return False
     own = {node, *writes, *(w.args[1] for w in writes)}
     last = max(position[w] for w in writes)
-    reading = (r for s in written for r in readers.get(s, ()))  # type: ignore[arg-type]
+    reading = (r for s in written for r in readers.get(s, ()))
     return not any(position[node] < position[r] < last for r in reading if r not in own)

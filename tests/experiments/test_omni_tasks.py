@@ -16,7 +16,7 @@ from modules.vision_encoder import VisionConfig
 
 READERS = sources.Readers(
     image=VisionConfig(32, 1, 2, 16, patch=4, channels=1, merge=2),
-    video=VisionConfig(32, 1, 2, 16, patch=4, channels=1, frames=3, merge=3),
+    video=VisionConfig(32, 1, 2, 16, patch=5, channels=1, frames=3, merge=2),
     audio=AudioConfig(32, 1, 2, 16, rate=11_025, n_fft=256, hop=128, mels=40),
 )
 

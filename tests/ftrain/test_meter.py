@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 from torch import Tensor
 
 from ftrain.accumulate import accumulate
@@ -16,7 +17,6 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.mean import Mean
 from kernels.moe import experts_swiglu
 from kernels.rms_norm import rms_norm
-from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
 SCALARS = 512  # bytes: numbers that ops wrap as 0-d tensors are not planned
 
@@ -59,10 +59,12 @@ def convolutions_1d(p, x):
 
 
 def attention(p, x_BTD):
-    h_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], p["scale"])
-    q, k, v = ((h_BTD @ p[name]).unflatten(-1, (4, 16)).transpose(1, 2) for name in "qkv")
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return Mean.of((x_BTD + out.transpose(1, 2).flatten(-2)).square())
+    for layer in p["layers"]:
+        h_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], layer["scale"])
+        q, k, v = ((h_BTD @ layer[name]).unflatten(-1, (4, 16)).transpose(1, 2) for name in "qkv")
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BTD = x_BTD + out.transpose(1, 2).flatten(-2)
+    return Mean.of(x_BTD.square())
 
 
 def language(p, tokens):
@@ -95,7 +97,7 @@ def our_kernels(p, batch):
 def our_kernels_params():
     heads = {"q": r(64, 64), "k": r(64, 32), "v": r(64, 32)}
     experts = {"router": r(64, 4), "gate": r(4, 64, 96), "up": r(4, 64, 96), "down": r(4, 96, 64)}
-    return {**heads, **experts, "scale": torch.ones(64), "head": r(64, 800)}
+    return {**heads, **experts, "scale": torch.ones(64), "head": r(64, 4000)}
 
 
 def r(*shape):
@@ -109,15 +111,23 @@ STEPS = {
         {"a": r(16, 3, 3, 3), "bias": r(16), "scale": r(16), "b": r(32, 16, 4, 4)},
         r(4, 3, 32, 32),
     ),
-    "transposed": lambda: (transposed_convolutions, {"a": r(16, 8, 4, 4), "b": r(8, 8, 4, 4)}, r(4, 16, 16, 16)),
+    "convolutions_transposed": lambda: (
+        transposed_convolutions,
+        {"a": r(16, 8, 4, 4), "b": r(8, 8, 4, 4)},
+        r(4, 16, 16, 16),
+    ),
     "convolutions_1d": lambda: (convolutions_1d, {"a": r(48, 20, 3), "b": r(48, 48, 3)}, r(4, 20, 200)),
-    "attention": lambda: (attention, {**{n: r(64, 64) for n in "qkv"}, "scale": r(64)}, r(4, 128, 64)),
+    "attention": lambda: (
+        attention,
+        {"layers": [{**{n: r(64, 64) for n in "qkv"}, "scale": r(64)} for _ in range(3)]},
+        r(4, 128, 64),
+    ),
     "language": lambda: (language, {"embedding": r(500, 32), "head": r(32, 500)}, torch.randint(0, 500, (4, 33))),
     "indexing": lambda: (indexing, {"table": r(300, 32)}, torch.randint(0, 300, (512,))),
     "our_kernels": lambda: (
         our_kernels,
         our_kernels_params(),
-        (r(512, 64), torch.arange(512) // 128, torch.randint(0, 800, (512,))),
+        (r(512, 64), torch.arange(512) // 128, torch.randint(0, 4000, (512,))),
     ),
     "half": lambda: (half, {"w": r(64, 64)}, r(256, 64)),
 }
@@ -126,6 +136,8 @@ STEPS = {
 @pytest.mark.parametrize("remat", ["none", "layer"])
 @pytest.mark.parametrize("name", STEPS)
 def test_planned_peak_is_the_measured_peak(name, remat):
+    if "conv" in name and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("oneDNN's buffers were measured with AVX2 alone")
     loss, params, batch = STEPS[name]()
     assert_planned(jit(momentum_step(loss), donate="state", remat=remat), momentum_state(params), batch)
 
@@ -185,7 +197,7 @@ def run_program(program: list[tuple], w: Tensor, x: Tensor) -> Tensor:
     return values[-1].square().sum() + values[len(values) // 2].sum()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(program=st.lists(INSTRUCTION, min_size=4, max_size=20))
 def test_planned_peak_of_random_programs(program):
     w, x = r(SIDE, SIDE), r(SIDE, SIDE)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftrain import optim, tree
-from ftrain.optim.norms import sum_of_squares
 from kernels.primitive import bind
+from kernels.squares import sum_of_squares
 
 
 def equal(a: Any, b: Any) -> bool:

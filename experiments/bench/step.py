@@ -1,0 +1,290 @@
+"""How fast and how large is a training step? ftrain beside Hugging Face transformers, on equal weights and batches.
+
+Both sides run in one process, turn by turn: packed documents of one length here, a batch of sequences there, so the
+math is equal (the losses are compared). A step is forward, backward, clipping of the gradients' global norm to 1, and
+AdamW: for them `torch.optim.AdamW` once as it comes (a loop over parameters on CPU) and once with `fused=True`.
+"""
+
+import dataclasses
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+
+import ftrain
+from experiments.bench.hf_models import Shape, hf_model, our_config, our_parameters
+from experiments.bench.table import Row, print_table, row, write_json
+from ftrain.meter import measure_peak
+from ftrain.optim import adamw, chain, clip_by_global_norm
+from ftrain.state import TrainState
+from ftrain.trace import Aval
+from modules import decoder, moe, spec
+from modules.decoder import DecoderConfig
+
+RATE, DECAY, LARGEST_NORM = 1e-4, 0.01, 1.0
+SAME_LOSS = 1e-4
+
+
+@dataclass(frozen=True)
+class Options:
+    """Command line of the bench."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the steps run"""
+    json: Path | None = None
+    """also write the rows to this file"""
+    quick: bool = False
+    """small models, few rounds: to see that it works, not to judge by"""
+    rounds: int = 3
+    """measured steps of each side (after two that are not)"""
+    compiled: bool = True
+    """also run Inductor on both sides (compiling takes minutes on CPU)"""
+    only: tuple[Literal["llama", "moe", "trace", "overhead"], ...] = ("llama", "moe", "trace", "overhead")
+    """which parts to run"""
+
+
+class Batch(NamedTuple):
+    """`tokens_BL`: B documents of L tokens each."""
+
+    tokens_BL: Tensor
+
+
+@dataclass
+class Side:
+    """One way to run the step: `step(batch)` makes one update and returns the loss; what was measured of it."""
+
+    name: str
+    step: Callable[[Batch], float]
+    plan: Callable[[Batch], int] | None = None
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak: int = 0
+
+
+def main(options: Options) -> list[Row]:
+    """Run the chosen parts, print their rows, and write them."""
+    parts = {
+        "llama": lambda: compare("llama", _shape("llama", options), options),
+        "moe": lambda: compare("qwen3-moe", _shape("moe", options), options),
+        "trace": lambda: trace_rows(layers=4 if options.quick else 48),
+        "overhead": overhead_rows,
+    }
+    rows: list[Row] = []
+    for name in options.only:
+        rows += parts[name]()
+        gc.collect()
+    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
+    print_table(rows, f"step, {options.device} ({where}), torch {torch.__version__}")
+    if options.json is not None:
+        write_json(rows, options.json)
+    return rows
+
+
+def _shape(family: str, options: Options) -> Shape:
+    if options.quick:
+        base = Shape(vocab=2048, d_model=128, layers=2, heads=4, kv_heads=2, head_dim=32, d_hidden=352)
+    else:
+        base = Shape(vocab=32_000, d_model=512, layers=6, heads=8, kv_heads=4, head_dim=64, d_hidden=1408)
+    if family == "llama":
+        return base
+    sizes = {**vars(base), "d_hidden": base.d_hidden // 4, "experts": 8, "top_k": 2}
+    return Shape(**sizes)
+
+
+def compare(name: str, shape: Shape, options: Options) -> list[Row]:
+    """Rows of one family: milliseconds and peak bytes of each side, and our share of theirs."""
+    documents, length = (4, 64) if options.quick else (8, 256)
+    batches = [_batch(shape, documents, length, i, options.device) for i in range(options.rounds + 2)]
+    sides = _sides(shape, options)
+    for i, batch in enumerate(batches):
+        for side in sides:
+            _measure_step(side, batch, kept=i >= 2)
+    extra = _batch(shape, documents, length, len(batches), options.device)
+    for side in sides:
+        gc.collect()
+        side.peak = measure_peak(functools.partial(side.step, extra)).peak
+    cfg = our_config(shape)
+    what = (
+        f"{name}: {spec.count(decoder.specs(cfg)) / 1e6:.0f}M parameters, {documents} documents x {length} tokens, "
+        f"float32, clip {LARGEST_NORM}, AdamW; medians of {options.rounds} alternating steps"
+    )
+    return _rows(name, sides, extra, what)
+
+
+def _batch(shape: Shape, documents: int, length: int, seed: int, device: str) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(torch.randint(0, shape.vocab, (documents, length), generator=generator).to(device))
+
+
+def _sides(shape: Shape, options: Options) -> list[Side]:
+    torch.manual_seed(0)
+    weights = hf_model(shape).state_dict()
+    cfg = our_config(shape)
+    params = our_parameters(weights, cfg)
+    params = spec.map_with_paths(lambda _, x: x.to(options.device), params)
+    backends = ["aten", "inductor"] if options.compiled else ["aten"]
+    sides = [_our_side(params, cfg, backend) for backend in backends]
+    kinds = [("transformers eager", False, None), ("transformers eager, fused AdamW", False, True)]
+    if options.compiled:
+        kinds.append(("transformers torch.compile, fused AdamW", True, True))
+    return sides + [
+        _their_side(label, shape, weights, options.device, compiled, fused) for label, compiled, fused in kinds
+    ]
+
+
+def _our_side(params: Any, cfg: DecoderConfig, backend: str) -> Side:
+    tx = chain(clip_by_global_norm(LARGEST_NORM), adamw(RATE, weight_decay=DECAY))
+
+    def loss_fn(params: Any, batch: dict[str, Tensor]) -> Tensor:
+        hidden_TD, stats = decoder.apply(
+            params, batch["tokens_T"], positions=batch["positions_T"], segments=batch["segments_T"], cfg=cfg
+        )
+        loss = decoder.loss(params, hidden_TD, batch["labels_T"], cfg).value()
+        if cfg.moe is not None and stats.router is not None:
+            loss = loss + cfg.moe.aux_coefficient * moe.aux_loss(moe.pool(stats.router)).value()
+        return loss
+
+    def train_step(state: TrainState, batch: dict[str, Tensor]) -> tuple[TrainState, Tensor]:
+        loss, grads = ftrain.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply(tx, grads), loss
+
+    jitted = ftrain.jit(train_step, donate="state", backend=backend)
+    copied = spec.map_with_paths(lambda _, x: x.clone(), params)
+    held = [TrainState.create(copied, tx)]
+
+    def step(batch: Batch) -> float:
+        held[0], loss = jitted(held[0], _packed(batch))
+        return loss.item()
+
+    def planned(batch: Batch) -> int:
+        return jitted.lower(held[0], _packed(batch)).memory().peak
+
+    return Side(f"ftrain {backend}", step, planned if backend == "aten" else None)
+
+
+def _packed(batch: Batch) -> dict[str, Tensor]:
+    """The documents one after the other."""
+    documents, length = batch.tokens_BL.shape
+    tokens_T = batch.tokens_BL.flatten()
+    at_T = torch.arange(documents * length, device=tokens_T.device)
+    segments_T = at_T // length
+    labels_T = decoder.next_token_labels(tokens_T, segments_T)
+    return {"tokens_T": tokens_T, "positions_T": at_T % length, "segments_T": segments_T, "labels_T": labels_T}
+
+
+def _their_side(name: str, shape: Shape, weights: Any, device: str, compiled: bool, fused: bool | None) -> Side:
+    model = hf_model(shape)
+    model.load_state_dict(weights)
+    model.to(device)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=DECAY, fused=fused)
+
+    def step(batch: Batch) -> float:
+        loss = forward(input_ids=batch.tokens_BL, labels=batch.tokens_BL).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return Side(name, step)
+
+
+def _measure_step(side: Side, batch: Batch, *, kept: bool) -> None:
+    started = time.perf_counter()
+    loss = side.step(batch)  # reads the loss, so a CUDA device is done
+    if kept:
+        side.seconds.append(time.perf_counter() - started)
+    side.losses.append(loss)
+
+
+def _rows(name: str, sides: Sequence[Side], batch: Batch, what: str) -> list[Row]:
+    rows = [row(f"{name}: step, {s.name}", 1e3 * statistics.median(s.seconds), "ms", how=what) for s in sides]
+    rows += [row(f"{name}: peak above the state, {s.name}", s.peak / 2**20, "MiB", how=what) for s in sides]
+    ours = [s for s in sides if s.name.startswith("ftrain")]
+    theirs = [s for s in sides if not s.name.startswith("ftrain")]
+    for mine in ours:
+        for other in theirs:
+            rows += _shares(name, mine, other)
+    for side in ours:
+        if side.plan is not None and side.peak:
+            planned = side.plan(batch)
+            how = "|planned / measured - 1| of the peak of one step beyond its arguments; peer: the plan in MiB"
+            off = abs(planned / side.peak - 1)
+            rows.append(
+                row(f"{name}: plan against peak, {side.name}", off, "", goal=0.02, peer=planned / 2**20, how=how)
+            )
+    return rows
+
+
+def _shares(name: str, mine: Side, other: Side) -> list[Row]:
+    """Our time and memory as a share of theirs; goals are for the same way of running: eager against eager."""
+    apart = max(abs(a - b) for a, b in zip(mine.losses, other.losses, strict=True))
+    judged = mine.name == "ftrain aten" and "eager" in other.name
+    how = f"ours / theirs, valid only if all losses agree to {SAME_LOSS} (peer: the largest difference)"
+    time_share = statistics.median(mine.seconds) / statistics.median(other.seconds)
+    pair, same = f"{mine.name} / {other.name}", apart <= SAME_LOSS
+    goals = (0.75, 0.6) if judged else (None, None)
+    return [
+        row(f"{name}: time, {pair}", time_share, "x", goal=goals[0], peer=apart, valid=same, how=how),
+        row(f"{name}: memory, {pair}", mine.peak / other.peak, "x", goal=goals[1], peer=apart, valid=same, how=how),
+    ]
+
+
+def trace_rows(layers: int) -> list[Row]:
+    """Seconds to lower a whole step of Qwen3-30B-A3B (all `layers` of it) on shapes alone."""
+    cfg = dataclasses.replace(decoder.preset("30b-a3b"), layers=layers)
+    tx = chain(clip_by_global_norm(LARGEST_NORM), adamw(RATE))
+
+    def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Tensor]:
+        def loss_fn(params: Any) -> Any:
+            hidden_TD, _ = decoder.apply(
+                params, batch["tokens"], positions=batch["positions"], segments=batch["segments"], cfg=cfg
+            )
+            return decoder.loss(params, hidden_TD, batch["labels"], cfg)
+
+        loss, grads = ftrain.value_and_grad(loss_fn)(state.params)
+        return state.apply(tx, grads), loss
+
+    state = TrainState.create(spec.abstract(decoder.specs(cfg)), tx)
+    ids = Aval((8192,), torch.int64, torch.device("cpu"))
+    batch = dict.fromkeys(("tokens", "positions", "segments", "labels"), ids)
+    wall, cpu = time.perf_counter(), time.process_time()
+    lowered = ftrain.jit(train_step, donate="state").lower(state, batch)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    nodes = len(lowered.graph.graph.nodes)
+    how = (
+        f"lower, passes included: 30b-a3b, {layers} layers, 8192 tokens, fake tensors, {nodes} nodes; peer: CPU seconds"
+    )
+    return [row(f"trace of 30b-a3b, {layers} layers", wall, "s", goal=20.0, peer=cpu, how=how)]
+
+
+def overhead_rows() -> list[Row]:
+    """Microseconds of a cached call whose graph does nothing, by the number of leaves of its donated state."""
+    how = "wall time of a cached call with a donated state and no work, median of 60; peer: CPU time of the process"
+    rows = []
+    for leaves in (10, 400, 1500):
+        step = ftrain.jit(lambda state, batch: dict(state.items()), donate="state")
+        state, batch = {f"leaf{i}": torch.zeros(4) for i in range(leaves)}, torch.zeros(3)
+        walls, cpus = [], []
+        for i in range(70):
+            wall, cpu = time.perf_counter(), time.process_time()
+            state = step(state, batch)
+            if i >= 10:
+                walls.append(time.perf_counter() - wall)
+                cpus.append(time.process_time() - cpu)
+        value, peer = 1e6 * statistics.median(walls), 1e6 * statistics.median(cpus)
+        rows.append(row(f"overhead of a call, {leaves} leaves", value, "us", goal=1000.0 + leaves, peer=peer, how=how))
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,161 @@
+"""Micro-batches: the gradients of one big batch, from a graph that does not grow."""
+
+import pytest
+import torch
+from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
+
+from ftrain import tree
+from ftrain.accumulate import accumulate
+from ftrain.cost import graph_cost
+from ftrain.grad import grad, value_and_grad
+from ftrain.jit import jit
+from ftrain.loop import is_loop, loop_body
+from kernels.mean import Mean, weighted_sum
+
+either_way = pytest.mark.parametrize("run", [lambda f: f, jit], ids=["eager", "jit"])
+
+
+def split(batch, n):
+    return tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+
+
+def masked_losses(params, batch):
+    """Two means whose counts differ from row to row, and aux sums."""
+    x, y, mask = batch
+    for layer in params["layers"]:
+        x = torch.tanh(x @ layer["w"] + layer["b"]) + x
+    squares = (x - y).square().mean(-1)
+    first = Mean((squares * mask).sum(), mask.sum())
+    second = Mean((x.abs().mean(-1) * (1 - mask)).sum(), (1 - mask).sum())
+    return weighted_sum({"a": first, "b": second}, {"b": 0.3}), {"a": first, "rows": mask.sum()}
+
+
+def masked_batch():
+    x, y = stack_batch(12)
+    return x, y, torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0])
+
+
+def assert_close(a, b):
+    for path, x, y in zip(tree.paths(a), tree.leaves(a), tree.leaves(b), strict=True):
+        torch.testing.assert_close(x, y, msg=lambda m, path=path: f"{path}: {m}")
+
+
+@either_way
+@pytest.mark.parametrize("n", [1, 3, 4, 12])
+def test_micro_batches_with_unequal_counts_equal_one_batch(run, n):
+    params, batch = stack_params(), masked_batch()
+    expected = value_and_grad(masked_losses, has_aux=True)(params, batch)
+    loss = accumulate(masked_losses, n, has_aux=True)
+    assert_close(run(value_and_grad(loss, has_aux=True))(params, split(batch, n)), expected)
+    assert_close(run(lambda p, b: loss(p, b)[0].value())(params, split(batch, n)), expected[0][0])
+    assert_close(run(grad(loss, has_aux=True))(params, split(batch, n))[0], expected[1])
+
+
+@either_way
+def test_all_rows_masked_is_harmless(run):
+    def loss(params, batch):
+        x, mask = batch
+        return Mean(((x @ params["w"]).sum(-1) * mask).sum(), mask.sum())
+
+    value, grads = run(value_and_grad(accumulate(loss, 2)))(
+        {"w": torch.ones(3, 3)}, (torch.ones(2, 4, 3), torch.zeros(2, 4))
+    )
+    assert value.item() == 0
+    assert grads["w"].abs().sum() == 0
+
+
+def nodes_in(module):
+    return sum(1 + (nodes_in(loop_body(n)) if is_loop(n) else 0) for n in module.graph.nodes)
+
+
+def test_the_graph_does_not_grow_with_the_number():
+    counts = set()
+    for n in (2, 8):
+        step = jit(momentum_step(accumulate(stack_loss, n)), donate="state")
+        compiled = step.lower(momentum_state(stack_params()), split(stack_batch(8), n))
+        counts.add(nodes_in(compiled.graph))
+    assert len(counts) == 1
+
+
+def test_counting_computes_no_layers():
+    params, batch = stack_params(), masked_batch()
+    step = jit(value_and_grad(accumulate(masked_losses, 3, has_aux=True), has_aux=True))
+    counting, computing = [n for n in step.lower(params, split(batch, 3)).graph.graph.nodes if is_loop(n)]
+    assert graph_cost(loop_body(counting)).flops == 0
+    assert graph_cost(loop_body(computing)).flops > 0
+
+
+def test_flops_are_those_of_one_batch():
+    params, batch = stack_params(), stack_batch(8)
+    whole = jit(grad(stack_loss)).lower(params, batch).cost().flops
+    parts = jit(grad(accumulate(stack_loss, 4))).lower(params, split(batch, 4)).cost().flops
+    assert parts == whole
+
+
+@either_way
+def test_losses_may_close_over_tensors_of_the_step(run):
+    def step(params, batch, temperature):
+        scale = temperature * 2
+
+        def loss(params, batch):
+            return Mean.of((batch @ params["w"] * scale).square())
+
+        return value_and_grad(accumulate(loss, 2))(params, batch)
+
+    arguments = {"w": torch.randn(3, 3)}, torch.randn(2, 4, 3), torch.tensor(1.5)
+    expected = value_and_grad(lambda p, b: Mean.of((b @ p["w"] * 3).square()))(arguments[0], arguments[1].flatten(0, 1))
+    assert_close(run(step)(*arguments), expected)
+
+
+@either_way
+def test_losses_may_write_into_temporaries(run):
+    def loss(params, x):
+        hidden = x @ params["w"]
+        hidden += 1
+        return Mean.of(hidden.square_())
+
+    params, x = {"w": torch.randn(3, 3)}, torch.randn(2, 4, 3)
+    expected = value_and_grad(lambda p, x: Mean.of((x @ p["w"] + 1).square()))(params, x.flatten(0, 1))
+    assert_close(run(value_and_grad(accumulate(loss, 2)))(params, x), expected)
+
+
+def test_a_step_around_a_loop_may_write_into_temporaries():
+    def step(params, x):
+        grads = grad(accumulate(lambda p, x: Mean.of((x @ p["w"]).square()), 2))(params, x)
+        total = torch.zeros_like(grads["w"])
+        total += grads["w"]
+        return total
+
+    params, x = {"w": torch.randn(3, 3)}, torch.randn(2, 4, 3)
+    compiled = jit(step).lower(params, x)
+    assert sum(is_loop(n) for n in compiled.graph.graph.nodes) == 2
+    assert_close(jit(step)(params, x), step(params, x))
+
+
+def test_writing_into_the_batch_names_the_leaf():
+    def loss(params, batch):
+        batch["x"].add_(1)
+        return Mean.of(batch["x"] @ params["w"])
+
+    with pytest.raises(ValueError, match=r"writes into its input 'batch\.x'.*test_accumulate\.py"):
+        jit(lambda params, batch: grad(accumulate(loss, 2))(params, batch))(
+            {"w": torch.ones(3, 3)}, {"x": torch.ones(2, 4, 3)}
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: accumulate(stack_loss, 0), "micro_batches must be at least 1, not 0"),
+        (
+            lambda: grad(accumulate(stack_loss, 3))(stack_params(), stack_batch(8)),
+            r"over 3 micro-batches: batch leaf '0' has shape \(8, 16\); its first dim must be 3",
+        ),
+        (lambda: grad(accumulate(lambda p, b: b.sum(), 2))({"w": torch.ones(1)}, torch.ones(2, 3)), "must be a Mean"),
+        (lambda: grad(accumulate(stack_loss, 2), argnums=1)(stack_params(), stack_batch(2)), "in its first argument"),
+        (lambda: grad(accumulate(stack_loss, 2), has_aux=True)(stack_params(), stack_batch(2)), "made with .False"),
+    ],
+)
+def test_mistakes_get_a_clear_error(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

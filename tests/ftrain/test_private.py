@@ -1,0 +1,157 @@
+"""A canary for each private torch name: after an upgrade of torch, what fails here is to be mended in private.py."""
+
+import operator
+
+import torch
+from torch import fx
+
+from ftrain import private
+
+
+def tracing(function, *shapes):
+    with private.new_fake_mode():
+        return private.trace_to_graph(function, [torch.empty(s) for s in shapes])
+
+
+def names(module):
+    return [n.name for n in module.graph.nodes if n.op == "call_function"]
+
+
+def test_fake_mode_makes_shapes_without_memory():
+    with private.new_fake_mode() as mode:
+        x = torch.empty(1 << 20, 1 << 20)
+    assert isinstance(x, private.FakeTensor)
+    assert private.fake_mode_of([1, x]) is mode
+    assert private.fake_mode_of([]) is not mode
+
+
+def test_fake_mode_gives_symbols_to_sizes_that_depend_on_data():
+    with private.new_fake_mode():
+        count = torch.ones(3).nonzero().shape[0]
+    assert isinstance(count, torch.SymInt)
+
+
+def test_autograd_numbers_ops_and_their_backwards_alike():
+    x = torch.ones(2, requires_grad=True)
+    before = private.autograd_sequence()
+    y = x.sin()
+    assert private.autograd_sequence() == before + 1
+    assert y.grad_fn._sequence_nr() == before
+
+
+def test_tracing_graph_is_that_of_the_innermost_trace():
+    assert private.tracing_graph() is None
+    seen = []
+
+    def function(x):
+        y = x + 1
+        seen.append([n.name for n in private.tracing_graph().nodes])
+        with private.paused_trace():
+            seen.append(private.tracing_graph())
+            x * 2
+        return y
+
+    assert names(tracing(function, (3,))) == ["add"]
+    assert seen == [["x_1", "add"], None]
+
+
+def test_a_trace_may_be_made_inside_another():
+    inner = []
+
+    def function(x):
+        with private.paused_trace():
+            fake = private.new_fake_like(x)
+        inner.append(private.trace_to_graph(lambda y: y.sin(), [fake]))
+        return x.cos()
+
+    assert names(tracing(function, (3,))) == ["cos"]
+    assert names(inner[0]) == ["sin"]
+
+
+def test_emitted_nodes_stand_for_their_outputs():
+    body = tracing(lambda y: y + 1, (3,))
+
+    def call(body, tensors):
+        return [body(t) for t in tensors]
+
+    def function(x):
+        assert private.is_tracked(x)
+        with private.paused_trace():
+            out = private.new_fake_like(x)
+        assert not private.is_tracked(out)
+        (out,) = private.emit_node(call, body, "call", ([x],), [out], {"phase": "test"})
+        assert private.is_tracked(out)
+        return out * 2
+
+    module = tracing(function, (3,))
+    assert [n.target for n in module.graph.nodes if n.op == "call_function"][:2] == [call, operator.getitem]
+    assert next(n for n in module.graph.nodes if n.target is call).meta["phase"] == "test"
+    assert isinstance(module.call_0, fx.GraphModule)
+    assert module(torch.ones(3)).tolist() == [4, 4, 4]
+
+
+def test_functional_wrappers_come_off_and_on():
+    def function(x):
+        y = x * 2
+        y += 1
+        inner = private.unwrap_functional(y)
+        assert private.is_tracked(inner)
+        assert not private.is_tracked(y)
+        return private.wrap_functional(inner) * 3
+
+    module = tracing(torch.func.functionalize(function, remove="mutations"), (2,))
+    assert names(module) == ["mul", "add", "mul_1"]
+
+
+def test_below_autograd_no_graph_is_recorded():
+    x = torch.ones(2, requires_grad=True)
+    with private.below_autograd():
+        assert x.sin().grad_fn is None
+
+
+def test_storage_is_shared_by_views():
+    for mode in (private.new_fake_mode(), torch.no_grad()):
+        with mode:
+            x = torch.empty(4, 4)
+            assert private.storage_id(x) == private.storage_id(x.t()[1:])
+            assert private.storage_id(x) != private.storage_id(torch.empty(4, 4))
+
+
+def test_shapes_of_a_result_cost_nothing():
+    made = private.shapes_of_result(lambda: torch.ones(1 << 20, 1 << 20).sum(0))
+    assert made.shape == (1 << 20,)
+
+    def function(x):
+        assert private.shapes_of_result(lambda: x @ x).shape == (3, 3)
+        return x + 1
+
+    assert names(tracing(function, (3, 3))) == ["add"]
+
+
+def test_value_of_a_node_is_new_memory_or_a_view():
+    module = tracing(lambda x: (x + 1).t(), (3, 2))
+    x, add, t = (n for n in module.graph.nodes if n.op != "output")
+    for node, viewed in ((add, False), (t, True)):
+        value = private.value_of(node)
+        assert value.shape == node.meta["val"].shape
+        assert (private.storage_id(value) == private.storage_id(node.args[0].meta["val"])) == viewed
+        assert private.storage_id(value) != private.storage_id(node.meta["val"]) or viewed
+    assert x.op == "placeholder"
+
+
+def test_inductor_compiles_a_graph():
+    module = tracing(lambda x: [x * 2 + 1], (8,))
+    (out,) = private.compile_with_inductor(module)(torch.arange(8.0))
+    assert out.tolist() == [2 * i + 1 for i in range(8)]
+
+
+def test_views_are_known_as_such():
+    assert torch.ops.aten.view.default.is_view
+    assert not torch.ops.aten.add.Tensor.is_view
+    assert torch.Tag.pointwise in torch.ops.aten.add.Tensor.tags
+
+
+def test_the_profiler_reports_the_allocators_events():
+    with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as recorded:
+        torch.empty(1000)
+    assert [e.nbytes() for e in recorded.kineto_results.events() if e.name() == "[memory]"] == [4000, -4000]
