@@ -29,6 +29,6 @@ def give_away(leaves: list[Tensor], paths: list[str]) -> list[Tensor]:
     """Return new tensors on the memory of the leaves and spoil the old objects. Every step pays this for each leaf."""
     fresh = [leaf.data for leaf in leaves]
     for leaf, path in zip(leaves, paths, strict=True):
-        leaf._donated_path = path
-        leaf.__class__ = DonatedTensor  # type: ignore[assignment]
+        leaf._donated_path = path  # type: ignore[attr-defined]
+        leaf.__class__ = DonatedTensor
     return fresh

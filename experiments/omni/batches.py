@@ -3,12 +3,12 @@
 Legend: T tokens of the pack.
 """
 
+import contextlib
 import multiprocessing
 import signal
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from experiments.omni.tasks import Example, Mixture
 from ftrain.interrupt import SIGNALS
 from modules.omni import OmniModel
 from modules.packing import Budget, measure, pack
-
-_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,36 @@ class Batches:
         """The batches of steps `first` to `last - 1` in order, made by another process while the caller computes.
 
         A process, since a thread would take turns with the caller's Python; forked, since it then has the data already.
+        It is one batch ahead, and ends when the caller stops reading or dies.
         """
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"), initializer=_alone) as pool:
-            waiting: deque[Future] = deque()
-            try:
-                for step in range(first, last):
-                    waiting.append(pool.submit(self._arrays, step))
-                    if len(waiting) > _AHEAD:
-                        yield _as_tensors(waiting.popleft().result(), self.device)
-                while waiting:
-                    yield _as_tensors(waiting.popleft().result(), self.device)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        context = multiprocessing.get_context("fork")
+        reader, writer = context.Pipe(duplex=False)
+        maker = context.Process(target=self._make, args=(reader, writer, first, last), daemon=True)
+        maker.start()
+        writer.close()
+        try:
+            for step in range(first, last):
+                try:
+                    arrays = reader.recv()
+                except EOFError:
+                    maker.join()
+                    raise RuntimeError(
+                        f"the process that makes batches ended before step {step} (exit code {maker.exitcode}); "
+                        "its error is above"
+                    ) from None
+                yield _as_tensors(arrays, self.device)
+        finally:
+            reader.close()
+            maker.join()
+
+    def _make(self, reader: Connection, writer: Connection, first: int, last: int) -> None:
+        """In the other process: write batches until all are written or nobody reads."""
+        reader.close()
+        for number in SIGNALS:  # a signal to the whole group is the caller's to answer
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(BrokenPipeError):
+            for step in range(first, last):
+                writer.send(self._arrays(step))
 
     def _arrays(self, step: int) -> dict[str, Any]:
         """The batch of a step as numpy arrays, which cross a process border by value."""
@@ -64,13 +80,6 @@ class Batches:
         batch = _as_arrays(packed.batch)
         numbers = np.array([*(self.tasks.index(examples[i].task) for i in packed.taken), -1])
         return {**batch, "task_T": numbers[batch["segments_T"]]}
-
-
-def _alone() -> None:
-    """In the data process: one thread, and Ctrl-C is the parent's business."""
-    torch.set_num_threads(1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, spare: float = 1.25) -> Budget:
