@@ -10,7 +10,7 @@ if Path(_kernels.__file__ or "").resolve().parent.parent != Path(__file__).resol
         "ftrain's checkout first on sys.path, or `pip uninstall kernels`"
     )
 
-from ftrain import optim, tree
+from ftrain import debug, optim, tree
 from ftrain.accumulate import accumulate
 from ftrain.grad import grad, value_and_grad
 from ftrain.jit import Step, disable_jit, jit
@@ -37,6 +37,6 @@ from modules.spec import init
 
 __all__ = [
     "Aval", "Mean", "Precision", "Remat", "Step", "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits",
-    "categorical", "disable_jit", "fold_in", "grad", "init", "jit", "key", "normal", "optim", "permutation",
+    "categorical", "debug", "disable_jit", "fold_in", "grad", "init", "jit", "key", "normal", "optim", "permutation",
     "randint", "split", "struct", "tree", "truncated_normal", "uniform", "value_and_grad", "weighted_sum",
 ]  # fmt: skip

@@ -181,7 +181,9 @@ def match_donated(traced: Traced, argument: Any, name: str) -> dict[int, int]:
             f"donate={name!r}: no part of the result has its structure; return the new {name} with the same tree. "
             f"Differences to the result's first part: {tree.diff(argument, nearest)}"
         )
-    tensor_index = {leaf: i for i, leaf in enumerate(i for i in tree.flatten(marker)[0] if i not in traced.static_outputs)}
+    tensor_index = {
+        leaf: i for i, leaf in enumerate(i for i in tree.flatten(marker)[0] if i not in traced.static_outputs)
+    }
     avals = dict(zip(traced.input_paths, traced.input_avals, strict=True))
     slots = {path: i for i, path in enumerate(traced.input_paths)}
     values = traced.module.graph.output_node().args[0]
@@ -192,8 +194,8 @@ def match_donated(traced: Traced, argument: Any, name: str) -> dict[int, int]:
         new = Aval.of(values[tensor_index[output]].meta["val"])  # type: ignore[index,union-attr]
         if (new.shape, new.dtype) != (avals[path].shape, avals[path].dtype):
             raise ValueError(
-                f"donate={name!r}: leaf {path!r} is {avals[path]} and its new value is {new}: a step must keep shapes and "
-                "dtypes of its state"
+                f"donate={name!r}: leaf {path!r} is {avals[path]} and its new value is {new}: a step must keep shapes "
+                "and dtypes of its state"
             )
         matched[slots[path]] = tensor_index[output]
     return matched

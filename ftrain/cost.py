@@ -48,7 +48,7 @@ def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         if is_loop(node):
-            costs += _node_costs(loop_body(node), times * int(node.args[1]))  # type: ignore[arg-type]
+            costs += _node_costs(loop_body(node), times * int(node.args[1]))
             continue
         meta = node.meta
         moved = 0 if _is_view(node) else sum(_bytes(n.meta.get("val")) for n in [node, *node.all_input_nodes])

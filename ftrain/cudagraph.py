@@ -8,7 +8,9 @@ from torch import Tensor
 _WARMUP_RUNS = 3
 
 
-def cudagraph_program(program: Callable[[Sequence[Tensor]], list[Tensor]]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def cudagraph_program(
+    program: Callable[[Sequence[Tensor]], list[Tensor]],
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Capture `program` on its first call and replay it afterwards.
 
     A graph reads and writes fixed addresses. Arguments whose address stays the same from call to call (a donated state)

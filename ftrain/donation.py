@@ -15,8 +15,8 @@ class DonatedTensor(Tensor):
         given = torch.utils._pytree.tree_leaves((args, kwargs or {}))
         names = [path_of(a) for a in given if isinstance(a, DonatedTensor)]
         raise ValueError(
-            f"leaf {(names or ['?'])[0]!r} was donated to a step, which wrote its new state over it: use the state that "
-            "the step returned, or make the step with donate=None"
+            f"leaf {(names or ['?'])[0]!r} was donated to a step, which wrote its new state over it: use the state "
+            "that the step returned, or make the step with donate=None"
         )
 
 

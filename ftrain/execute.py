@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx
+from torch.fx.passes.split_module import split_module
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.donate import carry_in_place, write_in_place
@@ -87,10 +88,10 @@ def _inductor_around_loops(module: fx.GraphModule) -> Program:
             stages[node], stage = stage + 1, stage + 2
         else:
             stages[node] = stage
-    from torch.fx.passes.split_module import split_module
-
     split = split_module(module, module, lambda n: stages[n], keep_original_order=True)
     for name, part in list(split.named_children()):
+        if not isinstance(part, fx.GraphModule):
+            continue
         loops = [n for n in part.graph.nodes if is_loop(n)]
         if loops:
             _compile_bodies(part, loops)
@@ -108,7 +109,7 @@ def _inductor_around_loops(module: fx.GraphModule) -> Program:
 def _compile_bodies(part: fx.GraphModule, loops: list[fx.Node]) -> None:
     for node in loops:
         body = loop_body(node)
-        setattr(part, node.args[0].target, _Compiled(compile_with_inductor(body)))  # type: ignore[union-attr]
+        setattr(part, str(node.args[0].target), _Compiled(compile_with_inductor(body)))  # type: ignore[union-attr]
 
 
 class _Compiled(torch.nn.Module):

@@ -139,7 +139,9 @@ class Step:
         self._explained = True
         now = dict(zip(argument_paths(args, self._parameters[: len(args)]), map(_signature, leaves), strict=False))
         before = dict(zip(self._latest.leaf_paths, self._latest.leaf_signatures, strict=True))
-        changes = [f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]]
+        changes = [
+            f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]
+        ]
         changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
         more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
         warnings.warn(
@@ -152,8 +154,8 @@ class Step:
         for leaf in leaves:
             if isinstance(leaf, DonatedTensor):
                 raise ValueError(
-                    f"leaf {path_of(leaf)!r} was donated to an earlier step, which wrote its new state over it: pass the "
-                    "state that the step returned, or make the step with donate=None"
+                    f"leaf {path_of(leaf)!r} was donated to an earlier step, which wrote its new state over it: pass "
+                    "the state that the step returned, or make the step with donate=None"
                 )
         for path, leaf in zip(argument_paths(args, self._parameters[: len(args)]), leaves, strict=True):
             if not is_array(leaf) and not isinstance(leaf, int | float | str | bool | complex | torch.dtype):
@@ -182,4 +184,3 @@ def _positional_names(fn: Callable) -> list[str]:
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         names += [f"arg{i}" for i in range(len(names), 32)]
     return names
-

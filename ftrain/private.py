@@ -41,7 +41,7 @@ def autograd_sequence() -> int:
 def tracing_graph() -> fx.Graph | None:
     """The graph being written by the innermost trace on this thread, or None."""
     mode = get_proxy_mode()
-    return None if mode is None else mode.tracer.graph  # type: ignore[union-attr]
+    return None if mode is None else mode.tracer.graph
 
 
 def trace_to_graph(function: Callable, fakes: list[Any]) -> fx.GraphModule:
@@ -69,7 +69,7 @@ def paused_trace() -> Iterator[None]:
 def emit_node(
     target: Callable, body: fx.GraphModule, name: str, args: tuple, outputs: list[Tensor], meta: dict[str, Any]
 ) -> list[Tensor]:
-    """Append `target(body, *args)` to the trace under way; `outputs` are fake tensors that now stand for its results."""
+    """Append `target(body, *args)` to the trace; `outputs` are fake tensors that now stand for its results."""
     mode = get_proxy_mode()
     assert mode is not None, "emit_node is only for use inside a trace"
     tracer: Any = mode.tracer
@@ -93,7 +93,9 @@ def unwrap_functional(tensor: Tensor) -> Tensor:
 
 def wrap_functional(tensor: Tensor) -> Tensor:
     """A tensor as the body of the innermost `torch.func.functionalize` sees it."""
-    return torch._C._functorch._wrap_functional_tensor(tensor, torch._C._functorch.maybe_current_level())
+    level = torch._C._functorch.maybe_current_level()
+    assert level is not None, "wrap_functional is for use inside torch.func.functionalize"
+    return torch._C._functorch._wrap_functional_tensor(tensor, level)
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -101,7 +103,7 @@ def is_tracked(tensor: Tensor) -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
     mode = get_proxy_mode()
-    return mode is not None and get_proxy_slot(tensor, mode.tracer, None) is not None  # type: ignore[call-overload]
+    return mode is not None and get_proxy_slot(tensor, mode.tracer, None) is not None
 
 
 def below_autograd() -> Any:
@@ -120,7 +122,7 @@ def new_fake_like(tensor: Tensor) -> Tensor:
 
 
 def shapes_of_result(function: Callable[[], Any]) -> Any:
-    """Call a function for the shapes of its result alone: inside a trace nothing is recorded, outside nothing computed."""
+    """Call a function for the shapes of its result: inside a trace nothing is recorded, outside nothing computed."""
     if tracing_graph() is not None:
         with disable_proxy_modes_tracing():
             return function()
@@ -145,7 +147,7 @@ def compile_with_inductor(module: fx.GraphModule) -> Callable:
 
 
 def value_of(node: fx.Node) -> Any:
-    """The fake value of a node, worked out anew from those of its inputs: its memory is its own, or its input's view."""
+    """The fake value of a node, worked out from those of its inputs: with memory of its own, or its input's view."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     flat = torch.utils._pytree.tree_leaves((args, kwargs))
     with fake_mode_of([a for a in flat if isinstance(a, FakeTensor)]):

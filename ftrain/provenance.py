@@ -52,8 +52,9 @@ def user_site(frame: FrameType | None = None) -> Site | None:
 
 
 class Provenance(TorchDispatchMode):
-    """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward" or "step") and `meta["sequence"]`, which
-    a forward op shares with the nodes of its backward.
+    """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward", "step") and `meta["sequence"]`.
+
+    The sequence is a number that a forward op shares with the nodes of its backward.
     """
 
     def __init__(self) -> None:

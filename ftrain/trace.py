@@ -58,7 +58,7 @@ class Traced:
 
 
 def is_array(leaf: Any) -> bool:
-    """True for what a trace takes as data: tensors and abstract values; numbers and strings are constants of a trace."""
+    """True for what a trace takes as data: tensors and abstract values; numbers and strings are constants."""
     return isinstance(leaf, Tensor | Aval)
 
 
@@ -104,7 +104,11 @@ def trace(
 
 def argument_paths(args: tuple, names: Sequence[str]) -> list[str]:
     """Dotted paths of all leaves of the arguments, each starting with its argument's name."""
-    return [".".join(p for p in (name, path) if p) for name, arg in zip(names, args, strict=True) for path in tree.paths(arg)]
+    return [
+        ".".join(p for p in (name, path) if p)
+        for name, arg in zip(names, args, strict=True)
+        for path in tree.paths(arg)
+    ]
 
 
 def _traceable(device: Any) -> torch.device:
@@ -128,7 +132,7 @@ def _check_constants(module: fx.GraphModule) -> None:
         value = getattr(module, str(node.target), None) if node.op == "get_attr" else None
         if isinstance(value, FakeTensor):
             raise ValueError(
-                f"{node.meta.get('site')}: the step uses a tensor that was made in another trace; pass it as an argument"
+                f"{node.meta.get('site')}: the step uses a tensor of another trace; pass it as an argument"
             )
 
 

@@ -16,7 +16,7 @@ class Mean(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody needs
 
     @staticmethod
     def of(value_N: Tensor) -> "Mean":

@@ -43,9 +43,7 @@ class Evaluator:
 
     def answers(self, task: str, params: Any, balance: Any, *, tick: Callable[[], None] = lambda: None) -> list[Answer]:
         """The model's answers to the held-out examples of a task; `tick` is called after each pack."""
-        examples = [
-            sample(task, i, sources=self.sources, seed=self.seed, split=HELD_OUT) for i in range(self.count)
-        ]
+        examples = [sample(task, i, sources=self.sources, seed=self.seed, split=HELD_OUT) for i in range(self.count)]
         answers: list[Answer] = []
         for number, part in enumerate(_parts(examples, self.at_once)):
             if task.endswith("_to_image"):

@@ -91,7 +91,7 @@ def audio_config(size: str, d_out: int) -> AudioConfig:
 
 
 def readers(size: str) -> Readers:
-    """The encoders' configurations of a size, from which the data makes its features. ValueError for an unknown size."""
+    """The encoders' configurations, from which the data makes its features. ValueError for an unknown size."""
     if size not in NAMES:
         raise ValueError(f"--size {size!r} is not one of {', '.join(NAMES)}")
     d_out = width(size)
