@@ -41,6 +41,8 @@ class Options:
     """Widths and depths; tiny is made for two CPU cores."""
     steps: int = 1000
     """Training steps."""
+    tokenizer_steps: int = 300
+    """Steps of the image tokenizer, which is trained first and then frozen."""
     seed: int = 0
     """Of initial weights, data order and sampling: one seed, one result."""
     out: Path | None = None
@@ -61,7 +63,7 @@ class Options:
     """CPU threads of each op. One leaves the other cores to data and keeps sums in one order on any machine."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("seed", 0), ("checkpoint_every", 0), ("held_out", 1), ("threads", 1)):
+        for name, least in (("steps", 1), ("tokenizer_steps", 1), ("seed", 0), ("checkpoint_every", 0), ("held_out", 1), ("threads", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -69,7 +71,7 @@ class Options:
 
 
 # What must be the same for a resumed run to give the numbers of an uninterrupted one.
-_FIXED = ("size", "steps", "seed")
+_FIXED = ("size", "steps", "tokenizer_steps", "seed")
 
 
 def main(options: Options) -> int:
@@ -82,7 +84,7 @@ def main(options: Options) -> int:
     report = Report(options.steps)
     report.say(f"run folder: {path}")
     work = job.make(
-        size=options.size, steps=options.steps, seed=options.seed, device=device, backend=options.backend,
+        size=options.size, steps=options.steps, tokenizer_steps=options.tokenizer_steps, seed=options.seed, device=device, backend=options.backend,
         remat=options.remat, say=report.say,
     )  # fmt: skip
     with Checkpointer(path / "checkpoints", keep=Retention(last=2)) as checkpoints:
@@ -125,7 +127,7 @@ def _check_same(options: Options, path: Path) -> None:
         if before.get(name) != getattr(options, name):
             raise ValueError(
                 f"the run in {path} has --{name} {before.get(name)}, not {getattr(options, name)}: a resumed run keeps "
-                "its size, steps and seed; give the same, or another --out"
+                "its size, steps, tokenizer steps and seed; give the same, or another --out"
             )
 
 

@@ -19,9 +19,7 @@ from ftrain.hardware import free_bytes
 from modules import omni, spec
 from modules.omni import OmniModel
 
-TOKENIZER_STEPS = 300
 _BYTES_PER_PARAMETER = 16  # float32 master, two moments, gradient
-_DOCUMENTS = {"tiny": 64, "small": 256, "medium": 1024, "30b-a3b": 1024}
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Job:
     judge: Judge
     seed: int
     device: torch.device
+    tokenizer_steps: int
 
     def abstract_state(self) -> Any:
         """The state's shapes, for restoring into."""
@@ -53,7 +52,7 @@ class Job:
         images_NCHW = self.sources.train.drawn.images_NHWC.transpose(0, 3, 1, 2).copy()
         config = model.vq_config(self.size)
         tokenizer, error = tokenizer_training.train_tokenizer(
-            images_NCHW, cfg=config, steps=TOKENIZER_STEPS, seed=self.seed, device=self.device
+            images_NCHW, cfg=config, steps=self.tokenizer_steps, seed=self.seed, device=self.device
         )
         say(f"image tokenizer: {config.codes_per_image} codes an image, squared error {error:.4f}, "
             f"{time.monotonic() - began:.0f} s")  # fmt: skip
@@ -62,7 +61,15 @@ class Job:
 
 
 def make(
-    *, size: str, steps: int, seed: int, device: torch.device, backend: str, remat: str, say: Callable[[str], None]
+    *,
+    size: str,
+    steps: int,
+    tokenizer_steps: int,
+    seed: int,
+    device: torch.device,
+    backend: str,
+    remat: str,
+    say: Callable[[str], None],
 ) -> Job:
     """Read the data, build the model of this size, and jit its step. ValueError if the state cannot fit the device."""
     began = time.monotonic()
@@ -76,7 +83,7 @@ def make(
     _check_memory(size, parameters, device)
     names = tasks.possible(data)
     mixture = Mixture(data, seed)
-    documents = _DOCUMENTS[size]
+    documents = model.parts(size).documents
     feed = Batches(
         mixture=mixture,
         model=net,
@@ -90,7 +97,7 @@ def make(
     step = ftrain.jit(training.train_step(net, tx, names, {}), donate="state", backend=backend, remat=remat)
     say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {feed.budget.tokens:,} tokens a step")
     grader = judge.train(data.train.drawn, data.held_out.drawn, seed=seed)
-    return Job(size, net, data, names, feed, config, tx, step, grader, seed, device)
+    return Job(size, net, data, names, feed, config, tx, step, grader, seed, device, tokenizer_steps)
 
 
 def _check_memory(size: str, parameters: int, device: torch.device) -> None:

@@ -17,11 +17,12 @@ from modules.vq_image import VqConfig
 
 IMAGE_SIZE = 8
 _HOP = 128  # samples between mel frames
+_INIT_STD = 0.3  # rows of text as large as rows of media: with 0.02, all tasks but one stay at chance 200 steps longer
 
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of the foundation and of the encoders; `tokens` is the budget of a training batch."""
+    """Widths of the foundation and of the encoders; `documents` are those of a training batch."""
 
     d_model: int
     layers: int
@@ -31,15 +32,20 @@ class Size:
     d_expert: int
     encoder_width: int
     encoder_layers: int
-    tokens: int
+    documents: int
 
 
 SIZES = {
-    "tiny": Size(96, 3, 4, 2, 8, 96, 64, 2, 1024),
-    "small": Size(256, 6, 8, 4, 16, 256, 128, 4, 4096),
-    "medium": Size(768, 12, 12, 4, 32, 512, 384, 8, 16384),
+    "tiny": Size(96, 3, 4, 2, 8, 96, 64, 2, 128),
+    "small": Size(256, 6, 8, 4, 16, 256, 128, 4, 256),
+    "medium": Size(768, 12, 12, 4, 32, 512, 384, 8, 1024),
 }
 NAMES = (*SIZES, "30b-a3b")
+
+
+def parts(size: str) -> Size:
+    """The sizes of everything but the foundation; those of "medium" for "30b-a3b"."""
+    return SIZES.get(size, SIZES["medium"])
 
 
 def foundation(size: str, vocab: int) -> DecoderConfig:
@@ -53,7 +59,9 @@ def foundation(size: str, vocab: int) -> DecoderConfig:
     experts = MoEConfig(
         s.d_model, s.d_expert, experts=s.experts, top_k=2, shared_experts=1, score="sigmoid", balance="bias"
     )
-    return DecoderConfig(vocab=vocab, d_model=s.d_model, layers=s.layers, attention=heads, moe=experts)
+    return DecoderConfig(
+        vocab=vocab, d_model=s.d_model, layers=s.layers, attention=heads, moe=experts, init_std=_INIT_STD
+    )
 
 
 def vq_config(size: str) -> VqConfig:
@@ -64,19 +72,19 @@ def vq_config(size: str) -> VqConfig:
 
 def image_config(size: str, d_out: int) -> VisionConfig:
     """Images: patches of 4x4 pixels, four of which make a token: a digit is one token."""
-    s = SIZES.get(size, SIZES["medium"])
+    s = parts(size)
     return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=4, channels=1, merge=2)
 
 
 def video_config(size: str, d_out: int) -> VisionConfig:
     """Videos: patches of 5x5 pixels and three frames, four of which make a token: a film is one token."""
-    s = SIZES.get(size, SIZES["medium"])
+    s = parts(size)
     return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=5, channels=1, frames=3, merge=2)
 
 
 def audio_config(size: str, d_out: int) -> AudioConfig:
     """Spoken words: 40 mel bands every 12 ms; a clip is one token."""
-    s = SIZES.get(size, SIZES["medium"])
+    s = parts(size)
     return AudioConfig(
         s.encoder_width,
         s.encoder_layers,

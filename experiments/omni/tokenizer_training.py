@@ -23,11 +23,11 @@ class TokenizerState(NamedTuple):
 
 
 def train_tokenizer(
-    images_NCHW: np.ndarray, *, cfg: VqConfig, steps: int, seed: int, batch: int = 128, device: torch.device
+    images_NCHW: np.ndarray, *, cfg: VqConfig, steps: int, seed: int, batch: int = 64, device: torch.device
 ) -> tuple[Any, float]:
     """Parameters of a tokenizer of these images, and the last batch's mean squared error."""
     tx = optim.chain(
-        optim.clip_by_global_norm(1.0), optim.adamw(optim.warmup_cosine(3e-3, warmup_steps=20, total_steps=steps))
+        optim.clip_by_global_norm(1.0), optim.adamw(optim.warmup_cosine(3e-3, warmup_steps=min(20, steps // 5), total_steps=steps))
     )
     key = ftrain.key(seed).to(device)
     params = ftrain.init(vq_image.specs(cfg), ftrain.fold_in(key, 2))

@@ -26,18 +26,18 @@ class TrainConfig:
     """`learning_rate` is the peak, reached after `warmup_steps`; the cosine ends at `floor` of it after `steps`."""
 
     steps: int
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 60
     floor: float = 0.02
     weight_decay: float = 0.05
-    max_norm: float = 1.0
+    max_norm: float = 5.0
 
 
 def schedule(cfg: TrainConfig) -> optim.Schedule:
     """Warm-up and cosine, over `cfg.steps`."""
-    warmup = min(cfg.warmup_steps, max(cfg.steps // 5, 1))
+    warmup = min(cfg.warmup_steps, cfg.steps // 5)
     floor = cfg.floor * cfg.learning_rate
-    return optim.warmup_cosine(cfg.learning_rate, warmup_steps=warmup, total_steps=max(cfg.steps, warmup), floor=floor)
+    return optim.warmup_cosine(cfg.learning_rate, warmup_steps=warmup, total_steps=cfg.steps, floor=floor)
 
 
 def transform(cfg: TrainConfig) -> optim.Transform:

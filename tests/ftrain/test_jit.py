@@ -331,7 +331,7 @@ def test_a_tensor_from_another_trace_is_refused():
         return x
 
     keep(torch.ones(2))
-    with pytest.raises(ValueError, match="made in another trace; pass it as an argument"):
+    with pytest.raises(ValueError, match="of another trace; pass it as an argument"):
         jit(lambda x: x + kept[0])(torch.ones(2))
 
 

@@ -1,0 +1,69 @@
+"""The main job from its command line: it learns, resumes with the same numbers, and refuses what cannot be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.omni import run_folder
+from experiments.omni_moe import Options, main
+from ftrain import checkpoint
+
+SHORT = {"steps": 6, "tokenizer_steps": 10, "checkpoint_every": 3, "held_out": 2}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_files_and_a_resumed_run_has_the_same_losses(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(Options(out=out, **SHORT)) == 0
+    whole = run_folder.read_metrics(out)
+    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    for name in ("config.json", "summary.json", "curves.png", "samples.png", "step.html"):
+        assert (out / name).stat().st_size > 0
+    assert set(json.loads((out / "summary.json").read_text())["held_out"]) >= {"image_to_text", "text_to_image"}
+
+    checkpoint.delete(out / "checkpoints", 6)
+    assert main(Options(out=out, **SHORT)) == 0
+    resumed = run_folder.read_metrics(out)
+    losses = [{k: v for k, v in row.items() if k.startswith("loss")} for row in (*whole, *resumed)]
+    assert losses[:6] == losses[6:]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "experiments/omni_moe.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "huge"), "--size"),
+        (("--stepz", "3"), "--stepz"),
+        (("--steps", "0"), "--steps must be at least 1"),
+        (("--out", "/proc/nowhere"), "/proc/nowhere cannot be written"),
+        (("--resume", "/proc/nowhere"), "/proc/nowhere is not the folder of a run"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    done = run("--out", str(tmp_path))
+    assert done.returncode != 0
+    assert f"{tmp_path} is in use" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_resumed_run_keeps_what_decides_its_numbers(tmp_path: Path) -> None:
+    run_folder.RunFolder.create(tmp_path / "run", {"size": "tiny", "steps": 5, "tokenizer_steps": 300, "seed": 0}).close()
+    with pytest.raises(ValueError, match="has --steps 5, not 6"):
+        main(Options(out=tmp_path / "run", steps=6))
