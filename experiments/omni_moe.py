@@ -26,6 +26,7 @@ from experiments.omni.run_folder import RunFolder
 from experiments.omni.training import schedule
 from ftrain import TrainState, tree
 from ftrain.checkpoint import Checkpointer, Retention
+from ftrain.cost import Cost
 from ftrain.hardware import peak_flops
 from ftrain.interrupt import EXIT_RESUMABLE, StopRequest, interruptible
 
@@ -63,7 +64,14 @@ class Options:
     """CPU threads of each op. One leaves the other cores to data and keeps sums in one order on any machine."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("tokenizer_steps", 1), ("seed", 0), ("checkpoint_every", 0), ("held_out", 1), ("threads", 1)):
+        for name, least in (
+            ("steps", 1),
+            ("tokenizer_steps", 1),
+            ("seed", 0),
+            ("checkpoint_every", 0),
+            ("held_out", 1),
+            ("threads", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -152,7 +160,7 @@ def _train(
         for number, batch in enumerate(work.batches.ahead(done, options.steps), start=done + 1):
             if flops is None or memory is None:
                 compiled = work.step.lower(state, batch)
-                flops, memory = compiled.cost().flops, compiled.memory().total
+                flops, memory = _counted_flops(compiled.cost()), compiled.memory().total
                 compiled.report(run.path / "step.html")
             began = time.perf_counter()
             state, metrics = work.step(state, batch)
@@ -178,6 +186,11 @@ def _train(
             if stop.requested:
                 break
     return state, done
+
+
+def _counted_flops(cost: Cost) -> int:
+    """FLOPs that MFU counts: all but attention's scores, which depend on the documents and are few in short ones."""
+    return sum(node.flops for node in cost.nodes if "attention" not in node.op)
 
 
 def _finish(work: Job, state: TrainState, options: Options, run: RunFolder, report: Report) -> None:

@@ -94,7 +94,9 @@ def make(
     )
     config = TrainConfig(steps=steps)
     tx = training.transform(config)
-    step = ftrain.jit(training.train_step(net, tx, names, {}), donate="state", backend=backend, remat=remat)
+    step = ftrain.jit(
+        training.train_step(net, tx, names, training.loss_weights(names)), donate="state", backend=backend, remat=remat
+    )
     say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {feed.budget.tokens:,} tokens a step")
     grader = judge.train(data.train.drawn, data.held_out.drawn, seed=seed)
     return Job(size, net, data, names, feed, config, tx, step, grader, seed, device, tokenizer_steps)

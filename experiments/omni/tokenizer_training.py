@@ -27,7 +27,8 @@ def train_tokenizer(
 ) -> tuple[Any, float]:
     """Parameters of a tokenizer of these images, and the last batch's mean squared error."""
     tx = optim.chain(
-        optim.clip_by_global_norm(1.0), optim.adamw(optim.warmup_cosine(3e-3, warmup_steps=min(20, steps // 5), total_steps=steps))
+        optim.clip_by_global_norm(1.0),
+        optim.adamw(optim.warmup_cosine(3e-3, warmup_steps=min(20, steps // 5), total_steps=steps)),
     )
     key = ftrain.key(seed).to(device)
     params = ftrain.init(vq_image.specs(cfg), ftrain.fold_in(key, 2))

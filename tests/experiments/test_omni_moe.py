@@ -1,8 +1,10 @@
 """The main job from its command line: it learns, resumes with the same numbers, and refuses what cannot be."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,28 @@ def test_a_run_writes_its_files_and_a_resumed_run_has_the_same_losses(tmp_path: 
     resumed = run_folder.read_metrics(out)
     losses = [{k: v for k, v in row.items() if k.startswith("loss")} for row in (*whole, *resumed)]
     assert losses[:6] == losses[6:]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_exits_cleanly(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--steps", "5000", "--tokenizer-steps", "2", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "experiments/omni_moe.py"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 240
+        while not (out / "metrics.jsonl").is_file() or len(run_folder.read_metrics(out)) < 2:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "no step in four minutes"
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    done = checkpoint.latest(out / "checkpoints")
+    assert done == len(run_folder.read_metrics(out))
+    assert f"stopped by SIGINT after step {done}, saved" in said
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -64,6 +88,8 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_what_decides_its_numbers(tmp_path: Path) -> None:
-    run_folder.RunFolder.create(tmp_path / "run", {"size": "tiny", "steps": 5, "tokenizer_steps": 300, "seed": 0}).close()
+    run_folder.RunFolder.create(
+        tmp_path / "run", {"size": "tiny", "steps": 5, "tokenizer_steps": 300, "seed": 0}
+    ).close()
     with pytest.raises(ValueError, match="has --steps 5, not 6"):
         main(Options(out=tmp_path / "run", steps=6))
