@@ -40,7 +40,7 @@ class Options:
 
     size: Literal["tiny", "small", "medium", "30b-a3b"] = "tiny"
     """Widths and depths; tiny is made for two CPU cores."""
-    steps: int = 1000
+    steps: int = 1050
     """Training steps."""
     tokenizer_steps: int = 300
     """Steps of the image tokenizer, which is trained first and then frozen."""
@@ -92,9 +92,15 @@ def main(options: Options) -> int:
     report = Report(options.steps)
     report.say(f"run folder: {path}")
     work = job.make(
-        size=options.size, steps=options.steps, tokenizer_steps=options.tokenizer_steps, seed=options.seed, device=device, backend=options.backend,
-        remat=options.remat, say=report.say,
-    )  # fmt: skip
+        size=options.size,
+        steps=options.steps,
+        tokenizer_steps=options.tokenizer_steps,
+        seed=options.seed,
+        device=device,
+        backend=options.backend,
+        remat=options.remat,
+        say=report.say,
+    )
     with Checkpointer(path / "checkpoints", keep=Retention(last=2)) as checkpoints:
         done = checkpoints.latest() or 0 if resumed else 0
         if done:
