@@ -39,7 +39,7 @@ class Evaluator:
     seed: int
     count: int = 240
     at_once: int = 60
-    temperature: float = 0.6
+    temperature: float = 0.3
 
     def answers(self, task: str, params: Any, balance: Any, *, tick: Callable[[], None] = lambda: None) -> list[Answer]:
         """The model's answers to the held-out examples of a task; `tick` is called after each pack."""

@@ -30,15 +30,16 @@ class Size:
     kv_heads: int
     experts: int
     d_expert: int
-    encoder_width: int
+    vision_width: int
+    audio_width: int
     encoder_layers: int
     documents: int
 
 
 SIZES = {
-    "tiny": Size(96, 3, 4, 2, 8, 96, 64, 2, 128),
-    "small": Size(256, 6, 8, 4, 16, 256, 128, 4, 256),
-    "medium": Size(768, 12, 12, 4, 32, 512, 384, 8, 1024),
+    "tiny": Size(96, 3, 4, 2, 8, 96, 128, 64, 2, 128),
+    "small": Size(256, 6, 8, 4, 16, 256, 192, 128, 4, 256),
+    "medium": Size(768, 12, 12, 4, 32, 512, 384, 384, 8, 1024),
 }
 NAMES = (*SIZES, "30b-a3b")
 
@@ -67,26 +68,26 @@ def foundation(size: str, vocab: int) -> DecoderConfig:
 def vq_config(size: str) -> VqConfig:
     """The tokenizer of 8x8 digits: a 4x4 grid of codes."""
     wide = size != "tiny"
-    return VqConfig(size=IMAGE_SIZE, channels=1, widths=(32, 64) if wide else (16, 32), codes=128, d_code=8)
+    return VqConfig(size=IMAGE_SIZE, channels=1, widths=(32, 64) if wide else (16, 32), codes=32, d_code=8)
 
 
 def image_config(size: str, d_out: int) -> VisionConfig:
     """Images: patches of 4x4 pixels, four of which make a token: a digit is one token."""
     s = parts(size)
-    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=4, channels=1, merge=2)
+    return VisionConfig(s.vision_width, s.encoder_layers, heads=4, d_out=d_out, patch=4, channels=1, merge=2)
 
 
 def video_config(size: str, d_out: int) -> VisionConfig:
     """Videos: patches of 5x5 pixels and three frames, four of which make a token: a film is one token."""
     s = parts(size)
-    return VisionConfig(s.encoder_width, s.encoder_layers, heads=4, d_out=d_out, patch=5, channels=1, frames=3, merge=2)
+    return VisionConfig(s.vision_width, s.encoder_layers, heads=4, d_out=d_out, patch=5, channels=1, frames=3, merge=2)
 
 
 def audio_config(size: str, d_out: int) -> AudioConfig:
     """Spoken words: 40 mel bands every 12 ms; a clip is one token."""
     s = parts(size)
     return AudioConfig(
-        s.encoder_width,
+        s.audio_width,
         s.encoder_layers,
         heads=4,
         d_out=d_out,

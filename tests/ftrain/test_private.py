@@ -155,3 +155,10 @@ def test_the_profiler_reports_the_allocators_events():
     with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as recorded:
         torch.empty(1000)
     assert [e.nbytes() for e in recorded.kineto_results.events() if e.name() == "[memory]"] == [4000, -4000]
+
+
+def test_names_that_are_used_for_speed_exist() -> None:
+    assert callable(torch._fused_adamw_)
+    assert isinstance(torch.ops.prim.device.default, torch._ops.OpOverload)
+    with private._use_lazy_graph_module(True):
+        pass
