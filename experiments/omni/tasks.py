@@ -232,12 +232,12 @@ TASKS: Mapping[str, Callable[[_Draw], Example]] = MappingProxyType(
 NEED_SPEECH = frozenset({"audio_to_text", "audio_to_image"})
 WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
-        "image_to_text": 1.2,
-        "audio_to_text": 2.3,
-        "video_to_text": 3.0,
-        "text_to_image": 2.0,
-        "audio_to_image": 1.5,
-        "arithmetic": 0.8,
+        "image_to_text": 1.5,
+        "audio_to_text": 2.5,
+        "video_to_text": 3.5,
+        "text_to_image": 1.0,
+        "audio_to_image": 1.0,
+        "arithmetic": 1.0,
     }
 )
 

@@ -34,7 +34,7 @@ class TrainConfig:
 
 
 # The loss of a drawing is large to the end (many images are right); at 1 its gradient drowns those of the words.
-_DRAWING_WEIGHT = 0.35
+_DRAWING_WEIGHT = 0.3
 
 
 def loss_weights(tasks: tuple[str, ...]) -> dict[str, float]:
