@@ -20,7 +20,7 @@ from ftrain.passes.donate import donate as donate_pass
 from ftrain.passes.order import update_early
 from ftrain.precision import Precision
 from ftrain.remat import Remat, rematerialize
-from ftrain.trace import Aval, Traced, argument_paths, is_array, spread_paths, trace
+from ftrain.trace import Aval, Traced, argument_paths, is_array, signature_of, spread_paths, trace
 
 
 class Compiled:
@@ -33,7 +33,7 @@ class Compiled:
         self.backend = backend
         self.seconds_to_compile = 0.0
         self.leaf_paths = paths
-        self.leaf_signatures = [Aval.of(leaf) if is_array(leaf) else (type(leaf), leaf) for leaf in leaves]
+        self.leaf_signatures = [signature_of(leaf) for leaf in leaves]
         self.donated: dict[int, int] = {}
         self._treedef = treedef
         self._slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
@@ -153,7 +153,7 @@ def compile_step(
     traced = trace(fn, args, names, precision=precision)
     device = traced.input_avals[0].device if traced.input_avals else torch.device("cpu")
     compiled = Compiled(traced, treedef, leaves, argument_paths(args, names), choose(backend, device))
-    compiled.name = getattr(fn, "__name__", type(fn).__name__)
+    compiled.name = name_of(fn)
     module = traced.module
     clean(module)
     spread_paths(module, names[0] if names else "")
@@ -164,6 +164,11 @@ def compile_step(
     update_early(module, by_name)
     donate_pass(module, by_name)
     return compiled
+
+
+def name_of(fn: Callable) -> str:
+    """What a step is called in messages and reports."""
+    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def match_donated(traced: Traced, argument: Any, name: str) -> dict[int, int]:

@@ -4,7 +4,6 @@ Each takes a graph and returns a function from the list of flat inputs to the li
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +14,6 @@ from ftrain.passes.donate import carry_in_place, write_in_place
 from ftrain.passes.twins import use_twins
 from ftrain.private import below_autograd, compile_with_inductor
 
-Backend = Literal["auto", "aten", "inductor", "cudagraph"]
 Program = Callable[[Sequence[Tensor]], list[Tensor]]
 
 

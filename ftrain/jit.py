@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ftrain import tree
-from ftrain.compiled import Compiled, compile_step
+from ftrain.compiled import Compiled, compile_step, name_of
 from ftrain.donation import DonatedTensor, path_of
 from ftrain.precision import Precision, computing_in
 from ftrain.remat import Remat
-from ftrain.trace import Aval, argument_paths, is_array
+from ftrain.trace import Aval, argument_paths, is_array, signature_of
 
 _disabled: ContextVar[bool] = ContextVar("ftrain_disable_jit", default=False)
 
@@ -66,7 +66,7 @@ class Step:
         self._fn = fn
         self._parameters = _positional_names(fn)
         if donate is not None and donate not in self._parameters:
-            raise ValueError(f"donate={donate!r} is not an argument of {_name(fn)}({', '.join(self._parameters)})")
+            raise ValueError(f"donate={donate!r} is not an argument of {name_of(fn)}({', '.join(self._parameters)})")
         self._donate = None if donate is None else self._parameters.index(donate)
         self._backend, self._remat, self._precision = backend, remat, precision
         self._compiled: dict[Any, Compiled] = {}
@@ -107,14 +107,14 @@ class Step:
             return args
         unknown = set(kwargs) - set(self._parameters)
         if unknown:
-            raise ValueError(f"{_name(self._fn)} has no argument {', '.join(sorted(unknown))}")
+            raise ValueError(f"{name_of(self._fn)} has no argument {', '.join(sorted(unknown))}")
         bound = inspect.signature(self._fn).bind(*args, **kwargs)
         given = 1 + max(self._parameters.index(n) for n in bound.arguments)
         bound.apply_defaults()
         return tuple(bound.arguments[n] for n in self._parameters[:given])
 
     def _find(self, args: tuple, leaves: list[Any], treedef: Any) -> Compiled:
-        key = (treedef, tuple(_signature(leaf) for leaf in leaves))
+        key = (treedef, tuple(signature_of(leaf) for leaf in leaves))
         found = self._compiled.get(key)
         if found is None:
             if self._compiled:
@@ -137,7 +137,7 @@ class Step:
         if self._explained or self._latest is None:
             return
         self._explained = True
-        now = dict(zip(argument_paths(args, self._parameters[: len(args)]), map(_signature, leaves), strict=False))
+        now = dict(zip(argument_paths(args, self._parameters[: len(args)]), map(signature_of, leaves), strict=False))
         before = dict(zip(self._latest.leaf_paths, self._latest.leaf_signatures, strict=True))
         changes = [
             f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]
@@ -145,7 +145,7 @@ class Step:
         changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
         more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
         warnings.warn(
-            f"{_name(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "
+            f"{name_of(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "
             "shapes fixed (pack batches to one budget); later retraces are not reported.",
             stacklevel=4,
         )
@@ -165,16 +165,8 @@ class Step:
                 )
 
 
-def _signature(leaf: Any) -> Any:
-    return Aval.of(leaf) if is_array(leaf) else (type(leaf), leaf)
-
-
 def _show(signature: Any) -> str:
     return str(signature) if isinstance(signature, Aval) else repr(signature[1])
-
-
-def _name(fn: Callable) -> str:
-    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def _positional_names(fn: Callable) -> list[str]:

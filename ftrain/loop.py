@@ -98,6 +98,12 @@ def loop_body(node: fx.Node) -> fx.GraphModule:
     return body
 
 
+def carried_outputs(node: fx.Node) -> dict[str, int]:
+    """The names of the placeholders of a loop's body that hold its carry, and the outputs that replace them."""
+    placeholders = [n.name for n in loop_body(node).graph.nodes if n.op == "placeholder"]
+    return {name: i for i, name in enumerate(placeholders[: len(node.args[2])])}  # type: ignore[arg-type]
+
+
 def zeros_like_all(tensors: list[Tensor]) -> list[Tensor]:
     """Accumulators for a list of tensors."""
     return [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors]

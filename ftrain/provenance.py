@@ -41,13 +41,13 @@ def _is_machinery(file: str) -> bool:
     return file.startswith(_MACHINERY) or "/optree/" in file or file.endswith("contextlib.py")
 
 
-def user_site(frame: FrameType | None = None) -> Site | None:
+def user_site() -> Site | None:
     """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit."""
-    here = frame or sys._getframe(1)
+    here: FrameType | None = sys._getframe(1)
     while here is not None:
         if not _is_machinery(here.f_code.co_filename):
             return Site(here.f_code.co_filename, here.f_lineno, here.f_code.co_name)
-        here = here.f_back  # type: ignore[assignment]
+        here = here.f_back
     return None
 
 

@@ -62,13 +62,16 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, Tensor | Aval)
 
 
-def trace(
-    function: Callable, args: tuple, names: Sequence[str], *, precision: Precision | None = None, device: Any = None
-) -> Traced:
+def signature_of(leaf: Any) -> Any:
+    """What must be equal for a trace to fit: a tensor's abstract value, or the type and value of a constant."""
+    return Aval.of(leaf) if is_array(leaf) else (type(leaf), leaf)
+
+
+def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: Precision | None = None) -> Traced:
     """Trace `function(*args)`; `names` are the names of its arguments, the first components of leaf paths.
 
-    Leaves may be tensors (real, meta or fake) or `Aval`s; only their shapes and dtypes are read. `device` overrides the
-    leaves' devices. Leaves that are not tensors are constants of the trace.
+    Leaves may be tensors (real, meta or fake) or `Aval`s; only their shapes, dtypes and
+    devices are read. Leaves that are not tensors are constants of the trace.
     """
     leaves, treedef = tree.flatten(args)
     paths = argument_paths(args, names)
@@ -86,7 +89,7 @@ def trace(
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     with new_fake_mode(), recording(), computing_in(precision):
-        fakes = [torch.empty(a.shape, dtype=a.dtype, device=_traceable(device or a.device)) for a in avals]
+        fakes = [torch.empty(a.shape, dtype=a.dtype, device=_traceable(a.device)) for a in avals]
         module = trace_to_graph(flat, fakes)
     out_leaves, out_tree, out_paths = result[-1]
     module = functionalize(module, [paths[i] for i in slots])
@@ -111,9 +114,8 @@ def argument_paths(args: tuple, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _traceable(device: Any) -> torch.device:
+def _traceable(device: torch.device) -> torch.device:
     """Fake CUDA tensors with an autograd leaf abort a process whose torch has no CUDA: trace those as CPU tensors."""
-    device = torch.device(device)
     if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
         return torch.device("cpu")
     return device

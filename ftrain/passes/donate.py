@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch import fx
 
-from ftrain.loop import is_loop, loop_body
+from ftrain.loop import carried_outputs, is_loop, loop_body
 from ftrain.passes.aliasing import readers_by_storage, storage
 
 _aten = torch.ops.aten
@@ -40,8 +40,7 @@ def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: boo
     graph = module.graph
     for loop in [n for n in graph.nodes if is_loop(n)]:
         body = loop_body(loop)
-        carried = [n.name for n in body.graph.nodes if n.op == "placeholder"][: len(loop.args[2])]
-        donate(body, {name: i for i, name in enumerate(carried)}, keep_outputs=True)
+        donate(body, carried_outputs(loop), keep_outputs=True)
     _copy_kept_views(graph, donated)
     _copy_shared_values(graph, donated)
     output = graph.output_node()

@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from ftrain.loop import is_loop, loop_body
+from ftrain.loop import carried_outputs, is_loop, loop_body
 from ftrain.passes.aliasing import readers_by_storage, storage
 
 
@@ -19,8 +19,7 @@ def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
     nodes = list(graph.nodes)
     for loop in [n for n in nodes if is_loop(n)]:
         body = loop_body(loop)
-        carried = [n.name for n in body.graph.nodes if n.op == "placeholder"][: len(loop.args[2])]
-        update_early(body, {name: i for i, name in enumerate(carried)})
+        update_early(body, carried_outputs(loop))
     position = {node: i for i, node in enumerate(nodes)}
     output = nodes[-1]
     backbone = [n for n in nodes[:-1] if n.meta.get("phase") != "step" or n.op in ("placeholder", "get_attr")]
