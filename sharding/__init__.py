@@ -1,0 +1,21 @@
+"""Sharding: the mesh, layouts of components, and what each primitive becomes on many ranks. Knows nothing of models."""
+
+from sharding.batch import Places, Rows, Same, Tokens
+from sharding.layout import Capacity, Exact, Hybrid, Layout, Ring, Ulysses
+from sharding.mesh import Mesh
+from sharding.plan import Plan
+
+__all__ = [
+    "Capacity",
+    "Exact",
+    "Hybrid",
+    "Layout",
+    "Mesh",
+    "Places",
+    "Plan",
+    "Ring",
+    "Rows",
+    "Same",
+    "Tokens",
+    "Ulysses",
+]

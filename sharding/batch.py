@@ -1,0 +1,131 @@
+"""Which rank sees what of a batch: tokens in the order of the sequence axis, rows of media, places of rows.
+
+A batch of the whole mesh is one pack after the other, one pack for each data rank (replicate x shard); the ranks of the
+sequence axis share a pack. A pack's tokens are divided into chunks, and its media into equal runs of rows.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharding.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A leaf with one entry per token along `dim`."""
+
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A leaf whose `dim` is divided evenly among all ranks: features of media, targets of decoders."""
+
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class Places:
+    """Rows of integers that say at which token of the batch a row stands; the number of tokens means: nowhere."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """A leaf that every rank sees whole."""
+
+
+BatchRule = Tokens | Rows | Places | Same
+
+
+class TokenOrder(NamedTuple):
+    """How `ranks` share the tokens of a pack: in turn, or with `zigzag` over the `ring` (see `layout.Ring`)."""
+
+    ranks: int = 1
+    ring: int = 1
+    zigzag: bool = False
+
+    @property
+    def chunks(self) -> int:
+        """A pack's tokens must divide by this."""
+        return 2 * self.ranks if self.zigzag and self.ring > 1 else self.ranks
+
+    def order(self, tokens: int) -> Tensor:
+        """The pack's tokens in the order in which ranks hold them, `[tokens]` int64: rank after rank."""
+        index_T = torch.arange(tokens)
+        if not (self.zigzag and self.ring > 1):
+            return index_T
+        halves = index_T.view(2 * self.ring, -1)
+        return torch.cat([torch.cat([halves[i], halves[2 * self.ring - 1 - i]]) for i in range(self.ring)])
+
+    def owner(self, place_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """For places in the pack: the sequence rank that holds each, and where in that rank's tokens."""
+        at_N = place_N
+        if self.zigzag and self.ring > 1:
+            half = tokens // (2 * self.ring)
+            chunk_N, within_N = place_N // half, place_N % half
+            second_N = chunk_N >= self.ring
+            ring_N = torch.where(second_N, 2 * self.ring - 1 - chunk_N, chunk_N)
+            at_N = (2 * ring_N + second_N) * half + within_N
+        local = tokens // self.ranks
+        return at_N // local, at_N % local
+
+
+def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: TokenOrder, mesh: Mesh, rank: int) -> Tensor:
+    """What `rank` sees of a leaf of the whole mesh's batch; `tokens`: how many the whole batch has.
+
+    ValueError names the leaf if it does not divide, or if a row's place is in the pack of another rank.
+    """
+    data = mesh.replicate * mesh.shard
+    if isinstance(rule, Same):
+        return leaf
+    if isinstance(rule, Tokens):
+        return _token_share(leaf, rule.dim, path, order, data, rank)
+    dim = rule.dim if isinstance(rule, Rows) else 0
+    if leaf.shape[dim] % mesh.size:
+        raise ValueError(
+            f"batch leaf {path!r}: {leaf.shape[dim]} rows (dim {dim}) do not divide over {mesh.size} ranks; pad to "
+            f"{-(-leaf.shape[dim] // mesh.size) * mesh.size}, or say how it is divided in Plan(batch=...)"
+        )
+    length = leaf.shape[dim] // mesh.size
+    part = leaf.narrow(dim, rank * length, length)
+    return _in_pack(part, path, tokens, data, rank // mesh.sequence) if isinstance(rule, Places) else part
+
+
+def join_tokens(parts: list[Tensor], dim: int, order: TokenOrder) -> Tensor:
+    """The inverse of `share` for `Tokens`, from the parts of all ranks."""
+    packs = []
+    for first in range(0, len(parts), order.ranks):
+        held = torch.cat(parts[first : first + order.ranks], dim)
+        packs.append(held.index_select(dim, order.order(held.shape[dim]).argsort()))
+    return torch.cat(packs, dim)
+
+
+def _token_share(leaf: Tensor, dim: int, path: str, order: TokenOrder, data: int, rank: int) -> Tensor:
+    size = leaf.shape[dim] if leaf.dim() > dim else 0
+    if leaf.dim() <= dim or size % (data * order.chunks):
+        raise ValueError(
+            f"batch leaf {path!r} of shape {list(leaf.shape)} does not split: dim {dim} must be a multiple of "
+            f"{data} packs x {order.chunks} chunks = {data * order.chunks}; pack to such a budget, or say how the leaf "
+            "is divided in Plan(batch={...})"
+        )
+    pack = leaf.narrow(dim, rank // order.ranks * (size // data), size // data)
+    length = size // data // order.ranks
+    if not (order.zigzag and order.ring > 1):
+        return pack.narrow(dim, rank % order.ranks * length, length)
+    mine = order.order(size // data)[rank % order.ranks * length :][:length]
+    return pack.index_select(dim, mine.to(leaf.device))
+
+
+def _in_pack(place_n: Tensor, path: str, tokens: int, data: int, pack: int) -> Tensor:
+    length = tokens // data
+    local_n = place_n - pack * length
+    nowhere_n = place_n == tokens
+    if bool((~nowhere_n & ((local_n < 0) | (local_n >= length))).any()):
+        raise ValueError(
+            f"batch leaf {path!r}: a row of data rank {pack} stands at a token of another rank's pack; a pack's rows "
+            "and its tokens must be in the same part of the batch"
+        )
+    return torch.where(nowhere_n, length, local_n)

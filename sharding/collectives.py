@@ -1,0 +1,235 @@
+"""Differentiable collectives: each one's backward is its transpose, itself differentiable.
+
+They are `torch.autograd.Function`s with `setup_context` (`torch.func` refuses anything else) around
+`torch.ops._c10d_functional`: a start, and a wait that a scheduling pass may move. A group of one rank leaves no trace.
+What a sum is for decides its transpose: `sum_of_parts` makes one number, the same on all ranks, of each rank's part, so
+a part's gradient is the number's; `copy_to_ranks` is the converse.
+
+Legend: n ranks of the group, N rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.opaque import opaque_op
+from sharding.mesh import Group
+from sharding.private import rank_in_group
+from sharding.spmd import purpose
+
+_c10d = torch.ops._c10d_functional
+
+
+def all_gather(x_N: Tensor, group: Group, *, purpose: str, dim: int = 0, reduce: torch.dtype | None = None) -> Tensor:
+    """The ranks' pieces joined along `dim`, in the group's order; transposed by `reduce_scatter`.
+
+    `reduce`: the dtype in which gradients are summed (default: the gradient's).
+    """
+    return x_N if group.size == 1 else _AllGather.apply(x_N, group, dim, reduce, purpose)
+
+
+def reduce_scatter(
+    x_N: Tensor, group: Group, *, purpose: str, dim: int = 0, reduce: torch.dtype | None = None
+) -> Tensor:
+    """This rank's piece, along `dim`, of the sum over ranks; transposed by `all_gather`. `dim` is divisible by n."""
+    return x_N if group.size == 1 else _ReduceScatter.apply(x_N, group, dim, reduce, purpose)
+
+
+def sum_of_parts(x: Tensor, group: Group, *, purpose: str) -> Tensor:
+    """The sum over ranks; the gradient of a part is that of the sum (which every rank uses in the same way)."""
+    return x if group.size == 1 else _SumOfParts.apply(x, group, purpose)
+
+
+def copy_to_ranks(x: Tensor, group: Group, *, purpose: str, reduce: torch.dtype | None = None) -> Tensor:
+    """x itself, equal on all ranks and used by each on its own data: gradients are summed over ranks."""
+    return x if group.size == 1 else _CopyToRanks.apply(x, group, reduce, purpose)
+
+
+def all_to_all(x_nN: Tensor, group: Group, *, purpose: str) -> Tensor:
+    """`y[j] = x_of_rank_j[me]`: equal pieces, the leading dim is the group's; its own transpose."""
+    if x_nN.shape[0] != group.size:
+        raise ValueError(f"all_to_all: the leading dim of {list(x_nN.shape)} must be the group's size {group.size}")
+    return x_nN if group.size == 1 else _AllToAll.apply(x_nN, group, purpose)
+
+
+def permute(x: Tensor, group: Group, shift: int, *, purpose: str) -> Tensor:
+    """The tensor of the rank `shift` places before this one, around the ring; transposed by `-shift`."""
+    return x if group.size == 1 or shift % group.size == 0 else _Permute.apply(x, group, shift, purpose)
+
+
+def all_to_all_rows(
+    x_ND: Tensor, send_n: Tensor, receive_n: Tensor, rows: Any, group: Group, *, purpose: str
+) -> Tensor:
+    """Rows in the order of their destinations, `send[j]` of them to rank j, to rows in the order of their origins.
+
+    `send_n`, `receive_n`: int64 `[n]` on the CPU; `rows`: the sum of `receive_n`, an int or a symbolic one.
+    """
+    return x_ND if group.size == 1 else _AllToAllRows.apply(x_ND, send_n, receive_n, rows, group, purpose)
+
+
+def wait(x: Tensor) -> Tensor:
+    """The result of a started collective."""
+    return _c10d.wait_tensor.default(x)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, why: str) -> Tensor:
+        return gather_pieces(x, group, dim, why)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.how = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return _ReduceScatter.apply(grad, *ctx.how[:3], _transposed(ctx.how[3])), None, None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, why: str) -> Tensor:
+        return scatter_sum(x, group, dim, reduce, why)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.how = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return _AllGather.apply(grad, *ctx.how[:3], _transposed(ctx.how[3])), None, None, None, None
+
+
+class _SumOfParts(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, group: Group, why: str) -> Tensor:
+        return sum_over(x, group, None, why)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.how = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return _CopyToRanks.apply(grad, ctx.how[0], None, _transposed(ctx.how[1])), None, None
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, group: Group, reduce: torch.dtype | None, why: str) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.how = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        group, reduce, why = ctx.how
+        wide = grad if reduce is None else grad.to(reduce)
+        return _SumOfParts.apply(wide, group, _transposed(why)).to(grad.dtype), None, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(x_nN: Tensor, group: Group, why: str) -> Tensor:
+        flat = x_nN.contiguous().flatten()
+        each = [flat.shape[0] // group.size] * group.size
+        with purpose(why):
+            return wait(_c10d.all_to_all_single.default(flat, each, each, group.name)).view(x_nN.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.how = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return _AllToAll.apply(grad, ctx.how[0], _transposed(ctx.how[1])), None, None
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, group: Group, shift: int, why: str) -> Tensor:
+        with purpose(why):
+            return wait(shift_ranks(x.contiguous(), shift % group.size, group.size, group.name))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.how = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        group, shift, why = ctx.how
+        return _Permute.apply(grad, group, -shift, _transposed(why)), None, None, None
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(x_ND: Tensor, send_n: Tensor, receive_n: Tensor, rows: Any, group: Group, why: str) -> Tensor:
+        with purpose(why):
+            return wait(exchange_rows(x_ND.contiguous(), send_n, receive_n, rows, group.name))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x_ND, send_n, receive_n, _, ctx.group, ctx.why = inputs
+        ctx.sent = x_ND.shape[0]
+        ctx.save_for_backward(send_n, receive_n)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        send_n, receive_n = ctx.saved_tensors
+        back = _AllToAllRows.apply(grad, receive_n, send_n, ctx.sent, ctx.group, _transposed(ctx.why))
+        return back, None, None, None, None, None
+
+
+def gather_pieces(x: Tensor, group: Group, dim: int, why: str) -> Tensor:
+    """All ranks' pieces joined along `dim`; without autograd."""
+    first = x.movedim(dim, 0) if dim else x
+    with purpose(why):
+        whole = wait(_c10d.all_gather_into_tensor.default(first.contiguous(), group.size, group.name))
+    return whole.movedim(0, dim).contiguous() if dim else whole
+
+
+def scatter_sum(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, why: str) -> Tensor:
+    """This rank's piece along `dim` of the sum, added up in `reduce`, in the dtype of `x`; without autograd."""
+    first = x.movedim(dim, 0) if dim else x
+    wide = first.contiguous() if reduce is None else first.to(reduce).contiguous()
+    with purpose(why):
+        piece = wait(_c10d.reduce_scatter_tensor.default(wide, "sum", group.size, group.name))
+    piece = piece.to(x.dtype)
+    return piece.movedim(0, dim).contiguous() if dim else piece
+
+
+def sum_over(x: Tensor, group: Group, reduce: torch.dtype | None, why: str) -> Tensor:
+    """The sum over ranks, added up in `reduce`, in the dtype of `x`; without autograd."""
+    wide = x.contiguous() if reduce is None else x.to(reduce).contiguous()
+    with purpose(why):
+        return wait(_c10d.all_reduce.default(wide, "sum", group.name)).to(x.dtype)
+
+
+@opaque_op(
+    "shift_ranks(Tensor x, int shift, int size, str group) -> Tensor",
+    fake=lambda x, shift, size, group: x.new_empty(x.shape),
+)
+def shift_ranks(x: Tensor, shift: int, size: int, group: str) -> Tensor:
+    """Start sending `x` `shift` ranks on, and receiving the like; `wait` for the result."""
+    me, flat = rank_in_group(group), x.flatten()
+    send, receive = [0] * size, [0] * size
+    send[(me + shift) % size] = receive[(me - shift) % size] = flat.shape[0]
+    return _c10d.all_to_all_single.default(flat, receive, send, group).view(x.shape)
+
+
+@opaque_op(
+    "exchange_rows(Tensor x, Tensor send, Tensor receive, SymInt rows, str group) -> Tensor",
+    fake=lambda x, send, receive, rows, group: x.new_empty(rows, *x.shape[1:]),
+)
+def exchange_rows(x_ND: Tensor, send_n: Tensor, receive_n: Tensor, rows: int, group: str) -> Tensor:
+    """Start an uneven exchange of rows; `wait` for the result."""
+    del rows
+    return _c10d.all_to_all_single.default(x_ND, receive_n.tolist(), send_n.tolist(), group)
+
+
+def _transposed(why: str) -> str:
+    """The purpose of a collective's transpose: named after it, and back again."""
+    return why.removesuffix(".T") if why.endswith(".T") else why + ".T"

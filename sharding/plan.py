@@ -1,0 +1,162 @@
+"""Plans: a mesh, a default layout, and layouts of components by the path of their parameters."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from sharding.batch import BatchRule, TokenOrder, Tokens
+from sharding.layout import Hybrid, Layout, Ring
+from sharding.mesh import Mesh
+from sharding.placement import Placement, place
+
+
+class Plan:
+    """How a model runs on a mesh.
+
+    `components` maps globs over the paths of parameters ("encoders.*", "foundation.layers.*.moe") to layouts; the glob
+    with the most parts wins. `batch` maps globs over paths of the batch to how a leaf is divided; without a match a
+    leaf has one entry per token in dim 0.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        default: Layout = Layout(),  # noqa: B008  # frozen
+        *,
+        batch: Mapping[str, BatchRule] = MappingProxyType({}),
+        **components: Layout,
+    ) -> None:
+        for name, layout in (("default", default), *components.items()):
+            if not isinstance(layout, Layout):
+                raise ValueError(f"Plan({name}={layout!r}) must be a sharding.Layout")
+        self.mesh, self.default = mesh, default
+        self.components, self.batch = dict(components), dict(batch)
+        _check_heads_free(self)
+
+    def layout(self, path: str) -> Layout:
+        """The layout of the component that the parameter, or component, at `path` belongs to."""
+        matches = [g for g in self.components if _covers(g, path)]
+        return self.components[max(matches, key=_weight)] if matches else self.default
+
+    @cached_property
+    def order(self) -> TokenOrder:
+        """How the ranks of the sequence axis share the tokens of a pack."""
+        ranks = self.mesh.sequence
+        for layout in (self.default, *self.components.values()):
+            if isinstance(layout.sequence, Ring):
+                return TokenOrder(ranks, ranks, layout.sequence.zigzag)
+            if isinstance(layout.sequence, Hybrid):
+                return TokenOrder(ranks, ranks // layout.sequence.ulysses, layout.sequence.zigzag)
+        return TokenOrder(ranks)
+
+    def placement(self, path: str, spec: Any) -> Placement:
+        """Where the pieces of the parameter are; `spec` has `shape` and `axes`. ValueError names the path."""
+        layout = self.layout(path)
+        try:
+            return place(
+                spec.shape,
+                spec.axes,
+                mesh=self.mesh,
+                parameters=layout.parameters,
+                experts=layout.experts is not None,
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def placements(self, specs: Any) -> dict[str, Placement]:
+        """The placement of every parameter, by path. A glob that names no parameter is a ValueError."""
+        leaves = dict(_walk(specs, ""))
+        for glob in self.components:
+            if not any(_covers(glob, path) for path in leaves):
+                known = sorted({".".join(p.split(".")[: glob.count(".") + 1]) for p in leaves})
+                near = difflib.get_close_matches(glob, known, n=3, cutoff=0.0)
+                raise ValueError(f"the plan names a component {glob!r}, which no parameter is in; nearest: {near}")
+        return {path: self.placement(path, spec) for path, spec in leaves.items()}
+
+    def batch_rule(self, path: str) -> BatchRule:
+        """How the batch's leaf at `path` is divided; the last glob that matches wins."""
+        found: BatchRule = Tokens()
+        for glob, rule in self.batch.items():
+            if fnmatch.fnmatchcase(path, glob):
+                found = rule
+        return found
+
+    def describe(self, specs: Any) -> str:
+        """A table: path, shape, how each dim is divided, a rank's shape and bytes; and the sum."""
+        rows = [("parameter", "shape", "placement", "a rank's shape", "bytes per rank")]
+        total = 0
+        leaves = dict(_walk(specs, ""))
+        for path, placement in self.placements(specs).items():
+            dtype = _stored_dtype(leaves[path], self.layout(path))
+            size = dtype.itemsize
+            for n in placement.local_shape:
+                size *= n
+            total += size
+            local = _dims(placement.local_shape)
+            rows.append((path, _dims(placement.shape), _words(placement), local, f"{size:,}"))
+        rows.append(("total", "", str(self.mesh), "", f"{total:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _stored_dtype(spec: Any, layout: Layout) -> Any:
+    import torch
+
+    return spec.dtype if layout.dtype is None else getattr(torch, layout.dtype)
+
+
+def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key in sorted(tree):
+            yield from _walk(tree[key], f"{path}.{key}" if path else key)
+    elif isinstance(tree, list | tuple):
+        for i, child in enumerate(tree):
+            yield from _walk(child, f"{path}.{i}" if path else str(i))
+    else:
+        yield path, tree
+
+
+def _covers(glob: str, path: str) -> bool:
+    """True if the glob names the path or a component that contains it; `*` stands for one part."""
+    parts, names = glob.split("."), path.split(".")
+    return len(parts) <= len(names) and all(fnmatch.fnmatchcase(n, p) for n, p in zip(names, parts, strict=False))
+
+
+def _weight(glob: str) -> tuple[int, int]:
+    parts = glob.split(".")
+    return len(parts), sum("*" not in p for p in parts)
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _words(placement: Placement) -> str:
+    words = [f"dim {s.dim} over {'+'.join(s.axes)} ({s.size})" for s in placement.splits]
+    if placement.copies:
+        words.append(f"copies over {'+'.join(placement.copies)}")
+    return ", ".join(words) or "one copy"
+
+
+def _check_heads_free(plan: Plan) -> None:
+    """All rings of a plan must share one order of tokens; a hybrid's inner size must divide the axis."""
+    rings: dict[tuple[int, bool], str] = {}
+    for name, layout in (("default", plan.default), *plan.components.items()):
+        how = layout.sequence
+        if isinstance(how, Hybrid):
+            if how.ulysses < 1 or plan.mesh.sequence % how.ulysses:
+                raise ValueError(
+                    f"{name}: Hybrid(ulysses={how.ulysses}) does not divide sequence={plan.mesh.sequence}; it may be "
+                    f"{[n for n in range(1, plan.mesh.sequence + 1) if plan.mesh.sequence % n == 0]}"
+                )
+            rings[(plan.mesh.sequence // how.ulysses, how.zigzag)] = name
+        elif isinstance(how, Ring):
+            rings[(plan.mesh.sequence, how.zigzag)] = name
+    if len(rings) > 1:
+        raise ValueError(
+            f"components {' and '.join(rings.values())} want rings of different sizes {sorted(rings)}, but the tokens "
+            "of a pack have one order: give them the same Ring or Hybrid"
+        )
