@@ -15,7 +15,7 @@ from torch import Tensor
 from ftrain import tree
 from ftrain.grad import differentiated
 from ftrain.loop import loop, zeros_like_all
-from ftrain.precision import compute_view
+from ftrain.parameter_view import views_of
 from ftrain.private import shapes_of_result
 from kernels.mean import Mean, WeightedSum, sum_over_batch
 
@@ -42,7 +42,8 @@ class Accumulated:
 
     def __call__(self, params: Any, batch: Any) -> Any:
         """The loss over all micro-batches, without gradients."""
-        params = tree.map(compute_view, params)
+        leaves, params_tree = tree.flatten(params)
+        params = tree.unflatten(params_tree, [v(x) for v, x in zip(views_of(leaves), leaves, strict=True)])
         xs, batch_tree = self._leaves(batch)
 
         def body(*flat: Tensor) -> list[Tensor]:
@@ -67,10 +68,11 @@ class Accumulated:
                 f"the has_aux it was made with ({self.has_aux})"
             )
         xs, batch_tree = self._leaves(args[1])
+        views = views_of(leaves)
 
         def loss_of(params: list[Tensor], batch: list[Tensor]) -> tuple[Any, Any]:
-            (tree_of_params,) = tree.unflatten(treedef, params)
-            return self._call(tree.map(compute_view, tree_of_params), tree.unflatten(batch_tree, batch))
+            (shown,) = tree.unflatten(treedef, [v(x) for v, x in zip(views, params, strict=True)])
+            return self._call(shown, tree.unflatten(batch_tree, batch))
 
         loss, aux = shapes_of_result(lambda: loss_of(leaves, [x[0] for x in xs]))
         counts = self._sum_counts(loss_of, loss, leaves, xs)

@@ -14,6 +14,7 @@ from ftrain.cost import Cost, graph_cost
 from ftrain.donation import give_away
 from ftrain.execute import Program, choose, compile_graph, prepare_for_python
 from ftrain.liveness import MemoryPlan, plan_memory
+from ftrain.lockstep import groups_of, lockstep_program
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
@@ -21,6 +22,7 @@ from ftrain.passes.order import update_early
 from ftrain.precision import Precision
 from ftrain.remat import Remat, rematerialize
 from ftrain.trace import Aval, Traced, argument_paths, is_array, signature_of, spread_paths, trace
+from sharding.mesh import Mesh
 
 
 class Compiled:
@@ -42,6 +44,7 @@ class Compiled:
         self._devices = [a.device for a in traced.input_avals]
         self._statics = [(i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf)]
         self._program: Program | None = None
+        self._lockstep: Callable | None = None
 
     def fits(self, leaves: list[Any], treedef: Any) -> bool:
         """True if arguments with these leaves and this structure can be run as they are."""
@@ -60,6 +63,10 @@ class Compiled:
 
     def run(self, leaves: list[Any]) -> Any:
         """Run on the flat leaves of real arguments and return the result's tree."""
+        return self.traced.assemble(self.run_flat(leaves))
+
+    def run_flat(self, leaves: list[Any]) -> list[Tensor]:
+        """Run on the flat leaves of real arguments and return the tensors of the result, in order."""
         if self._statics:
             leaves = [leaves[i] for i in self._slots]
         if self._program is None:
@@ -69,7 +76,27 @@ class Compiled:
         outputs = self._program(inputs)
         if self.donated:
             outputs = self._with_donated(leaves, inputs, outputs)
-        return self.traced.assemble(outputs)
+        return outputs
+
+    def run_ranks(self, ranks: list[list[Tensor]], mesh: Mesh) -> list[list[Tensor]]:
+        """Run all ranks of a virtual mesh in lockstep, on and to flat tensors; donated ones are written over."""
+        if self._lockstep is None:
+            self._lockstep = lockstep_program(self.executed, mesh)
+        outputs = self._lockstep(ranks)
+        if not self.donated:
+            return outputs
+        slots, _, order = self._donation
+        found = [[*(own[slot] for slot in slots), *out] for own, out in zip(ranks, outputs, strict=True)]
+        return [[out[i] for i in order] for out in found]
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """The axes of each group of ranks that the graph's collectives run over, in order of first use."""
+        return groups_of(self.graph)
+
+    @property
+    def donated_slots(self) -> list[int]:
+        """Which leaves of the arguments the step writes its new state over."""
+        return [self._slots[slot] for slot in self.donated]
 
     def _with_donated(self, leaves: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
         slots, paths, order = self._donation
@@ -147,8 +174,9 @@ def compile_step(
     backend: str,
     remat: Remat,
     precision: Precision | None,
+    mesh: Mesh | None = None,
 ) -> Compiled:
-    """Trace `fn(*args)` and run the passes: clean, rematerialize, update early, donate."""
+    """Trace `fn(*args)` and run the passes: clean, rematerialize, update early, donate; on a mesh those of overlap."""
     leaves, treedef = tree.flatten(args)
     traced = trace(fn, args, names, precision=precision)
     device = traced.input_avals[0].device if traced.input_avals else torch.device("cpu")

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._C import _functorch
 
 from ftrain import tree
-from ftrain.precision import compute_view
+from ftrain.parameter_view import see, views_of
 from ftrain.provenance import current_provenance
+from ftrain.sharded_trace import current_sharded, note_gradients
 from kernels.backend import reference_kernels
 from kernels.mean import Mean, WeightedSum
 
@@ -56,11 +57,14 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = tree.flatten([args[n] for n in numbers])
         _check_floating(args, numbers)
+        views = views_of(leaves)
+        others = [arg if i in numbers else tree.map(see, arg) for i, arg in enumerate(args)]
 
         def loss_of_leaves(*new_leaves: Tensor) -> tuple[Any, Any]:
-            new_args = list(args)
-            for n, value in zip(numbers, tree.unflatten(treedef, list(new_leaves)), strict=True):
-                new_args[n] = tree.map(compute_view, value)
+            new_args = list(others)
+            shown = [view(leaf) for view, leaf in zip(views, new_leaves, strict=True)]
+            for n, value in zip(numbers, tree.unflatten(treedef, shown), strict=True):
+                new_args[n] = value
             out = fn(*new_args, **kwargs)
             return out if has_aux else (out, None)
 
@@ -69,6 +73,7 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
             result = _Differentiated(*differentiate(args, kwargs, numbers, leaves, treedef, has_aux))
         else:
             result = differentiated(loss_of_leaves, leaves)
+        note_gradients(leaves, result.grads)
         grads = tree.unflatten(treedef, result.grads)
         value = (result.value, result.aux) if has_aux else result.value
         return value, (grads[0] if isinstance(argnums, int) else tuple(grads))
@@ -94,6 +99,11 @@ def loss_value(loss: Any) -> Tensor:
     """The number of a loss: a scalar tensor as it is, a `Mean` or `WeightedSum` by its `value()`."""
     if isinstance(loss, Mean | WeightedSum):
         return loss.value()
+    sharded = current_sharded()
+    if sharded is not None and sharded.plan.mesh.size > 1:
+        raise ValueError(
+            "on a mesh of several ranks a loss must say what it is a mean of: return Mean(total, count) or a WeightedSum"
+        )
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the loss must be a scalar tensor, a Mean or a WeightedSum, not {what}: return loss.sum()?")

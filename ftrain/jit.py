@@ -16,7 +16,9 @@ from ftrain.compiled import Compiled, compile_step, name_of
 from ftrain.donation import DonatedTensor, path_of
 from ftrain.precision import Precision, computing_in
 from ftrain.remat import Remat
+from ftrain.sharded_step import COORDINATES, ShardedStep
 from ftrain.trace import Aval, argument_paths, is_array, signature_of
+from sharding.plan import Plan
 
 _disabled: ContextVar[bool] = ContextVar("ftrain_disable_jit", default=False)
 
@@ -38,6 +40,9 @@ def jit(
     backend: str = "auto",
     remat: Remat | str = "none",
     precision: Precision | None = None,
+    plan: Plan | None = None,
+    specs: Any = None,
+    batch: str = "batch",
 ) -> Any:
     """Make a step of a pure function of trees of tensors; usable as a decorator, with or without options.
 
@@ -47,20 +52,33 @@ def jit(
     - `backend`: "aten" (the graph as Python), "inductor", "cudagraph", or "auto": aten on CPU, inductor on CUDA.
     - `remat`: what the backward computes again instead of keeping; see `Remat`.
     - `precision`: in which dtype losses see the parameters; see `Precision`.
+    - `plan`: the mesh that the step runs on, and how; see `sharding.Plan`. `specs`: the tree of `ParamSpec`s of the
+      model, by whose paths leaves of the state are found; not needed where the state comes from this step's `init`.
+      `batch`: the name of the argument that the ranks divide among them.
 
     Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
     shapes, dtypes or devices; from the second trace on a warning says which leaf changed, and how.
     """
     if fn is None:
-        return functools.partial(jit, donate=donate, backend=backend, remat=remat, precision=precision)
-    return Step(fn, donate=donate, backend=backend, remat=Remat.of(remat), precision=precision)
+        return functools.partial(
+            jit, donate=donate, backend=backend, remat=remat, precision=precision, plan=plan, specs=specs, batch=batch
+        )
+    sharded = None if plan is None else ShardedStep(plan, specs=specs, batch=batch)
+    return Step(fn, donate=donate, backend=backend, remat=Remat.of(remat), precision=precision, sharded=sharded)
 
 
 class Step:
     """A jitted function: call it, or `lower` it to look at what a call would run."""
 
     def __init__(
-        self, fn: Callable, *, donate: str | None, backend: str, remat: Remat, precision: Precision | None
+        self,
+        fn: Callable,
+        *,
+        donate: str | None,
+        backend: str,
+        remat: Remat,
+        precision: Precision | None,
+        sharded: ShardedStep | None = None,
     ) -> None:
         functools.update_wrapper(self, fn)
         self._fn = fn
@@ -69,6 +87,7 @@ class Step:
             raise ValueError(f"donate={donate!r} is not an argument of {name_of(fn)}({', '.join(self._parameters)})")
         self._donate = None if donate is None else self._parameters.index(donate)
         self._backend, self._remat, self._precision = backend, remat, precision
+        self._sharded = sharded
         self._compiled: dict[Any, Compiled] = {}
         self._latest: Compiled | None = None
         self._explained = False
@@ -80,6 +99,10 @@ class Step:
             with computing_in(self._precision):
                 return self._fn(*args)
         leaves, treedef = tree.flatten(args)
+        if self._sharded is not None:
+            self._refuse_donated(args, leaves)
+            self._latest = self._find(args, leaves, treedef)
+            return self._sharded.run(self._latest, leaves)
         compiled = self._latest
         if compiled is None or not compiled.fits(leaves, treedef):
             self._refuse_donated(args, leaves)
@@ -94,8 +117,22 @@ class Step:
         return self._find(args, leaves, treedef)
 
     def init(self, fn: Callable, *args: Any) -> Any:
-        """Create a state: `fn(*args)` run as a graph, so that each leaf is made on its own and nothing else is kept."""
-        return jit(fn, backend="aten")(*args)
+        """Create a state: `fn(*args)` run as a graph, so that each leaf is made on its own and nothing else is kept.
+
+        On a mesh each rank makes its own pieces of the parameters, and no rank ever holds the whole.
+        """
+        make = Step(fn, donate=None, backend="aten", remat=Remat.of("none"), precision=None, sharded=self._sharded)
+        return make(*args)
+
+    def shard(self, state: Any, *, name: str = "state") -> Any:
+        """What this process holds of a whole state that is equal on all processes; elsewhere the state itself.
+
+        `name`: of the argument that the state is for.
+        """
+        if self._sharded is None:
+            return state
+        leaves, treedef = tree.flatten(state)
+        return tree.unflatten(treedef, self._sharded.shard(argument_paths((state,), [name]), leaves))
 
     @property
     def traces(self) -> int:
@@ -120,18 +157,31 @@ class Step:
             if self._compiled:
                 self._explain(args, leaves)
             started = time.perf_counter()
-            found = compile_step(
-                self._fn,
-                args,
-                self._parameters[: len(args)],
-                donate=self._donate,
-                backend=self._backend,
-                remat=self._remat,
-                precision=self._precision,
-            )
+            found = self._compile(args, leaves, treedef)
             found.seconds_to_compile = time.perf_counter() - started
             self._compiled[key] = found
         return found
+
+    def _compile(self, args: tuple, leaves: list[Any], treedef: Any) -> Compiled:
+        fn, names = self._fn, self._parameters[: len(args)]
+        sharded = self._sharded
+        if sharded is not None:
+            paths = argument_paths(args, names)
+            fn = sharded.local_function(fn, paths)
+            args = sharded.local_arguments(paths, leaves, treedef)
+            names = [*names, COORDINATES]
+        compiled = compile_step(
+            fn,
+            args,
+            names,
+            donate=self._donate,
+            backend=self._backend,
+            remat=self._remat,
+            precision=self._precision,
+            mesh=None if sharded is None else sharded.plan.mesh,
+        )
+        compiled.leaf_signatures[: len(leaves)] = map(signature_of, leaves)
+        return compiled
 
     def _explain(self, args: tuple, leaves: list[Any]) -> None:
         if self._explained or self._latest is None:
@@ -139,6 +189,7 @@ class Step:
         self._explained = True
         now = dict(zip(argument_paths(args, self._parameters[: len(args)]), map(signature_of, leaves), strict=False))
         before = dict(zip(self._latest.leaf_paths, self._latest.leaf_signatures, strict=True))
+        before.pop(COORDINATES, None)
         changes = [
             f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]
         ]

@@ -104,6 +104,17 @@ def axes_of_group(name: str) -> tuple[str, ...]:
     return tuple(name.removeprefix("axis_").split("@")[0].split("+"))
 
 
+def groups_of(module: fx.GraphModule) -> list[tuple[str, ...]]:
+    """The axes of each group that a graph's collectives run over, bodies of loops included, in order of first use."""
+    found: dict[tuple[str, ...], None] = {}
+    for node in module.graph.nodes:
+        if node.target in COLLECTIVES:
+            found.setdefault(axes_of_group(str(node.args[-1])))
+        elif is_loop(node):
+            found.update(dict.fromkeys(groups_of(loop_body(node))))
+    return list(found)
+
+
 def _all_gather(given: list[tuple]) -> list[Tensor]:
     whole = torch.cat([x for x, *_ in given])
     return [whole, *(whole.clone() for _ in given[1:])]

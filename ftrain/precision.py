@@ -41,9 +41,15 @@ def computing_in(precision: Precision | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def compute_view(leaf: Tensor) -> Tensor:
-    """A parameter as the loss sees it: float32 leaves in the compute dtype, others unchanged."""
+def compute_dtype(leaf: Tensor) -> torch.dtype:
+    """The dtype in which a loss sees a parameter: of float32 leaves the compute dtype, of others their own."""
     precision = _current.get()
     if precision is None or leaf.dtype != torch.float32:
-        return leaf
-    return leaf.to(getattr(torch, precision.compute))
+        return leaf.dtype
+    return getattr(torch, precision.compute)
+
+
+def reduce_dtype() -> torch.dtype | None:
+    """The dtype in which gradients are summed over ranks; None is the gradient's own."""
+    precision = _current.get()
+    return None if precision is None else getattr(torch, precision.reduce)

@@ -106,6 +106,17 @@ def is_tracked(tensor: Tensor) -> bool:
     return mode is not None and get_proxy_slot(tensor, mode.tracer, None) is not None
 
 
+def node_of(tensor: Tensor) -> fx.Node | None:
+    """The node of the trace under way that a tensor stands for, seen through the wrappers of `torch.func`; or None."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    mode = get_proxy_mode()
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
 def below_autograd() -> Any:
     """A guard that skips autograd's dispatch: a traced graph already holds its backward."""
     return torch._C._AutoDispatchBelowAutograd()

@@ -66,6 +66,11 @@ def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
     return optree.tree_flatten(tree, namespace=NAMESPACE)
 
 
+def flatten_until(tree: Tree, kind: type) -> tuple[list[Any], optree.PyTreeSpec]:
+    """As `flatten`, with every object of `kind` taken for a leaf."""
+    return optree.tree_flatten(tree, is_leaf=lambda x: isinstance(x, kind), namespace=NAMESPACE)
+
+
 def unflatten(treedef: optree.PyTreeSpec, leaves: Iterable[Any]) -> Tree:
     """The tree of structure `treedef` with these leaves, which must be as many as it has."""
     return optree.tree_unflatten(treedef, leaves)

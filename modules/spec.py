@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import random
+from kernels.primitive import primitive
 from sharding import logical_axes
 
 Tree = Any  # nested dicts with string keys and lists, of one kind of leaf: what static types cannot say usefully
@@ -140,10 +141,12 @@ def init(specs: Tree, key: Tensor, *, device: torch.device | str | None = None) 
     return map_with_paths(lambda path, spec: init_leaf(spec, key, path), specs)
 
 
+@primitive("parameter")
 def init_leaf(spec: ParamSpec, key: Tensor, path: str, window: random.Window | None = None) -> Tensor:
     """The leaf called `path` in the tree that `init` makes from `key`, or only a `window` of it.
 
-    A window of the global array holds the numbers that the whole array has there, so a rank can make its own shard.
+    A window of the global array holds the numbers that the whole array has there, so a rank can make its own shard: a
+    plan rebinds this primitive to do so.
     """
     leaf_key = random.fold_in(key, zlib.crc32(path.encode()))
     return spec.init.sample(leaf_key, spec.shape, window=window).to(spec.dtype)

@@ -21,19 +21,28 @@ from sharding.spmd import purpose
 _c10d = torch.ops._c10d_functional
 
 
-def all_gather(x_N: Tensor, group: Group, *, purpose: str, dim: int = 0, reduce: torch.dtype | None = None) -> Tensor:
-    """The ranks' pieces joined along `dim`, in the group's order; transposed by `reduce_scatter`.
+def all_gather(
+    x_N: Tensor,
+    group: Group,
+    *,
+    purpose: str,
+    dim: int = 0,
+    dtype: torch.dtype | None = None,
+    reduce: torch.dtype | None = None,
+) -> Tensor:
+    """The ranks' pieces, cast to `dtype`, joined along `dim` in the group's order; transposed by `reduce_scatter`.
 
-    `reduce`: the dtype in which gradients are summed (default: the gradient's).
+    `reduce`: the dtype in which gradients are summed (default: the gradient's); the sum has the dtype of `x_N`.
     """
-    return x_N if group.size == 1 else _AllGather.apply(x_N, group, dim, reduce, purpose)
+    dtype = x_N.dtype if dtype is None else dtype
+    return x_N.to(dtype) if group.size == 1 else _AllGather.apply(x_N, group, dim, dtype, reduce, purpose)
 
 
 def reduce_scatter(
     x_N: Tensor, group: Group, *, purpose: str, dim: int = 0, reduce: torch.dtype | None = None
 ) -> Tensor:
     """This rank's piece, along `dim`, of the sum over ranks; transposed by `all_gather`. `dim` is divisible by n."""
-    return x_N if group.size == 1 else _ReduceScatter.apply(x_N, group, dim, reduce, purpose)
+    return x_N if group.size == 1 else _ReduceScatter.apply(x_N, group, dim, x_N.dtype, reduce, purpose)
 
 
 def sum_of_parts(x: Tensor, group: Group, *, purpose: str) -> Tensor:
@@ -75,30 +84,34 @@ def wait(x: Tensor) -> Tensor:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, why: str) -> Tensor:
-        return gather_pieces(x, group, dim, why)
+    def forward(x: Tensor, group: Group, dim: int, dtype: torch.dtype, reduce: torch.dtype | None, why: str) -> Tensor:
+        return gather_pieces(x.to(dtype), group, dim, why)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, *ctx.how = inputs
+        x, ctx.group, ctx.dim, _, ctx.reduce, ctx.why = inputs
+        ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return _ReduceScatter.apply(grad, *ctx.how[:3], _transposed(ctx.how[3])), None, None, None, None
+        back = _ReduceScatter.apply(grad, ctx.group, ctx.dim, ctx.dtype, ctx.reduce, _transposed(ctx.why))
+        return back, None, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, why: str) -> Tensor:
-        return scatter_sum(x, group, dim, reduce, why)
+    def forward(x: Tensor, group: Group, dim: int, dtype: torch.dtype, reduce: torch.dtype | None, why: str) -> Tensor:
+        return scatter_sum(x, group, dim, reduce, why).to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, *ctx.how = inputs
+        x, ctx.group, ctx.dim, _, ctx.reduce, ctx.why = inputs
+        ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return _AllGather.apply(grad, *ctx.how[:3], _transposed(ctx.how[3])), None, None, None, None
+        back = _AllGather.apply(grad, ctx.group, ctx.dim, ctx.dtype, ctx.reduce, _transposed(ctx.why))
+        return back, None, None, None, None, None
 
 
 class _SumOfParts(torch.autograd.Function):
@@ -192,12 +205,11 @@ def gather_pieces(x: Tensor, group: Group, dim: int, why: str) -> Tensor:
 
 
 def scatter_sum(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, why: str) -> Tensor:
-    """This rank's piece along `dim` of the sum, added up in `reduce`, in the dtype of `x`; without autograd."""
+    """This rank's piece along `dim` of the sum, added up, and left, in `reduce`; without autograd."""
     first = x.movedim(dim, 0) if dim else x
     wide = first.contiguous() if reduce is None else first.to(reduce).contiguous()
     with purpose(why):
         piece = wait(_c10d.reduce_scatter_tensor.default(wide, "sum", group.size, group.name))
-    piece = piece.to(x.dtype)
     return piece.movedim(0, dim).contiguous() if dim else piece
 
 

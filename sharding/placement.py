@@ -130,18 +130,28 @@ def _fsdp_dim(shape: tuple[int, ...], size: int, taken: set[int]) -> int | None:
     return free[0] if shape[free[0]] >= 8 * size else even[0]
 
 
-def use(piece: Tensor, placement: Placement, mesh: Mesh, *, reduce: torch.dtype | None) -> Tensor:
-    """The parameter as a rank computes with it; transposed: gradients are summed in `reduce` and divided again."""
+def use(
+    piece: Tensor,
+    placement: Placement,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype | None = None,
+    reduce: torch.dtype | None = None,
+) -> Tensor:
+    """The parameter as a rank computes with it, in `dtype` (cast before it is sent).
+
+    Transposed: gradients are summed in `reduce` over the ranks whose data they come from, and divided again.
+    """
     if placement.copies:
         group = mesh.group(*placement.copies)
         piece = copy_to_ranks(piece, group, purpose="gradient_sum", reduce=reduce)
     for split in placement.splits:
         if split.gathered:
             group = mesh.group(*split.axes)
-            piece = all_gather(piece, group, purpose="fsdp_gather", dim=split.dim, reduce=reduce)
+            piece = all_gather(piece, group, purpose="fsdp_gather", dim=split.dim, dtype=dtype, reduce=reduce)
             if piece.shape[split.dim] != placement.shape[split.dim]:
                 piece = piece.narrow(split.dim, 0, placement.shape[split.dim])
-    return piece
+    return piece if dtype is None else piece.to(dtype)
 
 
 def _index(mesh: Mesh, rank: int, axes: tuple[str, ...]) -> int:

@@ -1,10 +1,16 @@
 """Private torch.distributed names that the floor uses, with one canary test each."""
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C import _distributed_c10d as _c10d
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 
-def register_group(name: str, group: dist.ProcessGroup) -> None:
+def register_group(name: str, group: Any) -> None:
     """Let collectives in a graph name `group` by a text that is the same on every rank."""
     _c10d._register_process_group(name, group)
 
@@ -19,6 +25,22 @@ def resolve_group(name: str) -> dist.ProcessGroup:
     return _c10d._resolve_process_group(name)
 
 
+def has_group(name: str) -> bool:
+    """True if a group is registered under the name."""
+    try:
+        _c10d._resolve_process_group(name)
+    except RuntimeError:
+        return False
+    return True
+
+
 def rank_in_group(name: str) -> int:
     """This process's position in a registered group."""
     return dist.get_rank(resolve_group(name))
+
+
+def make_dtensor(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> DTensor:
+    """A DTensor around `local`, unchecked and without a gradient; every step makes one for each leaf."""
+    strides = torch.empty(shape, device="meta").stride()
+    spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(torch.Size(shape), strides, local.dtype))
+    return DTensor(local, spec, requires_grad=False)

@@ -1,0 +1,89 @@
+"""What the primitives of all floors become on a rank of a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftrain.sharded_trace import ShardedTrace, sum_over_mesh
+from kernels.attention import attention
+from kernels.moe import experts_swiglu
+from kernels.random import Window
+from modules import spec as specs_of
+from sharding.placement import Placement
+
+
+def bindings(trace: ShardedTrace) -> dict[str, Callable]:
+    """The primitives of all floors, as a rank of the mesh computes them."""
+    mesh, order = trace.plan.mesh, trace.plan.order
+    rows = {
+        "sum_over_batch": lambda x: sum_over_mesh(x, mesh),
+        "attention": lambda *tensors, **options: _attention(trace, *tensors, **options),
+        "moe": lambda *tensors, **options: _experts(trace, *tensors, **options),
+        "parameter": lambda *args, **options: _parameter(trace, *args, **options),
+        "sum_over_shards": lambda values_N, leaves: _sum_over_shards(values_N, [trace.placement(leaf) for leaf in leaves], mesh),
+    }
+    if mesh.sequence > 1:
+        from sharding import exchange
+        rows["merge"] = lambda *tensors, backend="auto": exchange.merge_rows_sharded(*tensors, mesh=mesh, order=order)
+        rows["take"] = lambda *tensors, backend="auto": exchange.take_rows_sharded(*tensors, mesh=mesh, order=order)
+        rows["following"] = lambda x_T: exchange.following_rows_sharded(x_T, mesh=mesh, order=order)
+    return rows
+
+
+def _attention(trace: ShardedTrace, q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, **options: Any) -> Tensor:
+    mesh = trace.plan.mesh
+    component = trace.component(q_THK, k_SGK)
+    how = trace.plan.layout(component).sequence
+    if how is None or mesh.sequence == 1:
+        return attention.local(q_THK, k_SGK, v_SGV, **options)
+    from sharding.sequence_attention import sequence_attention
+    return sequence_attention(
+        q_THK, k_SGK, v_SGV, how=how, mesh=mesh, order=trace.plan.order, component=component, **options
+    )
+
+
+def _experts(trace: ShardedTrace, x_TD: Tensor, expert_TK: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    mesh = trace.plan.mesh
+    layout = trace.plan.layout(trace.component(tensors[1]))
+    if layout.experts is None or mesh.expert == 1:
+        return experts_swiglu.local(x_TD, expert_TK, *tensors, **options)
+    from sharding.experts import experts_swiglu_sharded
+    return experts_swiglu_sharded(
+        x_TD, expert_TK, *tensors, how=layout.experts, mesh=mesh, chunks=layout.expert_chunks, **options
+    )
+
+
+def _parameter(trace: ShardedTrace, spec: specs_of.ParamSpec, key: Tensor, path: str, window: Any = None) -> Tensor:
+    """This rank's piece of a new parameter: only the numbers that it holds are made."""
+    assert window is None, "a window is what a plan gives"
+    placement = trace.plan.placement(path, spec)
+    trace.placements.learn(path, placement)
+    starts = placement.starts()
+    piece = specs_of.init_leaf.local(spec, key, path, window=Window(starts, placement.local_shape))
+    for split in placement.splits:
+        piece = _without_padding(piece, split.dim, starts[split.dim], placement)
+    layout = trace.plan.layout(path)
+    return piece if layout.dtype is None else piece.to(getattr(torch, layout.dtype))
+
+
+def _without_padding(piece: Tensor, dim: int, start: Any, placement: Placement) -> Tensor:
+    """Zeros where the global array has ended."""
+    full, length = placement.shape[dim], placement.local_shape[dim]
+    if all(full % s.size == 0 for s in placement.splits if s.dim == dim):
+        return piece
+    index = (start + torch.arange(length)).to(piece.device)
+    inside = (index < full).view([-1 if d == dim else 1 for d in range(piece.dim())])
+    return torch.where(inside, piece, 0)
+
+
+
+def _sum_over_shards(values_N, placements, mesh):
+    from sharding.collectives import sum_over
+    out = values_N
+    for axes in {tuple(sorted(a for s in p.splits for a in s.axes)) for p in placements} - {()}:
+        if axes in (("shard","sequence"),("sequence","shard")): axes=("shard","sequence")
+        mask = torch.tensor([tuple(sorted(a for s in p.splits for a in s.axes)) == tuple(sorted(axes)) for p in placements])
+        out = torch.where(mask, sum_over(values_N, mesh.group(*axes), None, "norm"), out)
+    return out

@@ -1,0 +1,42 @@
+"""How a loss sees parameters: cast to the compute dtype, and on a mesh gathered from their pieces."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ftrain.precision import compute_dtype, reduce_dtype
+from ftrain.sharded_trace import current_sharded
+from sharding.placement import use
+
+View = Callable[[Tensor], Tensor]
+
+
+def views_of(leaves: Sequence[Tensor]) -> list[View]:
+    """For each leaf the function that a loss sees it through; also for tensors that stand for the leaf (detached)."""
+    return [_gathered(leaf) or _cast for leaf in leaves]
+
+
+def see(leaf: Tensor) -> Tensor:
+    """A tensor that is not differentiated as a loss sees it: gathered if it is a piece of an array, never cast."""
+    view = _gathered(leaf, cast=False) if isinstance(leaf, Tensor) else None
+    return leaf if view is None else view(leaf)
+
+
+def _cast(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x))
+
+
+def _gathered(leaf: Tensor, *, cast: bool = True) -> View | None:
+    trace = current_sharded()
+    found = None if trace is None else trace.find_leaf(leaf)
+    if trace is None or found is None:
+        return None
+    path, placement = found
+
+    def view(x: Tensor) -> Tensor:
+        dtype = compute_dtype(x) if cast else None
+        whole = use(x, placement, trace.plan.mesh, dtype=dtype, reduce=reduce_dtype())
+        trace.note(whole, path, placement)
+        return whole
+
+    return view

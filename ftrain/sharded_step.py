@@ -1,0 +1,212 @@
+"""A step on a mesh: what a rank's arguments are, the function that is traced for it, and how results come back.
+
+On a *virtual* mesh a call takes and returns whole arrays: they are divided, all ranks run in lockstep, the pieces are
+joined again. On a *process* mesh a call takes and returns what this process holds: leaves of the state as DTensors, its
+own share of the batch as plain tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ftrain import tree
+from ftrain.bindings import bindings
+from ftrain.compiled import Compiled
+from ftrain.donation import give_away
+from ftrain.sharded_trace import Placements, ShardedTrace, reduce_means, tracing_rank
+from ftrain.trace import Aval, is_array
+from kernels.primitive import bind
+from sharding.batch import BatchRule, Tokens, share
+from sharding.placement import Placement
+from sharding.plan import Plan
+from sharding.processes import DeviceMeshes, open_groups, require_world, to_dtensor, to_piece
+from sharding.spmd import coordinates
+
+COORDINATES = "coordinates_3"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """How a leaf of the arguments is divided: `placement` for the state's, `rule` for the batch's."""
+
+    path: str
+    placement: Placement | None = None
+    rule: BatchRule | None = None
+
+
+class ShardedStep:
+    """What a jitted function needs of its plan. `batch`: the name of the argument that ranks share out."""
+
+    def __init__(self, plan: Plan, *, specs: Any = None, batch: str = "batch") -> None:
+        self.plan, self.batch = plan, batch
+        self.placements = Placements(plan, plan.placements(specs) if specs is not None else None)
+        self._opened: set[Compiled] = set()
+        self._device_meshes: dict[str, DeviceMeshes] = {}
+
+    def argument(self, path: str, leaf: Any) -> Argument:
+        """How the leaf at `path` of the whole arguments is divided."""
+        if not is_array(leaf):
+            return Argument(path)
+        if self._in_batch(path):
+            return Argument(path, rule=self.plan.batch_rule(path.removeprefix(self.batch).removeprefix(".")))
+        return Argument(path, placement=self.placements.of_whole(path, tuple(leaf.shape)))
+
+    def local_function(self, fn: Callable, paths: Sequence[str]) -> Callable:
+        """`fn` as a rank runs it, with the rank's coordinates as last argument; `Mean`s of its result are summed.
+
+        `paths`: of the leaves of its arguments.
+        """
+
+        def local(*args: Any) -> Any:
+            *own, coordinates_3 = args
+            trace = ShardedTrace(self.placements)
+            for path, leaf in zip(paths, tree.leaves(own), strict=True):
+                if not self._in_batch(path) and self.placements.parameter(path) is not None:
+                    trace.note(leaf, path)
+            with tracing_rank(trace, coordinates_3), bind(bindings(trace)):
+                return reduce_means(fn(*own), trace)
+
+        local.__name__ = getattr(fn, "__name__", "step")
+        return local
+
+    def local_arguments(self, paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> tuple:
+        """A rank's arguments as abstract values, its coordinates last, from those of a call."""
+        if self.plan.mesh.kind == "process":
+            require_world(self.plan.mesh)
+            own = [self._held_aval(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        else:
+            arguments = [self.argument(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+            tokens = self._tokens(arguments, leaves)
+            own = [self._local_aval(a, leaf, tokens) for a, leaf in zip(arguments, leaves, strict=True)]
+        return (*tree.unflatten(treedef, own), Aval((3,), torch.int64, torch.device("cpu")))
+
+    def run(self, compiled: Compiled, leaves: list[Any]) -> Any:
+        """Run the compiled step on the leaves of a call's arguments."""
+        kind = self.plan.mesh.kind
+        if kind == "fake":
+            raise ValueError("a fake mesh has shapes only: lower the step, or run it on a virtual or process mesh")
+        runs = self._run_virtual if kind == "virtual" else self._run_process
+        return compiled.traced.assemble(runs(compiled, leaves))
+
+    def _run_virtual(self, compiled: Compiled, leaves: list[Any]) -> list[Tensor]:
+        arguments = [self.argument(path, leaf) for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)]
+        results = compiled.run_ranks(self._divide(arguments, leaves), self.plan.mesh)
+        slots = compiled.donated_slots
+        give_away([leaves[slot] for slot in slots], [compiled.leaf_paths[slot] for slot in slots])
+        columns = zip(compiled.traced.output_paths, zip(*results, strict=True), strict=True)
+        return [self._join(path, pieces) for path, pieces in columns]
+
+    def _run_process(self, compiled: Compiled, leaves: list[Any]) -> list[Tensor]:
+        rank, mesh = require_world(self.plan.mesh), self.plan.mesh
+        if compiled not in self._opened:
+            open_groups(mesh, compiled.groups())
+            self._opened.add(compiled)
+        own = [to_piece(leaf, self.placements.of_whole(path, leaf.shape)) if is_array(leaf) else leaf
+               for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)]
+        outputs = compiled.run_flat([*own, coordinates(mesh, rank)])
+        found = []
+        for path, piece in zip(compiled.traced.output_paths, outputs, strict=True):
+            placement = self.placements.of_local(path, tuple(piece.shape))
+            found.append(to_dtensor(piece, placement, mesh, rank, self._meshes(piece.device.type)))
+        return found
+
+    def _meshes(self, device_type: str) -> DeviceMeshes:
+        if device_type not in self._device_meshes:
+            self._device_meshes[device_type] = DeviceMeshes(self.plan.mesh, device_type)
+        return self._device_meshes[device_type]
+
+    def _held_aval(self, path: str, leaf: Any) -> Any:
+        """Of what this process holds: of a DTensor its padded piece; of a plain tensor the tensor."""
+        if not is_array(leaf):
+            return leaf
+        if self._in_batch(path):
+            return Aval.of(leaf)
+        placement = self.placements.of_whole(path, tuple(leaf.shape))
+        if placement.splits and not isinstance(leaf, DTensor | Aval):
+            raise ValueError(
+                f"leaf {path!r} is a whole tensor of shape {tuple(leaf.shape)}; on a mesh of processes it is divided "
+                f"({placement.splits}): make the state with step.init, or divide a whole one with step.shard"
+            )
+        return Aval(placement.local_shape, leaf.dtype, Aval.of(leaf).device)
+
+    def shard(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
+        """What this process holds of whole leaves that are equal on all processes; on other meshes the leaves."""
+        mesh = self.plan.mesh
+        if mesh.kind != "process":
+            return list(leaves)
+        rank = require_world(mesh)
+        found = []
+        for path, leaf in zip(paths, leaves, strict=True):
+            placement = self.placements.of_whole(path, tuple(leaf.shape)) if isinstance(leaf, Tensor) else None
+            if placement is None or not placement.splits:
+                found.append(leaf)
+            else:
+                piece = placement.shard(leaf, mesh, rank)
+                found.append(to_dtensor(piece, placement, mesh, rank, self._meshes(leaf.device.type)))
+        return found
+
+    def _in_batch(self, path: str) -> bool:
+        return path == self.batch or path.startswith(self.batch + ".")
+
+    def _local_aval(self, argument: Argument, leaf: Any, tokens: int) -> Any:
+        if not is_array(leaf):
+            return leaf
+        if argument.placement is not None:
+            return Aval(argument.placement.local_shape, leaf.dtype, Aval.of(leaf).device)
+        example = torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
+        assert argument.rule is not None
+        if isinstance(argument.rule, Tokens):
+            part = self._share(example, argument, tokens, 0)
+        else:
+            part = self._share(torch.zeros_like(example, device="cpu"), argument, tokens, 0)
+        return Aval(tuple(part.shape), leaf.dtype, Aval.of(leaf).device)
+
+    def _divide(self, arguments: Sequence[Argument], leaves: Sequence[Any]) -> list[list[Tensor]]:
+        """The tensors of every rank, coordinates last, from whole ones; each in memory of its own."""
+        tokens = self._tokens(arguments, leaves)
+        ranks = []
+        for rank in range(self.plan.mesh.size):
+            own = [
+                self._piece(a, leaf, tokens, rank) for a, leaf in zip(arguments, leaves, strict=True) if is_array(leaf)
+            ]
+            ranks.append([*own, coordinates(self.plan.mesh, rank)])
+        return ranks
+
+    def _piece(self, argument: Argument, leaf: Tensor, tokens: int, rank: int) -> Tensor:
+        if argument.placement is not None:
+            return argument.placement.shard(leaf, self.plan.mesh, rank)
+        return self._share(leaf, argument, tokens, rank).clone(memory_format=torch.contiguous_format)
+
+    def _share(self, leaf: Tensor, argument: Argument, tokens: int, rank: int) -> Tensor:
+        assert argument.rule is not None
+        mesh, order = self.plan.mesh, self.plan.order
+        return share(leaf, argument.rule, path=argument.path, tokens=tokens, order=order, mesh=mesh, rank=rank)
+
+    def _tokens(self, arguments: Sequence[Argument], leaves: Sequence[Any]) -> int:
+        """How many tokens the whole batch has: by the first leaf that has one entry per token."""
+        for argument, leaf in zip(arguments, leaves, strict=True):
+            if isinstance(argument.rule, Tokens) and is_array(leaf) and len(leaf.shape) > argument.rule.dim:
+                return int(leaf.shape[argument.rule.dim])
+        return 0
+
+    def _join(self, path: str, pieces: Sequence[Tensor]) -> Tensor:
+        """The whole leaf of the result at `path` from all ranks' pieces; replicas are compared."""
+        placement = self.placements.of_local(path, tuple(pieces[0].shape))
+        self._require_copies(path, placement, pieces)
+        return placement.join(pieces, self.plan.mesh)
+
+    def _require_copies(self, path: str, placement: Placement, pieces: Sequence[Tensor]) -> None:
+        first: dict[tuple, tuple[int, Tensor]] = {}
+        for rank, piece in enumerate(pieces):
+            other, copy = first.setdefault(placement.windows(self.plan.mesh, rank), (rank, piece))
+            if copy is not piece and not torch.equal(copy.nan_to_num(), piece.nan_to_num()):
+                off = (copy.double() - piece.double()).abs().max().item()
+                raise ValueError(
+                    f"result {path!r} must be the same on ranks {other} and {rank} and differs by up to {off:.3g}: it "
+                    "was computed from one rank's data; return it as a Mean(total, count), or add it up with "
+                    "kernels.mean.sum_over_batch"
+                )

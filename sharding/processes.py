@@ -1,0 +1,95 @@
+"""A mesh of processes: its groups under names that are the same on every rank, and pieces as DTensors."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from sharding.mesh import BASE_AXES, EXPERT_AXES, Mesh, legal_sizes
+from sharding.placement import Placement
+from sharding.private import has_group, make_dtensor, register_group
+
+
+def require_world(mesh: Mesh) -> int:
+    """This process's rank. ValueError if torch.distributed does not run as many ranks as the mesh has."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world != mesh.size:
+        hint = "" if dist.is_initialized() else " (torch.distributed is not initialised: run under torchrun)"
+        raise ValueError(
+            f"the mesh ({mesh}) has {mesh.size} ranks and there are {world} processes{hint}; {legal_sizes(world)}"
+        )
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def open_groups(mesh: Mesh, axes: Iterable[tuple[str, ...]]) -> None:
+    """Make and name the process groups over each of `axes`; all ranks call this with the same ones, in one order."""
+    require_world(mesh)
+    for names in axes:
+        group = mesh.group(*names)
+        if not has_group(group.name):
+            mine, _ = dist.new_subgroups_by_enumeration([list(m) for m in mesh.members(*names)])
+            register_group(group.name, mine)
+
+
+class DeviceMeshes:
+    """The DeviceMeshes on which the pieces of a mesh's arrays are described, made when first needed."""
+
+    def __init__(self, mesh: Mesh, device_type: str) -> None:
+        self._mesh, self._device_type = mesh, device_type
+        self._made: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
+
+    def describe(self, placement: Placement) -> tuple[DeviceMesh, list[Any]]:
+        """The DeviceMesh and the DTensor placements of an array."""
+        base = EXPERT_AXES if any(a.startswith("expert") for s in placement.splits for a in s.axes) else BASE_AXES
+        split = {a for s in placement.splits for a in s.axes}
+        dims = [(a,) for a in base if a not in split] + [s.axes for s in placement.splits]
+        mesh = self._made.get(tuple(dims))
+        if mesh is None:
+            mesh = self._made[tuple(dims)] = self._make(dims)
+        return mesh, [Replicate() for a in base if a not in split] + [Shard(s.dim) for s in placement.splits]
+
+    def _make(self, dims: list[tuple[str, ...]]) -> DeviceMesh:
+        sizes = [math.prod(self._mesh.axis_size(a) for a in axes) for axes in dims]
+        ranks = torch.empty(sizes, dtype=torch.int64)
+        for rank in range(self._mesh.size):
+            ranks[tuple(self._place(rank, axes) for axes in dims)] = rank
+        return DeviceMesh(self._device_type, ranks, mesh_dim_names=tuple("+".join(axes) for axes in dims))
+
+    def _place(self, rank: int, axes: tuple[str, ...]) -> int:
+        index = 0
+        for axis in axes:
+            index = index * self._mesh.axis_size(axis) + self._mesh.coordinate(rank, axis)
+        return index
+
+
+def to_dtensor(piece: Tensor, placement: Placement, mesh: Mesh, rank: int, meshes: DeviceMeshes) -> Tensor:
+    """The DTensor of which `piece` (padded) is this rank's part; an array without splits stays a plain tensor."""
+    if not placement.splits:
+        return piece
+    local = piece
+    for dim, (_, length) in enumerate(placement.windows(mesh, rank)):
+        local = local.narrow(dim, 0, length)
+    device_mesh, placements = meshes.describe(placement)
+    array = make_dtensor(local, device_mesh, placements, placement.shape)
+    array.__dict__["padded_piece"] = piece
+    return array
+
+
+def to_piece(leaf: Tensor, placement: Placement) -> Tensor:
+    """This rank's piece, padded: the memory behind a DTensor that `to_dtensor` made, or a padded copy of another's."""
+    if not isinstance(leaf, DTensor):
+        return leaf
+    piece = leaf.__dict__.get("padded_piece")
+    if piece is not None:
+        return piece
+    local = leaf.to_local().detach()
+    if tuple(local.shape) == placement.local_shape:
+        return local.contiguous()
+    padded = local.new_zeros(placement.local_shape)
+    padded[tuple(slice(0, n) for n in local.shape)] = local
+    return padded
