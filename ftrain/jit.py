@@ -134,6 +134,13 @@ class Step:
         leaves, treedef = tree.flatten(state)
         return tree.unflatten(treedef, self._sharded.shard(argument_paths((state,), [name]), leaves))
 
+    def share(self, batch: Any) -> Any:
+        """What this process is given of a whole mesh's batch (see `sharding.batch`); elsewhere the batch itself."""
+        if self._sharded is None:
+            return batch
+        leaves, treedef = tree.flatten(batch)
+        return tree.unflatten(treedef, self._sharded.share(tree.paths(batch), leaves))
+
     @property
     def traces(self) -> int:
         """How many times the function was traced."""

@@ -149,6 +149,19 @@ class ShardedStep:
                 found.append(to_dtensor(piece, placement, mesh, rank, self._meshes(leaf.device.type)))
         return found
 
+    def share(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
+        """This process's share of a whole batch; on other meshes the leaves."""
+        if self.plan.mesh.kind != "process":
+            return list(leaves)
+        rank = require_world(self.plan.mesh)
+        names = [f"{self.batch}.{path}" if path else self.batch for path in paths]
+        arguments = [self.argument(path, leaf) for path, leaf in zip(names, leaves, strict=True)]
+        tokens = self._tokens(arguments, leaves)
+        return [
+            self._share(leaf, a, tokens, rank).contiguous() if isinstance(leaf, Tensor) else leaf
+            for a, leaf in zip(arguments, leaves, strict=True)
+        ]
+
     def _in_batch(self, path: str) -> bool:
         return path == self.batch or path.startswith(self.batch + ".")
 

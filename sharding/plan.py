@@ -112,7 +112,7 @@ def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping):
         for key in sorted(tree):
             yield from _walk(tree[key], f"{path}.{key}" if path else key)
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, list):
         for i, child in enumerate(tree):
             yield from _walk(child, f"{path}.{i}" if path else str(i))
     else:

@@ -1,0 +1,91 @@
+"""Plans: which layout a component has, and the table of what lies where."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from sharding import Hybrid, Layout, Mesh, Places, Plan, Ring, Tokens, Ulysses
+
+
+class Spec(NamedTuple):
+    shape: tuple
+    axes: tuple
+    dtype: torch.dtype = torch.float32
+
+
+SPECS = {
+    "encoder": {"w_DF": Spec((8, 4), ("embed", "mlp"))},
+    "layers": [{"moe": {"w_EDF": Spec((4, 8, 6), ("expert", "embed", "mlp"))}, "norm_D": Spec((8,), ("embed",))}],
+}
+MESH = Mesh(2, 2, 2, 2, "virtual")
+
+
+def test_the_glob_with_the_most_parts_wins():
+    ring, local = Layout(sequence=Ring()), Layout(sequence=None)
+    plan = Plan(MESH, **{"layers": local, "layers.*.moe": ring})
+    assert plan.layout("layers.0.moe.w_EDF") is ring
+    assert plan.layout("layers.0.norm_D") is local
+    assert plan.layout("encoder.w_DF") is plan.default
+
+
+def test_the_table_shows_shapes_and_bytes():
+    table = Plan(MESH, **{"encoder": Layout(parameters=(), dtype="bfloat16")}).describe(SPECS).splitlines()
+    assert [line.split("  ")[0] for line in table[1:]] == [
+        "encoder.w_DF", "layers.0.moe.w_EDF", "layers.0.norm_D", "total"
+    ]  # fmt: skip
+    assert "copies over replicate+shard+sequence" in table[1] and table[1].endswith(" 64")
+    assert "dim 0 over expert (2), dim 1 over expert_shard (2), copies over replicate" in table[2]
+    assert "[2, 4, 6]" in table[2] and table[2].endswith("192")
+    assert table[4].endswith(f"{64 + 192 + 8}")
+
+
+def test_one_number_changes_fsdp_to_hsdp():
+    fsdp = Plan(Mesh(1, 8, kind="virtual")).placements(SPECS)["encoder.w_DF"]
+    hsdp = Plan(Mesh(2, 4, kind="virtual")).placements(SPECS)["encoder.w_DF"]
+    assert (fsdp.splits[0].size, fsdp.copies) == (8, ()) and (hsdp.splits[0].size, hsdp.copies) == (4, ("replicate",))
+
+
+def test_a_component_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"'layers.\*.mlp', which no parameter is in; nearest: .*layers.0.moe"):
+        Plan(MESH, **{"layers.*.mlp": Layout()}).placements(SPECS)
+
+
+def test_a_parameter_that_cannot_be_divided_is_named():
+    with pytest.raises(ValueError, match=r"layers.0.moe.w_EDF: 4 experts cannot be divided over expert=8"):
+        Plan(Mesh(1, 8, 1, 8, "virtual")).placements(SPECS)
+
+
+def test_rings_of_two_sizes_are_refused():
+    with pytest.raises(ValueError, match="components default and layers want rings of different sizes"):
+        Plan(MESH, Layout(sequence=Ring()), layers=Layout(sequence=Hybrid(2)))
+
+
+def test_a_hybrid_that_does_not_divide_lists_what_does():
+    with pytest.raises(ValueError, match=r"default: Hybrid\(ulysses=3\) does not divide sequence=4.*\[1, 2, 4\]"):
+        Plan(Mesh(1, 1, 4, kind="virtual"), Layout(sequence=Hybrid(3)))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"parameters": ("expert",)}, "'expert' is not an axis that divides parameters"),
+    ({"parameters": ("sequence", "shard")}, "name each axis once, in the order"),
+    ({"expert_chunks": 0}, "expert_chunks=0"),
+    ({"sequence": "ulysses"}, "sequence='ulysses'"),
+])  # fmt: skip
+def test_layouts_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(**arguments)
+
+
+def test_the_order_of_tokens_follows_the_ring():
+    assert Plan(MESH).order.zigzag is False
+    assert Plan(Mesh(1, 1, 4), Layout(sequence=Hybrid(2))).order == (4, 2, True)
+    assert Plan(Mesh(1, 1, 4), Layout(sequence=Ring(zigzag=False))).order == (4, 4, False)
+    assert Plan(Mesh(1, 1, 4), Layout(sequence=Ulysses())).order == (4, 1, False)
+
+
+def test_batch_rules_are_found_by_glob():
+    plan = Plan(MESH, batch={"positions_*": Tokens(1), "*.index_n": Places()})
+    assert plan.batch_rule("positions_AT") == Tokens(1)
+    assert plan.batch_rule("encoders.image.index_n") == Places()
+    assert plan.batch_rule("tokens_T") == Tokens(0)
