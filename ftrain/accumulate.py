@@ -52,7 +52,7 @@ class Accumulated:
             return [c + x for c, x in zip(flat[: len(new)], new, strict=True)]
 
         loss, aux = self._shapes(params, xs, batch_tree)
-        start = zeros_like_all([*_totals(loss), *_counts(loss), *tree.flatten(aux)[0]])
+        start = zeros_like_all([*_totals(loss), *_totals(loss), *tree.flatten(aux)[0]])
         sums = loop(body, self.micro_batches, carry=start, xs=xs, consts=[])
         n = len(_totals(loss))
         total = _rebuild(loss, sums[:n], sums[n : 2 * n])
@@ -79,7 +79,7 @@ class Accumulated:
         return self._sum_gradients(loss_of, (loss, aux), counts, leaves, xs)
 
     def _sum_counts(self, loss_of: Callable, loss: Any, leaves: list[Tensor], xs: list[Tensor]) -> list[Tensor]:
-        start = zeros_like_all(_counts(loss))
+        start = zeros_like_all(_totals(loss))  # counts are cast to the dtype of totals
         k, m = len(start), len(xs)
 
         def body(*flat: Tensor) -> list[Tensor]:

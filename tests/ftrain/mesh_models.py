@@ -1,0 +1,109 @@
+"""Small models with everything that a mesh can divide, as pure steps that return the loss and every gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ftrain
+from ftrain import tree
+from modules import decoder, moe
+from modules.attention import AttentionConfig
+from modules.decoder import DecoderConfig
+from modules.moe import MoEConfig
+from sharding import Mesh, Plan, Tokens
+
+DOCUMENTS = (9, 3, 17, 1, 2)  # lengths that cross the edges of every rank's share
+
+
+@dataclass(frozen=True)
+class Model:
+    """`loss(params, batch) -> (Mean or WeightedSum, aux)`; `batch(packs)` is the batch of a mesh with so many packs."""
+
+    specs: Any
+    loss: Callable
+    batch: Callable[[int], dict[str, Any]]
+    rules: dict[str, Any]
+
+    def step(self, params: Any, batch: Any) -> tuple[Any, Any, Any]:
+        """Loss, auxiliary results, gradients."""
+        (loss, aux), grads = ftrain.value_and_grad(self.loss, has_aux=True)(params, batch)
+        return loss, aux, grads
+
+    def params(self, dtype: torch.dtype) -> Any:
+        """The same numbers in every dtype."""
+        return tree.map(lambda p: p.to(dtype), ftrain.init(self.specs, ftrain.key(0)))
+
+
+def dense(*, heads: int = 8, kv_heads: int = 2, tied: bool = True) -> Model:
+    """A decoder of the Llama and Qwen3 family."""
+    heads_of = AttentionConfig(32, heads=heads, kv_heads=kv_heads, head_dim=4, qk_norm=True, bias=True)
+    return language_model(DecoderConfig(61, 32, layers=2, attention=heads_of, d_hidden=40, tie_embeddings=tied))
+
+
+def mixture(*, heads: int = 8, kv_heads: int = 4, balance: str = "aux") -> Model:
+    """A decoder with experts, shared ones included."""
+    heads_of = AttentionConfig(32, heads=heads, kv_heads=kv_heads, head_dim=4)
+    experts = MoEConfig(32, 12, experts=8, top_k=2, shared_experts=1, balance=balance, aux_coefficient=0.1)
+    return language_model(DecoderConfig(64, 32, layers=2, attention=heads_of, moe=experts))
+
+
+def language_model(cfg: DecoderConfig) -> Model:
+    """Next-token loss over packs of documents, with the balance loss of its experts."""
+
+    def loss(params: Any, batch: dict[str, Tensor]) -> tuple[Any, Any]:
+        hidden_TD, stats = decoder.apply(
+            params, batch["tokens_T"], positions=batch["positions_T"], segments=batch["segments_T"], cfg=cfg
+        )
+        terms = {"text": decoder.loss(params, hidden_TD, batch["labels_T"], cfg)}
+        if stats.router is not None:
+            terms["balance"] = moe.aux_loss(stats.router)
+        return ftrain.weighted_sum(terms, {"balance": 0.1}), terms
+
+    return Model(decoder.specs(cfg), loss, lambda packs: text_batch(cfg.vocab, packs), {})
+
+
+def text_batch(vocab: int, packs: int, documents: tuple[int, ...] = DOCUMENTS) -> dict[str, Tensor]:
+    """`packs` packs of the same lengths of documents; ids differ from pack to pack."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor(documents * packs)
+    segments_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    positions_T = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    tokens_T = torch.randint(0, vocab, segments_T.shape, generator=generator)
+    labels_T = decoder.next_token_labels(tokens_T, segments_T)
+    return {"tokens_T": tokens_T, "positions_T": positions_T, "segments_T": segments_T, "labels_T": labels_T}
+
+
+def compare(model: Model, plan: Plan, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[float, float]:
+    """The relative differences of the loss, and the largest of the gradients', between one device and the mesh."""
+    packs = plan.mesh.replicate * plan.mesh.shard
+    batch, params = model.batch(packs), model.params(dtype)
+    one = ftrain.jit(model.step)(params, batch)
+    many = ftrain.jit(model.step, plan=plan, specs=model.specs, **options)(params, batch)
+    for path, a, b in zip(tree.paths(one[1]), tree.leaves(one[1]), tree.leaves(many[1]), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=lambda m, path=path: f"{path}: {m}")
+    pairs = zip(tree.leaves(one[2]), tree.leaves(many[2]), strict=True)
+    gradients = max(float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in pairs)
+    return float(((one[0] - many[0]) / one[0]).abs()), gradients
+
+
+def plan_for(model: Model, mesh: Mesh, *args: Any, **components: Any) -> Plan:
+    """A plan with the batch rules of the model."""
+    return Plan(mesh, *args, batch=model.rules, **components)
+
+
+def accumulated(model: Model, micro_batches: int) -> Model:
+    """The same model over micro-batches; leaves of the batch have their number as first dim."""
+
+    def step_batch(packs: int) -> dict[str, Any]:
+        batches = [model.batch(packs) for _ in range(micro_batches)]
+        return tree.map(lambda *leaves: torch.stack(leaves), *batches)
+
+    loss = ftrain.accumulate(model.loss, micro_batches, has_aux=True)
+    rules = {"*": Tokens(1), **{glob: replace(rule, dim=rule.dim + 1) for glob, rule in model.rules.items()}}
+    return Model(model.specs, loss, step_batch, rules)
+
+
+__all__ = ["Model", "accumulated", "compare", "dense", "language_model", "mixture", "plan_for"]
