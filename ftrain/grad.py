@@ -66,7 +66,9 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
             for n, value in zip(numbers, tree.unflatten(treedef, shown), strict=True):
                 new_args[n] = value
             out = fn(*new_args, **kwargs)
-            return out if has_aux else (out, None)
+            loss, aux = out if has_aux else (out, None)
+            _require_mean(loss)
+            return loss, aux
 
         differentiate = getattr(fn, "value_and_grad", None)
         if differentiate is not None:
@@ -99,15 +101,19 @@ def loss_value(loss: Any) -> Tensor:
     """The number of a loss: a scalar tensor as it is, a `Mean` or `WeightedSum` by its `value()`."""
     if isinstance(loss, Mean | WeightedSum):
         return loss.value()
-    sharded = current_sharded()
-    if sharded is not None and sharded.plan.mesh.size > 1:
-        raise ValueError(
-            "on a mesh of several ranks a loss must say what it is a mean of: return Mean(total, count) or a WeightedSum"
-        )
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the loss must be a scalar tensor, a Mean or a WeightedSum, not {what}: return loss.sum()?")
     return loss
+
+
+def _require_mean(loss: Any) -> None:
+    """On a mesh a plain number would be one rank's: no gradient of the whole batch follows from it."""
+    sharded = current_sharded()
+    if sharded is not None and sharded.plan.mesh.size > 1 and not isinstance(loss, Mean | WeightedSum):
+        raise ValueError(
+            "on a mesh of several ranks a loss must say what it is a mean of: return Mean(total, count) or a WeightedSum"
+        )
 
 
 def _by_autograd(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
