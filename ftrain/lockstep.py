@@ -6,12 +6,13 @@ what is tested is what runs. Sums over ranks are made in the order of the group.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from ftrain.loop import is_loop, loop_body, run_loop
+from ftrain.loop import is_loop, loop_body
 from ftrain.private import below_autograd
 from sharding.collectives import exchange_rows, shift_ranks
 from sharding.mesh import Mesh
@@ -169,7 +170,7 @@ def _generator_of(module: fx.GraphModule) -> Callable[..., RankGenerator]:
     """The graph's function with a yield at each collective and each loop."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    bodies = {}
+    own = SimpleNamespace(**{str(n.target): getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"})
     for node, original in zip(graph.nodes, module.graph.nodes, strict=True):
         if node.target in COLLECTIVES:
             node.args = (COLLECTIVES[node.target], *node.args)
@@ -177,20 +178,17 @@ def _generator_of(module: fx.GraphModule) -> Callable[..., RankGenerator]:
         elif node.target is _c10d.wait_tensor.default:
             node.target = _done
         elif is_loop(node):
-            bodies[node.args[0].target] = _generator_of(loop_body(original))
+            setattr(own, str(node.args[0].target), _generator_of(loop_body(original)))  # type: ignore[union-attr]
             node.target = _yield_loop
-    copy = fx.GraphModule(module, graph)
-    source = copy.graph.python_code("self")
+    source = graph.python_code("self")
     text = source.src.replace(f"{_name(source, _yield_collective)}(", "yield _request(")
     text = text.replace(f"{_name(source, _yield_loop)}(", "yield from _lockstep_loop(")
     if "yield" not in text:
         text += "\n    yield\n"  # a generator even if there is nothing to exchange
     space = {**source.globals, "_request": _request, "_lockstep_loop": _lockstep_loop}
     exec(compile(text, "<lockstep>", "exec"), space)
-    for name, body in bodies.items():
-        setattr(copy, str(name), body)
     forward = space["forward"]
-    return lambda *inputs: forward(copy, *inputs)
+    return lambda *inputs: forward(own, *inputs)
 
 
 def _name(source: Any, target: Callable) -> str:
