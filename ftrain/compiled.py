@@ -19,6 +19,7 @@ from ftrain.loop import is_loop, loop_body
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
 from ftrain.passes.order import update_early
+from ftrain.passes.waits import join_waits
 from ftrain.precision import Precision
 from ftrain.remat import Remat, rematerialize
 from ftrain.trace import Aval, Traced, argument_paths, is_array, signature_of, spread_paths, trace
@@ -183,6 +184,7 @@ def compile_step(
     compiled = Compiled(traced, treedef, leaves, argument_paths(args, names), choose(backend, device))
     compiled.name = name_of(fn)
     module = traced.module
+    join_waits(module)
     clean(module)
     spread_paths(module, names[0] if names else "")
     rematerialize(module, remat)

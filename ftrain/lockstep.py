@@ -223,7 +223,6 @@ def _lockstep_loop(
     copy: list[bool] | None = None,
 ) -> Generator[Request, Any, list[Tensor]]:
     """As `run_loop`, in lockstep with the other ranks."""
-    assert run_loop is not None
     carry = [c.clone() if must else c for c, must in zip(carry, copy or [True] * len(carry), strict=True)]
     for i in range(n):
         carry = list((yield from body(*carry, *[x[i] for x in xs], *consts)))

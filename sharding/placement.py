@@ -1,5 +1,6 @@
 """Where the pieces of one array are: which dims are divided over which axes, and what each rank holds."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Placement:
                 sizes[split.dim] //= split.size
         return tuple(sizes)
 
+    @functools.lru_cache(maxsize=1 << 14)  # noqa: B019  # of frozen values, asked for every leaf of every step
     def windows(self, mesh: Mesh, rank: int) -> tuple[tuple[int, int], ...]:
         """For each dim the first index and the length of the part of the array that `rank` holds, padding left out."""
         found = [(0, size) for size in self.shape]
