@@ -13,6 +13,7 @@ from ftrain import tree
 from ftrain.cost import Cost, graph_cost
 from ftrain.donation import give_away
 from ftrain.execute import Program, choose, compile_graph, prepare_for_python
+from ftrain.leaf_guard import guard_like
 from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.lockstep import groups_of, lockstep_program
 from ftrain.loop import is_loop, loop_body
@@ -22,6 +23,7 @@ from ftrain.passes.order import update_early
 from ftrain.passes.waits import join_waits
 from ftrain.precision import Precision
 from ftrain.remat import Remat, rematerialize
+from ftrain.remat_fit import BookRow, book_table, fit
 from ftrain.trace import Aval, Traced, argument_paths, is_array, signature_of, spread_paths, trace
 from sharding.mesh import Mesh
 
@@ -38,6 +40,7 @@ class Compiled:
         self.leaf_paths = paths
         self.leaf_signatures = [signature_of(leaf) for leaf in leaves]
         self.donated: dict[int, int] = {}
+        self.book: list[BookRow] = []
         self._treedef = treedef
         self._slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         self._shapes = [torch.Size(a.shape) for a in traced.input_avals]
@@ -46,15 +49,21 @@ class Compiled:
         self._statics = [(i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf)]
         self._program: Program | None = None
         self._lockstep: Callable | None = None
+        self._guard: Callable[..., bool] | None = None
+
+    def knows(self, leaves: list[Any], treedef: Any) -> bool:
+        """True if such arguments were run before and need no closer look: they fit, and are contiguous."""
+        if self._guard is None or treedef != self._treedef or not self._same_statics(leaves):
+            return False
+        return self._guard(*self._tensors(leaves))
 
     def fits(self, leaves: list[Any], treedef: Any) -> bool:
         """True if arguments with these leaves and this structure can be run as they are."""
         if treedef != self._treedef:
             return False
-        if self._statics:
-            if any(type(leaves[i]) is not type(v) or leaves[i] != v for i, v in self._statics):
-                return False
-            leaves = [leaves[i] for i in self._slots]
+        if not self._same_statics(leaves):
+            return False
+        leaves = self._tensors(leaves)
         return (
             set(map(type, leaves)) <= _PLAIN
             and [*map(Tensor.size, leaves)] == self._shapes
@@ -62,18 +71,30 @@ class Compiled:
             and [*map(_device_of, leaves)] == self._devices
         )
 
-    def run(self, leaves: list[Any]) -> Any:
-        """Run on the flat leaves of real arguments and return the result's tree."""
-        return self.traced.assemble(self.run_flat(leaves))
+    def _same_statics(self, leaves: list[Any]) -> bool:
+        return all(type(leaves[i]) is type(v) and leaves[i] == v for i, v in self._statics)
 
-    def run_flat(self, leaves: list[Any]) -> list[Tensor]:
-        """Run on the flat leaves of real arguments and return the tensors of the result, in order."""
-        if self._statics:
-            leaves = [leaves[i] for i in self._slots]
+    def _tensors(self, leaves: list[Any]) -> list[Any]:
+        return [leaves[i] for i in self._slots] if self._statics else leaves
+
+    def run(self, leaves: list[Any], *, known: bool = False) -> Any:
+        """Run on the flat leaves of real arguments and return the result's tree; `known`: what `knows` said of them."""
+        tensors = self._tensors(leaves)
+        if not known and self._program is not None:
+            self._guard = guard_like(tensors) if all(map(Tensor.is_contiguous, tensors)) else None
+        return self.traced.assemble(self.run_flat(leaves, contiguous=known))
+
+    def run_flat(self, leaves: list[Any], *, contiguous: bool = False) -> list[Tensor]:
+        """Run on the flat leaves of real arguments and return the tensors of the result, in order.
+
+        `contiguous`: the leaves are known to be.
+        """
+        leaves = self._tensors(leaves)
         if self._program is None:
             self._check_real(leaves)
             self._program = compile_graph(_copy(self.graph), self.backend)
-        inputs = leaves if all(map(Tensor.is_contiguous, leaves)) else [leaf.contiguous() for leaf in leaves]
+        contiguous = contiguous or all(map(Tensor.is_contiguous, leaves))
+        inputs = leaves if contiguous else [leaf.contiguous() for leaf in leaves]
         outputs = self._program(inputs)
         if self.donated:
             outputs = self._with_donated(leaves, inputs, outputs)
@@ -130,7 +151,7 @@ class Compiled:
 
     def memory(self) -> MemoryPlan:
         """Bytes alive over the run, the peak, and what is alive then."""
-        return plan_memory(self.executed, round_to=512 if self._device.type == "cuda" else 1)
+        return plan_memory(self.executed, round_to=self.granularity)
 
     def cost(self) -> Cost:
         """FLOPs and bytes per node, and in all."""
@@ -155,8 +176,20 @@ class Compiled:
 
         return write_report(self, Path(file))
 
+    def remat_table(self) -> str:
+        """The account book of recompute: each tensor that the backward needs, its MB, microseconds, their ratio, and
+        whether it is kept; empty for a step without a budget.
+        """
+        return book_table(self.book) if self.book else "nothing is recomputed for a budget (see Remat)"
+
     @property
-    def _device(self) -> torch.device:
+    def granularity(self) -> int:
+        """Bytes to which the allocator rounds: 512 on CUDA; storages on a CPU are exact."""
+        return 512 if self.device.type == "cuda" else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arguments are."""
         return self._devices[0] if self._devices else torch.device("cpu")
 
 
@@ -187,12 +220,23 @@ def compile_step(
     join_waits(module)
     clean(module)
     spread_paths(module, names[0] if names else "")
-    rematerialize(module, remat)
     compiled.donated = {} if donate is None else match_donated(traced, args[donate], names[donate])
     inputs = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     by_name = {inputs[slot]: output for slot, output in compiled.donated.items()}
+    rematerialize(module, remat)
     update_early(module, by_name)
+    if remat.budget is not None or remat.us_per_mb is not None:
+
+        def finished_peak(trial: fx.GraphModule) -> int:
+            donate_pass(trial, by_name)
+            prepare_for_python(trial)
+            return plan_memory(trial, round_to=compiled.granularity).peak
+
+        module, compiled.book = fit(
+            module, by_name, remat, device=compiled.device, copy=_copy, finished_peak=finished_peak
+        )
     donate_pass(module, by_name)
+    compiled.graph = module
     return compiled
 
 

@@ -51,8 +51,7 @@ def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
             costs += _node_costs(loop_body(node), times * int(node.args[1]))
             continue
         meta = node.meta
-        moved = 0 if _is_view(node) else sum(_bytes(n.meta.get("val")) for n in [node, *node.all_input_nodes])
-        name = str(node.target)
+        name, moved = str(node.target), node_traffic(node)
         costs.append(
             NodeCost(
                 node.name, name, meta.get("phase", ""), meta.get("path") or "", times * node_flops(node), times * moved
@@ -61,9 +60,15 @@ def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
     return costs
 
 
-def _is_view(node: fx.Node) -> bool:
+def node_traffic(node: fx.Node) -> int:
+    """Bytes that a node reads and writes; a view moves none."""
+    return 0 if is_view(node) else sum(_bytes(n.meta.get("val")) for n in [node, *node.all_input_nodes])
+
+
+def is_view(node: fx.Node) -> bool:
+    """True for an op whose result looks at the memory of its argument, and for parts of a tuple."""
     target = node.target
-    return target is torch.ops.aten._unsafe_view.default or (
+    return target in (torch.ops.aten._unsafe_view.default, operator.getitem) or (
         isinstance(target, torch._ops.OpOverload) and target.is_view
     )
 

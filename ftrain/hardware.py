@@ -26,11 +26,32 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> floa
     return 2 * side**3 / best
 
 
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s that a copy of a tensor too large for caches reads and writes: the best of a few rounds."""
+    source = torch.ones(1 << (28 if device.type == "cuda" else 24), dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(_ROUNDS // 2):
+        _wait(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.nbytes / best
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated: of the card, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of the card, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _wait(device: torch.device) -> None:

@@ -85,21 +85,21 @@ def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
 
 def input_bytes(module: fx.GraphModule) -> int:
     """Bytes of the arguments."""
-    return sum(size for n in module.graph.nodes if n.op == "placeholder" for _, size in _storages(n))
+    return sum(size for n in module.graph.nodes if n.op == "placeholder" for _, size in storages_of(n))
 
 
 def simulate(module: fx.GraphModule, *, round_to: int = 1) -> Iterator[Moment]:
     """What is alive while each node runs, in order."""
     nodes = [n for n in module.graph.nodes if n.op != "output"]
     last_use = _last_uses(list(module.graph.nodes))
-    held = {s for n in nodes if n.op in ("placeholder", "get_attr") for s, _ in _storages(n)}
+    held = {s for n in nodes if n.op in ("placeholder", "get_attr") for s, _ in storages_of(n)}
     expiring: dict[fx.Node, list[int]] = {}
     for storage, node in last_use.items():
         expiring.setdefault(node, []).append(storage)
     alive: dict[int, Held] = {}
     live = 0
     for node in nodes:
-        for storage, size in _storages(node):
+        for storage, size in storages_of(node):
             if storage not in held and storage not in alive:
                 alive[storage] = Held(-(-size // round_to) * round_to, node)
                 live += alive[storage].bytes
@@ -109,7 +109,8 @@ def simulate(module: fx.GraphModule, *, round_to: int = 1) -> Iterator[Moment]:
                 live -= alive.pop(storage).bytes
 
 
-def _storages(node: fx.Node) -> list[tuple[int, int]]:
+def storages_of(node: fx.Node) -> list[tuple[int, int]]:
+    """Identity and bytes of each piece of memory that a node's value looks at."""
     value = node.meta.get("val")
     found: list[tuple[int, int]] = []
     for v in value if isinstance(value, list | tuple) else [value]:
@@ -125,7 +126,7 @@ def _last_uses(nodes: list[fx.Node]) -> dict[int, fx.Node]:
     last: dict[int, fx.Node] = {}
     for node in nodes:
         end = max([node, *node.users], key=position.__getitem__)
-        for storage, _ in _storages(node):
+        for storage, _ in storages_of(node):
             if storage not in last or position[end] > position[last[storage]]:
                 last[storage] = end
     return last

@@ -1,7 +1,9 @@
 """Recompute: what the backward pass makes again instead of keeping it from the forward pass."""
 
+import fnmatch
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
@@ -13,20 +15,66 @@ _LAYER = re.compile(r"^(.*\blayers\.\d+)(\.|$)")
 
 @dataclass(frozen=True)
 class Remat:
-    """`policy`: "none" keeps every tensor that the backward reads; "layer" keeps, of each member of a list of layers
-    (a parameter path with `layers.N`), only what it hands to others; "all" does so outside of layers too.
+    """What the backward computes again.
+
+    - `policy`: "none" keeps every tensor that the backward reads; "layer" keeps, of each member of a list of layers (a
+      parameter path with `layers.N`), only what it hands to others; "all" does so outside of layers too.
+    - `budget`: the most bytes that the step may hold at once, its arguments included: a number, "60GiB", "70%" of the
+      device's memory, or "fit" (what is free now). What saves most bytes per microsecond of recompute is made again
+      first, and no more than needed (see `remat_budget`). Takes the place of a policy.
+    - `us_per_mb`: recompute all that costs fewer microseconds per MB freed than this, in the place of a budget.
+    - `paths`: globs over parameter paths to "keep" or "recompute", over whatever the rest decides.
     """
 
     policy: str = "none"
+    budget: int | str | None = None
+    us_per_mb: float | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.policy not in ("none", "layer", "all"):
             raise ValueError(f"Remat({self.policy!r}): the policy is 'none', 'layer' or 'all'")
+        chosen = [self.policy != "none", self.budget is not None, self.us_per_mb is not None]
+        if sum(chosen) > 1:
+            raise ValueError(f"{self}: give a policy, a budget or us_per_mb, not several of them")
+        if self.budget is not None:
+            parse_budget(self.budget)
+        for glob, choice in self.paths.items():
+            if choice not in ("keep", "recompute"):
+                raise ValueError(f"Remat(paths={{{glob!r}: {choice!r}}}): a path is to 'keep' or to 'recompute'")
+
+    def __hash__(self) -> int:
+        return hash((self.policy, self.budget, self.us_per_mb, tuple(self.paths.items())))
 
     @staticmethod
     def of(value: "Remat | str") -> "Remat":
         """A `Remat` as it is, or by the name of its policy."""
         return value if isinstance(value, Remat) else Remat(value)
+
+    def choice_at(self, path: str) -> str | None:
+        """ "keep" or "recompute" where `paths` say so; the last glob that matches wins."""
+        found = None
+        for glob, choice in self.paths.items():
+            if fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}"):
+                found = choice
+        return found
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_budget(budget: int | str) -> int | float | str:
+    """Bytes as an int, a share of the device as a float in (0, 1], or "fit"."""
+    if isinstance(budget, int):
+        return budget
+    text = budget.strip().upper().replace(" ", "")
+    if text == "FIT":
+        return "fit"
+    found = re.fullmatch(r"([0-9.]+)(%|[KMG]I?B|B)", text)
+    if found is None:
+        raise ValueError(f"Remat(budget={budget!r}): give bytes, '60GiB', '70%' or 'fit'")
+    number = float(found.group(1))
+    return number / 100 if found.group(2) == "%" else int(number * _UNITS[found.group(2)])
 
 
 def rematerialize(module: fx.GraphModule, remat: Remat) -> None:
@@ -34,19 +82,39 @@ def rematerialize(module: fx.GraphModule, remat: Remat) -> None:
 
     The same ops on the same inputs: results are equal to the bit. Bodies of loops are treated alike.
     """
-    if remat.policy == "none":
+    if remat.policy == "none" and not remat.paths:
         return
     for node in module.graph.nodes:
         if is_loop(node):
             rematerialize(loop_body(node), remat)
-    forward = [n for n in module.graph.nodes if _is_forward(n)]
-    layer_of = {n: _layer(n) for n in forward}
-    kept = {n for n in forward if _is_kept(n, layer_of, remat.policy)}
-    position = {n: i for i, n in enumerate(module.graph.nodes) if n in layer_of and n not in kept}
+    recompute(module, remade_by_policy(module, remat))
+
+
+def remade_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
+    """The forward nodes that a policy, and the globs over paths, make again."""
+    forward = [n for n in module.graph.nodes if is_forward(n)]
+    layer_of = {n: layer_of_node(n) for n in forward}
+    remade = set()
+    for node in forward:
+        choice = remat.choice_at(node.meta.get("path") or "")
+        again = remat.policy != "none" and not _is_kept(node, layer_of, remat.policy)
+        if must_keep(node) or choice == "keep":
+            continue
+        if again or choice == "recompute":
+            remade.add(node)
+    return remade
+
+
+def recompute(module: fx.GraphModule, remade: Collection[fx.Node]) -> None:
+    """Give the backward copies of the forward nodes `remade`, each made just before its first use.
+
+    Copies read copies of what is remade, and what is kept as it is.
+    """
+    position = {n: i for i, n in enumerate(module.graph.nodes) if n in remade}
     copies: dict[fx.Node, fx.Node] = {}
     moved: dict[fx.Node, set[int]] = {}  # nodes whose value is new, and the memory that it was before
     for node in list(module.graph.nodes):
-        if node in layer_of or node.op in ("placeholder", "get_attr", "output"):
+        if is_forward(node) or node.op in ("placeholder", "get_attr", "output"):
             continue
         before = set().union(*(moved[n] for n in node.all_input_nodes if n in moved))
         for source in node.all_input_nodes:
@@ -60,11 +128,18 @@ def rematerialize(module: fx.GraphModule, remat: Remat) -> None:
     module.recompile()
 
 
-def _is_forward(node: fx.Node) -> bool:
+def must_keep(node: fx.Node) -> bool:
+    """True for what is never made again: loops, and sizes, which must stay the same numbers."""
+    return is_loop(node) or not isinstance(node.meta.get("val"), Tensor | list | tuple)
+
+
+def is_forward(node: fx.Node) -> bool:
+    """True for an op of the forward pass."""
     return node.op == "call_function" and node.meta.get("phase") == "forward"
 
 
-def _layer(node: fx.Node) -> str:
+def layer_of_node(node: fx.Node) -> str:
+    """The path of the member of a list of layers that a node is of; empty for none."""
     found = _LAYER.match(node.meta.get("path", ""))
     return found.group(1) if found else ""
 
@@ -72,7 +147,7 @@ def _layer(node: fx.Node) -> str:
 def _is_kept(node: fx.Node, layer_of: dict[fx.Node, str], policy: str) -> bool:
     """A node of no layer (under "layer"), a loop, or a tensor that another layer reads."""
     mine = layer_of[node]
-    if is_loop(node) or (policy == "layer" and not mine):
+    if policy == "layer" and not mine:
         return True
     if isinstance(node.meta.get("val"), list | tuple):
         return False

@@ -1,0 +1,105 @@
+"""How long a node takes, before it is run: measured on this device where it was, else by a roofline."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.cost import is_view, node_flops, node_traffic
+from ftrain.hardware import copy_bandwidth, peak_flops
+from ftrain.loop import is_loop, loop_body
+from ftrain.text import op_name
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does at most: FLOP/s of matrix products by dtype, bytes/s of its memory, and of copies to the host.
+
+    `launch`: microseconds that an op costs beyond its work. `efficiency`: the share of the peak that large ops reach.
+    """
+
+    name: str
+    flops: Mapping[torch.dtype, float]
+    bandwidth: float
+    host_link: float
+    launch: float
+    efficiency: float = 0.7
+
+    def flops_of(self, dtype: torch.dtype) -> float:
+        """FLOP/s in a dtype; of one that is not listed, those of float32."""
+        return self.flops.get(dtype, self.flops[torch.float32])
+
+
+@cache
+def speed_of(device: torch.device) -> Speed:
+    """The device at hand, measured once (a fraction of a second)."""
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    flops = {dtype: peak_flops(device, dtype) for dtype in dtypes}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
+    link = 25e9 if device.type == "cuda" else copy_bandwidth(device)
+    return Speed(name, flops, copy_bandwidth(device), link, launch=3.0, efficiency=0.9)
+
+
+@dataclass
+class OpTimes:
+    """Microseconds of ops by what they are given: `measured` (op, shapes and dtypes to microseconds) over a roofline."""
+
+    speed: Speed
+    measured: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def on(device: torch.device) -> "OpTimes":
+        """For the device at hand, with what was measured on it before (`FTRAIN_CACHE`, default ~/.cache/ftrain)."""
+        speed = speed_of(device)
+        file = cache_file(speed.name)
+        return OpTimes(speed, json.loads(file.read_text()) if file.exists() else {})
+
+    def save(self) -> Path:
+        """Write what was measured beside that of other devices; the file is replaced at once."""
+        file = cache_file(self.speed.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(dict(sorted(self.measured.items())), indent=0))
+        fresh.replace(file)
+        return file
+
+    def microseconds(self, node: fx.Node) -> float:
+        """How long a node takes; a loop takes all its rounds."""
+        if node.op != "call_function" or is_view(node):
+            return 0.0
+        if is_loop(node):
+            return int(node.args[1]) * sum(self.microseconds(n) for n in loop_body(node).graph.nodes)  # type: ignore[arg-type]
+        measured = self.measured.get(op_key(node))
+        return measured if measured is not None else self._roofline(node)
+
+    def _roofline(self, node: fx.Node) -> float:
+        value = node.meta.get("val")
+        dtype = value.dtype if isinstance(value, Tensor) else torch.float32
+        compute = node_flops(node) / (self.speed.flops_of(dtype) * self.speed.efficiency)
+        memory = node_traffic(node) / self.speed.bandwidth
+        return self.speed.launch + 1e6 * max(compute, memory)
+
+
+def op_key(node: fx.Node) -> str:
+    """What a node's time depends on: its op, and the shapes and dtypes that it reads and writes."""
+    values = [n.meta.get("val") for n in [node, *node.all_input_nodes]]
+    return "|".join([op_name(node), *map(_show, values)])
+
+
+def cache_file(device: str) -> Path:
+    """Where the times of a device are kept."""
+    folder = Path(os.environ.get("FTRAIN_CACHE", Path.home() / ".cache" / "ftrain"))
+    return folder / f"op-times-{''.join(c if c.isalnum() else '-' for c in device)}.json"
+
+
+def _show(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return "(" + ",".join(map(_show, value)) + ")"
+    return type(value).__name__

@@ -1,0 +1,228 @@
+"""Recompute by return on investment: the cheapest set of tensors to make again so that the peak fits a budget.
+
+At one exchange rate (microseconds per MB) the best set is a minimum cut (`remat_cut`). The rate is moved until the
+simulated peak fits, since fewer bytes kept do not always mean a lower peak; then single tensors are taken back from the
+set, dearest first, where the peak allows it.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.cost import is_view
+from ftrain.hardware import device_bytes, free_bytes
+from ftrain.liveness import storages_of
+from ftrain.op_times import OpTimes
+from ftrain.private import storage_id
+from ftrain.remat import Remat, is_forward, layer_of_node, must_keep, parse_budget
+from ftrain.remat_cut import Item, cheapest_kept
+from ftrain.remat_peak import PeakModel
+
+_TILT = 0.004  # equal layers tie at one rate; a small slope over depth lets a rate stop between them
+_SECONDS_TO_IMPROVE = 2.0
+
+
+class Choice(NamedTuple):
+    """A set of nodes to make again: its peak in bytes beyond the arguments, and its price in microseconds."""
+
+    remade: frozenset[int]
+    peak: int
+    microseconds: float
+    us_per_mb: float
+
+
+@dataclass
+class Planner:
+    """Plans for one graph; `donated` as in `passes.donate`. Nodes are known by their number in `model.nodes`."""
+
+    module: fx.GraphModule
+    donated: dict[str, int]
+    times: OpTimes
+    remat: Remat
+    round_to: int = 1
+
+    @cached_property
+    def model(self) -> PeakModel:
+        """The graph as numbers."""
+        return PeakModel(self.module, self.donated, round_to=self.round_to)
+
+    @cached_property
+    def microseconds(self) -> dict[int, float]:
+        """How long each forward node takes."""
+        return {i: self.times.microseconds(n) for i, n in enumerate(self.model.nodes) if is_forward(n)}
+
+    def at_rate(self, us_per_mb: float) -> Choice:
+        """The best choice at one exchange rate."""
+        if us_per_mb <= 0:
+            return self._priced(frozenset(), 0.0)
+        numbers, items, wanted = self._items
+        _, again = cheapest_kept(items, wanted, us_per_mb)
+        return self._priced(frozenset(numbers[v] for v in again), us_per_mb)
+
+    def within(self, peak: int) -> Choice:
+        """The cheapest choice found whose simulated peak is at most `peak`; ValueError names the smallest possible."""
+        best: Choice | None = None
+        smallest: Choice | None = None
+        for choice in self._search(peak):
+            if smallest is None or choice.peak < smallest.peak:
+                smallest = choice
+            if choice.peak <= peak and (best is None or choice.microseconds < best.microseconds):
+                best = choice
+        assert smallest is not None
+        if best is None:
+            raise OverBudget(smallest.peak, self.model.nodes[self.model.peak(smallest.remade)[1]])
+        return self._taken_back(best, peak)
+
+    def _search(self, peak: int) -> Iterator[Choice]:
+        nothing = self.at_rate(0.0)
+        yield nothing
+        if nothing.peak <= peak:
+            return
+        low, high = self._rates
+        grid = [low * (high / low) ** (i / 12) for i in range(13)]
+        peaks = {0.0: nothing.peak}
+        for rate in grid:
+            choice = self.at_rate(rate)
+            peaks[rate] = choice.peak
+            yield choice
+            if choice.peak <= peak:
+                break
+        yield from self._refined(peaks, peak)
+
+    def _refined(self, peaks: dict[float, int], peak: int) -> Iterator[Choice]:
+        """Rates between the last that does not fit and the first that does; if none does, around the lowest peak."""
+        rates = sorted(peaks)
+        best = min(rates, key=lambda r: (peaks[r] > peak, peaks[r]))
+        at = rates.index(best)
+        below, above = rates[max(0, at - 1)], rates[min(len(rates) - 1, at + 1)]
+        if peaks[best] > peak:
+            low = max(below, best / 64, 1e-3)
+            for i in range(1, 12):
+                yield self.at_rate(low * (max(above, best) / low) ** (i / 12))
+            return
+        above = best
+        for _ in range(10):
+            middle = math.sqrt(max(below, above / 64) * above)
+            choice = self.at_rate(middle)
+            yield choice
+            below, above = (below, middle) if choice.peak <= peak else (middle, above)
+
+    def _taken_back(self, choice: Choice, peak: int) -> Choice:
+        """Keep after all what may be kept, dearest first, for as long as the time allows."""
+        until = time.perf_counter() + _SECONDS_TO_IMPROVE
+        for v in sorted(choice.remade, key=lambda v: -self.microseconds[v]):
+            if time.perf_counter() > until or self.microseconds[v] <= 0:
+                break
+            fewer = self._priced(choice.remade - {v}, choice.us_per_mb)
+            if fewer.peak <= peak:
+                choice = fewer
+        return choice
+
+    def _priced(self, remade: frozenset[int], us_per_mb: float) -> Choice:
+        used = self._used(remade)
+        price = sum(self.microseconds[v] for v in used)
+        return Choice(used, self.model.peak(used)[0], price, us_per_mb)
+
+    def _used(self, remade: frozenset[int]) -> frozenset[int]:
+        """Those of the set that the backward reads, or that others of these are made from."""
+        steps = self.model.steps
+        stack = [u for s in steps if not s.forward for u in s.reads if u in remade]
+        found: set[int] = set()
+        while stack:
+            v = stack.pop()
+            if v not in found:
+                found.add(v)
+                stack.extend(u for u in steps[v].reads if u in remade)
+        return frozenset(found)
+
+    @cached_property
+    def _rates(self) -> tuple[float, float]:
+        """The lowest and highest exchange rates that could matter, microseconds per MB; crumbs are left out."""
+        _, items, _ = self._items
+        whole = sum(i.bytes or 0 for i in items)
+        rates = [
+            i.microseconds / (i.bytes / 1e6)
+            for i in items
+            if i.bytes and i.bytes > whole / 1000 and i.microseconds is not None and i.microseconds > 0
+        ]
+        return (min(rates, default=1.0) / 2, 64 * max(rates, default=1.0))
+
+    @cached_property
+    def _items(self) -> tuple[list[int], list[Item], list[int]]:
+        """The forward nodes as items of a cut, and those that the backward reads."""
+        nodes, index = self.model.nodes, self.model.index
+        numbers = [i for i, n in enumerate(nodes) if is_forward(n)]
+        place = {i: v for v, i in enumerate(numbers)}
+        held = self._held_anyway
+        layers = sorted({layer_of_node(nodes[i]) for i in numbers})
+        depth = {layer: i / max(1, len(layers)) for i, layer in enumerate(layers)}
+        items = []
+        for i in numbers:
+            node = nodes[i]
+            tilt = 1 + _TILT * depth[layer_of_node(node)]
+            size = self._bytes_to_keep(node, held)
+            again = None if self._stays(node) else self.microseconds[i] * tilt
+            reads = tuple(place[index[p]] for p in node.all_input_nodes if index[p] in place)
+            items.append(Item(reads, 0 if size is None and again is None else size, again))
+        wanted = [
+            place[index[p]]
+            for n in nodes
+            if not is_forward(n)
+            for p in n.all_input_nodes
+            if index[p] in place
+        ]
+        return numbers, items, sorted(set(wanted))
+
+    @cached_property
+    def _held_anyway(self) -> set[int]:
+        """Memory that is there in the backward whatever is chosen: arguments and results."""
+        outputs = [n for n in self.module.graph.output_node().all_input_nodes if is_forward(n)]
+        inputs = [n for n in self.model.nodes if n.op in ("placeholder", "get_attr")]
+        return {s for n in [*outputs, *inputs] for s, _ in storages_of(n)}
+
+    def _bytes_to_keep(self, node: fx.Node, held: set[int]) -> int | None:
+        if self.remat.choice_at(node.meta.get("path") or "") == "recompute" and not must_keep(node):
+            return None
+        value = node.meta.get("val")
+        if isinstance(value, list | tuple):
+            return None
+        if not isinstance(value, Tensor) or storage_id(value) in held:
+            return 0
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        if is_view(node) and source is not None and isinstance(source.meta.get("val"), Tensor):
+            return None
+        return int(storages_of(node)[0][1])
+
+    def _stays(self, node: fx.Node) -> bool:
+        """What is never made again: loops, sizes, what a layer hands to another one, and what a path says to keep."""
+        choice = self.remat.choice_at(node.meta.get("path") or "")
+        if must_keep(node) or choice == "keep":
+            return True
+        if choice == "recompute" or is_view(node):
+            return False
+        mine = layer_of_node(node)
+        users = [layer_of_node(u) for u in node.users if is_forward(u)]
+        return bool(mine) and any(layer and layer != mine for layer in users)
+
+
+class OverBudget(ValueError):
+    """No choice fits: `smallest` bytes beyond the arguments would, and `node` is where the peak then is."""
+
+    def __init__(self, smallest: int, node: fx.Node) -> None:
+        super().__init__(f"at least {smallest} bytes beyond the arguments, at {node.name}")
+        self.smallest, self.node = smallest, node
+
+
+def budget_bytes(remat: Remat, device: torch.device, inputs: int) -> int:
+    """The budget in bytes, arguments included; "fit" is what is free now beside the arguments that are there already."""
+    assert remat.budget is not None
+    parsed = parse_budget(remat.budget)
+    if parsed == "fit":
+        return free_bytes(device) + inputs
+    return int(parsed * device_bytes(device)) if isinstance(parsed, float) else int(parsed)

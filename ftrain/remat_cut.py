@@ -1,0 +1,71 @@
+"""Which tensors to keep for the backward pass, at a given price of memory: one minimum cut of the forward graph.
+
+For a price of `us_per_mb` microseconds per MB kept, every forward tensor that the backward reads is either kept, which
+costs its bytes, or made again, which costs its time and needs all that it is made from, kept or made again in turn. So
+the price of making a tensor again is that of the cheapest chain from what is kept: chains, not single nodes, are what
+is chosen. This is a project selection problem (Picard 1976), solved exactly by one minimum cut. Node v has two places
+in the network: `have v` (its value is at hand in the backward) and `make v` (it is computed again):
+
+    source -> have v   infinite, if the backward reads v
+    have v -> make v   bytes of v * price: cut when v is kept
+    make v -> sink     microseconds of v: cut when v is made again
+    make v -> have u   infinite, for each forward u that v reads
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+_UNITS = 1 << 28  # what all finite capacities together are scaled to: the solver counts in 32-bit integers
+_INFINITE = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One forward node: `reads` are the items it is computed from.
+
+    `bytes`: what keeping it costs; None if it cannot be kept by itself (a view, a tuple). `microseconds`: what making
+    it again costs; None if it must not be (a kept layer boundary, a loop).
+    """
+
+    reads: tuple[int, ...]
+    bytes: int | None
+    microseconds: float | None
+
+
+def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: float) -> tuple[set[int], set[int]]:
+    """The items to keep and those to make again, at least total cost, so that all `wanted` are at hand.
+
+    ValueError if an item can neither be kept nor made again.
+    """
+    have, make = (lambda v: 2 + 2 * v), (lambda v: 3 + 2 * v)
+    edges: dict[tuple[int, int], float] = {(0, have(v)): np.inf for v in wanted}
+    for v, item in enumerate(items):
+        keep = np.inf if item.bytes is None else item.bytes / 1e6 * us_per_mb
+        again = np.inf if item.microseconds is None else item.microseconds
+        if np.isinf(keep) and np.isinf(again):
+            raise ValueError(f"item {v} can neither be kept nor made again")
+        edges[have(v), make(v)] = keep
+        edges[make(v), 1] = again
+        for u in item.reads:
+            edges[make(v), have(u)] = np.inf
+    reached = _source_side(edges, 2 + 2 * len(items))
+    kept = {v for v in range(len(items)) if have(v) in reached and make(v) not in reached}
+    return kept, {v for v in range(len(items)) if make(v) in reached}
+
+
+def _source_side(edges: Mapping[tuple[int, int], float], size: int) -> set[int]:
+    """The nodes that the source reaches once the maximum flow from 0 to 1 is subtracted."""
+    finite = [c for c in edges.values() if np.isfinite(c)]
+    scale = _UNITS / max(sum(finite), 1e-9)
+    rows, columns = np.array(list(edges)).T
+    capacities = [_INFINITE if np.isinf(c) else round(c * scale) for c in edges.values()]
+    network = csr_array((np.array(capacities, dtype=np.int32), (rows, columns)), shape=(size, size))
+    flow = maximum_flow(network, 0, 1, method="dinic").flow
+    left = network - flow
+    left.data[left.data < 0] = 0
+    left.eliminate_zeros()
+    return set(breadth_first_order(left, 0, return_predecessors=False).tolist())

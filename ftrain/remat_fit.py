@@ -1,0 +1,147 @@
+"""Make a step fit a budget, and keep the book of what that cost: which tensors are kept, which made again, and why."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.liveness import input_bytes, plan_memory, storages_of
+from ftrain.loop import carried_outputs, is_loop, loop_body
+from ftrain.op_times import OpTimes
+from ftrain.remat import Remat, is_forward, recompute
+from ftrain.remat_budget import Choice, OverBudget, Planner, budget_bytes
+from ftrain.text import op_name, short_site, show_bytes
+
+
+class BookRow(NamedTuple):
+    """A forward tensor that the backward needs: its bytes, what making it again takes (with all that it is made from
+    and that is not kept), microseconds per MB freed, and the decision: "keep" or "recompute".
+    """
+
+    path: str
+    site: str
+    op: str
+    shape: tuple[int, ...]
+    bytes: int
+    microseconds: float
+    us_per_mb: float
+    decision: str
+
+
+def fit(
+    module: fx.GraphModule,
+    donated: dict[str, int],
+    remat: Remat,
+    *,
+    device: torch.device,
+    copy: Callable[[fx.GraphModule], fx.GraphModule],
+    finished_peak: Callable[[fx.GraphModule], int],
+) -> tuple[fx.GraphModule, list[BookRow]]:
+    """A copy of `module` in which the backward makes again what the budget, or the exchange rate, asks for.
+
+    `finished_peak` gives the peak beyond the arguments of a copy after all later passes: the budget is checked on
+    that, and where the simulation was too hopeful the plan is made tighter. ValueError names the smallest budget that
+    fits and what stands in the way.
+    """
+    times, round_to = OpTimes.on(device), 512 if device.type == "cuda" else 1
+    if remat.us_per_mb is not None:
+        trial = copy(module)
+        return trial, _apply(trial, donated, remat, times, round_to, None)
+    inputs = input_bytes(module)
+    budget = budget_bytes(remat, device, inputs)
+    target = budget - inputs
+    for _ in range(4):
+        trial = copy(module)
+        try:
+            rows = _apply(trial, donated, remat, times, round_to, target)
+        except OverBudget as error:
+            raise ValueError(_refusal(module, remat, budget, inputs, error)) from None
+        excess = finished_peak(copy(trial)) - (budget - inputs)
+        if excess <= 0:
+            return trial, rows
+        target -= excess
+    raise ValueError(
+        f"Remat(budget={remat.budget!r}): the plan exceeds its budget by {show_bytes(excess)} after all passes; raise it"
+    )
+
+
+def _apply(
+    module: fx.GraphModule,
+    donated: dict[str, int],
+    remat: Remat,
+    times: OpTimes,
+    round_to: int,
+    target: int | None,
+) -> list[BookRow]:
+    """Choose for the graph and the bodies of its loops, and write the copies; `target` in bytes beyond the arguments."""
+    rows: list[BookRow] = []
+    for loop in [n for n in module.graph.nodes if is_loop(n)]:
+        inner = None
+        if target is not None:
+            plan = plan_memory(module, round_to=round_to)
+            inside = plan_memory(loop_body(loop), round_to=round_to).peak
+            inner = target - (dict(plan.timeline)[loop.name] - inside)
+        rows += _apply(loop_body(loop), carried_outputs(loop), remat, times, round_to, inner)
+    planner = Planner(module, donated, times, remat, round_to)
+    choice = planner.at_rate(remat.us_per_mb or 0.0) if target is None else planner.within(target)
+    rows += book(planner, choice)
+    recompute(module, {planner.model.nodes[v] for v in choice.remade})
+    return rows
+
+
+def book(planner: Planner, choice: Choice) -> list[BookRow]:
+    """What was decided for each tensor that the backward reads, dearest microsecond per MB first."""
+    nodes, steps = planner.model.nodes, planner.model.steps
+    read = {u for s in steps if not s.forward for u in s.reads} | {u for v in choice.remade for u in steps[v].reads}
+    rows = []
+    for v in sorted(read):
+        node = nodes[v]
+        value = node.meta.get("val")
+        if not is_forward(node) or not isinstance(value, Tensor):
+            continue
+        size = int(storages_of(node)[0][1])
+        price = sum(planner.microseconds[u] for u in _chain(planner, choice, v))
+        shape = tuple(int(n) if isinstance(n, int) else -1 for n in value.shape)
+        decision = "recompute" if v in choice.remade else "keep"
+        path, site = node.meta.get("path") or "", short_site(node.meta.get("site"))
+        rows.append(BookRow(path, site, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision))
+    return sorted(rows, key=lambda r: -r.us_per_mb)
+
+
+def book_table(rows: list[BookRow], limit: int = 200) -> str:
+    """The book as text, and what it adds up to."""
+    lines = [f"{'decision':10} {'us/MB':>10} {'MB':>9} {'us':>10}  tensor"]
+    for r in rows[:limit]:
+        lines.append(
+            f"{r.decision:10} {r.us_per_mb:10.1f} {r.bytes / 1e6:9.3f} {r.microseconds:10.1f}  "
+            f"{r.op}{list(r.shape)} {r.path} ({r.site})"
+        )
+    if len(rows) > limit:
+        lines.append(f"... and {len(rows) - limit} more")
+    for decision in ("keep", "recompute"):
+        mine = [r for r in rows if r.decision == decision]
+        lines.append(f"{decision}: {len(mine)} tensors, {show_bytes(sum(r.bytes for r in mine))}")
+    return "\n".join(lines)
+
+
+def _chain(planner: Planner, choice: Choice, v: int) -> set[int]:
+    """What must run to have `v` again, given what is kept."""
+    found: set[int] = set()
+    stack = [v]
+    while stack:
+        u = stack.pop()
+        if u not in found:
+            found.add(u)
+            stack.extend(w for w in planner.model.steps[u].reads if w in choice.remade)
+    return {u for u in found if u in planner.microseconds}
+
+
+def _refusal(module: fx.GraphModule, remat: Remat, budget: int, inputs: int, error: OverBudget) -> str:
+    meta = error.node.meta
+    where = f"{op_name(error.node)} {meta.get('path') or ''} ({short_site(meta.get('site'))})"
+    return (
+        f"Remat(budget={remat.budget!r}) is {show_bytes(budget)}, of which the arguments take {show_bytes(inputs)}; with "
+        f"everything worth it recomputed the step needs {show_bytes(inputs + error.smallest)}, at {where}: a budget of "
+        f"{inputs + error.smallest} bytes fits; fewer tokens per batch or more micro-batches need less"
+    )
