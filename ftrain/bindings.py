@@ -12,6 +12,7 @@ from kernels.moe import experts_swiglu
 from kernels.random import Window
 from modules import spec as specs_of
 from sharding.placement import Placement
+from sharding.sequence_attention import pack_documents, sequence_attention
 
 
 def bindings(trace: ShardedTrace) -> dict[str, Callable]:
@@ -24,7 +25,8 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable]:
         "parameter": lambda *args, **options: _parameter(trace, *args, **options),
         "sum_over_shards": lambda values_N, leaves: _sum_over_shards(values_N, [trace.placement(leaf) for leaf in leaves], mesh),
     }
-    if mesh.sequence > 1:
+    import importlib.util
+    if mesh.sequence > 1 and importlib.util.find_spec('sharding.exchange'):
         from sharding import exchange
         rows["merge"] = lambda *tensors, backend="auto": exchange.merge_rows_sharded(*tensors, mesh=mesh, order=order)
         rows["take"] = lambda *tensors, backend="auto": exchange.take_rows_sharded(*tensors, mesh=mesh, order=order)
@@ -38,9 +40,17 @@ def _attention(trace: ShardedTrace, q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor,
     how = trace.plan.layout(component).sequence
     if how is None or mesh.sequence == 1:
         return attention.local(q_THK, k_SGK, v_SGV, **options)
-    from sharding.sequence_attention import sequence_attention
+    order = trace.plan.order
     return sequence_attention(
-        q_THK, k_SGK, v_SGV, how=how, mesh=mesh, order=trace.plan.order, component=component, **options
+        q_THK,
+        k_SGK,
+        v_SGV,
+        how=how,
+        mesh=mesh,
+        order=order,
+        component=component,
+        documents_of=lambda ids_T: trace.pack(ids_T, lambda: pack_documents(ids_T, mesh=mesh, order=order)),
+        **options,
     )
 
 

@@ -1,0 +1,132 @@
+"""Ring attention: queries stay, keys and values go around the ranks, results are merged by their log-sum-exp.
+
+Each step starts sending its keys and values on before it computes with them, and nothing that is sent depends on the
+step's computation, so a scheduling pass can hide the one behind the other. Only the G key/value heads travel, k and v
+in one message. In backward the gradient of a member's keys and values travels behind them, gathers each rank's share in
+the accumulation dtype, and takes one more step home.
+
+T tokens of a rank, P tokens of the pack, H query heads, G key/value heads, K head dim, V value dim, C = K + V.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.first_order import first_order
+from sharding.collectives import shift_ranks, wait
+from sharding.mesh import Group
+from sharding.ring_block import Step, ring_backward, ring_forward
+from sharding.spmd import purpose
+
+
+class RingRule(NamedTuple):
+    """The group that forms the ring, how its members hold the pack (zigzag or in turn), and who sees whom."""
+
+    group: Group
+    zigzag: bool
+    causal: bool
+    window: int | None
+    scale: float
+
+    def step(self, number: int) -> Step:
+        return Step(number, self.group.size, self.zigzag, self.causal, self.window, self.scale)
+
+
+def ring_attention(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    *,
+    me: Tensor,
+    index_P: Tensor | None,
+    host_index_P: Tensor | None,
+    rule: RingRule,
+) -> Tensor:
+    """This member's rows `[T, H, V]` of attention over the whole ring's tokens, in the dtype of the queries.
+
+    `me`: its place in the ring, 0-d int64 on the CPU. `index_P`: the number of the document that each token of the pack
+    belongs to, rising, in the order of the pack; `host_index_P`: the same on the CPU; None for one document.
+    Differentiable once. ValueError if zigzag meets an odd number of tokens.
+    """
+    if rule.zigzag and q_THK.shape[0] % 2:
+        raise ValueError(
+            f"ring attention in zigzag order: the {q_THK.shape[0]} tokens of a member of the ring are not two halves; "
+            f"pack to a multiple of {2 * rule.group.size} tokens, or use Ring(zigzag=False)"
+        )
+    return _Ring.apply(q_THK, k_TGK, v_TGV, index_P, host_index_P, me, rule)[0]
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor | None,
+        host_index: Tensor | None,
+        me: Tensor,
+        rule: RingRule,
+    ) -> tuple[Tensor, Tensor]:
+        n, kv = rule.group.size, torch.cat([k, v], -1)
+        coming = send_on(kv, rule.group, "ring")
+        out, lse = ring_forward(q, kv, None, None, index, host_index, me, *rule.step(0))
+        for s in range(1, n):
+            kv = coming
+            coming = send_on(kv, rule.group, "ring") if s + 1 < n else kv
+            out, lse = ring_forward(q, kv, out, lse, index, host_index, me, *rule.step(s))
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, index, host_index, me, ctx.rule = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, lse, index, host_index, me)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grad, *ctx.saved_tensors, ctx.rule), None, None, None, None)
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: Tensor | None,
+    host_index: Tensor | None,
+    me: Tensor,
+    rule: RingRule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of queries, keys and values, once more around the ring."""
+    n, kv = rule.group.size, torch.cat([k, v], -1)
+    coming = send_on(kv, rule.group, "ring.T")
+    dq, dkv = ring_backward(grad, q, kv, out, lse, index, host_index, me, *rule.step(0))
+    for s in range(1, n):
+        kv = coming
+        coming = send_on(kv, rule.group, "ring.T") if s + 1 < n else kv
+        arrived = send_on(dkv, rule.group, "ring.T")
+        dq_s, dkv_s = ring_backward(grad, q, kv, out, lse, index, host_index, me, *rule.step(s))
+        dq, dkv = dq + dq_s, arrived + dkv_s
+    dk, dv = send_on(dkv, rule.group, "ring.T").to(k.dtype).split([k.shape[2], v.shape[2]], -1)
+    return dq.to(q.dtype), dk.contiguous(), dv.contiguous()
+
+
+_backward = first_order(_gradients, "ring attention")
+
+
+def send_on(x: Tensor, group: Group, why: str) -> Tensor:
+    """What the ring's member before this one has, while this one's `x` goes to the next; without autograd."""
+    if group.size == 1:
+        return x
+    with purpose(why):
+        return wait(shift_ranks(x.contiguous(), 1, group.size, group.name))
+
+
+def ring_bytes(T: int, G: int, K: int, V: int, n: int, *, item: int, gradient_item: int) -> tuple[int, int]:
+    """Bytes that a member sends in forward and in backward; `gradient_item`: of the accumulation dtype (4 or 8)."""
+    message = T * G * (K + V)
+    return (n - 1) * message * item, (n - 1) * message * item + (n if n > 1 else 0) * message * gradient_item

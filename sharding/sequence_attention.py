@@ -1,0 +1,272 @@
+"""Attention where the ranks of the sequence axis share the tokens of a pack: Ulysses, ring, or one inside the other.
+
+T tokens of a rank, P tokens of the pack, S key/value tokens of a rank (T but for cross attention), H query heads, G
+key/value heads, K head dim, V value dim.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.attention import BACKENDS, attention
+from kernels.backend import choose_backend
+from kernels.documents import document_index
+from sharding.batch import TokenOrder
+from sharding.collectives import all_gather
+from sharding.layout import Hybrid, Ring, Ulysses
+from sharding.mesh import Group, Mesh
+from sharding.ring import RingRule, ring_attention
+from sharding.spmd import axis_index
+from sharding.ulysses import check_heads, heads_to_tokens, tokens_to_heads
+
+
+class Documents(NamedTuple):
+    """Of a whole pack, in its order: ids `[P]`, document numbers `[P]`, and these once more on the CPU."""
+
+    ids_P: Tensor
+    index_P: Tensor
+    host_index_P: Tensor
+
+
+def pack_documents(segments_T: Tensor, *, mesh: Mesh, order: TokenOrder) -> Documents:
+    """Of the pack that this rank's `segments_T` (int64) are a share of: a gather over the sequence axis."""
+    ids_P = gather_tokens(segments_T, mesh, order, purpose="segments")
+    index_P = document_index(ids_P)
+    return Documents(ids_P, index_P, index_P.to("cpu"))
+
+
+def sequence_attention(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
+    *,
+    how: Ulysses | Ring | Hybrid,
+    mesh: Mesh,
+    order: TokenOrder,
+    component: str = "",
+    documents_of: Callable[[Tensor], Documents] | None = None,
+    segments_T: Tensor | None = None,
+    kv_segments_S: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    max_documents: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`kernels.attention.attention` of the whole pack, this rank's rows: `[T, H, V]` in the dtype of the queries.
+
+    - `q_THK`, `k_SGK`, `v_SGV`, `segments_T`: this rank's share of the pack, in the `order` of its tokens; the rest as
+      in `attention`.
+    - `documents_of`: gives `pack_documents` of a tensor of segments; one that remembers spares the gather in all layers
+      but the first. None gathers anew.
+    - `how`: Ulysses needs H divisible by its ranks, any G. A ring is exact for every rule, windows included; it counts
+      documents itself and needs no `max_documents`; zigzag is in the order of the tokens, and balances causal work.
+      Hybrid is Ulysses among neighbours and a ring across them.
+    - With `kv_segments_S` the keys are this rank's share of another pack, in the same order: keys and values are
+      gathered, whatever `how` is; with `causal` or a window the queries too, since a rule counts from a document's end.
+    - The plain reference (`backend="reference"`, nested gradients) of a ring gathers the whole pack on each rank.
+
+    ValueError names the component and what does not divide.
+    """
+    documents_of = documents_of or partial(pack_documents, mesh=mesh, order=order)
+    tensors = (q_THK, k_SGK, v_SGV)
+    local = partial(
+        attention.local,  # type: ignore[attr-defined]
+        causal=causal,
+        window=window,
+        scale=scale,
+        max_documents=max_documents,
+        backend=backend,
+    )
+    if mesh.sequence == 1:
+        return local(*tensors, segments_T=segments_T, kv_segments_S=kv_segments_S)
+    if kv_segments_S is not None:
+        whole_rule = causal or window is not None
+        return _cross_attention(*tensors, segments_T, kv_segments_S, mesh, order, documents_of, whole_rule, local)
+    _check(*tensors, segments_T, window, component)
+    _check_order(how, mesh, order, component)
+    documents = None if segments_T is None else documents_of(segments_T)
+    inner, outer, place = _groups(how, mesh)
+    heads = check_heads(q_THK.shape[1], k_SGK.shape[1], inner, mesh.sequence, component)
+    fast = _fast_backend(backend, q_THK)
+    if outer.size > 1 and not fast:
+        return _gathered(*tensors, documents, None, mesh, order, local)
+    if inner.size > 1:
+        tensors = tokens_to_heads(*tensors, heads=heads, me=axis_index(place[0]), group=inner)
+    if outer.size > 1:
+        out = _ring(*tensors, documents, axis_index(place[1]), outer, order, causal, window, scale)
+    else:
+        ids_P = None if documents is None else documents.ids_P
+        out = from_pack_order(local(*(to_pack_order(x, order) for x in tensors), segments_T=ids_P), order)
+    return heads_to_tokens(out, group=inner) if inner.size > 1 else out
+
+
+def _inner(how: Ulysses | Ring | Hybrid, mesh: Mesh) -> int:
+    """How many neighbours exchange heads."""
+    if isinstance(how, Hybrid):
+        return how.ulysses
+    return 1 if isinstance(how, Ring) else mesh.sequence
+
+
+def _groups(how: Ulysses | Ring | Hybrid, mesh: Mesh) -> tuple[Group, Group, tuple[str, str]]:
+    """The ranks that exchange heads, the ranks that form the ring, and the axes on which a rank finds its places."""
+    inner = _inner(how, mesh)
+    if inner == mesh.sequence:
+        return mesh.group("sequence"), Group("", 1), ("sequence", "")
+    if inner == 1:
+        return Group("", 1), mesh.group("sequence"), ("", "sequence")
+    axes = (f"ulysses:{inner}", f"ring:{inner}")
+    return mesh.group(axes[0]), mesh.group(axes[1]), axes
+
+
+def _fast_backend(backend: str, q_THK: Tensor) -> bool:
+    """True for the opaque ops, False for the reference; ValueError for a backend of another device."""
+    chosen = choose_backend(backend, q_THK.device, BACKENDS)
+    if chosen != "reference" and BACKENDS.get(q_THK.device.type) != chosen:
+        raise ValueError(f"attention: backend={chosen!r} does not run on {q_THK.device}; use backend='auto'")
+    return chosen != "reference"
+
+
+def _check_order(how: Ulysses | Ring | Hybrid, mesh: Mesh, order: TokenOrder, component: str) -> None:
+    """A ring knows its members' tokens by the order alone, so a zigzag order must be that of this very ring."""
+    name = component or "attention"
+    if order.ranks != mesh.sequence:
+        raise ValueError(f"{name}: the tokens are dealt to {order.ranks} ranks, but sequence={mesh.sequence}")
+    ring = mesh.axis_size(f"ring:{_inner(how, mesh)}")
+    if ring > 1 and _is_zigzag(order) and order.ring != ring:
+        raise ValueError(
+            f"{name}: {how} is a ring of {ring}, but the tokens are in zigzag order over a ring of {order.ring}; give "
+            "all components the same Ring or Hybrid, or this one Ulysses()"
+        )
+
+
+def _check(
+    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, segments_T: Tensor | None, window: int | None, component: str
+) -> None:
+    """What `attention` would find wrong, before anything is sent."""
+    name, shapes = component or "attention", f"q {[*q_THK.shape]}, k {[*k_TGK.shape]}, v {[*v_TGV.shape]}"
+    if not q_THK.dim() == k_TGK.dim() == v_TGV.dim() == 3 or k_TGK.shape[:2] != v_TGV.shape[:2]:
+        raise ValueError(f"{name} wants q [T, H, K], k [T, G, K], v [T, G, V]; got {shapes}")
+    if q_THK.shape[::2] != k_TGK.shape[::2] or k_TGK.shape[1] == 0 or q_THK.shape[1] % k_TGK.shape[1]:
+        raise ValueError(
+            f"{name}: q and k must share tokens and head dim, query heads must be a multiple of key/value heads "
+            f"(keys of another length need kv_segments_S); got {shapes}"
+        )
+    if not q_THK.dtype == k_TGK.dtype == v_TGV.dtype or not q_THK.is_floating_point():
+        dtypes = f"q {q_THK.dtype}, k {k_TGK.dtype}, v {v_TGV.dtype}"
+        raise ValueError(f"{name}: q, k and v must have one floating dtype; got {dtypes}")
+    if window is not None and window < 1:
+        raise ValueError(f"{name}: window={window} must be at least 1 (a query sees itself), or None")
+    if segments_T is not None and (segments_T.shape != q_THK.shape[:1] or segments_T.dtype != torch.int64):
+        got = f"{segments_T.dtype} {[*segments_T.shape]}"
+        raise ValueError(f"{name}: segments_T must be int64 [{q_THK.shape[0]}], not {got}")
+
+
+def _ring(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    documents: Documents | None,
+    me: Tensor,
+    group: Group,
+    order: TokenOrder,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    scale = q_THK.shape[2] ** -0.5 if scale is None else float(scale)
+    return ring_attention(
+        q_THK,
+        k_TGK,
+        v_TGV,
+        me=me,
+        index_P=None if documents is None else documents.index_P,
+        host_index_P=None if documents is None else documents.host_index_P,
+        rule=RingRule(group, _is_zigzag(order), causal, window, scale),
+    )
+
+
+def _cross_attention(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
+    segments_T: Tensor | None,
+    kv_segments_S: Tensor,
+    mesh: Mesh,
+    order: TokenOrder,
+    documents_of: Callable[[Tensor], Documents],
+    whole_rule: bool,
+    local: Callable[..., Tensor],
+) -> Tensor:
+    """`whole_rule`: who is seen depends on where the queries of other ranks end."""
+    if segments_T is None:
+        raise ValueError("attention: kv_segments_S needs segments_T, whose ids it refers to")
+    keys = documents_of(kv_segments_S)
+    if whole_rule:
+        return _gathered(q_THK, k_SGK, v_SGV, documents_of(segments_T), keys, mesh, order, local)
+    k_PGK, v_PGV = _gather_keys(k_SGK, v_SGV, mesh, order)
+    return local(q_THK, k_PGK, v_PGV, segments_T=segments_T, kv_segments_S=keys.ids_P)
+
+
+def _gathered(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
+    documents: Documents | None,
+    keys: Documents | None,
+    mesh: Mesh,
+    order: TokenOrder,
+    local: Callable[..., Tensor],
+) -> Tensor:
+    """The whole pack's attention on every rank, of which each keeps its rows."""
+    q_PHK = gather_tokens(q_THK, mesh, order, purpose="sequence_gather")
+    k_PGK, v_PGV = _gather_keys(k_SGK, v_SGV, mesh, order)
+    ids_P, kv_ids_P = (None if d is None else d.ids_P for d in (documents, keys))
+    out_PHV = local(q_PHK, k_PGK, v_PGV, segments_T=ids_P, kv_segments_S=kv_ids_P)
+    T = q_THK.shape[0]
+    mine_T = axis_index("sequence") * T + torch.arange(T)
+    return from_pack_order(out_PHV, order).index_select(0, mine_T.to(q_THK.device))
+
+
+def _gather_keys(k_SGK: Tensor, v_SGV: Tensor, mesh: Mesh, order: TokenOrder) -> tuple[Tensor, Tensor]:
+    """Keys and values of the whole pack, in one message."""
+    kv_PGC = gather_tokens(torch.cat([k_SGK, v_SGV], -1), mesh, order, purpose="sequence_gather")
+    k_PGK, v_PGV = kv_PGC.split([k_SGK.shape[2], v_SGV.shape[2]], -1)
+    return k_PGK, v_PGV
+
+
+def gather_tokens(x_T: Tensor, mesh: Mesh, order: TokenOrder, *, purpose: str) -> Tensor:
+    """The whole pack along dim 0, in its order, from the shares of the sequence axis; differentiable."""
+    return to_pack_order(all_gather(x_T, mesh.group("sequence"), purpose=purpose), order)
+
+
+def to_pack_order(x_P: Tensor, order: TokenOrder) -> Tensor:
+    """From the order in which ranks hold a pack's tokens (dim 0) to the pack's own."""
+    held = _held_chunks(order)
+    return x_P if held is None else _rearranged(x_P, [held.index(chunk) for chunk in range(len(held))])
+
+
+def from_pack_order(x_P: Tensor, order: TokenOrder) -> Tensor:
+    """The inverse of `to_pack_order`."""
+    held = _held_chunks(order)
+    return x_P if held is None else _rearranged(x_P, held)
+
+
+def _held_chunks(order: TokenOrder) -> list[int] | None:
+    """Which chunk of the pack stands at each chunk's place in the order of the ranks; None if they are in turn."""
+    if not _is_zigzag(order):
+        return None
+    return [chunk for i in range(order.ring) for chunk in (i, 2 * order.ring - 1 - i)]
+
+
+def _is_zigzag(order: TokenOrder) -> bool:
+    return order.zigzag and order.ring > 1
+
+
+def _rearranged(x_P: Tensor, chunks: list[int]) -> Tensor:
+    """Chunk `chunks[i]` at place `i`, by one copy, whose transpose is one too."""
+    parts = x_P.unflatten(0, (len(chunks), -1)).unbind(0)
+    return torch.cat([parts[chunk] for chunk in chunks])
