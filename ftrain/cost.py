@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from ftrain.loop import is_loop, loop_body
-from kernels.workspace import FLOPS
+from ftrain.op_rules import FLOPS
 
 
 class NodeCost(NamedTuple):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
+from ftrain.op_rules import WORKSPACE
 from ftrain.private import storage_id
 from ftrain.workspace import cpu_workspace
-from kernels.workspace import WORKSPACE
 
 
 class LiveTensor(NamedTuple):

@@ -1,5 +1,6 @@
 """Small models with everything that a mesh can divide, as pure steps that return the loss and every gradient."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from sharding import Mesh, Plan, Tokens
 DOCUMENTS = (9, 3, 17, 1, 2)  # lengths that cross the edges of every rank's share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """`loss(params, batch) -> (Mean or WeightedSum, aux)`; `batch(packs)` is the batch of a mesh with so many packs."""
 
@@ -37,17 +38,17 @@ class Model:
         return tree.map(lambda p: p.to(dtype), ftrain.init(self.specs, ftrain.key(0)))
 
 
-def dense(*, heads: int = 8, kv_heads: int = 2, tied: bool = True) -> Model:
+def dense(*, heads: int = 8, kv_heads: int = 2, layers: int = 2, tied: bool = True) -> Model:
     """A decoder of the Llama and Qwen3 family."""
     heads_of = AttentionConfig(32, heads=heads, kv_heads=kv_heads, head_dim=4, qk_norm=True, bias=True)
-    return language_model(DecoderConfig(61, 32, layers=2, attention=heads_of, d_hidden=40, tie_embeddings=tied))
+    return language_model(DecoderConfig(61, 32, layers=layers, attention=heads_of, d_hidden=40, tie_embeddings=tied))
 
 
-def mixture(*, heads: int = 8, kv_heads: int = 4, balance: str = "aux") -> Model:
+def mixture(*, heads: int = 8, kv_heads: int = 4, layers: int = 2, balance: str = "aux") -> Model:
     """A decoder with experts, shared ones included."""
     heads_of = AttentionConfig(32, heads=heads, kv_heads=kv_heads, head_dim=4)
     experts = MoEConfig(32, 12, experts=8, top_k=2, shared_experts=1, balance=balance, aux_coefficient=0.1)
-    return language_model(DecoderConfig(64, 32, layers=2, attention=heads_of, moe=experts))
+    return language_model(DecoderConfig(64, 32, layers=layers, attention=heads_of, moe=experts))
 
 
 def language_model(cfg: DecoderConfig) -> Model:
@@ -79,14 +80,20 @@ def text_batch(vocab: int, packs: int, documents: tuple[int, ...] = DOCUMENTS) -
 def compare(model: Model, plan: Plan, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[float, float]:
     """The relative differences of the loss, and the largest of the gradients', between one device and the mesh."""
     packs = plan.mesh.replicate * plan.mesh.shard
-    batch, params = model.batch(packs), model.params(dtype)
-    one = ftrain.jit(model.step)(params, batch)
+    params, batch, one = on_one_device(model, packs, dtype)
     many = ftrain.jit(model.step, plan=plan, specs=model.specs, **options)(params, batch)
     for path, a, b in zip(tree.paths(one[1]), tree.leaves(one[1]), tree.leaves(many[1]), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=lambda m, path=path: f"{path}: {m}")
     pairs = zip(tree.leaves(one[2]), tree.leaves(many[2]), strict=True)
     gradients = max(float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in pairs)
     return float(((one[0] - many[0]) / one[0]).abs()), gradients
+
+
+@functools.cache
+def on_one_device(model: Model, packs: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Parameters, batch, and what the step makes of them."""
+    batch, params = model.batch(packs), model.params(dtype)
+    return params, batch, ftrain.jit(model.step)(params, batch)
 
 
 def plan_for(model: Model, mesh: Mesh, *args: Any, **components: Any) -> Plan:

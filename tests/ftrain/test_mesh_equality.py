@@ -1,0 +1,76 @@
+"""Every legal mesh of up to 16 ranks computes what one device computes: the loss and every gradient."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mesh_models import compare, dense, mixture, plan_for
+
+from sharding import Hybrid, Layout, Mesh, Ring, Ulysses
+
+MODELS = {"dense": functools.cache(lambda: dense(layers=1)), "mixture": functools.cache(lambda: mixture(layers=1))}
+
+
+def meshes(experts: bool):
+    """All meshes of replicate 1, 2 x shard 1, 2, 4 x sequence 1, 2, 4 (x expert 1, 2, 4), each with its ways to share
+    a sequence.
+    """
+    for replicate, shard, sequence in itertools.product((1, 2), (1, 2, 4), (1, 2, 4)):
+        if replicate * shard * sequence > 16:
+            continue
+        ways = {1: [Ulysses()], 2: [Ulysses(), Ring()], 4: [Ulysses(), Ring(), Hybrid(2)]}[sequence]
+        for how, expert in itertools.product(ways, (1, 2, 4) if experts else (1,)):
+            if (shard * sequence) % expert == 0:
+                yield Mesh(replicate, shard, sequence, expert, "virtual"), how
+
+
+CASES = [
+    pytest.param(name, mesh, how, id=f"{name}-{mesh.replicate}x{mesh.shard}x{mesh.sequence}e{mesh.expert}-{how}")
+    for name in MODELS
+    for mesh, how in meshes(experts=name != "dense")
+]
+
+
+@pytest.mark.parametrize(("name", "mesh", "how"), CASES)
+def test_loss_and_gradients_equal_those_of_one_device(name, mesh, how):
+    model = MODELS[name]()
+    loss, gradients = compare(model, plan_for(model, mesh, Layout(sequence=how)), dtype=torch.float64)
+    assert loss < 1e-12 and gradients < 1e-12
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("how", [Ulysses(), Ring(), Hybrid(2)], ids=str)
+def test_in_single_precision_to_its_rounding(name, how):
+    model = MODELS[name]()
+    loss, gradients = compare(model, plan_for(model, Mesh(1, 2, 4, kind="virtual"), Layout(sequence=how)))
+    assert loss < 1e-6 and gradients < 1e-5
+
+
+@st.composite
+def plans(draw):
+    shard, sequence = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
+    mesh = Mesh(draw(st.sampled_from([1, 2])), shard, sequence, kind="virtual")
+    how = draw(st.sampled_from([Ulysses(), Ring(), Ring(zigzag=False), Hybrid(min(2, sequence))]))
+    heads = draw(st.sampled_from([(4, 1), (8, 2), (4, 4), (12, 3)]))
+    parameters = st.sampled_from([(), ("shard",), ("shard", "sequence")])
+    return mesh, how, heads, draw(parameters), draw(parameters)
+
+
+@settings(max_examples=15, deadline=None)
+@given(plans())
+def test_random_plans(case):
+    mesh, how, (heads, kv_heads), parameters, of_attention = case
+    model = dense(heads=heads, kv_heads=kv_heads, layers=1, tied=False)
+    inner = Layout(parameters=of_attention, sequence=how)
+    plan = plan_for(model, mesh, Layout(parameters=parameters, sequence=how), **{"layers.*.attention": inner})
+    loss, gradients = compare(model, plan, dtype=torch.float64)
+    assert loss < 1e-12 and gradients < 1e-12
+
+
+def test_heads_that_do_not_divide_name_the_ways_out():
+    model = dense(heads=2, kv_heads=2, layers=1)
+    with pytest.raises(ValueError, match=r"layers.0.attention.*2 .*heads.*4.*(Hybrid|Ring)"):
+        compare(model, plan_for(model, Mesh(1, 1, 4, kind="virtual")))
