@@ -11,6 +11,7 @@ from torch.fx.passes.split_module import split_module
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.donate import carry_in_place, write_in_place
+from ftrain.passes.reuse import reuse_memory
 from ftrain.passes.twins import use_twins
 from ftrain.private import below_autograd, compile_with_inductor
 
@@ -58,6 +59,7 @@ def prepare_for_python(module: fx.GraphModule) -> None:
     use_twins(module)
     write_in_place(module)
     carry_in_place(module)
+    reuse_memory(module)
     for node in module.graph.nodes:
         if is_loop(node):
             prepare_for_python(loop_body(node))

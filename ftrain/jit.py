@@ -104,6 +104,8 @@ class Step:
             self._latest = self._find(args, leaves, treedef)
             return self._sharded.run(self._latest, leaves)
         compiled = self._latest
+        if compiled is not None and compiled.knows(leaves, treedef):
+            return compiled.run(leaves, known=True)
         if compiled is None or not compiled.fits(leaves, treedef):
             self._refuse_donated(args, leaves)
             compiled = self._latest = self._find(args, leaves, treedef)

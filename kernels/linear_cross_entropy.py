@@ -21,11 +21,14 @@ __all__ = ["FLOPS", "WORKSPACE", "linear_cross_entropy", "linear_cross_entropy_r
 
 BACKENDS = {"cpu": "chunked", "cuda": "chunked"}
 
-CHUNK_BYTES = 24 * 2**20
+CHUNK_BYTES = 48 * 2**20
 """Size of the float32 logits of one chunk."""
 
-FEWEST_TOKENS = 128
-"""A chunk is never smaller: each adds to the whole gradient of the weight, which must not cost more than its matmul."""
+FEWEST_TOKENS = 256
+"""A chunk is never smaller: each reads the whole weight and adds to its whole gradient, next to their products."""
+
+ROUND_TOKENS = 64
+"""Tokens of a chunk are a multiple, as the blocks of matmuls are."""
 
 
 def linear_cross_entropy(
@@ -46,7 +49,7 @@ def linear_cross_entropy(
     - `labels_T` int64: in `[0, V)`, or `ignore_index`, which adds nothing to the loss or any gradient.
     - `weights_T`: floating, a factor per token, 1 if None; differentiable.
     - `softcap`: `z` becomes `softcap * tanh(z / softcap)` (Gemma 2, arXiv 2408.00118).
-    - `chunk_tokens`: tokens per chunk; if None, as many as 24 MB of logits hold, and at least 128.
+    - `chunk_tokens`: tokens per chunk; if None, as many as 48 MiB of logits hold, and at least 256.
     - `backend`: "auto", "reference" or "chunked".
 
     The result is float32 (float64 for float64 inputs), as are logits and softmax; matmuls run in the dtype of the
@@ -66,7 +69,8 @@ def linear_cross_entropy(
             transposed=transposed,
         )
     T, V = x_TD.shape[0], w_DV.shape[0 if transposed else 1]
-    chunk = chunk_tokens or min(max(CHUNK_BYTES // (4 * max(V, 1)), FEWEST_TOKENS), max(T, 1))
+    fitting = CHUNK_BYTES // (4 * max(V, 1)) // ROUND_TOKENS * ROUND_TOKENS
+    chunk = chunk_tokens or min(max(fitting, FEWEST_TOKENS), max(T, 1))
     options = Options(ignore_index, softcap, transposed, chunk)
     need_x, need_w = x_TD.requires_grad, w_DV.requires_grad
     need_weights = weights_T is not None and weights_T.requires_grad
@@ -129,8 +133,9 @@ def linear_cross_entropy_loss(
     w_DV = w_DV.t() if transposed else w_DV
     _check_labels(labels_T, ignore_index, w_DV.shape[1])
     loss_T = torch.zeros(x_TD.shape[0], dtype=result_dtype(x_TD.dtype), device=x_TD.device)
+    memory_cV = _memory(x_TD, w_DV, chunk)
     for at in _chunks(labels_T, ignore_index, chunk):
-        loss_T[at] = _chunk_loss(x_TD[at], w_DV, _safe(labels_T[at], ignore_index), softcap)[0]
+        loss_T[at] = _chunk_loss(x_TD[at], w_DV, _safe(labels_T[at], ignore_index), softcap, memory_cV)[0]
     return (loss_T * _factors(labels_T, weights_T, ignore_index, loss_T.dtype)).sum()
 
 
@@ -167,10 +172,12 @@ def linear_cross_entropy_grads(
     dw = torch.zeros(w_DV.shape if need_w else 0, dtype=dtype, device=w_DV.device)
     w_DV, dw_DV = (w_DV.t(), dw.t() if need_w else dw) if transposed else (w_DV, dw)
     _check_labels(labels_T, ignore_index, w_DV.shape[1])
+    memory_cV = _memory(x_TD, w_DV, chunk)
     for at in _chunks(labels_T, ignore_index, chunk):
         x_cD, label_c = x_TD[at], _safe(labels_T[at], ignore_index)
-        loss_T[at], dz_cV = _chunk_gradient(x_cD, w_DV, label_c, factor_T[at], softcap)
-        dz_cV = dz_cV.to(x_TD.dtype)
+        loss_T[at], dz_cV = _chunk_gradient(x_cD, w_DV, label_c, factor_T[at], softcap, memory_cV)
+        if dz_cV.dtype != x_TD.dtype:
+            dz_cV = memory_cV[: len(dz_cV)].copy_(dz_cV)
         if need_x:
             dx_TD[at] = dz_cV @ w_DV.mT
         if need_w:
@@ -200,11 +207,19 @@ def _safe(label_c: Tensor, ignore_index: int) -> Tensor:
     return torch.where(label_c == ignore_index, 0, label_c)
 
 
+def _memory(x_TD: Tensor, w_DV: Tensor, chunk: int) -> Tensor:
+    """Room for the logits of one chunk, for all chunks in turn: memory that was just used needs no page faults."""
+    return x_TD.new_empty(min(chunk, x_TD.shape[0]), w_DV.shape[1])
+
+
 def _chunk_loss(
-    x_cD: Tensor, w_DV: Tensor, label_c: Tensor, softcap: float | None, slope: bool = False
+    x_cD: Tensor, w_DV: Tensor, label_c: Tensor, softcap: float | None, memory_cV: Tensor, slope: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss `[c]`, exponentials `[c, V]`, their sums `[c, 1]`, and the softcap's slope `[c, V]` if asked for."""
-    z_cV = (x_cD @ w_DV).to(result_dtype(x_cD.dtype))
+    """Loss `[c]`, exponentials `[c, V]`, their sums `[c, 1]`, and the softcap's slope `[c, V]` if asked for.
+
+    Overwrites `memory_cV`, in which the exponentials are if it has their dtype.
+    """
+    z_cV = torch.mm(x_cD, w_DV, out=memory_cV[: len(x_cD)]).to(result_dtype(x_cD.dtype))
     slope_cV = None
     if softcap is not None:
         z_cV.div_(softcap).tanh_()
@@ -218,10 +233,10 @@ def _chunk_loss(
 
 
 def _chunk_gradient(
-    x_cD: Tensor, w_DV: Tensor, label_c: Tensor, factor_c: Tensor, softcap: float | None
+    x_cD: Tensor, w_DV: Tensor, label_c: Tensor, factor_c: Tensor, softcap: float | None, memory_cV: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss `[c]`, and the gradient of the weighted loss by the logits before the softcap `[c, V]`."""
-    loss_c, z_cV, sum_c1, slope_cV = _chunk_loss(x_cD, w_DV, label_c, softcap, slope=True)
+    loss_c, z_cV, sum_c1, slope_cV = _chunk_loss(x_cD, w_DV, label_c, softcap, memory_cV, slope=True)
     z_cV.mul_(factor_c[:, None] / sum_c1)
     z_cV.scatter_add_(1, label_c[:, None], -factor_c[:, None])
     return loss_c, z_cV if slope_cV is None else z_cV.mul_(slope_cV)
@@ -305,10 +320,10 @@ def _check(
 
 
 def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, slope: bool) -> int:
-    """Logits of one chunk beside their half precision form or the softcap's slope, and tokens gathered for it."""
+    """Logits of one chunk, their half precision form, the softcap's slope, and tokens gathered for it."""
     c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
     half = x.element_size() if x.element_size() < item else 0
-    return c * V * (item + max(half, item if slope else 0)) + c * x.shape[1] * x.element_size()
+    return c * V * (item + half + (item if slope else 0)) + c * x.shape[1] * x.element_size()
 
 
 def _loss_workspace(

@@ -10,36 +10,25 @@ devices alone. Each kernel file declares its rules in two constant dicts, `WORKS
 """
 
 from collections.abc import Callable
+from importlib import import_module
 
-from kernels import (
-    adamw,
-    attention_cost,
-    embedding,
-    grouped_mm,
-    layer_norm,
-    linear_cross_entropy,
-    moe,
-    random,
-    rms_norm,
-    rope,
-    squares,
-    swiglu,
-)
-
-_FILES = (
-    adamw,
-    attention_cost,
-    embedding,
-    grouped_mm,
-    layer_norm,
-    linear_cross_entropy,
-    moe,
-    random,
-    rms_norm,
-    rope,
-    squares,
-    swiglu,
-)
+_FILES = [
+    import_module(f"kernels.{name}")
+    for name in (
+        "adamw",
+        "attention_cost",
+        "embedding",
+        "grouped_mm",
+        "layer_norm",
+        "linear_cross_entropy",
+        "moe",
+        "random",
+        "rms_norm",
+        "rope",
+        "squares",
+        "swiglu",
+    )
+]
 
 
 def _joined(table: str) -> dict[str, Callable[..., int]]:

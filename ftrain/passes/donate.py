@@ -8,25 +8,9 @@ from torch import fx
 
 from ftrain.loop import carried_outputs, is_loop, loop_body
 from ftrain.passes.aliasing import readers_by_storage, storage
+from ftrain.passes.out_form import fits_over, has_out_form, write_over
 
 _aten = torch.ops.aten
-
-# Elementwise ops that may write over one of their inputs: the overload that takes `out`.
-_OUT_FORM = {
-    _aten.add.Tensor: _aten.add.out,
-    _aten.sub.Tensor: _aten.sub.out,
-    _aten.mul.Tensor: _aten.mul.out,
-    _aten.div.Tensor: _aten.div.out,
-    _aten.addcmul.default: _aten.addcmul.out,
-    _aten.addcdiv.default: _aten.addcdiv.out,
-    _aten.lerp.Scalar: _aten.lerp.Scalar_out,
-    _aten.lerp.Tensor: _aten.lerp.Tensor_out,
-    _aten.where.self: _aten.where.self_out,
-    _aten.maximum.default: _aten.maximum.out,
-    _aten.minimum.default: _aten.minimum.out,
-    _aten.sqrt.default: _aten.sqrt.out,
-    _aten.neg.default: _aten.neg.out,
-}
 
 
 def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: bool = False) -> None:
@@ -109,17 +93,13 @@ def write_in_place(module: fx.GraphModule) -> None:
     position = {n: i for i, n in enumerate(graph.nodes)}
     for write in [n for n in graph.nodes if n.target is _aten.copy_.default]:
         old, new = write.args
-        if new.target not in _OUT_FORM or not _may_alias(new, old):
+        if not has_out_form(new) or not fits_over(new, old):
             continue
         if any(position[new] < position[r] < position[write] for r in readers[storage(old)]):
             continue
-        with graph.inserting_after(new):
-            fused = graph.call_function(_OUT_FORM[new.target], new.args, {**new.kwargs, "out": old})
-        fused.meta.update(new.meta, val=old.meta["val"])
-        position[fused] = position[new]
         graph.erase_node(write)
-        new.replace_all_uses_with(fused)
-        graph.erase_node(new)
+        at = position[new]
+        position[write_over(new, old)] = at
     graph.lint()
     module.recompile()
 
@@ -148,12 +128,3 @@ def _copy_of(graph: fx.Graph, node: fx.Node) -> fx.Node:
     copy = graph.call_function(_aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
     copy.meta.update(node.meta, val=value.new_empty(value.shape), phase="step")
     return copy
-
-
-def _may_alias(new: fx.Node, old: fx.Node) -> bool:
-    """The op's result has the leaf's layout, and whatever it reads of the leaf is the leaf itself."""
-    result, leaf = new.meta["val"], old.meta["val"]
-    if result.shape != leaf.shape or result.dtype != leaf.dtype or not result.is_contiguous():
-        return False
-    mine = storage(old)
-    return all(n is old or storage(n) != mine for n in new.all_input_nodes)

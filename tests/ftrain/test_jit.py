@@ -133,6 +133,21 @@ def test_views_of_old_state_among_the_results_are_kept():
     assert_same_bits((new, row, transposed), (old + 1, old[0], old.t()))
 
 
+@pytest.mark.parametrize("donate", [None, "state"])
+def test_arguments_may_change_after_many_equal_calls(donate):
+    step = jit(lambda state, scale: {"w": state["w"] * scale}, donate=donate)
+    state = {"w": torch.ones(2, 3)}
+    for _ in range(3):
+        state = step(state, 2.0)
+    state = step({"w": state["w"].t().contiguous().t()}, 2.0)  # strided, as no call before
+    assert torch.equal(step(state, 2.0)["w"], torch.full((2, 3), 32.0))
+    assert step.traces == 1
+    with pytest.warns(UserWarning, match="scale: was 2.0, is 3.0"):
+        assert torch.equal(step({"w": torch.ones(2, 3)}, 3.0)["w"], torch.full((2, 3), 3.0))
+    assert torch.equal(step({"w": torch.ones(2)}, 3.0)["w"], torch.full((2,), 3.0))
+    assert step.traces == 3
+
+
 def test_a_state_that_is_not_contiguous_is_taken():
     old = torch.arange(9.0).reshape(3, 3).t()
     new = jit(lambda state: state * 2, donate="state")(old.clone(memory_format=torch.preserve_format))

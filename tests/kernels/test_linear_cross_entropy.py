@@ -204,15 +204,15 @@ def test_shape_rules_are_right(need, transposed, dtype):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_never_holds_all_logits(transposed, measure_memory):
-    T, D, V = 4096, 16, 4096
+    T, D, V = 8000, 16, 4096
     x, w, labels, _ = inputs(T, D, V, ignored=9, transposed=transposed, dtype=torch.float32)
 
     def gradients():
         return torch.autograd.grad(linear_cross_entropy(x, w, labels, transposed=transposed), (x, w))
 
     measured = measure_memory(gradients)
-    assert measured.largest <= 24 * 2**20 < T * V * 4 / 2
-    assert measured.workspace < 1.1 * 24 * 2**20
+    assert measured.largest <= 48 * 2**20 < T * V * 4 / 2
+    assert measured.workspace < 1.1 * 48 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+"""One look, in C++, at all leaves of a call: are they like those of an earlier one? A private torch name, canaried."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+
+def guard_like(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function of as many tensors: True if each has the type, dtype, device, shape, strides and `requires_grad` of
+    its example. It may say False where they differ in nothing that matters, as under `torch.inference_mode`.
+
+    The examples are not kept. TypeError for another number of tensors.
+    """
+    shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    # the stub lacks the outer of the two lists
+    return TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check  # type: ignore[arg-type]

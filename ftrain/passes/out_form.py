@@ -1,0 +1,53 @@
+"""Elementwise ops that can write their result over one of their inputs."""
+
+import torch
+from torch import fx
+
+from ftrain.passes.aliasing import storage
+
+_aten = torch.ops.aten
+
+# Each op and its overload that takes `out`.
+_OUT_FORM = {
+    _aten.add.Tensor: _aten.add.out,
+    _aten.sub.Tensor: _aten.sub.out,
+    _aten.mul.Tensor: _aten.mul.out,
+    _aten.div.Tensor: _aten.div.out,
+    _aten.addcmul.default: _aten.addcmul.out,
+    _aten.addcdiv.default: _aten.addcdiv.out,
+    _aten.lerp.Scalar: _aten.lerp.Scalar_out,
+    _aten.lerp.Tensor: _aten.lerp.Tensor_out,
+    _aten.where.self: _aten.where.self_out,
+    _aten.maximum.default: _aten.maximum.out,
+    _aten.minimum.default: _aten.minimum.out,
+    _aten.sqrt.default: _aten.sqrt.out,
+    _aten.neg.default: _aten.neg.out,
+}
+
+
+def has_out_form(node: fx.Node) -> bool:
+    """True for an op that `write_over` can turn."""
+    return node.target in _OUT_FORM
+
+
+def fits_over(new: fx.Node, old: fx.Node) -> bool:
+    """The op's result has the layout of `old`, and whatever it reads of that memory is `old` itself."""
+    result, leaf = new.meta["val"], old.meta["val"]
+    if not all(isinstance(size, int) for size in (*result.shape, *leaf.shape)):
+        return False
+    if result.shape != leaf.shape or result.dtype != leaf.dtype:
+        return False
+    if not (result.is_contiguous() and leaf.is_contiguous()):
+        return False
+    mine = storage(old)
+    return all(n is old or storage(n) != mine for n in new.all_input_nodes)
+
+
+def write_over(new: fx.Node, old: fx.Node) -> fx.Node:
+    """Replace the op `new` by its form that writes into `old`, and return that node; its value is now old's memory."""
+    with new.graph.inserting_after(new):
+        fused = new.graph.call_function(_OUT_FORM[new.target], new.args, {**new.kwargs, "out": old})  # type: ignore[index]
+    fused.meta.update(new.meta, val=old.meta["val"])
+    new.replace_all_uses_with(fused)
+    new.graph.erase_node(new)
+    return fused

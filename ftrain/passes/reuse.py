@@ -1,0 +1,55 @@
+"""Elementwise ops write over an input that nobody needs after them, instead of into new memory."""
+
+from collections import Counter
+
+import torch
+from torch import fx
+
+from ftrain.passes.aliasing import storage
+from ftrain.passes.out_form import fits_over, has_out_form, write_over
+from ftrain.passes.waits import WAIT
+
+
+def reuse_memory(module: fx.GraphModule) -> None:
+    """Turn `op(x, ...)` into `op(x, ..., out=x)` where x is a temporary that dies there; no value changes.
+
+    New memory costs a page fault for every 4 KiB, often more than the op itself. For the interpreter only: compilers
+    plan their buffers themselves.
+    """
+    last = _last_readers(module.graph)
+    viewers = Counter(storage(n) for n in module.graph.nodes)
+    given = {storage(n) for n in module.graph.nodes if n.op in ("placeholder", "get_attr")}
+    for node in list(module.graph.nodes):
+        mine = storage(node)
+        if not has_out_form(node) or viewers[mine] > 1 or mine not in last:
+            continue
+        old = next((n for n in node.all_input_nodes if _dies(n, node, last, given) and fits_over(node, n)), None)
+        if old is not None:
+            last[storage(old)] = last[mine]
+            viewers[storage(old)] += 1
+            write_over(node, old)
+    module.graph.lint()
+    module.recompile()
+
+
+def _last_readers(graph: fx.Graph) -> dict[int | None, fx.Node]:
+    """For each piece of memory the last node that reads it, directly or through a view; the output is the very last.
+
+    A collective reads until its wait.
+    """
+    last: dict[int | None, fx.Node] = {}
+    for node in graph.nodes:
+        read = node.all_input_nodes
+        if node.target is WAIT:
+            read = [*read, *(n for start in read for n in start.all_input_nodes)]
+        last.update(dict.fromkeys(map(storage, read), node))
+    return last
+
+
+def _dies(old: fx.Node, reader: fx.Node, last: dict[int | None, fx.Node], given: set[int | None]) -> bool:
+    """`old` is a whole piece of memory that the graph made, and `reader` is the last to look at it."""
+    value = old.meta.get("val")
+    if not isinstance(value, torch.Tensor) or storage(old) in given or last.get(storage(old)) is not reader:
+        return False
+    size = value.untyped_storage().nbytes()  # symbolic where a size is known only when it runs
+    return isinstance(size, int) and size == value.numel() * value.element_size()
