@@ -11,6 +11,7 @@ from kernels.attention import attention
 from kernels.moe import experts_swiglu
 from kernels.random import Window
 from modules import spec as specs_of
+from sharding.experts import experts_swiglu_sharded
 from sharding.placement import Placement
 from sharding.sequence_attention import pack_documents, sequence_attention
 
@@ -59,7 +60,6 @@ def _experts(trace: ShardedTrace, x_TD: Tensor, expert_TK: Tensor, *tensors: Ten
     layout = trace.plan.layout(trace.component(tensors[1]))
     if layout.experts is None or mesh.expert == 1:
         return experts_swiglu.local(x_TD, expert_TK, *tensors, **options)
-    from sharding.experts import experts_swiglu_sharded
     return experts_swiglu_sharded(
         x_TD, expert_TK, *tensors, how=layout.experts, mesh=mesh, chunks=layout.expert_chunks, **options
     )

@@ -69,6 +69,16 @@ def combine_reference(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch) -
     return (rows_TKD.to(wide) * weights_TK.to(wide)[..., None]).sum(1).to(rows_ND.dtype)
 
 
+def permute_rows(rows_ND: Tensor, order_N: Tensor) -> Tensor:
+    """Row `order[n]` at place n, for a permutation `order`; `restore_rows` is its inverse and its transpose."""
+    return _Spread.apply(rows_ND, order_N, 1)
+
+
+def restore_rows(rows_ND: Tensor, order_N: Tensor) -> Tensor:
+    """The rows at the places that they had before `permute_rows`."""
+    return _Collect.apply(rows_ND, order_N, 1)
+
+
 @primitive("moe")
 def experts_swiglu(
     x_TD: Tensor,

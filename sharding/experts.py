@@ -1,0 +1,130 @@
+"""Experts on other ranks: rows of tokens go to the ranks that hold their experts, and come back.
+
+Rank i of the expert axis (n ranks) holds experts `[i * E/n, (i + 1) * E/n)`. The weights of a token's experts are
+applied on its own rank, in the same place as without expert parallelism, so both agree to rounding.
+
+Legend: T tokens of this rank, K experts per token, N = T * K rows, E experts, L = E / n experts held here, R rows that
+this rank receives, C slots for each expert, D model, F hidden of an expert.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.grouped_mm import grouped_mm
+from kernels.moe import combine, moe_dispatch, permute_rows, restore_rows
+from kernels.swiglu import swiglu
+from sharding.collectives import all_to_all, all_to_all_rows
+from sharding.layout import Capacity, Exact
+from sharding.mesh import Mesh
+from sharding.sizes import host_size
+
+Weights = tuple[Tensor, Tensor, Tensor]
+
+
+def experts_swiglu_sharded(
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weights_TK: Tensor,
+    w_gate_LDF: Tensor,
+    w_up_LDF: Tensor,
+    w_down_LFD: Tensor,
+    *,
+    how: Exact | Capacity,
+    mesh: Mesh,
+    chunks: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """`kernels.moe.experts_swiglu` where the expert axis divides the experts: `[T, D]`.
+
+    `expert_TK` are numbers of experts of the whole model; the weights are this rank's experts. With `chunks` the tokens
+    go in as many parts, none of which waits for another. ValueError where they do not divide.
+    """
+    tokens = x_TD.shape[0]
+    if tokens % chunks:
+        raise ValueError(f"expert_chunks={chunks} does not divide the {tokens} tokens of a rank")
+    weights = (w_gate_LDF, w_up_LDF, w_down_LFD)
+    send = partial(_exact, mesh=mesh, backend=backend)
+    if isinstance(how, Capacity):
+        send = partial(_static, mesh=mesh, backend=backend, factor=how.factor)
+    parts = [t.chunk(chunks) for t in (x_TD, expert_TK, weights_TK)]
+    outs = [send(x, expert, weight, weights) for x, expert, weight in zip(*parts, strict=True)]
+    return outs[0] if chunks == 1 else torch.cat(outs)
+
+
+def _exact(
+    x_TD: Tensor, expert_TK: Tensor, weights_TK: Tensor, weights: Weights, *, mesh: Mesh, backend: str
+) -> Tensor:
+    """Every row is sent; the host reads the sizes of the exchange, once."""
+    group, held = mesh.group("expert"), weights[0].shape[0]
+    reference = "reference" if backend == "reference" else "auto"
+    rows_ND, dispatch = moe_dispatch(x_TD, expert_TK, num_experts=held * group.size, backend=reference)
+    send_nL = torch.diff(dispatch.offsets_E, prepend=dispatch.offsets_E.new_zeros(1)).long().view(group.size, held)
+    receive_nL = all_to_all(send_nL, group, purpose="expert_counts")
+    send_n, receive_n = torch.stack([send_nL.sum(1), receive_nL.sum(1)]).to("cpu").unbind()
+    total = host_size(receive_n.sum(), rows_ND.shape[0])
+    got_RD = all_to_all_rows(rows_ND, send_n, receive_n, total, group, purpose="expert_dispatch")
+    ids_nL = torch.arange(held, device=x_TD.device).repeat(group.size)
+    expert_R = torch.repeat_interleave(ids_nL, receive_nL.flatten(), output_size=total)
+    order_R = torch.argsort(expert_R, stable=True)
+    offsets_L = receive_nL.sum(0).cumsum(0).to(torch.int32)
+    out_RD = _mlp(permute_rows(got_RD, order_R), weights, offsets_L, backend)
+    out_RD = restore_rows(out_RD, order_R)
+    back_ND = all_to_all_rows(out_RD, receive_n, send_n, rows_ND.shape[0], group, purpose="expert_combine")
+    return combine(back_ND, weights_TK, dispatch, backend=reference)
+
+
+def _static(
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weights_TK: Tensor,
+    weights: Weights,
+    *,
+    mesh: Mesh,
+    backend: str,
+    factor: float,
+) -> Tensor:
+    """Each expert gets C slots of each rank, the first rows that name it; the others count as zero. No host waits."""
+    group, held = mesh.group("expert"), weights[0].shape[0]
+    experts, slots = held * group.size, expert_TK.numel()
+    capacity = max(1, math.ceil(factor * slots / experts))
+    reference = "reference" if backend == "reference" else "auto"
+    rows_ND, dispatch = moe_dispatch(x_TD, expert_TK, num_experts=experts, backend=reference)
+    ends_E = dispatch.offsets_E.long()
+    begins_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
+    # The row in slot c of expert e; a slot without a row reads row N, which is zero.
+    slot_EC = begins_E[:, None] + torch.arange(capacity, device=x_TD.device)
+    slot_EC = torch.where(slot_EC < ends_E[:, None], slot_EC, slots)
+    padded = torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
+    sent = padded.index_select(0, slot_EC.flatten()).view(group.size, held * capacity, -1)
+    got = all_to_all(sent, group, purpose="expert_dispatch")
+    by_expert = got.view(group.size, held, capacity, -1).transpose(0, 1).reshape(held * group.size * capacity, -1)
+    offsets_L = torch.arange(1, held + 1, device=x_TD.device, dtype=torch.int32) * (group.size * capacity)
+    out = _mlp(by_expert, weights, offsets_L, backend).view(held, group.size, capacity, -1).transpose(0, 1)
+    back = all_to_all(out.reshape(group.size, held * capacity, -1), group, purpose="expert_combine")
+    # Where each row's result is: slot `row - begin` of its expert; a dropped row reads a zero.
+    expert_N = torch.repeat_interleave(
+        torch.arange(experts, device=x_TD.device), ends_E - begins_E, output_size=slots
+    )
+    within_N = torch.arange(slots, device=x_TD.device) - begins_E[expert_N]
+    place_N = torch.where(within_N < capacity, expert_N * capacity + within_N, experts * capacity)
+    flat = back.reshape(experts * capacity, -1)
+    rows_ND = torch.cat([flat, flat.new_zeros(1, flat.shape[1])]).index_select(0, place_N)
+    return combine(rows_ND, weights_TK, dispatch, backend=reference)
+
+
+def _mlp(rows_RD: Tensor, weights: Weights, offsets_L: Tensor, backend: str) -> Tensor:
+    w_gate_LDF, w_up_LDF, w_down_LFD = weights
+    gate_RF = grouped_mm(rows_RD, w_gate_LDF, offsets_L, backend=backend)
+    up_RF = grouped_mm(rows_RD, w_up_LDF, offsets_L, backend=backend)
+    hidden_RF = swiglu(gate_RF, up_RF, backend="reference" if backend == "reference" else "auto")
+    return grouped_mm(hidden_RF, w_down_LFD, offsets_L, backend=backend)
+
+
+def expert_bytes(tokens: int, top_k: int, d: int, ranks: int, itemsize: int) -> int:
+    """Bytes that a rank sends for one layer of experts, forward and backward, at even load: there, back, and both
+    transposes, of which 1/n stays at home.
+    """
+    return 4 * top_k * tokens * d * itemsize * (ranks - 1) // ranks
