@@ -1,6 +1,7 @@
 """What the primitives of all floors become on a rank of a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from kernels.attention import attention
 from kernels.moe import experts_swiglu
 from kernels.random import Window
 from modules import spec as specs_of
+from sharding import exchange, shards
 from sharding.experts import experts_swiglu_sharded
 from sharding.placement import Placement
 from sharding.sequence_attention import pack_documents, sequence_attention
@@ -24,14 +26,19 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable]:
         "attention": lambda *tensors, **options: _attention(trace, *tensors, **options),
         "moe": lambda *tensors, **options: _experts(trace, *tensors, **options),
         "parameter": lambda *args, **options: _parameter(trace, *args, **options),
-        "sum_over_shards": lambda values_N, leaves: _sum_over_shards(values_N, [trace.placement(leaf) for leaf in leaves], mesh),
+        "sum_over_shards": lambda values_N, leaves: shards.sum_over_shards(values_N, _placements(trace, leaves), mesh),
+        "whole_leaf": lambda piece, leaf: shards.whole_of(piece, trace.placement(leaf), mesh),
+        "piece_of_leaf": lambda whole, leaf: shards.piece_of(whole, trace.placement(leaf)),
+        "mean_over_leaf": lambda x, dims, leaf: shards.mean_over(x, dims, trace.placement(leaf), mesh),
     }
-    import importlib.util
-    if mesh.sequence > 1 and importlib.util.find_spec('sharding.exchange'):
-        from sharding import exchange
+    if mesh.size > 1:
+        rows["draw_over_batch"] = partial(exchange.draw_over_batch_sharded, mesh=mesh, order=order)
+    if mesh.sequence > 1:
         rows["merge"] = lambda *tensors, backend="auto": exchange.merge_rows_sharded(*tensors, mesh=mesh, order=order)
-        rows["take"] = lambda *tensors, backend="auto": exchange.take_rows_sharded(*tensors, mesh=mesh, order=order)
-        rows["following"] = lambda x_T: exchange.following_rows_sharded(x_T, mesh=mesh, order=order)
+        rows["take"] = partial(exchange.take_rows_sharded, mesh=mesh, order=order)
+        rows["following"] = partial(exchange.following_sharded, mesh=mesh, order=order)
+        rows["pack_index"] = partial(exchange.pack_index_sharded, mesh=mesh, order=order)
+        rows["pack_tokens"] = lambda tokens: tokens * mesh.sequence
     return rows
 
 
@@ -89,11 +96,5 @@ def _without_padding(piece: Tensor, dim: int, start: Any, placement: Placement) 
 
 
 
-def _sum_over_shards(values_N, placements, mesh):
-    from sharding.collectives import sum_over
-    out = values_N
-    for axes in {tuple(sorted(a for s in p.splits for a in s.axes)) for p in placements} - {()}:
-        if axes in (("shard","sequence"),("sequence","shard")): axes=("shard","sequence")
-        mask = torch.tensor([tuple(sorted(a for s in p.splits for a in s.axes)) == tuple(sorted(axes)) for p in placements])
-        out = torch.where(mask, sum_over(values_N, mesh.group(*axes), None, "norm"), out)
-    return out
+def _placements(trace: ShardedTrace, leaves: Sequence[Tensor]) -> list[Placement]:
+    return [trace.placement(leaf) for leaf in leaves]

@@ -20,6 +20,8 @@ from ftrain.loop import is_loop, loop_body
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
 from ftrain.passes.order import update_early
+from ftrain.passes.sink import regather, sink_gathers
+from ftrain.passes.sizes import expect_sizes
 from ftrain.passes.waits import join_waits
 from ftrain.precision import Precision
 from ftrain.remat import Remat, rematerialize
@@ -219,10 +221,15 @@ def compile_step(
     module = traced.module
     join_waits(module)
     clean(module)
+    expect_sizes(module)
+    if mesh is not None:
+        sink_gathers(module)
     spread_paths(module, names[0] if names else "")
     compiled.donated = {} if donate is None else match_donated(traced, args[donate], names[donate])
     inputs = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     by_name = {inputs[slot]: output for slot, output in compiled.donated.items()}
+    if mesh is not None and remat.gathers_again:
+        regather(module)
     rematerialize(module, remat)
     update_early(module, by_name)
     if remat.budget is not None or remat.us_per_mb is not None:

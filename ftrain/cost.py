@@ -10,6 +10,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_rules import FLOPS
+from ftrain.passes.sizes import sized
 
 
 class NodeCost(NamedTuple):
@@ -62,7 +63,7 @@ def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
 
 def node_traffic(node: fx.Node) -> int:
     """Bytes that a node reads and writes; a view moves none."""
-    return 0 if is_view(node) else sum(_bytes(n.meta.get("val")) for n in [node, *node.all_input_nodes])
+    return 0 if is_view(node) else sum(_bytes(sized(n)) for n in [node, *node.all_input_nodes])
 
 
 def is_view(node: fx.Node) -> bool:
@@ -78,12 +79,12 @@ def node_flops(node: fx.Node) -> int:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), sized)
     own = FLOPS.get(target._schema.name)
     if own is not None:
         return int(own(*args, **kwargs))
     rule = flop_registry.get(target.overloadpacket)
-    return int(rule(*args, **kwargs, out_val=node.meta["val"])) if rule is not None else 0
+    return int(rule(*args, **kwargs, out_val=sized(node))) if rule is not None else 0
 
 
 def _bytes(value: Any) -> int:

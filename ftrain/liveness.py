@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_rules import WORKSPACE
+from ftrain.passes.sizes import sized
 from ftrain.private import storage_id
 from ftrain.workspace import cpu_workspace
 
@@ -111,13 +112,9 @@ def simulate(module: fx.GraphModule, *, round_to: int = 1) -> Iterator[Moment]:
 
 def storages_of(node: fx.Node) -> list[tuple[int, int]]:
     """Identity and bytes of each piece of memory that a node's value looks at."""
-    value = node.meta.get("val")
-    found: list[tuple[int, int]] = []
-    for v in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(v, Tensor):
-            size = v.untyped_storage().nbytes()
-            found.append((storage_id(v), int(size) if isinstance(size, int) else size.node.hint or 0))
-    return found
+    value, with_sizes = node.meta.get("val"), sized(node)
+    pairs = zip(*([v] if not isinstance(v, list | tuple) else v for v in (value, with_sizes)), strict=True)
+    return [(storage_id(v), int(s.untyped_storage().nbytes())) for v, s in pairs if isinstance(v, Tensor)]
 
 
 def _last_uses(nodes: list[fx.Node]) -> dict[int, fx.Node]:
@@ -138,7 +135,7 @@ def workspace_bytes(node: fx.Node, *, round_to: int = 1) -> int:
         return plan_memory(loop_body(node), round_to=round_to).peak
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), sized)
     rule = WORKSPACE.get(node.target._schema.name)
     return int(rule(*args, **kwargs)) if rule is not None else cpu_workspace(node.target, args, kwargs)
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ftrain.cost import is_view, node_flops, node_traffic
 from ftrain.hardware import copy_bandwidth, peak_flops
 from ftrain.loop import is_loop, loop_body
+from ftrain.passes.sizes import sized
 from ftrain.text import op_name
 
 
@@ -87,7 +88,7 @@ class OpTimes:
 
 def op_key(node: fx.Node) -> str:
     """What a node's time depends on: its op, and the shapes and dtypes that it reads and writes."""
-    values = [n.meta.get("val") for n in [node, *node.all_input_nodes]]
+    values = [sized(n) for n in [node, *node.all_input_nodes]]
     return "|".join([op_name(node), *map(_show, values)])
 
 

@@ -117,6 +117,16 @@ def node_of(tensor: Tensor) -> fx.Node | None:
     return None if slot is None else slot.proxy.node
 
 
+def size_symbol(size: torch.SymInt) -> Any:
+    """The symbol that stands for a size which depends on data."""
+    return size.node.expr
+
+
+def concrete_size(size: int | torch.SymInt, symbols: dict[Any, int]) -> int:
+    """A size with numbers in the place of symbols."""
+    return size if isinstance(size, int) else int(size.node.expr.xreplace(symbols))
+
+
 def below_autograd() -> Any:
     """A guard that skips autograd's dispatch: a traced graph already holds its backward."""
     return torch._C._AutoDispatchBelowAutograd()

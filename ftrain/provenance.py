@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
+from sharding.spmd import current_purpose
 
 _HERE = str(Path(__file__).resolve().parent)
-_KERNELS = str(Path(_HERE).parent / "kernels")
-_MACHINERY = (_HERE, _KERNELS, str(Path(torch.__file__).resolve().parent), "<", "optree", "contextlib")
+_KERNELS, _SHARDING = (str(Path(_HERE).parent / name) for name in ("kernels", "sharding"))
+_MACHINERY = (_HERE, _KERNELS, _SHARDING, str(Path(torch.__file__).resolve().parent), "<", "optree", "contextlib")
 
 
 class Site(NamedTuple):
@@ -54,7 +55,8 @@ def user_site() -> Site | None:
 class Provenance(TorchDispatchMode):
     """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward", "step") and `meta["sequence"]`.
 
-    The sequence is a number that a forward op shares with the nodes of its backward.
+    The sequence is a number that a forward op shares with the nodes of its backward. Collectives, and what is made
+    along with them, also get `meta["purpose"]` (see `sharding.spmd.purpose`).
     """
 
     def __init__(self) -> None:
@@ -71,8 +73,11 @@ class Provenance(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if graph is not None and len(graph.nodes) > before:
             sequence, site = self._origin()
+            purpose = current_purpose()
             for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
                 node.meta.update(site=site, phase=self.phase, sequence=sequence)
+                if purpose:
+                    node.meta["purpose"] = purpose
         return out
 
     def _origin(self) -> tuple[int, Site | None]:

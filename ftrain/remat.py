@@ -23,12 +23,15 @@ class Remat:
       device's memory, or "fit" (what is free now). What saves most bytes per microsecond of recompute is made again
       first, and no more than needed (see `remat_budget`). Takes the place of a policy.
     - `us_per_mb`: recompute all that costs fewer microseconds per MB freed than this, in the place of a budget.
+    - `gathered`: on a mesh, whether parameters are gathered "again" for the backward (ZeRO stage 3) or whole ones are
+      "keep"t from the forward; None is "again" under a policy, and under a budget whichever pays.
     - `paths`: globs over parameter paths to "keep" or "recompute", over whatever the rest decides.
     """
 
     policy: str = "none"
     budget: int | str | None = None
     us_per_mb: float | None = None
+    gathered: str | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -39,17 +42,25 @@ class Remat:
             raise ValueError(f"{self}: give a policy, a budget or us_per_mb, not several of them")
         if self.budget is not None:
             parse_budget(self.budget)
+        if self.gathered not in (None, "again", "keep"):
+            raise ValueError(f"Remat(gathered={self.gathered!r}) is None, 'again' or 'keep'")
         for glob, choice in self.paths.items():
             if choice not in ("keep", "recompute"):
                 raise ValueError(f"Remat(paths={{{glob!r}: {choice!r}}}): a path is to 'keep' or to 'recompute'")
 
     def __hash__(self) -> int:
-        return hash((self.policy, self.budget, self.us_per_mb, tuple(self.paths.items())))
+        return hash((self.policy, self.budget, self.us_per_mb, self.gathered, tuple(self.paths.items())))
 
     @staticmethod
     def of(value: "Remat | str") -> "Remat":
         """A `Remat` as it is, or by the name of its policy."""
         return value if isinstance(value, Remat) else Remat(value)
+
+    @property
+    def gathers_again(self) -> bool:
+        """True if every gather is repeated in the backward, whatever else is decided."""
+        by_price = self.budget is not None or self.us_per_mb is not None
+        return self.gathered == "again" or (self.gathered is None and not by_price)
 
     def choice_at(self, path: str) -> str | None:
         """ "keep" or "recompute" where `paths` say so; the last glob that matches wins."""

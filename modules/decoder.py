@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.mean import Mean
+from kernels.pack import following, pack_index
 from modules import attention, embedding, mlp, moe, norm
 from modules.attention import AttentionConfig, RopeTable
 from modules.mlp import MlpConfig
@@ -187,11 +188,11 @@ def loss(
 
 def next_token_labels(tokens_T: Tensor, segments_T: Tensor | None) -> Tensor:
     """The label of each token is the token after it; -100 for the last of each document."""
-    following_T = torch.roll(tokens_T, -1)
-    last_T = torch.arange(tokens_T.shape[0], device=tokens_T.device) == tokens_T.shape[0] - 1
+    place_T = pack_index(tokens_T.shape[0], tokens_T.device)
+    last_T = following(place_T) != place_T + 1
     if segments_T is not None:
-        last_T = last_T | (torch.roll(segments_T, -1) != segments_T)
-    return following_T.masked_fill(last_T, IGNORE)
+        last_T = last_T | (following(segments_T) != segments_T)
+    return following(tokens_T).masked_fill(last_T, IGNORE)
 
 
 def update_balance(balance: Tree, stats: DecoderStats, *, rate: float) -> Tree:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels.embedding import merge_rows
 from kernels.mean import Mean
+from kernels.pack import pack_tokens, take_rows
 from modules import decoder as foundation
 from modules import moe
 from modules.decoder import DecoderConfig, DecoderStats
@@ -169,9 +170,10 @@ def loss_terms(
     terms = {"text": foundation.loss(params["foundation"], hidden_TD, batch["labels_T"], model.foundation)}
     for name, codes_n in codes.items():
         place_n = batch["decoders"][name]["index_n"]
-        # Padding has place T: it reads the last row, and its code of -100 keeps that out of the loss.
-        labels_n = torch.where(place_n < x_TD.shape[0], codes_n, foundation.IGNORE)
-        hidden_nD = hidden_TD.index_select(0, place_n - 1)
+        # Padding stands after the last token: it reads zeros, and its label keeps that out of the loss.
+        nowhere = pack_tokens(x_TD.shape[0])
+        labels_n = torch.where(place_n < nowhere, codes_n, foundation.IGNORE)
+        hidden_nD = take_rows(hidden_TD, torch.where(place_n < nowhere, place_n - 1, nowhere))
         terms[name] = model.decoder(name).lm_head(params["decoders"][name], hidden_nD, labels_n)
     if stats.router is not None and model.foundation.moe is not None and model.foundation.moe.balance == "aux":
         terms["balance"] = moe.aux_loss(stats.router)

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiny_omni import MODEL as OMNI
+from tiny_omni import documents
+
 import ftrain
 from ftrain import tree
 from modules import decoder, moe
+from modules import omni as omni_model
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
+from modules.mesh_packing import BATCH, pack_for_mesh
 from modules.moe import MoEConfig
+from modules.packing import Budget
 from sharding import Mesh, Plan, Tokens
 
 DOCUMENTS = (9, 3, 17, 1, 2)  # lengths that cross the edges of every rank's share
@@ -66,6 +72,21 @@ def language_model(cfg: DecoderConfig) -> Model:
     return Model(decoder.specs(cfg), loss, lambda packs: text_batch(cfg.vocab, packs), {})
 
 
+def omni() -> Model:
+    """The omni MoE: vision, video and audio encoders, a drawing decoder, experts with a balance loss."""
+    budget = Budget(64, rows={"image": 128, "video": 128, "audio": 96}, targets={"draw": 4})
+
+    def loss(params: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+        terms, _ = omni_model.loss_terms(params, batch, model=OMNI)
+        return ftrain.weighted_sum(terms, {"balance": 0.1}), terms
+
+    @functools.cache
+    def batch(packs: int) -> dict[str, Any]:
+        return pack_for_mesh(documents() * (2 * packs), budget=budget, model=OMNI, packs=packs, parts=4).batch
+
+    return Model(omni_model.specs(OMNI), loss, batch, dict(BATCH))
+
+
 def text_batch(vocab: int, packs: int, documents: tuple[int, ...] = DOCUMENTS) -> dict[str, Tensor]:
     """`packs` packs of the same lengths of documents; ids differ from pack to pack."""
     generator = torch.Generator().manual_seed(1)
@@ -113,4 +134,4 @@ def accumulated(model: Model, micro_batches: int) -> Model:
     return Model(model.specs, loss, step_batch, rules)
 
 
-__all__ = ["Model", "accumulated", "compare", "dense", "language_model", "mixture", "plan_for"]
+__all__ = ["Model", "accumulated", "compare", "dense", "language_model", "mixture", "omni", "plan_for"]

@@ -1,0 +1,67 @@
+"""What an optimizer that looks beyond single numbers needs of leaves that are pieces of arrays. Without autograd.
+
+A piece is padded with zeros where a dim does not divide; nothing here counts the padding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharding.collectives import gather_pieces, sum_over
+from sharding.mesh import Mesh
+from sharding.placement import Placement
+
+
+def sum_over_shards(values_N: Tensor, placements: Sequence[Placement], mesh: Mesh) -> Tensor:
+    """One number per leaf, summed over the ranks that hold the leaf's pieces; copies are not counted twice."""
+    over = [_axes(p) for p in placements]
+    out_N = values_N
+    for axes in sorted({a for a in over if a}):
+        mine_N = torch.tensor([a == axes for a in over], device=values_N.device)
+        out_N = torch.where(mine_N, sum_over(values_N, mesh.group(*axes), None, "norm"), out_N)
+    return out_N
+
+
+def whole_of(piece: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
+    """The array of which `piece` is a part, but for a dim of experts, of which each rank keeps its own."""
+    for split in placement.splits:
+        if split.gathered:
+            piece = gather_pieces(piece, mesh.group(*split.axes), split.dim, "optimizer_gather")
+            piece = piece.narrow(split.dim, 0, placement.shape[split.dim])
+    return piece
+
+
+def piece_of(whole: Tensor, placement: Placement) -> Tensor:
+    """This rank's piece of what `whole_of` gives."""
+    starts = placement.starts()
+    for split in placement.splits:
+        if split.gathered:
+            length = placement.local_shape[split.dim]
+            short = length * split.size - whole.shape[split.dim]
+            if short:
+                padding = [(0, short) if d == split.dim else (0, 0) for d in reversed(range(whole.dim()))]
+                whole = torch.nn.functional.pad(whole, [n for pair in padding for n in pair])
+            index = starts[split.dim] + torch.arange(length)
+            whole = whole.index_select(split.dim, index.to(whole.device))
+    return whole
+
+
+def mean_over(x: Tensor, dims: Sequence[int], placement: Placement, mesh: Mesh) -> Tensor:
+    """The mean over these dims of the whole array, kept as dims of size 1; `x` lies as `placement` says."""
+    total = x.sum(tuple(dims), keepdim=True)
+    count = 1
+    for dim in dims:
+        count *= placement.shape[dim]
+    for split in placement.splits:
+        if split.dim in dims:
+            total = sum_over(total, mesh.group(*split.axes), None, "norm")
+    return total / count
+
+
+def _axes(placement: Placement) -> tuple[str, ...]:
+    """The axes over which an array is divided, in one order."""
+    found = {a for s in placement.splits for a in s.axes}
+    if found == {"expert", "expert_shard"}:
+        return ("expert_shard", "expert")
+    return tuple(a for a in ("replicate", "shard", "sequence", "expert_shard", "expert") if a in found)
