@@ -9,15 +9,18 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads starve each other on a shared machine
 
 import torch
 import tyro
+from rich.console import Console
 
+from experiments.mesh import MeshFlags, any_rank, is_main, of_main, open_mesh
 from experiments.omni import figures, job, run_folder
 from experiments.omni.evaluation import GOALS, Evaluator, summary
 from experiments.omni.job import Job
@@ -29,6 +32,7 @@ from ftrain.checkpoint import Checkpointer, Retention
 from ftrain.cost import Cost
 from ftrain.hardware import peak_flops
 from ftrain.interrupt import EXIT_RESUMABLE, StopRequest, interruptible
+from sharding import Mesh
 
 EXPERIMENT = "omni_moe"
 _SHOWN = 6  # examples of each task in samples.png
@@ -60,6 +64,8 @@ class Options:
     """What the backward pass computes again instead of keeping it."""
     held_out: int = 240
     """Held-out examples asked of each task at the end."""
+    mesh: Annotated[MeshFlags, tyro.conf.arg(prefix_name=False)] = MeshFlags()
+    """Ranks: under torchrun one per process; otherwise sizes above 1 run in lockstep in this process."""
     threads: int = 1
     """CPU threads of each op. One leaves the other cores to data and keeps sums in one order on any machine."""
 
@@ -87,9 +93,14 @@ def main(options: Options) -> int:
     torch.set_num_threads(options.threads)
     on_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if on_cuda else "cpu")
-    path, resumed = _choose_folder(options)
-    run = RunFolder.create(path, _config(options, device)) if not resumed else None
-    report = Report(options.steps)
+    with open_mesh(options.mesh, device) as mesh:
+        return _run(options, device, mesh)
+
+
+def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
+    path, resumed = of_main(_choose_folder(options))
+    run = RunFolder.create(path, _config(options, device)) if not resumed and is_main() else None
+    report = Report(options.steps, console=_console())
     report.say(f"run folder: {path}")
     work = job.make(
         size=options.size,
@@ -99,25 +110,33 @@ def main(options: Options) -> int:
         device=device,
         backend=options.backend,
         remat=options.remat,
+        mesh=mesh,
         say=report.say,
     )
     with Checkpointer(path / "checkpoints", keep=Retention(last=2)) as checkpoints:
         done = checkpoints.latest() or 0 if resumed else 0
         if done:
-            state = _to(checkpoints.restore(work.abstract_state(), done), device)
+            state = work.step.shard(_to(checkpoints.restore(work.abstract_state(), done), device))
             report.say(f"resumed after step {done}")
         else:
             state = work.fresh_state(report.say)
-        run = run or RunFolder.resume(path, step=done)
-        with run, interruptible() as stop:
+        if is_main():
+            run = run or RunFolder.resume(path, step=done)
+        with run or nullcontext(), interruptible() as stop:
             state, done = _train(work, state, done, options, run, checkpoints, stop)
             if stop.requested:
                 checkpoints.wait()
                 report.say(f"stopped by {stop.signal.name if stop.signal else '?'} after step {done}, saved; "
                            f"go on with --resume {path}")  # fmt: skip
                 return 0 if stop.signal == signal.SIGINT else EXIT_RESUMABLE
-            _finish(work, state, options, run, report)
+            state = work.step.whole(state)
+            if run is not None:
+                _finish(work, state, options, run, report)
     return 0
+
+
+def _console() -> Console:
+    return Console(quiet=not is_main())
 
 
 def _choose_folder(options: Options) -> tuple[Path, bool]:
@@ -155,19 +174,21 @@ def _train(
     state: TrainState,
     done: int,
     options: Options,
-    run: RunFolder,
+    run: RunFolder | None,
     checkpoints: Checkpointer,
     stop: StopRequest,
 ) -> tuple[TrainState, int]:
-    """Train to the end or until asked to stop; the last step done is saved."""
+    """Train to the end or until asked to stop; the last step done is saved. Ranks stop together; one has the `run`."""
     rate, peak = schedule(work.config), peak_flops(work.device)
     flops = memory = None
-    with Report(options.steps, first=done) as report:
-        for number, batch in enumerate(work.batches.ahead(done, options.steps), start=done + 1):
+    with Report(options.steps, first=done, console=_console()) as report:
+        for number, whole_batch in enumerate(work.batches.ahead(done, options.steps), start=done + 1):
+            batch = work.step.share(whole_batch)
             if flops is None or memory is None:
                 compiled = work.step.lower(state, batch)
                 flops, memory = _counted_flops(compiled.cost()), compiled.memory().total
-                compiled.report(run.path / "step.html")
+                if run is not None:
+                    compiled.report(run.path / "step.html")
             began = time.perf_counter()
             state, metrics = work.step(state, batch)
             loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
@@ -182,14 +203,18 @@ def _train(
                 "mfu": flops / seconds / peak,
                 "peak_bytes": memory,
             }
-            run.log(row)
             report.update(row)
-            checkpoints.check()
             done = number
+            stopping = any_rank(stop.requested)
             due = options.checkpoint_every and number % options.checkpoint_every == 0
-            if due or stop.requested or number == options.steps:
-                checkpoints.save(state, number)
-            if stop.requested:
+            if due or stopping or number == options.steps:
+                saved = work.step.whole(state)
+                if run is not None:
+                    checkpoints.save(saved, number)
+            if run is not None:
+                run.log(row)
+                checkpoints.check()
+            if stopping:
                 break
     return state, done
 

@@ -95,6 +95,5 @@ def _without_padding(piece: Tensor, dim: int, start: Any, placement: Placement) 
     return torch.where(inside, piece, 0)
 
 
-
 def _placements(trace: ShardedTrace, leaves: Sequence[Tensor]) -> list[Placement]:
     return [trace.placement(leaf) for leaf in leaves]

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.compiled import Compiled, compile_step, name_of
@@ -135,6 +136,10 @@ class Step:
             return state
         leaves, treedef = tree.flatten(state)
         return tree.unflatten(treedef, self._sharded.shard(argument_paths((state,), [name]), leaves))
+
+    def whole(self, state: Any) -> Any:
+        """The state with whole tensors on every process, gathered; elsewhere the state itself."""
+        return tree.map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state)
 
     def share(self, batch: Any) -> Any:
         """What this process is given of a whole mesh's batch (see `sharding.batch`); elsewhere the batch itself."""

@@ -170,13 +170,7 @@ class Planner:
             again = None if self._stays(node) else self.microseconds[i] * tilt
             reads = tuple(place[index[p]] for p in node.all_input_nodes if index[p] in place)
             items.append(Item(reads, 0 if size is None and again is None else size, again))
-        wanted = [
-            place[index[p]]
-            for n in nodes
-            if not is_forward(n)
-            for p in n.all_input_nodes
-            if index[p] in place
-        ]
+        wanted = [place[index[p]] for n in nodes if not is_forward(n) for p in n.all_input_nodes if index[p] in place]
         return numbers, items, sorted(set(wanted))
 
     @cached_property

@@ -105,8 +105,10 @@ class ShardedStep:
         if compiled not in self._opened:
             open_groups(mesh, compiled.groups())
             self._opened.add(compiled)
-        own = [to_piece(leaf, self.placements.of_whole(path, leaf.shape)) if is_array(leaf) else leaf
-               for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)]
+        own = [
+            to_piece(leaf, self.placements.of_whole(path, leaf.shape)) if is_array(leaf) else leaf
+            for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)
+        ]
         outputs = compiled.run_flat([*own, coordinates(mesh, rank)])
         found = []
         for path, piece in zip(compiled.traced.output_paths, outputs, strict=True):

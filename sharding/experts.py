@@ -105,9 +105,7 @@ def _static(
     out = _mlp(by_expert, weights, offsets_L, backend).view(held, group.size, capacity, -1).transpose(0, 1)
     back = all_to_all(out.reshape(group.size, held * capacity, -1), group, purpose="expert_combine")
     # Where each row's result is: slot `row - begin` of its expert; a dropped row reads a zero.
-    expert_N = torch.repeat_interleave(
-        torch.arange(experts, device=x_TD.device), ends_E - begins_E, output_size=slots
-    )
+    expert_N = torch.repeat_interleave(torch.arange(experts, device=x_TD.device), ends_E - begins_E, output_size=slots)
     within_N = torch.arange(slots, device=x_TD.device) - begins_E[expert_N]
     place_N = torch.where(within_N < capacity, expert_N * capacity + within_N, experts * capacity)
     flat = back.reshape(experts * capacity, -1)

@@ -111,7 +111,13 @@ class Mesh:
         if ":" in axis:
             inner = int(axis.split(":")[1])
             return s % inner if axis.startswith("ulysses") else s // inner
-        places = {"replicate": r, "shard": d, "sequence": s, "expert": f % self.expert, "expert_shard": f // self.expert}
+        places = {
+            "replicate": r,
+            "shard": d,
+            "sequence": s,
+            "expert": f % self.expert,
+            "expert_shard": f // self.expert,
+        }
         return places[axis]
 
     def members(self, *axes: str) -> tuple[tuple[int, ...], ...]:

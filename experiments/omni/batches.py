@@ -16,15 +16,17 @@ import torch
 
 from experiments.omni.tasks import Example, Mixture
 from ftrain.interrupt import SIGNALS
+from modules.mesh_packing import pack_for_mesh
 from modules.omni import OmniModel
-from modules.packing import Budget, measure, pack
+from modules.packing import Budget, measure
 
 
 @dataclass(frozen=True)
 class Batches:
     """Batch `step` holds examples `step * documents` and on: a resumed run sees what an uninterrupted one does.
 
-    `budget` is meant to hold any `documents` examples; where chance piles up large ones, the last of them are left out.
+    `budget` is that of one pack, of which a batch has `packs`, each with its media in `parts` (see `modules.mesh_packing`).
+    It is meant to hold any `documents / packs` examples; where chance piles up large ones, the last are left out.
     """
 
     mixture: Mixture
@@ -33,6 +35,8 @@ class Batches:
     documents: int
     budget: Budget
     device: torch.device
+    packs: int = 1
+    parts: int = 1
 
     def at(self, step: int) -> dict[str, Any]:
         """The batch of a step, with `task_T`: the number of each token's task in `tasks`, -1 on padding."""
@@ -76,14 +80,26 @@ class Batches:
     def _arrays(self, step: int) -> dict[str, Any]:
         """The batch of a step as numpy arrays, which cross a process border by value."""
         examples = [self.mixture.example(step * self.documents + i) for i in range(self.documents)]
-        packed = pack([e.document for e in examples], budget=self.budget, model=self.model, absent="pad")
+        packed = pack_for_mesh(
+            [e.document for e in examples], budget=self.budget, model=self.model, packs=self.packs, parts=self.parts
+        )
         batch = _as_arrays(packed.batch)
-        numbers = np.array([*(self.tasks.index(examples[i].task) for i in packed.taken), -1])
-        return {**batch, "task_T": numbers[batch["segments_T"]]}
+        taken = np.array([self.tasks.index(examples[i].task) for i in packed.taken])
+        segments_T = batch["segments_T"]
+        numbers = np.full(segments_T.max() + 1, -1)
+        numbers[np.unique(segments_T[batch["valid_T"]])[: len(taken)]] = taken
+        batch["task_T"] = numbers[segments_T]
+        for decoder in batch["decoders"].values():
+            decoder["task_n"] = np.append(batch["task_T"], -1)[decoder["index_n"]]
+        return batch
 
 
-def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, spare: float = 1.25) -> Budget:
-    """A budget for batches of this mixture: the mean need of `documents` examples, times `spare`, rounded up."""
+def fitting_budget(
+    mixture: Mixture, model: OmniModel, *, documents: int, parts: int = 1, spare: float = 1.25
+) -> Budget:
+    """A budget for packs of this mixture: the mean need of `documents` examples, times `spare`, rounded up so that each
+    of `parts` ranks gets whole items.
+    """
     examples: list[Example] = [mixture.example(i) for i in range(512)]
     sizes = [measure(e.document, model=model) for e in examples]
     share = documents / len(sizes) * spare
@@ -93,12 +109,12 @@ def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, spare:
 
     per_item = {name: max(s.rows.get(name, 0) for s in sizes) for name in model.encoders}
     return Budget(
-        tokens=rounded(sum(s.tokens for s in sizes), 64),
+        tokens=rounded(sum(s.tokens for s in sizes), 64 * parts),
         rows={
-            n: rounded(sum(s.rows.get(n, 0) for s in sizes), per_item[n] or e.rows_per_token)
+            n: rounded(sum(s.rows.get(n, 0) for s in sizes), parts * (per_item[n] or e.rows_per_token))
             for n, e in model.encoders.items()
         },
-        targets={n: rounded(sum(s.targets.get(n, 0) for s in sizes), 1) for n in model.decoders},
+        targets={n: rounded(sum(s.targets.get(n, 0) for s in sizes), parts) for n in model.decoders},
     )
 
 

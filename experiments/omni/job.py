@@ -18,6 +18,7 @@ from ftrain import TrainState, optim
 from ftrain.hardware import free_bytes
 from modules import omni, spec
 from modules.omni import OmniModel
+from sharding import Mesh
 
 _BYTES_PER_PARAMETER = 16  # float32 master, two moments, gradient
 
@@ -47,7 +48,8 @@ class Job:
 
     def fresh_state(self, say: Callable[[str], None]) -> TrainState:
         """The state at step 0, with an image tokenizer trained on the real images that are trained on."""
-        state = training.init_state(self.model, self.transform, self.seed, self.device)
+        key = ftrain.key(self.seed).to(self.device)
+        state = self.step.init(lambda key: training.init_state(self.model, self.transform, key), key)
         began = time.monotonic()
         images_NCHW = self.sources.train.drawn.images_NHWC.transpose(0, 3, 1, 2).copy()
         config = model.vq_config(self.size)
@@ -56,7 +58,8 @@ class Job:
         )
         say(f"image tokenizer: {config.codes_per_image} codes an image, squared error {error:.4f}, "
             f"{time.monotonic() - began:.0f} s")  # fmt: skip
-        params = {**state.params, "decoders": {"image": {**state.params["decoders"]["image"], "tokenizer": tokenizer}}}
+        held = self.step.shard({"decoders": {"image": {"tokenizer": tokenizer}}})["decoders"]["image"]["tokenizer"]
+        params = {**state.params, "decoders": {"image": {**state.params["decoders"]["image"], "tokenizer": held}}}
         return state.replace(params=params)
 
 
@@ -69,6 +72,7 @@ def make(
     device: torch.device,
     backend: str,
     remat: str,
+    mesh: Mesh | None = None,
     say: Callable[[str], None],
 ) -> Job:
     """Read the data, build the model of this size, and jit its step. ValueError if the state cannot fit the device."""
@@ -84,20 +88,30 @@ def make(
     names = tasks.possible(data)
     mixture = Mixture(data, seed)
     documents = model.parts(size).documents
+    packs, parts = (mesh.replicate * mesh.shard, mesh.sequence) if mesh is not None else (1, 1)
     feed = Batches(
         mixture=mixture,
         model=net,
         tasks=names,
         documents=documents,
-        budget=batches.fitting_budget(mixture, net, documents=documents),
+        budget=batches.fitting_budget(mixture, net, documents=max(1, documents // packs), parts=parts),
         device=device,
+        packs=packs,
+        parts=parts,
     )
     config = TrainConfig(steps=steps)
     tx = training.transform(config)
     step = ftrain.jit(
-        training.train_step(net, tx, names, training.loss_weights(names)), donate="state", backend=backend, remat=remat
+        training.train_step(net, tx, names, training.loss_weights(names)),
+        donate="state",
+        backend=backend,
+        remat=remat,
+        plan=None if mesh is None else training.plan(mesh),
+        specs=omni.specs(net),
     )
-    say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {feed.budget.tokens:,} tokens a step")
+    say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {packs * feed.budget.tokens:,} tokens a step")
+    if mesh is not None:
+        say(f"mesh: {mesh} ({mesh.kind})")
     grader = judge.train(data.train.drawn, data.held_out.drawn, seed=seed)
     return Job(size, net, data, names, feed, config, tx, step, grader, seed, device, tokenizer_steps)
 

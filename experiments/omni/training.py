@@ -12,11 +12,14 @@ from torch import Tensor
 
 import ftrain
 from ftrain import TrainState, optim
-from kernels.mean import Mean
+from kernels.mean import Mean, sum_over_batch
+from kernels.pack import pack_tokens, take_rows
 from modules import decoder as foundation
 from modules import omni
 from modules.decoder import DecoderStats
+from modules.mesh_packing import BATCH
 from modules.omni import OmniModel
+from sharding import Layout, Mesh, Plan, Rows
 
 IGNORE = foundation.IGNORE
 
@@ -62,9 +65,8 @@ def _decays(params: Any) -> Any:
     return ftrain.tree.map(lambda leaf: leaf.dim() >= 2, params)
 
 
-def init_state(model: OmniModel, tx: optim.Transform, seed: int, device: torch.device) -> TrainState:
-    """Fresh parameters, optimizer state and balance of the experts."""
-    key = ftrain.key(seed).to(device)
+def init_state(model: OmniModel, tx: optim.Transform, key: Tensor) -> TrainState:
+    """Fresh parameters, optimizer state and balance of the experts, on the key's device."""
     params = ftrain.init(omni.specs(model), ftrain.fold_in(key, 0))
     balance = ftrain.init(foundation.balance_specs(model.foundation), ftrain.fold_in(key, 1))
     return TrainState.create(params, tx, extra={"balance": balance})
@@ -94,10 +96,17 @@ def _image_loss(
     params: Any, hidden_TD: Tensor, batch: Mapping[str, Any], codes: dict[str, Tensor], model: OmniModel, number: int
 ) -> Mean:
     place_n = batch["decoders"]["image"]["index_n"]
-    task_n = batch["task_T"].index_select(0, place_n.clamp(max=hidden_TD.shape[0] - 1))
-    mine_n = (place_n < hidden_TD.shape[0]) & (task_n == number)
-    labels_n = torch.where(mine_n, codes["image"], IGNORE)
-    return model.decoder("image").lm_head(params["decoders"]["image"], hidden_TD.index_select(0, place_n - 1), labels_n)
+    nowhere = pack_tokens(hidden_TD.shape[0])
+    labels_n = torch.where(batch["decoders"]["image"]["task_n"] == number, codes["image"], IGNORE)
+    hidden_nD = take_rows(hidden_TD, torch.where(place_n < nowhere, place_n - 1, nowhere))
+    return model.decoder("image").lm_head(params["decoders"]["image"], hidden_nD, labels_n)
+
+
+def plan(mesh: Mesh) -> Plan:
+    """Encoders and the drawing decoder hold whole items on each rank; the foundation shares sequences and experts."""
+    whole = Layout(sequence=None)
+    rules = {**BATCH, "decoders.*.task_n": Rows()}
+    return Plan(mesh, Layout(), batch=rules, encoders=whole, decoders=whole)
 
 
 def train_step(
@@ -119,7 +128,7 @@ def train_step(
         metrics = {
             "loss": loss,
             "terms": {task: mean.value() for task, mean in terms.items()},
-            "tokens": batch["valid_T"].sum(),
+            "tokens": sum_over_batch(batch["valid_T"].sum()),
             "grad_norm": updated.opt_state[0].norm,
         }
         return updated.replace(extra=extra), metrics

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from tiny_omni import MODEL as OMNI
 from tiny_omni import documents
+from torch import Tensor
 
 import ftrain
 from ftrain import tree

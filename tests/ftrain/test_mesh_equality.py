@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mesh_models import compare, dense, mixture, plan_for
+from mesh_models import compare, dense, mixture, omni, plan_for
 
-from sharding import Hybrid, Layout, Mesh, Ring, Ulysses
+from sharding import Capacity, Exact, Hybrid, Layout, Mesh, Ring, Ulysses
 
 MODELS = {"dense": functools.cache(lambda: dense(layers=1)), "mixture": functools.cache(lambda: mixture(layers=1))}
+OMNI = functools.cache(omni)
 
 
 def meshes(experts: bool):
@@ -38,6 +39,31 @@ CASES = [
 def test_loss_and_gradients_equal_those_of_one_device(name, mesh, how):
     model = MODELS[name]()
     loss, gradients = compare(model, plan_for(model, mesh, Layout(sequence=how)), dtype=torch.float64)
+    assert loss < 1e-12 and gradients < 1e-12
+
+
+OMNI_CASES = [
+    pytest.param(mesh, how, id=f"{mesh.replicate}x{mesh.shard}x{mesh.sequence}e{mesh.expert}-{how}")
+    for mesh, how in meshes(experts=True)
+    if not (mesh.sequence == 4 and how == Ulysses())  # its foundation has two heads
+]
+
+
+@pytest.mark.parametrize(("mesh", "how"), OMNI_CASES)
+def test_the_omni_model_with_every_modality(mesh, how):
+    """Encoders and decoders hold whole items and are divided by FSDP alone; the foundation by everything."""
+    model, whole = OMNI(), Layout(sequence=None)
+    plan = plan_for(model, mesh, Layout(sequence=how), encoders=whole, decoders=whole)
+    loss, gradients = compare(model, plan)
+    assert loss < 1e-6 and gradients < 1e-5
+
+
+@pytest.mark.parametrize("how", [Exact(), Capacity(8.0)], ids=str)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_ways_to_reach_experts(how, chunks):
+    model = MODELS["mixture"]()
+    plan = plan_for(model, Mesh(1, 2, 2, 4, "virtual"), Layout(experts=how, expert_chunks=chunks))
+    loss, gradients = compare(model, plan, dtype=torch.float64)
     assert loss < 1e-12 and gradients < 1e-12
 
 

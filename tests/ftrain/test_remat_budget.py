@@ -99,7 +99,9 @@ def random_loss(ops):
         for i, layer in enumerate(params["layers"]):
             h = x @ layer["w_in"]
             for op in ops[i % len(ops)]:
-                h = {"tanh": torch.tanh, "square": torch.square, "sin": torch.sin, "soft": lambda t: t.softmax(-1)}[op](h)
+                h = {"tanh": torch.tanh, "square": torch.square, "sin": torch.sin, "soft": lambda t: t.softmax(-1)}[op](
+                    h
+                )
             x = x + h @ layer["w_out"]
         return Mean.of((x - y).square())
 

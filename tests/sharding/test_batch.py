@@ -11,9 +11,7 @@ ORDERS = [TokenOrder(2), TokenOrder(2, 2, True), TokenOrder(2, 1, True)]
 
 
 def shares(leaf, rule, order, *, tokens=16, mesh=MESH):
-    return [
-        share(leaf, rule, path="x", tokens=tokens, order=order, mesh=mesh, rank=rank) for rank in range(mesh.size)
-    ]
+    return [share(leaf, rule, path="x", tokens=tokens, order=order, mesh=mesh, rank=rank) for rank in range(mesh.size)]
 
 
 @pytest.mark.parametrize("order", ORDERS)

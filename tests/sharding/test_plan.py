@@ -30,7 +30,7 @@ def test_the_glob_with_the_most_parts_wins():
 
 
 def test_the_table_shows_shapes_and_bytes():
-    table = Plan(MESH, **{"encoder": Layout(parameters=(), dtype="bfloat16")}).describe(SPECS).splitlines()
+    table = Plan(MESH, encoder=Layout(parameters=(), dtype="bfloat16")).describe(SPECS).splitlines()
     assert [line.split("  ")[0] for line in table[1:]] == [
         "encoder.w_DF", "layers.0.moe.w_EDF", "layers.0.norm_D", "total"
     ]  # fmt: skip

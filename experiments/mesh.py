@@ -1,0 +1,80 @@
+"""The ranks of a run: one process alone, all ranks in lockstep in one process, or one process each under torchrun."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sharding import Mesh
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MeshFlags:
+    """How many ranks there are, and what each axis divides."""
+
+    replicate: int = 1
+    """Copies of the model, each divided over the other axes (HSDP)."""
+    shard: int | None = None
+    """Ranks that divide parameters and batch; default: all that the other axes leave."""
+    sequence: int = 1
+    """Ranks that share the tokens of a pack."""
+    expert: int = 1
+    """Slices of the experts, folded over shard x sequence."""
+    timeout: float = 600.0
+    """Seconds after which a collective that has not ended stops the run."""
+
+
+@contextmanager
+def open_mesh(flags: MeshFlags, device: torch.device) -> Iterator[Mesh | None]:
+    """The mesh of this run, or None for a single rank. Under torchrun its process group lives as long as the block.
+
+    Without torchrun, sizes above 1 give a virtual mesh: all ranks in lockstep in this process. ValueError lists the
+    sizes that fit.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ:
+        ranks = flags.replicate * (flags.shard or 1) * flags.sequence
+        sizes = {"replicate": flags.replicate, "shard": flags.shard, "sequence": flags.sequence, "expert": flags.expert}
+        mesh = Mesh.over(ranks, **sizes, kind="virtual")  # type: ignore[arg-type]
+        yield mesh if ranks > 1 else None
+        return
+    mesh = Mesh.over(world, replicate=flags.replicate, shard=flags.shard, sequence=flags.sequence, expert=flags.expert)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=flags.timeout))
+    try:
+        yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """True in the process that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if it is on one: a signal that reached one process stops all of them after the same step."""
+    if not dist.is_initialized():
+        return flag
+    found = torch.tensor(int(flag))
+    if dist.get_backend() == "nccl":
+        found = found.cuda()
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def of_main(value: T) -> T:
+    """What the main process has, on every process: for choices that hang on the clock or on files."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
