@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads starve each other on a shared machine
 
@@ -64,7 +64,7 @@ class Options:
     """What the backward pass computes again instead of keeping it."""
     held_out: int = 240
     """Held-out examples asked of each task at the end."""
-    mesh: Annotated[MeshFlags, tyro.conf.arg(prefix_name=False)] = MeshFlags()
+    mesh: tyro.conf.OmitArgPrefixes[MeshFlags] = field(default_factory=MeshFlags)
     """Ranks: under torchrun one per process; otherwise sizes above 1 run in lockstep in this process."""
     threads: int = 1
     """CPU threads of each op. One leaves the other cores to data and keeps sums in one order on any machine."""

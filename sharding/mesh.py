@@ -135,10 +135,7 @@ class Mesh:
     def _others(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
         """Where a rank stands on the axes that are not in `axes`: equal for the members of one group."""
         folded = any(a in ("expert", "expert_shard") for a in axes)
-        if folded:
-            rest = [a for a in EXPERT_AXES if a not in axes]
-        else:
-            rest = [a for a in BASE_AXES if a not in axes]
+        rest = [a for a in EXPERT_AXES if a not in axes] if folded else [a for a in BASE_AXES if a not in axes]
         divided = next((a for a in axes if ":" in a), None)
         if divided is not None:
             kind, inner = divided.split(":")

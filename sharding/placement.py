@@ -101,7 +101,8 @@ def place(shape: Sequence[int], axes: Sequence[str | None], *, mesh: Mesh, param
     """The placement of a parameter whose dims mean `axes`.
 
     With `experts` a dim called "expert" is divided over the axis of experts, and the rest over `expert_shard`. The
-    other division takes the first dim that pays (see `_fsdp_dim`). Axes of size 1 divide nothing.
+    other division takes the first dim that pays (see `_fsdp_dim`), but never one whose meaning is None, nor a stack of
+    layers, which is read layer by layer. Axes of size 1 divide nothing.
     """
     shape = tuple(shape)
     splits: list[Split] = []
@@ -114,7 +115,8 @@ def place(shape: Sequence[int], axes: Sequence[str | None], *, mesh: Mesh, param
         parameters = ("expert_shard",) if parameters else ()
         base = tuple(a for a in EXPERT_AXES if a != "expert")
     size = math.prod(mesh.axis_size(a) for a in parameters)
-    dim = _fsdp_dim(shape, size, {s.dim for s in splits}) if size > 1 else None
+    taken = {s.dim for s in splits} | {d for d, axis in enumerate(axes) if axis in (None, "layers")}
+    dim = _fsdp_dim(shape, size, taken) if size > 1 else None
     if dim is not None:
         splits.append(Split(dim, parameters, size))
     copies = tuple(a for a in base if mesh.axis_size(a) > 1 and (dim is None or a not in parameters))

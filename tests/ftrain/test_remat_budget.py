@@ -48,7 +48,8 @@ def test_at_the_peak_of_whole_layers_less_is_computed_again(plans):
 def test_a_larger_budget_never_costs_more(plans):
     inputs, most = plans["none"].inputs, plans["none"].peak
     flops = [lowered(Remat(budget=int(inputs + share * most))).cost().flops for share in (0.25, 0.5, 1.0)]
-    assert flops == sorted(flops, reverse=True) and flops[-1] == lowered("none").cost().flops
+    assert flops == sorted(flops, reverse=True)
+    assert flops[-1] == lowered("none").cost().flops
 
 
 def test_an_impossible_budget_names_the_smallest_one_and_what_stands_in_the_way():
@@ -60,16 +61,19 @@ def test_an_impossible_budget_names_the_smallest_one_and_what_stands_in_the_way(
 
 def test_an_exchange_rate_instead_of_a_budget(plans):
     peaks = [lowered(Remat(us_per_mb=rate)).memory().peak for rate in (1e-3, 1e6)]
-    assert peaks[0] == plans["none"].peak and peaks[1] < 0.5 * peaks[0]
+    assert peaks[0] == plans["none"].peak
+    assert peaks[1] < 0.5 * peaks[0]
 
 
 def test_paths_are_kept_or_computed_again():
     computed = lowered(Remat(paths={"layers.3.*": "recompute"}))
     copies = [n.meta["path"] for n in computed.graph.graph.nodes if n.meta.get("recomputed")]
-    assert copies and all(".layers.3." in path for path in copies)
+    assert copies
+    assert all(".layers.3." in path for path in copies)
     kept = lowered(Remat("layer", paths={"state.params.layers.3.w_in": "keep"}))
     copies = [n.meta["path"] for n in kept.graph.graph.nodes if n.meta.get("recomputed")]
-    assert copies and not any("layers.3.w_in" in path for path in copies)
+    assert copies
+    assert not any("layers.3.w_in" in path for path in copies)
 
 
 def test_micro_batches_fit_too():
@@ -88,7 +92,9 @@ def test_the_book_tells_what_was_decided(plans):
     decisions = {row.decision for row in compiled.book}
     assert decisions == {"keep", "recompute"}
     table = compiled.remat_table()
-    assert "us/MB" in table and "state.params.layers.0.w_in" in table and "recompute: " in table
+    assert "us/MB" in table
+    assert "state.params.layers.0.w_in" in table
+    assert "recompute: " in table
 
 
 def random_loss(ops):

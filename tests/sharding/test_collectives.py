@@ -84,7 +84,8 @@ def test_the_second_derivative_passes_through():
 def test_all_gather_joins_in_the_order_of_the_group():
     x = values(2, 3)
     out = on_ranks(lambda t: collectives.all_gather(t, SHARD, purpose="test"), MESH, x)
-    assert torch.equal(out[0][0], torch.cat(x[:2])) and torch.equal(out[3][0], torch.cat(x[2:]))
+    assert torch.equal(out[0][0], torch.cat(x[:2]))
+    assert torch.equal(out[3][0], torch.cat(x[2:]))
 
 
 def test_all_to_all_hands_piece_i_to_rank_i():
@@ -101,8 +102,10 @@ def test_rows_go_where_the_counts_say():
         return collectives.all_to_all_rows(rows, send_n, receive_n, receive_n.sum().item(), SHARD, purpose="test")
 
     out = on_ranks(move, MESH, x, send, receive)
-    assert torch.equal(out[0][0], torch.cat([x[0][:1], x[1]])) and torch.equal(out[1][0], x[0][1:])
-    assert torch.equal(out[2][0], x[3][:2]) and torch.equal(out[3][0], torch.cat([x[2], x[3][2:]]))
+    assert torch.equal(out[0][0], torch.cat([x[0][:1], x[1]]))
+    assert torch.equal(out[1][0], x[0][1:])
+    assert torch.equal(out[2][0], x[3][:2])
+    assert torch.equal(out[3][0], torch.cat([x[2], x[3][2:]]))
 
 
 def test_a_sum_of_parts_and_a_copy_to_ranks_are_each_others_transpose():
@@ -136,11 +139,13 @@ def test_gradients_are_summed_in_the_dtype_that_was_asked():
 
         return on_ranks(of_rank, mesh, scale)[0][0]
 
-    assert gradient(torch.float32).item() == 259.0 and gradient(torch.float32).dtype == torch.float32
+    assert gradient(torch.float32).item() == 259.0
+    assert gradient(torch.float32).dtype == torch.float32
     assert gradient(torch.bfloat16).item() != 259.0
 
 
 def test_a_group_of_one_leaves_nothing():
     alone = Mesh(1, 1, 1).group("shard")
     x = torch.randn(2, 3)
-    assert collectives.all_gather(x, alone, purpose="") is x and collectives.permute(x, alone, 1, purpose="") is x
+    assert collectives.all_gather(x, alone, purpose="") is x
+    assert collectives.permute(x, alone, 1, purpose="") is x

@@ -13,7 +13,7 @@ MESH = Mesh(2, 2, 2, 2, "virtual")
 
 
 def placed(shape, axes=None, *, mesh=MESH, parameters=("shard", "sequence"), experts=True):
-    return place(shape, axes or [None] * len(shape), mesh=mesh, parameters=parameters, experts=experts)
+    return place(shape, axes or ["embed"] * len(shape), mesh=mesh, parameters=parameters, experts=experts)
 
 
 def test_parameters_are_divided_on_the_first_dim_and_copied_along_replicate():
@@ -24,7 +24,8 @@ def test_experts_are_divided_over_their_axis_and_the_rest_over_expert_shard():
     found = placed((4, 6, 8), ("expert", "embed", "mlp"))
     splits = (Split(0, ("expert",), 2, gathered=False), Split(1, ("expert_shard",), 2))
     assert found == Placement((4, 6, 8), splits, ("replicate",))
-    assert found.local_shape == (2, 3, 8) and found.used_shape == (2, 6, 8)
+    assert found.local_shape == (2, 3, 8)
+    assert found.used_shape == (2, 6, 8)
 
 
 def test_without_division_there_is_a_copy_on_every_rank():
@@ -35,6 +36,11 @@ def test_an_even_dim_is_preferred_to_much_padding():
     assert placed((3, 64)).splits[0].dim == 1
     assert placed((1001, 64)).splits[0].dim == 0
     assert placed((3,)).local_shape == (1,)
+
+
+def test_a_dim_that_no_plan_splits_is_left_whole():
+    assert placed((64, 8), (None, "embed")).splits[0].dim == 1
+    assert placed((12, 8), ("layers", None)) == Placement((12, 8), (), ("replicate", "shard", "sequence"))
 
 
 def test_experts_that_do_not_divide_are_refused():

@@ -34,16 +34,19 @@ def test_the_table_shows_shapes_and_bytes():
     assert [line.split("  ")[0] for line in table[1:]] == [
         "encoder.w_DF", "layers.0.moe.w_EDF", "layers.0.norm_D", "total"
     ]  # fmt: skip
-    assert "copies over replicate+shard+sequence" in table[1] and table[1].endswith(" 64")
+    assert "copies over replicate+shard+sequence" in table[1]
+    assert table[1].endswith(" 64")
     assert "dim 0 over expert (2), dim 1 over expert_shard (2), copies over replicate" in table[2]
-    assert "[2, 4, 6]" in table[2] and table[2].endswith("192")
+    assert "[2, 4, 6]" in table[2]
+    assert table[2].endswith("192")
     assert table[4].endswith(f"{64 + 192 + 8}")
 
 
 def test_one_number_changes_fsdp_to_hsdp():
     fsdp = Plan(Mesh(1, 8, kind="virtual")).placements(SPECS)["encoder.w_DF"]
     hsdp = Plan(Mesh(2, 4, kind="virtual")).placements(SPECS)["encoder.w_DF"]
-    assert (fsdp.splits[0].size, fsdp.copies) == (8, ()) and (hsdp.splits[0].size, hsdp.copies) == (4, ("replicate",))
+    assert (fsdp.splits[0].size, fsdp.copies) == (8, ())
+    assert (hsdp.splits[0].size, hsdp.copies) == (4, ("replicate",))
 
 
 def test_a_component_that_is_not_there_is_named():
