@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain import tree
+from ftrain.communication import bytes_moved
 from ftrain.cost import Cost, graph_cost
 from ftrain.donation import give_away
 from ftrain.execute import Program, choose, compile_graph, prepare_for_python
@@ -17,6 +18,7 @@ from ftrain.leaf_guard import guard_like
 from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.lockstep import groups_of, lockstep_program
 from ftrain.loop import is_loop, loop_body
+from ftrain.op_times import OpTimes
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
 from ftrain.passes.order import update_early
@@ -26,7 +28,9 @@ from ftrain.passes.waits import join_waits
 from ftrain.precision import Precision
 from ftrain.remat import Remat, rematerialize
 from ftrain.remat_fit import BookRow, book_table, fit
+from ftrain.schedule import Schedule, overlap, simulate_schedule
 from ftrain.trace import Aval, Traced, argument_paths, is_array, signature_of, spread_paths, trace
+from sharding.link import Link
 from sharding.mesh import Mesh
 
 
@@ -43,6 +47,7 @@ class Compiled:
         self.leaf_signatures = [signature_of(leaf) for leaf in leaves]
         self.donated: dict[int, int] = {}
         self.book: list[BookRow] = []
+        self.mesh: Mesh | None = None
         self._treedef = treedef
         self._slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         self._shapes = [torch.Size(a.shape) for a in traced.input_avals]
@@ -178,6 +183,16 @@ class Compiled:
 
         return write_report(self, Path(file))
 
+    def schedule(self, link: Link = Link()) -> Schedule:  # noqa: B008  # frozen
+        """When each collective starts and ends, what it overlaps, and how long compute waits for it, on paper."""
+        if self.mesh is None:
+            return Schedule([], 0.0, 0.0, 0.0)
+        return simulate_schedule(self.graph, self.mesh, times=OpTimes.on(self.device), link=link)
+
+    def bytes_moved(self) -> dict[str, int]:
+        """Bytes that a rank sends in one step, by purpose."""
+        return {} if self.mesh is None else bytes_moved(self.graph, self.mesh)
+
     def remat_table(self) -> str:
         """The account book of recompute: each tensor that the backward needs, its MB, microseconds, their ratio, and
         whether it is kept; empty for a step without a budget.
@@ -211,6 +226,7 @@ def compile_step(
     remat: Remat,
     precision: Precision | None,
     mesh: Mesh | None = None,
+    link: Link = Link(),  # noqa: B008  # frozen
 ) -> Compiled:
     """Trace `fn(*args)` and run the passes: clean, rematerialize, update early, donate; on a mesh those of overlap."""
     leaves, treedef = tree.flatten(args)
@@ -242,6 +258,9 @@ def compile_step(
         module, compiled.book = fit(
             module, by_name, remat, device=compiled.device, copy=_copy, finished_peak=finished_peak
         )
+    if mesh is not None and mesh.size > 1:
+        compiled.mesh = mesh
+        overlap(module, mesh, times=OpTimes.on(compiled.device), link=link)
     donate_pass(module, by_name)
     compiled.graph = module
     return compiled

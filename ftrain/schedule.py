@@ -1,0 +1,265 @@
+"""One pass for all overlap: collectives start early and are waited for late, within a bound of memory.
+
+The graph is run on paper, on two streams: compute, one node after the other, and communication, one collective after
+the other. Whenever the link is idle, the next collectives in the graph's order are looked at, and the first whose
+inputs can be had at once is started. Where compute would have to wait, nodes that need not wait are taken first. That
+gives, without special cases, prefetch of parameters in forward and backward, exchanges of attention under the
+projections that do not need them, and experts' exchanges under shared experts and other parts of the tokens.
+"""
+
+import heapq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import fx
+
+from ftrain.communication import node_sends
+from ftrain.liveness import plan_memory, storages_of
+from ftrain.lockstep import COLLECTIVES
+from ftrain.loop import is_loop, loop_body
+from ftrain.op_times import OpTimes
+from ftrain.passes.waits import WAIT
+from sharding.link import Link
+from sharding.mesh import Mesh
+
+_AHEAD = 12  # collectives that are looked at when the link is idle
+_WINDOW = 400  # how far ahead, in nodes, compute is fetched from to fill a wait
+_CLOSURE = 6  # nodes that may be run early to have a collective's inputs
+
+
+class Flight(NamedTuple):
+    """One collective: what it is for, the parameter path, bytes that a rank sends; microseconds on the clock of the
+    run on paper when it starts, ends, and is waited for; and how long compute then stands still.
+    """
+
+    name: str
+    purpose: str
+    path: str
+    bytes: int
+    start: float
+    end: float
+    awaited: float
+    exposed: float
+    over: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All collectives of a step in order of their start; microseconds of compute, of communication, and of the part of
+    it during which compute stands still.
+    """
+
+    flights: list[Flight]
+    compute: float
+    communication: float
+    exposed: float
+
+    def table(self) -> str:
+        """A line per collective, and the sums."""
+        lines = [f"{'start us':>10} {'us':>9} {'exposed':>9} {'MB':>9}  {'purpose':18} overlaps"]
+        for f in self.flights:
+            took, mb = f.end - f.start, f.bytes / 1e6
+            lines.append(
+                f"{f.start:10.1f} {took:9.1f} {f.exposed:9.1f} {mb:9.3f}  {f.purpose:18} {f.over or '-'}  ({f.path})"
+            )
+        lines.append(
+            f"compute {self.compute:.0f} us, communication {self.communication:.0f} us, exposed {self.exposed:.0f} us"
+        )
+        return "\n".join(lines)
+
+
+def overlap(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link, spare_bytes: int | None = None) -> None:
+    """Reorder the graph so that communication hides behind compute; no value changes.
+
+    The peak of memory may grow by `spare_bytes` (None: a tenth of it). Bodies of loops are treated alike.
+    """
+    for node in module.graph.nodes:
+        if is_loop(node):
+            overlap(loop_body(node), mesh, times=times, link=link, spare_bytes=spare_bytes)
+    if not any(n.target in COLLECTIVES for n in module.graph.nodes):
+        return
+    peak = plan_memory(module).peak
+    bound = peak + (peak // 10 if spare_bytes is None else spare_bytes)
+    order = _Scheduler(module, mesh, times, link, bound).run()
+    previous = order[0]
+    for node in order[1:]:
+        previous.append(node)
+        previous = node
+    module.graph.lint()
+    module.recompile()
+
+
+def simulate_schedule(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link) -> Schedule:
+    """Run the graph on paper in the order that it has."""
+    clock = free = exposed = busy = 0.0
+    flights: dict[fx.Node, Flight] = {}
+    under: dict[fx.Node, dict[str, float]] = {}
+    for node in module.graph.nodes:
+        if node.target in COLLECTIVES:
+            took = link.microseconds(sent := node_sends(node, mesh))
+            start = max(clock, free)
+            free = start + took
+            busy += took
+            meta = node.meta
+            flights[node] = Flight(
+                node.name, meta.get("purpose", ""), meta.get("path") or "", sent, start, free, free, took, ""
+            )
+            under[node] = {}
+        elif node.target is WAIT and node.args[0] in flights:
+            flight = flights[node.args[0]]
+            stall = max(0.0, flight.end - clock)
+            most = sorted(under.pop(node.args[0]).items(), key=lambda item: -item[1])[:2]
+            over = ", ".join(name for name, _ in most)
+            flights[node.args[0]] = flight._replace(awaited=clock, exposed=stall, over=over)
+            clock += stall
+            exposed += stall
+        else:
+            took = times.microseconds(node)
+            clock += took
+            for names in under.values():
+                label = f"{node.meta.get('purpose') or node.meta.get('path') or node.name}"
+                names[label] = names.get(label, 0.0) + took
+    ordered = sorted(flights.values(), key=lambda f: f.start)
+    return Schedule(ordered, clock - exposed, busy, exposed)
+
+
+class _Scheduler:
+    """List scheduling in the graph's own order, but for what fills waits and what the idle link can start."""
+
+    def __init__(self, module: fx.GraphModule, mesh: Mesh, times: OpTimes, link: Link, bound: int) -> None:
+        nodes = [n for n in module.graph.nodes if n.op != "output"]
+        self._nodes, self._output = nodes, module.graph.output_node()
+        self._index = {n: i for i, n in enumerate(nodes)}
+        self._took = [
+            link.microseconds(node_sends(n, mesh)) if n.target in COLLECTIVES else times.microseconds(n) for n in nodes
+        ]
+        self._missing = [len(n.all_input_nodes) for n in nodes]
+        self._starts = [i for i, n in enumerate(nodes) if n.target in COLLECTIVES]
+        self._memory = _Memory(nodes, self._output, bound)
+        self._ready: list[int] = []
+        self._done = [False] * len(nodes)
+        self._order: list[fx.Node] = []
+        self._clock = self._free = 0.0
+        self._ends: dict[fx.Node, float] = {}
+        self._next = 0
+
+    def run(self) -> list[fx.Node]:
+        """The new order, the output last."""
+        for i, count in enumerate(self._missing):
+            if count == 0:
+                heapq.heappush(self._ready, i)
+        while len(self._order) < len(self._nodes):
+            if self._free <= self._clock:
+                self._start_one()
+            self._emit(self._choose())
+        return [*self._order, self._output]
+
+    def _choose(self) -> int:
+        """The first ready node, or one further on that need not wait if the first would."""
+        while self._done[self._ready[0]]:
+            heapq.heappop(self._ready)
+        first = self._ready[0]
+        if not self._waits(first):
+            return first
+        for i in sorted(self._ready):
+            if i > first + _WINDOW:
+                break
+            if not self._done[i] and not self._waits(i) and self._nodes[i].target not in COLLECTIVES:
+                if self._took[i] > 0 and self._memory.allows(i):
+                    return i
+        return first
+
+    def _waits(self, i: int) -> bool:
+        node = self._nodes[i]
+        return node.target is WAIT and self._ends.get(node.args[0], 0.0) > self._clock  # type: ignore[arg-type]
+
+    def _start_one(self) -> None:
+        """Start the first of the next collectives whose inputs are there, or can be made from what is there."""
+        while self._next < len(self._starts) and self._done[self._starts[self._next]]:
+            self._next += 1
+        seen = 0
+        for i in self._starts[self._next :]:
+            if self._done[i]:
+                continue
+            seen += 1
+            if seen > _AHEAD:
+                return
+            closure = self._closure(i)
+            if closure is not None and self._memory.allows(i):
+                for node in [*closure, i]:
+                    self._emit(node)
+                return
+
+    def _closure(self, i: int) -> list[int] | None:
+        """The nodes to run for a collective's inputs, in order; None if they are many, or would wait."""
+        needed: set[int] = set()
+        stack = [self._index[p] for p in self._nodes[i].all_input_nodes]
+        while stack:
+            j = stack.pop()
+            if self._done[j] or j in needed:
+                continue
+            node = self._nodes[j]
+            if node.target in COLLECTIVES or node.target is WAIT or is_loop(node) or len(needed) >= _CLOSURE:
+                return None
+            needed.add(j)
+            stack += [self._index[p] for p in node.all_input_nodes]
+        return sorted(needed)
+
+    def _emit(self, i: int) -> None:
+        if self._done[i]:
+            return
+        node = self._nodes[i]
+        if node.target in COLLECTIVES:
+            self._free = max(self._clock, self._free) + self._took[i]
+            self._ends[node] = self._free
+        elif node.target is WAIT:
+            self._clock = max(self._clock, self._ends.get(node.args[0], 0.0))  # type: ignore[arg-type]
+        else:
+            self._clock += self._took[i]
+        self._done[i] = True
+        self._order.append(node)
+        self._memory.emit(i)
+        for user in node.users:
+            if user in self._index:
+                j = self._index[user]
+                self._missing[j] -= 1
+                if self._missing[j] == 0:
+                    heapq.heappush(self._ready, j)
+
+
+class _Memory:
+    """Bytes alive as nodes are run, each piece of memory until its last reader."""
+
+    def __init__(self, nodes: list[fx.Node], output: fx.Node, bound: int) -> None:
+        self._bound, self._live = bound, 0
+        self._pieces = [storages_of(n) for n in nodes]
+        index = {n: i for i, n in enumerate(nodes)}
+        results = set(output.all_input_nodes)
+        self._left: dict[int, int] = {}
+        self._uses: list[list[int]] = [[] for _ in nodes]
+        self._kept = {s for n in nodes if n.op != "call_function" for s, _ in storages_of(n)}
+        self._kept |= {s for n in results for s, _ in storages_of(n)}
+        for i, node in enumerate(nodes):
+            for user in [node, *(u for u in node.users if u in index)]:
+                for s, _ in self._pieces[i]:
+                    self._left[s] = self._left.get(s, 0) + 1
+                    self._uses[index[user]].append(s)
+        self._sizes: dict[int, int] = {}
+
+    def allows(self, i: int) -> bool:
+        """True if running node i now keeps within the bound."""
+        new = sum(size for s, size in self._pieces[i] if s not in self._sizes and s not in self._kept)
+        return self._live + new <= self._bound
+
+    def emit(self, i: int) -> None:
+        """Note that node i has run."""
+        for s, size in self._pieces[i]:
+            if s not in self._sizes and s not in self._kept:
+                self._sizes[s] = size
+                self._live += size
+        for s in self._uses[i]:
+            self._left[s] -= 1
+            if self._left[s] == 0 and s in self._sizes:
+                self._live -= self._sizes[s]
+
+
