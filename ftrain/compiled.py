@@ -19,6 +19,7 @@ from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.lockstep import groups_of, lockstep_program
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes
+from ftrain.passes.bucket import bucket
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
 from ftrain.passes.order import update_early
@@ -99,7 +100,7 @@ class Compiled:
         leaves = self._tensors(leaves)
         if self._program is None:
             self._check_real(leaves)
-            self._program = compile_graph(_copy(self.graph), self.backend)
+            self._program = compile_graph(copy_graph(self.graph), self.backend)
         contiguous = contiguous or all(map(Tensor.is_contiguous, leaves))
         inputs = leaves if contiguous else [leaf.contiguous() for leaf in leaves]
         outputs = self._program(inputs)
@@ -117,6 +118,10 @@ class Compiled:
         slots, _, order = self._donation
         found = [[*(own[slot] for slot in slots), *out] for own, out in zip(ranks, outputs, strict=True)]
         return [[out[i] for i in order] for out in found]
+
+    def use_program(self, program: Program) -> None:
+        """Run another program for the same graph from now on, e.g. one that measures."""
+        self._program = program
 
     def groups(self) -> list[tuple[str, ...]]:
         """The axes of each group of ranks that the graph's collectives run over, in order of first use."""
@@ -167,7 +172,7 @@ class Compiled:
     @cached_property
     def executed(self) -> fx.GraphModule:
         """The graph as the interpreter runs it, with writes in place."""
-        module = _copy(self.graph)
+        module = copy_graph(self.graph)
         prepare_for_python(module)
         return module
 
@@ -227,6 +232,7 @@ def compile_step(
     precision: Precision | None,
     mesh: Mesh | None = None,
     link: Link = Link(),  # noqa: B008  # frozen
+    hide_communication: bool = True,
 ) -> Compiled:
     """Trace `fn(*args)` and run the passes: clean, rematerialize, update early, donate; on a mesh those of overlap."""
     leaves, treedef = tree.flatten(args)
@@ -247,6 +253,8 @@ def compile_step(
     if mesh is not None and remat.gathers_again:
         regather(module)
     rematerialize(module, remat)
+    if mesh is not None:
+        bucket(module)
     update_early(module, by_name)
     if remat.budget is not None or remat.us_per_mb is not None:
 
@@ -256,10 +264,10 @@ def compile_step(
             return plan_memory(trial, round_to=compiled.granularity).peak
 
         module, compiled.book = fit(
-            module, by_name, remat, device=compiled.device, copy=_copy, finished_peak=finished_peak
+            module, by_name, remat, device=compiled.device, copy=copy_graph, finished_peak=finished_peak
         )
-    if mesh is not None and mesh.size > 1:
-        compiled.mesh = mesh
+    compiled.mesh = mesh
+    if mesh is not None and mesh.size > 1 and hide_communication:
         overlap(module, mesh, times=OpTimes.on(compiled.device), link=link)
     donate_pass(module, by_name)
     compiled.graph = module
@@ -306,13 +314,13 @@ def match_donated(traced: Traced, argument: Any, name: str) -> dict[int, int]:
     return matched
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A graph of its own with the same values in its metadata; bodies of loops are copied too."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    graph.output(graph.graphcopy_graph(module.graph, {}))
     copy = fx.GraphModule(module, graph)
     for node in copy.graph.nodes:
         if is_loop(node):
-            setattr(copy, node.args[0].target, _copy(loop_body(node)))
+            setattr(copy, node.args[0].target, copy_graph(loop_body(node)))
     copy.recompile()
     return copy

@@ -44,6 +44,7 @@ def jit(
     plan: Plan | None = None,
     specs: Any = None,
     batch: str = "batch",
+    overlap: bool = True,
 ) -> Any:
     """Make a step of a pure function of trees of tensors; usable as a decorator, with or without options.
 
@@ -55,16 +56,25 @@ def jit(
     - `precision`: in which dtype losses see the parameters; see `Precision`.
     - `plan`: the mesh that the step runs on, and how; see `sharding.Plan`. `specs`: the tree of `ParamSpec`s of the
       model, by whose paths leaves of the state are found; not needed where the state comes from this step's `init`.
-      `batch`: the name of the argument that the ranks divide among them.
+      `batch`: the name of the argument that the ranks divide among them. `overlap`: reorder the graph so that
+      communication hides behind compute; values are the same without.
 
     Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
     shapes, dtypes or devices; from the second trace on a warning says which leaf changed, and how.
     """
     if fn is None:
         return functools.partial(
-            jit, donate=donate, backend=backend, remat=remat, precision=precision, plan=plan, specs=specs, batch=batch
+            jit,
+            donate=donate,
+            backend=backend,
+            remat=remat,
+            precision=precision,
+            plan=plan,
+            specs=specs,
+            batch=batch,
+            overlap=overlap,
         )
-    sharded = None if plan is None else ShardedStep(plan, specs=specs, batch=batch)
+    sharded = None if plan is None else ShardedStep(plan, specs=specs, batch=batch, overlap=overlap)
     return Step(fn, donate=donate, backend=backend, remat=Remat.of(remat), precision=precision, sharded=sharded)
 
 
@@ -193,6 +203,7 @@ class Step:
             remat=self._remat,
             precision=self._precision,
             mesh=None if sharded is None else sharded.plan.mesh,
+            hide_communication=sharded is not None and sharded.overlap,
         )
         compiled.leaf_signatures[: len(leaves)] = map(signature_of, leaves)
         return compiled

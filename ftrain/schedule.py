@@ -148,6 +148,9 @@ class _Scheduler:
         for i, count in enumerate(self._missing):
             if count == 0:
                 heapq.heappush(self._ready, i)
+        for i, node in enumerate(self._nodes):
+            if node.op == "placeholder":  # their order is that of the arguments
+                self._emit(i)
         while len(self._order) < len(self._nodes):
             if self._free <= self._clock:
                 self._start_one()
@@ -164,9 +167,9 @@ class _Scheduler:
         for i in sorted(self._ready):
             if i > first + _WINDOW:
                 break
-            if not self._done[i] and not self._waits(i) and self._nodes[i].target not in COLLECTIVES:
-                if self._took[i] > 0 and self._memory.allows(i):
-                    return i
+            idle = self._done[i] or self._waits(i) or self._nodes[i].target in COLLECTIVES
+            if not idle and self._took[i] > 0 and self._memory.allows(i):
+                return i
         return first
 
     def _waits(self, i: int) -> bool:

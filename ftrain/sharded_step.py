@@ -41,8 +41,8 @@ class Argument:
 class ShardedStep:
     """What a jitted function needs of its plan. `batch`: the name of the argument that ranks share out."""
 
-    def __init__(self, plan: Plan, *, specs: Any = None, batch: str = "batch") -> None:
-        self.plan, self.batch = plan, batch
+    def __init__(self, plan: Plan, *, specs: Any = None, batch: str = "batch", overlap: bool = True) -> None:
+        self.plan, self.batch, self.overlap = plan, batch, overlap
         self.placements = Placements(plan, plan.placements(specs) if specs is not None else None)
         self._opened: set[Compiled] = set()
         self._device_meshes: dict[str, DeviceMeshes] = {}

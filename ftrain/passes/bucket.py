@@ -1,0 +1,162 @@
+"""Small collectives joined: one message instead of many, where the same ranks exchange the same dtype close together."""
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ftrain.loop import is_loop, loop_body
+from ftrain.passes.waits import WAIT
+from ftrain.private import value_of
+
+_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
+GATHER = _c10d.all_gather_into_tensor.default
+SCATTER = _c10d.reduce_scatter_tensor.default
+REDUCE = _c10d.all_reduce.default
+BUCKET_BYTES = 8 << 20
+_NEAR = 400  # nodes between the first and the last of a bucket
+
+
+def bucket(module: fx.GraphModule, *, limit: int = BUCKET_BYTES) -> None:
+    """Join gathers, reduce-scatters and all-reduces of one group, dtype and phase into messages of at most `limit`
+    bytes (of what a rank brings). Values do not change by a bit. Bodies of loops are treated alike.
+    """
+    for node in module.graph.nodes:
+        if is_loop(node):
+            bucket(loop_body(node), limit=limit)
+    for kind, join in ((GATHER, _join_gathers), (SCATTER, _join_scatters), (REDUCE, _join_reduces)):
+        priority = {n: float(i) for i, n in enumerate(module.graph.nodes)}
+        buckets = _buckets(module, kind, priority, limit)
+        for members in buckets:
+            made = join(module.graph, members)
+            # A gather is needed by the first of its readers, a sum is there when the last of its parts is.
+            at = priority[members[0]] if kind is GATHER else priority[members[-1]]
+            priority.update({n: at + (i + 1) / (len(made) + 2) for i, n in enumerate(made)})
+        if buckets:
+            _sort(module, priority)
+
+
+def _buckets(module: fx.GraphModule, kind: Any, priority: dict[fx.Node, float], limit: int) -> list[list[fx.Node]]:
+    """Runs of collectives of one kind that may be one message: none is computed from another."""
+    open_buckets: dict[tuple, list[fx.Node]] = {}
+    closed: list[list[fx.Node]] = []
+    behind: dict[fx.Node, set[fx.Node]] = {}  # for each node the members of open buckets that it is computed from
+    for node in module.graph.nodes:
+        sources = set().union(*(behind.get(p, set()) for p in node.all_input_nodes))
+        if node.target is kind:
+            value = node.args[0].meta["val"]
+            key = (node.args[1:], value.dtype, node.meta.get("phase"))
+            members = open_buckets.setdefault(key, [])
+            size = sum(m.args[0].meta["val"].nbytes for m in members) + value.nbytes
+            far = bool(members) and priority[node] - priority[members[0]] > _NEAR
+            if members and (size > limit or far or sources & set(members)):
+                closed.append(members)
+                open_buckets[key] = members = []
+            members.append(node)
+            sources = sources | {node}
+        if sources:
+            behind[node] = sources
+    return [members for members in [*closed, *open_buckets.values()] if len(members) > 1]
+
+
+def _join_gathers(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
+    ranks, group = members[0].args[1:]
+    make = _Maker(graph, members[0])
+    flats = [make(_aten.reshape.default, (m.args[0], [-1])) for m in members]
+    gathered = make.collective(GATHER, (make(_aten.cat.default, (flats,)), ranks, group))
+    whole = make(_aten.view.default, (gathered, [ranks, -1]))
+    at = 0
+    for member in members:
+        length, shape = member.args[0].meta["val"].numel(), list(member.meta["val"].shape)  # type: ignore[union-attr]
+        piece = make(_aten.slice.Tensor, (whole, 1, at, at + length))
+        _replace(member, make(_aten.clone.default, (make(_aten.reshape.default, (piece, shape)),)))
+        at += length
+    return make.made
+
+
+def _join_scatters(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
+    op, ranks, group = members[0].args[1:]
+    make = _Maker(graph, members[-1])
+    rows = [make(_aten.reshape.default, (m.args[0], [ranks, -1])) for m in members]
+    flat = make(_aten.reshape.default, (make(_aten.cat.default, (rows, 1)), [-1]))
+    return _hand_out(make, make.collective(SCATTER, (flat, op, ranks, group)), members)
+
+
+def _join_reduces(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
+    make = _Maker(graph, members[-1])
+    flats = [make(_aten.reshape.default, (m.args[0], [-1])) for m in members]
+    return _hand_out(make, make.collective(REDUCE, (make(_aten.cat.default, (flats,)), *members[0].args[1:])), members)
+
+
+def _hand_out(make: "_Maker", flat: fx.Node, members: Sequence[fx.Node]) -> list[fx.Node]:
+    """Give each member's readers their part of one flat result, in memory of its own."""
+    at = 0
+    for member in members:
+        shape = list(member.meta["val"].shape)
+        length = member.meta["val"].numel()
+        piece = make(_aten.slice.Tensor, (flat, 0, at, at + length))
+        _replace(member, make(_aten.clone.default, (make(_aten.view.default, (piece, shape)),)))
+        at += length
+    return make.made
+
+
+class _Maker:
+    """Nodes with the provenance of `like`, made after it; where they end up is decided by `_sort`."""
+
+    def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
+        self._graph, self._like = graph, like
+        self.made: list[fx.Node] = []
+
+    def __call__(self, target: Callable, args: tuple) -> fx.Node:
+        with self._graph.inserting_before(self._graph.output_node()):
+            node = self._graph.call_function(target, args)
+        node.meta.update({k: v for k, v in self._like.meta.items() if k not in ("val", "sized", "purpose")})
+        node.meta["val"] = value_of(node)
+        self.made.append(node)
+        return node
+
+    def collective(self, target: Callable, args: tuple) -> fx.Node:
+        """A collective and its wait."""
+        start = self(target, args)
+        start.meta["purpose"] = self._like.meta.get("purpose", "")
+        end = self(WAIT, (start,))
+        start.meta["val"] = end.meta["val"]
+        return end
+
+
+def _replace(member: fx.Node, new: fx.Node) -> None:
+    """Let readers of a collective's waits read `new`, and take the collective out."""
+    for wait in list(member.users):
+        assert wait.target is WAIT, "a started collective is only waited for"
+        wait.replace_all_uses_with(new)
+        new.meta["val"] = wait.meta["val"]  # views made of it look at this memory
+        wait.graph.erase_node(wait)
+    member.graph.erase_node(member)
+
+
+def _sort(module: fx.GraphModule, priority: dict[fx.Node, float]) -> None:
+    """Put the nodes in the order of their priorities, as far as each comes after what it reads."""
+    graph = module.graph
+    nodes = [n for n in graph.nodes if n.op != "output"]
+    missing = {n: len(n.all_input_nodes) for n in nodes}
+    number = {n: i for i, n in enumerate(nodes)}
+    placed = 0
+    ready = [(priority[n], number[n], n) for n in nodes if missing[n] == 0]
+    heapq.heapify(ready)
+    previous: fx.Node | None = None
+    while ready:
+        _, _, node = heapq.heappop(ready)
+        placed += 1
+        if previous is not None:
+            previous.append(node)
+        previous = node
+        for user in node.users:
+            if user in missing:
+                missing[user] -= 1
+                if missing[user] == 0:
+                    heapq.heappush(ready, (priority[user], number[user], user))
+    assert placed == len(nodes), "a bucket holds two collectives of which one is computed from the other"
+    graph.lint()
+    module.recompile()
