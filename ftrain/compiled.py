@@ -49,6 +49,7 @@ class Compiled:
         self.donated: dict[int, int] = {}
         self.book: list[BookRow] = []
         self.mesh: Mesh | None = None
+        self.link = Link()
         self._treedef = treedef
         self._slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         self._shapes = [torch.Size(a.shape) for a in traced.input_avals]
@@ -188,11 +189,11 @@ class Compiled:
 
         return write_report(self, Path(file))
 
-    def schedule(self, link: Link = Link()) -> Schedule:  # noqa: B008  # frozen
+    def schedule(self, link: Link | None = None) -> Schedule:
         """When each collective starts and ends, what it overlaps, and how long compute waits for it, on paper."""
         if self.mesh is None:
             return Schedule([], 0.0, 0.0, 0.0)
-        return simulate_schedule(self.graph, self.mesh, times=OpTimes.on(self.device), link=link)
+        return simulate_schedule(self.graph, self.mesh, times=OpTimes.on(self.device), link=link or self.link)
 
     def bytes_moved(self) -> dict[str, int]:
         """Bytes that a rank sends in one step, by purpose."""
@@ -254,7 +255,7 @@ def compile_step(
         regather(module)
     rematerialize(module, remat)
     if mesh is not None:
-        bucket(module)
+        bucket(module, limit=link.bucket_bytes)
     update_early(module, by_name)
     if remat.budget is not None or remat.us_per_mb is not None:
 
@@ -266,7 +267,7 @@ def compile_step(
         module, compiled.book = fit(
             module, by_name, remat, device=compiled.device, copy=copy_graph, finished_peak=finished_peak
         )
-    compiled.mesh = mesh
+    compiled.mesh, compiled.link = mesh, link
     if mesh is not None and mesh.size > 1 and hide_communication:
         overlap(module, mesh, times=OpTimes.on(compiled.device), link=link)
     donate_pass(module, by_name)
@@ -317,7 +318,7 @@ def match_donated(traced: Traced, argument: Any, name: str) -> dict[int, int]:
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A graph of its own with the same values in its metadata; bodies of loops are copied too."""
     graph = fx.Graph()
-    graph.output(graph.graphcopy_graph(module.graph, {}))
+    graph.output(graph.graph_copy(module.graph, {}))
     copy = fx.GraphModule(module, graph)
     for node in copy.graph.nodes:
         if is_loop(node):

@@ -19,6 +19,7 @@ from ftrain.precision import Precision, computing_in
 from ftrain.remat import Remat
 from ftrain.sharded_step import COORDINATES, ShardedStep
 from ftrain.trace import Aval, argument_paths, is_array, signature_of
+from sharding.link import Link
 from sharding.plan import Plan
 
 _disabled: ContextVar[bool] = ContextVar("ftrain_disable_jit", default=False)
@@ -203,6 +204,7 @@ class Step:
             remat=self._remat,
             precision=self._precision,
             mesh=None if sharded is None else sharded.plan.mesh,
+            link=Link() if sharded is None else sharded.plan.link,
             hide_communication=sharded is not None and sharded.overlap,
         )
         compiled.leaf_signatures[: len(leaves)] = map(signature_of, leaves)

@@ -71,7 +71,8 @@ class Schedule:
 def overlap(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link, spare_bytes: int | None = None) -> None:
     """Reorder the graph so that communication hides behind compute; no value changes.
 
-    The peak of memory may grow by `spare_bytes` (None: a tenth of it). Bodies of loops are treated alike.
+    The peak of memory may grow by `spare_bytes` (None: a tenth of it, or the two largest results of collectives).
+    Bodies of loops are treated alike.
     """
     for node in module.graph.nodes:
         if is_loop(node):
@@ -79,7 +80,9 @@ def overlap(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link, s
     if not any(n.target in COLLECTIVES for n in module.graph.nodes):
         return
     peak = plan_memory(module).peak
-    bound = peak + (peak // 10 if spare_bytes is None else spare_bytes)
+    results = [size for n in module.graph.nodes if n.target in COLLECTIVES for _, size in storages_of(n)]
+    spare = max(peak // 10, sum(sorted(results)[-2:])) if spare_bytes is None else spare_bytes
+    bound = peak + spare
     order = _Scheduler(module, mesh, times, link, bound).run()
     previous = order[0]
     for node in order[1:]:
@@ -152,8 +155,10 @@ class _Scheduler:
             if node.op == "placeholder":  # their order is that of the arguments
                 self._emit(i)
         while len(self._order) < len(self._nodes):
-            if self._free <= self._clock:
-                self._start_one()
+            chosen = self._choose()
+            # The link must not fall idle while this node runs: nothing can be started before its end.
+            while self._free <= self._clock + self._lasts(chosen) and self._start_one():
+                pass
             self._emit(self._choose())
         return [*self._order, self._output]
 
@@ -176,7 +181,14 @@ class _Scheduler:
         node = self._nodes[i]
         return node.target is WAIT and self._ends.get(node.args[0], 0.0) > self._clock  # type: ignore[arg-type]
 
-    def _start_one(self) -> None:
+    def _lasts(self, i: int) -> float:
+        """How long compute is busy with a node; a wait lasts until its message is there."""
+        node = self._nodes[i]
+        if node.target is WAIT:
+            return max(0.0, self._ends.get(node.args[0], 0.0) - self._clock)  # type: ignore[arg-type]
+        return 0.0 if node.target in COLLECTIVES else self._took[i]
+
+    def _start_one(self) -> bool:
         """Start the first of the next collectives whose inputs are there, or can be made from what is there."""
         while self._next < len(self._starts) and self._done[self._starts[self._next]]:
             self._next += 1
@@ -186,12 +198,13 @@ class _Scheduler:
                 continue
             seen += 1
             if seen > _AHEAD:
-                return
+                break
             closure = self._closure(i)
             if closure is not None and self._memory.allows(i):
                 for node in [*closure, i]:
                     self._emit(node)
-                return
+                return True
+        return False
 
     def _closure(self, i: int) -> list[int] | None:
         """The nodes to run for a collective's inputs, in order; None if they are many, or would wait."""

@@ -20,6 +20,11 @@ class Link:
     latency: float = 20.0
     bandwidth: float = 50e9
 
+    @property
+    def bucket_bytes(self) -> int:
+        """The size of a message of which the latency is a twentieth: what small ones are joined to."""
+        return max(1, int(20 * self.latency * 1e-6 * self.bandwidth))
+
     def microseconds(self, sent: float) -> float:
         """How long a collective takes in which each rank sends so many bytes."""
         return self.latency + 1e6 * sent / self.bandwidth

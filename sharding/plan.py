@@ -9,6 +9,7 @@ from typing import Any
 
 from sharding.batch import BatchRule, TokenOrder, Tokens
 from sharding.layout import Hybrid, Layout, Ring
+from sharding.link import Link
 from sharding.mesh import Mesh
 from sharding.placement import Placement, place
 
@@ -18,7 +19,7 @@ class Plan:
 
     `components` maps globs over the paths of parameters ("encoders.*", "foundation.layers.*.moe") to layouts; the glob
     with the most parts wins. `batch` maps globs over paths of the batch to how a leaf is divided; without a match a
-    leaf has one entry per token in dim 0.
+    leaf has one entry per token in dim 0. `link`: what a message costs, by which communication is bucketed and hidden.
     """
 
     def __init__(
@@ -27,12 +28,13 @@ class Plan:
         default: Layout = Layout(),  # noqa: B008  # frozen
         *,
         batch: Mapping[str, BatchRule] = MappingProxyType({}),
+        link: Link = Link(),  # noqa: B008  # frozen
         **components: Layout,
     ) -> None:
         for name, layout in (("default", default), *components.items()):
             if not isinstance(layout, Layout):
                 raise ValueError(f"Plan({name}={layout!r}) must be a sharding.Layout")
-        self.mesh, self.default = mesh, default
+        self.mesh, self.default, self.link = mesh, default, link
         self.components, self.batch = dict(components), dict(batch)
         _check_heads_free(self)
 

@@ -31,6 +31,7 @@ from modules.decoder import DecoderConfig
 from modules.moe import MoEConfig
 from sharding import Layout, Mesh, Plan
 from sharding.experts import expert_bytes
+from sharding.link import Link
 from sharding.ulysses import repeated_kv_bytes, ulysses_bytes
 
 
@@ -90,16 +91,20 @@ def _omni_job(mesh: Mesh | None) -> job.Job:
     )  # fmt: skip
 
 
-def model_of_overlap() -> DecoderConfig:
-    """Layers whose parameters take about as long on the slowed link as their products on one core."""
-    heads = AttentionConfig(256, heads=8, kv_heads=4, head_dim=32)
-    experts = MoEConfig(256, 256, experts=8, top_k=2, shared_experts=1)
-    return DecoderConfig(2048, 256, layers=4, attention=heads, moe=experts)
+def overlap_models() -> dict[str, tuple[DecoderConfig, dict[str, int], Layout]]:
+    """Models of (b), the mesh of each, and its layout."""
+    heads = AttentionConfig(256, heads=8, kv_heads=8, head_dim=32)
+    dense = DecoderConfig(512, 256, layers=8, attention=heads, d_hidden=704)
+    experts = MoEConfig(256, 256, experts=8, top_k=2, shared_experts=2)
+    mixture = DecoderConfig(512, 256, layers=6, attention=heads, moe=experts)
+    return {
+        "FSDP": (dense, {"shard": 2}, Layout()),
+        "experts, in 2 parts": (mixture, {"shard": 2, "expert": 2}, Layout(expert_chunks=2)),
+    }
 
 
-def overlap_step(mesh: Mesh, *, scheduled: bool) -> tuple[ftrain.Step, Any, Any]:
+def overlap_step(cfg: DecoderConfig, plan: Plan, *, scheduled: bool) -> tuple[ftrain.Step, Any, Any]:
     """The step, and what makes its state and batch."""
-    cfg = model_of_overlap()
 
     def loss_fn(params: Any, batch: Any) -> Any:
         hidden_TD, _ = decoder.apply(
@@ -123,57 +128,71 @@ def overlap_step(mesh: Mesh, *, scheduled: bool) -> tuple[ftrain.Step, Any, Any]
         "segments_T": torch.arange(tokens) // 256,
         "labels_T": torch.arange(tokens) * 11 % cfg.vocab,
     }
-    jitted = ftrain.jit(step, plan=Plan(mesh, Layout()), donate="state", overlap=scheduled)
-    return jitted, init, batch
+    return ftrain.jit(step, plan=plan, donate="state", overlap=scheduled), init, batch
 
 
 def overlap_rows(options: Options) -> list[Row]:
     """Exposed communication on two real processes with and without the pass."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29500 + os.getpid() % 2000), OMP_NUM_THREADS="1")
-    with mp.Manager() as manager:
-        found = manager.dict()
-        mp.spawn(_overlap_rank, args=(options.rounds, found), nprocs=2)
-        results = dict(found)
-    exposed = {name: max(0.0, results[name] - results["free"]) for name in ("with", "without")}
-    return [
-        row(
-            "exposed communication, with the pass over without",
-            exposed["with"] / max(exposed["without"], 1e-9),
-            "x",
-            goal=0.35,
-            peer=f"{exposed['without'] * 1e3:.0f} ms of a step of {results['without'] * 1e3:.0f} ms without",
-            how="2 gloo processes, shard 2 x expert 2, a link slowed to the speed at which all messages take as long as"
-            " all compute; exposed = step - step with a free link, alternating, medians",
+    rows = []
+    for name in overlap_models():
+        with mp.Manager() as manager:
+            found = manager.dict()
+            mp.spawn(_overlap_rank, args=(name, options.rounds, found), nprocs=2)
+            times = dict(found)
+        exposed = {way: max(0.0, times[way] - times[f"{way}, free"]) for way in ("with", "without")}
+        rows.append(
+            row(
+                f"exposed communication, with the pass over without: {name}",
+                exposed["with"] / max(exposed["without"], 1e-9),
+                "x",
+                goal=0.35,
+                peer=f"{exposed['with'] * 1e3:.0f} of {exposed['without'] * 1e3:.0f} ms, step {times['free'] * 1e3:.0f}",
+                how="2 gloo processes on a link so slow that all messages take as long as all compute; exposed = step - the"
+                " same step with a free link, alternating, medians",
+            )
         )
-    ]
+    return rows
 
 
-def _overlap_rank(rank: int, rounds: int, found: Any) -> None:
+def _overlap_rank(rank: int, name: str, rounds: int, found: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    mesh = Mesh(1, 2, 1, 2)
-    steps = {name: overlap_step(mesh, scheduled=name == "with") for name in ("with", "without")}
-    states = {name: step.init(init, ftrain.key(0)) for name, (step, init, _) in steps.items()}
-    free, slow = SlowLink(0.0, float("inf")), None
-    times: dict[str, list[float]] = {"with": [], "without": [], "free": []}
-    for round_ in range(rounds + 2):
-        for name in ("free", "with", "without"):
-            step, _, batch = steps["with" if name == "free" else name]
-            link = free if name == "free" or slow is None else slow
-            key = "with" if name == "free" else name
-            dist.barrier()
-            began = time.perf_counter()
-            states[key], _ = run_over(link, step, states[key], step.share(batch))
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - began)
-            elif name == "free" and round_ == 1:
-                sent = sum(step.lower(states[key], step.share(batch)).bytes_moved().values())
-                box = [SlowLink(100e-6, sent / (time.perf_counter() - began))]
-                dist.broadcast_object_list(box, src=0)
-                slow = box[0]
+    cfg, sizes, layout = overlap_models()[name]
+    slow = _slowed(cfg, sizes, layout)
+    links = {"": slow, ", free": SlowLink(0.0, float("inf"))}
+    plan = Plan(Mesh(**sizes), layout, link=Link(slow.latency * 1e6, slow.bandwidth))
+    steps = {way: overlap_step(cfg, plan, scheduled=way == "with") for way in ("with", "without")}
+    states = {way: step.init(init, ftrain.key(0)) for way, (step, init, _) in steps.items()}
+    times: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):
+        for way, (step, _, batch) in steps.items():
+            for label, link in links.items():
+                dist.barrier()
+                began = time.perf_counter()
+                states[way], _ = run_over(link, step, states[way], step.share(batch))
+                times.setdefault(way + label, []).append(time.perf_counter() - began)
     if rank == 0:
-        found.update({name: statistics.median(t) for name, t in times.items()})
+        found.update({key: statistics.median(t[1:]) for key, t in times.items()})
+        found["free"] = found["with, free"]
     dist.destroy_process_group()
+
+
+def _slowed(cfg: DecoderConfig, sizes: dict[str, int], layout: Layout) -> SlowLink:
+    """The link on which all messages of a step take as long as the step does on a free one; equal on both ranks."""
+    step, init, batch = overlap_step(cfg, Plan(Mesh(**sizes), layout), scheduled=False)
+    state, mine = step.init(init, ftrain.key(0)), step.share(batch)
+    free = SlowLink(0.0, float("inf"))
+    for _ in range(3):
+        began = time.perf_counter()
+        state, _ = run_over(free, step, state, mine)
+        seconds = time.perf_counter() - began
+    compiled = step.lower(state, mine)
+    sent, messages = sum(compiled.bytes_moved().values()), len(compiled.schedule().flights)
+    latency = 100e-6
+    box = [SlowLink(latency, sent / max(1e-3, seconds - messages * latency))]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def byte_rows() -> list[Row]:

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, fx
 
 import ftrain
@@ -11,6 +12,8 @@ from ftrain.compiled import copy_graph
 from ftrain.execute import aten_program
 from ftrain.lockstep import COLLECTIVES
 from ftrain.passes.waits import WAIT
+from sharding.link import sent_bytes
+from sharding.private import resolve_group
 
 
 @dataclass
@@ -26,7 +29,8 @@ class SlowLink:
         """Start a collective and note when its message arrives."""
         out = op(*args)
         now = time.perf_counter()
-        self._free = max(now, self._free) + self.latency + args[0].nbytes / self.bandwidth
+        sent = sent_bytes(COLLECTIVES[op], args[0].nbytes, dist.get_world_size(resolve_group(args[-1])))
+        self._free = max(now, self._free) + self.latency + sent / self.bandwidth
         self._arrives[out.untyped_storage().data_ptr()] = self._free
         return out
 

@@ -15,11 +15,10 @@ _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 GATHER = _c10d.all_gather_into_tensor.default
 SCATTER = _c10d.reduce_scatter_tensor.default
 REDUCE = _c10d.all_reduce.default
-BUCKET_BYTES = 8 << 20
 _NEAR = 400  # nodes between the first and the last of a bucket
 
 
-def bucket(module: fx.GraphModule, *, limit: int = BUCKET_BYTES) -> None:
+def bucket(module: fx.GraphModule, *, limit: int) -> None:
     """Join gathers, reduce-scatters and all-reduces of one group, dtype and phase into messages of at most `limit`
     bytes (of what a rank brings). Values do not change by a bit. Bodies of loops are treated alike.
     """
