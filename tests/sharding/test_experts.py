@@ -1,0 +1,102 @@
+"""Experts across ranks compute what experts on one device compute."""
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from ftrain.private import new_fake_mode, trace_to_graph
+from kernels.moe import experts_swiglu
+from sharding.experts import experts_swiglu_sharded
+from sharding.layout import Capacity, Exact
+from sharding.mesh import Mesh
+from sharding.sizes import is_size
+from sharding.spmd import coordinates, on_mesh
+
+E, D, F, T = 8, 6, 5, 12
+MESHES = [Mesh(1, 2, 1, 2, "virtual"), Mesh(1, 4, 1, 4, "virtual"), Mesh(1, 2, 2, 2, "virtual")]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def weights():
+    return random(E, D, F, seed=1), random(E, D, F, seed=2), random(E, F, D, seed=3)
+
+
+def routing(mesh, top_k, kind):
+    generator = torch.Generator().manual_seed(4)
+    high = {"even": E, "one expert": 1, "first half": E // 2}[kind]
+    return torch.randint(0, high, (T * mesh.size, top_k), generator=generator)
+
+
+def sharded(mesh, x, expert, weight, how, chunks=1):
+    """Outputs and gradients of x, of the weights of choices, and of a rank's experts, for every rank."""
+    held = E // mesh.expert
+    slices = [mesh.coordinate(rank, "expert") * held for rank in range(mesh.size)]
+    per_rank = [list(t.chunk(mesh.size)) for t in (x, expert, weight)]
+    own = [[w[s : s + held].clone() for s in slices] for w in weights()]
+
+    def step(x, expert, weight, *w):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, *w)]
+        y = experts_swiglu_sharded(leaves[0], expert, leaves[1], *leaves[2:], how=how, mesh=mesh, chunks=chunks)
+        return [y.detach(), *torch.autograd.grad((y * y.detach().sin()).sum(), leaves)]
+
+    return on_ranks(step, mesh, *per_rank, *own), slices
+
+
+def whole(x, expert, weight):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, *weights())]
+    y = experts_swiglu(leaves[0], expert, leaves[1], *leaves[2:])
+    return [y.detach(), *torch.autograd.grad((y * y.detach().sin()).sum(), leaves)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("kind", ["even", "one expert", "first half"])
+@pytest.mark.parametrize(("how", "chunks", "top_k"), [(Exact(), 1, 2), (Exact(), 3, 1), (Capacity(16.0), 2, 3)], ids=str)
+def test_values_and_gradients_equal_those_of_one_device(mesh, kind, how, chunks, top_k):
+    x, expert, weight = random(T * mesh.size, D), routing(mesh, top_k, kind), random(T * mesh.size, top_k, seed=5)
+    results, slices = sharded(mesh, x, expert, weight, how, chunks)
+    expected = whole(x, expert, weight)
+    for i in range(3):
+        torch.testing.assert_close(torch.cat([r[i] for r in results]), expected[i], rtol=1e-12, atol=1e-12)
+    held = E // mesh.expert
+    for i in range(3, 6):  # ranks with the same experts each have their tokens' share
+        total = torch.zeros_like(expected[i])
+        for rank, first in enumerate(slices):
+            total[first : first + held] += results[rank][i]
+        torch.testing.assert_close(total, expected[i], rtol=1e-12, atol=1e-12)
+
+
+def test_what_exceeds_the_capacity_counts_nothing():
+    mesh = MESHES[0]
+    x, expert, weight = random(T * 2, D), torch.zeros(T * 2, 1, dtype=torch.int64), random(T * 2, 1, seed=5)
+    results, _ = sharded(mesh, x, expert, weight, Capacity(E * 0.25))
+    room = T // 4  # of the only expert that is named, on each rank
+    expected = whole(x, expert, weight)
+    for rank, result in enumerate(results):
+        first = rank * T
+        torch.testing.assert_close(result[0][:room], expected[0][first : first + room], rtol=1e-12, atol=1e-12)
+        assert not result[0][room:].any()
+        assert not result[1][room:].any()
+
+
+@pytest.mark.parametrize(("how", "reads"), [(Exact(), 1), (Capacity(2.0), 0)])
+def test_the_host_reads_sizes_once_or_never(how, reads):
+    mesh = MESHES[1]
+    with new_fake_mode() as mode:
+        inputs = [random(T, D), routing(mesh, 2, "even")[:T], random(T, 2), *(w[:2].clone() for w in weights())]
+        fakes = [mode.from_tensor(t) for t in (coordinates(mesh, 0), *inputs)]
+
+        def local(at, *tensors):
+            with on_mesh(mesh, at):
+                return [experts_swiglu_sharded(*tensors, how=how, mesh=mesh)]
+
+        graph = trace_to_graph(local, fakes).graph
+    assert sum(is_size(n.target) for n in graph.nodes) == reads
+    assert not any("_local_scalar_dense" in str(n.target) for n in graph.nodes)
+
+
+def test_chunks_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="expert_chunks=5 does not divide the 12 tokens"):
+        sharded(MESHES[0], random(24, D), routing(MESHES[0], 1, "even"), random(24, 1), Exact(), 5)
