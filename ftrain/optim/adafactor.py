@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.optim.shards import mean_over_leaf
 from ftrain.optim.transform import (
     LearningRate,
     Transform,
@@ -23,7 +24,6 @@ from ftrain.optim.transform import (
     state_dtype,
 )
 from ftrain.tree import Tree
-from kernels.squares import sum_of_squares
 
 
 class AdafactorState(NamedTuple):
@@ -76,8 +76,8 @@ def adafactor(
 
         def leaf(p: Tensor, g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None) -> tuple:
             floor = torch.finfo(p.dtype).eps if eps[0] is None else eps[0]
-            moments, u = _precondition(g, row, column, whole, forget, floor)
-            size, over = _rms(p).clamp(min=eps[1]), (_rms(u) / clip).clamp(min=1.0)
+            moments, u = _precondition(p, g, row, column, whole, forget, floor)
+            size, over = _rms(p, p).clamp(min=eps[1]), (_rms(u, p) / clip).clamp(min=1.0)
             factor = cast(-relative * size / over, u.dtype)
             if weight_decay == 0.0:
                 return u * factor, *moments
@@ -92,6 +92,7 @@ def adafactor(
 
 
 def _precondition(
+    p: Tensor,
     g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None, forget: Tensor, floor: float
 ) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor]:
     """The moments after this gradient, and the gradient over their root."""
@@ -101,9 +102,10 @@ def _precondition(
         assert whole is not None
         whole = torch.lerp(whole, square, cast(forget, whole.dtype))
         return (None, None, whole), g * whole.clamp(min=floor**2).rsqrt()
-    row = torch.lerp(row, square.mean(dim=-1, keepdim=True), cast(forget, row.dtype))
-    column = torch.lerp(column, square.mean(dim=-2, keepdim=True), cast(forget, column.dtype))
-    estimate = row / row.mean(dim=-2, keepdim=True).clamp(min=floor) * column
+    last = p.ndim - 1
+    row = torch.lerp(row, mean_over_leaf(square, [last], p), cast(forget, row.dtype))
+    column = torch.lerp(column, mean_over_leaf(square, [last - 1], p), cast(forget, column.dtype))
+    estimate = row / mean_over_leaf(row, [last - 1], p).clamp(min=floor) * column
     return (row, column, None), g * estimate.clamp(min=floor**2).rsqrt()
 
 
@@ -128,6 +130,8 @@ def _factor_shapes(p: Tensor) -> tuple[list[int], list[int]]:
     return [*batch, n, 1], [*batch, 1, m]
 
 
-def _rms(x: Tensor) -> Tensor:
-    """The root of the mean square, 0-d; zero of an empty tensor."""
-    return (sum_of_squares(x) / max(x.numel(), 1)).sqrt()
+def _rms(x: Tensor, leaf: Tensor) -> Tensor:
+    """The root of the mean square of the whole array, 0-d; zero of an empty tensor."""
+    if x.numel() == 0:
+        return x.new_zeros(())
+    return mean_over_leaf(x * x, range(x.ndim), leaf).reshape(()).sqrt()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.optim.shards import piece_of_leaf, whole_leaf
 from ftrain.optim.transform import (
     LearningRate,
     Mask,
@@ -56,7 +57,8 @@ def muon(
     factor: `"original"` sqrt(max(1, out/in)); `"match_rms_adamw"` 0.2 sqrt(max(in, out)), with which AdamW's rate and
     decay can be kept (Liu et al. 2025, arXiv 2502.16982). `ns_steps` Newton-Schulz steps run in `ns_dtype`; on a CPU
     without bfloat16 units float32 is faster. For matrices only: any other leaf is a ValueError at `init` that names it;
-    give those to another transform with `multi_transform`. `mask` says which leaves decay.
+    give those to another transform with `multi_transform`. `mask` says which leaves decay. Where a leaf is divided over
+    ranks, each joins the matrix and orthogonalises it; a rank's experts are matrices of their own.
     """
     require_rate(learning_rate)
     require_range("momentum", momentum, 0.0, 1.0)
@@ -79,8 +81,9 @@ def muon(
             g = cast(g, m.dtype)
             m = torch.lerp(m, g, 1 - momentum)
             direction = torch.lerp(g, m, momentum) if nesterov else m
-            o = orthogonalize(direction, steps=ns_steps, coefficients=ns_coefficients, dtype=ns_dtype, eps=eps)
-            step = cast(o, m.dtype) * (-_factor(p.shape, adjust) * rate)
+            matrix = whole_leaf(direction, p)
+            o = orthogonalize(matrix, steps=ns_steps, coefficients=ns_coefficients, dtype=ns_dtype, eps=eps)
+            step = cast(piece_of_leaf(o, p), m.dtype) * (-_factor(matrix.shape, adjust) * rate)
             if not (decay and weight_decay):
                 return step, m
             # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up

@@ -123,3 +123,34 @@ def test_a_fake_mesh_can_be_lowered_for_a_thousand_ranks():
     assert any("all_gather" in str(n.target) for n in compiled.graph.graph.nodes)
     with pytest.raises(ValueError, match="a fake mesh has shapes only"):
         step(params, batch)
+
+
+RULES = {
+    "adafactor": lambda: optim.adafactor(1e-2),
+    "lion": lambda: optim.lion(1e-3),
+    "muon": lambda: optim.multi_transform(
+        {"muon": optim.muon(1e-2, ns_dtype=torch.float64), "rest": optim.adamw(1e-3)},
+        [("**.w_*", "muon"), ("**", "rest")],
+    ),
+    "skip": lambda: optim.skip_nonfinite(optim.sgd(1e-2, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("mesh", [Mesh(1, 2, 1, 2, "virtual"), Mesh(2, 3, kind="virtual")], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_that_look_at_whole_arrays(rule, mesh):
+    """Two updates on pieces, padded ones and those of experts included, equal two on whole arrays."""
+    model, tx = mixture(layers=1), RULES[rule]()
+    params = model.params(torch.float64)
+    grads = [tree.map(lambda p, i=i: torch.sin(p * 37 + i), params) for i in range(2)]
+
+    def step(state, batch):
+        for g in state["grads"]:
+            state = {**state, "run": state["run"].apply(tx, g)}
+        return state["run"]
+
+    state = {"run": ftrain.TrainState.create(params, tx), "grads": grads}
+    one = ftrain.jit(step)(state, torch.zeros(6))
+    many = ftrain.jit(step, plan=Plan(mesh), specs=model.specs)(state, torch.zeros(6))
+    for path, a, b in zip(tree.paths(one), tree.leaves(one), tree.leaves(many), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")

@@ -1,0 +1,32 @@
+"""What a rule of an optimizer needs beyond single numbers, where leaves may be pieces of arrays: identities on one device.
+
+`leaf` is always a parameter, a gradient or a state leaf, or something computed from one: a plan finds by it how the
+array is divided.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kernels.primitive import primitive
+
+
+@primitive("whole_leaf")
+def whole_leaf(piece: Tensor, leaf: Tensor) -> Tensor:
+    """The array of which `piece` is a part as `leaf` is of its own; a dim of experts stays each rank's own."""
+    del leaf
+    return piece
+
+
+@primitive("piece_of_leaf")
+def piece_of_leaf(whole: Tensor, leaf: Tensor) -> Tensor:
+    """This rank's piece of what `whole_leaf` gives."""
+    del leaf
+    return whole
+
+
+@primitive("mean_over_leaf")
+def mean_over_leaf(x: Tensor, dims: Sequence[int], leaf: Tensor) -> Tensor:
+    """The mean over these dims of the whole array, kept as dims of size 1; `x` is divided as `leaf` is."""
+    del leaf
+    return x.mean(tuple(dims), keepdim=True)
