@@ -268,7 +268,7 @@ def compile_step(
             module, by_name, remat, device=compiled.device, copy=copy_graph, finished_peak=finished_peak
         )
     compiled.mesh, compiled.link = mesh, link
-    if mesh is not None and mesh.size > 1 and hide_communication:
+    if mesh is not None and hide_communication and groups_of(module):
         overlap(module, mesh, times=OpTimes.on(compiled.device), link=link)
     donate_pass(module, by_name)
     compiled.graph = module

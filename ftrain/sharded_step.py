@@ -17,10 +17,12 @@ from ftrain import tree
 from ftrain.bindings import bindings
 from ftrain.compiled import Compiled
 from ftrain.donation import give_away
+from ftrain.lost_rank import naming_lost_ranks
 from ftrain.sharded_trace import Placements, ShardedTrace, reduce_means, tracing_rank
 from ftrain.trace import Aval, is_array
 from kernels.primitive import bind
 from sharding.batch import BatchRule, Tokens, share
+from sharding.heartbeat import Heartbeat
 from sharding.placement import Placement
 from sharding.plan import Plan
 from sharding.processes import DeviceMeshes, open_groups, require_world, to_dtensor, to_piece
@@ -45,6 +47,7 @@ class ShardedStep:
         self.plan, self.batch, self.overlap = plan, batch, overlap
         self.placements = Placements(plan, plan.placements(specs) if specs is not None else None)
         self._opened: set[Compiled] = set()
+        self._heartbeat: Heartbeat | None = None
         self._device_meshes: dict[str, DeviceMeshes] = {}
 
     def argument(self, path: str, leaf: Any) -> Argument:
@@ -105,11 +108,14 @@ class ShardedStep:
         if compiled not in self._opened:
             open_groups(mesh, compiled.groups())
             self._opened.add(compiled)
+        if self._heartbeat is None and mesh.size > 1:
+            self._heartbeat = Heartbeat()
         own = [
             to_piece(leaf, self.placements.of_whole(path, leaf.shape)) if is_array(leaf) else leaf
             for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)
         ]
-        outputs = compiled.run_flat([*own, coordinates(mesh, rank)])
+        with naming_lost_ranks(compiled.graph, self._heartbeat):
+            outputs = compiled.run_flat([*own, coordinates(mesh, rank)])
         found = []
         for path, piece in zip(compiled.traced.output_paths, outputs, strict=True):
             placement = self.placements.of_local(path, tuple(piece.shape))

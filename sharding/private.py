@@ -34,6 +34,11 @@ def has_group(name: str) -> bool:
     return True
 
 
+def default_store() -> dist.Store:
+    """The store through which the processes found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def rank_in_group(name: str) -> int:
     """This process's position in a registered group."""
     return dist.get_rank(resolve_group(name))

@@ -1,0 +1,55 @@
+"""A run that lost a rank: which rank, and at which collective the others stood."""
+
+import linecache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch.distributed as dist
+from torch import fx
+
+from ftrain.lockstep import COLLECTIVES, axes_of_group
+from ftrain.passes.waits import WAIT
+from ftrain.text import short_site
+from sharding.heartbeat import Heartbeat
+
+
+@contextmanager
+def naming_lost_ranks(graph: fx.GraphModule, heartbeat: Heartbeat | None) -> Iterator[None]:
+    """Within the block an error of torch.distributed is raised again with the collective and the silent ranks' numbers."""
+    try:
+        yield
+    except RuntimeError as error:
+        node = failing_collective(graph, error.__traceback__)
+        if node is None:
+            raise
+        silent = [] if heartbeat is None else heartbeat.silent()
+        who = f"rank {', '.join(map(str, silent))} no longer answers" if silent else "all ranks still answer (a timeout)"
+        raise RuntimeError(
+            f"rank {dist.get_rank()} stopped: {who}; it stood at {describe(node)}. Cause: {error}"
+        ) from error
+
+
+def failing_collective(graph: fx.GraphModule, trace: TracebackType | None) -> fx.Node | None:
+    """The collective of the graph whose line in the generated code the error went through."""
+    nodes = {n.name: n for n in graph.graph.nodes}
+    found = None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_name == "forward" and code.co_filename.startswith("<eval_with_key>"):
+            line = linecache.getline(code.co_filename, trace.tb_lineno)
+            found = nodes.get(line.strip().split(" = ")[0], found)
+        trace = trace.tb_next
+    if found is not None and found.target is WAIT:
+        found = found.args[0]  # type: ignore[assignment]
+    return found if found is not None and found.target in COLLECTIVES else None
+
+
+def describe(node: fx.Node) -> str:
+    """A collective in words: kind, purpose, parameter path, axes, source line."""
+    meta = node.meta
+    axes = " x ".join(axes_of_group(str(node.args[-1])))
+    parts = [COLLECTIVES[node.target], f"({meta.get('purpose') or 'no purpose'})", f"over {axes}"]
+    if meta.get("path"):
+        parts.append(f"for {meta['path']}")
+    return " ".join([*parts, f"[{short_site(meta.get('site'))}]"])

@@ -1,0 +1,163 @@
+"""Real processes over gloo: what lockstep promised, twenty steps, lost ranks, and memory while a state is made."""
+
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mesh_models import dense, mixture, on_one_device, plan_for
+
+import ftrain
+from ftrain import optim, tree
+from ftrain.meter import measure_peak
+from modules import decoder
+from modules.attention import AttentionConfig
+from modules.decoder import DecoderConfig
+from sharding import Layout, Mesh, Plan, Ring
+
+MESHES = {
+    2: [Mesh(1, 2), Mesh(1, 1, 2), Mesh(1, 2, 1, 2)],
+    4: [Mesh(2, 2), Mesh(1, 2, 2, 2), Mesh(1, 1, 4, 4)],
+}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(function, world, *args, timeout=60.0):
+    """`function(rank, *args)` in `world` processes; what each put into the dictionary it was given as last argument."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
+    with mp.Manager() as manager:
+        found = manager.dict()
+        context = mp.spawn(_process, args=(function, world, timeout, args, found), nprocs=world, join=False)
+        deadline = time.monotonic() + 240
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the processes hang"
+        return dict(found)
+
+
+def _process(rank, function, world, timeout, args, found):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    function(rank, *args, found)
+    dist.destroy_process_group()
+
+
+def equal_steps(rank, world, found):
+    """Loss and gradients of one step on each mesh, and the losses of twenty steps of training on the first."""
+    for mesh in MESHES[world]:
+        how = Layout(sequence=Ring()) if mesh.sequence == 4 else Layout()
+        model = mixture(layers=1)
+        params, batch, one = on_one_device(model, mesh.replicate * mesh.shard, torch.float32)
+        step = ftrain.jit(model.step, plan=plan_for(model, mesh, how), specs=model.specs)
+        loss, _, grads = step(step.shard(params, name="params"), step.share(batch))
+        off = [
+            float((a - b).norm() / a.norm().clamp(min=1e-30))
+            for a, b in zip(tree.leaves(one[2]), tree.leaves(step.whole(grads)), strict=True)
+        ]
+        if rank == 0:
+            found[str(mesh)] = (float(((loss - one[0]) / one[0]).abs()), max(off))
+    model, tx = dense(), optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(3e-3))
+    losses = [_train(model, tx, mesh, rank) for mesh in (None, MESHES[world][0])]
+    if rank == 0:
+        found["curves"] = losses
+
+
+def _train(model, tx, mesh, rank):
+    def step(state, batch):
+        (loss, _), grads = ftrain.value_and_grad(model.loss, has_aux=True)(state.params, batch)
+        return state.apply(tx, grads), loss
+
+    plan = None if mesh is None else plan_for(model, mesh)
+    jitted = ftrain.jit(step, plan=plan, donate="state")
+    state = jitted.init(lambda key: ftrain.TrainState.create(ftrain.init(model.specs, key), tx), ftrain.key(3))
+    losses = []
+    for _ in range(20):
+        state, loss = jitted(state, jitted.share(model.batch(4)))
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_compute_what_one_device_computes(world):
+    found = run(equal_steps, world, world)
+    for mesh in MESHES[world]:
+        loss, gradients = found[str(mesh)]
+        assert loss < 1e-6, mesh
+        assert gradients < 1e-5, mesh
+    assert found["curves"][1] == pytest.approx(found["curves"][0], rel=2e-5)
+    assert found["curves"][0][-1] < found["curves"][0][0]
+
+
+def wide():
+    heads = AttentionConfig(128, heads=4, kv_heads=4, head_dim=32)
+    return decoder.specs(DecoderConfig(2048, 128, layers=6, attention=heads, d_hidden=512))
+
+
+def make_state(rank, found):
+    specs = wide()
+    step = ftrain.jit(lambda params: params, plan=Plan(Mesh(1, 4)))
+    make = lambda key: ftrain.init(specs, key)  # noqa: E731
+    held = []
+    peak = measure_peak(lambda: held.append(step.init(make, ftrain.key(0)))).peak
+    whole = step.whole(held[0])
+    if rank == 0:
+        expected = ftrain.init(specs, ftrain.key(0))
+        found["equal"] = all(map(torch.equal, tree.leaves(whole), tree.leaves(expected)))
+        found["peak"], found["whole"] = peak, sum(x.nbytes for x in tree.leaves(expected))
+        found["shapes"] = {tuple(x.to_local().shape) for x in tree.leaves(held[0]) if x.ndim == 1}
+
+
+def test_no_rank_ever_holds_the_whole_model():
+    found = run(make_state, 4)
+    assert found["equal"]
+    assert found["peak"] < 0.5 * found["whole"]
+    assert found["shapes"] == {(32,)}
+
+
+def lose_a_rank(rank, how, found):
+    model, mesh = dense(), Mesh(1, dist.get_world_size())
+    step = ftrain.jit(model.step, plan=plan_for(model, mesh), specs=model.specs)
+    params, batch = step.shard(model.params(torch.float32), name="params"), step.share(model.batch(mesh.shard))
+    step(params, batch)
+    began = time.monotonic()
+    try:
+        for number in range(10_000):
+            if rank == mesh.size - 1 and number == 3:
+                time.sleep(1.5)
+                os.kill(os.getpid(), how)
+            step(params, batch)
+    except RuntimeError as error:
+        found[rank] = (str(error), time.monotonic() - began)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("world", "how"), [(2, signal.SIGKILL), (3, signal.SIGSTOP)])
+def test_the_others_stop_and_name_the_lost_rank_and_the_collective(world, how):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
+    with mp.Manager() as manager:
+        found = manager.dict()
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=_process, args=(rank, lose_a_rank, world, 6.0, (how,), found))
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes[:-1]:
+            process.join(90)
+        processes[-1].kill()
+        results = dict(found)
+    assert sorted(results) == list(range(world - 1))
+    for message, seconds in results.values():
+        assert f"rank {world - 1} no longer answers" in message or f", {world - 1} no longer answers" in message
+        assert "over shard" in message
+        assert seconds < 60
