@@ -34,6 +34,12 @@ def has_group(name: str) -> bool:
     return True
 
 
+def group_timeout() -> Any:
+    """The timeout that the process group was made with: new groups would otherwise wait half an hour."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    return dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+
+
 def default_store() -> dist.Store:
     """The store through which the processes found each other."""
     return dist.distributed_c10d._get_default_store()

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from sharding.mesh import BASE_AXES, EXPERT_AXES, Mesh, legal_sizes
 from sharding.placement import Placement
-from sharding.private import has_group, make_dtensor, register_group
+from sharding.private import group_timeout, has_group, make_dtensor, register_group
 
 
 def require_world(mesh: Mesh) -> int:
@@ -32,7 +32,8 @@ def open_groups(mesh: Mesh, axes: Iterable[tuple[str, ...]]) -> None:
     for names in axes:
         group = mesh.group(*names)
         if not has_group(group.name):
-            mine, _ = dist.new_subgroups_by_enumeration([list(m) for m in mesh.members(*names)])
+            members = [list(m) for m in mesh.members(*names)]
+            mine, _ = dist.new_subgroups_by_enumeration(members, timeout=group_timeout())
             register_group(group.name, mine)
 
 

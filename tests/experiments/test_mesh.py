@@ -1,0 +1,57 @@
+"""What every experiment needs to run on one process, in lockstep, or under torchrun."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from experiments.mesh import MeshFlags, any_rank, is_main, of_main, open_mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_single_rank_has_no_mesh():
+    with open_mesh(MeshFlags(), torch.device("cpu")) as mesh:
+        assert mesh is None
+    assert is_main()
+    assert of_main("here") == "here"
+    assert any_rank(True)
+
+
+def test_sizes_without_torchrun_run_in_lockstep():
+    with open_mesh(MeshFlags(replicate=2, shard=2, expert=2), torch.device("cpu")) as mesh:
+        assert (mesh.kind, mesh.size, mesh.expert) == ("virtual", 4, 2)
+
+
+def test_torchrun_with_sizes_that_do_not_fit_lists_those_that_do(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with (
+        pytest.raises(ValueError, match=r"3 \* 2 \* 1 = 6, but there are 8 ranks; .* may be .*2x4x1"),
+        open_mesh(MeshFlags(replicate=3, shard=2), torch.device("cpu")),
+    ):
+        pass
+
+
+def test_the_main_job_runs_under_torchrun(tmp_path):
+    options = ["--steps", "2", "--tokenizer-steps", "2", "--held-out", "2", "--sequence", "2", "--expert", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run(
+        [*command, "experiments/omni_moe.py", *options, "--out", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "mesh: replicate 1 x shard 1 x sequence 2, expert 2 (process)" in done.stdout
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_the_launchers_are_well_formed():
+    subprocess.run(["bash", "-n", ROOT / "experiments/launch/slurm.sh"], check=True)
+    job = yaml.safe_load((ROOT / "experiments/launch/kubeflow.yaml").read_text())
+    assert job["kind"] == "PyTorchJob"
