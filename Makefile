@@ -1,5 +1,6 @@
 # make omni   make the environment if need be, and run the main job
 # make test   make the environment if need be, and run the whole suite
+# make test-exhaustive   every mesh of up to 16 ranks, of which the suite takes some
 # make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ RUN_STAMP := $(VENV)/.installed-data
 TEST_STAMP := $(VENV)/.installed-test
 ARGS ?=
 
-.PHONY: omni test lint clean
+.PHONY: omni test test-exhaustive lint clean
 .DELETE_ON_ERROR:
 
 omni: $(RUN_STAMP)
@@ -16,6 +17,9 @@ omni: $(RUN_STAMP)
 
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-exhaustive: $(TEST_STAMP)
+	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

@@ -28,10 +28,17 @@ def meshes(experts: bool):
                 yield Mesh(replicate, shard, sequence, expert, "virtual"), how
 
 
+def case(*values, mesh, how, number, every):
+    """One in `every` is part of the suite, all are part of `make test-exhaustive`."""
+    name = f"{mesh.replicate}x{mesh.shard}x{mesh.sequence}e{mesh.expert}-{how}"
+    marks = [] if number % every == 0 else [pytest.mark.exhaustive]
+    return pytest.param(*values, mesh, how, id=name, marks=marks)
+
+
 CASES = [
-    pytest.param(name, mesh, how, id=f"{name}-{mesh.replicate}x{mesh.shard}x{mesh.sequence}e{mesh.expert}-{how}")
+    case(name, mesh=mesh, how=how, number=i, every=1 if name == "dense" else 4)
     for name in MODELS
-    for mesh, how in meshes(experts=name != "dense")
+    for i, (mesh, how) in enumerate(meshes(experts=name != "dense"))
 ]
 
 
@@ -44,8 +51,8 @@ def test_loss_and_gradients_equal_those_of_one_device(name, mesh, how):
 
 
 OMNI_CASES = [
-    pytest.param(mesh, how, id=f"{mesh.replicate}x{mesh.shard}x{mesh.sequence}e{mesh.expert}-{how}")
-    for mesh, how in meshes(experts=True)
+    case(mesh=mesh, how=how, number=i, every=9)
+    for i, (mesh, how) in enumerate(meshes(experts=True))
     if not (mesh.sequence == 4 and how == Ulysses())  # its foundation has two heads
 ]
 

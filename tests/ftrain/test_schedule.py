@@ -1,0 +1,126 @@
+"""Passes on the collectives of a step: what they move, and that no bit of a result changes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mesh_models import dense, mixture, omni, plan_for
+
+import ftrain
+from ftrain import tree
+from ftrain.communication import bytes_moved
+from ftrain.lockstep import COLLECTIVES
+from ftrain.passes.bucket import bucket
+from ftrain.passes.sink import gather_chains
+from sharding import Layout, Mesh, Plan, Ring
+from sharding.link import Link, sent_bytes
+
+MESH = Mesh(2, 2, 2, 2, "virtual")
+SLOW = Link(latency=50.0, bandwidth=50e6)
+SMALL = Link(latency=0.0, bandwidth=50e6)  # no message is worth joining to another
+
+
+def step_of(model, *, overlap=True, link=SLOW, mesh=MESH, layout=None, **options):
+    plan = Plan(mesh, layout or Layout(), batch=model.rules, link=link)
+    return ftrain.jit(model.step, plan=plan, specs=model.specs, overlap=overlap, **options)
+
+
+def lowered(model, **options):
+    step = step_of(model, **options)
+    mesh = options.get("mesh", MESH)
+    return step.lower(model.params(torch.float32), model.batch(mesh.replicate * mesh.shard))
+
+
+def collectives(compiled, purpose):
+    return [n for n in compiled.graph.graph.nodes if n.target in COLLECTIVES and n.meta.get("purpose") == purpose]
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    latency=st.sampled_from([0.0, 5.0, 500.0]),
+    bandwidth=st.sampled_from([1e6, 1e8, 1e12]),
+    chunks=st.sampled_from([1, 2]),
+    ring=st.booleans(),
+    remat=st.sampled_from(["none", "layer"]),
+)
+def test_no_bit_changes_on_any_link(latency, bandwidth, chunks, ring, remat):
+    model = mixture(layers=1)
+    layout = Layout(expert_chunks=chunks, **({"sequence": Ring()} if ring else {}))
+    params, batch = model.params(torch.float32), model.batch(4)
+    results = [
+        step_of(model, overlap=overlap, link=Link(latency, bandwidth), layout=layout, remat=remat)(params, batch)
+        for overlap in (False, True)
+    ]
+    assert all(map(torch.equal, tree.leaves(results[0]), tree.leaves(results[1])))
+
+
+@pytest.mark.parametrize("model", [dense(), mixture()], ids=["dense", "mixture"])
+def test_communication_hides_behind_compute(model):
+    without, with_ = (lowered(model, overlap=o, link=Link(5.0, 2e9)).schedule() for o in (False, True))
+    assert without.exposed == pytest.approx(without.communication)
+    assert with_.exposed < 0.8 * without.exposed
+    assert with_.communication == pytest.approx(without.communication)
+    table = with_.table()
+    assert "fsdp_gather" in table
+    assert f"exposed {with_.exposed:.0f} us" in table
+
+
+def test_memory_stays_within_its_bound():
+    model = dense()
+    peaks = [lowered(model, overlap=o, link=SMALL).memory().peak for o in (False, True)]
+    assert peaks[1] <= 1.5 * peaks[0]
+
+
+def test_parameters_are_gathered_where_they_are_needed_and_again_for_the_backward():
+    """Without reordering the gather of a layer stands behind the compute of the one before."""
+    compiled = lowered(dense(), overlap=False, link=SMALL, mesh=Mesh(1, 4, kind="virtual"))
+    order = {n: i for i, n in enumerate(compiled.graph.graph.nodes)}
+    gathers = [n for n in collectives(compiled, "fsdp_gather") if n.meta["path"].endswith("layers.1.mlp.w_up_DF")]
+    assert [n.meta["phase"] for n in gathers] == ["forward", "backward"]
+    earlier = [n for n in compiled.graph.graph.nodes if "layers.0" in (n.meta.get("path") or "") and n.target not in COLLECTIVES]
+    forward = [n for n in earlier if n.meta.get("phase") == "forward"]
+    assert order[gathers[0]] > max(order[n] for n in forward)
+
+
+def test_whole_parameters_may_be_kept():
+    model = dense()
+    again, kept = (lowered(model, remat=ftrain.Remat(gathered=g)) for g in ("again", "keep"))
+    assert sum(again.bytes_moved().values()) > sum(kept.bytes_moved().values())
+
+
+def test_small_messages_are_joined_and_bytes_are_the_same():
+    joined, single = (lowered(dense(), link=link) for link in (SLOW, SMALL))
+    assert len(collectives(joined, "fsdp_gather")) * 4 < len(collectives(single, "fsdp_gather"))
+    assert joined.bytes_moved() == single.bytes_moved()
+
+
+def test_joining_keeps_what_depends_on_one_another_apart():
+    compiled = lowered(mixture(), link=SMALL, overlap=False)
+    before = bytes_moved(compiled.graph, MESH)
+    bucket(compiled.graph, limit=1 << 30)
+    assert bytes_moved(compiled.graph, MESH) == before
+
+
+def test_purposes_of_every_collective_are_known():
+    model = omni()
+    whole = Layout(sequence=None)
+    plan = plan_for(model, Mesh(1, 2, 2, 2, "virtual"), Layout(), encoders=whole, decoders=whole)
+    step = ftrain.jit(model.step, plan=plan, specs=model.specs)
+    found = set(step.lower(model.params(torch.float32), model.batch(2)).bytes_moved())
+    assert {"fsdp_gather", "fsdp_gather.T", "ulysses", "expert_dispatch", "expert_combine.T", "merge", "take.T"} <= found
+    assert "" not in found
+
+
+def test_chains_of_gathers_hold_nothing_of_the_loss():
+    compiled = lowered(dense(), overlap=False, link=SMALL, remat=ftrain.Remat(gathered="keep"))
+    for node in gather_chains(compiled.graph):
+        assert len(node.all_input_nodes) == 1
+        assert node.meta["phase"] == "forward"
+
+
+@pytest.mark.parametrize(("kind", "sent"), [
+    ("all_gather", 300), ("reduce_scatter", 75), ("all_reduce", 150), ("all_to_all", 75), ("shift_ranks", 100),
+])  # fmt: skip
+def test_bytes_that_a_rank_sends(kind, sent):
+    assert sent_bytes(kind, 100, 4) == sent
+    assert Link(10.0, 1e6).microseconds(sent) == pytest.approx(10 + sent)
