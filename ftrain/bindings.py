@@ -21,7 +21,7 @@ from sharding.sequence_attention import pack_documents, sequence_attention
 def bindings(trace: ShardedTrace) -> dict[str, Callable]:
     """The primitives of all floors, as a rank of the mesh computes them."""
     mesh, order = trace.plan.mesh, trace.plan.order
-    rows = {
+    rows: dict[str, Callable] = {
         "sum_over_batch": lambda x: sum_over_mesh(x, mesh),
         "attention": lambda *tensors, **options: _attention(trace, *tensors, **options),
         "moe": lambda *tensors, **options: _experts(trace, *tensors, **options),
@@ -47,7 +47,7 @@ def _attention(trace: ShardedTrace, q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor,
     component = trace.component(q_THK, k_SGK)
     how = trace.plan.layout(component).sequence
     if how is None or mesh.sequence == 1:
-        return attention.local(q_THK, k_SGK, v_SGV, **options)
+        return attention.local(q_THK, k_SGK, v_SGV, **options)  # type: ignore[attr-defined]
     order = trace.plan.order
     return sequence_attention(
         q_THK,
@@ -66,7 +66,7 @@ def _experts(trace: ShardedTrace, x_TD: Tensor, expert_TK: Tensor, *tensors: Ten
     mesh = trace.plan.mesh
     layout = trace.plan.layout(trace.component(tensors[1]))
     if layout.experts is None or mesh.expert == 1:
-        return experts_swiglu.local(x_TD, expert_TK, *tensors, **options)
+        return experts_swiglu.local(x_TD, expert_TK, *tensors, **options)  # type: ignore[attr-defined]
     return experts_swiglu_sharded(
         x_TD, expert_TK, *tensors, how=layout.experts, mesh=mesh, chunks=layout.expert_chunks, **options
     )
@@ -78,7 +78,8 @@ def _parameter(trace: ShardedTrace, spec: specs_of.ParamSpec, key: Tensor, path:
     placement = trace.plan.placement(path, spec)
     trace.placements.learn(path, placement)
     starts = placement.starts()
-    piece = specs_of.init_leaf.local(spec, key, path, window=Window(starts, placement.local_shape))
+    window = Window(starts, placement.local_shape)
+    piece = specs_of.init_leaf.local(spec, key, path, window=window)  # type: ignore[attr-defined]
     for split in placement.splits:
         piece = _without_padding(piece, split.dim, starts[split.dim], placement)
     layout = trace.plan.layout(path)

@@ -112,7 +112,7 @@ def _require_mean(loss: Any) -> None:
     sharded = current_sharded()
     if sharded is not None and sharded.plan.mesh.size > 1 and not isinstance(loss, Mean | WeightedSum):
         raise ValueError(
-            "on a mesh of several ranks a loss must say what it is a mean of: return Mean(total, count) or a WeightedSum"
+            "on a mesh of ranks a loss must say what it is a mean of: return Mean(total, count) or a WeightedSum"
         )
 
 

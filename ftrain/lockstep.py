@@ -178,7 +178,7 @@ def _generator_of(module: fx.GraphModule) -> Callable[..., RankGenerator]:
         elif node.target is _c10d.wait_tensor.default:
             node.target = _done
         elif is_loop(node):
-            setattr(own, str(node.args[0].target), _generator_of(loop_body(original)))  # type: ignore[union-attr]
+            setattr(own, str(node.args[0].target), _generator_of(loop_body(original)))
             node.target = _yield_loop
     source = graph.python_code("self")
     text = source.src.replace(f"{_name(source, _yield_collective)}(", "yield _request(")

@@ -16,7 +16,7 @@ from sharding.heartbeat import Heartbeat
 
 @contextmanager
 def naming_lost_ranks(graph: fx.GraphModule, heartbeat: Heartbeat | None) -> Iterator[None]:
-    """Within the block an error of torch.distributed is raised again with the collective and the silent ranks' numbers."""
+    """Within the block an error of torch.distributed is raised again, naming the collective and the silent ranks."""
     try:
         yield
     except RuntimeError as error:
@@ -24,7 +24,8 @@ def naming_lost_ranks(graph: fx.GraphModule, heartbeat: Heartbeat | None) -> Ite
         if node is None:
             raise
         silent = [] if heartbeat is None else heartbeat.silent()
-        who = f"rank {', '.join(map(str, silent))} no longer answers" if silent else "all ranks still answer (a timeout)"
+        lost = ", ".join(map(str, silent))
+        who = f"rank {lost} no longer answers" if silent else "all ranks still answer (a timeout)"
         raise RuntimeError(
             f"rank {dist.get_rank()} stopped: {who}; it stood at {describe(node)}. Cause: {error}"
         ) from error
@@ -41,7 +42,7 @@ def failing_collective(graph: fx.GraphModule, trace: TracebackType | None) -> fx
             found = nodes.get(line.strip().split(" = ")[0], found)
         trace = trace.tb_next
     if found is not None and found.target is WAIT:
-        found = found.args[0]  # type: ignore[assignment]
+        found = found.args[0]
     return found if found is not None and found.target in COLLECTIVES else None
 
 

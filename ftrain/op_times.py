@@ -48,7 +48,7 @@ def speed_of(device: torch.device) -> Speed:
 
 @dataclass
 class OpTimes:
-    """Microseconds of ops by what they are given: `measured` (op, shapes and dtypes to microseconds) over a roofline."""
+    """Microseconds of ops by what they are given: `measured` (by op, shapes and dtypes) over a roofline."""
 
     speed: Speed
     measured: dict[str, float] = field(default_factory=dict)

@@ -214,7 +214,7 @@ class OverBudget(ValueError):
 
 
 def budget_bytes(remat: Remat, device: torch.device, inputs: int) -> int:
-    """The budget in bytes, arguments included; "fit" is what is free now beside the arguments that are there already."""
+    """The budget in bytes, arguments included; "fit" is what is free now beside the arguments, which are there."""
     assert remat.budget is not None
     parsed = parse_budget(remat.budget)
     if parsed == "fit":

@@ -62,7 +62,7 @@ def fit(
             return trial, rows
         target -= excess
     raise ValueError(
-        f"Remat(budget={remat.budget!r}): the plan exceeds its budget by {show_bytes(excess)} after all passes; raise it"
+        f"Remat(budget={remat.budget!r}): after all passes {show_bytes(excess)} above it; raise the budget"
     )
 
 
@@ -74,7 +74,7 @@ def _apply(
     round_to: int,
     target: int | None,
 ) -> list[BookRow]:
-    """Choose for the graph and the bodies of its loops, and write the copies; `target` in bytes beyond the arguments."""
+    """Choose for the graph and the bodies of its loops, and write the copies; `target`: bytes beyond the arguments."""
     rows: list[BookRow] = []
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
         inner = None
@@ -141,7 +141,7 @@ def _refusal(module: fx.GraphModule, remat: Remat, budget: int, inputs: int, err
     meta = error.node.meta
     where = f"{op_name(error.node)} {meta.get('path') or ''} ({short_site(meta.get('site'))})"
     return (
-        f"Remat(budget={remat.budget!r}) is {show_bytes(budget)}, of which the arguments take {show_bytes(inputs)}; with "
-        f"everything worth it recomputed the step needs {show_bytes(inputs + error.smallest)}, at {where}: a budget of "
-        f"{inputs + error.smallest} bytes fits; fewer tokens per batch or more micro-batches need less"
+        f"Remat(budget={remat.budget!r}) is {show_bytes(budget)}, of which the arguments take {show_bytes(inputs)}; "
+        f"with all that is worth it recomputed the step needs {show_bytes(inputs + error.smallest)}, at {where}: "
+        f"a budget of {inputs + error.smallest} bytes fits; fewer tokens per batch or more micro-batches need less"
     )

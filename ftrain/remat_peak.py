@@ -39,7 +39,8 @@ class PeakModel:
         self._results = [self.index[r] for r in results if isinstance(r, fx.Node)]
         self._free = {s for n in self.nodes if n.op in ("placeholder", "get_attr") for s, _ in storages_of(n)}
         new = [results[i] for i in donated.values()]
-        self._free |= {storage(n) for n in new if isinstance(n, fx.Node) and n.meta.get("phase") == "step"}
+        made = [n for n in new if isinstance(n, fx.Node) and n.meta.get("phase") == "step"]
+        self._free |= {s for n in made if (s := storage(n)) is not None}
         self.steps = [
             Step(
                 tuple(self.index[p] for p in n.all_input_nodes),

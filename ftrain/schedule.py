@@ -179,13 +179,13 @@ class _Scheduler:
 
     def _waits(self, i: int) -> bool:
         node = self._nodes[i]
-        return node.target is WAIT and self._ends.get(node.args[0], 0.0) > self._clock  # type: ignore[arg-type]
+        return node.target is WAIT and self._ends.get(node.args[0], 0.0) > self._clock
 
     def _lasts(self, i: int) -> float:
         """How long compute is busy with a node; a wait lasts until its message is there."""
         node = self._nodes[i]
         if node.target is WAIT:
-            return max(0.0, self._ends.get(node.args[0], 0.0) - self._clock)  # type: ignore[arg-type]
+            return max(0.0, self._ends.get(node.args[0], 0.0) - self._clock)
         return 0.0 if node.target in COLLECTIVES else self._took[i]
 
     def _start_one(self) -> bool:
@@ -229,7 +229,7 @@ class _Scheduler:
             self._free = max(self._clock, self._free) + self._took[i]
             self._ends[node] = self._free
         elif node.target is WAIT:
-            self._clock = max(self._clock, self._ends.get(node.args[0], 0.0))  # type: ignore[arg-type]
+            self._clock = max(self._clock, self._ends.get(node.args[0], 0.0))
         else:
             self._clock += self._took[i]
         self._done[i] = True
@@ -277,5 +277,3 @@ class _Memory:
             self._left[s] -= 1
             if self._left[s] == 0 and s in self._sizes:
                 self._live -= self._sizes[s]
-
-

@@ -73,8 +73,8 @@ def _one_pack(
             return {**packed.batch, "encoders": divided}, taken, [i for i in rest if i not in taken]
         if len(taken) == 1:
             raise ValueError(
-                f"document {taken[0]}: its media does not fit {parts} parts of a budget of {dict(budget.rows)} rows, since "
-                "no item may lie in two parts: raise the budget"
+                f"document {taken[0]}: its media does not fit {parts} parts of a budget of {dict(budget.rows)} rows, "
+                "since no item may lie in two parts: raise the budget"
             )
         candidates = taken[:-1]
 

@@ -106,7 +106,7 @@ def place(shape: Sequence[int], axes: Sequence[str | None], *, mesh: Mesh, param
     """
     shape = tuple(shape)
     splits: list[Split] = []
-    base = ("replicate", "shard", "sequence")
+    base: tuple[str, ...] = ("replicate", "shard", "sequence")
     if experts and "expert" in axes and mesh.expert > 1:
         dim = list(axes).index("expert")
         if shape[dim] % mesh.expert:
@@ -116,10 +116,10 @@ def place(shape: Sequence[int], axes: Sequence[str | None], *, mesh: Mesh, param
         base = tuple(a for a in EXPERT_AXES if a != "expert")
     size = math.prod(mesh.axis_size(a) for a in parameters)
     taken = {s.dim for s in splits} | {d for d, axis in enumerate(axes) if axis in (None, "layers")}
-    dim = _fsdp_dim(shape, size, taken) if size > 1 else None
-    if dim is not None:
-        splits.append(Split(dim, parameters, size))
-    copies = tuple(a for a in base if mesh.axis_size(a) > 1 and (dim is None or a not in parameters))
+    divided = _fsdp_dim(shape, size, taken) if size > 1 else None
+    if divided is not None:
+        splits.append(Split(divided, parameters, size))
+    copies = tuple(a for a in base if mesh.axis_size(a) > 1 and (divided is None or a not in parameters))
     return Placement(shape, tuple(splits), copies)
 
 

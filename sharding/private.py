@@ -12,23 +12,23 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 def register_group(name: str, group: Any) -> None:
     """Let collectives in a graph name `group` by a text that is the same on every rank."""
-    _c10d._register_process_group(name, group)
+    _c10d._register_process_group(name, group)  # type: ignore[arg-type]
 
 
 def unregister_group(name: str) -> None:
     """Forget a name given by `register_group`; needed before the process group is destroyed."""
-    _c10d._unregister_process_group(name)
+    _c10d._unregister_process_group(name)  # type: ignore[arg-type]
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The group registered under a name; RuntimeError if there is none."""
-    return _c10d._resolve_process_group(name)
+    return _c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def has_group(name: str) -> bool:
     """True if a group is registered under the name."""
     try:
-        _c10d._resolve_process_group(name)
+        _c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except RuntimeError:
         return False
     return True
@@ -40,7 +40,7 @@ def group_timeout() -> Any:
     return dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
 
 
-def default_store() -> dist.Store:
+def default_store() -> Any:
     """The store through which the processes found each other."""
     return dist.distributed_c10d._get_default_store()
 

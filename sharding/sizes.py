@@ -1,4 +1,4 @@
-"""Sizes that depend on data: read by the host once, a symbol in the graph, with what is expected written beside them."""
+"""Sizes that depend on data: read by the host once, a symbol in the graph, with what is expected beside them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A link as slow as one likes: collectives run as they are, and each wait sleeps until its message would have arrived."""
+"""A link as slow as one likes: collectives run as they are; each wait sleeps until its message would have arrived."""
 
 import time
 from dataclasses import dataclass, field
@@ -62,5 +62,3 @@ def _over(link: SlowLink, module: fx.GraphModule) -> fx.GraphModule:
             node.target = link.wait
     module.recompile()
     return module
-
-

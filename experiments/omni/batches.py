@@ -25,7 +25,7 @@ from modules.packing import Budget, measure
 class Batches:
     """Batch `step` holds examples `step * documents` and on: a resumed run sees what an uninterrupted one does.
 
-    `budget` is that of one pack, of which a batch has `packs`, each with its media in `parts` (see `modules.mesh_packing`).
+    `budget` is that of one pack, of which a batch has `packs`, each with its media in `parts` (`modules.mesh_packing`).
     It is meant to hold any `documents / packs` examples; where chance piles up large ones, the last are left out.
     """
 

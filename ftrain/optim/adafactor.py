@@ -92,8 +92,7 @@ def adafactor(
 
 
 def _precondition(
-    p: Tensor,
-    g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None, forget: Tensor, floor: float
+    p: Tensor, g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None, forget: Tensor, floor: float
 ) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor]:
     """The moments after this gradient, and the gradient over their root."""
     g = cast(g, state_dtype(g.dtype))

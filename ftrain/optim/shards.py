@@ -1,4 +1,4 @@
-"""What a rule of an optimizer needs beyond single numbers, where leaves may be pieces of arrays: identities on one device.
+"""What an optimizer needs beyond single numbers, where leaves may be pieces of arrays: identities on one device.
 
 `leaf` is always a parameter, a gradient or a state leaf, or something computed from one: a plan finds by it how the
 array is divided.

@@ -1,4 +1,4 @@
-"""Small collectives joined: one message instead of many, where the same ranks exchange the same dtype close together."""
+"""Small collectives joined: one message in place of many, where the same ranks exchange the same dtype soon after."""
 
 import heapq
 from collections.abc import Callable, Sequence
@@ -45,10 +45,10 @@ def _buckets(module: fx.GraphModule, kind: Any, priority: dict[fx.Node, float], 
     for node in module.graph.nodes:
         sources = set().union(*(behind.get(p, set()) for p in node.all_input_nodes))
         if node.target is kind:
-            value = node.args[0].meta["val"]
+            value = _brought(node)
             key = (node.args[1:], value.dtype, node.meta.get("phase"))
             members = open_buckets.setdefault(key, [])
-            size = sum(m.args[0].meta["val"].nbytes for m in members) + value.nbytes
+            size = sum(_brought(m).nbytes for m in members) + value.nbytes
             far = bool(members) and priority[node] - priority[members[0]] > _NEAR
             if members and (size > limit or far or sources & set(members)):
                 closed.append(members)
@@ -60,6 +60,11 @@ def _buckets(module: fx.GraphModule, kind: Any, priority: dict[fx.Node, float], 
     return [members for members in [*closed, *open_buckets.values()] if len(members) > 1]
 
 
+def _brought(node: fx.Node) -> Any:
+    """What a rank brings to a collective."""
+    return node.args[0].meta["val"]  # type: ignore[union-attr]
+
+
 def _join_gathers(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
     ranks, group = members[0].args[1:]
     make = _Maker(graph, members[0])
@@ -68,7 +73,7 @@ def _join_gathers(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
     whole = make(_aten.view.default, (gathered, [ranks, -1]))
     at = 0
     for member in members:
-        length, shape = member.args[0].meta["val"].numel(), list(member.meta["val"].shape)  # type: ignore[union-attr]
+        length, shape = _brought(member).numel(), list(member.meta["val"].shape)
         piece = make(_aten.slice.Tensor, (whole, 1, at, at + length))
         _replace(member, make(_aten.clone.default, (make(_aten.reshape.default, (piece, shape)),)))
         at += length

@@ -128,7 +128,8 @@ def test_random_steps_under_random_budgets_keep_every_bit(ops, depth, share):
     try:
         small = jit(step, remat=Remat(budget=int(plan.inputs + share * plan.peak)))(params, batch)
     except ValueError as refusal:
-        assert "bytes fits" in str(refusal)
+        if "bytes fits" not in str(refusal):
+            raise
         return
     for a, b in zip(tree.leaves(jit(step)(params, batch)), tree.leaves(small), strict=True):
         assert torch.equal(a, b)

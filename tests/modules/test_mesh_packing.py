@@ -58,9 +58,9 @@ def test_packs_without_documents_are_padding():
 
 
 @pytest.mark.parametrize(("budget", "message"), [
-    (Budget(64, rows={"image": 6}), "6 image rows does not divide into 4 parts of whole tokens: make it a multiple of 16"),
+    (Budget(64, rows={"image": 6}), "6 image rows does not divide into 4 parts of whole tokens: .* multiple of 16"),
     (Budget(64, targets={"draw": 3}), "3 draw targets does not divide into 4 parts"),
-    (Budget(64, rows={"image": 32, "video": 128, "audio": 96}, targets={"draw": 4}), "no item may lie in two parts: raise"),
+    (Budget(64, rows={"image": 32, "video": 128, "audio": 96}, targets={"draw": 4}), "no item may lie in two parts"),
 ])  # fmt: skip
 def test_budgets_that_do_not_divide_are_refused(budget, message):
     with pytest.raises(ValueError, match=message):

@@ -50,5 +50,5 @@ def test_a_place_in_another_pack_is_refused():
 def test_what_does_not_divide_is_named_with_the_multiple():
     with pytest.raises(ValueError, match=r"'x' of shape \[10\].*multiple of 2 packs x 4 chunks = 8"):
         shares(torch.arange(10), Tokens(), TokenOrder(2, 2, True))
-    with pytest.raises(ValueError, match="'x': 6 rows .* do not divide over 4 ranks; pad to 8"):
+    with pytest.raises(ValueError, match=r"'x': 6 rows .* do not divide over 4 ranks; pad to 8"):
         shares(torch.arange(6), Rows(), TokenOrder(2))

@@ -8,7 +8,7 @@ from kernels import random as numbers
 from kernels.embedding import merge_rows
 from kernels.pack import following, take_rows
 from sharding import exchange
-from sharding.batch import Tokens, TokenOrder, join_tokens, share
+from sharding.batch import TokenOrder, Tokens, join_tokens, share
 from sharding.mesh import Mesh
 
 MESH = Mesh(1, 1, 4, kind="virtual")

@@ -53,7 +53,9 @@ def whole(x, expert, weight):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("kind", ["even", "one expert", "first half"])
-@pytest.mark.parametrize(("how", "chunks", "top_k"), [(Exact(), 1, 2), (Exact(), 3, 1), (Capacity(16.0), 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("how", "chunks", "top_k"), [(Exact(), 1, 2), (Exact(), 3, 1), (Capacity(16.0), 2, 3)], ids=str
+)
 def test_values_and_gradients_equal_those_of_one_device(mesh, kind, how, chunks, top_k):
     x, expert, weight = random(T * mesh.size, D), routing(mesh, top_k, kind), random(T * mesh.size, top_k, seed=5)
     results, slices = sharded(mesh, x, expert, weight, how, chunks)
