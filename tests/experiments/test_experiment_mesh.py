@@ -38,7 +38,7 @@ def test_torchrun_with_sizes_that_do_not_fit_lists_those_that_do(monkeypatch):
 
 def test_the_main_job_runs_under_torchrun(tmp_path):
     options = ["--steps", "2", "--tokenizer-steps", "2", "--held-out", "2", "--sequence", "2", "--expert", "2"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "experiments/omni_moe.py", *options, "--out", str(tmp_path / "run")],
         cwd=ROOT,

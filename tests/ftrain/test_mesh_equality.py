@@ -7,11 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mesh_models import compare, dense, mixture, omni, plan_for
+from mesh_models import compare, dense, diffusion, mixture, omni, plan_for
 
 from sharding import Capacity, Exact, Hybrid, Layout, Mesh, Ring, Ulysses
 
-MODELS = {"dense": functools.cache(lambda: dense(layers=1)), "mixture": functools.cache(lambda: mixture(layers=1))}
+MODELS = {
+    "dense": functools.cache(lambda: dense(layers=1)),
+    "mixture": functools.cache(lambda: mixture(layers=1)),
+    "diffusion": functools.cache(diffusion),
+}
 OMNI = functools.cache(omni)
 
 
@@ -30,15 +34,15 @@ def meshes(experts: bool):
 
 def case(*values, mesh, how, number, every):
     """One in `every` is part of the suite, all are part of `make test-exhaustive`."""
-    name = f"{mesh.replicate}x{mesh.shard}x{mesh.sequence}e{mesh.expert}-{how}"
+    name = "-".join([*values, f"{mesh.replicate}x{mesh.shard}x{mesh.sequence}e{mesh.expert}-{how}"])
     marks = [] if number % every == 0 else [pytest.mark.exhaustive]
     return pytest.param(*values, mesh, how, id=name, marks=marks)
 
 
 CASES = [
-    case(name, mesh=mesh, how=how, number=i, every=1 if name == "dense" else 4)
+    case(name, mesh=mesh, how=how, number=i, every=4 if name == "mixture" else 2)
     for name in MODELS
-    for i, (mesh, how) in enumerate(meshes(experts=name != "dense"))
+    for i, (mesh, how) in enumerate(meshes(experts=name == "mixture"))
 ]
 
 

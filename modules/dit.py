@@ -1,0 +1,202 @@
+"""A diffusion transformer over packed latents: adaptive norms from the time, self attention, text, an MLP.
+
+As in DiT (Peebles and Xie 2023) with one projection of the time for all layers and a learned table per layer (PixArt,
+Chen et al. 2023; Wan 2025): `x += gate * f(norm(x) * (1 + scale) + shift)`; shift, scale and gate of attention and of
+the MLP are `table_6D + time_6D`. Documents of latents lie side by side; each row has a time of its own. Trained by flow
+matching (Lipman et al. 2023): at time t the input is `(1 - t) data + t noise`, the output is `noise - data`.
+
+Legend: N latent rows of the pack, P numbers in a row, D width, S text rows, C width of text, F hidden width, A = 3
+position axes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from kernels.attention import attention as attend
+from kernels.mean import Mean
+from modules import attention, linear, mlp, norm
+from modules.attention import AttentionConfig, RopeTable
+from modules.mlp import MlpConfig
+from modules.spec import Normal, ParamSpec, zeros
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """`layers` layers `d_model` wide over rows of `d_in` numbers (a patch of latents).
+
+    `d_text`: width of the text rows that every row attends to, 0 for none. `time_features`: sines and cosines of the
+    time, an even number. Positions have three axes (frame, row, column), with `rope_base`.
+    """
+
+    d_in: int
+    d_model: int
+    layers: int
+    heads: int
+    d_hidden: int
+    d_text: int = 0
+    time_features: int = 256
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.heads or self.d_model // self.heads % 2:
+            raise ValueError(f"DitConfig: d_model={self.d_model} must give heads={self.heads} an even width each")
+        if self.time_features % 2:
+            raise ValueError(f"DitConfig: time_features={self.time_features} must be even: sines and cosines")
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """Attention over latents, not causal; the frequencies are split among the axes as Wan does."""
+        head_dim = self.d_model // self.heads
+        pairs = head_dim // 2
+        sections = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+        return AttentionConfig(
+            self.d_model, self.heads, self.heads, head_dim, qk_norm=True, norm_eps=self.norm_eps, bias=True,
+            out_bias=True, causal=False, rope_base=self.rope_base, rope_sections=sections,
+        )  # fmt: skip
+
+    @property
+    def mlp(self) -> MlpConfig:
+        """The MLP of a layer."""
+        return MlpConfig(self.d_model, self.d_hidden, kind="gelu_tanh", bias=True)
+
+
+def specs(cfg: DitConfig) -> dict[str, Any]:
+    """`patch`, `time` (two maps and the projection to six), `layers`, `out`; all gates start at zero."""
+    d = cfg.d_model
+    return {
+        "patch": linear.specs(cfg.d_in, d, ("patch", "embed"), bias=True),
+        "time": {
+            "in": linear.specs(cfg.time_features, d, ("time", "embed"), bias=True),
+            "hidden": linear.specs(d, d, ("embed", "embed"), bias=True),
+            "six": {"w": ParamSpec((d, 6 * d), ("embed", "mlp"), zeros()), "b": ParamSpec((6 * d,), ("mlp",), zeros())},
+        },
+        "layers": [_layer_specs(cfg) for _ in range(cfg.layers)],
+        "out": {
+            "table_2D": ParamSpec((2, d), (None, "embed"), Normal(d**-0.5)),
+            "w_DP": ParamSpec((d, cfg.d_in), ("embed", "patch"), zeros()),
+            "b_P": ParamSpec((cfg.d_in,), ("patch",), zeros()),
+        },
+    }
+
+
+def _layer_specs(cfg: DitConfig) -> dict[str, Any]:
+    d = cfg.d_model
+    tree: dict[str, Any] = {
+        "table_6D": ParamSpec((6, d), (None, "embed"), zeros()),
+        "attention": attention.specs(cfg.attention),
+        "mlp": mlp.specs(cfg.mlp),
+    }
+    if cfg.d_text:
+        tree["text"] = {
+            "norm": norm.specs(d),
+            "query": linear.specs(d, d, ("embed", "heads"), bias=True),
+            "key": linear.specs(cfg.d_text, d, ("embed", "heads"), bias=True),
+            "value": linear.specs(cfg.d_text, d, ("embed", "heads"), bias=True),
+            "out": linear.specs(d, d, ("heads", "embed"), bias=True),
+        }
+    return tree
+
+
+def time_embedding(time_N: Tensor, features: int) -> Tensor:
+    """Cosines, then sines, of `1000 t` at `features / 2` frequencies from 1 to 1/10,000, `[N, features]`."""
+    half = features // 2
+    dtype = torch.promote_types(time_N.dtype, torch.float32)
+    steps = torch.arange(half, device=time_N.device, dtype=dtype)
+    angles = 1000 * time_N.to(dtype)[:, None] * torch.exp(-math.log(10_000) / half * steps)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def apply(
+    params: dict[str, Any],
+    x_NP: Tensor,
+    *,
+    time_N: Tensor,
+    positions_AN: Tensor,
+    segments_N: Tensor | None,
+    cfg: DitConfig,
+    text_SC: Tensor | None = None,
+    text_segments_S: Tensor | None = None,
+) -> Tensor:
+    """Latent rows `[N, P]` at times `[N]` in [0, 1] to velocities `[N, P]`.
+
+    `positions_AN`: int64 `[3, N]`. `segments_N`, `text_segments_S`: int64 ids of documents; latents attend to the text
+    of their own document. ValueError where text is given to a model without it, or is missing.
+    """
+    if (text_SC is None) != (cfg.d_text == 0):
+        raise ValueError(f"dit: d_text={cfg.d_text}, but text was {'not ' if text_SC is None else ''}given")
+    x_ND = linear.apply(params["patch"], x_NP)
+    features_NE = time_embedding(time_N, cfg.time_features).to(x_ND.dtype)
+    time_ND = linear.apply(params["time"]["hidden"], nnf.silu(linear.apply(params["time"]["in"], features_NE)))
+    time_N6D = linear.apply(params["time"]["six"], nnf.silu(time_ND)).unflatten(-1, (6, cfg.d_model))
+    rope = attention.rope(positions_AN, cfg.attention)
+    for layer in params["layers"]:
+        x_ND = _layer(layer, x_ND, time_N6D, segments_N, rope, text_SC, text_segments_S, cfg)
+    shift_ND, scale_ND = (params["out"]["table_2D"] + time_ND[:, None]).unbind(1)
+    x_ND = _plain_norm(x_ND, cfg) * (1 + scale_ND) + shift_ND
+    return linear.affine(x_ND, params["out"]["w_DP"], params["out"]["b_P"])
+
+
+def _layer(
+    params: dict[str, Any],
+    x_ND: Tensor,
+    time_N6D: Tensor,
+    segments_N: Tensor | None,
+    rope: RopeTable | None,
+    text_SC: Tensor | None,
+    text_segments_S: Tensor | None,
+    cfg: DitConfig,
+) -> Tensor:
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (params["table_6D"] + time_N6D).unbind(1)
+    normed_ND = _plain_norm(x_ND, cfg) * (1 + scale_a) + shift_a
+    out_ND = attention.apply(params["attention"], normed_ND, cfg=cfg.attention, segments_T=segments_N, rope=rope)
+    x_ND = x_ND + gate_a * out_ND
+    if text_SC is not None:
+        x_ND = x_ND + _read_text(params["text"], x_ND, segments_N, text_SC, text_segments_S, cfg)
+    normed_ND = _plain_norm(x_ND, cfg) * (1 + scale_m) + shift_m
+    return x_ND + gate_m * mlp.apply(params["mlp"], normed_ND, cfg=cfg.mlp)
+
+
+def _read_text(
+    params: dict[str, Any],
+    x_ND: Tensor,
+    segments_N: Tensor | None,
+    text_SC: Tensor,
+    text_segments_S: Tensor | None,
+    cfg: DitConfig,
+) -> Tensor:
+    """Attention from latents to the text of their document."""
+    width = (cfg.heads, cfg.d_model // cfg.heads)
+    q_NHK = linear.apply(params["query"], norm.apply(params["norm"], x_ND, eps=cfg.norm_eps)).unflatten(-1, width)
+    k_SHK = linear.apply(params["key"], text_SC).unflatten(-1, width)
+    v_SHK = linear.apply(params["value"], text_SC).unflatten(-1, width)
+    if segments_N is None or text_segments_S is None:
+        segments_N = torch.zeros(x_ND.shape[0], dtype=torch.int64, device=x_ND.device)
+        text_segments_S = torch.zeros(text_SC.shape[0], dtype=torch.int64, device=x_ND.device)
+    out_NHK = attend(q_NHK, k_SHK, v_SHK, segments_T=segments_N, kv_segments_S=text_segments_S, causal=False)
+    return linear.apply(params["out"], out_NHK.flatten(1))
+
+
+def _plain_norm(x_ND: Tensor, cfg: DitConfig) -> Tensor:
+    """A layer norm without weights: scale and shift come from the time."""
+    return nnf.layer_norm(x_ND, x_ND.shape[-1:], eps=cfg.norm_eps)
+
+
+def noised(data_NP: Tensor, noise_NP: Tensor, time_N: Tensor) -> Tensor:
+    """The input at time t: `(1 - t) data + t noise`."""
+    return torch.lerp(data_NP, noise_NP, time_N.to(data_NP.dtype)[:, None])
+
+
+def flow_loss(velocity_NP: Tensor, data_NP: Tensor, noise_NP: Tensor, valid_N: Tensor | None = None) -> Mean:
+    """Squared error of the velocity `noise - data` over all numbers of the valid rows (bool `[N]`; None: all)."""
+    error_N = (velocity_NP - (noise_NP - data_NP)).square().sum(-1)
+    count = torch.full((), float(velocity_NP.numel()), dtype=torch.float32, device=velocity_NP.device)
+    if valid_N is not None:
+        error_N = error_N * valid_N
+        count = valid_N.sum().to(torch.float32) * velocity_NP.shape[1]
+    return Mean(error_N.sum(), count)

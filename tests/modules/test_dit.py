@@ -1,0 +1,128 @@
+"""The diffusion transformer: times, documents, text, and a start that changes nothing."""
+
+import math
+
+import pytest
+import torch
+
+from ftrain import key, tree
+from modules import dit, spec
+from modules.dit import DitConfig
+
+CFG = DitConfig(d_in=6, d_model=24, layers=2, heads=2, d_hidden=32, d_text=10, time_features=16)
+LENGTHS, TEXTS = (5, 8, 3), (4, 1, 6)
+
+
+def params(scale=0.3, cfg=CFG):
+    """Every parameter random, so that gates are open."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda p: torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale  # noqa: E731
+    return tree.map(draw, spec.init(dit.specs(cfg), key(0)))
+
+
+def inputs(lengths=LENGTHS, texts=TEXTS):
+    generator = torch.Generator().manual_seed(1)
+    n, s = sum(lengths), sum(texts)
+    segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return torch.randn(n, CFG.d_in, generator=generator, dtype=torch.float64), {
+        "time_N": torch.rand(len(lengths), generator=generator, dtype=torch.float64)[segments],
+        "positions_AN": torch.randint(0, 9, (3, n), generator=generator),
+        "segments_N": segments,
+        "text_SC": torch.randn(s, CFG.d_text, generator=generator, dtype=torch.float64),
+        "text_segments_S": torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(texts)),
+    }
+
+
+def test_documents_do_not_see_each_other():
+    x, given = inputs()
+    whole = dit.apply(params(), x, cfg=CFG, **given)
+    first = 0
+    for number, length in enumerate(LENGTHS):
+        rows, text = slice(first, first + length), given["text_segments_S"] == number
+        alone = dit.apply(
+            params(), x[rows], cfg=CFG, time_N=given["time_N"][rows], positions_AN=given["positions_AN"][:, rows],
+            segments_N=None, text_SC=given["text_SC"][text], text_segments_S=None,
+        )  # fmt: skip
+        torch.testing.assert_close(whole[rows], alone, rtol=1e-10, atol=1e-10)
+        first += length
+
+
+def test_at_the_start_the_velocity_is_zero_and_gradients_reach_the_output():
+    start = tree.map(lambda p: p.double(), spec.init(dit.specs(CFG), key(0)))
+    x, given = inputs()
+    leaves = tree.map(lambda p: p.requires_grad_(), start)
+    velocity = dit.apply(leaves, x, cfg=CFG, **given)
+    assert not velocity.any()
+    loss = dit.flow_loss(velocity, x, torch.ones_like(x)).value()
+    (grad,) = torch.autograd.grad(loss, leaves["out"]["w_DP"])
+    assert grad.abs().sum() > 0
+
+
+def test_every_parameter_has_a_gradient_once_gates_are_open():
+    leaves = tree.map(lambda p: p.requires_grad_(), params())
+    x, given = inputs()
+    loss = dit.flow_loss(dit.apply(leaves, x, cfg=CFG, **given), x, torch.ones_like(x)).value()
+    names = tree.paths(leaves)
+    for name, grad in zip(names, torch.autograd.grad(loss, tree.leaves(leaves)), strict=True):
+        if not name.endswith("key.b"):  # a constant added to all keys of a query changes no probability
+            assert grad.abs().sum() > 1e-9, name
+
+
+def test_the_modulation_is_what_the_formula_says():
+    """One layer without attention's gate: `x + gate * mlp(norm(x) * (1 + scale) + shift)`."""
+    cfg = DitConfig(d_in=6, d_model=24, layers=1, heads=2, d_hidden=32, time_features=16)
+    tree_of = params(cfg=cfg)
+    layer = tree_of["layers"][0]
+    layer["table_6D"] = layer["table_6D"].clone()
+    x, given = inputs()
+    six = torch.randn(x.shape[0], 6, 24, dtype=torch.float64)
+    six[:, 2] = -layer["table_6D"][2]
+    h = torch.randn(x.shape[0], 24, dtype=torch.float64)
+    got = dit._layer(layer, h, six, given["segments_N"], None, None, None, _without_rope(cfg))
+    shift, scale, gate = (layer["table_6D"][i] + six[:, i] for i in (3, 4, 5))
+    normed = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    hidden = torch.nn.functional.gelu(
+        (normed * (1 + scale) + shift) @ layer["mlp"]["w_up_DF"] + layer["mlp"]["b_up_F"], approximate="tanh"
+    )
+    expected = h + gate * (hidden @ layer["mlp"]["w_down_FD"] + layer["mlp"]["b_down_D"])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def _without_rope(cfg):
+    class Plain(DitConfig):
+        @property
+        def attention(self):
+            from dataclasses import replace
+
+            return replace(super().attention, rope_base=None, rope_sections=None)
+
+    return Plain(**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__})
+
+
+def test_times_become_cosines_and_sines_of_a_thousand_steps():
+    found = dit.time_embedding(torch.tensor([0.0, 0.5], dtype=torch.float64), 4)
+    low = math.exp(-math.log(10_000) / 2)
+    expected = [[1, 1, 0, 0], [math.cos(500), math.cos(500 * low), math.sin(500), math.sin(500 * low)]]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_loss_counts_valid_rows_only():
+    velocity, data, noise = torch.zeros(3, 2), torch.zeros(3, 2), torch.tensor([[1.0, 1.0], [2.0, 2.0], [9.0, 9.0]])
+    loss = dit.flow_loss(velocity, data, noise, torch.tensor([True, True, False]))
+    assert (float(loss.total), float(loss.count)) == (10.0, 4.0)
+    torch.testing.assert_close(dit.noised(data, noise, torch.tensor([0.0, 0.5, 1.0]))[1], torch.ones(2))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"heads": 5}, "d_model=24 must give heads=5 an even width"),
+    ({"time_features": 15}, "time_features=15 must be even"),
+])  # fmt: skip
+def test_configurations_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DitConfig(**{"d_in": 6, "d_model": 24, "layers": 1, "heads": 2, "d_hidden": 32, **arguments})
+
+
+def test_text_must_be_given_exactly_where_the_model_reads_it():
+    x, given = inputs()
+    with pytest.raises(ValueError, match="d_text=10, but text was not given"):
+        dit.apply(params(), x, cfg=CFG, **{**given, "text_SC": None})
