@@ -265,11 +265,18 @@ def compile_step(
             return plan_memory(trial, round_to=compiled.granularity).peak
 
         module, compiled.book = fit(
-            module, by_name, remat, device=compiled.device, copy=copy_graph, finished_peak=finished_peak
+            module,
+            by_name,
+            remat,
+            times=OpTimes.on(compiled.device, mesh),
+            device=compiled.device,
+            mesh=mesh,
+            copy=copy_graph,
+            finished_peak=finished_peak,
         )
     compiled.mesh, compiled.link = mesh, link
     if mesh is not None and hide_communication and groups_of(module):
-        overlap(module, mesh, times=OpTimes.on(compiled.device), link=link)
+        overlap(module, mesh, times=OpTimes.on(compiled.device, mesh), link=link)
     donate_pass(module, by_name)
     compiled.graph = module
     return compiled

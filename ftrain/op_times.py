@@ -15,6 +15,8 @@ from ftrain.hardware import copy_bandwidth, peak_flops
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.sizes import sized
 from ftrain.text import op_name
+from sharding.mesh import Mesh
+from sharding.processes import same_everywhere
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,15 @@ class OpTimes:
     measured: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
-    def on(device: torch.device) -> "OpTimes":
-        """For the device at hand, with what was measured on it before (`FTRAIN_CACHE`, default ~/.cache/ftrain)."""
+    def on(device: torch.device, mesh: Mesh | None = None) -> "OpTimes":
+        """For the device at hand, with what was measured on it before (`FTRAIN_CACHE`, default ~/.cache/ftrain).
+
+        On a mesh of processes all take rank 0's: graphs that are planned by times must be the same on all ranks.
+        """
         speed = speed_of(device)
         file = cache_file(speed.name)
-        return OpTimes(speed, json.loads(file.read_text()) if file.exists() else {})
+        times = OpTimes(speed, json.loads(file.read_text()) if file.exists() else {})
+        return same_everywhere(times, mesh)
 
     def save(self) -> Path:
         """Write what was measured beside that of other devices; the file is replaced at once."""

@@ -6,7 +6,6 @@ set, dearest first, where the peak allows it.
 """
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from ftrain.remat_cut import Item, cheapest_kept
 from ftrain.remat_peak import PeakModel
 
 _TILT = 0.004  # equal layers tie at one rate; a small slope over depth lets a rate stop between them
-_SECONDS_TO_IMPROVE = 2.0
+_WORK_TO_IMPROVE = 400_000  # nodes to walk while taking tensors back: a second or two
 
 
 class Choice(NamedTuple):
@@ -114,10 +113,10 @@ class Planner:
             below, above = (below, middle) if choice.peak <= peak else (middle, above)
 
     def _taken_back(self, choice: Choice, peak: int) -> Choice:
-        """Keep after all what may be kept, dearest first, for as long as the time allows."""
-        until = time.perf_counter() + _SECONDS_TO_IMPROVE
-        for v in sorted(choice.remade, key=lambda v: -self.microseconds[v]):
-            if time.perf_counter() > until or self.microseconds[v] <= 0:
+        """Keep after all what may be kept, dearest first."""
+        tries = _WORK_TO_IMPROVE // len(self.model.nodes)  # a count, not a time: all ranks must choose alike
+        for v in sorted(choice.remade, key=lambda v: (-self.microseconds[v], v))[:tries]:
+            if self.microseconds[v] <= 0:
                 break
             fewer = self._priced(choice.remade - {v}, choice.us_per_mb)
             if fewer.peak <= peak:

@@ -12,6 +12,8 @@ from ftrain.op_times import OpTimes
 from ftrain.remat import Remat, is_forward, recompute
 from ftrain.remat_budget import Choice, OverBudget, Planner, budget_bytes
 from ftrain.text import op_name, short_site, show_bytes
+from sharding.mesh import Mesh
+from sharding.processes import same_everywhere
 
 
 class BookRow(NamedTuple):
@@ -34,7 +36,9 @@ def fit(
     donated: dict[str, int],
     remat: Remat,
     *,
+    times: OpTimes,
     device: torch.device,
+    mesh: Mesh | None,
     copy: Callable[[fx.GraphModule], fx.GraphModule],
     finished_peak: Callable[[fx.GraphModule], int],
 ) -> tuple[fx.GraphModule, list[BookRow]]:
@@ -44,12 +48,12 @@ def fit(
     that, and where the simulation was too hopeful the plan is made tighter. ValueError names the smallest budget that
     fits and what stands in the way.
     """
-    times, round_to = OpTimes.on(device), 512 if device.type == "cuda" else 1
+    round_to = 512 if device.type == "cuda" else 1
     if remat.us_per_mb is not None:
         trial = copy(module)
         return trial, _apply(trial, donated, remat, times, round_to, None)
     inputs = input_bytes(module)
-    budget = budget_bytes(remat, device, inputs)
+    budget = same_everywhere(budget_bytes(remat, device, inputs), mesh)
     target = budget - inputs
     for _ in range(4):
         trial = copy(module)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from sharding.mesh import BASE_AXES, EXPERT_AXES, Mesh, legal_sizes
 from sharding.placement import Placement
 from sharding.private import group_timeout, has_group, make_dtensor, register_group
 
+T = TypeVar("T")
+
 
 def require_world(mesh: Mesh) -> int:
     """This process's rank. ValueError if torch.distributed does not run as many ranks as the mesh has."""
@@ -24,6 +26,15 @@ def require_world(mesh: Mesh) -> int:
             f"the mesh ({mesh}) has {mesh.size} ranks and there are {world} processes{hint}; {legal_sizes(world)}"
         )
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def same_everywhere(value: T, mesh: Mesh | None) -> T:
+    """What rank 0 of a mesh of processes has, on all ranks: nothing measured may differ between their graphs."""
+    if mesh is None or mesh.kind != "process" or not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def open_groups(mesh: Mesh, axes: Iterable[tuple[str, ...]]) -> None:
