@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mesh_models import compare, dense, diffusion, mixture, omni, plan_for
 
-from sharding import Capacity, Exact, Hybrid, Layout, Mesh, Ring, Ulysses
+from sharding import Capacity, Exact, Hybrid, Layout, Mesh, Ring, Ulysses, collectives
 
 MODELS = {
     "dense": functools.cache(lambda: dense(layers=1)),
@@ -116,3 +116,28 @@ def test_heads_that_do_not_divide_name_the_ways_out():
     model = dense(heads=2, kv_heads=2, layers=1)
     with pytest.raises(ValueError, match=r"layers.0.attention.*2 .*heads.*4.*(Hybrid|Ring)"):
         compare(model, plan_for(model, Mesh(1, 1, 4, kind="virtual")))
+
+
+def own_piece(x, group, dim, reduce, why):
+    """A reduce-scatter that forgets the sum: the transpose of no gather."""
+    return collectives.gather_pieces(x, group, dim, why).chunk(group.size, dim)[0].chunk(group.size, dim)[0]
+
+
+def unsummed(ctx, grad):
+    """A copy to ranks whose gradient is not summed."""
+    return grad, None, None, None
+
+
+def test_a_planted_bug_is_noticed(monkeypatch):
+    """With one transpose replaced by a wrong one the same comparison fails by far."""
+    model, mesh = MODELS["dense"](), Mesh(2, 2, kind="virtual")
+    monkeypatch.setattr(collectives, "scatter_sum", own_piece)
+    _, gradients = compare(model, plan_for(model, mesh), dtype=torch.float64)
+    assert gradients > 1e-2
+
+
+def test_a_sum_over_copies_that_is_forgotten_is_noticed_by_the_copies(monkeypatch):
+    model, mesh = MODELS["dense"](), Mesh(2, 2, kind="virtual")
+    monkeypatch.setattr(collectives._CopyToRanks, "backward", staticmethod(unsummed))
+    with pytest.raises(ValueError, match="must be the same on ranks 0 and 2 and differs"):
+        compare(model, plan_for(model, mesh), dtype=torch.float64)

@@ -1,0 +1,56 @@
+"""One canary for each private name of torch.distributed that the floor uses."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+
+from sharding import private
+from sharding.mesh import Mesh
+from sharding.placement import Placement, Split
+from sharding.processes import DeviceMeshes, open_groups, require_world, same_everywhere, to_dtensor, to_piece
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    yield
+    dist.destroy_process_group()
+
+
+def test_groups_are_known_by_name(one_process):
+    assert not private.has_group("here")
+    private.register_group("here", dist.group.WORLD)
+    assert private.has_group("here")
+    assert private.resolve_group("here") is not None
+    assert private.rank_in_group("here") == 0
+    private.unregister_group("here")
+    assert not private.has_group("here")
+
+
+def test_the_timeout_and_the_store_of_the_process_group(one_process):
+    assert private.group_timeout().total_seconds() > 0
+    private.default_store().set("key", "value")
+    assert private.default_store().clone().get("key") == b"value"
+
+
+def test_a_dtensor_from_a_piece(one_process):
+    mesh = init_device_mesh("cpu", (1,))
+    array = private.make_dtensor(torch.arange(6.0).view(2, 3), mesh, [Shard(0)], (2, 3))
+    assert torch.equal(array.full_tensor(), torch.arange(6.0).view(2, 3))
+
+
+def test_pieces_and_dtensors_are_two_sides_of_one_memory(one_process):
+    placement = Placement((3, 2), (Split(0, ("shard", "sequence"), 1),))
+    piece = torch.arange(6.0).view(3, 2)
+    array = to_dtensor(piece, placement, Mesh(), 0, DeviceMeshes(Mesh(), "cpu"))
+    assert to_piece(array, placement) is piece
+    assert torch.equal(to_piece(array.clone(), placement), piece)
+
+
+def test_a_world_of_another_size_is_refused(one_process):
+    assert require_world(Mesh()) == 0
+    with pytest.raises(ValueError, match=r"has 4 ranks and there are 1 processes; .* may be 1x1x1"):
+        open_groups(Mesh(2, 2), [("shard",)])
+    assert same_everywhere("value", Mesh()) == "value"
