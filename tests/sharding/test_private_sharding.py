@@ -49,6 +49,14 @@ def test_pieces_and_dtensors_are_two_sides_of_one_memory(one_process):
     assert torch.equal(to_piece(array.clone(), placement), piece)
 
 
+def test_an_array_of_another_mesh_is_refused(one_process):
+    whole = to_dtensor(
+        torch.zeros(8, 2), Placement((8, 2), (Split(0, ("shard",), 1),)), Mesh(), 0, DeviceMeshes(Mesh(), "cpu")
+    )
+    with pytest.raises(ValueError, match="it comes from another mesh; restore the state from its checkpoint"):
+        to_piece(whole, Placement((8, 2), (Split(0, ("shard", "sequence"), 4),)))
+
+
 def test_a_world_of_another_size_is_refused(one_process):
     assert require_world(Mesh()) == 0
     with pytest.raises(ValueError, match=r"has 4 ranks and there are 1 processes; .* may be 1x1x1"):
