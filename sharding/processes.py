@@ -103,8 +103,8 @@ def to_piece(leaf: Tensor, placement: Placement) -> Tensor:
     if any(n > most for n, most in zip(local.shape, placement.local_shape, strict=True)):
         raise ValueError(
             f"an array of shape {tuple(leaf.shape)} is divided as {leaf.placements} over {leaf.device_mesh}, not "
-            f"as this mesh divides it ({placement.splits}): it comes from another mesh; restore the state from its checkpoint "
-            "on this one, or divide the whole one (step.shard(other_step.whole(state)))"
+            f"as this mesh divides it ({placement.splits}): it comes from another mesh; restore the state from its "
+            "checkpoint on this one, or divide the whole one (step.shard(other_step.whole(state)))"
         )
     if tuple(local.shape) == placement.local_shape:
         return local.contiguous()
