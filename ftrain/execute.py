@@ -42,9 +42,14 @@ def compile_graph(module: fx.GraphModule, backend: str) -> Program:
     return program
 
 
-def aten_program(module: fx.GraphModule) -> Program:
-    """The graph as one Python function, each variable dropped after its last use."""
+def aten_program(module: fx.GraphModule, *, after: Callable[[fx.GraphModule], None] | None = None) -> Program:
+    """The graph as one Python function, each variable dropped after its last use.
+
+    `after` may change the graph when all passes are done, e.g. to measure: passes must see collectives as they are.
+    """
     prepare_for_python(module)
+    if after is not None:
+        after(module)
     forward = module.forward
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -48,12 +48,12 @@ def run_over(link: SlowLink, step: ftrain.Step, state: Any, batch: Any) -> Any:
     compiled = step.lower(state, batch)
     programs = compiled.__dict__.setdefault("programs_by_link", {})
     if id(link) not in programs:
-        programs[id(link)] = (link, aten_program(_over(link, copy_graph(compiled.graph))))
+        programs[id(link)] = (link, aten_program(copy_graph(compiled.graph), after=lambda module: _over(link, module)))
     compiled.use_program(programs[id(link)][1])
     return step(state, batch)
 
 
-def _over(link: SlowLink, module: fx.GraphModule) -> fx.GraphModule:
+def _over(link: SlowLink, module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if node.target in COLLECTIVES:
             node.args = (node.target, *node.args)
@@ -61,4 +61,3 @@ def _over(link: SlowLink, module: fx.GraphModule) -> fx.GraphModule:
         elif node.target is WAIT:
             node.target = link.wait
     module.recompile()
-    return module
