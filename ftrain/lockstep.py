@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.private import below_autograd
-from sharding.collectives import exchange_rows, shift_ranks
+from sharding.collectives import exchange_rows, gather_ranks, shift_ranks
 from sharding.mesh import Mesh
 
 _c10d = torch.ops._c10d_functional
@@ -29,7 +29,7 @@ class Request(NamedTuple):
 
 
 COLLECTIVES: dict[Any, str] = {
-    _c10d.all_gather_into_tensor.default: "all_gather",
+    gather_ranks: "all_gather",
     _c10d.reduce_scatter_tensor.default: "reduce_scatter",
     _c10d.all_reduce.default: "all_reduce",
     _c10d.all_to_all_single.default: "all_to_all",

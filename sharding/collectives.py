@@ -200,7 +200,7 @@ def gather_pieces(x: Tensor, group: Group, dim: int, why: str) -> Tensor:
     """All ranks' pieces joined along `dim`; without autograd."""
     first = x.movedim(dim, 0) if dim else x
     with purpose(why):
-        whole = wait(_c10d.all_gather_into_tensor.default(first.contiguous(), group.size, group.name))
+        whole = wait(gather_ranks(first.contiguous(), group.size, group.name))
     return whole.movedim(0, dim).contiguous() if dim else whole
 
 
@@ -218,6 +218,19 @@ def sum_over(x: Tensor, group: Group, reduce: torch.dtype | None, why: str) -> T
     wide = x.contiguous() if reduce is None else x.to(reduce).contiguous()
     with purpose(why):
         return wait(_c10d.all_reduce.default(wide, "sum", group.name)).to(x.dtype)
+
+
+@opaque_op(
+    "gather_ranks(Tensor x, int size, str group) -> Tensor",
+    fake=lambda x, size, group: x.new_empty(size * x.shape[0], *x.shape[1:]),
+)
+def gather_ranks(x: Tensor, size: int, group: str) -> Tensor:
+    """Start joining the ranks' tensors along their first dim; `wait` for the result.
+
+    The `out` form: torch 2.13's functional gather corrupts the heap on gloo when several are in flight.
+    """
+    out = x.new_empty(size * x.shape[0], *x.shape[1:])
+    return _c10d.all_gather_into_tensor_out.default(x, size, group, out=out)
 
 
 @opaque_op(

@@ -1,4 +1,5 @@
-"""Every test runs on one thread, so that results do not depend on how work is split, and gpu tests need a device."""
+"""Every test runs on one thread, so that results do not depend on how work is split, and from one seed; gpu tests need
+a device."""
 
 import pytest
 import torch
@@ -13,3 +14,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)

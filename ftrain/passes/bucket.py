@@ -10,9 +10,10 @@ from torch import fx
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.waits import WAIT
 from ftrain.private import value_of
+from sharding.collectives import gather_ranks
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
-GATHER = _c10d.all_gather_into_tensor.default
+GATHER = gather_ranks
 SCATTER = _c10d.reduce_scatter_tensor.default
 REDUCE = _c10d.all_reduce.default
 _NEAR = 400  # nodes between the first and the last of a bucket

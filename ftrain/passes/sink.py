@@ -5,8 +5,7 @@ from torch import fx
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.remat import recompute
-
-GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+from sharding.collectives import gather_ranks
 
 
 def sink_gathers(module: fx.GraphModule) -> None:
@@ -62,7 +61,7 @@ def gather_chains(module: fx.GraphModule) -> set[fx.Node]:
             source = inputs[0]
             if (source.op == "placeholder" or source in pure) and not is_loop(node):
                 pure.add(node)
-    gathers = {n for n in pure if n.target is GATHER and n.meta.get("purpose", "fsdp_gather") == "fsdp_gather"}
+    gathers = {n for n in pure if n.target is gather_ranks and n.meta.get("purpose", "fsdp_gather") == "fsdp_gather"}
     chain: set[fx.Node] = set()
     for gather in gathers:
         node = gather
@@ -78,7 +77,7 @@ def gather_chains(module: fx.GraphModule) -> set[fx.Node]:
 def _is_part(node: fx.Node) -> bool:
     """A wait, a view, a copy or a cast: what `placement.use` puts after a gather; not what a loss computes."""
     target = node.target
-    if target is GATHER or target is torch.ops._c10d_functional.wait_tensor.default:
+    if target is gather_ranks or target is torch.ops._c10d_functional.wait_tensor.default:
         return True
     aten = torch.ops.aten
     copies = (aten.clone.default, aten._to_copy.default, aten.slice.Tensor, aten.permute.default, aten.detach.default)

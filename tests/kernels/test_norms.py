@@ -54,7 +54,7 @@ def test_gradients_over_many_pieces(dtype):
         found = torch.autograd.grad(kernel(*leaves).sum(), leaves)
         exact = [x.detach().double().requires_grad_() for x in inputs]
         expected = torch.autograd.grad(kernel(*exact, backend="reference").sum(), exact)
-        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 2e-2}
+        tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 2e-2}
         for g, e, x in zip(found, expected, inputs, strict=True):
             assert g.dtype == x.dtype, name
             torch.testing.assert_close(g, e.to(g.dtype), **tolerance, msg=lambda m, name=name: f"{name}: {m}")
