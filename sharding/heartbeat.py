@@ -2,6 +2,8 @@
 
 import threading
 import time
+import weakref
+from typing import Any
 
 import torch.distributed as dist
 
@@ -11,15 +13,19 @@ _PERIOD = 0.5
 
 
 class Heartbeat:
-    """A thread that counts while this process lives and is not stopped. One per process group."""
+    """A thread that counts while this process lives, is not stopped, and this object is held."""
 
     def __init__(self) -> None:
         # A store of its own: a wait of the main thread must not hold the beat up.
         self._store = default_store().clone()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="ftrain heartbeat", daemon=True)
-        self._thread.start()
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_beat, args=(self._store, _key(self._rank), stop), name="ftrain heartbeat", daemon=True
+        )
+        thread.start()
+        # Before the interpreter ends, too: it would unwind the thread within the store's C++, which aborts.
+        self.stop = weakref.finalize(self, _end, stop, thread)
 
     def silent(self, *, seconds: float = 4 * _PERIOD) -> list[int]:
         """The ranks whose count does not move for so long."""
@@ -28,17 +34,19 @@ class Heartbeat:
         time.sleep(seconds)
         return [rank for rank in range(self._world) if store.add(_key(rank), 0) == before[rank]]
 
-    def stop(self) -> None:
-        """End the thread."""
-        self._stop.set()
-        self._thread.join()
 
-    def _beat(self) -> None:
-        while not self._stop.wait(_PERIOD):
-            try:
-                self._store.add(_key(self._rank), 1)
-            except (RuntimeError, dist.DistError):
-                return  # the store went with the run
+def _beat(store: Any, key: str, stop: threading.Event) -> None:
+    while not stop.wait(_PERIOD):
+        try:
+            store.add(key, 1)
+        except (RuntimeError, dist.DistError):
+            return  # the store went with the run
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():
+        thread.join(timeout=5.0)  # a store whose process is stopped does not answer
 
 
 def _key(rank: int) -> str:
