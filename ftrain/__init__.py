@@ -15,6 +15,7 @@ from ftrain.accumulate import accumulate
 from ftrain.grad import grad, value_and_grad
 from ftrain.jit import Step, disable_jit, jit
 from ftrain.precision import Precision
+from ftrain.profile import profile_nodes
 from ftrain.remat import Remat
 from ftrain.state import TrainState
 from ftrain.trace import Aval
@@ -38,5 +39,6 @@ from modules.spec import init
 __all__ = [
     "Aval", "Mean", "Precision", "Remat", "Step", "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits",
     "categorical", "debug", "disable_jit", "fold_in", "grad", "init", "jit", "key", "normal", "optim", "permutation",
-    "randint", "split", "struct", "tree", "truncated_normal", "uniform", "value_and_grad", "weighted_sum",
+    "profile_nodes", "randint", "split", "struct", "tree", "truncated_normal", "uniform", "value_and_grad",
+    "weighted_sum",
 ]  # fmt: skip

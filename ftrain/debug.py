@@ -7,12 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ftrain import tree
-from ftrain.compiled import Compiled
 from ftrain.interpret import Iteration, interpret
 from ftrain.jit import Step, jit
 from ftrain.text import op_name, short_site, show_node, show_value
-from ftrain.trace import is_array
 
 # What they leave in memory, or the infinity they write, is not a result of computing.
 _UNWRITTEN = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
@@ -75,22 +72,17 @@ def check_finite(step: Step | Callable, *args: Any) -> Finding | None:
     (as masks do), or handed on from an input that already held one. An argument leaf that holds either is found before
     anything is run. Print the finding for one paragraph with op, parameter path, source line and ranges of the inputs.
     """
-    compiled = (step if isinstance(step, Step) else jit(step)).lower(*args)
-    leaves = [leaf for leaf in tree.leaves(args) if is_array(leaf)]
+    step = step if isinstance(step, Step) else jit(step)
+    compiled, leaves = step.lower(*args), step.flat_inputs(*args)
     for path, leaf in zip(compiled.traced.input_paths, leaves, strict=True):
         if (bad := _not_finite(leaf, inf=True)) is not None:
             line = f"{show_value(leaf)}, {_describe(_range(path, path, leaf))}"
             return Finding(*bad[:1], path, "input", "input", path, "", bad[1], leaf.numel(), line, (), ())
     try:
-        interpret(compiled.graph, private_inputs(compiled, leaves), _visit)
+        interpret(compiled.graph, leaves, _visit)
     except _Found as found:
         return found.finding
     return None
-
-
-def private_inputs(compiled: Compiled, leaves: list[Tensor]) -> list[Tensor]:
-    """The flat inputs of a graph, with copies in place of those that it writes to."""
-    return [leaf.clone() if i in compiled.donated else leaf.contiguous() for i, leaf in enumerate(leaves)]
 
 
 def _visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftrain import tree
@@ -129,6 +130,15 @@ class Step:
         leaves, treedef = tree.flatten(args)
         self._refuse_donated(args, leaves)
         return self._find(args, leaves, treedef)
+
+    def flat_inputs(self, *args: Any) -> list[Tensor]:
+        """The inputs of this process's graph for a call's arguments, with copies of those that the step writes over."""
+        leaves, treedef = tree.flatten(args)
+        compiled = self._find(args, leaves, treedef)
+        if self._sharded is not None:
+            leaves = self._sharded.flat_inputs(compiled, leaves)
+        arrays = [leaf for leaf in leaves if is_array(leaf)]
+        return [x.clone() if i in compiled.donated else x.contiguous() for i, x in enumerate(arrays)]
 
     def init(self, fn: Callable, *args: Any) -> Any:
         """Create a state: `fn(*args)` run as a graph, so that each leaf is made on its own and nothing else is kept.

@@ -1,18 +1,20 @@
 """How long each node of a step takes, with the parameter path and source line it came from."""
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from ftrain import tree
-from ftrain.compiled import Compiled
-from ftrain.debug import private_inputs
 from ftrain.interpret import Iteration, interpret
+from ftrain.jit import Step, jit
+from ftrain.lockstep import COLLECTIVES
+from ftrain.loop import is_loop, loop_body
+from ftrain.op_times import OpTimes, op_key
+from ftrain.passes.waits import WAIT
 from ftrain.text import op_name, short_site
-from ftrain.trace import is_array
 
 
 class NodeTime(NamedTuple):
@@ -26,25 +28,51 @@ class NodeTime(NamedTuple):
     phase: str
 
 
-def profile_nodes(compiled: Compiled, *args: Any, repeats: int = 3) -> list[NodeTime]:
-    """Time the ATen ops of a lowered step one by one, in order of the graph: the least of `repeats` runs each.
+def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember: bool = False) -> list[NodeTime]:
+    """Time the ATen ops of a step one by one, in order of the graph: the least of `repeats` runs each.
 
-    `compiled` is `step.lower(*args)`; the arguments are not modified. Nodes in the body of a loop are named
-    `loop.node`. Each op waits for the device (CUDA events), so the sum is above the time of a step that overlaps them.
+    `step` is jitted or a plain function; `args` are as for a call of it, and are not modified. Nodes in the body of a
+    loop are named `loop.node`. Each op waits for the device (CUDA events), so the sum is above the time of a step that
+    overlaps them. On a mesh of processes all ranks call this together, and a wait's time is that of its message.
+
+    `remember`: keep the time of each distinct op, shapes and dtypes for this device on disk (`FTRAIN_CACHE`): steps
+    lowered from now on weigh recompute and overlap by them instead of by a roofline.
     """
     if repeats < 1:
         raise ValueError(f"profile_nodes: repeats must be at least 1, not {repeats}")
-    leaves = private_inputs(compiled, [leaf for leaf in tree.leaves(args) if is_array(leaf)])
-    cuda = any(leaf.device.type == "cuda" for leaf in leaves)
+    step = step if isinstance(step, Step) else jit(step)
+    compiled, inputs = step.lower(*args), step.flat_inputs(*args)
+    if remember:
+        _remember(_least(compiled.graph, inputs, repeats), compiled.graph, compiled.device)
+    return list(_least(compiled.executed, inputs, repeats).values())
+
+
+def _least(module: fx.GraphModule, inputs: list[torch.Tensor], repeats: int) -> dict[str, NodeTime]:
+    """The least time of each node, after a run that warms up."""
+    cuda = any(x.device.type == "cuda" for x in inputs)
     measure = _time_on_cuda if cuda else _time_on_cpu
-    best: dict[str, NodeTime] = {}
-    for round_ in range(repeats + 1):
-        once = _run_once(compiled.executed, leaves, measure)
-        if round_ == 1:  # round 0 warms up
-            best = once
-        elif round_ > 1:
-            best = {k: min(v, once[k], key=lambda t: t.microseconds) for k, v in best.items()}
-    return list(best.values())
+    _run_once(module, inputs, measure)
+    runs = [_run_once(module, inputs, measure) for _ in range(repeats)]
+    return {name: min((run[name] for run in runs), key=lambda t: t.microseconds) for name in runs[0]}
+
+
+def _remember(found: dict[str, NodeTime], module: fx.GraphModule, device: torch.device) -> None:
+    """Merge into the device's file. Not of collectives and waits: they take what the other ranks take."""
+    by_key: dict[str, list[float]] = {}
+    for name, node, rounds in _nodes(module):
+        if name in found and node.target is not WAIT and node.target not in COLLECTIVES:
+            by_key.setdefault(op_key(node), []).append(found[name].microseconds / rounds)
+    times = OpTimes.on(device)
+    times.measured.update({key: statistics.median(values) for key, values in by_key.items()})
+    times.save()
+
+
+def _nodes(module: fx.GraphModule, inside: str = "", rounds: int = 1) -> Iterator[tuple[str, fx.Node, int]]:
+    """All nodes, those of loops by `loop.node`, with how often each is run."""
+    for node in module.graph.nodes:
+        yield inside + node.name, node, rounds
+        if is_loop(node):
+            yield from _nodes(loop_body(node), f"{inside}{node.name}.", rounds * max(1, int(node.args[1])))
 
 
 def _run_once(module: fx.GraphModule, inputs: list[Any], measure: Callable) -> dict[str, NodeTime]:

@@ -24,7 +24,7 @@ from sharding.mesh import Mesh
 
 _AHEAD = 12  # collectives that are looked at when the link is idle
 _WINDOW = 400  # how far ahead, in nodes, compute is fetched from to fill a wait
-_CLOSURE = 6  # nodes that may be run early to have a collective's inputs
+_CLOSURE = 24  # nodes that may be run early to have a collective's inputs
 
 
 class Flight(NamedTuple):
@@ -163,19 +163,17 @@ class _Scheduler:
         return [*self._order, self._output]
 
     def _choose(self) -> int:
-        """The first ready node, or one further on that need not wait if the first would."""
+        """The first ready node; if it would wait, one further on that need not, or whose message comes first."""
         while self._done[self._ready[0]]:
             heapq.heappop(self._ready)
         first = self._ready[0]
         if not self._waits(first):
             return first
-        for i in sorted(self._ready):
-            if i > first + _WINDOW:
-                break
-            idle = self._done[i] or self._waits(i) or self._nodes[i].target in COLLECTIVES
-            if not idle and self._took[i] > 0 and self._memory.allows(i):
+        near = [i for i in sorted(self._ready) if i <= first + _WINDOW and not self._done[i]]
+        for i in near:
+            if not self._waits(i) and self._nodes[i].target not in COLLECTIVES and self._memory.allows(i):
                 return i
-        return first
+        return min((i for i in near if self._waits(i)), key=self._lasts)
 
     def _waits(self, i: int) -> bool:
         node = self._nodes[i]
@@ -215,7 +213,9 @@ class _Scheduler:
             if self._done[j] or j in needed:
                 continue
             node = self._nodes[j]
-            if node.target in COLLECTIVES or node.target is WAIT or is_loop(node) or len(needed) >= _CLOSURE:
+            if node.target in COLLECTIVES or is_loop(node) or self._waits(j) or len(needed) >= _CLOSURE:
+                return None
+            if node.target is WAIT and node.args[0] not in self._ends:
                 return None
             needed.add(j)
             stack += [self._index[p] for p in node.all_input_nodes]

@@ -103,8 +103,12 @@ class ShardedStep:
         columns = zip(compiled.traced.output_paths, zip(*results, strict=True), strict=True)
         return [self._join(path, pieces) for path, pieces in columns]
 
-    def _run_process(self, compiled: Compiled, leaves: list[Any]) -> list[Tensor]:
-        rank, mesh = require_world(self.plan.mesh), self.plan.mesh
+    def flat_inputs(self, compiled: Compiled, leaves: list[Any]) -> list[Any]:
+        """What this process's graph takes for the leaves of a call's arguments; its groups are open after this."""
+        mesh = self.plan.mesh
+        if mesh.kind != "process":
+            raise ValueError(f"on a {mesh.kind} mesh no process runs a graph of its own; use a mesh of processes")
+        rank = require_world(mesh)
         if compiled not in self._opened:
             open_groups(mesh, compiled.groups())
             self._opened.add(compiled)
@@ -114,8 +118,13 @@ class ShardedStep:
             to_piece(leaf, self.placements.of_whole(path, leaf.shape)) if is_array(leaf) else leaf
             for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)
         ]
+        return [*own, coordinates(mesh, rank)]
+
+    def _run_process(self, compiled: Compiled, leaves: list[Any]) -> list[Tensor]:
+        rank, mesh = require_world(self.plan.mesh), self.plan.mesh
+        own = self.flat_inputs(compiled, leaves)
         with naming_lost_ranks(compiled.graph, self._heartbeat):
-            outputs = compiled.run_flat([*own, coordinates(mesh, rank)])
+            outputs = compiled.run_flat(own)
         found = []
         for path, piece in zip(compiled.traced.output_paths, outputs, strict=True):
             placement = self.placements.of_local(path, tuple(piece.shape))

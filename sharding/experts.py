@@ -4,11 +4,11 @@ Rank i of the expert axis (n ranks) holds experts `[i * E/n, (i + 1) * E/n)`. Th
 applied on its own rank, in the same place as without expert parallelism, so both agree to rounding.
 
 Legend: T tokens of this rank, K experts per token, N = T * K rows, E experts, L = E / n experts held here, R rows that
-this rank receives, C slots for each expert, D model, F hidden of an expert.
+this rank receives, P parts, C slots for each expert, D model, F hidden of an expert.
 """
 
 import math
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from kernels.moe import combine, moe_dispatch, permute_rows, restore_rows
 from kernels.swiglu import swiglu
 from sharding.collectives import all_to_all, all_to_all_rows
 from sharding.layout import Capacity, Exact
-from sharding.mesh import Mesh
+from sharding.mesh import Group, Mesh
 from sharding.sizes import host_size
 
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -46,34 +46,53 @@ def experts_swiglu_sharded(
     if tokens % chunks:
         raise ValueError(f"expert_chunks={chunks} does not divide the {tokens} tokens of a rank")
     weights = (w_gate_LDF, w_up_LDF, w_down_LFD)
-    send = partial(_exact, mesh=mesh, backend=backend)
+    parts = list(zip(*(t.chunk(chunks) for t in (x_TD, expert_TK, weights_TK)), strict=True))
     if isinstance(how, Capacity):
-        send = partial(_static, mesh=mesh, backend=backend, factor=how.factor)
-    parts = [t.chunk(chunks) for t in (x_TD, expert_TK, weights_TK)]
-    outs = [send(x, expert, weight, weights) for x, expert, weight in zip(*parts, strict=True)]
+        outs = [_static(x, e, w, weights, mesh=mesh, backend=backend, factor=how.factor) for x, e, w in parts]
+    else:
+        outs = _exact(parts, weights, mesh=mesh, backend=backend)
     return outs[0] if chunks == 1 else torch.cat(outs)
 
 
 def _exact(
-    x_TD: Tensor, expert_TK: Tensor, weights_TK: Tensor, weights: Weights, *, mesh: Mesh, backend: str
-) -> Tensor:
-    """Every row is sent; the host reads the sizes of the exchange, once."""
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Weights, *, mesh: Mesh, backend: str
+) -> list[Tensor]:
+    """Every row is sent; the host reads the sizes of all parts' exchanges at once."""
     group, held = mesh.group("expert"), weights[0].shape[0]
     reference = "reference" if backend == "reference" else "auto"
-    rows_ND, dispatch = moe_dispatch(x_TD, expert_TK, num_experts=held * group.size, backend=reference)
-    send_nL = torch.diff(dispatch.offsets_E, prepend=dispatch.offsets_E.new_zeros(1)).long().view(group.size, held)
-    receive_nL = all_to_all(send_nL, group, purpose="expert_counts")
-    send_n, receive_n = torch.stack([send_nL.sum(1), receive_nL.sum(1)]).to("cpu").unbind()
+    routed = [moe_dispatch(x, expert, num_experts=held * group.size, backend=reference) for x, expert, _ in parts]
+    counts = [torch.diff(d.offsets_E, prepend=d.offsets_E.new_zeros(1)).long().view(-1, held) for _, d in routed]
+    send_nPL = torch.stack(counts, dim=1)
+    receive_nPL = all_to_all(send_nPL, group, purpose="expert_counts")
+    send_Pn, receive_Pn = torch.stack([send_nPL.sum(2).t(), receive_nPL.sum(2).t()]).to("cpu").unbind()
+    outs = []
+    for p, ((rows_ND, dispatch), (_, _, weights_TK)) in enumerate(zip(routed, parts, strict=True)):
+        back_ND = _rows_to_experts(
+            rows_ND, send_Pn[p], receive_Pn[p], receive_nPL[:, p], weights=weights, group=group, backend=backend
+        )
+        outs.append(combine(back_ND, weights_TK, dispatch, backend=reference))
+    return outs
+
+
+def _rows_to_experts(
+    rows_ND: Tensor,
+    send_n: Tensor,
+    receive_n: Tensor,
+    receive_nL: Tensor,
+    *,
+    weights: Weights,
+    group: Group,
+    backend: str,
+) -> Tensor:
+    """What the experts make of each row: rows in order of their experts go to those, and come back: `[N, D]`."""
     total = host_size(receive_n.sum(), rows_ND.shape[0])
     got_RD = all_to_all_rows(rows_ND, send_n, receive_n, total, group, purpose="expert_dispatch")
-    ids_nL = torch.arange(held, device=x_TD.device).repeat(group.size)
+    ids_nL = torch.arange(receive_nL.shape[1], device=rows_ND.device).repeat(group.size)
     expert_R = torch.repeat_interleave(ids_nL, receive_nL.flatten(), output_size=total)
     order_R = torch.argsort(expert_R, stable=True)
     offsets_L = receive_nL.sum(0).cumsum(0).to(torch.int32)
-    out_RD = _mlp(permute_rows(got_RD, order_R), weights, offsets_L, backend)
-    out_RD = restore_rows(out_RD, order_R)
-    back_ND = all_to_all_rows(out_RD, receive_n, send_n, rows_ND.shape[0], group, purpose="expert_combine")
-    return combine(back_ND, weights_TK, dispatch, backend=reference)
+    out_RD = restore_rows(_mlp(permute_rows(got_RD, order_R), weights, offsets_L, backend), order_R)
+    return all_to_all_rows(out_RD, receive_n, send_n, rows_ND.shape[0], group, purpose="expert_combine")
 
 
 def _static(

@@ -7,14 +7,17 @@ from momentum_steps import assert_same_bits, momentum_state, momentum_step, stac
 from ftrain import tree
 from ftrain.accumulate import accumulate
 from ftrain.jit import jit
+from ftrain.op_times import OpTimes, op_key
 from ftrain.profile import profile_nodes
+from ftrain.text import op_name
 
 
 def test_every_op_is_timed_and_nothing_changes():
     state, batch = momentum_state(stack_params()), stack_batch()
     before = tree.map(torch.clone, state)
-    compiled = jit(momentum_step(stack_loss), donate="state").lower(state, batch)
-    times = profile_nodes(compiled, state, batch, repeats=2)
+    step = jit(momentum_step(stack_loss), donate="state")
+    times = profile_nodes(step, state, batch, repeats=2)
+    compiled = step.lower(state, batch)
     assert [t.name for t in times] == [n.name for n in compiled.executed.graph.nodes if n.op == "call_function"]
     assert all(t.microseconds > 0 for t in times)
     first = next(t for t in times if t.op == "mm")
@@ -26,13 +29,26 @@ def test_every_op_is_timed_and_nothing_changes():
 def test_nodes_of_loops_are_added_up():
     state, (x, y) = momentum_state(stack_params()), stack_batch()
     batch = (x.reshape(4, 2, 16), y.reshape(4, 2, 16))
-    compiled = jit(momentum_step(accumulate(stack_loss, 4))).lower(state, batch)
-    names = [t.name for t in profile_nodes(compiled, state, batch, repeats=1)]
+    names = [t.name for t in profile_nodes(momentum_step(accumulate(stack_loss, 4)), state, batch, repeats=1)]
     assert len(names) == len(set(names))
     assert sum(".mm" in name for name in names) == 3 + 5
 
 
 def test_at_least_one_run():
-    compiled = jit(lambda x: x.sin()).lower(torch.ones(3))
     with pytest.raises(ValueError, match="repeats must be at least 1, not 0"):
-        profile_nodes(compiled, torch.ones(3), repeats=0)
+        profile_nodes(lambda x: x.sin(), torch.ones(3), repeats=0)
+
+
+def test_steps_lowered_later_take_the_times_that_were_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTRAIN_CACHE", str(tmp_path))
+    state, batch = momentum_state(stack_params()), stack_batch()
+    step = jit(momentum_step(stack_loss), donate="state")
+    profile_nodes(step, state, batch)
+    assert not list(tmp_path.iterdir())
+    profile_nodes(step, state, batch, remember=True)
+    nodes = [n for n in step.lower(state, batch).graph.graph.nodes if n.op == "call_function"]
+    times = OpTimes.on(torch.device("cpu"))
+    measured = [n for n in nodes if op_key(n) in times.measured]
+    assert len(measured) == len(nodes)
+    multiply = next(n for n in nodes if op_name(n) == "mm")
+    assert times.microseconds(multiply) == times.measured[op_key(multiply)]
