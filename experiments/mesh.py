@@ -48,11 +48,38 @@ def open_mesh(flags: MeshFlags, device: torch.device) -> Iterator[Mesh | None]:
     mesh = Mesh.over(world, replicate=flags.replicate, shard=flags.shard, sequence=flags.sequence, expert=flags.expert)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=flags.timeout))
+    timeout = timedelta(seconds=flags.timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_store(world, timeout),
+        rank=int(os.environ["RANK"]),
+        world_size=world,
+        timeout=timeout,
+    )
     try:
         yield mesh
     finally:
         dist.destroy_process_group()
+
+
+def _store(world: int, timeout: timedelta) -> dist.Store:
+    """The store that torchrun names, apart for each attempt on one node.
+
+    After a restart torchrun hands out the store of the attempt before, and ranks would look for dead ones. On many
+    nodes attempts are not counted alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a store of its own.
+    """
+    rank, agents = int(os.environ["RANK"]), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    held_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=rank == 0 and not held_by_agent,
+        timeout=timeout,
+        multi_tenant=True,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agents == 1 else ""
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def is_main() -> bool:

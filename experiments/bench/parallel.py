@@ -152,8 +152,8 @@ def overlap_rows(options: Options) -> list[Row]:
                 "x",
                 goal=0.35,
                 peer=f"{exposed['with'] * 1e3:.0f} of {exposed['without'] * 1e3:.0f} ms",
-                how=f"2 gloo processes on a link so slow that all messages take {options.load:g} x all compute (a step "
-                f"of {times['free'] * 1e3:.0f} ms); exposed = step - the same step on a free link, alternating, medians",
+                how=f"2 gloo processes on a link so slow that all messages take {options.load:g} x compute (a step "
+                f"of {times['free'] * 1e3:.0f} ms); exposed = step - the same on a free link, alternating, medians",
             )
         )
     return rows

@@ -19,6 +19,9 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 gpus=${SLURM_GPUS_ON_NODE:-8}
 out="runs/slurm-${SLURM_JOB_ID}"
 
+# A store of its own for each attempt: ranks of a restarted run must not find the addresses of dead ones.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 code=0
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \

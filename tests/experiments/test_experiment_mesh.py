@@ -1,7 +1,10 @@
 """What every experiment needs to run on one process, in lockstep, or under torchrun."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,39 @@ def test_the_main_job_runs_under_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "mesh: replicate 1 x shard 1 x sequence 2, expert 2 (process)" in done.stdout
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_killed_rank_is_started_again_and_the_run_goes_on(tmp_path):
+    run = tmp_path / "run"
+    options = ["--steps", "12", "--tokenizer-steps", "2", "--held-out", "2", "--checkpoint-every", "2"]
+    options += ["--timeout", "60", "--out", str(run)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with (tmp_path / "log").open("w+") as log:
+        job = subprocess.Popen(
+            [*command, "--max-restarts", "1", "experiments/omni_moe.py", *options], cwd=ROOT, stdout=log, stderr=log
+        )
+        try:
+            while not (run / "checkpoints" / "latest_checkpointed_iteration.txt").is_file():
+                assert job.poll() is None, _read(log)
+                time.sleep(0.1)
+            os.kill(_ranks_of(job.pid)[1], signal.SIGKILL)
+            assert job.wait(timeout=240) == 0, _read(log)
+        finally:
+            job.kill()
+        said = _read(log, last=None)
+    assert "resumed after step" in said
+    assert (run / "summary.json").is_file()
+
+
+def _ranks_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(c) for c in children if b"omni_moe.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+def _read(log, last=3000):
+    log.seek(0)
+    text = log.read()
+    return text if last is None else text[-last:]
 
 
 def test_the_launchers_are_well_formed():
