@@ -12,7 +12,7 @@ if Path(_kernels.__file__ or "").resolve().parent.parent != Path(__file__).resol
 
 from ftrain import debug, optim, tree
 from ftrain.accumulate import accumulate
-from ftrain.grad import grad, value_and_grad
+from ftrain.grad import forward, grad, value_and_grad
 from ftrain.jit import Step, disable_jit, jit
 from ftrain.precision import Precision
 from ftrain.profile import profile_nodes
@@ -38,7 +38,7 @@ from modules.spec import init
 
 __all__ = [
     "Aval", "Mean", "Precision", "Remat", "Step", "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits",
-    "categorical", "debug", "disable_jit", "fold_in", "grad", "init", "jit", "key", "normal", "optim", "permutation",
-    "profile_nodes", "randint", "split", "struct", "tree", "truncated_normal", "uniform", "value_and_grad",
-    "weighted_sum",
+    "categorical", "debug", "disable_jit", "fold_in", "forward", "grad", "init", "jit", "key", "normal", "optim",
+    "permutation", "profile_nodes", "randint", "split", "struct", "tree", "truncated_normal", "uniform",
+    "value_and_grad", "weighted_sum",
 ]  # fmt: skip

@@ -83,6 +83,26 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
     return wrapped
 
 
+def forward(fn: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
+    """`fn` run forward alone, with arguments as `value_and_grad` shows them: for evaluation, teachers, generation.
+
+    Arguments `argnums` are cast to the compute dtype; on a mesh all that are divided are gathered at first use, as
+    training does. Without a mesh and a precision this is `fn`.
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return fn(*(tree.map(_shown if i in numbers else see, arg) for i, arg in enumerate(args)), **kwargs)
+
+    return wrapped
+
+
+def _shown(leaf: Any) -> Any:
+    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return views_of([leaf])[0](leaf) if floating else see(leaf)
+
+
 def differentiated(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
     """Value, aux and gradients of a function of flat leaves that returns `(loss, aux)`."""
     bottom = current_provenance() is not None and _depth.get() == 0 and not _inside_transform()

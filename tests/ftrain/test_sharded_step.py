@@ -70,6 +70,17 @@ def test_a_run_on_a_mesh_equals_a_run_on_one_device():
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("mesh", [FSDP[1], Mesh(1, 2, 2, 2, kind="virtual")], ids=str)
+def test_an_evaluation_step_sees_whole_parameters(mesh):
+    model = mixture()
+    params, batch = ftrain.init(model.specs, ftrain.key(0)), model.batch(4)
+    evaluate = ftrain.forward(model.loss)
+    alone = ftrain.jit(evaluate)(params, batch)
+    found = ftrain.jit(evaluate, plan=plan_for(model, mesh))(params, batch)
+    for a, b in zip(tree.leaves(found), tree.leaves(alone), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_each_rank_makes_only_its_own_pieces():
     """No tensor of the graph that makes a state is larger than the largest piece of a rank."""
     model = dense()
