@@ -27,6 +27,7 @@ from ftrain.passes.sink import regather, sink_gathers
 from ftrain.passes.sizes import expect_sizes
 from ftrain.passes.waits import join_waits
 from ftrain.precision import Precision
+from ftrain.private import lazy_module
 from ftrain.remat import Remat, rematerialize
 from ftrain.remat_fit import BookRow, book_table, fit
 from ftrain.schedule import Schedule, overlap, simulate_schedule
@@ -326,9 +327,8 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A graph of its own with the same values in its metadata; bodies of loops are copied too."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    copy = fx.GraphModule(module, graph)
+    copy = lazy_module(module, graph)
     for node in copy.graph.nodes:
         if is_loop(node):
             setattr(copy, node.args[0].target, copy_graph(loop_body(node)))
-    copy.recompile()
     return copy

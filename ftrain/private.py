@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -57,6 +57,12 @@ def trace_to_graph(function: Callable, fakes: list[Any]) -> fx.GraphModule:
             _error_on_data_dependent_ops=False,
             _disable_torch_fn_metadata_mode=True,
         )(*fakes)
+
+
+def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module of a graph whose source code is made on the first call, not after each pass."""
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph)
 
 
 @contextmanager

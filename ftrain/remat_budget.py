@@ -113,11 +113,14 @@ class Planner:
             below, above = (below, middle) if choice.peak <= peak else (middle, above)
 
     def _taken_back(self, choice: Choice, peak: int) -> Choice:
-        """Keep after all what may be kept, dearest first."""
+        """Keep after all what may be kept, dearest first; nothing larger than twice the room that is left is tried."""
         tries = _WORK_TO_IMPROVE // len(self.model.nodes)  # a count, not a time: all ranks must choose alike
-        for v in sorted(choice.remade, key=lambda v: (-self.microseconds[v], v))[:tries]:
-            if self.microseconds[v] <= 0:
+        for v in sorted(choice.remade, key=lambda v: (-self.microseconds[v], v)):
+            if self.microseconds[v] <= 0 or tries == 0:
                 break
+            if sum(size for _, size in self.model.steps[v].storages) > 2 * (peak - choice.peak):
+                continue
+            tries -= 1
             fewer = self._priced(choice.remade - {v}, choice.us_per_mb)
             if fewer.peak <= peak:
                 choice = fewer

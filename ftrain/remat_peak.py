@@ -7,6 +7,7 @@ integers. What it says is checked on the final graph by `liveness.plan_memory`.
 from collections.abc import Collection
 from typing import NamedTuple
 
+import numpy as np
 from torch import fx
 
 from ftrain.liveness import storages_of, workspace_bytes
@@ -14,110 +15,130 @@ from ftrain.passes.aliasing import storage
 
 
 class Step(NamedTuple):
-    """A node: the nodes it reads, its pieces of memory (identity, bytes), and what its op allocates beside them."""
+    """A node: the nodes it reads, its pieces of memory (number, bytes), what its op allocates beside them, and for each
+    piece the read that it is a view of, as (place among the reads, place among that node's pieces), or None.
+    """
 
     reads: tuple[int, ...]
     storages: tuple[tuple[int, int], ...]
     workspace: int
     forward: bool
+    views: tuple[tuple[int, int] | None, ...]
 
 
-class Run(NamedTuple):
-    """A node, or a copy of it, where it runs: `reads` are places in the order of running."""
-
-    node: int
-    reads: list[int]
+Lives = tuple[int, ...]
 
 
 class PeakModel:
-    """The nodes of a graph as numbers. `donated` maps names of placeholders to the outputs written over them."""
+    """The nodes of a graph as numbers. `donated` maps names of placeholders to the outputs written over them.
+
+    A forward node runs at most twice, so a piece of memory has at most two lives: `2 piece`, and `2 piece + 1` of the
+    copy. A view lives in its argument's.
+    """
 
     def __init__(self, module: fx.GraphModule, donated: dict[str, int], *, round_to: int = 1) -> None:
         self.nodes = [n for n in module.graph.nodes if n.op != "output"]
         self.index = {n: i for i, n in enumerate(self.nodes)}
         results = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
         self._results = [self.index[r] for r in results if isinstance(r, fx.Node)]
-        self._free = {s for n in self.nodes if n.op in ("placeholder", "get_attr") for s, _ in storages_of(n)}
+        numbers: dict[int, int] = {}
+        self.steps: list[Step] = []
+        for node in self.nodes:
+            self.steps.append(self._step(node, numbers, round_to))
+        free = {s for n in self.nodes if n.op in ("placeholder", "get_attr") for s, _ in storages_of(n)}
         new = [results[i] for i in donated.values()]
         made = [n for n in new if isinstance(n, fx.Node) and n.meta.get("phase") == "step"]
-        self._free |= {s for n in made if (s := storage(n)) is not None}
-        self.steps = [
-            Step(
-                tuple(self.index[p] for p in n.all_input_nodes),
-                tuple((s, -(-size // round_to) * round_to) for s, size in storages_of(n)),
-                workspace_bytes(n, round_to=round_to) if n.op == "call_function" else 0,
-                n.op == "call_function" and n.meta.get("phase") == "forward",
-            )
-            for n in self.nodes
+        free |= {s for n in made if (s := storage(n)) is not None}
+        self._bytes = np.zeros(2 * len(numbers), np.int64)
+        for step in self.steps:
+            for piece, size in step.storages:
+                self._bytes[2 * piece : 2 * piece + 2] = size
+        self._bytes[[2 * numbers[s] + copy for s in free if s in numbers for copy in (0, 1)]] = 0
+        self._workspace = np.array([step.workspace for step in self.steps], np.int64)
+        self._lives: list[Lives] = []
+        for step in self.steps:
+            self._lives.append(_lives(step, [self._lives[u] for u in step.reads], copy=0))
+        self._touches = [
+            tuple({*mine, *(life for u in step.reads for life in self._lives[u])})
+            for mine, step in zip(self._lives, self.steps, strict=True)
         ]
+
+    def _step(self, node: fx.Node, numbers: dict[int, int], round_to: int) -> Step:
+        reads = tuple(self.index[p] for p in node.all_input_nodes)
+        called = node.op == "call_function"
+        storages = tuple(
+            (numbers.setdefault(s, len(numbers)), -(-size // round_to) * round_to) for s, size in storages_of(node)
+        )
+        seen = [(piece, (r, j)) for r, u in enumerate(reads) for j, (piece, _) in enumerate(self.steps[u].storages)]
+        first = dict(reversed(seen))
+        return Step(
+            reads,
+            storages,
+            workspace_bytes(node, round_to=round_to) if called else 0,
+            called and node.meta.get("phase") == "forward",
+            tuple(first.get(piece) for piece, _ in storages),
+        )
 
     def peak(self, remade: Collection[int]) -> tuple[int, int]:
         """Bytes at the peak if the forward nodes `remade` are made again for the backward, and the node it is at."""
-        order, original = self._order(remade)
-        names = self._memory(order)
-        last: dict[tuple[int, int], int] = {}
-        for at, run in enumerate(order):
-            for element in (at, *run.reads):
-                last.update(dict.fromkeys(names[element].values(), at))
-        for result in self._results:
-            last.update(dict.fromkeys(names[original[result]].values(), len(order)))
-        return self._sweep(order, names, last)
+        runs: list[int] = []
+        last = [-1] * len(self._bytes)
+        first = [0] * len(self._bytes)
+        copied: dict[int, Lives] = {}
+        moved: dict[int, Lives] = {}  # nodes of the backward that are views of copies
 
-    def _order(self, remade: Collection[int]) -> tuple[list[Run], dict[int, int]]:
-        """All nodes and copies as they run, and the place of each node itself."""
-        order: list[Run] = []
-        original: dict[int, int] = {}
-        copy: dict[int, int] = {}
+        def run(v: int, mine: Lives, touched: Collection[int]) -> None:
+            at = len(runs)
+            runs.append(v)
+            for life in mine:
+                if last[life] < 0:
+                    first[life] = at
+            for life in touched:
+                last[life] = at
+
+        def seen(u: int) -> Lives:
+            return copied[u] if u in copied else moved.get(u, self._lives[u])
+
         for v, step in enumerate(self.steps):
-            seen = original
-            if not step.forward:
-                wanted = [u for u in step.reads if u in remade and u not in copy]
-                for c in self._chain(wanted, remade, copy) if wanted else ():
-                    order.append(Run(c, [copy[u] if u in copy else original[u] for u in self.steps[c].reads]))
-                    copy[c] = len(order) - 1
-                seen = {u: copy.get(u, original[u]) for u in step.reads}
-            order.append(Run(v, [seen[u] for u in step.reads]))
-            original[v] = len(order) - 1
-        return order, original
+            if step.forward or not any(u in remade or u in moved for u in step.reads):
+                run(v, self._lives[v], self._touches[v])
+                continue
+            for c in self._chain([u for u in step.reads if u in remade and u not in copied], remade, copied):
+                reads = [seen(u) for u in self.steps[c].reads]
+                copied[c] = _lives(self.steps[c], reads, copy=1)
+                run(c, copied[c], {*copied[c], *(life for read in reads for life in read)})
+            reads = [seen(u) for u in step.reads]
+            mine = _lives(step, reads, copy=0)
+            if mine != self._lives[v]:
+                moved[v] = mine
+            run(v, mine, {*mine, *(life for read in reads for life in read)})
+        for result in self._results:
+            for life in moved.get(result, self._lives[result]):
+                last[life] = len(runs)
+        return self._sweep(runs, np.array(first), np.array(last))
 
-    def _chain(self, wanted: list[int], remade: Collection[int], copy: dict[int, int]) -> list[int]:
+    def _chain(self, wanted: list[int], remade: Collection[int], copied: Collection[int]) -> list[int]:
         found: set[int] = set()
-        stack = list(wanted)
+        stack = wanted
         while stack:
             v = stack.pop()
-            if v in remade and v not in copy and v not in found:
+            if v in remade and v not in copied and v not in found:
                 found.add(v)
                 stack.extend(self.steps[v].reads)
         return sorted(found)
 
-    def _memory(self, order: list[Run]) -> list[dict[int, tuple[int, int]]]:
-        """For each run its pieces of memory, under names that tell copies apart: a view has its argument's."""
-        names: list[dict[int, tuple[int, int]]] = []
-        for at, run in enumerate(order):
-            mine = {}
-            for s, _ in self.steps[run.node].storages:
-                viewed = next((names[r][s] for r in run.reads if s in names[r]), None)
-                mine[s] = viewed if viewed is not None else (s, at)
-            names.append(mine)
-        return names
+    def _sweep(self, runs: list[int], first: np.ndarray, last: np.ndarray) -> tuple[int, int]:
+        lived = last >= 0
+        change = np.zeros(len(runs) + 2, np.int64)
+        np.add.at(change, first[lived], self._bytes[lived])
+        np.add.at(change, last[lived] + 1, -self._bytes[lived])
+        live = np.cumsum(change)[: len(runs)] + self._workspace[runs]
+        where = int(live.argmax())
+        return int(live[where]), runs[where]
 
-    def _sweep(
-        self, order: list[Run], names: list[dict[int, tuple[int, int]]], last: dict[tuple[int, int], int]
-    ) -> tuple[int, int]:
-        expiring: dict[int, list[tuple[int, int]]] = {}
-        for name, end in last.items():
-            expiring.setdefault(end, []).append(name)
-        alive: dict[tuple[int, int], int] = {}
-        live = peak = where = 0
-        for at, run in enumerate(order):
-            step = self.steps[run.node]
-            for s, size in step.storages:
-                name = names[at][s]
-                if name not in alive and s not in self._free:
-                    alive[name] = size
-                    live += size
-            if live + step.workspace > peak:
-                peak, where = live + step.workspace, run.node
-            for name in expiring.get(at, ()):
-                live -= alive.pop(name, 0)
-        return peak, where
+
+def _lives(step: Step, reads: list[Lives], *, copy: int) -> Lives:
+    return tuple(
+        2 * piece + copy if view is None else reads[view[0]][view[1]]
+        for (piece, _), view in zip(step.storages, step.views, strict=True)
+    )

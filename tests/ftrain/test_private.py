@@ -162,3 +162,11 @@ def test_names_that_are_used_for_speed_exist() -> None:
     assert isinstance(torch.ops.prim.device.default, torch._ops.OpOverload)
     with private._use_lazy_graph_module(True):
         pass
+
+
+def test_the_code_of_a_lazy_module_is_made_when_it_is_called():
+    module = tracing(lambda x: x.sin() + 1, (3,))
+    copy = private.lazy_module(module, module.graph)
+    next(n for n in copy.graph.nodes if "sin" in n.name).target = torch.ops.aten.cos.default
+    copy.recompile()
+    torch.testing.assert_close(copy(torch.ones(3)), torch.ones(3).cos() + 1)
