@@ -14,6 +14,7 @@ from ftrain import debug, optim, tree
 from ftrain.accumulate import accumulate
 from ftrain.grad import forward, grad, value_and_grad
 from ftrain.jit import Step, disable_jit, jit
+from ftrain.out_of_memory import OutOfMemory, explain_oom
 from ftrain.precision import Precision
 from ftrain.profile import profile_nodes
 from ftrain.remat import Remat
@@ -37,8 +38,8 @@ from kernels.random import (
 from modules.spec import init
 
 __all__ = [
-    "Aval", "Mean", "Precision", "Remat", "Step", "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits",
-    "categorical", "debug", "disable_jit", "fold_in", "forward", "grad", "init", "jit", "key", "normal", "optim",
-    "permutation", "profile_nodes", "randint", "split", "struct", "tree", "truncated_normal", "uniform",
-    "value_and_grad", "weighted_sum",
+    "Aval", "Mean", "OutOfMemory", "Precision", "Remat", "Step", "TrainState", "WeightedSum", "accumulate",
+    "bernoulli", "bits", "categorical", "debug", "disable_jit", "explain_oom", "fold_in", "forward", "grad", "init",
+    "jit", "key", "normal", "optim", "permutation", "profile_nodes", "randint", "split", "struct", "tree",
+    "truncated_normal", "uniform", "value_and_grad", "weighted_sum",
 ]  # fmt: skip

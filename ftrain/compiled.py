@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.lockstep import groups_of, lockstep_program
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes
+from ftrain.out_of_memory import explained, is_out_of_memory
 from ftrain.passes.bucket import bucket
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
@@ -51,6 +52,7 @@ class Compiled:
         self.book: list[BookRow] = []
         self.mesh: Mesh | None = None
         self.link = Link()
+        self.again: Callable[..., Compiled] | None = None
         self._treedef = treedef
         self._slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         self._shapes = [torch.Size(a.shape) for a in traced.input_avals]
@@ -105,7 +107,12 @@ class Compiled:
             self._program = compile_graph(copy_graph(self.graph), self.backend)
         contiguous = contiguous or all(map(Tensor.is_contiguous, leaves))
         inputs = leaves if contiguous else [leaf.contiguous() for leaf in leaves]
-        outputs = self._program(inputs)
+        try:
+            outputs = self._program(inputs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise explained(self, error) from None
+            raise
         if self.donated:
             outputs = self._with_donated(leaves, inputs, outputs)
         return outputs
@@ -120,6 +127,11 @@ class Compiled:
         slots, _, order = self._donation
         found = [[*(own[slot] for slot in slots), *out] for own, out in zip(ranks, outputs, strict=True)]
         return [[out[i] for i in order] for out in found]
+
+    def with_remat(self, remat: Remat) -> "Compiled":
+        """The same step made ready again with another choice of what to recompute."""
+        assert self.again is not None
+        return self.again(remat=remat)
 
     def use_program(self, program: Program) -> None:
         """Run another program for the same graph from now on, e.g. one that measures."""
@@ -242,6 +254,10 @@ def compile_step(
     device = traced.input_avals[0].device if traced.input_avals else torch.device("cpu")
     compiled = Compiled(traced, treedef, leaves, argument_paths(args, names), choose(backend, device))
     compiled.name = name_of(fn)
+    compiled.again = partial(
+        compile_step, fn, tree.map(_abstract, args), names, donate=donate, backend=backend, precision=precision,
+        mesh=mesh, link=link, hide_communication=hide_communication,
+    )  # fmt: skip
     module = traced.module
     join_waits(module)
     clean(module)
@@ -281,6 +297,10 @@ def compile_step(
     donate_pass(module, by_name)
     compiled.graph = module
     return compiled
+
+
+def _abstract(leaf: Any) -> Any:
+    return Aval.of(leaf) if is_array(leaf) else leaf
 
 
 def name_of(fn: Callable) -> str:

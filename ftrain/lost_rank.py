@@ -1,6 +1,5 @@
 """A run that lost a rank: which rank, and at which collective the others stood."""
 
-import linecache
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -8,6 +7,7 @@ from types import TracebackType
 import torch.distributed as dist
 from torch import fx
 
+from ftrain.failing_node import failing_node
 from ftrain.lockstep import COLLECTIVES, axes_of_group
 from ftrain.passes.waits import WAIT
 from ftrain.text import short_site
@@ -33,16 +33,9 @@ def naming_lost_ranks(graph: fx.GraphModule, heartbeat: Heartbeat | None) -> Ite
 
 def failing_collective(graph: fx.GraphModule, trace: TracebackType | None) -> fx.Node | None:
     """The collective of the graph whose line in the generated code the error went through."""
-    nodes = {n.name: n for n in graph.graph.nodes}
-    found = None
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if code.co_name == "forward" and code.co_filename.startswith("<eval_with_key>"):
-            line = linecache.getline(code.co_filename, trace.tb_lineno)
-            found = nodes.get(line.strip().split(" = ")[0], found)
-        trace = trace.tb_next
+    found = failing_node(graph, trace)
     if found is not None and found.target is WAIT:
-        found = found.args[0]
+        found = found.all_input_nodes[0]
     return found if found is not None and found.target in COLLECTIVES else None
 
 

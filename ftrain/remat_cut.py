@@ -59,6 +59,8 @@ def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: flo
 
 def _source_side(edges: Mapping[tuple[int, int], float], size: int) -> set[int]:
     """The nodes that the source reaches once the maximum flow from 0 to 1 is subtracted."""
+    if not edges:
+        return {0}
     finite = [c for c in edges.values() if np.isfinite(c)]
     scale = _UNITS / max(sum(finite), 1e-9)
     rows, columns = np.array(list(edges)).T

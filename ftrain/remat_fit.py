@@ -31,6 +31,14 @@ class BookRow(NamedTuple):
     decision: str
 
 
+class ImpossibleBudget(ValueError):
+    """No plan keeps the budget; `smallest` bytes, arguments included, would do."""
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
 def fit(
     module: fx.GraphModule,
     donated: dict[str, int],
@@ -45,7 +53,7 @@ def fit(
     """A copy of `module` in which the backward makes again what the budget, or the exchange rate, asks for.
 
     `finished_peak` gives the peak beyond the arguments of a copy after all later passes: the budget is checked on
-    that, and where the simulation was too hopeful the plan is made tighter. ValueError names the smallest budget that
+    that, and where the simulation was too hopeful the plan is made tighter. ImpossibleBudget names the smallest that
     fits and what stands in the way.
     """
     round_to = 512 if device.type == "cuda" else 1
@@ -60,7 +68,7 @@ def fit(
         try:
             rows = _apply(trial, donated, remat, times, round_to, target)
         except OverBudget as error:
-            raise ValueError(_refusal(module, remat, budget, inputs, error)) from None
+            raise ImpossibleBudget(_refusal(module, remat, budget, inputs, error), inputs + error.smallest) from None
         excess = finished_peak(copy(trial)) - (budget - inputs)
         if excess <= 0:
             return trial, rows

@@ -1,0 +1,91 @@
+"""A step that does not fit: what holds the memory, and which budgets would fit at which price."""
+
+import re
+import traceback
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ftrain.failing_node import failing_node
+from ftrain.op_times import OpTimes
+from ftrain.remat import Remat
+from ftrain.remat_fit import ImpossibleBudget
+from ftrain.text import op_name, short_site, show_bytes
+
+if TYPE_CHECKING:
+    from ftrain.compiled import Compiled
+
+_CPU_REFUSAL = re.compile(r"can't allocate memory|not enough memory")
+_SHARES = (0.95, 0.5, 0.1)  # of the way from the smallest possible budget to what fitted
+_SHOWN = 8
+
+
+class OutOfMemory(RuntimeError):
+    """An allocation of a step failed; the message is `explain_oom`'s."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """True for a refusal of torch's allocators, on CUDA or on CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_REFUSAL.search(str(error)) is not None
+
+
+def explained(compiled: "Compiled", error: RuntimeError) -> OutOfMemory:
+    """The error to raise in the place of an allocator's; the memory that the failed run held is given back first."""
+    node = failing_node(compiled.executed, error.__traceback__)
+    traceback.clear_frames(error.__traceback__)
+    text = explain_oom(compiled, at=None if node is None else node.name)
+    return OutOfMemory(f"{compiled.name or 'the step'} ran out of memory: {error}\n{text}")
+
+
+def explain_oom(compiled: "Compiled", *, at: str | None = None) -> str:
+    """What holds a step's memory at its peak, and three budgets below what fitted, with the price of each.
+
+    `at`: the node whose allocation failed: all that the plan holds before it did fit. Without it budgets are below the
+    plan's peak. A price is recompute per step, from times measured on this device or a roofline.
+    """
+    plan = compiled.memory()
+    live = [size for _, size in plan.timeline]
+    names = [name for name, _ in plan.timeline]
+    failed = names.index(at) if at in names else None
+    held = plan.inputs + (max(live[:failed], default=0) if failed is not None else plan.peak)
+    lines = [_where(compiled.executed, at, held) if failed is not None and at else "The plan, before it runs:"]
+    lines.append(
+        f"planned: {show_bytes(plan.total)} in all, {show_bytes(plan.inputs)} of it arguments; at the peak "
+        f"({plan.peak_node}) the largest are"
+    )
+    lines += [f"  {show_bytes(t.bytes):>10}  {t.node} {t.path} ({t.site}, {t.phase})" for t in plan.top[:_SHOWN]]
+    lines.append("budgets that would fit:")
+    lines += _offers(compiled, held)
+    lines.append("a smaller batch, more micro-batches (ftrain.accumulate) or more ranks (Layout) need less, too")
+    return "\n".join(lines)
+
+
+def _where(module: fx.GraphModule, at: str, held: int) -> str:
+    node = next(n for n in module.graph.nodes if n.name == at)
+    site, path = short_site(node.meta.get("site")), node.meta.get("path") or "no parameter"
+    return f"It failed at {op_name(node)} ({at}, {path}, {site}), where up to {show_bytes(held)} had fitted."
+
+
+def _offers(compiled: "Compiled", held: int) -> list[str]:
+    """A line for each budget with its price; or why there is none."""
+    times = OpTimes.on(compiled.device)
+    before = _microseconds(compiled.graph, times)
+    try:
+        compiled.with_remat(Remat(budget=1))
+    except ImpossibleBudget as refusal:
+        smallest, why = refusal.smallest, str(refusal)
+    if smallest >= held:
+        return [f"  none: {why}"]
+    lines = []
+    for share in _SHARES:
+        budget = smallest + int(share * (held - smallest))
+        more = _microseconds(compiled.with_remat(Remat(budget=budget)).graph, times) - before
+        lines.append(
+            f"  Remat(budget={budget}) = {show_bytes(budget)}: {more / 1e3:+.1f} ms a step ({more / before:+.1%})"
+        )
+    return lines
+
+
+def _microseconds(module: fx.GraphModule, times: OpTimes) -> float:
+    return sum(times.microseconds(n) for n in module.graph.nodes)
