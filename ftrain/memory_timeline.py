@@ -7,7 +7,7 @@ from torch import fx
 from ftrain.liveness import Held, simulate
 from ftrain.loop import is_loop, loop_body
 
-KINDS = ("activations", "gradients and backward", "update", "workspace")
+KINDS = ("activations", "gradients and backward", "update", "gathered parameters", "workspace")
 _KIND_OF_PHASE = {"forward": KINDS[0], "backward": KINDS[1]}
 
 
@@ -15,13 +15,13 @@ class Sample(NamedTuple):
     """Bytes alive beyond the inputs while a node runs.
 
     `loop`: the loop it is inside of, if any (one round is shown). `bytes`, in the order of `KINDS`: made by the forward
-    pass, by the backward pass (what it computes again included), by the rest of the step (optimizer, accumulators),
-    and workspace of the op itself.
+    pass, by the backward pass (what it computes again included), by the rest of the step (optimizer, accumulators), by
+    gathers of parameters, and workspace of the op itself.
     """
 
     node: fx.Node
     loop: str
-    bytes: tuple[int, int, int, int]
+    bytes: tuple[int, ...]
 
     @property
     def total(self) -> int:
@@ -41,15 +41,17 @@ def memory_timeline(module: fx.GraphModule, *, round_to: int = 1) -> list[Sample
         base = tuple(kinds.values())
         if is_loop(node):
             for inner in memory_timeline(loop_body(node), round_to=round_to):
-                a, g, u, w = (x + y for x, y in zip(base, inner.bytes, strict=True))
-                samples.append(Sample(inner.node, f"{node.name} {inner.loop}".strip(), (a, g, u, w)))
+                both = tuple(x + y for x, y in zip(base, inner.bytes, strict=True))
+                samples.append(Sample(inner.node, f"{node.name} {inner.loop}".strip(), both))
         else:
-            samples.append(Sample(node, "", (base[0], base[1], base[2], workspace)))
+            samples.append(Sample(node, "", (*base[:-1], workspace)))
     return samples
 
 
 def kind_of(held: Held) -> str:
-    """Which of `KINDS` a piece of memory counts as, by the phase of the node that made it."""
+    """Which of `KINDS` a piece of memory counts as, by the purpose or the phase of the node that made it."""
+    if held.owner.meta.get("purpose") == "fsdp_gather":
+        return KINDS[3]
     return _KIND_OF_PHASE.get(held.owner.meta.get("phase", ""), KINDS[2])
 
 

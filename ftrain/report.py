@@ -10,6 +10,7 @@ from torch import fx
 from ftrain.cost import NodeCost
 from ftrain.loop import is_loop, loop_body
 from ftrain.memory_timeline import inputs_by_argument, memory_timeline
+from ftrain.remat import Remat
 from ftrain.report_page import Card, Cell, Table, page
 from ftrain.report_timeline import timeline_figure
 from ftrain.text import op_name, short_site, show_bytes, show_node, show_value
@@ -35,6 +36,7 @@ def report_html(compiled: "Compiled") -> str:
     samples = memory_timeline(compiled.executed)
     sections = [
         ("Memory over the run", timeline_figure(samples, inputs_by_argument(compiled.executed))),
+        *recompute_sections(compiled),
         (f"Alive at the peak ({memory.peak_node})", peak_table(compiled).html()),
         ("Cost by component", group_table("component", cost.nodes, lambda n: component(n.path)).html()),
         ("Cost by op", group_table("op", cost.nodes, lambda n: _short_op(n.op)).html()),
@@ -42,6 +44,30 @@ def report_html(compiled: "Compiled") -> str:
     ]
     shapes = [f"{p}: {a}" for p, a in zip(compiled.traced.input_paths, compiled.traced.input_avals, strict=True)]
     return page(compiled.name or "step", subtitle(compiled), shapes, cards(compiled), sections)
+
+
+def recompute_sections(compiled: "Compiled") -> list[tuple[str, str]]:
+    """For a step with a budget: the memory that it would take without recompute, and the book of what is kept."""
+    if not compiled.book:
+        return []
+    before = compiled.with_remat(Remat("none")).executed
+    rows: list[list[Cell]] = [
+        [
+            r.decision,
+            (r.us_per_mb, f"{r.us_per_mb:,.1f}"),
+            (r.bytes, show_bytes(r.bytes)),
+            (r.microseconds, f"{r.microseconds:,.1f}"),
+            f"{r.op}{list(r.shape)}",
+            r.path,
+            r.site,
+        ]
+        for r in compiled.book
+    ]
+    book = Table(["decision", "us per MB", "bytes", "us to make again", "tensor", "parameter", "source"], rows)
+    return [
+        ("Memory with nothing recomputed", timeline_figure(memory_timeline(before), inputs_by_argument(before))),
+        ("Recompute by return on investment", book.html()),
+    ]
 
 
 def subtitle(compiled: "Compiled") -> str:

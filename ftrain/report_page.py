@@ -69,11 +69,13 @@ def page(
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fbfbfa; --fg: #1d1f22; --soft: #686d76; --line: #e2e2de; --card: #fff;
-  --accent: #2f6fde; --activations: #4c8bf5; --gradients: #f2994a; --update: #27a567; --workspace: #c7528f;
+  --accent: #2f6fde; --activations: #4c8bf5; --gradients: #f2994a; --update: #27a567;
+  --gathered: #8f6fd8; --workspace: #c7528f;
   --input0: #b9bec7; --input1: #ccd0d7; --input2: #dbdee3; --input3: #e6e8ec; }
 @media (prefers-color-scheme: dark) { :root { --bg: #15171a; --fg: #e6e7e9; --soft: #989ea8; --line: #2d3136;
   --card: #1c1f23; --accent: #7eabff; --activations: #5b8def; --gradients: #d98a45; --update: #35a06c;
-  --workspace: #b95287; --input0: #565c66; --input1: #484d56; --input2: #3b4048; --input3: #31353c; } }
+  --gathered: #8268bd; --workspace: #b95287;
+  --input0: #565c66; --input1: #484d56; --input2: #3b4048; --input3: #31353c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--fg); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
@@ -87,17 +89,18 @@ summary { cursor: pointer; color: var(--accent); } details ul { max-height: 320p
   overflow-wrap: anywhere; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 svg { width: 100%; height: auto; display: block; } svg text { font-size: 12px; fill: var(--soft); }
-svg .grid { stroke: var(--line); stroke-width: 1; opacity: .7; } #cursor { stroke: var(--fg); stroke-width: 1; }
+svg .grid { stroke: var(--line); stroke-width: 1; opacity: .7; } .cursor { stroke: var(--fg); stroke-width: 1; }
 .activations { fill: var(--activations); background: var(--activations); }
 .gradients { fill: var(--gradients); background: var(--gradients); }
 .update { fill: var(--update); background: var(--update); }
+.gathered { fill: var(--gathered); background: var(--gathered); }
 .workspace { fill: var(--workspace); background: var(--workspace); }
 .input0 { fill: var(--input0); background: var(--input0); } .input1 { fill: var(--input1); background: var(--input1); }
 .input2 { fill: var(--input2); background: var(--input2); } .input3 { fill: var(--input3); background: var(--input3); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 8px; font-size: 13px; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px;
   vertical-align: -1px; }
-#memory-tip { min-height: 3em; margin: 8px 0 0; color: var(--soft); overflow-wrap: anywhere; }
+.memory-tip { min-height: 3em; margin: 8px 0 0; color: var(--soft); overflow-wrap: anywhere; }
 .scroll { overflow: auto; max-height: 560px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
@@ -137,10 +140,9 @@ for (const field of document.querySelectorAll('input[type=search]')) {
     }
   });
 }
-const picture = document.getElementById('memory');
-if (picture) {
-  const nodes = JSON.parse(document.getElementById('memory-data').textContent);
-  const tip = document.getElementById('memory-tip'), cursor = document.getElementById('cursor');
+for (const picture of document.querySelectorAll('svg.memory')) {
+  const figure = picture.closest('figure'), nodes = JSON.parse(figure.querySelector('script').textContent);
+  const tip = figure.querySelector('.memory-tip'), cursor = picture.querySelector('.cursor');
   const left = +picture.dataset.left, width = picture.viewBox.baseVal.width;
   picture.addEventListener('pointermove', event => {
     const box = picture.getBoundingClientRect();

@@ -32,13 +32,15 @@ def timeline_figure(samples: Sequence[Sample], inputs: Mapping[str, int]) -> str
         above = [b + s.bytes[kind_index] for b, s in zip(below, shown, strict=True)]
         areas.append(_area(scale, below, above, kind.split()[0], kind))
         below = above
-    svg = f'<svg id="memory" data-left="{LEFT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
-    svg += f'{_axis(scale)}{"".join(areas)}<line id="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+    svg = f'<svg class="memory" data-left="{LEFT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
+    svg += (
+        f'{_axis(scale)}{"".join(areas)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+    )
     cut = f" The axis begins at {show_bytes(floor)}; the inputs go on below." if floor else ""
     note = f"Bytes alive while each node runs.{cut} Move over the picture to see the node."
     data = json.dumps([_tooltip(s, base) for s in shown]).replace("<", "\\u003c")
-    script = f'<script type="application/json" id="memory-data">{data}</script>'
-    return f'<figure>{_legend(bands)}{svg}<p id="memory-tip" class="mono">{escape(note)}</p>{script}</figure>'
+    script = f'<script type="application/json">{data}</script>'
+    return f'<figure>{_legend(bands)}{svg}<p class="memory-tip mono">{escape(note)}</p>{script}</figure>'
 
 
 def thin_out(samples: Sequence[Sample]) -> list[Sample]:

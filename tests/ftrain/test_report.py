@@ -11,6 +11,7 @@ from momentum_steps import momentum_state, momentum_step, stack_batch, stack_los
 from ftrain.accumulate import accumulate
 from ftrain.jit import jit
 from ftrain.memory_timeline import inputs_by_argument, memory_timeline
+from ftrain.remat import Remat
 from ftrain.report import component, show_flops
 from ftrain.report_timeline import MOST_POINTS, thin_out
 
@@ -93,8 +94,20 @@ def test_long_timelines_keep_their_peak(compiled):
 
 def test_the_pictures_texts_match_its_points(compiled, tmp_path):
     text = compiled.report(tmp_path / "r.html").read_text()
-    (data,) = re.findall(r'id="memory-data">(.*?)</script>', text)
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', text)
     assert len(json.loads(data)) == len(memory_timeline(compiled.executed))
+
+
+def test_a_budget_has_its_book_and_both_timelines(tmp_path):
+    args = momentum_state(stack_params()), stack_batch()
+    compiled = jit(momentum_step(stack_loss), donate="state", remat=Remat(us_per_mb=1e9)).lower(*args)
+    text = compiled.report(tmp_path / "r.html").read_text()
+    tags = Tags(text)
+    assert not tags.open
+    assert tags.seen.count("table") == 5
+    assert text.count('<svg class="memory"') == 2
+    book = text[text.index("Recompute by return on investment") :]
+    assert book.count(">recompute<") == sum(r.decision == "recompute" for r in compiled.book) > 0
 
 
 @pytest.mark.parametrize(
