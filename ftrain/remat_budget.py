@@ -1,15 +1,14 @@
 """Recompute by return on investment: the cheapest set of tensors to make again so that the peak fits a budget.
 
 At one exchange rate (microseconds per MB) the best set is a minimum cut (`remat_cut`). The rate is moved until the
-simulated peak fits, since fewer bytes kept do not always mean a lower peak; then single tensors are taken back from the
-set, dearest first, where the peak allows it.
+simulated peak fits, since fewer bytes kept do not always mean a lower peak; then a local search (`remat_improve`) mends
+what a cut cannot see.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -21,19 +20,11 @@ from ftrain.op_times import OpTimes
 from ftrain.private import storage_id
 from ftrain.remat import Remat, is_forward, layer_of_node, must_keep, parse_budget
 from ftrain.remat_cut import Item, cheapest_kept
+from ftrain.remat_improve import Choice, Search
 from ftrain.remat_peak import PeakModel
 
 _TILT = 0.004  # equal layers tie at one rate; a small slope over depth lets a rate stop between them
-_WORK_TO_IMPROVE = 400_000  # nodes to walk while taking tensors back: a second or two
-
-
-class Choice(NamedTuple):
-    """A set of nodes to make again: its peak in bytes beyond the arguments, and its price in microseconds."""
-
-    remade: frozenset[int]
-    peak: int
-    microseconds: float
-    us_per_mb: float
+_WORK_TO_IMPROVE = 250_000  # nodes to walk in the search around the cuts: about a second
 
 
 @dataclass
@@ -59,30 +50,36 @@ class Planner:
     def at_rate(self, us_per_mb: float) -> Choice:
         """The best choice at one exchange rate."""
         if us_per_mb <= 0:
-            return self._priced(frozenset(), 0.0)
+            return self._priced(frozenset())
         numbers, items, wanted = self._items
         _, again = cheapest_kept(items, wanted, us_per_mb)
-        return self._priced(frozenset(numbers[v] for v in again), us_per_mb)
+        return self._priced(frozenset(numbers[v] for v in again))
 
     def within(self, peak: int) -> Choice:
         """The cheapest choice found whose simulated peak is at most `peak`; ValueError names the smallest possible."""
-        best: Choice | None = None
-        smallest: Choice | None = None
-        for choice in self._search(peak):
-            if smallest is None or choice.peak < smallest.peak:
-                smallest = choice
-            if choice.peak <= peak and (best is None or choice.microseconds < best.microseconds):
-                best = choice
-        assert smallest is not None
-        if best is None:
-            raise OverBudget(smallest.peak, self.model.nodes[self.model.peak(smallest.remade)[1]])
-        return self._taken_back(best, peak)
+        nothing = self.at_rate(0.0)
+        if nothing.peak <= peak:
+            return nothing
+        starts = [*self._search(peak), self._priced(frozenset(v for v, _, _ in self._candidates))]
+        tries = _WORK_TO_IMPROVE // len(self.model.nodes)
+        found = Search(self._priced, self._candidates, peak=peak, tries=tries).best(starts)
+        if found.peak > peak:
+            raise OverBudget(found.peak, self.model.nodes[self.model.peak(found.remade)[1]])
+        return found
+
+    @cached_property
+    def _candidates(self) -> list[tuple[int, float, int]]:
+        """The nodes that may be made again, with microseconds and bytes."""
+        steps, nodes = self.model.steps, self.model.nodes
+        return [
+            (v, us, sum(size for _, size in steps[v].storages))
+            for v, us in self.microseconds.items()
+            if not self._stays(nodes[v])
+        ]
 
     def _search(self, peak: int) -> Iterator[Choice]:
         nothing = self.at_rate(0.0)
         yield nothing
-        if nothing.peak <= peak:
-            return
         low, high = self._rates
         grid = [low * (high / low) ** (i / 12) for i in range(13)]
         peaks = {0.0: nothing.peak}
@@ -112,24 +109,9 @@ class Planner:
             yield choice
             below, above = (below, middle) if choice.peak <= peak else (middle, above)
 
-    def _taken_back(self, choice: Choice, peak: int) -> Choice:
-        """Keep after all what may be kept, dearest first; nothing larger than twice the room that is left is tried."""
-        tries = _WORK_TO_IMPROVE // len(self.model.nodes)  # a count, not a time: all ranks must choose alike
-        for v in sorted(choice.remade, key=lambda v: (-self.microseconds[v], v)):
-            if self.microseconds[v] <= 0 or tries == 0:
-                break
-            if sum(size for _, size in self.model.steps[v].storages) > 2 * (peak - choice.peak):
-                continue
-            tries -= 1
-            fewer = self._priced(choice.remade - {v}, choice.us_per_mb)
-            if fewer.peak <= peak:
-                choice = fewer
-        return choice
-
-    def _priced(self, remade: frozenset[int], us_per_mb: float) -> Choice:
+    def _priced(self, remade: frozenset[int]) -> Choice:
         used = self._used(remade)
-        price = sum(self.microseconds[v] for v in used)
-        return Choice(used, self.model.peak(used)[0], price, us_per_mb)
+        return Choice(used, self.model.peak(used)[0], sum(self.microseconds[v] for v in sorted(used)))
 
     def _used(self, remade: frozenset[int]) -> frozenset[int]:
         """Those of the set that the backward reads, or that others of these are made from."""

@@ -10,7 +10,8 @@ from ftrain.liveness import input_bytes, plan_memory, storages_of
 from ftrain.loop import carried_outputs, is_loop, loop_body
 from ftrain.op_times import OpTimes
 from ftrain.remat import Remat, is_forward, recompute
-from ftrain.remat_budget import Choice, OverBudget, Planner, budget_bytes
+from ftrain.remat_budget import OverBudget, Planner, budget_bytes
+from ftrain.remat_improve import Choice
 from ftrain.text import op_name, short_site, show_bytes
 from sharding.mesh import Mesh
 from sharding.processes import same_everywhere
