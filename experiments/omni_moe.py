@@ -28,7 +28,7 @@ from experiments.omni.progress import Report, accuracy_table
 from experiments.omni.run_folder import RunFolder
 from experiments.omni.training import schedule
 from ftrain import TrainState, tree
-from ftrain.checkpoint import Checkpointer, Retention
+from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.cost import Cost
 from ftrain.hardware import peak_flops
 from ftrain.interrupt import EXIT_RESUMABLE, StopRequest, interruptible
@@ -113,10 +113,11 @@ def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
         mesh=mesh,
         say=report.say,
     )
-    with Checkpointer(path / "checkpoints", keep=Retention(last=2)) as checkpoints:
+    ranks = Ranks.of_run() if mesh is not None and mesh.kind == "process" else None
+    with Checkpointer(path / "checkpoints", keep=Retention(last=2), ranks=ranks) as checkpoints:
         done = checkpoints.latest() or 0 if resumed else 0
         if done:
-            state = work.step.shard(_to(checkpoints.restore(work.abstract_state(), done), device))
+            state = _to(checkpoints.restore(work.step.abstract(work.abstract_state(), device=device), done), device)
             report.say(f"resumed after step {done}")
         else:
             state = work.fresh_state(report.say)
@@ -208,12 +209,10 @@ def _train(
             stopping = any_rank(stop.requested)
             due = options.checkpoint_every and number % options.checkpoint_every == 0
             if due or stopping or number == options.steps:
-                saved = work.step.whole(state)
-                if run is not None:
-                    checkpoints.save(saved, number)
+                checkpoints.save(state, number)
+            checkpoints.check()
             if run is not None:
                 run.log(row)
-                checkpoints.check()
             if stopping:
                 break
     return state, done

@@ -158,6 +158,16 @@ class Step:
         leaves, treedef = tree.flatten(state)
         return tree.unflatten(treedef, self._sharded.shard(argument_paths((state,), [name]), leaves))
 
+    def abstract(self, state: Any, *, name: str = "state", device: torch.device | str = "cpu") -> Any:
+        """What this process holds of a state on `device`, without memory, to restore a checkpoint into: DTensors on a
+        mesh of processes, elsewhere the state itself. `state`: whole leaves, of shapes alone (meta tensors).
+        """
+        if self._sharded is None:
+            return state
+        leaves, treedef = tree.flatten(state)
+        paths = argument_paths((state,), [name])
+        return tree.unflatten(treedef, self._sharded.abstract(paths, leaves, torch.device(device).type))
+
     def whole(self, state: Any) -> Any:
         """The state with whole tensors on every process, gathered; elsewhere the state itself."""
         return tree.map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state)

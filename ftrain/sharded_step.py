@@ -166,6 +166,22 @@ class ShardedStep:
                 found.append(to_dtensor(piece, placement, mesh, rank, self._meshes(leaf.device.type)))
         return found
 
+    def abstract(self, paths: Sequence[str], leaves: Sequence[Any], device_type: str) -> list[Any]:
+        """As `shard`, of whole leaves that are shapes alone: DTensors around meta tensors, unpadded."""
+        mesh = self.plan.mesh
+        if mesh.kind != "process":
+            return list(leaves)
+        rank = require_world(mesh)
+        found = []
+        for path, leaf in zip(paths, leaves, strict=True):
+            placement = self.placements.of_whole(path, tuple(leaf.shape)) if isinstance(leaf, Tensor) else None
+            if placement is None or not placement.splits:
+                found.append(leaf)
+            else:
+                piece = torch.empty(placement.local_shape, dtype=leaf.dtype, device="meta")
+                found.append(to_dtensor(piece, placement, mesh, rank, self._meshes(device_type)))
+        return found
+
     def share(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
         """This process's share of a whole batch; on other meshes the leaves."""
         if self.plan.mesh.kind != "process":

@@ -8,7 +8,6 @@ all zero would not be written, and chunks that are lost would be read as zeros.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import tensorstore as ts
 
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.manifest import ArrayLeaf
+from ftrain.checkpoint.place import KvSpec
 
 _MIB = 2**20
 
@@ -23,12 +23,14 @@ _MIB = 2**20
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """How arrays are laid out: in a `database` (OCDBT) or a file per chunk; `chunk_bytes`, the upper bound of a chunk;
-    `checksum` every chunk (5 GB/s per core, when writing and when reading), or trust the disk.
+    `checksum` every chunk (5 GB/s per core, when writing and when reading), or trust the disk; `file_bytes`, about how
+    long the data files of a database become (one is written while the next is checksummed).
     """
 
     database: bool = True
     chunk_bytes: int = 16 * _MIB
     checksum: bool = True
+    file_bytes: int = 128 * _MIB
 
 
 DEFAULT_STORAGE = Storage()
@@ -43,29 +45,38 @@ class Piece:
 
 
 def write_part(
-    folder: Path, leaves: Mapping[str, ArrayLeaf], pieces: Mapping[str, Sequence[Piece]], storage: Storage
+    where: KvSpec,
+    leaves: Mapping[str, ArrayLeaf],
+    pieces: Mapping[str, Sequence[Piece]],
+    storage: Storage,
+    context: ts.Context,
+    *,
+    create: bool = True,
 ) -> None:
-    """Write these leaves, all of one part, into `folder` and return when they are on the disk.
+    """Write these blocks of leaves, all of one part, into the folder `where` and return when they are on the disk.
 
     A block must begin and end on the chunk grid of its leaf. Its memory is read until the function returns, also when
-    it raises. Errors of tensorstore pass through.
+    it raises. Without `create` the arrays' metadata is left to another rank. Errors of tensorstore pass through.
     """
-    context = ts.Context()
     transaction = ts.Transaction(atomic=True) if storage.database else None
     opening = [
         ts.open(
-            _spec(folder, leaf, database=storage.database, checksum=storage.checksum),
-            create=True,
+            _spec(where, leaf, database=storage.database, checksum=storage.checksum, file_bytes=storage.file_bytes),
+            create=create,
+            open=not create,
+            assume_metadata=not create,
             context=context,
             transaction=transaction,
         )
         for leaf in leaves.values()
     ]
     stores = [future.result() for future in opening]
+    # What the driver of `memory://` stores may be the source itself, which the caller will use again.
+    borrow = where["driver"] != "memory"
     writes = [
-        _block(store, piece).write(piece.values, can_reference_source_data_indefinitely=True)
+        _block(store, piece).write(piece.values, can_reference_source_data_indefinitely=borrow)
         for path, store in zip(leaves, stores, strict=True)
-        for piece in pieces[path]
+        for piece in pieces.get(path, ())
     ]
     try:
         if transaction is not None:
@@ -77,25 +88,43 @@ def write_part(
         raise errors[0]
 
 
+def merge_databases(where: KvSpec, others: Sequence[str], context: ts.Context) -> None:
+    """Take what the databases in these sub-folders of `where` hold into the one of `where` itself.
+
+    Nothing is copied: the one refers to the others' data files. It must be there already.
+    """
+    transaction = ts.Transaction(atomic=True)
+    whole = ts.KvStore.open({"driver": "ocdbt", "base": where}, context=context).result()
+    bases = [{**where, "path": f"{where['path']}{name}/"} for name in others]
+    opening = [ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context) for base in bases]
+    target = whole.with_transaction(transaction)
+    copying = [future.result().experimental_copy_range_to(target) for future in opening]
+    for copied in copying:
+        copied.result()
+    transaction.commit_async().result()
+
+
 def read_part(
-    folder: Path,
+    where: KvSpec,
     leaves: Mapping[str, ArrayLeaf],
     pieces: Mapping[str, Sequence[Piece]],
     database: bool,
     checksum: bool,
     context: ts.Context,
+    shown: str,
 ) -> None:
-    """Fill the memory of these blocks from the leaves stored in `folder`; any blocks, on the chunk grid or not.
-    One `context` for all calls of a restore keeps the database open between them.
+    """Fill the memory of these blocks from the leaves stored in the folder `where`; any blocks, on the chunk grid or
+    not: the chunks that they touch are read. One `context` for all calls of a restore keeps the database open between
+    them. `shown` is the folder's name in messages.
 
     Raises:
         DamagedCheckpoint: a leaf is missing, or not what was written; its path is named.
     """
     opening = {
-        path: ts.open(_spec(folder, leaf, database=database, checksum=checksum), open=True, context=context)
+        path: ts.open(_spec(where, leaf, database=database, checksum=checksum), open=True, context=context)
         for path, leaf in leaves.items()
     }
-    stores = {path: _checked(future, path, folder) for path, future in opening.items()}
+    stores = {path: _checked(future, path, shown) for path, future in opening.items()}
     reading = [
         (path, ts.array(piece.values, copy=False).write(_block(stores[path], piece)))
         for path in leaves
@@ -103,16 +132,17 @@ def read_part(
     ]
     failures = [(path, error) for path, future in reading if (error := future.exception()) is not None]
     for path, error in failures:
-        raise _damaged(path, folder, error) from error
+        raise _damaged(path, shown, error) from error
 
 
-def _spec(folder: Path, leaf: ArrayLeaf, *, database: bool, checksum: bool) -> dict[str, Any]:
+def _spec(where: KvSpec, leaf: ArrayLeaf, *, database: bool, checksum: bool, file_bytes: int = 0) -> dict[str, Any]:
     """The whole metadata is given when reading too: tensorstore then refuses an array that says otherwise."""
-    files = {"driver": "file", "path": f"{folder}/"}
     if database:
-        kvstore: dict[str, Any] = {"driver": "ocdbt", "base": files, "path": f"{leaf.key}/"}
+        kvstore: dict[str, Any] = {"driver": "ocdbt", "base": where, "path": f"{leaf.key}/"}
+        if file_bytes:
+            kvstore["target_data_file_size"] = file_bytes
     else:
-        kvstore = {**files, "path": f"{folder}/{leaf.key}/"}
+        kvstore = {**where, "path": f"{where['path']}{leaf.key}/"}
     codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
     return {
         "driver": "zarr3",
@@ -142,13 +172,13 @@ def _block(store: ts.TensorStore, piece: Piece) -> ts.TensorStore:
     return store[index][ts.d[:].translate_to[0]] if index else store
 
 
-def _checked(future: ts.Future, path: str, folder: Path) -> ts.TensorStore:
+def _checked(future: ts.Future, path: str, shown: str) -> ts.TensorStore:
     try:
         return future.result()
     except ValueError as error:
-        raise _damaged(path, folder, error) from error
+        raise _damaged(path, shown, error) from error
 
 
-def _damaged(path: str, folder: Path, error: Exception) -> DamagedCheckpoint:
+def _damaged(path: str, shown: str, error: Exception) -> DamagedCheckpoint:
     reason = str(error).partition(" [tensorstore_spec=")[0]
-    return DamagedCheckpoint(f"leaf {path!r} in {folder} is damaged: {reason}; restore another step")
+    return DamagedCheckpoint(f"leaf {path!r} in {shown} is damaged: {reason}; restore another step")

@@ -3,20 +3,20 @@
 import logging
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from ftrain.checkpoint import folders, read
+from ftrain.checkpoint import read
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
-from ftrain.checkpoint.clean import apply_retention, remove_leftovers
-from ftrain.checkpoint.durable import make_folder
+from ftrain.checkpoint.decision import decide, heard_decision, refuse
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.leaves import Leaves, named_leaves
-from ftrain.checkpoint.lock import WriterLock
+from ftrain.checkpoint.place import Lock
+from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
+from ftrain.checkpoint.roots import Root, open_place
 from ftrain.checkpoint.snapshot import Spare
-from ftrain.checkpoint.write import write_checkpoint
+from ftrain.checkpoint.write import require_whole, write_checkpoint
 
 _log = logging.getLogger("ftrain.checkpoint")
 State = TypeVar("State")
@@ -36,27 +36,32 @@ class Checkpointer:
 
     def __init__(
         self,
-        root: str | Path,
+        root: Root,
         *,
         keep: Retention = KEEP_ALL,
         storage: Storage = DEFAULT_STORAGE,
         background: bool = True,
         busy: Literal["wait", "skip"] = "wait",
+        ranks: Ranks | None = None,
     ) -> None:
         """Nothing is touched on disk before the first save.
 
         Args:
-            root: the folder of checkpoints; made by the first save.
+            root: the folder of checkpoints (made by the first save), or its place (see `open_place`).
             keep: which steps stay, applied after each save.
             storage: how arrays are laid out.
             background: write behind the next steps, at the price of one copy of the state in host memory; False
                 writes from the state's own memory before `save` returns.
             busy: when the previous save is still being written, wait for it or skip the new one.
+            ranks: the processes that save together, `Ranks.of_run()` for all of torch.distributed; each makes a
+                Checkpointer of one folder that all see, and calls `save` for the same steps. Leaves are DTensors, or
+                plain tensors that are equal on all ranks. Default: this process alone.
         """
-        self._root = Path(root)
+        self._place = open_place(root)
+        self._ranks = ranks or Ranks()
         self._keep, self._storage, self._background, self._busy = keep, storage, background, busy
         self._spare = Spare()
-        self._lock: WriterLock | None = None
+        self._lock: Lock | None = None
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
 
@@ -67,26 +72,31 @@ class Checkpointer:
     def save(self, state: Any, step: int, metrics: Mapping[str, float] | None = None) -> bool:
         """Save `state` as step `step`; returns when the state may change, True unless the save was skipped.
 
-        A step that exists is replaced. `metrics` are kept in the manifest for `Retention(best=...)`.
+        A step that exists is replaced. `metrics` are kept in the manifest for `Retention(best=...)`; of several ranks
+        those of rank 0.
 
         Raises:
             SaveFailed: the previous background save failed; this one was not begun. (Call again to go on.)
             ValueError: a leaf cannot be saved, or another run writes into the folder.
+            RuntimeError: rank 0 no longer answers.
         """
-        if self._busy == "skip" and self._thread is not None and self._thread.is_alive():
+        turn = self._ranks.turn()
+        try:
+            leaves = named_leaves(state)
+            require_whole(leaves, self._ranks)
+        except ValueError as error:
+            refuse(self._ranks, turn, error)
+            raise
+        if not self._agreed_to_begin(step, turn):
             _log.warning("step %d is not saved: the previous save is still being written", step)
             return False
-        self.wait()
-        leaves = named_leaves(state)
-        self._own_folder(step)
+        task = (dict(metrics or {}), turn)
         if not self._background:
-            self._write(leaves, step, dict(metrics or {}))
+            self._write(leaves, step, *task)
             self.wait()
             return True
         copy = self._spare.copy(leaves)
-        self._thread = threading.Thread(
-            target=self._write, args=(copy, step, dict(metrics or {})), name=f"checkpoint step {step}"
-        )
+        self._thread = threading.Thread(target=self._write, args=(copy, step, *task), name=f"checkpoint step {step}")
         self._thread.start()
         return True
 
@@ -107,18 +117,18 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The last committed step, or None. A save that is still being written is not counted."""
-        return folders.latest(self._root)
+        return self._place.latest()
 
     def steps(self) -> list[int]:
         """All committed steps, ascending."""
-        return folders.steps(self._root)
+        return self._place.steps()
 
     def restore(
         self, abstract_state: State, step: int | None = None, *, partial: bool = False, donate: bool = False
     ) -> State:
         """As `ftrain.checkpoint.restore`, from this folder, after waiting for a save in flight."""
         self.wait()
-        return read.restore(abstract_state, self._root, step, partial=partial, donate=donate)
+        return read.restore(abstract_state, self._place, step, partial=partial, donate=donate)
 
     def close(self) -> None:
         """Wait for the last save, give back the spare memory, and let other runs write into the folder."""
@@ -138,31 +148,56 @@ class Checkpointer:
     ) -> None:
         self.close()
 
-    def _own_folder(self, step: int) -> None:
-        if self._lock is not None:
-            return
-        try:
-            make_folder(self._root)
-            self._lock = WriterLock(self._root)
-        except OSError as cause:
-            raise self._failed(step, cause) from cause
+    def _agreed_to_begin(self, step: int, turn: int) -> bool:
+        """Rank 0 decides for all: a save is begun, skipped or refused on every rank alike. False: skipped."""
+        if self._ranks.rank == 0:
+            return decide(self._ranks, turn, lambda: self._begin(step))
+        begun = heard_decision(self._ranks, turn, self._forget_failure)
+        if begun:
+            self._forget_failure()
+        return begun
 
-    def _write(self, leaves: Leaves, step: int, metrics: dict[str, float]) -> None:
+    def _begin(self, step: int) -> bool:
+        if self._busy == "skip" and self._thread is not None and self._thread.is_alive():
+            return False
+        self.wait()
+        if self._lock is None:
+            try:
+                self._lock = self._place.lock()
+            except OSError as cause:
+                raise self._failed(step, cause) from cause
+        return True
+
+    def _forget_failure(self) -> None:
+        """What rank 0 has raised already, or is raised now with its words."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._failure = None
+
+    def _write(self, leaves: Leaves, step: int, metrics: dict[str, float], turn: int) -> None:
         """Runs in the background thread: whatever goes wrong is kept for the next call from the training loop."""
         try:
-            remove_leftovers(self._root)
-            write_checkpoint(self._root, step, leaves, storage=self._storage, metrics=metrics)
-            apply_retention(self._root, self._keep)
+            write_checkpoint(
+                self._place,
+                step,
+                leaves,
+                storage=self._storage,
+                metrics=metrics,
+                keep=self._keep,
+                ranks=self._ranks,
+                turn=turn,
+            )
         except BaseException as cause:
-            _log.error("saving step %d into %s failed: %s", step, self._root, cause)
+            _log.error("saving step %d into %s failed: %s", step, self._place.show(), cause)
             self._failure = (step, cause)
 
     def _failed(self, step: int, cause: BaseException) -> SaveFailed:
-        good = self.latest()
+        good, where = self.latest(), self._place.show()
         if good == step:
-            return SaveFailed(f"step {step} is in {self._root}, but removing older ones failed: {cause}")
+            return SaveFailed(f"step {step} is in {where}, but removing older ones failed: {cause}")
         kept = "no step was saved before" if good is None else f"the last good step is {good}"
         return SaveFailed(
-            f"saving step {step} into {self._root} failed: {cause}; {kept}, and the state in memory is unharmed: "
+            f"saving step {step} into {where} failed: {cause}; {kept}, and the state in memory is unharmed: "
             "free space or mend the folder, then save again"
         )

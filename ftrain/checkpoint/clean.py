@@ -1,54 +1,37 @@
-"""Delete checkpoints: on request, by retention, and what a crash has left."""
+"""Delete checkpoints: on request and by retention."""
 
 import logging
-from pathlib import Path
 
 from ftrain.checkpoint import manifest as manifests
-from ftrain.checkpoint.durable import remove_folder, sync_path, write_text
 from ftrain.checkpoint.errors import DamagedCheckpoint
-from ftrain.checkpoint.folders import LATEST, latest, leftovers, step_folder, steps
+from ftrain.checkpoint.place import Place
 from ftrain.checkpoint.retention import Retention, to_delete
+from ftrain.checkpoint.roots import Root, open_place
 
 _log = logging.getLogger("ftrain.checkpoint")
 
 
-def delete(root: str | Path, step: int) -> None:
+def delete(root: Root, step: int) -> None:
     """Delete one step. If it is the latest, the highest other one becomes the latest, before anything is gone."""
-    root = Path(root)
-    here = steps(root)
+    place = open_place(root)
+    here = place.steps()
     if step not in here:
-        raise ValueError(f"{root} holds no step {step}; it holds {', '.join(map(str, here)) or 'none'}")
-    if latest(root) == step:
-        others = [other for other in here if other != step]
-        if others:
-            write_text(root / LATEST, f"{others[-1]}\n")
-        else:
-            (root / LATEST).unlink(missing_ok=True)
-            sync_path(root)
-    remove_folder(step_folder(root, step))
+        raise ValueError(f"{place.show()} holds no step {step}; it holds {', '.join(map(str, here)) or 'none'}")
+    place.delete(step)
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove what interrupted saves and deletions have left. Only for a process that holds the `WriterLock`."""
-    for path in leftovers(root):
-        if path.is_dir():
-            remove_folder(path)
-        else:
-            path.unlink()
-
-
-def apply_retention(root: Path, keep: Retention) -> list[int]:
+def apply_retention(place: Place, keep: Retention) -> list[int]:
     """Delete the steps that `keep` does not ask for, never the latest; the deleted ones, ascending."""
-    measured = {step: _metrics(root, step) if keep.best else {} for step in steps(root)}
-    unwanted = to_delete(measured, keep, protected=latest(root))
+    measured = {step: _metrics(place, step) if keep.best else {} for step in place.steps()}
+    unwanted = to_delete(measured, keep, protected=place.latest())
     for step in unwanted:
-        delete(root, step)
+        place.delete(step)
     return unwanted
 
 
-def _metrics(root: Path, step: int) -> dict[str, float]:
+def _metrics(place: Place, step: int) -> dict[str, float]:
     try:
-        return manifests.load(step_folder(root, step)).metrics
+        return manifests.load(place, step).metrics
     except DamagedCheckpoint as error:
         _log.warning("%s: it is not counted among the best steps", error)
         return {}

@@ -6,14 +6,17 @@
     ROOT/global_step_N/optimizer/               leaves below `opt_state`
     ROOT/global_step_N/extra_state/             everything else: step, keys, data position
     ROOT/global_step_N/hf_ckpt/                 optional, safetensors for Hugging Face
+    ROOT/global_step_N/PART/rank_R/d/           the data files that rank R of several wrote of a part
     ROOT/global_step_N.tmp-HEX/                 being written, or left by a crash
     ROOT/global_step_N.old-HEX/                 being deleted, or left by a crash
 
-The names are those of VeOmni. A step exists when its final name exists: the rename is the commit.
+The names are those of VeOmni. A step exists when its final name exists: the rename is the commit. (Object stores
+cannot rename: see bucket.py.)
 """
 
 import re
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -25,9 +28,14 @@ _STEP = re.compile(r"global_step_(\d+)")
 _LEFTOVER = re.compile(r"(global_step_\d+|latest_checkpointed_iteration\.txt)(\.(tmp|old)-[0-9a-f]+)+")
 
 
+def step_name(step: int) -> str:
+    """The name of a committed step's folder."""
+    return f"global_step_{step}"
+
+
 def step_folder(root: Path, step: int) -> Path:
     """Where step `step` lives once it is committed."""
-    return root / f"global_step_{step}"
+    return root / step_name(step)
 
 
 def temporary(path: Path) -> Path:
@@ -42,33 +50,20 @@ def discarded(path: Path) -> Path:
 
 def leftovers(root: Path) -> list[Path]:
     """What crashed or running saves and deletions have left in `root`."""
-    return sorted(p for p in _entries(root) if _LEFTOVER.fullmatch(p.name))
+    entries = root.iterdir() if root.is_dir() else []
+    return sorted(p for p in entries if _LEFTOVER.fullmatch(p.name))
 
 
-def steps(root: str | Path) -> list[int]:
-    """The steps that `root` holds, ascending; empty when there is no such folder."""
-    found = ((p, _STEP.fullmatch(p.name)) for p in _entries(Path(root)))
-    return sorted(int(m[1]) for p, m in found if m and (p / MANIFEST).is_file())
+def steps_of(names: Iterable[str]) -> list[int]:
+    """The steps whose folders are among these names, ascending."""
+    return sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name)))
 
 
-def latest(root: str | Path) -> int | None:
-    """The last committed step, or None when nothing was saved.
-
-    It is the step that `latest_checkpointed_iteration.txt` names; where that file is missing or names a step that is
-    not there (somebody moved it), the highest step that is.
-    """
-    here = steps(root)
-    try:
-        named = int((Path(root) / LATEST).read_text().strip())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        named = -1
-    return named if named in here else max(here, default=None)
+def named_step(text: str) -> int | None:
+    """The step that the content of `latest_checkpointed_iteration.txt` names; None for what names none."""
+    return int(text) if text.strip().isdecimal() else None
 
 
 def part_of(path: str) -> str:
     """The sub-folder for the leaf at this dotted path: `model`, `optimizer` or `extra_state`."""
     return PARTS.get(path.split(".", 1)[0], OTHER_PART)
-
-
-def _entries(root: Path) -> list[Path]:
-    return list(root.iterdir()) if root.is_dir() else []

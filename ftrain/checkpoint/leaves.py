@@ -7,37 +7,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ftrain import tree
-from ftrain.checkpoint.chunks import chunk_shape
-from ftrain.checkpoint.dtypes import dtype_name
-from ftrain.checkpoint.folders import part_of
-from ftrain.checkpoint.manifest import ArrayLeaf, Scalar
+from ftrain.checkpoint.boxes import Division, Divisions, Window
+from ftrain.checkpoint.manifest import Scalar
 
 _SCALARS = (bool, int, float, str)
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaves:
-    """The leaves of one state by path, in the order of the tree."""
+    """The leaves of one state by path, in the order of the tree.
+
+    `tensors` are what this process holds; of those in `divisions` that is a part of an array spread over ranks, the
+    others are whole (and in a run of several processes equal on all of them).
+    """
 
     tensors: dict[str, Tensor]
     scalars: dict[str, Scalar]
+    divisions: dict[str, Division] = dataclasses.field(default_factory=dict)
 
 
+@torch.no_grad()
 def named_leaves(state: Any) -> Leaves:
     """Split a state into tensors and plain values (bool, int, float, str).
 
     Raises:
-        ValueError: a leaf is of another type, is spread over ranks, or has the name of another one.
+        ValueError: a leaf is of another type, is not dense, or has the name of another one.
     """
     values, _ = tree.flatten(state)
     paths = tree.paths(state)
     _require_unique(paths)
-    found = Leaves({}, {})
+    found, divisions = Leaves({}, {}), Divisions()
     for path, value in zip(paths, values, strict=True):
-        if isinstance(value, Tensor):
-            found.tensors[path] = _whole(path, value)
+        if isinstance(value, DTensor):
+            local = value.to_local()
+            found.divisions[path] = divisions.of(value, local, path)
+            found.tensors[path] = _dense(path, local)
+        elif isinstance(value, Window):
+            found.divisions[path] = Division(value.shape, value.box, {})
+            found.tensors[path] = torch.empty([n for _, n in value.box], dtype=value.dtype, device="meta")
+        elif isinstance(value, Tensor):
+            found.tensors[path] = _dense(path, value)
         elif type(value) in _SCALARS:
             found.scalars[path] = value
         else:
@@ -46,18 +58,6 @@ def named_leaves(state: Any) -> Leaves:
                 "make it one of these, or a static field of its struct"
             )
     return found
-
-
-def array_leaf(path: str, tensor: Tensor, chunk_bytes: int) -> ArrayLeaf:
-    """How a tensor will be stored."""
-    shape = tuple(tensor.shape)
-    return ArrayLeaf(
-        part=part_of(path),
-        key=storage_key(path),
-        shape=shape,
-        dtype=dtype_name(tensor.dtype, path),
-        chunk=chunk_shape(shape, shape, itemsize=tensor.itemsize, limit=chunk_bytes),
-    )
 
 
 def storage_key(path: str) -> str:
@@ -74,9 +74,7 @@ def _require_unique(paths: list[str]) -> None:
         )
 
 
-def _whole(path: str, tensor: Tensor) -> Tensor:
+def _dense(path: str, tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise ValueError(f"{path!r} is {tensor.layout}: a checkpoint holds dense tensors, call .to_dense() first")
-    if hasattr(tensor, "placements"):
-        raise ValueError(f"{path!r} is spread over ranks: gather it with .full_tensor() first")
     return tensor.detach()

@@ -6,10 +6,12 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from ftrain.checkpoint.place import Lock
+
 NAME = ".writer"
 
 
-class WriterLock:
+class WriterLock(Lock):
     """Holds the right to write checkpoints into one folder until `release`, or until the process ends."""
 
     def __init__(self, root: Path) -> None:

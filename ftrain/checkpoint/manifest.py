@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from ftrain.checkpoint.errors import DamagedCheckpoint
-from ftrain.checkpoint.folders import MANIFEST
+from ftrain.checkpoint.folders import MANIFEST, step_name
+from ftrain.checkpoint.place import FileRecord, Place
 
 VERSION = 1
 Scalar = bool | int | float | str
@@ -26,17 +26,10 @@ class ArrayLeaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileRecord:
-    """A file: its size in bytes, and the SHA-256 of those that are small (large ones carry a crc32c per chunk)."""
-
-    bytes: int
-    sha256: str | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What one checkpoint holds. `arrays` and `scalars` go by leaf path, `files` by name relative to the step's folder;
-    `database` and `checksum` are the `Storage` it was written with.
+    """What one checkpoint holds. `arrays` and `scalars` go by leaf path; `database` and `checksum` are the `Storage` it
+    was written with. `files` go by name relative to `base`, a folder in the step's own ("" but where a step was written
+    again in a place that cannot rename).
     """
 
     step: int
@@ -46,6 +39,7 @@ class Manifest:
     scalars: dict[str, Scalar]
     metrics: dict[str, float]
     files: dict[str, FileRecord]
+    base: str = ""
 
 
 def dumps(manifest: Manifest) -> str:
@@ -60,21 +54,22 @@ def dumps(manifest: Manifest) -> str:
     return _canonical({**body, "sha256": _digest(body)})
 
 
-def load(folder: Path) -> Manifest:
-    """Read and check the manifest of the step in `folder`.
+def load(place: Place, step: int) -> Manifest:
+    """Read and check the manifest of a step.
 
     Raises:
         DamagedCheckpoint: it is missing, or not the text that was written.
         ValueError: it was written by a newer version.
     """
-    path = folder / MANIFEST
+    name = f"{step_name(step)}/{MANIFEST}"
+    path = place.show(name)
     try:
-        text = path.read_bytes().decode()
+        text = place.read(name).decode()
         body = json.loads(text)
         claimed = body.pop("sha256")
         intact = claimed == _digest(body) and text == _canonical({**body, "sha256": claimed})
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path} is missing: {folder} is not a complete checkpoint") from None
+        raise DamagedCheckpoint(f"{path} is missing: this is not a complete checkpoint") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}): restore another step") from error
     if not intact:
@@ -82,12 +77,6 @@ def load(folder: Path) -> Manifest:
     if body["version"] > VERSION:
         raise ValueError(f"{path} has version {body['version']}, this ftrain reads up to {VERSION}: upgrade ftrain")
     return _from_json(body)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_json(body: dict[str, Any]) -> Manifest:
@@ -103,6 +92,7 @@ def _from_json(body: dict[str, Any]) -> Manifest:
         scalars={path: _decode(value) for path, value in body["scalars"].items()},
         metrics={name: float(_decode(value)) for name, value in body["metrics"].items()},
         files={name: FileRecord(**record) for name, record in body["files"].items()},
+        base=body.get("base", ""),
     )
 
 

@@ -29,7 +29,7 @@ class Spare:
             copies[path] = self._buffer(path, tensor).copy_(tensor, non_blocking=True)
         for device in {t.device for t in leaves.tensors.values() if t.device.type == "cuda"}:
             torch.cuda.synchronize(device)
-        return Leaves(copies, dict(leaves.scalars))
+        return Leaves(copies, dict(leaves.scalars), dict(leaves.divisions))
 
     def _buffer(self, path: str, tensor: Tensor) -> Tensor:
         old = self._buffers.get(path)

@@ -1,97 +1,199 @@
-"""Commit one checkpoint: everything under a temporary name, synced, then the manifest, then two renames."""
+"""Commit one checkpoint: the data under a temporary name, synced, then the manifest, then the names that count."""
 
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from ftrain.checkpoint import manifest as manifests
-from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Piece, Storage, write_part
-from ftrain.checkpoint.clean import remove_leftovers
-from ftrain.checkpoint.dtypes import as_array
-from ftrain.checkpoint.durable import make_folder, publish, sync_tree, write_text
-from ftrain.checkpoint.folders import LATEST, MANIFEST, step_folder, temporary
-from ftrain.checkpoint.leaves import Leaves, array_leaf, named_leaves
-from ftrain.checkpoint.lock import WriterLock
-from ftrain.checkpoint.manifest import FileRecord, Manifest
+from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
+from ftrain.checkpoint.clean import apply_retention
+from ftrain.checkpoint.errors import SaveFailed
+from ftrain.checkpoint.fill import Work, join_shares, write_share
+from ftrain.checkpoint.folders import step_name
+from ftrain.checkpoint.leaves import Leaves, named_leaves
+from ftrain.checkpoint.manifest import Manifest
+from ftrain.checkpoint.place import FileRecord, Place, base_of
+from ftrain.checkpoint.ranks import Ranks
+from ftrain.checkpoint.report import Report
+from ftrain.checkpoint.retention import KEEP_ALL, Retention
+from ftrain.checkpoint.roots import Root, open_place
 
-_HASHED_BYTES = 2**20
+_Found = TypeVar("_Found")
 
 
 def save(
     state: Any,
-    root: str | Path,
+    root: Root,
     step: int,
     *,
     metrics: Mapping[str, float] | None = None,
     storage: Storage = DEFAULT_STORAGE,
 ) -> None:
-    """Save a tree as step `step` of `root` and return when it is on the disk. `Checkpointer` does so in background.
+    """Save a tree as step `step` of `root` and return when it is on the disk, from one process.
+
+    `Checkpointer` does so in background, and from many processes.
 
     Raises:
         ValueError: a leaf cannot be saved, or another run writes into `root`.
         OSError: the disk is full, the folder is read-only, ...; what was saved before is untouched.
     """
-    leaves = named_leaves(state)
-    make_folder(Path(root))
-    lock = WriterLock(Path(root))
+    leaves, place = named_leaves(state), open_place(root)
+    require_whole(leaves, Ranks())
+    lock = place.lock()
     try:
-        remove_leftovers(Path(root))
-        write_checkpoint(Path(root), step, leaves, storage=storage, metrics=metrics or {})
+        write_checkpoint(place, step, leaves, storage=storage, metrics=metrics or {})
     finally:
         lock.release()
 
 
-def write_checkpoint(root: Path, step: int, leaves: Leaves, *, storage: Storage, metrics: Mapping[str, float]) -> None:
-    """Write the leaves as step `step` of `root`; when this returns, they survive a power cut.
+def require_whole(leaves: Leaves, ranks: Ranks) -> None:
+    """ValueError that names an array which is spread over ranks, when one process alone is to save it."""
+    if ranks.world == 1:
+        for path, division in leaves.divisions.items():
+            if not division.boxes:
+                raise ValueError(f"{path!r} is a Window, which has no values to save: save the tensor it describes")
+            if len(division.boxes) != 1:
+                raise ValueError(
+                    f"{path!r} is spread over {len(division.boxes)} ranks and one saves: on all ranks use "
+                    "Checkpointer(..., ranks=Ranks.of_run()), or gather it with .full_tensor() first"
+                )
 
-    The order makes a step exist or not: data, sync, manifest, sync, rename to `global_step_N`, sync, replace
-    `latest_checkpointed_iteration.txt` by rename, sync. A crash leaves the previous `latest` and a folder with a
-    temporary name. Tensors on the CPU that are contiguous are read where they lie.
+
+def write_checkpoint(
+    place: Place,
+    step: int,
+    leaves: Leaves,
+    *,
+    storage: Storage,
+    metrics: Mapping[str, float],
+    keep: Retention = KEEP_ALL,
+    ranks: Ranks | None = None,
+    turn: int = 0,
+) -> None:
+    """Write the leaves as step `step`; when this returns, they survive a power cut. Rank 0 holds the place's lock.
+
+    The order makes a step exist or not: data, sync, manifest, sync, and only then the step's name and `latest`. A
+    crash leaves the previous `latest` and a folder with a temporary name. Of several `ranks` each writes its share
+    below that one folder; when all are done rank 0 commits. An error on one is an error on all, with the rank's name.
+    Tensors on the CPU that are contiguous are read where they lie.
     """
-    made = temporary(step_folder(root, step))
-    made.mkdir()
+    ranks = ranks or Ranks()
+    share = _Share(place, leaves, storage, ranks)
+    if ranks.rank == 0:
+        _lead(share, step, metrics, keep, turn)
+    else:
+        _follow(share, turn)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a rank writes, and with whom."""
+
+    place: Place
+    leaves: Leaves
+    storage: Storage
+    ranks: Ranks
+
+    def write(self, folder: str) -> tuple[Work, Mapping[str, FileRecord]]:
+        """Write it; what all ranks write, and the files that this one has written."""
+        work = Work.of(self.leaves, self.storage, self.ranks.world)
+        return work, write_share(self.place, folder, work, self.ranks.rank)
+
+
+def _lead(share: _Share, step: int, metrics: Mapping[str, float], keep: Retention, turn: int) -> None:
+    place, ranks, folder = share.place, share.ranks, ""
     try:
-        _fill(made, step, leaves, storage, metrics)
-        publish(made, step_folder(root, step))
-        write_text(root / LATEST, f"{step}\n")
-    except BaseException:
-        # What could not be written is removed at once: on a full disk, room for the next try. A second error here would
-        # hide the first, and the next save cleans up anyway.
-        shutil.rmtree(made, ignore_errors=True)
+        folder = _saying(ranks, turn, "begin", lambda: _begin(place, step))
+        written = _attempt(lambda: share.write(folder))
+        reports = [Report.parse(ranks.hear(turn, "done", rank)) for rank in range(1, ranks.world)]
+        ranks.forget(turn)
+        if isinstance(written, BaseException):
+            raise written
+        work, _ = written
+        _require_same(work, reports)
+        records = {name: record for report in reports for name, record in (report.files or {}).items()}
+        files = join_shares(place, folder, work, records)
+        manifest = _manifest(step, work, metrics, files, base_of(folder, step_name(step)))
+        place.commit(folder, step, manifests.dumps(manifest))
+    except BaseException as error:
+        if folder:
+            place.abort(folder)
+        ranks.say(turn, "end", Report.of(error).text())
         raise
+    _saying(ranks, turn, "end", lambda: str(apply_retention(place, keep)))
 
 
-def _fill(made: Path, step: int, leaves: Leaves, storage: Storage, metrics: Mapping[str, float]) -> None:
-    arrays = {path: array_leaf(path, tensor, storage.chunk_bytes) for path, tensor in leaves.tensors.items()}
-    pieces = {path: [_whole_piece(tensor)] for path, tensor in leaves.tensors.items()}
-    for part in sorted({leaf.part for leaf in arrays.values()}):
-        write_part(made / part, {path: leaf for path, leaf in arrays.items() if leaf.part == part}, pieces, storage)
-    sync_tree(made)
-    manifest = Manifest(
-        step=step,
-        database=storage.database,
-        checksum=storage.checksum,
-        arrays=arrays,
-        scalars=leaves.scalars,
-        metrics=dict(metrics),
-        files=_records(made),
-    )
-    write_text(made / MANIFEST, manifests.dumps(manifest))
+def _follow(share: _Share, turn: int) -> None:
+    ranks = share.ranks
+    begun = _heard(ranks, turn, "begin")
+    written = _attempt(lambda: share.write(begun.folder))
+    if isinstance(written, BaseException):
+        ranks.say(turn, "done", Report.of(written).text())
+        raise written
+    work, files = written
+    ranks.say(turn, "done", Report(files=files, leaves=work.digest(), scalars=work.leaves.scalars).text())
+    _heard(ranks, turn, "end")
+    ranks.forget(turn + 1)
 
 
-def _whole_piece(tensor: Tensor) -> Piece:
-    values = as_array(tensor.to("cpu", memory_format=torch.contiguous_format).resolve_conj().resolve_neg().contiguous())
-    return Piece((0,) * values.ndim, values)
+def _begin(place: Place, step: int) -> str:
+    place.clean()
+    return place.begin(step)
 
 
-def _records(folder: Path) -> dict[str, FileRecord]:
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest = manifests.file_digest(path) if size <= _HASHED_BYTES else None
-        found[path.relative_to(folder).as_posix()] = FileRecord(size, digest)
+def _saying(ranks: Ranks, turn: int, topic: str, function: Callable[[], str]) -> str:
+    """Call a function of rank 0 and tell the others what it gave, or why it failed."""
+    try:
+        found = function()
+    except BaseException as error:
+        ranks.say(turn, topic, Report.of(error).text())
+        raise
+    ranks.say(turn, topic, Report(folder=found).text())
     return found
+
+
+def _heard(ranks: Ranks, turn: int, topic: str) -> Report:
+    report = Report.parse(ranks.hear(turn, topic, 0))
+    if report.error is not None:
+        raise SaveFailed(report.error)
+    return report
+
+
+def _attempt(function: Callable[[], _Found]) -> _Found | BaseException:
+    """What it gives, or its error, which is kept until the other ranks have been heard: they still write."""
+    try:
+        return function()
+    except BaseException as error:
+        return error
+
+
+def _require_same(work: Work, reports: list[Report]) -> None:
+    for rank, report in enumerate(reports, start=1):
+        if report.error is not None:
+            raise SaveFailed(f"rank {rank}: {report.error}")
+    for rank, report in enumerate(reports, start=1):
+        theirs, ours = report.scalars or {}, json.loads(json.dumps(work.leaves.scalars))
+        other = [path for path in {**ours, **theirs} if repr(theirs.get(path)) != repr(ours.get(path))]
+        if other:
+            raise SaveFailed(
+                f"rank {rank} saves {theirs.get(other[0])!r} as {other[0]!r} and rank 0 {ours.get(other[0])!r}: plain "
+                "values must be equal on all ranks"
+            )
+        if report.leaves != work.digest():
+            raise SaveFailed(f"rank {rank} saves other arrays than rank 0: all ranks must save one state")
+
+
+def _manifest(
+    step: int, work: Work, metrics: Mapping[str, float], files: Mapping[str, FileRecord], base: str
+) -> Manifest:
+    return Manifest(
+        step=step,
+        database=work.storage.database,
+        checksum=work.storage.checksum,
+        arrays=work.arrays,
+        scalars=work.leaves.scalars,
+        metrics=dict(metrics),
+        files=dict(files),
+        base=base,
+    )

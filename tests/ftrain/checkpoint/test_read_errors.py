@@ -100,7 +100,7 @@ def test_a_damaged_file_is_named_and_the_last_good_step_still_loads(tmp_path, st
 
 def test_any_flipped_byte_of_a_large_data_file_is_found(tmp_path, monkeypatch):
     """Files too large for a hash in the manifest rely on the checksums of their chunks, nodes and metadata."""
-    monkeypatch.setattr("ftrain.checkpoint.write._HASHED_BYTES", -1)
+    monkeypatch.setattr("ftrain.checkpoint.local.HASHED_BYTES", -1)
     state = {"params": {"w": torch.randn(40), "b": torch.arange(9), "m": torch.tensor([True, False])}}
     save(state, tmp_path, 1, storage=Storage(chunk_bytes=64))
     for path in data_files(tmp_path / "global_step_1"):
@@ -114,7 +114,7 @@ def test_any_flipped_byte_of_a_large_data_file_is_found(tmp_path, monkeypatch):
 
 
 def test_a_flipped_chunk_names_its_leaf(tmp_path, monkeypatch):
-    monkeypatch.setattr("ftrain.checkpoint.write._HASHED_BYTES", -1)
+    monkeypatch.setattr("ftrain.checkpoint.local.HASHED_BYTES", -1)
     state = {"params": {"first": torch.full((64,), 1.0), "second": torch.full((64,), 2.0)}}
     save(state, tmp_path, 1)
     (path,) = data_files(tmp_path / "global_step_1" / "model" / "d")

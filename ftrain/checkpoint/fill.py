@@ -1,0 +1,97 @@
+"""The data of one save: a rank's share of it, and the joining of all shares into one database per part.
+
+Rank 0 writes into `model/`, and the metadata of all arrays; rank r into the database `model/rank_r/`, so that no two
+write one. Joined, `model/` refers to the data files of the others, which stay where they are. Without databases a chunk
+is a file, and the ranks write theirs side by side.
+"""
+
+import dataclasses
+import hashlib
+import json
+
+import torch
+from torch import Tensor
+
+from ftrain.checkpoint.arrays import Piece, Storage, merge_databases, write_part
+from ftrain.checkpoint.boxes import Box
+from ftrain.checkpoint.dtypes import as_array
+from ftrain.checkpoint.leaves import Leaves
+from ftrain.checkpoint.manifest import ArrayLeaf
+from ftrain.checkpoint.place import FileRecord, Place, Records, join
+from ftrain.checkpoint.shares import divide_work, stored_arrays
+
+_DATABASE = "manifest.ocdbt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One save: how each leaf is stored (`arrays`), and by rank the boxes that it writes, by path (`boxes`)."""
+
+    leaves: Leaves
+    storage: Storage
+    arrays: dict[str, ArrayLeaf]
+    boxes: list[dict[str, Box]]
+
+    @staticmethod
+    def of(leaves: Leaves, storage: Storage, world: int) -> "Work":
+        """The same on every rank, but for the values in `leaves`."""
+        return Work(leaves, storage, stored_arrays(leaves, storage.chunk_bytes), divide_work(leaves, world))
+
+    def parts(self, rank: int) -> list[str]:
+        """The parts into which a rank writes."""
+        paths = self.arrays if rank == 0 else self.boxes[rank]
+        return sorted({self.arrays[path].part for path in paths})
+
+    def digest(self) -> str:
+        """A text that is equal on two ranks if they save the same leaves."""
+        plain = [(path, *dataclasses.astuple(leaf)) for path, leaf in self.arrays.items()]
+        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+def write_share(place: Place, folder: str, work: Work, rank: int) -> dict[str, FileRecord]:
+    """Write a rank's share below `folder`; the files that it alone has written (for rank 0: none, see `join_shares`).
+
+    Raises:
+        OSError: the disk is full, the folder is read-only, another rank's folder is not to be seen from here, ...
+    """
+    if not place.sees(folder):
+        raise FileNotFoundError(
+            f"rank {rank} does not see {place.show(folder)}, which rank 0 has made: all ranks must save into one "
+            "folder that they share, not each into one of its own machine"
+        )
+    records: dict[str, FileRecord] = {}
+    context = place.context()
+    for part in work.parts(rank):
+        paths = work.arrays if rank == 0 else work.boxes[rank]
+        leaves = {path: work.arrays[path] for path in paths if work.arrays[path].part == part}
+        pieces = {path: [_piece(work.leaves.tensors[path], work.boxes[rank][path])]
+                  for path in leaves if path in work.boxes[rank]}  # fmt: skip
+        below = join([part, _own_folder(work, rank)])
+        write_part(place.kvstore(join([folder, below])), leaves, pieces, work.storage, context, create=rank == 0)
+        if below != part:
+            records.update(place.records(folder, below))
+    return records
+
+
+def join_shares(place: Place, folder: str, work: Work, records: Records) -> dict[str, FileRecord]:
+    """After all ranks have written: one database per part, and the step's files. `records`: those of the others."""
+    files = dict(records)
+    others = [rank for rank in range(1, len(work.boxes)) if work.storage.database]
+    for part in work.parts(0):
+        names = [_own_folder(work, rank) for rank in others if part in work.parts(rank)]
+        if names:
+            merge_databases(place.kvstore(join([folder, part])), names, place.context())
+        for name in names:
+            # Left alone it would be a second, partial database that nobody checks.
+            place.remove(join([folder, part, name, _DATABASE]))
+            del files[join([part, name, _DATABASE])]
+    return place.records(folder, known=files)
+
+
+def _own_folder(work: Work, rank: int) -> str:
+    return f"rank_{rank}" if work.storage.database and rank > 0 else ""
+
+
+def _piece(tensor: Tensor, box: Box) -> Piece:
+    host = tensor.to("cpu", memory_format=torch.contiguous_format).resolve_conj().resolve_neg().contiguous()
+    return Piece(tuple(start for start, _ in box), as_array(host))

@@ -1,0 +1,98 @@
+"""The processes that save together, and what they tell each other: short texts in the store of torch.distributed.
+
+Never through a process group: a save goes on behind the training steps, whose collectives must not meet others in
+between. Every rank works on a save under the same number, its `turn`.
+"""
+
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from sharding.heartbeat import Heartbeat
+from sharding.private import default_store
+
+_PATIENCE = 5.0
+
+
+class Ranks:
+    """This process's `rank` among the `world` that call `save` together, in one order. `Ranks()` is a process alone."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
+        self._turn = 0
+
+    @staticmethod
+    def of_run(*, timeout: float = 1800.0) -> "Ranks":
+        """All ranks of torch.distributed, or this process alone where that is not initialised. All call it, in one
+        order. A rank that lives but has not done its part of a save `timeout` seconds after another one fails the save.
+        """
+        return _Stored(timeout) if dist.is_initialized() and dist.get_world_size() > 1 else Ranks()
+
+    def turn(self) -> int:
+        """The number of the next save: each call of this is one on every rank."""
+        self._turn += 1
+        return self._turn
+
+    def say(self, turn: int, topic: str, text: str) -> None:
+        """Tell the others something, once per turn and topic."""
+
+    def hear(self, turn: int, topic: str, rank: int) -> str:
+        """What a rank says on a topic; waits for it.
+
+        Raises:
+            RuntimeError: the rank no longer answers; it is named.
+            TimeoutError: it lives and says nothing.
+        """
+        raise ValueError(f"rank {rank} was asked for {topic} of save {turn}, and this process is alone")
+
+    def forget(self, before: int) -> None:
+        """Remove from the store what this rank said in turns below `before`: everybody has heard it."""
+
+
+class _Stored(Ranks):
+    def __init__(self, timeout: float) -> None:
+        super().__init__()
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._timeout = timeout
+        # A connection per thread: one that waits would hold up the other.
+        self._local = threading.local()
+        number = self._store().add(f"ftrain/checkpoint/made/{self.rank}", 1)
+        self._prefix = f"ftrain/checkpoint/{number}"
+        self._said: list[tuple[int, str]] = []
+        self._heartbeat = Heartbeat()
+
+    def say(self, turn: int, topic: str, text: str) -> None:
+        key = self._key(turn, topic, self.rank)
+        self._said.append((turn, key))
+        self._store().set(key, text)
+
+    def hear(self, turn: int, topic: str, rank: int) -> str:
+        key, begun = self._key(turn, topic, rank), time.monotonic()
+        while True:
+            try:
+                self._store().wait([key], timedelta(seconds=_PATIENCE))
+                return self._store().get(key).decode()
+            except dist.DistStoreError:
+                if rank in self._heartbeat.silent():
+                    raise RuntimeError(f"rank {rank} no longer answers") from None
+                if time.monotonic() - begun > self._timeout:
+                    raise TimeoutError(
+                        f"rank {rank} has not come to {topic!r} of save {turn} within {self._timeout:.0f} s: all ranks "
+                        "must save the same steps"
+                    ) from None
+
+    def forget(self, before: int) -> None:
+        old = [entry for entry in self._said if entry[0] < before]
+        for entry in old:
+            self._said.remove(entry)
+            self._store().delete_key(entry[1])
+
+    def _store(self) -> dist.Store:
+        if not hasattr(self._local, "store"):
+            self._local.store = default_store().clone()
+        return self._local.store
+
+    def _key(self, turn: int, topic: str, rank: int) -> str:
+        return f"{self._prefix}/{turn}/{topic}/{rank}"

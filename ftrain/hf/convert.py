@@ -1,0 +1,213 @@
+"""From a folder in Hugging Face's format to a checkpoint, and back, in little memory: `ftrain convert`."""
+
+import ctypes
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ftrain.checkpoint import latest
+from ftrain.checkpoint.dtypes import DTYPES
+from ftrain.checkpoint.folders import step_folder
+from ftrain.hf.files import CONFIG, HfFolder, read_json
+from ftrain.hf.load import check_fit, read_parts, stored_dtypes
+from ftrain.hf.save import HfWriter
+from ftrain.hf.shards import Entry, cast_dtype, parse_size
+from ftrain.hf.stream import Group, Range, SavedArrays, groups, save_stream
+from modules import decoder
+from modules.hf_config import decoder_config
+from modules.hf_names import HfTensor, decoder_names
+from modules.spec import ParamSpec, leaves_with_paths
+
+ASSETS = "model_assets"  # beside the steps, as in VeOmni: config.json, the tokenizer
+_ASSET_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert weights between Hugging Face's format and checkpoints, in memory that does not grow with the model.
+
+    Either --from-hf DIR --to DIR, or --from-ckpt DIR [--to-hf DIR].
+    """
+
+    from_hf: Path | None = None
+    """A folder with config.json and safetensors."""
+    to: Path | None = None
+    """With --from-hf: the folder of checkpoints; it gets global_step_N, and the small files in model_assets."""
+    from_ckpt: Path | None = None
+    """A folder of checkpoints, which holds global_step_N."""
+    to_hf: Path | None = None
+    """With --from-ckpt: the folder to write. Default: hf_ckpt in the step's own folder."""
+    step: int | None = None
+    """The step to read (default: the latest), or to write (default: 0)."""
+    config: Path | None = None
+    """With --from-ckpt: the config.json of the model. Default: model_assets/config.json beside the steps."""
+    params: str = "params"
+    """The path of the model's parameters in the state, as "params.foundation" or "extra.average"."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Cast floating-point weights. Default: as they are."""
+    max_shard: str = "5GB"
+    """With --from-ckpt: the largest file."""
+
+
+def run(options: Convert) -> int:
+    """The subcommand; the exit code. Raises `ValueError` for options and folders that do not fit."""
+    o = options
+    _give_freed_memory_back()
+    dtype = None if o.dtype is None else DTYPES[o.dtype]
+    if o.from_hf is not None and o.to is not None and o.from_ckpt is None and o.to_hf is None:
+        step = 0 if o.step is None else o.step
+        hf_to_checkpoint(o.from_hf, o.to, step=step, params=o.params, dtype=dtype)
+        print(f"wrote step {step} of {o.to}")
+    elif o.from_ckpt is not None and o.from_hf is None and o.to is None:
+        made = checkpoint_to_hf(
+            o.from_ckpt,
+            o.to_hf,
+            step=o.step,
+            params=o.params,
+            dtype=dtype,
+            config=o.config,
+            max_shard=o.max_shard,
+        )
+        print(f"wrote {made}")
+    else:
+        raise ValueError("convert needs either --from-hf DIR --to DIR or --from-ckpt DIR [--to-hf DIR]")
+    return 0
+
+
+def hf_to_checkpoint(
+    folder: Path, root: Path, *, step: int = 0, params: str = "params", dtype: torch.dtype | None = None
+) -> None:
+    """Write the decoder in `folder` as step `step` of the checkpoints in `root`, its parameters at path `params`.
+
+    `ftrain.checkpoint.restore({"params": abstract}, root, step)` reads it. The dtypes are those of the files, or
+    `dtype` for floating-point weights. `config.json`, the tokenizer and such are copied to `root/model_assets`.
+
+    Raises `ValueError` where the folder is not that of a decoder we have (see `decoder_config`, `load_hf`).
+    """
+    here = HfFolder.open(folder)
+    cfg = decoder_config(here.config())
+    names = decoder_names(cfg)
+    wanted = {path: Entry(spec.shape, spec.dtype) for path, spec in leaves_with_paths(decoder.specs(cfg))}
+    check_fit(here, wanted, names)
+    wanted |= {p: Entry(wanted[p].shape, cast_dtype(own, dtype)) for p, own in stored_dtypes(here, names).items()}
+    order = _by_file(here, wanted, names)
+    leaves = {f"{params}.{p}": torch.empty(wanted[p].shape, dtype=wanted[p].dtype, device="meta") for p in order}
+
+    def produce(group: Group) -> Mapping[str, Tensor]:
+        own = {path.removeprefix(f"{params}."): part for path, part in group.items()}
+        parts = {path: part.box(wanted[path].shape) for path, part in own.items()}
+        return {f"{params}.{p}": t for p, t in read_parts(here, wanted, names, parts).items()}
+
+    largest = max(file.stat().st_size for file in {stored.file for stored in here.tensors.values()})
+    save_stream(root, step, leaves, produce, limit=_part_bytes(largest))
+    _copy_assets(here.path, root / ASSETS)
+
+
+def checkpoint_to_hf(
+    root: Path,
+    folder: Path | None = None,
+    *,
+    step: int | None = None,
+    params: str = "params",
+    dtype: torch.dtype | None = None,
+    config: Path | None = None,
+    max_shard: int | str = "5GB",
+) -> Path:
+    """Write the decoder whose parameters are at path `params` of a saved state in Hugging Face's format.
+
+    `folder`: where to; default `hf_ckpt` in the step's folder. `step`: default the latest. `config`: the `config.json`
+    of the model; default `root/model_assets/config.json`, whose neighbours (the tokenizer) are then copied too. The
+    folder that was written is returned.
+
+    Raises `ValueError` where the configuration and the saved leaves do not fit; `DamagedCheckpoint`.
+    """
+    assets = root / ASSETS
+    described = read_json(assets / CONFIG if config is None else config)
+    step = latest(root) if step is None else step
+    if step is None:
+        raise ValueError(f"{root} holds no checkpoint: it has no folder global_step_N with a manifest")
+    cfg = decoder_config(described)
+    names = decoder_names(cfg)
+    saved = SavedArrays(root, step, params)
+    stored = _stored(saved, f"step {step} of {root}", params, dict(leaves_with_paths(decoder.specs(cfg))))
+    entries = {path: Entry(leaf.shape, cast_dtype(leaf.dtype, dtype)) for path, leaf in stored.items()}
+    folder = step_folder(root, step) / "hf_ckpt" if folder is None else folder
+    with HfWriter(folder, described, entries, names, max_shard=max_shard) as writer:
+        for group in _parts_to_write(saved, params, writer, stored, _part_bytes(parse_size(max_shard))):
+            for path, values in saved.read(group).items():
+                writer.write(path.removeprefix(f"{params}."), values, start=group[path].start)
+    if config is None:
+        _copy_assets(assets, folder, leave_out=(CONFIG,))
+    return folder
+
+
+def _give_freed_memory_back() -> None:
+    """Let blocks of 1 MiB and more go back to the system when they are freed, for the rest of the process.
+
+    glibc raises that size by itself, to 32 MiB, and keeps what is smaller for each thread: with the threads of
+    tensorstore that is more than the conversion needs.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _part_bytes(file_bytes: int) -> int:
+    """How many bytes to hold at once: a quarter of a file, but no crumbs, and no more than pays."""
+    return min(2**28, max(2**23, file_bytes // 4))
+
+
+def _parts_to_write(
+    saved: SavedArrays, params: str, writer: HfWriter, stored: Mapping[str, Entry], limit: int
+) -> Iterator[Group]:
+    """Ranges of bytes of the files, and where that is one dim with the chunks', whole chunks."""
+    shapes, items, grain = {}, {}, {}
+    for own, leaf in stored.items():
+        path = f"{params}.{own}"
+        dim, chunk = writer.dim(own), saved.arrays[path].chunk
+        shapes[path], items[path] = leaf.shape, leaf.dtype.itemsize
+        grain[path] = Range(dim, 0, chunk[dim] if chunk and dim == 0 else 1)
+    return groups(shapes, items, grain, limit)
+
+
+def _stored(saved: SavedArrays, shown: str, params: str, specs: Mapping[str, ParamSpec]) -> dict[str, Entry]:
+    """Shape and dtype of the saved leaves below `params`, which must be those of the specs."""
+    here = {path.removeprefix(f"{params}."): leaf for path, leaf in saved.arrays.items()}
+    for path in sorted(set(specs) ^ set(here)):
+        lost = path in specs
+        raise ValueError(
+            f"{shown} has {'no' if lost else 'a'} leaf {f'{params}.{path}'!r}, which the decoder of "
+            f"config.json {'needs' if lost else 'has not'}: give the config.json of this model with --config"
+        )
+    for path, spec in specs.items():
+        if here[path].shape != spec.shape:
+            raise ValueError(
+                f"{f'{params}.{path}'!r} is {list(here[path].shape)} in {shown}, but {list(spec.shape)} "
+                "by config.json: give the config.json of this model with --config"
+            )
+    return {path: Entry(here[path].shape, DTYPES[here[path].dtype]) for path in specs}
+
+
+def _by_file(here: HfFolder, wanted: Iterable[str], names: tuple[HfTensor, ...]) -> list[str]:
+    """The leaves in the order in which the files hold them, so that each file is read in one go."""
+    first: dict[str, Path] = {}
+    for name in names:
+        if not name.copy:
+            file = here.tensors[name.name].file
+            first[name.leaf] = min(first.get(name.leaf, file), file)
+    return sorted(wanted, key=lambda path: first[path])
+
+
+def _copy_assets(source: Path, target: Path, *, leave_out: tuple[str, ...] = ()) -> None:
+    """The small files beside the weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        weights = file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in _ASSET_SUFFIXES and not weights and file.name not in leave_out:
+            shutil.copyfile(file, target / file.name)

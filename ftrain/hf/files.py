@@ -1,0 +1,161 @@
+"""A folder of safetensors as one mapping from names to tensors on disk; only headers are read here."""
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+
+# The format's names, in its order of dtypes: a file holds the tensors of later ones first.
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on disk: its file, shape and dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """The tensors of a model in `path`, by name, from `model.safetensors` or the files that its index lists."""
+
+    path: Path
+    tensors: dict[str, Stored]
+
+    @staticmethod
+    def open(path: str | Path) -> "HfFolder":
+        """Read the headers of a folder's files.
+
+        Raises `ValueError` where there are none, where a file is missing or damaged, or where the index and the files
+        disagree.
+        """
+        folder = Path(path)
+        tensors: dict[str, Stored] = {}
+        index = _index(folder)
+        for file in [folder / SINGLE] if index is None else sorted({folder / name for name in index.values()}):
+            tensors.update(_header(file))
+        if index is not None:
+            _check_index(folder, index, tensors)
+        return HfFolder(folder, tensors)
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` says."""
+        return read_json(self.path / CONFIG)
+
+    def find(self, name: str, *, wanted_for: str) -> Stored:
+        """The tensor of this name; `ValueError` names what it is `wanted_for` and the nearest name that is there."""
+        if name not in self.tensors:
+            near = difflib.get_close_matches(name, self.tensors, n=1, cutoff=0.8)
+            hint = f"; nearest there: {near[0]!r}" if near else ""
+            raise ValueError(
+                f"{self.path} has no tensor {name!r}, which is our {wanted_for!r}{hint}: "
+                "use the configuration that belongs to these weights (its config.json)"
+            )
+        return self.tensors[name]
+
+    def require_all_known(self, known: Iterable[str], *, besides: Iterable[str] = ()) -> None:
+        """`ValueError` if a tensor has none of the `known` names, and matches none of the globs `besides`."""
+        names, globs = set(known), tuple(besides)
+        others = set(self.tensors) - names
+        strange = sorted(name for name in others if not any(fnmatch.fnmatchcase(name, glob) for glob in globs))
+        if strange:
+            near = difflib.get_close_matches(strange[0], sorted(names), n=1, cutoff=0.8)
+            hint = f" (nearest known: {near[0]!r})" if near else ""
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            raise ValueError(
+                f"{self.path} holds {strange[0]!r}{hint}{more}, which this model has not: "
+                "use the configuration that belongs to these weights, or pass unexpected='ignore' to leave them out"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `ValueError` names the file if it is missing or is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: give a folder in Hugging Face's format") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object: copy it again")
+    return found
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """The file as safetensors' reader, which maps it into memory; `ValueError` names one that cannot be read."""
+    try:
+        reader = safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: download or copy the folder again") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}): download or copy it again") from error
+    with reader as tensors:
+        yield tensors
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor; `None` where one file holds all."""
+    if (folder / INDEX).is_file():
+        weights = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weights, dict) or not weights:
+            raise ValueError(f"{folder / INDEX} has no 'weight_map': copy it again")
+        return weights
+    if (folder / SINGLE).is_file():
+        return None
+    others = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+    found = f"; it holds {others[0]}, which is pickled: save it as safetensors first" if others else ""
+    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{found}")
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    found = {}
+    with opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # no dict
+            entry = tensors.get_slice(name)
+            if entry.get_dtype() not in DTYPES:
+                raise ValueError(
+                    f"{file}: {name!r} has dtype {entry.get_dtype()}, not read here; known: {', '.join(DTYPES)}"
+                )
+            found[name] = Stored(file, tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
+    return found
+
+
+def _check_index(folder: Path, index: dict[str, str], tensors: dict[str, Stored]) -> None:
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise ValueError(
+                f"{folder / INDEX} says that {file} holds {name!r}, but it does not: copy the folder again"
+            )
+    strange = sorted(set(tensors) - set(index))
+    if strange:
+        raise ValueError(
+            f"{tensors[strange[0]].file} holds {strange[0]!r}, which {INDEX} does not list: copy the folder again"
+        )

@@ -1,0 +1,217 @@
+"""From safetensors to a tree of parameters: tensor by tensor, each rank only what it keeps."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ftrain.checkpoint.boxes import Box, whole
+from ftrain.checkpoint.leaves import named_leaves
+from ftrain.hf.files import HfFolder, Stored, opened
+from ftrain.hf.shards import Entry
+from modules.hf_names import DERIVED, HfTensor
+from modules.spec import leaves_with_paths, map_with_paths
+
+_ROWS = 256
+
+
+def load_hf(
+    folder: str | Path | HfFolder,
+    specs: Any,
+    names: Iterable[HfTensor],
+    *,
+    windows: Mapping[str, Box] | None = None,
+    device: torch.device | str = "cpu",
+    unexpected: Literal["error", "ignore"] = "error",
+) -> Any:
+    """A tree of parameters as `specs` describe it, from the safetensors of `folder`.
+
+    Files are mapped into memory one after the other, and each tensor is copied to its place: beyond the result there is
+    at most one tensor in memory, and the pages of one file.
+
+    Args:
+        folder: holds `model.safetensors`, or shards and their index.
+        specs: the tree of `ParamSpec`s; numbers are cast to their dtypes.
+        names: which tensor is which leaf, and how it lies (see `modules.hf_names`).
+        windows: for the leaf at a path only this part of it, of which only the bytes needed are read; the leaf then has
+            the shape of the part. `Placement.windows` gives the parts of a rank. Default: whole leaves.
+        device: where the result is.
+        unexpected: what to do about tensors of the folder that no name stands for.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or of another shape; a leaf gets nothing or only a part; a tied
+            weight and its copy differ; a file is missing or damaged.
+    """
+    here = folder if isinstance(folder, HfFolder) else HfFolder.open(folder)
+    wanted = {path: Entry(spec.shape, spec.dtype) for path, spec in leaves_with_paths(specs)}
+    names = tuple(names)
+    check_fit(here, wanted, names, unexpected=unexpected)
+    for path in windows or ():
+        if path not in wanted:
+            raise ValueError(f"windows name {path!r}, where the specs have no parameter")
+    parts = {path: _window(path, entry.shape, windows) for path, entry in wanted.items()}
+    leaves = read_parts(here, wanted, names, parts, device=device)
+    return map_with_paths(lambda path, _: leaves[path], specs)
+
+
+def fill_hf(
+    params: Any,
+    folder: str | Path | HfFolder,
+    names: Iterable[HfTensor],
+    *,
+    unexpected: Literal["error", "ignore"] = "error",
+) -> None:
+    """Overwrite the tensors of a tree of parameters, in place, with what `folder` holds.
+
+    On a mesh of processes every rank calls it, for parameters that are spread over ranks (those of a state from
+    `step.init`, say): of each array a rank reads the part that it holds. The rest is as in `load_hf`.
+    """
+    here = folder if isinstance(folder, HfFolder) else HfFolder.open(folder)
+    held, names = named_leaves(params), tuple(names)
+    divisions = held.divisions
+    shapes = {path: divisions[path].shape if path in divisions else tuple(t.shape) for path, t in held.tensors.items()}
+    wanted = {path: Entry(shapes[path], tensor.dtype) for path, tensor in held.tensors.items()}
+    check_fit(here, wanted, names, unexpected=unexpected)
+    parts = {path: divisions[path].mine if path in divisions else whole(shape) for path, shape in shapes.items()}
+    _fill(here, names, held.tensors, parts)
+
+
+def read_parts(
+    here: HfFolder,
+    wanted: Mapping[str, Entry],
+    names: Iterable[HfTensor],
+    parts: Mapping[str, Box],
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """These parts of leaves, by path; `wanted` describes the whole ones. What `check_fit` refuses goes unnoticed."""
+    sizes = {path: tuple(length for _, length in part) for path, part in parts.items()}
+    leaves = {path: torch.empty(sizes[path], dtype=wanted[path].dtype, device=device) for path in parts}
+    _fill(here, names, leaves, parts)
+    return leaves
+
+
+def check_fit(
+    here: HfFolder,
+    wanted: Mapping[str, Entry],
+    names: tuple[HfTensor, ...],
+    *,
+    unexpected: Literal["error", "ignore"] = "error",
+) -> None:
+    """`ValueError` unless the folder's tensors fill every leaf; nothing is read for it but headers."""
+    _check(here, wanted, names)
+    if unexpected == "error":
+        here.require_all_known((name.name for name in names), besides=DERIVED)
+
+
+def stored_dtypes(here: HfFolder, names: Iterable[HfTensor]) -> dict[str, torch.dtype]:
+    """The dtype in which each leaf is on disk; of stacked tensors one that holds all."""
+    found: dict[str, torch.dtype] = {}
+    for name in names:
+        if not name.copy:
+            dtype = here.find(name.name, wanted_for=name.leaf).dtype
+            found[name.leaf] = torch.promote_types(found.get(name.leaf, dtype), dtype)
+    return found
+
+
+def hf_shape(name: HfTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the tensor has there when our leaf has this one."""
+    own = shape if name.index is None else shape[1:]
+    return (*own[:-2], own[-1], own[-2]) if name.transposed else own
+
+
+def row_dim(name: HfTensor) -> int:
+    """The dim of our leaf whose ranges are ranges of bytes there."""
+    return -1 if name.transposed and name.index is None else 0
+
+
+def part_of_leaf(name: HfTensor, leaf: Tensor) -> Tensor:
+    """The view of our leaf that this tensor holds, dims in the order they have there."""
+    own = leaf if name.index is None else leaf[name.index]
+    return own.mT if name.transposed else own
+
+
+def _check(here: HfFolder, wanted: Mapping[str, Entry], names: tuple[HfTensor, ...]) -> None:
+    """Every leaf is filled by tensors of the right shapes."""
+    given: dict[str, list[int | None]] = {path: [] for path in wanted}
+    for name in names:
+        if name.leaf not in wanted:
+            raise ValueError(f"the names put {name.name!r} at {name.leaf!r}, where the specs have no parameter")
+        if name.copy and name.name not in here.tensors:
+            continue
+        stored = here.find(name.name, wanted_for=name.leaf)
+        expected = hf_shape(name, wanted[name.leaf].shape)
+        if stored.shape != expected:
+            raise ValueError(
+                f"{stored.file}: {name.name!r} has shape {list(stored.shape)}, but our {name.leaf!r} "
+                f"{list(wanted[name.leaf].shape)} needs {list(expected)}: use the configuration of these weights"
+            )
+        if not name.copy:
+            given[name.leaf].append(name.index)
+    for path, indices in given.items():
+        if indices != [None] and sorted(i for i in indices if i is not None) != list(range(wanted[path].shape[0])):
+            raise ValueError(
+                f"the names give {path!r} {list(wanted[path].shape)} "
+                + (f"the parts {indices} of its first dim" if indices else "no tensor")
+                + ": load the leaves they cover, and make the others with ftrain.init"
+            )
+
+
+def _window(path: str, shape: tuple[int, ...], windows: Mapping[str, Box] | None) -> Box:
+    part = whole(shape) if windows is None else windows.get(path, whole(shape))
+    fits = len(part) == len(shape) and all(
+        start >= 0 and length >= 0 and start + length <= size for (start, length), size in zip(part, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{path!r} {list(shape)} has no part {part}: a start and a length within each dim")
+    return part
+
+
+def _fill(here: HfFolder, names: Iterable[HfTensor], leaves: Mapping[str, Tensor], parts: Mapping[str, Box]) -> None:
+    """Read what the names say into these leaves, each of which is a part of the array at its path."""
+    present = [name for name in names if name.leaf in leaves and name.name in here.tensors]
+    # Copies last: what they repeat must be there to compare with.
+    present.sort(key=lambda name: (name.copy, here.tensors[name.name].file))
+    for (_, file), group in itertools.groupby(present, key=lambda name: (name.copy, here.tensors[name.name].file)):
+        with opened(file) as tensors:
+            for name in group:
+                _fill_one(tensors, name, here.tensors[name.name], leaves[name.leaf], parts[name.leaf])
+
+
+def _fill_one(tensors: Any, name: HfTensor, stored: Stored, leaf: Tensor, part: Box) -> None:
+    """Read the part of one tensor that lies in the leaf's window, and put it there (of a copy: compare it)."""
+    room, own = leaf, part
+    if name.index is not None:
+        start, length = part[0]
+        if not start <= name.index < start + length:
+            return
+        room, own = leaf[name.index - start], part[1:]
+    if room.numel() == 0:
+        return
+    there = (*own[:-2], own[-1], own[-2]) if name.transposed else own
+    entry = tensors.get_slice(name.name)
+    values = entry[tuple(slice(start, start + n) for start, n in there)] if own else tensors.get_tensor(name.name)
+    if name.copy:
+        _require_equal(stored, name, room, values)
+    elif name.transposed and room.device.type == "cpu":
+        _copy_transposed(room, values)
+    else:
+        values = values.to(room.device)
+        room.copy_(values.mT if name.transposed else values)
+
+
+def _copy_transposed(room: Tensor, values: Tensor) -> None:
+    """Some rows at a time: that is up to twice as fast, as torch transposes by blocks only what it need not cast."""
+    for first, rows in enumerate(values.split(_ROWS)):
+        room[:, first * _ROWS : first * _ROWS + rows.shape[0]] = rows.mT.contiguous()
+
+
+def _require_equal(stored: Stored, name: HfTensor, room: Tensor, values: Tensor) -> None:
+    if not torch.equal(room, (values.mT if name.transposed else values).to(room)):
+        raise ValueError(
+            f"{stored.file}: {name.name!r} should repeat our {name.leaf!r}, but differs: "
+            "these weights are not tied; set tie_word_embeddings to false in config.json"
+        )

@@ -1,0 +1,130 @@
+"""How tensors are laid out in safetensors files: into which file each goes, and where in it, before any is written."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ftrain.hf.files import DTYPES, SINGLE
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_RANK = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Shape and dtype of a tensor to be written; tensors of one `group` (unless it is empty) share a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file: its `header` (length included), where each tensor begins (from the start of the file), its size."""
+
+    name: str
+    header: bytes
+    offsets: dict[str, int]
+    nbytes: int
+
+
+def cast_dtype(own: torch.dtype, to: torch.dtype | None) -> torch.dtype:
+    """`to` for floating-point weights; others, or without a `to`, keep their own."""
+    return to if to is not None and own.is_floating_point else own
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes: a number, or text like "5GB" (powers of 1000) or "5GiB" (powers of 1024)."""
+    if isinstance(size, int):
+        found: float = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", size.upper())
+        if match is None:
+            raise ValueError(f"a size is a number of bytes or a text like '5GB' or '500MiB', not {size!r}")
+        found = float(match[1]) * _UNITS[match[2] or ""]
+    if found < 1:
+        raise ValueError(f"a file needs room for at least one byte, got {size!r}")
+    return int(found)
+
+
+def split(entries: Mapping[str, Entry], max_shard: int) -> list[list[str]]:
+    """The names that go into each file, in order: the rule of huggingface_hub's `split_torch_state_dict_into_shards`.
+
+    A file is closed when the next tensor would make it larger than `max_shard` bytes. A tensor that is larger by itself
+    gets a file of its own, and the file that was open before it goes on. A group counts as one tensor.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(entry.group or name, []).append(name)
+    shards: list[list[str]] = []
+    current: list[str] = []
+    room = max_shard
+    for names in groups.values():
+        nbytes = sum(entries[name].nbytes for name in names)
+        if nbytes > max_shard:
+            shards.append(names)
+            continue
+        if nbytes > room:
+            shards.append(current)
+            current, room = [], max_shard
+        current += names
+        room -= nbytes
+    return [*shards, current] if current else shards
+
+
+def lay_out(entries: Mapping[str, Entry], max_shard: int) -> list[ShardFile]:
+    """The files that hold these tensors, in the order given: `model.safetensors`, or shards numbered as there."""
+    shards = split(entries, max_shard)
+    count = len(shards)
+    stem = SINGLE.removesuffix(".safetensors")
+    titles = [SINGLE] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return [_file(title, {n: entries[n] for n in names}) for title, names in zip(titles, shards, strict=True)]
+
+
+def index_text(files: list[ShardFile], entries: Mapping[str, Entry]) -> str:
+    """The text of `model.safetensors.index.json`, as transformers writes it."""
+    total = {
+        "total_parameters": sum(math.prod(entry.shape) for entry in entries.values()),
+        "total_size": sum(entry.nbytes for entry in entries.values()),
+    }
+    weights = {name: file.name for file in files for name in file.offsets}
+    return json.dumps({"metadata": total, "weight_map": weights}, indent=2, sort_keys=True) + "\n"
+
+
+def _file(title: str, entries: Mapping[str, Entry]) -> ShardFile:
+    """The layout of safetensors' own writer: widest dtypes first, then by name; the header filled up to 8 bytes."""
+    body: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    at = 0
+    for name in sorted(entries, key=lambda n: (-_rank(n, entries[n].dtype), n.encode())):
+        entry = entries[name]
+        body[name] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.nbytes],
+        }
+        begins[name] = at
+        at += entry.nbytes
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return ShardFile(title, header, {n: len(header) + begin for n, begin in begins.items()}, len(header) + at)
+
+
+def _rank(name: str, dtype: torch.dtype) -> int:
+    if dtype not in _RANK:
+        known = ", ".join(str(d).removeprefix("torch.") for d in _RANK)
+        raise ValueError(f"{name!r} has dtype {dtype}, which safetensors cannot hold here; possible: {known}")
+    return _RANK[dtype]

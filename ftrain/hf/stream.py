@@ -1,0 +1,186 @@
+"""Checkpoints written and read part by part, for states that are larger than memory.
+
+What is written is what `ftrain.checkpoint.save` writes, and what is read is checked as `restore` checks it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ftrain.checkpoint import manifest as manifests
+from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Piece, Storage, read_part, write_part
+from ftrain.checkpoint.boxes import Box
+from ftrain.checkpoint.dtypes import DTYPES, as_array
+from ftrain.checkpoint.errors import DamagedCheckpoint
+from ftrain.checkpoint.folders import step_name
+from ftrain.checkpoint.leaves import Leaves
+from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
+from ftrain.checkpoint.place import Place, base_of, join
+from ftrain.checkpoint.roots import Root, open_place
+from ftrain.checkpoint.shares import stored_arrays
+
+
+@dataclass(frozen=True)
+class Range:
+    """A part of an array: `length` indices of `dim` from `start` on, other dims whole; of a scalar all there is."""
+
+    dim: int
+    start: int
+    length: int
+
+    def box(self, shape: tuple[int, ...]) -> Box:
+        """For each dim the first index and the length."""
+        box = [(0, size) for size in shape]
+        if shape:
+            box[self.dim] = (self.start, self.length)
+        return tuple(box)
+
+
+Group = dict[str, Range]
+
+
+def save_stream(
+    root: Root,
+    step: int,
+    leaves: Mapping[str, Tensor],
+    produce: Callable[[Group], Mapping[str, Tensor]],
+    *,
+    limit: int,
+    storage: Storage = DEFAULT_STORAGE,
+) -> None:
+    """Save step `step` of `root` as `checkpoint.save` does, never holding more than about `limit` bytes of it.
+
+    `leaves` describes the state: a tensor on meta for each dotted path. `produce` is asked for one group of parts after
+    the other, in the order of `leaves`, and gives their contiguous values on the CPU. What it raises leaves `root` as
+    it was.
+
+    Raises:
+        ValueError: another run writes into `root`.
+        OSError: the disk is full, the folder is read-only, ...
+    """
+    place = open_place(root)
+    arrays = stored_arrays(Leaves(dict(leaves), {}), storage.chunk_bytes)
+    lock = place.lock()
+    try:
+        place.clean()
+        folder = place.begin(step)
+        try:
+            _write(place, folder, arrays, produce, leaves, limit, storage)
+            files = place.records(folder)
+            base = base_of(folder, step_name(step))
+            made = Manifest(step, storage.database, storage.checksum, arrays, {}, {}, files, base)
+            place.commit(folder, step, manifests.dumps(made))
+        except BaseException:
+            place.abort(folder)
+            raise
+    finally:
+        lock.release()
+
+
+class SavedArrays:
+    """The arrays of one step below a path of the state, read part by part; `arrays` describes them by full path."""
+
+    def __init__(self, root: Root, step: int, below: str) -> None:
+        """Read the manifest, and see that the files that hold these arrays are there, as they were written.
+
+        Raises:
+            ValueError: there is no such step, or nothing below that path.
+            DamagedCheckpoint: the manifest or a file is missing or was changed; it is named.
+        """
+        self._place = open_place(root)
+        here = self._place.steps()
+        if step not in here:
+            raise ValueError(f"{root} holds no step {step}; it holds {', '.join(map(str, here)) or 'none'}")
+        manifest = manifests.load(self._place, step)
+        self.arrays = {path: leaf for path, leaf in manifest.arrays.items() if path.startswith(f"{below}.")}
+        if not self.arrays:
+            tops = sorted({path.split(".")[0] for path in manifest.arrays})
+            raise ValueError(f"step {step} of {root} has no tensors below {below!r}; it has {', '.join(tops)}")
+        self._folder = join([step_name(step), manifest.base])
+        parts = {leaf.part for leaf in self.arrays.values()}
+        files = {name: record for name, record in manifest.files.items() if name.split("/", 1)[0] in parts}
+        wrong = self._place.wrong(self._folder, files, hashed=manifest.checksum)
+        if wrong:
+            file = self._place.show(join([self._folder, wrong[0]]))
+            raise DamagedCheckpoint(f"{file} {wrong[1]}: convert another step")
+        self._manifest, self._context = manifest, self._place.context()
+
+    def read(self, group: Group) -> dict[str, Tensor]:
+        """The values of these parts, on the CPU.
+
+        Raises:
+            DamagedCheckpoint: a chunk is missing or was changed; its leaf is named.
+        """
+        found: dict[str, Tensor] = {}
+        for path, part in group.items():
+            leaf = self.arrays[path]
+            box = part.box(leaf.shape)
+            found[path] = torch.empty([length for _, length in box], dtype=DTYPES[leaf.dtype])
+            pieces = {path: [Piece(tuple(start for start, _ in box), as_array(found[path]))]}
+            where = join([self._folder, leaf.part])
+            read_part(
+                self._place.kvstore(where),
+                {path: leaf},
+                pieces,
+                self._manifest.database,
+                self._manifest.checksum,
+                self._context,
+                self._place.show(where),
+            )
+        return found
+
+
+def groups(
+    sizes: Mapping[str, tuple[int, ...]], item: Mapping[str, int], grain: Mapping[str, Range], limit: int
+) -> Iterator[Group]:
+    """Parts of arrays, all of each array together, in groups of about `limit` bytes or a single smallest part.
+
+    `sizes` are shapes, `item` bytes per element; `grain` says along which dim an array may be divided, and the `length`
+    of which every part but the last must be a multiple.
+    """
+    group: Group = {}
+    room = limit
+    for path, shape in sizes.items():
+        nbytes = math.prod(shape) * item[path]
+        if group and nbytes > room:
+            yield group
+            group, room = {}, limit
+        if nbytes <= limit or not shape:
+            group[path] = Range(grain[path].dim, 0, shape[grain[path].dim] if shape else 1)
+            room -= nbytes
+            continue
+        dim, unit = grain[path].dim, grain[path].length
+        row = nbytes // shape[dim]
+        length = max(unit, limit // row // unit * unit)
+        for start in range(0, shape[dim], length):
+            yield {path: Range(dim, start, min(length, shape[dim] - start))}
+    if group:
+        yield group
+
+
+def _write(
+    place: Place,
+    folder: str,
+    arrays: Mapping[str, ArrayLeaf],
+    produce: Callable[[Group], Mapping[str, Tensor]],
+    leaves: Mapping[str, Tensor],
+    limit: int,
+    storage: Storage,
+) -> None:
+    context = place.context()
+    grain = {path: Range(0, 0, leaf.chunk[0] if leaf.chunk else 1) for path, leaf in arrays.items()}
+    items = {path: tensor.itemsize for path, tensor in leaves.items()}
+    begun: set[str] = set()
+    for group in groups({path: leaf.shape for path, leaf in arrays.items()}, items, grain, limit):
+        values = produce(group)
+        for part in sorted({arrays[path].part for path in group}):
+            here = [path for path in group if arrays[path].part == part]
+            pieces = {p: [Piece(tuple(s for s, _ in group[p].box(arrays[p].shape)), as_array(values[p]))] for p in here}
+            for create in (True, False):
+                some = {path: arrays[path] for path in here if (path not in begun) == create}
+                if some:
+                    write_part(place.kvstore(join([folder, part])), some, pieces, storage, context, create=create)
+        begun.update(group)

@@ -1,0 +1,148 @@
+"""Checkpoints by URL: in this process's memory, and on a real S3 server on loopback."""
+
+import json
+import socket
+
+import pytest
+from checkpoint_layouts import LAYOUTS, whole_leaves
+from checkpoint_states import same_bits, training_state
+from checkpoint_threads import save_pieces
+
+from ftrain.checkpoint import (
+    Bucket,
+    Checkpointer,
+    Retention,
+    SaveFailed,
+    Storage,
+    delete,
+    fill,
+    latest,
+    open_place,
+    restore,
+    save,
+    steps,
+)
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """Options for tensorstore's driver of a moto server with the bucket `runs`."""
+    server = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    running = server.ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    running.start()
+    endpoint = f"http://127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="runs")
+        yield {"endpoint": endpoint, "aws_region": "us-east-1", "aws_credentials": {"type": "environment"}}
+    running.stop()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def place(request):
+    if request.param == "memory":
+        return Bucket("memory://run/checkpoints")
+    name = request.node.name.replace("[", "-").replace("]", "")
+    return Bucket(f"s3://runs/{name}/checkpoints", request.getfixturevalue("s3"))
+
+
+@pytest.mark.parametrize("database", [True, False], ids=["database", "files"])
+def test_a_run_saves_resumes_and_keeps_the_last(place, database):
+    with Checkpointer(place, keep=Retention(last=2), storage=Storage(database)) as checkpoints:
+        assert checkpoints.latest() is None
+        for step in (10, 20, 30):
+            checkpoints.save(training_state(step), step)
+        assert same_bits(checkpoints.restore(training_state()), training_state(30))
+    assert steps(place) == [20, 30]
+    assert same_bits(restore(training_state(), place, 20), training_state(20))
+    assert {name.split("/")[0] for name in names(place)} == {
+        "global_step_20", "global_step_30", "latest_checkpointed_iteration.txt",
+    }  # fmt: skip
+
+
+def names(place):
+    return [key.decode() for key in place._root.list().result()]
+
+
+@pytest.mark.parametrize("database", [True, False], ids=["database", "files"])
+def test_ranks_save_into_a_bucket_and_one_process_restores(place, database):
+    storage = Storage(database, chunk_bytes=64)
+    assert not any(save_pieces(place, LAYOUTS["experts 2 x 2"], seed=5, storage=storage))
+    state = {"params": whole_leaves(0), "position": 0}
+    assert same_bits(restore(state, place), {"params": whole_leaves(5), "position": 5})
+
+
+def test_a_step_exists_when_its_manifest_does(place):
+    """Whatever a save had written when it stopped, readers see the last good step, and the next save cleans up."""
+    save(training_state(1), place, 1)
+    save(training_state(2), place, 2)
+    written = {name: place._root.read(name).result().value for name in names(place) if "global_step_2/" in name}
+    delete(place, 2)
+    assert steps(place) == [1]
+    for name, value in written.items():
+        if not name.endswith("manifest.json"):
+            place._root.write(name, value).result()
+            assert steps(place) == [1]
+            assert latest(place) == 1
+            assert same_bits(restore(training_state(), place), training_state(1))
+    place._root.write("global_step_2/manifest.json", written["global_step_2/manifest.json"]).result()
+    assert latest(place) == 1
+    assert same_bits(restore(training_state(), place, 2), training_state(2))
+    place.delete(2)
+    place._root.write("global_step_2/model/d/left_by_a_crash", b"1").result()
+    save(training_state(3), place, 3)
+    assert not [name for name in names(place) if "global_step_2" in name]
+
+
+def test_a_step_written_again_replaces_the_old_one_when_it_is_whole(place, monkeypatch):
+    for seed in (1, 2, 3):
+        save(training_state(seed), place, 7)
+        assert same_bits(restore(training_state(), place), training_state(seed))
+    manifest = json.loads(place.read("global_step_7/manifest.json"))
+    parts = {"/".join(name.split("/")[:2]) for name in names(place) if name.startswith("global_step_7/")}
+    assert parts == {f"global_step_7/{manifest['base']}", "global_step_7/manifest.json"}
+    with monkeypatch.context() as broken:
+        broken.setattr(fill, "write_part", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(training_state(4), place, 7)
+    assert same_bits(restore(training_state(), place), training_state(3))
+
+
+def test_a_failed_commit_leaves_the_last_good_step(place, monkeypatch):
+    with Checkpointer(place) as checkpoints:
+        checkpoints.save(training_state(1), 1)
+        checkpoints.wait()
+        monkeypatch.setattr(fill, "write_part", lambda *args, **kwargs: 1 / 0)
+        checkpoints.save(training_state(2), 2)
+        with pytest.raises(SaveFailed, match=r"saving step 2 into (memory|s3)://run.*the last good step is 1"):
+            checkpoints.wait()
+    assert not [name for name in names(place) if "global_step_2" in name]
+    assert same_bits(restore(training_state(), place), training_state(1))
+
+
+def test_a_damaged_or_missing_object_is_named(place):
+    save(training_state(1), place, 1)
+    for name in names(place):
+        good = place._root.read(name).result().value
+        if name.startswith("global_step_1/"):
+            middle = len(good) // 2
+            bad = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+            for value in (bad, None):
+                place._root.write(name, value).result()
+                with pytest.raises(ValueError, match=r"global_step_1|holds no"):
+                    restore(training_state(), place)
+            place._root.write(name, good).result()
+    assert same_bits(restore(training_state(), place), training_state(1))
+
+
+def test_urls(tmp_path):
+    assert isinstance(open_place("memory://a"), Bucket)
+    assert open_place("memory://a/b/").show("global_step_1") == "memory://a/b/global_step_1"
+    assert open_place(tmp_path).show() == str(tmp_path)
+    with pytest.raises(ValueError, match="'ftp://a/b' is no place for checkpoints: give a path, or one of s3://"):
+        save({}, "ftp://a/b", 1)

@@ -1,0 +1,94 @@
+"""A Checkpointer on several ranks: what rank 0 decides holds for all, and an error of one is raised by all."""
+
+import threading
+
+import pytest
+import torch
+from checkpoint_states import same_bits, training_state
+from checkpoint_threads import on_all_ranks
+
+from ftrain.checkpoint import Checkpointer, Retention, SaveFailed, restore, steps
+from ftrain.checkpoint import checkpointer as checkpointer_module
+
+
+def test_ranks_that_hold_copies_save_one_checkpoint_together(tmp_path):
+    def train(ranks):
+        with Checkpointer(tmp_path, ranks=ranks, keep=Retention(last=2)) as checkpoints:
+            for step in (1, 2, 3):
+                assert checkpoints.save(training_state(step), step)
+
+    assert on_all_ranks(3, train) == [None] * 3
+    assert steps(tmp_path) == [2, 3]
+    assert same_bits(restore(training_state(), tmp_path), training_state(3))
+    assert len(list((tmp_path / "global_step_3").glob("*/rank_*"))) >= 2
+
+
+def test_a_skipped_save_is_skipped_by_all(tmp_path, monkeypatch):
+    go, write = threading.Event(), checkpointer_module.write_checkpoint
+
+    def held(*args, ranks, **kwargs):
+        if ranks.rank == 0:
+            go.wait(20)
+        write(*args, ranks=ranks, **kwargs)
+
+    monkeypatch.setattr(checkpointer_module, "write_checkpoint", held)
+    everybody = threading.Barrier(3)
+
+    def train(ranks):
+        with Checkpointer(tmp_path, ranks=ranks, busy="skip") as checkpoints:
+            begun = [checkpoints.save(training_state(1), 1), checkpoints.save(training_state(2), 2)]
+            everybody.wait(20)
+            go.set()
+            checkpoints.wait()
+            return [*begun, checkpoints.save(training_state(3), 3)]
+
+    assert on_all_ranks(3, train) == [[True, False, True]] * 3
+    assert steps(tmp_path) == [1, 3]
+
+
+def test_a_folder_that_another_run_writes_refuses_all(tmp_path):
+    with Checkpointer(tmp_path) as other:
+        other.save(training_state(1), 1)
+
+        def train(ranks):
+            Checkpointer(tmp_path, ranks=ranks).save(training_state(2), 2)
+
+        for error in on_all_ranks(2, train):
+            assert isinstance(error, ValueError)
+            assert "two runs cannot share one folder" in str(error)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_leaf_that_one_rank_cannot_save(tmp_path, bad):
+    def train(ranks):
+        leaf = object() if ranks.rank == bad else torch.zeros(3)
+        with Checkpointer(tmp_path, ranks=ranks) as checkpoints:
+            checkpoints.save({"params": leaf}, 1)
+
+    errors = on_all_ranks(2, train)
+    assert isinstance(errors[bad], ValueError)
+    assert all("a checkpoint holds tensors, bool, int, float and str" in str(error) for error in errors)
+    assert steps(tmp_path) == []
+
+
+def test_after_a_failure_that_only_rank_0_has_raised_all_go_on(tmp_path, monkeypatch):
+    """`check` finds a failure when it looks: at another step on each rank. The next save is one on all of them."""
+    write = checkpointer_module.write_checkpoint
+
+    def broken(place, step, *args, **kwargs):
+        if step == 1:
+            raise OSError(28, "No space left on device")
+        write(place, step, *args, **kwargs)
+
+    monkeypatch.setattr(checkpointer_module, "write_checkpoint", broken)
+
+    def train(ranks):
+        with Checkpointer(tmp_path, ranks=ranks) as checkpoints:
+            checkpoints.save(training_state(1), 1)
+            if ranks.rank == 0:
+                with pytest.raises(SaveFailed):
+                    checkpoints.wait()
+            return checkpoints.save(training_state(2), 2)
+
+    assert on_all_ranks(2, train) == [True, True]
+    assert steps(tmp_path) == [2]

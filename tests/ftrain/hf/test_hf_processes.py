@@ -1,0 +1,36 @@
+"""Parameters in place: each of several processes fills its parts from the files, one process all of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import hf_processes
+from hf_twins import build
+
+import ftrain
+from ftrain.hf import fill_hf, load_hf
+from modules import decoder
+from modules.hf_names import decoder_names
+from sharding import Mesh
+
+
+@pytest.mark.slow
+def test_each_rank_fills_what_it_holds(tmp_path: Path) -> None:
+    model, cfg = build("qwen3-moe")
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    equal, held = zip(*hf_processes.run(str(tmp_path), cfg, Mesh(shard=2, expert=2)), strict=True)
+    assert equal == (True, True)
+    assert max(held) < 0.6 * model.num_parameters()
+
+
+def test_parameters_of_one_process_are_overwritten_in_place(tmp_path: Path) -> None:
+    model, cfg = build("llama-tied", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    params = ftrain.init(decoder.specs(cfg), ftrain.key(0))
+    table = params["embedding"]["table_VD"]
+    fill_hf(params, tmp_path, decoder_names(cfg))
+    assert params["embedding"]["table_VD"] is table
+    torch.testing.assert_close(params, load_hf(tmp_path, decoder.specs(cfg), decoder_names(cfg)), rtol=0, atol=0)

@@ -1,0 +1,176 @@
+"""Configurations from `config.json` and back, and what our decoder cannot follow."""
+
+import dataclasses
+
+import pytest
+
+from modules.attention import AttentionConfig
+from modules.decoder import PRESETS, DecoderConfig, preset
+from modules.hf_config import decoder_config, hf_config
+from modules.hf_names import decoder_names
+from modules.moe import MoEConfig
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+MOE = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_come_back_from_their_config_json(name: str) -> None:
+    assert decoder_config(hf_config(preset(name))) == preset(name)
+
+
+def test_a_published_file_gives_the_preset() -> None:
+    published = {  # Qwen/Qwen3-30B-A3B
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    assert decoder_config(published) == preset("30b-a3b")
+    names = decoder_names(preset("30b-a3b"))
+    assert len(names) == 18_867
+    assert names[-1].name == "model.norm.weight"
+
+
+def test_what_a_file_leaves_out_is_what_transformers_takes() -> None:
+    heads = AttentionConfig(32, heads=4, kv_heads=4, head_dim=8)
+    assert decoder_config(LLAMA) == DecoderConfig(100, 32, 4, heads, d_hidden=64)
+    assert decoder_config({**LLAMA, "model_type": "qwen3"}).attention.head_dim == 128
+    assert decoder_config({**LLAMA, "model_type": "mistral"}).attention.window == 4096
+    assert decoder_config({**LLAMA, "model_type": "mistral", "sliding_window": None}).attention.window is None
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ],
+    ids=["transformers 4", "transformers 5"],
+)
+def test_both_spellings_of_rotary_positions_are_read(rope: dict) -> None:
+    assert decoder_config({**LLAMA, **rope}).attention.rope_base == 5e5
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mlp_only_layers": [0, 1]}, {"num_local_experts": 8, "num_experts": 3, "mlp_only_layers": [1, 0]}]
+)
+def test_experts_begin_after_the_dense_layers(fields: dict) -> None:
+    cfg = decoder_config({**MOE, **fields})
+    assert (cfg.dense_layers, cfg.d_hidden) == (2, 64)
+    assert cfg.moe == MoEConfig(32, 16, experts=8, top_k=2, normalize=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "qwen3-moe"}, "'qwen3-moe' is not one of .*nearest known: 'qwen3_moe'"),
+        ({"hidden_size": None}, "hidden_size=None must be a whole number"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"mlp_bias": True}, "mlp_bias=True, which our decoder does not have"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "of type 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "of type 'linear'"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"mlp_only_layers": [1]}, r"layers \[1\] of 4 have no experts"),
+        ({"decoder_sparse_step": 2}, r"layers \[0, 2\] of 4 have no experts"),
+    ],
+)
+def test_what_the_decoder_cannot_follow_is_refused(fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        decoder_config({**MOE, **fields})
+
+
+def test_the_fields_of_the_original_file_are_kept() -> None:
+    base = {**LLAMA, "eos_token_id": 7, "max_position_embeddings": 4096}
+    assert hf_config(decoder_config(base), base=base) == base
+
+
+def test_the_original_file_must_be_of_the_same_model() -> None:
+    cfg = decoder_config(LLAMA)
+    assert hf_config(dataclasses.replace(cfg, init_std=0.1), base=LLAMA) == LLAMA
+    with pytest.raises(ValueError, match=r"config\.json describes another model"):
+        hf_config(dataclasses.replace(cfg, tie_embeddings=True), base=LLAMA)
+
+
+def _attention(**change) -> DecoderConfig:
+    cfg = decoder_config(LLAMA)
+    return dataclasses.replace(cfg, attention=dataclasses.replace(cfg.attention, **change))
+
+
+def _moe(**change) -> DecoderConfig:
+    cfg = decoder_config(MOE)
+    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, **change))
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        _attention(causal=False),
+        _attention(rope_base=None),
+        _attention(rope_sections=(2, 2)),
+        _attention(norm_eps=1e-3),
+        _attention(qk_norm=True, window=5),
+        _attention(out_bias=True),
+        _moe(shared_experts=1),
+        _moe(score="sigmoid"),
+        _moe(scale=2.0),
+        _moe(balance="bias"),
+        dataclasses.replace(_moe(), attention=_attention().attention),
+    ],
+    ids=repr,
+)
+def test_a_decoder_that_no_family_computes_is_refused(cfg: DecoderConfig) -> None:
+    with pytest.raises(ValueError, match="none of llama, mistral, mixtral, qwen2, qwen3, qwen3_moe computes"):
+        hf_config(cfg)
+
+
+@pytest.mark.parametrize("change", [{"shared_experts": 1}, {"balance": "bias"}])
+def test_experts_without_a_name_there_are_refused(change: dict) -> None:
+    with pytest.raises(ValueError, match="no Hugging Face name is known"):
+        decoder_names(_moe(**change))
