@@ -7,10 +7,12 @@ from typing import Any
 from tyro.extras import subcommand_cli_from_dict
 
 from ftrain.hf import convert
+from ftrain.search import command as search
 
 # A subcommand is a frozen dataclass of options, and a function from these to the exit code.
 SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "convert": (convert.Convert, convert.run),
+    "plan": (search.PlanOptions, search.run),
 }
 
 

@@ -26,6 +26,7 @@ from ftrain.passes.donate import donate as donate_pass
 from ftrain.passes.order import update_early
 from ftrain.passes.sink import regather, sink_gathers
 from ftrain.passes.sizes import expect_sizes
+from ftrain.passes.sum_early import sum_early
 from ftrain.passes.waits import join_waits
 from ftrain.precision import Precision
 from ftrain.private import lazy_module
@@ -264,6 +265,7 @@ def compile_step(
     expect_sizes(module)
     if mesh is not None:
         sink_gathers(module)
+        sum_early(module)
     spread_paths(module, names[0] if names else "")
     compiled.donated = {} if donate is None else match_donated(traced, args[donate], names[donate])
     inputs = [n.name for n in module.graph.nodes if n.op == "placeholder"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
@@ -151,10 +152,16 @@ def new_fake_like(tensor: Tensor) -> Tensor:
 def shapes_of_result(function: Callable[[], Any]) -> Any:
     """Call a function for the shapes of its result: inside a trace nothing is recorded, outside nothing computed."""
     if tracing_graph() is not None:
-        with disable_proxy_modes_tracing():
+        # Sizes that depend on data get symbols here that no node of the trace will ever bind.
+        with disable_proxy_modes_tracing(), _shapes_under_way().ignore_fresh_unbacked_symbols():
             return function()
     with new_fake_mode():
         return function()
+
+
+def _shapes_under_way() -> ShapeEnv:
+    mode = detect_fake_mode(None)
+    return mode.shape_env if mode is not None and mode.shape_env is not None else ShapeEnv()
 
 
 def fake_mode_of(fakes: list[Any]) -> FakeTensorMode:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
@@ -126,6 +127,8 @@ def recompute(module: fx.GraphModule, remade: Collection[fx.Node]) -> None:
     moved: dict[fx.Node, set[int]] = {}  # nodes whose value is new, and the memory that it was before
     for node in list(module.graph.nodes):
         if is_forward(node) or node.op in ("placeholder", "get_attr", "output"):
+            continue
+        if node.target is torch.ops.aten.sym_size.int:  # without a phase, and read by the forward
             continue
         before = set().union(*(moved[n] for n in node.all_input_nodes if n in moved))
         for source in node.all_input_nodes:

@@ -198,7 +198,7 @@ class _Scheduler:
             if seen > _AHEAD:
                 break
             closure = self._closure(i)
-            if closure is not None and self._memory.allows(i):
+            if closure is not None and self._memory.allows(*closure, i):
                 for node in [*closure, i]:
                     self._emit(node)
                 return True
@@ -262,10 +262,10 @@ class _Memory:
                     self._uses[index[user]].append(s)
         self._sizes: dict[int, int] = {}
 
-    def allows(self, i: int) -> bool:
-        """True if running node i now keeps within the bound."""
-        new = sum(size for s, size in self._pieces[i] if s not in self._sizes and s not in self._kept)
-        return self._live + new <= self._bound
+    def allows(self, *nodes: int) -> bool:
+        """True if running these nodes now keeps within the bound."""
+        new = {s: size for i in nodes for s, size in self._pieces[i] if s not in self._sizes and s not in self._kept}
+        return self._live + sum(new.values()) <= self._bound
 
     def emit(self, i: int) -> None:
         """Note that node i has run."""

@@ -21,7 +21,8 @@ _NEAR = 400  # nodes between the first and the last of a bucket
 
 def bucket(module: fx.GraphModule, *, limit: int) -> None:
     """Join gathers, reduce-scatters and all-reduces of one group, dtype and phase into messages of at most `limit`
-    bytes (of what a rank brings). Values do not change by a bit. Bodies of loops are treated alike.
+    bytes (of a gather what it makes, of a sum what goes in). Values do not change by a bit. Bodies of loops are treated
+    alike.
     """
     for node in module.graph.nodes:
         if is_loop(node):
@@ -49,7 +50,7 @@ def _buckets(module: fx.GraphModule, kind: Any, priority: dict[fx.Node, float], 
             value = _brought(node)
             key = (node.args[1:], value.dtype, node.meta.get("phase"))
             members = open_buckets.setdefault(key, [])
-            size = sum(_brought(m).nbytes for m in members) + value.nbytes
+            size = sum(map(_held, [*members, node]))
             far = bool(members) and priority[node] - priority[members[0]] > _NEAR
             if members and (size > limit or far or sources & set(members)):
                 closed.append(members)
@@ -64,6 +65,11 @@ def _buckets(module: fx.GraphModule, kind: Any, priority: dict[fx.Node, float], 
 def _brought(node: fx.Node) -> Any:
     """What a rank brings to a collective."""
     return node.args[0].meta["val"]  # type: ignore[union-attr]
+
+
+def _held(node: fx.Node) -> int:
+    """Bytes that a message is, or becomes: of a gather what it makes, of a sum what goes in."""
+    return max(_brought(node).nbytes, node.meta["val"].nbytes)
 
 
 def _join_gathers(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:

@@ -1,0 +1,127 @@
+"""A decoder for pre-training as a search of layouts sees it: `ftrain plan experiments/decoder_plan.py --gpus 128`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import ftrain
+from ftrain import Aval, Mean, Precision, TrainState, optim, tree
+from ftrain.search.layouts import Candidate, Facts
+from ftrain.search.subject import Trial
+from modules import decoder, moe
+from modules.decoder import DecoderConfig
+from sharding import Tokens
+
+_CPU = torch.device("cpu")
+_LEAVES = ("tokens_T", "positions_T", "segments_T", "labels_T")
+
+
+def plan_for_search(*, tokens: int, packs: int) -> "DecoderSubject":
+    """Qwen3-30B-A3B, `packs` packs of `tokens` tokens a step."""
+    return DecoderSubject("Qwen3-30B-A3B", decoder.preset("30b-a3b"), tokens=tokens, packs=packs)
+
+
+@dataclass(frozen=True)
+class DecoderSubject:
+    """A decoder trained with AdamW and clipping in bfloat16 over float32 masters, next-token loss over packs.
+
+    `segmented`: packs hold several documents; without, each pack is one..
+    """
+
+    name: str
+    cfg: DecoderConfig
+    tokens: int
+    packs: int
+    segmented: bool = True
+    compute: str = "bfloat16"
+    whole_logits: bool = False
+
+    @property
+    def stacks(self) -> Mapping[str, int]:
+        """All layers are alike."""
+        return {"layers": self.cfg.layers}
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What decides which layouts are legal, and the model's FLOPs per token (6 per active weight but for the token
+        table; 12 x tokens x heads x head dim x layers of attention).
+        """
+        cfg, heads = self.cfg, self.cfg.attention
+        return Facts(
+            tokens=self.tokens,
+            packs=self.packs,
+            layers=cfg.layers,
+            d_model=cfg.d_model,
+            heads=heads.heads,
+            kv_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            weight_flops=6.0 * active_weights(cfg),
+            attention_flops=12.0 * self.tokens * heads.heads * heads.head_dim * cfg.layers,
+            experts=cfg.moe.experts if cfg.moe else 0,
+            top_k=cfg.moe.top_k if cfg.moe else 0,
+        )
+
+    def make(self, depths: Mapping[str, int], candidate: Candidate) -> Trial:
+        """The training step of a decoder of `depths["layers"]` layers."""
+        cfg, micro = replace(self.cfg, layers=depths["layers"]), candidate.micro_batches
+        tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
+        segmented, whole_logits = self.segmented, self.whole_logits
+
+        def loss_fn(params: Any, batch: Any) -> Any:
+            segments_T = batch["segments_T"] if segmented else None
+            hidden_TD, stats = decoder.apply(
+                params, batch["tokens_T"], positions=batch["positions_T"], segments=segments_T, cfg=cfg
+            )
+            if whole_logits:
+                return plain_loss(decoder.logits(params, hidden_TD, cfg), batch["labels_T"])
+            terms = {"text": decoder.loss(params, hidden_TD, batch["labels_T"], cfg)}
+            if stats.router is None:
+                return terms["text"]
+            terms["balance"] = moe.aux_loss(stats.router)
+            return ftrain.weighted_sum(terms, {"balance": 1e-3})
+
+        loss = ftrain.accumulate(loss_fn, micro) if micro > 1 else loss_fn
+
+        def step(state: TrainState, batch: Any) -> Any:
+            value, grads = ftrain.value_and_grad(loss)(state.params, batch)
+            return state.apply(tx, grads), {"loss": value}
+
+        specs = decoder.specs(cfg)
+        whole = self.tokens * self.packs
+        shape = (micro, whole // micro) if micro > 1 else (whole,)
+        batch = {name: Aval(shape, torch.int64, _CPU) for name in _LEAVES if segmented or name != "segments_T"}
+        rules = {"*": Tokens(1)} if micro > 1 else {}
+
+        def init(key: Any) -> TrainState:
+            return TrainState.create(ftrain.init(specs, key), tx)
+
+        precision = Precision(compute=self.compute)
+        return Trial(step, abstract_state(specs, tx), batch, specs, rules, precision=precision, init=init)
+
+
+def plain_loss(scores_TV: Tensor, labels_T: Tensor) -> Mean:
+    """Cross entropy of scores `[T, V]`, in float32."""
+    total = cross_entropy(scores_TV.float(), labels_T, reduction="sum", ignore_index=decoder.IGNORE)
+    return Mean(total, (labels_T != decoder.IGNORE).sum().float())
+
+
+def abstract_state(specs: Any, tx: Any) -> Any:
+    """The shapes of a fresh training state, made of meta tensors."""
+    params = tree.map(lambda s: torch.empty(s.shape, dtype=s.dtype, device="meta"), specs)
+    return tree.map(lambda x: Aval(tuple(x.shape), x.dtype, _CPU), TrainState.create(params, tx))
+
+
+def active_weights(cfg: DecoderConfig) -> int:
+    """Weights that one token is multiplied with, the head's included and the token table's not."""
+    found = 0
+    for path, spec in zip(tree.paths(decoder.specs(cfg)), tree.leaves(decoder.specs(cfg)), strict=True):
+        if path.startswith("embedding") and not cfg.tie_embeddings:
+            continue
+        share = cfg.moe.top_k / cfg.moe.experts if cfg.moe is not None and "expert" in spec.axes else 1.0
+        found += round(spec.elements * share)
+    return found

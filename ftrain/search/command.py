@@ -1,0 +1,123 @@
+"""`ftrain plan EXPERIMENT`: search the layouts of an experiment's step, print them, write the best as a plan."""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from ftrain.search.check import check_best
+from ftrain.search.cluster import cluster
+from ftrain.search.layouts import Space
+from ftrain.search.page import write_page
+from ftrain.search.plan_file import PlanFile
+from ftrain.search.search import Options, search
+from ftrain.search.subject import Subject
+from ftrain.search.table import print_result
+
+FUNCTION = "plan_for_search"
+_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Search the layouts of an experiment's step on a cluster; no GPU is needed."""
+
+    experiment: tyro.conf.Positional[Path]
+    """A Python file with a function plan_for_search(tokens=..., packs=...)."""
+    gpus: int = 8
+    """How many GPUs there are."""
+    gpu: str = "h100"
+    """a100, h100, h200 or b200."""
+    tokens: str = "8K"
+    """Tokens of a pack: the longest document. K and M are 1024 and 1024^2."""
+    packs: int | None = None
+    """Packs in a step, over all GPUs; default: one per GPU."""
+    traced: int = 24
+    """How many of the most promising layouts are traced and priced exactly."""
+    processes: int = 2
+    """Processes that trace."""
+    remat: tuple[str, ...] = field(default=("none", "4", "layer"))
+    """What is recomputed: none, layer, or microseconds per MB."""
+    rings: bool = True
+    """Also try ring attention and hybrids."""
+    html: Path | None = None
+    """Where the page with the Pareto front goes."""
+    apply: Path | None = None
+    """Write the best layout as a plan to this file."""
+    check: int = 0
+    """Run so many of the best layouts of this machine's size on its devices, and compare."""
+
+
+def run(options: PlanOptions) -> int:
+    """The command; 1 if no layout fits."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    tokens, packs = tokens_of(options.tokens), options.packs or options.gpus
+    load = partial(load_subject, options.experiment, tokens, packs)
+    subject, machine = load(), cluster(options.gpu)
+    space = Space(remats=tuple(_remat(text) for text in options.remat), rings=options.rings)
+    chosen = Options(traced=options.traced, processes=options.processes, space=space)
+    result = search(subject, options.gpus, machine, chosen, load=load, say=partial(console.print, style="dim"))
+    title = f"{subject.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
+    print_result(result, title=title, console=console)
+    if options.html is not None:
+        console.print(f"wrote {write_page(result, options.html, title=title, cluster=machine)}")
+    if not result.prices:
+        console.print("no layout fits: take fewer tokens, or more GPUs")
+        return 1
+    if options.apply is not None:
+        best = PlanFile.of(result.prices[0], subject=subject.name, cluster=machine.name, tokens=tokens, packs=packs)
+        console.print(f"wrote {best.save(options.apply)}: {best.candidate}")
+    if options.check:
+        check_best(result.prices[: options.check], subject, console=console)
+    return 0
+
+
+def load_subject(file: Path, tokens: int, packs: int) -> Subject:
+    """What the experiment in `file` offers to a search. ValueError if it has no `plan_for_search`."""
+    file = Path(file).resolve()
+    if not file.exists():
+        raise ValueError(f"{file}: there is no such experiment")
+    make = getattr(_module(file), FUNCTION, None)
+    if make is None:
+        raise ValueError(
+            f"{file} has no function {FUNCTION}(*, tokens, packs): it returns a ftrain.search.subject.Subject"
+        )
+    found: Callable[..., Any] = make
+    return found(tokens=tokens, packs=packs)
+
+
+def tokens_of(text: str) -> int:
+    """A number with an optional K or M, of 1024: "160K" is 163,840."""
+    found = re.fullmatch(r"(\d+)([KM]?)", text.strip().upper())
+    if found is None:
+        raise ValueError(f"--tokens {text!r}: give a number, with K or M for 1024 and 1024^2")
+    return int(found.group(1)) * _UNITS[found.group(2)]
+
+
+def _remat(text: str) -> str | float:
+    if text in ("none", "layer"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--remat {text!r}: give none, layer, or microseconds per MB") from None
+
+
+def _module(file: Path) -> Any:
+    """The experiment as a module, by its import name: its folder's, where that is a package."""
+    parts = [file.stem]
+    folder = file.parent
+    while (folder / "__init__.py").exists():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    name = ".".join(parts)
+    if name not in sys.modules and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module(name)

@@ -1,0 +1,112 @@
+"""The program that `ftrain.jit` would make of a step for a cluster's GPUs, without one: graph, schedule, donation.
+
+`ftrain.jit` plans by the times of the device at hand. Here the same passes run by the times of the cluster.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ftrain import jit
+from ftrain.compiled import Compiled, copy_graph, match_donated
+from ftrain.execute import prepare_for_python
+from ftrain.liveness import plan_memory
+from ftrain.lockstep import groups_of
+from ftrain.op_times import OpTimes
+from ftrain.passes.donate import donate
+from ftrain.passes.order import update_early
+from ftrain.remat import Remat
+from ftrain.remat_fit import fit
+from ftrain.schedule import overlap
+from ftrain.search.cluster import Cluster
+from ftrain.search.device_ops import DeviceTimes
+from ftrain.search.layouts import Candidate
+from ftrain.search.subject import Trial
+from sharding.link import Link
+from sharding.mesh import Mesh
+from sharding.plan import Plan
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One rank's program. `ordered`: the graph in the order in which it runs, communication hidden behind compute.
+    `final`: the same with its writes in place. `plain`: that without communication hidden.
+
+    What is alive in `plain` grows by the same bytes with each layer; how far ahead `final` gets depends on the layers
+    that there are.
+    """
+
+    ordered: fx.GraphModule
+    final: fx.GraphModule
+    plain: fx.GraphModule
+    mesh: Mesh
+    times: OpTimes
+
+
+def lower(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Lowered:
+    """Trace the step for one rank of a layout and run the passes; nothing is allocated.
+
+    ValueError as `ftrain.jit` raises it, where the step does not fit the layout. `attention_share`: see `DeviceTimes`.
+    """
+    times = DeviceTimes(cluster, attention_share=attention_share)
+    remat, mesh = candidate.recompute, candidate.mesh()
+    link = cluster.link(mesh)
+    compiled = _traced(trial, candidate, link)
+    module, donated = compiled.graph, _donated(compiled, trial)
+    update_early(module, donated)
+    if remat.us_per_mb is not None:
+        module = _recompute_by_price(module, donated, remat, times, mesh)
+    plain = _in_place(module, donated)
+    if not groups_of(module):
+        return Lowered(module, plain, plain, mesh, times)
+    overlap(module, mesh, times=times, link=link)
+    return Lowered(module, _in_place(module, donated), plain, mesh, times)
+
+
+def _in_place(module: fx.GraphModule, donated: dict[str, int]) -> fx.GraphModule:
+    """A copy as it is executed: new state over old."""
+    module = copy_graph(module)
+    donate(module, donated)
+    prepare_for_python(module)
+    return module
+
+
+def _traced(trial: Trial, candidate: Candidate, link: Link) -> Compiled:
+    base, remat = trial.plan(candidate), candidate.recompute
+    plan = Plan(base.mesh, base.default, batch=base.batch, link=link, **base.components)
+    policy = Remat("none", gathered="keep") if remat.us_per_mb is not None else remat
+    step = jit(
+        trial.step, plan=plan, specs=trial.specs, remat=policy, precision=trial.precision, backend="aten", overlap=False
+    )
+    return step.lower(trial.state, trial.batch)
+
+
+def _donated(compiled: Compiled, trial: Trial) -> dict[str, int]:
+    """Names of the placeholders that the new state is written over, with the positions of the outputs."""
+    if not trial.donate:
+        return {}
+    inputs = [n.name for n in compiled.graph.graph.nodes if n.op == "placeholder"]
+    matched = match_donated(compiled.traced, trial.state, "state")
+    return {inputs[slot]: output for slot, output in matched.items()}
+
+
+def _recompute_by_price(
+    module: fx.GraphModule, donated: dict[str, int], remat: Remat, times: OpTimes, mesh: Mesh
+) -> fx.GraphModule:
+    def peak(trial: fx.GraphModule) -> int:
+        donate(trial, donated)
+        prepare_for_python(trial)
+        return plan_memory(trial, round_to=512).peak
+
+    module, _ = fit(
+        module,
+        donated,
+        remat,
+        times=times,
+        device=torch.device("cpu"),
+        mesh=mesh,
+        copy=copy_graph,
+        finished_peak=peak,
+    )
+    return module
