@@ -35,7 +35,7 @@ class ImageDecoderConfig:
 
 def specs(cfg: ImageDecoderConfig) -> dict[str, Any]:
     """`tokenizer` (frozen), `codes_CD` and `places_ND` (embeddings), `head_DC`."""
-    d, codes, places, init = cfg.d_model, cfg.vq.codes, cfg.vq.codes_per_image, Normal(cfg.init_std)
+    d, codes, places, init = cfg.d_model, cfg.vq.vocabulary, cfg.vq.codes_per_image, Normal(cfg.init_std)
     return {
         "tokenizer": vq_image.specs(cfg.vq),
         "codes_CD": ParamSpec((codes, d), ("codebook", "embed"), init),

@@ -2,15 +2,17 @@
 
 The networks are VQGAN's without attention (Esser et al. 2021): residual blocks of group norm, SiLU and 3x3
 convolutions, halved by strided convolutions, doubled by nearest neighbours. The codebook may be compared on the unit
-sphere (ViT-VQGAN, Yu et al. 2022), which keeps more of it in use. It learns by gradient; `revive` re-seats entries that
-nothing uses. The loss is squared error: no perceptual or adversarial term.
+sphere (ViT-VQGAN, Yu et al. 2022), which keeps more of it in use. With a `depth` of several levels each place of the
+grid has a code of every level, which quantizes what those before it leave over (RQ-VAE, Lee et al. 2022); the codes of
+an image are then level by level, coarse to fine. Codebooks learn by gradient; `revive` re-seats entries that nothing
+uses. The loss is squared error: no perceptual or adversarial term.
 
-Legend: B images, C channels, H height, W width; of the grid of codes: h, w, N = h * w; K entries of the codebook, Z
-their width, R latent rows (B * N).
+Legend: B images, C channels, H height, W width; of the grid: h, w; Q levels, N = Q * h * w codes of an image; K entries
+of a level's codebook, Z their width, R latent rows (B * h * w).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +28,9 @@ class VqConfig:
     """Square images of `size` pixels, `channels` channels, to a grid of codes `2 ** (len(widths) - 1)` times smaller.
 
     `widths`: channels of the networks at each resolution, full resolution first; `blocks` residual blocks at each.
-    `codes` entries of width `d_code`, compared on the unit sphere with `normalise`. `commitment` weighs the pull of the
-    encoder towards its codes; `groups` is the number of groups in the group norms, a divisor of every width.
+    `codes` entries of width `d_code` for each of `depth` levels; with `normalise`, which goes with one level, compared
+    on the unit sphere. `commitment` weighs the pull of the encoder towards its codes; `groups` is the number of groups
+    in the group norms, a divisor of every width.
     """
 
     size: int
@@ -36,6 +39,7 @@ class VqConfig:
     blocks: int = 1
     codes: int = 256
     d_code: int = 8
+    depth: int = 1
     normalise: bool = True
     commitment: float = 0.25
     groups: int = 8
@@ -47,6 +51,11 @@ class VqConfig:
             raise ValueError(f"VqConfig: groups={self.groups} does not divide every one of widths={self.widths}")
         if self.codes < 2:
             raise ValueError(f"VqConfig: codes={self.codes} must be at least 2")
+        if self.depth < 1 or (self.depth > 1 and self.normalise):
+            raise ValueError(
+                f"VqConfig: depth={self.depth} with normalise={self.normalise}: need at least one level, and several "
+                "only with normalise=False, for what a level leaves over is on no sphere"
+            )
 
     @property
     def factor(self) -> int:
@@ -61,91 +70,125 @@ class VqConfig:
     @property
     def codes_per_image(self) -> int:
         """N."""
-        return self.grid**2
+        return self.depth * self.grid**2
+
+    @property
+    def vocabulary(self) -> int:
+        """Distinct codes: level q's are q * K and on."""
+        return self.depth * self.codes
 
 
 def specs(cfg: VqConfig) -> dict[str, Any]:
-    """`encoder`, `codebook_KZ`, `decoder`."""
-    init = Normal(cfg.d_code**-0.5)
+    """`encoder`, `codebooks_QKZ`, `decoder`."""
+    init, shape = Normal(cfg.d_code**-0.5), (cfg.depth, cfg.codes, cfg.d_code)
     return {
         "encoder": _encoder_specs(cfg),
-        "codebook_KZ": ParamSpec((cfg.codes, cfg.d_code), ("codebook", "code_dim"), init),
+        "codebooks_QKZ": ParamSpec(shape, (None, "codebook", "code_dim"), init),
         "decoder": _decoder_specs(cfg),
     }
 
 
 def encode(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
-    """Images (float, about [-1, 1]) to codes `[B, N]` int64, row by row of the grid; no gradient."""
+    """Images (float, about [-1, 1]) to codes `[B, N]` int64, level by level and row by row; no gradient."""
     with torch.no_grad():
-        rows_RZ = _rows(_encode_grid(params["encoder"], _check(images_BCHW, cfg), cfg))
-        return nearest(rows_RZ, params["codebook_KZ"], normalise=cfg.normalise).unflatten(0, (-1, cfg.codes_per_image))
+        rows_RZ = _latent_rows(params, images_BCHW, cfg)
+        return _by_image(_quantize(rows_RZ, _books(params, cfg)).codes_QR, cfg)
 
 
 def decode(params: Any, codes_BN: Tensor, *, cfg: VqConfig) -> Tensor:
-    """Codes `[B, N]` to images `[B, C, H, W]`, differentiable in the parameters."""
+    """Codes `[B, N]` to images `[B, C, H, W]`, differentiable in the parameters.
+
+    At a place of level q only q's entries stand; a code of another level is read as the entry of the same number.
+    """
     if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.codes_per_image:
         raise ValueError(f"decode takes codes [B, {cfg.codes_per_image}], got {list(codes_BN.shape)}")
-    rows_RZ = _normalised(params["codebook_KZ"], cfg.normalise).index_select(0, codes_BN.flatten())
-    return _decode_grid(params["decoder"], _grid(rows_RZ, cfg), cfg)
+    levels = (codes_BN % cfg.codes).unflatten(1, (cfg.depth, -1)).unbind(1)
+    books = _books(params, cfg).unbind(0)
+    rows = [book_KZ.index_select(0, codes.flatten()) for book_KZ, codes in zip(books, levels, strict=True)]
+    return _decode_grid(params["decoder"], _grid(torch.stack(rows).sum(0), cfg), cfg)
 
 
 def loss(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> tuple[Mean, dict[str, Mean], Tensor]:
     """The training loss (per image), its terms, and the codes `[B, N]` that were used.
 
     `loss = reconstruction + codebook + commitment * cfg.commitment`; the terms are means over images of squared
-    differences, averaged over an image's pixels or latent numbers. The decoder's gradient reaches the encoder straight
-    through the quantizer.
+    differences, averaged over an image's pixels or latent numbers, the last two summed over levels: of each level's
+    entry from what it quantizes, and of the latent from what all levels so far add up to. The decoder's gradient
+    reaches the encoder straight through the quantizer.
     """
-    latent_RZ = _rows(_encode_grid(params["encoder"], _check(images_BCHW, cfg), cfg))
-    latent_RZ = _normalised(latent_RZ, cfg.normalise)
-    book_KZ = _normalised(params["codebook_KZ"], cfg.normalise)
-    codes_R = nearest(latent_RZ, book_KZ, normalise=False)
-    entry_RZ = book_KZ.index_select(0, codes_R)
-    straight_RZ = latent_RZ + (entry_RZ - latent_RZ).detach()
-    made_BCHW = _decode_grid(params["decoder"], _grid(straight_RZ, cfg), cfg)
+    latent_RZ = _latent_rows(params, images_BCHW, cfg)
+    found = _quantize(latent_RZ.detach(), _books(params, cfg))
+    made_RZ = found.entries_QRZ.detach().cumsum(0)
+    straight_RZ = latent_RZ + (made_RZ[-1] - latent_RZ).detach()
     images = images_BCHW.shape[0]
     terms = {
-        "reconstruction": _per_image(made_BCHW - images_BCHW, images),
-        "codebook": _per_image(entry_RZ - latent_RZ.detach(), images),
-        "commitment": _per_image(latent_RZ - entry_RZ.detach(), images),
+        "reconstruction": _per_image(
+            _decode_grid(params["decoder"], _grid(straight_RZ, cfg), cfg) - images_BCHW, images
+        ),
+        "codebook": _per_image(found.entries_QRZ - found.left_QRZ, images, cfg.depth),
+        "commitment": _per_image(latent_RZ - made_RZ, images, cfg.depth),
     }
     total = terms["reconstruction"].total + terms["codebook"].total + cfg.commitment * terms["commitment"].total
-    return Mean(total, terms["codebook"].count), terms, codes_R.unflatten(0, (-1, cfg.codes_per_image))
+    return Mean(total, terms["codebook"].count), terms, _by_image(found.codes_QR, cfg)
 
 
-def _per_image(difference: Tensor, images: int) -> Mean:
-    """The mean square within an image, summed over images, with their number."""
-    total = difference.square().sum() * (images / max(difference.numel(), 1))
+def _per_image(difference: Tensor, images: int, levels: int = 1) -> Mean:
+    """The mean square within an image, summed over images and levels, with the number of images."""
+    total = difference.square().sum() * (images * levels / max(difference.numel(), 1))
     return Mean(total, torch.full((), images, dtype=torch.float32, device=difference.device))
 
 
-def nearest(rows_RZ: Tensor, book_KZ: Tensor, *, normalise: bool) -> Tensor:
-    """The index of the closest entry for each row, `[R]` int64; with `normalise`, by angle. No gradient."""
-    rows_RZ, book_KZ = _normalised(rows_RZ.detach(), normalise), _normalised(book_KZ.detach(), normalise)
+class _Quantized(NamedTuple):
+    """By level: codes `[Q, R]`, the entries `[Q, R, Z]` that they name, and what these quantize, without gradient."""
+
+    codes_QR: Tensor
+    entries_QRZ: Tensor
+    left_QRZ: Tensor
+
+
+def _quantize(rows_RZ: Tensor, books_QKZ: Tensor) -> _Quantized:
+    codes, entries, left, left_RZ = [], [], [], rows_RZ
+    for level, book_KZ in enumerate(books_QKZ.unbind(0)):
+        chosen_R = nearest(left_RZ, book_KZ)
+        entries.append(book_KZ.index_select(0, chosen_R))
+        codes.append(chosen_R + level * book_KZ.shape[0])
+        left.append(left_RZ)
+        left_RZ = left_RZ - entries[-1].detach()
+    return _Quantized(torch.stack(codes), torch.stack(entries), torch.stack(left))
+
+
+def nearest(rows_RZ: Tensor, book_KZ: Tensor) -> Tensor:
+    """The index of the closest entry for each row, `[R]` int64. No gradient."""
+    rows_RZ, book_KZ = rows_RZ.detach(), book_KZ.detach()
     # |r - b|^2 without |r|^2, which is the same for all entries.
     return (book_KZ.square().sum(1) - 2 * rows_RZ @ book_KZ.T).argmin(1)
 
 
-def usage(codes: Tensor, entries: int) -> Tensor:
-    """How often each entry is used, `[K]` float32."""
-    return torch.zeros(entries, device=codes.device).index_add(
-        0, codes.flatten(), torch.ones(codes.numel(), device=codes.device)
+def usage(codes: Tensor, cfg: VqConfig) -> Tensor:
+    """How often each entry of each level is used, `[Q, K]` float32."""
+    ones = torch.ones(codes.numel(), device=codes.device)
+    return (
+        torch.zeros(cfg.vocabulary, device=codes.device)
+        .index_add(0, codes.flatten(), ones)
+        .unflatten(0, (cfg.depth, -1))
     )
 
 
 def latents(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
-    """The encoder's rows before quantizing, `[R, Z]`, as they are compared with the codebook."""
-    return _normalised(_rows(_encode_grid(params["encoder"], _check(images_BCHW, cfg), cfg)), cfg.normalise)
+    """What each level quantizes, as it is compared with the level's codebook, `[Q, R, Z]`."""
+    return _quantize(_latent_rows(params, images_BCHW, cfg).detach(), _books(params, cfg)).left_QRZ
 
 
-def revive(book_KZ: Tensor, usage_K: Tensor, rows_RZ: Tensor, *, key: Tensor, least: float = 1.0) -> Tensor:
-    """The codebook with every entry used less than `least` times re-seated on a row drawn from `rows_RZ`.
+def revive(books_QKZ: Tensor, usage_QK: Tensor, rows_QRZ: Tensor, *, key: Tensor, least: float = 1.0) -> Tensor:
+    """The codebooks with every entry used less than `least` times re-seated on a row drawn from its level's rows.
 
     A pure function, to be called now and then between steps with the usage since the last call (Dhariwal et al. 2020,
     Jukebox, "random restarts"). `key`: a random key.
     """
-    drawn_K = random.randint(key, (book_KZ.shape[0],), low=0, high=rows_RZ.shape[0])
-    return torch.where((usage_K < least)[:, None], rows_RZ.index_select(0, drawn_K).to(book_KZ.dtype), book_KZ)
+    levels, entries, width = books_QKZ.shape
+    drawn_QK = random.randint(key, (levels, entries), low=0, high=rows_QRZ.shape[1])
+    seats_QKZ = rows_QRZ.gather(1, drawn_QK[..., None].expand(-1, -1, width)).to(books_QKZ.dtype)
+    return torch.where((usage_QK < least)[..., None], seats_QKZ, books_QKZ)
 
 
 def _check(images_BCHW: Tensor, cfg: VqConfig) -> Tensor:
@@ -155,12 +198,19 @@ def _check(images_BCHW: Tensor, cfg: VqConfig) -> Tensor:
     return images_BCHW
 
 
-def _normalised(rows: Tensor, normalise: bool) -> Tensor:
-    return F.normalize(rows, dim=-1) if normalise else rows
+def _books(params: Any, cfg: VqConfig) -> Tensor:
+    return F.normalize(params["codebooks_QKZ"], dim=-1) if cfg.normalise else params["codebooks_QKZ"]
 
 
-def _rows(grid_BZhw: Tensor) -> Tensor:
-    return grid_BZhw.permute(0, 2, 3, 1).flatten(0, 2)
+def _latent_rows(params: Any, images_BCHW: Tensor, cfg: VqConfig) -> Tensor:
+    """The encoder's rows `[R, Z]` as they are compared with the codebooks."""
+    rows_RZ = _encode_grid(params["encoder"], _check(images_BCHW, cfg), cfg).permute(0, 2, 3, 1).flatten(0, 2)
+    return F.normalize(rows_RZ, dim=-1) if cfg.normalise else rows_RZ
+
+
+def _by_image(codes_QR: Tensor, cfg: VqConfig) -> Tensor:
+    """`[Q, R]` to `[B, N]`."""
+    return codes_QR.unflatten(1, (-1, cfg.grid**2)).transpose(0, 1).flatten(1)
 
 
 def _grid(rows_RZ: Tensor, cfg: VqConfig) -> Tensor:

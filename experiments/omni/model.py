@@ -66,9 +66,12 @@ def foundation(size: str, vocab: int) -> DecoderConfig:
 
 
 def vq_config(size: str) -> VqConfig:
-    """The tokenizer of 8x8 digits: a 4x4 grid of codes."""
-    wide = size != "tiny"
-    return VqConfig(size=IMAGE_SIZE, channels=1, widths=(32, 64) if wide else (16, 32), codes=32, d_code=8)
+    """The tokenizer of 8x8 digits: a 2x2 grid of codes, coarse, then of what they leave over.
+
+    The coarse codes know the digit (1.2 to 1.6 of the 2.3 nats each), so that drawing it is learnt from few examples.
+    """
+    widths = (16, 32, 32) if size == "tiny" else (32, 64, 64)
+    return VqConfig(IMAGE_SIZE, channels=1, widths=widths, codes=64, d_code=16, depth=2, normalise=False)
 
 
 def image_config(size: str, d_out: int) -> VisionConfig:

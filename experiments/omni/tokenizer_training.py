@@ -19,7 +19,7 @@ class TokenizerState(NamedTuple):
 
     params: Any
     opt_state: Any
-    usage_K: Tensor
+    usage_QK: Tensor
 
 
 def train_tokenizer(
@@ -32,7 +32,7 @@ def train_tokenizer(
     )
     key = ftrain.key(seed).to(device)
     params = ftrain.init(vq_image.specs(cfg), ftrain.fold_in(key, 2))
-    state = TokenizerState(params, tx.init(params), torch.zeros(cfg.codes, device=device))
+    state = TokenizerState(params, tx.init(params), torch.zeros(cfg.depth, cfg.codes, device=device))
 
     def step(state: TokenizerState, images_BCHW: Tensor) -> tuple[TokenizerState, Tensor]:
         def loss_fn(params: Any, images_BCHW: Tensor) -> tuple[Any, Any]:
@@ -41,8 +41,8 @@ def train_tokenizer(
 
         (_, (error, codes)), grads = ftrain.value_and_grad(loss_fn, has_aux=True)(state.params, images_BCHW)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        usage_K = state.usage_K + vq_image.usage(codes, cfg.codes)
-        return TokenizerState(optim.apply_updates(state.params, updates), opt_state, usage_K), error
+        usage_QK = state.usage_QK + vq_image.usage(codes, cfg)
+        return TokenizerState(optim.apply_updates(state.params, updates), opt_state, usage_QK), error
 
     jitted = ftrain.jit(step, donate="state")
     images = torch.from_numpy(images_NCHW)
@@ -60,5 +60,5 @@ def train_tokenizer(
 def _revived(state: TokenizerState, images_BCHW: Tensor, key: Tensor, cfg: VqConfig) -> TokenizerState:
     """Codes that were not used are put where the data is, and counting starts again."""
     rows = vq_image.latents(state.params, images_BCHW, cfg=cfg)
-    book = vq_image.revive(state.params["codebook_KZ"], state.usage_K, rows, key=key)
-    return state._replace(params={**state.params, "codebook_KZ": book}, usage_K=torch.zeros_like(state.usage_K))
+    books = vq_image.revive(state.params["codebooks_QKZ"], state.usage_QK, rows, key=key)
+    return state._replace(params={**state.params, "codebooks_QKZ": books}, usage_QK=torch.zeros_like(state.usage_QK))
