@@ -10,6 +10,7 @@ import torch.distributed as dist
 from sharding.private import default_store
 
 _PERIOD = 0.5
+_ASKED = "ftrain/asked who is silent"
 
 
 class Heartbeat:
@@ -27,12 +28,24 @@ class Heartbeat:
         # Before the interpreter ends, too: it would unwind the thread within the store's C++, which aborts.
         self.stop = weakref.finalize(self, _end, stop, thread)
 
-    def silent(self, *, seconds: float = 4 * _PERIOD) -> list[int]:
-        """The ranks whose count does not move for so long."""
-        store = default_store().clone()
-        before = [store.add(_key(rank), 0) for rank in range(self._world)]
-        time.sleep(seconds)
-        return [rank for rank in range(self._world) if store.add(_key(rank), 0) == before[rank]]
+    def silent(self, *, seconds: float = 4 * _PERIOD, patience: float = 10.0) -> list[int]:
+        """The ranks whose count does not move for so long.
+
+        Rank 0, with which the store ends, stays until all that still count have asked too, at most `patience` seconds.
+        Where the store is gone already, rank 0 is the silent one.
+        """
+        try:
+            store = default_store().clone()
+            before = [store.add(_key(rank), 0) for rank in range(self._world)]
+            time.sleep(seconds)
+            lost = [rank for rank in range(self._world) if store.add(_key(rank), 0) == before[rank]]
+            store.add(_ASKED, 1)
+            deadline = time.monotonic() + patience
+            while self._rank == 0 and store.add(_ASKED, 0) < self._world - len(lost) and time.monotonic() < deadline:
+                time.sleep(_PERIOD / 5)
+        except dist.DistNetworkError:
+            return [0]
+        return lost
 
 
 def _beat(store: Any, key: str, stop: threading.Event) -> None:

@@ -1,5 +1,6 @@
 """Private torch.distributed names that the floor uses, with one canary test each."""
 
+import json
 from typing import Any
 
 import torch
@@ -55,3 +56,12 @@ def make_dtensor(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[i
     strides = torch.empty(shape, device="meta").stride()
     spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(torch.Size(shape), strides, local.dtype))
     return DTensor(local, spec, requires_grad=False)
+
+
+def flight_record() -> str:
+    """torch's record of the collectives of this process as JSON, the oldest first; empty if it holds none.
+
+    TORCH_FR_BUFFER_SIZE says how many collectives are kept.
+    """
+    record = json.loads(_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
+    return json.dumps(record) if record.get("entries") else ""
