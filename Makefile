@@ -1,5 +1,5 @@
 # make omni   make the environment if need be, and run the main job
-# make test   make the environment if need be, and run the whole suite
+# make test   make the environment if need be, and run the whole suite, in JOBS (2) processes
 # make test-exhaustive   every mesh of up to 16 ranks, of which the suite takes some
 # make lint   ruff and mypy
 PYTHON ?= python3
@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed-data
 TEST_STAMP := $(VENV)/.installed-test
 ARGS ?=
+JOBS ?= 2
 
 .PHONY: omni test test-exhaustive lint clean
 .DELETE_ON_ERROR:
@@ -16,10 +17,10 @@ omni: $(RUN_STAMP)
 	$(BIN)/python experiments/omni_moe.py $(ARGS)
 
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-exhaustive: $(TEST_STAMP)
-	$(BIN)/python -m pytest -m exhaustive $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m exhaustive $(ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
