@@ -24,15 +24,22 @@ from experiments.mesh import MeshFlags, any_rank, is_main, of_main, open_mesh
 from experiments.omni import figures, job, run_folder
 from experiments.omni.evaluation import GOALS, Evaluator, summary
 from experiments.omni.job import Job
+from experiments.omni.planning import mesh_flags, plan_for_search
 from experiments.omni.progress import Report, accuracy_table
 from experiments.omni.run_folder import RunFolder
+from experiments.omni.survival import Guard, SurvivalFlags
 from experiments.omni.training import schedule
 from ftrain import TrainState, tree
 from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.cost import Cost
 from ftrain.hardware import peak_flops
 from ftrain.interrupt import EXIT_RESUMABLE, StopRequest, interruptible
+from ftrain.survive.bad_steps import Verdict
+from ftrain.survive.replicas import check_replicas
+from ftrain.survive.watchdog import Watchdog
 from sharding import Mesh
+
+__all__ = ["Options", "main", "plan_for_search"]
 
 EXPERIMENT = "omni_moe"
 _SHOWN = 6  # examples of each task in samples.png
@@ -66,6 +73,11 @@ class Options:
     """Held-out examples asked of each task at the end."""
     mesh: tyro.conf.OmitArgPrefixes[MeshFlags] = field(default_factory=MeshFlags)
     """Ranks: under torchrun one per process; otherwise sizes above 1 run in lockstep in this process."""
+    plan: str | None = None
+    """auto: search the best layout of these ranks at start-up; or a file that `ftrain plan --apply` wrote, in the place
+    of the mesh's sizes. Either also says what is recomputed."""
+    survival: tyro.conf.OmitArgPrefixes[SurvivalFlags] = field(default_factory=SurvivalFlags)
+    """Bad steps, hangs, silent corruption."""
     threads: int = 1
     """CPU threads of each op. One leaves the other cores to data and keeps sums in one order on any machine."""
 
@@ -93,13 +105,13 @@ def main(options: Options) -> int:
     torch.set_num_threads(options.threads)
     on_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if on_cuda else "cpu")
-    with open_mesh(options.mesh, device) as mesh:
+    with open_mesh(mesh_flags(options.plan, options.mesh), device) as mesh:
         return _run(options, device, mesh)
 
 
 def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
     path, resumed = of_main(_choose_folder(options))
-    run = RunFolder.create(path, _config(options, device)) if not resumed and is_main() else None
+    run = RunFolder.create(path, _config(options, device, mesh)) if not resumed and is_main() else None
     report = Report(options.steps, console=_console())
     report.say(f"run folder: {path}")
     work = job.make(
@@ -111,20 +123,20 @@ def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
         backend=options.backend,
         remat=options.remat,
         mesh=mesh,
+        plan=options.plan,
         say=report.say,
     )
     ranks = Ranks.of_run() if mesh is not None and mesh.kind == "process" else None
     with Checkpointer(path / "checkpoints", keep=Retention(last=2), ranks=ranks) as checkpoints:
         done = checkpoints.latest() or 0 if resumed else 0
-        if done:
-            state = _to(checkpoints.restore(work.step.abstract(work.abstract_state(), device=device), done), device)
-            report.say(f"resumed after step {done}")
-        else:
-            state = work.fresh_state(report.say)
+        state = _state_after(done, work, checkpoints, report)
         if is_main():
             run = run or RunFolder.resume(path, step=done)
         with run or nullcontext(), interruptible() as stop:
-            state, done = _train(work, state, done, options, run, checkpoints, stop)
+            guard = Guard(options.survival.policy(), path, done=done)
+            with options.survival.watchdog(path) as watchdog:
+                training = _Training(work, options, run, checkpoints, stop, guard, watchdog)
+                state, done = _train(training, state, done)
             if stop.requested:
                 checkpoints.wait()
                 report.say(f"stopped by {stop.signal.name if stop.signal else '?'} after step {done}, saved; "
@@ -165,57 +177,104 @@ def _check_same(options: Options, path: Path) -> None:
             )
 
 
-def _config(options: Options, device: torch.device) -> dict[str, Any]:
+def _config(options: Options, device: torch.device, mesh: Mesh | None) -> dict[str, Any]:
     values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    return {**values, "resolved_device": str(device), "torch": torch.__version__}
+    sizes = None if mesh is None else {a: getattr(mesh, a) for a in ("replicate", "shard", "sequence", "expert")}
+    found = {"resolved_device": str(device), "resolved_mesh": sizes, "torch": torch.__version__}
+    return {**values, **found, "replay": "experiments.omni.replay"}
 
 
-def _train(
-    work: Job,
-    state: TrainState,
-    done: int,
-    options: Options,
-    run: RunFolder | None,
-    checkpoints: Checkpointer,
-    stop: StopRequest,
-) -> tuple[TrainState, int]:
-    """Train to the end or until asked to stop; the last step done is saved. Ranks stop together; one has the `run`."""
-    rate, peak = schedule(work.config), peak_flops(work.device)
-    flops = memory = None
+@dataclass(frozen=True)
+class _Training:
+    """What the loop works with; one rank has the `files`."""
+
+    work: Job
+    options: Options
+    files: RunFolder | None
+    checkpoints: Checkpointer
+    stop: StopRequest
+    guard: Guard
+    watchdog: Watchdog | None
+
+
+def _train(t: _Training, state: TrainState, done: int) -> tuple[TrainState, int]:
+    """Train to the end or until asked to stop, undoing bad steps; the last step done is saved. Ranks stop together."""
+    report = Report(t.options.steps, console=_console())
+    while True:
+        state, done, verdict = _train_on(t, state, done)
+        if verdict is Verdict.GO_ON:
+            return state, done
+        done, words = t.guard.go_back(t.checkpoints)
+        report.say(words)
+        if t.files is not None:
+            t.files.go_back(done)
+        state = _state_after(done, t.work, t.checkpoints, report)
+
+
+def _train_on(t: _Training, state: TrainState, done: int) -> tuple[TrainState, int, Verdict]:
+    """Train until a step says that the run must go back, or else to the end."""
+    options, prices = t.options, None
     with Report(options.steps, first=done, console=_console()) as report:
-        for number, whole_batch in enumerate(work.batches.ahead(done, options.steps), start=done + 1):
-            batch = work.step.share(whole_batch)
-            if flops is None or memory is None:
-                compiled = work.step.lower(state, batch)
-                flops, memory = _counted_flops(compiled.cost()), compiled.memory().total
-                if run is not None:
-                    compiled.report(run.path / "step.html")
+        for number, whole_batch in enumerate(t.guard.batches(t.work.batches, done, options.steps), start=done + 1):
+            batch = t.work.step.share(whole_batch)
+            prices = prices or _prices(t, state, batch)
             began = time.perf_counter()
-            state, metrics = work.step(state, batch)
-            loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
-            seconds = time.perf_counter() - began
-            row = {
-                "step": number,
-                "loss": loss,
-                **{f"loss/{task}": float(value) for task, value in metrics["terms"].items()},
-                "lr": float(rate(torch.tensor(number - 1))),
-                "grad_norm": float(metrics["grad_norm"]),
-                "tokens_per_s": tokens / seconds,
-                "mfu": flops / seconds / peak,
-                "peak_bytes": memory,
-            }
-            report.update(row)
+            state, metrics = t.work.step(state, batch)
+            row = _row(t.work, number, metrics, prices, began)
             done = number
-            stopping = any_rank(stop.requested)
-            due = options.checkpoint_every and number % options.checkpoint_every == 0
-            if due or stopping or number == options.steps:
-                checkpoints.save(state, number)
-            checkpoints.check()
-            if run is not None:
-                run.log(row)
+            verdict = t.guard.look(row, whole_batch)
+            report.update(row)
+            if t.files is not None:
+                t.files.log({**row, **t.guard.counts()})
+            if verdict is Verdict.ROLL_BACK:
+                return state, done, verdict
+            if options.survival.check_replicas and number % options.survival.check_replicas == 0:
+                check_replicas(state)
+            stopping = any_rank(t.stop.requested)
+            if stopping or number == options.steps or (t.guard.calm and _due(options, number)):
+                t.checkpoints.save(state, number)
+            t.checkpoints.check()
+            if t.watchdog is not None:
+                t.watchdog.step_ended(number)
             if stopping:
                 break
-    return state, done
+    return state, done, Verdict.GO_ON
+
+
+def _due(options: Options, number: int) -> bool:
+    return options.checkpoint_every > 0 and number % options.checkpoint_every == 0
+
+
+def _prices(t: _Training, state: TrainState, batch: Any) -> tuple[int, int]:
+    """FLOPs and peak bytes of the step, whose report is written."""
+    compiled = t.work.step.lower(state, batch)
+    if t.files is not None:
+        compiled.report(t.files.path / "step.html")
+    return _counted_flops(compiled.cost()), compiled.memory().total
+
+
+def _row(work: Job, number: int, metrics: Any, prices: tuple[int, int], began: float) -> dict[str, Any]:
+    """The step's metrics as numbers, for which it is waited."""
+    loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
+    seconds = time.perf_counter() - began
+    return {
+        "step": number,
+        "loss": loss,
+        **{f"loss/{task}": float(value) for task, value in metrics["terms"].items()},
+        "lr": float(schedule(work.config)(torch.tensor(number - 1))),
+        "grad_norm": float(metrics["grad_norm"]),
+        "tokens_per_s": tokens / seconds,
+        "mfu": prices[0] / seconds / peak_flops(work.device),
+        "peak_bytes": prices[1],
+    }
+
+
+def _state_after(done: int, work: Job, checkpoints: Checkpointer, report: Report) -> TrainState:
+    if done == 0:
+        return work.fresh_state(report.say)
+    state = checkpoints.restore(work.step.abstract(work.abstract_state(), device=work.device), done)
+    report.say(f"resumed after step {done}")
+    return tree.map(lambda leaf: leaf.to(work.device), state)
 
 
 def _counted_flops(cost: Cost) -> int:
@@ -236,10 +295,6 @@ def _finish(work: Job, state: TrainState, options: Options, run: RunFolder, repo
     figures.samples({task: given[:_SHOWN] for task, given in answers.items()}, reals, run.path / "samples.png")
     report.console.print(accuracy_table(table["held_out"], counts=table["examples"], goals=GOALS))
     report.say(f"wrote {run.path}/ summary.json, metrics.jsonl, curves.png, samples.png, step.html")
-
-
-def _to(state: Any, device: torch.device) -> Any:
-    return tree.map(lambda leaf: leaf.to(device), state)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ftrain.out_of_memory import OutOfMemory, explain_oom
 from ftrain.precision import Precision
 from ftrain.profile import profile_nodes
 from ftrain.remat import Remat
+from ftrain.search.chosen import AutoPlan, SavedPlan
 from ftrain.state import TrainState
 from ftrain.trace import Aval
 from ftrain.tree import struct
@@ -38,8 +39,8 @@ from kernels.random import (
 from modules.spec import init
 
 __all__ = [
-    "Aval", "Mean", "OutOfMemory", "Precision", "Remat", "Step", "TrainState", "WeightedSum", "accumulate",
-    "bernoulli", "bits", "categorical", "debug", "disable_jit", "explain_oom", "fold_in", "forward", "grad", "init",
-    "jit", "key", "normal", "optim", "permutation", "profile_nodes", "randint", "split", "struct", "tree",
-    "truncated_normal", "uniform", "value_and_grad", "weighted_sum",
+    "AutoPlan", "Aval", "Mean", "OutOfMemory", "Precision", "Remat", "SavedPlan", "Step", "TrainState", "WeightedSum",
+    "accumulate", "bernoulli", "bits", "categorical", "debug", "disable_jit", "explain_oom", "fold_in", "forward",
+    "grad", "init", "jit", "key", "normal", "optim", "permutation", "profile_nodes", "randint", "split", "struct",
+    "tree", "truncated_normal", "uniform", "value_and_grad", "weighted_sum",
 ]  # fmt: skip

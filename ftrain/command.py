@@ -8,11 +8,13 @@ from tyro.extras import subcommand_cli_from_dict
 
 from ftrain.hf import convert
 from ftrain.search import command as search
+from ftrain.survive import command as replay
 
 # A subcommand is a frozen dataclass of options, and a function from these to the exit code.
 SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "convert": (convert.Convert, convert.run),
     "plan": (search.PlanOptions, search.run),
+    "replay": (replay.Replay, replay.run),
 }
 
 

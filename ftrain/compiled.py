@@ -1,7 +1,7 @@
 """A step made ready for given shapes: the graph after its passes, its plan, and the program that runs it."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from ftrain import tree
 from ftrain.communication import bytes_moved
 from ftrain.cost import Cost, graph_cost
 from ftrain.donation import give_away
-from ftrain.execute import Program, choose, compile_graph, prepare_for_python
+from ftrain.execute import Program, choose, compile_graph, prepare_for_python, waiting
 from ftrain.leaf_guard import guard_like
 from ftrain.liveness import MemoryPlan, plan_memory
+from ftrain.loan import Fence, Loan
 from ftrain.lockstep import groups_of, lockstep_program
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes
@@ -63,6 +64,7 @@ class Compiled:
         self._program: Program | None = None
         self._lockstep: Callable | None = None
         self._guard: Callable[..., bool] | None = None
+        self._fence = Fence()
 
     def knows(self, leaves: list[Any], treedef: Any) -> bool:
         """True if such arguments were run before and need no closer look: they fit, and are contiguous."""
@@ -90,6 +92,18 @@ class Compiled:
     def _tensors(self, leaves: list[Any]) -> list[Any]:
         return [leaves[i] for i in self._slots] if self._statics else leaves
 
+    def expect(self, loans: Mapping[int, Loan]) -> None:
+        """Of the leaves of the next call these are still read by somebody: by their positions in its arguments.
+
+        The program waits for those that it writes over, before its first write; the others are waited for here.
+        """
+        if loans:
+            donated = set(self.donated_slots)
+            for slot, loan in loans.items():
+                if slot not in donated:
+                    loan.wait()
+            self._fence.expect(loans.values())
+
     def run(self, leaves: list[Any], *, known: bool = False) -> Any:
         """Run on the flat leaves of real arguments and return the result's tree; `known`: what `knows` said of them."""
         tensors = self._tensors(leaves)
@@ -105,7 +119,7 @@ class Compiled:
         leaves = self._tensors(leaves)
         if self._program is None:
             self._check_real(leaves)
-            self._program = compile_graph(copy_graph(self.graph), self.backend)
+            self._program = compile_graph(copy_graph(self.graph), self.backend, before_write=self._fence.wait)
         contiguous = contiguous or all(map(Tensor.is_contiguous, leaves))
         inputs = leaves if contiguous else [leaf.contiguous() for leaf in leaves]
         try:
@@ -120,6 +134,7 @@ class Compiled:
 
     def run_ranks(self, ranks: list[list[Tensor]], mesh: Mesh) -> list[list[Tensor]]:
         """Run all ranks of a virtual mesh in lockstep, on and to flat tensors; donated ones are written over."""
+        self._fence.wait()
         if self._lockstep is None:
             self._lockstep = lockstep_program(self.executed, mesh)
         outputs = self._lockstep(ranks)
@@ -136,7 +151,7 @@ class Compiled:
 
     def use_program(self, program: Program) -> None:
         """Run another program for the same graph from now on, e.g. one that measures."""
-        self._program = program
+        self._program = waiting(program, self._fence.wait)
 
     def groups(self) -> list[tuple[str, ...]]:
         """The axes of each group of ranks that the graph's collectives run over, in order of first use."""

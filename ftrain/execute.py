@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
+from ftrain.loan import LEAST_BYTES
 from ftrain.loop import is_loop, loop_body
+from ftrain.passes.aliasing import storage
 from ftrain.passes.donate import carry_in_place, write_in_place
 from ftrain.passes.reuse import reuse_memory
 from ftrain.passes.twins import use_twins
@@ -30,16 +32,29 @@ def choose(backend: str, device: torch.device) -> str:
     return backend
 
 
-def compile_graph(module: fx.GraphModule, backend: str) -> Program:
-    """Make the program; `module` is the graph after all passes and is not used again."""
+def compile_graph(module: fx.GraphModule, backend: str, *, before_write: Callable[[], None]) -> Program:
+    """Make the program; `module` is the graph after all passes and is not used again.
+
+    The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can.
+    """
     if backend == "aten":
-        return aten_program(module)
+        return aten_program(module, after=lambda module: _call_before_writes(module, before_write))
     program = inductor_program(module)
     if backend == "cudagraph":
         from ftrain.cudagraph import cudagraph_program
 
-        return cudagraph_program(program)
-    return program
+        program = cudagraph_program(program)
+    return waiting(program, before_write)
+
+
+def waiting(program: Program, before: Callable[[], None]) -> Program:
+    """The program, with a call of `before` first."""
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        before()
+        return program(inputs)
+
+    return run
 
 
 def aten_program(module: fx.GraphModule, *, after: Callable[[fx.GraphModule], None] | None = None) -> Program:
@@ -115,6 +130,30 @@ def _compile_bodies(part: fx.GraphModule, loops: list[fx.Node]) -> None:
     for node in loops:
         body = loop_body(node)
         setattr(part, str(node.args[0].target), _Compiled(compile_with_inductor(body)))  # type: ignore[union-attr]
+
+
+def _call_before_writes(module: fx.GraphModule, function: Callable[[], None]) -> None:
+    """Call the function in the generated code just before the first write over a large input."""
+    given = [n for n in module.graph.nodes if n.op == "placeholder"]
+    large = {storage(n) for n in given if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].nbytes >= LEAST_BYTES}
+    first = next((n for n in module.graph.nodes if any(storage(w) in large for w in _written(n))), None)
+    if first is None:
+        return
+    module.before_write = _Compiled(function)
+    with module.graph.inserting_before(first):
+        module.graph.call_module("before_write")
+    module.recompile()
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an op writes into, by its schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    arguments = node.target._schema.arguments
+    values = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    found: list[fx.Node] = []
+    fx.map_arg([values.get(a.name) for a in arguments if a.is_write], found.append)
+    return found
 
 
 class _Compiled(torch.nn.Module):

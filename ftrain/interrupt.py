@@ -23,6 +23,9 @@ EXIT_RESUMABLE = 75
 EXIT_NOT_SAVED = 74
 """The run was asked to stop and could not save; it goes on from the last good step (EX_IOERR of sysexits.h)."""
 
+EXIT_HUNG = 76
+"""No step ended in time; the ranks' stacks are written. The run goes on from the last good step (EX_PROTOCOL)."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

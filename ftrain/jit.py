@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from ftrain import tree
 from ftrain.compiled import Compiled, compile_step, name_of
 from ftrain.donation import DonatedTensor, path_of
+from ftrain.loan import taken_back
+from ftrain.planned import Chooser, Wanted, chooser_of
 from ftrain.precision import Precision, computing_in
 from ftrain.remat import Remat
 from ftrain.sharded_step import COORDINATES, ShardedStep
@@ -41,9 +45,9 @@ def jit(
     *,
     donate: str | None = None,
     backend: str = "auto",
-    remat: Remat | str = "none",
+    remat: Remat | str | None = None,
     precision: Precision | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Chooser | str | Path | None = None,
     specs: Any = None,
     batch: str = "batch",
     overlap: bool = True,
@@ -54,12 +58,14 @@ def jit(
       a tuple result, must have the argument's tree, shapes and dtypes. The old leaves are spoiled: using one again is
       a ValueError that names it.
     - `backend`: "aten" (the graph as Python), "inductor", "cudagraph", or "auto": aten on CPU, inductor on CUDA.
-    - `remat`: what the backward computes again instead of keeping; see `Remat`.
+    - `remat`: what the backward computes again instead of keeping; see `Remat`. Default: nothing, or what a plan says
+      that is given by name.
     - `precision`: in which dtype losses see the parameters; see `Precision`.
-    - `plan`: the mesh that the step runs on, and how; see `sharding.Plan`. `specs`: the tree of `ParamSpec`s of the
-      model, by whose paths leaves of the state are found; not needed where the state comes from this step's `init`.
-      `batch`: the name of the argument that the ranks divide among them. `overlap`: reorder the graph so that
-      communication hides behind compute; values are the same without.
+    - `plan`: the mesh that the step runs on, and how; see `sharding.Plan`. Or a file that `ftrain plan --apply` wrote,
+      or "auto", which searches at start-up (see `ftrain.SavedPlan`, `ftrain.AutoPlan`).
+    - `specs`: the tree of `ParamSpec`s of the model, by whose paths leaves of the state are found; not needed where the
+      state comes from this step's `init`. `batch`: the name of the argument that the ranks divide among them.
+      `overlap`: reorder the graph so that communication hides behind compute; values are the same without.
 
     Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
     shapes, dtypes or devices; from the second trace on a warning says which leaf changed, and how.
@@ -76,8 +82,34 @@ def jit(
             batch=batch,
             overlap=overlap,
         )
-    sharded = None if plan is None else ShardedStep(plan, specs=specs, batch=batch, overlap=overlap)
-    return Step(fn, donate=donate, backend=backend, remat=Remat.of(remat), precision=precision, sharded=sharded)
+    given = None if remat is None else Remat.of(remat)
+    sharded = ShardedStep(plan, specs=specs, batch=batch, overlap=overlap) if isinstance(plan, Plan) else None
+    undecided = None
+    if plan is not None and sharded is None:
+        undecided = Undecided(chooser_of(plan), specs, batch, overlap, given)  # type: ignore[arg-type]
+    return Step(
+        fn,
+        donate=donate,
+        backend=backend,
+        remat=given or Remat(),
+        precision=precision,
+        sharded=sharded,
+        undecided=undecided,
+    )
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """A plan that is chosen when the step is first used, and the options of `jit` that then matter.
+
+    `remat`: None to take what the choice says.
+    """
+
+    chooser: Chooser
+    specs: Any
+    batch: str
+    overlap: bool
+    remat: Remat | None
 
 
 class Step:
@@ -92,6 +124,7 @@ class Step:
         remat: Remat,
         precision: Precision | None,
         sharded: ShardedStep | None = None,
+        undecided: Undecided | None = None,
     ) -> None:
         functools.update_wrapper(self, fn)
         self._fn = fn
@@ -100,7 +133,7 @@ class Step:
             raise ValueError(f"donate={donate!r} is not an argument of {name_of(fn)}({', '.join(self._parameters)})")
         self._donate = None if donate is None else self._parameters.index(donate)
         self._backend, self._remat, self._precision = backend, remat, precision
-        self._sharded = sharded
+        self._placed, self._undecided = sharded, undecided
         self._compiled: dict[Any, Compiled] = {}
         self._latest: Compiled | None = None
         self._explained = False
@@ -111,25 +144,37 @@ class Step:
         if _disabled.get():
             with computing_in(self._precision):
                 return self._fn(*args)
+        if self._undecided is not None:
+            self._decide(args)
         leaves, treedef = tree.flatten(args)
-        if self._sharded is not None:
-            self._refuse_donated(args, leaves)
-            self._latest = self._find(args, leaves, treedef)
-            return self._sharded.run(self._latest, leaves)
         compiled = self._latest
-        if compiled is not None and compiled.knows(leaves, treedef):
+        if self._sharded is None and compiled is not None and compiled.knows(leaves, treedef):
             return compiled.run(leaves, known=True)
-        if compiled is None or not compiled.fits(leaves, treedef):
-            self._refuse_donated(args, leaves)
-            compiled = self._latest = self._find(args, leaves, treedef)
-        return compiled.run(leaves)
+        with taken_back(leaves) as loans:
+            if compiled is None or self._sharded is not None or not compiled.fits(leaves, treedef):
+                self._refuse_donated(args, leaves)
+                compiled = self._latest = self._find(args, leaves, treedef)
+            compiled.expect(loans)
+            return compiled.run(leaves) if self._sharded is None else self._sharded.run(compiled, leaves)
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
         """Trace and plan for these arguments without running; leaves may be `Aval`s, meta or fake tensors."""
         args = self._bind(args, kwargs)
+        if self._undecided is not None:
+            self._decide(args)
         leaves, treedef = tree.flatten(args)
         self._refuse_donated(args, leaves)
         return self._find(args, leaves, treedef)
+
+    def choose(self, *args: Any, **kwargs: Any) -> Plan | None:
+        """Choose a plan that was given by name now, and return it: None is a single rank.
+
+        "auto" searches by the shapes of these arguments: those of the whole mesh, whose leaves may be `Aval`s or meta
+        tensors. A plan that is there already stays. ValueError where no layout fits.
+        """
+        if self._undecided is not None:
+            self._decide(self._bind(args, kwargs) or None, whole=True)
+        return None if self._placed is None else self._placed.plan
 
     def flat_inputs(self, *args: Any) -> list[Tensor]:
         """The inputs of this process's graph for a call's arguments, with copies of those that the step writes over."""
@@ -183,6 +228,33 @@ class Step:
     def traces(self) -> int:
         """How many times the function was traced."""
         return len(self._compiled)
+
+    @property
+    def _sharded(self) -> ShardedStep | None:
+        if self._undecided is not None:
+            self._decide(None)
+        return self._placed
+
+    def _decide(self, args: tuple | None, *, whole: bool = False) -> None:
+        """Have the plan chosen; `args`: those of a call, if there are any."""
+        undecided = self._undecided
+        assert undecided is not None
+        wanted = Wanted(
+            step=self._fn,
+            specs=undecided.specs,
+            batch=undecided.batch,
+            names=tuple(self._parameters if args is None else self._parameters[: len(args)]),
+            precision=self._precision,
+            donates=self._donate is not None,
+            arguments=args,
+            whole=whole,
+        )
+        plan, remat = undecided.chooser.choose(wanted)
+        if plan is not None:
+            self._placed = ShardedStep(plan, specs=undecided.specs, batch=undecided.batch, overlap=undecided.overlap)
+        if undecided.remat is None:
+            self._remat = remat
+        self._undecided = None
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple:
         if not kwargs:

@@ -144,6 +144,11 @@ def storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often the memory was written to in place, by eager code through any view of it; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def new_fake_like(tensor: Tensor) -> Tensor:
     """A fresh fake tensor of the same shape, dtype and device, contiguous, unknown to any trace."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

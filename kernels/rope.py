@@ -5,6 +5,7 @@ Legend: T tokens, H heads, K head dim, F frequencies (half of the rotated dims),
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,32 @@ _BACKENDS = {"cpu": "cpu"}
 _LAYOUTS = ("half", "interleaved")
 
 
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Frequencies for texts longer than those of pretraining, which had `original_length` tokens (Llama 3.1, 2024).
+
+    Those that turn more than `high_turns` times over the original length stay; those that turn less than `low_turns`
+    times are divided by `factor`; between them the division fades.
+    """
+
+    factor: float
+    low_turns: float
+    high_turns: float
+    original_length: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 1 and 0 < self.low_turns < self.high_turns and self.original_length > 0):
+            raise ValueError(
+                f"{self}: factor must be at least 1, original_length positive, and low_turns less than high_turns"
+            )
+
+    def apply(self, ladder_F: Tensor) -> Tensor:
+        """The scaled frequencies, in radians per token."""
+        turns_F = ladder_F * (self.original_length / (2 * math.pi))
+        kept_F = ((turns_F - self.low_turns) / (self.high_turns - self.low_turns)).clamp(0, 1)
+        return ladder_F * (kept_F + (1 - kept_F) / self.factor)
+
+
 def rope_table(
     positions: Tensor,
     *,
@@ -27,12 +54,13 @@ def rope_table(
     sections: tuple[int, ...] | None = None,
     interleaved: bool = False,
     per_axis_ladder: bool = False,
+    scaling: Llama3Scaling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[T, F]` of the angles, F = head_dim / 2; worked out in float64.
 
     `positions` is `[T]`, or `[A, T]` with `sections`: how many of the F frequencies turn with each axis. Frequency j of
-    n is `base ** (-j / n)`.
+    n is `base ** (-j / n)`, then scaled.
 
     - Qwen2-VL (M-RoPE): one ladder of F frequencies, cut into consecutive blocks, one per axis.
     - Qwen3-VL (`interleaved`): one ladder; of the first `A * sections[a]` frequencies axis a > 0 owns a, a + A, ...;
@@ -48,10 +76,11 @@ def rope_table(
     sections = sections or (frequencies,)
     position_AT = position_AT.double()
     if per_axis_ladder:
-        ladders = [_ladder(n, base, positions.device) for n in sections]
+        ladders = [_ladder(n, base, scaling, positions.device) for n in sections]
         angle_TF = torch.cat([p[:, None] * f for p, f in zip(position_AT, ladders, strict=True)], dim=1)
     else:
-        angle_TF = _shared_ladder(position_AT, _ladder(frequencies, base, positions.device), sections, interleaved)
+        ladder_F = _ladder(frequencies, base, scaling, positions.device)
+        angle_TF = _shared_ladder(position_AT, ladder_F, sections, interleaved)
     return angle_TF.cos().to(dtype), angle_TF.sin().to(dtype)
 
 
@@ -107,9 +136,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _ladder(n: int, base: float, device: torch.device) -> Tensor:
+def _ladder(n: int, base: float, scaling: Llama3Scaling | None, device: torch.device) -> Tensor:
     exponent = torch.arange(n, dtype=torch.float64, device=device) / n
-    return torch.exp(exponent * -math.log(base))
+    ladder_F = torch.exp(exponent * -math.log(base))
+    return ladder_F if scaling is None else scaling.apply(ladder_F)
 
 
 def _shared_ladder(position_AT: Tensor, ladder_F: Tensor, sections: tuple[int, ...], interleaved: bool) -> Tensor:

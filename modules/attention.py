@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.rms_norm import rms_norm
+from kernels.rope import Llama3Scaling, rope_table
 from kernels.rope import rope as rotate
-from kernels.rope import rope_table
 from modules.linear import affine
 from modules.spec import ParamSpec, fan_in, ones, zeros
 
@@ -27,7 +27,7 @@ class AttentionConfig:
     values; `out_bias`: of the output. `causal` and `window` (tokens a query sees, itself included; `None`: all) are the
     mask within a document. `rope_base` `None` means no rotation; `rope_sections` splits the rotated frequencies among
     several position axes (M-RoPE), in blocks or, with `rope_interleaved`, in turns; with `rope_per_axis_ladder` each
-    axis has the whole range of frequencies (vision).
+    axis has the whole range of frequencies (vision). `rope_scaling` stretches them for long texts (Llama 3.1).
     """
 
     d_model: int
@@ -44,6 +44,7 @@ class AttentionConfig:
     rope_sections: tuple[int, ...] | None = None
     rope_interleaved: bool = False
     rope_per_axis_ladder: bool = False
+    rope_scaling: Llama3Scaling | None = None
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -87,6 +88,7 @@ def rope(positions: Tensor, cfg: AttentionConfig) -> RopeTable | None:
         sections=cfg.rope_sections,
         interleaved=cfg.rope_interleaved,
         per_axis_ladder=cfg.rope_per_axis_ladder,
+        scaling=cfg.rope_scaling,
     )
 
 

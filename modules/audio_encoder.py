@@ -1,7 +1,7 @@
-"""An audio encoder: log-mel frames, two strided convolutions, a transformer, mean pooling to tokens.
+"""An audio encoder: log-mel frames, two strided convolutions, a transformer, neighbouring frames merged to tokens.
 
 The shape is Whisper's (Radford et al. 2022), over clips of any length packed side by side: a clip is an item of
-`4 * pool` frames per token, and neither convolutions nor attention cross from one clip to the next.
+`4 * merge` frames per token, and neither convolutions nor attention cross from one clip to the next.
 
 Legend: S samples, F mel frames of the pack, B frequency bins, M mel bands, D encoder width, n tokens.
 """
@@ -27,10 +27,10 @@ CONV_STRIDE = 4  # two convolutions of stride 2
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """`rate` samples a second, windows of `n_fft` samples every `hop`, `mels` bands; `pool` conv frames to one token.
+    """`rate` samples a second, windows of `n_fft` samples every `hop`, `mels` bands; `merge` conv frames to one token.
 
-    One token spans `4 * pool * hop / rate` seconds. The encoder is `d_model` wide with `layers` layers of `heads` heads
-    and an MLP of `d_hidden` (0: four times `d_model`); its tokens are `d_out` wide, the foundation's width.
+    One token spans `4 * merge * hop / rate` seconds. The encoder is `d_model` wide with `layers` layers of `heads`
+    heads and an MLP of `d_hidden` (0: four times `d_model`); its tokens are `d_out` wide, the foundation's width.
     """
 
     d_model: int
@@ -41,13 +41,13 @@ class AudioConfig:
     n_fft: int = 400
     hop: int = 160
     mels: int = 80
-    pool: int = 2
+    merge: int = 2
     d_hidden: int = 0
 
     @property
     def rows_per_token(self) -> int:
         """Mel frames that become one token."""
-        return CONV_STRIDE * self.pool
+        return CONV_STRIDE * self.merge
 
     @property
     def stack(self) -> StackConfig:
@@ -110,7 +110,7 @@ def specs(cfg: AudioConfig) -> dict[str, Any]:
         "conv1": _conv_specs(cfg.mels, cfg.d_model, "frequency"),
         "conv2": _conv_specs(cfg.d_model, cfg.d_model, "conv_in"),
         "stack": encoder_stack.specs(cfg.stack),
-        "hidden": linear.specs(cfg.d_model, cfg.d_out, ("embed", "mlp"), bias=True),
+        "hidden": linear.specs(cfg.merge * cfg.d_model, cfg.d_out, ("embed", "mlp"), bias=True),
         "out": linear.specs(cfg.d_out, cfg.d_out, ("mlp", "embed"), bias=True),
     }
 
@@ -146,8 +146,8 @@ def lm_encode(params: Any, features: Mapping[str, Tensor], *, cfg: AudioConfig) 
     x = F.gelu(halving_conv(params["conv2"], x, segments_F[::2]))
     segments = segments_F[::CONV_STRIDE]
     x = encoder_stack.apply(params["stack"], x, positions=_positions(segments), segments_T=segments, cfg=cfg.stack)
-    pooled_nD = x.unflatten(0, (-1, cfg.pool)).mean(1)
-    return linear.apply(params["out"], F.gelu(linear.apply(params["hidden"], pooled_nD)))
+    merged_nM = x.unflatten(0, (-1, cfg.merge)).flatten(1)
+    return linear.apply(params["out"], F.gelu(linear.apply(params["hidden"], merged_nM)))
 
 
 def _positions(segments_T: Tensor) -> Tensor:

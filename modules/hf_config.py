@@ -6,9 +6,10 @@ trains and answers, only worse.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
+from kernels.rope import Llama3Scaling
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
 from modules.moe import MoEConfig
@@ -44,6 +45,8 @@ FAMILIES = {
     )
 }
 
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a `config.json` describes, written by transformers 4 or 5.
@@ -66,6 +69,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         out_bias=out_bias,
         window=_window(config, family),
         rope_base=_rope_base(config),
+        rope_scaling=_rope_scaling(config),
     )
     layers = _size(config, "num_hidden_layers")
     moe = _experts(config, family, d)
@@ -113,10 +117,12 @@ def hf_config(cfg: DecoderConfig, *, base: Mapping[str, Any] | None = None) -> d
         "intermediate_size": cfg.d_hidden or (cfg.moe.d_expert if cfg.moe else 0),
         "rms_norm_eps": cfg.norm_eps,
         "rope_theta": attention.rope_base,
-        "rope_parameters": {"rope_theta": attention.rope_base, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": attention.rope_base, **_rope_fields(attention.rope_scaling)},
         "initializer_range": cfg.init_std,
         "tie_word_embeddings": cfg.tie_embeddings,
     }
+    if attention.rope_scaling is not None:
+        found["rope_scaling"] = _rope_fields(attention.rope_scaling)
     if family.biases is None:
         found["attention_bias"] = attention.bias
     if family.window is not False:
@@ -176,13 +182,34 @@ def _window(config: Mapping[str, Any], family: Family) -> int | None:
     return None
 
 
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_scaling` of transformers 4, or `rope_parameters` of 5."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
 def _rope_base(config: Mapping[str, Any]) -> float:
-    """`rope_theta` and `rope_scaling` of transformers 4, or `rope_parameters` of 5."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return float(_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0)))
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> Llama3Scaling | None:
+    rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: rotary positions of type {kind!r} ({dict(rope)}); ours are of type 'default'")
-    return float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"config.json: rotary positions of type {kind!r} ({dict(rope)}); ours are of type 'default' or 'llama3'"
+        )
+    if kind == "default":
+        return None
+    missing = [field for field in _LLAMA3 if field not in rope]
+    if missing:
+        raise ValueError(f"config.json: rotary positions of type 'llama3' need {missing[0]} ({dict(rope)})")
+    return Llama3Scaling(*(rope[field] for field in _LLAMA3))
+
+
+def _rope_fields(scaling: Llama3Scaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_type": "default"}
+    return {"rope_type": "llama3", **dict(zip(_LLAMA3, astuple(scaling), strict=True))}
 
 
 def _experts(config: Mapping[str, Any], family: Family, d: int) -> MoEConfig | None:

@@ -4,7 +4,8 @@
 
 On one process and on two (gloo; every array divided on dim 0), alternating rounds, the median of each side: saves of
 `ftrain.checkpoint` behind the steps and not, torch.distributed.checkpoint (sync, async by thread and by process, each
-with one stager that keeps its memory), and plain large sequential writes with fsync and reads of as many bytes. Ratios
+with one stager that keeps its memory), and plain large sequential writes with fsync and reads of as many bytes. A save
+begun before a few steps of a training loop tells what it costs them. Ratios are taken within a round, and their medians
 count: the disk of a shared machine drifts.
 """
 
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
 
+from experiments.bench.checkpoint_loop import STEPS, Loop
 from experiments.bench.checkpoint_peers import Dcp, plain_read, plain_write
 from experiments.bench.table import Row, print_table, row, write_json
 from ftrain import tree
@@ -56,6 +58,10 @@ class Options:
 
 Times = dict[str, float]
 
+_LOOP_STEP = 1000
+_BLOCKED = "; in a training loop: what the call takes, and what the step after it waits for the copy"
+_LOST = f"; {STEPS} steps on one core with a save begun before them, less the same without"
+
 
 def main(options: Options) -> int:
     """Print the table; 1 if a goal is missed."""
@@ -68,26 +74,28 @@ def main(options: Options) -> int:
     return int(any(r.ok is False for r in rows))
 
 
-def rows_of(found: Times, world: int, options: Options) -> list[Row]:
+def rows_of(found: dict[str, list[float]], world: int, options: Options) -> list[Row]:
     """The rows for one number of processes."""
     where = f"{world} process{'es' if world > 1 else ''}"
     how = f"{options.mib} MiB of state, {where}, medians of {options.rounds} alternating rounds, slowest rank"
-    best = min(found["dcp thread, blocked"], found["dcp process, blocked"])
     gb = options.mib * 2**20 / 1e9
-    ms = {name: f"{seconds * 1e3:.0f} ms" for name, seconds in found.items()}
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    ms = {name: f"{seconds * 1e3:.0f} ms" for name, seconds in middle.items()}
 
     def ratio(name: str, a: str, b: str, goal: float | None, note: str = "") -> Row:
-        peer = f"{ms[a]} to {ms[b]}"
-        return row(f"{where}: {name}", found[a] / found[b], "x", goal=goal, peer=peer, how=f"{how}{note}")
+        value = statistics.median(x / y for x, y in zip(found[a], found[b], strict=True))
+        return row(f"{where}: {name}", value, "x", goal=goal, peer=f"{ms[a]} to {ms[b]}", how=f"{how}{note}")
 
+    best = min(("dcp thread", "dcp process"), key=lambda kind: middle[f"{kind}, blocked"])
+    cheapest = min(("dcp thread", "dcp process"), key=lambda kind: middle[f"{kind}, lost"])
     return [
-        ratio("blocked by an async save, over a sync save", "async, blocked", "sync", 0.05),
-        row(
-            f"{where}: blocked by an async save, over DCP's best async", found["async, blocked"] / best, "x", goal=0.7,
-            peer=f"{ms['async, blocked']} to thread {ms['dcp thread, blocked']}, process {ms['dcp process, blocked']}",
-            how=how,
-        ),
-        ratio("blocked by an async save, over one copy of the memory", "async, blocked", "copy", None),
+        ratio("blocked by an async save, over a sync save", "async, blocked", "sync", 0.05, _BLOCKED),
+        ratio(f"blocked by an async save, over DCP's best async ({best})", "async, blocked", f"{best}, blocked", 0.7,
+              _BLOCKED),
+        ratio("blocked by an async save, over one copy of the memory", "async, blocked", "copy", None, _BLOCKED),
+        ratio(f"lost by a training loop to an async save, over DCP's best async ({cheapest})", "async, lost",
+              f"{cheapest}, lost", None, _LOST),
+        ratio("lost by a training loop to an async save, over a sync save", "async, lost", "sync", None, _LOST),
         ratio("a sync save, over a plain write and fsync", "sync", "plain write", 1.25),
         ratio("an async save until it is on the disk, over a plain write and fsync", "async", "plain write", 1.25),
         ratio("an async save until it is on the disk, over DCP sync", "async", "dcp sync", None),
@@ -98,20 +106,20 @@ def rows_of(found: Times, world: int, options: Options) -> list[Row]:
         ratio("restore from the page cache, over a plain read", "restore", "read", None),
         ratio("checksums: an async save with them, over one without", "async", "async, no checksum", None),
         ratio("checksums: a restore with them, over one without", "restore", "restore, no checksum", None),
-        row(f"{where}: throughput of an async save", gb / found["async"], "GB/s", how=how),
-        row(f"{where}: throughput of a restore, cold", gb / found["restore, cold"], "GB/s", how=how),
-        row(f"{where}: extra memory of async saves, over the local state", found["memory, save"], "x", goal=1.02,
+        row(f"{where}: throughput of an async save", gb / middle["async"], "GB/s", how=how),
+        row(f"{where}: throughput of a restore, cold", gb / middle["restore, cold"], "GB/s", how=how),
+        row(f"{where}: extra memory of async saves, over the local state", middle["memory, save"], "x", goal=1.02,
             how="peak of resident memory over that before the first save, spare memory included; one copy, and 2% for "
             "all else"),
-        row(f"{where}: extra memory of a restore into donated leaves", found["memory, restore"], "x",
+        row(f"{where}: extra memory of a restore into donated leaves", middle["memory, restore"], "x",
             how="peak of resident memory over that before, over the local state"),
-        row(f"{where}: growth over {options.saves} saves, over the local state", found["growth"], "x", goal=0.01,
+        row(f"{where}: growth over {options.saves} saves, over the local state", middle["growth"], "x", goal=0.01,
             how=f"resident memory after save {options.saves} over that after save 2"),
     ]  # fmt: skip
 
 
-def measured(options: Options, world: int) -> Times:
-    """All figures of `world` processes: seconds, and ratios of memory."""
+def measured(options: Options, world: int) -> dict[str, list[float]]:
+    """All figures of `world` processes: seconds by round, and ratios of memory."""
     root = Path(tempfile.mkdtemp(prefix="checkpoint-bench-", dir=options.folder))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -136,7 +144,7 @@ def _rank(rank: int, options: Options, world: int, port: int, root: Path, found:
         print(f"{world} processes, memory over the local state: {memory}", file=sys.stderr)
     times = _times(options, state, root, rank)
     if rank == 0:
-        found.update(**times, **memory)
+        found.update(**times, **{name: [value] for name, value in memory.items()})
     dist.barrier()
     dist.destroy_process_group()
 
@@ -208,17 +216,21 @@ class _Clock:
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
 
+    def note(self, name: str, seconds: float) -> None:
+        """A measurement of another clock."""
+        self.times.setdefault(name, []).append(_slowest(seconds))
+
     def time(self, name: str, function: Callable[[], Any], *, begun: float | None = None) -> float:
         if begun is None:
             os.sync()
             dist.barrier()
             begun = time.perf_counter()
         function()
-        self.times.setdefault(name, []).append(_slowest(time.perf_counter() - begun))
+        self.note(name, time.perf_counter() - begun)
         return begun
 
 
-def _times(options: Options, state: Any, root: Path, rank: int) -> Times:
+def _times(options: Options, state: Any, root: Path, rank: int) -> dict[str, list[float]]:
     bench = _Cases(state, root, rank)
     for number in range(options.rounds + 1):
         bench.number = number
@@ -231,7 +243,7 @@ def _times(options: Options, state: Any, root: Path, rank: int) -> Times:
             took = ", ".join(f"{name} {times[-1]:.2f}" for name, times in bench.clock.times.items())
             print(f"round {number} of {options.rounds}, seconds: {took}", file=sys.stderr)
     bench.close()
-    return {name: statistics.median(times[1:]) for name, times in bench.clock.times.items()}
+    return {name: times[1:] for name, times in bench.clock.times.items()}
 
 
 class _Cases:
@@ -239,7 +251,8 @@ class _Cases:
 
     def __init__(self, state: Any, root: Path, rank: int) -> None:
         self.number, self.clock = 0, _Clock()
-        self._state, self._root, self._plain = state, root, root / f"plain{rank}"
+        self._root, self._plain = root, root / f"plain{rank}"
+        self._loop = Loop(state, Mesh(1, dist.get_world_size()))
         self._spare = [torch.zeros_like(t) for t in _local(state)]
         self._sync = Checkpointer(root / "sync", ranks=Ranks.of_run(), background=False)
         self._ours = Checkpointer(root / "ours", ranks=Ranks.of_run())
@@ -253,7 +266,7 @@ class _Cases:
         return [
             self._plain_files, self._synchronous, partial(self._background, "", self._ours),
             partial(self._background, ", no checksum", self._bare), partial(self._dcp_async, "thread"),
-            partial(self._dcp_async, "process"), self._dcp_sync,
+            partial(self._dcp_async, "process"), self._dcp_sync, self._loops,
         ]  # fmt: skip
 
     def close(self) -> None:
@@ -272,15 +285,43 @@ class _Cases:
         self.clock.time("sync", partial(self._sync.save, self._state, self.number))
 
     def _background(self, name: str, checkpoints: Checkpointer) -> None:
-        begun = self.clock.time(f"async{name}, blocked", partial(checkpoints.save, self._state, self.number))
+        begun = self.clock.time(f"async{name}, returned", partial(checkpoints.save, self._state, self.number))
         self.clock.time(f"async{name}", checkpoints.wait, begun=begun)
         self.clock.time(f"restore{name}", partial(checkpoints.restore, self._state, donate=True))
         _forget(self._root)
         self.clock.time(f"restore{name}, cold", partial(checkpoints.restore, self._state, donate=True))
 
     def _dcp_async(self, kind: str) -> None:
-        begun = self.clock.time(f"dcp {kind}, blocked", partial(self._dcp.begin, self._state, self._root, kind))
+        begun = self.clock.time(f"dcp {kind}, returned", partial(self._dcp.begin, self._state, self._root, kind))
         self.clock.time(f"dcp {kind}", self._dcp.wait, begun=begun)
+
+    def _loops(self) -> None:
+        """The training loop with a save of each kind, and before and after these alone."""
+        alone = [self._looped(lambda state: None)]
+        lost = {"async": self._looped(lambda state: self._ours.save(state, _LOOP_STEP + self.number))}
+        self._ours.wait()
+        blocked = {"async": self._ours.blocked}
+        for kind in ("thread", "process"):
+            lost[f"dcp {kind}"] = self._looped(partial(self._begin_dcp, kind))
+            self._dcp.wait()
+            blocked[f"dcp {kind}"] = self._dcp.blocked
+        alone.append(self._looped(lambda state: None))
+        for name, seconds in lost.items():
+            self.clock.note(f"{name}, blocked", blocked[name])
+            self.clock.note(f"{name}, lost", seconds - statistics.mean(alone))
+        self.clock.note("loop", statistics.mean(alone))
+
+    def _begin_dcp(self, kind: str, state: Any) -> None:
+        self._dcp.begin(state, self._root / "dcp loop", kind)
+
+    def _looped(self, begin: Callable[[Any], Any]) -> float:
+        os.sync()
+        dist.barrier()
+        return self._loop.run(begin)
+
+    @property
+    def _state(self) -> Any:
+        return self._loop.state
 
     def _dcp_sync(self) -> None:
         self.clock.time("dcp sync", partial(self._dcp.save, self._state, self._root))

@@ -1,6 +1,7 @@
 """What checkpoints are measured against: torch.distributed.checkpoint, and plain large writes and reads."""
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,18 @@ class Dcp:
         # Of its own: its thread must not meet the collectives of the training loop.
         self._group = dist.new_group()
         self._pending: Any = None
+        self.blocked = 0.0
 
     def save(self, state: Any, folder: Path) -> None:
         """Save below `folder` and wait; files are synced, as is DCP's default."""
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder / "dcp_sync"))
 
     def begin(self, state: Any, folder: Path, kind: str) -> None:
-        """Save below `folder`; return when the training loop could go on. `kind` is "thread" or "process"."""
+        """Save below `folder`; return when the training loop could go on, after `blocked` seconds.
+
+        `kind` is "thread" or "process".
+        """
+        began = time.perf_counter()
         self._pending = dcp.async_save(
             state,
             storage_writer=dcp.FileSystemWriter(folder / f"dcp_{kind}"),
@@ -37,6 +43,7 @@ class Dcp:
             async_stager=self._stagers[kind],
             process_group=self._group,
         )
+        self.blocked = time.perf_counter() - began
 
     def wait(self) -> None:
         """Return when the save that was begun is on the disk."""

@@ -2,6 +2,8 @@
 
     python -m experiments.bench.crash --kills 1000 --json crash.json
 
+With `--ranks 2` or more, processes that save together: one of them or all are killed (`crash_ranks.py`).
+
 A child resumes, then saves one step after another, each state computed from the number of its step. The parent kills it
 at a random moment, restores the latest step and compares. Without a device's power cut the page cache survives: this
 tests the death of processes; that data reaches the disk before its name does is the order of the syncs (write.py).
@@ -17,36 +19,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import tyro
+from rich.console import Console
+from rich.table import Table
 
-from ftrain import tree
-from ftrain.checkpoint import Checkpointer, Retention, Storage, latest, restore
+from experiments.bench.crash_ranks import run_rank_kills
+from experiments.bench.crash_state import Crash, state_of, verified_step
+from ftrain.checkpoint import Checkpointer, Retention, Storage, latest
 from ftrain.checkpoint.folders import leftovers
-
-
-@dataclass(frozen=True)
-class Crash:
-    """How many `kills`, of saves of how many `mib` of state; `json` receives the result; `seed` fixes the moments."""
-
-    kills: int = 100
-    mib: float = 8.0
-    database: bool = True
-    seed: int = 0
-    json: Path | None = None
-
-
-def state_of(step: int, mib: float) -> dict:
-    """A state of about this size that is a function of the step alone."""
-    rows = max(1, int(mib * 2**20 / 4 / 256 / 8))
-    numbers = torch.Generator().manual_seed(step)
-    params = {f"w{i}": torch.randn(rows, 256, generator=numbers) for i in range(4)}
-    moments = {f"w{i}": torch.randn(rows, 256, generator=numbers) for i in range(4)}
-    return {"params": params, "opt_state": moments, "step": torch.tensor(step), "position": step * 10}
 
 
 def save_for_ever(root: str, mib: float, database: bool, pipe: Connection) -> None:
@@ -105,50 +89,43 @@ def wait_for_the_moment(hear: Connection, moments: random.Random) -> None:
     time.sleep(moments.uniform(0.0, 1.1 * typical))
 
 
-def verified_step(root: Path, at_least: int, mib: float) -> int:
-    """The latest step, 0 if there is none, after comparing it bit by bit; RuntimeError when it is lost or differs."""
-    step = latest(root) or 0
-    if step < at_least:
-        raise RuntimeError(f"step {at_least} was saved, and now the latest is {step}")
-    if step == 0:
-        return 0
-    expected = state_of(step, mib)
-    found = restore(expected, root)
-    equal = [torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip_leaves(found, expected)]
-    if not all(equal):
-        raise RuntimeError(f"step {step} restores with {equal.count(False)} leaves that differ")
-    return step
-
-
-def zip_leaves(a: dict, b: dict) -> Iterator[tuple]:
-    """The leaves of two trees of one structure, side by side."""
-    tree.require_same(a, b, names=("the restored state", "the saved state"))
-    return zip(tree.leaves(a), tree.leaves(b), strict=True)
-
-
 def main(config: Crash) -> None:
     """Run, print, and write the row in the format of all benches."""
     root = Path(tempfile.mkdtemp(prefix="crash-"))
     begin = time.perf_counter()
-    hits: Counter[str] = Counter()
+    hits: Counter[tuple[str, str]] = Counter()
+    alone = config.ranks == 1
     try:
-        for hit in run_kills(config, root):
+        for hit in (("the process", h) for h in run_kills(config, root)) if alone else run_rank_kills(config, root):
             hits[hit] += 1
         last = latest(root)
     finally:
         shutil.rmtree(root)
+    writing = sum(n for (_, moment), n in hits.items() if moment == "while writing")
     row = {
-        "name": "kill -9 survived to the bit",
+        "name": "kill -9 survived to the bit" + ("" if alone else f", {config.ranks} ranks"),
         "value": hits.total(),
         "unit": "kills",
         "goal": config.kills,
-        "ok": hits.total() == config.kills and hits["while writing"] > 0,
+        "ok": hits.total() == config.kills and writing > 0,
         "peer": None,
-        "how": f"{dict(hits)}, the last step is {last}, {time.perf_counter() - begin:.0f} s, {config.mib} MiB of state",
+        "how": f"{writing} while writing, the last step is {last}, {time.perf_counter() - begin:.0f} s, "
+        f"{config.mib} MiB of state; {_words(hits)}",
     }
-    print(f"{row['name']}: {row['value']} of {row['goal']} ({row['how']})")
+    _print(hits, f"{row['name']}: {row['value']} of {row['goal']}, the last step is {last}")
     if config.json is not None:
         config.json.write_text(json.dumps([row], indent=1))
+
+
+def _words(hits: Counter[tuple[str, str]]) -> str:
+    return ", ".join(f"{kind}: {n} {moment}" for (kind, moment), n in sorted(hits.items()))
+
+
+def _print(hits: Counter[tuple[str, str]], title: str) -> None:
+    table = Table("killed", "while writing", "between saves", title=title, title_justify="left")
+    for kind in sorted({kind for kind, _ in hits}):
+        table.add_row(kind, str(hits[kind, "while writing"]), str(hits[kind, "between saves"]))
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Twins: one configuration and one set of weights as a Hugging Face model and as a tree of our parameters."""
 
-from collections.abc import Mapping
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from ftrain.hf import load_hf
+from modules import decoder
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
+from modules.hf_names import decoder_names
 from modules.moe import MoEConfig
-from modules.spec import map_with_paths
 
 ROPE_BASE = 10_000.0
 
@@ -73,40 +72,8 @@ def hf_model(shape: Shape) -> Any:
     return transformers.Qwen3MoeForCausalLM._from_config(qwen).float().train()
 
 
-def our_parameters(weights: Mapping[str, Tensor], cfg: DecoderConfig) -> dict[str, Any]:
-    """Copies of transformers' named parameters as our tree: their linear weights are `[out, in]`, ours `[in, out]`."""
-    tree = {
-        "embedding": {"table_VD": weights["model.embed_tokens.weight"]},
-        "layers": [_layer(weights, f"model.layers.{i}", cfg) for i in range(cfg.layers)],
-        "norm": {"weight_D": weights["model.norm.weight"]},
-        "head": {"w_DV": weights["lm_head.weight"].T},
-    }
-    return map_with_paths(lambda _, x: x.detach().clone(memory_format=torch.contiguous_format), tree)
-
-
-def _layer(weights: Mapping[str, Tensor], at: str, cfg: DecoderConfig) -> dict[str, Any]:
-    tree: dict[str, Any] = {
-        "attention_norm": {"weight_D": weights[f"{at}.input_layernorm.weight"]},
-        "attention": _attention(weights, f"{at}.self_attn", cfg),
-        "mlp_norm": {"weight_D": weights[f"{at}.post_attention_layernorm.weight"]},
-    }
-    if cfg.moe is None:
-        names = {"w_gate_DF": "gate_proj", "w_up_DF": "up_proj", "w_down_FD": "down_proj"}
-        tree["mlp"] = {ours: weights[f"{at}.mlp.{theirs}.weight"].T for ours, theirs in names.items()}
-        return tree
-    gate_EFD, up_EFD = weights[f"{at}.mlp.experts.gate_up_proj"].chunk(2, dim=1)
-    tree["moe"] = {
-        "w_router_DE": weights[f"{at}.mlp.gate.weight"].T,
-        "w_gate_EDF": gate_EFD.mT,
-        "w_up_EDF": up_EFD.mT,
-        "w_down_EFD": weights[f"{at}.mlp.experts.down_proj"].mT,
-    }
-    return tree
-
-
-def _attention(weights: Mapping[str, Tensor], at: str, cfg: DecoderConfig) -> dict[str, Tensor]:
-    dims = {"q": "DHK", "k": "DGK", "v": "DGK", "o": "HKD"}
-    tree = {f"w_{x}_{dim}": weights[f"{at}.{x}_proj.weight"].T for x, dim in dims.items()}
-    if cfg.attention.qk_norm:
-        tree |= {f"{x}_norm_K": weights[f"{at}.{x}_norm.weight"] for x in "qk"}
-    return tree
+def our_parameters(model: Any, cfg: DecoderConfig) -> Any:
+    """The weights of a transformers model as our tree, by way of the files that it saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_hf(folder, decoder.specs(cfg), decoder_names(cfg))

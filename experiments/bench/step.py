@@ -127,9 +127,10 @@ def _batch(shape: Shape, documents: int, length: int, seed: int, device: str) ->
 
 def _sides(shape: Shape, options: Options) -> list[Side]:
     torch.manual_seed(0)
-    weights = hf_model(shape).state_dict()
+    model = hf_model(shape)
+    weights = model.state_dict()
     cfg = our_config(shape)
-    params = our_parameters(weights, cfg)
+    params = our_parameters(model, cfg)
     params = spec.map_with_paths(lambda _, x: x.to(options.device), params)
     backends = ["aten", "inductor"] if options.compiled else ["aten"]
     sides = [_our_side(params, cfg, backend) for backend in backends]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import ftrain
-from experiments.omni import batches, judge, model, sources, tasks, tokenizer_training, training
+from experiments.omni import batches, judge, model, planning, sources, tasks, tokenizer_training, training
 from experiments.omni.batches import Batches
 from experiments.omni.judge import Judge
 from experiments.omni.sources import Sources
@@ -73,9 +73,14 @@ def make(
     backend: str,
     remat: str,
     mesh: Mesh | None = None,
+    plan: str | None = None,
     say: Callable[[str], None],
 ) -> Job:
-    """Read the data, build the model of this size, and jit its step. ValueError if the state cannot fit the device."""
+    """Read the data, build the model of this size, and jit its step on the ranks of a mesh.
+
+    `plan`: "auto" or a plan file, by which the ranks then share the work; it also says what is recomputed. ValueError
+    if the state cannot fit the device.
+    """
     began = time.monotonic()
     readers = model.readers(size)
     data = sources.load(readers, seed=seed)
@@ -88,7 +93,7 @@ def make(
     names = tasks.possible(data)
     mixture = Mixture(data, seed)
     documents = model.parts(size).documents
-    packs, parts = (mesh.replicate * mesh.shard, mesh.sequence) if mesh is not None else (1, 1)
+    laid, packs, parts = planning.laid_out(plan, mesh)
     feed = Batches(
         mixture=mixture,
         model=net,
@@ -105,15 +110,17 @@ def make(
         training.train_step(net, tx, names, training.loss_weights(names)),
         donate="state",
         backend=backend,
-        remat=remat,
-        plan=None if mesh is None else training.plan(mesh),
+        remat=remat if plan is None else None,
+        plan=laid,
         specs=omni.specs(net),
     )
     say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {packs * feed.budget.tokens:,} tokens a step")
-    if mesh is not None:
-        say(f"mesh: {mesh} ({mesh.kind})")
     grader = judge.train(data.train.drawn, data.held_out.drawn, seed=seed)
-    return Job(size, net, data, names, feed, config, tx, step, grader, seed, device, tokenizer_steps)
+    work = Job(size, net, data, names, feed, config, tx, step, grader, seed, device, tokenizer_steps)
+    chosen = step.choose(work.abstract_state(), feed.at(0))
+    if chosen is not None:
+        say(f"mesh: {chosen.mesh} ({chosen.mesh.kind})")
+    return work
 
 
 def _check_memory(size: str, parameters: int, device: torch.device) -> None:

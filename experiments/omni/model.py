@@ -81,9 +81,9 @@ def image_config(size: str, d_out: int) -> VisionConfig:
 
 
 def video_config(size: str, d_out: int) -> VisionConfig:
-    """Videos: patches of 5x5 pixels and three frames, four of which make a token: a film is one token."""
+    """Videos: patches of 3x3 pixels and three frames, sixteen of which make a token: a film is one token."""
     s = parts(size)
-    return VisionConfig(s.vision_width, s.encoder_layers, heads=4, d_out=d_out, patch=5, channels=1, frames=3, merge=2)
+    return VisionConfig(s.vision_width, s.encoder_layers, heads=4, d_out=d_out, patch=3, channels=1, frames=3, merge=4)
 
 
 def audio_config(size: str, d_out: int) -> AudioConfig:
@@ -98,7 +98,7 @@ def audio_config(size: str, d_out: int) -> AudioConfig:
         n_fft=256,
         hop=_HOP,
         mels=40,
-        pool=corpus.SAMPLES // _HOP // CONV_STRIDE,
+        merge=corpus.SAMPLES // _HOP // CONV_STRIDE,
     )
 
 

@@ -3,6 +3,7 @@
 On a terminal the bar is redrawn in place; elsewhere (a file, a pipe, CI) it is a plain line every so many steps.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -49,9 +50,9 @@ class Report:
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show one step's metrics: `step` (from 1), and of `loss`, `loss/<term>`, `tokens_per_s`, `mfu`, `peak_bytes`
-        those that are there. Losses and speed are smoothed over some ten steps."""
+        those that are there. Losses and speed are smoothed over some ten steps, those that are not finite left out."""
         for name, value in metrics.items():
-            if name.startswith("loss") or name == "tokens_per_s":
+            if (name.startswith("loss") or name == "tokens_per_s") and math.isfinite(value):
                 self._smooth[name] = _SMOOTHING * self._smooth.get(name, value) + (1 - _SMOOTHING) * value
         step = int(metrics["step"])
         if self.console.is_terminal:

@@ -65,6 +65,13 @@ class RunFolder:
         _replace(path / METRICS, "".join(_line(row) for row in kept))
         return cls(path)
 
+    def go_back(self, step: int) -> None:
+        """Drop the metrics of the steps after `step`, which are run again."""
+        self._metrics.close()
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        _replace(self.path / METRICS, "".join(_line(row) for row in kept))
+        self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
+
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one step's metrics, an object with `step`; it is in the file when this returns."""
         if not isinstance(row.get("step"), int):

@@ -18,7 +18,7 @@ class VideoConfig:
     """`frames` frames of `side` x `side` pixels; the digit moves `speed` pixels a frame, through the field's middle."""
 
     frames: int = 3
-    side: int = 10
+    side: int = 12
     speed: int = 1
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ _MIB = 2**20
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """How arrays are laid out: in a `database` (OCDBT) or a file per chunk; `chunk_bytes`, the upper bound of a chunk;
-    `checksum` every chunk (5 GB/s per core, when writing and when reading), or trust the disk; `file_bytes`, about how
+    `checksum` every chunk (5 GB/s per core when writing, 7 when reading), or trust the disk; `file_bytes`, about how
     long the data files of a database become (one is written while the next is checksummed).
     """
 

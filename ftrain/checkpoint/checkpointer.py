@@ -2,10 +2,13 @@
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+from ftrain import tree
 from ftrain.checkpoint import read
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
 from ftrain.checkpoint.decision import decide, heard_decision, refuse
@@ -15,8 +18,9 @@ from ftrain.checkpoint.place import Lock
 from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
 from ftrain.checkpoint.roots import Root, open_place
-from ftrain.checkpoint.snapshot import Spare
+from ftrain.checkpoint.snapshot import Snapshot, Spare
 from ftrain.checkpoint.write import require_whole, write_checkpoint
+from ftrain.loan import Loan
 
 _log = logging.getLogger("ftrain.checkpoint")
 State = TypeVar("State")
@@ -64,13 +68,19 @@ class Checkpointer:
         self._lock: Lock | None = None
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
+        self._loan: Loan | None = None
+        self._in_save = 0.0
 
     def reserve(self, state: Any) -> None:
         """Make the spare memory now, so that the first save blocks no longer than the later ones."""
         self._spare.reserve(named_leaves(state))
 
     def save(self, state: Any, step: int, metrics: Mapping[str, float] | None = None) -> bool:
-        """Save `state` as step `step`; returns when the state may change, True unless the save was skipped.
+        """Save `state` as step `step` and return at once, True unless the save was skipped.
+
+        What is saved is the state at the call. A jitted step may take and overwrite it right away: it waits for the
+        copy just before its first write. Eager code that touches one of the state's tensors waits for it, too. (Only a
+        write through another view, made before, is not held back: then the save fails.)
 
         A step that exists is replaced. `metrics` are kept in the manifest for `Retention(best=...)`; of several ranks
         those of rank 0.
@@ -80,25 +90,18 @@ class Checkpointer:
             ValueError: a leaf cannot be saved, or another run writes into the folder.
             RuntimeError: rank 0 no longer answers.
         """
-        turn = self._ranks.turn()
+        began = time.perf_counter()
         try:
-            leaves = named_leaves(state)
-            require_whole(leaves, self._ranks)
-        except ValueError as error:
-            refuse(self._ranks, turn, error)
-            raise
-        if not self._agreed_to_begin(step, turn):
-            _log.warning("step %d is not saved: the previous save is still being written", step)
-            return False
-        task = (dict(metrics or {}), turn)
-        if not self._background:
-            self._write(leaves, step, *task)
-            self.wait()
-            return True
-        copy = self._spare.copy(leaves)
-        self._thread = threading.Thread(target=self._write, args=(copy, step, *task), name=f"checkpoint step {step}")
-        self._thread.start()
-        return True
+            return self._save(state, step, dict(metrics or {}))
+        finally:
+            self._in_save = time.perf_counter() - began
+
+    @property
+    def blocked(self) -> float:
+        """Seconds that the training loop has stood still for the last save so far: in `save`, and where a step or other
+        code then waited for the copy of its state.
+        """
+        return self._in_save + (0.0 if self._loan is None else self._loan.waited)
 
     def wait(self) -> None:
         """Return when the last save is on the disk. Raises `SaveFailed` if it is not going to be."""
@@ -148,6 +151,35 @@ class Checkpointer:
     ) -> None:
         self.close()
 
+    def _save(self, state: Any, step: int, metrics: dict[str, float]) -> bool:
+        turn, self._loan = self._ranks.turn(), None
+        try:
+            leaves = named_leaves(state)
+            require_whole(leaves, self._ranks)
+        except ValueError as error:
+            refuse(self._ranks, turn, error)
+            raise
+        if not self._agreed_to_begin(step, turn):
+            _log.warning("step %d is not saved: the previous save is still being written", step)
+            return False
+        if not self._background:
+            self._write(leaves, step, metrics, turn)
+            self.wait()
+            return True
+        owned = dict(zip(tree.paths(state), tree.leaves(state), strict=True))
+        snapshot = self._spare.lend(leaves, owned)
+        self._loan = snapshot.loan
+        self._thread = threading.Thread(
+            target=self._write, args=(snapshot, step, metrics, turn), name=f"checkpoint step {step}"
+        )
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
+            snapshot.loan.end()
+            raise
+        return True
+
     def _agreed_to_begin(self, step: int, turn: int) -> bool:
         """Rank 0 decides for all: a save is begun, skipped or refused on every rank alike. False: skipped."""
         if self._ranks.rank == 0:
@@ -175,13 +207,14 @@ class Checkpointer:
             self._thread = None
         self._failure = None
 
-    def _write(self, leaves: Leaves, step: int, metrics: dict[str, float], turn: int) -> None:
+    def _write(self, source: Snapshot | Leaves, step: int, metrics: dict[str, float], turn: int) -> None:
         """Runs in the background thread: whatever goes wrong is kept for the next call from the training loop."""
+        leaves = _taken(source)
         try:
             write_checkpoint(
                 self._place,
                 step,
-                leaves,
+                leaves.result,
                 storage=self._storage,
                 metrics=metrics,
                 keep=self._keep,
@@ -201,3 +234,13 @@ class Checkpointer:
             f"saving step {step} into {where} failed: {cause}; {kept}, and the state in memory is unharmed: "
             "free space or mend the folder, then save again"
         )
+
+
+def _taken(source: Snapshot | Leaves) -> "Future[Leaves]":
+    """The leaves, or what went wrong: the loan ends before other ranks are heard, and they hear of an error."""
+    found: Future[Leaves] = Future()
+    try:
+        found.set_result(source.take() if isinstance(source, Snapshot) else source)
+    except BaseException as error:
+        found.set_exception(error)
+    return found

@@ -8,6 +8,7 @@ from torch import Tensor
 from ftrain import tree
 from ftrain.checkpoint import manifest as manifests
 from ftrain.checkpoint.arrays import Piece, read_part
+from ftrain.checkpoint.direct import DirectReader
 from ftrain.checkpoint.dtypes import as_array, dtype_name
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.folders import step_name
@@ -118,20 +119,24 @@ def _check_files(place: Place, folder: str, manifest: Manifest, wanted: Leaves) 
 def _read(place: Place, folder: str, manifest: Manifest, wanted: Leaves, rooms: dict[str, Room]) -> None:
     """Read part by part, and within a part in windows, so that host copies of device tensors stay few."""
     context = place.context()
-    for window in _windows(wanted.tensors, manifest):
-        part = manifest.arrays[window[0]].part
-        pieces = {}
-        for path in window:
-            division, room = wanted.divisions.get(path), rooms[path].host()
-            start = tuple(first for first, _ in division.mine) if division else (0,) * room.ndim
-            pieces[path] = [Piece(start, as_array(room))] if room.numel() else []
-        leaves = {path: manifest.arrays[path] for path in window}
-        where = join([folder, part])
-        read_part(
-            place.kvstore(where), leaves, pieces, manifest.database, manifest.checksum, context, place.show(where)
-        )
-        for path in window:
-            rooms[path].filled()
+    with DirectReader(database=manifest.database, checksum=manifest.checksum, context=context) as direct:
+        for window in _windows(wanted.tensors, manifest):
+            pieces = {path: _pieces(path, wanted, rooms[path]) for path in window}
+            leaves = {path: manifest.arrays[path] for path in window}
+            name = join([folder, manifest.arrays[window[0]].part])
+            where, shown = place.kvstore(name), place.show(name)
+            done = direct.read(where, leaves, pieces, shown)
+            # Also opens the others: their metadata is checked.
+            rest = {path: [] if path in done else pieces[path] for path in window}
+            read_part(where, leaves, rest, manifest.database, manifest.checksum, context, shown)
+            for path in window:
+                rooms[path].filled()
+
+
+def _pieces(path: str, wanted: Leaves, room: Room) -> list[Piece]:
+    division, host = wanted.divisions.get(path), room.host()
+    start = tuple(first for first, _ in division.mine) if division else (0,) * host.ndim
+    return [Piece(start, as_array(host))] if host.numel() else []
 
 
 def _windows(wanted: dict[str, Tensor], manifest: Manifest) -> Iterable[list[str]]:

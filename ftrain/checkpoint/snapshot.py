@@ -1,9 +1,20 @@
-"""Copies of a state in spare memory, so that a save can be written while the next steps change the state."""
+"""Copies of a state in spare memory, so that a save can be written while the next steps change the state.
 
+The copy itself goes on behind the next step too: the leaves are lent (see `ftrain.loan`) until they are copied. A
+`fork` would snapshot without a copy, but its child may not use the threads that tensorstore and OpenMP had in the
+parent, every page that the step then writes costs a fault and a copy, and CUDA memory is not part of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ftrain.checkpoint.leaves import Leaves
+from ftrain.loan import Loan, lendable
+from ftrain.private import version_of
 
 
 class Spare:
@@ -19,22 +30,80 @@ class Spare:
     def reserve(self, leaves: Leaves) -> None:
         """Make the buffers and touch their memory, which costs far more than a copy into it."""
         for path, tensor in leaves.tensors.items():
-            self._buffer(path, tensor).zero_()
+            self.buffer(path, tensor).zero_()
 
-    def copy(self, leaves: Leaves) -> Leaves:
-        """Copy all tensors; when this returns, the state may change. The copies are valid until the next call."""
+    def lend(self, leaves: Leaves, state: Mapping[str, Any]) -> "Snapshot":
+        """Lend the leaves of a state, given as `leaves` and as the objects that its owner has; what cannot be lent is
+        cloned. Whoever calls this must see to it that `Snapshot.take` runs, or end the loan.
+        """
         self._buffers = {path: buffer for path, buffer in self._buffers.items() if path in leaves.tensors}
-        copies = {}
-        for path, tensor in leaves.tensors.items():
-            copies[path] = self._buffer(path, tensor).copy_(tensor, non_blocking=True)
-        for device in {t.device for t in leaves.tensors.values() if t.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
-        return Leaves(copies, dict(leaves.scalars), dict(leaves.divisions))
+        return Snapshot(self, leaves, {path: leaf for path, leaf in state.items() if lendable(leaf)})
 
-    def _buffer(self, path: str, tensor: Tensor) -> Tensor:
+    def buffer(self, path: str, tensor: Tensor) -> Tensor:
+        """The spare memory of a leaf."""
         old = self._buffers.get(path)
         if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
             return old
         new = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
         self._buffers[path] = new
         return new
+
+
+class Snapshot:
+    """A copy that is under way, for as long as the `loan`."""
+
+    def __init__(self, spare: Spare, leaves: Leaves, lent: Mapping[str, Tensor]) -> None:
+        """Lend the leaves whose objects are `lent`; clone the others, which are small."""
+        sources = {path: t if path in lent else t.clone() for path, t in leaves.tensors.items()}
+        self._spare, self._leaves = spare, Leaves(sources, dict(leaves.scalars), dict(leaves.divisions))
+        self._versions = {path: version_of(sources[path]) for path in lent}
+        devices = {tensor.device for tensor in sources.values()}
+        self._written = {d: torch.cuda.current_stream(d).record_event() for d in devices if d.type == "cuda"}
+        self.loan = Loan(lent.values())
+
+    def take(self) -> Leaves:
+        """Copy all leaves and end the loan; for another thread. The copies are valid until the next `Spare.lend`.
+
+        Raises:
+            ValueError: a leaf was written to meanwhile, through another tensor on its memory; it is named.
+        """
+        leaves = self._leaves
+        try:
+            copies = self._copied(leaves.tensors)
+            for path, version in self._versions.items():
+                if version_of(leaves.tensors[path]) != version:
+                    raise ValueError(
+                        f"{path!r} was written to while it was copied, through a view of it that was made before the "
+                        "save: write to the leaf itself, or wait for the save first"
+                    )
+        finally:
+            self.loan.end()
+            self._leaves = Leaves({}, {})  # the state's memory belongs to its owner again
+        return Leaves(copies, leaves.scalars, leaves.divisions)
+
+    def _copied(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = {path: self._spare.buffer(path, tensor) for path, tensor in sources.items()}
+        for device, written in self._written.items():
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(written)
+            with torch.cuda.stream(stream):
+                for path, tensor in sources.items():
+                    if tensor.device == device:
+                        copies[path].copy_(tensor, non_blocking=True)
+            stream.synchronize()
+        for path, tensor in sources.items():
+            if tensor.device.type != "cuda":
+                _copy_on_host(copies[path], tensor)
+        return copies
+
+
+def _copy_on_host(target: Tensor, source: Tensor) -> None:
+    """One thread copies, so that the other cores stay with the step."""
+    if source.device.type == "cpu" and source.is_contiguous() and not (source.is_conj() or source.is_neg()):
+        np.copyto(_bytes(target), _bytes(source))
+    else:
+        target.copy_(source)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()

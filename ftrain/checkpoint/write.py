@@ -42,7 +42,7 @@ def save(
     require_whole(leaves, Ranks())
     lock = place.lock()
     try:
-        write_checkpoint(place, step, leaves, storage=storage, metrics=metrics or {})
+        write_checkpoint(place, step, lambda: leaves, storage=storage, metrics=metrics or {})
     finally:
         lock.release()
 
@@ -63,7 +63,7 @@ def require_whole(leaves: Leaves, ranks: Ranks) -> None:
 def write_checkpoint(
     place: Place,
     step: int,
-    leaves: Leaves,
+    leaves: Callable[[], Leaves],
     *,
     storage: Storage,
     metrics: Mapping[str, float],
@@ -76,7 +76,8 @@ def write_checkpoint(
     The order makes a step exist or not: data, sync, manifest, sync, and only then the step's name and `latest`. A
     crash leaves the previous `latest` and a folder with a temporary name. Of several `ranks` each writes its share
     below that one folder; when all are done rank 0 commits. An error on one is an error on all, with the rank's name.
-    Tensors on the CPU that are contiguous are read where they lie.
+    `leaves` is called once; an error in it is one of the rank. Tensors on the CPU that are contiguous are read where
+    they lie.
     """
     ranks = ranks or Ranks()
     share = _Share(place, leaves, storage, ranks)
@@ -91,13 +92,13 @@ class _Share:
     """What a rank writes, and with whom."""
 
     place: Place
-    leaves: Leaves
+    leaves: Callable[[], Leaves]
     storage: Storage
     ranks: Ranks
 
     def write(self, folder: str) -> tuple[Work, Mapping[str, FileRecord]]:
         """Write it; what all ranks write, and the files that this one has written."""
-        work = Work.of(self.leaves, self.storage, self.ranks.world)
+        work = Work.of(self.leaves(), self.storage, self.ranks.world)
         return work, write_share(self.place, folder, work, self.ranks.rank)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ftrain.checkpoint.durable import make_folder, sync_path, write_text
 from ftrain.checkpoint.folders import temporary
 from ftrain.hf.files import CONFIG, INDEX
+from ftrain.hf.gather import Leaves, write_gathered
 from ftrain.hf.load import hf_shape, part_of_leaf, row_dim
 from ftrain.hf.shards import Entry, ShardFile, cast_dtype, index_text, lay_out, parse_size
 from modules.hf_names import HfTensor
@@ -40,9 +41,12 @@ def save_hf(
     Beyond the parameters, one tensor is in memory. Files get their names when they are complete and on the disk, and
     the index and `config.json` come last.
 
+    On a mesh of processes every rank calls it, for parameters that are spread over ranks: they are gathered one by one,
+    rank 0 writes, and all return when it is done. (A checkpoint that is there can be converted without a run:
+    `ftrain convert`.)
+
     Args:
-        params: whole tensors on any device (gather a sharded state with `step.whole`, or save a checkpoint and convert
-            that: `ftrain convert`).
+        params: tensors on any device, or DTensors.
         folder: made if need be. Weights that are there already are replaced.
         config: the content of `config.json`; its `dtype` becomes that of the weights.
         names: which leaf is which tensor, in the order of the files (see `modules.hf_names`).
@@ -50,15 +54,20 @@ def save_hf(
         dtype: cast floating-point weights to it. Default: as they are.
 
     Raises:
-        ValueError: a leaf has no name or a name no leaf; a leaf is spread over ranks or has a dtype that the format
-            has not.
+        ValueError: a leaf has no name or a name no leaf, or a dtype that the format has not.
+        RuntimeError: on other ranks than 0, when rank 0 could not write.
     """
-    leaves = {path: _whole(path, leaf) for path, leaf in leaves_with_paths(params)}
+    leaves = dict(leaves_with_paths(params))
     names = tuple(names)
     described = {path: Entry(tuple(leaf.shape), cast_dtype(leaf.dtype, dtype)) for path, leaf in leaves.items()}
-    with HfWriter(folder, config, described, names, max_shard=max_shard) as writer:
-        for path, leaf in leaves.items():
-            writer.write(path, leaf)
+    writer = HfWriter(folder, config, described, names, max_shard=max_shard)
+
+    def write(whole: Leaves) -> None:
+        with writer:
+            for path, leaf in whole:
+                writer.write(path, leaf)
+
+    write_gathered(leaves, write)
 
 
 class HfWriter:
@@ -208,15 +217,6 @@ def _check(names: list[HfTensor], entries: Mapping[str, Entry]) -> None:
 def _entry(name: HfTensor, leaf: Entry) -> Entry:
     """transformers, too, has experts stacked in memory, and writes what shares memory into one file."""
     return Entry(hf_shape(name, leaf.shape), leaf.dtype, "" if name.index is None else name.leaf)
-
-
-def _whole(path: str, leaf: Tensor) -> Tensor:
-    if hasattr(leaf, "placements"):
-        raise ValueError(
-            f"{path!r} is spread over ranks: gather the state with step.whole(state), "
-            "or save a checkpoint and run `ftrain convert --from-ckpt DIR --to-hf DIR`"
-        )
-    return leaf.detach()
 
 
 def _with_dtype(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What is alive at each kind of moment of a graph, in terms that graphs of any depth share."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import fx
 
@@ -10,14 +10,18 @@ from ftrain.loop import is_loop, loop_body
 from ftrain.search.device_ops import device_workspace
 
 Moment = tuple[str, str]
+Workspace = Callable[[fx.Node], int]
 _BLOCK = 512  # bytes to which CUDA's allocator rounds
 _NUMBERED = re.compile(r"(.*?\blayers\.)(\d+)(?=\.|$)")
 
 
-def alive(module: fx.GraphModule, outer: int = 0) -> Iterator[tuple[fx.Node, int]]:
+def alive(
+    module: fx.GraphModule, outer: int = 0, *, workspace: Workspace = device_workspace
+) -> Iterator[tuple[fx.Node, int]]:
     """Each op, of loops' bodies too, with the bytes alive beyond the arguments while it runs on a GPU.
 
-    The walk of `ftrain.liveness.simulate` with the workspaces of a GPU's kernels; `outer` is alive throughout.
+    The walk of `ftrain.liveness.simulate` with the workspaces of a GPU's kernels, or those that `workspace` tells;
+    `outer` is alive throughout.
     """
     nodes = [n for n in module.graph.nodes if n.op != "output"]
     pieces = {n: storages_of(n) for n in nodes}
@@ -40,13 +44,13 @@ def alive(module: fx.GraphModule, outer: int = 0) -> Iterator[tuple[fx.Node, int
                 ends.setdefault(last[storage], []).append(storage)
                 live += sizes[storage]
         if is_loop(node):
-            yield from alive(loop_body(node), live)
+            yield from alive(loop_body(node), live, workspace=workspace)
         elif node.op == "call_function":
-            yield node, live + device_workspace(node)
+            yield node, live + workspace(node)
         live -= sum(sizes[s] for s in ends.get(position[node], ()))
 
 
-def moments_of(module: fx.GraphModule) -> dict[Moment, float]:
+def moments_of(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> dict[Moment, float]:
     """The most bytes alive beyond the arguments at each kind of moment.
 
     A kind is known in graphs of any depth: the phase, and the stack of the parameter's path with the layer as "first",
@@ -54,7 +58,7 @@ def moments_of(module: fx.GraphModule) -> dict[Moment, float]:
     """
     found: dict[Moment, float] = {}
     last = _last_layers(module)
-    for node, live in alive(module):
+    for node, live in alive(module, workspace=workspace):
         kind = (node.meta.get("phase") or "", _place(node.meta.get("path") or "", last))
         found[kind] = max(found.get(kind, 0.0), live)
     return found

@@ -32,18 +32,18 @@ class Efficiency:
     `compute_while_sending`: how much slower compute is while a message is under way, since collectives take SMs and
     memory bandwidth.
 
-    `matmul`, `fragmentation` and `network` are fitted on two published rows (see
-    experiments/bench/plan_vs_published.py): programs whose ops are not joined by a compiler. The others are what is
-    commonly measured: FlashAttention-2 reaches 35-40 % of an H100's peak forward and backward (Shah et al. 2024, figure
-    5), nccl-tests about 80 % of NVLink's data sheet for large messages.
+    `matmul` and `network` are fitted on two published rows (see experiments/bench/plan_vs_published.py): programs whose
+    ops are not joined by a compiler. The others are what is commonly measured: FlashAttention-2 reaches 35-40 % of an
+    H100's peak forward and backward (Shah et al. 2024, figure 5), nccl-tests about 80 % of NVLink's data sheet for
+    large messages.
     """
 
-    matmul: float = 0.385
+    matmul: float = 0.44
     attention: float = 0.38
     grouped: float = 0.45
     bandwidth: float = 0.8
     nvlink: float = 0.8
-    network: float = 0.55
+    network: float = 0.5
     launch: float = 3.0
     fragmentation: float = 1.0
     compute_while_sending: float = 1.0
@@ -71,6 +71,8 @@ class Cluster:
     `flops`: dense FLOP/s by dtype. `memory`: bytes of a GPU that a process can use. `memory_bandwidth`: bytes/s.
     `nvlink`, `network`: bytes/s that one GPU sends, in one direction, within its node and out of it.
     `nvlink_latency`, `network_latency`: microseconds of a collective within a node, and for each doubling of nodes.
+    `device_type`: "cuda" or "cpu", whose kernels' workspaces count. `measured`: microseconds of single ops, over the
+    roofline (see `ftrain.op_times.op_key`).
     """
 
     name: str
@@ -83,6 +85,8 @@ class Cluster:
     nvlink_latency: float = 12.0
     network_latency: float = 10.0
     efficiency: Efficiency = field(default_factory=Efficiency)
+    device_type: str = "cuda"
+    measured: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def bf16(self) -> float:

@@ -1,9 +1,11 @@
 """`ftrain plan EXPERIMENT`: search the layouts of an experiment's step, print them, write the best as a plan."""
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from ftrain.search.check import check_best
+from ftrain.search.check import check_best, processes
 from ftrain.search.cluster import cluster
-from ftrain.search.layouts import Space
+from ftrain.search.here import is_first, of_first
+from ftrain.search.layouts import Space, divisors
 from ftrain.search.page import write_page
 from ftrain.search.plan_file import PlanFile
 from ftrain.search.search import Options, search
@@ -22,6 +25,7 @@ from ftrain.search.subject import Subject
 from ftrain.search.table import print_result
 
 FUNCTION = "plan_for_search"
+_TOKENS = 32 * 1024  # of a GPU in a step, by default
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -38,12 +42,16 @@ class PlanOptions:
     tokens: str = "8K"
     """Tokens of a pack: the longest document. K and M are 1024 and 1024^2."""
     packs: int | None = None
-    """Packs in a step, over all GPUs; default: one per GPU."""
+    """Packs in a step, over all GPUs; default: one per GPU, or of long packs so many that a GPU has 32K tokens."""
+    size: str | None = None
+    """Of the model, where the experiment has several: what its plan_for_search(size=...) takes."""
     traced: int = 24
     """How many of the most promising layouts are traced and priced exactly."""
+    seconds: float = 150.0
+    """After so many seconds no more layouts are traced."""
     processes: int = 2
     """Processes that trace."""
-    remat: tuple[str, ...] = field(default=("none", "4", "layer"))
+    remat: tuple[str, ...] = field(default=("none", "4", "100"))
     """What is recomputed: none, layer, or microseconds per MB."""
     rings: bool = True
     """Also try ring attention and hybrids."""
@@ -56,31 +64,46 @@ class PlanOptions:
 
 
 def run(options: PlanOptions) -> int:
-    """The command; 1 if no layout fits."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    tokens, packs = tokens_of(options.tokens), options.packs or options.gpus
-    load = partial(load_subject, options.experiment, tokens, packs)
+    """The command; 1 if no layout fits. With `--check` under torchrun one rank searches, prints and writes."""
+    with processes() if options.check else nullcontext():
+        return _run(options)
+
+
+def _run(options: PlanOptions) -> int:
+    console = Console(width=None if sys.stdout.isatty() else 160, quiet=not is_first())
+    tokens = tokens_of(options.tokens)
+    packs = options.packs or default_packs(options.gpus, tokens)
+    load = partial(load_subject, options.experiment, tokens, packs, options.size)
     subject, machine = load(), cluster(options.gpu)
-    space = Space(remats=tuple(_remat(text) for text in options.remat), rings=options.rings)
-    chosen = Options(traced=options.traced, processes=options.processes, space=space)
-    result = search(subject, options.gpus, machine, chosen, load=load, say=partial(console.print, style="dim"))
+    say = partial(console.print, style="dim")
+    result = of_first(lambda: search(subject, options.gpus, machine, _options_of(options), load=load, say=say))
     title = f"{subject.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
     print_result(result, title=title, console=console)
-    if options.html is not None:
+    if options.html is not None and is_first():
         console.print(f"wrote {write_page(result, options.html, title=title, cluster=machine)}")
     if not result.prices:
-        console.print("no layout fits: take fewer tokens, or more GPUs")
+        console.print("no layout fits: take fewer --packs or --tokens, or more GPUs")
         return 1
-    if options.apply is not None:
-        best = PlanFile.of(result.prices[0], subject=subject.name, cluster=machine.name, tokens=tokens, packs=packs)
+    if options.apply is not None and is_first():
+        best = PlanFile.of(result.prices[0], subject, machine)
         console.print(f"wrote {best.save(options.apply)}: {best.candidate}")
     if options.check:
         check_best(result.prices[: options.check], subject, console=console)
     return 0
 
 
-def load_subject(file: Path, tokens: int, packs: int) -> Subject:
-    """What the experiment in `file` offers to a search. ValueError if it has no `plan_for_search`."""
+def _options_of(options: PlanOptions) -> Options:
+    space = Space(remats=tuple(_remat(text) for text in options.remat), rings=options.rings)
+    return Options(traced=options.traced, processes=options.processes, space=space, seconds=options.seconds)
+
+
+def default_packs(gpus: int, tokens: int) -> int:
+    """The most packs that divide evenly among so many GPUs and give each at most 32K tokens; at least one."""
+    return max((n for n in divisors(gpus) if n * tokens <= gpus * _TOKENS), default=1)
+
+
+def load_subject(file: Path, tokens: int, packs: int, size: str | None = None) -> Subject:
+    """What the experiment in `file` offers to a search. ValueError if it has no `plan_for_search`, or no sizes."""
     file = Path(file).resolve()
     if not file.exists():
         raise ValueError(f"{file}: there is no such experiment")
@@ -90,7 +113,11 @@ def load_subject(file: Path, tokens: int, packs: int) -> Subject:
             f"{file} has no function {FUNCTION}(*, tokens, packs): it returns a ftrain.search.subject.Subject"
         )
     found: Callable[..., Any] = make
-    return found(tokens=tokens, packs=packs)
+    if size is None:
+        return found(tokens=tokens, packs=packs)
+    if "size" not in inspect.signature(found).parameters:
+        raise ValueError(f"--size {size}: {FUNCTION} of {file} takes no size; leave --size out")
+    return found(tokens=tokens, packs=packs, size=size)
 
 
 def tokens_of(text: str) -> int:

@@ -4,14 +4,17 @@ A search lowers on abstract CPU tensors, so the rules of `ftrain.op_rules` that 
 apply: here are those of the kernels that run on a GPU.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
 from ftrain.cost import is_view, node_flops, node_traffic
+from ftrain.liveness import workspace_bytes
 from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_rules import WORKSPACE
-from ftrain.op_times import OpTimes
+from ftrain.op_times import OpTimes, op_key
 from ftrain.passes.sizes import sized
 from ftrain.passes.waits import WAIT
 from ftrain.search.cluster import Cluster
@@ -28,7 +31,7 @@ class DeviceTimes(OpTimes):
     """
 
     def __init__(self, cluster: Cluster, *, attention_share: float = 1.0) -> None:
-        super().__init__(cluster.speed())
+        super().__init__(cluster.speed(), dict(cluster.measured))
         self._cluster, self._share = cluster, attention_share
         self._known: dict[fx.Node, float] = {}
 
@@ -42,7 +45,8 @@ class DeviceTimes(OpTimes):
             return 0.0
         found = self._known.get(node)
         if found is None:
-            found = self._known[node] = self._roofline(node)
+            measured = self.measured.get(op_key(node)) if self.measured else None
+            found = self._known[node] = self._roofline(node) if measured is None else measured
         return found
 
     def _roofline(self, node: fx.Node) -> float:
@@ -56,6 +60,11 @@ class DeviceTimes(OpTimes):
         compute = flops / (self.speed.flops_of(_product_dtype(node)) * share) if flops else 0.0
         memory = node_traffic(node) / self.speed.bandwidth
         return self.speed.launch + 1e6 * max(compute, memory)
+
+
+def workspace_on(device_type: str) -> Callable[[fx.Node], int]:
+    """What tells the workspace of an op on a GPU ("cuda") or on a CPU."""
+    return workspace_bytes if device_type == "cpu" else device_workspace
 
 
 def device_workspace(node: fx.Node) -> int:

@@ -24,6 +24,7 @@ from sharding.plan import Plan
 from sharding.ulysses import ulysses_bytes
 
 _HALF = 2  # bytes of a number in bfloat16
+_PRODUCTS = 20.0  # us/MB: what a product costs on an H100 for its result
 
 
 class Kind(NamedTuple):
@@ -77,7 +78,7 @@ def weights_on(kinds: Sequence[Kind], plan: Plan) -> Weights:
 def estimate(candidate: Candidate, weights: Weights, facts: Facts, cluster: Cluster) -> Estimate:
     """Seconds and bytes of a layout, roughly."""
     mesh, micro = candidate.mesh(), candidate.micro_batches
-    again = {"none": 0.0, "layer": 1.0}.get(str(candidate.remat), 0.4)
+    again = _made_again(candidate.remat)
     tokens = candidate.local_tokens(facts)
     shares = cluster.efficiency
     attention = facts.attention_flops / (2 if facts.causal else 1)
@@ -87,6 +88,13 @@ def estimate(candidate: Candidate, weights: Weights, facts: Facts, cluster: Clus
     exchanges = 1e-6 * facts.layers * (1 + again / 2) * _layer_microseconds(candidate, mesh, tokens, facts, cluster)
     seconds = micro * (max(compute, parameters) + exchanges)
     return Estimate(seconds, weights.state + _kept(candidate, tokens, facts, micro, weights))
+
+
+def _made_again(remat: str | float) -> float:
+    """The share of the forward that is computed twice."""
+    if isinstance(remat, str):
+        return 0.0 if remat == "none" else 1.0
+    return 0.4 if remat < _PRODUCTS else 1.0
 
 
 def _parameter_microseconds(placement: Placement, mesh: Mesh, cluster: Cluster) -> float:
@@ -126,10 +134,11 @@ def _layer_microseconds(candidate: Candidate, mesh: Mesh, tokens: int, facts: Fa
 
 
 def _kept(candidate: Candidate, tokens: int, facts: Facts, micro: int, weights: Weights) -> float:
-    """Residuals between layers; without recompute what products give; with micro-batches the sums of gradients."""
+    """Residuals between layers; without recompute what products give and read; with micro-batches sums of gradients."""
     per_token = facts.layers * facts.d_model * _HALF
     products = facts.weight_flops / 6 / facts.layers / facts.d_model**2  # each as wide as the model, in one layer
-    times = max(1.0, products) if candidate.remat == "none" else 1.0
+    read = 6 + 2 * facts.top_k  # norms, attention's q, k, v and result; what experts are sent and give back
+    times = products + read if candidate.remat == "none" else 1.0
     pieces = sum(n * math.prod(p.local_shape) for p, n in weights.placements)
     return times * tokens * per_token + (4 * pieces if micro > 1 else 0)
 

@@ -23,6 +23,7 @@ class Facts:
     - `weight_flops`: of the forward and backward of one token in products with weights: 6 per weight used.
     - `attention_flops`: of the forward and backward of one token in attention, if it saw its whole pack (not causal).
     - `causal`: whether attention is, on the whole: the kernels then do half of these.
+    - `most_micro`: into how many micro-batches the step can be divided.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class Facts:
     experts: int = 0
     top_k: int = 0
     causal: bool = True
+    most_micro: int = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,14 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What is tried. `remats`: see `Candidate`; at 4 us/MB an H100 makes elementwise ops again and keeps products.
-    `rings`: also ring attention and hybrids of both; `most_micro`: the
-    most micro-batches.
+    """What is tried.
+
+    `remats`: see `Candidate`; at 4 us/MB an H100 makes elementwise ops again and keeps products, at 100 it makes
+    products again too, but not attention over long packs; so does "layer", which gathers parameters once more. `rings`:
+    also ring attention and hybrids of both; `most_micro`: the most micro-batches.
     """
 
-    remats: tuple[str | float, ...] = ("none", 4.0, "layer")
+    remats: tuple[str | float, ...] = ("none", 4.0, 100.0)
     rings: bool = True
     most_micro: int = 64
 
@@ -128,7 +132,8 @@ def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Cand
         data = replicate * shard
         ways, bad_ways = attention_ways(sequence, facts, rings=space.rings)
         experts, bad_experts = expert_sizes(shard * sequence, facts.experts)
-        micros = [m for m in divisors(facts.packs // data) if m <= space.most_micro] if facts.packs % data == 0 else []
+        most = min(space.most_micro, facts.most_micro)
+        micros = [m for m in divisors(facts.packs // data) if m <= most] if facts.packs % data == 0 else []
         each = len(space.remats)
         if not micros:
             count = len(ways) * len(experts) * each

@@ -3,14 +3,17 @@
 `ftrain.jit` plans by the times of the device at hand. Here the same passes run by the times of the cluster.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from ftrain import jit
+from ftrain import tree
 from ftrain.compiled import Compiled, copy_graph, match_donated
 from ftrain.execute import prepare_for_python
+from ftrain.jit import Step
 from ftrain.liveness import plan_memory
 from ftrain.lockstep import groups_of
 from ftrain.op_times import OpTimes
@@ -23,6 +26,9 @@ from ftrain.search.cluster import Cluster
 from ftrain.search.device_ops import DeviceTimes
 from ftrain.search.layouts import Candidate
 from ftrain.search.subject import Trial
+from ftrain.sharded_step import Argument, ShardedStep
+from ftrain.trace import Aval, is_array
+from sharding.batch import Places, Rows, share
 from sharding.link import Link
 from sharding.mesh import Mesh
 from sharding.plan import Plan
@@ -76,10 +82,32 @@ def _traced(trial: Trial, candidate: Candidate, link: Link) -> Compiled:
     base, remat = trial.plan(candidate), candidate.recompute
     plan = Plan(base.mesh, base.default, batch=base.batch, link=link, **base.components)
     policy = Remat("none", gathered="keep") if remat.us_per_mb is not None else remat
-    step = jit(
-        trial.step, plan=plan, specs=trial.specs, remat=policy, precision=trial.precision, backend="aten", overlap=False
-    )
+    sharded = OnPaper(plan, specs=trial.specs, overlap=False)
+    step = Step(trial.step, donate=None, backend="aten", remat=policy, precision=trial.precision, sharded=sharded)
     return step.lower(trial.state, trial.batch)
+
+
+class OnPaper(ShardedStep):
+    """A step on a fake mesh whose batch is shapes alone, however large it is."""
+
+    def local_arguments(self, paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> tuple:
+        """A rank's arguments as abstract values, its coordinates last."""
+        arguments = [self.argument(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        own = [self._aval(a, leaf) for a, leaf in zip(arguments, leaves, strict=True)]
+        return (*tree.unflatten(treedef, own), Aval((3,), torch.int64, torch.device("cpu")))
+
+    def _aval(self, argument: Argument, leaf: Any) -> Any:
+        if not is_array(leaf):
+            return leaf
+        if argument.placement is not None:
+            return Aval(argument.placement.local_shape, leaf.dtype, Aval.of(leaf).device)
+        # places are divided as rows are; what else their rule asks for is a matter of their values
+        rule = Rows() if isinstance(argument.rule, Places) else argument.rule
+        assert rule is not None
+        whole = torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
+        plan = self.plan
+        part = share(whole, rule, path=argument.path, tokens=0, order=plan.order, mesh=plan.mesh, rank=0)
+        return Aval(tuple(part.shape), leaf.dtype, Aval.of(leaf).device)
 
 
 def _donated(compiled: Compiled, trial: Trial) -> dict[str, int]:

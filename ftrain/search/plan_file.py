@@ -1,28 +1,34 @@
-"""plan.json: a layout chosen by a search, written and read back."""
+"""plan.json: a layout chosen by a search, with all that `ftrain.jit` needs of it, written and read back."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from ftrain.search.cluster import cluster
+from ftrain.search.cluster import Cluster
+from ftrain.search.layout_data import layout_as_dict, layout_from_dict, rule_as_dict, rule_from_dict
 from ftrain.search.layouts import Candidate, as_dict, from_dict
 from ftrain.search.price import Price
+from ftrain.search.subject import Subject
 from sharding.batch import BatchRule
 from sharding.layout import Layout
+from sharding.link import Link
 from sharding.mesh import Kind
 from sharding.plan import Plan
 
-_VERSION = 1
+_VERSION = 2
+_KEYS = ("version", "subject", "cluster", "tokens", "packs", "layout", "components", "batch", "link", "predicted")
 
 
 @dataclass(frozen=True)
 class PlanFile:
     """A layout, for whom it was chosen, and what was predicted of it.
 
-    `tokens` and `packs` of a step, which decide the batch's shapes; `predicted`: tokens/s of one GPU, peak bytes, ...
-    `candidate.recompute` is the `Remat` of its step, `candidate.micro_batches` what its loss accumulates over.
+    `tokens` of a pack and `packs` of a step, which decide the batch's shapes; `components`, `batch` and `link`: as in
+    `sharding.Plan`; `predicted`: tokens/s of one GPU, peak bytes, ... `candidate.recompute` is the `Remat` of its step,
+    `candidate.micro_batches` what its loss accumulates over.
     """
 
     subject: str
@@ -30,11 +36,16 @@ class PlanFile:
     tokens: int
     packs: int
     candidate: Candidate
-    predicted: dict[str, float]
+    components: Mapping[str, Layout] = field(default_factory=lambda: MappingProxyType({}))
+    batch: Mapping[str, BatchRule] = field(default_factory=lambda: MappingProxyType({}))
+    link: Link = field(default_factory=Link)
+    predicted: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @staticmethod
-    def of(price: Price, *, subject: str, cluster: str, tokens: int, packs: int) -> "PlanFile":
-        """The file of a priced layout."""
+    def of(price: Price, subject: Subject, cluster: Cluster) -> "PlanFile":
+        """The file of a priced layout of a subject on a cluster."""
+        candidate = price.candidate
+        trial = subject.make(dict.fromkeys(subject.stacks, 1), candidate)
         predicted = {
             "seconds": price.seconds,
             "tokens_per_second_per_gpu": price.tokens_per_second,
@@ -42,19 +53,23 @@ class PlanFile:
             "peak_bytes": float(round(price.peak)),
             "exposed_seconds": price.exposed,
         }
-        return PlanFile(subject, cluster, tokens, packs, price.candidate, predicted)
+        return PlanFile(
+            subject=subject.name,
+            cluster=cluster.name,
+            tokens=subject.facts.tokens,
+            packs=subject.facts.packs,
+            candidate=candidate,
+            components=dict(trial.components),
+            batch=dict(trial.rules),
+            link=cluster.link(candidate.mesh()),
+            predicted=predicted,
+        )
 
-    def plan(
-        self,
-        *,
-        kind: Kind = "process",
-        batch: Mapping[str, BatchRule] = MappingProxyType({}),
-        components: Mapping[str, Layout] = MappingProxyType({}),
-    ) -> Plan:
-        """The plan for `ftrain.jit`, by the links of its cluster; `batch` and `components` as in `sharding.Plan`."""
+    def plan(self, *, kind: Kind = "process") -> Plan:
+        """The plan for `ftrain.jit`."""
+        components = dict(self.components)
         mesh = self.candidate.mesh(kind)
-        link = cluster(self.cluster).link(mesh)
-        return Plan(mesh, self.candidate.layout, batch=batch, link=link, **components)
+        return Plan(mesh, self.candidate.layout, batch=self.batch, link=self.link, **components)
 
     def save(self, file: str | Path) -> Path:
         """Write the file; one of this name is replaced at once."""
@@ -66,7 +81,10 @@ class PlanFile:
             "tokens": self.tokens,
             "packs": self.packs,
             "layout": as_dict(self.candidate),
-            "predicted": self.predicted,
+            "components": {glob: layout_as_dict(layout) for glob, layout in self.components.items()},
+            "batch": {glob: rule_as_dict(rule) for glob, rule in self.batch.items()},
+            "link": asdict(self.link),
+            "predicted": dict(self.predicted),
         }
         fresh = file.with_name(f".{file.name}.new")
         fresh.write_text(json.dumps(data, indent=1) + "\n")
@@ -83,11 +101,23 @@ def load_plan(file: str | Path) -> PlanFile:
         raise ValueError(f"{file}: there is no such plan; `ftrain plan ... --apply {file}` writes one") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON ({error}); `ftrain plan ... --apply {file}` writes a new one") from None
-    keys = {"version", "subject", "cluster", "tokens", "packs", "layout", "predicted"}
-    if not isinstance(data, dict) or set(data) != keys or data["version"] != _VERSION:
-        raise ValueError(f"{file} is not a plan of version {_VERSION} with {', '.join(sorted(keys))}; write a new one")
+    if not isinstance(data, dict) or set(data) != set(_KEYS) or data["version"] != _VERSION:
+        raise ValueError(f"{file} is not a plan of version {_VERSION} with {', '.join(_KEYS)}; write a new one")
     try:
-        candidate = from_dict(data["layout"])
-    except ValueError as error:
+        return _from_data(data)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from None
-    return PlanFile(data["subject"], data["cluster"], data["tokens"], data["packs"], candidate, data["predicted"])
+
+
+def _from_data(data: dict[str, Any]) -> PlanFile:
+    return PlanFile(
+        subject=data["subject"],
+        cluster=data["cluster"],
+        tokens=data["tokens"],
+        packs=data["packs"],
+        candidate=from_dict(data["layout"]),
+        components={glob: layout_from_dict(layout) for glob, layout in data["components"].items()},
+        batch={glob: rule_from_dict(rule) for glob, rule in data["batch"].items()},
+        link=Link(**data["link"]),
+        predicted=data["predicted"],
+    )

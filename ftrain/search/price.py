@@ -13,6 +13,7 @@ from ftrain.communication import bytes_moved
 from ftrain.liveness import input_bytes
 from ftrain.search.alive import Moment, moments_of
 from ftrain.search.cluster import Cluster
+from ftrain.search.device_ops import workspace_on
 from ftrain.search.layouts import Candidate, Facts
 from ftrain.search.lowering import lower
 from ftrain.search.subject import Subject
@@ -57,17 +58,67 @@ class Price:
     mfu_full: float
 
 
-def price(subject: Subject, candidate: Candidate, cluster: Cluster) -> Price:
-    """Price a layout. ValueError where the subject's step does not fit it."""
-    few = {name: min(FEW, n) for name, n in subject.stacks.items()}
+@dataclass(frozen=True)
+class Layer:
+    """What one layer more adds: two graphs that differ in it."""
+
+    base: Terms
+    more: Terms
+
+
+def price(subject: Subject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None = None) -> Price:
+    """Price a layout. ValueError where the subject's step does not fit it.
+
+    `minor`: a layer of each of the shorter stacks, if it is known (see `minor_layers`).
+    """
+    few, main = depths(subject), main_stack(subject)
     share = 1 / candidate.packs_at_once(subject.facts)
     base = count(subject, few, candidate, cluster, share)
+    if minor is None:
+        minor = _minor_layers(subject, base, candidate, cluster, share)
     whole = base
     for name, layers in subject.stacks.items():
-        if layers > few[name]:
+        rest = layers - few[name]
+        if rest and name == main:
             more = count(subject, {**few, name: few[name] + 1}, candidate, cluster, share)
-            whole = extend(whole, base, more, layers - few[name])
+            whole = extend(whole, Layer(base, more), rest)
+        elif rest:
+            whole = extend(whole, minor[name], rest)
     return priced(whole, candidate, subject.facts, cluster)
+
+
+def minor_layers(subject: Subject, candidate: Candidate, cluster: Cluster) -> dict[str, Layer]:
+    """A layer of each stack but the longest, on one layout.
+
+    Layouts with as many ranks and the same recompute share it: media are divided over all ranks alike.
+    """
+    if len(subject.stacks) < 2:
+        return {}
+    share = 1 / candidate.packs_at_once(subject.facts)
+    base = count(subject, depths(subject), candidate, cluster, share)
+    return _minor_layers(subject, base, candidate, cluster, share)
+
+
+def _minor_layers(
+    subject: Subject, base: Terms, candidate: Candidate, cluster: Cluster, share: float
+) -> dict[str, Layer]:
+    few, main = depths(subject), main_stack(subject)
+    return {
+        name: Layer(base, count(subject, {**few, name: few[name] + 1}, candidate, cluster, share))
+        for name, layers in subject.stacks.items()
+        if name != main and layers > few[name]
+    }
+
+
+def main_stack(subject: Subject) -> str | None:
+    """The stack of most layers."""
+    return max(subject.stacks, key=lambda name: subject.stacks[name], default=None)
+
+
+def depths(subject: Subject) -> dict[str, int]:
+    """How many layers of each stack are traced: of the longest few, of others one."""
+    main = main_stack(subject)
+    return {name: min(FEW if name == main else 1, layers) for name, layers in subject.stacks.items()}
 
 
 def count(
@@ -77,13 +128,15 @@ def count(
     lowered = lower(subject.make(depths, candidate), candidate, cluster, attention_share=attention_share)
     tally = run_on_paper(lowered.ordered, lowered.mesh, times=lowered.times, cluster=cluster)
     sent: dict[str, float] = dict(bytes_moved(lowered.ordered, lowered.mesh))
-    moments = moments_of(lowered.final)
-    plain = moments if lowered.final is lowered.plain else moments_of(lowered.plain)
+    workspace = workspace_on(cluster.device_type)
+    moments = moments_of(lowered.final, workspace=workspace)
+    plain = moments if lowered.final is lowered.plain else moments_of(lowered.plain, workspace=workspace)
     return Terms(tally, sent, input_bytes(lowered.plain), plain, moments)
 
 
-def extend(whole: Terms, base: Terms, more: Terms, layers: int) -> Terms:
-    """`whole` with `layers` times what `more` has beyond `base`."""
+def extend(whole: Terms, layer: Layer, layers: int) -> Terms:
+    """`whole` with so many layers more."""
+    base, more = layer.base, layer.more
 
     def line(a: float, few: float, one_more: float) -> float:
         return a + layers * (one_more - few)
@@ -97,11 +150,12 @@ def extend(whole: Terms, base: Terms, more: Terms, layers: int) -> Terms:
     tally = Tally(step, time(lambda t: t.compute), time(lambda t: t.communication), exposed)
     purposes = {*whole.sent, *more.sent}
     sent = {p: line(whole.sent.get(p, 0), base.sent.get(p, 0), more.sent.get(p, 0)) for p in sorted(purposes)}
-    plain = {
-        k: line(whole.plain[k], base.plain[k], more.plain[k])
-        for k in base.plain.keys() & more.plain.keys() & whole.plain.keys() & more.moments.keys() & whole.moments.keys()
+    plain = {k: line(w, base.plain.get(k, 0.0), more.plain.get(k, 0.0)) for k, w in whole.plain.items()
+             if (k in base.plain) == (k in more.plain)}  # fmt: skip
+    ahead = {
+        k: max((t.moments[k] - t.plain[k] for t in (whole, more) if k in t.moments and k in t.plain), default=0.0)
+        for k in plain
     }
-    ahead = {k: max(t.moments[k] - t.plain[k] for t in (whole, more)) for k in plain}
     moments = {k: plain[k] + ahead[k] for k in plain}
     return Terms(tally, sent, line(whole.inputs, base.inputs, more.inputs), plain, moments)
 

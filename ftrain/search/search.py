@@ -1,6 +1,7 @@
 """The search: every legal layout estimated, the most promising traced and priced, all of them ranked or refused."""
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,26 +12,28 @@ import torch
 from ftrain.search.cluster import Cluster
 from ftrain.search.estimate import Estimate, Weights, estimate, kinds_of, weights_on
 from ftrain.search.layouts import Candidate, Facts, Rejected, Space, layouts
-from ftrain.search.price import Price, price
+from ftrain.search.price import Layer, Price, minor_layers, price
 from ftrain.search.subject import Subject
 from ftrain.text import show_bytes
 
 LoadSubject = Callable[[], Subject]
 Guessed = tuple[Candidate, Estimate]
-_WAVE = 8  # layouts that are traced before it is looked at what came of them
+Minor = dict[str | float, dict[str, Layer] | None]  # by the way to recompute
+_WAVE = 1  # layouts that each process traces before it is looked at what came of them
 
 
 @dataclass(frozen=True)
 class Options:
     """`traced`: how many layouts are traced. `processes`: that trace at the same time. `space`: what is tried.
 
-    `memory`: the share of a GPU's memory that a step may use.
+    `memory`: the share of a GPU's memory that a step may use. `seconds`: after these no further layouts are traced.
     """
 
     traced: int = 40
     processes: int = 2
     space: Space = field(default_factory=Space)
     memory: float = 0.95
+    seconds: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,16 @@ def search(
             fitting.append((c, e))
     say(f"{len(found)} legal layouts, {len(fitting)} may fit; at most {options.traced} of them are traced")
     rest = _first_of_each_kind(fitting, options.traced)
-    traced = 0
+    minor: Minor = {}
+    traced, deadline = 0, time.monotonic() + options.seconds
     with _workers(options, load) as pool:
-        while rest and traced < options.traced:
-            wave = rest[: min(_WAVE, options.traced - traced)]
+        while rest and traced < options.traced and (not traced or time.monotonic() < deadline):
+            wave = rest[: min(_WAVE * options.processes, options.traced - traced)]
             rest = rest[len(wave) :]
             traced += len(wave)
-            outcomes = _traced(subject, [c for c, _ in wave], cluster, pool, load)
+            chosen = [c for c, _ in wave]
+            _learn_minor(minor, subject, chosen, cluster, pool, load)
+            outcomes = _traced(subject, chosen, cluster, minor, pool, load)
             for (candidate, guess), outcome in zip(wave, outcomes, strict=True):
                 book.enter(candidate, guess, outcome, subject.facts)
                 say(f"{candidate}: {outcome if isinstance(outcome, str) else _figures(outcome)}")
@@ -153,7 +159,7 @@ def _first_of_each_kind(ranked: Sequence[Guessed], number: int) -> list[Guessed]
     """Fastest first, but half of the first `number` are the first of a kind, which estimates alone may misjudge."""
     kinds: dict[tuple, Guessed] = {}
     for item in ranked:
-        kinds.setdefault((item[0].sequence, item[0].remat), item)
+        kinds.setdefault((item[0].sequence, item[0].remat, item[0].expert > 1), item)
     first = list(kinds.values())[: number // 2]
     return list({item[0]: item for item in [*first, *ranked]}.values())
 
@@ -168,16 +174,34 @@ def _workers(options: Options, load: LoadSubject | None) -> Iterator[ProcessPool
         yield pool
 
 
-def _traced(
+def _learn_minor(
+    minor: Minor,
     subject: Subject,
     chosen: Sequence[Candidate],
     cluster: Cluster,
     pool: ProcessPoolExecutor | None,
     load: LoadSubject | None,
+) -> None:
+    """Price a layer of the shorter stacks under each way to recompute that is not yet known."""
+    new = {c.remat: c for c in chosen if c.remat not in minor and len(subject.stacks) > 1}
+    if pool is None or load is None:
+        minor.update({remat: _minor_of(subject, c, cluster) for remat, c in new.items()})
+        return
+    tasks = {remat: pool.submit(_minor_loaded, load, c, cluster) for remat, c in new.items()}
+    minor.update({remat: task.result() for remat, task in tasks.items()})
+
+
+def _traced(
+    subject: Subject,
+    chosen: Sequence[Candidate],
+    cluster: Cluster,
+    minor: Minor,
+    pool: ProcessPoolExecutor | None,
+    load: LoadSubject | None,
 ) -> list[Price | str]:
     if pool is None or load is None:
-        return [_attempt(subject, candidate, cluster) for candidate in chosen]
-    tasks = [pool.submit(_attempt_loaded, load, candidate, cluster) for candidate in chosen]
+        return [_attempt(subject, c, cluster, minor.get(c.remat)) for c in chosen]
+    tasks = [pool.submit(_attempt_loaded, load, c, cluster, minor.get(c.remat)) for c in chosen]
     return [task.result() for task in tasks]
 
 
@@ -189,13 +213,29 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _attempt_loaded(load: LoadSubject, candidate: Candidate, cluster: Cluster) -> Price | str:
-    return _attempt(load(), candidate, cluster)
+def _attempt_loaded(
+    load: LoadSubject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None
+) -> Price | str:
+    return _attempt(load(), candidate, cluster, minor)
 
 
-def _attempt(subject: Subject, candidate: Candidate, cluster: Cluster) -> Price | str:
+def _attempt(
+    subject: Subject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None
+) -> Price | str:
     """The price, or why the step cannot be lowered: the first line of what the trace says."""
     try:
-        return price(subject, candidate, cluster)
+        return price(subject, candidate, cluster, minor)
     except (ValueError, RuntimeError) as error:
         return f"cannot be lowered: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
+def _minor_loaded(load: LoadSubject, candidate: Candidate, cluster: Cluster) -> dict[str, Layer] | None:
+    return _minor_of(load(), candidate, cluster)
+
+
+def _minor_of(subject: Subject, candidate: Candidate, cluster: Cluster) -> dict[str, Layer] | None:
+    """None where the step cannot be lowered on this layout: each is then priced by itself."""
+    try:
+        return minor_layers(subject, candidate, cluster)
+    except (ValueError, RuntimeError):
+        return None

@@ -1,4 +1,8 @@
-"""A rank's program run on paper on a cluster: a compute and a communication stream, each group over its own links."""
+"""A rank's program run on paper on a cluster: a stream of compute, and one of messages on each kind of link.
+
+Groups of ranks have streams of their own on a GPU, so that an exchange within a node does not wait for a gather over
+the network; messages on one kind of link share it, one after the other.
+"""
 
 from dataclasses import dataclass
 
@@ -31,15 +35,16 @@ def run_on_paper(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, cluster:
     Unlike `ftrain.schedule.simulate_schedule`, which has one link for all, a collective costs what the links between
     its group's ranks cost. While one is under way compute is slower by `Efficiency.compute_while_sending`.
     """
-    clock = free = compute = busy = exposed = 0.0
+    clock = compute = busy = exposed = 0.0
+    free = {"node": 0.0, "network": 0.0}  # when each kind of link is done with what was sent so far
     ends: dict[fx.Node, float] = {}
     slower = cluster.efficiency.compute_while_sending
     for node in module.graph.nodes:
         if node.target in COLLECTIVES:
             took = collective_microseconds(node, mesh, cluster)
-            free = max(clock, free) + took
+            link = "node" if cluster.span(mesh, axes_of_group(str(node.args[-1]))).nodes == 1 else "network"
+            free[link] = ends[node] = max(clock, free[link]) + took
             busy += took
-            ends[node] = free
         elif node.target is WAIT:
             stall = max(0.0, ends.get(node.args[0], 0.0) - clock)
             clock += stall
@@ -47,15 +52,16 @@ def run_on_paper(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, cluster:
         elif is_loop(node):
             rounds = int(node.args[1])
             inner = run_on_paper(loop_body(node), mesh, times=times, cluster=cluster)
-            clock = max(clock, free) + rounds * inner.step
+            clock = max(clock, *free.values()) + rounds * inner.step
             compute, busy = compute + rounds * inner.compute, busy + rounds * inner.communication
             exposed += rounds * inner.exposed
         else:
             took = times.microseconds(node)
-            under = min(took, max(0.0, free - clock) / slower)
+            under = min(took, max(0.0, max(free.values()) - clock) / slower)
             clock += took + under * (slower - 1)
             compute += took
-    return Tally(max(clock, free), compute, busy, exposed + max(0.0, free - clock))
+    end = max(clock, *free.values())
+    return Tally(end, compute, busy, exposed + end - clock)
 
 
 def collective_microseconds(node: fx.Node, mesh: Mesh, cluster: Cluster) -> float:

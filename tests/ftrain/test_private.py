@@ -170,3 +170,12 @@ def test_the_code_of_a_lazy_module_is_made_when_it_is_called():
     next(n for n in copy.graph.nodes if "sin" in n.name).target = torch.ops.aten.cos.default
     copy.recompile()
     torch.testing.assert_close(copy(torch.ones(3)), torch.ones(3).cos() + 1)
+
+
+def test_writes_are_counted_through_any_view():
+    x = torch.zeros(4)
+    alias, before = x.detach(), private.version_of(x)
+    x.view(2, 2)[0].add_(1)
+    assert private.version_of(alias) == before + 1
+    with torch.inference_mode():
+        assert private.version_of(torch.zeros(1)) == 0

@@ -1,9 +1,12 @@
 """Rotation against complex numbers, and the ways to deal frequencies out to axes."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
-from kernels.rope import rope, rope_table
+from kernels.rope import Llama3Scaling, rope, rope_table
 
 
 def complex_rotation(x, angle_TF, layout):
@@ -114,6 +117,31 @@ def test_far_positions_keep_their_angles():
     cos, _ = rope_table(torch.tensor([position]), head_dim=8)
     angle = position * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     torch.testing.assert_close(cos[0], angle.cos().float(), rtol=0, atol=1e-6)
+
+
+SCALING = Llama3Scaling(8.0, low_turns=1.0, high_turns=4.0, original_length=1000)
+
+
+@pytest.mark.parametrize("sections", [None, (5, 7)])
+def test_scaled_frequencies_turn_slower_the_longer_they_are(sections):
+    """Those of many turns in 1000 tokens stay, those of less than one are an eighth, and the order is kept."""
+    positions = torch.ones(1) if sections is None else torch.ones(2, 1)
+    cos, _ = rope_table(positions, head_dim=24, base=1e5, sections=sections, scaling=SCALING, dtype=torch.float64)
+    plain = 1e5 ** (-torch.arange(12, dtype=torch.float64) / 12)
+    scaled, turns = cos[0].acos(), plain * 1000 / (2 * math.pi)
+    ratio = scaled / plain
+    torch.testing.assert_close(ratio[turns > 4], torch.ones_like(ratio[turns > 4]))
+    torch.testing.assert_close(ratio[turns < 1], torch.full_like(ratio[turns < 1], 1 / 8), rtol=1e-4, atol=0)
+    between = ratio[(turns > 1) & (turns < 4)]
+    assert len(between)
+    assert ((between > 1 / 8) & (between < 1)).all()
+    assert (scaled.diff() < 0).all()
+
+
+@pytest.mark.parametrize("change", [{"factor": 0.5}, {"low_turns": 4.0}, {"original_length": 0}])
+def test_a_scaling_without_sense_is_refused(change):
+    with pytest.raises(ValueError, match="factor must be at least 1, original_length positive"):
+        dataclasses.replace(SCALING, **change)
 
 
 X = torch.ones(3, 2, 4)

@@ -10,7 +10,7 @@ from kernels import random
 from modules import audio_encoder, spec
 from modules.audio_encoder import AudioConfig
 
-TINY = AudioConfig(d_model=16, layers=2, heads=2, d_out=12, rate=8000, n_fft=128, hop=40, mels=10, pool=2)
+TINY = AudioConfig(d_model=16, layers=2, heads=2, d_out=12, rate=8000, n_fft=128, hop=40, mels=10, merge=2)
 
 
 def wave(seconds: float, *, rate: int = 8000, seed: int = 0) -> np.ndarray:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from kernels.rope import Llama3Scaling
 from modules import decoder, moe, spec
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
@@ -32,9 +33,24 @@ QWEN3 = dataclasses.replace(ATTENTION, head_dim=16, qk_norm=True)
 MOE = MoEConfig(D, 20, experts=6, top_k=2)
 WEIGHTS, BIASES = ("DHK", "DGK", "DGK", "HKD"), ("HK", "GK", "GK")
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 FAMILIES = {
     "llama": ("Llama", {}, BASE),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}, dataclasses.replace(BASE, tie_embeddings=True)),
+    "llama-3.1": (
+        "Llama",
+        {"rope_parameters": {"rope_theta": 5000.0, **LLAMA3}},
+        dataclasses.replace(
+            BASE, attention=dataclasses.replace(ATTENTION, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 32))
+        ),
+    ),
     "qwen2": ("Qwen2", {}, dataclasses.replace(BASE, attention=dataclasses.replace(ATTENTION, bias=True))),
     "qwen3": ("Qwen3", {"head_dim": 16}, dataclasses.replace(BASE, attention=QWEN3)),
     "qwen3-moe": (
@@ -53,7 +69,7 @@ FAMILIES = {
 def build(family):
     """A transformers model with random weights everywhere (biases and norms too), and our configuration."""
     name, options, cfg = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**COMMON, **options)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
     model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

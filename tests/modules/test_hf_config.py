@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from kernels.rope import Llama3Scaling
 from modules.attention import AttentionConfig
 from modules.decoder import PRESETS, DecoderConfig, preset
 from modules.hf_config import decoder_config, hf_config
@@ -95,6 +96,37 @@ def test_both_spellings_of_rotary_positions_are_read(rope: dict) -> None:
     assert decoder_config({**LLAMA, **rope}).attention.rope_base == 5e5
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_theta": 5e5, "rope_scaling": LLAMA3}, {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}}],
+    ids=["transformers 4", "transformers 5"],
+)
+def test_positions_of_llama_3_1_are_read_and_written(rope: dict) -> None:
+    cfg = decoder_config({**LLAMA, **rope})
+    assert cfg.attention.rope_base == 5e5
+    assert cfg.attention.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, original_length=8192)
+    written = hf_config(cfg)
+    assert decoder_config(written) == cfg
+    older = {key: value for key, value in written.items() if key != "rope_parameters"}
+    assert decoder_config(older) == cfg
+
+
+def test_transformers_reads_the_scaling_that_was_written() -> None:
+    transformers = pytest.importorskip("transformers")
+    cfg = decoder_config({**LLAMA, "rope_theta": 5e5, "rope_scaling": LLAMA3})
+    theirs = transformers.LlamaConfig(**hf_config(cfg)).rope_parameters
+    assert theirs == {"rope_theta": 5e5, **LLAMA3}
+
+
 @pytest.mark.parametrize(
     "fields", [{"mlp_only_layers": [0, 1]}, {"num_local_experts": 8, "num_experts": 3, "mlp_only_layers": [1, 0]}]
 )
@@ -112,7 +144,7 @@ def test_experts_begin_after_the_dense_layers(fields: dict) -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"mlp_bias": True}, "mlp_bias=True, which our decoder does not have"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "of type 'llama3'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' need low_freq_factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "of type 'linear'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),

@@ -16,7 +16,7 @@ from modules.vq_image import VqConfig
 D = 24
 IMAGE = VisionConfig(d_model=16, layers=1, heads=2, d_out=D, patch=2, channels=1, merge=2)
 VIDEO = VisionConfig(d_model=16, layers=1, heads=2, d_out=D, patch=2, channels=1, merge=2, frames=2)
-AUDIO = AudioConfig(d_model=16, layers=1, heads=2, d_out=D, rate=8000, n_fft=128, hop=40, mels=10, pool=2)
+AUDIO = AudioConfig(d_model=16, layers=1, heads=2, d_out=D, rate=8000, n_fft=128, hop=40, mels=10, merge=2)
 DRAW = ImageDecoderConfig(VqConfig(size=8, channels=1, widths=(8, 8, 8), codes=8, d_code=4, groups=4), d_model=D)
 FOUNDATION = DecoderConfig(
     vocab=40,

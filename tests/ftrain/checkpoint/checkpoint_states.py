@@ -22,14 +22,16 @@ def training_state(seed: int = 0, *, rows: int = 6) -> TrainState:
 
 def same_bits(a: Any, b: Any) -> bool:
     """Are two trees equal in structure, types, dtypes and every bit?"""
-    if tree.diff(a, b):
+    if tree.flatten(a)[1] != tree.flatten(b)[1]:
         return False
     return all(_equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
 
 
 def _equal(x: Any, y: Any) -> bool:
     if not isinstance(x, torch.Tensor):
-        return repr(x) == repr(y)
+        return type(x) is type(y) and repr(x) == repr(y)
+    if (x.dtype, x.shape, x.device) != (y.dtype, y.shape, y.device):
+        return False
     if x.numel() == 0:
         return True
     return torch.equal(x.contiguous().reshape(-1).view(torch.uint8), y.contiguous().reshape(-1).view(torch.uint8))

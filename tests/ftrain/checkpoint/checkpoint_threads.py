@@ -66,6 +66,6 @@ def save_pieces(root, mesh, step=1, seed=0, storage=DEFAULT_STORAGE):
 
     def save(ranks):
         leaves = pieces_of(mesh, ranks.rank, seed)
-        write_checkpoint(open_place(root), step, leaves, storage=storage, metrics={}, ranks=ranks)
+        write_checkpoint(open_place(root), step, lambda: leaves, storage=storage, metrics={}, ranks=ranks)
 
     return on_all_ranks(mesh.size, save)

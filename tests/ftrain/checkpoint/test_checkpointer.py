@@ -96,7 +96,7 @@ def test_the_spare_memory_is_used_again(tmp_path, monkeypatch):
     write = checkpointer_module.write_checkpoint
 
     def spy(root, step, leaves, **options):
-        seen.append({path: tensor.data_ptr() for path, tensor in leaves.tensors.items()})
+        seen.append({path: tensor.data_ptr() for path, tensor in leaves().tensors.items()})
         write(root, step, leaves, **options)
 
     monkeypatch.setattr(checkpointer_module, "write_checkpoint", spy)

@@ -119,7 +119,8 @@ def test_a_flipped_chunk_names_its_leaf(tmp_path, monkeypatch):
     save(state, tmp_path, 1)
     (path,) = data_files(tmp_path / "global_step_1" / "model" / "d")
     flip(path, path.read_bytes().index(state["params"]["second"].numpy().tobytes()) + 100)
-    with pytest.raises(DamagedCheckpoint, match=r"leaf 'params.second' in .*model is damaged: .*Digest mismatch"):
+    message = r"leaf 'params.second' in .*model is damaged: chunk \[0\] has the CRC-32C .* instead of"
+    with pytest.raises(DamagedCheckpoint, match=message):
         restore(state, tmp_path)
 
 

@@ -144,7 +144,7 @@ def test_ranks_that_save_two_states(tmp_path, change, message):
         leaves = pieces_of(mesh, ranks.rank)
         if ranks.rank == 1:
             change(leaves)
-        write_checkpoint(open_place(tmp_path), 1, leaves, storage=SMALL_CHUNKS, metrics={}, ranks=ranks)
+        write_checkpoint(open_place(tmp_path), 1, lambda: leaves, storage=SMALL_CHUNKS, metrics={}, ranks=ranks)
 
     for error in on_all_ranks(mesh.size, save_it):
         assert isinstance(error, SaveFailed)
@@ -158,7 +158,7 @@ def test_a_rank_that_does_not_see_the_folder(tmp_path):
         root = tmp_path / f"machine_{ranks.rank}"
         root.mkdir()
         leaves = pieces_of(mesh, ranks.rank)
-        write_checkpoint(open_place(root), 1, leaves, storage=SMALL_CHUNKS, metrics={}, ranks=ranks)
+        write_checkpoint(open_place(root), 1, lambda: leaves, storage=SMALL_CHUNKS, metrics={}, ranks=ranks)
 
     assert all("does not see" in str(e) and "one folder" in str(e) for e in on_all_ranks(2, save_it))
 

@@ -1,23 +1,27 @@
 """Several gloo processes that fill the parameters of one model, for test_hf_processes."""
 
+import json
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import ftrain
-from ftrain.hf import fill_hf, load_hf
+from ftrain.hf import fill_hf, load_hf, save_hf
 from modules import decoder
 from modules.decoder import DecoderConfig
-from modules.hf_names import decoder_names
+from modules.hf_names import Names, decoder_names
 from sharding import Layout, Mesh, Plan
 from sharding.layout import Exact
 
 
-def run(folder: str, cfg: DecoderConfig, mesh: Mesh) -> list[tuple[bool, int]]:
-    """By rank: are the gathered parameters those of the files, and how many numbers does the rank hold?"""
+def run(folder: str, cfg: DecoderConfig, mesh: Mesh) -> list[tuple[bool, int, str]]:
+    """By rank: are the gathered parameters those of the files, how many numbers does the rank hold, and what is said
+    where they cannot be saved? They are also saved into `FOLDER.again`.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -36,7 +40,7 @@ def _process(rank: int, mesh: Mesh, port: int, folder: str, cfg: DecoderConfig, 
     dist.destroy_process_group()
 
 
-def _fill(folder: str, cfg: DecoderConfig, mesh: Mesh) -> tuple[bool, int]:
+def _fill(folder: str, cfg: DecoderConfig, mesh: Mesh) -> tuple[bool, int, str]:
     specs, names = decoder.specs(cfg), decoder_names(cfg)
     step = ftrain.jit(lambda state: state, plan=Plan(mesh, Layout(experts=Exact())), specs=specs)
     params = step.init(lambda key: ftrain.init(specs, key), ftrain.key(0))
@@ -45,4 +49,15 @@ def _fill(folder: str, cfg: DecoderConfig, mesh: Mesh) -> tuple[bool, int]:
     whole = step.whole(step(params))
     equal = ftrain.tree.map(torch.equal, whole, load_hf(folder, specs, names))
     held = [leaf.to_local() if hasattr(leaf, "to_local") else leaf for leaf in ftrain.tree.leaves(params)]
-    return all(ftrain.tree.leaves(equal)), sum(part.numel() for part in held)
+    return all(ftrain.tree.leaves(equal)), sum(part.numel() for part in held), _save(params, folder, names)
+
+
+def _save(params: dict, folder: str, names: Names) -> str:
+    """Write the parameters again into `FOLDER.again`, after a try in a place where that is not possible; its error."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    try:
+        save_hf(params, f"{folder}/config.json/no", config, names)
+    except (OSError, RuntimeError) as error:
+        message = f"{type(error).__name__}: {error}"
+    save_hf(params, f"{folder}.again", config, names, max_shard="40KB")
+    return message

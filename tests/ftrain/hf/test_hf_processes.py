@@ -18,12 +18,18 @@ from sharding import Mesh
 
 
 @pytest.mark.slow
-def test_each_rank_fills_what_it_holds(tmp_path: Path) -> None:
+def test_each_rank_fills_what_it_holds_and_together_they_save_it(tmp_path: Path) -> None:
     model, cfg = build("qwen3-moe")
-    model.save_pretrained(tmp_path, max_shard_size="40KB")
-    equal, held = zip(*hf_processes.run(str(tmp_path), cfg, Mesh(shard=2, expert=2)), strict=True)
+    given, written = tmp_path / "hf", tmp_path / "hf.again"
+    model.save_pretrained(given, max_shard_size="40KB")
+    equal, held, failures = zip(*hf_processes.run(str(given), cfg, Mesh(shard=2, expert=2)), strict=True)
     assert equal == (True, True)
     assert max(held) < 0.6 * model.num_parameters()
+    weights = [path.name for path in given.glob("*.safetensors*")]
+    assert len(weights) > 2
+    assert all((written / name).read_bytes() == (given / name).read_bytes() for name in weights)
+    assert failures[0].startswith("NotADirectoryError")
+    assert failures[1].startswith("RuntimeError: rank 0 could not write the weights: NotADirectoryError")
 
 
 def test_parameters_of_one_process_are_overwritten_in_place(tmp_path: Path) -> None:

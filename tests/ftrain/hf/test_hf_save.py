@@ -133,10 +133,6 @@ def test_a_full_disk_is_named_and_leaves_the_folder_as_it_was(tmp_path: Path, mo
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-class Spread(torch.Tensor):
-    placements = ("Shard(0)",)
-
-
 @pytest.mark.parametrize(
     ("change", "names", "words"),
     [
@@ -145,7 +141,6 @@ class Spread(torch.Tensor):
         ({}, NAMES[:2] + NAMES[3:], r"the names take the parts \[0\] of 'e' \[2, 3, 5\]"),
         ({}, (*NAMES, dataclasses.replace(NAMES[1], name="again")), r"the names take the parts \[0, 1, 0\] of 'e'"),
         ({"n": torch.ones(3, dtype=torch.complex64)}, NAMES, "'ids' has dtype torch.complex64"),
-        ({"w": torch.ones(4, 6).as_subclass(Spread)}, NAMES, "'w' is spread over ranks: gather"),
     ],
 )
 def test_trees_that_do_not_fit_are_refused_by_name(change, names, words: str, tmp_path: Path) -> None:

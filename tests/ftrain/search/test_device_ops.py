@@ -3,18 +3,22 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import fx
 
 from experiments.decoder_plan import DecoderSubject
 from ftrain.cost import node_flops, node_traffic
+from ftrain.lockstep import COLLECTIVES
+from ftrain.passes.waits import WAIT
 from ftrain.schedule import simulate_schedule
 from ftrain.search.alive import moments_of
 from ftrain.search.cluster import cluster
 from ftrain.search.device_ops import DeviceTimes, device_workspace
 from ftrain.search.layouts import Candidate
 from ftrain.search.lowering import lower
-from ftrain.search.two_streams import run_on_paper
+from ftrain.search.two_streams import collective_microseconds, run_on_paper
 from modules.decoder import preset
-from sharding import Ulysses
+from sharding import Mesh, Ulysses
 
 H100 = cluster("h100")
 CANDIDATE = Candidate(1, 4, 2, 1, Ulysses(), 1, "layer")
@@ -71,6 +75,26 @@ def test_with_one_kind_of_link_it_is_the_schedule_of_ftrain(lowered):
     assert found.compute == pytest.approx(expected.compute)
     assert found.communication == pytest.approx(expected.communication)
     assert found.exposed == pytest.approx(expected.exposed)
+
+
+def test_an_exchange_within_a_node_does_not_wait_for_the_network():
+    """A gather over nodes is under way when an exchange within one begins, whose result is wanted first."""
+    mesh = Mesh(1, 4, 2, kind="fake")
+    pairs = replace(H100, gpus_per_node=2)
+    kinds = {kind: op for op, kind in COLLECTIVES.items()}
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(1 << 20, device="meta")
+    gather = graph.call_function(kinds["all_gather"], (x, 4, mesh.group("shard").name))
+    exchange = graph.call_function(kinds["all_to_all"], (x, None, None, mesh.group("sequence").name))
+    for message in (exchange, gather):
+        graph.call_function(WAIT, (message,))
+    graph.output(x)
+    found = run_on_paper(fx.GraphModule({}, graph), mesh, times=DeviceTimes(pairs), cluster=pairs)
+    far, near = (collective_microseconds(n, mesh, pairs) for n in (gather, exchange))
+    assert near < far
+    assert found.step == found.exposed == pytest.approx(far)
+    assert found.communication == pytest.approx(far + near)
 
 
 def test_compute_that_messages_slow_down(lowered):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftrain.search.layouts import (
@@ -37,6 +37,7 @@ def test_two_ranks_of_a_dense_model():
     assert rejected == []
 
 
+@settings(deadline=None)
 @given(st.sampled_from([1, 2, 6, 8, 12, 16]), st.sampled_from([FACTS, MOE]))
 def test_each_is_legal_and_there_once(ranks, facts):
     found, _ = layouts(ranks, facts)
@@ -49,6 +50,7 @@ def test_each_is_legal_and_there_once(ranks, facts):
         assert (c.attention is None) == (c.sequence == 1)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([4, 8, 16]))
 def test_nothing_legal_is_left_out(ranks):
     """Counted by a plain loop over all combinations."""

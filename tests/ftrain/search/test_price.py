@@ -11,7 +11,7 @@ from experiments.decoder_plan import DecoderSubject
 from ftrain.search.cluster import cluster
 from ftrain.search.estimate import estimate, kinds_of, weights_on
 from ftrain.search.layouts import Candidate
-from ftrain.search.price import Terms, count, extend, priced
+from ftrain.search.price import Layer, Terms, count, extend, priced
 from ftrain.search.two_streams import Tally
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
@@ -43,7 +43,7 @@ def terms(case, layers):
 @pytest.mark.parametrize("case", CASES)
 def test_a_few_layers_tell_the_price_of_all(case):
     cfg, candidate = CASES[case]
-    extended = extend(terms(case, 2), terms(case, 2), terms(case, 3), cfg.layers - 2)
+    extended = extend(terms(case, 2), Layer(terms(case, 2), terms(case, 3)), cfg.layers - 2)
     few, whole = (priced(t, candidate, subject(cfg).facts, H100) for t in (extended, terms(case, cfg.layers)))
     for figure in ("compute", "communication", "state"):
         assert getattr(few, figure) == pytest.approx(getattr(whole, figure), rel=0.02), figure
@@ -55,7 +55,7 @@ def test_a_few_layers_tell_the_price_of_all(case):
 
 @pytest.mark.parametrize("case", list(CASES)[:2])
 def test_memory_is_a_line_before_communication_is_hidden(case):
-    found = extend(terms(case, 2), terms(case, 2), terms(case, 3), 2)
+    found = extend(terms(case, 2), Layer(terms(case, 2), terms(case, 3)), 2)
     assert max(found.plain.values()) == pytest.approx(max(terms(case, 4).plain.values()), rel=0.005)
 
 
@@ -77,7 +77,7 @@ def test_extension_is_a_line(layers, start, each, other):
         plain = {("forward", ""): t, ("backward", ""): other}
         return Terms(Tally(t, t, other, 0.0), {"x": t}, t, plain, {kind: size + 1 for kind, size in plain.items()})
 
-    found, expected = extend(line(2), line(2), line(3), layers), line(2 + layers)
+    found, expected = extend(line(2), Layer(line(2), line(3)), layers), line(2 + layers)
     assert found.moments == pytest.approx(expected.moments, rel=1e-6, abs=1e-3)
     assert found.inputs == pytest.approx(expected.inputs, rel=1e-6, abs=1e-3)
     assert found.tally.step == pytest.approx(expected.tally.step, rel=1e-6, abs=1e-3)

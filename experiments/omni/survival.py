@@ -1,0 +1,107 @@
+"""How a run of the experiment looks after itself: its bad steps, its way back, its hangs, its copies."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.mesh import is_main, of_main
+from experiments.omni.batches import Batches
+from experiments.omni.run_folder import read_metrics
+from ftrain.checkpoint import Checkpointer
+from ftrain.survive.bad_steps import BadSteps, History, Spikes, Verdict, judge, why_bad
+from ftrain.survive.evidence import Evidence, leave_evidence
+from ftrain.survive.rollback import carry_out, plan_rollback
+from ftrain.survive.skipped import read_skipped
+from ftrain.survive.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class SurvivalFlags:
+    """What a run does about bad steps, hangs and silent corruption."""
+
+    bad_steps_limit: int = 3
+    """So many steps in a row with a loss or gradient that is not finite (or a spike) undo these steps: the run goes
+    back to the last checkpoint before them and leaves out their batches. 0: never."""
+    spike: float = 0.0
+    """A loss so many robust deviations above the median of the last ones is a bad step. 0: off."""
+    spike_window: int = 64
+    """How many losses a spike is measured by."""
+    hang_seconds: float = 300.0
+    """When no step ends for so long, all ranks write their stacks to stacks/ in the run's folder, and the run ends with
+    exit code 76. The first step, which is compiled, has half an hour. 0: off."""
+    check_replicas: int = 100
+    """Every so many steps compare arrays that several processes hold copies of. 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("bad_steps_limit", "spike", "hang_seconds", "check_replicas"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+
+    def policy(self) -> BadSteps:
+        """What counts as bad."""
+        spikes = Spikes(window=self.spike_window, z=self.spike) if self.spike else None
+        return BadSteps(limit=self.bad_steps_limit, spikes=spikes)
+
+    def watchdog(self, run: Path) -> AbstractContextManager[Watchdog | None]:
+        """Watches the steps of the run in this folder."""
+        return Watchdog(run / "stacks", seconds=self.hang_seconds) if self.hang_seconds else nullcontext()
+
+
+class Guard:
+    """Judges every step of the run in the folder `run`, and finds the way back. All ranks have one, and decide alike.
+
+    `history`: of the steps just passed; `skipped`: the batches that are left out.
+    """
+
+    def __init__(self, policy: BadSteps, run: Path, *, done: int) -> None:
+        """For a run that has done so many steps."""
+        self._policy, self._run, self._why = policy, run, ""
+        self.skipped = of_main(read_skipped(run))
+        self._begin_after(done)
+
+    def _begin_after(self, done: int) -> None:
+        rows = [{k: row[k] for k in ("step", "loss", "grad_norm")} for row in read_metrics(self._run)]
+        self.history = of_main(History.of(self._policy, [row for row in rows if row["step"] <= done]))
+
+    @property
+    def calm(self) -> bool:
+        """Whether the last step was good: during bad steps nothing is saved."""
+        return not self.history.bad
+
+    def counts(self) -> dict[str, int]:
+        """For the metrics: bad steps in a row up to now, and batches left out in all."""
+        return {"bad_in_a_row": len(self.history.bad), "left_out": len(self.skipped.positions)}
+
+    def batches(self, source: Batches, done: int, last: int) -> Iterator[dict[str, Any]]:
+        """The batches of steps `done + 1` to `last`."""
+        for first, end in self.skipped.ranges(done, last):
+            yield from source.ahead(first, end)
+
+    def look(self, row: Mapping[str, Any], batch: Any) -> Verdict:
+        """Judge the step with these metrics; if it is bad, its whole batch is left for a replay."""
+        step, numbers = row["step"], {"loss": row["loss"], "grad_norm": row["grad_norm"]}
+        why = why_bad(self._policy, self.history, **numbers)
+        self.history, verdict = judge(self._policy, self.history, step=step, **numbers)
+        if why is not None:
+            self._why = why
+            if is_main():
+                evidence = Evidence(step, self.skipped.position(step), row["loss"], why, self.skipped)
+                leave_evidence(self._run, evidence, batch)
+        return verdict
+
+    def go_back(self, checkpoints: Checkpointer) -> tuple[int, str]:
+        """Undo the bad steps on the disk: the step to go on from (0: the start), and what happened in words."""
+        checkpoints.wait()
+        saved = of_main(checkpoints.steps())
+        rollback = plan_rollback(self._policy, self.history, self.skipped, saved=saved, why=self._why)
+        folder = self._run / "checkpoints"
+        if is_main():
+            self.skipped = carry_out(rollback, self.skipped, run=self._run, checkpoints=folder)
+        self.skipped = of_main(self.skipped)
+        self._begin_after(rollback.back_to)
+        return rollback.back_to, (
+            f"steps {rollback.bad[0]} to {rollback.bad[-1]} were bad ({rollback.why}): back to step "
+            f"{rollback.back_to}, without the batches at positions {', '.join(map(str, rollback.positions))}"
+        )
