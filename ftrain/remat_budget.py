@@ -62,7 +62,7 @@ class Planner:
             return nothing
         starts = [*self._search(peak), self._priced(frozenset(v for v, _, _ in self._candidates))]
         tries = _WORK_TO_IMPROVE // len(self.model.nodes)
-        found = Search(self._priced, self._candidates, peak=peak, tries=tries).best(starts)
+        found = Search(self._priced, self._candidates, ops=self._ops, peak=peak, tries=tries).best(starts)
         if found.peak > peak:
             raise OverBudget(found.peak, self.model.nodes[self.model.peak(found.remade)[1]])
         return found
@@ -76,6 +76,17 @@ class Planner:
             for v, us in self.microseconds.items()
             if not self._stays(nodes[v])
         ]
+
+    @cached_property
+    def _ops(self) -> list[frozenset[int]]:
+        """The nodes that may be made again by op: each with its views and the parts of its result."""
+        owner: dict[int, int] = {}
+        found: dict[int, set[int]] = {}
+        for v, us, _ in self._candidates:
+            sources = [u for u in self.model.steps[v].reads if u in owner] if us == 0 else []
+            owner[v] = owner[sources[0]] if sources else v
+            found.setdefault(owner[v], set()).add(v)
+        return [frozenset(nodes) for nodes in found.values()]
 
     def _search(self, peak: int) -> Iterator[Choice]:
         nothing = self.at_rate(0.0)

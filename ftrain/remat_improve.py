@@ -1,8 +1,8 @@
 """Local search on sets of recomputed tensors: what a cut at one rate does not see, since it adds bytes up.
 
 The peak is where the sum is largest *at one time*: keeping a tensor that is gone by then costs nothing, and a rate that
-takes all of a kind frees too much. From a few starts single tensors are put in or taken out, then exchanged, while that
-brings the peak below the budget, or the price down.
+takes all of a kind frees too much. From a few starts single ops with their views are put in or taken out, then
+exchanged, while that brings the peak below the budget, or the price down.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 _STARTS = 5
+_SWEEPS = 40  # over all ops, that a search takes at least
 
 
 class Choice(NamedTuple):
@@ -24,7 +25,7 @@ class Search:
     """Moves on choices; `tries` is a count of priced sets, not a time: all ranks must choose alike.
 
     `price` makes a choice of a set; `candidates` are the nodes that may be made again, with their microseconds and
-    bytes.
+    bytes; `ops`: these nodes by op, each with its views, which are made again or kept together.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class Search:
         price: Callable[[frozenset[int]], Choice],
         candidates: Sequence[tuple[int, float, int]],
         *,
+        ops: Sequence[frozenset[int]],
         peak: int,
         tries: int,
     ) -> None:
-        self._price, self._candidates = price, [v for v, _, _ in candidates]
+        self._price, self._ops = price, ops
         self._microseconds = {v: us for v, us, _ in candidates}
         self._bytes = {v: size for v, _, size in candidates}
         self._peak, self._tries = peak, tries
@@ -43,18 +45,21 @@ class Search:
     def best(self, starts: Iterable[Choice]) -> Choice:
         """The best choice found from the starts: the cheapest within the peak, else the one nearest to it."""
         distinct = {c.remade: c for c in sorted(starts, key=self._rank)}
-        ranked = sorted(distinct.values(), key=self._rank)[:_STARTS]
-        if len(self._candidates) ** 2 > self._tries:
+        ranked = sorted(distinct.values(), key=self._rank)
+        if _SWEEPS * len(self._ops) > self._tries:
             return self._taken_back(ranked[0])
-        return min((self._descended(c) for c in ranked), key=self._rank)
+        nothing = min(ranked, key=lambda c: len(c.remade))
+        chosen = [*dict.fromkeys([ranked[0], nothing, *ranked[1:_STARTS]])]
+        return min((self._descended(c) for c in chosen), key=self._rank)
 
     def _rank(self, choice: Choice) -> tuple[int, float, list[int]]:
         return max(0, choice.peak - self._peak), choice.microseconds, sorted(choice.remade)
 
     def _descended(self, choice: Choice) -> Choice:
-        """The steepest way down: by single tensors, and where none helps by two at once."""
-        while self._tries > 0:
-            better = self._steepest(choice, (choice.remade ^ {v} for v in self._candidates))
+        """The steepest way down, by single ops or else by two at once; takes at most half of the tries."""
+        least = self._tries // 2
+        while self._tries > least:
+            better = self._steepest(choice, (_turned(choice.remade, op) for op in self._ops))
             if better is choice:
                 better = self._steepest(choice, self._pairs(choice.remade))
             if better is choice:
@@ -63,11 +68,8 @@ class Search:
         return choice
 
     def _pairs(self, remade: frozenset[int]) -> Iterator[frozenset[int]]:
-        kept = [v for v in self._candidates if v not in remade]
-        taken = sorted(remade)
-        yield from ((remade - {a}) | {b} for a in taken for b in kept)
-        yield from (remade | {a, b} for a, b in itertools.combinations(kept, 2))
-        yield from (remade - {a, b} for a, b in itertools.combinations(taken, 2))
+        for a, b in itertools.combinations(self._ops, 2):
+            yield _turned(_turned(remade, a), b)
 
     def _steepest(self, choice: Choice, sets: Iterable[frozenset[int]]) -> Choice:
         best = choice
@@ -88,3 +90,8 @@ class Search:
             self._tries -= 1
             choice = min(choice, self._price(choice.remade - {v}), key=self._rank)
         return choice
+
+
+def _turned(remade: frozenset[int], op: frozenset[int]) -> frozenset[int]:
+    """With the op made again if it was kept, else with it kept."""
+    return remade - op if op & remade else remade | op
