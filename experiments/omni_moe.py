@@ -51,7 +51,7 @@ class Options:
 
     size: Literal["tiny", "small", "medium", "30b-a3b"] = "tiny"
     """Widths and depths; tiny is made for two CPU cores."""
-    steps: int = 1050
+    steps: int = 900
     """Training steps."""
     tokenizer_steps: int = 300
     """Steps of the image tokenizer, which is trained first and then frozen."""
@@ -245,15 +245,15 @@ def _due(options: Options, number: int) -> bool:
     return options.checkpoint_every > 0 and number % options.checkpoint_every == 0
 
 
-def _prices(t: _Training, state: TrainState, batch: Any) -> tuple[int, int]:
-    """FLOPs and peak bytes of the step, whose report is written."""
+def _prices(t: _Training, state: TrainState, batch: Any) -> tuple[float, int]:
+    """The step's FLOPs in seconds of the device's peak, and its peak bytes; its report is written."""
     compiled = t.work.step.lower(state, batch)
     if t.files is not None:
         compiled.report(t.files.path / "step.html")
-    return _counted_flops(compiled.cost()), compiled.memory().total
+    return _counted_flops(compiled.cost()) / peak_flops(t.work.device), compiled.memory().total
 
 
-def _row(work: Job, number: int, metrics: Any, prices: tuple[int, int], began: float) -> dict[str, Any]:
+def _row(work: Job, number: int, metrics: Any, prices: tuple[float, int], began: float) -> dict[str, Any]:
     """The step's metrics as numbers, for which it is waited."""
     loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
     seconds = time.perf_counter() - began
@@ -264,7 +264,7 @@ def _row(work: Job, number: int, metrics: Any, prices: tuple[int, int], began: f
         "lr": float(schedule(work.config)(torch.tensor(number - 1))),
         "grad_norm": float(metrics["grad_norm"]),
         "tokens_per_s": tokens / seconds,
-        "mfu": prices[0] / seconds / peak_flops(work.device),
+        "mfu": prices[0] / seconds,
         "peak_bytes": prices[1],
     }
 

@@ -20,6 +20,8 @@ from modules.mesh_packing import pack_for_mesh
 from modules.omni import OmniModel
 from modules.packing import Budget, measure
 
+_ROOM_FOR_TOKENS, _ROOM_FOR_MEDIA = 1.08, 1.25
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -94,22 +96,20 @@ class Batches:
         return batch
 
 
-def fitting_budget(
-    mixture: Mixture, model: OmniModel, *, documents: int, parts: int = 1, spare: float = 1.25
-) -> Budget:
-    """A budget for packs of this mixture: the mean need of `documents` examples, times `spare`, rounded up so that each
-    of `parts` ranks gets whole items.
+def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, parts: int = 1) -> Budget:
+    """A budget for packs of this mixture: the mean need of `documents` examples and some room, rounded up so that each
+    of `parts` ranks gets whole items. Media, of which there are few, vary more than tokens.
     """
     examples: list[Example] = [mixture.example(i) for i in range(512)]
     sizes = [measure(e.document, model=model) for e in examples]
-    share = documents / len(sizes) * spare
+    share = documents / len(sizes)
 
-    def rounded(total: float, multiple: int) -> int:
-        return -(-int(total * share) // multiple) * multiple
+    def rounded(total: float, multiple: int, room: float = _ROOM_FOR_MEDIA) -> int:
+        return -(-int(total * share * room) // multiple) * multiple
 
     per_item = {name: max(s.rows.get(name, 0) for s in sizes) for name in model.encoders}
     return Budget(
-        tokens=rounded(sum(s.tokens for s in sizes), 64 * parts),
+        tokens=rounded(sum(s.tokens for s in sizes), 64 * parts, _ROOM_FOR_TOKENS),
         rows={
             n: rounded(sum(s.rows.get(n, 0) for s in sizes), parts * (per_item[n] or e.rows_per_token))
             for n, e in model.encoders.items()

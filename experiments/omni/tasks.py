@@ -243,8 +243,8 @@ NEED_SPEECH = frozenset({"audio_to_text", "audio_to_image"})
 WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
         "image_to_text": 1.5,
-        "audio_to_text": 2.0,
-        "video_to_text": 4.0,
+        "audio_to_text": 1.75,
+        "video_to_text": 4.25,
         "text_to_image": 1.0,
         "audio_to_image": 1.0,
         "arithmetic": 1.0,
