@@ -26,8 +26,7 @@ class VisionConfig:
     """`patch` pixels a side, `frames` frames deep, of `channels` channels; `merge` x `merge` patches give one token.
 
     The encoder is `d_model` wide with `layers` layers of `heads` heads; its tokens are `d_out` wide, the foundation's
-    width. `d_hidden` 0 means four times `d_model`; `d_projector`, the width within the projector, 0 that of a merged
-    square.
+    width. `d_hidden` 0 means four times `d_model`.
     """
 
     d_model: int
@@ -39,7 +38,6 @@ class VisionConfig:
     frames: int = 1
     merge: int = 2
     d_hidden: int = 0
-    d_projector: int = 0
     rope_base: float = 100.0
 
     def __post_init__(self) -> None:
@@ -117,12 +115,11 @@ def _positions(times: int, rows: int, columns: int, merge: int) -> np.ndarray:
 
 def specs(cfg: VisionConfig) -> dict[str, Any]:
     """`patch` (linear), `stack`, and the projector: `merge` (linear over a merged square) and `out`."""
-    width = cfg.d_projector or cfg.d_merged
     return {
         "patch": linear.specs(cfg.d_patch, cfg.d_model, ("patch", "embed"), bias=True),
         "stack": encoder_stack.specs(cfg.stack),
-        "merge": linear.specs(cfg.d_merged, width, ("embed", "mlp"), bias=True),
-        "out": linear.specs(width, cfg.d_out, ("mlp", "embed"), bias=True),
+        "merge": linear.specs(cfg.d_merged, cfg.d_merged, ("embed", "mlp"), bias=True),
+        "out": linear.specs(cfg.d_merged, cfg.d_out, ("mlp", "embed"), bias=True),
     }
 
 

@@ -83,17 +83,7 @@ def image_config(size: str, d_out: int) -> VisionConfig:
 def video_config(size: str, d_out: int) -> VisionConfig:
     """Videos: patches of 3x3 pixels and three frames, sixteen of which make a token: a film is one token."""
     s = parts(size)
-    return VisionConfig(
-        s.vision_width,
-        s.encoder_layers,
-        heads=4,
-        d_out=d_out,
-        patch=3,
-        channels=1,
-        frames=3,
-        merge=4,
-        d_projector=8 * s.vision_width,
-    )
+    return VisionConfig(s.vision_width, s.encoder_layers, heads=4, d_out=d_out, patch=3, channels=1, frames=3, merge=4)
 
 
 def audio_config(size: str, d_out: int) -> AudioConfig:

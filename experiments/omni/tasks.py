@@ -242,9 +242,9 @@ TASKS: Mapping[str, Callable[[_Draw], Example]] = MappingProxyType(
 NEED_SPEECH = frozenset({"audio_to_text", "audio_to_image"})
 WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
-        "image_to_text": 1.5,
-        "audio_to_text": 1.75,
-        "video_to_text": 4.25,
+        "image_to_text": 1.25,
+        "audio_to_text": 1.5,
+        "video_to_text": 5.0,
         "text_to_image": 1.0,
         "audio_to_image": 1.0,
         "arithmetic": 1.0,

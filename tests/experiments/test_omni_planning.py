@@ -89,7 +89,7 @@ def test_a_plan_file_gives_the_sizes_of_the_mesh(tmp_path, monkeypatch):
         mesh_flags(file, MeshFlags())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_experiment_runs_with_a_plan_that_was_found(tmp_path):
     subject = OmniSubject("tiny", tokens=1024, packs=2)
     file = tmp_path / "plan.json"

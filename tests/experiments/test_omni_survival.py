@@ -120,7 +120,7 @@ def test_flags_switch_off(tmp_path):
         assert watchdog is None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_planted_nan_is_left_out_and_its_step_replayed(tmp_path: Path, monkeypatch, capsys) -> None:
     make = Batches._arrays
 

@@ -40,7 +40,7 @@ def case(*values, mesh, how, number, every):
 
 
 CASES = [
-    case(name, mesh=mesh, how=how, number=i, every=4 if name == "mixture" else 2)
+    case(name, mesh=mesh, how=how, number=i, every=6 if name == "mixture" else 3)
     for name in MODELS
     for i, (mesh, how) in enumerate(meshes(experts=name == "mixture"))
 ]
