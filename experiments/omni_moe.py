@@ -51,7 +51,7 @@ class Options:
 
     size: Literal["tiny", "small", "medium", "30b-a3b"] = "tiny"
     """Widths and depths; tiny is made for two CPU cores."""
-    steps: int = 900
+    steps: int = 1100
     """Training steps."""
     tokenizer_steps: int = 300
     """Steps of the image tokenizer, which is trained first and then frozen."""
@@ -263,6 +263,7 @@ def _row(work: Job, number: int, metrics: Any, prices: tuple[float, int], began:
         **{f"loss/{task}": float(value) for task, value in metrics["terms"].items()},
         "lr": float(schedule(work.config)(torch.tensor(number - 1))),
         "grad_norm": float(metrics["grad_norm"]),
+        "dropped": float(metrics["dropped"]),
         "tokens_per_s": tokens / seconds,
         "mfu": prices[0] / seconds,
         "peak_bytes": prices[1],

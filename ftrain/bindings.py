@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ftrain.sharded_trace import ShardedTrace, sum_over_mesh
 from kernels.attention import attention
-from kernels.moe import experts_swiglu
+from kernels.moe import dropped_rows, experts_swiglu
 from kernels.random import Window
 from modules import spec as specs_of
 from sharding import exchange, shards
-from sharding.experts import experts_swiglu_sharded
+from sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
+from sharding.layout import Capacity
 from sharding.placement import Placement
 from sharding.sequence_attention import pack_documents, sequence_attention
 
@@ -25,6 +26,7 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable]:
         "sum_over_batch": lambda x: sum_over_mesh(x, mesh),
         "attention": lambda *tensors, **options: _attention(trace, *tensors, **options),
         "moe": lambda *tensors, **options: _experts(trace, *tensors, **options),
+        "moe_dropped": lambda expert_TK, w_gate_EDF: _dropped(trace, expert_TK, w_gate_EDF),
         "parameter": lambda *args, **options: _parameter(trace, *args, **options),
         "sum_over_shards": lambda values_N, leaves: shards.sum_over_shards(values_N, _placements(trace, leaves), mesh),
         "whole_leaf": lambda piece, leaf: shards.whole_of(piece, trace.placement(leaf), mesh),
@@ -70,6 +72,15 @@ def _experts(trace: ShardedTrace, x_TD: Tensor, expert_TK: Tensor, *tensors: Ten
     return experts_swiglu_sharded(
         x_TD, expert_TK, *tensors, how=layout.experts, mesh=mesh, chunks=layout.expert_chunks, **options
     )
+
+
+def _dropped(trace: ShardedTrace, expert_TK: Tensor, w_gate_LDF: Tensor) -> Tensor:
+    mesh = trace.plan.mesh
+    layout = trace.plan.layout(trace.component(w_gate_LDF))
+    if not isinstance(layout.experts, Capacity) or mesh.expert == 1:
+        return dropped_rows.local(expert_TK, w_gate_LDF)  # type: ignore[attr-defined]
+    experts = w_gate_LDF.shape[0] * mesh.expert
+    return dropped_rows_sharded(expert_TK, experts=experts, how=layout.experts, chunks=layout.expert_chunks)
 
 
 def _parameter(trace: ShardedTrace, spec: specs_of.ParamSpec, key: Tensor, path: str, window: Any = None) -> Tensor:

@@ -13,7 +13,7 @@ from ftrain import tree
 from ftrain.communication import bytes_moved
 from ftrain.cost import Cost, graph_cost
 from ftrain.donation import give_away
-from ftrain.execute import Program, choose, compile_graph, prepare_for_python, waiting
+from ftrain.execute import Program, as_executed, choose, compile_graph, waiting
 from ftrain.leaf_guard import guard_like
 from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.loan import Fence, Loan
@@ -136,7 +136,7 @@ class Compiled:
         """Run all ranks of a virtual mesh in lockstep, on and to flat tensors; donated ones are written over."""
         self._fence.wait()
         if self._lockstep is None:
-            self._lockstep = lockstep_program(self.executed, mesh)
+            self._lockstep = lockstep_program(self.interpreted, mesh)
         outputs = self._lockstep(ranks)
         if not self.donated:
             return outputs
@@ -201,9 +201,16 @@ class Compiled:
 
     @cached_property
     def executed(self) -> fx.GraphModule:
-        """The graph as the interpreter runs it, with writes in place."""
+        """The graph as it runs: writes in place; under a compiler, what it may fuse as one node each."""
         module = copy_graph(self.graph)
-        prepare_for_python(module)
+        as_executed(module, self.backend)
+        return module
+
+    @cached_property
+    def interpreted(self) -> fx.GraphModule:
+        """The graph as it runs op by op, whatever the backend."""
+        module = copy_graph(self.graph)
+        as_executed(module, "aten")
         return module
 
     def as_text(self) -> str:
@@ -295,7 +302,7 @@ def compile_step(
 
         def finished_peak(trial: fx.GraphModule) -> int:
             donate_pass(trial, by_name)
-            prepare_for_python(trial)
+            as_executed(trial, compiled.backend)
             return plan_memory(trial, round_to=compiled.granularity).peak
 
         module, compiled.book = fit(

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
-from torch.fx.passes.split_module import split_module
 
+from ftrain.fused import WRITES, fused_body, is_fused
 from ftrain.loan import LEAST_BYTES
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.aliasing import storage
 from ftrain.passes.donate import carry_in_place, write_in_place
+from ftrain.passes.fuse import fuse_runs
 from ftrain.passes.reuse import reuse_memory
 from ftrain.passes.twins import use_twins
 from ftrain.private import below_autograd, compile_with_inductor
@@ -37,14 +38,15 @@ def compile_graph(module: fx.GraphModule, backend: str, *, before_write: Callabl
 
     The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can.
     """
-    if backend == "aten":
-        return aten_program(module, after=lambda module: _call_before_writes(module, before_write))
-    program = inductor_program(module)
-    if backend == "cudagraph":
-        from ftrain.cudagraph import cudagraph_program
+    as_executed(module, backend)
+    if backend != "aten":
+        _compile_runs(module)
+    if backend != "cudagraph":
+        _call_before_writes(module, before_write)
+        return _python_program(module)
+    from ftrain.cudagraph import cudagraph_program
 
-        program = cudagraph_program(program)
-    return waiting(program, before_write)
+    return waiting(cudagraph_program(_python_program(module)), before_write)
 
 
 def waiting(program: Program, before: Callable[[], None]) -> Program:
@@ -62,74 +64,50 @@ def aten_program(module: fx.GraphModule, *, after: Callable[[fx.GraphModule], No
 
     `after` may change the graph when all passes are done, e.g. to measure: passes must see collectives as they are.
     """
-    prepare_for_python(module)
+    as_executed(module, "aten")
     if after is not None:
         after(module)
-    forward = module.forward
-
-    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad(), below_autograd():
-            return forward(*inputs)
-
-    return run
+    return _python_program(module)
 
 
-def prepare_for_python(module: fx.GraphModule) -> None:
-    """Turn final copies into writes in place, in bodies of loops too: the graph as the interpreter runs it."""
+def as_executed(module: fx.GraphModule, backend: str) -> None:
+    """Bring the graph, and bodies of its loops, to the form that runs.
+
+    Final copies become writes in place, and for a compiler what it can fuse becomes one node each. The rest is called
+    op by op in the order of the graph under every backend, so that the memory plan holds under every backend.
+    """
     use_twins(module)
+    if backend != "aten":
+        fuse_runs(module)
     write_in_place(module)
     carry_in_place(module)
     reuse_memory(module)
     for node in module.graph.nodes:
         if is_loop(node):
-            prepare_for_python(loop_body(node))
+            as_executed(loop_body(node), backend)
     module.recompile()
 
 
-def inductor_program(module: fx.GraphModule) -> Program:
-    """The graph compiled whole; bodies of loops are compiled once each and called from Python."""
-    if any(is_loop(n) for n in module.graph.nodes):
-        return _inductor_around_loops(module)
-    compiled = compile_with_inductor(module)
+def _python_program(module: fx.GraphModule) -> Program:
+    forward = module.forward
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return list(compiled(*inputs))
-
-    return run
-
-
-def _inductor_around_loops(module: fx.GraphModule) -> Program:
-    """Cut the graph at its loops; compile what lies between, and each body."""
-    stage = 0
-    stages: dict[fx.Node, int] = {}
-    for node in module.graph.nodes:
-        if is_loop(node):
-            stages[node], stage = stage + 1, stage + 2
-        else:
-            stages[node] = stage
-    split = split_module(module, module, lambda n: stages[n], keep_original_order=True)
-    for name, part in list(split.named_children()):
-        if not isinstance(part, fx.GraphModule):
-            continue
-        loops = [n for n in part.graph.nodes if is_loop(n)]
-        if loops:
-            _compile_bodies(part, loops)
-        elif any(n.op == "call_function" for n in part.graph.nodes):
-            setattr(split, name, _Compiled(compile_with_inductor(part)))
-    forward = split.forward
-
-    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), below_autograd():
             return list(forward(*inputs))
 
     return run
 
 
-def _compile_bodies(part: fx.GraphModule, loops: list[fx.Node]) -> None:
-    for node in loops:
-        body = loop_body(node)
-        setattr(part, str(node.args[0].target), _Compiled(compile_with_inductor(body)))  # type: ignore[union-attr]
+def _compile_runs(module: fx.GraphModule) -> None:
+    """Put what Inductor makes of each body of fused ops in its place; equal bodies are one and compiled once."""
+    done: set[str] = set()
+    for node in module.graph.nodes:
+        if is_loop(node):
+            _compile_runs(loop_body(node))
+        if is_fused(node) and node.args[0].target not in done:
+            name = node.args[0].target
+            done.add(name)
+            setattr(module, name, _Compiled(compile_with_inductor(fused_body(node))))
 
 
 def _call_before_writes(module: fx.GraphModule, function: Callable[[], None]) -> None:
@@ -147,6 +125,8 @@ def _call_before_writes(module: fx.GraphModule, function: Callable[[], None]) ->
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that an op writes into, by its schema."""
+    if is_fused(node):
+        return [node.args[i] for i in node.meta[WRITES]]
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     arguments = node.target._schema.arguments

@@ -44,7 +44,7 @@ def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember:
     compiled, inputs = step.lower(*args), step.flat_inputs(*args)
     if remember:
         _remember(_least(compiled.graph, inputs, repeats), compiled.graph, compiled.device)
-    return list(_least(compiled.executed, inputs, repeats).values())
+    return list(_least(compiled.interpreted, inputs, repeats).values())
 
 
 def _least(module: fx.GraphModule, inputs: list[torch.Tensor], repeats: int) -> dict[str, NodeTime]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ftrain.fused import fused_body, is_fused
 from ftrain.liveness import plan_memory
 from ftrain.loop import is_loop, loop_body
 from ftrain.provenance import Site
@@ -16,7 +17,8 @@ def graph_text(module: fx.GraphModule) -> str:
     """The graph, a line per node, in the order in which it runs.
 
     `name: dtype[shape] = op(arguments)`, then after `#` the phase, the parameter path, the source line and the bytes
-    alive beyond the inputs while the node runs. The body of a loop follows its node, indented.
+    alive beyond the inputs while the node runs. The body of a loop, and of ops that are fused,
+    follows its node, indented.
     """
     return "\n".join(_lines(module, ""))
 
@@ -31,6 +33,8 @@ def _lines(module: fx.GraphModule, indent: str) -> Iterator[str]:
         yield f"{indent}{show_node(node)}  # {', '.join(notes)}".rstrip(" #")
         if is_loop(node):
             yield from _lines(loop_body(node), indent + "    ")
+        if is_fused(node):
+            yield from _lines(fused_body(node), indent + "    ")
 
 
 def show_node(node: fx.Node) -> str:
@@ -40,7 +44,7 @@ def show_node(node: fx.Node) -> str:
         return typed
     if node.op == "get_attr":
         return f"{typed} = constant"
-    arguments, options = (node.args[1:], {}) if is_loop(node) else (node.args, node.kwargs)
+    arguments, options = (node.args[1:], {}) if is_loop(node) or is_fused(node) else (node.args, node.kwargs)
     parts = [show_argument(a) for a in arguments] + [f"{k}={show_argument(v)}" for k, v in options.items()]
     return f"{typed} = {op_name(node)}({', '.join(parts)})"
 
@@ -52,11 +56,11 @@ def node_notes(node: fx.Node) -> list[str]:
 
 
 def op_name(node: fx.Node) -> str:
-    """The op's name: `mm`, `add.out`, `ftrain.attention_forward`, `loop`; "" for nodes that are no op."""
+    """The op's name: `mm`, `add.out`, `ftrain.attention_forward`, `loop`, `fused`; "" for nodes that are no op."""
     if node.op != "call_function":
         return ""
-    if is_loop(node):
-        return "loop"
+    if is_loop(node) or is_fused(node):
+        return "loop" if is_loop(node) else "fused"
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target).removeprefix("aten.").removesuffix(".default")
     return getattr(node.target, "__name__", str(node.target))

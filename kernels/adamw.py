@@ -123,7 +123,7 @@ def adamw_fused(
 
 @opaque_op(
     "adamw_in_place(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor steps, Tensor rate, float b1, float b2, "
-    "float eps, float weight_decay) -> ()",
+    "float eps, float weight_decay, Tensor? keep=None) -> ()",
     fake=lambda *_: None,
 )
 def adamw_in_place(
@@ -137,8 +137,14 @@ def adamw_in_place(
     b2: float,
     eps: float,
     weight_decay: float,
+    keep: Tensor | None = None,
 ) -> None:
-    """`p += update` and the new averages over the old ones; `p`, `m` and `v` are contiguous and of one dtype."""
+    """`p += update` and the new averages over the old ones; `p`, `m` and `v` are contiguous and of one dtype.
+
+    Nothing happens where `keep`, a 0-d bool, is false.
+    """
+    if keep is not None and not keep:
+        return
     step = _Step(steps.to(torch.float32), float(rate), b1, b2, eps, weight_decay)
     scratch = v.new_empty(min(PIECE, v.numel()))
     for p_n, g_n, m_n, v_n in _pieces(p, g, m, v):

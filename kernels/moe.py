@@ -103,6 +103,15 @@ def experts_swiglu(
     return combine(rows_ND, weights_TK, dispatch, backend=reference)
 
 
+@primitive("moe_dropped")
+def dropped_rows(expert_TK: Tensor, w_gate_EDF: Tensor) -> Tensor:
+    """How many of the T * K rows no expert computes, a float32 scalar: none.
+
+    A plan that gives these experts a static capacity rebinds this primitive to count what exceeds it.
+    """
+    return torch.zeros((), device=expert_TK.device)
+
+
 class _Spread(torch.autograd.Function):
     """Token rows to slots in sorted order; its transpose is `_Collect`."""
 

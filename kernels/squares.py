@@ -1,6 +1,7 @@
-"""Sums of squares of many tensors, one each: what a global norm is made of, as one node of a graph."""
+"""What is asked of all gradients at once, as one node of a graph: sums of squares for a global norm, and extremes."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -59,6 +60,37 @@ def _dim_to_run_along(x: Tensor) -> int | None:
     return None
 
 
+def extremes(xs: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    """`[N, 2]`: the smallest and the largest number of each of the N >= 1 tensors, none empty; NaN where there is one.
+
+    In the widest dtype of the tensors. "loop" is not differentiable: "auto" takes the plain form where a tensor
+    requires a gradient, and off the CPU.
+    """
+    frozen = not torch.is_grad_enabled() or not any(x.requires_grad for x in xs)
+    if choose_backend(backend, xs[0].device, _BACKENDS if frozen else {}) == "reference":
+        return extremes_reference(xs)
+    return extremes_loop(list(xs))
+
+
+def extremes_reference(xs: Sequence[Tensor]) -> Tensor:
+    """The definition of `extremes`."""
+    wide = _widest(xs)
+    return torch.stack([torch.stack(torch.aminmax(x)).to(wide) for x in xs])
+
+
+@opaque_op(
+    "extremes(Tensor[] xs) -> Tensor",
+    fake=lambda xs: xs[0].new_empty((len(xs), 2), dtype=_widest(xs)),
+)
+def extremes_loop(xs: list[Tensor]) -> Tensor:
+    """One tensor after the other."""
+    return extremes_reference(xs)
+
+
+def _widest(xs: Sequence[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (x.dtype for x in xs))
+
+
 def _workspace(xs: list[Tensor], dtype: torch.dtype) -> int:
     """Of one tensor at a time: the norms of its rows and their squares, or the tensor and its square."""
     return max((_workspace_of(x) for x in xs), default=0)
@@ -72,5 +104,5 @@ def _workspace_of(x: Tensor) -> int:
     return converted + 2 * item * (x.numel() // x.shape[along])
 
 
-WORKSPACE: dict[str, Callable[..., int]] = {"ftrain::sums_of_squares": _workspace}
+WORKSPACE: dict[str, Callable[..., int]] = {"ftrain::sums_of_squares": _workspace, "ftrain::extremes": lambda xs: 0}
 """Op name to peak bytes beyond the op's outputs, from its arguments."""

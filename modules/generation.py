@@ -106,15 +106,16 @@ def generate_codes(
 def _lay_out(
     prompts: Sequence[Document], model: OmniModel, room: list[int], params: Tree
 ) -> tuple[dict[str, Any], Tensor]:
-    """The packed prompts, each followed by `room`, on the parameters' device, and where each room begins, `[B]`."""
+    """The packed prompts, each followed by `room`, on the parameters' device, and where each prompt's room begins."""
     if not prompts:
         raise ValueError("there are no prompts to continue")
     documents = [[*prompt, Text(room)] for prompt in prompts]
     packed = pack(documents, budget=exact_budget(documents, model=model), model=model)
     device = params["foundation"]["embedding"]["table_VD"].device
     batch = _to(packed.batch, device)
-    ends_B = torch.bincount(batch["segments_T"], minlength=len(prompts)).cumsum(0)
-    return batch, ends_B - len(room)
+    begins_B = torch.bincount(batch["segments_T"]).cumsum(0) - len(room)
+    in_pack_B = torch.tensor(packed.taken, device=device).argsort()
+    return batch, begins_B[in_pack_B]
 
 
 def _to(tree: Any, device: torch.device) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modules.omni import OmniModel
-from modules.packing import Budget, Document, Packed, Text, pack
+from modules.packing import Budget, Document, Packed, Text, pack, padding
 from sharding.batch import BatchRule, Places, Rows
 
 BATCH: Mapping[str, BatchRule] = MappingProxyType(
@@ -76,7 +76,7 @@ def _one_pack(
                 f"document {taken[0]}: its media does not fit {parts} parts of a budget of {dict(budget.rows)} rows, "
                 "since no item may lie in two parts: raise the budget"
             )
-        candidates = taken[:-1]
+        candidates = sorted(taken)[:-1]
 
 
 _NOTHING = [Text([0])]  # what stands in a pack for which no document is left: one token without a label
@@ -99,8 +99,11 @@ def _divide(encoder: dict[str, Any], parts: int, tokens: int) -> dict[str, Any] 
         source_N[at : at + count] = np.arange(start, start + count)
         number_N[at : at + count] = number
         used[part] += count
-    for part, rows in enumerate(used):  # what is left of each part is an item of its own
-        number_N[part * capacity + rows : (part + 1) * capacity] = len(items) + part
+    longest, free = max((count for count, _ in items), default=capacity), len(items)
+    for part, rows in enumerate(used):  # what is left of each part is items of its own
+        rest, _ = padding(capacity - rows, longest, free)
+        number_N[part * capacity + rows : (part + 1) * capacity] = rest
+        free += len(np.unique(rest))
     moved = {name: _moved(array, source_N, 0) for name, array in features.items() if name != "segments_N"}
     source_n = np.where(source_N[::per_token] < 0, -1, source_N[::per_token] // per_token)
     index = _moved(encoder["index_n"], source_n, tokens)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.mean import Mean, sum_over_batch
-from kernels.moe import experts_swiglu
+from kernels.moe import dropped_rows, experts_swiglu
 from modules import mlp
 from modules.spec import ParamSpec, fan_in, zeros
 
@@ -58,13 +58,15 @@ class RouterStats(NamedTuple):
     """What a router did, as sums over its tokens (padding left out), so that ranks and micro-batches can be added up.
 
     Float32 (float64 for float64 inputs). `load_E`: tokens sent to each expert, a constant. `probability_E`: the sum
-    over tokens of the probability of each expert, differentiable. `count`: tokens, a scalar. Stacked over layers each
-    gains a leading dim.
+    over tokens of the probability of each expert, differentiable. `count`: tokens, a scalar. `dropped`: pairs of token
+    and expert (padding counted) that a plan's static capacity left out, a constant; zero without one. Stacked over
+    layers each gains a leading dim.
     """
 
     load_E: Tensor
     probability_E: Tensor
     count: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody needs
+    dropped: Tensor
 
 
 def specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
@@ -103,6 +105,7 @@ def apply(
     false for padding, which is computed but not counted.
     """
     expert_TK, weights_TK, stats = route(params["w_router_DE"], x_TD, cfg=cfg, bias_E=bias_E, valid_T=valid_T)
+    stats = stats._replace(dropped=dropped_rows(expert_TK, params["w_gate_EDF"]))
     out_TD = experts_swiglu(x_TD, expert_TK, weights_TK, params["w_gate_EDF"], params["w_up_EDF"], params["w_down_EFD"])
     if cfg.shared is not None:
         out_TD = out_TD + mlp.apply(params["shared"], x_TD, cfg=cfg.shared)
@@ -112,7 +115,7 @@ def apply(
 def route(
     w_router_DE: Tensor, x_TD: Tensor, *, cfg: MoEConfig, bias_E: Tensor | None = None, valid_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor, RouterStats]:
-    """Choose experts: ids `[T, K]` (int64), weights `[T, K]` (differentiable), statistics.
+    """Choose experts: ids `[T, K]` (int64), weights `[T, K]` (differentiable), statistics (of which none is dropped).
 
     Computed in float32, or float64 for float64 inputs: near ties, the choice must not hang on a rounded score.
     """
@@ -140,7 +143,7 @@ def _statistics(expert_TK: Tensor, probability_TE: Tensor, valid_T: Tensor | Non
         raise ValueError(f"moe: valid_T has shape {list(valid_T.shape)}, expected [{tokens}]")
     one_TK = one_T.detach()[:, None].expand_as(expert_TK)
     load_E = torch.zeros_like(probability_TE[0]).scatter_add(0, expert_TK.flatten(), one_TK.flatten())
-    return RouterStats(load_E.detach(), (probability_TE * one_T[:, None]).sum(0), one_T.sum())
+    return RouterStats(load_E.detach(), (probability_TE * one_T[:, None]).sum(0), one_T.sum(), one_T.new_zeros(()))
 
 
 def aux_loss(stats: RouterStats) -> Mean:
@@ -157,7 +160,7 @@ def aux_loss(stats: RouterStats) -> Mean:
 
 def pool(stats: RouterStats) -> RouterStats:
     """Statistics stacked over layers, `[L, E]`, as if all layers were one router."""
-    return RouterStats(stats.load_E.sum(0), stats.probability_E.sum(0), stats.count.sum(0))
+    return RouterStats(*(sums.sum(0) for sums in stats))
 
 
 def update_bias(bias_E: Tensor, load_E: Tensor, *, rate: float) -> Tensor:

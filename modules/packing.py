@@ -70,7 +70,7 @@ class Size(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """`batch` for `omni.loss_terms`; `taken` and `left` are indices into the documents, in order."""
+    """`batch` for `omni.loss_terms`; numbers of the documents `taken`, in the order of the pack, and `left`."""
 
     batch: dict[str, Any]
     taken: list[int]
@@ -134,7 +134,8 @@ def _total(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, absent: str = "drop") -> Packed:
-    """Take the documents that fit, first fit in the given order, and lay them out in arrays of the budget's sizes.
+    """Take the documents that fit, first fit in the given order, and lay them out by length in arrays of the budget's
+    sizes.
 
     The batch holds, as CPU tensors: `tokens_T`, `labels_T` (the target *for* position t, -100 for none), `positions_T`
     (from 0 in each document), `segments_T` (document number), all int64, `valid_T` (bool, False on padding);
@@ -151,6 +152,7 @@ def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, abs
         raise ValueError("there are no documents to pack")
     sizes = [measure(document, model=model) for document in documents]
     taken, left = _first_fit(sizes, budget)
+    taken.sort(key=lambda i: -sizes[i].tokens)
     batch, media, targets = _lay_tokens([documents[i] for i in taken], budget.tokens, model)
     pad = absent == "pad"
     batch["encoders"] = {
@@ -207,9 +209,8 @@ def _lay_tokens(documents: Sequence[Document], budget: int, model: OmniModel) ->
     """The token arrays of the stream, and which media and targets belong where in it."""
     tokens_T = np.zeros(budget, np.int64)
     wanted_T = np.full(budget, IGNORE, np.int64)  # the ids that are labels, at their own places
-    segments_T = np.full(budget, len(documents), np.int64)
-    positions_T = np.empty(budget, np.int64)
-    media, targets, cursor = _Found(), _Found(), 0
+    segments_T, positions_T = np.empty((2, budget), np.int64)
+    media, targets, cursor, longest = _Found(), _Found(), 0, 0
     for number, document in enumerate(documents):
         start = cursor
         for part in document:
@@ -229,7 +230,8 @@ def _lay_tokens(documents: Sequence[Document], budget: int, model: OmniModel) ->
             found.setdefault(part.modality, []).append(_Placed(part, begin + 1))
         segments_T[start:cursor] = number
         positions_T[start:cursor] = np.arange(cursor - start)
-    positions_T[cursor:] = np.arange(budget - cursor)
+        longest = max(longest, cursor - start)
+    segments_T[cursor:], positions_T[cursor:] = padding(budget - cursor, longest, len(documents))
     _check_ids(tokens_T, segments_T, model.foundation.vocab)
     arrays = {
         "tokens_T": tokens_T,
@@ -239,6 +241,12 @@ def _lay_tokens(documents: Sequence[Document], budget: int, model: OmniModel) ->
         "valid_T": segments_T < len(documents),
     }
     return {name: torch.from_numpy(array) for name, array in arrays.items()}, media, targets
+
+
+def padding(count: int, longest: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Document numbers, from `first`, and positions of `count` rows of padding, in documents of `longest` rows."""
+    rows = np.arange(count)
+    return first + rows // max(1, longest), rows % max(1, longest)
 
 
 def _shift(wanted_T: np.ndarray, segments_T: np.ndarray) -> np.ndarray:
@@ -278,8 +286,8 @@ def _join_media(found: Sequence[_Placed], encoder: Encoder, *, budget: int, end:
         for name, row in encoder.features.items()
     }
     counts = [next(iter(item.part.features.values())).shape[0] for item in found]  # type: ignore[union-attr]
-    segments_N = np.full(budget, len(found), np.int64)
-    segments_N[: sum(counts)] = np.repeat(np.arange(len(found)), counts)
+    rest, _ = padding(budget - sum(counts), max(counts, default=budget), len(found))
+    segments_N = np.concatenate([np.repeat(np.arange(len(found)), counts), rest])
     features["segments_N"] = torch.from_numpy(segments_N)
     places = [(item.place, count // per_token) for item, count in zip(found, counts, strict=True)]
     return {"features": features, "index_n": _index(places, budget // per_token, end)}

@@ -108,7 +108,7 @@ def _static(
     """Each expert gets C slots of each rank, the first rows that name it; the others count as zero. No host waits."""
     group, held = mesh.group("expert"), weights[0].shape[0]
     experts, slots = held * group.size, expert_TK.numel()
-    capacity = max(1, math.ceil(factor * slots / experts))
+    capacity = _capacity(factor, slots, experts)
     reference = "reference" if backend == "reference" else "auto"
     rows_ND, dispatch = moe_dispatch(x_TD, expert_TK, num_experts=experts, backend=reference)
     ends_E = dispatch.offsets_E.long()
@@ -130,6 +130,18 @@ def _static(
     flat = back.reshape(experts * capacity, -1)
     rows_ND = torch.cat([flat, flat.new_zeros(1, flat.shape[1])]).index_select(0, place_N)
     return combine(rows_ND, weights_TK, dispatch, backend=reference)
+
+
+def dropped_rows_sharded(expert_TK: Tensor, *, experts: int, how: Capacity, chunks: int = 1) -> Tensor:
+    """How many rows of this rank exceed the capacity of their experts, a float32 scalar; no host waits."""
+    parts = expert_TK.reshape(chunks, -1)
+    load_PE = parts.new_zeros(chunks, experts).scatter_add(1, parts, torch.ones_like(parts))
+    return (load_PE - _capacity(how.factor, parts.shape[1], experts)).clamp(min=0).sum().float()
+
+
+def _capacity(factor: float, slots: int, experts: int) -> int:
+    """Slots that a rank has for each expert."""
+    return max(1, math.ceil(factor * slots / experts))
 
 
 def _mlp(rows_RD: Tensor, weights: Weights, offsets_L: Tensor, backend: str) -> Tensor:

@@ -76,13 +76,15 @@ class Report:
 
 
 def describe(metrics: Mapping[str, Any], smooth: Mapping[str, float]) -> str:
-    """One line of a step's numbers: the loss, each term's, tokens a second, MFU, peak memory."""
+    """One line of a step's numbers: the loss, each term's, tokens a second, MFU, share of dropped rows, peak memory."""
     parts = [f"loss {smooth['loss']:.3f}"] if "loss" in smooth else []
     parts += [f"{name.removeprefix('loss/')} {value:.3f}" for name, value in smooth.items() if name.startswith("loss/")]
     if "tokens_per_s" in smooth:
         parts.append(f"{smooth['tokens_per_s']:,.0f} tok/s")
     if metrics.get("mfu") is not None:
         parts.append(f"MFU {metrics['mfu']:.1%}")
+    if metrics.get("dropped"):
+        parts.append(f"dropped {metrics['dropped']:.1%}")
     if metrics.get("peak_bytes") is not None:
         parts.append(f"peak {metrics['peak_bytes'] / 2**20:,.0f} MiB")
     return "  ".join(parts)

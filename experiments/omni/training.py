@@ -111,6 +111,14 @@ def _image_loss(
     return model.decoder("image").lm_head(params["decoders"]["image"], hidden_nD, labels_n)
 
 
+def _dropped(stats: DecoderStats) -> Tensor:
+    """The share of routed rows that a static capacity left out."""
+    if stats.router is None:
+        return torch.zeros(())
+    routed = sum_over_batch(stats.router.load_E.sum()).clamp(min=1)
+    return sum_over_batch(stats.router.dropped.sum()) / routed
+
+
 def plan(mesh: Mesh) -> Plan:
     """Encoders and the drawing decoder hold whole items on each rank; the foundation shares sequences and experts."""
     whole = Layout(sequence=None)
@@ -139,6 +147,7 @@ def train_step(
             "terms": {task: mean.value() for task, mean in terms.items()},
             "tokens": sum_over_batch(batch["valid_T"].sum()),
             "grad_norm": updated.opt_state[0].norm,
+            "dropped": _dropped(stats),
         }
         return updated.replace(extra=extra), metrics
 

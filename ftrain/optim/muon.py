@@ -6,7 +6,8 @@ below counts out over in, as theirs does, so a transposed weight gets the transp
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from ftrain.optim.transform import (
 from ftrain.tree import Tree
 
 Adjust = Literal["original", "match_rms_adamw"]
+_SMALL = 1 << 18  # elements of a matrix
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; singular values end in about [0.7, 1.2], not at 1
 
 
@@ -77,23 +79,42 @@ def muon(
         rate = rate_at(learning_rate, state.steps)
         keep = 1 - rate * weight_decay
 
-        def leaf(p: Tensor, g: Tensor, m: Tensor, decay: bool) -> tuple[Tensor, Tensor]:
+        def average(p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
             g = cast(g, m.dtype)
             m = torch.lerp(m, g, 1 - momentum)
-            direction = torch.lerp(g, m, momentum) if nesterov else m
-            matrix = whole_leaf(direction, p)
-            o = orthogonalize(matrix, steps=ns_steps, coefficients=ns_coefficients, dtype=ns_dtype, eps=eps)
-            step = cast(piece_of_leaf(o, p), m.dtype) * (-_factor(matrix.shape, adjust) * rate)
+            return m, whole_leaf(torch.lerp(g, m, momentum) if nesterov else m, p)
+
+        def step(p: Tensor, o: Tensor, m: Tensor, decay: bool) -> Tensor:
+            step = cast(piece_of_leaf(o, p), m.dtype) * (-_factor(o.shape, adjust) * rate)
             if not (decay and weight_decay):
-                return step, m
+                return step
             # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up
             p = cast(p, m.dtype)
-            return p * keep + step - p, m
+            return p * keep + step - p
 
-        updates, buffer = tree.map_many(leaf, 2, params, grads, state.momentum, decays(mask, params))
+        buffer, directions = tree.map_many(average, 2, params, grads, state.momentum)
+        matrices, structure = tree.flatten(directions)
+        options = {"steps": ns_steps, "coefficients": ns_coefficients, "dtype": ns_dtype, "eps": eps}
+        orthogonal = tree.unflatten(structure, orthogonalize_all(matrices, **options))
+        updates = tree.map(step, params, orthogonal, buffer, decays(mask, params))
         return updates, MuonState(state.steps + 1, buffer)
 
     return Transform(init, update)
+
+
+def orthogonalize_all(gs: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """`orthogonalize` of each; small ones of one shape go together, since their ops cost more than their numbers."""
+    together: dict[Any, list[int]] = {}
+    for i, g in enumerate(gs):
+        key = (g.shape, g.dtype, g.device) if g.numel() <= _SMALL else i
+        together.setdefault(key, []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in together.values():
+        if len(members) == 1:
+            found[members[0]] = orthogonalize(gs[members[0]], **options)
+        else:
+            found.update(zip(members, orthogonalize(torch.stack([gs[i] for i in members]), **options), strict=True))
+    return [found[i] for i in range(len(gs))]
 
 
 def orthogonalize(

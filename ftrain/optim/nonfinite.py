@@ -1,6 +1,5 @@
 """Skip a step whose gradients are not finite: nothing changes but a counter."""
 
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from ftrain import tree
 from ftrain.optim.norms import sum_over_shards
 from ftrain.optim.transform import Transform, device_of, new_count, require_like, require_range
 from ftrain.tree import Tree
+from kernels.squares import extremes
 
 
 class SkipState(NamedTuple):
@@ -26,7 +26,8 @@ def skip_nonfinite(transform: Transform, *, max_consecutive: int | None = None) 
 
     Put it around everything that keeps state. Values are chosen with `where`, so no NaN passes. After `max_consecutive`
     skips in a row the next update is let through, that a run which cannot recover is seen to fail (as in optax); None
-    skips for ever. The price is a `where` over each update and state leaf, and one pass to look at the gradients.
+    skips for ever. The price is one pass to look at the gradients, and a `where` over each update and state leaf, but
+    for those that AdamW writes in place.
     """
     if max_consecutive is not None:
         require_range("max_consecutive", max_consecutive, 1)
@@ -41,7 +42,8 @@ def skip_nonfinite(transform: Transform, *, max_consecutive: int | None = None) 
         keep = finite
         if max_consecutive is not None:
             keep = finite | (state.skipped_in_a_row >= max_consecutive)
-        updates = tree.map(lambda u: torch.where(keep, u, 0.0), updates)
+        none = torch.zeros((), device=keep.device)
+        updates = tree.map(lambda u: torch.where(keep, u, none), updates)
         inner = tree.map(lambda new, old: torch.where(keep, new, old), inner, state.inner)
         skipped = (~keep).to(torch.int64)
         in_a_row = torch.where(finite, 0, state.skipped_in_a_row + skipped)
@@ -55,7 +57,5 @@ def all_finite(gradients: Tree) -> Tensor:
     leaves = [g for g in tree.leaves(gradients) if g.numel()]
     if not leaves:
         return torch.ones((), dtype=torch.bool, device=device_of(gradients))
-    wide = reduce(torch.promote_types, (g.dtype for g in leaves))
-    extremes_N2 = torch.stack([torch.stack(torch.aminmax(g)).to(wide) for g in leaves])
-    bad_N = (~extremes_N2.isfinite()).any(dim=1).to(torch.float32)
+    bad_N = (~extremes(leaves).isfinite()).any(dim=1).to(torch.float32)
     return sum_over_shards(bad_N, leaves).sum() == 0

@@ -85,8 +85,7 @@ def _after_placeholders(graph: fx.Graph, node: fx.Node) -> fx.Node:
 def write_in_place(module: fx.GraphModule) -> None:
     """Turn `copy_(old, op(...))` into `op(..., out=old)` where the op is elementwise; no value changes.
 
-    Later readers of the new value read the old leaf's memory instead. For the interpreter only: compilers fuse the copy
-    by themselves.
+    Later readers of the new value read the old leaf's memory instead. Copies in runs that a compiler fuses stay there.
     """
     graph = module.graph
     readers = readers_by_storage(graph)
@@ -107,7 +106,7 @@ def write_in_place(module: fx.GraphModule) -> None:
 def carry_in_place(module: fx.GraphModule) -> None:
     """Let a loop write into the first carry it is given, instead of a copy, where no other node looks at that memory.
 
-    For the interpreter only, like `write_in_place`; no value changes.
+    No value changes.
     """
     readers = readers_by_storage(module.graph)
     for loop in [n for n in module.graph.nodes if is_loop(n)]:

@@ -13,8 +13,7 @@ from ftrain.passes.waits import WAIT
 def reuse_memory(module: fx.GraphModule) -> None:
     """Turn `op(x, ...)` into `op(x, ..., out=x)` where x is a temporary that dies there; no value changes.
 
-    New memory costs a page fault for every 4 KiB, often more than the op itself. For the interpreter only: compilers
-    plan their buffers themselves.
+    New memory costs a page fault for every 4 KiB, often more than the op itself.
     """
     last = _last_readers(module.graph)
     viewers = Counter(storage(n) for n in module.graph.nodes)

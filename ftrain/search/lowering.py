@@ -12,7 +12,7 @@ from torch import fx
 
 from ftrain import tree
 from ftrain.compiled import Compiled, copy_graph, match_donated
-from ftrain.execute import prepare_for_python
+from ftrain.execute import as_executed
 from ftrain.jit import Step
 from ftrain.liveness import plan_memory
 from ftrain.lockstep import groups_of
@@ -74,7 +74,7 @@ def _in_place(module: fx.GraphModule, donated: dict[str, int]) -> fx.GraphModule
     """A copy as it is executed: new state over old."""
     module = copy_graph(module)
     donate(module, donated)
-    prepare_for_python(module)
+    as_executed(module, "aten")
     return module
 
 
@@ -124,7 +124,7 @@ def _recompute_by_price(
 ) -> fx.GraphModule:
     def peak(trial: fx.GraphModule) -> int:
         donate(trial, donated)
-        prepare_for_python(trial)
+        as_executed(trial, "aten")
         return plan_memory(trial, round_to=512).peak
 
     module, _ = fit(

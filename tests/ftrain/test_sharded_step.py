@@ -8,7 +8,10 @@ from mesh_models import accumulated, compare, dense, mixture, plan_for
 
 import ftrain
 from ftrain import Mean, optim, tree
-from sharding import Layout, Mesh, Plan
+from kernels.mean import sum_over_batch
+from modules import moe
+from modules.moe import MoEConfig
+from sharding import Capacity, Exact, Layout, Mesh, Plan
 
 FSDP = [Mesh(1, 2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(1, 8, kind="virtual"), Mesh(4, 1, kind="virtual")]
 
@@ -165,3 +168,22 @@ def test_rules_that_look_at_whole_arrays(rule, mesh):
     many = ftrain.jit(step, plan=Plan(mesh), specs=model.specs)(state, torch.zeros(6))
     for path, a, b in zip(tree.paths(one), tree.leaves(one), tree.leaves(many), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")
+
+
+@pytest.mark.parametrize("how", [Exact(), Capacity(0.5)], ids=str)
+def test_rows_that_a_capacity_drops_are_reported(how):
+    """Of one device's choices in the first layer, which no capacity has touched yet."""
+    cfg = MoEConfig(8, 6, experts=8, top_k=2)
+    mesh = Mesh(1, 4, 1, 4, "virtual")
+    params, x_TD = ftrain.init(moe.specs(cfg), ftrain.key(0)), ftrain.normal(ftrain.key(1), (32, 8))
+
+    def dropped(params, batch):
+        return sum_over_batch(moe.apply(params, batch["x_TD"], cfg=cfg)[1].dropped)
+
+    chosen = moe.route(params["w_router_DE"], x_TD, cfg=cfg)[0]
+    room = math.ceil(0.5 * 8 * 2 / 8)
+    beyond = sum(max(0, n - room) for part in chosen.chunk(4) for n in part.flatten().bincount().tolist())
+    plan = Plan(mesh, Layout(experts=how))
+    counted = ftrain.jit(ftrain.forward(dropped), plan=plan, specs=moe.specs(cfg))(params, {"x_TD": x_TD})
+    assert beyond > 0
+    assert counted == (beyond if isinstance(how, Capacity) else 0)

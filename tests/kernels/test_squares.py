@@ -1,8 +1,8 @@
-"""Sums of squares of many tensors at once."""
+"""Sums of squares and extremes of many tensors at once."""
 
 import torch
 
-from kernels.squares import sums_of_squares
+from kernels.squares import extremes, sums_of_squares
 
 
 def test_each_tensor_has_its_sum():
@@ -19,3 +19,13 @@ def test_differentiable_where_asked():
     x = torch.randn(4, 3, dtype=torch.float64)
     grad = torch.func.grad(lambda x: sums_of_squares([x, 2 * x], torch.float64).sum())(x)
     torch.testing.assert_close(grad, 10 * x)
+
+
+def test_extremes_of_each_tensor_and_nan_where_there_is_one():
+    nan, inf = float("nan"), float("inf")
+    xs = [torch.tensor([[3.0, -2.0], [1.0, 0.5]]).mT, torch.tensor(4.0), torch.tensor([1.0, nan]).bfloat16()]
+    xs.append(torch.tensor([inf, -1.0]))
+    found = extremes(xs)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor([[-2.0, 3.0], [4, 4], [nan, nan], [-1, inf]]), equal_nan=True)
+    torch.testing.assert_close(found, extremes(xs, backend="reference"), equal_nan=True)

@@ -162,7 +162,7 @@ def test_aux_loss_is_that_of_switch_transformer(score):
 
 
 def test_aux_loss_of_an_even_load_is_top_k():
-    even = moe.RouterStats(torch.full((6,), 8.0), torch.full((6,), 4.0), torch.tensor(24.0))
+    even = moe.RouterStats(torch.full((6,), 8.0), torch.full((6,), 4.0), torch.tensor(24.0), torch.tensor(0.0))
     assert moe.aux_loss(even).value().item() == pytest.approx(2.0)
 
 

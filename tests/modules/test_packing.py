@@ -41,8 +41,10 @@ def test_every_packed_document_is_as_it_was_alone(order: list[int], absent: str,
     exact = exact_budget(given_documents, model=MODEL)
     budget = Budget(exact.tokens + spare, {name: rows + 8 for name, rows in exact.rows.items()}, {"draw": 4})
     packed = pack(given_documents, budget=budget, model=MODEL, absent=absent)
-    assert (packed.taken, packed.left) == ([0, 1, 2, 3, 4], [])
-    for number, document in enumerate(given_documents):
+    assert (sorted(packed.taken), packed.left) == ([0, 1, 2, 3, 4], [])
+    lengths = [measure(given_documents[i], model=MODEL).tokens for i in packed.taken]
+    assert lengths == sorted(lengths, reverse=True)
+    for number, document in enumerate(given_documents[i] for i in packed.taken):
         alone = pack([document], budget=exact_budget([document], model=MODEL), model=MODEL).batch
         here = packed.batch["segments_T"] == number
         start = int(here.nonzero()[0])
@@ -64,6 +66,13 @@ def test_features_lie_in_the_order_of_their_places() -> None:
     assert not part["features"]["patches_NP"][len(expected) :].any()
     assert part["features"]["segments_N"].bincount().tolist() == [16, 12, 16, 4]
     assert (part["index_n"][:-1].diff() > 0).all()
+
+
+def test_padding_is_documents_no_longer_than_the_longest() -> None:
+    batch = pack([[Text([1, 2, 3])], [Text([1, 2])]], budget=Budget(13), model=MODEL).batch
+    assert batch["segments_T"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
+    assert batch["positions_T"].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert batch["valid_T"].tolist() == [True] * 5 + [False] * 8
 
 
 def test_shapes_depend_on_the_budget_alone() -> None:

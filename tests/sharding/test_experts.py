@@ -1,12 +1,14 @@
 """Experts across ranks compute what experts on one device compute."""
 
+import math
+
 import pytest
 import torch
 from ranks import on_ranks
 
 from ftrain.private import new_fake_mode, trace_to_graph
 from kernels.moe import experts_swiglu
-from sharding.experts import experts_swiglu_sharded
+from sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
 from sharding.layout import Capacity, Exact
 from sharding.mesh import Mesh
 from sharding.sizes import is_size
@@ -81,6 +83,16 @@ def test_what_exceeds_the_capacity_counts_nothing():
         torch.testing.assert_close(result[0][:room], expected[0][first : first + room], rtol=1e-12, atol=1e-12)
         assert not result[0][room:].any()
         assert not result[1][room:].any()
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_rows_beyond_the_capacity_are_counted(chunks):
+    expert = routing(MESHES[0], 2, "first half")[:T]
+    slots = T * 2 // chunks
+    room = max(1, math.ceil(0.75 * slots / E))
+    beyond = sum(max(0, n - room) for part in expert.chunk(chunks) for n in part.flatten().bincount().tolist())
+    assert beyond > 0
+    assert dropped_rows_sharded(expert, experts=E, how=Capacity(0.75), chunks=chunks) == beyond
 
 
 @pytest.mark.parametrize(("how", "reads"), [(Exact(), 1), (Capacity(2.0), 0)])

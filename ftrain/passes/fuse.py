@@ -1,0 +1,228 @@
+"""Runs of elementwise ops and reductions become one node each; all else stays where it is.
+
+A compiler that is given a whole graph orders it anew: it moves what is recomputed to where it was first computed and
+keeps it, and the memory plan is lost. Given only runs of neighbours it can fuse all that is worth fusing, while what
+lies between (products, attention, collectives, updates in place) keeps its order, and every tensor its life. Equal
+runs, such as those of a model's layers, share one body and are compiled once.
+"""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.fused import WRITES, run_fused
+from ftrain.passes.aliasing import storage
+
+_aten = torch.ops.aten
+_REDUCTIONS = {
+    _aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim, _aten.amax.default,
+    _aten.amin.default, _aten.max.default, _aten.min.default, _aten.var.correction, _aten._softmax.default,
+    _aten._log_softmax.default, _aten._softmax_backward_data.default, _aten._log_softmax_backward_data.default,
+    _aten.native_layer_norm.default,
+}  # fmt: skip
+_MADE = {
+    _aten.full.default, _aten.full_like.default, _aten.zeros_like.default, _aten.ones_like.default,
+    _aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten._to_copy.default, _aten.clone.default,
+    _aten.cat.default, _aten.stack.default, _aten.constant_pad_nd.default,
+}  # fmt: skip
+_VIEWS = {
+    _aten.view.default, _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.expand.default,
+    _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default, _aten.slice.Tensor,
+    _aten.select.int, _aten.alias.default, _aten.detach.default,
+}  # fmt: skip
+_COPY = _aten.copy_.default
+_LEAST_BYTES_ON_CPU = 1 << 18
+
+
+def fuse_runs(module: fx.GraphModule) -> None:
+    """Replace each run of ops by a call of `run_fused`. Values do not change.
+
+    Two ops belong to one run if no other op lies between them and one uses the other, through views or directly.
+    Scalars are fused with scalars alone: they tie together what has nothing else in common, such as the updates of all
+    parameters. `copy_` to memory that the run reads belongs to it.
+    """
+    bodies: dict[Any, str] = {}
+    for stretch in list(_stretches(list(module.graph.nodes))):
+        for run in _connected(stretch):
+            if _is_worth_it(run) and _writes_are_plain(run, set(stretch)):
+                _replace(module, run, stretch, bodies)
+    module.graph.lint()
+    module.recompile()
+
+
+def _stretches(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
+    """Neighbours that can be fused or are views, all scalars or none."""
+    found: list[fx.Node] = []
+    scalar = False
+    for node in nodes:
+        if node.op == "get_attr":
+            continue
+        fits = _has_static_layout(node) and (node.target in _VIEWS or _is_compute(node))
+        if found and (not fits or _is_scalar(node) != scalar):
+            yield found
+            found = []
+        if fits:
+            scalar = _is_scalar(node)
+            found.append(node)
+    if found:
+        yield found
+
+
+def _has_static_layout(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
+
+
+def _is_compute(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target is _COPY:
+        return not node.users and node.args[0].op == "placeholder"  # type: ignore[union-attr]
+    known = torch.Tag.pointwise in target.tags or target in _REDUCTIONS or target in _MADE
+    return known and not target._schema.is_mutable
+
+
+def _is_scalar(node: fx.Node) -> bool:
+    return node.meta["val"].numel() <= 1
+
+
+def _connected(stretch: list[fx.Node]) -> list[list[fx.Node]]:
+    """The ops of a stretch (its views left out) in groups that share no value and no memory that is written."""
+    members = set(stretch)
+    leader: dict[Any, Any] = {}
+
+    def find(x: Any) -> Any:
+        while leader.setdefault(x, x) != x:
+            leader[x] = leader[leader[x]]
+            x = leader[x]
+        return x
+
+    written = {storage(n.args[0]) for n in stretch if n.target is _COPY}  # type: ignore[arg-type]
+    ops = [n for n in stretch if n.target not in _VIEWS]
+    for node in ops:
+        for source in _sources(node, members):
+            if source in members:
+                leader[find(source)] = find(node)
+            if storage(source) in written:
+                leader[find(storage(source))] = find(node)
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in ops:
+        groups.setdefault(find(node), []).append(node)
+    return list(groups.values())
+
+
+def _is_worth_it(run: list[fx.Node]) -> bool:
+    """Several ops; on a CPU, where a call costs as much as a small op, also enough bytes."""
+    ops = [n.meta["val"] for n in run if n.target is not _COPY]
+    return len(ops) > 1 and (ops[0].device.type != "cpu" or sum(v.nbytes for v in ops) >= _LEAST_BYTES_ON_CPU)
+
+
+def _sources(node: fx.Node, members: set[fx.Node]) -> Iterator[fx.Node]:
+    """What an op reads, seen through the views of its stretch."""
+    for source in node.all_input_nodes:
+        while source in members and source.target in _VIEWS:
+            source = source.all_input_nodes[0]
+        yield source
+
+
+def _writes_are_plain(run: list[fx.Node], stretch: set[fx.Node]) -> bool:
+    """Memory that is written comes in as one input, not also as another view of it."""
+    members = set(run)
+    given: dict[int | None, set[fx.Node]] = {}
+    for node in run:
+        for source in _sources(node, stretch):
+            if source not in members:
+                given.setdefault(storage(source), set()).add(source)
+    written = [n.args[0] for n in run if n.target is _COPY]
+    return all(given[storage(old)] == {old} for old in written)  # type: ignore[arg-type]
+
+
+def _replace(module: fx.GraphModule, run: list[fx.Node], stretch: list[fx.Node], bodies: dict[Any, str]) -> None:
+    """Put the run into a body of its own, and call that where the run's last op was."""
+    graph, members = module.graph, set(run)
+    results = [n for n in run if _is_needed(n, members, set(stretch))]
+    body, inputs = _body(run, results, set(stretch))
+    key = _signature(body)
+    if key not in bodies:
+        bodies[key] = f"fused_{len(bodies)}"
+        setattr(module, bodies[key], fx.GraphModule({}, body))
+    with graph.inserting_after(run[-1]):
+        held = graph.get_attr(bodies[key])
+    with graph.inserting_after(held):
+        call = graph.call_function(run_fused, (held, *inputs))
+    writes = [inputs.index(n.args[0]) + 1 for n in run if n.target is _COPY]  # type: ignore[arg-type]
+    call.meta.update(run[-1].meta, val=[n.meta["val"] for n in results], **{WRITES: writes})
+    moved: list[fx.Node] = []
+    for i, node in enumerate(results):
+        with graph.inserting_after(moved[-1] if moved else call):
+            moved.append(graph.call_function(operator.getitem, (call, i)))
+        moved[-1].meta.update(node.meta)
+        node.replace_all_uses_with(moved[-1], delete_user_cb=lambda user: user not in members)
+    _move_views(stretch, members, moved, call)
+    for node in reversed(run):
+        graph.erase_node(node)
+
+
+def _is_needed(node: fx.Node, members: set[fx.Node], stretch: set[fx.Node]) -> bool:
+    """Whether anything outside the run uses the node, directly or through views."""
+    for user in node.users:
+        if user in stretch and user.target in _VIEWS:
+            if _is_needed(user, members, stretch):
+                return True
+        elif user not in members:
+            return True
+    return False
+
+
+def _move_views(stretch: list[fx.Node], members: set[fx.Node], moved: list[fx.Node], call: fx.Node) -> None:
+    """Views of results come after the call; those that only the run looked at go."""
+    views = [n for n in stretch if n.target in _VIEWS]
+    at, after = moved[-1] if moved else call, set(moved)
+    for view in views:
+        if view.all_input_nodes[0] in after:
+            at.append(view)
+            at = view
+            after.add(view)
+    for view in reversed(views):
+        for user in [u for u in view.users if u in members]:
+            user.replace_input_with(view, view.all_input_nodes[0])
+        if not view.users:
+            view.graph.erase_node(view)
+            stretch.remove(view)
+
+
+def _body(run: list[fx.Node], results: list[fx.Node], stretch: set[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
+    """The run as a graph, and its inputs; views of the stretch that it looks through are made within."""
+    body, members = fx.Graph(), set(run)
+    env: dict[fx.Node, fx.Node] = {}
+    inputs = list(dict.fromkeys(s for node in run for s in _sources(node, stretch) if s not in members))
+    for i, node in enumerate(inputs):
+        env[node] = body.placeholder(f"x{i}")
+        env[node].meta["val"] = node.meta["val"]
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in env:
+            env[node] = body.node_copy(node, copy)
+        return env[node]
+
+    for node in run:
+        copy(node)
+    body.output(tuple(env[n] for n in results))
+    return body, inputs
+
+
+def _signature(body: fx.Graph) -> str:
+    """Equal for bodies that compute the same of inputs with the same layouts."""
+    number = {n: f"%{i}" for i, n in enumerate(body.nodes)}
+
+    def described(node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            return (tuple(value.shape), value.stride(), value.storage_offset(), str(value.dtype), str(value.device))
+        return (str(node.target), fx.map_arg((node.args, node.kwargs), lambda n: number[n]))
+
+    return repr([described(n) for n in body.nodes])
