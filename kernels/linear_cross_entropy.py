@@ -1,13 +1,13 @@
 """Cross entropy of `x @ w` against labels, without ever holding the logits of all tokens.
 
-T tokens, D model, V vocabulary, c tokens of a chunk.
+T tokens, D model, V vocabulary, c tokens of a chunk, r of a block of its rows.
 
 The forward makes the logits of one chunk of tokens at a time and turns them, in place, into their own gradient: loss
 and gradients come from one pass, and the backward only multiplies by the gradient of the loss.
 Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", arXiv 2410.10989, section 3.2.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from kernels.backend import choose_backend
 from kernels.first_order import first_order
 from kernels.opaque import opaque_op
 
-__all__ = ["FLOPS", "WORKSPACE", "linear_cross_entropy", "linear_cross_entropy_reference"]
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
 BACKENDS = {"cpu": "chunked", "cuda": "chunked"}
 
@@ -26,6 +26,9 @@ CHUNK_BYTES = 48 * 2**20
 
 FEWEST_TOKENS = 256
 """A chunk is never smaller: each reads the whole weight and adds to its whole gradient, next to their products."""
+
+ROW_BLOCK_BYTES = 2 * 2**20
+"""Logits that a CPU makes exponentials of in one go: they stay in its cache from the first op to the last."""
 
 ROUND_TOKENS = 64
 """Tokens of a chunk are a multiple, as the blocks of matmuls are."""
@@ -135,7 +138,7 @@ def linear_cross_entropy_loss(
     loss_T = torch.zeros(x_TD.shape[0], dtype=result_dtype(x_TD.dtype), device=x_TD.device)
     memory_cV = _memory(x_TD, w_DV, chunk)
     for at in _chunks(labels_T, ignore_index, chunk):
-        loss_T[at] = _chunk_loss(x_TD[at], w_DV, _safe(labels_T[at], ignore_index), softcap, memory_cV)[0]
+        loss_T[at] = _chunk_loss(x_TD[at], w_DV, _safe(labels_T[at], ignore_index), softcap, memory_cV)
     return (loss_T * _factors(labels_T, weights_T, ignore_index, loss_T.dtype)).sum()
 
 
@@ -212,34 +215,68 @@ def _memory(x_TD: Tensor, w_DV: Tensor, chunk: int) -> Tensor:
     return x_TD.new_empty(min(chunk, x_TD.shape[0]), w_DV.shape[1])
 
 
-def _chunk_loss(
-    x_cD: Tensor, w_DV: Tensor, label_c: Tensor, softcap: float | None, memory_cV: Tensor, slope: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss `[c]`, exponentials `[c, V]`, their sums `[c, 1]`, and the softcap's slope `[c, V]` if asked for.
+def _logits(x_cD: Tensor, w_DV: Tensor, memory_cV: Tensor) -> Tensor:
+    """`[c, V]`, in `memory_cV` if that has their dtype."""
+    return torch.mm(x_cD, w_DV, out=memory_cV[: len(x_cD)]).to(result_dtype(x_cD.dtype))
 
-    Overwrites `memory_cV`, in which the exponentials are if it has their dtype.
-    """
-    z_cV = torch.mm(x_cD, w_DV, out=memory_cV[: len(x_cD)]).to(result_dtype(x_cD.dtype))
-    slope_cV = None
-    if softcap is not None:
-        z_cV.div_(softcap).tanh_()
-        slope_cV = z_cV.square().neg_().add_(1) if slope else None
-        z_cV.mul_(softcap)
-    z_cV.sub_(z_cV.amax(1, keepdim=True))
-    picked_c = z_cV.gather(1, label_c[:, None])[:, 0]
-    z_cV.exp_()
-    sum_c1 = z_cV.sum(1, keepdim=True)
-    return sum_c1[:, 0].log() - picked_c, z_cV, sum_c1, slope_cV
+
+def _chunk_loss(x_cD: Tensor, w_DV: Tensor, label_c: Tensor, softcap: float | None, memory_cV: Tensor) -> Tensor:
+    """The loss of each token, `[c]`; overwrites `memory_cV`."""
+    z_cV = _logits(x_cD, w_DV, memory_cV)
+    loss_c = z_cV.new_empty(len(z_cV))
+    for r in _row_blocks(z_cV):
+        loss_c[r] = _exponentials(z_cV[r], label_c[r], softcap)[0]
+    return loss_c
 
 
 def _chunk_gradient(
     x_cD: Tensor, w_DV: Tensor, label_c: Tensor, factor_c: Tensor, softcap: float | None, memory_cV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss `[c]`, and the gradient of the weighted loss by the logits before the softcap `[c, V]`."""
-    loss_c, z_cV, sum_c1, slope_cV = _chunk_loss(x_cD, w_DV, label_c, softcap, memory_cV, slope=True)
-    z_cV.mul_(factor_c[:, None] / sum_c1)
-    z_cV.scatter_add_(1, label_c[:, None], -factor_c[:, None])
-    return loss_c, z_cV if slope_cV is None else z_cV.mul_(slope_cV)
+    """Loss `[c]`, and the gradient of the weighted loss by the logits before the softcap `[c, V]`.
+
+    Overwrites `memory_cV`, in which the gradient is if it has its dtype.
+    """
+    z_cV = _logits(x_cD, w_DV, memory_cV)
+    loss_c = z_cV.new_empty(len(z_cV))
+    for r in _row_blocks(z_cV):
+        z_rV = z_cV[r]
+        loss_c[r], sum_r1, slope_rV = _exponentials(z_rV, label_c[r], softcap, slope=True)
+        z_rV.mul_(factor_c[r, None] / sum_r1)
+        z_rV.scatter_add_(1, label_c[r, None], -factor_c[r, None])
+        if slope_rV is not None:
+            z_rV.mul_(slope_rV)
+        del slope_rV  # or it lives on while the next block makes its own
+    return loss_c, z_cV
+
+
+def _row_blocks(z_cV: Tensor) -> Iterator[slice]:
+    """Rows that are read and written several times while they lie in a CPU's cache; on CUDA all at once."""
+    c = len(z_cV)
+    rows = c if z_cV.is_cuda else rows_together(c, z_cV.shape[1], z_cV.element_size())
+    yield from (slice(i, i + rows) for i in range(0, c, max(1, rows)))
+
+
+def rows_together(c: int, V: int, itemsize: int) -> int:
+    """Rows of a block, for `c` rows of `V` logits."""
+    return min(c, max(1, ROW_BLOCK_BYTES // (V * itemsize)))
+
+
+def _exponentials(
+    z_rV: Tensor, label_r: Tensor, softcap: float | None, slope: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Make `exp(z - max)` of each row of logits, in place: loss `[r]`, sums `[r, 1]`, and the softcap's slope `[r, V]`
+    if asked for.
+    """
+    slope_rV = None
+    if softcap is not None:
+        z_rV.div_(softcap).tanh_()
+        slope_rV = z_rV.square().neg_().add_(1) if slope else None
+        z_rV.mul_(softcap)
+    z_rV.sub_(z_rV.amax(1, keepdim=True))
+    picked_r = z_rV.gather(1, label_r[:, None])[:, 0]
+    z_rV.exp_()
+    sum_r1 = z_rV.sum(1, keepdim=True)
+    return sum_r1[:, 0].log() - picked_r, sum_r1, slope_rV
 
 
 def _add_product(dw_DV: Tensor, x_cD: Tensor, dz_cV: Tensor) -> None:
@@ -317,71 +354,3 @@ def _check(
         raise ValueError(f"linear_cross_entropy: softcap={softcap} must be positive, or None")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"linear_cross_entropy: chunk_tokens={chunk_tokens} must be at least 1, or None")
-
-
-def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, slope: bool) -> int:
-    """Logits of one chunk, their half precision form, the softcap's slope, and tokens gathered for it."""
-    c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
-    half = x.element_size() if x.element_size() < item else 0
-    return c * V * (item + half + (item if slope else 0)) + c * x.shape[1] * x.element_size()
-
-
-def _loss_workspace(
-    x: Tensor,
-    w: Tensor,
-    labels: Tensor,
-    weights: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    transposed: bool,
-    chunk: int,
-) -> int:
-    return _chunk_bytes(x, w, transposed, chunk, slope=False) + _per_token_bytes(x)
-
-
-def _grads_workspace(
-    x: Tensor,
-    w: Tensor,
-    labels: Tensor,
-    weights: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    transposed: bool,
-    chunk: int,
-    need_x: bool,
-    need_w: bool,
-) -> int:
-    c, item = min(chunk, x.shape[0]), result_dtype(x.dtype).itemsize
-    loop = _chunk_bytes(x, w, transposed, chunk, slope=softcap is not None)
-    accumulated = w.numel() * item if need_w and w.element_size() < item else 0
-    output = w.numel() * w.element_size() if accumulated else 0
-    # the sum in float32 stands beside the chunks in the loop, and after it beside the output it is cast to
-    dx_chunk = c * x.shape[1] * x.element_size() if need_x else 0
-    return max(accumulated - output + loop + dx_chunk, accumulated) + _per_token_bytes(x)
-
-
-def _per_token_bytes(x: Tensor) -> int:
-    """Losses, factors, labels and masks of all tokens."""
-    return x.shape[0] * (3 * result_dtype(x.dtype).itemsize + 11)
-
-
-def _flops(x: Tensor, w: Tensor, *_: object) -> int:
-    return 2 * x.shape[0] * w.numel()
-
-
-def _grads_flops(x: Tensor, w: Tensor, *rest: object) -> int:
-    need_x, need_w = rest[-2:]
-    return _flops(x, w) * (1 + bool(need_x) + bool(need_w))
-
-
-WORKSPACE: dict[str, Callable[..., int]] = {
-    "ftrain::linear_cross_entropy_loss": _loss_workspace,
-    "ftrain::linear_cross_entropy_grads": _grads_workspace,
-}
-"""Op name to peak bytes beyond the op's outputs, from its arguments."""
-
-FLOPS: dict[str, Callable[..., int]] = {
-    "ftrain::linear_cross_entropy_loss": _flops,
-    "ftrain::linear_cross_entropy_grads": _grads_flops,
-}
-"""Op name to floating-point operations of its matmuls; ignored tokens are counted."""

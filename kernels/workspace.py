@@ -20,7 +20,7 @@ _FILES = [
         "embedding",
         "grouped_mm",
         "layer_norm",
-        "linear_cross_entropy",
+        "linear_cross_entropy_cost",
         "moe",
         "random",
         "rms_norm",

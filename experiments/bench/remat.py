@@ -28,6 +28,7 @@ from experiments.bench.table import Row, print_table, row, write_json
 from ftrain import Remat
 from ftrain.liveness import input_bytes
 from ftrain.meter import measure_peak
+from ftrain.remat_fit import ImpossibleBudget
 
 TORCH_BUDGETS = (0.8, 0.5, 0.2)
 SHARES = (0.8, 0.6, 0.45, 0.35)
@@ -112,7 +113,12 @@ def measured(case: Case, rounds: int) -> dict[str, Point]:
     wanted["ROI at layer's peak"] = layer
     wanted |= {f"ROI at {p.name}'s peak": min(p.peak, none) for p in points.values() if p.name.startswith("torch")}
     for name, peak in wanted.items():
-        points[name] = _point(case, name, Remat(budget=arguments + peak))
+        try:
+            points[name] = _point(case, name, Remat(budget=arguments + peak))
+        except ImpossibleBudget as error:
+            if peak >= layer:
+                raise
+            print(f"{case.name}: {name} is refused: {error}", flush=True)
     began = time.perf_counter()
     points["none"].call()
     for _ in range(max(rounds, int(3 / (time.perf_counter() - began)))):

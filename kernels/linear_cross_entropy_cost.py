@@ -1,0 +1,79 @@
+"""What the chunked linear cross entropy costs beyond its shapes: bytes while it runs, and operations of its matmuls.
+
+T tokens, D model, V vocabulary, c tokens of a chunk.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kernels.linear_cross_entropy import result_dtype, rows_together
+
+
+def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, slope: bool) -> int:
+    """Logits of one chunk, their half precision form, the softcap's slope, and tokens gathered for it."""
+    c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
+    half = x.element_size() if x.element_size() < item else 0
+    rows = c if x.is_cuda else rows_together(c, V, item)
+    return c * V * (item + half) + (rows * V * item if slope else 0) + c * x.shape[1] * x.element_size()
+
+
+def _loss_workspace(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    transposed: bool,
+    chunk: int,
+) -> int:
+    return _chunk_bytes(x, w, transposed, chunk, slope=False) + _per_token_bytes(x)
+
+
+def _grads_workspace(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    transposed: bool,
+    chunk: int,
+    need_x: bool,
+    need_w: bool,
+) -> int:
+    c, item = min(chunk, x.shape[0]), result_dtype(x.dtype).itemsize
+    loop = _chunk_bytes(x, w, transposed, chunk, slope=softcap is not None)
+    accumulated = w.numel() * item if need_w and w.element_size() < item else 0
+    output = w.numel() * w.element_size() if accumulated else 0
+    # the sum in float32 stands beside the chunks in the loop, and after it beside the output it is cast to
+    dx_chunk = c * x.shape[1] * x.element_size() if need_x else 0
+    return max(accumulated - output + loop + dx_chunk, accumulated) + _per_token_bytes(x)
+
+
+def _per_token_bytes(x: Tensor) -> int:
+    """Losses, factors, labels and masks of all tokens."""
+    return x.shape[0] * (3 * result_dtype(x.dtype).itemsize + 11)
+
+
+def _flops(x: Tensor, w: Tensor, *_: object) -> int:
+    return 2 * x.shape[0] * w.numel()
+
+
+def _grads_flops(x: Tensor, w: Tensor, *rest: object) -> int:
+    need_x, need_w = rest[-2:]
+    return _flops(x, w) * (1 + bool(need_x) + bool(need_w))
+
+
+WORKSPACE: dict[str, Callable[..., int]] = {
+    "ftrain::linear_cross_entropy_loss": _loss_workspace,
+    "ftrain::linear_cross_entropy_grads": _grads_workspace,
+}
+"""Op name to peak bytes beyond the op's outputs, from its arguments."""
+
+FLOPS: dict[str, Callable[..., int]] = {
+    "ftrain::linear_cross_entropy_loss": _flops,
+    "ftrain::linear_cross_entropy_grads": _grads_flops,
+}
+"""Op name to floating-point operations of its matmuls; ignored tokens are counted."""
