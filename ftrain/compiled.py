@@ -298,7 +298,9 @@ def compile_step(
     if mesh is not None:
         bucket(module, limit=link.bucket_bytes)
     update_early(module, by_name)
-    if remat.budget is not None or remat.us_per_mb is not None:
+    if remat.by_price or remat.offloads_paths:
+        if backend == "cudagraph" and (remat.offload is not None or remat.offloads_paths):
+            raise ValueError(f"{remat}: copies to the host are not captured in a CUDA graph; take backend='inductor'")
 
         def finished_peak(trial: fx.GraphModule) -> int:
             donate_pass(trial, by_name)

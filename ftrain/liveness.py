@@ -16,6 +16,7 @@ from ftrain.op_rules import WORKSPACE
 from ftrain.passes.sizes import sized
 from ftrain.private import storage_id
 from ftrain.workspace import cpu_workspace
+from kernels.offload import offload_start, offload_wait
 
 
 class LiveTensor(NamedTuple):
@@ -34,7 +35,8 @@ class MemoryPlan:
 
     `inputs`: the arguments, alive throughout (state and batch). `peak`: the most alive at once beyond them, workspace
     of ops included. `timeline`: (node name, bytes alive beyond the inputs while it runs). `top`: what is alive at the
-    peak, largest first; where the peak is in a loop, also what its body holds then.
+    peak, largest first; where the peak is in a loop, also what its body holds then. `host`: the most bytes at once that
+    offloaded tensors take on the host; no part of the others.
     """
 
     inputs: int
@@ -42,6 +44,7 @@ class MemoryPlan:
     peak_node: str
     timeline: list[tuple[str, int]]
     top: list[LiveTensor]
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -57,7 +60,8 @@ class Held(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """While `node` runs: the bytes of all memory alive beyond the inputs, each piece of it, and the op's workspace.
+    """While `node` runs: the bytes of all memory alive beyond the inputs, each piece of it, and the op's workspace;
+    `host`: bytes of offloaded tensors, which are not among the others.
 
     `alive` changes as the simulation goes on: read it at once, or copy it.
     """
@@ -66,13 +70,15 @@ class Moment(NamedTuple):
     live: int
     workspace: int
     alive: Mapping[int, Held]
+    host: int
 
 
 def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
     """Simulate the graph; `round_to` is the allocator's granularity in bytes (512 on CUDA, 1 for CPU storages)."""
-    peak, peak_node, at_peak = 0, "", list[Held]()
+    peak, peak_node, at_peak, host = 0, "", list[Held](), 0
     timeline = []
-    for node, live, workspace, alive in simulate(module, round_to=round_to):
+    for node, live, workspace, alive, away in simulate(module, round_to=round_to):
+        host = max(host, away)
         if node.op != "placeholder":
             timeline.append((node.name, live + workspace))
         if live + workspace > peak:
@@ -81,7 +87,7 @@ def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
     for node in module.graph.nodes:
         if node.name == peak_node and is_loop(node):
             top += plan_memory(loop_body(node), round_to=round_to).top
-    return MemoryPlan(input_bytes(module), peak, peak_node, timeline, sorted(top, reverse=True))
+    return MemoryPlan(input_bytes(module), peak, peak_node, timeline, sorted(top, reverse=True), host)
 
 
 def input_bytes(module: fx.GraphModule) -> int:
@@ -98,16 +104,30 @@ def simulate(module: fx.GraphModule, *, round_to: int = 1) -> Iterator[Moment]:
     for storage, node in last_use.items():
         expiring.setdefault(node, []).append(storage)
     alive: dict[int, Held] = {}
+    away: dict[int, int] = {}
     live = 0
     for node in nodes:
         for storage, size in storages_of(node):
-            if storage not in held and storage not in alive:
+            if on_host(node):
+                away[storage] = size
+            elif storage not in held and storage not in alive:
                 alive[storage] = Held(-(-size // round_to) * round_to, node)
                 live += alive[storage].bytes
-        yield Moment(node, live, workspace_bytes(node, round_to=round_to), alive)
+        yield Moment(node, live, workspace_bytes(node, round_to=round_to), alive, sum(away.values()) + _host_of(node))
         for storage in expiring.get(node, ()):
+            away.pop(storage, None)
             if storage in alive:
                 live -= alive.pop(storage).bytes
+
+
+def on_host(node: fx.Node) -> bool:
+    """True for a node whose value is a copy of an offloaded tensor on the host."""
+    return node.target in (offload_start, offload_wait)
+
+
+def _host_of(node: fx.Node) -> int:
+    """What a round of a loop's body holds on the host."""
+    return plan_memory(loop_body(node)).host if is_loop(node) else 0
 
 
 def storages_of(node: fx.Node) -> list[tuple[int, int]]:

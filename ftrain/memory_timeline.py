@@ -16,12 +16,13 @@ class Sample(NamedTuple):
 
     `loop`: the loop it is inside of, if any (one round is shown). `bytes`, in the order of `KINDS`: made by the forward
     pass, by the backward pass (what it computes again included), by the rest of the step (optimizer, accumulators), by
-    gathers of parameters, and workspace of the op itself.
+    gathers of parameters, and workspace of the op itself. `host`: what offloaded tensors take on the host.
     """
 
     node: fx.Node
     loop: str
     bytes: tuple[int, ...]
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -32,7 +33,7 @@ class Sample(NamedTuple):
 def memory_timeline(module: fx.GraphModule, *, round_to: int = 1) -> list[Sample]:
     """One sample per node in the order in which they run; of a loop, one round of its body on top of the rest."""
     samples: list[Sample] = []
-    for node, _, workspace, alive in simulate(module, round_to=round_to):
+    for node, _, workspace, alive, host in simulate(module, round_to=round_to):
         if node.op in ("placeholder", "get_attr"):
             continue
         kinds = dict.fromkeys(KINDS, 0)
@@ -40,11 +41,13 @@ def memory_timeline(module: fx.GraphModule, *, round_to: int = 1) -> list[Sample
             kinds[kind_of(held)] += held.bytes
         base = tuple(kinds.values())
         if is_loop(node):
-            for inner in memory_timeline(loop_body(node), round_to=round_to):
+            body = memory_timeline(loop_body(node), round_to=round_to)
+            outside = host - max((inner.host for inner in body), default=0)
+            for inner in body:
                 both = tuple(x + y for x, y in zip(base, inner.bytes, strict=True))
-                samples.append(Sample(inner.node, f"{node.name} {inner.loop}".strip(), both))
+                samples.append(Sample(inner.node, f"{node.name} {inner.loop}".strip(), both, outside + inner.host))
         else:
-            samples.append(Sample(node, "", (*base[:-1], workspace)))
+            samples.append(Sample(node, "", (*base[:-1], workspace), host))
     return samples
 
 

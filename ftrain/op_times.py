@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.cost import is_view, node_flops, node_traffic
-from ftrain.hardware import copy_bandwidth, peak_flops
+from ftrain.hardware import copy_bandwidth, host_bandwidth, peak_flops
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.sizes import sized
 from ftrain.text import op_name
+from kernels.offload import fetch_start, offload_start
 from sharding.mesh import Mesh
 from sharding.processes import same_everywhere
 
@@ -44,7 +45,7 @@ def speed_of(device: torch.device) -> Speed:
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     flops = {dtype: peak_flops(device, dtype) for dtype in dtypes}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
-    link = 25e9 if device.type == "cuda" else copy_bandwidth(device)
+    link = (host_bandwidth(device) or 25e9) if device.type == "cuda" else copy_bandwidth(device)
     return Speed(name, flops, copy_bandwidth(device), link, launch=3.0, efficiency=0.9)
 
 
@@ -76,9 +77,11 @@ class OpTimes:
         return file
 
     def microseconds(self, node: fx.Node) -> float:
-        """How long a node takes; a loop takes all its rounds."""
+        """How long a node takes; a loop takes all its rounds, a copy from or to the host no more than its launch."""
         if node.op != "call_function" or is_view(node):
             return 0.0
+        if node.target in (offload_start, fetch_start):
+            return self.speed.launch
         if is_loop(node):
             return int(node.args[1]) * sum(self.microseconds(n) for n in loop_body(node).graph.nodes)  # type: ignore[arg-type]
         measured = self.measured.get(op_key(node))

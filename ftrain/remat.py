@@ -26,13 +26,17 @@ class Remat:
     - `us_per_mb`: recompute all that costs fewer microseconds per MB freed than this, in the place of a budget.
     - `gathered`: on a mesh, whether parameters are gathered "again" for the backward (ZeRO stage 3) or whole ones are
       "keep"t from the forward; None is "again" under a policy, and under a budget whichever pays.
-    - `paths`: globs over parameter paths to "keep" or "recompute", over whatever the rest decides.
+    - `offload`: under a budget or an exchange rate tensors may also wait on the host, at the price of the part of their
+      copies that does not hide behind compute: "auto" by the link that the device is known to have (a CPU has none, and
+      nothing is offloaded), or the link's bytes per second. None: only what `paths` name.
+    - `paths`: globs over parameter paths to "keep", "recompute" or "offload", over whatever the rest decides.
     """
 
     policy: str = "none"
     budget: int | str | None = None
     us_per_mb: float | None = None
     gathered: str | None = None
+    offload: str | float | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,11 +50,29 @@ class Remat:
         if self.gathered not in (None, "again", "keep"):
             raise ValueError(f"Remat(gathered={self.gathered!r}) is None, 'again' or 'keep'")
         for glob, choice in self.paths.items():
-            if choice not in ("keep", "recompute"):
-                raise ValueError(f"Remat(paths={{{glob!r}: {choice!r}}}): a path is to 'keep' or to 'recompute'")
+            if choice not in ("keep", "recompute", "offload"):
+                raise ValueError(
+                    f"Remat(paths={{{glob!r}: {choice!r}}}): a path is to 'keep' or to 'recompute' or to 'offload'"
+                )
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        if self.offload is None:
+            return
+        speed = self.offload
+        known = speed == "auto" if isinstance(speed, str) else not isinstance(speed, bool) and 0 < speed < float("inf")
+        if not known:
+            raise ValueError(
+                f"Remat(offload={speed!r}): give 'auto', the link's bytes per second (a PCIe 5 link: 55e9), or None"
+            )
+        if not self.by_price and not self.offloads_paths:
+            raise ValueError(
+                f"Remat(offload={speed!r}) decides nothing by itself: add budget=... or us_per_mb=..., or name tensors "
+                "with paths={'layers.*': 'offload'}"
+            )
 
     def __hash__(self) -> int:
-        return hash((self.policy, self.budget, self.us_per_mb, self.gathered, tuple(self.paths.items())))
+        return hash((self.policy, self.budget, self.us_per_mb, self.gathered, self.offload, tuple(self.paths.items())))
 
     @staticmethod
     def of(value: "Remat | str") -> "Remat":
@@ -60,11 +82,20 @@ class Remat:
     @property
     def gathers_again(self) -> bool:
         """True if every gather is repeated in the backward, whatever else is decided."""
-        by_price = self.budget is not None or self.us_per_mb is not None
-        return self.gathered == "again" or (self.gathered is None and not by_price)
+        return self.gathered == "again" or (self.gathered is None and not self.by_price)
+
+    @property
+    def by_price(self) -> bool:
+        """True if a budget or an exchange rate decides."""
+        return self.budget is not None or self.us_per_mb is not None
+
+    @property
+    def offloads_paths(self) -> bool:
+        """True if some path is to be offloaded."""
+        return "offload" in self.paths.values()
 
     def choice_at(self, path: str) -> str | None:
-        """ "keep" or "recompute" where `paths` say so; the last glob that matches wins."""
+        """ "keep", "recompute" or "offload" where `paths` say so; the last glob that matches wins."""
         found = None
         for glob, choice in self.paths.items():
             if fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}"):
@@ -110,20 +141,23 @@ def remade_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
     for node in forward:
         choice = remat.choice_at(node.meta.get("path") or "")
         again = remat.policy != "none" and not _is_kept(node, layer_of, remat.policy)
-        if must_keep(node) or choice == "keep":
+        if must_keep(node) or choice in ("keep", "offload"):
             continue
         if again or choice == "recompute":
             remade.add(node)
     return remade
 
 
-def recompute(module: fx.GraphModule, remade: Collection[fx.Node]) -> None:
+def recompute(
+    module: fx.GraphModule, remade: Collection[fx.Node], fetched: Mapping[fx.Node, fx.Node] | None = None
+) -> None:
     """Give the backward copies of the forward nodes `remade`, each made just before its first use.
 
-    Copies read copies of what is remade, and what is kept as it is.
+    Copies read copies of what is remade, and what is kept as it is. `fetched`: forward nodes that have a copy already,
+    and that copy.
     """
-    position = {n: i for i, n in enumerate(module.graph.nodes) if n in remade}
-    copies: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, fx.Node] = dict(fetched or {})
+    position = {n: i for i, n in enumerate(module.graph.nodes) if n in remade or n in copies}
     moved: dict[fx.Node, set[int]] = {}  # nodes whose value is new, and the memory that it was before
     for node in list(module.graph.nodes):
         if is_forward(node) or node.op in ("placeholder", "get_attr", "output"):

@@ -1,14 +1,15 @@
 """Recompute by return on investment: the cheapest set of tensors to make again so that the peak fits a budget.
 
 At one exchange rate (microseconds per MB) the best set is a minimum cut (`remat_cut`). The rate is moved until the
-simulated peak fits, since fewer bytes kept do not always mean a lower peak; then a local search (`remat_improve`) mends
-what a cut cannot see.
+simulated peak fits, since fewer bytes kept do not always mean a lower peak; then a local search (`remat_improve`)
+mends what a cut cannot see. Where there is a link to the host, a tensor may also be offloaded (`offload`), at the price
+of the part of its copies that does not hide behind compute. All share the link: cuts are made for what it carries.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from ftrain.cost import is_view
 from ftrain.hardware import device_bytes, free_bytes
 from ftrain.liveness import storages_of
+from ftrain.offload import Ferry, HostLink, Timetable, write_plan
 from ftrain.op_times import OpTimes
 from ftrain.private import storage_id
 from ftrain.remat import Remat, is_forward, layer_of_node, must_keep, parse_budget
@@ -24,18 +26,23 @@ from ftrain.remat_improve import Choice, Search
 from ftrain.remat_peak import PeakModel
 
 _TILT = 0.004  # equal layers tie at one rate; a small slope over depth lets a rate stop between them
+_SHARES_OF_LINK = (0.95, 0.5)  # of its time that are tried where what pays is more than it carries
 _WORK_TO_IMPROVE = 250_000  # nodes to walk in the search around the cuts: about a second
 
 
 @dataclass
 class Planner:
-    """Plans for one graph; `donated` as in `passes.donate`. Nodes are known by their number in `model.nodes`."""
+    """Plans for one graph; `donated` as in `passes.donate`. Nodes are known by their number in `model.nodes`.
+
+    `link`: to the host; without one nothing is offloaded, not even what paths say.
+    """
 
     module: fx.GraphModule
     donated: dict[str, int]
     times: OpTimes
     remat: Remat
     round_to: int = 1
+    link: HostLink | None = None
 
     @cached_property
     def model(self) -> PeakModel:
@@ -47,25 +54,96 @@ class Planner:
         """How long each forward node takes."""
         return {i: self.times.microseconds(n) for i, n in enumerate(self.model.nodes) if is_forward(n)}
 
+    @cached_property
+    def ferry(self) -> Ferry | None:
+        """What may be offloaded."""
+        return None if self.link is None else Ferry(self.module, self.model, self.times, self.link)
+
     def at_rate(self, us_per_mb: float) -> Choice:
         """The best choice at one exchange rate."""
         if us_per_mb <= 0:
             return self._priced(frozenset())
+        return min(self._cuts(us_per_mb), key=lambda c: c.microseconds + us_per_mb * c.peak / 1e6)
+
+    def _cuts(self, us_per_mb: float) -> Iterator[Choice]:
+        """Minimum cuts: with nothing offloaded, with all that pays for itself, and with as much of that as the link can
+        carry while compute goes on.
+        """
+        yield self._cut(us_per_mb, frozenset())
+        if self.ferry is None or not self._may_go:
+            return
+        whole = self._cut(us_per_mb, self._may_go)
+        yield whole
+        gone = sorted(self.decided(whole)[1] & self._may_go)
+        room = self.ferry.room(gone)
+        for share in _SHARES_OF_LINK if room < 1 else ():
+            yield self._cut(us_per_mb, _spread(gone, share * room))
+
+    def _cut(self, us_per_mb: float, may_go: frozenset[int]) -> Choice:
         numbers, items, wanted = self._items
-        _, again = cheapest_kept(items, wanted, us_per_mb)
-        return self._priced(frozenset(numbers[v] for v in again))
+        if self.ferry is not None and may_go:
+            away = {v: self.ferry.price_alone(v) for v in may_go}
+            items = [replace(i, away=away.get(v)) for v, i in zip(numbers, items, strict=True)]
+        kept, again = cheapest_kept(items, wanted, us_per_mb)
+        gone = {self._token(numbers[v]) for v in kept if items[v].goes_away(us_per_mb)}
+        return self._priced(frozenset({numbers[v] for v in again} | gone))
 
     def within(self, peak: int) -> Choice:
         """The cheapest choice found whose simulated peak is at most `peak`; ValueError names the smallest possible."""
         nothing = self.at_rate(0.0)
         if nothing.peak <= peak:
             return nothing
-        starts = [*self._search(peak), self._priced(frozenset(v for v, _, _ in self._candidates))]
+        all_remade = frozenset(v for v, _, _ in self._candidates)
+        all_gone = frozenset(self._token(v) for v in self._may_go)
+        price = partial(self._priced, within=peak)
+        starts = [*self._search(peak), *map(price, dict.fromkeys([all_remade, all_remade | all_gone, all_gone]))]
+        if all_gone:
+            starts = [price(c.remade) if c.peak > peak else c for c in starts]
         tries = _WORK_TO_IMPROVE // len(self.model.nodes)
-        found = Search(self._priced, self._candidates, ops=self._ops, peak=peak, tries=tries).best(starts)
+        ops = [*self._ops, *(frozenset({gone}) for gone in sorted(all_gone))]
+        found = Search(price, [*self._candidates, *self._gone], ops=ops, peak=peak, tries=tries).best(starts)
         if found.peak > peak:
-            raise OverBudget(found.peak, self.model.nodes[self.model.peak(found.remade)[1]])
+            remade, _ = self.decided(found)
+            places = found.table.places if found.table is not None else {}
+            raise OverBudget(found.peak, self.model.nodes[self.model.peak(remade, places)[1]])
         return found
+
+    def decided(self, choice: Choice) -> tuple[frozenset[int], frozenset[int]]:
+        """The nodes that a choice makes again, and those that it offloads."""
+        count = len(self.model.nodes)
+        return frozenset(v for v in choice.remade if v < count), frozenset(choice.table.places if choice.table else ())
+
+    def write(self, choice: Choice) -> None:
+        """Write the copies of a choice into the graph; no value changes."""
+        write_plan(self.model, self.decided(choice)[0], choice.table.places if choice.table is not None else {})
+
+    def _token(self, v: int) -> int:
+        """What stands for offloading a node in a set of numbers."""
+        return len(self.model.nodes) + v
+
+    @cached_property
+    def _may_go(self) -> frozenset[int]:
+        """The nodes whose price decides whether they are offloaded."""
+        if self.ferry is None or self.remat.offload is None:
+            return frozenset()
+        return frozenset(v for v in self.ferry.views if self._said_of(v) is None)
+
+    @cached_property
+    def _must_go(self) -> frozenset[int]:
+        """The nodes that are offloaded by their path."""
+        if self.ferry is None:
+            return frozenset()
+        return frozenset(v for v in self.ferry.views if self._said_of(v) == "offload")
+
+    def _said_of(self, v: int) -> str | None:
+        return self.remat.choice_at(self.model.nodes[v].meta.get("path") or "")
+
+    @cached_property
+    def _gone(self) -> list[tuple[int, float, int]]:
+        """What may be offloaded, as candidates of a search."""
+        if self.ferry is None:
+            return []
+        return [(self._token(v), self.ferry.price_alone(v), self.ferry.bytes(v)) for v in sorted(self._may_go)]
 
     @cached_property
     def _candidates(self) -> list[tuple[int, float, int]]:
@@ -120,9 +198,27 @@ class Planner:
             yield choice
             below, above = (below, middle) if choice.peak <= peak else (middle, above)
 
-    def _priced(self, remade: frozenset[int]) -> Choice:
-        used = self._used(remade)
-        return Choice(used, self.model.peak(used)[0], sum(self.microseconds[v] for v in sorted(used)))
+    def _priced(self, remade: frozenset[int], within: int | None = None) -> Choice:
+        """What a set comes to; copies from and to the host hide as well as they can while the peak is `within`."""
+        count = len(self.model.nodes)
+        gone = {v - count for v in remade if v >= count} | self._must_go
+        if self.ferry is None or not gone:
+            used = self._used(remade)
+            return Choice(used, self.model.peak(used)[0], sum(self.microseconds[v] for v in sorted(used)))
+        views = {u for v in gone for u in self.ferry.views[v]}
+        wanted = frozenset({v for v in remade if v < count} - gone | views)
+        needed = self.ferry.needed(gone, wanted)
+        used = self._used(wanted)
+        again = sum(self.microseconds[v] for v in sorted(used))
+        tokens = used | {self._token(v) for v in needed}
+
+        def choice(table: Timetable) -> Choice:
+            return Choice(tokens, self.model.peak(used, table.places)[0], again + table.total, table)
+
+        found = choice(self.ferry.timetable(needed))
+        if within is None or found.peak <= within:
+            return found
+        return min(found, choice(self.ferry.timetable(needed, tight=True)), key=lambda c: c.peak)
 
     def _used(self, remade: frozenset[int]) -> frozenset[int]:
         """Those of the set that the backward reads, or that others of these are made from."""
@@ -195,9 +291,17 @@ class Planner:
             return True
         if choice == "recompute" or is_view(node):
             return False
+        if choice == "offload":
+            return True
         mine = layer_of_node(node)
         users = [layer_of_node(u) for u in node.users if is_forward(u)]
         return bool(mine) and any(layer and layer != mine for layer in users)
+
+
+def _spread(nodes: list[int], share: float) -> frozenset[int]:
+    """So large a share of the nodes, at equal distances."""
+    count = int(share * len(nodes))
+    return frozenset(nodes[int((i + 0.5) * len(nodes) / count)] for i in range(count))
 
 
 class OverBudget(ValueError):

@@ -1,13 +1,14 @@
 """Which tensors to keep for the backward pass, at a given price of memory: one minimum cut of the forward graph.
 
 For a price of `us_per_mb` microseconds per MB kept, every forward tensor that the backward reads is either kept, which
-costs its bytes, or made again, which costs its time and needs all that it is made from, kept or made again in turn. So
-the price of making a tensor again is that of the cheapest chain from what is kept: chains, not single nodes, are what
-is chosen. This is a project selection problem (Picard 1976), solved exactly by one minimum cut. Node v has two places
-in the network: `have v` (its value is at hand in the backward) and `make v` (it is computed again):
+costs its bytes (or, where that is cheaper, a copy to the host and back), or made again, which costs its time and needs
+all that it is made from, kept or made again in turn. So the price of making a tensor again is that of the cheapest
+chain from what is kept: chains, not single nodes, are what is chosen. This is a project selection problem (Picard
+1976), solved exactly by one minimum cut. Node v has two places in the network: `have v` (its value is at hand in the
+backward) and `make v` (it is computed again):
 
     source -> have v   infinite, if the backward reads v
-    have v -> make v   bytes of v * price: cut when v is kept
+    have v -> make v   bytes of v * price, or its price on the host: cut when v is kept, here or there
     make v -> sink     microseconds of v: cut when v is made again
     make v -> have u   infinite, for each forward u that v reads
 """
@@ -28,12 +29,23 @@ class Item:
     """One forward node: `reads` are the items it is computed from.
 
     `bytes`: what keeping it costs; None if it cannot be kept by itself (a view, a tuple). `microseconds`: what making
-    it again costs; None if it must not be (a kept layer boundary, a loop).
+    it again costs; None if it must not be (a kept layer boundary, a loop). `away`: microseconds that keeping it on the
+    host costs instead; None if it cannot be there.
     """
 
     reads: tuple[int, ...]
     bytes: int | None
     microseconds: float | None
+    away: float | None = None
+
+    def keeps_for(self, us_per_mb: float) -> float:
+        """What having it in the backward costs if it is not made again."""
+        here = np.inf if self.bytes is None else self.bytes / 1e6 * us_per_mb
+        return here if self.away is None else min(here, self.away)
+
+    def goes_away(self, us_per_mb: float) -> bool:
+        """True if keeping it costs less on the host."""
+        return self.away is not None and self.bytes is not None and self.away < self.bytes / 1e6 * us_per_mb
 
 
 def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: float) -> tuple[set[int], set[int]]:
@@ -44,7 +56,7 @@ def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: flo
     have, make = (lambda v: 2 + 2 * v), (lambda v: 3 + 2 * v)
     edges: dict[tuple[int, int], float] = {(0, have(v)): np.inf for v in wanted}
     for v, item in enumerate(items):
-        keep = np.inf if item.bytes is None else item.bytes / 1e6 * us_per_mb
+        keep = item.keeps_for(us_per_mb)
         again = np.inf if item.microseconds is None else item.microseconds
         if np.isinf(keep) and np.isinf(again):
             raise ValueError(f"item {v} can neither be kept nor made again")

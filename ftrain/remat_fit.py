@@ -8,8 +8,9 @@ from torch import Tensor, fx
 
 from ftrain.liveness import input_bytes, plan_memory, storages_of
 from ftrain.loop import carried_outputs, is_loop, loop_body
+from ftrain.offload import HostLink, host_link
 from ftrain.op_times import OpTimes
-from ftrain.remat import Remat, is_forward, recompute
+from ftrain.remat import Remat, is_forward
 from ftrain.remat_budget import OverBudget, Planner, budget_bytes
 from ftrain.remat_improve import Choice
 from ftrain.text import op_name, short_site, show_bytes
@@ -18,8 +19,9 @@ from sharding.processes import same_everywhere
 
 
 class BookRow(NamedTuple):
-    """A forward tensor that the backward needs: its bytes, what making it again takes (with all that it is made from
-    and that is not kept), microseconds per MB freed, and the decision: "keep" or "recompute".
+    """A forward tensor that the backward needs: its bytes, what having it again takes (making it with all that it is
+    made from and that is not kept; of an offloaded one what its copies do not hide), microseconds per MB freed, and the
+    decision: "keep", "recompute" or "offload".
     """
 
     path: str
@@ -51,23 +53,25 @@ def fit(
     copy: Callable[[fx.GraphModule], fx.GraphModule],
     finished_peak: Callable[[fx.GraphModule], int],
 ) -> tuple[fx.GraphModule, list[BookRow]]:
-    """A copy of `module` in which the backward makes again what the budget, or the exchange rate, asks for.
+    """A copy of `module` in which the backward makes again, or fetches from the host, what the budget, the exchange
+    rate or the paths ask for.
 
     `finished_peak` gives the peak beyond the arguments of a copy after all later passes: the budget is checked on
     that, and where the simulation was too hopeful the plan is made tighter. ImpossibleBudget names the smallest that
     fits and what stands in the way.
     """
     round_to = 512 if device.type == "cuda" else 1
-    if remat.us_per_mb is not None:
+    link = host_link(remat, device)
+    if remat.budget is None:
         trial = copy(module)
-        return trial, _apply(trial, donated, remat, times, round_to, None)
+        return trial, _apply(trial, donated, remat, times, round_to, None, link)
     inputs = input_bytes(module)
     budget = same_everywhere(budget_bytes(remat, device, inputs), mesh)
     target = budget - inputs
     for _ in range(4):
         trial = copy(module)
         try:
-            rows = _apply(trial, donated, remat, times, round_to, target)
+            rows = _apply(trial, donated, remat, times, round_to, target, link)
         except OverBudget as error:
             raise ImpossibleBudget(_refusal(module, remat, budget, inputs, error), inputs + error.smallest) from None
         excess = finished_peak(copy(trial)) - (budget - inputs)
@@ -86,6 +90,7 @@ def _apply(
     times: OpTimes,
     round_to: int,
     target: int | None,
+    link: HostLink | None,
 ) -> list[BookRow]:
     """Choose for the graph and the bodies of its loops, and write the copies; `target`: bytes beyond the arguments."""
     rows: list[BookRow] = []
@@ -95,18 +100,20 @@ def _apply(
             plan = plan_memory(module, round_to=round_to)
             inside = plan_memory(loop_body(loop), round_to=round_to).peak
             inner = target - (dict(plan.timeline)[loop.name] - inside)
-        rows += _apply(loop_body(loop), carried_outputs(loop), remat, times, round_to, inner)
-    planner = Planner(module, donated, times, remat, round_to)
+        rows += _apply(loop_body(loop), carried_outputs(loop), remat, times, round_to, inner, link)
+    planner = Planner(module, donated, times, remat, round_to, link)
     choice = planner.at_rate(remat.us_per_mb or 0.0) if target is None else planner.within(target)
     rows += book(planner, choice)
-    recompute(module, {planner.model.nodes[v] for v in choice.remade})
+    planner.write(choice)
     return rows
 
 
 def book(planner: Planner, choice: Choice) -> list[BookRow]:
     """What was decided for each tensor that the backward reads, dearest microsecond per MB first."""
     nodes, steps = planner.model.nodes, planner.model.steps
-    read = {u for s in steps if not s.forward for u in s.reads} | {u for v in choice.remade for u in steps[v].reads}
+    remade, gone = planner.decided(choice)
+    away = choice.table.microseconds if choice.table is not None else {}
+    read = {u for s in steps if not s.forward for u in s.reads} | {u for v in remade for u in steps[v].reads} | gone
     rows = []
     for v in sorted(read):
         node = nodes[v]
@@ -114,9 +121,9 @@ def book(planner: Planner, choice: Choice) -> list[BookRow]:
         if not is_forward(node) or not isinstance(value, Tensor):
             continue
         size = int(storages_of(node)[0][1])
-        price = sum(planner.microseconds[u] for u in _chain(planner, choice, v))
+        price = away[v] if v in gone else sum(planner.microseconds[u] for u in _chain(planner, remade, v))
         shape = tuple(int(n) if isinstance(n, int) else -1 for n in value.shape)
-        decision = "recompute" if v in choice.remade else "keep"
+        decision = "offload" if v in gone else "recompute" if v in remade else "keep"
         path, site = node.meta.get("path") or "", short_site(node.meta.get("site"))
         rows.append(BookRow(path, site, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision))
     return sorted(rows, key=lambda r: -r.us_per_mb)
@@ -132,13 +139,14 @@ def book_table(rows: list[BookRow], limit: int = 200) -> str:
         )
     if len(rows) > limit:
         lines.append(f"... and {len(rows) - limit} more")
-    for decision in ("keep", "recompute"):
+    for decision in ("keep", "recompute", "offload"):
         mine = [r for r in rows if r.decision == decision]
-        lines.append(f"{decision}: {len(mine)} tensors, {show_bytes(sum(r.bytes for r in mine))}")
+        if mine or decision != "offload":
+            lines.append(f"{decision}: {len(mine)} tensors, {show_bytes(sum(r.bytes for r in mine))}")
     return "\n".join(lines)
 
 
-def _chain(planner: Planner, choice: Choice, v: int) -> set[int]:
+def _chain(planner: Planner, remade: frozenset[int], v: int) -> set[int]:
     """What must run to have `v` again, given what is kept."""
     found: set[int] = set()
     stack = [v]
@@ -146,7 +154,7 @@ def _chain(planner: Planner, choice: Choice, v: int) -> set[int]:
         u = stack.pop()
         if u not in found:
             found.add(u)
-            stack.extend(w for w in planner.model.steps[u].reads if w in choice.remade)
+            stack.extend(w for w in planner.model.steps[u].reads if w in remade)
     return {u for u in found if u in planner.microseconds}
 
 

@@ -9,16 +9,23 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ftrain.offload import Timetable
+
 _STARTS = 5
 _SWEEPS = 40  # over all ops, that a search takes at least
 
 
 class Choice(NamedTuple):
-    """A set of nodes to make again: its peak in bytes beyond the arguments, and its price in microseconds."""
+    """A set of nodes to make again: its peak in bytes beyond the arguments, and its price in microseconds.
+
+    A number of `remade` past the nodes of the graph stands for offloading the node that far from their count.
+    `table`: when the copies of these run.
+    """
 
     remade: frozenset[int]
     peak: int
     microseconds: float
+    table: Timetable | None = None
 
 
 class Search:
@@ -44,13 +51,20 @@ class Search:
 
     def best(self, starts: Iterable[Choice]) -> Choice:
         """The best choice found from the starts: the cheapest within the peak, else the one nearest to it."""
-        distinct = {c.remade: c for c in sorted(starts, key=self._rank)}
-        ranked = sorted(distinct.values(), key=self._rank)
+        ranked = self._distinct(sorted(starts, key=self._rank))
         if _SWEEPS * len(self._ops) > self._tries:
             return self._taken_back(ranked[0])
         nothing = min(ranked, key=lambda c: len(c.remade))
-        chosen = [*dict.fromkeys([ranked[0], nothing, *ranked[1:_STARTS]])]
+        chosen = self._distinct([ranked[0], nothing, *ranked[1:_STARTS]])
         return min((self._descended(c) for c in chosen), key=self._rank)
+
+    @staticmethod
+    def _distinct(choices: list[Choice]) -> list[Choice]:
+        """The first choice of each set."""
+        found: dict[frozenset[int], Choice] = {}
+        for choice in choices:
+            found.setdefault(choice.remade, choice)
+        return list(found.values())
 
     def _rank(self, choice: Choice) -> tuple[int, float, list[int]]:
         return max(0, choice.peak - self._peak), choice.microseconds, sorted(choice.remade)

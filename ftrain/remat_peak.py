@@ -4,7 +4,8 @@ Walks the order that `remat.recompute` would give (copies just before their firs
 integers. What it says is checked on the final graph by `liveness.plan_memory`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import fx
 
 from ftrain.liveness import storages_of, workspace_bytes
 from ftrain.passes.aliasing import storage
+from ftrain.passes.twins import PASSED_ON, TWINS
 
 
 class Step(NamedTuple):
@@ -26,7 +28,20 @@ class Step(NamedTuple):
     views: tuple[tuple[int, int] | None, ...]
 
 
+class Place(NamedTuple):
+    """Where the copies of an offloaded node stand, by numbers of nodes: the copy to the host starts right after `start`
+    and is waited for right after `wait`, the copy back starts right before `fetch` and is waited for right before
+    `arrive`.
+    """
+
+    start: int
+    wait: int
+    fetch: int
+    arrive: int
+
+
 Lives = tuple[int, ...]
+_NOWHERE: Mapping[int, Place] = MappingProxyType({})
 
 
 class PeakModel:
@@ -48,7 +63,7 @@ class PeakModel:
         free = {s for n in self.nodes if n.op in ("placeholder", "get_attr") for s, _ in storages_of(n)}
         new = [results[i] for i in donated.values()]
         made = [n for n in new if isinstance(n, fx.Node) and n.meta.get("phase") == "step"]
-        free |= {s for n in made if (s := storage(n)) is not None}
+        free |= {s for n in made if (s := storage(n)) is not None} | _of_twins(self.nodes, set(made))
         self._bytes = np.zeros(2 * len(numbers), np.int64)
         for step in self.steps:
             for piece, size in step.storages:
@@ -79,13 +94,16 @@ class PeakModel:
             tuple(first.get(piece) for piece, _ in storages),
         )
 
-    def peak(self, remade: Collection[int]) -> tuple[int, int]:
-        """Bytes at the peak if the forward nodes `remade` are made again for the backward, and the node it is at."""
+    def peak(self, remade: Collection[int], places: Mapping[int, Place] = _NOWHERE) -> tuple[int, int]:
+        """Bytes at the peak if the forward nodes `remade` are made again for the backward and those of `places` come
+        back from the host, and the node it is at. An offloaded node is fetched before it is first needed.
+        """
         runs: list[int] = []
         last = [-1] * len(self._bytes)
         first = [0] * len(self._bytes)
         copied: dict[int, Lives] = {}
         moved: dict[int, Lives] = {}  # nodes of the backward that are views of copies
+        left, fetched = _by_node(places)
 
         def run(v: int, mine: Lives, touched: Collection[int]) -> None:
             at = len(runs)
@@ -95,12 +113,22 @@ class PeakModel:
                     first[life] = at
             for life in touched:
                 last[life] = at
+            for u in left.pop(v, ()):
+                for life in self._lives[u]:
+                    last[life] = at
+
+        def fetch(u: int) -> None:
+            copied[u] = tuple(2 * piece + 1 for piece, _ in self.steps[u].storages)
+            for life in copied[u]:
+                first[life] = last[life] = len(runs)
 
         def seen(u: int) -> Lives:
             return copied[u] if u in copied else moved.get(u, self._lives[u])
 
         for v, step in enumerate(self.steps):
-            if step.forward or not any(u in remade or u in moved for u in step.reads):
+            for u in fetched.get(v, ()):
+                fetch(u)
+            if step.forward or not any(u in remade or u in moved or u in places for u in step.reads):
                 run(v, self._lives[v], self._touches[v])
                 continue
             for c in self._chain([u for u in step.reads if u in remade and u not in copied], remade, copied):
@@ -135,6 +163,35 @@ class PeakModel:
         live = np.cumsum(change)[: len(runs)] + self._workspace[runs]
         where = int(live.argmax())
         return int(live[where]), runs[where]
+
+
+def _of_twins(nodes: list[fx.Node], made: set[fx.Node]) -> set[int]:
+    """Memory of what ops with a twin in place, and the sums and choices behind them, will never make."""
+    found: set[int] = set()
+    for node in nodes:
+        if node.target not in TWINS:
+            continue
+        chains = [_chain_of(result) for result in node.users]
+        if all(chain[-1] in made for chain in chains):
+            found |= {s for n in (node, *(n for chain in chains for n in chain)) for s, _ in storages_of(n)}
+    return found
+
+
+def _chain_of(result: fx.Node) -> list[fx.Node]:
+    chain = [result]
+    while len(chain[-1].users) == 1 and (user := next(iter(chain[-1].users))).target in PASSED_ON:
+        chain.append(user)
+    return chain
+
+
+def _by_node(places: Mapping[int, Place]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """The offloaded nodes by the node after which the device drops them, and by that before which it fetches them."""
+    left: dict[int, list[int]] = {}
+    fetched: dict[int, list[int]] = {}
+    for u, place in places.items():
+        left.setdefault(place.wait, []).append(u)
+        fetched.setdefault(place.fetch, []).append(u)
+    return left, fetched
 
 
 def _lives(step: Step, reads: list[Lives], *, copy: int) -> Lives:

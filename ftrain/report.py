@@ -63,7 +63,7 @@ def recompute_sections(compiled: "Compiled") -> list[tuple[str, str]]:
         ]
         for r in compiled.book
     ]
-    book = Table(["decision", "us per MB", "bytes", "us to make again", "tensor", "parameter", "source"], rows)
+    book = Table(["decision", "us per MB", "bytes", "us to have again", "tensor", "parameter", "source"], rows)
     return [
         ("Memory with nothing recomputed", timeline_figure(memory_timeline(before), inputs_by_argument(before))),
         ("Recompute by return on investment", book.html()),
@@ -89,6 +89,7 @@ def cards(compiled: "Compiled") -> list[Card]:
     return [
         Card("Compute", show_flops(cost.flops), " · ".join(phases)),
         Card("Peak above inputs", show_bytes(memory.peak), f"at {memory.peak_node}; {show_bytes(memory.total)} in all"),
+        *([Card("On the host", show_bytes(memory.host), "offloaded tensors at their most")] if memory.host else []),
         Card(
             "Inputs", show_bytes(memory.inputs), f"{' · '.join(inputs[:4])}; {len(compiled.donated)} written in place"
         ),

@@ -113,4 +113,5 @@ def _tooltip(sample: Sample, base: int) -> str:
     ]
     where = ", ".join(str(f) for f in facts if f)
     total = f"{show_bytes(base + sample.total)} in all, {show_bytes(sample.total)} above inputs"
-    return f"{node.name} = {op_name(node)} ({where}): {total}" + (f" = {' + '.join(kinds)}" if kinds else "")
+    host = f"; {show_bytes(sample.host)} offloaded to the host" if sample.host else ""
+    return f"{node.name} = {op_name(node)} ({where}): {total}" + (f" = {' + '.join(kinds)}" if kinds else "") + host

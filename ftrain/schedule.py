@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import fx
 
 from ftrain.communication import node_sends
-from ftrain.liveness import plan_memory, storages_of
+from ftrain.liveness import on_host, plan_memory, storages_of
 from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes
@@ -253,7 +253,7 @@ class _Memory:
         results = set(output.all_input_nodes)
         self._left: dict[int, int] = {}
         self._uses: list[list[int]] = [[] for _ in nodes]
-        self._kept = {s for n in nodes if n.op != "call_function" for s, _ in storages_of(n)}
+        self._kept = {s for n in nodes if n.op != "call_function" or on_host(n) for s, _ in storages_of(n)}
         self._kept |= {s for n in results for s, _ in storages_of(n)}
         for i, node in enumerate(nodes):
             for user in [node, *(u for u in node.users if u in index)]:

@@ -30,7 +30,7 @@ from ftrain.optim.transform import (
 from ftrain.tree import Tree
 
 Adjust = Literal["original", "match_rms_adamw"]
-_SMALL = 1 << 18  # elements of a matrix
+_SMALL = 1 << 18  # elements that are orthogonalised together: their stack and its products are memory, too
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; singular values end in about [0.7, 1.2], not at 1
 
 
@@ -106,14 +106,15 @@ def orthogonalize_all(gs: Sequence[Tensor], **options: Any) -> list[Tensor]:
     """`orthogonalize` of each; small ones of one shape go together, since their ops cost more than their numbers."""
     together: dict[Any, list[int]] = {}
     for i, g in enumerate(gs):
-        key = (g.shape, g.dtype, g.device) if g.numel() <= _SMALL else i
-        together.setdefault(key, []).append(i)
+        together.setdefault((g.shape, g.dtype, g.device), []).append(i)
     found: dict[int, Tensor] = {}
-    for members in together.values():
-        if len(members) == 1:
-            found[members[0]] = orthogonalize(gs[members[0]], **options)
-        else:
-            found.update(zip(members, orthogonalize(torch.stack([gs[i] for i in members]), **options), strict=True))
+    for (shape, *_), members in together.items():
+        count = max(1, _SMALL // shape.numel())
+        for some in (members[i : i + count] for i in range(0, len(members), count)):
+            if len(some) == 1:
+                found[some[0]] = orthogonalize(gs[some[0]], **options)
+            else:
+                found.update(zip(some, orthogonalize(torch.stack([gs[i] for i in some]), **options), strict=True))
     return [found[i] for i in range(len(gs))]
 
 

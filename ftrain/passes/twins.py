@@ -26,6 +26,9 @@ class Twin(NamedTuple):
 
 TWINS: dict[Callable, Twin] = {adamw_fused: Twin(adamw_in_place, added=((0, 0),), written=((1, 2), (2, 3)))}
 
+PASSED_ON = {_aten.where.self, _aten.add.Tensor}
+"""Ops through which a twin's result may pass on its way to the state."""
+
 
 class _Write(NamedTuple):
     """A copy over an argument of the op, the nodes from the op's result to it, and what chooses between both."""
