@@ -140,7 +140,7 @@ def test_every_digit_and_every_sum_is_trained_on_though_pairs_are_held_out():
 @pytest.mark.parametrize("sizes", [(10, 4, 6), (10, 6, 6)], ids=["digit-direction-language", "digit-language-language"])
 def test_of_a_held_out_combination_any_two_are_trained_on_together(sizes):
     trained = [numbers for numbers in product(*map(range, sizes)) if not tasks.is_held_out(*numbers)]
-    assert 0.8 < len(trained) / np.prod(sizes) < 0.9
+    assert 0.85 < len(trained) / np.prod(sizes) < 0.95
     for one, two in combinations(range(3), 2):
         assert len({(numbers[one], numbers[two]) for numbers in trained}) == sizes[one] * sizes[two]
 

@@ -40,7 +40,7 @@ def case(*values, mesh, how, number, every):
 
 
 CASES = [
-    case(name, mesh=mesh, how=how, number=i, every=6 if name == "mixture" else 3)
+    case(name, mesh=mesh, how=how, number=i, every=8 if name == "mixture" else 4)
     for name in MODELS
     for i, (mesh, how) in enumerate(meshes(experts=name == "mixture"))
 ]
@@ -55,7 +55,7 @@ def test_loss_and_gradients_equal_those_of_one_device(name, mesh, how):
 
 
 OMNI_CASES = [
-    case(mesh=mesh, how=how, number=i, every=9)
+    case(mesh=mesh, how=how, number=i, every=11)
     for i, (mesh, how) in enumerate(meshes(experts=True))
     if not (mesh.sequence == 4 and how == Ulysses())  # its foundation has two heads
 ]
