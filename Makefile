@@ -17,7 +17,7 @@ omni: $(RUN_STAMP)
 	$(BIN)/python experiments/omni_moe.py $(ARGS)
 
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-exhaustive: $(TEST_STAMP)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m exhaustive $(ARGS)
