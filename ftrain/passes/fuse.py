@@ -45,9 +45,10 @@ def fuse_runs(module: fx.GraphModule) -> None:
     parameters. `copy_` to memory that the run reads belongs to it.
     """
     bodies: dict[Any, str] = {}
-    for stretch in list(_stretches(list(module.graph.nodes))):
-        for run in _connected(stretch):
-            if _is_worth_it(run) and _writes_are_plain(run, set(stretch)):
+    for nodes in list(_stretches(list(module.graph.nodes))):
+        stretch = set(nodes)
+        for run in _connected(nodes, stretch):
+            if _is_worth_it(run) and _writes_are_plain(run, stretch):
                 _replace(module, run, stretch, bodies)
     module.graph.lint()
     module.recompile()
@@ -90,9 +91,8 @@ def _is_scalar(node: fx.Node) -> bool:
     return node.meta["val"].numel() <= 1
 
 
-def _connected(stretch: list[fx.Node]) -> list[list[fx.Node]]:
+def _connected(nodes: list[fx.Node], stretch: set[fx.Node]) -> list[list[fx.Node]]:
     """The ops of a stretch (its views left out) in groups that share no value and no memory that is written."""
-    members = set(stretch)
     leader: dict[Any, Any] = {}
 
     def find(x: Any) -> Any:
@@ -101,11 +101,11 @@ def _connected(stretch: list[fx.Node]) -> list[list[fx.Node]]:
             x = leader[x]
         return x
 
-    written = {storage(n.args[0]) for n in stretch if n.target is _COPY}  # type: ignore[arg-type]
-    ops = [n for n in stretch if n.target not in _VIEWS]
+    written = {storage(n.args[0]) for n in nodes if n.target is _COPY}  # type: ignore[arg-type]
+    ops = [n for n in nodes if n.target not in _VIEWS]
     for node in ops:
-        for source in _sources(node, members):
-            if source in members:
+        for source in _sources(node, stretch):
+            if source in stretch:
                 leader[find(source)] = find(node)
             if storage(source) in written:
                 leader[find(storage(source))] = find(node)
@@ -121,10 +121,10 @@ def _is_worth_it(run: list[fx.Node]) -> bool:
     return len(ops) > 1 and (ops[0].device.type != "cpu" or sum(v.nbytes for v in ops) >= _LEAST_BYTES_ON_CPU)
 
 
-def _sources(node: fx.Node, members: set[fx.Node]) -> Iterator[fx.Node]:
+def _sources(node: fx.Node, stretch: set[fx.Node]) -> Iterator[fx.Node]:
     """What an op reads, seen through the views of its stretch."""
     for source in node.all_input_nodes:
-        while source in members and source.target in _VIEWS:
+        while source in stretch and source.target in _VIEWS:
             source = source.all_input_nodes[0]
         yield source
 
@@ -141,11 +141,11 @@ def _writes_are_plain(run: list[fx.Node], stretch: set[fx.Node]) -> bool:
     return all(given[storage(old)] == {old} for old in written)  # type: ignore[arg-type]
 
 
-def _replace(module: fx.GraphModule, run: list[fx.Node], stretch: list[fx.Node], bodies: dict[Any, str]) -> None:
+def _replace(module: fx.GraphModule, run: list[fx.Node], stretch: set[fx.Node], bodies: dict[Any, str]) -> None:
     """Put the run into a body of its own, and call that where the run's last op was."""
     graph, members = module.graph, set(run)
-    results = [n for n in run if _is_needed(n, members, set(stretch))]
-    body, inputs = _body(run, results, set(stretch))
+    results = [n for n in run if _is_needed(n, members, stretch)]
+    body, inputs = _body(run, results, stretch)
     key = _signature(body)
     if key not in bodies:
         bodies[key] = f"fused_{len(bodies)}"
@@ -162,9 +162,11 @@ def _replace(module: fx.GraphModule, run: list[fx.Node], stretch: list[fx.Node],
             moved.append(graph.call_function(operator.getitem, (call, i)))
         moved[-1].meta.update(node.meta)
         node.replace_all_uses_with(moved[-1], delete_user_cb=lambda user: user not in members)
-    _move_views(stretch, members, moved, call)
+    _move_views(moved, stretch)
+    looked_through = [s for n in run for s in n.all_input_nodes if s in stretch and s.target in _VIEWS]
     for node in reversed(run):
         graph.erase_node(node)
+    _erase_unused_views(looked_through, stretch)
 
 
 def _is_needed(node: fx.Node, members: set[fx.Node], stretch: set[fx.Node]) -> bool:
@@ -178,21 +180,26 @@ def _is_needed(node: fx.Node, members: set[fx.Node], stretch: set[fx.Node]) -> b
     return False
 
 
-def _move_views(stretch: list[fx.Node], members: set[fx.Node], moved: list[fx.Node], call: fx.Node) -> None:
-    """Views of results come after the call; those that only the run looked at go."""
-    views = [n for n in stretch if n.target in _VIEWS]
-    at, after = moved[-1] if moved else call, set(moved)
-    for view in views:
-        if view.all_input_nodes[0] in after:
+def _move_views(results: list[fx.Node], stretch: set[fx.Node]) -> None:
+    """Views of the results, and views of these, come after the last result."""
+    if not results:
+        return
+    at, bases = results[-1], list(results)
+    while bases:
+        for view in [u for u in bases.pop().users if u in stretch and u.target in _VIEWS]:
             at.append(view)
             at = view
-            after.add(view)
-    for view in reversed(views):
-        for user in [u for u in view.users if u in members]:
-            user.replace_input_with(view, view.all_input_nodes[0])
-        if not view.users:
+            bases.append(view)
+
+
+def _erase_unused_views(views: list[fx.Node], stretch: set[fx.Node]) -> None:
+    """Views that only the run looked at go, and those that only these looked at."""
+    for view in dict.fromkeys(views):
+        while view in stretch and view.target in _VIEWS and not view.users:
+            base = view.all_input_nodes[0]
             view.graph.erase_node(view)
-            stretch.remove(view)
+            stretch.discard(view)
+            view = base
 
 
 def _body(run: list[fx.Node], results: list[fx.Node], stretch: set[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:

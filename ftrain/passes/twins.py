@@ -15,8 +15,8 @@ _aten = torch.ops.aten
 
 class Twin(NamedTuple):
     """`op(*args)` writes in place what the pure op returns: result i is added to (`added`) or put over (`written`) the
-    argument of that number; pairs of (result, argument). With one argument more, a 0-d
-    bool, it does so where that is true.
+    argument of that number; pairs of (result, argument). With one argument more, a 0-d bool, it does so where that is
+    true.
     """
 
     op: Callable
