@@ -1,15 +1,21 @@
 """Where a NaN or an infinity was born: the step's graph, run node by node until a value is not finite."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from ftrain.interpret import Iteration, interpret
+from ftrain import tree
+from ftrain.interpret import Iteration, Op, interpret, interpret_ranks
 from ftrain.jit import Step, jit
+from ftrain.lockstep import COLLECTIVES
+from ftrain.passes.waits import WAIT
 from ftrain.text import op_name, short_site, show_node, show_value
+from ftrain.trace import is_array
+from sharding.mesh import BASE_AXES, Mesh
 
 # What they leave in memory, or the infinity they write, is not a result of computing.
 _UNWRITTEN = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
@@ -33,7 +39,8 @@ class Finding:
 
     `kind` "NaN" or "infinity"; `node`, `op`, `phase`, `path` (of the parameter that the node is about; of the leaf
     itself if an argument is not finite: then `op` is "input"), `site` (file:line); `count` of `size` elements are not
-    finite; `inputs` of the op; `iterations` of the loops that the node is inside of.
+    finite; `inputs` of the op; `iterations` of the loops that the node is inside of; `rank`: of a virtual mesh, and
+    its place on the axes.
     """
 
     kind: str
@@ -47,9 +54,11 @@ class Finding:
     line: str
     inputs: tuple[Range, ...]
     iterations: tuple[Iteration, ...]
+    rank: str = ""
 
     def __str__(self) -> str:
         where = "".join(f", in round {i.round} of {i.loop}" for i in self.iterations)
+        where += f", on {self.rank}" if self.rank else ""
         if self.op == "input":
             return f"argument leaf {self.path!r} holds {self.kind} in {self.count} of {self.size} elements: {self.line}"
         head = f"first {self.kind} in the {self.phase} phase at {self.site or 'an unknown line'}{where}"
@@ -59,11 +68,6 @@ class Finding:
         return "\n".join([head, made, *(["from inputs"] if rows else []), *rows])
 
 
-class _Found(Exception):
-    def __init__(self, finding: Finding) -> None:
-        self.finding = finding
-
-
 def check_finite(step: Step | Callable, *args: Any) -> Finding | None:
     """Run the step's graph node by node and return the first node that made a NaN or an infinity; None if none did.
 
@@ -71,33 +75,90 @@ def check_finite(step: Step | Callable, *args: Any) -> Finding | None:
     leaves are copied first. A NaN counts always. An infinity counts unless it is meant: written by a fill or `where`
     (as masks do), or handed on from an input that already held one. An argument leaf that holds either is found before
     anything is run. Print the finding for one paragraph with op, parameter path, source line and ranges of the inputs.
+
+    On a virtual mesh all ranks run side by side, collectives included, and the finding names the rank. On a mesh of
+    processes all call this together; each runs to the end, and returns what its own rank met.
     """
     step = step if isinstance(step, Step) else jit(step)
-    compiled, leaves = step.lower(*args), step.flat_inputs(*args)
-    for path, leaf in zip(compiled.traced.input_paths, leaves, strict=True):
+    compiled = step.lower(*args)
+    ranks = step.rank_inputs(*args)
+    virtual = compiled.mesh is not None and compiled.mesh.kind == "virtual"
+    own = [leaf for leaf in tree.leaves(args) if is_array(leaf)] if virtual else ranks[0]
+    for path, leaf in zip(compiled.traced.input_paths, own, strict=False):
         if (bad := _not_finite(leaf, inf=True)) is not None:
             line = f"{show_value(leaf)}, {_describe(_range(path, path, leaf))}"
             return Finding(*bad[:1], path, "input", "input", path, "", bad[1], leaf.numel(), line, (), ())
+    if virtual:
+        assert compiled.mesh is not None
+        return _first_of_ranks(compiled.graph, ranks, compiled.mesh)
+    return _first(compiled.graph, ranks[0], to_the_end=compiled.mesh is not None)
+
+
+class _Found(Exception):
+    def __init__(self, finding: Finding) -> None:
+        self.finding = finding
+
+
+def _first(module: fx.GraphModule, inputs: Sequence[Tensor], *, to_the_end: bool) -> Finding | None:
+    """`to_the_end`: other ranks wait for this one, so go on after something was found."""
+    found: list[Finding] = []
+
+    def visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        op = Op(node, inside, args, kwargs)
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if not found and not _on_its_way(node):
+            inherited = node.target is not WAIT and _hold_infinity([op])
+            found.extend(filter(None, [_finding_in(op, value, inherited=inherited)]))
+        if found and not to_the_end:
+            raise _Found(found[0])
+        return value
+
+    with suppress(_Found):
+        interpret(module, inputs, visit)
+    return found[0] if found else None
+
+
+def _on_its_way(node: fx.Node) -> bool:
+    """A message whose memory is written when it has been waited for."""
+    return any(user.target is WAIT for user in node.users)
+
+
+def _first_of_ranks(module: fx.GraphModule, ranks: Sequence[Sequence[Tensor]], mesh: Mesh) -> Finding | None:
+    def look(ops: Sequence[Op], values: Sequence[Any]) -> None:
+        collective = ops[0].node.target in COLLECTIVES
+        for rank, (op, value) in enumerate(zip(ops, values, strict=True)):
+            finding = _finding_in(op, value, inherited=_hold_infinity(ops if collective else [op]))
+            if finding is not None:
+                raise _Found(replace(finding, rank=_show_rank(mesh, rank)))
+
     try:
-        interpret(compiled.graph, leaves, _visit)
+        interpret_ranks(module, ranks, mesh, look)
     except _Found as found:
         return found.finding
     return None
 
 
-def _visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-    value = node.target(*args, **kwargs)  # type: ignore[operator]
-    name = op_name(node).split(".")[0]
+def _show_rank(mesh: Mesh, rank: int) -> str:
+    return f"rank {rank} ({', '.join(f'{axis} {mesh.coordinate(rank, axis)}' for axis in BASE_AXES)})"
+
+
+def _finding_in(op: Op, value: Any, *, inherited: bool) -> Finding | None:
+    """What is wrong with the value of an op; `inherited`: it was given an infinity."""
+    name = op_name(op.node).split(".")[0]
     if name in _UNWRITTEN:
-        return value
-    given = _named_inputs(node, args, kwargs)
-    inherited = any(bool(torch.isinf(t).any()) for _, t in given if t.is_floating_point())
+        return None
     for v in value if isinstance(value, list | tuple) else [value]:
         bad = _not_finite(v, inf=not inherited and name not in _CONSTANTS)
         if bad is not None:
+            given = _named_inputs(op.node, op.args, op.kwargs)
             ranges = tuple(_range(n.name, n.meta.get("path") or "", t) for n, t in given)
-            raise _Found(_finding(node, bad, v, ranges, inside))
-    return value
+            return _finding(op.node, bad, v, ranges, op.inside)
+    return None
+
+
+def _hold_infinity(ops: Sequence[Op]) -> bool:
+    given = (t for op in ops for _, t in _named_inputs(op.node, op.args, op.kwargs))
+    return any(bool(torch.isinf(t).any()) for t in given if t.is_floating_point())
 
 
 def _finding(

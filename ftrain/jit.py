@@ -185,6 +185,13 @@ class Step:
         arrays = [leaf for leaf in leaves if is_array(leaf)]
         return [x.clone() if i in compiled.donated else x.contiguous() for i, x in enumerate(arrays)]
 
+    def rank_inputs(self, *args: Any) -> list[list[Tensor]]:
+        """As `flat_inputs`, for each rank that this process runs: all of a virtual mesh, elsewhere one."""
+        if self._sharded is None or self._sharded.plan.mesh.kind != "virtual":
+            return [self.flat_inputs(*args)]
+        leaves, treedef = tree.flatten(args)
+        return self._sharded.divided(self._find(args, leaves, treedef), leaves)
+
     def init(self, fn: Callable, *args: Any) -> Any:
         """Create a state: `fn(*args)` run as a graph, so that each leaf is made on its own and nothing else is kept.
 

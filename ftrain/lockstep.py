@@ -45,7 +45,7 @@ def lockstep_program(module: fx.GraphModule, mesh: Mesh) -> Callable[[Sequence[S
     RuntimeError if ranks stand at different collectives, which a pass that depends on the rank would cause.
     """
     start = _generator_of(module)
-    groups = _GroupTable(mesh)
+    groups = GroupTable(mesh)
 
     def run(inputs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         with torch.no_grad(), below_autograd():
@@ -55,7 +55,7 @@ def lockstep_program(module: fx.GraphModule, mesh: Mesh) -> Callable[[Sequence[S
     return run
 
 
-def _drive(ranks: list[RankGenerator], groups: "_GroupTable") -> list[list[Tensor]]:
+def _drive(ranks: list[RankGenerator], groups: "GroupTable") -> list[list[Tensor]]:
     answers: list[Any] = [None] * len(ranks)
     results: list[list[Tensor] | None] = [None] * len(ranks)
     while True:
@@ -73,7 +73,7 @@ def _drive(ranks: list[RankGenerator], groups: "_GroupTable") -> list[list[Tenso
         answers = exchange(requests, groups)
 
 
-def exchange(requests: list[Request | None], groups: "_GroupTable") -> list[Any]:
+def exchange(requests: list[Request | None], groups: "GroupTable") -> list[Any]:
     """What each rank gets from the collective that all ranks stand at."""
     ops = {None if r is None else (r.op, r.args[-1]) for r in requests}
     if len(ops) != 1 or None in ops:
@@ -87,7 +87,7 @@ def exchange(requests: list[Request | None], groups: "_GroupTable") -> list[Any]
     return answers
 
 
-class _GroupTable:
+class GroupTable:
     """From the name of a group, as graphs have it, to the members of all groups of that name."""
 
     def __init__(self, mesh: Mesh) -> None:

@@ -96,8 +96,7 @@ class ShardedStep:
         return compiled.traced.assemble(runs(compiled, leaves))
 
     def _run_virtual(self, compiled: Compiled, leaves: list[Any]) -> list[Tensor]:
-        arguments = [self.argument(path, leaf) for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)]
-        results = compiled.run_ranks(self._divide(arguments, leaves), self.plan.mesh)
+        results = compiled.run_ranks(self.divided(compiled, leaves), self.plan.mesh)
         slots = compiled.donated_slots
         give_away([leaves[slot] for slot in slots], [compiled.leaf_paths[slot] for slot in slots])
         columns = zip(compiled.traced.output_paths, zip(*results, strict=True), strict=True)
@@ -211,8 +210,9 @@ class ShardedStep:
             part = self._share(torch.zeros_like(example, device="cpu"), argument, tokens, 0)
         return Aval(tuple(part.shape), leaf.dtype, Aval.of(leaf).device)
 
-    def _divide(self, arguments: Sequence[Argument], leaves: Sequence[Any]) -> list[list[Tensor]]:
-        """The tensors of every rank, coordinates last, from whole ones; each in memory of its own."""
+    def divided(self, compiled: Compiled, leaves: Sequence[Any]) -> list[list[Tensor]]:
+        """What the graph of every rank takes, from the whole leaves of a call; each in memory of its own."""
+        arguments = [self.argument(path, leaf) for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)]
         tokens = self._tokens(arguments, leaves)
         ranks = []
         for rank in range(self.plan.mesh.size):

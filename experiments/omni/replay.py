@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-import ftrain
-from experiments.omni import job, training
+from experiments.omni import job
 from ftrain.survive.replay import Replayable
 from sharding import Mesh
 
@@ -33,12 +32,10 @@ def replayable(config: Mapping[str, Any]) -> Replayable:
         plan=config.get("plan"),
         say=print,
     )
-    step = training.train_step(made.model, made.transform, made.tasks, training.loss_weights(made.tasks))
     return Replayable(
         step=made.step,
         abstract_state=made.abstract_state(),
         fresh_state=lambda: made.fresh_state(print),
         batch_at=made.batches.at,
         device=made.device,
-        one_device=None if mesh is None else ftrain.jit(step, backend=config["backend"]),
     )

@@ -9,6 +9,7 @@ one would take the other's unfinished step for a leftover.
 import hashlib
 import json
 import logging
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -33,14 +34,16 @@ class Bucket(Place):
 
     def __init__(self, url: str, options: Mapping[str, Any] = MappingProxyType({})) -> None:
         """`options` go into tensorstore's spec of the kvstore, as `endpoint`, `aws_region`, `aws_credentials` for S3;
-        without any the environment decides. ValueError: the URL is none of these.
+        what they do not say the environment decides, as AWS_ENDPOINT_URL and AWS_REGION for S3. ValueError: the URL is
+        none of these.
         """
         found = urlsplit(url)
         if found.scheme not in _DRIVERS or not found.netloc:
             known = ", ".join(f"{scheme}://..." for scheme in _DRIVERS)
             raise ValueError(f"{url!r} is no place for checkpoints: give a path, or one of {known}")
         self._url = url.rstrip("/")
-        self._spec: KvSpec = {"driver": _DRIVERS[found.scheme], **options}
+        known_here = _of_environment() if found.scheme == "s3" else {}
+        self._spec: KvSpec = {"driver": _DRIVERS[found.scheme], **known_here, **options}
         path = found.path.strip("/")
         if found.scheme == "memory":
             path = join([found.netloc, path])
@@ -74,6 +77,13 @@ class Bucket(Place):
         if found.state != "value":
             raise FileNotFoundError(f"{self.show(name)} is missing")
         return found.value
+
+    def files(self, folder: str) -> list[str]:
+        names = (name.removeprefix(f"{folder}/") for name in self._names(f"{folder}/"))
+        return [name for name in names if "/" not in name]
+
+    def write(self, name: str, content: bytes) -> None:
+        self._root.write(name, content).result()
 
     def wrong(self, folder: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
         here = {name.removeprefix(f"{folder}/") for name in self._names(f"{folder}/")}
@@ -153,6 +163,16 @@ class Bucket(Place):
     def _delete(self, names: Iterable[str]) -> None:
         for future in [self._root.write(name, None) for name in names]:
             future.result()
+
+
+def _of_environment() -> KvSpec:
+    """What tensorstore does not read from the environment by itself: a server of one's own."""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return {
+        **({"endpoint": endpoint} if endpoint else {}),
+        **({"aws_region": region} if region else {}),
+    }
 
 
 class _NoLock(Lock):

@@ -37,10 +37,15 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Give `path` this content at once: a reader sees the old text or the new one, also after a crash."""
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Give `path` this content at once: a reader sees the old one or the new one, also after a crash."""
     new = temporary(path)
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(new, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)

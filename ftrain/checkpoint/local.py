@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from ftrain.checkpoint.durable import make_folder, publish, remove_folder, sync_path, sync_tree, write_text
+from ftrain.checkpoint.durable import make_folder, publish, remove_folder, sync_path, sync_tree, write_bytes, write_text
 from ftrain.checkpoint.folders import LATEST, MANIFEST, leftovers, named_step, step_folder, steps_of, temporary
 from ftrain.checkpoint.lock import WriterLock
 from ftrain.checkpoint.place import HASHED_BYTES, NO_RECORDS, FileRecord, KvSpec, Lock, Place, Records
@@ -43,6 +43,14 @@ class LocalFolder(Place):
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
+
+    def files(self, folder: str) -> list[str]:
+        here = self.root / folder
+        return sorted(path.name for path in here.iterdir() if path.is_file()) if here.is_dir() else []
+
+    def write(self, name: str, content: bytes) -> None:
+        make_folder((self.root / name).parent)
+        write_bytes(self.root / name, content)
 
     def wrong(self, folder: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
         for name, record in files.items():

@@ -60,6 +60,14 @@ class Place(ABC):
         """The content of a small file; FileNotFoundError."""
 
     @abstractmethod
+    def files(self, folder: str) -> list[str]:
+        """The names of the files in a folder, those of its sub-folders left out; empty when there is no such folder."""
+
+    @abstractmethod
+    def write(self, name: str, content: bytes) -> None:
+        """Give a small file beside the steps this content: a reader sees the old one or the new one."""
+
+    @abstractmethod
     def wrong(self, folder: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
         """The first of a folder's files that is not as recorded, and how: "is missing", "has 3 bytes instead of 5", ...
         `hashed`: read the small ones and compare their hashes.

@@ -1,19 +1,20 @@
 """From a folder in Hugging Face's format to a checkpoint, and back, in little memory: `ftrain convert`."""
 
 import ctypes
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ftrain.checkpoint import latest
 from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.folders import step_folder
-from ftrain.hf.files import CONFIG, HfFolder, read_json
+from ftrain.checkpoint.local import LocalFolder
+from ftrain.checkpoint.place import Place
+from ftrain.checkpoint.roots import Root, open_place
+from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_json
 from ftrain.hf.load import check_fit, read_parts, stored_dtypes
 from ftrain.hf.save import HfWriter
 from ftrain.hf.shards import Entry, cast_dtype, parse_size
@@ -32,15 +33,15 @@ _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 class Convert:
     """Convert weights between Hugging Face's format and checkpoints, in memory that does not grow with the model.
 
-    Either --from-hf DIR --to DIR, or --from-ckpt DIR [--to-hf DIR].
+    Either --from-hf DIR --to DIR, or --from-ckpt DIR [--to-hf DIR]. Checkpoints may be in a bucket (s3://, gs://).
     """
 
     from_hf: Path | None = None
     """A folder with config.json and safetensors."""
-    to: Path | None = None
-    """With --from-hf: the folder of checkpoints; it gets global_step_N, and the small files in model_assets."""
-    from_ckpt: Path | None = None
-    """A folder of checkpoints, which holds global_step_N."""
+    to: str | None = None
+    """With --from-hf: the folder or URL of checkpoints; it gets global_step_N, and the small files in model_assets."""
+    from_ckpt: str | None = None
+    """A folder or URL of checkpoints, which holds global_step_N."""
     to_hf: Path | None = None
     """With --from-ckpt: the folder to write. Default: hf_ckpt in the step's own folder."""
     step: int | None = None
@@ -81,7 +82,7 @@ def run(options: Convert) -> int:
 
 
 def hf_to_checkpoint(
-    folder: Path, root: Path, *, step: int = 0, params: str = "params", dtype: torch.dtype | None = None
+    folder: Path, root: Root, *, step: int = 0, params: str = "params", dtype: torch.dtype | None = None
 ) -> None:
     """Write the decoder in `folder` as step `step` of the checkpoints in `root`, its parameters at path `params`.
 
@@ -105,12 +106,15 @@ def hf_to_checkpoint(
         return {f"{params}.{p}": t for p, t in read_parts(here, wanted, names, parts).items()}
 
     largest = max(file.stat().st_size for file in {stored.file for stored in here.tensors.values()})
-    save_stream(root, step, leaves, produce, limit=_part_bytes(largest))
-    _copy_assets(here.path, root / ASSETS)
+    place = open_place(root)
+    save_stream(place, step, leaves, produce, limit=_part_bytes(largest))
+    for file in sorted(here.path.iterdir()):
+        if file.is_file() and _is_asset(file.name):
+            place.write(f"{ASSETS}/{file.name}", file.read_bytes())
 
 
 def checkpoint_to_hf(
-    root: Path,
+    root: Root,
     folder: Path | None = None,
     *,
     step: int | None = None,
@@ -127,24 +131,41 @@ def checkpoint_to_hf(
 
     Raises `ValueError` where the configuration and the saved leaves do not fit; `DamagedCheckpoint`.
     """
-    assets = root / ASSETS
-    described = read_json(assets / CONFIG if config is None else config)
-    step = latest(root) if step is None else step
+    place = open_place(root)
+    described = _saved_config(place) if config is None else read_json(config)
+    step = place.latest() if step is None else step
     if step is None:
-        raise ValueError(f"{root} holds no checkpoint: it has no folder global_step_N with a manifest")
+        raise ValueError(f"{place.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
     cfg = decoder_config(described)
     names = decoder_names(cfg)
-    saved = SavedArrays(root, step, params)
-    stored = _stored(saved, f"step {step} of {root}", params, dict(leaves_with_paths(decoder.specs(cfg))))
+    folder = _own_folder(place, step) if folder is None else folder
+    saved = SavedArrays(place, step, params)
+    stored = _stored(saved, f"step {step} of {place.show()}", params, dict(leaves_with_paths(decoder.specs(cfg))))
     entries = {path: Entry(leaf.shape, cast_dtype(leaf.dtype, dtype)) for path, leaf in stored.items()}
-    folder = step_folder(root, step) / "hf_ckpt" if folder is None else folder
     with HfWriter(folder, described, entries, names, max_shard=max_shard) as writer:
         for group in _parts_to_write(saved, params, writer, stored, _part_bytes(parse_size(max_shard))):
             for path, values in saved.read(group).items():
                 writer.write(path.removeprefix(f"{params}."), values, start=group[path].start)
     if config is None:
-        _copy_assets(assets, folder, leave_out=(CONFIG,))
+        for name in filter(_is_asset, place.files(ASSETS)):
+            if name != CONFIG:
+                (folder / name).write_bytes(place.read(f"{ASSETS}/{name}"))
     return folder
+
+
+def _saved_config(place: Place) -> dict[str, Any]:
+    name = f"{ASSETS}/{CONFIG}"
+    try:
+        return parse_json(place.read(name), place.show(name))
+    except FileNotFoundError:
+        raise ValueError(f"{place.show(name)} is missing: give the config.json of the model with --config") from None
+
+
+def _own_folder(place: Place, step: int) -> Path:
+    """`hf_ckpt` of the step."""
+    if not isinstance(place, LocalFolder):
+        raise ValueError(f"{place.show()} is in no file system of this machine: say where to write with --to-hf DIR")
+    return step_folder(place.root, step) / "hf_ckpt"
 
 
 def _give_freed_memory_back() -> None:
@@ -204,10 +225,6 @@ def _by_file(here: HfFolder, wanted: Iterable[str], names: tuple[HfTensor, ...])
     return sorted(wanted, key=lambda path: first[path])
 
 
-def _copy_assets(source: Path, target: Path, *, leave_out: tuple[str, ...] = ()) -> None:
-    """The small files beside the weights."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        weights = file.name.endswith(".index.json")
-        if file.is_file() and file.suffix in _ASSET_SUFFIXES and not weights and file.name not in leave_out:
-            shutil.copyfile(file, target / file.name)
+def _is_asset(name: str) -> bool:
+    """Of the small files beside the weights: configurations, the tokenizer."""
+    return Path(name).suffix in _ASSET_SUFFIXES and not name.endswith(".index.json")

@@ -98,13 +98,20 @@ class HfFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `ValueError` names the file if it is missing or is not one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: give a folder in Hugging Face's format") from None
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, shown: str) -> dict[str, Any]:
+    """The object that a JSON file `shown` holds; `ValueError` names the file if it is not one."""
+    try:
+        found = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+        raise ValueError(f"{shown} is not JSON ({error}): copy it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not an object: copy it again")
+        raise ValueError(f"{shown} holds a {type(found).__name__}, not an object: copy it again")
     return found
 
 

@@ -93,12 +93,16 @@ class SavedArrays:
         self._place = open_place(root)
         here = self._place.steps()
         if step not in here:
-            raise ValueError(f"{root} holds no step {step}; it holds {', '.join(map(str, here)) or 'none'}")
+            raise ValueError(
+                f"{self._place.show()} holds no step {step}; it holds {', '.join(map(str, here)) or 'none'}"
+            )
         manifest = manifests.load(self._place, step)
         self.arrays = {path: leaf for path, leaf in manifest.arrays.items() if path.startswith(f"{below}.")}
         if not self.arrays:
             tops = sorted({path.split(".")[0] for path in manifest.arrays})
-            raise ValueError(f"step {step} of {root} has no tensors below {below!r}; it has {', '.join(tops)}")
+            raise ValueError(
+                f"step {step} of {self._place.show()} has no tensors below {below!r}; it has {', '.join(tops)}"
+            )
         self._folder = join([step_name(step), manifest.base])
         parts = {leaf.part for leaf in self.arrays.values()}
         files = {name: record for name, record in manifest.files.items() if name.split("/", 1)[0] in parts}

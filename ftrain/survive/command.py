@@ -44,4 +44,4 @@ def run(options: Replay) -> int:
 def _sound(step: int, loss: float) -> str:
     if math.isfinite(loss):
         return f"step {step}: every node's values are finite"
-    return f"step {step}: on one device every node's values are finite, so what the mesh adds has made the loss {loss}"
+    return f"step {step}: no node has computed a NaN or an infinity, so a fill or a where has made the loss {loss}"

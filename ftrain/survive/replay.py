@@ -31,10 +31,9 @@ class Replayable:
     """What a run is made of, in one process.
 
     `step`: `(state, batch) -> (state, metrics)`, jitted, on the mesh of the run; `metrics` has a scalar `loss`, and
-    further scalars are compared where `metrics.jsonl` has the same names. `one_device`: the same step without a mesh
-    (None: `step` has none). `abstract_state`: its leaves give shapes and dtypes. `fresh_state()`: the state at step 0,
-    as the run began. `batch_at(position)`: the whole batch at a position in the order of the data. `device`: of the
-    run.
+    further scalars are compared where `metrics.jsonl` has the same names. `abstract_state`: its leaves give shapes and
+    dtypes. `fresh_state()`: the state at step 0, as the run began. `batch_at(position)`: the whole batch at a position
+    in the order of the data. `device`: of the run.
     """
 
     step: Step
@@ -42,7 +41,6 @@ class Replayable:
     fresh_state: Callable[[], Any]
     batch_at: Callable[[int], Any]
     device: torch.device
-    one_device: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ def replay(
 
     A bad step is run as it was met, with the batch that it left and on the batches that led to it, also if the run has
     gone back since then and left them out; `kept`: as it was run after that. With `check`, before the numbers of the
-    last step comes a `Finding`: the first node of its graph that made a value which is not finite, if there is one. On
-    a mesh this is the graph of one device.
+    last step comes a `Finding`: the first node of its graph that made a value which is not finite, if there is one; on
+    a mesh with the rank.
 
     Raises:
         ValueError: the run has not come to this step.
@@ -119,7 +117,7 @@ def replay(
     for number in range(start + 1, step + 1):
         batch = _batch_of(made, run, number, then, evidence, say)
         if check and number == step:
-            found = check_finite(made.one_device or made.step, state, batch)
+            found = check_finite(made.step, state, batch)
             if found is not None:
                 yield found
         state, metrics = made.step(state, batch)

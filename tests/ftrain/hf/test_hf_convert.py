@@ -49,6 +49,27 @@ def test_there_and_back_gives_equal_folders(family: str, dtype: torch.dtype, tmp
     assert contents(tmp_path / "back") == expected
 
 
+def test_there_and_back_through_a_bucket(
+    s3: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3["endpoint"])
+    monkeypatch.setenv("AWS_REGION", s3["aws_region"])
+    cfg = theirs(tmp_path / "hf")
+    convert("--from-hf", tmp_path / "hf", "--to", "s3://runs/converted", "--step", 2)
+    restored = checkpoint.restore({"params": abstract(specs(cfg, torch.bfloat16))}, "s3://runs/converted")
+    torch.testing.assert_close(
+        restored["params"], load_hf(tmp_path / "hf", specs(cfg, torch.bfloat16), decoder_names(cfg)), rtol=0, atol=0
+    )
+    convert("--from-ckpt", "s3://runs/converted", "--to-hf", tmp_path / "back", "--max-shard", "40KB")
+    expected = contents(tmp_path / "hf")
+    del expected["image.png"]
+    assert contents(tmp_path / "back") == expected
+    assert main(["convert", "--from-ckpt", "s3://runs/converted"]) == 2
+    assert "s3://runs/converted is in no file system of this machine: say where to write" in capsys.readouterr().err
+    assert main(["convert", "--from-ckpt", "s3://runs/nothing", "--to-hf", str(tmp_path / "none")]) == 2
+    assert "s3://runs/nothing/model_assets/config.json is missing: give the config.json" in capsys.readouterr().err
+
+
 def test_restore_reads_what_was_converted(tmp_path: Path) -> None:
     cfg = theirs(tmp_path / "hf")
     convert("--from-hf", tmp_path / "hf", "--to", tmp_path / "run", "--step", 7, "--params", "params.foundation")

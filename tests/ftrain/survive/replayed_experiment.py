@@ -49,7 +49,6 @@ def made_of(mesh: Mesh | None) -> Replayable:
         fresh_state=lambda: step.init(lambda k: ftrain.TrainState.create(ftrain.init(SPECS, k), TX), ftrain.key(5)),
         batch_at=batch_at,
         device=torch.device("cpu"),
-        one_device=None if mesh is None else ftrain.jit(train_step),
     )
 
 

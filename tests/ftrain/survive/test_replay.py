@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from replayed_experiment import batch_at, train
+from replayed_experiment import batch_at, made_of, train
 from survive_processes import exit_codes
 
 from ftrain import checkpoint
 from ftrain.command import main
+from ftrain.debug import check_finite
 from ftrain.survive import evidence
 from ftrain.survive.evidence import Evidence, leave_evidence, read_batch, read_evidence
 from ftrain.survive.replay import Replayed, load_run, replay
@@ -33,11 +34,17 @@ def test_every_step_has_its_numbers_again(tmp_path, mesh):
 
 def in_two_processes(rank, folder):
     train(folder / "run", mesh=Mesh(1, 2), rank=rank)
+    made, batch = made_of(Mesh(1, 2)), batch_at(0)
+    batch["x_TD"][8, 2] = 1e30
+    found = check_finite(made.step, made.fresh_state(), made.step.share(batch))
+    (folder / f"found_by_{rank}.txt").write_text(str(found))
 
 
 def test_a_run_of_two_processes_is_replayed_in_one(tmp_path):
     (tmp_path / "run").mkdir()
     assert exit_codes(in_two_processes, tmp_path) == [0, 0]
+    assert "first infinity in the forward phase" in (tmp_path / "found_by_1.txt").read_text(), "its share went wrong"
+    assert "first infinity in the forward phase" not in (tmp_path / "found_by_0.txt").read_text()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["mesh"] == [1, 2, 1]
     for step in (1, 4, 6):
         assert all(r.equal for r in numbers(tmp_path / "run", step))
@@ -93,6 +100,7 @@ def test_the_first_node_that_went_wrong_is_named(tmp_path, capsys, mesh):
     assert "step 4 was bad: the loss is nan; with the batch it left, from position 3" in said
     assert "which the data no longer gives: x_TD differ" in said
     assert "first infinity in the forward phase at" in said
+    assert ("on rank 0 (replicate 0, shard 0, sequence 0)" in said) == (mesh is not None)
     assert "replayed_experiment.py:" in said
     assert "params.up" in said
 

@@ -1,0 +1,78 @@
+"""A node is lost for good: torchrun starts the job again on those that are left, and it goes on from its checkpoint."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from elastic_job import HOLD, STEPS, train
+
+from ftrain import checkpoint
+
+JOB = Path(__file__).with_name("elastic_job.py")
+ROOT = JOB.parents[2]
+QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+"""How long agents wait for more nodes, and how soon one counts as lost; their defaults are for networks."""
+
+
+def losses(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+
+
+def start_node(run: Path, port: int, log, *, lost: bool) -> subprocess.Popen:
+    """`lost`: it will be killed; the other one is where the nodes meet."""
+    elastic = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "2", "--monitor-interval", "0.1"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *elastic,
+        *meeting,
+        "--rdzv-conf",
+        f"{QUICK},is_host={int(not lost)}",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env |= {"HOLD": "1"} if lost else {}
+    return subprocess.Popen([*command, str(JOB), str(run)], cwd=ROOT, stdout=log, stderr=log, env=env)
+
+
+def kill_node(agent: subprocess.Popen) -> None:
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    for pid in (agent.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
+def test_a_run_goes_on_with_the_ranks_that_are_left(tmp_path):
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    alone.mkdir()
+    run.mkdir()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with (tmp_path / "log").open("w+") as log:
+        nodes = [start_node(run, port, log, lost=lost) for lost in (False, True)]
+        try:
+            train(alone, None)
+            deadline = time.monotonic() + 120
+            while checkpoint.latest(run / "checkpoints") != HOLD - 1:
+                assert all(node.poll() is None for node in nodes), (tmp_path / "log").read_text()[-3000:]
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.1)
+            kill_node(nodes[1])
+            assert nodes[0].wait(timeout=120) == 0, (tmp_path / "log").read_text()[-3000:]
+        finally:
+            for node in nodes:
+                if node.poll() is None:
+                    kill_node(node)
+    found, expected = losses(run), losses(alone)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    assert [row["ranks"] for row in found] == [2] * (HOLD - 1) + [1] * (STEPS - HOLD + 1)
+    for row, wanted in zip(found, expected, strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
