@@ -14,8 +14,9 @@ from mesh_models import dense, mixture, on_one_device, plan_for
 
 import ftrain
 from ftrain import optim, tree
+from ftrain.checkpoint import Checkpointer, Ranks
 from ftrain.meter import measure_peak
-from modules import decoder
+from modules import decoder, spec
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
 from sharding import Layout, Mesh, Plan, Ring
@@ -51,8 +52,10 @@ def _process(rank, function, world, timeout, args, found):
     dist.destroy_process_group()
 
 
-def equal_steps(rank, world, found):
-    """Loss and gradients of one step on each mesh, and the losses of twenty steps of training on the first."""
+def equal_steps(rank, world, folder, found):
+    """Loss and gradients of one step on each mesh, and the losses of twenty steps of training on the first, the last
+    ten of them a second time from a checkpoint.
+    """
     for mesh in MESHES[world]:
         how = Layout(sequence=Ring()) if mesh.sequence == 4 else Layout()
         model = mixture(layers=1)
@@ -66,12 +69,13 @@ def equal_steps(rank, world, found):
         if rank == 0:
             found[str(mesh)] = (float(((loss - one[0]) / one[0]).abs()), max(off))
     model, tx = dense(layers=1), optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(3e-3))
-    losses = _train(model, tx, MESHES[world][0], rank)
+    losses, again = _train(model, tx, MESHES[world][0], folder)
     if rank == 0:
-        found["curves"] = [_train(model, tx, None, rank), losses]
+        found["curves"], found["again"] = [_train(model, tx, None, folder / "alone")[0], losses], again
 
 
-def _train(model, tx, mesh, rank):
+def _train(model, tx, mesh, folder):
+    """The losses of twenty steps, and those of the last ten after a restore of the tenth."""
     def step(state, batch):
         (loss, _), grads = ftrain.value_and_grad(model.loss, has_aux=True)(state.params, batch)
         return state.apply(tx, grads), loss
@@ -79,22 +83,33 @@ def _train(model, tx, mesh, rank):
     plan = None if mesh is None else plan_for(model, mesh)
     jitted = ftrain.jit(step, plan=plan, donate="state")
     state = jitted.init(lambda key: ftrain.TrainState.create(ftrain.init(model.specs, key), tx), ftrain.key(3))
-    losses = []
-    for _ in range(20):
-        state, loss = jitted(state, jitted.share(model.batch(4)))
-        losses.append(float(loss))
-    return losses
+    abstract = jitted.abstract(ftrain.TrainState.create(spec.abstract(model.specs), tx))
+
+    def train(state, steps):
+        losses = []
+        for _ in range(steps):
+            state, loss = jitted(state, jitted.share(model.batch(4)))
+            losses.append(float(loss))
+        return state, losses
+
+    with Checkpointer(folder, ranks=None if mesh is None else Ranks.of_run()) as checkpoints:
+        state, first = train(state, 10)
+        checkpoints.save(state, 10)
+        _, then = train(state, 10)
+        _, again = train(checkpoints.restore(abstract), 10)
+    return first + then, again
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_compute_what_one_device_computes(world):
-    found = run(equal_steps, world, world)
+def test_processes_compute_what_one_device_computes_and_resume_to_the_bit(world, tmp_path):
+    found = run(equal_steps, world, world, tmp_path)
     for mesh in MESHES[world]:
         loss, gradients = found[str(mesh)]
         assert loss < 1e-6, mesh
         assert gradients < 1e-5, mesh
     assert found["curves"][1] == pytest.approx(found["curves"][0], rel=2e-5)
     assert found["curves"][0][-1] < found["curves"][0][0]
+    assert found["again"] == found["curves"][1][10:]
 
 
 def wide():
