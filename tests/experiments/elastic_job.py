@@ -1,7 +1,7 @@
 """A training job for torchrun on however many ranks there are: `elastic_job.py RUN`.
 
-It goes on from the latest checkpoint, saves every step, and notes each step's ranks and loss in RUN/losses.jsonl. A
-process with HOLD in its environment stops at step HOLD and waits to be killed.
+It goes on from the latest checkpoint, saves every step, and notes each step's ranks and loss in RUN/losses.jsonl. On a
+node with WAITS in its environment it stops at step WAITS[0] and waits to be killed; started again, at WAITS[1].
 """
 
 import json
@@ -19,7 +19,7 @@ from ftrain.checkpoint import Checkpointer, Ranks
 from modules import decoder, spec
 from sharding import Mesh, Plan
 
-STEPS, HOLD = 6, 3
+STEPS, WAITS = 6, (3, 5)
 CFG = decoder.preset("qwen3-moe-tiny")
 TX = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
 
@@ -42,6 +42,11 @@ def batch_at(position):
     return {"tokens": tokens, "segments": segments, "positions": torch.arange(64) % 16, "labels": labels}
 
 
+def waits_at():
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return WAITS[attempt] if "WAITS" in os.environ and attempt < len(WAITS) else None
+
+
 def train(run: Path, mesh: Mesh | None) -> None:
     specs = decoder.specs(CFG)
     step = ftrain.jit(train_step, donate="state", plan=None if mesh is None else Plan(mesh), specs=specs)
@@ -53,7 +58,7 @@ def train(run: Path, mesh: Mesh | None) -> None:
         else:
             state = step.init(lambda k: ftrain.TrainState.create(ftrain.init(specs, k), TX), ftrain.key(0))
         for number in range(done + 1, STEPS + 1):
-            if "HOLD" in os.environ and number == HOLD:
+            if number == waits_at():
                 time.sleep(600)
             state, metrics = step(state, step.share(batch_at(number)))
             if is_main():

@@ -1,4 +1,4 @@
-"""A node is lost for good: torchrun starts the job again on those that are left, and it goes on from its checkpoint."""
+"""torchrun starts a job again when a process or a node is lost, and it goes on from its checkpoint."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from elastic_job import HOLD, STEPS, train
+from elastic_job import STEPS, WAITS, train
 
 from ftrain import checkpoint
 
@@ -38,41 +38,51 @@ def start_node(run: Path, port: int, log, *, lost: bool) -> subprocess.Popen:
         f"{QUICK},is_host={int(not lost)}",
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    env |= {"HOLD": "1"} if lost else {}
+    env |= {"WAITS": "1"} if lost else {}
     return subprocess.Popen([*command, str(JOB), str(run)], cwd=ROOT, stdout=log, stderr=log, env=env)
 
 
+def workers_of(agent: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+
+
 def kill_node(agent: subprocess.Popen) -> None:
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    for pid in (agent.pid, *map(int, children)):
+    for pid in (*workers_of(agent), agent.pid):
         os.kill(pid, signal.SIGKILL)
     agent.wait()
 
 
-def test_a_run_goes_on_with_the_ranks_that_are_left(tmp_path):
-    alone, run = tmp_path / "alone", tmp_path / "run"
+def wait_for(step: int, run: Path, nodes: list[subprocess.Popen], log: Path) -> None:
+    """Until the step is saved."""
+    deadline = time.monotonic() + 180
+    while checkpoint.latest(run / "checkpoints") != step:
+        assert all(node.poll() is None for node in nodes), log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def test_a_run_goes_on_after_a_lost_process_and_on_fewer_ranks_after_a_lost_node(tmp_path):
+    alone, run, log = tmp_path / "alone", tmp_path / "run", tmp_path / "log"
     alone.mkdir()
     run.mkdir()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with (tmp_path / "log").open("w+") as log:
-        nodes = [start_node(run, port, log, lost=lost) for lost in (False, True)]
+    with log.open("w") as out:
+        nodes = [start_node(run, port, out, lost=lost) for lost in (False, True)]
         try:
             train(alone, None)
-            deadline = time.monotonic() + 120
-            while checkpoint.latest(run / "checkpoints") != HOLD - 1:
-                assert all(node.poll() is None for node in nodes), (tmp_path / "log").read_text()[-3000:]
-                assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.1)
+            wait_for(WAITS[0] - 1, run, nodes, log)
+            os.kill(workers_of(nodes[1])[0], signal.SIGKILL)
+            wait_for(WAITS[1] - 1, run, nodes, log)
             kill_node(nodes[1])
-            assert nodes[0].wait(timeout=120) == 0, (tmp_path / "log").read_text()[-3000:]
+            assert nodes[0].wait(timeout=180) == 0, log.read_text()[-3000:]
         finally:
             for node in nodes:
                 if node.poll() is None:
                     kill_node(node)
     found, expected = losses(run), losses(alone)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert [row["ranks"] for row in found] == [2] * (HOLD - 1) + [1] * (STEPS - HOLD + 1)
+    assert [row["ranks"] for row in found] == [2, 2, 2, 2, 1, 1]
     for row, wanted in zip(found, expected, strict=True):
         assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
