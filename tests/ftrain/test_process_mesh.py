@@ -13,9 +13,11 @@ import torch.multiprocessing as mp
 from mesh_models import dense, mixture, on_one_device, plan_for
 
 import ftrain
-from ftrain import optim, tree
+from ftrain import AutoPlan, Aval, optim, tree
 from ftrain.checkpoint import Checkpointer, Ranks
 from ftrain.meter import measure_peak
+from ftrain.search.layouts import Space
+from ftrain.search.search import Options
 from modules import decoder, spec
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
@@ -76,6 +78,7 @@ def equal_steps(rank, world, folder, found):
 
 def _train(model, tx, mesh, folder):
     """The losses of twenty steps, and those of the last ten after a restore of the tenth."""
+
     def step(state, batch):
         (loss, _), grads = ftrain.value_and_grad(model.loss, has_aux=True)(state.params, batch)
         return state.apply(tx, grads), loss
@@ -110,6 +113,31 @@ def test_processes_compute_what_one_device_computes_and_resume_to_the_bit(world,
     assert found["curves"][1] == pytest.approx(found["curves"][0], rel=2e-5)
     assert found["curves"][0][-1] < found["curves"][0][0]
     assert found["again"] == found["curves"][1][10:]
+
+
+def search_at_start_up(rank, found):
+    """Each rank searches by figures of its own; all must end with one plan, and with the numbers of one device."""
+    model = mixture(layers=1)
+    params, batch = model.params(torch.float32), model.batch(2)
+    options = Options(traced=1, processes=1, space=Space(rings=False), memory=1.0)
+    step = ftrain.jit(model.step, plan=AutoPlan(memory="16GiB", options=options), specs=model.specs)
+    plan = step.choose(tree.map(Aval.of, params), tree.map(Aval.of, batch))
+    loss, _, grads = step(step.shard(params, name="params"), step.share(batch))
+    one = ftrain.jit(model.step)(params, batch)
+    off = [
+        float((a - b).norm() / a.norm().clamp(min=1e-30))
+        for a, b in zip(tree.leaves(one[2]), tree.leaves(step.whole(grads)), strict=True)
+    ]
+    found[rank] = str(plan.mesh), plan.mesh.size, float(((loss - one[0]) / one[0]).abs()), max(off)
+
+
+def test_a_layout_searched_at_start_up_is_the_same_on_all_processes():
+    found = run(search_at_start_up, 2)
+    assert found[0] == found[1]
+    _, ranks, loss, gradients = found[0]
+    assert ranks == 2
+    assert loss < 1e-6
+    assert gradients < 1e-5
 
 
 def wide():
