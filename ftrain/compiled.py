@@ -31,7 +31,7 @@ from ftrain.passes.sum_early import sum_early
 from ftrain.passes.waits import join_waits
 from ftrain.precision import Precision
 from ftrain.private import lazy_module
-from ftrain.remat import Remat, rematerialize
+from ftrain.remat import Remat, rematerialize, require_matches
 from ftrain.remat_fit import BookRow, book_table, fit
 from ftrain.schedule import Schedule, overlap, simulate_schedule
 from ftrain.trace import Aval, Traced, argument_paths, is_array, signature_of, spread_paths, trace
@@ -294,6 +294,7 @@ def compile_step(
     by_name = {inputs[slot]: output for slot, output in compiled.donated.items()}
     if mesh is not None and remat.gathers_again:
         regather(module)
+    require_matches(module, remat)
     rematerialize(module, remat)
     if mesh is not None:
         bucket(module, limit=link.bucket_bytes)

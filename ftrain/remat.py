@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from ftrain import tree
 from ftrain.loop import is_loop, loop_body
 from ftrain.private import storage_id, value_of
 
@@ -98,9 +99,13 @@ class Remat:
         """ "keep", "recompute" or "offload" where `paths` say so; the last glob that matches wins."""
         found = None
         for glob, choice in self.paths.items():
-            if fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}"):
+            if _matches(path, glob):
                 found = choice
         return found
+
+
+def _matches(path: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}")
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -131,6 +136,21 @@ def rematerialize(module: fx.GraphModule, remat: Remat) -> None:
         if is_loop(node):
             rematerialize(loop_body(node), remat)
     recompute(module, remade_by_policy(module, remat))
+
+
+def require_matches(module: fx.GraphModule, remat: Remat) -> None:
+    """ValueError that names a glob of `remat.paths` which no op of the forward pass is about."""
+    paths = _forward_paths(module)
+    for glob in remat.paths:
+        if paths and not any(_matches(path, glob) for path in paths):
+            near = tree.nearest(glob, sorted(paths))
+            hint = f"; nearest: {near!r}" if near else f"; paths are like {min(paths)!r}"
+            raise ValueError(f"Remat(paths={{{glob!r}: ...}}) matches no parameter that the forward pass uses{hint}")
+
+
+def _forward_paths(module: fx.GraphModule) -> set[str]:
+    found = {node.meta.get("path") or "" for node in module.graph.nodes if is_forward(node)} - {""}
+    return found.union(*(_forward_paths(loop_body(node)) for node in module.graph.nodes if is_loop(node)))
 
 
 def remade_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:

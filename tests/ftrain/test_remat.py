@@ -72,3 +72,9 @@ def test_policies_by_name():
     assert Remat.of(Remat("all")) == Remat("all")
     with pytest.raises(ValueError, match=r"Remat\('some'\): the policy is 'none', 'layer' or 'all'"):
         Remat.of("some")
+
+
+def test_a_glob_that_matches_nothing_is_named():
+    step = jit(momentum_step(stack_loss), remat=Remat(paths={"layers.*.w": "recompute", "layer.*": "keep"}))
+    with pytest.raises(ValueError, match=r"'layer.\*'.* matches no parameter that the forward pass uses"):
+        step(momentum_state(stack_params()), stack_batch())
