@@ -1,14 +1,12 @@
 """The main job meets bad batches: it goes back, leaves them out, and can show what was wrong with them."""
 
 import math
-import multiprocessing as mp
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from rank_processes import exit_codes
 
 from experiments.omni import run_folder
 from experiments.omni.batches import Batches
@@ -74,8 +72,6 @@ def test_a_resumed_run_knows_its_bad_steps_and_what_it_leaves_out(tmp_path):
 def in_two_processes(rank, folder):
     """Each process judges, saves and goes back; only the main one reads the metrics and writes the list."""
     os.environ["RANK"] = str(rank)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=60))
     run = folder / "run"
     files = RunFolder.create(run, {"size": "tiny"}) if rank == 0 else None
     with Checkpointer(run / "checkpoints", ranks=Ranks.of_run()) as checkpoints:
@@ -90,18 +86,10 @@ def in_two_processes(rank, folder):
         done, _ = guard.go_back(checkpoints)
         assert float(checkpoints.restore({"w": torch.zeros(2)}, done)["w"][0]) == 2.0
         assert list(guard.batches(Source(), done, 4)) == [4, 5]
-    dist.destroy_process_group()
 
 
 def test_ranks_go_back_together(tmp_path):
-    context = mp.get_context("spawn")
-    ranks = [context.Process(target=in_two_processes, args=(rank, tmp_path)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    assert [p.exitcode for p in ranks] == [0, 0]
+    assert exit_codes(in_two_processes, 2, tmp_path) == [0, 0]
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]
     assert read_skipped(tmp_path / "run").positions == (2, 3)
 

@@ -2,15 +2,13 @@
 
 import os
 import signal
-import socket
 import time
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mesh_models import dense, mixture, on_one_device, plan_for
+from rank_processes import run
 
 import ftrain
 from ftrain import AutoPlan, Aval, optim, tree
@@ -27,31 +25,6 @@ MESHES = {
     2: [Mesh(1, 2), Mesh(1, 1, 2), Mesh(1, 2, 1, 2)],
     4: [Mesh(2, 2), Mesh(1, 2, 2, 2), Mesh(1, 1, 4, 4)],
 }
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def run(function, world, *args, timeout=60.0):
-    """`function(rank, *args)` in `world` processes; what each put into the dictionary it was given as last argument."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
-    with mp.Manager() as manager:
-        found = manager.dict()
-        context = mp.spawn(_process, args=(function, world, timeout, args, found), nprocs=world, join=False)
-        deadline = time.monotonic() + 240
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the processes hang"
-        return dict(found)
-
-
-def _process(rank, function, world, timeout, args, found):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-    function(rank, *args, found)
-    dist.destroy_process_group()
 
 
 def equal_steps(rank, world, folder, found):
@@ -185,20 +158,7 @@ def lose_a_rank(rank, how, found):
 
 @pytest.mark.parametrize(("world", "how"), [(2, signal.SIGKILL), (3, signal.SIGSTOP)])
 def test_the_others_stop_and_name_the_lost_rank_and_the_collective(world, how):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
-    with mp.Manager() as manager:
-        found = manager.dict()
-        context = mp.get_context("spawn")
-        processes = [
-            context.Process(target=_process, args=(rank, lose_a_rank, world, 6.0, (how,), found))
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes[:-1]:
-            process.join(90)
-        processes[-1].kill()
-        results = dict(found)
+    results = run(lose_a_rank, world, how, timeout=6, lost=[world - 1])
     assert sorted(results) == list(range(world - 1))
     for message, seconds in results.values():
         assert f"rank {world - 1} no longer answers" in message or f", {world - 1} no longer answers" in message

@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
+from checkpoint_dtensors import on_mesh
 from checkpoint_layouts import placements, whole_leaves
-from checkpoint_processes import on_mesh, run
 from checkpoint_states import same_bits
+from rank_processes import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from checkpoint_layouts import AXES
-from checkpoint_processes import run
+from rank_processes import run
 
 import ftrain
 from ftrain import tree

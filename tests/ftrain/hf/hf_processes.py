@@ -1,13 +1,10 @@
 """Several gloo processes that fill the parameters of one model, for test_hf_processes."""
 
 import json
-import socket
-from datetime import timedelta
 from pathlib import Path
 
+import rank_processes
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import ftrain
 from ftrain.hf import fill_hf, load_hf, save_hf
@@ -22,22 +19,12 @@ def run(folder: str, cfg: DecoderConfig, mesh: Mesh) -> list[tuple[bool, int, st
     """By rank: are the gathered parameters those of the files, how many numbers does the rank hold, and what is said
     where they cannot be saved? They are also saved into `FOLDER.again`.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.set_forkserver_preload(["torch.distributed.tensor", "ftrain.hf", "sharding.processes"])
-    with mp.get_context("forkserver").Manager() as manager:
-        found = manager.dict()
-        mp.start_processes(_process, args=(mesh, port, folder, cfg, found), nprocs=mesh.size, start_method="forkserver")
-        return [found[rank] for rank in range(mesh.size)]
+    found = rank_processes.run(_fill_and_tell, mesh.size, folder, cfg, mesh)
+    return [found[rank] for rank in range(mesh.size)]
 
 
-def _process(rank: int, mesh: Mesh, port: int, folder: str, cfg: DecoderConfig, found: dict) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=mesh.size, timeout=timedelta(seconds=30))
+def _fill_and_tell(rank: int, folder: str, cfg: DecoderConfig, mesh: Mesh, found: dict) -> None:
     found[rank] = _fill(folder, cfg, mesh)
-    dist.destroy_process_group()
 
 
 def _fill(folder: str, cfg: DecoderConfig, mesh: Mesh) -> tuple[bool, int, str]:

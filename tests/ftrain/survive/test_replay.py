@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from rank_processes import exit_codes
 from replayed_experiment import batch_at, made_of, train
-from survive_processes import exit_codes
 
 from ftrain import checkpoint
 from ftrain.command import main
@@ -42,7 +42,7 @@ def in_two_processes(rank, folder):
 
 def test_a_run_of_two_processes_is_replayed_in_one(tmp_path):
     (tmp_path / "run").mkdir()
-    assert exit_codes(in_two_processes, tmp_path) == [0, 0]
+    assert exit_codes(in_two_processes, 2, tmp_path) == [0, 0]
     assert "first infinity in the forward phase" in (tmp_path / "found_by_1.txt").read_text(), "its share went wrong"
     assert "first infinity in the forward phase" not in (tmp_path / "found_by_0.txt").read_text()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["mesh"] == [1, 2, 1]

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from survive_processes import exit_codes
+from rank_processes import exit_codes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -39,7 +39,7 @@ def one_flipped_bit(rank, folder):
 
 
 def test_a_flipped_bit_is_found_on_all_ranks(tmp_path):
-    assert exit_codes(one_flipped_bit, tmp_path) == [0, 0]
+    assert exit_codes(one_flipped_bit, 2, tmp_path) == [0, 0]
     for rank in (0, 1):
         assert "'copied.0': of 2 copies (ranks 0, 1) no majority is equal" in (tmp_path / f"{rank}.txt").read_text()
 
@@ -91,7 +91,7 @@ def twenty_steps(rank, folder):
 
 
 def test_training_raises_no_false_alarm(tmp_path):
-    assert exit_codes(twenty_steps, tmp_path) == [0, 0]
+    assert exit_codes(twenty_steps, 2, tmp_path) == [0, 0]
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (4, 1), (2, 1, 2)], ids=str)

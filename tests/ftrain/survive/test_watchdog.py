@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from survive_processes import exit_codes
+from rank_processes import exit_codes
 
 import ftrain
 from ftrain.interrupt import EXIT_HUNG, EXIT_NOT_SAVED, EXIT_RESUMABLE
@@ -38,7 +38,7 @@ def one_rank_sleeps(rank, folder):
 
 
 def test_every_rank_writes_where_it_stood(tmp_path):
-    assert exit_codes(one_rank_sleeps, tmp_path) == [EXIT_HUNG, EXIT_HUNG]
+    assert exit_codes(one_rank_sleeps, 2, tmp_path) == [EXIT_HUNG, EXIT_HUNG]
     waiting, asleep = ((tmp_path / "stacks" / f"rank_{r}.txt").read_text() for r in (0, 1))
     assert "time.sleep(3600)  # the line" in asleep
     assert "one_rank_sleeps" in waiting
@@ -60,7 +60,7 @@ def all_end(rank, folder):
 
 
 def test_a_run_whose_steps_end_leaves_no_files(tmp_path):
-    assert exit_codes(all_end, tmp_path) == [0, 0]
+    assert exit_codes(all_end, 2, tmp_path) == [0, 0]
     assert not (tmp_path / "stacks").exists()
 
 
@@ -71,7 +71,7 @@ def one_rank_is_early(rank, folder):
 
 
 def test_the_first_to_notice_tells_the_others(tmp_path):
-    assert exit_codes(one_rank_is_early, tmp_path) == [EXIT_HUNG, EXIT_HUNG]
+    assert exit_codes(one_rank_is_early, 2, tmp_path) == [EXIT_HUNG, EXIT_HUNG]
     told = (tmp_path / "stacks" / "rank_1.txt").read_text()
     assert "rank 0: no step ended for 1 s, the last was step 0" in told
     assert "one_rank_is_early" in told
