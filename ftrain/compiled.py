@@ -25,7 +25,7 @@ from ftrain.passes.bucket import bucket
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
 from ftrain.passes.order import update_early
-from ftrain.passes.sink import regather, sink_gathers
+from ftrain.passes.sink import gather_chains, sink_gathers
 from ftrain.passes.sizes import expect_sizes
 from ftrain.passes.sum_early import sum_early
 from ftrain.passes.waits import join_waits
@@ -292,10 +292,8 @@ def compile_step(
     compiled.donated = {} if donate is None else match_donated(traced, args[donate], names[donate])
     inputs = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     by_name = {inputs[slot]: output for slot, output in compiled.donated.items()}
-    if mesh is not None and remat.gathers_again:
-        regather(module)
     require_matches(module, remat)
-    rematerialize(module, remat)
+    rematerialize(module, remat, gathers=gather_chains)
     if mesh is not None:
         bucket(module, limit=link.bucket_bytes)
     update_early(module, by_name)

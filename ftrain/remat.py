@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -125,17 +125,25 @@ def parse_budget(budget: int | str) -> int | float | str:
     return number / 100 if found.group(2) == "%" else int(number * _UNITS[found.group(2)])
 
 
-def rematerialize(module: fx.GraphModule, remat: Remat) -> None:
+def rematerialize(
+    module: fx.GraphModule, remat: Remat, *, gathers: Callable[[fx.GraphModule], Collection[fx.Node]] = lambda _: ()
+) -> None:
     """Give the backward copies of the forward nodes that the policy does not keep, each made just before first use.
 
-    The same ops on the same inputs: results are equal to the bit. Bodies of loops are treated alike.
+    `gathers`: which nodes of a graph make whole parameters. They are decided on together with the rest, so that what a
+    layer computes again and its backward read the same ones. The same ops on the same inputs: results are equal to the
+    bit. Bodies of loops are treated alike.
     """
-    if remat.policy == "none" and not remat.paths:
-        return
     for node in module.graph.nodes:
         if is_loop(node):
-            rematerialize(loop_body(node), remat)
-    recompute(module, remade_by_policy(module, remat))
+            rematerialize(loop_body(node), remat, gathers=gathers)
+    remade, whole = remade_by_policy(module, remat), set(gathers(module))
+    if remat.gathers_again:
+        remade |= whole
+    elif remat.gathered == "keep":
+        remade -= whole
+    if remade:
+        recompute(module, remade)
 
 
 def require_matches(module: fx.GraphModule, remat: Remat) -> None:

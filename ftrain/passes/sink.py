@@ -1,10 +1,9 @@
-"""Gathers of parameters where they are needed: just before first use, and again for the backward."""
+"""Gathers of parameters where they are needed, just before first use, and which nodes they are."""
 
 import torch
 from torch import fx
 
 from ftrain.loop import is_loop, loop_body
-from ftrain.remat import recompute
 from sharding.collectives import gather_ranks
 
 
@@ -37,22 +36,10 @@ def sink_gathers(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def regather(module: fx.GraphModule) -> None:
-    """Let the backward gather parameters again, so that none is held in whole between its uses (ZeRO stage 3).
-
-    Bodies of loops are treated alike.
-    """
-    for node in module.graph.nodes:
-        if is_loop(node):
-            regather(loop_body(node))
-    chain = gather_chains(module)
-    if chain:
-        recompute(module, chain)
-
-
 def gather_chains(module: fx.GraphModule) -> set[fx.Node]:
     """The forward nodes that do nothing but make whole parameters of pieces: gathers, what leads to them from the
-    arguments alone, and views, casts and waits of what they give.
+    arguments alone, and views, casts and waits of what they give. Where the backward makes them again, no parameter is
+    held in whole between its uses (ZeRO stage 3).
     """
     pure: set[fx.Node] = set()  # computed from one argument alone, by one node from the other
     for node in module.graph.nodes:

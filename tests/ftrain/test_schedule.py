@@ -87,6 +87,20 @@ def test_whole_parameters_may_be_kept():
     assert sum(again.bytes_moved().values()) > sum(kept.bytes_moved().values())
 
 
+@pytest.mark.parametrize("model", [dense(), mixture()], ids=["dense", "mixture"])
+def test_layers_that_are_computed_again_share_the_gathers_of_their_backward(model):
+    none, layer, kept = (
+        lowered(model, mesh=Mesh(1, 4, kind="virtual"), link=SMALL, remat=remat)
+        for remat in ("none", "layer", ftrain.Remat("layer", gathered="keep"))
+    )
+    moved, wanted = layer.bytes_moved()["fsdp_gather"], none.bytes_moved()["fsdp_gather"]
+    assert moved <= 1.02 * wanted, "but for scales that only the forward reads"
+    once = {n.meta["path"] for n in collectives(none, "fsdp_gather")}
+    assert sorted(n.meta["path"] for n in collectives(kept, "fsdp_gather")) == sorted(once)
+    assert layer.memory().peak < none.memory().peak
+    assert layer.cost().flops > 1.1 * none.cost().flops
+
+
 def test_small_messages_are_joined_and_bytes_are_the_same():
     joined, single = (lowered(dense(), link=link) for link in (SLOW, SMALL))
     assert len(collectives(joined, "fsdp_gather")) * 4 < len(collectives(single, "fsdp_gather"))
