@@ -37,6 +37,7 @@ from ftrain.interrupt import EXIT_RESUMABLE, StopRequest, interruptible
 from ftrain.survive.bad_steps import Verdict
 from ftrain.survive.replicas import check_replicas
 from ftrain.survive.watchdog import Watchdog
+from modules import omni
 from sharding import Mesh
 
 __all__ = ["Options", "main", "plan_for_search"]
@@ -127,7 +128,8 @@ def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
         say=report.say,
     )
     ranks = Ranks.of_run() if mesh is not None and mesh.kind == "process" else None
-    with Checkpointer(path / "checkpoints", keep=Retention(last=2), ranks=ranks) as checkpoints:
+    specs = omni.specs(work.model)
+    with Checkpointer(path / "checkpoints", keep=Retention(last=2), ranks=ranks, specs=specs) as checkpoints:
         done = checkpoints.latest() or 0 if resumed else 0
         state = _state_after(done, work, checkpoints, report)
         if is_main():

@@ -99,6 +99,17 @@ def apply(
 
     `segments_T`: int64 document ids, equal ids adjacent; `None` is one document. `rope`: from `rope(positions, cfg)`.
     """
+    q_THK, k_TGK, v_TGK = project(params, x_TD, cfg, rope)
+    return output(params, within_documents(q_THK, k_TGK, v_TGK, cfg, segments_T))
+
+
+def project(
+    params: dict[str, Any], x_TD: Tensor, cfg: AttentionConfig, rope: RopeTable | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `[T, H, K]`, keys and values `[T, G, K]` of tokens `[T, D]`: normed and rotated as configured.
+
+    ValueError if a rope table is given to a block without rotation, or none to a block with it.
+    """
     if (rope is None) != (cfg.rope_base is None):
         given = "no rope table was" if rope is None else "a rope table was"
         raise ValueError(f"attention: rope_base={cfg.rope_base}, but {given} given")
@@ -110,5 +121,16 @@ def apply(
         k_TGK = rms_norm(k_TGK, params["k_norm_K"], eps=cfg.norm_eps)
     if rope is not None:
         q_THK, k_TGK = rotate(q_THK, *rope), rotate(k_TGK, *rope)
-    out_THK = attention(q_THK, k_TGK, v_TGK, segments_T=segments_T, causal=cfg.causal, window=cfg.window)
+    return q_THK, k_TGK, v_TGK
+
+
+def within_documents(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cfg: AttentionConfig, segments_T: Tensor | None
+) -> Tensor:
+    """What each token reads from its document under the mask of `cfg`, `[T, H, K]`."""
+    return attention(q_THK, k_TGK, v_TGK, segments_T=segments_T, causal=cfg.causal, window=cfg.window)
+
+
+def output(params: dict[str, Any], out_THK: Tensor) -> Tensor:
+    """What the heads have read, `[T, H, K]`, back to `[T, D]`."""
     return affine(out_THK.flatten(1), params["w_o_HKD"], params.get("b_o_D"))

@@ -3,26 +3,38 @@
 A layer is `x += attention(norm(x)); x += mlp(norm(x))`. Layers are a Python loop over a list: in a trace they are equal
 regions, which a pass can find. The stack takes tokens or ready embeddings, so an omni model can put images among them.
 
-Legend: T tokens, D model width, V vocabulary, E experts, L layers with experts, A position axes.
+For generation `prefill` runs whole prompts and keeps their keys and values, and `extend` runs one more token of each:
+the same layers, whose queries then read from the cache (modules/kv_cache.py).
+
+Legend: T tokens, B sequences, D model width, V vocabulary, E experts, L layers with experts, A position axes, H query
+heads, G key/value heads, K head dim, S places of a cache.
 """
 
 import difflib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.backend import reference_kernels
+from kernels.chunks import PIECE
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.mean import Mean
 from kernels.pack import following, pack_index
-from modules import attention, embedding, mlp, moe, norm
+from modules import attention, embedding, kv_cache, mlp, moe, norm
 from modules.attention import AttentionConfig, RopeTable
+from modules.kv_cache import KvCache, LayerCache
 from modules.mlp import MlpConfig
 from modules.moe import MoEConfig, RouterStats
 from modules.spec import Normal, ParamSpec, Tree
 
 IGNORE = -100
+
+Mix = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
+"""Queries, keys and values of one layer to what the queries read, `[T, H, K]`, and what is kept of the layer."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +144,66 @@ def apply(
     """
     x_TD = x if x.is_floating_point() else embed(params, x)
     _check_inputs(params, x_TD, positions, segments, cfg)
-    biases_LE = (balance or {}).get("router_bias_LE")
-    rope = attention.rope(positions, cfg.attention)
-    routers: list[RouterStats] = []
-    for layer in params["layers"]:
-        bias_E = None if biases_LE is None or "moe" not in layer else biases_LE[len(routers)]
-        x_TD, router = apply_layer(layer, x_TD, cfg=cfg, segments_T=segments, rope=rope, bias_E=bias_E, valid_T=valid)
-        if router is not None:
-            routers.append(router)
+    mixes = [_within(cfg, segments)] * cfg.layers
+    x_TD, _, routers = _stack(params, x_TD, mixes, cfg=cfg, positions=positions, balance=balance, valid_T=valid)
     stacked = RouterStats(*(torch.stack(sums) for sums in zip(*routers, strict=True))) if routers else None
-    return norm.apply(params["norm"], x_TD, eps=cfg.norm_eps), DecoderStats(stacked)
+    return _last_norm(params, x_TD, cfg), DecoderStats(stacked)
+
+
+def prefill(
+    params: dict[str, Any],
+    x_TD: Tensor,
+    *,
+    positions: Tensor,
+    length_B: Tensor,
+    room: int,
+    cfg: DecoderConfig,
+    balance: Tree = None,
+) -> tuple[Tensor, KvCache]:
+    """Hidden states `[T, D]` of B packed sequences, as of `apply`, and the cache from which `extend` goes on.
+
+    `length_B`: int64, how many tokens each sequence has, in the order of the pack; one may have none, which segments
+    could not say. `room`: how many tokens each will be extended by at most. `positions`, `balance`: as in `apply`.
+    ValueError if there is no token at all.
+    """
+    _check_causal(cfg)
+    if not len(x_TD):
+        raise ValueError(f"decoder: {len(length_B)} sequences without a token: at least one of them must have begun")
+    segments_T = torch.repeat_interleave(length_B)
+    _check_inputs(params, x_TD, positions, segments_T, cfg)
+    mixes = [_within(cfg, segments_T, keep=True)] * cfg.layers
+    x_TD, kept, _ = _stack(params, x_TD, mixes, cfg=cfg, positions=positions, balance=balance)
+    return _last_norm(params, x_TD, cfg), kv_cache.from_packed(kept, length_B, room=room)
+
+
+def extend(
+    params: dict[str, Any],
+    x_BD: Tensor,
+    *,
+    positions: Tensor,
+    cache: KvCache,
+    cfg: DecoderConfig,
+    balance: Tree = None,
+) -> tuple[Tensor, KvCache]:
+    """Hidden states `[B, D]` of one more token per sequence, and the cache with it; the given cache is used up.
+
+    `positions`: those of the new tokens, `[B]` or `[A, B]`. ValueError where the cache has no room left, or another
+    number of sequences.
+    """
+    _check_causal(cfg)
+    _check_inputs(params, x_BD, positions, None, cfg)
+    if len(x_BD) != len(cache.length_B):
+        raise ValueError(
+            f"decoder: {len(x_BD)} new tokens for a cache of {len(cache.length_B)} sequences: give one each"
+        )
+    if cache.room < 1:
+        raise ValueError(f"decoder: the cache of {len(x_BD)} sequences is full: give prefill a larger room")
+    grown = cache._replace(length_B=cache.length_B + 1, room=cache.room - 1)
+    seen_BS = kv_cache.seen(grown, window=cfg.attention.window)
+    mixes = [_from_cache(layer, cache.length_B, seen_BS) for layer in cache.layers]
+    few = x_BD.numel() <= PIECE
+    x_BD, layers, _ = _stack(params, x_BD, mixes, cfg=cfg, positions=positions, balance=balance, few=few)
+    return _last_norm(params, x_BD, cfg), grown._replace(layers=tuple(layers))
 
 
 def apply_layer(
@@ -155,14 +217,85 @@ def apply_layer(
     valid_T: Tensor | None = None,
 ) -> tuple[Tensor, RouterStats | None]:
     """One layer, `[T, D]` to `[T, D]`, and its router's statistics where it has experts."""
-    normed_TD = norm.apply(params["attention_norm"], x_TD, eps=cfg.norm_eps)
-    x_TD = x_TD + attention.apply(params["attention"], normed_TD, cfg=cfg.attention, segments_T=segments_T, rope=rope)
-    normed_TD = norm.apply(params["mlp_norm"], x_TD, eps=cfg.norm_eps)
-    if "moe" not in params:
-        return x_TD + mlp.apply(params["mlp"], normed_TD, cfg=cfg.mlp), None
+    mix = _within(cfg, segments_T)
+    x_TD, _, router = _layer(params, x_TD, mix, cfg=cfg, rope=rope, bias_E=bias_E, valid_T=valid_T)
+    return x_TD, router
+
+
+def _within(cfg: DecoderConfig, segments_T: Tensor | None, *, keep: bool = False) -> Mix:
+    """Every token reads from its document; with `keep` its keys and values are kept."""
+
+    def mix(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Any]:
+        out_THK = attention.within_documents(q_THK, k_TGK, v_TGK, cfg.attention, segments_T)
+        return out_THK, (k_TGK, v_TGK) if keep else None
+
+    return mix
+
+
+def _from_cache(layer: LayerCache, length_B: Tensor, seen_BS: Tensor) -> Mix:
+    """One token per sequence is appended to what `length_B` tokens left, and reads what it sees; the layer is kept."""
+
+    def mix(q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor) -> tuple[Tensor, LayerCache]:
+        longer = kv_cache.append(layer, k_BGK, v_BGK, length_B)
+        return kv_cache.attend(q_BHK, longer, seen_BS), longer
+
+    return mix
+
+
+def _stack(
+    params: dict[str, Any],
+    x_TD: Tensor,
+    mixes: Sequence[Mix],
+    *,
+    cfg: DecoderConfig,
+    positions: Tensor,
+    balance: Tree,
+    valid_T: Tensor | None = None,
+    few: bool = False,
+) -> tuple[Tensor, list[Any], list[RouterStats]]:
+    """All layers, one of `mixes` each; what each of them kept; the statistics of those with experts.
+
+    `few`: the tokens are so few that a fast kernel's call costs more than its work: all but experts, which in plain
+    torch would each compute every token, runs on reference kernels.
+    """
+    biases_LE = (balance or {}).get("router_bias_LE")
+    rope = attention.rope(positions, cfg.attention)
+    kept, routers = [], list[RouterStats]()
+    for layer, mix in zip(params["layers"], mixes, strict=True):
+        bias_E = None if biases_LE is None or "moe" not in layer else biases_LE[len(routers)]
+        x_TD, keep, router = _layer(layer, x_TD, mix, cfg=cfg, rope=rope, bias_E=bias_E, valid_T=valid_T, few=few)
+        kept.append(keep)
+        if router is not None:
+            routers.append(router)
+    return x_TD, kept, routers
+
+
+def _last_norm(params: dict[str, Any], x_TD: Tensor, cfg: DecoderConfig) -> Tensor:
+    return norm.apply(params["norm"], x_TD, eps=cfg.norm_eps)
+
+
+def _layer(
+    params: dict[str, Any],
+    x_TD: Tensor,
+    mix: Mix,
+    *,
+    cfg: DecoderConfig,
+    rope: RopeTable | None,
+    bias_E: Tensor | None,
+    valid_T: Tensor | None,
+    few: bool = False,
+) -> tuple[Tensor, Any, RouterStats | None]:
+    """The formula of a layer, whatever its queries read from; `few` as in `_stack`."""
+    with reference_kernels() if few else nullcontext():
+        normed_TD = norm.apply(params["attention_norm"], x_TD, eps=cfg.norm_eps)
+        out_THK, keep = mix(*attention.project(params["attention"], normed_TD, cfg.attention, rope))
+        x_TD = x_TD + attention.output(params["attention"], out_THK)
+        normed_TD = norm.apply(params["mlp_norm"], x_TD, eps=cfg.norm_eps)
+        if "moe" not in params:
+            return x_TD + mlp.apply(params["mlp"], normed_TD, cfg=cfg.mlp), keep, None
     assert cfg.moe is not None
     out_TD, router = moe.apply(params["moe"], normed_TD, cfg=cfg.moe, bias_E=bias_E, valid_T=valid_T)
-    return x_TD + out_TD, router
+    return x_TD + out_TD, keep, router
 
 
 def logits(params: dict[str, Any], hidden_TD: Tensor, cfg: DecoderConfig) -> Tensor:
@@ -200,6 +333,11 @@ def update_balance(balance: Tree, stats: DecoderStats, *, rate: float) -> Tree:
     if stats.router is None:
         return balance
     return {name: moe.update_bias(bias_LE, stats.router.load_E, rate=rate) for name, bias_LE in balance.items()}
+
+
+def _check_causal(cfg: DecoderConfig) -> None:
+    if not cfg.attention.causal:
+        raise ValueError("decoder: a cache needs causal attention, where a token changes nothing before it")
 
 
 def _check_inputs(

@@ -1,14 +1,15 @@
 """Generation with an omni model: text tokens, or a decoder's codes, for many prompts side by side in one pack.
 
-Every prompt gets its room in the packed stream at once and the whole stream is run for each new token: attention is
-causal, so what has not been written yet changes nothing before it. Shapes never change, encoders run once, and a cache
-of keys and values can take the place of `_hidden_at` alone.
+Prompts are packed with their room, that is with a place for every token to come: the pack says what position each has.
+Encoders run once, the prompts' own tokens run once, and from then on each step runs one token per prompt, which reads
+the keys and values of those before it from a cache (modules/kv_cache.py).
 
-Legend: T tokens of the pack, B prompts, D foundation width, N codes of one target, V scores.
+Legend: T tokens of the pack, B prompts, D foundation width, N places of what is to come (codes of one target),
+V scores, A position axes.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from kernels import random
 from modules import decoder as foundation
 from modules import omni
+from modules.kv_cache import KvCache
 from modules.omni import OmniModel
 from modules.packing import Document, Text, exact_budget, measure, pack
 from modules.spec import Tree
@@ -42,16 +44,14 @@ def generate_text(
     empty = [i for i, prompt in enumerate(prompts) if not prompt or not measure(prompt, model=model).tokens]
     if empty:
         raise ValueError(f"prompt {empty[0]} is empty: the first token needs something before it")
-    batch, first_B = _lay_out(prompts, model, [0] * max_new, params)
-    rows, places, _ = omni.media_rows(params, batch, model=model)
-    tokens_T, done_B = batch["tokens_T"].clone(), torch.zeros_like(first_B, dtype=torch.bool)
-    made = []
+    now = _begin(params, prompts, [], max_new, model=model, balance=balance)
+    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=now.hidden_BD.device)
+    made: list[Tensor] = []
     for step in range(max_new):
-        x_TD = omni.merge(foundation.embed(params["foundation"], tokens_T), rows, places)
-        hidden_BD = _hidden_at(params, x_TD, first_B + step - 1, batch, model, balance)
-        logits_BV = foundation.logits(params["foundation"], hidden_BD, model.foundation)
+        if step:
+            now = _go_on(params, foundation.embed(params["foundation"], made[-1]), now, model=model, balance=balance)
+        logits_BV = foundation.logits(params["foundation"], now.hidden_BD, model.foundation)
         made.append(_choose(logits_BV, key, step, temperature))
-        tokens_T[first_B + step] = made[-1]
         done_B |= made[-1] == (-1 if stop is None else stop)
         if bool(done_B.all()):
             break
@@ -85,16 +85,16 @@ def generate_codes(
             "a guidance other than 1 goes with one for each, and 1 with none"
         )
     both = [*prompts, *(unconditional or [])]
-    places = part.codes_per_target
-    batch, first_B = _lay_out(both, model, [part.begin] + [0] * places, params)
-    rows, index, _ = omni.media_rows(params, batch, model=model)
-    own = params["decoders"][decoder]
-    codes_BN = torch.zeros(len(both), places, dtype=torch.int64, device=first_B.device)
-    index = [*index, (first_B[:, None] + 1 + torch.arange(places, device=first_B.device)).flatten()]
-    text_TD = foundation.embed(params["foundation"], batch["tokens_T"])
+    own, places = params["decoders"][decoder], part.codes_per_target
+    now = _begin(params, both, [part.begin], places, model=model, balance=balance)
+    codes_BN = torch.zeros(len(both), places, dtype=torch.int64, device=now.hidden_BD.device)
     for step in range(places):
-        x_TD = omni.merge(text_TD, [*rows, part.lm_embed(own, codes_BN)], index)
-        logits_BV = part.lm_logits(own, _hidden_at(params, x_TD, first_B + step, batch, model, balance))
+        if step:
+            # what a code's row is depends on its place among the codes
+            rows_BND = part.lm_embed(own, codes_BN).unflatten(0, (len(both), places))
+            rows_BD = rows_BND[:, step - 1].to(now.hidden_BD.dtype)
+            now = _go_on(params, rows_BD, now, model=model, balance=balance)
+        logits_BV = part.lm_logits(own, now.hidden_BD)
         if unconditional is not None:
             with_BV, without_BV = logits_BV.chunk(2)
             logits_BV = without_BV + guidance * (with_BV - without_BV)
@@ -103,31 +103,75 @@ def generate_codes(
     return codes_BN[: len(prompts)]
 
 
+class _Now(NamedTuple):
+    """Where generation stands: the hidden states of each prompt's newest token, all before it, and what comes after.
+
+    `next_BN`: the positions of each prompt's tokens to come, `[B, N]` or `[A, B, N]`.
+    """
+
+    hidden_BD: Tensor
+    cache: KvCache
+    next_BN: Tensor
+
+
+def _begin(
+    params: Tree, prompts: Sequence[Document], first: list[int], room: int, *, model: OmniModel, balance: Tree
+) -> _Now:
+    """Run the prompts, each with the tokens `first` after it (together not empty); `room` tokens may follow."""
+    batch, begin_B, after_B = _lay_out(prompts, model, [*first, *[0] * room], params)
+    end_B = after_B + len(first)
+    rows, places, _ = omni.media_rows(params, batch, model=model)
+    x_TD = omni.merge(foundation.embed(params["foundation"], batch["tokens_T"]), rows, places)
+    spans = zip(begin_B.tolist(), end_B.tolist(), strict=True)
+    known_T = torch.cat([torch.arange(begin, end, device=x_TD.device) for begin, end in spans])
+    length_B = end_B - begin_B
+    hidden_TD, cache = foundation.prefill(
+        params["foundation"],
+        x_TD.index_select(0, known_T),
+        positions=batch["positions_T"][..., known_T],
+        length_B=length_B,
+        room=room,
+        cfg=model.foundation,
+        balance=balance,
+    )
+    next_BN = end_B[:, None] + torch.arange(room, device=x_TD.device)
+    return _Now(hidden_TD.index_select(0, length_B.cumsum(0) - 1), cache, batch["positions_T"][..., next_BN])
+
+
+def _go_on(params: Tree, x_BD: Tensor, now: _Now, *, model: OmniModel, balance: Tree) -> _Now:
+    """Run one more token of each prompt, given as rows of the stream."""
+    hidden_BD, cache = foundation.extend(
+        params["foundation"],
+        x_BD,
+        positions=now.next_BN[..., 0],
+        cache=now.cache,
+        cfg=model.foundation,
+        balance=balance,
+    )
+    return _Now(hidden_BD, cache, now.next_BN[..., 1:])
+
+
 def _lay_out(
-    prompts: Sequence[Document], model: OmniModel, room: list[int], params: Tree
-) -> tuple[dict[str, Any], Tensor]:
-    """The packed prompts, each followed by `room`, on the parameters' device, and where each prompt's room begins."""
+    prompts: Sequence[Document], model: OmniModel, after: list[int], params: Tree
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """The packed prompts, each with the tokens `after` it, on the parameters' device.
+
+    Also where each prompt begins and where what is after it does, `[B]` in the order of the prompts.
+    """
     if not prompts:
         raise ValueError("there are no prompts to continue")
-    documents = [[*prompt, Text(room)] for prompt in prompts]
+    documents = [[*prompt, Text(after)] for prompt in prompts]
     packed = pack(documents, budget=exact_budget(documents, model=model), model=model)
     device = params["foundation"]["embedding"]["table_VD"].device
     batch = _to(packed.batch, device)
-    begins_B = torch.bincount(batch["segments_T"]).cumsum(0) - len(room)
+    size_B = torch.bincount(batch["segments_T"])
+    end_B = size_B.cumsum(0)
     in_pack_B = torch.tensor(packed.taken, device=device).argsort()
-    return batch, begins_B[in_pack_B]
+    return batch, (end_B - size_B)[in_pack_B], (end_B - len(after))[in_pack_B]
 
 
 def _to(tree: Any, device: torch.device) -> Any:
     return {k: _to(v, device) for k, v in tree.items()} if isinstance(tree, Mapping) else tree.to(device)
-
-
-def _hidden_at(
-    params: Tree, x_TD: Tensor, at_B: Tensor, batch: Mapping[str, Any], model: OmniModel, balance: Tree
-) -> Tensor:
-    """Hidden states at positions `at_B` of the stream, `[B, D]`."""
-    hidden_TD, _ = omni.hidden_states(params, x_TD, batch, model=model, balance=balance)
-    return hidden_TD.index_select(0, at_B)
 
 
 def _check_sampling(key: Tensor | None, temperature: float) -> None:

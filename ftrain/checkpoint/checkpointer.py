@@ -15,12 +15,14 @@ from ftrain.checkpoint.decision import decide, heard_decision, refuse
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.place import Lock
+from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
 from ftrain.checkpoint.roots import Root, open_place
 from ftrain.checkpoint.snapshot import Snapshot, Spare
 from ftrain.checkpoint.write import require_whole, write_checkpoint
 from ftrain.loan import Loan
+from sharding.plan import Plan
 
 _log = logging.getLogger("ftrain.checkpoint")
 State = TypeVar("State")
@@ -47,6 +49,7 @@ class Checkpointer:
         background: bool = True,
         busy: Literal["wait", "skip"] = "wait",
         ranks: Ranks | None = None,
+        specs: Any = None,
     ) -> None:
         """Nothing is touched on disk before the first save.
 
@@ -60,9 +63,12 @@ class Checkpointer:
             ranks: the processes that save together, `Ranks.of_run()` for all of torch.distributed; each makes a
                 Checkpointer of one folder that all see, and calls `save` for the same steps. Leaves are DTensors, or
                 plain tensors that are equal on all ranks. Default: this process alone.
+            specs: of the model's parameters, whose logical axes then go into the manifest: `restore(plan=...)` divides
+                the state by them.
         """
         self._place = open_place(root)
         self._ranks = ranks or Ranks()
+        self._parameters = parameters_of(specs)
         self._keep, self._storage, self._background, self._busy = keep, storage, background, busy
         self._spare = Spare()
         self._lock: Lock | None = None
@@ -127,11 +133,17 @@ class Checkpointer:
         return self._place.steps()
 
     def restore(
-        self, abstract_state: State, step: int | None = None, *, partial: bool = False, donate: bool = False
+        self,
+        abstract_state: State,
+        step: int | None = None,
+        *,
+        plan: Plan | None = None,
+        partial: bool = False,
+        donate: bool = False,
     ) -> State:
         """As `ftrain.checkpoint.restore`, from this folder, after waiting for a save in flight."""
         self.wait()
-        return read.restore(abstract_state, self._place, step, partial=partial, donate=donate)
+        return read.restore(abstract_state, self._place, step, plan=plan, partial=partial, donate=donate)
 
     def close(self) -> None:
         """Wait for the last save, give back the spare memory, and let other runs write into the folder."""
@@ -217,6 +229,7 @@ class Checkpointer:
                 leaves.result,
                 storage=self._storage,
                 metrics=metrics,
+                parameters=self._parameters,
                 keep=self._keep,
                 ranks=self._ranks,
                 turn=turn,

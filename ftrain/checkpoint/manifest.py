@@ -26,10 +26,18 @@ class ArrayLeaf:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model: its global `shape` and its logical `axes`, by which plans divide it."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What one checkpoint holds. `arrays` and `scalars` go by leaf path; `database` and `checksum` are the `Storage` it
-    was written with. `files` go by name relative to `base`, a folder in the step's own ("" but where a step was written
-    again in a place that cannot rename).
+    """What one checkpoint holds. `arrays` and `scalars` go by leaf path, `parameters` (where the run told them) by path
+    in the model; `database` and `checksum` are the `Storage` it was written with. `files` go by name relative to
+    `base`, a folder in the step's own ("" but where a step was written again in a place that cannot rename).
     """
 
     step: int
@@ -40,6 +48,7 @@ class Manifest:
     metrics: dict[str, float]
     files: dict[str, FileRecord]
     base: str = ""
+    parameters: dict[str, Parameter] = dataclasses.field(default_factory=dict)
 
 
 def dumps(manifest: Manifest) -> str:
@@ -93,6 +102,10 @@ def _from_json(body: dict[str, Any]) -> Manifest:
         metrics={name: float(_decode(value)) for name, value in body["metrics"].items()},
         files={name: FileRecord(**record) for name, record in body["files"].items()},
         base=body.get("base", ""),
+        parameters={
+            path: Parameter(tuple(found["shape"]), tuple(found["axes"]))
+            for path, found in body.get("parameters", {}).items()
+        },
     )
 
 

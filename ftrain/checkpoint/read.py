@@ -15,14 +15,22 @@ from ftrain.checkpoint.folders import step_name
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest, Scalar
 from ftrain.checkpoint.place import Place, join
+from ftrain.checkpoint.placed import placed
 from ftrain.checkpoint.rooms import Room
 from ftrain.checkpoint.roots import Root, open_place
+from sharding.plan import Plan
 
 _WINDOW_BYTES = 2**29
 
 
 def restore(
-    abstract_state: Any, root: Root, step: int | None = None, *, partial: bool = False, donate: bool = False
+    abstract_state: Any,
+    root: Root,
+    step: int | None = None,
+    *,
+    plan: Plan | None = None,
+    partial: bool = False,
+    donate: bool = False,
 ) -> Any:
     """The state saved at `step` (default: the latest) as a tree like `abstract_state`.
 
@@ -33,19 +41,24 @@ def restore(
             a DTensor comes back as one with the same placements, a `Window` as the tensor of that part; other leaves
             give the type. Only the values of `donate`d tensors are looked at.
         root: the folder that holds `global_step_N`, or its place (see `open_place`).
+        plan: how to divide a state whose leaves are given whole, by the logical axes that the checkpoint has of its
+            parameters (`Checkpointer(specs=...)`): on a mesh of processes they come back as DTensors. None: as given.
         partial: leaves that were saved but are not in `abstract_state` are left alone rather than an error.
         donate: contiguous CPU tensors of `abstract_state` (and DTensors of such) are overwritten and become leaves of
             the result, so that no second copy of the state is in memory. After an error they hold anything.
 
     Raises:
         DamagedCheckpoint: a file or leaf is missing, short or was changed; it is named.
-        ValueError: there is no such step, or the saved leaves are not those of `abstract_state`.
+        ValueError: there is no such step, or the saved leaves are not those of `abstract_state`, or it does not know
+            the axes that a plan needs.
     """
     place = open_place(root)
     step = _existing(place, step)
     manifest = manifests.load(place, step)
     folder = join([step_name(step), manifest.base])
     shown = place.show(step_name(step))
+    if plan is not None:
+        abstract_state = placed(abstract_state, plan, manifest.parameters, shown)
     wanted = named_leaves(abstract_state)
     saved: dict[str, ArrayLeaf | Scalar] = {**manifest.arrays, **manifest.scalars}
     _check_names(shown, list(wanted.tensors) + list(wanted.scalars), saved, partial)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ftrain.checkpoint import manifest as manifests
@@ -12,14 +13,16 @@ from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.fill import Work, join_shares, write_share
 from ftrain.checkpoint.folders import step_name
 from ftrain.checkpoint.leaves import Leaves, named_leaves
-from ftrain.checkpoint.manifest import Manifest
+from ftrain.checkpoint.manifest import Manifest, Parameter
 from ftrain.checkpoint.place import FileRecord, Place, base_of
+from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.report import Report
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
 from ftrain.checkpoint.roots import Root, open_place
 
 _Found = TypeVar("_Found")
+NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
 
 
 def save(
@@ -29,10 +32,11 @@ def save(
     *,
     metrics: Mapping[str, float] | None = None,
     storage: Storage = DEFAULT_STORAGE,
+    specs: Any = None,
 ) -> None:
     """Save a tree as step `step` of `root` and return when it is on the disk, from one process.
 
-    `Checkpointer` does so in background, and from many processes.
+    `Checkpointer` does so in background, and from many processes; `specs` as there.
 
     Raises:
         ValueError: a leaf cannot be saved, or another run writes into `root`.
@@ -42,7 +46,9 @@ def save(
     require_whole(leaves, Ranks())
     lock = place.lock()
     try:
-        write_checkpoint(place, step, lambda: leaves, storage=storage, metrics=metrics or {})
+        write_checkpoint(
+            place, step, lambda: leaves, storage=storage, metrics=metrics or {}, parameters=parameters_of(specs)
+        )
     finally:
         lock.release()
 
@@ -67,6 +73,7 @@ def write_checkpoint(
     *,
     storage: Storage,
     metrics: Mapping[str, float],
+    parameters: Mapping[str, Parameter] = NO_PARAMETERS,
     keep: Retention = KEEP_ALL,
     ranks: Ranks | None = None,
     turn: int = 0,
@@ -82,7 +89,7 @@ def write_checkpoint(
     ranks = ranks or Ranks()
     share = _Share(place, leaves, storage, ranks)
     if ranks.rank == 0:
-        _lead(share, step, metrics, keep, turn)
+        _lead(share, step, metrics, parameters, keep, turn)
     else:
         _follow(share, turn)
 
@@ -102,7 +109,14 @@ class _Share:
         return work, write_share(self.place, folder, work, self.ranks.rank)
 
 
-def _lead(share: _Share, step: int, metrics: Mapping[str, float], keep: Retention, turn: int) -> None:
+def _lead(
+    share: _Share,
+    step: int,
+    metrics: Mapping[str, float],
+    parameters: Mapping[str, Parameter],
+    keep: Retention,
+    turn: int,
+) -> None:
     place, ranks, folder = share.place, share.ranks, ""
     try:
         folder = _saying(ranks, turn, "begin", lambda: _begin(place, step))
@@ -115,7 +129,7 @@ def _lead(share: _Share, step: int, metrics: Mapping[str, float], keep: Retentio
         _require_same(work, reports)
         records = {name: record for report in reports for name, record in (report.files or {}).items()}
         files = join_shares(place, folder, work, records)
-        manifest = _manifest(step, work, metrics, files, base_of(folder, step_name(step)))
+        manifest = _manifest(step, work, metrics, parameters, files, base_of(folder, step_name(step)))
         place.commit(folder, step, manifests.dumps(manifest))
     except BaseException as error:
         if folder:
@@ -186,7 +200,12 @@ def _require_same(work: Work, reports: list[Report]) -> None:
 
 
 def _manifest(
-    step: int, work: Work, metrics: Mapping[str, float], files: Mapping[str, FileRecord], base: str
+    step: int,
+    work: Work,
+    metrics: Mapping[str, float],
+    parameters: Mapping[str, Parameter],
+    files: Mapping[str, FileRecord],
+    base: str,
 ) -> Manifest:
     return Manifest(
         step=step,
@@ -197,4 +216,5 @@ def _manifest(
         metrics=dict(metrics),
         files=dict(files),
         base=base,
+        parameters=dict(parameters),
     )

@@ -94,7 +94,8 @@ def hf_to_checkpoint(
     here = HfFolder.open(folder)
     cfg = decoder_config(here.config())
     names = decoder_names(cfg)
-    wanted = {path: Entry(spec.shape, spec.dtype) for path, spec in leaves_with_paths(decoder.specs(cfg))}
+    specs = decoder.specs(cfg)
+    wanted = {path: Entry(spec.shape, spec.dtype) for path, spec in leaves_with_paths(specs)}
     check_fit(here, wanted, names)
     wanted |= {p: Entry(wanted[p].shape, cast_dtype(own, dtype)) for p, own in stored_dtypes(here, names).items()}
     order = _by_file(here, wanted, names)
@@ -107,7 +108,7 @@ def hf_to_checkpoint(
 
     largest = max(file.stat().st_size for file in {stored.file for stored in here.tensors.values()})
     place = open_place(root)
-    save_stream(place, step, leaves, produce, limit=_part_bytes(largest))
+    save_stream(place, step, leaves, produce, limit=_part_bytes(largest), specs=specs)
     for file in sorted(here.path.iterdir()):
         if file.is_file() and _is_asset(file.name):
             place.write(f"{ASSETS}/{file.name}", file.read_bytes())

@@ -6,6 +6,7 @@ What is written is what `ftrain.checkpoint.save` writes, and what is read is che
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ftrain.checkpoint.folders import step_name
 from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
 from ftrain.checkpoint.place import Place, base_of, join
+from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.roots import Root, open_place
 from ftrain.checkpoint.shares import stored_arrays
 
@@ -50,12 +52,13 @@ def save_stream(
     *,
     limit: int,
     storage: Storage = DEFAULT_STORAGE,
+    specs: Any = None,
 ) -> None:
     """Save step `step` of `root` as `checkpoint.save` does, never holding more than about `limit` bytes of it.
 
     `leaves` describes the state: a tensor on meta for each dotted path. `produce` is asked for one group of parts after
     the other, in the order of `leaves`, and gives their contiguous values on the CPU. What it raises leaves `root` as
-    it was.
+    it was. `specs` as for `Checkpointer`.
 
     Raises:
         ValueError: another run writes into `root`.
@@ -71,7 +74,8 @@ def save_stream(
             _write(place, folder, arrays, produce, leaves, limit, storage)
             files = place.records(folder)
             base = base_of(folder, step_name(step))
-            made = Manifest(step, storage.database, storage.checksum, arrays, {}, {}, files, base)
+            known = parameters_of(specs)
+            made = Manifest(step, storage.database, storage.checksum, arrays, {}, {}, files, base, known)
             place.commit(folder, step, manifests.dumps(made))
         except BaseException:
             place.abort(folder)

@@ -59,7 +59,7 @@ def _train(model, tx, mesh, folder):
     plan = None if mesh is None else plan_for(model, mesh)
     jitted = ftrain.jit(step, plan=plan, donate="state")
     state = jitted.init(lambda key: ftrain.TrainState.create(ftrain.init(model.specs, key), tx), ftrain.key(3))
-    abstract = jitted.abstract(ftrain.TrainState.create(spec.abstract(model.specs), tx))
+    abstract = ftrain.TrainState.create(spec.abstract(model.specs), tx)
 
     def train(state, steps):
         losses = []
@@ -68,11 +68,12 @@ def _train(model, tx, mesh, folder):
             losses.append(float(loss))
         return state, losses
 
-    with Checkpointer(folder, ranks=None if mesh is None else Ranks.of_run()) as checkpoints:
+    ranks = None if mesh is None else Ranks.of_run()
+    with Checkpointer(folder, ranks=ranks, specs=model.specs) as checkpoints:
         state, first = train(state, 10)
         checkpoints.save(state, 10)
         _, then = train(state, 10)
-        _, again = train(checkpoints.restore(abstract), 10)
+        _, again = train(checkpoints.restore(abstract, plan=plan), 10)
     return first + then, again
 
 

@@ -51,6 +51,11 @@ FAMILIES = {
             BASE, attention=dataclasses.replace(ATTENTION, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 32))
         ),
     ),
+    "mistral": (
+        "Mistral",
+        {"sliding_window": 5},
+        dataclasses.replace(BASE, attention=dataclasses.replace(ATTENTION, window=5)),
+    ),
     "qwen2": ("Qwen2", {}, dataclasses.replace(BASE, attention=dataclasses.replace(ATTENTION, bias=True))),
     "qwen3": ("Qwen3", {"head_dim": 16}, dataclasses.replace(BASE, attention=QWEN3)),
     "qwen3-moe": (

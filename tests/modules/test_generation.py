@@ -1,7 +1,12 @@
 """Generation: the same as running one prompt at a time with growing sequences, and what sampling promises."""
 
+import dataclasses
+
 import pytest
 import torch
+import whole_pack
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_omni import MODEL, audio, drawing, image
 
 from kernels import random
@@ -13,13 +18,17 @@ from modules.packing import Text, exact_budget, pack
 PROMPTS = [[Text([1, 2, 3])], [image(0), Text([4])], [audio(1, 900)], [Text([5]), drawing(2), Text([6])]]
 
 
-@pytest.fixture(scope="module")
-def params() -> dict:
-    wild = spec.init(omni.specs(MODEL), random.key(0))
+def wild_params(model: omni.OmniModel) -> dict:
+    wild = spec.init(omni.specs(model), random.key(0))
     wild["foundation"]["head"]["w_DV"] *= 20  # fresh models repeat one token for ever
     wild["decoders"]["draw"]["head_DC"] *= 20
     wild["decoders"]["draw"]["codes_CD"] *= 20
     return wild
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return wild_params(MODEL)
 
 
 def last_hidden(params: dict, document: list) -> torch.Tensor:
@@ -53,6 +62,58 @@ def test_codes_are_what_growing_one_document_at_a_time_gives(params: dict) -> No
             x_TD = omni.merge(foundation.embed(params["foundation"], batch["tokens_T"]), rows, places)
             hidden_TD, _ = omni.hidden_states(params, x_TD, batch, model=MODEL)
             assert made[step] == decoder.lm_logits(own, hidden_TD[-1:]).argmax()
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.sampled_from([*range(len(PROMPTS))]), min_size=1, max_size=5), st.booleans())
+def test_text_is_what_running_the_whole_pack_again_gives(params: dict, which: list[int], sampled: bool) -> None:
+    prompts = [PROMPTS[i] for i in which]
+    options = {"key": random.key(3), "temperature": 1.5} if sampled else {}
+    made = generate_text(params, prompts, model=MODEL, max_new=4, **options)
+    assert made == whole_pack.text(params, prompts, model=MODEL, max_new=4, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"key": random.key(3), "temperature": 1.5},
+        {"guidance": 3.0, "unconditional": [[], [Text([9, 8])], [], []]},
+        {"guidance": 3.0, "unconditional": [[]] * 4, "key": random.key(4), "temperature": 0.7},
+    ],
+    ids=["greedy", "sampled", "guided", "guided and sampled"],
+)
+def test_codes_are_what_running_the_whole_pack_again_gives(params: dict, options: dict) -> None:
+    options = {"model": MODEL, "decoder": "draw", **options}
+    assert torch.equal(generate_codes(params, PROMPTS, **options), whole_pack.codes(params, PROMPTS, **options))
+
+
+def test_an_image_can_follow_nothing(params: dict) -> None:
+    options = {"model": MODEL, "decoder": "draw"}
+    assert torch.equal(generate_codes(params, [[], []], **options), whole_pack.codes(params, [[], []], **options))
+
+
+def test_experts_are_chosen_with_the_state_of_balancing() -> None:
+    """Biases that send every token to experts 1 and 3 change what is generated, with a cache as without."""
+    biased = dataclasses.replace(MODEL.foundation, moe=dataclasses.replace(MODEL.foundation.moe, balance="bias"))
+    model = dataclasses.replace(MODEL, foundation=biased)
+    params, options = wild_params(model), {"model": model, "max_new": 5}
+    made = {}
+    for name, one in (("even", 0.0), ("forced", 50.0)):
+        balance = {"router_bias_LE": one * torch.tensor([[0.0, 1.0, 0.0, 1.0]] * biased.layers)}
+        made[name] = generate_text(params, PROMPTS, balance=balance, **options)
+        assert made[name] == whole_pack.text(params, PROMPTS, balance=balance, **options)
+    assert made["even"] != made["forced"]
+
+
+def test_each_step_runs_one_token_per_prompt(params: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name in ("prefill", "extend"):
+        real = getattr(foundation, name)
+        spy = lambda own, x_TD, real=real, **options: (ran.append(len(x_TD)), real(own, x_TD, **options))[1]  # noqa: E731
+        monkeypatch.setattr(foundation, name, spy)
+    generate_text(params, PROMPTS[:1] * 2, model=MODEL, max_new=3)
+    assert ran == [6, 2, 2]
 
 
 def test_generated_codes_are_the_most_likely_under_the_training_loss(params: dict) -> None:

@@ -1,0 +1,93 @@
+"""The keys and values of sequences that grow one token at a time, so that a token need not be computed twice.
+
+A cache is made from the packed keys and values of the prompts, with memory for as many more tokens as are to come.
+Sequences may differ in length: each fills its row from the left, and what lies behind its end is never read. All are
+plain functions from cache to cache, but for one thing: `append` writes into the memory of the cache that it is given,
+since a copy of all of it would cost more than the token. Whoever goes on from one cache in two ways clones it before.
+
+Legend: B sequences, S places of a sequence, T tokens of a pack, G key/value heads, H query heads, R = H / G, K head
+dim.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LayerCache(NamedTuple):
+    """Keys (normed and rotated) and values of one layer; a head's places lie side by side, as its queries read them."""
+
+    k_BGSK: Tensor
+    v_BGSK: Tensor
+
+
+class KvCache(NamedTuple):
+    """Keys and values of all layers; `length_B` int64: how many places of each sequence are filled, which may be none.
+
+    `room`: how many tokens can still be appended to every sequence. It is known to the host, so nothing waits for it.
+    """
+
+    layers: tuple[LayerCache, ...]
+    length_B: Tensor
+    room: int
+
+
+def from_packed(layers: Sequence[tuple[Tensor, Tensor]], length_B: Tensor, *, room: int) -> KvCache:
+    """The cache of packed sequences, from each layer's keys and values `[T, G, K]`.
+
+    `length_B` int64: how many tokens each sequence has, in the order of the pack; 0 for one that has yet to begin.
+    `room`: how many tokens each will get at most. ValueError if it is negative or the lengths are not the pack's.
+    """
+    tokens, total = layers[0][0].shape[0], int(length_B.sum())
+    if room < 0 or tokens != total:
+        raise ValueError(
+            f"kv_cache: {tokens} packed tokens, lengths that sum to {total}, room={room}: "
+            "lengths must sum to the tokens, and room must be at least 0"
+        )
+    places = int(length_B.max()) + room
+    begin_B = length_B.cumsum(0) - length_B
+    sequence_T = torch.repeat_interleave(length_B, output_size=tokens)
+    place_T = torch.arange(tokens, device=length_B.device) - begin_B[sequence_T]
+
+    def unpack(x_TGK: Tensor) -> Tensor:
+        # zeros and not just any memory: what is masked is multiplied by 0, and 0 * NaN is NaN
+        x_BGSK = x_TGK.new_zeros(len(length_B), x_TGK.shape[1], places, x_TGK.shape[2])
+        x_BGSK[sequence_T, :, place_T] = x_TGK
+        return x_BGSK
+
+    return KvCache(tuple(LayerCache(unpack(k), unpack(v)) for k, v in layers), length_B, room)
+
+
+def append(layer: LayerCache, k_BGK: Tensor, v_BGK: Tensor, length_B: Tensor) -> LayerCache:
+    """The layer with one more token per sequence, at place `length_B` of each; the given layer's memory is reused."""
+    row_B = torch.arange(len(length_B), device=length_B.device)
+    layer.k_BGSK[row_B, :, length_B] = k_BGK
+    layer.v_BGSK[row_B, :, length_B] = v_BGK
+    return layer
+
+
+def seen(cache: KvCache, *, window: int | None) -> Tensor:
+    """Which places the newest token of each sequence sees, bool `[B, S]`; S ends with the longest sequence.
+
+    `window`: it sees at most the `window` latest, its own included; `None`: all.
+    """
+    filled = cache.layers[0].k_BGSK.shape[2] - cache.room
+    place_S, length_B1 = torch.arange(filled, device=cache.length_B.device), cache.length_B[:, None]
+    seen_BS = place_S < length_B1
+    return seen_BS if window is None else seen_BS & (place_S >= length_B1 - window)
+
+
+def attend(q_BHK: Tensor, layer: LayerCache, seen_BS: Tensor) -> Tensor:
+    """What one query per sequence reads from the places that it sees (at least one), `[B, H, K]`.
+
+    Query head h reads key head `h // R`. The softmax is in float32, or float64 for float64.
+    """
+    k_BGSK, v_BGSK = (x_BGSK[:, :, : seen_BS.shape[1]] for x_BGSK in layer)
+    # The R query heads of a key head stand where queries of one head would: no key is copied.
+    out_BGRK = F.scaled_dot_product_attention(
+        q_BHK.unflatten(1, (k_BGSK.shape[1], -1)), k_BGSK, v_BGSK, attn_mask=seen_BS[:, None, None]
+    )
+    return out_BGRK.flatten(1, 2)
