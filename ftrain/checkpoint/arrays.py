@@ -30,7 +30,7 @@ class Storage:
     database: bool = True
     chunk_bytes: int = 16 * _MIB
     checksum: bool = True
-    file_bytes: int = 128 * _MIB
+    file_bytes: int = 32 * _MIB
 
 
 DEFAULT_STORAGE = Storage()

@@ -25,7 +25,7 @@ from ftrain.checkpoint.extents import Extent, extents
 from ftrain.checkpoint.manifest import ArrayLeaf
 from ftrain.checkpoint.place import KvSpec
 
-_MOST_THREADS = 4
+_THREADS = 8  # more than cores: a disk is faster with several reads in flight
 _CRC_BYTES = 4
 _BLOCK = 2**18
 Index = tuple[int, ...]
@@ -38,7 +38,7 @@ class DirectReader:
         """`database`, `checksum`: of the `Storage` that the checkpoint was written with."""
         self._database, self._checksum, self._context = database, checksum, context
         self._extents: dict[str, dict[str, Extent]] = {}
-        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> "DirectReader":
         return self

@@ -8,7 +8,9 @@ is a file, and the ranks write theirs side by side.
 import dataclasses
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import tensorstore as ts
 import torch
 from torch import Tensor
 
@@ -59,18 +61,23 @@ def write_share(place: Place, folder: str, work: Work, rank: int) -> dict[str, F
             f"rank {rank} does not see {place.show(folder)}, which rank 0 has made: all ranks must save into one "
             "folder that they share, not each into one of its own machine"
         )
-    records: dict[str, FileRecord] = {}
-    context = place.context()
-    for part in work.parts(rank):
-        paths = work.arrays if rank == 0 else work.boxes[rank]
-        leaves = {path: work.arrays[path] for path in paths if work.arrays[path].part == part}
-        pieces = {path: [_piece(work.leaves.tensors[path], work.boxes[rank][path])]
-                  for path in leaves if path in work.boxes[rank]}  # fmt: skip
-        below = join([part, _own_folder(work, rank)])
-        write_part(place.kvstore(join([folder, below])), leaves, pieces, work.storage, context, create=rank == 0)
-        if below != part:
-            records.update(place.records(folder, below))
-    return records
+    context, parts = place.context(), work.parts(rank)
+    # All at once: while one waits for the disk another is checksummed.
+    with ThreadPoolExecutor(max(1, len(parts))) as pool:
+        found = list(pool.map(lambda part: _write_part(place, folder, part, work, rank, context), parts))
+    return {name: record for records in found for name, record in records.items()}
+
+
+def _write_part(
+    place: Place, folder: str, part: str, work: Work, rank: int, context: ts.Context
+) -> dict[str, FileRecord]:
+    paths = work.arrays if rank == 0 else work.boxes[rank]
+    leaves = {path: work.arrays[path] for path in paths if work.arrays[path].part == part}
+    pieces = {path: [_piece(work.leaves.tensors[path], work.boxes[rank][path])]
+              for path in leaves if path in work.boxes[rank]}  # fmt: skip
+    below = join([part, _own_folder(work, rank)])
+    write_part(place.kvstore(join([folder, below])), leaves, pieces, work.storage, context, create=rank == 0)
+    return place.records(folder, below) if below != part else {}
 
 
 def join_shares(place: Place, folder: str, work: Work, records: Records) -> dict[str, FileRecord]:

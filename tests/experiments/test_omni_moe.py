@@ -4,13 +4,14 @@ import json
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.omni import run_folder
+from experiments.omni.run_folder import RunFolder
 from experiments.omni_moe import Options, main
 from ftrain import checkpoint
 
@@ -19,43 +20,43 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_a_run_writes_its_files_and_a_resumed_run_has_the_same_losses(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert main(Options(out=out, **SHORT)) == 0
-    whole = run_folder.read_metrics(out)
-    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
-    assert whole[-1]["loss"] < whole[0]["loss"]
+def test_an_interrupted_run_goes_on_with_the_losses_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(Options(out=whole, **SHORT)) == 0
+    rows = run_folder.read_metrics(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
     for name in ("config.json", "summary.json", "curves.png", "samples.png", "step.html"):
-        assert (out / name).stat().st_size > 0
-    assert set(json.loads((out / "summary.json").read_text())["held_out"]) >= {"image_to_text", "text_to_image"}
+        assert (whole / name).stat().st_size > 0
+    assert set(json.loads((whole / "summary.json").read_text())["held_out"]) >= {"image_to_text", "text_to_image"}
 
-    checkpoint.delete(out / "checkpoints", 6)
-    assert main(Options(out=out, **SHORT)) == 0
-    resumed = run_folder.read_metrics(out)
-    losses = [{k: v for k, v in row.items() if k.startswith("loss")} for row in (*whole, *resumed)]
-    assert losses[:6] == losses[6:]
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "log", ctrl_c_after(2))
+        assert main(Options(out=cut, **SHORT)) == 0
+    assert checkpoint.latest(cut / "checkpoints") == len(run_folder.read_metrics(cut)) == 2
+    assert "stopped by SIGINT after step 2, saved" in " ".join(capsys.readouterr().out.split())
+    assert not (cut / "summary.json").exists()
+
+    assert main(Options(out=cut, **SHORT)) == 0
+    losses = [
+        [{k: v for k, v in row.items() if k.startswith("loss")} for row in run_folder.read_metrics(run)]
+        for run in (whole, cut)
+    ]
+    assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_and_exits_cleanly(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    options = ["--steps", "5000", "--tokenizer-steps", "2", "--out", str(out)]
-    command = [sys.executable, str(ROOT / "experiments/omni_moe.py"), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 240
-        while not (out / "metrics.jsonl").is_file() or len(run_folder.read_metrics(out)) < 2:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "no step in four minutes"
-            time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, said
-    done = checkpoint.latest(out / "checkpoints")
-    assert done == len(run_folder.read_metrics(out))
-    assert f"stopped by SIGINT after step {done}, saved" in said
+def ctrl_c_after(step: int) -> Callable[[RunFolder, Mapping[str, Any]], None]:
+    """What a run does with a row, and then somebody presses Ctrl-C."""
+    log = RunFolder.log
+
+    def log_and_press(files: RunFolder, row: Mapping[str, Any]) -> None:
+        log(files, row)
+        if row["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return log_and_press
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -35,7 +35,7 @@ def collectives(compiled, purpose):
     return [n for n in compiled.graph.graph.nodes if n.target in COLLECTIVES and n.meta.get("purpose") == purpose]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     latency=st.sampled_from([0.0, 5.0, 500.0]),
     bandwidth=st.sampled_from([1e6, 1e8, 1e12]),
