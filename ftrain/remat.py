@@ -163,6 +163,8 @@ def _forward_paths(module: fx.GraphModule) -> set[str]:
 
 def remade_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
     """The forward nodes that a policy, and the globs over paths, make again."""
+    if remat.policy == "none" and not remat.paths:
+        return set()
     forward = [n for n in module.graph.nodes if is_forward(n)]
     layer_of = {n: layer_of_node(n) for n in forward}
     remade = set()

@@ -30,7 +30,7 @@ import tyro
 
 from experiments.bench.checkpoint_loop import STEPS, Loop
 from experiments.bench.checkpoint_peers import Dcp, plain_read, plain_write
-from experiments.bench.table import Row, print_table, row, write_json
+from experiments.bench.table import Row, publish, row
 from ftrain import tree
 from ftrain.checkpoint import Checkpointer, Ranks, Retention, Storage
 from sharding.mesh import Mesh
@@ -68,9 +68,7 @@ def main(options: Options) -> int:
     rows = []
     for world in options.processes:
         rows += rows_of(measured(options, world), world, options)
-    print_table(rows, "checkpoint")
-    if options.json is not None:
-        write_json(rows, options.json)
+    publish(rows, "checkpoint", options.json)
     return int(any(r.ok is False for r in rows))
 
 

@@ -16,8 +16,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from experiments.bench.hf_models import Shape, hf_model, our_config, our_parameters
-from experiments.bench.table import Row, print_table, row, write_json
+from experiments.bench.hf_models import Shape, hf_model, machine, our_config, our_parameters, with_experts
+from experiments.bench.table import Row, publish, row
 from modules import decoder, spec
 from modules.decoder import DecoderConfig
 from modules.generation import generate_text
@@ -64,10 +64,7 @@ def main(options: Options) -> list[Row]:
     rows: list[Row] = []
     for name in options.only:
         rows += compare(name, _shape(name, options), options)
-    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
-    print_table(rows, f"generation, {options.device} ({where}), torch {torch.__version__}")
-    if options.json is not None:
-        write_json(rows, options.json)
+    publish(rows, f"generation, {machine(options.device)}", options.json)
     return rows
 
 
@@ -76,9 +73,7 @@ def _shape(family: str, options: Options) -> Shape:
         base = Shape(vocab=512, d_model=128, layers=2, heads=4, kv_heads=2, head_dim=32, d_hidden=352)
     else:
         base = Shape(vocab=8192, d_model=512, layers=8, heads=8, kv_heads=4, head_dim=64, d_hidden=1408)
-    if family == "llama":
-        return base
-    return Shape(**{**vars(base), "d_hidden": base.d_hidden // 4, "experts": 8, "top_k": 2})
+    return base if family == "llama" else with_experts(base)
 
 
 def compare(name: str, shape: Shape, options: Options) -> list[Row]:

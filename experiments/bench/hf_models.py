@@ -1,8 +1,10 @@
 """Twins: one configuration and one set of weights as a Hugging Face model and as a tree of our parameters."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from ftrain.hf import load_hf
 from modules import decoder
@@ -27,6 +29,17 @@ class Shape:
     d_hidden: int
     experts: int = 0
     top_k: int = 0
+
+
+def with_experts(shape: Shape) -> Shape:
+    """The same sizes with 8 experts, each a quarter as wide, of which a token uses 2."""
+    return replace(shape, d_hidden=shape.d_hidden // 4, experts=8, top_k=2)
+
+
+def machine(device: str) -> str:
+    """What a figure was measured on, for titles: the device, and torch."""
+    where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    return f"{device} ({where}), torch {torch.__version__}"
 
 
 def our_config(shape: Shape) -> DecoderConfig:

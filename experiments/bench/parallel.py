@@ -24,7 +24,7 @@ import tyro
 
 import ftrain
 from experiments.bench.slow_link import SlowLink, run_over
-from experiments.bench.table import Row, print_table, row, write_json
+from experiments.bench.table import Row, publish, row
 from experiments.omni import job
 from modules import decoder
 from modules.attention import AttentionConfig
@@ -54,9 +54,7 @@ def main(options: Options) -> int:
     """Print the table; 1 if a goal is missed."""
     torch.set_num_threads(1)
     rows = [*byte_rows(), lockstep_row(options), *overlap_rows(options)]
-    print_table(rows, "parallel")
-    if options.json is not None:
-        write_json(rows, options.json)
+    publish(rows, "parallel", options.json)
     return int(any(r.ok is False for r in rows))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import tyro
 
 from experiments.bench.peers import WITH_ALL_TO_ALL, Fsdp2
-from experiments.bench.table import Row, print_table, row, write_json
+from experiments.bench.table import Row, publish, row
 from experiments.decoder_plan import DecoderSubject
 from ftrain.search.cluster import GIB, Cluster, cluster
 from ftrain.search.layouts import Candidate
@@ -127,9 +127,7 @@ def main(options: Options) -> int:
     prices = [predict(r) for r in chosen]
     rows = [x for r, p in zip(chosen, prices, strict=True) for x in rows_of(r, p)]
     rows += order_rows(chosen, prices)
-    print_table(rows, "plan against published")
-    if options.json is not None:
-        write_json(rows, options.json)
+    publish(rows, "plan against published", options.json)
     return int(any(r.ok is False for r in rows))
 
 

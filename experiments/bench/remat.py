@@ -24,7 +24,7 @@ from torch import Tensor
 
 import ftrain
 from experiments.bench.remat_models import Case, Llama, dit_stack, llama, omni_step
-from experiments.bench.table import Row, print_table, row, write_json
+from experiments.bench.table import Row, publish, row
 from ftrain import Remat
 from ftrain.liveness import input_bytes
 from ftrain.meter import measure_peak
@@ -81,9 +81,7 @@ def main(options: Options) -> int:
             points = measured(case, options.rounds)
         rows += rows_of(case.name, points)
         curves[case.name] = list(points.values())
-    print_table(rows, "remat")
-    if options.json is not None:
-        write_json(rows, options.json)
+    publish(rows, "remat", options.json)
     if options.figure is not None:
         draw(curves, options.figure)
     return int(any(r.ok is False for r in rows))

@@ -20,8 +20,8 @@ import tyro
 from torch import Tensor
 
 import ftrain
-from experiments.bench.hf_models import Shape, hf_model, our_config, our_parameters
-from experiments.bench.table import Row, print_table, row, write_json
+from experiments.bench.hf_models import Shape, hf_model, machine, our_config, our_parameters, with_experts
+from experiments.bench.table import Row, publish, row
 from ftrain.meter import measure_peak
 from ftrain.optim import adamw, chain, clip_by_global_norm
 from ftrain.state import TrainState
@@ -82,10 +82,7 @@ def main(options: Options) -> list[Row]:
     for name in options.only:
         rows += parts[name]()
         gc.collect()
-    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
-    print_table(rows, f"step, {options.device} ({where}), torch {torch.__version__}")
-    if options.json is not None:
-        write_json(rows, options.json)
+    publish(rows, f"step, {machine(options.device)}", options.json)
     return rows
 
 
@@ -94,10 +91,7 @@ def _shape(family: str, options: Options) -> Shape:
         base = Shape(vocab=2048, d_model=128, layers=2, heads=4, kv_heads=2, head_dim=32, d_hidden=352)
     else:
         base = Shape(vocab=32_000, d_model=512, layers=6, heads=8, kv_heads=4, head_dim=64, d_hidden=1408)
-    if family == "llama":
-        return base
-    sizes = {**vars(base), "d_hidden": base.d_hidden // 4, "experts": 8, "top_k": 2}
-    return Shape(**sizes)
+    return base if family == "llama" else with_experts(base)
 
 
 def compare(name: str, shape: Shape, options: Options) -> list[Row]:

@@ -42,6 +42,13 @@ def row(
     return Row(name, value, unit, goal, ok, peer, how)
 
 
+def publish(rows: Sequence[Row], title: str, file: Path | None) -> None:
+    """Print the rows as a table, and write them to `file` if there is one."""
+    print_table(rows, title)
+    if file is not None:
+        write_json(rows, file)
+
+
 def write_json(rows: Sequence[Row], file: Path) -> None:
     """Write the rows as a list of objects; the folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
