@@ -27,6 +27,7 @@ _FILES = [
         "rope",
         "squares",
         "swiglu",
+        "wide_mm",
     )
 ]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.mean import Mean, sum_over_batch
 from kernels.moe import dropped_rows, experts_swiglu
+from kernels.wide_mm import wide_mm
 from modules import mlp
 from modules.spec import ParamSpec, fan_in, zeros
 
@@ -117,12 +118,12 @@ def route(
 ) -> tuple[Tensor, Tensor, RouterStats]:
     """Choose experts: ids `[T, K]` (int64), weights `[T, K]` (differentiable), statistics (of which none is dropped).
 
-    Computed in float32, or float64 for float64 inputs: near ties, the choice must not hang on a rounded score.
+    Computed in float32, or float64 for float64 inputs: near ties, the choice must not hang on a rounded score. Tokens
+    and router in bfloat16 are multiplied as they are, with float32 sums (`kernels.wide_mm`).
     """
     if (bias_E is None) != (cfg.balance != "bias"):
         raise ValueError(f"moe: balance={cfg.balance!r}, but router_bias_E was {'not ' if bias_E is None else ''}given")
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    logits_TE = x_TD.to(dtype) @ w_router_DE.to(dtype)
+    logits_TE = wide_mm(x_TD, w_router_DE)
     scores_TE = logits_TE.softmax(-1) if cfg.score == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E.detach()
     expert_TK = choice_TE.topk(cfg.top_k, dim=-1).indices
