@@ -28,11 +28,12 @@ _MADE = {
     _aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten._to_copy.default, _aten.clone.default,
     _aten.cat.default, _aten.stack.default, _aten.constant_pad_nd.default,
 }  # fmt: skip
-_VIEWS = {
+VIEWS = {
     _aten.view.default, _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.expand.default,
     _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default, _aten.slice.Tensor,
     _aten.select.int, _aten.alias.default, _aten.detach.default,
 }  # fmt: skip
+"""Ops that compute nothing: a run looks through them, and those that others need stay outside."""
 _COPY = _aten.copy_.default
 _LEAST_BYTES_ON_CPU = 1 << 18
 
@@ -47,9 +48,12 @@ def fuse_runs(module: fx.GraphModule) -> None:
     bodies: dict[Any, str] = {}
     for nodes in list(_stretches(list(module.graph.nodes))):
         stretch = set(nodes)
+        replaced: set[fx.Node] = set()
         for run in _connected(nodes, stretch):
             if _is_worth_it(run) and _writes_are_plain(run, stretch):
                 _replace(module, run, stretch, bodies)
+                replaced.update(run)
+        _erase(nodes, replaced)
     module.graph.lint()
     module.recompile()
 
@@ -61,7 +65,7 @@ def _stretches(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
     for node in nodes:
         if node.op == "get_attr":
             continue
-        fits = _has_static_layout(node) and (node.target in _VIEWS or _is_compute(node))
+        fits = _has_static_layout(node) and (node.target in VIEWS or _is_compute(node))
         if found and (not fits or _is_scalar(node) != scalar):
             yield found
             found = []
@@ -102,7 +106,7 @@ def _connected(nodes: list[fx.Node], stretch: set[fx.Node]) -> list[list[fx.Node
         return x
 
     written = {storage(n.args[0]) for n in nodes if n.target is _COPY}  # type: ignore[arg-type]
-    ops = [n for n in nodes if n.target not in _VIEWS]
+    ops = [n for n in nodes if n.target not in VIEWS]
     for node in ops:
         for source in _sources(node, stretch):
             if source in stretch:
@@ -124,7 +128,7 @@ def _is_worth_it(run: list[fx.Node]) -> bool:
 def _sources(node: fx.Node, stretch: set[fx.Node]) -> Iterator[fx.Node]:
     """What an op reads, seen through the views of its stretch."""
     for source in node.all_input_nodes:
-        while source in stretch and source.target in _VIEWS:
+        while source in stretch and source.target in VIEWS:
             source = source.all_input_nodes[0]
         yield source
 
@@ -142,7 +146,10 @@ def _writes_are_plain(run: list[fx.Node], stretch: set[fx.Node]) -> bool:
 
 
 def _replace(module: fx.GraphModule, run: list[fx.Node], stretch: set[fx.Node], bodies: dict[Any, str]) -> None:
-    """Put the run into a body of its own, and call that where the run's last op was."""
+    """Put the run into a body of its own, and call that where the run's last op was.
+
+    What needed the run's values reads the call's; the run's own ops are left for `_erase`.
+    """
     graph, members = module.graph, set(run)
     results = [n for n in run if _is_needed(n, members, stretch)]
     body, inputs = _body(run, results, stretch)
@@ -163,16 +170,12 @@ def _replace(module: fx.GraphModule, run: list[fx.Node], stretch: set[fx.Node], 
         moved[-1].meta.update(node.meta)
         node.replace_all_uses_with(moved[-1], delete_user_cb=lambda user: user not in members)
     _move_views(moved, stretch)
-    looked_through = [s for n in run for s in n.all_input_nodes if s in stretch and s.target in _VIEWS]
-    for node in reversed(run):
-        graph.erase_node(node)
-    _erase_unused_views(looked_through, stretch)
 
 
 def _is_needed(node: fx.Node, members: set[fx.Node], stretch: set[fx.Node]) -> bool:
     """Whether anything outside the run uses the node, directly or through views."""
     for user in node.users:
-        if user in stretch and user.target in _VIEWS:
+        if user in stretch and user.target in VIEWS:
             if _is_needed(user, members, stretch):
                 return True
         elif user not in members:
@@ -186,20 +189,20 @@ def _move_views(results: list[fx.Node], stretch: set[fx.Node]) -> None:
         return
     at, bases = results[-1], list(results)
     while bases:
-        for view in [u for u in bases.pop().users if u in stretch and u.target in _VIEWS]:
+        for view in [u for u in bases.pop().users if u in stretch and u.target in VIEWS]:
             at.append(view)
             at = view
             bases.append(view)
 
 
-def _erase_unused_views(views: list[fx.Node], stretch: set[fx.Node]) -> None:
-    """Views that only the run looked at go, and those that only these looked at."""
-    for view in dict.fromkeys(views):
-        while view in stretch and view.target in _VIEWS and not view.users:
-            base = view.all_input_nodes[0]
-            view.graph.erase_node(view)
-            stretch.discard(view)
-            view = base
+def _erase(nodes: list[fx.Node], replaced: set[fx.Node]) -> None:
+    """Erase the ops of a stretch that were replaced, and the views that nobody but these looked at.
+
+    From the last to the first, so that each is unused by then: ops and views may depend on one another in any order.
+    """
+    for node in reversed(nodes):
+        if node in replaced or (replaced and node.target in VIEWS and not node.users):
+            node.graph.erase_node(node)
 
 
 def _body(run: list[fx.Node], results: list[fx.Node], stretch: set[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:

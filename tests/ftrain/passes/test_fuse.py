@@ -1,14 +1,19 @@
 """Runs of ops become one node each; values, order and lives of all else stay."""
 
+import random
+from collections import Counter
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ftrain
 from ftrain import TrainState, optim
 from ftrain.compiled import copy_graph
 from ftrain.fused import fused_body, is_fused
 from ftrain.meter import measure_peak
-from ftrain.passes.fuse import fuse_runs
+from ftrain.passes.fuse import VIEWS, fuse_runs
 
 WIDE = (256, 512)  # large enough to be worth a call on a CPU
 
@@ -74,6 +79,94 @@ def test_views_of_results_and_of_inputs():
     for a, b in zip(fused(wide(0)), before(wide(0)), strict=True):
         assert torch.equal(a, b)
         assert a.stride() == b.stride()
+
+
+HALVES = [
+    pytest.param(lambda x: (y := x.exp(), y[:, :256] * 2 + y[:, 256:])[1], id="views-of-a-member"),
+    pytest.param(lambda x: (y := x.exp(), y.t()[:256].t() * 2 + y[:, 256:])[1], id="views-of-views"),
+    pytest.param(lambda x: (y := x.exp(), y[:, :256] * 2, y[:, 256:])[1:], id="a-view-that-is-a-result"),
+    pytest.param(lambda x: (y := x.exp(), y[:, :256] * 2, y)[1:], id="a-member-that-is-a-result"),
+    pytest.param(lambda x: (y := x.exp(), v := y.t()[:256], v * 2, v @ y)[2:], id="one-view-in-and-outside"),
+    pytest.param(lambda x: (y := x.exp(), y[:, :256] * 2, y[:, 256:] * 3)[1:], id="several-results"),
+]
+
+
+@pytest.mark.parametrize("fn", HALVES)
+def test_ops_that_only_views_of_their_run_look_at_go_into_the_body(fn):
+    fused, before = graph_of(fn, wide(0))
+    assert "aten.exp.default" not in targets(fused)
+    for a, b in zip(fused(wide(0)), before(wide(0)), strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+# Ops on a value of shape [256, 256]; all results are small whole numbers, so a sum is exact in any order.
+UNARY = [
+    lambda x: (x * 2 - 1).clamp(-9, 9),
+    lambda x: x.abs(),
+    lambda x: x.t(),
+    lambda x: x.t().neg().t(),
+    lambda x: x.view(-1).view(256, 256),
+    lambda x: torch.cat([x[:, 128:], x[:, :128]], 1),
+    lambda x: torch.cat(x.split(64, 1)[::-1], 1),
+    lambda x: x[:1].expand(256, 256),
+    lambda x: x[:, 3].unsqueeze(1).expand(256, 256),
+    lambda x: x.sum(1, keepdim=True).clamp(-9, 9).expand(256, 256),
+    lambda x: x.amax(0).expand(256, 256),
+    lambda x: (x @ x).clamp(-9, 9),
+]
+BINARY = [
+    lambda x, y: x + y,
+    lambda x, y: torch.maximum(x, y.t()),
+    lambda x, y: torch.where(x > 0, y, x),
+    lambda x, y: torch.cat([x[:128] - y[128:], y[128:]]),
+]
+PICKS = st.integers(0, 99)
+STEPS = st.lists(st.tuples(st.sampled_from([*UNARY, *BINARY]), PICKS, PICKS), min_size=2, max_size=12)
+
+
+def function_of(steps, results):
+    """A function of one tensor that takes these steps, each on values so far, and returns some of the values."""
+
+    def fn(x):
+        values = [x]
+        for op, i, j in steps:
+            given = [values[-1 - i % len(values)], values[j % len(values)]]
+            values.append((op(*given) if op in BINARY else op(given[0])).clamp(-99, 99))
+        return [values[i % len(values)] for i in results]
+
+    return fn
+
+
+def whole_numbers(seed):
+    return torch.randint(-3, 4, (256, 256), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def ops_in(module):
+    """How often each op that is no view is in the graph and in the bodies of its fused nodes."""
+    nodes = [n for m in (module, *bodies(module)) for n in m.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    return Counter(str(n.target) for n in nodes if n.target not in VIEWS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS, results=st.lists(PICKS, min_size=1, max_size=3))
+def test_any_graph_gives_the_same_bits_and_loses_no_op(steps, results):
+    fused, before = graph_of(function_of(steps, results), whole_numbers(0))
+    fused.graph.lint()
+    assert ops_in(fused) == ops_in(before)
+    for a, b in zip(fused(whole_numbers(0)), before(whole_numbers(0)), strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_compiled_graph_gives_the_same_bits(seed):
+    pick = random.Random(seed)
+    steps = [(pick.choice([*UNARY, *BINARY]), pick.randrange(99), pick.randrange(99)) for _ in range(10)]
+    fn = function_of(steps, [-1, 4])
+    found = ftrain.jit(fn, backend="inductor")(whole_numbers(seed))
+    for a, b in zip(found, fn(whole_numbers(seed)), strict=True):
+        assert torch.equal(a, b)
 
 
 def sgd(state, x):
