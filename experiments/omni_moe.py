@@ -34,6 +34,7 @@ from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.cost import Cost
 from ftrain.hardware import peak_flops
 from ftrain.interrupt import EXIT_RESUMABLE, StopRequest, interruptible
+from ftrain.precision import Choice, precision_on
 from ftrain.survive.bad_steps import Verdict
 from ftrain.survive.replicas import check_replicas
 from ftrain.survive.watchdog import Watchdog
@@ -68,6 +69,9 @@ class Options:
     """auto: CUDA where there is one."""
     backend: Literal["auto", "aten", "inductor", "cudagraph"] = "auto"
     """How the step's graph is run."""
+    precision: Choice = "auto"
+    """In which dtype losses and answers are computed (parameters and optimizer stay float32). auto: bfloat16 on CUDA,
+    float32 on a CPU."""
     remat: Literal["none", "layer", "all"] = "none"
     """What the backward pass computes again instead of keeping it."""
     held_out: int = 240
@@ -123,6 +127,7 @@ def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
         device=device,
         backend=options.backend,
         remat=options.remat,
+        precision=precision_on(device, options.precision),
         mesh=mesh,
         plan=options.plan,
         say=report.say,
@@ -182,7 +187,13 @@ def _check_same(options: Options, path: Path) -> None:
 def _config(options: Options, device: torch.device, mesh: Mesh | None) -> dict[str, Any]:
     values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     sizes = None if mesh is None else {a: getattr(mesh, a) for a in ("replicate", "shard", "sequence", "expert")}
-    found = {"resolved_device": str(device), "resolved_mesh": sizes, "torch": torch.__version__}
+    precision = precision_on(device, options.precision).compute
+    found = {
+        "resolved_device": str(device),
+        "resolved_precision": precision,
+        "resolved_mesh": sizes,
+        "torch": torch.__version__,
+    }
     return {**values, **found, "replay": "experiments.omni.replay"}
 
 
@@ -252,7 +263,7 @@ def _prices(t: _Training, state: TrainState, batch: Any) -> tuple[float, int]:
     compiled = t.work.step.lower(state, batch)
     if t.files is not None:
         compiled.report(t.files.path / "step.html")
-    return _counted_flops(compiled.cost()) / peak_flops(t.work.device), compiled.memory().total
+    return _counted_flops(compiled.cost()) / peak_flops(t.work.device, t.work.precision.dtype), compiled.memory().total
 
 
 def _row(work: Job, number: int, metrics: Any, prices: tuple[float, int], began: float) -> dict[str, Any]:
@@ -289,7 +300,8 @@ def _finish(work: Job, state: TrainState, options: Options, run: RunFolder, repo
     """Ask the held-out questions; write the table and the pictures."""
     report.say("asking held-out questions ...")
     evaluator = Evaluator(work.model, work.sources, work.judge, work.seed, count=options.held_out)
-    answers = {task: evaluator.answers(task, state.params, state.extra["balance"]) for task in work.tasks}
+    params = work.precision.cast(state.params)
+    answers = {task: evaluator.answers(task, params, state.extra["balance"]) for task in work.tasks}
     table = summary(answers, work.judge)
     run.summarise(table)
     figures.curves(run_folder.read_metrics(run.path), run.path / "curves.png")

@@ -4,9 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from ftrain import tree
+
+Choice = Literal["auto", "float32", "bfloat16"]
+"""What a command line offers; "auto" is bfloat16 on CUDA and float32 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,26 @@ class Precision:
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
                 raise ValueError(f"Precision({field}={name!r}): not a floating dtype of torch, e.g. 'bfloat16'")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return getattr(torch, self.compute)
+
+    def cast(self, params: Any) -> Any:
+        """Parameters as losses see them: float32 leaves in the compute dtype, others as they are.
+
+        For what runs outside of a step, such as generation; inside of one see `ftrain.forward`.
+        """
+        return tree.map(lambda leaf: leaf.to(self.dtype) if leaf.dtype == torch.float32 else leaf, params)
+
+
+def precision_on(device: torch.device, choice: str = "auto") -> Precision:
+    """The precision that a command line chose, for a run on `device`. ValueError if it is not one of `Choice`."""
+    if choice not in get_args(Choice):
+        raise ValueError(f"--precision {choice!r} is not one of {', '.join(get_args(Choice))}")
+    by_device = "bfloat16" if device.type == "cuda" else "float32"
+    return Precision(compute=by_device if choice == "auto" else choice)
+
 
 _current: ContextVar[Precision | None] = ContextVar("ftrain_precision", default=None)
 
@@ -46,7 +72,7 @@ def compute_dtype(leaf: Tensor) -> torch.dtype:
     precision = _current.get()
     if precision is None or leaf.dtype != torch.float32:
         return leaf.dtype
-    return getattr(torch, precision.compute)
+    return precision.dtype
 
 
 def reduce_dtype() -> torch.dtype | None:

@@ -88,7 +88,7 @@ def _omni_job(mesh: Mesh | None) -> job.Job:
     quiet = {"say": lambda text: None}
     return job.make(
         size="tiny", steps=100, tokenizer_steps=5, seed=0, device=torch.device("cpu"), backend="auto", remat="none",
-        mesh=mesh, **quiet,
+        precision=ftrain.Precision(), mesh=mesh, **quiet,
     )  # fmt: skip
 
 

@@ -110,6 +110,7 @@ def omni_step() -> Case:
         device=torch.device("cpu"),
         backend="auto",
         remat="none",
+        precision=ftrain.Precision(),
         **quiet,
     )
     state = work.fresh_state(quiet["say"])

@@ -75,7 +75,7 @@ class Evaluator:
         )
         with torch.no_grad():
             images = self.model.decoder("image").lm_generate(params["decoders"]["image"], codes_BN)
-        images_NHWC = images.permute(0, 2, 3, 1).cpu().numpy()
+        images_NHWC = images.permute(0, 2, 3, 1).float().cpu().numpy()
         seen_N = self.judge.recognise(images_NHWC)
         return [
             Answer(e, image_HWC=image, recognised=int(digit))

@@ -14,7 +14,7 @@ from experiments.omni.judge import Judge
 from experiments.omni.sources import Sources
 from experiments.omni.tasks import Mixture
 from experiments.omni.training import TrainConfig
-from ftrain import TrainState, optim
+from ftrain import Precision, TrainState, optim
 from ftrain.hardware import free_bytes
 from modules import omni, spec
 from modules.omni import OmniModel
@@ -38,6 +38,7 @@ class Job:
     judge: Judge
     seed: int
     device: torch.device
+    precision: Precision
     tokenizer_steps: int
 
     def abstract_state(self) -> Any:
@@ -54,7 +55,12 @@ class Job:
         images_NCHW = self.sources.train.drawn.images_NHWC.transpose(0, 3, 1, 2).copy()
         config = model.vq_config(self.size)
         tokenizer, error = tokenizer_training.train_tokenizer(
-            images_NCHW, cfg=config, steps=self.tokenizer_steps, seed=self.seed, device=self.device
+            images_NCHW,
+            cfg=config,
+            steps=self.tokenizer_steps,
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
         )
         say(f"image tokenizer: {config.codes_per_image} codes an image, squared error {error:.4f}, "
             f"{time.monotonic() - began:.0f} s")  # fmt: skip
@@ -72,6 +78,7 @@ def make(
     device: torch.device,
     backend: str,
     remat: str,
+    precision: Precision,
     mesh: Mesh | None = None,
     plan: str | None = None,
     say: Callable[[str], None],
@@ -111,12 +118,13 @@ def make(
         donate="state",
         backend=backend,
         remat=remat if plan is None else None,
+        precision=precision,
         plan=laid,
         specs=omni.specs(net),
     )
     say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {packs * feed.budget.tokens:,} tokens a step")
     grader = judge.train(data.train.drawn, data.held_out.drawn, seed=seed)
-    work = Job(size, net, data, names, feed, config, tx, step, grader, seed, device, tokenizer_steps)
+    work = Job(size, net, data, names, feed, config, tx, step, grader, seed, device, precision, tokenizer_steps)
     chosen = step.choose(work.abstract_state(), feed.at(0))
     if chosen is not None:
         say(f"mesh: {chosen.mesh} ({chosen.mesh.kind})")

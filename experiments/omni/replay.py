@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from experiments.omni import job
+from ftrain import Precision
 from ftrain.survive.replay import Replayable
 from sharding import Mesh
 
@@ -28,6 +29,7 @@ def replayable(config: Mapping[str, Any]) -> Replayable:
         device=torch.device(config["resolved_device"]),
         backend=config["backend"],
         remat=config["remat"],
+        precision=Precision(compute=config.get("resolved_precision", "float32")),
         mesh=mesh,
         plan=config.get("plan"),
         say=print,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import ftrain
-from ftrain import optim
+from ftrain import Precision, optim
 from modules import vq_image
 from modules.vq_image import VqConfig
 
@@ -23,7 +23,14 @@ class TokenizerState(NamedTuple):
 
 
 def train_tokenizer(
-    images_NCHW: np.ndarray, *, cfg: VqConfig, steps: int, seed: int, batch: int = 64, device: torch.device
+    images_NCHW: np.ndarray,
+    *,
+    cfg: VqConfig,
+    steps: int,
+    seed: int,
+    batch: int = 64,
+    device: torch.device,
+    precision: Precision | None = None,
 ) -> tuple[Any, float]:
     """Parameters of a tokenizer of these images, and the last batch's mean squared error."""
     tx = optim.chain(
@@ -44,7 +51,7 @@ def train_tokenizer(
         usage_QK = state.usage_QK + vq_image.usage(codes, cfg)
         return TokenizerState(optim.apply_updates(state.params, updates), opt_state, usage_QK), error
 
-    jitted = ftrain.jit(step, donate="state")
+    jitted = ftrain.jit(step, donate="state", precision=precision)
     images = torch.from_numpy(images_NCHW)
     rng = np.random.Generator(np.random.Philox(key=[seed, 17]))
     error = torch.zeros(())

@@ -47,6 +47,15 @@ def test_an_interrupted_run_goes_on_with_the_losses_of_a_whole_one(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
+def test_in_bfloat16_it_learns_answers_and_says_so(tmp_path: Path) -> None:
+    assert main(Options(out=tmp_path, precision="bfloat16", **SHORT)) == 0
+    rows = run_folder.read_metrics(tmp_path)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert run_folder.read_config(tmp_path)["resolved_precision"] == "bfloat16"
+    assert "text_to_image" in json.loads((tmp_path / "summary.json").read_text())["held_out"]
+
+
 def ctrl_c_after(step: int) -> Callable[[RunFolder, Mapping[str, Any]], None]:
     """What a run does with a row, and then somebody presses Ctrl-C."""
     log = RunFolder.log
