@@ -186,6 +186,7 @@ def linear_cross_entropy_grads(
         if need_w:
             _add_product(dw_DV, x_cD, dz_cV)
         del dz_cV  # or it lives on while the next chunk makes its own
+    del memory_cV  # or it stands beside both forms of dw below
     loss_T = torch.where(labels_T == ignore_index, 0, loss_T)
     return (loss_T * factor_T).sum(), dx_TD, dw.to(w_DV.dtype), loss_T
 
