@@ -1,16 +1,46 @@
 """What a graph costs: floating point operations and bytes moved, per node."""
 
 import operator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_rules import FLOPS
 from ftrain.passes.sizes import sized
+
+# A word of a product's name: mm, bmm, addmm, conv2d, _scaled_dot_product_attention, _grouped_mm, linear, ...
+_PRODUCT = re.compile(
+    r"b?mm|add(b?mm|mv)|baddbmm|sspaddmm|matmul|mv|v?dot|conv(olution|\d.*)?|attention|linear|einsum|trilinear|rnn"
+)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+# Of ATen's ops that torch's own registry leaves out.
+_ATEN: dict[str, Callable[..., int]] = {
+    "aten::mv": lambda a, x, **_: 2 * a.numel(),
+    "aten::addmv": lambda bias, a, x, **_: 2 * a.numel(),
+    "aten::dot": lambda x, y, **_: 2 * x.numel(),
+    "aten::vdot": lambda x, y, **_: 2 * x.numel(),
+    "aten::addbmm": lambda bias, a, b, **_: 2 * a.numel() * b.shape[2],
+    "aten::_addmm_activation": lambda bias, a, b, **_: 2 * a.numel() * b.shape[1],
+    "aten::_scaled_mm_v2": lambda a, b, *_, **__: 2 * a.numel() * b.shape[1],
+    "aten::_int_mm": lambda a, b, **_: 2 * a.numel() * b.shape[1],
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}
 
 
 class NodeCost(NamedTuple):
@@ -26,12 +56,16 @@ class NodeCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """`flops` and `bytes` of one run; `by_phase` FLOPs of forward, backward and step; `nodes` in order of the graph."""
+    """`flops` and `bytes` of one run; `by_phase` FLOPs of forward, backward and step; `nodes` in order of the graph.
+
+    `unpriced`: ops that compute products by their name and have no rule; their FLOPs are missing in the sums.
+    """
 
     flops: int
     bytes: int
     by_phase: dict[str, int]
     nodes: list[NodeCost]
+    unpriced: tuple[str, ...] = ()
 
 
 def graph_cost(module: fx.GraphModule) -> Cost:
@@ -40,7 +74,30 @@ def graph_cost(module: fx.GraphModule) -> Cost:
     by_phase: dict[str, int] = {}
     for node in nodes:
         by_phase[node.phase] = by_phase.get(node.phase, 0) + node.flops
-    return Cost(sum(n.flops for n in nodes), sum(n.bytes for n in nodes), by_phase, nodes)
+    flops, moved = sum(n.flops for n in nodes), sum(n.bytes for n in nodes)
+    return Cost(flops, moved, by_phase, nodes, tuple(sorted(_unpriced(module))))
+
+
+def _unpriced(module: fx.GraphModule) -> set[str]:
+    """The ops of a graph that are products by their name and have no rule."""
+    found: set[str] = set()
+    for node in module.graph.nodes:
+        if is_loop(node):
+            found |= _unpriced(loop_body(node))
+        elif isinstance(node.target, torch._ops.OpOverload) and is_product(node.target) and not has_flops(node.target):
+            found.add(node.target._schema.name)
+    return found
+
+
+def is_product(op: torch._ops.OpOverload) -> bool:
+    """True for an op that by its name multiplies matrices: a product, a convolution, attention, a recurrent layer."""
+    return any(_PRODUCT.fullmatch(word) for word in op._schema.name.split("::")[1].split("_"))
+
+
+def has_flops(op: torch._ops.OpOverload) -> bool:
+    """True if there is a rule for the FLOPs of an op."""
+    name = op._schema.name
+    return name in FLOPS or name in _ATEN or op.overloadpacket in flop_registry
 
 
 def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
@@ -80,7 +137,8 @@ def node_flops(node: fx.Node) -> int:
     if not isinstance(target, torch._ops.OpOverload):
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), sized)
-    own = FLOPS.get(target._schema.name)
+    name = target._schema.name
+    own = FLOPS.get(name) or _ATEN.get(name)
     if own is not None:
         return int(own(*args, **kwargs))
     rule = flop_registry.get(target.overloadpacket)

@@ -34,6 +34,11 @@ def device_of_fake(tensor: Any) -> torch.device:
     return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
+def move_fake(tensor: FakeTensor, device: torch.device) -> None:
+    """Let a fake tensor stand for one on another device, which this torch need not have; its memory stays the same."""
+    tensor.fake_device = device
+
+
 def autograd_sequence() -> int:
     """The number that autograd will give to the next forward op on this thread."""
     return torch.autograd._get_sequence_nr()

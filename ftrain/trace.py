@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain import tree
+from ftrain.absent_device import absent_device, choosing_for, put_on, traceable
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.functionalize import functionalize
 from ftrain.precision import Precision, computing_in
@@ -70,8 +71,9 @@ def signature_of(leaf: Any) -> Any:
 def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: Precision | None = None) -> Traced:
     """Trace `function(*args)`; `names` are the names of its arguments, the first components of leaf paths.
 
-    Leaves may be tensors (real, meta or fake) or `Aval`s; only their shapes, dtypes and
-    devices are read. Leaves that are not tensors are constants of the trace.
+    Leaves may be tensors (real, meta or fake) or `Aval`s; only their shapes, dtypes and devices are read. Leaves that
+    are not tensors are constants of the trace. For a CUDA device that is not here the graph is that of a machine with
+    a card, as far as `ftrain.absent_device` can tell.
     """
     leaves, treedef = tree.flatten(args)
     paths = argument_paths(args, names)
@@ -88,11 +90,14 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         result.append((out_leaves, out_tree, tree.paths(out)))
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
-    with new_fake_mode(), recording(), computing_in(precision):
-        fakes = [torch.empty(a.shape, dtype=a.dtype, device=_traceable(a.device)) for a in avals]
+    absent = absent_device(a.device for a in avals)
+    with new_fake_mode(), recording(), computing_in(precision), choosing_for(absent):
+        fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
         module = trace_to_graph(flat, fakes)
     out_leaves, out_tree, out_paths = result[-1]
     module = functionalize(module, [paths[i] for i in slots])
+    if absent is not None:
+        put_on(module, absent)
     _name_placeholders(module.graph, [paths[i] for i in slots])
     _check_constants(module)
     return Traced(
@@ -112,13 +117,6 @@ def argument_paths(args: tuple, names: Sequence[str]) -> list[str]:
         for name, arg in zip(names, args, strict=True)
         for path in tree.paths(arg)
     ]
-
-
-def _traceable(device: torch.device) -> torch.device:
-    """Fake CUDA tensors with an autograd leaf abort a process whose torch has no CUDA: trace those as CPU tensors."""
-    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    return device
 
 
 def _name_placeholders(graph: fx.Graph, paths: list[str]) -> None:

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 from torch._C import _functorch
 
 _reference_only: ContextVar[bool] = ContextVar("ftrain_reference_only", default=False)
+_lowering_for: ContextVar[str | None] = ContextVar("ftrain_lowering_for", default=None)
 
 
 @contextmanager
@@ -18,6 +20,28 @@ def reference_kernels() -> Iterator[None]:
         yield
     finally:
         _reference_only.reset(token)
+
+
+@contextmanager
+def lowering_for(kind: str) -> Iterator[None]:
+    """Within the block CPU tensors stand for those on a `kind` of device ("cuda"): kernels choose what they run there.
+
+    For the trace of a program on a torch that lacks the device. What is chosen can be traced, and not run.
+    """
+    token = _lowering_for.set(kind)
+    try:
+        yield
+    finally:
+        _lowering_for.reset(token)
+
+
+def device_type(at: Tensor | torch.device) -> str:
+    """The type of the device that a tensor is on, e.g. `"cuda"`; under `lowering_for`, of the one that it stands for.
+
+    A kernel asks this wherever the answer decides which ops a trace gets.
+    """
+    kind = at.type if isinstance(at, torch.device) else at.device.type
+    return (_lowering_for.get() or kind) if kind == "cpu" else kind
 
 
 def inside_higher_transform() -> bool:
@@ -37,7 +61,7 @@ def choose_backend(backend: str, device: torch.device, available: dict[str, str]
     it, and any higher-order transform, get `"reference"`. An explicit name must be one that the kernel has.
     """
     if backend == "auto":
-        return "reference" if inside_higher_transform() else available.get(device.type, "reference")
+        return "reference" if inside_higher_transform() else available.get(device_type(device), "reference")
     known = {"reference", *available.values()}
     if backend not in known:
         raise ValueError(f"backend={backend!r} is not one of {sorted(known | {'auto'})}")

@@ -158,13 +158,28 @@ def _largest_group_bytes(a: Tensor, b: Tensor, out_numel: int) -> int:
 
 
 WORKSPACE: dict[str, Callable[..., int]] = {
-    "ftrain::grouped_mm": lambda x, w, offsets: _largest_group_bytes(x, w[0], x.shape[0] * w.shape[2]),
-    "ftrain::grouped_mm_backward_x": lambda dy, w, offsets: _largest_group_bytes(dy, w[0], dy.shape[0] * w.shape[1]),
+    "ftrain::grouped_mm": lambda x, w, offsets: _largest_group_bytes(x, w.select(0, 0), x.shape[0] * w.shape[2]),
+    "ftrain::grouped_mm_backward_x": lambda dy, w, offsets: _largest_group_bytes(
+        dy, w.select(0, 0), dy.shape[0] * w.shape[1]
+    ),
     "ftrain::grouped_mm_backward_w": lambda dy, x, offsets: _largest_group_bytes(dy, x, x.shape[1] * dy.shape[1]),
 }
+
+
+def _grouped_flops(a: Tensor, b: Tensor, *rest: object, **options: object) -> int:
+    """Of torch's own op: `offs` cut the rows of a, the columns of b, or the dim that two matrices share.
+
+    `[N, D] x [E, D, F]`, `[E, D, F] x [F, N]`, `[D, N] x [N, F]`, and without `offs` `[E, N, D] x [E, D, F]`.
+    """
+    rows = a.select(0, 0) if a.dim() == 3 and b.dim() == 2 else a
+    return 2 * rows.numel() * b.shape[-1]
+
 
 FLOPS: dict[str, Callable[..., int]] = {
     "ftrain::grouped_mm": lambda x, w, offsets: 2 * x.numel() * w.shape[2],
     "ftrain::grouped_mm_backward_x": lambda dy, w, offsets: 2 * dy.numel() * w.shape[1],
     "ftrain::grouped_mm_backward_w": lambda dy, x, offsets: 2 * dy.numel() * x.shape[1],
+    "aten::_grouped_mm": _grouped_flops,
+    "aten::_scaled_grouped_mm": _grouped_flops,
+    "aten::_scaled_grouped_mm_v2": _grouped_flops,
 }

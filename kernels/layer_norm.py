@@ -6,7 +6,7 @@ Legend: N rows (every leading dim, flattened), D normalised dim.
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend
+from kernels.backend import choose_backend, device_type
 
 # ATen's own layer norm is one node in a trace, one pass over memory on a CPU, and Inductor takes it apart to fuse it.
 _BACKENDS = {"cpu": "aten", "cuda": "aten"}
@@ -33,7 +33,7 @@ def layer_norm(
     wide = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
     weight_D, bias_D = (None if p is None else p.to(wide) for p in (weight_D, bias_D))
     # A CPU mixes narrow rows with wide weights by itself, if all three statistics are wide.
-    if x_ND.device.type == "cpu" and weight_D is not None and bias_D is not None:
+    if device_type(x_ND) == "cpu" and weight_D is not None and bias_D is not None:
         return torch.nn.functional.layer_norm(x_ND, x_ND.shape[-1:], weight_D, bias_D, eps)
     return torch.nn.functional.layer_norm(x_ND.to(wide), x_ND.shape[-1:], weight_D, bias_D, eps).to(x_ND.dtype)
 

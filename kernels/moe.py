@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend
+from kernels.backend import choose_backend, device_type
 from kernels.chunks import PIECE
 from kernels.first_order import first_order
 from kernels.grouped_mm import grouped_mm
@@ -134,7 +134,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(rows_ND: Tensor, order_N: Tensor, choices: int) -> Tensor:
-        if rows_ND.device.type == "cpu":
+        if device_type(rows_ND) == "cpu":
             return _combine(rows_ND, None, order_N, choices)
         return rows_ND.index_select(0, _inverse(order_N)).unflatten(0, (-1, choices)).sum(1)
 
@@ -151,7 +151,7 @@ class _Collect(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor) -> Tensor:
-        if rows_ND.device.type == "cpu":
+        if device_type(rows_ND) == "cpu":
             return _combine(rows_ND, weights_TK, order_N, weights_TK.shape[1])
         return combine_reference(rows_ND, weights_TK, Dispatch(order_N, order_N))
 
@@ -162,7 +162,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_TD: Tensor):
         rows_ND, weights_TK, order_N = ctx.saved_tensors
-        backward = _combine_backward_once if rows_ND.device.type == "cpu" else _combine_backward_reference
+        backward = _combine_backward_once if device_type(rows_ND) == "cpu" else _combine_backward_reference
         return *backward(dy_TD, rows_ND, weights_TK, order_N), None
 
 

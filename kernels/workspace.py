@@ -1,8 +1,9 @@
 """What each opaque op costs beyond its shapes: workspace bytes and flops, for a memory planner and a cost model.
 
 A rule is a plain function of the op's own arguments (real or fake tensors, numbers); it looks at shapes, dtypes and
-devices alone. Each kernel file declares its rules in two constant dicts, `WORKSPACE` and `FLOPS`, from the op's name
-(`"ftrain::attention_forward"`) to the rule; here they are put side by side.
+devices alone. It takes parts of a tensor by `narrow`, `select` and `split`: `x[...]` asks for the library of x's
+device, which may not be here. Each kernel file declares its rules in two constant dicts, `WORKSPACE` and `FLOPS`, from
+the op's name (`"ftrain::attention_forward"`) to the rule; here they are put side by side.
 
 - `WORKSPACE`: peak bytes that the op holds beyond its inputs and outputs while it runs. Where that depends on data, the
   bound. An op that is not listed holds nothing that matters.

@@ -20,7 +20,7 @@ from ftrain.passes.waits import WAIT
 from ftrain.search.cluster import Cluster
 
 _ATTENTION = ("ftrain::attention_", "ftrain::ring_")
-_GROUPED = "ftrain::grouped_mm"
+_GROUPED = ("ftrain::grouped_mm", "aten::_grouped_mm")
 
 
 class DeviceTimes(OpTimes):

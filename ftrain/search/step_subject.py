@@ -24,7 +24,7 @@ from sharding.mesh import Mesh
 from sharding.plan import Plan
 
 _ATTENTION = "ftrain::attention_forward"
-_GROUPED = "ftrain::grouped_mm"
+_GROUPED = ("ftrain::grouped_mm", "aten::_grouped_mm")
 _CPU = torch.device("cpu")
 
 
@@ -90,7 +90,7 @@ class StepSubject:
         attention = sum(f for n, f in nodes if _op(n).startswith("ftrain::attention_"))
         sizes = [s for s in tree.leaves(self._wanted.specs) if "expert" in s.axes]
         experts = math.gcd(*(s.shape[s.axes.index("expert")] for s in sizes))
-        slots = [sized(n.args[0]).shape[0] for n, _ in nodes if _op(n) == _GROUPED]
+        slots = [sized(n.args[0]).shape[0] for n, _ in nodes if _op(n) in _GROUPED]
         return Facts(
             tokens=tokens,
             packs=self._packs,

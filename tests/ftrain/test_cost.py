@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
 from ftrain.accumulate import accumulate
+from ftrain.cost import has_flops, is_product
 from ftrain.jit import jit
 from kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -38,3 +39,34 @@ def test_convolutions_and_kernels_count():
     assert jit(lambda x, w: F.conv2d(x, w)).lower(image, w).cost().flops == 2 * 2 * 5 * 6 * 6 * 3 * 9
     x, head, labels = torch.ones(10, 4), torch.ones(4, 7), torch.zeros(10, dtype=torch.int64)
     assert jit(linear_cross_entropy).lower(x, head, labels).cost().flops == 2 * 10 * 4 * 7
+
+
+def test_products_of_groups_count_as_those_of_all_their_rows():
+    """Whichever dim the groups cut: of the rows, of the columns, and the one that both matrices share."""
+    x, w, dy = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((40, 16), (3, 16, 8), (40, 8)))
+    offsets = torch.tensor([8, 16, 40], dtype=torch.int32)
+
+    def products(x, w, dy, offsets):
+        columns = torch._grouped_mm(w.transpose(1, 2), x.t(), offs=offsets)
+        return torch._grouped_mm(x, w, offs=offsets), columns, torch._grouped_mm(x.t(), dy, offs=offsets)
+
+    cost = jit(products).lower(x, w, dy, offsets).cost()
+    assert [n.flops for n in cost.nodes if n.op == "aten._grouped_mm.default"] == [2 * 40 * 16 * 8] * 3
+
+
+def test_a_product_without_a_rule_is_said_to_have_none():
+    a, b, w = torch.ones(5, 4), torch.ones(5, 3), torch.ones(2, 4, 3)
+    assert jit(lambda a, b, w: F.bilinear(a, b, w)).lower(a, b, w).cost().unpriced == ("aten::_trilinear",)
+    assert jit(lambda a, b: a.t() @ b).lower(a, b).cost().unpriced == ()
+
+
+def test_a_product_is_known_by_its_name():
+    aten = torch.ops.aten
+    products = (aten.mm.default, aten.mm.dtype_out, aten.addmm.out, aten.baddbmm.default, aten.convolution.default,
+                aten._flash_attention_forward.default, aten._grouped_mm.default, aten.mv.default, aten.dot.default,
+                aten._scaled_mm.default, aten._scaled_dot_product_flash_attention_for_cpu.default)  # fmt: skip
+    assert all(is_product(op) for op in products)
+    assert all(has_flops(op) for op in products)
+    others = (aten.lgamma.default, aten.upsample_bilinear2d.default, aten.linalg_vector_norm.default,
+              aten._to_copy.default, aten.native_layer_norm.default, aten.index_add.default)  # fmt: skip
+    assert not any(is_product(op) for op in others)

@@ -31,6 +31,20 @@ def test_fake_mode_gives_symbols_to_sizes_that_depend_on_data():
     assert isinstance(count, torch.SymInt)
 
 
+def test_a_fake_tensor_stands_for_one_on_a_device_that_is_not_here():
+    cuda = torch.device("cuda", 0)
+    with private.new_fake_mode():
+        x = torch.empty(4, 6)
+        view, memory = x.t(), private.storage_id(x)
+        for tensor in (x, view):
+            private.move_fake(tensor, cuda)
+        y = torch.mm(x, view)
+    assert [t.device for t in (x, view, y)] == [cuda] * 3
+    assert x.is_cuda
+    assert private.storage_id(x) == private.storage_id(view) == memory
+    assert x.narrow(0, 0, 2).split([2, 4], -1)[1].device == cuda  # outside of the mode, as rules of cost ask
+
+
 def test_autograd_numbers_ops_and_their_backwards_alike():
     x = torch.ones(2, requires_grad=True)
     before = private.autograd_sequence()
