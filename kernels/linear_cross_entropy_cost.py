@@ -11,11 +11,20 @@ from kernels.linear_cross_entropy import result_dtype, rows_together
 
 
 def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, slope: bool) -> int:
-    """Logits of one chunk, their half precision form, the softcap's slope, and tokens gathered for it."""
+    """Logits of one chunk, their half precision form, the softcap's slope, and on a CPU the tokens gathered for it."""
     c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
     half = x.element_size() if x.element_size() < item else 0
     rows = c if x.is_cuda else rows_together(c, V, item)
-    return c * V * (item + half) + (rows * V * item if slope else 0) + c * x.shape[1] * x.element_size()
+    gathered = 0 if x.is_cuda else c * x.shape[1] * x.element_size()
+    return c * V * (item + half) + (rows * V * item if slope else 0) + gathered
+
+
+def _product_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, need_x: bool, need_w: bool) -> int:
+    """A chunk's gradient by its logits, in the inputs' dtype, and the larger of its products with weight and tokens."""
+    c, D, V = min(chunk, x.shape[0]), x.shape[1], w.shape[0 if transposed else 1]
+    summed_apart = need_w and w.element_size() < result_dtype(x.dtype).itemsize
+    largest = max(c * D if need_x else 0, min(c, D) * V if summed_apart else 0)
+    return (c * V + largest) * x.element_size()
 
 
 def _loss_workspace(
@@ -45,11 +54,14 @@ def _grads_workspace(
 ) -> int:
     c, item = min(chunk, x.shape[0]), result_dtype(x.dtype).itemsize
     loop = _chunk_bytes(x, w, transposed, chunk, slope=softcap is not None)
+    if x.is_cuda:
+        loop = max(loop, _product_bytes(x, w, transposed, chunk, need_x, need_w))
+    elif need_x:
+        loop += c * x.shape[1] * x.element_size()
     accumulated = w.numel() * item if need_w and w.element_size() < item else 0
     output = w.numel() * w.element_size() if accumulated else 0
     # the sum in float32 stands beside the chunks in the loop, and after it beside the output it is cast to
-    dx_chunk = c * x.shape[1] * x.element_size() if need_x else 0
-    return max(accumulated - output + loop + dx_chunk, accumulated) + _per_token_bytes(x)
+    return max(accumulated - output + loop, accumulated) + _per_token_bytes(x)
 
 
 def _per_token_bytes(x: Tensor) -> int:
