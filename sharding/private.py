@@ -58,10 +58,15 @@ def make_dtensor(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[i
     return DTensor(local, spec, requires_grad=False)
 
 
-def flight_record() -> str:
-    """torch's record of the collectives of this process as JSON, the oldest first; empty if it holds none.
+# Backends keep a record each: gloo's, and NCCL's where this torch has NCCL.
+_RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 
-    TORCH_FR_BUFFER_SIZE says how many collectives are kept.
+
+def flight_record() -> str:
+    """torch's record of the collectives of this process, the oldest first: a line of JSON per backend that ran any.
+
+    Empty if none did. TORCH_FR_BUFFER_SIZE says how many collectives are kept.
     """
-    record = json.loads(_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
-    return json.dumps(record) if record.get("entries") else ""
+    dumps = [getattr(_c10d, name) for name in _RECORDERS if hasattr(_c10d, name)]
+    records = [json.loads(dump(True, False)) for dump in dumps]
+    return "\n".join(json.dumps(record) for record in records if record.get("entries"))

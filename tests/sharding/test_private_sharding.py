@@ -1,5 +1,8 @@
 """One canary for each private name of torch.distributed that the floor uses."""
 
+import json
+import multiprocessing
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -62,3 +65,31 @@ def test_a_world_of_another_size_is_refused(one_process):
     with pytest.raises(ValueError, match=r"has 4 ranks and there are 1 processes; .* may be 1x1x1"):
         open_groups(Mesh(2, 2), [("shard",)])
     assert same_everywhere("value", Mesh()) == "value"
+
+
+def recorded(backend: str, device: str, found: multiprocessing.SimpleQueue) -> None:
+    """In a process of its own: a sum over one rank, and what is recorded before and after it."""
+    before = private.flight_record()
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    dist.all_reduce(torch.ones(3, device=device))
+    found.put((before, private.flight_record()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.gpu)])
+def test_the_flight_record_holds_what_the_backend_ran(backend, device, monkeypatch):
+    """Each backend has a recorder of its own: gloo's is empty under NCCL, and NCCL's under gloo."""
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "16")
+    context = multiprocessing.get_context("spawn")
+    found = context.SimpleQueue()
+    process = context.Process(target=recorded, args=(backend, device, found))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    before, after = found.get()
+    assert before == ""
+    (record,) = [json.loads(line) for line in after.splitlines()]
+    assert [entry["profiling_name"] for entry in record["entries"]] == [f"{backend}:all_reduce"]
+    assert record["entries"][0]["input_sizes"] == [[3]]
