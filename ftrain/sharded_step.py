@@ -21,7 +21,7 @@ from ftrain.lost_rank import naming_lost_ranks
 from ftrain.sharded_trace import Placements, ShardedTrace, reduce_means, tracing_rank
 from ftrain.trace import Aval, is_array
 from kernels.primitive import bind
-from sharding.batch import BatchRule, Tokens, share
+from sharding.batch import BatchRule, Offsets, Tokens, share
 from sharding.heartbeat import Heartbeat
 from sharding.placement import Placement
 from sharding.plan import Plan
@@ -204,7 +204,7 @@ class ShardedStep:
             return Aval(argument.placement.local_shape, leaf.dtype, Aval.of(leaf).device)
         example = torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
         assert argument.rule is not None
-        if isinstance(argument.rule, Tokens):
+        if isinstance(argument.rule, Tokens | Offsets):
             part = self._share(example, argument, tokens, 0)
         else:
             part = self._share(torch.zeros_like(example, device="cpu"), argument, tokens, 0)

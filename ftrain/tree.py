@@ -13,6 +13,8 @@ from typing import Any, TypeVar, dataclass_transform
 import optree
 import torch
 
+from kernels.documents import Documents
+
 NAMESPACE = "ftrain"
 
 Tree = Any  # a leaf, or a dict, list, tuple, NamedTuple or struct of trees
@@ -38,27 +40,35 @@ def struct(cls: type[T]) -> type[T]:
     mapped, children may be anything (a name, a bool, a shape).
     """
     made = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    _register(made)
+    return made
+
+
+def _register(made: Any) -> None:
+    """Make a frozen dataclass a node of trees."""
+    fields = dataclasses.fields(made)
     children = tuple(f.name for f in fields if not f.metadata.get("static"))
     constants = tuple(f.name for f in fields if f.metadata.get("static"))
 
-    def to_children(node: T) -> tuple[tuple, tuple, tuple[str, ...]]:
+    def to_children(node: Any) -> tuple[tuple, tuple, tuple[str, ...]]:
         return tuple(getattr(node, n) for n in children), tuple(getattr(node, n) for n in constants), children
 
-    def from_children(metadata: tuple, values: Iterable) -> T:
+    def from_children(metadata: tuple, values: Iterable) -> Any:
         node = object.__new__(made)
         for name, value in (*zip(constants, metadata, strict=True), *zip(children, values, strict=True)):
             object.__setattr__(node, name, value)
         return node
 
     optree.register_pytree_node(
-        made,  # type: ignore[arg-type]
+        made,
         to_children,  # type: ignore[arg-type]
-        from_children,  # type: ignore[arg-type]
+        from_children,
         path_entry_type=optree.GetAttrEntry,
         namespace=NAMESPACE,
     )
-    return made
+
+
+_register(Documents)  # which lies on a floor that knows no trees
 
 
 def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:

@@ -1,7 +1,7 @@
 """Attention over folded tokens of packed documents, with grouped key/value heads, causal or not, windowed or not.
 
 T query tokens, S key/value tokens (S = T unless `kv_segments_S` is given), H query heads, G key/value heads, R = H / G,
-K head dim of queries and keys, V head dim of values (mostly V = K).
+K head dim of queries and keys, V head dim of values (mostly V = K), N documents.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from kernels.attention_cost import FLOPS, WORKSPACE
 from kernels.attention_cpu import Rule
 from kernels.attention_math import accumulate_dtype
 from kernels.backend import choose_backend
-from kernels.documents import document_index, document_offsets
+from kernels.documents import Documents, Segments, document_index, index_of_offsets
 from kernels.first_order import first_order
 from kernels.opaque import opaque_op
 from kernels.primitive import primitive
 
-__all__ = ["FLOPS", "WORKSPACE", "attention", "attention_reference", "document_offsets"]
+__all__ = ["FLOPS", "WORKSPACE", "attention", "attention_reference"]
 
 BACKENDS = {"cpu": "cpu", "cuda": "flash"}
 
@@ -30,25 +30,25 @@ def attention(
     k_SGK: Tensor,
     v_SGV: Tensor,
     *,
-    segments_T: Tensor | None = None,
-    kv_segments_S: Tensor | None = None,
+    segments_T: Segments | None = None,
+    kv_segments_S: Segments | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
-    max_documents: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`softmax(q k^T * scale) v` within each document of a pack, `[T, H, V]` in the dtype of the queries.
 
     - `q_THK`, `k_SGK`, `v_SGV`: one floating dtype; H is a multiple of G, query head `h` reads key head `h // (H / G)`.
-    - `segments_T` int64: a change of id starts a new document; None is one document. Documents never see each other.
-    - `kv_segments_S` int64: the keys are another pack, and a query sees the keys that carry its document's id (cross
-      attention, decoding); a document then has one run of queries and one of keys. With `causal` the last query stands
-      at the last key. A query that sees no key gives zero. Without it S must be T.
+    - `segments_T`: ids, int64 `[T]`, a change of which starts a new document; or `Documents`, made with the pack, whose
+      offsets spare a CUDA device the count and the host the wait; None is one document. Documents never see each other.
+    - `kv_segments_S`: the keys are another pack (cross attention, decoding). As ids, a query sees the keys that carry
+      its document's id; a document then has one run of queries and one of keys. As `Documents`, of as many places as
+      those of the queries, document n reads document n. With `causal` the last query stands at the last key. A query
+      that sees no key gives zero. Without it S must be T.
     - `window`: a query sees at most the `window` latest keys, its own included (causal), or those less than `window`
       away (not causal).
     - `scale`: of the scores, `K ** -0.5` if None.
-    - `max_documents`: a bound of the number of documents, so that CUDA need not wait for the count.
     - `backend`: "auto", "reference", "cpu" or "flash" (CUDA; half precision, other dtypes run plain math by document).
 
     Cost grows with the sum of squared document lengths, or with length times window. Differentiable once; `"auto"`
@@ -70,8 +70,15 @@ def attention(
         )
     if BACKENDS.get(q_THK.device.type) != chosen:
         raise ValueError(f"attention: backend={chosen!r} does not run on {q_THK.device}; use backend='auto'")
-    rule = Rule(causal, window, scale, max_documents)
-    return _Attention.apply(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, rule)[0]
+    documents, longest = _told(segments_T)
+    kv_documents, kv_longest = _told(kv_segments_S)
+    rule = Rule(causal, window, scale, longest, kv_longest)
+    return _Attention.apply(q_THK, k_SGK, v_SGV, documents, kv_documents, rule)[0]
+
+
+def _told(segments: Segments | None) -> tuple[Tensor | None, int | None]:
+    """What the ops are given: ids and None, or offsets and a bound of the longest document."""
+    return (segments.offsets_N, segments.longest) if isinstance(segments, Documents) else (segments, None)
 
 
 def attention_reference(
@@ -79,8 +86,8 @@ def attention_reference(
     k_SGK: Tensor,
     v_SGV: Tensor,
     *,
-    segments_T: Tensor | None = None,
-    kv_segments_S: Tensor | None = None,
+    segments_T: Segments | None = None,
+    kv_segments_S: Segments | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
@@ -100,8 +107,8 @@ def attention_reference(
 
 
 def _seen(
-    segments_T: Tensor | None,
-    kv_segments_S: Tensor | None,
+    segments_T: Segments | None,
+    kv_segments_S: Segments | None,
     T: int,
     S: int,
     causal: bool,
@@ -113,17 +120,23 @@ def _seen(
     same_TS = torch.ones(T, S, dtype=torch.bool, device=device)
     if kv_segments_S is not None:
         assert segments_T is not None
-        same_TS = segments_T[:, None] == kv_segments_S
+        id_T, kv_id_S = _names(segments_T, T), _names(kv_segments_S, S)
+        same_TS = id_T[:, None] == kv_id_S
         # distances to the end of one's own document, so that ends are aligned
-        i_T, j_S = -_left_after(segments_T)[:, None], -_left_after(kv_segments_S)
+        i_T, j_S = -_left_after(id_T)[:, None], -_left_after(kv_id_S)
     elif segments_T is not None:
-        index_T = document_index(segments_T)
+        index_T = _names(segments_T, T) if isinstance(segments_T, Documents) else document_index(segments_T)
         same_TS = index_T[:, None] == index_T
     if causal:
         same_TS = same_TS & (j_S <= i_T)
     if window is not None:
         same_TS = same_TS & ((i_T - j_S).abs() < window)
     return same_TS
+
+
+def _names(segments: Segments, tokens: int) -> Tensor:
+    """What queries and keys of one document have in common: its id, or its number in the offsets."""
+    return index_of_offsets(segments.offsets_N, tokens) if isinstance(segments, Documents) else segments
 
 
 def _left_after(segments_T: Tensor) -> Tensor:
@@ -133,8 +146,8 @@ def _left_after(segments_T: Tensor) -> Tensor:
 
 
 @opaque_op(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? segments, Tensor? kv_segments, bool causal, int? window, "
-    "float scale, int? max_documents) -> (Tensor, Tensor)",
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? documents, Tensor? kv_documents, bool causal, "
+    "int? window, float scale, int? longest, int? kv_longest) -> (Tensor, Tensor)",
     fake=lambda q, k, v, *_: (
         q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
         q.new_empty(q.shape[1], q.shape[0], dtype=accumulate_dtype(q.dtype)),
@@ -144,23 +157,29 @@ def attention_forward(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGV: Tensor,
-    segments_T: Tensor | None,
-    kv_segments_S: Tensor | None,
+    documents: Tensor | None,
+    kv_documents: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
-    max_documents: int | None,
+    longest: int | None,
+    kv_longest: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[T, H, V]` and the scores' log-sum-exp `[H, T]`."""
-    rule = Rule(causal, window, scale, max_documents)
+    """Output `[T, H, V]` and the scores' log-sum-exp `[H, T]`.
+
+    `documents`, `kv_documents`: offsets int32 `[N + 1]` where `longest`, `kv_longest` tell a bound of the longest;
+    where that is None, ids int64 `[T]` and `[S]`.
+    """
+    rule = Rule(causal, window, scale, longest, kv_longest)
     if q_THK.is_cuda:
-        return attention_cuda.forward(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, rule)
-    return attention_cpu.forward(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, rule)
+        return attention_cuda.forward(q_THK, k_SGK, v_SGV, documents, kv_documents, rule)
+    return attention_cpu.forward(q_THK, k_SGK, v_SGV, documents, kv_documents, rule)
 
 
 @opaque_op(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? segments, "
-    "Tensor? kv_segments, bool causal, int? window, float scale, int? max_documents) -> (Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, "
+    "Tensor? kv_documents, bool causal, int? window, float scale, int? longest, int? kv_longest) "
+    "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
 )
 def attention_backward(
@@ -170,16 +189,17 @@ def attention_backward(
     v_SGV: Tensor,
     out_THV: Tensor,
     lse_HT: Tensor,
-    segments_T: Tensor | None,
-    kv_segments_S: Tensor | None,
+    documents: Tensor | None,
+    kv_documents: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
-    max_documents: int | None,
+    longest: int | None,
+    kv_longest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `q`, `k`, `v`; the probabilities are made again from the log-sum-exp."""
-    rule = Rule(causal, window, scale, max_documents)
-    tensors = (grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, segments_T, kv_segments_S)
+    rule = Rule(causal, window, scale, longest, kv_longest)
+    tensors = (grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, documents, kv_documents)
     if q_THK.is_cuda:
         return attention_cuda.backward(*tensors, rule)
     return attention_cpu.backward(*tensors, rule)
@@ -191,16 +211,16 @@ _backward = first_order(attention_backward, "attention")
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, kv_segments: Tensor | None, rule: Rule
+        q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kv_documents: Tensor | None, rule: Rule
     ) -> tuple[Tensor, Tensor]:
-        return attention_forward(q, k, v, segments, kv_segments, *rule)
+        return attention_forward(q, k, v, documents, kv_documents, *rule)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, segments, kv_segments, ctx.rule = inputs
+        q, k, v, documents, kv_documents, ctx.rule = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, segments, kv_segments)
+        ctx.save_for_backward(q, k, v, out, lse, documents, kv_documents)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -211,8 +231,8 @@ def _check(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGV: Tensor,
-    segments_T: Tensor | None,
-    kv_segments_S: Tensor | None,
+    segments_T: Segments | None,
+    kv_segments_S: Segments | None,
     window: int | None,
 ) -> None:
     shapes = f"q {tuple(q_THK.shape)}, k {tuple(k_SGK.shape)}, v {tuple(v_SGV.shape)}"
@@ -235,5 +255,32 @@ def _check(
         ("segments_T", segments_T, q_THK.shape[0]),
         ("kv_segments_S", kv_segments_S, k_SGK.shape[0]),
     ):
-        if segments is not None and (segments.shape != (tokens,) or segments.dtype != torch.int64):
-            raise ValueError(f"attention: {name} must be int64 [{tokens}], not {segments.dtype} {[*segments.shape]}")
+        _check_segments(name, segments, tokens)
+    if kv_segments_S is not None:
+        _check_pairs(segments_T, kv_segments_S)
+
+
+def _check_segments(name: str, segments: Segments | None, tokens: int) -> None:
+    if isinstance(segments, Documents):
+        offsets_N = segments.offsets_N
+        if offsets_N.dim() != 1 or offsets_N.shape[0] < 1 or offsets_N.dtype != torch.int32:
+            given = f"{offsets_N.dtype} {[*offsets_N.shape]}"
+            raise ValueError(f"attention: the offsets of {name} must be int32 [N + 1], not {given}")
+    elif segments is not None and (segments.shape != (tokens,) or segments.dtype != torch.int64):
+        raise ValueError(f"attention: {name} must be int64 [{tokens}], not {segments.dtype} {[*segments.shape]}")
+
+
+def _check_pairs(segments_T: Segments | None, kv_segments_S: Segments) -> None:
+    """Documents of queries and of keys meet by id or by number, not one by this and the other by that."""
+    if isinstance(segments_T, Documents) != isinstance(kv_segments_S, Documents):
+        raise ValueError(
+            "attention: segments_T and kv_segments_S must both be ids or both be Documents; "
+            "kernels.documents.aligned_documents makes Documents of two packs' ids"
+        )
+    if isinstance(segments_T, Documents) and isinstance(kv_segments_S, Documents):
+        places, kv_places = segments_T.offsets_N.shape[0] - 1, kv_segments_S.offsets_N.shape[0] - 1
+        if places != kv_places:
+            raise ValueError(
+                f"attention: {places} places for documents of queries and {kv_places} for those of keys: document n "
+                "reads document n, so make both with kernels.documents.aligned_documents"
+            )

@@ -1,7 +1,7 @@
 """What the attention ops cost: bytes of workspace and floating-point operations, from their arguments alone.
 
-The rules see shapes, never the segments. Where documents matter they give the bound: flops and buffers of one document
-that fills the pack, and copies as if no two documents lay side by side.
+The rules see shapes, never which token is whose. Where documents matter they give the bound: flops and buffers of
+documents as long as is told (one that fills the pack where nothing is), and copies as if no two lay side by side.
 
 T query tokens, S key tokens, H query heads, G key/value heads, K head dim, V value dim, item: bytes of an element.
 """
@@ -50,11 +50,11 @@ class Sizes:
         """Bytes per token of the output."""
         return self.H * self.V * self.item
 
-    def copied(self, segments: Tensor | None) -> int:
+    def copied(self, documents: Tensor | None) -> int:
         """How many tokens, counted with all their heads, are copied at once: short documents together, or some heads of
         a long one."""
         longest = max(self.T, self.S)
-        if segments is None:
+        if documents is None:
             return longest * min(self.G, max(1, self.G * TOKENS_TOGETHER // max(longest, 1))) // self.G
         return min(longest, max(TOKENS_TOGETHER, -(-longest // self.G)))
 
@@ -63,23 +63,24 @@ def forward_workspace(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Tensor | None,
-    kv_segments: Tensor | None,
+    documents: Tensor | None,
+    kv_documents: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
-    max_documents: int | None,
+    longest: int | None,
+    kv_longest: int | None,
 ) -> int:
     """Peak bytes of `attention_forward` beyond its outputs."""
-    if q.is_cuda and served_by_flash(q, v, kv_segments):
+    if q.is_cuda and served_by_flash(q, v):
         return 0
     n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
     call = _call_bytes(n, rule, served_by_aten(q, v), backward=False)
-    if _in_place(q, v, segments):
+    if _in_place(q, v, documents):
         return max(call, n.T * n.H * n.item)
     results = n.output + n.H * n.item
-    cast = n.copied(segments) * n.H * n.V * q.element_size() if q.element_size() < n.item else 0
-    return _copies(n, q, segments, n.queries + n.keys, results) + max(call, cast) + _index_bytes(n, segments)
+    cast = n.copied(documents) * n.H * n.V * q.element_size() if q.element_size() < n.item else 0
+    return _copies(n, q, documents, n.queries + n.keys, results) + max(call, cast) + _index_bytes(n, documents)
 
 
 def backward_workspace(
@@ -89,48 +90,52 @@ def backward_workspace(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    segments: Tensor | None,
-    kv_segments: Tensor | None,
+    documents: Tensor | None,
+    kv_documents: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
-    max_documents: int | None,
+    longest: int | None,
+    kv_longest: int | None,
 ) -> int:
     """Peak bytes of `attention_backward` beyond its outputs."""
     n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
-    if q.is_cuda and served_by_flash(q, v, kv_segments):
-        return _flash_backward_bytes(n, q.element_size(), max_documents or 1)
+    if q.is_cuda and served_by_flash(q, v):
+        places = 1 if longest is None or documents is None else documents.shape[0] - 1
+        return _flash_backward_bytes(n, q.element_size(), places)
     call = _call_bytes(n, rule, served_by_aten(q, v), backward=True)
-    if _in_place(q, v, segments):
+    if _in_place(q, v, documents):
         return call
     inputs, results = n.queries + n.keys + 2 * n.output + n.H * n.item, n.queries + n.keys
     # ATen copies a gradient that is not dense, as a view of some heads of a long document is not
-    return _copies(n, q, segments, inputs, results, not_dense=n.output) + call + _index_bytes(n, segments)
+    return _copies(n, q, documents, inputs, results, not_dense=n.output) + call + _index_bytes(n, documents)
 
 
-def _copies(n: Sizes, q: Tensor, segments: Tensor | None, inputs: int, results: int, not_dense: int = 0) -> int:
+def _copies(n: Sizes, q: Tensor, documents: Tensor | None, inputs: int, results: int, not_dense: int = 0) -> int:
     """Short documents are gathered; the inputs of long ones are views unless their dtype changes. Bytes per token."""
     if q.element_size() < n.item:
-        return n.copied(segments) * (inputs + results)
-    gathered = 0 if segments is None else min(n.T, TOKENS_TOGETHER)
-    return max(gathered * (inputs + results), n.copied(segments) * (results + not_dense))
+        return n.copied(documents) * (inputs + results)
+    gathered = 0 if documents is None else min(n.T, TOKENS_TOGETHER)
+    return max(gathered * (inputs + results), n.copied(documents) * (results + not_dense))
 
 
 def _flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:
     """float32 sums of dq, a number per query, and gradients of keys per query head before these are added up."""
     padded = n.T + 128 * documents
-    expanded = 0 if n.G == n.H else 2 * n.T * n.H * n.K * half
-    return padded * n.H * (n.K + 1) * 4 + expanded
+    step = 32 if n.K <= 128 else 64
+    width = -(-n.K // step) * step
+    expanded = 0 if n.G == n.H else 2 * n.S * n.H * n.K * half
+    return padded * n.H * (width + 1) * 4 + expanded
 
 
-def _in_place(q: Tensor, v: Tensor, segments: Tensor | None) -> bool:
+def _in_place(q: Tensor, v: Tensor, documents: Tensor | None) -> bool:
     """One document as the kernel takes it: the kernel's results are the op's."""
-    return segments is None and served_by_aten(q, v) and q.dtype == accumulate_dtype(q.dtype)
+    return documents is None and served_by_aten(q, v) and q.dtype == accumulate_dtype(q.dtype)
 
 
-def _index_bytes(n: Sizes, segments: Tensor | None) -> int:
+def _index_bytes(n: Sizes, documents: Tensor | None) -> int:
     """Positions of gathered tokens, int64, of queries and of keys."""
-    return 0 if segments is None else 2 * 8 * min(max(n.T, n.S), TOKENS_TOGETHER)
+    return 0 if documents is None else 2 * 8 * min(max(n.T, n.S), TOKENS_TOGETHER)
 
 
 def _call_bytes(n: Sizes, rule: Rule, aten: bool, backward: bool) -> int:
@@ -164,7 +169,7 @@ def _math_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
 
 
 def seen_pairs(T: int, S: int, causal: bool, window: int | None) -> float:
-    """How many pairs of a query and a key meet in one document; causal counts half."""
+    """How many pairs of a query and a key meet where documents have at most S keys; causal counts half."""
     dense = T * S / 2 if causal else T * S
     return dense if window is None else min(dense, T * min(S, window if causal else 2 * window - 1))
 
@@ -173,15 +178,18 @@ def forward_flops(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Tensor | None,
-    kv_segments: Tensor | None,
+    documents: Tensor | None,
+    kv_documents: Tensor | None,
     causal: bool,
     window: int | None,
-    *_: object,
+    scale: float,
+    longest: int | None,
+    kv_longest: int | None,
 ) -> int:
     """Two matmuls: scores and output."""
     n = Sizes.of(q, k, v)
-    return int(2 * n.H * (n.K + n.V) * seen_pairs(n.T, n.S, causal, window))
+    keys = _most_keys(n, kv_documents, longest, kv_longest)
+    return int(2 * n.H * (n.K + n.V) * seen_pairs(n.T, keys, causal, window))
 
 
 def backward_flops(
@@ -191,15 +199,24 @@ def backward_flops(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    segments: Tensor | None,
-    kv_segments: Tensor | None,
+    documents: Tensor | None,
+    kv_documents: Tensor | None,
     causal: bool,
     window: int | None,
-    *_: object,
+    scale: float,
+    longest: int | None,
+    kv_longest: int | None,
 ) -> int:
     """Five matmuls: the scores again, and the gradients of probabilities, values, queries and keys."""
     n = Sizes.of(q, k, v)
-    return int(2 * n.H * (3 * n.K + 2 * n.V) * seen_pairs(n.T, n.S, causal, window))
+    keys = _most_keys(n, kv_documents, longest, kv_longest)
+    return int(2 * n.H * (3 * n.K + 2 * n.V) * seen_pairs(n.T, keys, causal, window))
+
+
+def _most_keys(n: Sizes, kv_documents: Tensor | None, longest: int | None, kv_longest: int | None) -> int:
+    """Of one document."""
+    told = longest if kv_documents is None else kv_longest
+    return n.S if told is None else min(n.S, told)
 
 
 WORKSPACE: dict[str, Callable[..., int]] = {

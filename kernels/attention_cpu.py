@@ -17,19 +17,24 @@ from torch import Tensor
 
 from kernels import attention_math
 from kernels.attention_math import accumulate_dtype
-from kernels.documents import TOKENS_TOGETHER, Pair, batches, document_pairs, rows
+from kernels.documents import TOKENS_TOGETHER, Pair, batches, document_pairs, offset_pairs, rows
 
 BLOCK = 128
 """Fewest queries that share one masked call."""
 
 
 class Rule(NamedTuple):
-    """Which keys a query sees in a document (whose last query stands at its last key), and the scale of the scores."""
+    """Which keys a query sees in a document (whose last query stands at its last key), and the scale of the scores.
+
+    `longest`, `kv_longest`: bounds of the longest document of queries and of keys where documents are told by offsets;
+    None where by ids.
+    """
 
     causal: bool
     window: int | None
     scale: float
-    max_documents: int | None = None
+    longest: int | None = None
+    kv_longest: int | None = None
 
     def trimmed(self, L: int, M: int) -> "Rule":
         """Without a window that hides nothing in a document of these lengths."""
@@ -76,7 +81,7 @@ def block_mask(block: Block, rule: Rule, dtype: torch.dtype, device: torch.devic
 
 
 def forward(
-    q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, segments_T: Tensor | None, kv_segments_S: Tensor | None, rule: Rule
+    q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, documents: Tensor | None, kv_documents: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, V]` and the log of the sum of exponentials `[H, T]` (float32, or float64 for float64).
 
@@ -84,9 +89,7 @@ def forward(
     """
     T, H, _ = q_THK.shape
     q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (q_THK, k_SGK, v_SGV))
-    pairs, dtype = document_pairs(segments_T, kv_segments_S, T, k_SGK.shape[0]), accumulate_dtype(q_THK.dtype)
-    if rule.max_documents is not None and len(pairs) > rule.max_documents:
-        raise ValueError(f"attention: {len(pairs)} documents in a pack, more than max_documents={rule.max_documents}")
+    pairs, dtype = _pairs(documents, kv_documents, T, k_SGK.shape[0], rule), accumulate_dtype(q_THK.dtype)
     if _fills(pairs, T, k_SGK.shape[0]) and served_by_aten(q_THK, v_SGV) and q_THK.dtype == dtype:
         L, M = pairs[0].q_length, pairs[0].k_length
         out_BHLV, lse_BHL = _batch_forward(_fold(q_THK, L), _fold(k_SGK, M), _fold(v_SGV, M), rule)
@@ -109,14 +112,14 @@ def backward(
     v_SGV: Tensor,
     out_THV: Tensor,
     lse_HT: Tensor,
-    segments_T: Tensor | None,
-    kv_segments_S: Tensor | None,
+    documents: Tensor | None,
+    kv_documents: Tensor | None,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, shaped as these."""
     (T, H, _), S = q_THK.shape, k_SGK.shape[0]
     grad_THV, q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (grad_THV, q_THK, k_SGK, v_SGV))
-    pairs, dtype = document_pairs(segments_T, kv_segments_S, T, S), lse_HT.dtype
+    pairs, dtype = _pairs(documents, kv_documents, T, S, rule), lse_HT.dtype
     if _fills(pairs, T, S) and served_by_aten(q_THK, v_SGV) and q_THK.dtype == dtype:
         L, M = pairs[0].q_length, pairs[0].k_length
         grad, q, out = (_fold(x, L) for x in (grad_THV, q_THK, out_THV))
@@ -133,6 +136,16 @@ def backward(
         dv_SGV[:, part.g][part.at_k] = _unfold(dv, q_THK.dtype)
         del grad, q, k, v, out, lse, dq, dk, dv  # or they live on while the next part makes its own
     return dq_THK, dk_SGK, dv_SGV
+
+
+def _pairs(documents: Tensor | None, kv_documents: Tensor | None, T: int, S: int, rule: Rule) -> list[Pair]:
+    """The documents that have queries and keys. ValueError if offsets are not those of the pack."""
+    if documents is None or rule.longest is None:
+        return document_pairs(documents, kv_documents, T, S)
+    for offsets, tokens in ((documents, T), (documents if kv_documents is None else kv_documents, S)):
+        if int(offsets[-1]) != tokens:
+            raise ValueError(f"attention: the offsets end at {int(offsets[-1])}, the pack has {tokens} tokens")
+    return offset_pairs(documents, kv_documents)
 
 
 def _fills(pairs: list[Pair], T: int, S: int) -> bool:

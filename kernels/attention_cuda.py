@@ -2,60 +2,63 @@
 
 flash-attn's kernels where that package is installed, else those that torch carries (the same functions as
 `torch.nn.attention.varlen` calls). Both want half precision and one head dim; everything else runs document by document
-in plain math.
+in plain math, and the host waits for the documents. Documents that are told by offsets cost no launch and no wait.
 
-T tokens, H query heads, G key/value heads, K head dim, N documents.
+T query tokens, S key tokens, H query heads, G key/value heads, K head dim, N documents.
 Source: Dao, "FlashAttention-2", arXiv 2307.08691.
 """
 
 import importlib
 import importlib.util
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import attention_cpu
 from kernels.attention_cpu import Rule, inner_dense
-from kernels.documents import document_offsets
+from kernels.documents import aligned_lengths, document_offsets
 
 
-def served_by_flash(q_THK: Tensor, v_TGV: Tensor, kv_segments_S: Tensor | None) -> bool:
+class Layout(NamedTuple):
+    """Where the documents of queries and of keys are, int32 `[N + 1]` each, and bounds of the longest."""
+
+    cu_N: Tensor
+    cu_kv_N: Tensor
+    longest: int
+    kv_longest: int
+
+
+def served_by_flash(q_THK: Tensor, v_SGV: Tensor) -> bool:
     """True if flash attention takes these inputs."""
     K = q_THK.shape[2]
     half = q_THK.dtype in (torch.float16, torch.bfloat16)
-    return half and kv_segments_S is None and v_TGV.shape[2] == K <= 256 and K % 8 == 0 and q_THK.shape[0] > 0
+    return half and v_SGV.shape[2] == K <= 256 and K % 8 == 0 and q_THK.shape[0] > 0 and v_SGV.shape[0] > 0
 
 
 def forward(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGV: Tensor,
-    segments_T: Tensor | None,
-    kv_segments_S: Tensor | None,
-    rule: Rule,
+    q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, documents: Tensor | None, kv_documents: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, V]` and log-sum-exp `[H, T]`."""
-    if not served_by_flash(q_THK, v_TGV, kv_segments_S):
-        return attention_cpu.forward(q_THK, k_TGK, v_TGV, segments_T, kv_segments_S, rule)
-    q_THK, k_TGK, v_TGV = (inner_dense(x) for x in (q_THK, k_TGK, v_TGV))
-    cu_N, longest = _offsets(segments_T, q_THK, rule.max_documents)
+    layout = _layout(q_THK, v_SGV, documents, kv_documents, rule)
+    if layout is None:
+        return attention_cpu.forward(q_THK, k_SGK, v_SGV, documents, kv_documents, rule)
+    q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (q_THK, k_SGK, v_SGV))
     left, right = _sides(rule)
     flash = _flash_attn()
     if flash is not None:
         out_THK, lse_HT, *_ = flash._flash_attn_varlen_forward(
-            q_THK, k_TGK, v_TGV, cu_N, cu_N, longest, longest, 0.0, rule.scale, rule.causal, left, right
+            q_THK, k_SGK, v_SGV, *layout, 0.0, rule.scale, rule.causal, left, right
         )
     else:
         out_THK, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
             q_THK,
-            k_TGK,
-            v_TGV,
-            cu_N,
-            cu_N,
-            longest,
-            longest,
+            k_SGK,
+            v_SGV,
+            *layout,
             0.0,
             rule.causal,
             False,
@@ -69,36 +72,34 @@ def forward(
 def backward(
     grad_THV: Tensor,
     q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGV: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
     out_THV: Tensor,
     lse_HT: Tensor,
-    segments_T: Tensor | None,
-    kv_segments_S: Tensor | None,
+    documents: Tensor | None,
+    kv_documents: Tensor | None,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    if not served_by_flash(q_THK, v_TGV, kv_segments_S):
-        return attention_cpu.backward(grad_THV, q_THK, k_TGK, v_TGV, out_THV, lse_HT, segments_T, kv_segments_S, rule)
-    grad_THV, q_THK, k_TGK, v_TGV = (inner_dense(x) for x in (grad_THV, q_THK, k_TGK, v_TGV))
-    cu_N, longest = _offsets(segments_T, q_THK, rule.max_documents)
+    layout = _layout(q_THK, v_SGV, documents, kv_documents, rule)
+    if layout is None:
+        given = (grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, documents, kv_documents)
+        return attention_cpu.backward(*given, rule)
+    grad_THV, q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (grad_THV, q_THK, k_SGK, v_SGV))
     if _flash_attn() is not None:
-        return _flash_attn_backward(grad_THV, q_THK, k_TGK, v_TGV, out_THV, lse_HT, cu_N, longest, rule)
+        return _flash_attn_backward(grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, layout, rule)
     left, right = _sides(rule)
     # without dropout the state of the random numbers is never read
-    rng_state = torch.zeros(2, dtype=torch.uint64, device=q_THK.device)
+    rng_state = torch.empty(2, dtype=torch.uint64, device=q_THK.device)
     unused = torch.empty(0, device=q_THK.device)
     grads = torch.ops.aten._flash_attention_backward(
         grad_THV,
         q_THK,
-        k_TGK,
-        v_TGV,
+        k_SGK,
+        v_SGV,
         out_THV,
         lse_HT,
-        cu_N,
-        cu_N,
-        longest,
-        longest,
+        *layout,
         0.0,
         rule.causal,
         rng_state,
@@ -107,39 +108,35 @@ def backward(
         window_size_left=left,
         window_size_right=right,
     )
-    dq_THK, dk_TGK, dv_TGV = (g.contiguous() for g in grads)
-    return dq_THK, dk_TGK, dv_TGV
+    dq_THK, dk_SGK, dv_SGV = (g.contiguous() for g in grads)
+    return dq_THK, dk_SGK, dv_SGV
 
 
 def _flash_attn_backward(
     grad_THK: Tensor,
     q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
+    k_SGK: Tensor,
+    v_SGK: Tensor,
     out_THK: Tensor,
     lse_HT: Tensor,
-    cu_N: Tensor,
-    longest: int,
+    layout: Layout,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     flash = _flash_attn()
     assert flash is not None
     left, right = _sides(rule)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_TGK, v_TGK))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_SGK, v_SGK))
     flash._flash_attn_varlen_backward(
         grad_THK,
         q_THK,
-        k_TGK,
-        v_TGK,
+        k_SGK,
+        v_SGK,
         out_THK,
         lse_HT,
         dq,
         dk,
         dv,
-        cu_N,
-        cu_N,
-        longest,
-        longest,
+        *layout,
         0.0,
         rule.scale,
         rule.causal,
@@ -160,13 +157,38 @@ def _flash_attn() -> ModuleType | None:
     return importlib.import_module("flash_attn.flash_attn_interface")
 
 
-def _offsets(segments_T: Tensor | None, q_THK: Tensor, max_documents: int | None) -> tuple[Tensor, int]:
-    """Cumulative lengths, and a bound of the longest: exact at the price of waiting, or the pack's size."""
-    T = q_THK.shape[0]
-    if segments_T is None:
-        return torch.arange(2, dtype=torch.int32, device=q_THK.device) * T, T
-    cu_N = document_offsets(segments_T, max_documents=max_documents)
-    return cu_N, T if max_documents is not None else int(cu_N.diff().max())
+def _layout(
+    q_THK: Tensor, v_SGV: Tensor, documents: Tensor | None, kv_documents: Tensor | None, rule: Rule
+) -> Layout | None:
+    """What flash attention is told of the documents; None where it does not serve. The host waits for ids alone."""
+    if not served_by_flash(q_THK, v_SGV):
+        return None
+    T, S = q_THK.shape[0], v_SGV.shape[0]
+    if documents is None:
+        return Layout(whole_pack_offsets(T, q_THK.device), whole_pack_offsets(S, q_THK.device), T, S)
+    if rule.longest is not None:
+        if kv_documents is None or rule.kv_longest is None:
+            return Layout(documents, documents, rule.longest, rule.longest)
+        return Layout(documents, kv_documents, rule.longest, rule.kv_longest)
+    if kv_documents is None:
+        cu_N = document_offsets(documents)
+        longest = int(cu_N.diff().max())
+        return Layout(cu_N, cu_N, longest, longest)
+    return _aligned(documents, kv_documents)
+
+
+def _aligned(segments_T: Tensor, kv_segments_S: Tensor) -> Layout | None:
+    """Of the ids of two packs; None if their documents come in different orders."""
+    lengths, kv_lengths = zip(*aligned_lengths(segments_T, kv_segments_S), strict=True)
+    cu = torch.tensor([[0, *accumulate(lengths)], [0, *accumulate(kv_lengths)]], dtype=torch.int32)
+    cu_N, cu_kv_N = cu.to(segments_T.device).unbind()
+    return Layout(cu_N, cu_kv_N, max(lengths), max(kv_lengths))
+
+
+@lru_cache(maxsize=64)
+def whole_pack_offsets(tokens: int, device: torch.device) -> Tensor:
+    """The offsets of one document that fills the pack, made on the device once."""
+    return torch.arange(2, dtype=torch.int32, device=device) * tokens
 
 
 def _sides(rule: Rule) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import attention_math
 from kernels.attention_cpu import BLOCK, inner_dense, served_by_aten
-from kernels.attention_cuda import served_by_flash
+from kernels.attention_cuda import served_by_flash, whole_pack_offsets
 from kernels.attention_math import accumulate_dtype
 
 
@@ -45,7 +45,7 @@ def forward(q_LHK: Tensor, k_MGK: Tensor, v_MGV: Tensor, band: Band) -> tuple[Te
     q_LHK, k_MGK, v_MGV = (inner_dense(x) for x in (q_LHK, k_MGK, v_MGV))
     L, M = q_LHK.shape[0], k_MGK.shape[0]
     band = band.trimmed(L, M)
-    if q_LHK.is_cuda and served_by_flash(q_LHK, v_MGV, None):
+    if q_LHK.is_cuda and served_by_flash(q_LHK, v_MGV):
         out_LHV, lse_HL, *_ = torch.ops.aten._flash_attention_forward(
             q_LHK, k_MGK, v_MGV, *_offsets(q_LHK, L, M), L, M, 0.0, False, False, scale=band.scale, **_sides(band, L, M)
         )
@@ -76,7 +76,7 @@ def backward(
     grad_LHV, q_LHK, k_MGK, v_MGV = (inner_dense(x) for x in (grad_LHV, q_LHK, k_MGK, v_MGV))
     L, M = q_LHK.shape[0], k_MGK.shape[0]
     band = band.trimmed(L, M)
-    if q_LHK.is_cuda and served_by_flash(q_LHK, v_MGV, None):
+    if q_LHK.is_cuda and served_by_flash(q_LHK, v_MGV):
         return _flash_backward(grad_LHV, q_LHK, k_MGK, v_MGV, out_LHV, lse_HL, band)
     grad, q, k, v, out = (_fold(x) for x in (grad_LHV, q_LHK, k_MGK, v_MGV, out_LHV))
     lse = lse_HL[None].to(q.dtype)
@@ -139,9 +139,8 @@ def _fold(x_LNK: Tensor) -> Tensor:
 
 
 def _offsets(q_LHK: Tensor, L: int, M: int) -> tuple[Tensor, Tensor]:
-    """Cumulative lengths of one document, made on the device: nothing waits."""
-    unit_2 = torch.arange(2, dtype=torch.int32, device=q_LHK.device)
-    return unit_2 * L, unit_2 * M
+    """Cumulative lengths of one document."""
+    return whole_pack_offsets(L, q_LHK.device), whole_pack_offsets(M, q_LHK.device)
 
 
 def _sides(band: Band, L: int, M: int) -> dict[str, int]:
@@ -159,7 +158,7 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     L, M = q_LHK.shape[0], k_MGK.shape[0]
     # without dropout the state of the random numbers is never read
-    rng_state = torch.zeros(2, dtype=torch.uint64, device=q_LHK.device)
+    rng_state = torch.empty(2, dtype=torch.uint64, device=q_LHK.device)
     unused = torch.empty(0, device=q_LHK.device)
     dq_LHK, dk_MGK, dv_MGK = torch.ops.aten._flash_attention_backward(
         grad_LHK,

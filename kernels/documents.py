@@ -1,18 +1,165 @@
 """Where the documents of a pack begin and end, and which documents can be computed together.
 
-T tokens of the queries, S tokens of the keys, N documents.
+A pack says it in one of two ways. *Ids*: an int64 tensor with one number per token, a change of which starts a new
+document; kernels then count, and on CUDA the host waits for the count. *`Documents`*: ids and, beside them, offsets
+that were worked out on the host when the pack was made; nothing is counted and nothing waits.
+
+T tokens of the queries, S tokens of the keys, N documents, P packs.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from kernels.pack import pack_tokens
+
 TOKENS_TOGETHER = 512
 """Short documents are computed together up to this many tokens, so that copies of a group stay small."""
+
+
+_LEAST_SLOTS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents of one pack, or of several packs one after the other, as a node of a batch.
+
+    - `ids_T`: int64 `[T]`, the id of each token's document; a change of id starts a new document.
+    - `offsets_N`: int32 `[N + 1]`; document n is tokens `[offsets[n], offsets[n + 1])`. N is a bound: what is missing
+      has length zero. With P packs each has N / P places, so that the documents of a pack are a part of the offsets.
+    - `longest`: no document has more tokens. A number of the trace: another one is another trace.
+    """
+
+    ids_T: Tensor
+    offsets_N: Tensor
+    longest: int = field(metadata={"static": True})
+
+    @staticmethod
+    def of(
+        segments_T: Tensor, *, max_documents: int | None = None, longest: int | None = None, packs: int = 1
+    ) -> "Documents":
+        """Of ids, int64 `[T]`: of `packs` equal packs that lie one after the other. Reads the ids on the host.
+
+        `max_documents`: of one pack; None is the most there are, rounded up to a power of two so that few shapes occur.
+        `longest`: None is the tokens of a pack; a smaller bound spares kernels work that turns out empty. ValueError
+        if a bound is exceeded, if the tokens are not `packs` equal packs, or if a document lies in two of them.
+        """
+        _check_ids(segments_T, packs)
+        whole = document_offsets(segments_T.cpu()).to(torch.int64)
+        length = segments_T.shape[0] // packs
+        found = [_of_pack(whole, pack * length, (pack + 1) * length) for pack in range(packs)]
+        most = max(len(ends) for ends in found)
+        slots = max(_LEAST_SLOTS, 1 << (most - 1).bit_length()) if max_documents is None else max_documents
+        if most > slots:
+            raise ValueError(
+                f"a pack has {most} documents, more than max_documents={slots}: raise it, or pack fewer documents"
+            )
+        bound = length if longest is None else longest
+        lengths = whole.diff()
+        if lengths.numel() and int(lengths.max()) > bound:
+            raise ValueError(f"a document has {int(lengths.max())} tokens, more than longest={bound}: raise it")
+        rows = [[*ends, *[(pack + 1) * length] * (slots - len(ends))] for pack, ends in enumerate(found)]
+        offsets_N = torch.tensor([0, *(end for row in rows for end in row)], dtype=torch.int32)
+        return Documents(segments_T, offsets_N.to(segments_T.device), bound)
+
+    def every(self, stride: int) -> "Documents":
+        """The documents of every `stride`-th token, from the first on."""
+        offsets_N = torch.div(self.offsets_N + (stride - 1), stride, rounding_mode="floor")
+        return Documents(self.ids_T[::stride], offsets_N, -(-self.longest // stride))
+
+
+def aligned_documents(
+    segments_T: Tensor, kv_segments_S: Tensor, *, max_documents: int | None = None, packs: int = 1
+) -> tuple[Documents, Documents]:
+    """`Documents` of queries and of keys in which document n of the one reads document n of the other, from ids.
+
+    A document that only one of them has is empty in the other. `max_documents`, `packs`: as in `Documents.of`, where
+    documents that either has count. ValueError if documents that both have come in different orders.
+    """
+    _check_ids(segments_T, packs)
+    _check_ids(kv_segments_S, packs)
+    pairs = zip(segments_T.cpu().chunk(packs), kv_segments_S.cpu().chunk(packs), strict=True)
+    lengths = [aligned_lengths(ids_T, kv_ids_S) for ids_T, kv_ids_S in pairs]
+    most = max(len(found) for found in lengths)
+    slots = max(_LEAST_SLOTS, 1 << (most - 1).bit_length()) if max_documents is None else max_documents
+    if most > slots:
+        raise ValueError(f"a pack has {most} documents, more than max_documents={slots}: raise it")
+    made = []
+    for side, ids_T in enumerate((segments_T, kv_segments_S)):
+        rows = [[pair[side] for pair in found] + [0] * (slots - len(found)) for found in lengths]
+        offsets_N = torch.tensor([0, *accumulate(n for row in rows for n in row)], dtype=torch.int32)
+        made.append(Documents(ids_T, offsets_N.to(ids_T.device), ids_T.shape[0] // packs))
+    return made[0], made[1]
+
+
+def aligned_lengths(segments_T: Tensor, kv_segments_S: Tensor) -> list[tuple[int, int]]:
+    """Tokens of each document among queries and among keys, 0 where it is not; in the order that both have."""
+    q, k = _runs(segments_T, segments_T.shape[0]), _runs(kv_segments_S, kv_segments_S.shape[0])
+    _require_unique([name for name, _, _ in k])
+    place = {name: i for i, (name, _, _) in enumerate(k)}
+    found, at = list[tuple[int, int]](), 0
+    for name, _, length in q:
+        if name not in place:
+            found.append((length, 0))
+            continue
+        if place[name] < at:
+            raise ValueError(f"document {name} comes in another order among the keys: lay both packs out in one order")
+        found += [(0, n) for _, _, n in k[at : place[name]]]
+        found.append((length, k[place[name]][2]))
+        at = place[name] + 1
+    return found + [(0, n) for _, _, n in k[at:]]
+
+
+def _require_unique(names: list[int]) -> None:
+    seen = set[int]()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"kv_segments_S: id {name} names two documents; equal ids must be adjacent")
+        seen.add(name)
+
+
+Segments = Tensor | Documents
+"""How a pack says where its documents are: ids `[T]`, or `Documents`."""
+
+
+def one_document(x_T: Tensor) -> Documents:
+    """The pack of these tokens as one document, on their device; traceable, and right where ranks share a pack."""
+    tokens = pack_tokens(x_T.shape[0])
+    offsets_N = torch.arange(2, dtype=torch.int32, device=x_T.device) * tokens
+    return Documents(torch.zeros(x_T.shape[0], dtype=torch.int64, device=x_T.device), offsets_N, tokens)
+
+
+def ids_of(segments: Segments) -> Tensor:
+    """The id of each token's document, int64 `[T]`."""
+    return segments.ids_T if isinstance(segments, Documents) else segments
+
+
+def every(segments: Segments, stride: int) -> Segments:
+    """The documents of every `stride`-th token, from the first on."""
+    return segments.every(stride) if isinstance(segments, Documents) else segments[::stride]
+
+
+def _check_ids(segments_T: Tensor, packs: int) -> None:
+    if segments_T.dim() != 1 or segments_T.dtype != torch.int64:
+        raise ValueError(f"Documents.of wants int64 ids [T], not {segments_T.dtype} {[*segments_T.shape]}")
+    if packs < 1 or segments_T.shape[0] % packs:
+        raise ValueError(f"Documents.of: {segments_T.shape[0]} tokens are not {packs} equal packs")
+
+
+def _of_pack(offsets: Tensor, start: int, end: int) -> list[int]:
+    """Where the documents of tokens `[start, end)` end; ValueError if one begins before or goes on behind."""
+    inside = offsets[(offsets >= start) & (offsets <= end)].tolist()
+    if start < end and (not inside or inside[0] != start or inside[-1] != end):
+        border = start if not inside or inside[0] != start else end
+        raise ValueError(
+            f"a document lies in two packs: it goes on over token {border}, where a pack begins; pack documents so "
+            "that none does (modules.mesh_packing), or give it another id there"
+        )
+    return inside[1:]
 
 
 def document_index(segments_T: Tensor) -> Tensor:
@@ -21,29 +168,22 @@ def document_index(segments_T: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(segments_T[:1], dtype=torch.int64), change_T.cumsum(0)])
 
 
-def document_offsets(segments_T: Tensor, *, max_documents: int | None = None) -> Tensor:
+def index_of_offsets(offsets_N: Tensor, tokens: int) -> Tensor:
+    """The same from offsets: the place in `offsets_N` of each of `tokens` tokens' documents. Traceable."""
+    at_T1 = torch.arange(tokens, device=offsets_N.device)[:, None]
+    return (at_T1 >= offsets_N[1:]).sum(1)
+
+
+def document_offsets(segments_T: Tensor) -> Tensor:
     """Cumulative offsets of the documents of a pack, int32 `[N + 1]`: document `n` is tokens `[cu[n], cu[n + 1])`.
 
-    Without `max_documents` the size depends on the data, so a CUDA device is waited for. With it the result always has
-    `max_documents + 1` entries, the documents that are missing have length zero, nothing waits and the call can be
-    traced; more documents than that raise `RuntimeError`, on CUDA by an assertion on the device.
+    The size depends on the data, so a CUDA device is waited for.
     """
     T = segments_T.shape[0]
     change_T = segments_T[1:] != segments_T[:-1]
-    if max_documents is None:
-        inner = change_T.nonzero().flatten() + 1
-        ends = inner.new_tensor([T] if T else [])
-        return torch.cat([inner.new_zeros(1), inner, ends]).to(torch.int32)
-    return _padded_offsets(document_index(segments_T), max_documents)
-
-
-def _padded_offsets(index_T: Tensor, max_documents: int) -> Tensor:
-    fits = (index_T < max_documents).all()
-    message = f"the pack has more documents than max_documents={max_documents}: raise it, or pack fewer documents"
-    torch._assert_async(fits, message)
-    counts_N = torch.zeros(max_documents, dtype=torch.int64, device=index_T.device)
-    counts_N = counts_N.scatter_add(0, index_T.clamp(max=max_documents - 1), torch.ones_like(index_T))
-    return torch.cat([counts_N.new_zeros(1), counts_N.cumsum(0)]).to(torch.int32)
+    inner = change_T.nonzero().flatten() + 1
+    ends = inner.new_tensor([T] if T else [])
+    return torch.cat([inner.new_zeros(1), inner, ends]).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -64,12 +204,21 @@ def document_pairs(segments_T: Tensor | None, kv_segments_S: Tensor | None, T: i
     """
     if kv_segments_S is None:
         return [Pair(start, length, start, length) for _, start, length in _runs(segments_T, T)]
-    keys = {}
-    for name, start, length in _runs(kv_segments_S, S):
-        if name in keys:
-            raise ValueError(f"kv_segments_S: id {name} names two documents; equal ids must be adjacent")
-        keys[name] = (start, length)
+    runs = _runs(kv_segments_S, S)
+    _require_unique([name for name, _, _ in runs])
+    keys = {name: (start, length) for name, start, length in runs}
     return [Pair(start, length, *keys[name]) for name, start, length in _runs(segments_T, T) if name in keys]
+
+
+def offset_pairs(offsets_N: Tensor, kv_offsets_N: Tensor | None) -> list[Pair]:
+    """The documents that offsets tell, with their keys: document n of the queries reads document n of the keys.
+
+    Documents without queries or without keys are left out. Reads the offsets on the host.
+    """
+    q = list(pairwise(offsets_N.tolist()))
+    k = q if kv_offsets_N is None else list(pairwise(kv_offsets_N.tolist()))
+    both = zip(q, k, strict=True)
+    return [Pair(a, b - a, c, d - c) for (a, b), (c, d) in both if a < b and c < d]
 
 
 def _runs(segments_T: Tensor | None, T: int) -> list[tuple[int, int, int]]:

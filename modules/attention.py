@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels.attention import attention
+from kernels.documents import Segments
 from kernels.rms_norm import rms_norm
 from kernels.rope import Llama3Scaling, rope_table
 from kernels.rope import rope as rotate
@@ -93,11 +94,12 @@ def rope(positions: Tensor, cfg: AttentionConfig) -> RopeTable | None:
 
 
 def apply(
-    params: dict[str, Any], x_TD: Tensor, *, cfg: AttentionConfig, segments_T: Tensor | None, rope: RopeTable | None
+    params: dict[str, Any], x_TD: Tensor, *, cfg: AttentionConfig, segments_T: Segments | None, rope: RopeTable | None
 ) -> Tensor:
     """`[T, D]` to `[T, D]`, every token attending within its document.
 
-    `segments_T`: int64 document ids, equal ids adjacent; `None` is one document. `rope`: from `rope(positions, cfg)`.
+    `segments_T`: int64 document ids, equal ids adjacent, or `Documents`; `None` is one document. `rope`: from
+    `rope(positions, cfg)`.
     """
     q_THK, k_TGK, v_TGK = project(params, x_TD, cfg, rope)
     return output(params, within_documents(q_THK, k_TGK, v_TGK, cfg, segments_T))
@@ -125,7 +127,7 @@ def project(
 
 
 def within_documents(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cfg: AttentionConfig, segments_T: Tensor | None
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cfg: AttentionConfig, segments_T: Segments | None
 ) -> Tensor:
     """What each token reads from its document under the mask of `cfg`, `[T, H, K]`."""
     return attention(q_THK, k_TGK, v_TGK, segments_T=segments_T, causal=cfg.causal, window=cfg.window)

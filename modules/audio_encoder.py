@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.documents import every, ids_of
 from modules import encoder_stack, linear
 from modules.encoder_stack import StackConfig
 from modules.omni import Encoder, Row
@@ -134,18 +135,21 @@ def halving_conv(params: Any, x_FI: Tensor, segments_F: Tensor) -> Tensor:
     return taps_HI3 @ params["w_3IO"].flatten(0, 1) + params["b_O"]
 
 
-def lm_encode(params: Any, features: Mapping[str, Tensor], *, cfg: AudioConfig) -> Tensor:
-    """Packed `mel_FM` and `segments_N` (a clip's number, `[F]`) to tokens `[F / rows_per_token, d_out]`.
+def lm_encode(params: Any, features: Mapping[str, Any], *, cfg: AudioConfig) -> Tensor:
+    """Packed `mel_FM` and `segments_N` (a clip's number, `[F]`, or `Documents`) to tokens
+    `[F / rows_per_token, d_out]`.
 
     Computes in the dtype of the parameters.
     """
-    mel_FM, segments_F = features["mel_FM"], features["segments_N"]
+    mel_FM, segments = features["mel_FM"], features["segments_N"]
+    segments_F = ids_of(segments)
     if mel_FM.shape[0] % cfg.rows_per_token:
         raise ValueError(f"{mel_FM.shape[0]} mel frames are not whole tokens of {cfg.rows_per_token}")
     x = F.gelu(halving_conv(params["conv1"], mel_FM.to(params["conv1"]["w_3IO"].dtype), segments_F))
     x = F.gelu(halving_conv(params["conv2"], x, segments_F[::2]))
-    segments = segments_F[::CONV_STRIDE]
-    x = encoder_stack.apply(params["stack"], x, positions=_positions(segments), segments_T=segments, cfg=cfg.stack)
+    segments = every(segments, CONV_STRIDE)
+    positions_T = _positions(ids_of(segments))
+    x = encoder_stack.apply(params["stack"], x, positions=positions_T, segments_T=segments, cfg=cfg.stack)
     merged_nM = x.unflatten(0, (-1, cfg.merge)).flatten(1)
     return linear.apply(params["out"], F.gelu(linear.apply(params["hidden"], merged_nM)))
 

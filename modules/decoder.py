@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.backend import reference_kernels
 from kernels.chunks import PIECE
+from kernels.documents import Segments, ids_of
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.mean import Mean
 from kernels.pack import following, pack_index
@@ -131,7 +132,7 @@ def apply(
     x: Tensor,
     *,
     positions: Tensor,
-    segments: Tensor | None,
+    segments: Segments | None,
     cfg: DecoderConfig,
     balance: Tree = None,
     valid: Tensor | None = None,
@@ -139,7 +140,8 @@ def apply(
     """Tokens `[T]` (integers) or embeddings `[T, D]` (floats) to the hidden states after the last norm, `[T, D]`.
 
     `positions`: `[T]`, or `[A, T]` with several position axes, starting again in each document. `segments`: `[T]`
-    int64 document ids, equal ids adjacent; `None` is one document. `balance`: the state of `balance_specs`, given
+    int64 document ids, equal ids adjacent, or `Documents`, with which a CUDA device never waits; `None` is one
+    document. `balance`: the state of `balance_specs`, given
     exactly where the balance is "bias". `valid`: `[T]` bool, false for padding, which routers then do not count.
     """
     x_TD = x if x.is_floating_point() else embed(params, x)
@@ -211,7 +213,7 @@ def apply_layer(
     x_TD: Tensor,
     *,
     cfg: DecoderConfig,
-    segments_T: Tensor | None,
+    segments_T: Segments | None,
     rope: RopeTable | None,
     bias_E: Tensor | None = None,
     valid_T: Tensor | None = None,
@@ -222,7 +224,7 @@ def apply_layer(
     return x_TD, router
 
 
-def _within(cfg: DecoderConfig, segments_T: Tensor | None, *, keep: bool = False) -> Mix:
+def _within(cfg: DecoderConfig, segments_T: Segments | None, *, keep: bool = False) -> Mix:
     """Every token reads from its document; with `keep` its keys and values are kept."""
 
     def mix(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Any]:
@@ -319,12 +321,13 @@ def loss(
     return Mean(total, (labelled_T if weights_T is None else labelled_T * weights_T).sum())
 
 
-def next_token_labels(tokens_T: Tensor, segments_T: Tensor | None) -> Tensor:
+def next_token_labels(tokens_T: Tensor, segments_T: Segments | None) -> Tensor:
     """The label of each token is the token after it; -100 for the last of each document."""
     place_T = pack_index(tokens_T.shape[0], tokens_T.device)
     last_T = following(place_T) != place_T + 1
     if segments_T is not None:
-        last_T = last_T | (following(segments_T) != segments_T)
+        ids_T = ids_of(segments_T)
+        last_T = last_T | (following(ids_T) != ids_T)
     return following(tokens_T).masked_fill(last_T, IGNORE)
 
 
@@ -341,7 +344,7 @@ def _check_causal(cfg: DecoderConfig) -> None:
 
 
 def _check_inputs(
-    params: dict[str, Any], x_TD: Tensor, positions: Tensor, segments: Tensor | None, cfg: DecoderConfig
+    params: dict[str, Any], x_TD: Tensor, positions: Tensor, segments: Segments | None, cfg: DecoderConfig
 ) -> None:
     if x_TD.ndim != 2 or x_TD.shape[1] != cfg.d_model:
         raise ValueError(
@@ -351,8 +354,8 @@ def _check_inputs(
     tokens = x_TD.shape[0]
     if positions.shape[-1] != tokens or positions.ndim > 2:
         raise ValueError(f"decoder: positions {list(positions.shape)} do not fit {tokens} tokens")
-    if segments is not None and segments.shape != (tokens,):
-        raise ValueError(f"decoder: segments {list(segments.shape)} do not fit {tokens} tokens")
+    if segments is not None and ids_of(segments).shape != (tokens,):
+        raise ValueError(f"decoder: segments {list(ids_of(segments).shape)} do not fit {tokens} tokens")
     if len(params["layers"]) != cfg.layers:
         raise ValueError(f"decoder: params hold {len(params['layers'])} layers, the configuration says {cfg.layers}")
 

@@ -11,13 +11,14 @@ position axes.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from kernels.attention import attention as attend
+from kernels.documents import Segments, one_document
 from kernels.mean import Mean
 from modules import attention, linear, mlp, norm
 from modules.attention import AttentionConfig, RopeTable
@@ -118,15 +119,16 @@ def apply(
     *,
     time_N: Tensor,
     positions_AN: Tensor,
-    segments_N: Tensor | None,
+    segments_N: Segments | None,
     cfg: DitConfig,
     text_SC: Tensor | None = None,
-    text_segments_S: Tensor | None = None,
+    text_segments_S: Segments | None = None,
 ) -> Tensor:
     """Latent rows `[N, P]` at times `[N]` in [0, 1] to velocities `[N, P]`.
 
-    `positions_AN`: int64 `[3, N]`. `segments_N`, `text_segments_S`: int64 ids of documents; latents attend to the text
-    of their own document. ValueError where text is given to a model without it, or is missing.
+    `positions_AN`: int64 `[3, N]`. `segments_N`, `text_segments_S`: int64 ids of documents, or `Documents` of both (see
+    `kernels.documents.aligned_documents`); latents attend to the text of their own document. ValueError where text is
+    given to a model without it, or is missing.
     """
     if (text_SC is None) != (cfg.d_text == 0):
         raise ValueError(f"dit: d_text={cfg.d_text}, but text was {'not ' if text_SC is None else ''}given")
@@ -135,50 +137,56 @@ def apply(
     time_ND = linear.apply(params["time"]["hidden"], nnf.silu(linear.apply(params["time"]["in"], features_NE)))
     time_N6D = linear.apply(params["time"]["six"], nnf.silu(time_ND)).unflatten(-1, (6, cfg.d_model))
     rope = attention.rope(positions_AN, cfg.attention)
+    text = None if text_SC is None else _text(x_ND, segments_N, text_SC, text_segments_S)
     for layer in params["layers"]:
-        x_ND = _layer(layer, x_ND, time_N6D, segments_N, rope, text_SC, text_segments_S, cfg)
+        x_ND = _layer(layer, x_ND, time_N6D, segments_N, rope, text, cfg)
     shift_ND, scale_ND = (params["out"]["table_2D"] + time_ND[:, None]).unbind(1)
     x_ND = _plain_norm(x_ND, cfg) * (1 + scale_ND) + shift_ND
     return linear.affine(x_ND, params["out"]["w_DP"], params["out"]["b_P"])
+
+
+class _Text(NamedTuple):
+    """Text rows `[S, C]`, and the documents of latents and of text between which attention runs."""
+
+    text_SC: Tensor
+    segments_N: Segments
+    segments_S: Segments
+
+
+def _text(x_ND: Tensor, segments_N: Segments | None, text_SC: Tensor, text_segments_S: Segments | None) -> _Text:
+    """Without documents of both, all latents read all text."""
+    if segments_N is None or text_segments_S is None:
+        return _Text(text_SC, one_document(x_ND), one_document(text_SC))
+    return _Text(text_SC, segments_N, text_segments_S)
 
 
 def _layer(
     params: dict[str, Any],
     x_ND: Tensor,
     time_N6D: Tensor,
-    segments_N: Tensor | None,
+    segments_N: Segments | None,
     rope: RopeTable | None,
-    text_SC: Tensor | None,
-    text_segments_S: Tensor | None,
+    text: _Text | None,
     cfg: DitConfig,
 ) -> Tensor:
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (params["table_6D"] + time_N6D).unbind(1)
     normed_ND = _plain_norm(x_ND, cfg) * (1 + scale_a) + shift_a
     out_ND = attention.apply(params["attention"], normed_ND, cfg=cfg.attention, segments_T=segments_N, rope=rope)
     x_ND = x_ND + gate_a * out_ND
-    if text_SC is not None:
-        x_ND = x_ND + _read_text(params["text"], x_ND, segments_N, text_SC, text_segments_S, cfg)
+    if text is not None:
+        x_ND = x_ND + _read_text(params["text"], x_ND, text, cfg)
     normed_ND = _plain_norm(x_ND, cfg) * (1 + scale_m) + shift_m
     return x_ND + gate_m * mlp.apply(params["mlp"], normed_ND, cfg=cfg.mlp)
 
 
-def _read_text(
-    params: dict[str, Any],
-    x_ND: Tensor,
-    segments_N: Tensor | None,
-    text_SC: Tensor,
-    text_segments_S: Tensor | None,
-    cfg: DitConfig,
-) -> Tensor:
+def _read_text(params: dict[str, Any], x_ND: Tensor, text: _Text, cfg: DitConfig) -> Tensor:
     """Attention from latents to the text of their document."""
     width = (cfg.heads, cfg.d_model // cfg.heads)
     q_NHK = linear.apply(params["query"], norm.apply(params["norm"], x_ND, eps=cfg.norm_eps)).unflatten(-1, width)
-    k_SHK = linear.apply(params["key"], text_SC).unflatten(-1, width)
-    v_SHK = linear.apply(params["value"], text_SC).unflatten(-1, width)
-    if segments_N is None or text_segments_S is None:
-        segments_N = torch.zeros(x_ND.shape[0], dtype=torch.int64, device=x_ND.device)
-        text_segments_S = torch.zeros(text_SC.shape[0], dtype=torch.int64, device=x_ND.device)
-    out_NHK = attend(q_NHK, k_SHK, v_SHK, segments_T=segments_N, kv_segments_S=text_segments_S, causal=False)
+    k_SHK = linear.apply(params["key"], text.text_SC).unflatten(-1, width)
+    v_SHK = linear.apply(params["value"], text.text_SC).unflatten(-1, width)
+    own, read = text.segments_N, text.segments_S
+    out_NHK = attend(q_NHK, k_SHK, v_SHK, segments_T=own, kv_segments_S=read, causal=False)
     return linear.apply(params["out"], out_NHK.flatten(1))
 
 

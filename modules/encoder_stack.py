@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kernels.documents import Segments
 from modules import attention, mlp, norm
 from modules.attention import AttentionConfig
 from modules.mlp import MlpConfig
@@ -81,7 +82,7 @@ def specs(cfg: StackConfig) -> dict[str, Any]:
     return {"layers": layers, "norm_out": norm.specs(cfg.d_model, kind="layer")}
 
 
-def apply(params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Tensor, cfg: StackConfig) -> Tensor:
+def apply(params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Segments, cfg: StackConfig) -> Tensor:
     """`[T, D]` to normalised `[T, D]`; `positions` int64 `[T]`, or `[A, T]` for several axes; each item by itself."""
     table = attention.rope(positions, cfg.attention)
     for layer in params["layers"]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import random
+from kernels.documents import Documents, ids_of
 from modules import decoder as foundation
 from modules import omni
 from modules.kv_cache import KvCache
@@ -164,14 +165,18 @@ def _lay_out(
     packed = pack(documents, budget=exact_budget(documents, model=model), model=model)
     device = params["foundation"]["embedding"]["table_VD"].device
     batch = _to(packed.batch, device)
-    size_B = torch.bincount(batch["segments_T"])
+    size_B = torch.bincount(ids_of(batch["segments_T"]))
     end_B = size_B.cumsum(0)
     in_pack_B = torch.tensor(packed.taken, device=device).argsort()
     return batch, (end_B - size_B)[in_pack_B], (end_B - len(after))[in_pack_B]
 
 
 def _to(tree: Any, device: torch.device) -> Any:
-    return {k: _to(v, device) for k, v in tree.items()} if isinstance(tree, Mapping) else tree.to(device)
+    if isinstance(tree, Mapping):
+        return {k: _to(v, device) for k, v in tree.items()}
+    if isinstance(tree, Documents):
+        return Documents(tree.ids_T.to(device), tree.offsets_N.to(device), tree.longest)
+    return tree.to(device)
 
 
 def _check_sampling(key: Tensor | None, temperature: float) -> None:

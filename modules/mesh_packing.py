@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from modules.omni import OmniModel
-from modules.packing import Budget, Document, Packed, Text, pack, padding
-from sharding.batch import BatchRule, Places, Rows
+from modules.packing import Budget, Document, Packed, Text, longest_item, pack, padding
+from sharding.batch import BatchRule, Offsets, Places, Rows
 
 BATCH: Mapping[str, BatchRule] = MappingProxyType(
     {
         "encoders.*.features.*": Rows(),
+        "encoders.*.features.segments_N.offsets_N": Offsets(of="rows"),
         "encoders.*.index_n": Places(),
         "decoders.*.target": Rows(),
         "decoders.*.index_n": Places(),
@@ -45,7 +46,7 @@ def pack_for_mesh(
         batch, here, rest = _one_pack(documents, rest, budget, model, parts)
         made.append(batch)
         taken += here
-    return Packed(_join_packs(made, budget.tokens), taken, rest)
+    return Packed(_join_packs(made, budget, parts), taken, rest)
 
 
 def _check(budget: Budget, model: OmniModel, parts: int) -> None:
@@ -68,7 +69,7 @@ def _one_pack(
         packed = pack([documents[i] for i in candidates] or [_NOTHING], budget=budget, model=model, absent="pad")
         taken = [candidates[i] for i in packed.taken] if candidates else []
         encoders = packed.batch["encoders"]
-        divided = {name: _divide(encoders[name], parts, budget.tokens) for name in budget.rows}
+        divided = {name: _divide(encoders[name], name, parts, budget) for name in budget.rows}
         if None not in divided.values():
             return {**packed.batch, "encoders": divided}, taken, [i for i in rest if i not in taken]
         if len(taken) == 1:
@@ -82,15 +83,15 @@ def _one_pack(
 _NOTHING = [Text([0])]  # what stands in a pack for which no document is left: one token without a label
 
 
-def _divide(encoder: dict[str, Any], parts: int, tokens: int) -> dict[str, Any] | None:
-    """The same items dealt to parts, the longest first; None if they do not fit. `tokens`: T, the place of padding."""
-    features, index_n = encoder["features"], encoder["index_n"].numpy()
-    segments_N = features["segments_N"].numpy()
+def _divide(encoder: dict[str, Any], name: str, parts: int, budget: Budget) -> dict[str, Any] | None:
+    """The same items dealt to parts, the longest first; None if they do not fit. Item numbers are ids here."""
+    features, index_n, tokens = encoder["features"], encoder["index_n"].numpy(), budget.tokens
+    segments_N = features["segments_N"].ids_T.numpy()
     per_token, capacity = len(segments_N) // len(index_n), len(segments_N) // parts
     _, starts, counts = np.unique(segments_N, return_index=True, return_counts=True)
     items = [(int(c), int(s)) for s, c in zip(starts, counts, strict=True) if index_n[s // per_token] < tokens]
     source_N, number_N = np.full(len(segments_N), -1), np.empty(len(segments_N), np.int64)
-    used = [0] * parts
+    used, held = [0] * parts, [0] * parts
     for number, (count, start) in enumerate(sorted(items, reverse=True)):
         part = used.index(min(used))
         if used[part] + count > capacity:
@@ -99,12 +100,15 @@ def _divide(encoder: dict[str, Any], parts: int, tokens: int) -> dict[str, Any] 
         source_N[at : at + count] = np.arange(start, start + count)
         number_N[at : at + count] = number
         used[part] += count
-    longest, free = max((count for count, _ in items), default=capacity), len(items)
+        held[part] += 1
+    longest, free = longest_item([count for count, _ in items], name, budget, capacity), len(items)
+    places = budget.places(name, capacity)
     for part, rows in enumerate(used):  # what is left of each part is items of its own
-        rest, _ = padding(capacity - rows, longest, free)
+        room = None if places is None else places - held[part] + free
+        rest, _ = padding(capacity - rows, longest, free, room)
         number_N[part * capacity + rows : (part + 1) * capacity] = rest
         free += len(np.unique(rest))
-    moved = {name: _moved(array, source_N, 0) for name, array in features.items() if name != "segments_N"}
+    moved = {key: _moved(array, source_N, 0) for key, array in features.items() if key != "segments_N"}
     source_n = np.where(source_N[::per_token] < 0, -1, source_N[::per_token] // per_token)
     index = _moved(encoder["index_n"], source_n, tokens)
     return {"features": {**moved, "segments_N": torch.from_numpy(number_N)}, "index_n": index}
@@ -118,14 +122,15 @@ def _moved(array: Tensor, source_N: np.ndarray, fill: int) -> Tensor:
     return out
 
 
-def _join_packs(packs: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
+def _join_packs(packs: Sequence[dict[str, Any]], budget: Budget, parts: int) -> dict[str, Any]:
     """One batch of all packs: documents and items get numbers of their own, places count from the first pack."""
-    end = tokens * len(packs)
+    tokens, end = budget.tokens, budget.tokens * len(packs)
     batch: dict[str, Any] = {
         name: torch.cat([p[name] for p in packs]) for name in ("tokens_T", "labels_T", "positions_T", "valid_T")
     }
-    batch["segments_T"] = _renumbered([p["segments_T"] for p in packs])
-    batch["encoders"] = {name: _join_encoders([p["encoders"][name] for p in packs], tokens, end)
+    ids_T = _renumbered([p["segments_T"].ids_T for p in packs])
+    batch["segments_T"] = budget.documents("tokens", ids_T.numpy(), packs=len(packs))
+    batch["encoders"] = {name: _join_encoders([p["encoders"][name] for p in packs], name, budget, parts, end)
                          for name in packs[0]["encoders"]}  # fmt: skip
     batch["decoders"] = {
         name: {
@@ -137,12 +142,14 @@ def _join_packs(packs: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
     return batch
 
 
-def _join_encoders(parts: Sequence[dict[str, Any]], tokens: int, end: int) -> dict[str, Any]:
-    features = {
-        name: torch.cat([p["features"][name] for p in parts]) for name in parts[0]["features"] if name != "segments_N"
+def _join_encoders(packed: Sequence[dict[str, Any]], name: str, budget: Budget, parts: int, end: int) -> dict[str, Any]:
+    """Of all packs, whose items lie in `parts` parts each."""
+    features: dict[str, Any] = {
+        key: torch.cat([p["features"][key] for p in packed]) for key in packed[0]["features"] if key != "segments_N"
     }
-    features["segments_N"] = _renumbered([p["features"]["segments_N"] for p in parts])
-    return {"features": features, "index_n": _places([p["index_n"] for p in parts], tokens, end)}
+    ids_N = _renumbered([p["features"]["segments_N"] for p in packed])
+    features["segments_N"] = budget.documents(name, ids_N.numpy(), packs=len(packed) * parts)
+    return {"features": features, "index_n": _places([p["index_n"] for p in packed], budget.tokens, end)}
 
 
 def _renumbered(numbers: Sequence[Tensor]) -> Tensor:

@@ -44,12 +44,13 @@ class Encoder:
     """A modality that the foundation reads.
 
     `specs`: tree of ParamSpec. `lm_encode(params, features) -> [n, D]`: packed features, whose arrays have rows first
-    and include `segments_N`, to rows of the token stream, `rows_per_token` feature rows to one token. `features`: the
-    arrays of one item, without `segments_N`. `begin`, `end`: ids of the text tokens put around an item.
+    and include `segments_N` (ids or `Documents`), to rows of the token stream, `rows_per_token` feature rows to one
+    token. `features`: the arrays of one item, without `segments_N`. `begin`, `end`: ids of the text tokens put around
+    an item.
     """
 
     specs: Tree
-    lm_encode: Callable[[Tree, Mapping[str, Tensor]], Tensor]
+    lm_encode: Callable[[Tree, Mapping[str, Any]], Tensor]
     features: Mapping[str, Row]
     rows_per_token: int
     begin: int

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.documents import Documents
 from modules.omni import Decoder, Encoder, OmniModel, Row
 
 IGNORE = -100
@@ -52,21 +53,52 @@ class Target:
 Document = Sequence[Text | Media | Target]
 
 
+class Bound(NamedTuple):
+    """At most `most` documents (or items of media) in a pack, of at most `longest` tokens (or rows); None: any."""
+
+    most: int
+    longest: int | None = None
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Sizes of the packed arrays: `tokens`, feature `rows` per encoder, `targets` per decoder."""
+    """Sizes of the packed arrays: `tokens`, feature `rows` per encoder, `targets` per decoder.
+
+    `bounds`, by "tokens" or an encoder's name: how many documents a pack takes, and how long they may be. They are
+    sizes of arrays and grids too, so a run that sets them is traced once and its kernels do no empty work. Without them
+    a pack takes any number, and the arrays grow by powers of two.
+    """
 
     tokens: int
     rows: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, int] = field(default_factory=dict)
+    bounds: Mapping[str, Bound] = field(default_factory=dict)
+
+    def places(self, stream: str, size: int) -> int | None:
+        """How many documents the offsets of `size` tokens (or rows) have room for, padding included; None: any."""
+        bound = self.bounds.get(stream)
+        if bound is None:
+            return None
+        return bound.most + (1 if bound.longest is None else size // bound.longest + 1)
+
+    def documents(self, stream: str, ids_N: np.ndarray, *, packs: int = 1) -> Documents:
+        """The documents of these ids, in `packs` equal packs."""
+        bound = self.bounds.get(stream)
+        return Documents.of(
+            torch.from_numpy(ids_N),
+            max_documents=self.places(stream, len(ids_N) // packs),
+            longest=None if bound is None else bound.longest,
+            packs=packs,
+        )
 
 
 class Size(NamedTuple):
-    """What a document takes of each budget."""
+    """What a document takes of each budget; `items`: the rows of each item of media, by encoder."""
 
     tokens: int
     rows: dict[str, int]
     targets: dict[str, int]
+    items: dict[str, list[int]]
 
 
 class Packed(NamedTuple):
@@ -81,7 +113,7 @@ def measure(document: Document, *, model: OmniModel) -> Size:
     """Count a document's tokens, feature rows and targets; ValueError for parts that the model cannot take."""
     if not document:
         raise ValueError("a document has no parts")
-    tokens, rows, targets = 0, dict[str, int](), dict[str, int]()
+    tokens, rows, targets, items = 0, dict[str, int](), dict[str, int](), dict[str, list[int]]()
     for part in document:
         match part:
             case Text(ids):
@@ -89,13 +121,14 @@ def measure(document: Document, *, model: OmniModel) -> Size:
             case Media(modality, features):
                 count = _check_features(modality, features, model)
                 rows[modality] = rows.get(modality, 0) + count
+                items.setdefault(modality, []).append(count)
                 tokens += 2 + count // model.encoder(modality).rows_per_token
             case Target(modality, array):
                 decoder = model.decoder(modality)
                 _check_shape(f"target {modality!r}", tuple(array.shape), decoder.target)
                 targets[modality] = targets.get(modality, 0) + 1
                 tokens += 2 + decoder.codes_per_target
-    return Size(tokens, rows, targets)
+    return Size(tokens, rows, targets, items)
 
 
 def _check_features(modality: str, features: Mapping[str, np.ndarray | Tensor], model: OmniModel) -> int:
@@ -126,7 +159,12 @@ def exact_budget(documents: Sequence[Document], *, model: OmniModel) -> Budget:
         tokens=sum(size.tokens for size in sizes),
         rows=_total([size.rows for size in sizes]),
         targets=_total([size.targets for size in sizes]),
+        bounds={"tokens": Bound(len(sizes)), **{name: Bound(count) for name, count in _counts(sizes).items()}},
     )
+
+
+def _counts(sizes: Sequence[Size]) -> Mapping[str, int]:
+    return _total([{name: len(rows) for name, rows in size.items.items()} for size in sizes])
 
 
 def _total(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -138,10 +176,10 @@ def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, abs
     sizes.
 
     The batch holds, as CPU tensors: `tokens_T`, `labels_T` (the target *for* position t, -100 for none), `positions_T`
-    (from 0 in each document), `segments_T` (document number), all int64, `valid_T` (bool, False on padding);
-    `encoders.<name>`: `features` (the items' arrays joined, padded with zeros, and `segments_N`, the item's number) and
-    `index_n` (the place of each token in the stream, T for padding); `decoders.<name>`: `target` `[B, ...]` and
-    `index_n` (the place of each code).
+    (from 0 in each document), all int64, `segments_T` (`Documents`, document numbers as ids), `valid_T` (bool, False on
+    padding); `encoders.<name>`: `features` (the items' arrays joined, padded with zeros, and `segments_N`, `Documents`
+    of the items) and `index_n` (the place of each token in the stream, T for padding); `decoders.<name>`: `target`
+    `[B, ...]` and `index_n` (the place of each code).
 
     A modality of which no document was taken is left out of the batch (`absent="drop"`), or is there as padding, so
     that the tree of arrays never changes (`absent="pad"`). ValueError for a document that alone exceeds the budget.
@@ -153,11 +191,11 @@ def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, abs
     sizes = [measure(document, model=model) for document in documents]
     taken, left = _first_fit(sizes, budget)
     taken.sort(key=lambda i: -sizes[i].tokens)
-    batch, media, targets = _lay_tokens([documents[i] for i in taken], budget.tokens, model)
+    batch, media, targets = _lay_tokens([documents[i] for i in taken], budget, model)
     pad = absent == "pad"
     batch["encoders"] = {
-        name: _join_media(media.get(name, []), model.encoder(name), budget=rows, end=budget.tokens)
-        for name, rows in budget.rows.items()
+        name: _join_media(media.get(name, []), model.encoder(name), name, budget)
+        for name in budget.rows
         if pad or name in media
     }
     batch["decoders"] = {
@@ -170,10 +208,11 @@ def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, abs
 
 def _first_fit(sizes: Sequence[Size], budget: Budget) -> tuple[list[int], list[int]]:
     """Which documents fit beside those already taken, and which are left."""
-    limits = _by_name(budget.tokens, budget.rows, budget.targets)
+    limits = _limits(budget)
     taken, left, free = [], [], dict(limits)
     for i, size in enumerate(sizes):
-        wanted = _by_name(*size)
+        _check_lengths(i, size, budget)
+        wanted = _wanted(size, budget)
         over = [what for what, n in wanted.items() if n > limits.get(what, 0)]
         if over:
             words = ", ".join(f"{wanted[what]} {what} (the budget holds {limits.get(what, 0)})" for what in over)
@@ -187,12 +226,38 @@ def _first_fit(sizes: Sequence[Size], budget: Budget) -> tuple[list[int], list[i
     return taken, left
 
 
-def _by_name(tokens: int, rows: Mapping[str, int], targets: Mapping[str, int]) -> dict[str, int]:
-    """A size or a budget as one dictionary, keyed by the words of an error."""
-    flat = {"tokens": tokens}
-    flat.update((f"{name} rows", count) for name, count in rows.items())
-    flat.update((f"{name} targets", count) for name, count in targets.items())
+def _limits(budget: Budget) -> dict[str, int]:
+    """A budget as one dictionary, keyed by the words of an error."""
+    flat = {"tokens": budget.tokens}
+    flat.update((f"{name} rows", count) for name, count in budget.rows.items())
+    flat.update((f"{name} targets", count) for name, count in budget.targets.items())
+    flat.update((_number_of(stream), bound.most) for stream, bound in budget.bounds.items())
     return flat
+
+
+def _wanted(size: Size, budget: Budget) -> dict[str, int]:
+    """What a document takes, keyed likewise; numbers of documents and items only where they are bounded."""
+    flat = {"tokens": size.tokens}
+    flat.update((f"{name} rows", count) for name, count in size.rows.items())
+    flat.update((f"{name} targets", count) for name, count in size.targets.items())
+    numbers = {"tokens": 1, **{name: len(rows) for name, rows in size.items.items()}}
+    flat.update((_number_of(stream), n) for stream, n in numbers.items() if stream in budget.bounds)
+    return flat
+
+
+def _number_of(stream: str) -> str:
+    return "documents" if stream == "tokens" else f"{stream} items"
+
+
+def _check_lengths(number: int, size: Size, budget: Budget) -> None:
+    for stream, lengths in {"tokens": [size.tokens], **size.items}.items():
+        bound = budget.bounds.get(stream)
+        if bound is not None and bound.longest is not None and max(lengths) > bound.longest:
+            what = "tokens" if stream == "tokens" else f"{stream} rows in one item"
+            raise ValueError(
+                f"document {number} has {max(lengths)} {what}, more than the budget's longest, {bound.longest}: raise "
+                f"bounds[{stream!r}], or leave the document out"
+            )
 
 
 class _Placed(NamedTuple):
@@ -205,11 +270,14 @@ class _Placed(NamedTuple):
 _Found = dict[str, list[_Placed]]
 
 
-def _lay_tokens(documents: Sequence[Document], budget: int, model: OmniModel) -> tuple[dict[str, Any], _Found, _Found]:
+def _lay_tokens(
+    documents: Sequence[Document], budget: Budget, model: OmniModel
+) -> tuple[dict[str, Any], _Found, _Found]:
     """The token arrays of the stream, and which media and targets belong where in it."""
-    tokens_T = np.zeros(budget, np.int64)
-    wanted_T = np.full(budget, IGNORE, np.int64)  # the ids that are labels, at their own places
-    segments_T, positions_T = np.empty((2, budget), np.int64)
+    T = budget.tokens
+    tokens_T = np.zeros(T, np.int64)
+    wanted_T = np.full(T, IGNORE, np.int64)  # the ids that are labels, at their own places
+    segments_T, positions_T = np.empty((2, T), np.int64)
     media, targets, cursor, longest = _Found(), _Found(), 0, 0
     for number, document in enumerate(documents):
         start = cursor
@@ -231,22 +299,26 @@ def _lay_tokens(documents: Sequence[Document], budget: int, model: OmniModel) ->
         segments_T[start:cursor] = number
         positions_T[start:cursor] = np.arange(cursor - start)
         longest = max(longest, cursor - start)
-    segments_T[cursor:], positions_T[cursor:] = padding(budget - cursor, longest, len(documents))
+    places = budget.places("tokens", T)
+    segments_T[cursor:], positions_T[cursor:] = padding(T - cursor, longest, len(documents), places)
     _check_ids(tokens_T, segments_T, model.foundation.vocab)
     arrays = {
         "tokens_T": tokens_T,
         "labels_T": _shift(wanted_T, segments_T),
         "positions_T": positions_T,
-        "segments_T": segments_T,
         "valid_T": segments_T < len(documents),
     }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}, media, targets
+    batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {**batch, "segments_T": budget.documents("tokens", segments_T)}, media, targets
 
 
-def padding(count: int, longest: int, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Document numbers, from `first`, and positions of `count` rows of padding, in documents of `longest` rows."""
+def padding(count: int, longest: int, first: int, places: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Document numbers, from `first`, and positions of `count` rows of padding: in documents of `longest` rows, or of
+    more where they would else, with the `first` ones, be more than `places`."""
+    free = max(1, count if places is None else places - first)
+    length = max(1, longest, -(-count // free))
     rows = np.arange(count)
-    return first + rows // max(1, longest), rows % max(1, longest)
+    return first + rows // length, rows % length
 
 
 def _shift(wanted_T: np.ndarray, segments_T: np.ndarray) -> np.ndarray:
@@ -276,21 +348,29 @@ def _check_ids(tokens_T: np.ndarray, segments_T: np.ndarray, vocab: int) -> None
         )
 
 
-def _join_media(found: Sequence[_Placed], encoder: Encoder, *, budget: int, end: int) -> dict[str, Any]:
-    """One encoder's part of the batch: joined features, item numbers, places of tokens; `budget` rows, `end` = T."""
-    per_token = encoder.rows_per_token
-    if budget % per_token:
-        raise ValueError(f"a budget of {budget} rows is not a multiple of the encoder's {per_token} rows per token")
-    features = {
-        name: _join([item.part.features[name] for item in found], row, budget)  # type: ignore[union-attr]
-        for name, row in encoder.features.items()
+def _join_media(found: Sequence[_Placed], encoder: Encoder, name: str, budget: Budget) -> dict[str, Any]:
+    """One encoder's part of the batch: joined features, the items' documents, places of tokens."""
+    N, per_token = budget.rows[name], encoder.rows_per_token
+    if N % per_token:
+        raise ValueError(f"a budget of {N} rows is not a multiple of the encoder's {per_token} rows per token")
+    features: dict[str, Any] = {
+        key: _join([item.part.features[key] for item in found], row, N)  # type: ignore[union-attr]
+        for key, row in encoder.features.items()
     }
     counts = [next(iter(item.part.features.values())).shape[0] for item in found]  # type: ignore[union-attr]
-    rest, _ = padding(budget - sum(counts), max(counts, default=budget), len(found))
+    rest, _ = padding(N - sum(counts), longest_item(counts, name, budget), len(found), budget.places(name, N))
     segments_N = np.concatenate([np.repeat(np.arange(len(found)), counts), rest])
-    features["segments_N"] = torch.from_numpy(segments_N)
-    places = [(item.place, count // per_token) for item, count in zip(found, counts, strict=True)]
-    return {"features": features, "index_n": _index(places, budget // per_token, end)}
+    features["segments_N"] = budget.documents(name, segments_N)
+    runs = [(item.place, count // per_token) for item, count in zip(found, counts, strict=True)]
+    return {"features": features, "index_n": _index(runs, N // per_token, budget.tokens)}
+
+
+def longest_item(counts: Sequence[int], name: str, budget: Budget, size: int | None = None) -> int:
+    """How many rows an item of padding has: those of the longest item; without any, of the longest that there may be,
+    or all of `size` rows (None: of the budget)."""
+    bound = budget.bounds.get(name)
+    allowed = None if bound is None else bound.longest
+    return max(counts, default=allowed or size or budget.rows[name])
 
 
 def _join_targets(found: Sequence[_Placed], decoder: Decoder, *, budget: int, end: int) -> dict[str, Any]:

@@ -123,8 +123,9 @@ def specs(cfg: VisionConfig) -> dict[str, Any]:
     }
 
 
-def lm_encode(params: Any, features: Mapping[str, Tensor], *, cfg: VisionConfig) -> Tensor:
-    """Packed `patches_NP`, `positions_N3`, `segments_N` (an item's number) to tokens `[N / merge**2, d_out]`.
+def lm_encode(params: Any, features: Mapping[str, Any], *, cfg: VisionConfig) -> Tensor:
+    """Packed `patches_NP`, `positions_N3`, `segments_N` (an item's number, or `Documents`) to tokens
+    `[N / merge**2, d_out]`.
 
     Computes in the dtype of the parameters.
     """

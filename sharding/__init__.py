@@ -1,6 +1,6 @@
 """Sharding: the mesh, layouts of components, and what each primitive becomes on many ranks. Knows nothing of models."""
 
-from sharding.batch import Places, Rows, Same, Tokens
+from sharding.batch import Offsets, Places, Rows, Same, Tokens
 from sharding.layout import Capacity, Exact, Hybrid, Layout, Ring, Ulysses
 from sharding.mesh import Mesh
 from sharding.plan import Plan
@@ -11,6 +11,7 @@ __all__ = [
     "Hybrid",
     "Layout",
     "Mesh",
+    "Offsets",
     "Places",
     "Plan",
     "Ring",

@@ -5,7 +5,7 @@ sequence axis share a pack. A pack's tokens are divided into chunks, and its med
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,16 @@ class Same:
     """A leaf that every rank sees whole."""
 
 
-BatchRule = Tokens | Rows | Places | Same
+@dataclass(frozen=True)
+class Offsets:
+    """Offsets of documents along `dim` (`kernels.documents.Documents`), with as many places for each part of the batch:
+    `of` "packs" (each rank sees those of its whole pack), or of "rows" (of its own rows of media)."""
+
+    dim: int = 0
+    of: Literal["packs", "rows"] = "packs"
+
+
+BatchRule = Tokens | Rows | Places | Same | Offsets
 
 
 class TokenOrder(NamedTuple):
@@ -81,6 +90,10 @@ def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: Token
     data = mesh.replicate * mesh.shard
     if isinstance(rule, Same):
         return leaf
+    if isinstance(rule, Offsets):
+        by_pack = rule.of == "packs"
+        number = rank // mesh.sequence if by_pack else rank
+        return _offsets_share(leaf, rule.dim, path, data if by_pack else mesh.size, number)
     if isinstance(rule, Tokens):
         return _token_share(leaf, rule.dim, path, order, data, rank)
     dim = rule.dim if isinstance(rule, Rows) else 0
@@ -90,8 +103,8 @@ def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: Token
             f"{-(-leaf.shape[dim] // mesh.size) * mesh.size}, or say how it is divided in Plan(batch=...)"
         )
     length = leaf.shape[dim] // mesh.size
-    part = leaf.narrow(dim, rank * length, length)
-    return _in_pack(part, path, tokens, data, rank // mesh.sequence) if isinstance(rule, Places) else part
+    own = leaf.narrow(dim, rank * length, length)
+    return _in_pack(own, path, tokens, data, rank // mesh.sequence) if isinstance(rule, Places) else own
 
 
 def join_tokens(parts: list[Tensor], dim: int, order: TokenOrder) -> Tensor:
@@ -117,6 +130,26 @@ def _token_share(leaf: Tensor, dim: int, path: str, order: TokenOrder, data: int
         return pack.narrow(dim, rank % order.ranks * length, length)
     mine = order.order(size // data)[rank % order.ranks * length :][:length]
     return pack.index_select(dim, mine.to(leaf.device))
+
+
+def _offsets_share(leaf: Tensor, dim: int, path: str, parts: int, part: int) -> Tensor:
+    """The offsets of one of equal parts of the batch, counted from its start."""
+    places = leaf.shape[dim] - 1
+    if places % parts:
+        raise ValueError(
+            f"batch leaf {path!r}: places for {places} documents do not divide over {parts} packs; make the documents "
+            f"with Documents.of(ids, packs={parts})"
+        )
+    own = leaf.narrow(dim, places // parts * part, places // parts + 1)
+    first, last = own.narrow(dim, 0, 1), own.narrow(dim, places // parts, 1)
+    if leaf.device.type != "meta":
+        end = leaf.narrow(dim, places, 1)
+        if bool((first * parts != end * part).any() | (last * parts != end * (part + 1)).any()):
+            raise ValueError(
+                f"batch leaf {path!r}: the documents in the places of pack {part} are not those of its tokens; make "
+                f"them with Documents.of(ids, packs={parts}), which refuses a document that lies in two packs"
+            )
+    return own - first
 
 
 def _in_pack(place_n: Tensor, path: str, tokens: int, data: int, pack: int) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from sharding.batch import BatchRule, TokenOrder, Tokens
+from sharding.batch import BatchRule, Offsets, TokenOrder, Tokens
 from sharding.layout import Hybrid, Layout, Ring
 from sharding.link import Link
 from sharding.mesh import Mesh
@@ -19,7 +19,8 @@ class Plan:
 
     `components` maps globs over the paths of parameters ("encoders.*", "foundation.layers.*.moe") to layouts; the glob
     with the most parts wins. `batch` maps globs over paths of the batch to how a leaf is divided; without a match a
-    leaf has one entry per token in dim 0. `link`: what a message costs, by which communication is bucketed and hidden.
+    leaf has one entry per token in dim 0, but for the offsets of `Documents`, which are those of packs. `link`: what a
+    message costs, by which communication is bucketed and hidden.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Plan:
 
     def batch_rule(self, path: str) -> BatchRule:
         """How the batch's leaf at `path` is divided; the last glob that matches wins."""
-        found: BatchRule = Tokens()
+        found: BatchRule = Offsets() if path.rpartition(".")[2] == "offsets_N" else Tokens()
         for glob, rule in self.batch.items():
             if fnmatch.fnmatchcase(path, glob):
                 found = rule

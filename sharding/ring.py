@@ -39,14 +39,13 @@ def ring_attention(
     v_TGV: Tensor,
     *,
     me: Tensor,
-    index_P: Tensor | None,
     host_index_P: Tensor | None,
     rule: RingRule,
 ) -> Tensor:
     """This member's rows `[T, H, V]` of attention over the whole ring's tokens, in the dtype of the queries.
 
-    `me`: its place in the ring, 0-d int64 on the CPU. `index_P`: the number of the document that each token of the pack
-    belongs to, rising, in the order of the pack; `host_index_P`: the same on the CPU; None for one document.
+    `me`: its place in the ring, 0-d int64 on the CPU. `host_index_P`: the number of the document that each token of the
+    pack belongs to, rising, in the order of the pack, on the CPU; None for one document.
     Differentiable once. ValueError if zigzag meets an odd number of tokens.
     """
     if rule.zigzag and q_THK.shape[0] % 2:
@@ -54,7 +53,7 @@ def ring_attention(
             f"ring attention in zigzag order: the {q_THK.shape[0]} tokens of a member of the ring are not two halves; "
             f"pack to a multiple of {2 * rule.group.size} tokens, or use Ring(zigzag=False)"
         )
-    return _Ring.apply(q_THK, k_TGK, v_TGV, index_P, host_index_P, me, rule)[0]
+    return _Ring.apply(q_THK, k_TGK, v_TGV, host_index_P, me, rule)[0]
 
 
 class _Ring(torch.autograd.Function):
@@ -63,30 +62,29 @@ class _Ring(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        index: Tensor | None,
         host_index: Tensor | None,
         me: Tensor,
         rule: RingRule,
     ) -> tuple[Tensor, Tensor]:
         n, kv = rule.group.size, torch.cat([k, v], -1)
         coming = send_on(kv, rule.group, "ring")
-        out, lse = ring_forward(q, kv, None, None, index, host_index, me, *rule.step(0))
+        out, lse = ring_forward(q, kv, None, None, host_index, me, *rule.step(0))
         for s in range(1, n):
             kv = coming
             coming = send_on(kv, rule.group, "ring") if s + 1 < n else kv
-            out, lse = ring_forward(q, kv, out, lse, index, host_index, me, *rule.step(s))
+            out, lse = ring_forward(q, kv, out, lse, host_index, me, *rule.step(s))
         return out.to(q.dtype), lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, index, host_index, me, ctx.rule = inputs
+        q, k, v, host_index, me, ctx.rule = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, index, host_index, me)
+        ctx.save_for_backward(q, k, v, out, lse, host_index, me)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad, *ctx.saved_tensors, ctx.rule), None, None, None, None)
+        return (*_backward(grad, *ctx.saved_tensors, ctx.rule), None, None, None)
 
 
 def _gradients(
@@ -96,7 +94,6 @@ def _gradients(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    index: Tensor | None,
     host_index: Tensor | None,
     me: Tensor,
     rule: RingRule,
@@ -104,12 +101,12 @@ def _gradients(
     """Of queries, keys and values, once more around the ring."""
     n, kv = rule.group.size, torch.cat([k, v], -1)
     coming = send_on(kv, rule.group, "ring.T")
-    dq, dkv = ring_backward(grad, q, kv, out, lse, index, host_index, me, *rule.step(0))
+    dq, dkv = ring_backward(grad, q, kv, out, lse, host_index, me, *rule.step(0))
     for s in range(1, n):
         kv = coming
         coming = send_on(kv, rule.group, "ring.T") if s + 1 < n else kv
         arrived = send_on(dkv, rule.group, "ring.T")
-        dq_s, dkv_s = ring_backward(grad, q, kv, out, lse, index, host_index, me, *rule.step(s))
+        dq_s, dkv_s = ring_backward(grad, q, kv, out, lse, host_index, me, *rule.step(s))
         dq, dkv = dq + dq_s, arrived + dkv_s
     dk, dv = send_on(dkv, rule.group, "ring.T").to(k.dtype).split([k.shape[2], v.shape[2]], -1)
     return dq.to(q.dtype), dk.contiguous(), dv.contiguous()

@@ -21,6 +21,7 @@ from kernels import attention_cpu, attention_cuda, attention_rectangle
 from kernels.attention_cpu import Rule
 from kernels.attention_math import accumulate_dtype
 from kernels.attention_rectangle import Band
+from kernels.documents import document_offsets
 from kernels.opaque import opaque_op
 
 
@@ -107,7 +108,7 @@ def _shared_document(a: Run, b: Run, index_P: Tensor | None) -> tuple[int, int]:
 
 
 @opaque_op(
-    "ring_forward(Tensor q, Tensor kv, Tensor? out, Tensor? lse, Tensor? index, Tensor? host_index, Tensor me, "
+    "ring_forward(Tensor q, Tensor kv, Tensor? out, Tensor? lse, Tensor? host_index, Tensor me, "
     "int step, int ring, bool zigzag, bool causal, int? window, float scale) -> (Tensor, Tensor)",
     fake=lambda q, kv, *_: (
         q.new_empty(q.shape[0], q.shape[1], kv.shape[2] - q.shape[2], dtype=accumulate_dtype(q.dtype)),
@@ -119,7 +120,6 @@ def ring_forward(
     kv_TGC: Tensor,
     out_THV: Tensor | None,
     lse_HT: Tensor | None,
-    index_P: Tensor | None,
     host_index_P: Tensor | None,
     me: Tensor,
     step: int,
@@ -131,8 +131,8 @@ def ring_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over the keys seen so far (None in the first step) and these, in the accumulation dtype.
 
-    `me`: this rank's place in the ring, int64 on the CPU; `index_P` on the device of the queries, `host_index_P` a copy
-    of it on the CPU.
+    `me`: this rank's place in the ring, int64 on the CPU; `host_index_P`: the pack's document numbers (rising), on the
+    CPU.
     """
     how, (T, H, K) = Step(step, ring, zigzag, causal, window, scale), q_THK.shape
     k_TGK, v_TGV = kv_TGC[..., :K], kv_TGC[..., K:]
@@ -145,8 +145,8 @@ def ring_forward(
     for q, k in pairs(int(me), T, host_index_P, how):
         given = (q_THK[q.here], k_TGK[k.here], v_TGV[k.here])
         if q.start == k.start:
-            segments, rule = _documents(q, index_P, host_index_P, how)
-            out_LHV, lse_HL = _local(q_THK).forward(*given, segments, None, rule)
+            documents, rule = _documents(q, host_index_P, how, q_THK.device)
+            out_LHV, lse_HL = _local(q_THK).forward(*given, documents, None, rule)
         else:
             out_LHV, lse_HL = attention_rectangle.forward(*given, Band(q.start - k.start, window, scale))
         merge_(out_THV[q.here], lse_HT[:, q.here], out_LHV, lse_HL)
@@ -155,7 +155,7 @@ def ring_forward(
 
 
 @opaque_op(
-    "ring_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor? index, Tensor? host_index, "
+    "ring_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor? host_index, "
     "Tensor me, int step, int ring, bool zigzag, bool causal, int? window, float scale) -> (Tensor, Tensor)",
     fake=lambda grad, q, kv, out, lse, *_: (
         q.new_empty(q.shape, dtype=lse.dtype),
@@ -168,7 +168,6 @@ def ring_backward(
     kv_TGC: Tensor,
     out_THV: Tensor,
     lse_HT: Tensor,
-    index_P: Tensor | None,
     host_index_P: Tensor | None,
     me: Tensor,
     step: int,
@@ -191,8 +190,8 @@ def ring_backward(
         lse_HL = lse_HT[:, q.here].contiguous()
         given = (grad_THV[q.here], q_THK[q.here], k_TGK[k.here], v_TGV[k.here], out_THV[q.here], lse_HL)
         if q.start == k.start:
-            segments, rule = _documents(q, index_P, host_index_P, how)
-            dq, dk, dv = _local(q_THK).backward(*given, segments, None, rule)
+            documents, rule = _documents(q, host_index_P, how, q_THK.device)
+            dq, dk, dv = _local(q_THK).backward(*given, documents, None, rule)
         else:
             dq, dk, dv = attention_rectangle.backward(*given, Band(q.start - k.start, window, scale))
         dq_THK[q.here] += dq
@@ -215,10 +214,13 @@ def _local(q_THK: Tensor) -> ModuleType:
     return attention_cuda if q_THK.is_cuda else attention_cpu
 
 
-def _documents(run: Run, index_P: Tensor | None, host_index_P: Tensor | None, how: Step) -> tuple[Tensor | None, Rule]:
-    """A run's document numbers and the rule within it; their count, known here, spares a device's wait."""
+def _documents(run: Run, host_index_P: Tensor | None, how: Step, device: torch.device) -> tuple[Tensor | None, Rule]:
+    """Where the documents of a run are, counted on the host so that no device is waited for, and the rule in them."""
     rule = Rule(how.causal, how.window, how.scale)
-    if index_P is None or host_index_P is None:
+    if host_index_P is None:
         return None, rule
-    count = int(host_index_P[run.start + run.length - 1]) - int(host_index_P[run.start]) + 1
-    return (None if count == 1 else index_P[run.in_pack]), rule._replace(max_documents=count)
+    offsets_N = document_offsets(host_index_P[run.in_pack])
+    if offsets_N.shape[0] == 2:
+        return None, rule
+    longest = int(offsets_N.diff().max())
+    return offsets_N.to(device, non_blocking=True), rule._replace(longest=longest)

@@ -21,31 +21,30 @@ def _seen(T: int, how: Step) -> float:
 
 
 def forward_flops(
-    q: Tensor, kv: Tensor, out: object, lse: object, index: object, host: object, me: object, *how
+    q: Tensor, kv: Tensor, out: object, lse: object, host: object, me: object, *how
 ) -> int:
     """Two matmuls: scores and output."""
     return int(2 * q.shape[1] * kv.shape[2] * _seen(q.shape[0], Step(*how)))
 
 
 def backward_flops(
-    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, index: object, host: object, me: object, *how
+    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, host: object, me: object, *how
 ) -> int:
     """Five matmuls: the scores again, and the gradients of probabilities, values, queries and keys."""
     K, V = q.shape[2], grad.shape[2]
     return int(2 * q.shape[1] * (3 * K + 2 * V) * _seen(q.shape[0], Step(*how)))
 
 
-def forward_workspace(
-    q: Tensor, kv: Tensor, out: object, lse: object, index: Tensor | None, host: object, me: object, *how
-) -> int:
+def forward_workspace(q: Tensor, kv: Tensor, out: object, lse: object, host: Tensor | None, me: object, *how) -> int:
     """A pair's results and what makes them: the bound over the ranks."""
     K = q.shape[2]
-    how_, k, v = Step(*how), kv[..., :K], kv[..., K:]
+    how_, (k, v) = Step(*how), kv.split([K, kv.shape[2] - K], -1)
     T, H, item = q.shape[0], q.shape[1], accumulate_dtype(q.dtype).itemsize
     L = T // 2 if how_.zigzag else T
-    rule = (how_.causal, how_.window, how_.scale, None)
-    local = attention_cost.forward_workspace(q[:L], k[:L], v[:L], index, None, *rule) if how_.step == 0 else 0
-    return max(local, _rectangle_bytes(q[:L], kv[:L], how_, 1)) + L * H * (v.shape[2] * q.element_size() + 3 * item)
+    rule = (how_.causal, how_.window, how_.scale, None, None)
+    q, kv, k, v = (x.narrow(0, 0, L) for x in (q, kv, k, v))
+    local = attention_cost.forward_workspace(q, k, v, host, None, *rule) if how_.step == 0 else 0
+    return max(local, _rectangle_bytes(q, kv, how_, 1)) + L * H * (v.shape[2] * q.element_size() + 3 * item)
 
 
 def backward_workspace(
@@ -54,20 +53,20 @@ def backward_workspace(
     kv: Tensor,
     out: Tensor,
     lse: Tensor,
-    index: Tensor | None,
-    host: object,
+    host: Tensor | None,
     me: object,
     *how,
 ) -> int:
     """A pair's gradients and what makes them: the bound over the ranks."""
     K = q.shape[2]
-    how_, k, v = Step(*how), kv[..., :K], kv[..., K:]
+    how_, (k, v) = Step(*how), kv.split([K, kv.shape[2] - K], -1)
     L = q.shape[0] // 2 if how_.zigzag else q.shape[0]
-    rule = (how_.causal, how_.window, how_.scale, None)
-    given = (grad[:L], q[:L], k[:L], v[:L], out[:L], lse[:, :L])
-    local = attention_cost.backward_workspace(*given, index, None, *rule) if how_.step == 0 else 0
-    results = (q[:L].numel() + kv[:L].numel()) * q.element_size() + lse[:, :L].numel() * lse.element_size()
-    return max(local, _rectangle_bytes(q[:L], kv[:L], how_, 2)) + results
+    rule = (how_.causal, how_.window, how_.scale, None, None)
+    q, kv, k, v, grad, out = (x.narrow(0, 0, L) for x in (q, kv, k, v, grad, out))
+    lse = lse.narrow(1, 0, L)
+    local = attention_cost.backward_workspace(grad, q, k, v, out, lse, host, None, *rule) if how_.step == 0 else 0
+    results = (q.numel() + kv.numel()) * q.element_size() + lse.numel() * lse.element_size()
+    return max(local, _rectangle_bytes(q, kv, how_, 2)) + results
 
 
 def _rectangle_bytes(q: Tensor, kv: Tensor, how: Step, passes: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention import BACKENDS, attention
 from kernels.backend import choose_backend
-from kernels.documents import document_index
+from kernels.documents import Documents, Segments, document_index, ids_of, index_of_offsets
 from sharding.batch import TokenOrder
 from sharding.collectives import all_gather
 from sharding.layout import Hybrid, Ring, Ulysses
@@ -23,19 +23,17 @@ from sharding.spmd import axis_index
 from sharding.ulysses import check_heads, heads_to_tokens, tokens_to_heads
 
 
-class Documents(NamedTuple):
-    """Of a whole pack, in its order: ids `[P]`, document numbers `[P]`, and these once more on the CPU."""
+class PackDocuments(NamedTuple):
+    """Of a whole pack, in its order: ids `[P]`, and document numbers `[P]` on the CPU."""
 
     ids_P: Tensor
-    index_P: Tensor
     host_index_P: Tensor
 
 
-def pack_documents(segments_T: Tensor, *, mesh: Mesh, order: TokenOrder) -> Documents:
+def pack_documents(segments_T: Tensor, *, mesh: Mesh, order: TokenOrder) -> PackDocuments:
     """Of the pack that this rank's `segments_T` (int64) are a share of: a gather over the sequence axis."""
     ids_P = gather_tokens(segments_T, mesh, order, purpose="segments")
-    index_P = document_index(ids_P)
-    return Documents(ids_P, index_P, index_P.to("cpu"))
+    return PackDocuments(ids_P, document_index(ids_P).to("cpu"))
 
 
 def sequence_attention(
@@ -47,24 +45,22 @@ def sequence_attention(
     mesh: Mesh,
     order: TokenOrder,
     component: str = "",
-    documents_of: Callable[[Tensor], Documents] | None = None,
-    segments_T: Tensor | None = None,
-    kv_segments_S: Tensor | None = None,
+    documents_of: Callable[[Tensor], PackDocuments] | None = None,
+    segments_T: Segments | None = None,
+    kv_segments_S: Segments | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
-    max_documents: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`kernels.attention.attention` of the whole pack, this rank's rows: `[T, H, V]` in the dtype of the queries.
 
     - `q_THK`, `k_SGK`, `v_SGV`, `segments_T`: this rank's share of the pack, in the `order` of its tokens; the rest as
-      in `attention`.
-    - `documents_of`: gives `pack_documents` of a tensor of segments; one that remembers spares the gather in all layers
-      but the first. None gathers anew.
-    - `how`: Ulysses needs H divisible by its ranks, any G. A ring is exact for every rule, windows included; it counts
-      documents itself and needs no `max_documents`; zigzag is in the order of the tokens, and balances causal work.
-      Hybrid is Ulysses among neighbours and a ring across them.
+      in `attention`. Of `Documents` the ids are this rank's share, and the offsets those of the whole pack.
+    - `documents_of`: gives `pack_documents` of a tensor of ids; one that remembers spares the gather in all layers but
+      the first. None gathers anew. Ulysses needs no gather where there are `Documents`.
+    - `how`: Ulysses needs H divisible by its ranks, any G. A ring is exact for every rule, windows included; zigzag is
+      in the order of the tokens, and balances causal work. Hybrid is Ulysses among neighbours and a ring across them.
     - With `kv_segments_S` the keys are this rank's share of another pack, in the same order: keys and values are
       gathered, whatever `how` is; with `causal` or a window the queries too, since a rule counts from a document's end.
     - The plain reference (`backend="reference"`, nested gradients) of a ring gathers the whole pack on each rank.
@@ -78,7 +74,6 @@ def sequence_attention(
         causal=causal,
         window=window,
         scale=scale,
-        max_documents=max_documents,
         backend=backend,
     )
     if mesh.sequence == 1:
@@ -88,20 +83,27 @@ def sequence_attention(
         return _cross_attention(*tensors, segments_T, kv_segments_S, mesh, order, documents_of, whole_rule, local)
     _check(*tensors, segments_T, window, component)
     _check_order(how, mesh, order, component)
-    documents = None if segments_T is None else documents_of(segments_T)
     inner, outer, place = _groups(how, mesh)
     heads = check_heads(q_THK.shape[1], k_SGK.shape[1], inner, mesh.sequence, component)
     fast = _fast_backend(backend, q_THK)
     if outer.size > 1 and not fast:
-        return _gathered(*tensors, documents, None, mesh, order, local)
+        return _gathered(*tensors, _whole(segments_T, documents_of), None, mesh, order, local)
     if inner.size > 1:
         tensors = tokens_to_heads(*tensors, heads=heads, me=axis_index(place[0]), group=inner)
     if outer.size > 1:
+        documents = None if segments_T is None else documents_of(ids_of(segments_T))
         out = _ring(*tensors, documents, axis_index(place[1]), outer, order, causal, window, scale)
     else:
-        ids_P = None if documents is None else documents.ids_P
-        out = from_pack_order(local(*(to_pack_order(x, order) for x in tensors), segments_T=ids_P), order)
+        whole = _whole(segments_T, documents_of)
+        out = from_pack_order(local(*(to_pack_order(x, order) for x in tensors), segments_T=whole), order)
     return heads_to_tokens(out, group=inner) if inner.size > 1 else out
+
+
+def _whole(segments_T: Segments | None, documents_of: Callable[[Tensor], PackDocuments]) -> Segments | None:
+    """The documents of the whole pack: known, or gathered."""
+    if segments_T is None or isinstance(segments_T, Documents):
+        return segments_T
+    return documents_of(segments_T).ids_P
 
 
 def _inner(how: Ulysses | Ring | Hybrid, mesh: Mesh) -> int:
@@ -144,7 +146,7 @@ def _check_order(how: Ulysses | Ring | Hybrid, mesh: Mesh, order: TokenOrder, co
 
 
 def _check(
-    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, segments_T: Tensor | None, window: int | None, component: str
+    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, segments_T: Segments | None, window: int | None, component: str
 ) -> None:
     """What `attention` would find wrong, before anything is sent."""
     name, shapes = component or "attention", f"q {[*q_THK.shape]}, k {[*k_TGK.shape]}, v {[*v_TGV.shape]}"
@@ -160,8 +162,9 @@ def _check(
         raise ValueError(f"{name}: q, k and v must have one floating dtype; got {dtypes}")
     if window is not None and window < 1:
         raise ValueError(f"{name}: window={window} must be at least 1 (a query sees itself), or None")
-    if segments_T is not None and (segments_T.shape != q_THK.shape[:1] or segments_T.dtype != torch.int64):
-        got = f"{segments_T.dtype} {[*segments_T.shape]}"
+    ids_T = None if segments_T is None else ids_of(segments_T)
+    if ids_T is not None and (ids_T.shape != q_THK.shape[:1] or ids_T.dtype != torch.int64):
+        got = f"{ids_T.dtype} {[*ids_T.shape]}"
         raise ValueError(f"{name}: segments_T must be int64 [{q_THK.shape[0]}], not {got}")
 
 
@@ -169,7 +172,7 @@ def _ring(
     q_THK: Tensor,
     k_TGK: Tensor,
     v_TGV: Tensor,
-    documents: Documents | None,
+    documents: PackDocuments | None,
     me: Tensor,
     group: Group,
     order: TokenOrder,
@@ -183,7 +186,6 @@ def _ring(
         k_TGK,
         v_TGV,
         me=me,
-        index_P=None if documents is None else documents.index_P,
         host_index_P=None if documents is None else documents.host_index_P,
         rule=RingRule(group, _is_zigzag(order), causal, window, scale),
     )
@@ -193,30 +195,45 @@ def _cross_attention(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGV: Tensor,
-    segments_T: Tensor | None,
-    kv_segments_S: Tensor,
+    segments_T: Segments | None,
+    kv_segments_S: Segments,
     mesh: Mesh,
     order: TokenOrder,
-    documents_of: Callable[[Tensor], Documents],
+    documents_of: Callable[[Tensor], PackDocuments],
     whole_rule: bool,
     local: Callable[..., Tensor],
 ) -> Tensor:
     """`whole_rule`: who is seen depends on where the queries of other ranks end."""
     if segments_T is None:
         raise ValueError("attention: kv_segments_S needs segments_T, whose ids it refers to")
-    keys = documents_of(kv_segments_S)
+    keys = _whole(kv_segments_S, documents_of)
     if whole_rule:
-        return _gathered(q_THK, k_SGK, v_SGV, documents_of(segments_T), keys, mesh, order, local)
+        return _gathered(q_THK, k_SGK, v_SGV, _whole(segments_T, documents_of), keys, mesh, order, local)
     k_PGK, v_PGV = _gather_keys(k_SGK, v_SGV, mesh, order)
-    return local(q_THK, k_PGK, v_PGV, segments_T=segments_T, kv_segments_S=keys.ids_P)
+    own = segments_T
+    if isinstance(segments_T, Documents) and isinstance(kv_segments_S, Documents):
+        own, keys = _of_share(segments_T, kv_segments_S, q_THK.shape[0], k_PGK.shape[0], mesh, order)
+    return local(q_THK, k_PGK, v_PGV, segments_T=own, kv_segments_S=keys)
+
+
+def _of_share(
+    documents: Documents, kv_documents: Documents, T: int, S: int, mesh: Mesh, order: TokenOrder
+) -> tuple[Segments, Segments]:
+    """The documents of this rank's T queries, and those of all S keys. In zigzag order a rank may hold two runs of a
+    document, so there they are told by their numbers, as ids."""
+    if _is_zigzag(order):
+        number_P = from_pack_order(index_of_offsets(documents.offsets_N, T * mesh.sequence), order)
+        return _own_rows(number_P, T), index_of_offsets(kv_documents.offsets_N, S)
+    offsets_N = (documents.offsets_N - axis_index("sequence") * T).clamp(0, T)
+    return Documents(documents.ids_T, offsets_N, documents.longest), kv_documents
 
 
 def _gathered(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGV: Tensor,
-    documents: Documents | None,
-    keys: Documents | None,
+    documents: Segments | None,
+    keys: Segments | None,
     mesh: Mesh,
     order: TokenOrder,
     local: Callable[..., Tensor],
@@ -224,11 +241,14 @@ def _gathered(
     """The whole pack's attention on every rank, of which each keeps its rows."""
     q_PHK = gather_tokens(q_THK, mesh, order, purpose="sequence_gather")
     k_PGK, v_PGV = _gather_keys(k_SGK, v_SGV, mesh, order)
-    ids_P, kv_ids_P = (None if d is None else d.ids_P for d in (documents, keys))
-    out_PHV = local(q_PHK, k_PGK, v_PGV, segments_T=ids_P, kv_segments_S=kv_ids_P)
-    T = q_THK.shape[0]
+    out_PHV = local(q_PHK, k_PGK, v_PGV, segments_T=documents, kv_segments_S=keys)
+    return _own_rows(from_pack_order(out_PHV, order), q_THK.shape[0])
+
+
+def _own_rows(x_P: Tensor, T: int) -> Tensor:
+    """This rank's T rows of the pack, which is in the order of the ranks."""
     mine_T = axis_index("sequence") * T + torch.arange(T)
-    return from_pack_order(out_PHV, order).index_select(0, mine_T.to(q_THK.device))
+    return x_P.index_select(0, mine_T.to(x_P.device))
 
 
 def _gather_keys(k_SGK: Tensor, v_SGV: Tensor, mesh: Mesh, order: TokenOrder) -> tuple[Tensor, Tensor]:

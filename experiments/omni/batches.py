@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from experiments.omni.tasks import Example, Mixture
+from ftrain import tree
 from ftrain.interrupt import SIGNALS
 from modules.mesh_packing import pack_for_mesh
 from modules.omni import OmniModel
-from modules.packing import Budget, measure
+from modules.packing import Bound, Budget, measure
 
-_ROOM_FOR_TOKENS, _ROOM_FOR_MEDIA = 1.08, 1.25
+_ROOM_FOR_TOKENS, _ROOM_FOR_MEDIA, _ROOM_FOR_DOCUMENTS = 1.08, 1.25, 2
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Batches:
         )
         batch = _as_arrays(packed.batch)
         taken = np.array([self.tasks.index(examples[i].task) for i in packed.taken])
-        segments_T = batch["segments_T"]
+        segments_T = batch["segments_T"].ids_T
         numbers = np.full(segments_T.max() + 1, -1)
         numbers[np.unique(segments_T[batch["valid_T"]])[: len(taken)]] = taken
         batch["task_T"] = numbers[segments_T]
@@ -108,21 +109,22 @@ def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, parts:
         return -(-int(total * share * room) // multiple) * multiple
 
     per_item = {name: max(s.rows.get(name, 0) for s in sizes) for name in model.encoders}
+    rows = {
+        n: rounded(sum(s.rows.get(n, 0) for s in sizes), parts * (per_item[n] or e.rows_per_token))
+        for n, e in model.encoders.items()
+    }
+    items = {n: rows[n] // e.rows_per_token for n, e in model.encoders.items()}  # as many as can be
     return Budget(
         tokens=rounded(sum(s.tokens for s in sizes), 64 * parts, _ROOM_FOR_TOKENS),
-        rows={
-            n: rounded(sum(s.rows.get(n, 0) for s in sizes), parts * (per_item[n] or e.rows_per_token))
-            for n, e in model.encoders.items()
-        },
+        rows=rows,
+        bounds={"tokens": Bound(_ROOM_FOR_DOCUMENTS * documents), **{n: Bound(most) for n, most in items.items()}},
         targets={n: rounded(sum(s.targets.get(n, 0) for s in sizes), parts) for n in model.decoders},
     )
 
 
-def _as_arrays(tree: Any) -> Any:
-    return {k: _as_arrays(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.numpy()
+def _as_arrays(batch: Any) -> Any:
+    return tree.map(lambda leaf: leaf.numpy(), batch)
 
 
-def _as_tensors(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, dict):
-        return {k: _as_tensors(v, device) for k, v in tree.items()}
-    return torch.from_numpy(tree).to(device)
+def _as_tensors(batch: Any, device: torch.device) -> Any:
+    return tree.map(lambda leaf: torch.from_numpy(leaf).to(device), batch)

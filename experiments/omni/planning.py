@@ -20,6 +20,7 @@ from ftrain.search.chosen import require_ranks
 from ftrain.search.layouts import Candidate, Facts
 from ftrain.search.plan_file import load_plan
 from ftrain.search.subject import Trial
+from kernels.documents import Documents
 from modules import audio_encoder, omni, spec, vision_encoder
 from modules import decoder as foundation
 from modules.mesh_packing import BATCH
@@ -34,6 +35,7 @@ _CPU = torch.device("cpu")
 _TASKS = ("text", "text_to_image")  # what reads and what draws; their names only tell which is which
 _READ = 0.25  # of a pack's tokens
 _DRAWN = 0.125
+_DOCUMENTS = 64  # places for documents, or for items of a modality, in a pack
 
 
 def plan_for_search(*, tokens: int, packs: int, size: str = "30b-a3b") -> "OmniSubject":
@@ -171,7 +173,8 @@ class OmniSubject:
     def batch(self, net: OmniModel, candidate: Candidate) -> dict[str, Any]:
         """The arrays of a step (see `modules.mesh_packing`), their media rounded up to what all ranks share evenly."""
         T = self.tokens * self.packs
-        ids = dict.fromkeys(("tokens_T", "labels_T", "positions_T", "segments_T", "task_T"), _ids(T))
+        ids: dict[str, Any] = dict.fromkeys(("tokens_T", "labels_T", "positions_T", "task_T"), _ids(T))
+        ids["segments_T"] = _documents(T, self.packs)
         encoders = {}
         for name, encoder in net.encoders.items():
             n = _whole_ranks(T * _rows(net) / encoder.rows_per_token, candidate.ranks)
@@ -179,7 +182,8 @@ class OmniSubject:
             features = {
                 f: Aval((N, *row.shape), getattr(torch, row.dtype), _CPU) for f, row in encoder.features.items()
             }
-            encoders[name] = {"features": {**features, "segments_N": _ids(N)}, "index_n": _ids(n)}
+            segments_N = _documents(N, candidate.ranks)
+            encoders[name] = {"features": {**features, "segments_N": segments_N}, "index_n": _ids(n)}
         decoders = {}
         for name, decoder in net.decoders.items():
             B = _whole_ranks(T * _DRAWN / decoder.codes_per_target, candidate.ranks)
@@ -196,6 +200,12 @@ def _rows(net: OmniModel) -> float:
 
 def _whole_ranks(number: float, ranks: int) -> int:
     return max(1, math.ceil(number / ranks)) * ranks
+
+
+def _documents(n: int, packs: int) -> Any:
+    """Of `packs` packs of n tokens in all, each one document or as many as there are places."""
+    offsets_N = Aval((packs * _DOCUMENTS + 1,), torch.int32, _CPU)
+    return Documents(_ids(n), offsets_N, n // packs)  # type: ignore[arg-type]
 
 
 def _ids(n: int) -> Aval:

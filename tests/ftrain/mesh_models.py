@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ftrain
 from ftrain import tree
+from kernels.documents import Documents, aligned_documents
 from modules import decoder, dit, moe
 from modules import omni as omni_model
 from modules.attention import AttentionConfig
@@ -21,7 +22,7 @@ from modules.mesh_packing import BATCH, pack_for_mesh
 from modules.moe import MoEConfig
 from modules.packing import Budget
 from modules.spec import Normal, map_with_paths
-from sharding import Mesh, Plan, Tokens
+from sharding import Mesh, Offsets, Plan, Tokens
 
 DOCUMENTS = (9, 3, 17, 1, 2)  # lengths that cross the edges of every rank's share
 
@@ -59,7 +60,7 @@ def mixture(*, heads: int = 8, kv_heads: int = 4, layers: int = 2, balance: str 
 
 
 def language_model(cfg: DecoderConfig) -> Model:
-    """Next-token loss over packs of documents, with the balance loss of its experts."""
+    """Next-token loss over packs of documents, with the balance loss of its experts; with experts as `Documents`."""
 
     def loss(params: Any, batch: dict[str, Tensor]) -> tuple[Any, Any]:
         hidden_TD, stats = decoder.apply(
@@ -70,7 +71,13 @@ def language_model(cfg: DecoderConfig) -> Model:
             terms["balance"] = moe.aux_loss(stats.router)
         return ftrain.weighted_sum(terms, {"balance": 0.1}), terms
 
-    return Model(decoder.specs(cfg), loss, lambda packs: text_batch(cfg.vocab, packs), {})
+    def batch(packs: int) -> dict[str, Any]:
+        made = text_batch(cfg.vocab, packs)
+        if cfg.moe is None:
+            return made
+        return {**made, "segments_T": Documents.of(made["segments_T"], packs=packs)}
+
+    return Model(decoder.specs(cfg), loss, batch, {})
 
 
 def omni() -> Model:
@@ -88,8 +95,8 @@ def omni() -> Model:
     return Model(omni_model.specs(OMNI), loss, batch, dict(BATCH))
 
 
-def diffusion() -> Model:
-    """A diffusion transformer over packed latents that reads text; gates are open."""
+def diffusion(*, told: bool = True) -> Model:
+    """A diffusion transformer over packed latents that reads text; gates are open. `told`: by `Documents`, or by ids."""
     cfg = DitConfig(d_in=6, d_model=48, layers=1, heads=8, d_hidden=40, d_text=10, time_features=16)
     specs = map_with_paths(lambda _, s: replace(s, init=Normal(0.1)), dit.specs(cfg))
     names = ("time_N", "positions_AN", "segments_N", "text_SC", "text_segments_S")
@@ -97,26 +104,27 @@ def diffusion() -> Model:
     def loss(params: Any, batch: dict[str, Tensor]) -> tuple[Any, Any]:
         data, noise = batch["data_NP"], batch["noise_NP"]
         dtype = params["patch"]["w"].dtype
-        given = {n: batch[n].to(dtype) if batch[n].is_floating_point() else batch[n] for n in names}
+        given = {n: batch[n].to(dtype) if n in ("time_N", "text_SC") else batch[n] for n in names}
         x = dit.noised(data.to(dtype), noise.to(dtype), given["time_N"])
         flow = dit.flow_loss(dit.apply(params, x, cfg=cfg, **given), data, noise)
         return flow, {"flow": flow}
 
-    return Model(specs, loss, _latents, {"positions_AN": Tokens(1)})
+    return Model(specs, loss, lambda packs: _latents(packs, told), {"positions_AN": Tokens(1)})
 
 
-def _latents(packs: int) -> dict[str, Tensor]:
+def _latents(packs: int, told: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     rows, texts = (torch.tensor(n * packs) for n in (DOCUMENTS, (3, 1, 8, 2, 2)))
-    segments = torch.repeat_interleave(torch.arange(len(rows)), rows)
+    segments, text_segments = (torch.repeat_interleave(torch.arange(len(n)), n) for n in (rows, texts))
+    documents = aligned_documents(segments, text_segments, packs=packs) if told else (segments, text_segments)
     return {
         "data_NP": torch.randn(len(segments), 6, generator=generator),
         "noise_NP": torch.randn(len(segments), 6, generator=generator),
         "time_N": torch.rand(len(rows), generator=generator)[segments],
         "positions_AN": torch.randint(0, 9, (3, len(segments)), generator=generator),
-        "segments_N": segments,
+        "segments_N": documents[0],
         "text_SC": torch.randn(int(texts.sum()), 10, generator=generator),
-        "text_segments_S": torch.repeat_interleave(torch.arange(len(texts)), texts),
+        "text_segments_S": documents[1],
     }
 
 
@@ -170,7 +178,11 @@ def accumulated(model: Model, micro_batches: int) -> Model:
         return tree.map(lambda *leaves: torch.stack(leaves), *batches)
 
     loss = ftrain.accumulate(model.loss, micro_batches, has_aux=True)
-    rules = {"*": Tokens(1), **{glob: replace(rule, dim=rule.dim + 1) for glob, rule in model.rules.items()}}
+    rules = {
+        "*": Tokens(1),
+        "*offsets_N": Offsets(1),
+        **{glob: replace(rule, dim=rule.dim + 1) for glob, rule in model.rules.items()},
+    }
     return Model(model.specs, loss, step_batch, rules)
 
 

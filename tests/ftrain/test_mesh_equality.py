@@ -15,6 +15,7 @@ MODELS = {
     "dense": functools.cache(lambda: dense(layers=1)),
     "mixture": functools.cache(lambda: mixture(layers=1)),
     "diffusion": functools.cache(diffusion),
+    "diffusion of ids": functools.cache(lambda: diffusion(told=False)),
 }
 OMNI = functools.cache(omni)
 
@@ -40,7 +41,7 @@ def case(*values, mesh, how, number, every):
 
 
 CASES = [
-    case(name, mesh=mesh, how=how, number=i, every=8 if name == "mixture" else 4)
+    case(name, mesh=mesh, how=how, number=i, every=4 if name in ("dense", "diffusion") else 8)
     for name in MODELS
     for i, (mesh, how) in enumerate(meshes(experts=name == "mixture"))
 ]

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels.attention import attention, attention_reference
+from kernels.documents import Documents, aligned_documents
 from kernels.primitive import bind
 
 DOCUMENTS = [(4,), (2, 2), (1, 3, 1), (2, 1, 1, 2)]
@@ -50,10 +51,22 @@ def gradients(f, tensors, **options):
 
 def assert_like_reference(tensors, tolerance=1e-11, **options):
     expected = gradients(attention_reference, tensors, **options)
-    for name, got, want in zip(
-        ("out", "dq", "dk", "dv"), gradients(attention, tensors, **options), expected, strict=True
-    ):
-        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+    for f, given_ in ((attention, options), (attention, told(options)), (attention_reference, told(options))):
+        for name, got, want in zip(("out", "dq", "dk", "dv"), gradients(f, tensors, **given_), expected, strict=True):
+            message = lambda m, name=name: f"{name}: {m}"  # noqa: E731
+            torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance, msg=message)
+
+
+def told(options):
+    """The same documents by offsets, where they can be."""
+    segments, kv_segments = options.get("segments_T"), options.get("kv_segments_S")
+    if kv_segments is None:
+        return {**options, "segments_T": Documents.of(segments)}
+    try:
+        documents = aligned_documents(segments, kv_segments)
+    except ValueError:  # in two orders
+        return options
+    return {**options, "segments_T": documents[0], "kv_segments_S": documents[1]}
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -244,7 +257,7 @@ def test_one_node_forward_and_one_backward_in_a_trace():
 @pytest.mark.parametrize("lengths", [(8,), (4, 4), (3, 5)])
 def test_shape_rules_are_right(lengths, V):
     q, k, v = inputs(8, V=V, grad=False)
-    arguments = (q, k, v, segments_of(lengths), None, True, None, 0.5, None)
+    arguments = (q, k, v, segments_of(lengths), None, True, None, 0.5, None, None)
     forward, backward = torch.ops.ftrain.attention_forward.default, torch.ops.ftrain.attention_backward.default
     out, lse = forward(*arguments)
     torch.library.opcheck(forward, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -275,6 +288,9 @@ def test_can_be_rebound():
     assert options == {"causal": False}
 
 
+ONE = Documents.of(torch.zeros(4, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -288,7 +304,9 @@ def test_can_be_rebound():
         ({"segments_T": torch.zeros(5, dtype=torch.int64)}, r"segments_T must be int64 \[4\], not torch.int64 \[5\]"),
         ({"segments_T": torch.zeros(4, dtype=torch.int32)}, "segments_T must be int64"),
         ({"window": 0}, "window=0 must be at least 1"),
-        ({"segments_T": torch.tensor([0, 1, 2, 3]), "max_documents": 3}, "4 documents in a pack"),
+        ({"segments_T": Documents.of(torch.zeros(5, dtype=torch.int64))}, "offsets end at 5, the pack has 4 tokens"),
+        ({"segments_T": ONE, "kv_segments_S": ONE.ids_T}, "must both be ids or both be Documents"),
+        ({"segments_T": ONE, "kv_segments_S": Documents.of(ONE.ids_T, max_documents=2)}, "8 places .* and 2 for"),
         ({"backend": "flash"}, "'flash' does not run on cpu"),
         ({"backend": "triton"}, "backend='triton' is not one of"),
     ],
@@ -300,17 +318,40 @@ def test_what_does_not_fit_is_named(change, message):
         attention(*tensors, **arguments)
 
 
+def on_cuda(documents):
+    return Documents(documents.ids_T.cuda(), documents.offsets_N.cuda(), documents.longest)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("max_documents", [None, 8])
+@pytest.mark.parametrize("told_", [False, True])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 50), (False, 50)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_cuda_is_like_the_reference(dtype, causal, window, max_documents):
+def test_cuda_is_like_the_reference(dtype, causal, window, told_):
     lengths = (40, 300, 1, 171)
     half = [x.detach().cuda().requires_grad_() for x in inputs(sum(lengths), H=8, G=2, K=64, dtype=dtype)]
     exact = [x.detach().double().requires_grad_() for x in half]
-    options = {"segments_T": segments_of(lengths).cuda(), "causal": causal, "window": window}
-    got = gradients_cuda(attention, half, **options, max_documents=max_documents)
-    for a, b in zip(got, gradients_cuda(attention_reference, exact, **options), strict=True):
+    ids = segments_of(lengths).cuda()
+    rule = {"causal": causal, "window": window}
+    got = gradients_cuda(attention, half, segments_T=on_cuda(Documents.of(ids.cpu())) if told_ else ids, **rule)
+    for a, b in zip(got, gradients_cuda(attention_reference, exact, segments_T=ids, **rule), strict=True):
+        assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("told_", [False, True])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 50)])
+def test_cuda_reads_the_keys_of_another_pack(causal, window, told_):
+    ids, kv_ids = segments_of((40, 300, 1, 171)), torch.tensor([0] * 30 + [1] * 200 + [3] * 171)
+    half = [
+        x.detach().cuda().requires_grad_() for x in inputs(512, S=len(kv_ids), H=8, G=2, K=64, dtype=torch.bfloat16)
+    ]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    by_id = {"segments_T": ids.cuda(), "kv_segments_S": kv_ids.cuda()}
+    documents = [on_cuda(d) for d in aligned_documents(ids, kv_ids)]
+    by_number = {"segments_T": documents[0], "kv_segments_S": documents[1]}
+    rule = {"causal": causal, "window": window}
+    got = gradients_cuda(attention, half, **(by_number if told_ else by_id), **rule)
+    for a, b in zip(got, gradients_cuda(attention_reference, exact, **by_id, **rule), strict=True):
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
@@ -321,12 +362,12 @@ def gradients_cuda(f, tensors, **options):
 
 
 @pytest.mark.gpu
-def test_cuda_with_a_bound_does_not_wait():
+def test_cuda_does_not_wait_for_documents_that_are_told():
     q, k, v = (x.detach().cuda().requires_grad_() for x in inputs(512, H=8, G=2, K=64, dtype=torch.bfloat16))
-    segments = segments_of((200, 312)).cuda()
-    attention(q, k, v, segments_T=segments, max_documents=4).sum().backward()
+    documents = on_cuda(Documents.of(segments_of((200, 312))))
+    attention(q, k, v, segments_T=documents).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attention(q, k, v, segments_T=segments, max_documents=4).sum().backward()
+        attention(q, k, v, segments_T=documents).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -3,27 +3,90 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.documents import Pair, batches, document_index, document_offsets, document_pairs, rows
+from kernels.documents import (
+    Documents,
+    Pair,
+    aligned_documents,
+    batches,
+    document_index,
+    document_offsets,
+    document_pairs,
+    index_of_offsets,
+    offset_pairs,
+    rows,
+)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 3))
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+def ids_of_lengths(lengths):
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) % 2  # ids come again
+
+
+@given(LENGTHS, st.integers(0, 3))
 def test_offsets_are_where_documents_change(lengths, missing):
-    segments_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) % 2  # ids come again
+    segments_T = ids_of_lengths(lengths)
     ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
     assert document_offsets(segments_T).tolist() == [0, *ends]
-    padded = document_offsets(segments_T, max_documents=len(lengths) + missing)
-    assert padded.dtype == torch.int32
-    assert padded.tolist() == [0, *ends] + [ends[-1]] * missing
+    told = Documents.of(segments_T, max_documents=len(lengths) + missing)
+    assert told.offsets_N.dtype == torch.int32
+    assert told.offsets_N.tolist() == [0, *ends] + [ends[-1]] * missing
+    assert index_of_offsets(told.offsets_N, sum(lengths)).tolist() == document_index(segments_T).tolist()
+    assert offset_pairs(told.offsets_N, None) == document_pairs(segments_T, None, sum(lengths), sum(lengths))
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_documents_of_every_nth_token(lengths, stride):
+    told = Documents.of(ids_of_lengths(lengths)).every(stride)
+    number_T = index_of_offsets(told.offsets_N, len(told.ids_T))
+    assert number_T.tolist() == document_index(ids_of_lengths(lengths))[::stride].tolist()
+    assert told.longest >= int(told.offsets_N.diff().max())
+
+
+def test_places_for_documents_are_few_shapes():
+    places = {len(Documents.of(torch.arange(n)).offsets_N) - 1 for n in range(1, 65)}
+    assert places == {8, 16, 32, 64}
+
+
+def test_each_pack_has_its_own_places():
+    told = Documents.of(torch.tensor([0, 0, 1, 1, 2, 3, 4, 4]), packs=2, max_documents=4)
+    assert told.offsets_N.tolist() == [0, 2, 4, 4, 4, 5, 6, 8, 8]
+    assert told.longest == 4
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([0, 1, 2], {"max_documents": 2}, "a pack has 3 documents, more than max_documents=2"),
+        ([0, 0, 0, 1], {"longest": 2}, "a document has 3 tokens, more than longest=2"),
+        ([0, 1, 1, 2], {"packs": 2}, "lies in two packs: it goes on over token 2"),
+        ([0, 1, 2], {"packs": 2}, "3 tokens are not 2 equal packs"),
+        ([0.0], {}, "int64"),
+    ],
+)
+def test_documents_that_do_not_fit_are_refused(ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        Documents.of(torch.tensor(ids), **options)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=6))
+def test_aligned_documents_meet_by_number_as_they_meet_by_id(lengths):
+    pairs = [(q, k) for q, k in lengths if q or k] or [(1, 1)]
+    q, k = ([n for n, pair in enumerate(pairs) for _ in range(pair[i])] for i in (0, 1))
+    q, k = torch.tensor(q, dtype=torch.int64), torch.tensor(k, dtype=torch.int64)
+    told, kv_told = aligned_documents(q, k)
+    assert offset_pairs(told.offsets_N, kv_told.offsets_N) == document_pairs(q, k, len(q), len(k))
+
+
+def test_documents_in_another_order_cannot_be_aligned():
+    with pytest.raises(ValueError, match="document 1 comes in another order"):
+        aligned_documents(torch.tensor([0, 1]), torch.tensor([1, 0]))
 
 
 def test_a_pack_without_tokens_has_no_documents():
     assert document_offsets(torch.zeros(0, dtype=torch.int64)).tolist() == [0]
     assert document_pairs(None, None, 0, 0) == []
-
-
-def test_too_many_documents_for_the_bound():
-    with pytest.raises(RuntimeError, match="max_documents=2"):
-        document_offsets(torch.tensor([0, 1, 2]), max_documents=2)
 
 
 def test_an_id_that_comes_again_is_another_document():

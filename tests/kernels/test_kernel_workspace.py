@@ -14,7 +14,7 @@ def attention_arguments(lengths, *, H=4, G=2, K=32, V=None, dtype=torch.float32,
     T = sum(lengths)
     segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) if len(lengths) > 1 else None
     q, k, v = torch.randn(T, H, K), torch.randn(T, G, K), torch.randn(T, G, V or K)
-    return (*(x.to(dtype) for x in (q, k, v)), segments, None, causal, window, K**-0.5, None)
+    return (*(x.to(dtype) for x in (q, k, v)), segments, None, causal, window, K**-0.5, None, None)
 
 
 def with_backward(arguments):

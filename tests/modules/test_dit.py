@@ -78,7 +78,7 @@ def test_the_modulation_is_what_the_formula_says():
     six = torch.randn(x.shape[0], 6, 24, dtype=torch.float64)
     six[:, 2] = -layer["table_6D"][2]
     h = torch.randn(x.shape[0], 24, dtype=torch.float64)
-    got = dit._layer(layer, h, six, given["segments_N"], None, None, None, _without_rope(cfg))
+    got = dit._layer(layer, h, six, given["segments_N"], None, None, _without_rope(cfg))
     shift, scale, gate = (layer["table_6D"][i] + six[:, i] for i in (3, 4, 5))
     normed = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     hidden = torch.nn.functional.gelu(

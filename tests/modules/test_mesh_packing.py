@@ -22,7 +22,7 @@ def test_documents_are_taken_in_order_and_none_is_lost(packed):
 
 
 def test_no_document_is_in_two_packs(packed):
-    packs = packed.batch["segments_T"].view(3, 64)
+    packs = packed.batch["segments_T"].ids_T.view(3, 64)
     ids = [set(p.tolist()) for p in packs]
     assert not ids[0] & ids[1]
     assert not ids[1] & ids[2]
@@ -30,7 +30,7 @@ def test_no_document_is_in_two_packs(packed):
 
 @pytest.mark.parametrize("modality", BUDGET.rows)
 def test_no_item_is_in_two_parts(packed, modality):
-    runs = packed.batch["encoders"][modality]["features"]["segments_N"].view(12, -1)
+    runs = packed.batch["encoders"][modality]["features"]["segments_N"].ids_T.view(12, -1)
     ids = [set(run.tolist()) for run in runs]
     assert sum(map(len, ids)) == len(set().union(*ids))
 

@@ -8,6 +8,7 @@ import torch
 from tiny_omni import MODEL, documents, drawing, image
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ftrain import tree
 from kernels import random
 from kernels.mean import weighted_sum
 from modules import omni, spec
@@ -173,11 +174,13 @@ def test_one_batch_is_learned_by_heart() -> None:
 
 
 def test_the_loss_traces_on_fake_tensors_into_one_graph() -> None:
-    batch, params = batch_of([documents()[0], documents()[3]], spare=1), parameters()
+    arrays, treedef = tree.flatten(batch_of([documents()[0], documents()[3]], spare=1))
+    params, batch = parameters(), dict(enumerate(arrays))
 
     def step(params: dict, batch: dict) -> tuple:
         def loss(params: dict) -> torch.Tensor:
-            return weighted_sum(omni.loss_terms(params, batch, model=MODEL)[0], WEIGHTS).value()
+            given = tree.unflatten(treedef, batch.values())
+            return weighted_sum(omni.loss_terms(params, given, model=MODEL)[0], WEIGHTS).value()
 
         return torch.func.grad_and_value(loss)(params)
 

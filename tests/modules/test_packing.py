@@ -1,5 +1,7 @@
 """Packing: where every token, row and label goes, what fits, and clear words for what cannot."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_omni import MODEL, audio, documents, drawing, image, video
 
-from modules.packing import IGNORE, Budget, Media, Target, Text, exact_budget, measure, pack
+from ftrain import tree
+from modules.packing import IGNORE, Bound, Budget, Media, Target, Text, exact_budget, measure, pack
 
 BUDGET = Budget(tokens=96, rows={"image": 48, "video": 16, "audio": 48}, targets={"draw": 3})
 
@@ -21,10 +24,10 @@ def test_one_document_laid_out_by_hand() -> None:
     x = IGNORE
     assert batch["labels_T"].tolist() == [x, x, x, x, x, x, x, 3, 4, 36, x, x, x, x, x, 5, x, x, x, x]
     assert batch["positions_T"].tolist() == [*range(17), 0, 1, 2]
-    assert batch["segments_T"].tolist() == [0] * 17 + [1] * 3
+    assert batch["segments_T"].ids_T.tolist() == [0] * 17 + [1] * 3
     assert batch["valid_T"].tolist() == [True] * 17 + [False] * 3
     assert batch["encoders"]["image"]["index_n"].tolist() == [3, 4, 5, 6, 20, 20]
-    assert batch["encoders"]["image"]["features"]["segments_N"].tolist() == [0] * 16 + [1] * 8
+    assert batch["encoders"]["image"]["features"]["segments_N"].ids_T.tolist() == [0] * 16 + [1] * 8
     assert batch["decoders"]["draw"]["index_n"].tolist() == [11, 12, 13, 14]
     np.testing.assert_array_equal(batch["decoders"]["draw"]["target"][0].numpy(), document[3].array)
 
@@ -46,7 +49,7 @@ def test_every_packed_document_is_as_it_was_alone(order: list[int], absent: str,
     assert lengths == sorted(lengths, reverse=True)
     for number, document in enumerate(given_documents[i] for i in packed.taken):
         alone = pack([document], budget=exact_budget([document], model=MODEL), model=MODEL).batch
-        here = packed.batch["segments_T"] == number
+        here = packed.batch["segments_T"].ids_T == number
         start = int(here.nonzero()[0])
         for name in ("tokens_T", "labels_T", "positions_T"):
             assert torch.equal(packed.batch[name][here], alone[name])
@@ -64,24 +67,52 @@ def test_features_lie_in_the_order_of_their_places() -> None:
     expected = np.concatenate([p.features["patches_NP"] for p in pictures])
     np.testing.assert_array_equal(part["features"]["patches_NP"][: len(expected)].numpy(), expected)
     assert not part["features"]["patches_NP"][len(expected) :].any()
-    assert part["features"]["segments_N"].bincount().tolist() == [16, 12, 16, 4]
+    assert part["features"]["segments_N"].ids_T.bincount().tolist() == [16, 12, 16, 4]
     assert (part["index_n"][:-1].diff() > 0).all()
 
 
 def test_padding_is_documents_no_longer_than_the_longest() -> None:
     batch = pack([[Text([1, 2, 3])], [Text([1, 2])]], budget=Budget(13), model=MODEL).batch
-    assert batch["segments_T"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
+    assert batch["segments_T"].ids_T.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
     assert batch["positions_T"].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 0, 1]
     assert batch["valid_T"].tolist() == [True] * 5 + [False] * 8
 
 
 def test_shapes_depend_on_the_budget_alone() -> None:
-    def shapes(batch: dict) -> dict:
-        return {k: shapes(v) if isinstance(v, dict) else (v.shape, v.dtype) for k, v in batch.items()}
+    def shapes(batch: dict) -> tuple:
+        leaves, treedef = tree.flatten(batch)
+        return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
-    one = pack([documents()[2]], budget=BUDGET, model=MODEL, absent="pad").batch
-    many = pack(documents(), budget=BUDGET, model=MODEL, absent="pad").batch
-    assert shapes(one) == shapes(many)
+    media = {name: Bound(9, 24) for name in BUDGET.rows}
+    budget = replace(BUDGET, bounds={"tokens": Bound(12, 40), **media})
+    many_short = [[Text([1, 2])] for _ in range(11)]
+    made = [pack(given, budget=budget, model=MODEL, absent="pad") for given in ([documents()[2]], many_short)]
+    assert shapes(made[0].batch) == shapes(made[1].batch)
+    assert [packed.left for packed in made] == [[], []]
+    offsets_N = made[0].batch["segments_T"].offsets_N
+    assert offsets_N.diff().max() <= 40
+    assert offsets_N[-1] == BUDGET.tokens
+
+
+def test_a_bound_of_documents_is_a_budget_too() -> None:
+    documents_ = [[Text([1, 2])], [Text([1])], [image(0)], [image(1)]]
+    packed = pack(documents_, budget=replace(BUDGET, bounds={"tokens": Bound(3), "image": Bound(1)}), model=MODEL)
+    assert (sorted(packed.taken), packed.left) == ([0, 1, 2], [3])
+    with pytest.raises(ValueError, match=r"document 1 has 5 tokens, more than the budget's longest, 4: .*'tokens'"):
+        pack([[Text([1])], [Text([1] * 5)]], budget=Budget(9, bounds={"tokens": Bound(2, 4)}), model=MODEL)
+    with pytest.raises(ValueError, match="document 0 has 16 image rows in one item, more than the budget's longest, 8"):
+        pack([[image(0)]], budget=replace(BUDGET, bounds={"image": Bound(2, 8)}), model=MODEL)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(0, 40), st.integers(9, 12))
+def test_padding_never_needs_more_places_than_there_are(lengths: list[int], spare: int, most: int) -> None:
+    documents_ = [[Text([1] * n)] for n in lengths]
+    for longest in (None, 12):
+        budget = Budget(sum(lengths) + spare, bounds={"tokens": Bound(most, longest)})
+        told = pack(documents_, budget=budget, model=MODEL).batch["segments_T"]
+        assert told.offsets_N[-1] == budget.tokens
+        assert int(told.offsets_N.diff().max()) <= told.longest
+        assert told.offsets_N.tolist() == sorted(told.offsets_N.tolist())
 
 
 def test_an_absent_modality_is_not_in_the_batch() -> None:
@@ -101,7 +132,12 @@ def test_first_fit_takes_later_documents_that_still_fit() -> None:
 def test_measure_counts_boundaries_rows_and_targets() -> None:
     size = measure(documents()[4], model=MODEL)
     # 12 x 5 pixels fill 3 x 2 squares; 3 frames of 8 x 4 fill 2 x 2 x 1 squares.
-    assert size == (2 + 6 + 2 + 4 + 2 + 2 + 4 + 1, {"image": 24, "video": 16}, {"draw": 1})
+    assert size == (
+        2 + 6 + 2 + 4 + 2 + 2 + 4 + 1,
+        {"image": 24, "video": 16},
+        {"draw": 1},
+        {"image": [24], "video": [16]},
+    )
 
 
 @pytest.mark.parametrize(

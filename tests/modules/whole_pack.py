@@ -17,7 +17,7 @@ def lay_out(prompts, model, room):
     """The packed prompts, each followed by `room`, and where each prompt's room begins."""
     documents = [[*prompt, Text(room)] for prompt in prompts]
     packed = pack(documents, budget=exact_budget(documents, model=model), model=model)
-    begins_B = torch.bincount(packed.batch["segments_T"]).cumsum(0) - len(room)
+    begins_B = torch.bincount(packed.batch["segments_T"].ids_T).cumsum(0) - len(room)
     return packed.batch, begins_B[torch.tensor(packed.taken).argsort()]
 
 

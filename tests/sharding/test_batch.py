@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sharding.batch import Places, Rows, Same, TokenOrder, Tokens, join_tokens, share
+from kernels.documents import Documents
+from sharding.batch import Offsets, Places, Rows, Same, TokenOrder, Tokens, join_tokens, share
 from sharding.mesh import Mesh
 
 MESH = Mesh(1, 2, 2, kind="virtual")
@@ -52,3 +53,23 @@ def test_what_does_not_divide_is_named_with_the_multiple():
         shares(torch.arange(10), Tokens(), TokenOrder(2, 2, True))
     with pytest.raises(ValueError, match=r"'x': 6 rows .* do not divide over 4 ranks; pad to 8"):
         shares(torch.arange(6), Rows(), TokenOrder(2))
+
+
+def test_the_offsets_of_a_pack_count_from_its_start():
+    told = Documents.of(torch.tensor([0] * 5 + [1] * 3 + [2] * 8), packs=2, max_documents=3)
+    assert told.offsets_N.tolist() == [0, 5, 8, 8, 16, 16, 16]
+    of_packs = shares(told.offsets_N, Offsets(), TokenOrder(2))
+    assert [s.tolist() for s in of_packs] == [[0, 5, 8, 8]] * 2 + [[0, 8, 8, 8]] * 2
+    of_rows = Documents.of(torch.tensor([0, 0, 1, 1, 2, 3, 4, 4]), packs=4, max_documents=2).offsets_N
+    assert [s.tolist() for s in shares(of_rows, Offsets(of="rows"), TokenOrder(2))] == [[0, 2, 2]] * 2 + [
+        [0, 1, 2],
+        [0, 2, 2],
+    ]
+
+
+def test_documents_of_one_pack_are_not_those_of_two():
+    crossing = Documents.of(torch.tensor([0] * 6 + [1] * 10), max_documents=2).offsets_N
+    with pytest.raises(ValueError, match=r"'x': the documents in the places of pack 0 are not those of its tokens"):
+        shares(crossing, Offsets(), TokenOrder(2))
+    with pytest.raises(ValueError, match=r"'x': places for 3 documents do not divide over 2 packs; .*packs=2"):
+        shares(Documents.of(torch.tensor([0] * 8 + [1] * 8), max_documents=3).offsets_N, Offsets(), TokenOrder(2))

@@ -187,14 +187,14 @@ def test_members_with_an_odd_number_of_tokens():
     q = torch.zeros(3, 2, 4)
     rule = ring.RingRule(group, True, True, None, 0.5)
     with pytest.raises(ValueError, match=r"3 tokens .* multiple of 4 tokens, or use Ring\(zigzag=False\)"):
-        ring.ring_attention(q, q, q, me=torch.tensor(0), index_P=None, host_index_P=None, rule=rule)
+        ring.ring_attention(q, q, q, me=torch.tensor(0), host_index_P=None, rule=rule)
 
 
 def step_arguments(T, H, G, K, V, dtype, rank, how):
     generator = torch.Generator().manual_seed(0)
     q, kv, grad = (torch.randn(s, generator=generator).to(dtype) for s in ((T, H, K), (T, G, K + V), (T, H, V)))
     me = torch.tensor(rank)
-    out, lse = ring_forward(q, kv, None, None, None, None, me, *how._replace(step=0))
+    out, lse = ring_forward(q, kv, None, None, None, me, *how._replace(step=0))
     return q, kv, grad, out, lse, me
 
 
@@ -206,8 +206,8 @@ def test_the_declared_workspace_bounds_the_measured(dtype, V, zigzag, window):
         how = Step(step, 2, zigzag, True, window, 0.2)
         for rank in range(2):
             q, kv, grad, out, lse, me = step_arguments(1024, 4, 2, 32, V, dtype, rank, how)
-            forward = (q, kv, out if step else None, lse if step else None, None, None, me, *how)
-            backward = (grad, q, kv, out.to(dtype), lse, None, None, me, *how)
+            forward = (q, kv, out if step else None, lse if step else None, None, me, *how)
+            backward = (grad, q, kv, out.to(dtype), lse, None, me, *how)
             for name, op, given_ in (
                 ("forward", ops.ring_forward.default, forward),
                 ("backward", ops.ring_backward.default, backward),
@@ -230,6 +230,6 @@ def test_declared_flops_are_those_of_the_busiest_rank(zigzag, causal):
         for rank in range(n):
             blocks = [(q_.length * k_.length, q_.start == k_.start) for q_, k_ in pairs(rank, T, None, how)]
             met.append(sum(size / 2 if causal and square else size for size, square in blocks))
-        assert FLOPS["ftrain::ring_forward"](q, kv, out, lse, None, None, me, *how) == 2 * H * (K + V) * max(met)
-        declared = FLOPS["ftrain::ring_backward"](grad, q, kv, out, lse, None, None, me, *how)
+        assert FLOPS["ftrain::ring_forward"](q, kv, out, lse, None, me, *how) == 2 * H * (K + V) * max(met)
+        declared = FLOPS["ftrain::ring_backward"](grad, q, kv, out, lse, None, me, *how)
         assert declared == 2 * H * (3 * K + 2 * V) * max(met)
