@@ -13,7 +13,7 @@ from kernels import attention_cpu, attention_cuda
 from kernels.attention_cost import FLOPS, WORKSPACE
 from kernels.attention_cpu import Rule
 from kernels.attention_math import accumulate_dtype
-from kernels.backend import choose_backend
+from kernels.backend import choose_backend, device_type
 from kernels.documents import Documents, Segments, document_index, index_of_offsets
 from kernels.first_order import first_order
 from kernels.opaque import opaque_op
@@ -68,7 +68,7 @@ def attention(
             window=window,
             scale=scale,
         )
-    if BACKENDS.get(q_THK.device.type) != chosen:
+    if BACKENDS.get(device_type(q_THK)) != chosen:
         raise ValueError(f"attention: backend={chosen!r} does not run on {q_THK.device}; use backend='auto'")
     documents, longest = _told(segments_T)
     kv_documents, kv_longest = _told(kv_segments_S)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import BACKENDS, attention
-from kernels.backend import choose_backend
+from kernels.backend import choose_backend, device_type
 from kernels.documents import Documents, Segments, document_index, ids_of, index_of_offsets
 from sharding.batch import TokenOrder
 from sharding.collectives import all_gather
@@ -127,7 +127,7 @@ def _groups(how: Ulysses | Ring | Hybrid, mesh: Mesh) -> tuple[Group, Group, tup
 def _fast_backend(backend: str, q_THK: Tensor) -> bool:
     """True for the opaque ops, False for the reference; ValueError for a backend of another device."""
     chosen = choose_backend(backend, q_THK.device, BACKENDS)
-    if chosen != "reference" and BACKENDS.get(q_THK.device.type) != chosen:
+    if chosen != "reference" and BACKENDS.get(device_type(q_THK)) != chosen:
         raise ValueError(f"attention: backend={chosen!r} does not run on {q_THK.device}; use backend='auto'")
     return chosen != "reference"
 
