@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from ftrain.fused import WRITES, fused_body, is_fused
+from ftrain.cudagraph import cudagraph_program
+from ftrain.fused import fused_body, is_fused
 from ftrain.loan import LEAST_BYTES
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.aliasing import storage
@@ -17,6 +18,7 @@ from ftrain.passes.fuse import fuse_runs
 from ftrain.passes.reuse import reuse_memory
 from ftrain.passes.twins import use_twins
 from ftrain.private import below_autograd, compile_with_inductor
+from ftrain.writes import written_arguments
 
 Program = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -41,12 +43,10 @@ def compile_graph(module: fx.GraphModule, backend: str, *, before_write: Callabl
     as_executed(module, backend)
     if backend != "aten":
         _compile_runs(module)
-    if backend != "cudagraph":
-        _call_before_writes(module, before_write)
-        return _python_program(module)
-    from ftrain.cudagraph import cudagraph_program
-
-    return waiting(cudagraph_program(_python_program(module)), before_write)
+    if backend == "cudagraph":
+        return waiting(cudagraph_program(module, _python_program(module)), before_write)
+    _call_before_writes(module, before_write)
+    return _python_program(module)
 
 
 def waiting(program: Program, before: Callable[[], None]) -> Program:
@@ -114,26 +114,13 @@ def _call_before_writes(module: fx.GraphModule, function: Callable[[], None]) ->
     """Call the function in the generated code just before the first write over a large input."""
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     large = {storage(n) for n in given if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].nbytes >= LEAST_BYTES}
-    first = next((n for n in module.graph.nodes if any(storage(w) in large for w in _written(n))), None)
+    first = next((n for n in module.graph.nodes if any(storage(w) in large for w in written_arguments(n))), None)
     if first is None:
         return
     module.before_write = _Compiled(function)
     with module.graph.inserting_before(first):
         module.graph.call_module("before_write")
     module.recompile()
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an op writes into, by its schema."""
-    if is_fused(node):
-        return [node.args[i] for i in node.meta[WRITES]]
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    arguments = node.target._schema.arguments
-    values = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
-    found: list[fx.Node] = []
-    fx.map_arg([values.get(a.name) for a in arguments if a.is_write], found.append)
-    return found
 
 
 class _Compiled(torch.nn.Module):

@@ -1,0 +1,27 @@
+"""What the nodes of a graph write over."""
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.fused import WRITES, is_fused
+from ftrain.passes.aliasing import storage
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an op writes into, by its schema; of fused ops those that any of them does."""
+    if is_fused(node):
+        return [node.args[i] for i in node.meta[WRITES]]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    arguments = node.target._schema.arguments
+    values = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    found: list[fx.Node] = []
+    fx.map_arg([values.get(a.name) for a in arguments if a.is_write], found.append)
+    return found
+
+
+def written_inputs(module: fx.GraphModule) -> set[int]:
+    """The positions of the inputs whose memory some node writes into, directly or through views."""
+    memory = {storage(w) for node in module.graph.nodes for w in written_arguments(node)}
+    given = [n for n in module.graph.nodes if n.op == "placeholder"]
+    return {i for i, n in enumerate(given) if isinstance(n.meta.get("val"), Tensor) and storage(n) in memory}
