@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from ftrain import tree
-from ftrain.checkpoint import read
+from ftrain.checkpoint import ages, read
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
-from ftrain.checkpoint.decision import decide, heard_decision, refuse
+from ftrain.checkpoint.decision import all_done, decide, heard_decision, of_main, refuse
 from ftrain.checkpoint.errors import SaveFailed
+from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.place import Lock
 from ftrain.checkpoint.placed import parameters_of
@@ -22,10 +23,15 @@ from ftrain.checkpoint.roots import Root, open_place
 from ftrain.checkpoint.snapshot import Snapshot, Spare
 from ftrain.checkpoint.write import require_whole, write_checkpoint
 from ftrain.loan import Loan
+from ftrain.waits import expected_wait
 from sharding.plan import Plan
 
 _log = logging.getLogger("ftrain.checkpoint")
 State = TypeVar("State")
+_PATIENCE = 1800.0
+"""Seconds that a write or a read may take before a watchdog takes it for a hang."""
+_SEEN_AFTER = 90.0
+"""Seconds after which every rank sees what rank 0 sees: file systems over a network keep names for up to a minute."""
 
 
 class Checkpointer:
@@ -81,7 +87,7 @@ class Checkpointer:
         """Make the spare memory now, so that the first save blocks no longer than the later ones."""
         self._spare.reserve(named_leaves(state))
 
-    def save(self, state: Any, step: int, metrics: Mapping[str, float] | None = None) -> bool:
+    def save(self, state: Any, step: int, metrics: Mapping[str, float] | None = None, *, good: bool = True) -> bool:
         """Save `state` as step `step` and return at once, True unless the save was skipped.
 
         What is saved is the state at the call. A jitted step may take and overwrite it right away: it waits for the
@@ -89,16 +95,17 @@ class Checkpointer:
         write through another view, made before, is not held back: then the save fails.)
 
         A step that exists is replaced. `metrics` are kept in the manifest for `Retention(best=...)`; of several ranks
-        those of rank 0.
+        those of rank 0. `good`: whether the run is well, as far as it knows; of copies that are not good none takes
+        the place of a good one (see `Retention`).
 
         Raises:
             SaveFailed: the previous background save failed; this one was not begun. (Call again to go on.)
-            ValueError: a leaf cannot be saved, or another run writes into the folder.
+            ValueError: a leaf cannot be saved, `step` is no whole number, or another run writes into the folder.
             RuntimeError: rank 0 no longer answers.
         """
         began = time.perf_counter()
         try:
-            return self._save(state, step, dict(metrics or {}))
+            return self._save(state, step, dict(metrics or {}), good)
         finally:
             self._in_save = time.perf_counter() - began
 
@@ -111,9 +118,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Return when the last save is on the disk. Raises `SaveFailed` if it is not going to be."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         if self._failure is not None:
             step, cause = self._failure
             self._failure = None
@@ -125,12 +130,16 @@ class Checkpointer:
             self.wait()
 
     def latest(self) -> int | None:
-        """The last committed step, or None. A save that is still being written is not counted."""
-        return self._place.latest()
+        """The last committed step, or None. A save that is still being written is not counted.
+
+        Of several ranks all call this together, and have the answer of rank 0: on a shared file system each might see
+        another.
+        """
+        return of_main(self._ranks, lambda: ages.latest(self._place))
 
     def steps(self) -> list[int]:
-        """All committed steps, ascending."""
-        return self._place.steps()
+        """All committed steps, ascending; as `latest`, those that rank 0 sees."""
+        return of_main(self._ranks, self._place.steps)
 
     def restore(
         self,
@@ -141,9 +150,29 @@ class Checkpointer:
         partial: bool = False,
         donate: bool = False,
     ) -> State:
-        """As `ftrain.checkpoint.restore`, from this folder, after waiting for a save in flight."""
+        """As `ftrain.checkpoint.restore`, from this folder, after waiting for a save in flight.
+
+        Of several ranks all call this together: rank 0 says which step, and all restore the same version of it.
+
+        Raises:
+            RuntimeError: another rank could not restore; it is named.
+        """
         self.wait()
-        return read.restore(abstract_state, self._place, step, plan=plan, partial=partial, donate=donate)
+        with expected_wait("a restore", seconds=_PATIENCE):
+            if self._ranks.world == 1:
+                return read.restore(abstract_state, self._place, step, plan=plan, partial=partial, donate=donate)
+            step, version = of_main(self._ranks, lambda: read.version_of(self._place, step))
+            error: BaseException | None = None
+            try:
+                read.await_version(self._place, step, version, seconds=_SEEN_AFTER)
+                return read.restore_version(
+                    abstract_state, self._place, step, version=version, plan=plan, partial=partial, donate=donate
+                )
+            except BaseException as cause:
+                error = cause
+                raise
+            finally:
+                all_done(self._ranks, error)
 
     def close(self) -> None:
         """Wait for the last save, give back the spare memory, and let other runs write into the folder."""
@@ -163,9 +192,10 @@ class Checkpointer:
     ) -> None:
         self.close()
 
-    def _save(self, state: Any, step: int, metrics: dict[str, float]) -> bool:
+    def _save(self, state: Any, step: int, metrics: dict[str, float], good: bool) -> bool:
         turn, self._loan = self._ranks.turn(), None
         try:
+            step = step_number(step)
             leaves = named_leaves(state)
             require_whole(leaves, self._ranks)
         except ValueError as error:
@@ -175,14 +205,14 @@ class Checkpointer:
             _log.warning("step %d is not saved: the previous save is still being written", step)
             return False
         if not self._background:
-            self._write(leaves, step, metrics, turn)
+            self._write(leaves, step, metrics, good, turn)
             self.wait()
             return True
         owned = dict(zip(tree.paths(state), tree.leaves(state), strict=True))
         snapshot = self._spare.lend(leaves, owned)
         self._loan = snapshot.loan
         self._thread = threading.Thread(
-            target=self._write, args=(snapshot, step, metrics, turn), name=f"checkpoint step {step}"
+            target=self._write, args=(snapshot, step, metrics, good, turn), name=f"checkpoint step {step}"
         )
         try:
             self._thread.start()
@@ -196,7 +226,8 @@ class Checkpointer:
         """Rank 0 decides for all: a save is begun, skipped or refused on every rank alike. False: skipped."""
         if self._ranks.rank == 0:
             return decide(self._ranks, turn, lambda: self._begin(step))
-        begun = heard_decision(self._ranks, turn, self._forget_failure)
+        with expected_wait("rank 0, which begins a save", seconds=_PATIENCE):
+            begun = heard_decision(self._ranks, turn, self._forget_failure)
         if begun:
             self._forget_failure()
         return begun
@@ -214,12 +245,16 @@ class Checkpointer:
 
     def _forget_failure(self) -> None:
         """What rank 0 has raised already, or is raised now with its words."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         self._failure = None
 
-    def _write(self, source: Snapshot | Leaves, step: int, metrics: dict[str, float], turn: int) -> None:
+    def _join(self) -> None:
+        if self._thread is not None:
+            with expected_wait(f"the save of {self._thread.name}", seconds=_PATIENCE):
+                self._thread.join()
+            self._thread = None
+
+    def _write(self, source: Snapshot | Leaves, step: int, metrics: dict[str, float], good: bool, turn: int) -> None:
         """Runs in the background thread: whatever goes wrong is kept for the next call from the training loop."""
         leaves = _taken(source)
         try:
@@ -231,6 +266,7 @@ class Checkpointer:
                 metrics=metrics,
                 parameters=self._parameters,
                 keep=self._keep,
+                good=good,
                 ranks=self._ranks,
                 turn=turn,
             )
@@ -239,10 +275,12 @@ class Checkpointer:
             self._failure = (step, cause)
 
     def _failed(self, step: int, cause: BaseException) -> SaveFailed:
-        good, where = self.latest(), self._place.show()
-        if good == step:
-            return SaveFailed(f"step {step} is in {where}, but removing older ones failed: {cause}")
-        kept = "no step was saved before" if good is None else f"the last good step is {good}"
+        where = self._place.show()
+        try:
+            good = ages.latest(self._place)
+            kept = "no step was saved before" if good is None else f"the last good step is {good}"
+        except OSError as error:
+            kept = f"which steps are there cannot be read ({error})"
         return SaveFailed(
             f"saving step {step} into {where} failed: {cause}; {kept}, and the state in memory is unharmed: "
             "free space or mend the folder, then save again"

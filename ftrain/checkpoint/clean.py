@@ -2,36 +2,48 @@
 
 import logging
 
-from ftrain.checkpoint import manifest as manifests
-from ftrain.checkpoint.errors import DamagedCheckpoint
+from ftrain.checkpoint.ages import kept, latest
 from ftrain.checkpoint.place import Place
 from ftrain.checkpoint.retention import Retention, to_delete
 from ftrain.checkpoint.roots import Root, open_place
 
 _log = logging.getLogger("ftrain.checkpoint")
+_STORAGE = (OSError, ValueError)  # of a file system, and of tensorstore
 
 
 def delete(root: Root, step: int) -> None:
-    """Delete one step. If it is the latest, the highest other one becomes the latest, before anything is gone."""
+    """Delete one step. If it is the latest, the newest other one becomes the latest, before anything is gone."""
     place = open_place(root)
     here = place.steps()
     if step not in here:
         raise ValueError(f"{place.show()} holds no step {step}; it holds {', '.join(map(str, here)) or 'none'}")
+    if latest(place) == step:
+        others = [found.step for found in kept(place) if found.step != step]
+        place.name_latest(others[-1] if others else None)
     place.delete(step)
 
 
 def apply_retention(place: Place, keep: Retention) -> list[int]:
-    """Delete the steps that `keep` does not ask for, never the latest; the deleted ones, ascending."""
-    measured = {step: _metrics(place, step) if keep.best else {} for step in place.steps()}
-    unwanted = to_delete(measured, keep, protected=place.latest())
-    for step in unwanted:
-        place.delete(step)
-    return unwanted
+    """Delete the steps that `keep` does not ask for, never the latest, nor one whose manifest cannot be read: nobody
+    knows what it is. Those deleted, ascending.
 
-
-def _metrics(place: Place, step: int) -> dict[str, float]:
+    What cannot be deleted is said and left: it must not hold up the saves.
+    """
+    if keep.last is None:
+        return []
     try:
-        return manifests.load(place, step).metrics
-    except DamagedCheckpoint as error:
-        _log.warning("%s: it is not counted among the best steps", error)
-        return {}
+        known = [found for found in kept(place) if found.is_known]
+        unwanted = to_delete(known, keep, protected=latest(place))
+    except _STORAGE as error:
+        _log.warning("the steps of %s could not be listed, so none was deleted: %s", place.show(), error)
+        return []
+    return [step for step in unwanted if _deleted(place, step)]
+
+
+def _deleted(place: Place, step: int) -> bool:
+    try:
+        place.delete(step)
+    except _STORAGE as error:
+        _log.warning("step %d of %s could not be deleted: %s", step, place.show(), error)
+        return False
+    return True

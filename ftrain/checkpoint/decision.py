@@ -1,40 +1,72 @@
-"""Whether a save is begun: rank 0 decides, the others do the same, or raise the same."""
+"""What all ranks do alike: rank 0 looks and decides, the others do the same, or raise the same."""
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.ranks import Ranks
-from ftrain.checkpoint.report import Report
+from ftrain.checkpoint.report import Report, words
 
 _TOPIC = "go"
-_ERRORS: tuple[type[Exception], ...] = (SaveFailed, ValueError)
+_ERRORS: tuple[type[Exception], ...] = (SaveFailed, ValueError, RuntimeError)
 
 
-def decide(ranks: Ranks, turn: int, function: Callable[[], bool]) -> bool:
-    """On rank 0: what `function` finds, told to the others; so is the `SaveFailed` or `ValueError` it raises."""
+def decide(ranks: Ranks, turn: int, function: Callable[[], Any]) -> Any:
+    """On rank 0: what `function` finds (of JSON), told to the others; so is the error it raises."""
     try:
-        begun = function()
+        found = function()
     except BaseException as error:
-        kind = next((i for i, known in enumerate(_ERRORS) if isinstance(error, known)), 0)
-        ranks.say(turn, _TOPIC, json.dumps({"error": str(error), "kind": kind}))
+        ranks.say(turn, _TOPIC, _error(error))
         raise
-    ranks.say(turn, _TOPIC, json.dumps({"begun": begun}))
-    return begun
+    ranks.say(turn, _TOPIC, json.dumps({"found": found}))
+    return found
 
 
-def heard_decision(ranks: Ranks, turn: int, before_raising: Callable[[], None]) -> bool:
+def heard_decision(ranks: Ranks, turn: int, before_raising: Callable[[], None] = lambda: None) -> Any:
     """On another rank: what rank 0 found; an error of rank 0 is raised here too, after `before_raising`."""
-    found = json.loads(ranks.hear(turn, _TOPIC, 0))
-    if "error" in found:
+    told = json.loads(ranks.hear(turn, _TOPIC, 0))
+    if "error" in told:
         before_raising()
-        raise _ERRORS[found["kind"]](found["error"])
-    return found["begun"]
+        raise _ERRORS[told["kind"]](told["error"])
+    return told["found"]
+
+
+def of_main(ranks: Ranks, function: Callable[[], Any]) -> Any:
+    """What `function` finds on rank 0, on all ranks; they call this together."""
+    turn = ranks.turn()
+    return decide(ranks, turn, function) if ranks.rank == 0 else heard_decision(ranks, turn)
 
 
 def refuse(ranks: Ranks, turn: int, error: ValueError) -> None:
     """Before the decision: this rank cannot take part, and the others are not to wait for it."""
     if ranks.rank == 0:
-        ranks.say(turn, _TOPIC, json.dumps({"error": str(error), "kind": _ERRORS.index(ValueError)}))
+        ranks.say(turn, _TOPIC, _error(error))
     else:
         ranks.say(turn, "done", Report.of(error).text())
+
+
+def all_done(ranks: Ranks, error: BaseException | None) -> None:
+    """Return when all ranks have come here without an error; they call this together.
+
+    Raises:
+        RuntimeError: another rank has come here with an error; it is named. (This one's own is raised by its caller.)
+    """
+    if ranks.world == 1:
+        return
+    turn = ranks.turn()
+    if ranks.rank == 0:
+        told = [Report() if error is None else Report.of(error)]
+        told += [Report.parse(ranks.hear(turn, "done", rank)) for rank in range(1, ranks.world)]
+        failed = [f"rank {rank}: {report.error}" for rank, report in enumerate(told) if report.error is not None]
+        ranks.say(turn, "end", json.dumps(failed))
+    else:
+        ranks.say(turn, "done", (Report() if error is None else Report.of(error)).text())
+        failed = json.loads(ranks.hear(turn, "end", 0))
+    if failed and error is None:
+        raise RuntimeError(f"not all ranks could restore: {'; '.join(failed)}")
+
+
+def _error(error: BaseException) -> str:
+    kind = next((i for i, known in enumerate(_ERRORS) if isinstance(error, known)), len(_ERRORS) - 1)
+    return json.dumps({"error": str(error) if isinstance(error, _ERRORS) else words(error), "kind": kind})

@@ -5,11 +5,10 @@ stored as they lie in memory, with a crc32c behind; what is a contiguous range o
 into the leaf. Threads read and check, neither of which holds the GIL.
 """
 
-import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
@@ -21,22 +20,25 @@ from crc32c import crc32c
 from ftrain.checkpoint.arrays import Piece
 from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.errors import DamagedCheckpoint
-from ftrain.checkpoint.extents import Extent, extents
-from ftrain.checkpoint.manifest import ArrayLeaf
-from ftrain.checkpoint.place import KvSpec
+from ftrain.checkpoint.extents import TREE_BYTES, Extent, extents
+from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
+from ftrain.checkpoint.place import Files, KvSpec, join
+from ftrain.checkpoint.sums import Index, grid, place, touched
 
 _THREADS = 8  # more than cores: a disk is faster with several reads in flight
 _CRC_BYTES = 4
 _BLOCK = 2**18
-Index = tuple[int, ...]
+_TREE_BYTES_PER_CHUNK = 2**9
 
 
 class DirectReader:
     """The threads of one restore, and what they need; a context manager that ends them."""
 
-    def __init__(self, *, database: bool, checksum: bool, context: ts.Context) -> None:
-        """`database`, `checksum`: of the `Storage` that the checkpoint was written with."""
-        self._database, self._checksum, self._context = database, checksum, context
+    def __init__(self, manifest: Manifest, context: ts.Context) -> None:
+        """For the checkpoint with this manifest."""
+        self._manifest, self._context = manifest, context
+        self._sums = manifest.sums
+        self._tree_bytes = tree_bytes(manifest)
         self._extents: dict[str, dict[str, Extent]] = {}
         self._pool = ThreadPoolExecutor(_THREADS)
 
@@ -49,56 +51,65 @@ class DirectReader:
         self._pool.shutdown(cancel_futures=True)
 
     def read(
-        self, where: KvSpec, leaves: Mapping[str, ArrayLeaf], pieces: Mapping[str, Sequence[Piece]], shown: str
+        self,
+        where: KvSpec,
+        files: Files | None,
+        leaves: Mapping[str, ArrayLeaf],
+        pieces: Mapping[str, Sequence[Piece]],
+        shown: str,
     ) -> set[str]:
-        """Fill what can be filled so from the folder `where`, and return the paths of these leaves; the others are for
+        """Fill what can be filled so from a folder, and return the paths of these leaves; the others are for
         `read_part`, whose arguments these are: leaves of a few bytes, and all that is not where or as it should be.
+        `files`: those of the folder `where`.
 
         Raises:
-            DamagedCheckpoint: a chunk is not what was written; its leaf is named.
+            DamagedCheckpoint: a chunk is not what was written, or the tree of the database leads elsewhere; its leaf is
+                named.
         """
-        if where["driver"] != "file" or sys.byteorder != "little":
+        if files is None or sys.byteorder != "little":
             return set()
         tasks, done = [], set()
         for path, leaf in leaves.items():
-            wanted = [(index, piece) for piece in pieces[path] for index in _touched(leaf, piece)]
-            found = [extent for index, _ in wanted if (extent := self._extent(where, leaf, index)) is not None]
+            wanted = [(index, piece) for piece in pieces[path] for index in touched(leaf, piece)]
+            try:
+                known = self._known(where, files)
+            except (ValueError, OSError) as cause:
+                raise _damaged(path, shown, cause) from cause
+            found = [extent for index, _ in wanted if (extent := self._extent(known, leaf, index)) is not None]
             if len(found) == len(wanted):
                 done.add(path)
                 tasks += [(extent, path, *what) for extent, what in zip(found, wanted, strict=True)]
         # In the order of the files, whatever that of the leaves.
         tasks.sort(key=lambda task: task[0])
         futures = [
-            (path, self._pool.submit(self._fill, where["path"], leaves[path], index, extent, piece))
+            (path, self._pool.submit(self._fill, files, path, leaves[path], index, extent, piece))
             for extent, path, index, piece in tasks
         ]
         for path, future in futures:
             error = future.exception()
             if isinstance(error, ValueError | OSError):
-                raise DamagedCheckpoint(
-                    f"leaf {path!r} in {shown} is damaged: {error}; restore another step"
-                ) from error
+                raise _damaged(path, shown, error) from error
             if error is not None:
                 raise error
         return done
 
-    def _extent(self, where: KvSpec, leaf: ArrayLeaf, index: Index) -> Extent | None:
+    def _known(self, where: KvSpec, files: Files) -> Mapping[str, Extent]:
+        """What the tree of the database in `where` tells; read once."""
+        folder = where["path"]
+        if self._manifest.database and folder not in self._extents:
+            self._extents[folder] = extents(where, self._context, files, limit=self._tree_bytes)
+        return self._extents.get(folder, {})
+
+    def _extent(self, known: Mapping[str, Extent], leaf: ArrayLeaf, index: Index) -> Extent | None:
         """Where a chunk lies; None if that is not told, or it has not the length it should have."""
         key = "/".join([leaf.key, "c", *map(str, index)])
-        length = math.prod(leaf.chunk) * DTYPES[leaf.dtype].itemsize + (_CRC_BYTES if self._checksum else 0)
-        if not self._database:
+        length = math.prod(leaf.chunk) * DTYPES[leaf.dtype].itemsize + (_CRC_BYTES if self._manifest.checksum else 0)
+        if not self._manifest.database:
             return Extent(key, 0, length)
-        folder = where["path"]
-        if folder not in self._extents:
-            try:
-                self._extents[folder] = extents(where, self._context)
-            except ValueError:
-                # The tree is damaged: who opens a leaf with it says so, and names the leaf.
-                self._extents[folder] = {}
-        found = self._extents[folder].get(key)
+        found = known.get(key)
         return found if found is not None and found.length == length else None
 
-    def _fill(self, folder: str, leaf: ArrayLeaf, index: Index, extent: Extent, piece: Piece) -> None:
+    def _fill(self, files: Files, path: str, leaf: ArrayLeaf, index: Index, extent: Extent, piece: Piece) -> None:
         """Read one chunk, check it, and see to it that its part of the piece is in place."""
         overlap = Overlap.of(leaf, index, piece)
         room = overlap.straight(leaf, piece)
@@ -108,14 +119,26 @@ class DirectReader:
             room = 0, _flat(chunk), 0
         ahead, values, behind = room
         buffers = [np.empty(ahead, np.uint8), values, np.empty(behind, np.uint8)]
+        if join([leaf.part, extent.file]) not in self._manifest.files:
+            raise ValueError(f"it refers to {extent.file!r}, which is no file of this checkpoint")
         # Opened for each chunk: the system reads ahead for each open file on its own.
-        with open(folder + extent.file, "rb", buffering=0) as file:
-            found = _read_all(file.fileno(), buffers, extent, checksum=self._checksum)
-            if self._checksum:
-                stored = os.pread(file.fileno(), _CRC_BYTES, extent.offset + extent.length - _CRC_BYTES)
-                _check(found, stored, index)
+        descriptor = files.open(extent.file)
+        try:
+            found = _read_all(descriptor, buffers, extent, checksum=self._manifest.checksum)
+            if self._manifest.checksum:
+                stored = os.pread(descriptor, _CRC_BYTES, extent.offset + extent.length - _CRC_BYTES)
+                _check(found, int.from_bytes(stored, "little"), index)
+        finally:
+            os.close(descriptor)
+        if path in self._sums:
+            _check(found, self._sums[path][place(leaf, index)], index)
         if chunk is not None:
             piece.values[overlap.in_piece] = chunk[overlap.in_chunk]
+
+
+def tree_bytes(manifest: Manifest) -> int:
+    """How many bytes the tree of a database with these arrays may take when it is unpacked."""
+    return TREE_BYTES + _TREE_BYTES_PER_CHUNK * sum(math.prod(grid(leaf)) for leaf in manifest.arrays.values())
 
 
 class Overlap(NamedTuple):
@@ -149,12 +172,6 @@ class Overlap(NamedTuple):
         return ahead * values.itemsize, _flat(room), behind * values.itemsize
 
 
-def _touched(leaf: ArrayLeaf, piece: Piece) -> Iterator[Index]:
-    """The chunks that a piece needs, by their place on the grid."""
-    bounds = zip(piece.start, piece.values.shape, leaf.chunk, strict=True)
-    return itertools.product(*(range(start // size, -(-(start + n) // size)) for start, n, size in bounds))
-
-
 def _is_range(block: tuple[slice, ...], shape: Sequence[int]) -> bool:
     """Is the block of an array of this shape one range of its memory?"""
     lengths = [s.stop - s.start for s in block]
@@ -174,10 +191,13 @@ def _flat(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def _check(found: int, stored: bytes, index: Index) -> None:
-    expected = int.from_bytes(stored, "little")
+def _check(found: int, expected: int, index: Index) -> None:
     if found != expected:
         raise ValueError(f"chunk {list(index)} has the CRC-32C {found:08x} instead of {expected:08x}")
+
+
+def _damaged(path: str, shown: str, error: Exception) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"leaf {path!r} in {shown} is damaged: {error}; restore another step")
 
 
 def _read_all(descriptor: int, buffers: Sequence[np.ndarray], extent: Extent, *, checksum: bool) -> int:

@@ -1,12 +1,13 @@
 """Files that survive a crash of the machine: written, synced, and only then given their name."""
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
 from pathlib import Path
 
-from ftrain.checkpoint.folders import discarded, temporary
+from ftrain.checkpoint.folders import discarded, is_discarded, put_aside, temporary
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -44,33 +45,48 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Give `path` this content at once: a reader sees the old one or the new one, also after a crash."""
     new = temporary(path)
-    with open(new, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # it would hide the error that led here
+            new.unlink(missing_ok=True)
+        raise
     sync_path(path.parent)
 
 
 def publish(made: Path, final: Path) -> None:
-    """Rename the synced folder `made` to `final`, replacing one that is there in a single step where the OS can."""
-    if not final.exists():
+    """Rename the synced folder `made` to `final`, replacing one that is there in a single step where the OS can.
+
+    Where it cannot, the old one is put aside first, under a name by which it still counts: see `LocalFolder`.
+    """
+    if not os.path.lexists(final):
         os.rename(made, final)
     elif _exchange(made, final):
         remove_folder(made)
     else:
-        old = discarded(final)
+        old = put_aside(final)
         os.rename(final, old)
+        sync_path(final.parent)
         os.rename(made, final)
+        sync_path(final.parent)
         remove_folder(old)
     sync_path(final.parent)
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder such that its name is gone before the first of its files is."""
-    gone = discarded(path)
-    os.rename(path, gone)
-    sync_path(path.parent)
+    """Delete a folder such that its name is gone before the first of its files is; of a link only the link."""
+    if path.is_symlink():
+        path.unlink()
+        sync_path(path.parent)
+        return
+    gone = path if is_discarded(path) else discarded(path)
+    if gone != path:
+        os.rename(path, gone)
+        sync_path(path.parent)
     shutil.rmtree(gone)
 
 

@@ -8,6 +8,7 @@ is a file, and the ranks write theirs side by side.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import tensorstore as ts
@@ -21,6 +22,7 @@ from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.manifest import ArrayLeaf
 from ftrain.checkpoint.place import FileRecord, Place, Records, join
 from ftrain.checkpoint.shares import divide_work, stored_arrays
+from ftrain.checkpoint.sums import chunk_sums
 
 _DATABASE = "manifest.ocdbt"
 
@@ -50,8 +52,16 @@ class Work:
         return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
-def write_share(place: Place, folder: str, work: Work, rank: int) -> dict[str, FileRecord]:
-    """Write a rank's share below `folder`; the files that it alone has written (for rank 0: none, see `join_shares`).
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a rank has written: its `files` (of rank 0 none, see `join_shares`), and the sums of its chunks."""
+
+    files: dict[str, FileRecord]
+    sums: dict[str, dict[int, int]]
+
+
+def write_share(place: Place, folder: str, work: Work, rank: int) -> Written:
+    """Write a rank's share below `folder`.
 
     Raises:
         OSError: the disk is full, the folder is read-only, another rank's folder is not to be seen from here, ...
@@ -62,22 +72,30 @@ def write_share(place: Place, folder: str, work: Work, rank: int) -> dict[str, F
             "folder that they share, not each into one of its own machine"
         )
     context, parts = place.context(), work.parts(rank)
+    pieces = {path: _piece(work.leaves.tensors[path], box) for path, box in work.boxes[rank].items()}
     # All at once: while one waits for the disk another is checksummed.
-    with ThreadPoolExecutor(max(1, len(parts))) as pool:
-        found = list(pool.map(lambda part: _write_part(place, folder, part, work, rank, context), parts))
-    return {name: record for records in found for name, record in records.items()}
+    with ThreadPoolExecutor(1 + len(parts)) as pool:
+        sums = pool.submit(_sums, work, pieces)
+        found = list(pool.map(lambda part: _write_part(place, folder, part, work, pieces, rank, context), parts))
+    return Written({name: record for records in found for name, record in records.items()}, sums.result())
 
 
 def _write_part(
-    place: Place, folder: str, part: str, work: Work, rank: int, context: ts.Context
+    place: Place, folder: str, part: str, work: Work, pieces: Mapping[str, Piece], rank: int, context: ts.Context
 ) -> dict[str, FileRecord]:
     paths = work.arrays if rank == 0 else work.boxes[rank]
     leaves = {path: work.arrays[path] for path in paths if work.arrays[path].part == part}
-    pieces = {path: [_piece(work.leaves.tensors[path], work.boxes[rank][path])]
-              for path in leaves if path in work.boxes[rank]}  # fmt: skip
+    own = {path: [pieces[path]] for path in leaves if path in pieces}
     below = join([part, _own_folder(work, rank)])
-    write_part(place.kvstore(join([folder, below])), leaves, pieces, work.storage, context, create=rank == 0)
+    write_part(place.kvstore(join([folder, below])), leaves, own, work.storage, context, create=rank == 0)
     return place.records(folder, below) if below != part else {}
+
+
+def _sums(work: Work, pieces: Mapping[str, Piece]) -> dict[str, dict[int, int]]:
+    """Of the chunks that a rank writes, from the memory that they are written from."""
+    if not work.storage.checksum:
+        return {}
+    return {path: chunk_sums(work.arrays[path], piece) for path, piece in pieces.items()}
 
 
 def join_shares(place: Place, folder: str, work: Work, records: Records) -> dict[str, FileRecord]:

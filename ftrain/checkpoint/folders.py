@@ -9,23 +9,46 @@
     ROOT/global_step_N/PART/rank_R/d/           the data files that rank R of several wrote of a part
     ROOT/global_step_N.tmp-HEX/                 being written, or left by a crash
     ROOT/global_step_N.old-HEX/                 being deleted, or left by a crash
+    ROOT/global_step_N.was-HEX/                 the version before, while the new one takes its name; left by a crash
+                                                between the two renames it is still the step
 
 The names are those of VeOmni. A step exists when its final name exists: the rename is the commit. (Object stores
 cannot rename: see bucket.py.)
 """
 
+import operator
 import re
 import secrets
+import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 PARTS = {"params": "model", "opt_state": "optimizer"}
 OTHER_PART = "extra_state"
 
-_STEP = re.compile(r"global_step_(\d+)")
-_LEFTOVER = re.compile(r"(global_step_\d+|latest_checkpointed_iteration\.txt)(\.(tmp|old)-[0-9a-f]+)+")
+MOST = 10**15
+"""Steps are below this."""
+
+_NUMBER = r"(0|[1-9][0-9]{0,14})"
+_STEP = re.compile(rf"global_step_{_NUMBER}")
+_POINTER = re.compile(r"\s*([0-9]{1,15})\s*")
+_LEFTOVER = re.compile(r"(global_step_[0-9]+|latest_checkpointed_iteration\.txt)(\.(tmp|old|was)-[0-9a-f]+)+")
+_REPLACED = re.compile(rf"global_step_{_NUMBER}\.was-[0-9a-f]+")
+_DISCARDED = re.compile(r".*\.old-[0-9a-f]+")
+
+
+def step_number(step: Any) -> int:
+    """The number of a step as an int; ValueError for what is none, or one that no folder can have."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if isinstance(step, bool) or not 0 <= number < MOST:
+        raise ValueError(f"a step is a whole number from 0 to {MOST - 1}, not {step!r}")
+    return number
 
 
 def step_name(step: int) -> str:
@@ -48,6 +71,21 @@ def discarded(path: Path) -> Path:
     return path.with_name(f"{path.name}.old-{secrets.token_hex(4)}")
 
 
+def put_aside(path: Path) -> Path:
+    """A fresh name beside `path` for what is about to be replaced, and counts until it is."""
+    return path.with_name(f"{path.name}.was-{secrets.token_hex(4)}")
+
+
+def is_discarded(path: Path) -> bool:
+    """Whether it has the name of something that is being deleted."""
+    return _DISCARDED.fullmatch(path.name) is not None
+
+
+def replaced(names: Iterable[str]) -> dict[int, str]:
+    """Of the steps whose old version is put aside among these names: where."""
+    return {int(found[1]): name for name in sorted(names) if (found := _REPLACED.fullmatch(name))}
+
+
 def leftovers(root: Path) -> list[Path]:
     """What crashed or running saves and deletions have left in `root`."""
     entries = root.iterdir() if root.is_dir() else []
@@ -59,11 +97,18 @@ def steps_of(names: Iterable[str]) -> list[int]:
     return sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name)))
 
 
-def named_step(text: str) -> int | None:
+def named_step(content: bytes) -> int | None:
     """The step that the content of `latest_checkpointed_iteration.txt` names; None for what names none."""
-    return int(text) if text.strip().isdecimal() else None
+    found = _POINTER.fullmatch(content[:64].decode("ascii", errors="replace"))
+    return int(found[1]) if found else None
 
 
 def part_of(path: str) -> str:
     """The sub-folder for the leaf at this dotted path: `model`, `optimizer` or `extra_state`."""
     return PARTS.get(path.split(".", 1)[0], OTHER_PART)
+
+
+def storage_key(path: str) -> str:
+    """A leaf's name as one path component: letters, digits and `._-~` as they are, the rest as %XX."""
+    key = urllib.parse.quote(path, safe="")
+    return key.replace(".", "%2E") if key.strip(".") == "" else key

@@ -1,7 +1,6 @@
 """A state as named leaves: which are tensors to store as arrays, which are values for the manifest."""
 
 import dataclasses
-import urllib.parse
 from collections import Counter
 from typing import Any
 
@@ -58,12 +57,6 @@ def named_leaves(state: Any) -> Leaves:
                 "make it one of these, or a static field of its struct"
             )
     return found
-
-
-def storage_key(path: str) -> str:
-    """A leaf's name as one path component: letters, digits and `._-~` as they are, the rest as %XX."""
-    key = urllib.parse.quote(path, safe="")
-    return key.replace(".", "%2E") if key.strip(".") == "" else key
 
 
 def _require_unique(paths: list[str]) -> None:

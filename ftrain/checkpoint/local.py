@@ -1,20 +1,52 @@
 """Checkpoints in a folder of a file system: committed by a rename after everything is synced."""
 
 import hashlib
+import logging
 import os
 import shutil
 from pathlib import Path
 
 import tensorstore as ts
 
+from ftrain.beneath import Folder, NotPlain
 from ftrain.checkpoint.durable import make_folder, publish, remove_folder, sync_path, sync_tree, write_bytes, write_text
-from ftrain.checkpoint.folders import LATEST, MANIFEST, leftovers, named_step, step_folder, steps_of, temporary
+from ftrain.checkpoint.errors import DamagedCheckpoint
+from ftrain.checkpoint.folders import (
+    LATEST,
+    MANIFEST,
+    discarded,
+    leftovers,
+    named_step,
+    replaced,
+    step_folder,
+    step_name,
+    steps_of,
+    temporary,
+)
 from ftrain.checkpoint.lock import WriterLock
-from ftrain.checkpoint.place import HASHED_BYTES, NO_RECORDS, FileRecord, KvSpec, Lock, Place, Records
+from ftrain.checkpoint.place import (
+    HASHED_BYTES,
+    MANIFEST_BYTES,
+    NO_RECORDS,
+    FileRecord,
+    Files,
+    HeldStep,
+    KvSpec,
+    Lock,
+    Place,
+    Records,
+    join,
+)
+
+_log = logging.getLogger("ftrain.checkpoint")
+_POINTER_BYTES = 2**12
 
 
 class LocalFolder(Place):
-    """A folder below `root`; its layout is told in folders.py. In a run of several processes all must see it."""
+    """A folder below `root`; its layout is told in folders.py. In a run of several processes all must see it.
+
+    A step that was put aside for a new version, whose process died before that took its name, is still the step.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -31,18 +63,31 @@ class LocalFolder(Place):
     def steps(self) -> list[int]:
         if not self.root.is_dir():
             return []
-        return [step for step in steps_of(os.listdir(self.root)) if (step_folder(self.root, step) / MANIFEST).is_file()]
+        names = os.listdir(self.root)
+        found = {step: step_name(step) for step in steps_of(names)}
+        folders = {**replaced(names), **found}
+        return sorted(step for step, name in folders.items() if (self.root / name / MANIFEST).is_file())
 
-    def latest(self) -> int | None:
-        here = self.steps()
+    def named(self) -> int | None:
         try:
-            named = named_step((self.root / LATEST).read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            named = None
-        return named if named in here else max(here, default=None)
+            with Folder(self.root) as folder:
+                return named_step(folder.read(LATEST, limit=_POINTER_BYTES))
+        except (OSError, NotPlain):
+            return None
 
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+    def hold(self, step: int) -> HeldStep:
+        final = step_folder(self.root, step)
+        try:
+            return _HeldFolder(step, final)
+        except DamagedCheckpoint:
+            aside = replaced(os.listdir(self.root)).get(step) if self.root.is_dir() else None
+            if aside is None or os.path.lexists(final):
+                raise
+            return _HeldFolder(step, self.root / aside)
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        with Folder(self.root) as folder:
+            return folder.read(name, limit=limit)
 
     def files(self, folder: str) -> list[str]:
         here = self.root / folder
@@ -52,23 +97,23 @@ class LocalFolder(Place):
         make_folder((self.root / name).parent)
         write_bytes(self.root / name, content)
 
-    def wrong(self, folder: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
-        for name, record in files.items():
-            found = _differs(self.root / folder / name, record, hashed=hashed)
-            if found:
-                return name, found
-        return None
-
     def lock(self) -> Lock:
         make_folder(self.root)
         return WriterLock(self.root)
 
     def clean(self) -> None:
+        for step, name in replaced(os.listdir(self.root)).items():
+            if not os.path.lexists(step_folder(self.root, step)):
+                os.rename(self.root / name, step_folder(self.root, step))
+                sync_path(self.root)
         for path in leftovers(self.root):
-            if path.is_dir():
-                remove_folder(path)
-            else:
-                path.unlink()
+            try:
+                if path.is_dir():
+                    remove_folder(path)
+                else:
+                    path.unlink()
+            except OSError as error:  # it takes space, and does no other harm
+                _log.warning("%s, which an interrupted save has left, could not be removed: %s", path, error)
 
     def begin(self, step: int) -> str:
         made = temporary(step_folder(self.root, step))
@@ -86,7 +131,7 @@ class LocalFolder(Place):
             name = path.relative_to(made).as_posix()
             if name not in known:
                 size = path.stat().st_size
-                found[name] = FileRecord(size, _digest(path) if size <= HASHED_BYTES else None)
+                found[name] = FileRecord(size, _digest(path.read_bytes()) if size <= HASHED_BYTES else None)
         return found
 
     def remove(self, name: str) -> None:
@@ -97,35 +142,110 @@ class LocalFolder(Place):
         made = self.root / folder
         write_text(made / MANIFEST, manifest)
         publish(made, step_folder(self.root, step))
-        write_text(self.root / LATEST, f"{step}\n")
+        self.name_latest(step)
 
     def abort(self, folder: str) -> None:
         # On a full disk this makes room for the next try. An error here would hide the one that led here, and the next
         # save cleans up anyway.
         shutil.rmtree(self.root / folder, ignore_errors=True)
 
+    def name_latest(self, step: int | None) -> None:
+        pointer = self.root / LATEST
+        if pointer.is_dir() and not pointer.is_symlink():
+            os.rename(pointer, discarded(pointer))  # nobody's hint: no file could take its name
+        if step is not None:
+            write_text(pointer, f"{step}\n")
+        else:
+            pointer.unlink(missing_ok=True)
+            sync_path(self.root)
+
     def delete(self, step: int) -> None:
-        others = [other for other in self.steps() if other != step]
-        if self.latest() == step:
-            if others:
-                write_text(self.root / LATEST, f"{others[-1]}\n")
-            else:
-                (self.root / LATEST).unlink(missing_ok=True)
-                sync_path(self.root)
-        remove_folder(step_folder(self.root, step))
+        final = step_folder(self.root, step)
+        remove_folder(final if os.path.lexists(final) else self.root / replaced(os.listdir(self.root))[step])
 
 
-def _differs(path: Path, record: FileRecord, *, hashed: bool) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    if record.bytes is not None and size != record.bytes:
-        return f"has {size} bytes instead of {record.bytes}"
-    if hashed and record.sha256 is not None and record.sha256 != _digest(path):
-        return "is damaged (its checksum is wrong)"
-    return None
+class _HeldFolder(HeldStep):
+    """A step's folder, held open: its files are never written again, and who deletes them leaves it without them."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self._path = path
+        try:
+            self._folder = Folder(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _incomplete(path / MANIFEST) from None
+        try:
+            self.manifest = self._folder.read(MANIFEST, limit=MANIFEST_BYTES)
+        except BaseException as error:
+            self._folder.close()
+            if isinstance(error, FileNotFoundError):
+                raise _incomplete(path / MANIFEST) from None
+            if isinstance(error, NotPlain | OSError):
+                raise DamagedCheckpoint(f"{path / MANIFEST} cannot be read ({error}): restore another step") from error
+            raise
+
+    def show(self, name: str = "") -> str:
+        return str(self._path / name)
+
+    def kvstore(self, folder: str) -> KvSpec:
+        return {"driver": "file", "path": f"{self._folder.system_path()}/{folder}/"}
+
+    def wrong(self, base: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
+        for name, record in files.items():
+            found = self._differs(join([base, name]), record, hashed=hashed)
+            if found:
+                return name, found
+        return None
+
+    def require_plain(self, folder: str) -> None:
+        try:
+            self._folder.require_plain(folder)
+        except NotPlain as error:
+            raise DamagedCheckpoint(f"{error}: restore another step") from None
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{self.show(folder)} is missing: restore another step") from None
+
+    def files(self, folder: str) -> Files:
+        return _Below(self._folder, folder)
+
+    def is_replaced(self) -> bool:
+        return not self._folder.is_still(self._path)
+
+    @property
+    def is_frozen(self) -> bool:
+        return self._folder.system_path() != str(self._path)
+
+    def close(self) -> None:
+        self._folder.close()
+
+    def _differs(self, name: str, record: FileRecord, *, hashed: bool) -> str | None:
+        try:
+            size = self._folder.size(name)
+            if record.bytes is not None and size != record.bytes:
+                return f"has {size} bytes instead of {record.bytes}"
+            if hashed and record.sha256 is not None:
+                content = self._folder.read(name, limit=HASHED_BYTES)
+                return None if record.sha256 == _digest(content) else "is damaged (its checksum is wrong)"
+        except FileNotFoundError:
+            return "is missing"
+        except NotPlain as error:
+            raise DamagedCheckpoint(f"{error}: restore another step") from None
+        return None
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class _Below:
+    """The files below a folder of a held one."""
+
+    def __init__(self, folder: Folder, below: str) -> None:
+        self._folder, self._below = folder, below
+
+    def open(self, name: str) -> int:
+        return self._folder.open(join([self._below, name]))
+
+
+def _incomplete(manifest: Path) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{manifest} is missing: this is not a complete checkpoint")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,36 +1,56 @@
 """One writer per folder: a lock that the system releases when its process ends, however it ends."""
 
+import errno
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
-from typing import IO
 
 from ftrain.checkpoint.place import Lock
 
 NAME = ".writer"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+_log = logging.getLogger("ftrain.checkpoint")
 
 
 class WriterLock(Lock):
-    """Holds the right to write checkpoints into one folder until `release`, or until the process ends."""
+    """Holds the right to write into one folder until `release`, or until the process ends.
+
+    On a file system that knows no locks nothing is held, which is said.
+    """
 
     def __init__(self, root: Path) -> None:
-        """Take the lock; ValueError that names the holder when another run has it."""
-        self._file: IO[str] = open(root / NAME, "a+", encoding="utf-8")  # noqa: SIM115 (held until release)
+        """Take the lock; ValueError that names the holder when another run has it. OSError."""
+        self._file = os.open(root / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            self._take(root)
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except BaseException:
+            self.release()  # a kept traceback would keep the file open, and with it the lock
+            raise
+
+    def _take(self, root: Path) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
+            holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
             raise ValueError(
                 f"{root} is being written by {holder}: two runs cannot share one folder; "
                 "stop that run, close its Checkpointer, or save elsewhere"
             ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning(
+                "%s is on a file system without locks (%s): see to it that no second run writes into it",
+                root,
+                error.strerror,
+            )
 
     def release(self) -> None:
         """Let others write."""
-        self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1

@@ -3,13 +3,15 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, TracebackType
+from typing import Any, Protocol
 
 import tensorstore as ts
 
 KvSpec = dict[str, Any]
 HASHED_BYTES = 2**20
+MANIFEST_BYTES = 2**28
+"""A manifest is no longer: some million leaves and files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +52,18 @@ class Place(ABC):
         """The committed steps, ascending."""
 
     @abstractmethod
-    def latest(self) -> int | None:
-        """The last committed step: the one that `latest_checkpointed_iteration.txt` names; where that file is missing
-        or names a step that is not there (somebody moved it), the highest.
+    def named(self) -> int | None:
+        """The step that `latest_checkpointed_iteration.txt` names; None where it cannot be read or names none. It is a
+        hint: the step need not be there.
         """
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """The content of a small file; FileNotFoundError."""
+    def hold(self, step: int) -> "HeldStep":
+        """Open a committed step, to be closed by the caller; DamagedCheckpoint when it has no manifest."""
+
+    @abstractmethod
+    def read(self, name: str, *, limit: int) -> bytes:
+        """The content of a small file, of at most `limit` bytes; FileNotFoundError."""
 
     @abstractmethod
     def files(self, folder: str) -> list[str]:
@@ -66,12 +72,6 @@ class Place(ABC):
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
         """Give a small file beside the steps this content: a reader sees the old one or the new one."""
-
-    @abstractmethod
-    def wrong(self, folder: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
-        """The first of a folder's files that is not as recorded, and how: "is missing", "has 3 bytes instead of 5", ...
-        `hashed`: read the small ones and compare their hashes.
-        """
 
     @abstractmethod
     def lock(self) -> "Lock":
@@ -108,9 +108,77 @@ class Place(ABC):
         """Remove what was written into `folder`, as far as possible."""
 
     @abstractmethod
+    def name_latest(self, step: int | None) -> None:
+        """Make `latest_checkpointed_iteration.txt` name a step, or remove it."""
+
+    @abstractmethod
     def delete(self, step: int) -> None:
-        """Delete a committed step. If it is the latest, the highest other one becomes the latest before anything is
-        gone.
+        """Delete a committed step that is not the latest."""
+
+
+class HeldStep(ABC):
+    """A committed step, as it was when it was opened: whoever replaces or deletes it meanwhile, what is read through
+    this is of one version, or an error. A context manager.
+
+    Names are relative to the step's folder, or to a folder in it.
+    """
+
+    step: int
+    manifest: bytes
+    """The content of its manifest."""
+
+    @abstractmethod
+    def show(self, name: str = "") -> str:
+        """The full name of a file, for messages."""
+
+    @abstractmethod
+    def kvstore(self, folder: str) -> KvSpec:
+        """A folder as a spec of tensorstore; its `path` ends with a slash."""
+
+    @abstractmethod
+    def wrong(self, base: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
+        """The first of these files below `base` that is not as recorded, and how: "is missing", "has 3 bytes instead of
+        5", ... `hashed`: read the small ones and compare their hashes. DamagedCheckpoint for what is no file.
+        """
+
+    @abstractmethod
+    def require_plain(self, folder: str) -> None:
+        """DamagedCheckpoint if the folder holds something else than folders and regular files, such as a link: readers
+        that open names by themselves would follow it.
+        """
+
+    @abstractmethod
+    def files(self, folder: str) -> "Files | None":
+        """The files of a folder, to be read straight; None where only tensorstore can."""
+
+    @abstractmethod
+    def is_replaced(self) -> bool:
+        """Whether the place now holds another version of the step, or none."""
+
+    @property
+    @abstractmethod
+    def is_frozen(self) -> bool:
+        """Whether what was read is of one version even though the step has been replaced since."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it."""
+
+    def __enter__(self) -> "HeldStep":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Files(Protocol):
+    """Regular files below a folder."""
+
+    def open(self, name: str) -> int:
+        """A descriptor of a file, for reading, which the caller closes; NotPlain for what is no file of the folder,
+        OSError.
         """
 
 

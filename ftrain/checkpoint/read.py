@@ -1,26 +1,30 @@
 """Restore one checkpoint into the shape of an abstract state, checking all that is read."""
 
-from collections.abc import Iterable
+import hashlib
+import time
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
 
 from ftrain import tree
 from ftrain.checkpoint import manifest as manifests
+from ftrain.checkpoint.ages import latest
 from ftrain.checkpoint.arrays import Piece, read_part
 from ftrain.checkpoint.direct import DirectReader
 from ftrain.checkpoint.dtypes import as_array, dtype_name
 from ftrain.checkpoint.errors import DamagedCheckpoint
-from ftrain.checkpoint.folders import step_name
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest, Scalar
-from ftrain.checkpoint.place import Place, join
+from ftrain.checkpoint.place import HeldStep, Place, join
 from ftrain.checkpoint.placed import placed
 from ftrain.checkpoint.rooms import Room
 from ftrain.checkpoint.roots import Root, open_place
+from ftrain.checkpoint.sums import check_sums
 from sharding.plan import Plan
 
 _WINDOW_BYTES = 2**29
+_TRIES = 8
 
 
 def restore(
@@ -34,7 +38,9 @@ def restore(
 ) -> Any:
     """The state saved at `step` (default: the latest) as a tree like `abstract_state`.
 
-    Saved on any mesh, restored on any other: of each leaf this process reads the chunks that hold its own part.
+    Saved on any mesh, restored on any other: of each leaf this process reads the chunks that hold its own part. While
+    another process saves the step again, what comes back is one version or the other. Of several processes each looks
+    for the latest itself: give them the step, or use `Checkpointer`, whose rank 0 decides for all.
 
     Args:
         abstract_state: a tree whose tensors give shape, dtype and device (what is on `meta` comes back on the CPU);
@@ -52,28 +58,92 @@ def restore(
         ValueError: there is no such step, or the saved leaves are not those of `abstract_state`, or it does not know
             the axes that a plan needs.
     """
-    place = open_place(root)
-    step = _existing(place, step)
-    manifest = manifests.load(place, step)
-    folder = join([step_name(step), manifest.base])
-    shown = place.show(step_name(step))
+    return restore_version(abstract_state, open_place(root), step, plan=plan, partial=partial, donate=donate)
+
+
+def version_of(place: Place, step: int | None) -> tuple[int, str]:
+    """A step (None: the latest) and the hash of its manifest, by which `restore_version` knows it again."""
+    with place.hold(existing(place, step)) as held:
+        return held.step, _digest(held)
+
+
+def await_version(place: Place, step: int, version: str, *, seconds: float) -> None:
+    """Return when this process sees that version of a step; TimeoutError. A network file system may show its folders
+    as they were up to a minute ago.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with place.hold(step) as held:
+                if _digest(held) == version:
+                    return
+            seen = "another version of it"
+        except (DamagedCheckpoint, OSError) as error:
+            seen = str(error)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"rank 0 restores step {step} of {place.show()}, and this rank sees {seen}: all ranks must share one "
+                "folder"
+            )
+        time.sleep(0.2)
+
+
+def restore_version(
+    abstract_state: Any,
+    place: Place,
+    step: int | None,
+    *,
+    version: str | None = None,
+    plan: Plan | None = None,
+    partial: bool = False,
+    donate: bool = False,
+) -> Any:
+    """As `restore`, of the given `version` of the step alone."""
+    for _ in range(_TRIES):
+        with place.hold(existing(place, step)) as held:
+            if version is not None and _digest(held) != version:
+                break
+            try:
+                found = _restored(abstract_state, place, held, plan=plan, partial=partial, donate=donate)
+            except (DamagedCheckpoint, OSError):
+                if not held.is_replaced():
+                    raise
+                continue
+            if held.is_frozen or not held.is_replaced():
+                return found
+    raise DamagedCheckpoint(
+        f"{place.show()} was written to whenever {'the latest step' if step is None else f'step {step}'} was read: "
+        "restore when that save has ended"
+    )
+
+
+def _digest(held: HeldStep) -> str:
+    return hashlib.sha256(held.manifest).hexdigest()
+
+
+def _restored(
+    abstract_state: Any, place: Place, held: HeldStep, *, plan: Plan | None, partial: bool, donate: bool
+) -> Any:
+    manifest = manifests.load(held)
+    shown = held.show()
     if plan is not None:
         abstract_state = placed(abstract_state, plan, manifest.parameters, shown)
     wanted = named_leaves(abstract_state)
     saved: dict[str, ArrayLeaf | Scalar] = {**manifest.arrays, **manifest.scalars}
     _check_names(shown, list(wanted.tensors) + list(wanted.scalars), saved, partial)
     _check_leaves(shown, wanted, saved)
-    _check_files(place, folder, manifest, wanted)
+    check_files(held, manifest, {manifest.arrays[path].part for path in wanted.tensors})
     leaves = dict(zip(tree.paths(abstract_state), tree.flatten(abstract_state)[0], strict=True))
     rooms = {path: Room(leaves[path], part, donate=donate) for path, part in wanted.tensors.items()}
-    _read(place, folder, manifest, wanted, rooms)
+    _read(place, held, manifest, wanted, rooms)
     values = [rooms[path].leaf() if path in rooms else manifest.scalars[path] for path in leaves]
     return tree.unflatten(tree.flatten(abstract_state)[1], values)
 
 
-def _existing(place: Place, step: int | None) -> int:
+def existing(place: Place, step: int | None) -> int:
+    """The step, or the latest; ValueError that lists what is there when it is not."""
     here = place.steps()
-    wanted = place.latest() if step is None else step
+    wanted = latest(place) if step is None else step
     if wanted is None:
         raise ValueError(f"{place.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
     if wanted not in here:
@@ -120,28 +190,30 @@ def _kind(path: str, leaf: Any, wanted: Leaves) -> str:
     return f"of type {type(leaf).__name__}"
 
 
-def _check_files(place: Place, folder: str, manifest: Manifest, wanted: Leaves) -> None:
-    """Find missing, short and changed files by name before tensorstore stumbles over them."""
-    parts = {manifest.arrays[path].part for path in wanted.tensors}
+def check_files(held: HeldStep, manifest: Manifest, parts: Collection[str]) -> None:
+    """Find missing, short and changed files of some parts by name, before tensorstore stumbles over them; and links."""
     files = {name: record for name, record in manifest.files.items() if name.split("/", 1)[0] in parts}
-    found = place.wrong(folder, files, hashed=manifest.checksum)
+    found = held.wrong(manifest.base, files, hashed=manifest.checksum)
     if found:
-        raise DamagedCheckpoint(f"{place.show(join([folder, found[0]]))} {found[1]}: restore another step")
+        raise DamagedCheckpoint(f"{held.show(join([manifest.base, found[0]]))} {found[1]}: restore another step")
+    for part in sorted(parts):
+        held.require_plain(join([manifest.base, part]))
 
 
-def _read(place: Place, folder: str, manifest: Manifest, wanted: Leaves, rooms: dict[str, Room]) -> None:
+def _read(place: Place, held: HeldStep, manifest: Manifest, wanted: Leaves, rooms: dict[str, Room]) -> None:
     """Read part by part, and within a part in windows, so that host copies of device tensors stay few."""
     context = place.context()
-    with DirectReader(database=manifest.database, checksum=manifest.checksum, context=context) as direct:
+    with DirectReader(manifest, context) as direct:
         for window in _windows(wanted.tensors, manifest):
             pieces = {path: _pieces(path, wanted, rooms[path]) for path in window}
             leaves = {path: manifest.arrays[path] for path in window}
-            name = join([folder, manifest.arrays[window[0]].part])
-            where, shown = place.kvstore(name), place.show(name)
-            done = direct.read(where, leaves, pieces, shown)
+            name = join([manifest.base, manifest.arrays[window[0]].part])
+            where, shown = held.kvstore(name), held.show(name)
+            done = direct.read(where, held.files(name), leaves, pieces, shown)
             # Also opens the others: their metadata is checked.
             rest = {path: [] if path in done else pieces[path] for path in window}
             read_part(where, leaves, rest, manifest.database, manifest.checksum, context, shown)
+            check_sums(leaves, rest, manifest.sums, shown)
             for path in window:
                 rooms[path].filled()
 

@@ -12,7 +12,7 @@ from ftrain.checkpoint.place import FileRecord
 @dataclass(frozen=True)
 class Report:
     """What a rank tells the others: that it failed (`error`), the `folder` it made, the `files` it wrote, a digest of
-    its `leaves`, its `scalars`.
+    its `leaves`, its `scalars`, the `sums` of the chunks it wrote by leaf and place.
     """
 
     error: str | None = None
@@ -20,6 +20,7 @@ class Report:
     files: Mapping[str, FileRecord] | None = None
     leaves: str = ""
     scalars: Mapping[str, Scalar] | None = None
+    sums: Mapping[str, Mapping[int, int]] | None = None
 
     def text(self) -> str:
         """As it is sent."""
@@ -35,7 +36,8 @@ class Report:
         """From what was sent."""
         body = json.loads(text)
         files = {name: FileRecord(**record) for name, record in (body.pop("files") or {}).items()}
-        return Report(**body, files=files)
+        sums = {path: {int(at): n for at, n in known.items()} for path, known in (body.pop("sums") or {}).items()}
+        return Report(**body, files=files, sums=sums)
 
 
 def words(error: BaseException) -> str:

@@ -1,15 +1,20 @@
-"""Which checkpoints to keep. Pure: from steps and metrics to the steps to delete."""
+"""Which checkpoints to keep. Pure: from what is known of the steps to those to delete."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from ftrain.checkpoint.ages import Kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Keep the `last` n steps (None: all), and every step that is a multiple of `every`, and the `best` m by `metric`.
+    """Keep the `last` n good copies (None: all), every step that is a multiple of `every`, and the `best` m by
+    `metric`.
 
     `lower_is_better` says which metrics are good. A step without that metric, or with NaN, is never among the best.
+    Copies that were saved while the run was not well (`Checkpointer.save(good=False)`) do not count: the newest stays
+    beside the good ones until a newer one is there.
     """
 
     last: int | None = None
@@ -32,14 +37,18 @@ class Retention:
 KEEP_ALL = Retention()
 
 
-def to_delete(steps: Mapping[int, Mapping[str, float]], keep: Retention, *, protected: int | None = None) -> list[int]:
-    """The steps, ascending, that `keep` does not ask for. `steps` maps each to its metrics; `protected` is kept."""
+def to_delete(steps: Sequence[Kept], keep: Retention, *, protected: int | None = None) -> list[int]:
+    """The steps, ascending, that `keep` does not ask for. `steps`: from the oldest to the newest; `protected` is kept,
+    and so is the newest.
+    """
     if keep.last is None:
         return []
-    kept = set(sorted(steps)[-keep.last :]) | set(best_steps(steps, keep)) | {protected}
+    good = [found.step for found in steps if found.good]
+    kept = {*good[-keep.last :], *(found.step for found in steps[-1:]), protected}
+    kept |= set(best_steps({found.step: found.metrics for found in steps}, keep))
     if keep.every is not None:
-        kept |= {step for step in steps if step % keep.every == 0}
-    return sorted(set(steps) - kept)
+        kept |= {step for step in good if step % keep.every == 0}
+    return sorted({found.step for found in steps} - kept)
 
 
 def best_steps(steps: Mapping[int, Mapping[str, float]], keep: Retention) -> list[int]:

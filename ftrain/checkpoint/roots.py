@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ftrain.checkpoint import ages
 from ftrain.checkpoint.bucket import Bucket
 from ftrain.checkpoint.local import LocalFolder
 from ftrain.checkpoint.place import Place
@@ -31,6 +32,6 @@ def latest(root: Root) -> int | None:
     """The last committed step, or None when nothing was saved.
 
     It is the step that `latest_checkpointed_iteration.txt` names; where that file is missing or names a step that is
-    not there (somebody moved it), the highest step that is.
+    not there (somebody moved it), the step that was written last.
     """
-    return open_place(root).latest()
+    return ages.latest(open_place(root))

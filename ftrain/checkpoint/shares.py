@@ -5,8 +5,8 @@ import math
 from ftrain.checkpoint.boxes import Box, Division, elements, grid_piece, whole
 from ftrain.checkpoint.chunks import chunk_shape
 from ftrain.checkpoint.dtypes import dtype_name
-from ftrain.checkpoint.folders import part_of
-from ftrain.checkpoint.leaves import Leaves, storage_key
+from ftrain.checkpoint.folders import part_of, storage_key
+from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.manifest import ArrayLeaf
 
 Holders = dict[Box, list[int]]

@@ -1,17 +1,18 @@
 """Commit one checkpoint: the data under a temporary name, synced, then the manifest, then the names that count."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ftrain.checkpoint import manifest as manifests
+from ftrain.checkpoint.ages import next_order
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
 from ftrain.checkpoint.clean import apply_retention
 from ftrain.checkpoint.errors import SaveFailed
-from ftrain.checkpoint.fill import Work, join_shares, write_share
-from ftrain.checkpoint.folders import step_name
+from ftrain.checkpoint.fill import Work, Written, join_shares, write_share
+from ftrain.checkpoint.folders import step_name, step_number
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.manifest import Manifest, Parameter
 from ftrain.checkpoint.place import FileRecord, Place, base_of
@@ -20,6 +21,7 @@ from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.report import Report
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
 from ftrain.checkpoint.roots import Root, open_place
+from ftrain.checkpoint.sums import joined
 
 _Found = TypeVar("_Found")
 NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
@@ -39,10 +41,10 @@ def save(
     `Checkpointer` does so in background, and from many processes; `specs` as there.
 
     Raises:
-        ValueError: a leaf cannot be saved, or another run writes into `root`.
+        ValueError: a leaf cannot be saved, `step` is no whole number, or another run writes into `root`.
         OSError: the disk is full, the folder is read-only, ...; what was saved before is untouched.
     """
-    leaves, place = named_leaves(state), open_place(root)
+    step, leaves, place = step_number(step), named_leaves(state), open_place(root)
     require_whole(leaves, Ranks())
     lock = place.lock()
     try:
@@ -75,6 +77,7 @@ def write_checkpoint(
     metrics: Mapping[str, float],
     parameters: Mapping[str, Parameter] = NO_PARAMETERS,
     keep: Retention = KEEP_ALL,
+    good: bool = True,
     ranks: Ranks | None = None,
     turn: int = 0,
 ) -> None:
@@ -89,7 +92,7 @@ def write_checkpoint(
     ranks = ranks or Ranks()
     share = _Share(place, leaves, storage, ranks)
     if ranks.rank == 0:
-        _lead(share, step, metrics, parameters, keep, turn)
+        _lead(share, _About(step, metrics, parameters, good), keep, turn)
     else:
         _follow(share, turn)
 
@@ -103,21 +106,24 @@ class _Share:
     storage: Storage
     ranks: Ranks
 
-    def write(self, folder: str) -> tuple[Work, Mapping[str, FileRecord]]:
-        """Write it; what all ranks write, and the files that this one has written."""
+    def write(self, folder: str) -> tuple[Work, Written]:
+        """Write it; what all ranks write, and what this one has written."""
         work = Work.of(self.leaves(), self.storage, self.ranks.world)
         return work, write_share(self.place, folder, work, self.ranks.rank)
 
 
-def _lead(
-    share: _Share,
-    step: int,
-    metrics: Mapping[str, float],
-    parameters: Mapping[str, Parameter],
-    keep: Retention,
-    turn: int,
-) -> None:
-    place, ranks, folder = share.place, share.ranks, ""
+@dataclass(frozen=True)
+class _About:
+    """What the manifest says besides the leaves."""
+
+    step: int
+    metrics: Mapping[str, float]
+    parameters: Mapping[str, Parameter]
+    good: bool
+
+
+def _lead(share: _Share, about: _About, keep: Retention, turn: int) -> None:
+    place, ranks, step, folder = share.place, share.ranks, about.step, ""
     try:
         folder = _saying(ranks, turn, "begin", lambda: _begin(place, step))
         written = _attempt(lambda: share.write(folder))
@@ -125,11 +131,12 @@ def _lead(
         ranks.forget(turn)
         if isinstance(written, BaseException):
             raise written
-        work, _ = written
+        work, own = written
         _require_same(work, reports)
         records = {name: record for report in reports for name, record in (report.files or {}).items()}
         files = join_shares(place, folder, work, records)
-        manifest = _manifest(step, work, metrics, parameters, files, base_of(folder, step_name(step)))
+        sums = joined(work.arrays, [own.sums, *(r.sums or {} for r in reports)]) if work.storage.checksum else {}
+        manifest = _manifest(about, work, files, sums, base=base_of(folder, step_name(step)), order=next_order(place))
         place.commit(folder, step, manifests.dumps(manifest))
     except BaseException as error:
         if folder:
@@ -146,8 +153,9 @@ def _follow(share: _Share, turn: int) -> None:
     if isinstance(written, BaseException):
         ranks.say(turn, "done", Report.of(written).text())
         raise written
-    work, files = written
-    ranks.say(turn, "done", Report(files=files, leaves=work.digest(), scalars=work.leaves.scalars).text())
+    work, own = written
+    report = Report(files=own.files, leaves=work.digest(), scalars=work.leaves.scalars, sums=own.sums)
+    ranks.say(turn, "done", report.text())
     _heard(ranks, turn, "end")
     ranks.forget(turn + 1)
 
@@ -200,21 +208,25 @@ def _require_same(work: Work, reports: list[Report]) -> None:
 
 
 def _manifest(
-    step: int,
+    about: _About,
     work: Work,
-    metrics: Mapping[str, float],
-    parameters: Mapping[str, Parameter],
     files: Mapping[str, FileRecord],
+    sums: Mapping[str, Sequence[int]],
+    *,
     base: str,
+    order: int,
 ) -> Manifest:
     return Manifest(
-        step=step,
+        step=about.step,
         database=work.storage.database,
         checksum=work.storage.checksum,
         arrays=work.arrays,
         scalars=work.leaves.scalars,
-        metrics=dict(metrics),
+        metrics=dict(about.metrics),
         files=dict(files),
         base=base,
-        parameters=dict(parameters),
+        parameters=dict(about.parameters),
+        order=order,
+        good=about.good,
+        sums=dict(sums),
     )

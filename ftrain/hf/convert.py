@@ -9,23 +9,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ftrain.checkpoint.ages import latest
 from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.folders import step_folder
 from ftrain.checkpoint.local import LocalFolder
 from ftrain.checkpoint.place import Place
 from ftrain.checkpoint.roots import Root, open_place
-from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_json
+from ftrain.hf.described import described_decoder
+from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_json, read_member
 from ftrain.hf.load import check_fit, read_parts, stored_dtypes
 from ftrain.hf.save import HfWriter
 from ftrain.hf.shards import Entry, cast_dtype, parse_size
 from ftrain.hf.stream import Group, Range, SavedArrays, groups, save_stream
+from ftrain.outside import JSON_BYTES
 from modules import decoder
-from modules.hf_config import decoder_config
+from modules.decoder import DecoderConfig
 from modules.hf_names import HfTensor, decoder_names
 from modules.spec import ParamSpec, leaves_with_paths
 
 ASSETS = "model_assets"  # beside the steps, as in VeOmni: config.json, the tokenizer
 _ASSET_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+_ASSET_BYTES = 2**28
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
@@ -92,7 +96,8 @@ def hf_to_checkpoint(
     Raises `ValueError` where the folder is not that of a decoder we have (see `decoder_config`, `load_hf`).
     """
     here = HfFolder.open(folder)
-    cfg = decoder_config(here.config())
+    cfg = described_decoder(here.config(), str(folder / CONFIG), layers=len(here.tensors), experts=len(here.tensors))
+    _require_no_more(cfg, here)
     names = decoder_names(cfg)
     specs = decoder.specs(cfg)
     wanted = {path: Entry(spec.shape, spec.dtype) for path, spec in leaves_with_paths(specs)}
@@ -106,12 +111,12 @@ def hf_to_checkpoint(
         parts = {path: part.box(wanted[path].shape) for path, part in own.items()}
         return {f"{params}.{p}": t for p, t in read_parts(here, wanted, names, parts).items()}
 
+    assets = {name: read_member(here.path, name, limit=_ASSET_BYTES) for name in _assets(here.path)}
     largest = max(file.stat().st_size for file in {stored.file for stored in here.tensors.values()})
     place = open_place(root)
     save_stream(place, step, leaves, produce, limit=_part_bytes(largest), specs=specs)
-    for file in sorted(here.path.iterdir()):
-        if file.is_file() and _is_asset(file.name):
-            place.write(f"{ASSETS}/{file.name}", file.read_bytes())
+    for name, content in assets.items():
+        place.write(f"{ASSETS}/{name}", content)
 
 
 def checkpoint_to_hf(
@@ -134,30 +139,32 @@ def checkpoint_to_hf(
     """
     place = open_place(root)
     described = _saved_config(place) if config is None else read_json(config)
-    step = place.latest() if step is None else step
+    step = latest(place) if step is None else step
     if step is None:
         raise ValueError(f"{place.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
-    cfg = decoder_config(described)
-    names = decoder_names(cfg)
-    folder = _own_folder(place, step) if folder is None else folder
-    saved = SavedArrays(place, step, params)
-    stored = _stored(saved, f"step {step} of {place.show()}", params, dict(leaves_with_paths(decoder.specs(cfg))))
-    entries = {path: Entry(leaf.shape, cast_dtype(leaf.dtype, dtype)) for path, leaf in stored.items()}
-    with HfWriter(folder, described, entries, names, max_shard=max_shard) as writer:
-        for group in _parts_to_write(saved, params, writer, stored, _part_bytes(parse_size(max_shard))):
-            for path, values in saved.read(group).items():
-                writer.write(path.removeprefix(f"{params}."), values, start=group[path].start)
+    shown = place.show(f"{ASSETS}/{CONFIG}") if config is None else str(config)
+    with SavedArrays(place, step, params) as saved:
+        largest = max((size for leaf in saved.arrays.values() for size in leaf.shape), default=0)
+        cfg = described_decoder(described, shown, layers=len(saved.arrays), experts=largest)
+        names = decoder_names(cfg)
+        folder = _own_folder(place, step) if folder is None else folder
+        stored = _stored(saved, f"step {step} of {place.show()}", params, dict(leaves_with_paths(decoder.specs(cfg))))
+        entries = {path: Entry(leaf.shape, cast_dtype(leaf.dtype, dtype)) for path, leaf in stored.items()}
+        with HfWriter(folder, described, entries, names, max_shard=max_shard) as writer:
+            for group in _parts_to_write(saved, params, writer, stored, _part_bytes(parse_size(max_shard))):
+                for path, values in saved.read(group).items():
+                    writer.write(path.removeprefix(f"{params}."), values, start=group[path].start)
     if config is None:
         for name in filter(_is_asset, place.files(ASSETS)):
             if name != CONFIG:
-                (folder / name).write_bytes(place.read(f"{ASSETS}/{name}"))
+                (folder / name).write_bytes(place.read(f"{ASSETS}/{name}", limit=_ASSET_BYTES))
     return folder
 
 
 def _saved_config(place: Place) -> dict[str, Any]:
     name = f"{ASSETS}/{CONFIG}"
     try:
-        return parse_json(place.read(name), place.show(name))
+        return parse_json(place.read(name, limit=JSON_BYTES), place.show(name))
     except FileNotFoundError:
         raise ValueError(f"{place.show(name)} is missing: give the config.json of the model with --config") from None
 
@@ -224,6 +231,24 @@ def _by_file(here: HfFolder, wanted: Iterable[str], names: tuple[HfTensor, ...])
             file = here.tensors[name.name].file
             first[name.leaf] = min(first.get(name.leaf, file), file)
     return sorted(wanted, key=lambda path: first[path])
+
+
+def _require_no_more(cfg: DecoderConfig, here: HfFolder) -> None:
+    """ValueError if the layers and experts are far more than the folder's tensors: their names alone would fill the
+    memory. What is only a few more is found, and named, by `check_fit`.
+    """
+    count = cfg.layers * (cfg.moe.experts if cfg.moe else 1)
+    if count > 100 * len(here.tensors):
+        raise ValueError(
+            f"{here.path / CONFIG} describes {cfg.layers:,} layers with {count:,} experts, and the folder holds "
+            f"{len(here.tensors):,} tensors: give the config.json that belongs to these weights"
+        )
+
+
+def _assets(folder: Path) -> list[str]:
+    """The names of the small files beside the weights; links too, which are then looked at."""
+    entries = [entry for entry in folder.iterdir() if _is_asset(entry.name)]
+    return sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_file())
 
 
 def _is_asset(name: str) -> bool:

@@ -2,7 +2,9 @@
 
 import difflib
 import fnmatch
-import json
+import os
+import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from ftrain.beneath import kind_of, read_file
+from ftrain.outside import JSON_BYTES, check, mapped, parse, text
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -35,11 +40,12 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk: its file, shape and dtype."""
+    """A tensor on disk: its file, shape and dtype. `shown`: the file's name in the model's folder."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    shown: Path
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,15 @@ class HfFolder:
         folder = Path(path)
         tensors: dict[str, Stored] = {}
         index = _index(folder)
-        for file in [folder / SINGLE] if index is None else sorted({folder / name for name in index.values()}):
-            tensors.update(_header(file))
+        for name in [SINGLE] if index is None else sorted(set(index.values())):
+            tensors.update(_header(member(folder, name), folder / name))
         if index is not None:
             _check_index(folder, index, tensors)
         return HfFolder(folder, tensors)
 
     def config(self) -> dict[str, Any]:
         """What `config.json` says."""
-        return read_json(self.path / CONFIG)
+        return parse_json(read_member(self.path, CONFIG, limit=JSON_BYTES), str(self.path / CONFIG))
 
     def find(self, name: str, *, wanted_for: str) -> Stored:
         """The tensor of this name; `ValueError` names what it is `wanted_for` and the nearest name that is there."""
@@ -95,10 +101,45 @@ class HfFolder:
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `ValueError` names the file if it is missing or is not one."""
+def member(folder: Path, name: str) -> Path:
+    """The regular file `name` of a folder, or what the cache of Hugging Face's hub has in its place: a link to a file
+    in the `blobs` of the same repository. ValueError for a link that leads elsewhere, a pipe, a device, a name with
+    other folders in it.
+    """
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise ValueError(f"{name!r} is no name of a file in {folder}: copy the folder again")
+    file = folder / name
     try:
-        content = path.read_bytes()
+        mode = file.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            file = _blob(file)
+            mode = file.lstat().st_mode
+    except FileNotFoundError:
+        raise ValueError(f"{folder / name} is missing: download or copy the folder again") from None
+    except OSError as error:
+        raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{folder / name} is {kind_of(mode)}, not a regular file: copy the folder again")
+    return file
+
+
+def read_member(folder: Path, name: str, *, limit: int) -> bytes:
+    """The content of a small file of a folder; ValueError where `member` raises it, or if it has more bytes."""
+    return read_file(member(folder, name), limit=limit)
+
+
+def _blob(link: Path) -> Path:
+    target, repository = os.readlink(link), link.parent.parent.parent
+    found = re.fullmatch(r"\.\./\.\./blobs/([0-9A-Za-z]+)", target)
+    if link.parent.parent.name != "snapshots" or found is None:
+        raise ValueError(f"{link} is a link to {target}: copy the file into the folder")
+    return repository / "blobs" / found[1]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that the caller names; `ValueError` names the file if it is missing or is not one."""
+    try:
+        content = read_file(path, limit=JSON_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: give a folder in Hugging Face's format") from None
     return parse_json(content, str(path))
@@ -107,9 +148,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(content: bytes, shown: str) -> dict[str, Any]:
     """The object that a JSON file `shown` holds; `ValueError` names the file if it is not one."""
     try:
-        found = json.loads(content)
+        found = parse(content, shown)
     except ValueError as error:
-        raise ValueError(f"{shown} is not JSON ({error}): copy it again") from error
+        raise ValueError(f"{error}: copy it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{shown} holds a {type(found).__name__}, not an object: copy it again")
     return found
@@ -130,39 +171,40 @@ def opened(file: Path) -> Iterator[Any]:
 
 def _index(folder: Path) -> dict[str, str] | None:
     """The file of each tensor; `None` where one file holds all."""
-    if (folder / INDEX).is_file():
-        weights = read_json(folder / INDEX).get("weight_map")
+    if os.path.lexists(folder / INDEX):
+        shown = str(folder / INDEX)
+        weights = parse_json(read_member(folder, INDEX, limit=JSON_BYTES), shown).get("weight_map")
         if not isinstance(weights, dict) or not weights:
-            raise ValueError(f"{folder / INDEX} has no 'weight_map': copy it again")
-        return weights
-    if (folder / SINGLE).is_file():
+            raise ValueError(f"{shown} has no 'weight_map': copy it again")
+        return check(weights, mapped(text(255)), shown)
+    if os.path.lexists(folder / SINGLE):
         return None
     others = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
     found = f"; it holds {others[0]}, which is pickled: save it as safetensors first" if others else ""
     raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{found}")
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path, shown: Path) -> dict[str, Stored]:
     found = {}
     with opened(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  # no dict
             entry = tensors.get_slice(name)
             if entry.get_dtype() not in DTYPES:
                 raise ValueError(
-                    f"{file}: {name!r} has dtype {entry.get_dtype()}, not read here; known: {', '.join(DTYPES)}"
+                    f"{shown}: {name!r} has dtype {entry.get_dtype()}, not read here; known: {', '.join(DTYPES)}"
                 )
-            found[name] = Stored(file, tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
+            found[name] = Stored(file, tuple(entry.get_shape()), DTYPES[entry.get_dtype()], shown)
     return found
 
 
 def _check_index(folder: Path, index: dict[str, str], tensors: dict[str, Stored]) -> None:
     for name, file in index.items():
-        if name not in tensors or tensors[name].file.name != file:
+        if name not in tensors or tensors[name].shown.name != file:
             raise ValueError(
                 f"{folder / INDEX} says that {file} holds {name!r}, but it does not: copy the folder again"
             )
     strange = sorted(set(tensors) - set(index))
     if strange:
         raise ValueError(
-            f"{tensors[strange[0]].file} holds {strange[0]!r}, which {INDEX} does not list: copy the folder again"
+            f"{tensors[strange[0]].shown} holds {strange[0]!r}, which {INDEX} does not list: copy the folder again"
         )

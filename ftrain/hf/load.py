@@ -146,7 +146,7 @@ def _check(here: HfFolder, wanted: Mapping[str, Entry], names: tuple[HfTensor, .
         expected = hf_shape(name, wanted[name.leaf].shape)
         if stored.shape != expected:
             raise ValueError(
-                f"{stored.file}: {name.name!r} has shape {list(stored.shape)}, but our {name.leaf!r} "
+                f"{stored.shown}: {name.name!r} has shape {list(stored.shape)}, but our {name.leaf!r} "
                 f"{list(wanted[name.leaf].shape)} needs {list(expected)}: use the configuration of these weights"
             )
         if not name.copy:
@@ -212,6 +212,6 @@ def _copy_transposed(room: Tensor, values: Tensor) -> None:
 def _require_equal(stored: Stored, name: HfTensor, room: Tensor, values: Tensor) -> None:
     if not torch.equal(room, (values.mT if name.transposed else values).to(room)):
         raise ValueError(
-            f"{stored.file}: {name.name!r} should repeat our {name.leaf!r}, but differs: "
+            f"{stored.shown}: {name.name!r} should repeat our {name.leaf!r}, but differs: "
             "these weights are not tied; set tie_word_embeddings to false in config.json"
         )

@@ -6,23 +6,29 @@ What is written is what `ftrain.checkpoint.save` writes, and what is read is che
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ftrain.checkpoint import manifest as manifests
+from ftrain.checkpoint.ages import next_order
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Piece, Storage, read_part, write_part
 from ftrain.checkpoint.boxes import Box
+from ftrain.checkpoint.direct import tree_bytes
 from ftrain.checkpoint.dtypes import DTYPES, as_array
 from ftrain.checkpoint.errors import DamagedCheckpoint
-from ftrain.checkpoint.folders import step_name
+from ftrain.checkpoint.extents import extents
+from ftrain.checkpoint.folders import step_name, step_number
 from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
 from ftrain.checkpoint.place import Place, base_of, join
 from ftrain.checkpoint.placed import parameters_of
+from ftrain.checkpoint.read import check_files, existing
 from ftrain.checkpoint.roots import Root, open_place
 from ftrain.checkpoint.shares import stored_arrays
+from ftrain.checkpoint.sums import check_sums, chunk_sums, joined
 
 
 @dataclass(frozen=True)
@@ -64,18 +70,27 @@ def save_stream(
         ValueError: another run writes into `root`.
         OSError: the disk is full, the folder is read-only, ...
     """
-    place = open_place(root)
+    step, place = step_number(step), open_place(root)
     arrays = stored_arrays(Leaves(dict(leaves), {}), storage.chunk_bytes)
     lock = place.lock()
     try:
         place.clean()
         folder = place.begin(step)
         try:
-            _write(place, folder, arrays, produce, leaves, limit, storage)
-            files = place.records(folder)
-            base = base_of(folder, step_name(step))
-            known = parameters_of(specs)
-            made = Manifest(step, storage.database, storage.checksum, arrays, {}, {}, files, base, known)
+            sums = _write(place, folder, arrays, produce, leaves, limit, storage)
+            made = Manifest(
+                step=step,
+                database=storage.database,
+                checksum=storage.checksum,
+                arrays=arrays,
+                scalars={},
+                metrics={},
+                files=place.records(folder),
+                base=base_of(folder, step_name(step)),
+                parameters=parameters_of(specs),
+                order=next_order(place),
+                sums=joined(arrays, [sums]) if storage.checksum else {},
+            )
             place.commit(folder, step, manifests.dumps(made))
         except BaseException:
             place.abort(folder)
@@ -85,7 +100,10 @@ def save_stream(
 
 
 class SavedArrays:
-    """The arrays of one step below a path of the state, read part by part; `arrays` describes them by full path."""
+    """The arrays of one step below a path of the state, read part by part; `arrays` describes them by full path.
+
+    A context manager. What is read is of one version of the step, or an error.
+    """
 
     def __init__(self, root: Root, step: int, below: str) -> None:
         """Read the manifest, and see that the files that hold these arrays are there, as they were written.
@@ -94,27 +112,41 @@ class SavedArrays:
             ValueError: there is no such step, or nothing below that path.
             DamagedCheckpoint: the manifest or a file is missing or was changed; it is named.
         """
-        self._place = open_place(root)
-        here = self._place.steps()
-        if step not in here:
-            raise ValueError(
-                f"{self._place.show()} holds no step {step}; it holds {', '.join(map(str, here)) or 'none'}"
-            )
-        manifest = manifests.load(self._place, step)
-        self.arrays = {path: leaf for path, leaf in manifest.arrays.items() if path.startswith(f"{below}.")}
-        if not self.arrays:
-            tops = sorted({path.split(".")[0] for path in manifest.arrays})
-            raise ValueError(
-                f"step {step} of {self._place.show()} has no tensors below {below!r}; it has {', '.join(tops)}"
-            )
-        self._folder = join([step_name(step), manifest.base])
-        parts = {leaf.part for leaf in self.arrays.values()}
-        files = {name: record for name, record in manifest.files.items() if name.split("/", 1)[0] in parts}
-        wrong = self._place.wrong(self._folder, files, hashed=manifest.checksum)
-        if wrong:
-            file = self._place.show(join([self._folder, wrong[0]]))
-            raise DamagedCheckpoint(f"{file} {wrong[1]}: convert another step")
-        self._manifest, self._context = manifest, self._place.context()
+        place = open_place(root)
+        self._held = place.hold(existing(place, step))
+        try:
+            manifest = manifests.load(self._held)
+            self.arrays = {path: leaf for path, leaf in manifest.arrays.items() if path.startswith(f"{below}.")}
+            if not self.arrays:
+                tops = sorted({path.split(".")[0] for path in manifest.arrays})
+                raise ValueError(
+                    f"step {step} of {place.show()} has no tensors below {below!r}; it has {', '.join(tops)}"
+                )
+            self._manifest, self._context = manifest, place.context()
+            self._check({leaf.part for leaf in self.arrays.values()})
+        except BaseException:
+            self._held.close()
+            raise
+
+    def __enter__(self) -> "SavedArrays":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
+
+    def _check(self, parts: set[str]) -> None:
+        """Files as recorded, and trees that neither lead elsewhere nor unpack to more than they may."""
+        check_files(self._held, self._manifest, parts)
+        for part in parts if self._manifest.database else ():
+            name = join([self._manifest.base, part])
+            files = self._held.files(name)
+            try:
+                if files is not None:
+                    extents(self._held.kvstore(name), self._context, files, limit=tree_bytes(self._manifest))
+            except (ValueError, OSError) as error:
+                raise DamagedCheckpoint(f"{self._held.show(name)} is damaged: {error}; convert another step") from error
 
     def read(self, group: Group) -> dict[str, Tensor]:
         """The values of these parts, on the CPU.
@@ -128,16 +160,14 @@ class SavedArrays:
             box = part.box(leaf.shape)
             found[path] = torch.empty([length for _, length in box], dtype=DTYPES[leaf.dtype])
             pieces = {path: [Piece(tuple(start for start, _ in box), as_array(found[path]))]}
-            where = join([self._folder, leaf.part])
+            name = join([self._manifest.base, leaf.part])
+            where, shown = self._held.kvstore(name), self._held.show(name)
             read_part(
-                self._place.kvstore(where),
-                {path: leaf},
-                pieces,
-                self._manifest.database,
-                self._manifest.checksum,
-                self._context,
-                self._place.show(where),
+                where, {path: leaf}, pieces, self._manifest.database, self._manifest.checksum, self._context, shown
             )
+            check_sums({path: leaf}, pieces, self._manifest.sums, shown)
+        if not self._held.is_frozen and self._held.is_replaced():
+            raise DamagedCheckpoint(f"{self._held.show()} was saved again while it was read: convert it once more")
         return found
 
 
@@ -177,8 +207,10 @@ def _write(
     leaves: Mapping[str, Tensor],
     limit: int,
     storage: Storage,
-) -> None:
+) -> dict[str, dict[int, int]]:
+    """Write all groups; the sums of their chunks."""
     context = place.context()
+    sums: dict[str, dict[int, int]] = {path: {} for path in arrays}
     grain = {path: Range(0, 0, leaf.chunk[0] if leaf.chunk else 1) for path, leaf in arrays.items()}
     items = {path: tensor.itemsize for path, tensor in leaves.items()}
     begun: set[str] = set()
@@ -187,8 +219,11 @@ def _write(
         for part in sorted({arrays[path].part for path in group}):
             here = [path for path in group if arrays[path].part == part]
             pieces = {p: [Piece(tuple(s for s, _ in group[p].box(arrays[p].shape)), as_array(values[p]))] for p in here}
+            for path in here if storage.checksum else ():
+                sums[path] |= chunk_sums(arrays[path], pieces[path][0])
             for create in (True, False):
                 some = {path: arrays[path] for path in here if (path not in begun) == create}
                 if some:
                     write_part(place.kvstore(join([folder, part])), some, pieces, storage, context, create=create)
         begun.update(group)
+    return sums

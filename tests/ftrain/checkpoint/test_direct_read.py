@@ -9,13 +9,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ftrain.beneath import Folder
 from ftrain.checkpoint import DamagedCheckpoint, Storage, open_place, restore, save
 from ftrain.checkpoint import direct as direct_module
 from ftrain.checkpoint import read as read_module
 from ftrain.checkpoint.arrays import Piece, merge_databases, write_part
 from ftrain.checkpoint.direct import DirectReader
 from ftrain.checkpoint.extents import extents
-from ftrain.checkpoint.manifest import ArrayLeaf
+from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
+from ftrain.checkpoint.place import FileRecord
+from ftrain.checkpoint.sums import chunk_sums, joined
 
 
 @st.composite
@@ -29,18 +32,25 @@ def blocks(draw):
 
 
 @pytest.mark.parametrize("storage", [Storage(), Storage(database=False), Storage(database=False, checksum=False)])
-@given(block=blocks())
+@given(block=blocks(), summed=st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_block_of_any_array(tmp_path_factory, storage, block):
+def test_any_block_of_any_array(tmp_path_factory, storage, block, summed):
     shape, chunk, starts, ends = block
-    where = {"driver": "file", "path": f"{tmp_path_factory.mktemp('array')}/"}
+    folder = tmp_path_factory.mktemp("array")
+    where = {"driver": "file", "path": f"{folder}/"}
     leaf = ArrayLeaf(part="model", key="a", shape=shape, dtype="complex128", chunk=chunk)
     values = np.arange(math.prod(shape)).reshape(shape) * (1 + 2j)
     context = ts.Context()
-    write_part(where, {"a": leaf}, {"a": [Piece((0,) * len(shape), values)]}, storage, context)
+    whole = Piece((0,) * len(shape), values)
+    write_part(where, {"a": leaf}, {"a": [whole]}, storage, context)
+    files = {f"model/{p.relative_to(folder)}": FileRecord(None, None) for p in folder.rglob("*")}
+    sums = joined({"a": leaf}, [{"a": chunk_sums(leaf, whole)}]) if summed else {}
+    manifest = Manifest(1, storage.database, storage.checksum, {"a": leaf}, {}, {}, files, sums=sums)
     room = np.zeros([end - start for start, end in zip(starts, ends, strict=True)], values.dtype)
-    with DirectReader(database=storage.database, checksum=storage.checksum, context=ts.Context()) as reader:
-        done = reader.read(where, {"a": leaf}, {"a": [Piece(starts, room)]}, "here")
+    if summed and not storage.checksum:
+        return  # nothing then computes sums
+    with DirectReader(manifest, ts.Context()) as reader, Folder(folder) as opened:
+        done = reader.read(where, opened, {"a": leaf}, {"a": [Piece(starts, room)]}, "here")
     # Values of up to 100 bytes are kept in the database's tree.
     stored = math.prod(chunk) * 16 + 4 * storage.checksum
     assert done == ({"a"} if stored > 100 or not storage.database else set())
@@ -84,7 +94,8 @@ def test_keys_below_inner_nodes_and_in_joined_databases(tmp_path):
         transaction.commit_async().result()
     where = {"driver": "file", "path": f"{tmp_path}/"}
     merge_databases(where, ["rank_1"], ts.Context())
-    found = extents(where, ts.Context())
+    with Folder(tmp_path) as files:
+        found = extents(where, ts.Context(), files)
     read = {k: (tmp_path / e.file).read_bytes()[e.offset : e.offset + e.length] for k, e in found.items()}
     assert read == written
 
@@ -111,6 +122,6 @@ def test_a_file_that_is_cut_off_behind_our_back(tmp_path, monkeypatch):
     save(state, tmp_path, 1, storage=Storage(database=False))
     (path,) = (tmp_path / "global_step_1" / "model" / "params.w" / "c").iterdir()
     path.write_bytes(path.read_bytes()[:5000])
-    monkeypatch.setattr(read_module, "_check_files", lambda *_: None)
+    monkeypatch.setattr(read_module, "check_files", lambda *_: None)
     with pytest.raises(DamagedCheckpoint, match=r"leaf 'params.w' .* params.w/c/0 ends at byte 5000, within a chunk"):
         restore(state, open_place(tmp_path))

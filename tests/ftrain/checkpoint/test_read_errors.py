@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_states import same_bits, training_state
 
-from ftrain.checkpoint import DamagedCheckpoint, Storage, restore, save
+from ftrain.checkpoint import DamagedCheckpoint, Storage, manifest, restore, save
 
 
 def data_files(folder):
@@ -125,8 +125,9 @@ def test_a_flipped_chunk_names_its_leaf(tmp_path, monkeypatch):
 
 
 def test_a_manifest_of_a_newer_version(tmp_path, monkeypatch):
-    monkeypatch.setattr("ftrain.checkpoint.manifest.VERSION", 2)
+    now = manifest.VERSION
+    monkeypatch.setattr(manifest, "VERSION", now + 1)
     save({"a": 1}, tmp_path, 1)
-    monkeypatch.setattr("ftrain.checkpoint.manifest.VERSION", 1)
-    with pytest.raises(ValueError, match="has version 2, this ftrain reads up to 1"):
+    monkeypatch.setattr(manifest, "VERSION", now)
+    with pytest.raises(ValueError, match=f"has version {now + 1}, this ftrain reads up to {now}: upgrade"):
         restore({"a": 1}, tmp_path)

@@ -1,0 +1,62 @@
+"""Which of the committed steps are old and which are new: told by when they were written, not by their numbers.
+
+A run may go back: after steps 4000 and 5000 it goes on from 4000 and saves 4010, which is newer than 5000.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ftrain.checkpoint import manifest as manifests
+from ftrain.checkpoint.place import Place
+
+_log = logging.getLogger("ftrain.checkpoint")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a committed step: its manifest's `order`, `good` and `metrics`."""
+
+    step: int
+    order: int = 0
+    good: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its manifest could be read."""
+        return self.order >= 0
+
+
+def kept(place: Place) -> list[Kept]:
+    """The committed steps from the oldest to the newest. Those whose manifest cannot be read count as the oldest; of
+    those from before there was an order, the highest step is the newest.
+    """
+    return sorted((_look(place, step) for step in place.steps()), key=lambda found: (found.order, found.step))
+
+
+def latest(place: Place) -> int | None:
+    """The last committed step: the one that `latest_checkpointed_iteration.txt` names; where that file is missing,
+    cannot be read, or names a step that is not there (somebody moved it), the newest.
+    """
+    here, named = place.steps(), place.named()
+    if named in here or not here:
+        return named if here else None
+    return here[0] if len(here) == 1 else kept(place)[-1].step
+
+
+def next_order(place: Place) -> int:
+    """The order of a step that is written now: above all others', also where the clock has gone back."""
+    last = latest(place)
+    return max(time.time_ns(), 0 if last is None else _look(place, last).order + 1)
+
+
+def _look(place: Place, step: int) -> Kept:
+    try:
+        with place.hold(step) as held:
+            found = manifests.load(held)
+    except (ValueError, OSError) as error:
+        _log.warning("%s: it counts as the oldest step", error)
+        return Kept(step, order=-1, good=False)
+    return Kept(step, found.order, found.good, found.metrics)

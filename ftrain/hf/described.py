@@ -1,0 +1,66 @@
+"""The decoder that a `config.json` from anybody describes: its entries checked, its counts bounded by what is there.
+
+Work and memory grow with the number of layers and experts, long before a weight is looked for.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftrain.outside import Shape, check, either, flag, listed, number, one_of, record, text, whole
+from modules.decoder import DecoderConfig
+from modules.hf_config import decoder_config
+
+
+def _maybe(shape: Shape) -> Shape:
+    return either(one_of(None), shape)
+
+
+_ROPE = record(
+    {},
+    optional={
+        "rope_theta": _maybe(number(1e-6)),
+        "rope_type": _maybe(text()),
+        "type": _maybe(text()),
+        "factor": _maybe(number()),
+        "low_freq_factor": _maybe(number()),
+        "high_freq_factor": _maybe(number()),
+        "original_max_position_embeddings": _maybe(whole(1)),
+        "partial_rotary_factor": _maybe(number()),
+    },
+    others=True,
+)
+_COUNT, _REAL, _FLAG = _maybe(whole(1, 2**40)), _maybe(number(0.0)), _maybe(flag)
+_CONFIG = record(
+    {"model_type": text()},
+    optional={
+        **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), _COUNT),
+        **dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size"), _COUNT),
+        **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "sliding_window"), _COUNT),
+        **dict.fromkeys(("rms_norm_eps", "initializer_range", "router_aux_loss_coef"), _REAL),
+        **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG),
+        "norm_topk_prob": _FLAG,
+        "rope_theta": _maybe(number(1e-6)),
+        "rope_parameters": _maybe(_ROPE),
+        "rope_scaling": _maybe(_ROPE),
+        "decoder_sparse_step": _COUNT,
+        "mlp_only_layers": _maybe(listed(whole())),
+        "layer_types": _maybe(listed(text())),
+        "hidden_act": text(),
+    },
+    others=True,
+)
+
+
+def described_decoder(config: Mapping[str, Any], shown: str, *, layers: int, experts: int) -> DecoderConfig:
+    """The decoder of the configuration in the file `shown`, which can have no more `layers` and `experts` of a layer
+    than this. ValueError names the file and the entry.
+    """
+    check(config, _CONFIG, shown)
+    for field, most in (("num_hidden_layers", layers), ("num_experts", experts), ("num_local_experts", experts)):
+        found = config.get(field) or 0
+        if found > most:
+            raise ValueError(
+                f"{shown}: {field} is {found:,}, and there are weights of no more than {most:,}: give the config.json "
+                "that belongs to these weights"
+            )
+    return decoder_config({name: value for name, value in config.items() if value is not None})
