@@ -1,6 +1,8 @@
 """How long a node takes, before it is run: measured on this device where it was, else by a roofline."""
 
 import json
+import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from ftrain.text import op_name
 from kernels.offload import fetch_start, offload_start
 from sharding.mesh import Mesh
 from sharding.processes import same_everywhere
+
+_log = logging.getLogger("ftrain.op_times")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class OpTimes:
         """
         speed = speed_of(device)
         file = cache_file(speed.name)
-        times = OpTimes(speed, json.loads(file.read_text()) if file.exists() else {})
+        times = OpTimes(speed, _cached(file))
         return same_everywhere(times, mesh)
 
     def save(self) -> Path:
@@ -95,6 +99,22 @@ class OpTimes:
         return self.speed.launch + 1e6 * max(compute, memory)
 
 
+def read_times(file: Path) -> dict[str, float]:
+    """Microseconds by `op_key` as `OpTimes.save` writes them; of this device or brought from another.
+
+    ValueError if there is no such file, or it is not a table of such times.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as times of ops: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(t, float | int) and 0 <= t < math.inf for t in found.values()):
+        raise ValueError(
+            f"{file} is not a table of ops' microseconds, as ftrain.profile_nodes(remember=True) writes one"
+        )
+    return found
+
+
 def op_key(node: fx.Node) -> str:
     """What a node's time depends on: its op, and the shapes and dtypes that it reads and writes."""
     values = [sized(n) for n in [node, *node.all_input_nodes]]
@@ -103,8 +123,18 @@ def op_key(node: fx.Node) -> str:
 
 def cache_file(device: str) -> Path:
     """Where the times of a device are kept."""
-    folder = Path(os.environ.get("FTRAIN_CACHE", Path.home() / ".cache" / "ftrain"))
+    named = os.environ.get("FTRAIN_CACHE")
+    folder = Path(named) if named else Path.home() / ".cache" / "ftrain"
     return folder / f"op-times-{''.join(c if c.isalnum() else '-' for c in device)}.json"
+
+
+def _cached(file: Path) -> dict[str, float]:
+    """What a file of the cache holds: of one that cannot be read nothing, which is said."""
+    try:
+        return read_times(file) if file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        _log.warning("%s: times are estimated instead; remove the file, and measure anew", error)
+        return {}
 
 
 def _show(value: object) -> str:

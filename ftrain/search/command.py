@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from ftrain.op_times import read_times
 from ftrain.search.check import check_best, processes
-from ftrain.search.cluster import cluster
+from ftrain.search.cluster import Cluster, cluster
 from ftrain.search.here import is_first, of_first
 from ftrain.search.layouts import Space, divisors
 from ftrain.search.page import write_page
@@ -39,6 +40,9 @@ class PlanOptions:
     """How many GPUs there are."""
     gpu: str = "h100"
     """a100, h100, h200 or b200."""
+    op_times: Path | None = None
+    """Microseconds of single ops on such a GPU: the op-times-*.json that experiments/bench/gpu.py leaves. Ops that are
+    not in it are priced by a roofline."""
     tokens: str = "8K"
     """Tokens of a pack: the longest document. K and M are 1024 and 1024^2."""
     packs: int | None = None
@@ -74,7 +78,7 @@ def _run(options: PlanOptions) -> int:
     tokens = tokens_of(options.tokens)
     packs = options.packs or default_packs(options.gpus, tokens)
     load = partial(load_subject, options.experiment, tokens, packs, options.size)
-    subject, machine = load(), cluster(options.gpu)
+    subject, machine = load(), _machine(options)
     say = partial(console.print, style="dim")
     result = of_first(lambda: search(subject, options.gpus, machine, _options_of(options), load=load, say=say))
     title = f"{subject.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
@@ -90,6 +94,11 @@ def _run(options: PlanOptions) -> int:
     if options.check:
         check_best(result.prices[: options.check], subject, console=console)
     return 0
+
+
+def _machine(options: PlanOptions) -> Cluster:
+    known = cluster(options.gpu)
+    return known if options.op_times is None else replace(known, measured=read_times(options.op_times))
 
 
 def _options_of(options: PlanOptions) -> Options:
