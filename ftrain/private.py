@@ -1,12 +1,12 @@
 """Every private torch name that the trainer uses, with one canary test each: an upgrade of torch has one place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
@@ -144,6 +144,11 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def keep_busy(cycles: int) -> None:
+    """Let the current CUDA device do nothing for so many of its clock's cycles, behind what it was given before."""
+    torch.cuda._sleep(cycles)
+
+
 def storage_id(tensor: Tensor) -> int:
     """Identity of the memory that a tensor looks at; equal for views of one another, also for fake tensors."""
     return tensor.untyped_storage()._cdata
@@ -182,12 +187,24 @@ def fake_mode_of(fakes: list[Any]) -> FakeTensorMode:
     return new_fake_mode()
 
 
-def compile_with_inductor(module: fx.GraphModule) -> Callable:
-    """Compile a graph of functional ops and final `copy_`s to inputs; shapes are those of the trace."""
-    from torch._inductor import standalone_compile
+def compile_with_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
+    """Compile a graph of functional ops and final `copy_`s to inputs; shapes, and strides of results, are the trace's.
+
+    The graph goes to Inductor below AOTAutograd, which has nothing to do for it and whose wrapper costs more per call
+    than a launch. Inductor then lacks the decompositions that AOTAutograd applies: they are traced through here.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
 
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    return standalone_compile(module, inputs, dynamic_shapes="from_graph")
+    mode = fake_mode_of(inputs)
+    with torch.no_grad(), mode, disable_proxy_modes_tracing():
+        lowered = make_fx(module, decomposition_table=select_decomp_table(), tracing_mode="real")(*inputs)
+    output = lowered.graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # whose strides are kept
+    with tracing(TracingContext(mode)):
+        run = compile_fx_inner(lowered, inputs).current_callable
+    return lambda *tensors: run(list(tensors))
 
 
 def value_of(node: fx.Node) -> Any:

@@ -14,7 +14,14 @@ from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes, op_key
 from ftrain.passes.waits import WAIT
+from ftrain.private import keep_busy
 from ftrain.text import op_name, short_site
+from kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
+
+_COPIES = (offload_start, offload_wait, fetch_start, fetch_wait)
+_INSIDE = 10  # runs of a short op between two events
+_SHORT = 500.0  # microseconds from which an op is timed by itself
+_CYCLES_OF_LAUNCHES = 1_000_000  # about half a millisecond: the host gives the device _INSIDE ops meanwhile
 
 
 class NodeTime(NamedTuple):
@@ -32,8 +39,9 @@ def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember:
     """Time the ATen ops of a step one by one, in order of the graph: the least of `repeats` runs each.
 
     `step` is jitted or a plain function; `args` are as for a call of it, and are not modified. Nodes in the body of a
-    loop are named `loop.node`. Each op waits for the device (CUDA events), so the sum is above the time of a step that
-    overlaps them. On a mesh of processes all ranks call this together, and a wait's time is that of its message.
+    loop are named `loop.node`. On CUDA a time is that of the device's work without its launch: the sum is above the
+    time of a step that overlaps ops, and below that of a step that waits for its launches. On a mesh of processes all
+    ranks call this together, and a wait's time is that of its message.
 
     `remember`: keep the time of each distinct op, shapes and dtypes for this device on disk (`FTRAIN_CACHE`): steps
     lowered from now on weigh recompute and overlap by them instead of by a roofline.
@@ -50,7 +58,7 @@ def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember:
 def _least(module: fx.GraphModule, inputs: list[torch.Tensor], repeats: int) -> dict[str, NodeTime]:
     """The least time of each node, after a run that warms up."""
     cuda = any(x.device.type == "cuda" for x in inputs)
-    measure = _time_on_cuda if cuda else _time_on_cpu
+    measure = _CudaClock() if cuda else _time_on_cpu
     _run_once(module, inputs, measure)
     runs = [_run_once(module, inputs, measure) for _ in range(repeats)]
     return {name: min((run[name] for run in runs), key=lambda t: t.microseconds) for name in runs[0]}
@@ -79,7 +87,7 @@ def _run_once(module: fx.GraphModule, inputs: list[Any], measure: Callable) -> d
     total: dict[str, NodeTime] = {}
 
     def visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-        value, microseconds = measure(node.target, args, kwargs)
+        value, microseconds = measure(node, args, kwargs)
         name = ".".join([*(i.loop for i in inside), node.name])
         before = total[name].microseconds if name in total else 0.0
         meta = node.meta
@@ -97,16 +105,48 @@ def _run_once(module: fx.GraphModule, inputs: list[Any], measure: Callable) -> d
     return total
 
 
-def _time_on_cpu(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
+def _time_on_cpu(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
     start = time.perf_counter_ns()
-    value = function(*args, **kwargs)
+    value = node.target(*args, **kwargs)  # type: ignore[operator]
     return value, (time.perf_counter_ns() - start) / 1e3
 
 
-def _time_on_cuda(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    value = function(*args, **kwargs)
-    end.record()
-    end.synchronize()
-    return value, start.elapsed_time(end) * 1e3
+class _CudaClock:
+    """Times what the device does, not the host's launches: these go on while the device is kept busy with nothing.
+
+    A short op is run several times between two events, and what two events with nothing between them tell is taken off.
+    """
+
+    def __init__(self) -> None:
+        self._empty = 0.0
+        self._empty = statistics.median(self._between(lambda: None) for _ in range(_INSIDE))
+
+    def __call__(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
+        """The op's value, and its microseconds."""
+        found: list[Any] = []
+        once = self._between(lambda: found.append(node.target(*args, **kwargs)))  # type: ignore[operator]
+        if once > _SHORT or not _may_run_again(node):
+            return found[0], once
+        return found[0], self._between(lambda: _run(node, args, kwargs, _INSIDE)) / _INSIDE
+
+    def _between(self, work: Callable[[], Any]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        keep_busy(_CYCLES_OF_LAUNCHES)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return max(0.0, start.elapsed_time(end) * 1e3 - self._empty)
+
+
+def _run(node: fx.Node, args: tuple, kwargs: dict[str, Any], times: int) -> None:
+    for _ in range(times):
+        node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _may_run_again(node: fx.Node) -> bool:
+    """Not what writes into its arguments, nor messages and copies to the host, of which one alone is under way."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return target is not WAIT and target not in COLLECTIVES and target not in _COPIES

@@ -2,6 +2,7 @@
 
 import operator
 
+import pytest
 import torch
 from torch import fx
 
@@ -154,9 +155,20 @@ def test_value_of_a_node_is_new_memory_or_a_view():
 
 
 def test_inductor_compiles_a_graph():
-    module = tracing(lambda x: [x * 2 + 1], (8,))
-    (out,) = private.compile_with_inductor(module)(torch.arange(8.0))
-    assert out.tolist() == [2 * i + 1 for i in range(8)]
+    module = tracing(lambda x: [x * 2 + 1, (x.view(2, 4).t() * 2).softmax(-1)], (8,))
+    x = torch.arange(8.0)
+    for ours, expected in zip(private.compile_with_inductor(module)(x), module(x), strict=True):
+        torch.testing.assert_close(ours, expected)
+        assert ours.stride() == expected.stride()
+
+
+def test_inductor_writes_over_inputs():
+    module = tracing(lambda x, y: [y.sin() + x, x.copy_(y.cos() * 2)][:1], (8,), (8,))
+    x, y = torch.arange(8.0), torch.ones(8)
+    before = x.clone()
+    (out,) = private.compile_with_inductor(module)(x, y)
+    torch.testing.assert_close(out, y.sin() + before)
+    torch.testing.assert_close(x, y.cos() * 2)
 
 
 def test_views_are_known_as_such():
@@ -193,3 +205,17 @@ def test_writes_are_counted_through_any_view():
     assert private.version_of(alias) == before + 1
     with torch.inference_mode():
         assert private.version_of(torch.zeros(1)) == 0
+
+
+@pytest.mark.gpu
+def test_a_card_is_kept_busy():
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    private.keep_busy(10_000_000)
+    end.record()
+    end.synchronize()
+    assert 1 < start.elapsed_time(end) < 100
+
+
+def test_the_name_that_keeps_a_card_busy_is_there():
+    assert callable(torch.cuda._sleep)

@@ -1,8 +1,11 @@
 """Times by node."""
 
+from collections import Counter
+
 import pytest
 import torch
 from momentum_steps import assert_same_bits, momentum_state, momentum_step, stack_batch, stack_loss, stack_params
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain import tree
 from ftrain.accumulate import accumulate
@@ -52,3 +55,27 @@ def test_steps_lowered_later_take_the_times_that_were_remembered(tmp_path, monke
     assert len(measured) == len(nodes)
     multiply = next(n for n in nodes if op_name(n) == "mm")
     assert times.microseconds(multiply) == times.measured[op_key(multiply)]
+
+
+class Counting(TorchDispatchMode):
+    """How often each op runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.runs[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+def test_on_a_card_a_short_op_runs_several_times_and_one_that_writes_once():
+    """To see a short op's time; of one that writes over its argument a second run would be of other numbers."""
+    step = jit(lambda s, x: (s + x, x.sin()), donate="s")
+    s, x = torch.ones(256, device="cuda"), torch.ones(256, device="cuda")
+    step.lower(s, x)
+    with Counting() as seen:
+        profile_nodes(step, s, x, repeats=1)
+    assert seen.runs["aten.sin.default"] == 2 * (1 + 10)  # a run that warms up, and one that counts
+    assert sum(n for op, n in seen.runs.items() if op.startswith("aten.add")) == 2
