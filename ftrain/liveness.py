@@ -15,7 +15,7 @@ from ftrain.loop import is_loop, loop_body
 from ftrain.op_rules import WORKSPACE
 from ftrain.passes.sizes import sized
 from ftrain.private import storage_id
-from ftrain.workspace import cpu_workspace
+from ftrain.workspace import aten_workspace
 from kernels.offload import offload_start, offload_wait
 
 
@@ -157,7 +157,7 @@ def workspace_bytes(node: fx.Node, *, round_to: int = 1) -> int:
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), sized)
     rule = WORKSPACE.get(node.target._schema.name)
-    return int(rule(*args, **kwargs)) if rule is not None else cpu_workspace(node.target, args, kwargs)
+    return int(rule(*args, **kwargs)) if rule is not None else aten_workspace(node.target, args, kwargs)
 
 
 def _describe(held: Held) -> LiveTensor:

@@ -1,8 +1,8 @@
 """What ATen's CPU ops allocate beyond their outputs while they run, as far as it can matter to a peak.
 
 Each rule was read off the allocator's events, op by op (torch 2.11 to 2.13; see tests/ftrain/test_workspace.py, which
-measures again). Scalars, per-row buffers and index conversions of a few KiB are left out. On CUDA ops mostly need
-nothing (conversions are fused, reductions are tiled); what cuDNN and cuBLAS take there is theirs and not planned.
+measures again). Scalars, per-row buffers and index conversions of a few KiB are left out. What few ops need on CUDA is
+in `workspace_cuda.py`.
 """
 
 import functools
@@ -14,18 +14,29 @@ import torch
 from torch import Tensor
 
 from ftrain.workspace_convolution import convolution_backward_workspace, convolution_workspace
+from ftrain.workspace_cuda import cuda_workspace
+
+
+def aten_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Bytes that `op(*args, **kwargs)` allocates for itself at most, where its tensors are; they may be fake."""
+    devices = {t.device.type for t in _tensors(args)}
+    return cuda_workspace(op, args, kwargs) if devices == {"cuda"} else cpu_workspace(op, args, kwargs)
 
 
 def cpu_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
     """Bytes that `op(*args, **kwargs)` allocates for itself at most; tensors may be fake. 0 off the CPU."""
-    flat = [b for a in (*args, *kwargs.values()) for b in (a if isinstance(a, list | tuple) else [a])]
-    tensors = [a for a in flat if isinstance(a, Tensor)]
+    tensors = _tensors((*args, *kwargs.values()))
     if not tensors or any(t.device.type != "cpu" for t in tensors):
         return 0
     rule = RULES.get(op._schema.name)
     if rule is not None:
         return int(rule(*args, **kwargs))
     return _promotion(op, args, kwargs) if torch.Tag.pointwise in op.tags else 0
+
+
+def _tensors(values: tuple) -> list[Tensor]:
+    flat = [b for a in values for b in (a if isinstance(a, list | tuple) else [a])]
+    return [a for a in flat if isinstance(a, Tensor)]
 
 
 def nbytes(x: Tensor, dtype: torch.dtype | None = None) -> int:
