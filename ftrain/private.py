@@ -201,9 +201,10 @@ def compile_with_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tens
     with torch.no_grad(), mode, disable_proxy_modes_tracing():
         lowered = make_fx(module, decomposition_table=select_decomp_table(), tracing_mode="real")(*inputs)
     output = lowered.graph.output_node()
-    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # whose strides are kept
+    strides_kept = list(range(len(output.args[0])))  # type: ignore[arg-type]
+    output.meta["user_visible_output_idxs"] = strides_kept
     with tracing(TracingContext(mode)):
-        run = compile_fx_inner(lowered, inputs).current_callable
+        run = compile_fx_inner(lowered, inputs).current_callable  # type: ignore[attr-defined]
     return lambda *tensors: run(list(tensors))
 
 

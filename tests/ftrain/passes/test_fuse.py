@@ -167,6 +167,7 @@ def test_a_compiled_graph_gives_the_same_bits(seed):
     found = ftrain.jit(fn, backend="inductor")(whole_numbers(seed))
     for a, b in zip(found, fn(whole_numbers(seed)), strict=True):
         assert torch.equal(a, b)
+        assert a.stride() == b.stride()
 
 
 def sgd(state, x):
