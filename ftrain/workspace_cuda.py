@@ -2,9 +2,9 @@
 
 A reduction whose results lie side by side (the gradient of a bias: a sum over tokens) is divided among blocks of
 threads, and each block leaves what it found in a buffer in global memory; ATen sizes that buffer by results x blocks x
-threads. Here is its choice of blocks (setReduceConfig and global_memory_size in ATen/native/cuda/Reduce.cuh, torch 2.11),
-for the H100 and A100: what it depends on is the same on both but for the number of multiprocessors. Sums along rows
-need kilobytes, and are left out, as is what cuDNN and cuBLAS take, which is theirs.
+threads. Here is its choice of blocks (setReduceConfig and global_memory_size in ATen/native/cuda/Reduce.cuh, torch
+2.11), for A100 and H100, which differ in the number of multiprocessors alone. Sums along rows need kilobytes, and are
+left out, as is what cuDNN and cuBLAS take, which is theirs.
 """
 
 import math
