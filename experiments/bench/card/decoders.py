@@ -1,0 +1,134 @@
+"""The decoders that the stages train: a dense one and a mixture of experts, their steps, states and batches.
+
+Legend: T tokens of the pack.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ftrain
+from experiments.bench.hf_models import Shape, our_config
+from ftrain import Precision, TrainState, optim
+from ftrain.remat import Remat
+from kernels.documents import Documents
+from modules import decoder
+
+
+@dataclass(frozen=True)
+class Size:
+    """A decoder and its batch: `tokens` in `documents` documents of one length."""
+
+    shape: Shape
+    tokens: int
+    documents: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a document."""
+        return self.tokens // self.documents
+
+    @property
+    def flops(self) -> float:
+        """Of a step: 6 for each weight and token (experts: those a token uses), and causal attention counted half.
+
+        The token table is looked up, not multiplied. What is computed again does not count.
+        """
+        s = self.shape
+        heads = s.d_model * s.head_dim * (2 * s.heads + 2 * s.kv_heads)
+        hidden = 3 * s.d_model * s.d_hidden * max(1, s.top_k) + s.d_model * s.experts
+        weights = s.layers * (heads + hidden) + s.d_model * s.vocab
+        return 6.0 * self.tokens * (weights + s.layers * s.heads * s.head_dim * self.length)
+
+
+def _mixture(dense: Shape, *, layers: int, d_hidden: int, experts: int, top_k: int) -> Shape:
+    return Shape(**{**vars(dense), "layers": layers, "d_hidden": d_hidden, "experts": experts, "top_k": top_k})
+
+
+_TINY = Shape(vocab=512, d_model=128, layers=2, heads=4, kv_heads=2, head_dim=32, d_hidden=256)
+_FAST = Shape(vocab=32_000, d_model=1024, layers=12, heads=16, kv_heads=4, head_dim=64, d_hidden=4096)
+_LARGE = Shape(vocab=32_000, d_model=2048, layers=4, heads=16, kv_heads=4, head_dim=128, d_hidden=5632)
+
+SMALL = {
+    "dense": Size(_TINY, 512, 4),
+    "moe": Size(_mixture(_TINY, layers=2, d_hidden=64, experts=8, top_k=2), 512, 4),
+}
+"""Small enough for a CPU to give the same losses in seconds."""
+FAST = {
+    "dense": Size(_FAST, 16_384, 8),
+    "moe": Size(_mixture(_FAST, layers=8, d_hidden=512, experts=32, top_k=4), 16_384, 8),
+}
+"""Large enough to keep a card busy."""
+LARGE = {
+    "dense": Size(_LARGE, 16_384, 8),
+    "moe": Size(_mixture(_LARGE, layers=4, d_hidden=704, experts=16, top_k=2), 16_384, 8),
+}
+"""A few layers as wide as those of a large model, for memory."""
+
+
+class Training(NamedTuple):
+    """A jitted step with its state and batch: `state, metrics = step(state, batch)`."""
+
+    step: ftrain.Step
+    state: TrainState
+    batch: dict[str, Any]
+
+
+def training(
+    size: Size,
+    *,
+    backend: str,
+    compute: str = "bfloat16",
+    device: str = "cuda",
+    remat: Remat | str | None = None,
+) -> Training:
+    """A decoder of this size, made ready to train: clipping and AdamW, weights and batch from fixed seeds."""
+    cfg = our_config(size.shape)
+    tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(3e-4))
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        hidden_TD, _ = decoder.apply(
+            params, batch["tokens_T"], positions=batch["positions_T"], segments=batch["documents"], cfg=cfg
+        )
+        return decoder.loss(params, hidden_TD, batch["labels_T"], cfg)
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        loss, grads = ftrain.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply(tx, grads), {"loss": loss}
+
+    step = ftrain.jit(train_step, donate="state", backend=backend, remat=remat, precision=Precision(compute=compute))
+    params = ftrain.init(decoder.specs(cfg), ftrain.key(0, device=device))
+    return Training(step, TrainState.create(params, tx), _batch(size, device))
+
+
+def documents_of(segments_T: Tensor, device: str = "cuda", **bounds: int) -> Documents:
+    """The documents of these ids, counted on the host as a loader does, on the device. `bounds`: of `Documents.of`."""
+    made = Documents.of(segments_T, **bounds)
+    return Documents(made.ids_T.to(device), made.offsets_N.to(device), made.longest)
+
+
+def _batch(size: Size, device: str) -> dict[str, Any]:
+    tokens_T = torch.randint(0, size.shape.vocab, (size.tokens,), generator=torch.Generator().manual_seed(1))
+    at_T = torch.arange(size.tokens)
+    segments_T = at_T // size.length
+    labels_T = decoder.next_token_labels(tokens_T, segments_T)
+    return {
+        "tokens_T": tokens_T.to(device),
+        "positions_T": (at_T % size.length).to(device),
+        "documents": documents_of(segments_T, device, longest=size.length),
+        "labels_T": labels_T.to(device),
+    }
+
+
+def stepping(made: Training) -> Callable[[], Any]:
+    """A call that makes one step and does not wait for it; returns the loss, still on its way."""
+    held = [made.state]
+
+    def one() -> Any:
+        held[0], metrics = made.step(held[0], made.batch)
+        return metrics["loss"]
+
+    return one
