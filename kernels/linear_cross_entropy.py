@@ -93,10 +93,11 @@ def linear_cross_entropy_reference(
     transposed: bool = False,
 ) -> Tensor:
     """The definition of `linear_cross_entropy`: all logits at once, any number of derivatives, any transform."""
+    valid_T = labels_T != ignore_index
+    x_TD = torch.where(valid_T[..., None], x_TD, 0)  # an ignored row may hold NaN, and 0 * NaN is NaN
     z_TV = (x_TD @ (w_DV.mT if transposed else w_DV)).to(result_dtype(x_TD.dtype))
     if softcap is not None:
         z_TV = softcap * torch.tanh(z_TV / softcap)
-    valid_T = labels_T != ignore_index
     label_T = torch.where(valid_T, labels_T, 0)
     loss_T = z_TV.logsumexp(-1) - z_TV.gather(-1, label_T[..., None])[..., 0]
     factor_T = valid_T.to(z_TV.dtype) if weights_T is None else torch.where(valid_T, weights_T, 0).to(z_TV.dtype)
@@ -139,6 +140,7 @@ def linear_cross_entropy_loss(
     memory_cV = _memory(x_TD, w_DV, chunk)
     for at in _chunks(labels_T, ignore_index, chunk):
         loss_T[at] = _chunk_loss(x_TD[at], w_DV, _safe(labels_T[at], ignore_index), softcap, memory_cV)
+    loss_T = torch.where(labels_T == ignore_index, 0, loss_T)
     return (loss_T * _factors(labels_T, weights_T, ignore_index, loss_T.dtype)).sum()
 
 

@@ -17,6 +17,8 @@ _BACKENDS = {"cpu": "loop"}  # elsewhere compilers fuse the plain form
 def sums_of_squares(xs: Sequence[Tensor], dtype: torch.dtype, *, backend: str = "auto") -> Tensor:
     """`[N]` in `dtype` (floating): the sum of all squares of each of the N >= 1 tensors, summed in at least float32.
 
+    "loop" holds whatever `dtype` does; the plain form is infinite where a float32 square is, from 1.8e19 on.
+
     "loop" is not differentiable: "auto" takes the plain form where a tensor requires a gradient, and off the CPU.
     """
     frozen = not torch.is_grad_enabled() or not any(x.requires_grad for x in xs)
@@ -35,8 +37,12 @@ def sums_of_squares_reference(xs: Sequence[Tensor], dtype: torch.dtype) -> Tenso
     fake=lambda xs, dtype: xs[0].new_empty(len(xs), dtype=dtype),
 )
 def sums_of_squares_loop(xs: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """One tensor after the other."""
-    return sums_of_squares_reference(xs, dtype)
+    """One tensor after the other; one whose squares pass the range of float32 again, in float64."""
+    sums_N = sums_of_squares_reference(xs, dtype)
+    for n in (~sums_N.isfinite()).nonzero().flatten().tolist():
+        parts = xs[n].detach().reshape(-1).split(LONGEST_RUN)
+        sums_N[n] = sum(part.double().square().sum() for part in parts)
+    return sums_N
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

@@ -317,8 +317,10 @@ def loss(
     head = params["embedding"]["table_VD"] if tied else params["head"]["w_DV"]
     weights_T = None if weights_T is None else weights_T.detach()
     total = linear_cross_entropy(hidden_TD, head, labels_T, ignore_index=IGNORE, weights_T=weights_T, transposed=tied)
-    labelled_T = (labels_T != IGNORE).to(torch.float32)
-    return Mean(total, (labelled_T if weights_T is None else labelled_T * weights_T).sum())
+    labelled_T = labels_T != IGNORE
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    counted_T = labelled_T.to(wide) if weights_T is None else torch.where(labelled_T, weights_T.to(wide), 0)
+    return Mean(total, counted_T.sum())
 
 
 def next_token_labels(tokens_T: Tensor, segments_T: Segments | None) -> Tensor:

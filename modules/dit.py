@@ -201,10 +201,18 @@ def noised(data_NP: Tensor, noise_NP: Tensor, time_N: Tensor) -> Tensor:
 
 
 def flow_loss(velocity_NP: Tensor, data_NP: Tensor, noise_NP: Tensor, valid_N: Tensor | None = None) -> Mean:
-    """Squared error of the velocity `noise - data` over all numbers of the valid rows (bool `[N]`; None: all)."""
-    error_N = (velocity_NP - (noise_NP - data_NP)).square().sum(-1)
-    count = torch.full((), float(velocity_NP.numel()), dtype=torch.float32, device=velocity_NP.device)
-    if valid_N is not None:
-        error_N = error_N * valid_N
-        count = valid_N.sum().to(torch.float32) * velocity_NP.shape[1]
-    return Mean(error_N.sum(), count)
+    """Squared error of the velocity `noise - data` over all numbers of the valid rows (bool `[N]`; None: all).
+
+    What the other rows hold, NaN included, reaches neither the loss nor a gradient. ValueError if `valid_N` is not bool
+    `[N]`.
+    """
+    error_NP = velocity_NP - (noise_NP - data_NP)
+    if valid_N is None:
+        return Mean.of(error_NP.square())
+    if valid_N.dtype != torch.bool or valid_N.shape != velocity_NP.shape[:1]:
+        raise ValueError(
+            f"flow_loss: valid_N is {valid_N.dtype} {list(valid_N.shape)}, expected bool [{len(velocity_NP)}]"
+        )
+    # selected before the square: its backward multiplies by the error, and 0 * NaN is NaN
+    error_NP = torch.where(valid_N[:, None], error_NP, 0)
+    return Mean(error_NP.square().sum(), valid_N.sum().to(torch.float32) * velocity_NP.shape[1])

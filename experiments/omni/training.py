@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ftrain
 from ftrain import TrainState, optim
-from kernels.mean import Mean, sum_over_batch
+from kernels.mean import Mean, share, sum_over_batch
 from kernels.pack import pack_tokens, take_rows
 from modules import decoder as foundation
 from modules import omni
@@ -115,8 +115,7 @@ def _dropped(stats: DecoderStats) -> Tensor:
     """The share of routed rows that a static capacity left out."""
     if stats.router is None:
         return torch.zeros(())
-    routed = sum_over_batch(stats.router.load_E.sum()).clamp(min=1)
-    return sum_over_batch(stats.router.dropped.sum()) / routed
+    return share(sum_over_batch(stats.router.dropped.sum()), sum_over_batch(stats.router.load_E.sum()))
 
 
 def plan(mesh: Mesh) -> Plan:

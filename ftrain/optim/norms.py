@@ -14,13 +14,14 @@ from kernels.squares import sums_of_squares
 def global_norm(gradients: Tree) -> Tensor:
     """The 2-norm of all leaves together, 0-d: float32, or float64 if a leaf is. A tree without leaves has norm 0.
 
-    Under a plan, leaves may be shards: the sum of squares of each passes through `sum_over_shards`.
+    Under a plan, leaves may be shards: the sum of squares of each passes through `sum_over_shards`. The sums of leaves
+    are added in float64: their squares pass the range of float32 long before the norm does.
     """
     leaves = tree.leaves(gradients)
     dtype = norm_dtype(gradients)
     if not leaves:
         return torch.zeros((), dtype=dtype)
-    return sum_over_shards(sums_of_squares(leaves, dtype), leaves).sum().sqrt()
+    return sum_over_shards(sums_of_squares(leaves, torch.float64), leaves).sum().sqrt().to(dtype)
 
 
 @primitive("sum_over_shards")

@@ -257,3 +257,20 @@ def test_cuda_is_like_the_reference_and_does_not_wait(dtype, transposed):
     want = torch.autograd.grad(linear_cross_entropy_reference(*exact, labels, transposed=transposed), exact)
     for a, b in zip(got, want, strict=True):
         assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_ignored_rows_may_hold_nan(backend):
+    """They reach neither the loss nor a gradient: 0 * NaN is NaN, so they are selected away."""
+    x, w, labels, weights = inputs(ignored=3)
+    poisoned = torch.where((labels == -100)[:, None], torch.nan, x.detach()).requires_grad_()
+    heavy = torch.where(labels == -100, torch.nan, weights.detach())
+    found = [
+        torch.autograd.grad(linear_cross_entropy(x, w, labels, weights_T=weights, backend=backend), (x, w)),
+        torch.autograd.grad(linear_cross_entropy(poisoned, w, labels, weights_T=heavy, backend=backend), (poisoned, w)),
+    ]
+    for clean, dirty in zip(*found, strict=True):
+        torch.testing.assert_close(dirty, clean)
+    with torch.no_grad():
+        value = linear_cross_entropy(poisoned, w, labels, weights_T=heavy, backend=backend)
+        torch.testing.assert_close(value, linear_cross_entropy(x, w, labels, weights_T=weights, backend=backend))

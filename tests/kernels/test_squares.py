@@ -15,6 +15,20 @@ def test_each_tensor_has_its_sum():
     assert torch.equal(sums_of_squares(xs, torch.float32), plain)
 
 
+def test_squares_beyond_float32_are_summed_wider():
+    xs = [
+        torch.full((3, 4), 1e25),
+        torch.tensor([1.0, float("inf")]),
+        torch.tensor([float("nan")]),
+        torch.ones(5).half(),
+    ]
+    found = sums_of_squares(xs, torch.float64).tolist()
+    torch.testing.assert_close(found[0], 12e50, rtol=1e-6, atol=0)
+    assert found[1] == float("inf")
+    assert found[2] != found[2]
+    assert found[3] == 5
+
+
 def test_differentiable_where_asked():
     x = torch.randn(4, 3, dtype=torch.float64)
     grad = torch.func.grad(lambda x: sums_of_squares([x, 2 * x], torch.float64).sum())(x)

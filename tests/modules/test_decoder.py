@@ -63,6 +63,17 @@ def test_loss_is_the_cross_entropy_of_the_logits(tied, weighted):
     torch.testing.assert_close(mean.count, scale.sum().float())
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e-3, 1e-9])
+def test_the_mean_over_weights_does_not_depend_on_their_scale(weight):
+    """Nor on the weights of positions without a label."""
+    params = params_of(DENSE)
+    hidden, _ = run(DENSE, params)
+    labels = decoder.next_token_labels(TOKENS, SEGMENTS)
+    weights = torch.where(labels == -100, torch.nan, weight)
+    mean = decoder.loss(params, hidden, labels, DENSE, weights_T=weights)
+    torch.testing.assert_close(mean.value(), decoder.loss(params, hidden, labels, DENSE).value())
+
+
 def test_no_labels_mean_no_loss():
     params = params_of(DENSE)
 

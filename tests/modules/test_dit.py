@@ -113,6 +113,20 @@ def test_the_loss_counts_valid_rows_only():
     torch.testing.assert_close(dit.noised(data, noise, torch.tensor([0.0, 0.5, 1.0]))[1], torch.ones(2))
 
 
+def test_rows_that_are_not_valid_may_hold_nan():
+    """Neither the loss nor the gradient multiplies by a mask."""
+    velocity, data, noise = (torch.randn(6, 3) for _ in range(3))
+    valid_N = torch.arange(6) < 4
+    data[4:] = torch.nan
+    grad, value = torch.func.grad_and_value(lambda v: dit.flow_loss(v, data, noise, valid_N).value())(velocity)
+    alone = dit.flow_loss(velocity[:4], data[:4], noise[:4])
+    torch.testing.assert_close(value, alone.value())
+    assert grad.isfinite().all()
+    assert not grad[4:].any()
+    with pytest.raises(ValueError, match=r"valid_N is torch\.float32 \[6\], expected bool \[6\]"):
+        dit.flow_loss(velocity, data, noise, valid_N.float())
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"heads": 5}, "d_model=24 must give heads=5 an even width"),
     ({"time_features": 15}, "time_features=15 must be even"),
