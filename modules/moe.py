@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.mean import Mean, sum_over_batch
+from kernels.mean import Mean, share, sum_over_batch
 from kernels.moe import dropped_rows, experts_swiglu
 from kernels.wide_mm import wide_mm
 from modules import mlp
@@ -138,13 +138,16 @@ def _statistics(expert_TK: Tensor, probability_TE: Tensor, valid_T: Tensor | Non
     tokens = probability_TE.shape[0]
     if valid_T is None:
         one_T = torch.ones_like(probability_TE[:, 0])
-    elif valid_T.shape == (tokens,):
+    elif valid_T.shape == (tokens,) and valid_T.dtype == torch.bool:
         one_T = valid_T.to(probability_TE.dtype)
+        # selected, not multiplied: padding may hold NaN
+        probability_TE = torch.where(valid_T[:, None], probability_TE, 0)
     else:
-        raise ValueError(f"moe: valid_T has shape {list(valid_T.shape)}, expected [{tokens}]")
+        found = f"shape {list(valid_T.shape)}, expected [{tokens}], and dtype {valid_T.dtype}, expected bool"
+        raise ValueError(f"moe: valid_T has {found}")
     one_TK = one_T.detach()[:, None].expand_as(expert_TK)
     load_E = torch.zeros_like(probability_TE[0]).scatter_add(0, expert_TK.flatten(), one_TK.flatten())
-    return RouterStats(load_E.detach(), (probability_TE * one_T[:, None]).sum(0), one_T.sum(), one_T.new_zeros(()))
+    return RouterStats(load_E.detach(), probability_TE.sum(0), one_T.sum(), one_T.new_zeros(()))
 
 
 def aux_loss(stats: RouterStats) -> Mean:
@@ -152,9 +155,10 @@ def aux_loss(stats: RouterStats) -> Mean:
 
     At even load it is `top_k`, its least value. Of stats stacked over layers it is the mean of the layers' losses; the
     loss of `pool(stats)` is that of transformers, which treats all layers' tokens as one. As a `Mean` it adds up over
-    ranks and micro-batches; the shares `f_e` are constants and are taken over all ranks.
+    ranks and micro-batches; the shares `f_e` are constants and are taken over all ranks and micro-batches, which under
+    `ftrain.accumulate` costs a forward pass of its own (see there).
     """
-    shares_E = sum_over_batch(stats.load_E) / sum_over_batch(stats.count).clamp(min=1)[..., None]
+    shares_E = share(sum_over_batch(stats.load_E), sum_over_batch(stats.count)[..., None])
     experts = stats.load_E.shape[-1]
     return Mean(experts * (shares_E.detach() * stats.probability_E).sum(), stats.count.sum())
 

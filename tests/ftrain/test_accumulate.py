@@ -10,7 +10,10 @@ from ftrain.cost import graph_cost
 from ftrain.grad import grad, value_and_grad
 from ftrain.jit import jit
 from ftrain.loop import is_loop, loop_body
-from kernels.mean import Mean, weighted_sum
+from kernels.mean import Mean, share, sum_over_batch, weighted_sum
+from kernels.random import key
+from modules import moe
+from modules.spec import init
 
 either_way = pytest.mark.parametrize("run", [lambda f: f, jit], ids=["eager", "jit"])
 
@@ -49,6 +52,63 @@ def test_micro_batches_with_unequal_counts_equal_one_batch(run, n):
     assert_close(run(value_and_grad(loss, has_aux=True))(params, split(batch, n)), expected)
     assert_close(run(lambda p, b: loss(p, b)[0].value())(params, split(batch, n)), expected[0][0])
     assert_close(run(grad(loss, has_aux=True))(params, split(batch, n))[0], expected[1])
+
+
+def balanced_loss(params, x):
+    """A loss whose constants are sums over the batch, of which the second is computed from the first."""
+    x = torch.tanh(x @ params["w"])
+    mean_D = share(sum_over_batch(x.detach().sum(0)), sum_over_batch(torch.ones_like(x[:, 0]).sum()))
+    spread = sum_over_batch((x.detach() - mean_D).square().sum()).sqrt()
+    load_D = sum_over_batch((x > mean_D).sum(0).to(x.dtype))
+    return Mean((x * load_D / spread).sum(), torch.ones_like(x[:, 0]).sum())
+
+
+@either_way
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_sums_over_the_batch_are_those_of_the_whole_batch(run, n):
+    params, x = {"w": torch.randn(3, 3, dtype=torch.float64)}, torch.randn(8, 3, dtype=torch.float64)
+    x = x + torch.arange(8)[:, None]  # micro-batches that differ
+    loss = accumulate(balanced_loss, n)
+    assert_close(run(value_and_grad(loss))(params, split(x, n)), value_and_grad(balanced_loss)(params, x))
+    assert_close(run(lambda p, b: loss(p, b).value())(params, split(x, n)), balanced_loss(params, x).value())
+
+
+@either_way
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_balance_loss_of_experts_is_that_of_the_whole_batch(run, score):
+    cfg = moe.MoEConfig(8, 6, experts=4, top_k=2, score=score)
+    params = init(moe.specs(cfg), key(1))
+    x = torch.randn(4, 8, 8) + 2 * torch.randn(4, 1, 8)
+
+    def loss(params, x):
+        out, stats = moe.apply(params, x, cfg=cfg)
+        return weighted_sum({"out": Mean.of(out.square()), "balance": moe.aux_loss(stats)}, {"balance": 0.1})
+
+    expected = value_and_grad(loss)(params, x.flatten(0, 1))
+    assert_close(run(value_and_grad(accumulate(loss, 4)))(params, x), expected)
+
+
+def test_sums_cost_a_loop_only_where_they_are_asked_for():
+    params, x = {"w": torch.randn(3, 3)}, torch.randn(4, 2, 3)
+    loops = {}
+    for name, loss in (("plain", stack_free_loss), ("sums", balanced_loss)):
+        graph = jit(grad(accumulate(loss, 4))).lower(params, x).graph
+        loops[name] = sum(is_loop(n) for n in graph.graph.nodes)
+    # two for the sums, of which the second needs the first, one for the counts, one for the gradients
+    assert loops == {"plain": 2, "sums": 4}
+
+
+def stack_free_loss(params, x):
+    return Mean.of((x @ params["w"]).square())
+
+
+@either_way
+def test_a_sum_that_depends_on_the_parameters_is_refused(run):
+    def loss(params, x):
+        return Mean(sum_over_batch((x @ params["w"]).sum()).square(), torch.tensor(1))
+
+    with pytest.raises(ValueError, match=r"call 1 of sum_over_batch.*depends on the parameters.*detach it"):
+        run(grad(accumulate(loss, 2)))({"w": torch.ones(3, 3)}, torch.ones(2, 4, 3))
 
 
 @either_way

@@ -194,6 +194,16 @@ def test_layers_average_and_pool_joins_them():
     assert pooled.count == 2 * T
 
 
+def test_padding_that_holds_nan_is_not_counted():
+    params, x = params_of(PLAIN), inputs()
+    valid_T = torch.arange(T) < T - 4
+    poisoned = torch.where(valid_T[:, None], x, torch.nan)
+    stats = moe.apply(params, poisoned, cfg=PLAIN, valid_T=valid_T)[1]
+    alone = moe.apply(params, x[: T - 4], cfg=PLAIN)[1]
+    for got, expected in zip(stats, alone, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @settings(max_examples=20, deadline=None)
 @given(valid=st.lists(st.booleans(), min_size=T, max_size=T))
 def test_padding_is_not_counted(valid):
