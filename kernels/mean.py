@@ -56,9 +56,6 @@ class Mean(NamedTuple):
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if spec else repr(self)
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_arithmetic  # type: ignore[assignment]
-    __neg__ = __lt__ = __le__ = __gt__ = __ge__ = _no_arithmetic  # type: ignore[assignment]
-
 
 class WeightedSum(NamedTuple):
     """`sum_i weight_i * mean_i`: the losses of several modalities, whose counts are reduced together, once."""
@@ -86,8 +83,11 @@ class WeightedSum(NamedTuple):
         factor_n = weights_n / torch.where(empty_n, 1, counts_n)
         return torch.where(empty_n, 0, torch.where(empty_n, 0, totals_n) * factor_n).sum()
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_arithmetic  # type: ignore[assignment]
-    __neg__ = __lt__ = __le__ = __gt__ = __ge__ = _no_arithmetic  # type: ignore[assignment]
+
+_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg", "lt", "le", "gt", "ge")
+for _name in _OPERATORS:  # a NamedTuple's body takes fields and methods only
+    setattr(Mean, f"__{_name}__", _no_arithmetic)
+    setattr(WeightedSum, f"__{_name}__", _no_arithmetic)
 
 
 def count_of(term: Mean) -> Tensor:
