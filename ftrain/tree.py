@@ -5,8 +5,6 @@ One optree namespace for the whole trainer. optree sorts the keys of dicts and t
 """
 
 import dataclasses
-import difflib
-import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, dataclass_transform
 
@@ -14,6 +12,12 @@ import optree
 import torch
 
 from kernels.documents import Documents
+from sharding.paths import match, nearest
+
+__all__ = [
+    "NAMESPACE", "Tree", "describe", "diff", "first_difference", "flatten", "flatten_until", "leaves", "map",
+    "map_many", "map_with_path", "match", "nearest", "paths", "require_same", "static", "struct", "unflatten",
+]  # fmt: skip
 
 NAMESPACE = "ftrain"
 
@@ -123,21 +127,6 @@ def require_same(tree: Tree, other: Tree, *, names: tuple[str, str]) -> None:
     _require_same(flatten(tree)[1], flatten(other)[1], names)
 
 
-def match(path: str, pattern: str) -> bool:
-    """Does the whole dotted path match? `**` stands for any number of components, `*` for any text within one.
-
-    `layers.*.w` matches `layers.3.w`; `encoders.**` matches all below (and also) `encoders`; `**.w_*` every leaf whose
-    last component begins with `w_`. `?` and `[...]` are as in a shell.
-    """
-    return _match(path.split("."), pattern.split("."))
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, for "did you mean" messages; None when nothing comes close."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
 def diff(a: Tree, b: Tree, *, limit: int = 20) -> str:
     """How two trees differ, one line per leaf: only in one, or another shape, dtype, device or Python value.
 
@@ -203,14 +192,6 @@ def _kind(spec: optree.PyTreeSpec) -> str:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _match(parts: list[str], patterns: list[str]) -> bool:
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        return any(_match(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
 
 
 def _differences(a: Tree, b: Tree) -> Iterator[str]:

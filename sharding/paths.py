@@ -1,0 +1,119 @@
+"""The one language of globs over dotted paths: in plans, batch rules, recomputation, groups of an optimizer.
+
+A path names a leaf of a tree, `layers.3.attention.w_q`. A glob has parts as well: a name is that part, `*` any one
+part, `**` any number of them (none included), and within a part `*`, `?` and `[...]` are as in a shell (`w_*`). It must
+match the whole path. Of several globs that match, the most specific decides: the one with more parts that are names,
+then with more that are partly so, then with more `*`. The order in which rules are written means nothing.
+"""
+
+import difflib
+import fnmatch
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def match(path: str, glob: str) -> bool:
+    """Does the whole dotted path match?
+
+    `layers.*.w` matches `layers.3.w`; `encoders.**` all below `encoders` (and itself); `**.w_*` every leaf whose last
+    part begins with `w_`.
+    """
+    return _match(tuple(path.split(".")), tuple(glob.split(".")))
+
+
+def specificity(glob: str) -> tuple[int, int, int]:
+    """How many parts are names, how many are partly so, how many are `*`: of two globs the greater decides."""
+    parts = [part for part in glob.split(".") if part != "**"]
+    names = sum(not _is_wild(part) for part in parts)
+    stars = sum(part == "*" for part in parts)
+    return names, len(parts) - names - stars, stars
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """The known name most like `name`, for "did you mean" messages; None where nothing comes close."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class Rules(Generic[T]):
+    """Globs and what they decide. `of`: what a message calls them, such as "Plan(batch=...)".
+
+    ValueError for a glob with an empty part.
+    """
+
+    values: Mapping[str, T] = field(default_factory=lambda: MappingProxyType({}))
+    of: str = "rules"
+
+    def __post_init__(self) -> None:
+        for glob in self.values:
+            if not isinstance(glob, str) or not all(glob.split(".")):
+                raise ValueError(f"{self.of}: {glob!r} is no glob over dotted paths, such as 'layers.*.w' or 'head.**'")
+
+    def glob_of(self, path: str) -> str | None:
+        """The glob that decides about `path`; None where none matches.
+
+        ValueError where two that decide differently are equally specific.
+        """
+        found = [glob for glob in self.values if match(path, glob)]
+        if not found:
+            return None
+        most = max(specificity(glob) for glob in found)
+        best = [glob for glob in found if specificity(glob) == most]
+        rivals = [glob for glob in best[1:] if self.values[glob] != self.values[best[0]]]
+        if rivals:
+            raise ValueError(
+                f"{self.of}: {best[0]!r} and {rivals[0]!r} both match {path!r} and neither is more specific: add a "
+                f"rule that is, such as {path!r}"
+            )
+        return best[0]
+
+    def find(self, path: str, default: T | None = None) -> T | None:
+        """What the rules say about `path`, or the default where they say nothing."""
+        glob = self.glob_of(path)
+        return default if glob is None else self.values[glob]
+
+    def require_used(self, paths: Iterable[str]) -> None:
+        """ValueError that names a glob which matches none of `paths`, and the nearest of them."""
+        known = list(paths)
+        for glob in self.values:
+            if not any(match(path, glob) for path in known):
+                raise ValueError(f"{self.of}: {glob!r} matches nothing{_hint(glob, known)}")
+
+    def table(self, paths: Iterable[str]) -> str:
+        """One line per path: the path, the glob that decides about it, and what it says."""
+        rows = []
+        for path in paths:
+            glob = self.glob_of(path)
+            rows.append((path, "-" if glob is None else glob, "" if glob is None else str(self.values[glob])))
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+        return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows)
+
+
+def _hint(glob: str, known: list[str]) -> str:
+    """What to write instead, or what paths look like."""
+    if not known:
+        return ": there are no paths"
+    if any(match(path, f"{glob}.**") for path in known):
+        return f"; all below it are {glob + '.**'!r}"
+    if any(match(path, f"**.{glob}") for path in known):
+        return f"; a glob begins at the root, anywhere is {'**.' + glob!r}"
+    return f"; nearest: {nearest(glob, known, cutoff=0.0)!r}"
+
+
+def _is_wild(part: str) -> bool:
+    return any(c in part for c in "*?[")
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _match(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_match(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
