@@ -25,15 +25,16 @@ from experiments.omni import figures, job, run_folder
 from experiments.omni.evaluation import GOALS, Evaluator, summary
 from experiments.omni.job import Job
 from experiments.omni.planning import mesh_flags, plan_for_search
-from experiments.omni.progress import Report, accuracy_table
+from experiments.omni.progress import Report, SteadyConsole, accuracy_table
 from experiments.omni.run_folder import RunFolder
-from experiments.omni.survival import Guard, SurvivalFlags
+from experiments.omni.saves import Saves
+from experiments.omni.survival import Guard, SurvivalFlags, spared_output
 from experiments.omni.training import schedule
 from ftrain import TrainState, tree
 from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.cost import Cost
 from ftrain.hardware import peak_flops
-from ftrain.interrupt import EXIT_RESUMABLE, StopRequest, interruptible
+from ftrain.interrupt import EXIT_NOT_FINITE, EXIT_NOT_SAVED, EXIT_RESUMABLE, StopRequest, interruptible
 from ftrain.precision import Choice, precision_on
 from ftrain.survive.bad_steps import Verdict
 from ftrain.survive.replicas import check_replicas
@@ -106,7 +107,8 @@ _FIXED = ("size", "steps", "tokenizer_steps", "seed")
 
 
 def main(options: Options) -> int:
-    """Run; the exit code is 0, or EXIT_RESUMABLE where a signal other than Ctrl-C stopped the run after a save."""
+    """Run; the exit code is 0, EXIT_RESUMABLE where a signal other than Ctrl-C stopped the run after a save,
+    EXIT_NOT_SAVED where the last save failed, EXIT_NOT_FINITE where the run ended on a loss that is not finite."""
     torch.set_num_threads(options.threads)
     on_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if on_cuda else "cpu")
@@ -140,23 +142,28 @@ def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
         if is_main():
             run = run or RunFolder.resume(path, step=done)
         with run or nullcontext(), interruptible() as stop:
-            guard = Guard(options.survival.policy(), path, done=done)
+            guard = Guard(options.survival.policy(), path, done=done, last=options.steps)
+            saves = Saves(checkpoints, run, say=report.say, most_failed=options.survival.failed_saves)
             with options.survival.watchdog(path) as watchdog:
-                training = _Training(work, options, run, checkpoints, stop, guard, watchdog)
+                training = _Training(work, options, run, checkpoints, saves, stop, guard, watchdog)
                 state, done = _train(training, state, done)
-            if stop.requested:
-                checkpoints.wait()
-                report.say(f"stopped by {stop.signal.name if stop.signal else '?'} after step {done}, saved; "
-                           f"go on with --resume {path}")  # fmt: skip
-                return 0 if stop.signal == signal.SIGINT else EXIT_RESUMABLE
+            code = 0 if saves.held else EXIT_NOT_SAVED
+            if any_rank(stop.requested):
+                why = stop.signal.name if stop.signal else "another rank"
+                said = "saved" if saves.held else "NOT saved: it goes on from the last step that was"
+                report.say(f"stopped by {why} after step {done}, {said}; go on with --resume {path}")
+                return code or (0 if any_rank(stop.signal == signal.SIGINT) else EXIT_RESUMABLE)
+            if not guard.finite:
+                report.say(f"the loss or gradient of step {done} is not finite: nothing is evaluated")
+                return EXIT_NOT_FINITE
             state = work.step.whole(state)
             if run is not None:
                 _finish(work, state, options, run, report)
-    return 0
+    return code
 
 
 def _console() -> Console:
-    return Console(quiet=not is_main())
+    return SteadyConsole(quiet=not is_main())
 
 
 def _choose_folder(options: Options) -> tuple[Path, bool]:
@@ -205,6 +212,7 @@ class _Training:
     options: Options
     files: RunFolder | None
     checkpoints: Checkpointer
+    saves: Saves
     stop: StopRequest
     guard: Guard
     watchdog: Watchdog | None
@@ -244,9 +252,10 @@ def _train_on(t: _Training, state: TrainState, done: int) -> tuple[TrainState, i
             if options.survival.check_replicas and number % options.survival.check_replicas == 0:
                 check_replicas(state)
             stopping = any_rank(t.stop.requested)
-            if stopping or number == options.steps or (t.guard.calm and _due(options, number)):
-                t.checkpoints.save(state, number)
-            t.checkpoints.check()
+            if stopping or number == options.steps:
+                t.saves.save_now(state, number, good=t.guard.calm)
+            elif t.saves.wanted(number) or (t.guard.calm and _due(options, number)):
+                t.saves.save(state, number, good=t.guard.calm)
             if t.watchdog is not None:
                 t.watchdog.step_ended(number)
             if stopping:
@@ -262,7 +271,8 @@ def _prices(t: _Training, state: TrainState, batch: Any) -> tuple[float, int]:
     """The step's FLOPs in seconds of the device's peak, and its peak bytes; its report is written."""
     compiled = t.work.step.lower(state, batch)
     if t.files is not None:
-        compiled.report(t.files.path / "step.html")
+        with spared_output("step.html"):
+            compiled.report(t.files.path / "step.html")
     return _counted_flops(compiled.cost()) / peak_flops(t.work.device, t.work.precision.dtype), compiled.memory().total
 
 
@@ -308,7 +318,7 @@ def _finish(work: Job, state: TrainState, options: Options, run: RunFolder, repo
     drawn = work.sources.held_out.drawn
     reals = {int(d): drawn.images_NHWC[i] for i, d in reversed(list(enumerate(drawn.labels_N)))}
     figures.samples({task: given[:_SHOWN] for task, given in answers.items()}, reals, run.path / "samples.png")
-    report.console.print(accuracy_table(table["held_out"], counts=table["examples"], goals=GOALS))
+    report.show(accuracy_table(table["held_out"], counts=table["examples"], goals=GOALS))
     report.say(f"wrote {run.path}/ summary.json, metrics.jsonl, curves.png, samples.png, step.html")
 
 

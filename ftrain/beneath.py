@@ -8,7 +8,8 @@ from there part by part, without following links; only regular files of a bounde
 import os
 import stat
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -48,15 +49,9 @@ class Folder:
             NotPlain: the name leads out of the folder, or to something else.
             OSError: it is missing or cannot be read.
         """
-        parts = _parts(name, self.path)
-        at = self._descriptor
-        try:
-            for part in parts[:-1]:
-                at = self._step(at, part, name)
-            return _open_regular(parts[-1], at, self.path / name, limit)
-        finally:
-            if at != self._descriptor:
-                os.close(at)
+        *folders, last = _parts(name, self.path)
+        with self._within(folders) as at:
+            return _open_regular(last, at, self.path / name, limit)
 
     def read(self, name: str, *, limit: int) -> bytes:
         """The content of the file `name`; raises what `open` raises."""
@@ -78,14 +73,8 @@ class Folder:
         """NotPlain when something in the folder `name`, at any depth, is neither a folder nor a regular file: for
         readers that open names themselves, and follow links.
         """
-        at = self._descriptor
-        try:
-            for part in _parts(name, self.path):
-                at = self._step(at, part, name)
+        with self._within(_parts(name, self.path)) as at:
             _require_plain(at, self.path / name)
-        finally:
-            if at != self._descriptor:
-                os.close(at)
 
     def system_path(self) -> str:
         """A path for readers that want one: of the open folder itself where the system has such paths."""
@@ -101,16 +90,23 @@ class Folder:
         here = os.fstat(self._descriptor)
         return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
-    def _step(self, at: int, part: str, name: str) -> int:
-        """The folder `part` of the folder `at`, which is closed unless it is this one."""
+    @contextmanager
+    def _within(self, parts: Sequence[str]) -> Iterator[int]:
+        """The folder that these names lead to, one below the other."""
+        opened: list[int] = []
         try:
-            mode = os.stat(part, dir_fd=at, follow_symlinks=False).st_mode
-            if not stat.S_ISDIR(mode):
-                raise NotPlain(f"{self.path / name} leads through {part!r}, which is {kind_of(mode)} and no folder")
-            return os.open(part, _QUIET | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            at, shown = self._descriptor, self.path
+            for part in parts:
+                shown /= part
+                mode = os.stat(part, dir_fd=at, follow_symlinks=False).st_mode
+                if not stat.S_ISDIR(mode):
+                    raise NotPlain(f"{shown} is {kind_of(mode)}, not a folder")
+                at = os.open(part, _QUIET | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+                opened.append(at)
+            yield at
         finally:
-            if at != self._descriptor:
-                os.close(at)
+            for descriptor in opened:
+                os.close(descriptor)
 
 
 def read_file(path: str | os.PathLike[str], *, limit: int) -> bytes:

@@ -9,6 +9,10 @@
                 sys.exit(EXIT_RESUMABLE)
 
 SIGTERM is what schedulers send before they kill, SIGUSR1 is Slurm's warning (`--signal=USR1@120`), SIGINT is Ctrl-C.
+
+A launcher between the scheduler and this process decides what arrives. `srun` passes signals and exit codes on.
+`torchrun` passes SIGTERM on and kills after 30 s (`--shutdown-timeout`), dies of SIGUSR1 and leaves its workers behind
+(`--signals-to-handle`), and ends with 1 whatever its workers end with.
 """
 
 import signal
@@ -22,6 +26,9 @@ EXIT_RESUMABLE = 75
 
 EXIT_NOT_SAVED = 74
 """The run was asked to stop and could not save; it goes on from the last good step (EX_IOERR of sysexits.h)."""
+
+EXIT_NOT_FINITE = 65
+"""The run came to its end with a loss or gradient that is not finite, and may not go back (EX_DATAERR)."""
 
 EXIT_HUNG = 76
 """No step ended in time; the ranks' stacks are written. The run goes on from the last good step (EX_PROTOCOL)."""

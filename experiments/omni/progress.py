@@ -1,18 +1,37 @@
 """What a person sees of a run: a bar with the losses, speed, memory and time left, and the table at the end.
 
 On a terminal the bar is redrawn in place; elsewhere (a file, a pipe, CI) it is a plain line every so many steps.
+Nobody need read it: where the reader is gone, or the disk under a log is full, the run goes on without.
 """
 
 import math
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 _SMOOTHING = 0.9
+
+
+class SteadyConsole(Console):
+    """A console whose reader may go away: what is printed after that goes nowhere."""
+
+    def on_broken_pipe(self) -> None:
+        """What rich calls then; its own ends the process."""
+        self.quiet = True
+        silence_stdout()
+
+
+def silence_stdout() -> None:
+    """Let standard output go nowhere from now on, also what Python writes of it when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.__stdout__.fileno() if sys.__stdout__ is not None else 1)
+    os.close(nowhere)
 
 
 class Report:
@@ -24,7 +43,7 @@ class Report:
     def __init__(self, total: int, *, first: int = 0, every: int = 50, console: Console | None = None) -> None:
         if not 0 <= first <= total or every < 1:
             raise ValueError(f"first={first} must lie in [0, total={total}] and every={every} must be at least 1")
-        self.console = console or Console()
+        self.console = console or SteadyConsole()
         self._total, self._first, self._every = total, first, every
         self._smooth: dict[str, float] = {}
         self._began = time.monotonic()
@@ -40,13 +59,13 @@ class Report:
 
     def __enter__(self) -> "Report":
         if self.console.is_terminal:
-            self._bar.start()
+            self._output(self._bar.start)
         self._began = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
-            self._bar.stop()
+            self._output(self._bar.stop)
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show one step's metrics: `step` (from 1), and of `loss`, `loss/<term>`, `tokens_per_s`, `mfu`, `peak_bytes`
@@ -56,15 +75,11 @@ class Report:
                 self._smooth[name] = _SMOOTHING * self._smooth.get(name, value) + (1 - _SMOOTHING) * value
         step = int(metrics["step"])
         if self.console.is_terminal:
-            self._bar.update(self._task, completed=step, numbers=describe(metrics, self._smooth))
+            numbers = describe(metrics, self._smooth)
+            self._output(lambda: self._bar.update(self._task, completed=step, numbers=numbers))
         elif step % self._every == 0 or step == self._total:
             left = f"left {duration(self._seconds_left(step))}"
-            self.console.print(
-                f"step {step}/{self._total}  {describe(metrics, self._smooth)}  {left}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            self.say(f"step {step}/{self._total}  {describe(metrics, self._smooth)}  {left}")
 
     def _seconds_left(self, step: int) -> float:
         done = max(1, step - self._first)
@@ -72,7 +87,20 @@ class Report:
 
     def say(self, text: str) -> None:
         """A line of text, above the bar where there is one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._output(lambda: self.console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+    def show(self, what: RenderableType) -> None:
+        """A table or the like, above the bar where there is one."""
+        self._output(lambda: self.console.print(what))
+
+    def _output(self, write: Callable[[], object]) -> None:
+        """Write, if that can be: the run is worth more than its log."""
+        try:
+            write()
+        except BrokenPipeError:
+            silence_stdout()
+        except OSError:
+            return
 
 
 def describe(metrics: Mapping[str, Any], smooth: Mapping[str, float]) -> str:

@@ -1,19 +1,29 @@
 """The folder of a run: `runs/<experiment>/<time>/` with its config, its metrics step by step, and its final table.
 
 Whatever is there after a crash is whole: `config.json` and `summary.json` are renamed into place, and of
-`metrics.jsonl` at most the last line is torn, which resuming drops.
+`metrics.jsonl` at most the last line is torn, which resuming drops. One process writes: it holds a lock from before its
+first write to its end.
 """
 
-import contextlib
 import json
+import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from experiments.omni.row_log import RowLog
+from ftrain.beneath import Folder
+from ftrain.checkpoint.durable import is_leftover, write_text
+from ftrain.checkpoint.lock import NAME as LOCK
+from ftrain.checkpoint.lock import WriterLock
+from ftrain.outside import JSON_BYTES, anything, check, mapped, parse, record, whole
+
 METRICS, CONFIG, SUMMARY = "metrics.jsonl", "config.json", "summary.json"
+_METRICS_BYTES = 2**31
+_ROW = record({"step": whole()}, others=True)
+_log = logging.getLogger("experiments.omni")
 
 
 def default_path(experiment: str, *, root: Path = Path("runs"), now: datetime | None = None) -> Path:
@@ -33,59 +43,80 @@ def latest(experiment: str, *, root: Path = Path("runs")) -> Path | None:
 
 
 class RunFolder:
-    """One run's files. Use `create` or `resume`; `path` is the folder."""
+    """One run's files, and the right to write them, which no second process has. Use `create` or `resume`; `path` is
+    the folder.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: WriterLock) -> None:
         self.path = path
-        self._metrics = (path / METRICS).open("a", encoding="utf-8")
+        self._lock = lock
+        self._metrics = RowLog(path / METRICS)
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
-        """A new run with this config; ValueError if the folder holds anything or cannot be written."""
-        _check_writable(path)
-        held = sorted(entry.name for entry in path.iterdir())
-        if held:
-            raise ValueError(
-                f"run folder {path} is in use: it holds {', '.join(held[:5])}{' ...' if len(held) > 5 else ''}. "
-                "Give another --out, or --resume this one; nothing was changed"
-            )
-        write_json(path / CONFIG, config)
-        return cls(path)
+        """A new run with this config; ValueError if the folder holds anything, is in use, or cannot be written."""
+        _require_empty(path)
+        lock = _locked(path)
+        try:
+            _require_empty(path)  # another process may have been here before the lock
+            write_json(path / CONFIG, config)
+            return cls(path, lock)
+        except BaseException:
+            lock.release()
+            raise
 
     @classmethod
     def resume(cls, path: Path, *, step: int) -> "RunFolder":
-        """Go on with a run whose state is that after `step`: metrics of later steps are dropped, for they come again.
+        """Go on with a run whose state is that after `step`: metrics of later steps are dropped, for they come again;
+        rows that are missing before are said.
 
-        ValueError if the folder is not a run's, or its metrics up to `step` cannot be read.
+        ValueError if the folder is not a run's, another process writes it, or its metrics up to `step` cannot be read.
         """
         if not (path / CONFIG).is_file():
             raise ValueError(f"cannot resume: {path} is not the folder of a run (it has no {CONFIG})")
-        _check_writable(path)
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        _replace(path / METRICS, "".join(_line(row) for row in kept))
-        return cls(path)
+        lock = _locked(path)
+        try:
+            kept = _drop_after(path, step)
+            missing = sorted(set(range(1, step + 1)) - {row["step"] for row in kept})
+            if missing:
+                _log.warning(
+                    "%s lacks %d of the steps up to %d (%s): they were trained, and their numbers are lost",
+                    path / METRICS,
+                    len(missing),
+                    step,
+                    f"{missing[0]} to {missing[-1]}",
+                )
+            return cls(path, lock)
+        except BaseException:
+            lock.release()
+            raise
 
     def go_back(self, step: int) -> None:
         """Drop the metrics of the steps after `step`, which are run again."""
         self._metrics.close()
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        _replace(self.path / METRICS, "".join(_line(row) for row in kept))
-        self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
+        _drop_after(self.path, step)
+        self._metrics = RowLog(self.path / METRICS)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one step's metrics, an object with `step`; it is in the file when this returns."""
+        """Append one step's metrics, an object with `step`; it is in the file when this returns, or waits until the
+        disk takes it.
+        """
         if not isinstance(row.get("step"), int):
             raise ValueError(f"metrics need an int `step`, got {row.get('step')!r} among {sorted(row)}")
-        self._metrics.write(_line(row))
-        self._metrics.flush()
+        self._metrics.append(_line(row))
+
+    def sync(self) -> None:
+        """Have the metrics on the disk: before a checkpoint that lies behind them."""
+        self._metrics.sync()
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Write the final table, `summary.json`."""
         write_json(self.path / SUMMARY, summary)
 
     def close(self) -> None:
-        """Close the metrics."""
+        """Close the metrics, and let others write."""
         self._metrics.close()
+        self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -96,60 +127,80 @@ class RunFolder:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The config of the run in the folder `path`."""
-    if not (path / CONFIG).is_file():
-        raise ValueError(f"{path} is not the folder of a run (it has no {CONFIG})")
-    return json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    try:
+        with Folder(path) as folder:
+            config = parse(folder.read(CONFIG, limit=JSON_BYTES), str(path / CONFIG))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is not the folder of a run (it has no {CONFIG})") from None
+    return check(config, mapped(anything), str(path / CONFIG))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The metrics in the folder `path`, step by step; a torn last line is left out, any other is a ValueError."""
-    file = path / METRICS
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("not an object with an int `step`")
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise ValueError(f"{file}, line {number}: {error}: {line.strip()[:80]!r}") from error
-        rows.append(row)
-    return rows
+    return [row for row, _ in _rows(path)]
 
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON so that at every moment the file is the old one or the new one, whole."""
-    _replace(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rows(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """The metrics, and where in the file the line of each ends."""
+    file = path / METRICS
+    try:
+        with Folder(path) as folder:
+            lines = folder.read(METRICS, limit=_METRICS_BYTES).splitlines(keepends=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    rows, end = [], 0
+    for number, line in enumerate(lines, start=1):
+        end += len(line)
+        try:
+            row = check(parse(line, f"{file}, line {number}"), _ROW, f"{file}, line {number}")
+        except ValueError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise ValueError(f"{error}: {line.decode(errors='replace').strip()[:80]!r}") from error
+        rows.append((row, end))
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the rows of later steps and a torn last line; those that stay. Needs no space where the rows are in order,
+    as a run writes them.
+    """
+    rows = _rows(path)
+    kept = [(row, end) for row, end in rows if row["step"] <= step]
+    file = path / METRICS
+    if kept != rows[: len(kept)]:
+        write_text(file, "".join(_line(row) for row, _ in kept))
+    elif file.exists():
+        os.truncate(file, kept[-1][1] if kept else 0)
+    return [row for row, _ in kept]
 
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _replace(file: Path, text: str) -> None:
-    """The text in a new file beside, flushed to the disk, renamed over the old one."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as new:
-            new.write(text)
-            new.flush()
-            os.fsync(new.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+def _require_empty(path: Path) -> None:
+    entries = path.iterdir() if path.is_dir() else ()
+    held = sorted(entry.name for entry in entries if entry.name != LOCK and not is_leftover(entry))
+    if held:
+        raise ValueError(
+            f"run folder {path} is in use: it holds {', '.join(held[:5])}{' ...' if len(held) > 5 else ''}. "
+            "Give another --out, or --resume this one; nothing was changed"
+        )
 
 
-def _check_writable(path: Path) -> None:
-    """Make the folder and try to write in it; ValueError that names it if that fails."""
+def _locked(path: Path) -> WriterLock:
+    """Make the folder and take the right to write into it, before anything in it is touched; ValueError that names it
+    if that fails, or if another process has it.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        return WriterLock(path)
     except OSError as error:
         raise ValueError(
             f"run folder {path} cannot be written: {error.strerror or error}; give another --out"

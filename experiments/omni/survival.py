@@ -1,7 +1,9 @@
 """How a run of the experiment looks after itself: its bad steps, its way back, its hangs, its copies."""
 
+import logging
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,18 @@ from experiments.mesh import is_main, of_main
 from experiments.omni.batches import Batches
 from experiments.omni.run_folder import read_metrics
 from ftrain.checkpoint import Checkpointer
+from ftrain.outside import check, number, record, whole
 from ftrain.survive.bad_steps import BadSteps, History, Spikes, Verdict, judge, why_bad
 from ftrain.survive.evidence import Evidence, leave_evidence
 from ftrain.survive.rollback import carry_out, plan_rollback
 from ftrain.survive.skipped import read_skipped
 from ftrain.survive.watchdog import Watchdog
+
+_JUDGED = record(
+    {"step": whole(1), "loss": number(finite=False), "grad_norm": number(finite=False)},
+    others=True,
+)
+_log = logging.getLogger("experiments.omni")
 
 
 @dataclass(frozen=True)
@@ -33,9 +42,11 @@ class SurvivalFlags:
     exit code 76. The first step, which is compiled, has half an hour. 0: off."""
     check_replicas: int = 100
     """Every so many steps compare arrays that several processes hold copies of. 0: never."""
+    failed_saves: int = 10
+    """So many saves in a row may fail, as on a full disk, before the run ends with exit code 74."""
 
     def __post_init__(self) -> None:
-        for name in ("bad_steps_limit", "spike", "hang_seconds", "check_replicas"):
+        for name in ("bad_steps_limit", "spike", "hang_seconds", "check_replicas", "failed_saves"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
 
@@ -52,18 +63,20 @@ class SurvivalFlags:
 class Guard:
     """Judges every step of the run in the folder `run`, and finds the way back. All ranks have one, and decide alike.
 
-    `history`: of the steps just passed; `skipped`: the batches that are left out.
+    `history`: of the steps just passed; `skipped`: the batches that are left out; `finite`: whether the last step's
+    loss and gradient were.
     """
 
-    def __init__(self, policy: BadSteps, run: Path, *, done: int) -> None:
-        """For a run that has done so many steps."""
-        self._policy, self._run, self._why = policy, run, ""
+    def __init__(self, policy: BadSteps, run: Path, *, done: int, last: int | None = None) -> None:
+        """For a run that has done so many steps, and ends after step `last`."""
+        self._policy, self._run, self._last, self._why = policy, run, last, ""
         self.skipped = of_main(read_skipped(run))
         self._begin_after(done)
 
     def _begin_after(self, done: int) -> None:
-        rows = [{k: row[k] for k in ("step", "loss", "grad_norm")} for row in read_metrics(self._run)]
-        self.history = of_main(History.of(self._policy, [row for row in rows if row["step"] <= done]))
+        rows = [row for row in read_metrics(self._run) if row["step"] <= done]
+        self.history = of_main(History.of(self._policy, [check(row, _JUDGED, str(self._run)) for row in rows]))
+        self.finite = of_main(not rows or _is_finite(rows[-1]))
 
     @property
     def calm(self) -> bool:
@@ -80,7 +93,10 @@ class Guard:
             yield from source.ahead(first, end)
 
     def look(self, row: Mapping[str, Any], batch: Any) -> Verdict:
-        """Judge the step with these metrics; if it is bad, its whole batch is left for a replay."""
+        """Judge the step with these metrics; if it is bad, its whole batch is left for a replay.
+
+        A run does not end on a step that is not finite: then it goes back, however few the bad steps are.
+        """
         step, numbers = row["step"], {"loss": row["loss"], "grad_norm": row["grad_norm"]}
         why = why_bad(self._policy, self.history, **numbers)
         self.history, verdict = judge(self._policy, self.history, step=step, **numbers)
@@ -88,7 +104,11 @@ class Guard:
             self._why = why
             if is_main():
                 evidence = Evidence(step, self.skipped.position(step), row["loss"], why, self.skipped)
-                leave_evidence(self._run, evidence, batch)
+                with spared_output("the batch of a bad step"):
+                    leave_evidence(self._run, evidence, batch)
+        self.finite = _is_finite(row)
+        if step == self._last and not self.finite and self._policy.limit > 0:
+            return Verdict.ROLL_BACK
         return verdict
 
     def go_back(self, checkpoints: Checkpointer) -> tuple[int, str]:
@@ -105,3 +125,16 @@ class Guard:
             f"steps {rollback.bad[0]} to {rollback.bad[-1]} were bad ({rollback.why}): back to step "
             f"{rollback.back_to}, without the batches at positions {', '.join(map(str, rollback.positions))}"
         )
+
+
+@contextmanager
+def spared_output(what: str) -> Iterator[None]:
+    """Within the block a disk that refuses a file does not end the run: it is said, and the file is not there."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("%s could not be written: %s", what, error)
+
+
+def _is_finite(row: Mapping[str, Any]) -> bool:
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])

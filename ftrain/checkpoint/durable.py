@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
 from ftrain.checkpoint.folders import discarded, is_discarded, put_aside, temporary
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_UNFINISHED = re.compile(r".+\.tmp-[0-9a-f]+")
 
 
 def sync_path(path: Path) -> None:
@@ -56,6 +58,11 @@ def write_bytes(path: Path, content: bytes) -> None:
             new.unlink(missing_ok=True)
         raise
     sync_path(path.parent)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether it has the name of a file that `write_bytes` has not finished."""
+    return _UNFINISHED.fullmatch(path.name) is not None
 
 
 def publish(made: Path, final: Path) -> None:

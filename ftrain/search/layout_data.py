@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from sharding.batch import BatchRule, Places, Rows, Same, Tokens
+from sharding.batch import BatchRule, Offsets, Places, Rows, Same, Tokens
 from sharding.layout import Capacity, Exact, Hybrid, Layout, Ring, Ulysses
 
 _SEQUENCE = (Ulysses, Ring, Hybrid)
 _EXPERTS = (Exact, Capacity)
-_RULES = (Tokens, Rows, Places, Same)
+_RULES = (Tokens, Rows, Places, Same, Offsets)
 
 
 def layout_as_dict(layout: Layout) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ftrain.outside import Shape, check, either, flag, listed, mapped, number, one_of, read_json, record, text, whole
 from ftrain.search.cluster import Cluster
 from ftrain.search.layout_data import layout_as_dict, layout_from_dict, rule_as_dict, rule_from_dict
 from ftrain.search.layouts import Candidate, as_dict, from_dict
@@ -19,7 +20,67 @@ from sharding.mesh import Kind
 from sharding.plan import Plan
 
 _VERSION = 2
+_FILE_BYTES = 2**22
+_RANKS, _GLOB = 2**20, 256
 _KEYS = ("version", "subject", "cluster", "tokens", "packs", "layout", "components", "batch", "link", "predicted")
+
+
+def _maybe(shape: Shape) -> Shape:
+    return either(one_of(None), shape)
+
+
+def _by_glob(item: Shape) -> Shape:
+    """Of an object by globs, which are matched against every path: long ones take for ever."""
+
+    def shape(value: Any, at: str) -> None:
+        mapped(item)(value, at)
+        for glob in value:
+            text(_GLOB)(glob, f"a name in {at}")
+
+    return shape
+
+
+_SIZE = whole(1, _RANKS)
+_TAGGED = record(
+    {"kind": text(_GLOB)},
+    optional={
+        "zigzag": flag,
+        "ulysses": _SIZE,
+        "factor": number(1e-6),
+        "dim": whole(0, 16),
+        "of": text(_GLOB),
+    },
+)
+_LAYOUT = record(
+    {
+        "parameters": listed(text(_GLOB)),
+        "sequence": _maybe(_TAGGED),
+        "experts": _maybe(_TAGGED),
+        "expert_chunks": _SIZE,
+        "dtype": _maybe(text(_GLOB)),
+    }
+)
+_CANDIDATE = record(
+    {
+        **dict.fromkeys(("replicate", "shard", "sequence", "expert", "micro_batches"), _SIZE),
+        "attention": _maybe(text(_GLOB)),
+        "remat": either(text(_GLOB), number(0.0)),
+    }
+)
+_PLAN = record(
+    {
+        "version": one_of(_VERSION),
+        "subject": text(),
+        "cluster": text(),
+        "tokens": whole(1),
+        "packs": whole(1),
+        "layout": _CANDIDATE,
+        "components": _by_glob(_LAYOUT),
+        "batch": _by_glob(_TAGGED),
+        "link": record({"latency": number(0.0), "bandwidth": number(1.0)}),
+        "predicted": mapped(number()),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -96,16 +157,17 @@ def load_plan(file: str | Path) -> PlanFile:
     """Read what `PlanFile.save` wrote. ValueError names the file, and what is missing or not known in it."""
     file = Path(file)
     try:
-        data = json.loads(file.read_text())
+        data = read_json(file, limit=_FILE_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{file}: there is no such plan; `ftrain plan ... --apply {file}` writes one") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}); `ftrain plan ... --apply {file}` writes a new one") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; `ftrain plan ... --apply {file}` writes a new one") from None
     if not isinstance(data, dict) or set(data) != set(_KEYS) or data["version"] != _VERSION:
         raise ValueError(f"{file} is not a plan of version {_VERSION} with {', '.join(_KEYS)}; write a new one")
+    check(data, _PLAN, str(file))
     try:
         return _from_data(data)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 

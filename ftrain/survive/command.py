@@ -24,11 +24,14 @@ class Replay:
     """Run that step node by node and name the first one that made a NaN or an infinity: op, parameter, source line."""
     kept: bool = False
     """Of a step that was bad, and run again without its batch: as it was run again."""
+    experiment: str | None = None
+    """The module that made the run, as my.experiment: its code is run. Default: what the run's config.json names, if
+    that is one of experiments.*"""
 
 
 def run(options: Replay) -> int:
     """The subcommand; the exit code. Raises `ValueError` for a folder or a step that cannot be replayed."""
-    made = load_run(options.run)
+    made = load_run(options.run, options.experiment)
     same, found, loss = True, None, 0.0
     for event in replay(made, options.run, options.step, check=options.check, kept=options.kept):
         if isinstance(event, Replayed):

@@ -12,15 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ftrain import tree
-from ftrain.survive.skipped import Skipped
+from ftrain.beneath import Folder
+from ftrain.outside import JSON_BYTES, anything, check, mapped, number, parse, record, text, whole
+from ftrain.survive.skipped import ENTRIES, Skipped
 
 FOLDER = "replay"
 KEPT = 32
 """How many bad steps leave something behind; further ones leave nothing, so that a broken run fills no disk."""
+
+
+_ABOUT = record(
+    {
+        "step": whole(1),
+        "position": whole(),
+        "loss": number(finite=False),
+        "why": text(),
+        "skipped": ENTRIES,
+        "other_leaves": mapped(anything),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,11 @@ def leave_evidence(run: Path, evidence: Evidence, batch: Any) -> Path | None:
 
 
 def read_evidence(run: Path, step: int) -> Evidence | None:
-    """What the bad step left; None if it left nothing."""
-    file = _folder(run, step) / "about.json"
-    if not file.is_file():
+    """What the bad step left; None if it left nothing. ValueError names a file that is not what was written."""
+    try:
+        about = _about(run, step)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    about = json.loads(file.read_text(encoding="utf-8"))
     return Evidence(
         step=about["step"],
         position=about["position"],
@@ -78,11 +93,11 @@ def read_evidence(run: Path, step: int) -> Evidence | None:
 def read_batch(run: Path, step: int, *, like: Any) -> Any:
     """The batch that the bad step left, as a tree like `like`, its tensors on the devices of those in `like`.
 
-    ValueError if it has other leaves.
+    ValueError if it has other leaves, or a file is not what was written.
     """
     folder = _folder(run, step)
-    others = json.loads((folder / "about.json").read_text(encoding="utf-8"))["other_leaves"]
-    found: dict[str, Any] = {**load_file(folder / "batch.safetensors"), **others}
+    others = _about(run, step)["other_leaves"]
+    found: dict[str, Any] = {**_tensors(run, folder / "batch.safetensors"), **others}
     leaves, treedef = tree.flatten(like)
     paths = tree.paths(like)
     if set(paths) != set(found):
@@ -96,6 +111,22 @@ def read_batch(run: Path, step: int, *, like: Any) -> Any:
         for path, leaf in zip(paths, leaves, strict=True)
     )
     return tree.unflatten(treedef, placed)
+
+
+def _about(run: Path, step: int) -> dict[str, Any]:
+    file = _folder(run, step) / "about.json"
+    with Folder(run) as opened:
+        content = opened.read(file.relative_to(run).as_posix(), limit=JSON_BYTES)
+    return check(parse(content, str(file)), _ABOUT, str(file))
+
+
+def _tensors(run: Path, file: Path) -> dict[str, Tensor]:
+    try:
+        with Folder(run) as opened:
+            opened.size(file.relative_to(run).as_posix())  # it is a regular file of this run
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not what the run wrote ({error}): replay another step, or with --kept") from error
 
 
 def _folder(run: Path, step: int) -> Path:

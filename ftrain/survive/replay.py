@@ -3,12 +3,15 @@
 An experiment whose steps can be replayed writes `"replay": "<module>"` into its run's `config.json`. That module has a
 function `replayable(config) -> Replayable`, which makes from the options in the config what the run was made of. A run
 of several processes is made on the virtual mesh of the same sizes.
+
+A run's folder may come from anybody, and its config must not choose which code runs here: only the modules of the
+package `experiments` are imported by that name, any other must be named by who asks for the replay.
 """
 
 import importlib
-import json
+import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,21 @@ from typing import Any
 import torch
 
 from ftrain import checkpoint, tree
+from ftrain.beneath import Folder
 from ftrain.debug import Finding, check_finite
 from ftrain.jit import Step
+from ftrain.outside import JSON_BYTES, anything, check, mapped, parse, record, whole
+from ftrain.outside import number as real_number
 from ftrain.survive.evidence import Evidence, read_batch, read_evidence
 from ftrain.survive.skipped import Skipped, read_skipped
 
 CHECKPOINTS, METRICS, CONFIG = "checkpoints", "metrics.jsonl", "config.json"
 KEY = "replay"
 """The entry of `config.json` that names the module."""
+
+_OWN = "experiments"
+_METRICS_BYTES = 2**31
+_ROW = record({"step": whole(1), "loss": real_number(finite=False)}, others=True)
 
 
 @dataclass(frozen=True)
@@ -68,21 +78,53 @@ class Replayed:
         )
 
 
-def load_run(run: Path) -> Replayable:
-    """What the run in the folder is made of. ValueError if its config does not say."""
+def load_run(run: Path, experiment: str | None = None) -> Replayable:
+    """What the run in the folder is made of, by the module `experiment`; default: the one that its config names, if it
+    is one of `experiments`. ValueError if there is none.
+    """
     file = run / CONFIG
-    if not file.is_file():
-        raise ValueError(f"{run} is not the folder of a run (it has no {CONFIG})")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(config.get(KEY), str):
+    try:
+        with Folder(run) as folder:
+            config = parse(folder.read(CONFIG, limit=JSON_BYTES), str(file))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{run} is not the folder of a run (it has no {CONFIG})") from None
+    check(config, mapped(anything), str(file))
+    module = importlib.import_module(experiment or _allowed(config.get(KEY), file))
+    if not hasattr(module, "replayable"):
+        raise ValueError(f"{module.__name__}, which {file} names, has no function replayable(config)")
+    return module.replayable(config)
+
+
+def _allowed(name: Any, file: Path) -> str:
+    """The module that a config names, if it is one of our own experiments and not one that came with the run."""
+    if not isinstance(name, str):
         raise ValueError(
             f"{file} has no {KEY!r}: it should name the module of the experiment that has replayable(config); runs "
-            "from before there was one can be replayed with the line added"
+            "from before there was one can be replayed with --experiment MODULE"
         )
-    module = importlib.import_module(config[KEY])
-    if not hasattr(module, "replayable"):
-        raise ValueError(f"{config[KEY]}, which {file} names, has no function replayable(config)")
-    return module.replayable(config)
+    parts = name.split(".")
+    known = len(parts) > 1 and parts[0] == _OWN and all(re.fullmatch(r"[A-Za-z_]\w*", part, re.ASCII) for part in parts)
+    if not known or not _is_own(parts[1:], file.parent):
+        raise ValueError(
+            f"{file} names the module {name!r}, which is not one of {_OWN}.*: code that a run's folder names is not "
+            "run; if you trust it, name it yourself with --experiment MODULE"
+        )
+    return name
+
+
+def _is_own(parts: Sequence[str], run: Path) -> bool:
+    """Whether the package of experiments has such a module, in a folder that is not the run's."""
+    try:
+        roots = importlib.import_module(_OWN).__path__
+    except ModuleNotFoundError:
+        return False
+    for root in (Path(root).resolve() for root in roots):
+        module = root.joinpath(*parts)
+        for source in (module.with_name(f"{module.name}.py"), module / "__init__.py"):
+            found = source.resolve()
+            if found.is_file() and found.is_relative_to(root) and not found.is_relative_to(run.resolve()):
+                return True
+    return False
 
 
 def replay(
@@ -128,11 +170,16 @@ def replay(
 
 
 def recorded(run: Path) -> dict[int, dict[str, float]]:
-    """The metrics that the run has noted, by step; a torn last line is left out."""
-    file = run / METRICS
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {row["step"]: row for row in rows}
+    """The numbers that the run has noted, by step; a torn last line is left out. ValueError names another."""
+    shown = str(run / METRICS)
+    try:
+        with Folder(run) as folder:
+            lines = folder.read(METRICS, limit=_METRICS_BYTES).splitlines(keepends=True)
+    except FileNotFoundError:
+        return {}
+    whole_lines = [line for line in lines if line.endswith(b"\n")]
+    rows = [check(parse(line, f"{shown}, line {i}"), _ROW, shown) for i, line in enumerate(whole_lines, start=1)]
+    return {row["step"]: {name: n for name, n in row.items() if type(n) in (int, float)} for row in rows}
 
 
 def _state_at(made: Replayable, run: Path, start: int) -> Any:

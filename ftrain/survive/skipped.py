@@ -7,13 +7,27 @@ checkpoints, the earlier one too goes on without what was found to be bad after 
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftrain.beneath import Folder
+from ftrain.checkpoint.durable import write_text
+from ftrain.outside import JSON_BYTES, check, listed, parse, record, text, whole
+
 FILE = "skipped.json"
+ENTRIES = listed(
+    record(
+        {
+            "positions": listed(whole(), least=1),
+            "bad": listed(whole(1)),
+            "back_to": whole(),
+            "why": text(),
+        }
+    )
+)
+"""The shape of what `Skipped.as_json` gives."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,7 @@ class Skipped:
 
     @staticmethod
     def of_json(entries: list[dict[str, Any]]) -> "Skipped":
-        """The inverse of `as_json`; KeyError or TypeError if these are no entries of it."""
+        """The inverse of `as_json`, for entries of the shape `ENTRIES`."""
         made = (
             Rollback(positions=tuple(e["positions"]), bad=tuple(e["bad"]), back_to=e["back_to"], why=e["why"])
             for e in entries
@@ -78,19 +92,17 @@ class Skipped:
 def read_skipped(run: Path) -> Skipped:
     """What the run in the folder leaves out; nothing if it has no such file. ValueError if the file is not whole."""
     file = run / FILE
-    if not file.is_file():
+    try:
+        with Folder(run) as folder:
+            content = folder.read(FILE, limit=JSON_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
         return Skipped()
     try:
-        return Skipped.of_json(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a list of rollbacks ({error!r}): mend it, or begin anew without it") from None
+        return Skipped.of_json(check(parse(content, str(file)), ENTRIES, str(file)))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a list of rollbacks ({error}): mend it, or begin anew without it") from None
 
 
 def write_skipped(run: Path, skipped: Skipped) -> None:
     """Replace the file; at every moment it is the old one or the new one, whole and on the disk."""
-    new = run / f".{FILE}"
-    with new.open("w", encoding="utf-8") as out:
-        json.dump(skipped.as_json(), out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(new, run / FILE)
+    write_text(run / FILE, json.dumps(skipped.as_json(), indent=1))

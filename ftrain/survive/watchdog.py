@@ -26,6 +26,7 @@ import torch.distributed as dist
 from ftrain.interrupt import EXIT_HUNG
 from ftrain.survive.alarm import Alarm
 from ftrain.survive.stacks import thread_stacks
+from ftrain.waits import excused_until
 from sharding.private import flight_record
 
 _GRACE = 5.0  # for stacks written by C, when no Python runs; twice this for the other ranks' reports
@@ -33,6 +34,9 @@ _GRACE = 5.0  # for stacks written by C, when no Python runs; twice this for the
 
 class Watchdog:
     """Ends this process with EXIT_HUNG when no step has ended for `seconds`, on this rank or another.
+
+    While the process waits for a save or a restore it has the time that this may take (see `ftrain.waits`), and then
+    its own again.
 
     It works while the main thread waits in C++. If that holds the GIL, no Python runs: then, 5 seconds later, C code
     writes the stacks alone and ends the process with code 1 (`faulthandler`, of which a process has one timer).
@@ -54,6 +58,7 @@ class Watchdog:
         self.file = folder / f"rank_{self.rank}.txt"
         self._limit = self._first
         self._since, self._step = time.monotonic(), 0
+        self._armed = 0.0
         self._end = threading.Event()
 
     def step_ended(self, step: int) -> None:
@@ -64,7 +69,12 @@ class Watchdog:
     def alive(self) -> None:
         """Count the time anew: for work between steps that may take long, as an evaluation does."""
         self._since = time.monotonic()
-        faulthandler.dump_traceback_later(self._limit + _GRACE, exit=True, file=self._out)
+        self._arm(self._since + self._limit)
+
+    def _arm(self, deadline: float) -> None:
+        """Set the timer of last resort, which works while no Python runs."""
+        self._armed = deadline
+        faulthandler.dump_traceback_later(max(0.0, deadline - time.monotonic()) + _GRACE, exit=True, file=self._out)
 
     def __enter__(self) -> "Watchdog":
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,19 +93,31 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._alarm.close()
         self._out.close()
-        if self.file.stat().st_size == 0:
-            self.file.unlink()
-            with contextlib.suppress(OSError):  # another rank's report is in it
+        with contextlib.suppress(OSError):  # another run has removed it, or another rank's report is beside it
+            if self.file.stat().st_size == 0:
+                self.file.unlink()
                 self.file.parent.rmdir()
 
     def _watch(self) -> None:
         while not self._end.is_set():
-            left = self._since + self._limit - time.monotonic()
+            deadline, waits_for = self._deadline()
+            left = deadline - time.monotonic()
             if left <= 0:
-                self._stop(f"rank {self.rank}: no step ended for {self._limit:g} s, the last was step {self._step}")
+                doing = f", it waits for {waits_for}" if waits_for else ""
+                self._stop(
+                    f"rank {self.rank}: no step ended for {time.monotonic() - self._since:.0f} s, the last was step "
+                    f"{self._step}{doing}"
+                )
+            if deadline > self._armed + 1.0:
+                self._arm(deadline)
             self._alarm.heard.wait(min(max(left, 0.01), 0.25))
             if self._alarm.heard.is_set():
                 self._stop(self._alarm.words)
+
+    def _deadline(self) -> tuple[float, str]:
+        """Until when nothing need have happened, and what for: a wait for storage is no hang."""
+        excused, waits_for = excused_until(self._limit)
+        return max((self._since + self._limit, ""), (excused, waits_for))
 
     def _stop(self, reason: str) -> None:
         """Write, tell the others, wait for theirs, end the process: nothing else would end a hanging thread."""

@@ -20,7 +20,7 @@ def test_a_run_leaves_its_config_its_metrics_and_its_summary(tmp_path):
     assert run_folder.read_config(path) == {"seed": 3, "words": "null 零"}
     assert run_folder.read_metrics(path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
     assert json.loads((path / "summary.json").read_text()) == {"held_out": {"image_to_text": 0.97}}
-    assert sorted(file.name for file in path.iterdir()) == ["config.json", "metrics.jsonl", "summary.json"]
+    assert sorted(file.name for file in path.iterdir()) == [".writer", "config.json", "metrics.jsonl", "summary.json"]
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,8 +117,18 @@ def test_a_plan_is_written_and_read(result, tmp_path):
     [
         (lambda d: d.pop("tokens"), "is not a plan of version 2"),
         (lambda d: d["layout"].update(attention="spiral"), "plan.json: attention 'spiral'"),
-        (lambda d: d["components"].update(a={"kind": "ring"}), "plan.json: a layout has the keys"),
+        (lambda d: d["components"].update(a={"kind": "ring"}), "plan.json: components.a has no 'parameters'"),
         (lambda d: d["batch"].update(a={"kind": "heaps"}), "plan.json: batch rule 'heaps' is not one of tokens"),
+        (
+            lambda d: d["layout"].update(shard=10**12),
+            "plan.json: layout.shard is 1000000000000, not a whole",
+        ),
+        (lambda d: d.update(tokens=True), "plan.json: tokens is True, not a whole number from 1"),
+        (
+            lambda d: d["link"].update(bandwidth=math.nan),
+            "plan.json: link.bandwidth is nan, not a number",
+        ),
+        (lambda d: d["batch"].update({"*" * 3000: {"kind": "same"}}), "a name in batch is .* at most 256 characters"),
     ],
 )
 def test_a_broken_plan_is_named(result, tmp_path, change, message):

@@ -13,13 +13,15 @@ from ftrain.command import main
 from ftrain.debug import check_finite
 from ftrain.survive import evidence
 from ftrain.survive.evidence import Evidence, leave_evidence, read_batch, read_evidence
-from ftrain.survive.replay import Replayed, load_run, replay
+from ftrain.survive.replay import Replayed, load_run, recorded, replay
 from ftrain.survive.skipped import Rollback, Skipped, write_skipped
 from sharding import Mesh
 
+EXPERIMENT = "replayed_experiment"
+
 
 def numbers(run, step, **options):
-    return list(replay(load_run(run), run, step, say=lambda words: None, **options))
+    return list(replay(load_run(run, EXPERIMENT), run, step, say=lambda words: None, **options))
 
 
 @pytest.mark.parametrize("mesh", [None, Mesh(1, 2, kind="virtual")], ids=["one device", "virtual mesh"])
@@ -55,10 +57,10 @@ def test_other_numbers_are_said_to_be_other(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows[3]["loss"] = math.nextafter(rows[3]["loss"], 9.0)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["replay", str(tmp_path), "--step", "4"]) == 1
+    assert main(["replay", str(tmp_path), "--experiment", EXPERIMENT, "--step", "4"]) == 1
     assert "step 4: loss" in (said := capsys.readouterr().out)
     assert said.count("DIFFERENT") == 1
-    assert main(["replay", str(tmp_path), "--step", "3"]) == 0
+    assert main(["replay", str(tmp_path), "--experiment", EXPERIMENT, "--step", "3"]) == 0
 
 
 def test_left_out_batches_are_left_out_again(tmp_path):
@@ -95,7 +97,7 @@ def test_a_bad_step_is_replayed_on_the_batches_that_led_to_it(tmp_path):
 def test_the_first_node_that_went_wrong_is_named(tmp_path, capsys, mesh):
     train(tmp_path, mesh=mesh)
     plant(tmp_path, step=4, value=1e30)  # its square is not finite
-    assert main(["replay", str(tmp_path), "--step", "4", "--check"]) in (0, 1)
+    assert main(["replay", str(tmp_path), "--experiment", EXPERIMENT, "--step", "4", "--check"]) in (0, 1)
     said = capsys.readouterr().out
     assert "step 4 was bad: the loss is nan; with the batch it left, from position 3" in said
     assert "which the data no longer gives: x_TD differ" in said
@@ -108,29 +110,31 @@ def test_the_first_node_that_went_wrong_is_named(tmp_path, capsys, mesh):
 def test_a_poisoned_batch_is_named_by_its_leaf(tmp_path, capsys):
     train(tmp_path)
     plant(tmp_path, step=5, value=math.nan)
-    assert main(["replay", str(tmp_path), "--step", "5", "--check"]) == 0, "the loss is NaN, as it was"
+    assert main(["replay", str(tmp_path), "--experiment", EXPERIMENT, "--step", "5", "--check"]) == 0, (
+        "the loss is NaN, as it was"
+    )
     assert "argument leaf 'batch.x_TD' holds NaN in 1 of 96 elements" in capsys.readouterr().out
 
 
 def test_a_poisoned_parameter_is_named_by_its_path(tmp_path, capsys):
     train(tmp_path)
-    made = load_run(tmp_path)
+    made = load_run(tmp_path, EXPERIMENT)
     state = checkpoint.restore(made.abstract_state, tmp_path / "checkpoints", 4)
     state.params["scale"][7] = math.inf
     checkpoint.save(state, tmp_path / "checkpoints", 4)
-    assert main(["replay", str(tmp_path), "--step", "5", "--check"]) == 1
+    assert main(["replay", str(tmp_path), "--experiment", EXPERIMENT, "--step", "5", "--check"]) == 1
     assert "argument leaf 'state.params.scale' holds infinity in 1 of 16" in capsys.readouterr().out
 
 
 def test_a_sound_step_is_said_to_be_sound(tmp_path, capsys):
     train(tmp_path)
-    assert main(["replay", str(tmp_path), "--step", "5", "--check"]) == 0
+    assert main(["replay", str(tmp_path), "--experiment", EXPERIMENT, "--step", "5", "--check"]) == 0
     assert "step 5: every node's values are finite" in capsys.readouterr().out
 
 
 def test_a_step_that_the_run_has_not_come_to(tmp_path, capsys):
     train(tmp_path)
-    assert main(["replay", str(tmp_path), "--step", "9"]) == 2
+    assert main(["replay", str(tmp_path), "--experiment", EXPERIMENT, "--step", "9"]) == 2
     assert "has not come to step 9: it has noted steps 1 to 6" in capsys.readouterr().err
 
 
@@ -139,7 +143,11 @@ def test_a_step_that_the_run_has_not_come_to(tmp_path, capsys):
     [
         (None, r"is not the folder of a run \(it has no config.json\)"),
         ({}, "config.json has no 'replay'"),
-        ({"replay": "json"}, r"json, which .*config.json names, has no function replayable"),
+        ({"replay": "json"}, r"config.json names the module 'json', which is not one of experiments\.\*"),
+        ({"replay": "experiments.mesh"}, r"experiments.mesh, which .*config.json names, has no function replayable"),
+        ({"replay": "experiments"}, "'experiments', which is not one of"),
+        ({"replay": "experiments..mesh"}, "'experiments..mesh', which is not one of"),
+        ([1], "config.json: the value is a list, not an object"),
     ],
 )
 def test_a_run_that_does_not_say_what_it_is_made_of(tmp_path, config, message):
@@ -147,6 +155,52 @@ def test_a_run_that_does_not_say_what_it_is_made_of(tmp_path, config, message):
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         load_run(tmp_path)
+
+
+def test_code_that_came_with_a_run_is_not_run(tmp_path, monkeypatch):
+    """Wherever the folder lies: below the folder that Python starts in, or within the experiments."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = tmp_path / "experiments"
+    for run in (tmp_path / "runs" / "sent", own / "sent"):
+        run.mkdir(parents=True)
+        for folder in (run, run.parent):
+            (folder / "__init__.py").touch()
+        (run / "payload.py").write_text("raise SystemExit('code of the run has run')")
+        name = run.relative_to(tmp_path).as_posix().replace("/", ".")
+        (run / "config.json").write_text(json.dumps({"replay": f"{name}.payload"}))
+        with pytest.raises(ValueError, match=r"payload', which is not one of experiments.*--experiment MODULE"):
+            load_run(run)
+    with pytest.raises(SystemExit, match="code of the run has run"):
+        load_run(tmp_path / "runs" / "sent", "runs.sent.payload")  # who asks may name it
+
+
+@pytest.mark.parametrize("about", [b"", b"[]", b"{}", b"[" * 100_000, b'{"step": 1e999}', b"\0" * 9], ids=repr)
+def test_evidence_that_is_not_what_was_written(tmp_path, about):
+    leave_evidence(tmp_path, Evidence(3, 2, 1.0, "why", Skipped()), {"x": torch.arange(5)})
+    (tmp_path / "replay" / "step_3" / "about.json").write_bytes(about)
+    with pytest.raises(ValueError, match=r"replay/step_3/about.json"):
+        read_evidence(tmp_path, 3)
+
+
+@pytest.mark.parametrize("stored", [b"", (2**62).to_bytes(8, "little") + b"{}"])
+def test_a_batch_that_is_not_what_was_written(tmp_path, stored):
+    leave_evidence(tmp_path, Evidence(3, 2, 1.0, "why", Skipped()), {"x": torch.arange(5)})
+    file = tmp_path / "replay" / "step_3" / "batch.safetensors"
+    file.write_bytes(stored)
+    with pytest.raises(ValueError, match=r"batch.safetensors is not what the run wrote"):
+        read_batch(tmp_path, 3, like={"x": torch.arange(5)})
+    file.unlink()
+    file.symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match=r"batch\.safetensors is a link, not a regular file"):
+        read_batch(tmp_path, 3, like={"x": torch.arange(5)})
+
+
+def test_rows_that_are_no_rows_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n[2]\n{"step": 3')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+        recorded(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "why": "text"}\n{"step": 3')
+    assert list(recorded(tmp_path)) == [1]
 
 
 def test_evidence_comes_back_as_it_was(tmp_path):

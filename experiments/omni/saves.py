@@ -1,0 +1,94 @@
+"""Saves of a run that outlive a disk that is full or fails for a while: they are said, and tried again."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments.mesh import any_rank
+from experiments.omni.run_folder import RunFolder
+from ftrain.checkpoint import Checkpointer, SaveFailed
+from ftrain.interrupt import EXIT_NOT_SAVED
+
+_LOOKED_AT_EVERY = 10
+_PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0)
+
+
+class NotSaved(SystemExit):
+    """The run gives up: so many saves in a row have failed. Ends the process with `EXIT_NOT_SAVED`."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_NOT_SAVED)
+
+
+class Saves:
+    """All ranks have one, and call it for the same steps; whether a save has failed they find alike.
+
+    `held`: whether the last save that had to be there is.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpointer, files: RunFolder | None, *, say: Callable[[str], None], most_failed: int
+    ) -> None:
+        """`files`: of the rank that has them, whose metrics must be on the disk before a step that lies behind them.
+        `most_failed`: saves in a row that may fail before the run ends.
+        """
+        self._checkpoints, self._files, self._say, self._most = checkpoints, files, say, most_failed
+        self._failed, self._again, self._pending = 0, 0, False
+        self.held = True
+
+    def wanted(self, step: int) -> bool:
+        """Whether to save after this step because an earlier save has failed; on all ranks alike."""
+        if step % _LOOKED_AT_EVERY == 0 and any_rank(self._has_failed()):
+            self._failed, self._pending = self._failed + 1, False
+            self._again = self._again or step
+        return 0 < self._again <= step
+
+    def save(self, state: Any, step: int, *, good: bool = True) -> None:
+        """Save behind the next steps. A save that has failed is tried again after a later step, each time after twice
+        as many.
+
+        Raises:
+            NotSaved: too many saves in a row have failed.
+            ValueError: see `Checkpointer.save`.
+        """
+        self._again = 0
+        # The first call may tell what has become of the save before.
+        begun = self._attempt(state, step, good=good) or self._attempt(state, step, good=good)
+        if self._failed > self._most:
+            self._say(f"{self._failed} saves in a row have failed: the run ends")
+            raise NotSaved
+        if not begun:
+            self._again = step + 2 ** min(self._failed, 8)
+
+    def save_now(self, state: Any, step: int, *, good: bool = True) -> None:
+        """Save and wait for it, as after the last step; tried again for some seconds. Whether it is there is `held`."""
+        self._again, self.held = 0, False
+        for pause in _PAUSES:
+            time.sleep(pause)
+            self.held = not any_rank(not self._attempt(state, step, good=good, wait=True))
+            if self.held:
+                return
+
+    def _attempt(self, state: Any, step: int, *, good: bool, wait: bool = False) -> bool:
+        if self._files is not None:
+            self._files.sync()
+        try:
+            self._checkpoints.save(state, step, good=good)
+            if wait:
+                self._checkpoints.wait()
+        except SaveFailed as error:
+            self._failed, self._pending = self._failed + 1, False
+            self._say(f"{error}; the run goes on")
+            return False
+        if wait or self._pending:  # a save begins when the one before is there
+            self._failed = 0
+        self._pending = not wait
+        return True
+
+    def _has_failed(self) -> bool:
+        try:
+            self._checkpoints.check()
+        except SaveFailed as error:
+            self._say(f"{error}; the run goes on")
+            return True
+        return False
