@@ -1,7 +1,8 @@
 # make omni   make the environment if need be, and run the main job
 # make test   make the environment if need be, and run the whole suite, in JOBS (2) processes
 # make test-exhaustive   every mesh of up to 16 ranks, of which the suite takes some
-# make test-nullgpu   the laws of the CUDA build, on a device that computes nothing; makes an environment of its own
+# make test-nullgpu   laws of the CUDA build, on a device that computes nothing; makes an environment of its own; LAWS
+#                     are the files to run, by default all
 # make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +16,7 @@ VENV_CUDA ?= .venv-cuda
 CUDA_BIN := $(VENV_CUDA)/bin
 CUDA_STAMP := $(VENV_CUDA)/.installed-nullgpu
 NULLGPU := build/nullgpu
+LAWS ?= tests/nullgpu
 NULLGPU_SOURCES := $(wildcard tests/nullgpu/device/*.c)
 RUNTIME_SOURCES := $(filter-out %/driver.c %/nvrtc.c,$(NULLGPU_SOURCES))
 NVIDIA_HEADERS = $(addprefix -I ,$(wildcard $(VENV_CUDA)/lib/python3*/site-packages/nvidia/cu13/include \
@@ -34,7 +36,7 @@ test-exhaustive: $(TEST_STAMP)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m exhaustive $(ARGS)
 
 test-nullgpu: $(CUDA_STAMP) $(NULLGPU_LIBRARIES)
-	NULLGPU_LIBRARIES=$(abspath $(NULLGPU)) $(CUDA_BIN)/python -m pytest tests/nullgpu \
+	NULLGPU_LIBRARIES=$(abspath $(NULLGPU)) $(CUDA_BIN)/python -m pytest $(LAWS) \
 		--numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(TEST_STAMP)

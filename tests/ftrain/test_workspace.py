@@ -5,6 +5,7 @@ import torch
 
 from ftrain.meter import measure_peak
 from ftrain.workspace import RULES, cpu_workspace
+from ftrain.workspace_cuda import cuda_workspace
 
 aten = torch.ops.aten
 x = torch.randn(512, 64)
@@ -117,3 +118,13 @@ def test_rules_name_ops_that_exist():
 
 def test_nothing_is_planned_off_the_cpu():
     assert cpu_workspace(aten.mul.Tensor, (x.to("meta"), mask.to("meta")), {}) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "measured"), [((1024, 128), 1 << 20), ((1024, 256), 1 << 21), ((1024, 6, 128), 6 << 20), ((40, 128), 0)]
+)
+def test_on_cuda_a_sum_over_tokens_takes_a_buffer(shape, measured):
+    """As an allocator for an H100 saw it; tests/nullgpu compares many more. A sum along rows takes none to speak of."""
+    tokens = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    assert cuda_workspace(aten.sum.dim_IntList, (tokens, [0], True), {}) == measured
+    assert cuda_workspace(aten.sum.dim_IntList, (tokens, [-1], True), {}) == 0

@@ -3,6 +3,8 @@
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,22 +55,19 @@ def measured(case: Case) -> dict[str, Any]:
     }
 
 
-class host_syncs:
-    """The places, `file:line`, at which torch itself waits for the device within the block."""
-
-    def __enter__(self) -> list[str]:
-        self._found: list[str] = []
-        self._warnings = warnings.catch_warnings(record=True)
-        self._recorded = self._warnings.__enter__()
+@contextmanager
+def host_syncs() -> Iterator[list[str]]:
+    """The places, `file:line`, at which torch knows that it waits for the device: filled in at the end of the block."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        return self._found
-
-    def __exit__(self, *error: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-        self._warnings.__exit__(*error)
-        waiting = [w for w in self._recorded if "called a synchronizing CUDA operation" in str(w.message)]
-        self._found += [f"{w.filename}:{w.lineno}" for w in waiting]
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waiting = [w for w in recorded if "called a synchronizing CUDA operation" in str(w.message)]
+    found += [f"{w.filename}:{w.lineno}" for w in waiting]
 
 
 if __name__ == "__main__":

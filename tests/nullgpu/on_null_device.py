@@ -16,7 +16,7 @@ ROOT = HERE.parents[1]
 LIBRARIES = Path(os.environ.get("NULLGPU_LIBRARIES", ROOT / "build" / "nullgpu"))
 """Where `make` puts the libraries, and Inductor's and Triton's caches beside them."""
 
-SECONDS = 240
+SECONDS = 400
 """After which a script counts as hanging."""
 
 
