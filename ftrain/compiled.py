@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from ftrain import tree
 from ftrain.communication import bytes_moved
 from ftrain.cost import Cost, graph_cost
+from ftrain.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated, warn_without_expandable_segments
 from ftrain.donation import give_away
 from ftrain.execute import Program, as_executed, choose, compile_graph, waiting
 from ftrain.leaf_guard import guard_like
@@ -37,6 +39,7 @@ from ftrain.schedule import Schedule, overlap, simulate_schedule
 from ftrain.trace import Aval, Traced, argument_paths, is_array, signature_of, spread_paths, trace
 from sharding.link import Link
 from sharding.mesh import Mesh
+from sharding.placement import Placement
 
 
 class Compiled:
@@ -53,6 +56,7 @@ class Compiled:
         self.donated: dict[int, int] = {}
         self.book: list[BookRow] = []
         self.mesh: Mesh | None = None
+        self.placements: list[Placement] = []
         self.link = Link()
         self.again: Callable[..., Compiled] | None = None
         self._treedef = treedef
@@ -119,6 +123,7 @@ class Compiled:
         leaves = self._tensors(leaves)
         if self._program is None:
             self._check_real(leaves)
+            warn_without_expandable_segments(self.device)
             self._program = compile_graph(copy_graph(self.graph), self.backend, before_write=self._fence.wait)
         contiguous = contiguous or all(map(Tensor.is_contiguous, leaves))
         inputs = leaves if contiguous else [leaf.contiguous() for leaf in leaves]
@@ -192,8 +197,11 @@ class Compiled:
                 )
 
     def memory(self) -> MemoryPlan:
-        """Bytes alive over the run, the peak, and what is alive then."""
-        return plan_memory(self.executed, round_to=self.granularity)
+        """Bytes alive over the run, the peak, and what is alive then; on CUDA also what is reserved for it."""
+        plan = plan_memory(self.executed, round_to=self.granularity)
+        if self.device.type != "cuda":
+            return plan
+        return replace(plan, libraries=CUBLAS_WORKSPACE, reserved_share=reserved_over_allocated())
 
     def cost(self) -> Cost:
         """FLOPs and bytes per node, and in all."""
@@ -268,10 +276,14 @@ def compile_step(
     remat: Remat,
     precision: Precision | None,
     mesh: Mesh | None = None,
+    settle: Callable[[Traced], list[Placement]] | None = None,
     link: Link = Link(),  # noqa: B008  # frozen
     hide_communication: bool = True,
 ) -> Compiled:
-    """Trace `fn(*args)` and run the passes: clean, rematerialize, update early, donate; on a mesh those of overlap."""
+    """Trace `fn(*args)` and run the passes: clean, rematerialize, update early, donate; on a mesh those of overlap.
+
+    `settle`: on a mesh, what finishes the trace for a rank and tells where each result's pieces are.
+    """
     leaves, treedef = tree.flatten(args)
     traced = trace(fn, args, names, precision=precision)
     device = traced.input_avals[0].device if traced.input_avals else torch.device("cpu")
@@ -279,8 +291,10 @@ def compile_step(
     compiled.name = name_of(fn)
     compiled.again = partial(
         compile_step, fn, tree.map(_abstract, args), names, donate=donate, backend=backend, precision=precision,
-        mesh=mesh, link=link, hide_communication=hide_communication,
+        mesh=mesh, settle=settle, link=link, hide_communication=hide_communication,
     )  # fmt: skip
+    if settle is not None:
+        compiled.placements = settle(traced)
     module = traced.module
     join_waits(module)
     clean(module)

@@ -36,7 +36,9 @@ class MemoryPlan:
     `inputs`: the arguments, alive throughout (state and batch). `peak`: the most alive at once beyond them, workspace
     of ops included. `timeline`: (node name, bytes alive beyond the inputs while it runs). `top`: what is alive at the
     peak, largest first; where the peak is in a loop, also what its body holds then. `host`: the most bytes at once that
-    offloaded tensors take on the host; no part of the others.
+    offloaded tensors take on the host; no part of the others. `libraries`: what libraries keep of the device's
+    allocator from their first use on (cuBLAS's workspace), in none of the others. `reserved_share`: bytes that the
+    allocator takes of the device for each that it hands out, an estimate (see `ftrain.cuda_allocator`); on a CPU 1.
     """
 
     inputs: int
@@ -45,11 +47,26 @@ class MemoryPlan:
     timeline: list[tuple[str, int]]
     top: list[LiveTensor]
     host: int = 0
+    libraries: int = 0
+    reserved_share: float = 1.0
 
     @property
     def total(self) -> int:
-        """Inputs and peak together."""
+        """Inputs and peak together: what a budget bounds."""
         return self.inputs + self.peak
+
+    @property
+    def allocated(self) -> int:
+        """What the allocator hands out at the peak: the total and what libraries keep."""
+        return self.total + self.libraries
+
+    @property
+    def reserved(self) -> int:
+        """What the allocator will have taken of the device, by `reserved_share`: an estimate.
+
+        A process takes more: CUDA's context (about half a GiB) and NCCL's buffers are not the allocator's.
+        """
+        return round(self.reserved_share * self.allocated)
 
 
 class Held(NamedTuple):

@@ -17,6 +17,16 @@ class PeakBytes(NamedTuple):
     kept: int
 
 
+class CardBytes(NamedTuple):
+    """`PeakBytes` on CUDA, and what the card gave for them: the most that torch's allocator had `reserved` during the
+    call beyond what it had handed out before. Blocks that were cached before the call count.
+    """
+
+    peak: int
+    kept: int
+    reserved: int
+
+
 def measure_peak(function: Callable[[], Any]) -> PeakBytes:
     """Call `function()` once and measure the bytes that it allocates beyond those alive before.
 
@@ -26,7 +36,7 @@ def measure_peak(function: Callable[[], Any]) -> PeakBytes:
     function once before, so that tracing and first-call caches are not measured.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return _measure_cuda(function)
+        return PeakBytes(*measure_card(function)[:2])
     deltas = allocation_deltas(function)
     alive = peak = 0
     for delta in deltas:
@@ -49,7 +59,12 @@ def _memory_events(recorded: Any) -> list[Any]:
     return sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
 
 
-def _measure_cuda(function: Callable[[], Any]) -> PeakBytes:
+def measure_card(function: Callable[[], Any]) -> CardBytes:
+    """Call `function()` once and measure what it allocates on the current CUDA device, and what is reserved for it.
+
+    Call it once before, as for `measure_peak`. To leave out blocks that other work left in the cache, call
+    `torch.cuda.empty_cache()` before.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -57,4 +72,4 @@ def _measure_cuda(function: Callable[[], Any]) -> PeakBytes:
     torch.cuda.synchronize()
     peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     del result
-    return PeakBytes(peak - before, after - before)
+    return CardBytes(peak - before, after - before, torch.cuda.max_memory_reserved() - before)

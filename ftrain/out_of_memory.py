@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from ftrain.cuda_allocator import allocator_state
 from ftrain.failing_node import failing_node
+from ftrain.liveness import MemoryPlan
 from ftrain.op_times import OpTimes
 from ftrain.remat import Remat
 from ftrain.remat_fit import ImpossibleBudget
@@ -31,11 +33,18 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def explained(compiled: "Compiled", error: RuntimeError) -> OutOfMemory:
-    """The error to raise in the place of an allocator's; the memory that the failed run held is given back first."""
-    node = failing_node(compiled.executed, error.__traceback__)
-    traceback.clear_frames(error.__traceback__)
-    text = explain_oom(compiled, at=None if node is None else node.name)
-    return OutOfMemory(f"{compiled.name or 'the step'} ran out of memory: {error}\n{text}")
+    """The error to raise in the place of an allocator's; the memory that the failed run held is given back first.
+
+    Whatever goes wrong while it is explained is said after it: the first error is never lost to a second.
+    """
+    lines = [f"{compiled.name or 'the step'} ran out of memory: {error}", allocator_state(compiled.device)]
+    try:
+        node = failing_node(compiled.executed, error.__traceback__)
+        traceback.clear_frames(error.__traceback__)
+        lines.append(explain_oom(compiled, at=None if node is None else node.name))
+    except Exception as second:
+        lines.append(f"it could not be explained: {type(second).__name__}: {second}")
+    return OutOfMemory("\n".join(line for line in lines if line))
 
 
 def explain_oom(compiled: "Compiled", *, at: str | None = None) -> str:
@@ -51,14 +60,20 @@ def explain_oom(compiled: "Compiled", *, at: str | None = None) -> str:
     held = plan.inputs + (max(live[:failed], default=0) if failed is not None else plan.peak)
     lines = [_where(compiled.executed, at, held) if failed is not None and at else "The plan, before it runs:"]
     lines.append(
-        f"planned: {show_bytes(plan.total)} in all, {show_bytes(plan.inputs)} of it arguments; at the peak "
-        f"({plan.peak_node}) the largest are"
+        f"planned: {show_bytes(plan.total)} in all, {show_bytes(plan.inputs)} of it arguments{_reserved(plan)}; at the "
+        f"peak ({plan.peak_node}) the largest are"
     )
     lines += [f"  {show_bytes(t.bytes):>10}  {t.node} {t.path} ({t.site}, {t.phase})" for t in plan.top[:_SHOWN]]
     lines.append("budgets that would fit:")
     lines += _offers(compiled, held)
     lines.append("a smaller batch, more micro-batches (ftrain.accumulate) or more ranks (Layout) need less, too")
     return "\n".join(lines)
+
+
+def _reserved(plan: MemoryPlan) -> str:
+    if plan.reserved == plan.total:
+        return ""
+    return f", for which about {show_bytes(plan.reserved)} will be reserved (an estimate)"
 
 
 def _where(module: fx.GraphModule, at: str, held: int) -> str:
@@ -69,7 +84,12 @@ def _where(module: fx.GraphModule, at: str, held: int) -> str:
 
 def _offers(compiled: "Compiled", held: int) -> list[str]:
     """A line for each budget with its price; or why there is none."""
-    times = OpTimes.on(compiled.device)
+    try:
+        times = OpTimes.on(compiled.device)
+    except RuntimeError as second:
+        if not is_out_of_memory(second):
+            raise
+        return [f"  not known: the device is too full to measure what recompute costs ({second})"]
     before = _microseconds(compiled.graph, times)
     try:
         compiled.with_remat(Remat(budget=1))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.cost import is_view
+from ftrain.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated
 from ftrain.hardware import device_bytes, free_bytes
 from ftrain.liveness import storages_of
 from ftrain.offload import Ferry, HostLink, Timetable, write_plan
@@ -27,6 +28,7 @@ from ftrain.remat_peak import PeakModel
 
 _TILT = 0.004  # equal layers tie at one rate; a small slope over depth lets a rate stop between them
 _SHARES_OF_LINK = (0.95, 0.5)  # of its time that are tried where what pays is more than it carries
+_HEADROOM = 0.95  # of free memory that "fit" fills: the rest is for what no plan knows
 _WORK_TO_IMPROVE = 250_000  # nodes to walk in the search around the cuts: about a second
 
 
@@ -313,9 +315,21 @@ class OverBudget(ValueError):
 
 
 def budget_bytes(remat: Remat, device: torch.device, inputs: int) -> int:
-    """The budget in bytes, arguments included; "fit" is what is free now beside the arguments, which are there."""
+    """The budget in bytes, arguments included.
+
+    "fit" is what is free now beside the arguments, which are there, less what an allocator reserves beyond it (on CUDA
+    by `ftrain.cuda_allocator`), cuBLAS's workspace and a margin of a few percent. Bytes and shares of the device are
+    taken as they are.
+    """
     assert remat.budget is not None
     parsed = parse_budget(remat.budget)
     if parsed == "fit":
-        return free_bytes(device) + inputs
+        return inputs + _usable(free_bytes(device), device)
     return int(parsed * device_bytes(device)) if isinstance(parsed, float) else int(parsed)
+
+
+def _usable(free: int, device: torch.device) -> int:
+    """Of free bytes, those that a plan may fill."""
+    if device.type != "cuda":
+        return int(_HEADROOM * free)
+    return int(min(_HEADROOM, 1 / reserved_over_allocated()) * max(0, free - CUBLAS_WORKSPACE))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ftrain
+from ftrain import out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,3 +79,37 @@ def test_other_errors_stay_what_they_are():
     step.lower(torch.ones(2, 2)).use_program(lambda inputs: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         step(torch.ones(2, 2))
+
+
+def test_a_second_refusal_does_not_hide_the_first(monkeypatch):
+    """To price recompute the device is measured, for which a full one has no room."""
+
+    def full(device, mesh=None):
+        raise torch.OutOfMemoryError("a second refusal")
+
+    compiled = ftrain.jit(lambda x: (x @ x).sin().sum()).lower(torch.ones(256, 256))
+    monkeypatch.setattr(out_of_memory.OpTimes, "on", staticmethod(full))
+    error = out_of_memory.explained(compiled, torch.OutOfMemoryError("the first refusal"))
+    said = str(error)
+    assert "ran out of memory: the first refusal" in said
+    assert "planned: " in said
+    assert "too full to measure what recompute costs (a second refusal)" in said
+
+
+def test_whatever_fails_in_explaining_is_said_after_the_refusal(monkeypatch):
+    def broken(compiled, *, at=None):
+        raise ZeroDivisionError("nothing to divide by")
+
+    compiled = ftrain.jit(lambda x: x @ x).lower(torch.ones(2, 2))
+    monkeypatch.setattr(out_of_memory, "explain_oom", broken)
+    said = str(out_of_memory.explained(compiled, torch.OutOfMemoryError("the refusal")))
+    assert "ran out of memory: the refusal" in said
+    assert "it could not be explained: ZeroDivisionError: nothing to divide by" in said
+
+
+@pytest.mark.gpu
+def test_of_a_card_the_report_tells_what_is_reserved():
+    compiled = ftrain.jit(lambda x: (x @ x).sin().sum()).lower(torch.ones(256, 256, device="cuda"))
+    said = str(out_of_memory.explained(compiled, torch.OutOfMemoryError("the refusal")))
+    assert "torch's allocator has reserved" in said
+    assert "will be reserved (an estimate)" in said

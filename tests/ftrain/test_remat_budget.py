@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from momentum_steps import assert_same_bits, momentum_state, momentum_step, stack_batch
 from test_remat import wide_loss, wide_params
 
-from ftrain import tree
+from ftrain import remat_budget, tree
 from ftrain.accumulate import accumulate
+from ftrain.cuda_allocator import CUBLAS_WORKSPACE
 from ftrain.grad import value_and_grad
 from ftrain.jit import jit
 from ftrain.meter import measure_peak
 from ftrain.remat import Remat, parse_budget
+from ftrain.remat_budget import budget_bytes
 from kernels.mean import Mean
 
 STATE, BATCH = momentum_state(wide_params()), stack_batch(256)
@@ -150,3 +152,18 @@ def test_budgets_as_people_write_them(text, bytes_):
 def test_options_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         Remat(**arguments)
+
+
+def test_fit_leaves_a_margin_of_what_is_free(monkeypatch):
+    """Of a CPU a twentieth; on a card what the allocator reserves beyond a plan is less than that only with expandable
+    segments."""
+    free = 80 << 30
+    monkeypatch.setattr(remat_budget, "free_bytes", lambda device: free)
+    remat = Remat(budget="fit")
+    assert budget_bytes(remat, torch.device("cpu"), 1000) == 1000 + int(0.95 * free)
+    card = torch.device("cuda", 0)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert budget_bytes(remat, card, 1000) == 1000 + int(0.95 * (free - CUBLAS_WORKSPACE))
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    assert budget_bytes(remat, card, 1000) == 1000 + int((free - CUBLAS_WORKSPACE) / 1.25)
+    assert budget_bytes(Remat(budget="60GiB"), card, 1000) == 60 << 30
