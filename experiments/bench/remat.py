@@ -23,11 +23,13 @@ import tyro
 from torch import Tensor
 
 import ftrain
-from experiments.bench.remat_models import Case, Llama, dit_stack, llama, omni_step
+from experiments.bench.hf_models import machine
+from experiments.bench.remat_models import Case, Llama, llama, makers_on
 from experiments.bench.table import Row, publish, row
-from ftrain import Remat
+from ftrain import Precision, Remat
 from ftrain.liveness import input_bytes
 from ftrain.meter import measure_peak
+from ftrain.precision import Choice, precision_on
 from ftrain.remat_fit import ImpossibleBudget
 
 TORCH_BUDGETS = (0.8, 0.5, 0.2)
@@ -44,6 +46,10 @@ class Options:
     """Where the rows go as JSON."""
     figure: Path | None = None
     """Where the curves go as a PNG."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the steps run; on CUDA the models are larger."""
+    precision: Choice = "auto"
+    """In which dtype they compute over float32 weights; auto: bfloat16 on CUDA, float32 on a CPU."""
     rounds: int = 3
     """Measured steps of each variant, alternating; more where steps are short, to 3 s for each."""
     only: tuple[Part, ...] = ("llama", "omni", "dit", "planning")
@@ -69,7 +75,9 @@ def main(options: Options) -> int:
     """Print the table; 1 if a goal is missed."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    makers = {"llama": lambda: llama(Llama()), "omni": omni_step, "dit": dit_stack}
+    device = torch.device(options.device)
+    precision = precision_on(device, options.precision)
+    makers = makers_on(device, precision)
     rows: list[Row] = []
     curves: dict[str, list[Point]] = {}
     for part in options.only:
@@ -78,10 +86,10 @@ def main(options: Options) -> int:
             continue
         with own_times():
             case = makers[part]()
-            points = measured(case, options.rounds)
+            points = measured(case, options.rounds, precision)
         rows += rows_of(case.name, points)
         curves[case.name] = list(points.values())
-    publish(rows, "remat", options.json)
+    publish(rows, f"remat, {machine(options.device)}, {precision.compute}", options.json)
     if options.figure is not None:
         draw(curves, options.figure)
     return int(any(r.ok is False for r in rows))
@@ -99,20 +107,20 @@ def own_times() -> Iterator[None]:
         os.environ["FTRAIN_CACHE"] = before
 
 
-def measured(case: Case, rounds: int) -> dict[str, Point]:
+def measured(case: Case, rounds: int, precision: Precision) -> dict[str, Point]:
     """All variants of a model: peaks first, since budgets follow from them, then times."""
-    plain = ftrain.jit(case.step, donate=case.donate)
+    plain = ftrain.jit(case.step, donate=case.donate, precision=precision)
     ftrain.profile_nodes(plain, *case.args, remember=True)
     arguments = input_bytes(plain.lower(*case.args).graph)
-    points = {name: _point(case, name, Remat(name)) for name in ("none", "layer")}
+    points = {name: _point(case, name, Remat(name), precision) for name in ("none", "layer")}
     none, layer = points["none"].peak, points["layer"].peak
-    points |= {f"torch {b:g}": _torch_point(case, b) for b in TORCH_BUDGETS if case.loss is not None}
+    points |= {f"torch {b:g}": _torch_point(case, b, precision) for b in TORCH_BUDGETS if case.loss is not None}
     wanted = {f"ROI {share:.0%}": int(share * none) for share in SHARES if share * none > 0.8 * layer}
     wanted["ROI at layer's peak"] = layer
     wanted |= {f"ROI at {p.name}'s peak": min(p.peak, none) for p in points.values() if p.name.startswith("torch")}
     for name, peak in wanted.items():
         try:
-            points[name] = _point(case, name, Remat(budget=arguments + peak))
+            points[name] = _point(case, name, Remat(budget=arguments + peak), precision)
         except ImpossibleBudget as error:
             if peak >= layer:
                 raise
@@ -127,8 +135,8 @@ def measured(case: Case, rounds: int) -> dict[str, Point]:
     return points
 
 
-def _point(case: Case, name: str, remat: Remat) -> Point:
-    step = ftrain.jit(case.step, donate=case.donate, remat=remat)
+def _point(case: Case, name: str, remat: Remat, precision: Precision) -> Point:
+    step = ftrain.jit(case.step, donate=case.donate, remat=remat, precision=precision)
     args = list(case.args)
     if case.donate is not None:
         args[0] = ftrain.tree.map(lambda x: x.clone() if isinstance(x, Tensor) else x, args[0])
@@ -137,13 +145,14 @@ def _point(case: Case, name: str, remat: Remat) -> Point:
         out = step(*args)
         if case.donate is not None:
             args[0] = out[0]
+        finish(case.args)
         return None if case.donate is not None else out
 
     call()
     return Point(name, call, measure_peak(call).peak)
 
 
-def _torch_point(case: Case, budget: float) -> Point:
+def _torch_point(case: Case, budget: float, precision: Precision) -> Point:
     """torch's min-cut partitioner with a budget (0: recompute all, 1: its default), without Inductor."""
     assert case.loss is not None
     params, tokens = case.args
@@ -152,14 +161,23 @@ def _torch_point(case: Case, budget: float) -> Point:
     loss = case.loss
     with torch._functorch.config.patch(activation_memory_budget=budget):
         compiled = torch.compile(
-            lambda *leaves: loss(ftrain.tree.unflatten(treedef, leaves), tokens), backend="aot_eager_decomp_partition"
+            lambda *leaves: loss(ftrain.tree.unflatten(treedef, [x.to(precision.dtype) for x in leaves]), tokens),
+            backend="aot_eager_decomp_partition",
         )
 
         def call() -> Any:
-            return torch.autograd.grad(compiled(*leaves), leaves)
+            grads = torch.autograd.grad(compiled(*leaves), leaves)
+            finish(leaves)
+            return grads
 
         call()
     return Point(f"torch {budget:g}", call, measure_peak(call).peak)
+
+
+def finish(arguments: Any) -> None:
+    """Wait for the device of the arguments."""
+    if any(x.is_cuda for x in ftrain.tree.leaves(arguments) if isinstance(x, Tensor)):
+        torch.cuda.synchronize()
 
 
 def rows_of(model: str, points: dict[str, Point]) -> list[Row]:

@@ -2,7 +2,8 @@
 
 Both sides run in one process, turn by turn: packed documents of one length here, a batch of sequences there, so the
 math is equal (the losses are compared). A step is forward, backward, clipping of the gradients' global norm to 1, and
-AdamW: for them `torch.optim.AdamW` once as it comes (a loop over parameters on CPU) and once with `fused=True`.
+AdamW: for them `torch.optim.AdamW` once as it comes (a loop over parameters on CPU) and once with `fused=True`. In
+bfloat16 both keep float32 weights: ours are shown cast to the loss, theirs run under autocast.
 """
 
 import dataclasses
@@ -22,15 +23,19 @@ from torch import Tensor
 import ftrain
 from experiments.bench.hf_models import Shape, hf_model, machine, our_config, our_parameters, with_experts
 from experiments.bench.table import Row, publish, row
+from ftrain import Precision, tree
 from ftrain.meter import measure_peak
 from ftrain.optim import adamw, chain, clip_by_global_norm
+from ftrain.precision import Choice, precision_on
 from ftrain.state import TrainState
 from ftrain.trace import Aval
+from kernels.documents import Documents
 from modules import decoder, moe, spec
 from modules.decoder import DecoderConfig
 
 RATE, DECAY, LARGEST_NORM = 1e-4, 0.01, 1.0
-SAME_LOSS = 1e-4
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 5e-2}
+"""How far losses of about 10 may be apart, by the dtype that both sides compute in."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class Options:
     """Command line of the bench."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    """where the steps run"""
+    """where the steps run; on CUDA models and batches are larger"""
+    precision: Choice = "auto"
+    """in which dtype both sides compute over float32 weights; auto: bfloat16 on CUDA, float32 on a CPU"""
     json: Path | None = None
     """also write the rows to this file"""
     quick: bool = False
@@ -52,9 +59,10 @@ class Options:
 
 
 class Batch(NamedTuple):
-    """`tokens_BL`: B documents of L tokens each."""
+    """`tokens_BL`: B documents of L tokens each; `packed`: the same one after the other, as our loaders make them."""
 
     tokens_BL: Tensor
+    packed: dict[str, Any]
 
 
 @dataclass
@@ -89,14 +97,28 @@ def main(options: Options) -> list[Row]:
 def _shape(family: str, options: Options) -> Shape:
     if options.quick:
         base = Shape(vocab=2048, d_model=128, layers=2, heads=4, kv_heads=2, head_dim=32, d_hidden=352)
+    elif options.device == "cuda":
+        base = Shape(vocab=32_000, d_model=1024, layers=12, heads=16, kv_heads=4, head_dim=64, d_hidden=4096)
     else:
         base = Shape(vocab=32_000, d_model=512, layers=6, heads=8, kv_heads=4, head_dim=64, d_hidden=1408)
     return base if family == "llama" else with_experts(base)
 
 
+def _sizes(options: Options) -> tuple[int, int]:
+    """Documents of a batch, and tokens of each."""
+    if options.quick:
+        return 4, 64
+    return (8, 2048) if options.device == "cuda" else (8, 256)
+
+
+def _precision(options: Options) -> Precision:
+    return precision_on(torch.device(options.device), options.precision)
+
+
 def compare(name: str, shape: Shape, options: Options) -> list[Row]:
     """Rows of one family: milliseconds and peak bytes of each side, and our share of theirs."""
-    documents, length = (4, 64) if options.quick else (8, 256)
+    documents, length = _sizes(options)
+    compute = _precision(options).compute
     batches = [_batch(shape, documents, length, i, options.device) for i in range(options.rounds + 2)]
     sides = _sides(shape, options)
     for i, batch in enumerate(batches):
@@ -109,14 +131,30 @@ def compare(name: str, shape: Shape, options: Options) -> list[Row]:
     cfg = our_config(shape)
     what = (
         f"{name}: {spec.count(decoder.specs(cfg)) / 1e6:.0f}M parameters, {documents} documents x {length} tokens, "
-        f"float32, clip {LARGEST_NORM}, AdamW; medians of {options.rounds} alternating steps"
+        f"{compute}, clip {LARGEST_NORM}, AdamW; medians of {options.rounds} alternating steps"
     )
-    return _rows(name, sides, extra, what)
+    return _rows(name, sides, extra, what, SAME_LOSS[compute])
 
 
 def _batch(shape: Shape, documents: int, length: int, seed: int, device: str) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    return Batch(torch.randint(0, shape.vocab, (documents, length), generator=generator).to(device))
+    tokens_BL = torch.randint(0, shape.vocab, (documents, length), generator=generator)
+    packed = tree.map(lambda x: x.to(device), _packed(tokens_BL))
+    return Batch(tokens_BL.to(device), packed)
+
+
+def _packed(tokens_BL: Tensor) -> dict[str, Any]:
+    """The documents one after the other."""
+    documents, length = tokens_BL.shape
+    tokens_T = tokens_BL.flatten()
+    at_T = torch.arange(documents * length)
+    segments_T = at_T // length
+    return {
+        "tokens_T": tokens_T,
+        "positions_T": at_T % length,
+        "documents": Documents.of(segments_T, longest=length),
+        "labels_T": decoder.next_token_labels(tokens_T, segments_T),
+    }
 
 
 def _sides(shape: Shape, options: Options) -> list[Side]:
@@ -127,56 +165,50 @@ def _sides(shape: Shape, options: Options) -> list[Side]:
     params = our_parameters(model, cfg)
     params = spec.map_with_paths(lambda _, x: x.to(options.device), params)
     backends = ["aten", "inductor"] if options.compiled else ["aten"]
-    sides = [_our_side(params, cfg, backend) for backend in backends]
+    precision = _precision(options)
+    sides = [_our_side(params, cfg, backend, precision) for backend in backends]
     kinds = [("transformers eager", False, None), ("transformers eager, fused AdamW", False, True)]
     if options.compiled:
         kinds.append(("transformers torch.compile, fused AdamW", True, True))
     return sides + [
-        _their_side(label, shape, weights, options.device, compiled, fused) for label, compiled, fused in kinds
+        _their_side(label, shape, weights, options.device, precision, compiled, fused)
+        for label, compiled, fused in kinds
     ]
 
 
-def _our_side(params: Any, cfg: DecoderConfig, backend: str) -> Side:
+def _our_side(params: Any, cfg: DecoderConfig, backend: str, precision: Precision) -> Side:
     tx = chain(clip_by_global_norm(LARGEST_NORM), adamw(RATE, weight_decay=DECAY))
 
-    def loss_fn(params: Any, batch: dict[str, Tensor]) -> Tensor:
+    def loss_fn(params: Any, batch: dict[str, Any]) -> Tensor:
         hidden_TD, stats = decoder.apply(
-            params, batch["tokens_T"], positions=batch["positions_T"], segments=batch["segments_T"], cfg=cfg
+            params, batch["tokens_T"], positions=batch["positions_T"], segments=batch["documents"], cfg=cfg
         )
         loss = decoder.loss(params, hidden_TD, batch["labels_T"], cfg).value()
         if cfg.moe is not None and stats.router is not None:
             loss = loss + cfg.moe.aux_coefficient * moe.aux_loss(moe.pool(stats.router)).value()
         return loss
 
-    def train_step(state: TrainState, batch: dict[str, Tensor]) -> tuple[TrainState, Tensor]:
+    def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Tensor]:
         loss, grads = ftrain.value_and_grad(loss_fn)(state.params, batch)
         return state.apply(tx, grads), loss
 
-    jitted = ftrain.jit(train_step, donate="state", backend=backend)
+    jitted = ftrain.jit(train_step, donate="state", backend=backend, precision=precision)
     copied = spec.map_with_paths(lambda _, x: x.clone(), params)
     held = [TrainState.create(copied, tx)]
 
     def step(batch: Batch) -> float:
-        held[0], loss = jitted(held[0], _packed(batch))
+        held[0], loss = jitted(held[0], batch.packed)
         return loss.item()
 
     def planned(batch: Batch) -> int:
-        return jitted.lower(held[0], _packed(batch)).memory().peak
+        return jitted.lower(held[0], batch.packed).memory().peak
 
     return Side(f"ftrain {backend}", step, planned if backend == "aten" else None)
 
 
-def _packed(batch: Batch) -> dict[str, Tensor]:
-    """The documents one after the other."""
-    documents, length = batch.tokens_BL.shape
-    tokens_T = batch.tokens_BL.flatten()
-    at_T = torch.arange(documents * length, device=tokens_T.device)
-    segments_T = at_T // length
-    labels_T = decoder.next_token_labels(tokens_T, segments_T)
-    return {"tokens_T": tokens_T, "positions_T": at_T % length, "segments_T": segments_T, "labels_T": labels_T}
-
-
-def _their_side(name: str, shape: Shape, weights: Any, device: str, compiled: bool, fused: bool | None) -> Side:
+def _their_side(
+    name: str, shape: Shape, weights: Any, device: str, precision: Precision, compiled: bool, fused: bool | None
+) -> Side:
     model = hf_model(shape)
     model.load_state_dict(weights)
     model.to(device)
@@ -184,7 +216,8 @@ def _their_side(name: str, shape: Shape, weights: Any, device: str, compiled: bo
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=DECAY, fused=fused)
 
     def step(batch: Batch) -> float:
-        loss = forward(input_ids=batch.tokens_BL, labels=batch.tokens_BL).loss
+        with torch.autocast(device, precision.dtype, enabled=precision.compute != "float32"):
+            loss = forward(input_ids=batch.tokens_BL, labels=batch.tokens_BL).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
         optimizer.step()
@@ -203,7 +236,7 @@ def _measure_step(side: Side, batch: Batch, *, kept: bool) -> None:
     side.losses.append(loss)
 
 
-def _rows(name: str, sides: Sequence[Side], batch: Batch, what: str) -> list[Row]:
+def _rows(name: str, sides: Sequence[Side], batch: Batch, what: str, same: float) -> list[Row]:
     timed = what + "; peer: CPU time of the process, which other processes disturb less"
     rows = [
         row(
@@ -220,7 +253,7 @@ def _rows(name: str, sides: Sequence[Side], batch: Batch, what: str) -> list[Row
     theirs = [s for s in sides if not s.name.startswith("ftrain")]
     for mine in ours:
         for other in theirs:
-            rows += _shares(name, mine, other)
+            rows += _shares(name, mine, other, same)
     for side in ours:
         if side.plan is not None and side.peak:
             planned = side.plan(batch)
@@ -232,13 +265,13 @@ def _rows(name: str, sides: Sequence[Side], batch: Batch, what: str) -> list[Row
     return rows
 
 
-def _shares(name: str, mine: Side, other: Side) -> list[Row]:
+def _shares(name: str, mine: Side, other: Side, same_loss: float) -> list[Row]:
     """Our time and memory as a share of theirs; goals are for the same way of running: eager against eager."""
     apart = max(abs(a - b) for a, b in zip(mine.losses, other.losses, strict=True))
     judged = mine.name == "ftrain aten" and "eager" in other.name
-    how = f"ours / theirs, valid only if all losses agree to {SAME_LOSS} (peer: the largest difference)"
+    how = f"ours / theirs, valid only if all losses agree to {same_loss} (peer: the largest difference)"
     time_share = statistics.median(mine.seconds) / statistics.median(other.seconds)
-    pair, same = f"{mine.name} / {other.name}", apart <= SAME_LOSS
+    pair, same = f"{mine.name} / {other.name}", apart <= same_loss
     goals = (0.75, 0.6) if judged else (None, None)
     return [
         row(f"{name}: time, {pair}", time_share, "x", goal=goals[0], peer=apart, valid=same, how=how),
@@ -263,7 +296,8 @@ def trace_rows(layers: int) -> list[Row]:
 
     state = TrainState.create(spec.abstract(decoder.specs(cfg)), tx)
     ids = Aval((8192,), torch.int64, torch.device("cpu"))
-    batch = dict.fromkeys(("tokens", "positions", "segments", "labels"), ids)
+    documents = Documents(ids, Aval((9,), torch.int32, torch.device("cpu")), 1024)  # type: ignore[arg-type]
+    batch = {**dict.fromkeys(("tokens", "positions", "labels"), ids), "segments": documents}
     wall, cpu = time.perf_counter(), time.process_time()
     lowered = ftrain.jit(train_step, donate="state").lower(state, batch)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

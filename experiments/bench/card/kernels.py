@@ -74,10 +74,11 @@ def _packed(name: str, heads: Heads, most: int, longest: int, ceilings: Ceilings
 
 def _sdpa(name: str, heads: Heads, backend: SDPBackend, ceilings: Ceilings) -> list[Row]:
     inputs = [x.detach().view(heads.N, heads.L, -1, heads.K).transpose(1, 2).requires_grad_() for x in heads.make()]
+    q, k, v = inputs
 
     def forward() -> Tensor:
         with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     return _both(name, forward, inputs, heads, ceilings)
 

@@ -32,8 +32,11 @@ class Ceilings:
     def measured() -> "Ceilings":
         """Of the card that is here; takes a second or two."""
         card = torch.device("cuda")
-        by_dtype = (peak_flops(card, dtype) for dtype in (torch.bfloat16, torch.float32))
-        return Ceilings(*by_dtype, copy_bandwidth(card))
+        return Ceilings(
+            bfloat16=peak_flops(card, torch.bfloat16),
+            float32=peak_flops(card, torch.float32),
+            memory=copy_bandwidth(card),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,21 @@
+"""The bench of a step: both sides compute the same, in the dtype that was asked for."""
+
+import pytest
+
+from experiments.bench import step
+from experiments.bench.step import Options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_both_sides_make_the_same_losses(precision: str) -> None:
+    options = Options(quick=True, rounds=1, compiled=False, only=("llama",), precision=precision)
+    rows = {r.name: r for r in step.main(options)}
+    share = rows["llama: memory, ftrain aten / transformers eager"]
+    assert share.peer <= step.SAME_LOSS[precision]
+    assert f", {precision}," in rows["llama: step, ftrain aten"].how
+
+
+def test_auto_is_float32_on_a_cpu() -> None:
+    assert step._precision(Options()).compute == "float32"
+    assert step._precision(Options(device="cuda")).compute == "bfloat16"
