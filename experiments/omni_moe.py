@@ -33,6 +33,7 @@ from experiments.omni.training import schedule
 from ftrain import TrainState, tree
 from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.cost import Cost
+from ftrain.cuda_allocator import prefer_expandable_segments
 from ftrain.hardware import peak_flops
 from ftrain.interrupt import EXIT_NOT_FINITE, EXIT_NOT_SAVED, EXIT_RESUMABLE, StopRequest, interruptible
 from ftrain.precision import Choice, precision_on
@@ -109,6 +110,7 @@ _FIXED = ("size", "steps", "tokenizer_steps", "seed")
 def main(options: Options) -> int:
     """Run; the exit code is 0, EXIT_RESUMABLE where a signal other than Ctrl-C stopped the run after a save,
     EXIT_NOT_SAVED where the last save failed, EXIT_NOT_FINITE where the run ended on a loss that is not finite."""
+    prefer_expandable_segments()
     torch.set_num_threads(options.threads)
     on_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if on_cuda else "cpu")

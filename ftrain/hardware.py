@@ -67,18 +67,28 @@ def host_bandwidth(device: torch.device) -> float | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: of the card, with what torch's allocator keeps unused, or of the machine."""
+    """Memory that can still be allocated: of the card, with what torch's allocator keeps unused, or of the machine.
+
+    ValueError of a card that is not here.
+    """
     if device.type == "cuda":
+        _require_card(device)
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def device_bytes(device: torch.device) -> int:
-    """All memory of the card, or of the machine."""
+    """All memory of the card, or of the machine. ValueError of a card that is not here."""
     if device.type == "cuda":
+        _require_card(device)
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _require_card(device: torch.device) -> None:
+    if not torch.cuda.is_available():
+        raise ValueError(f"there is no {device} here whose memory could be asked: give a budget in bytes, e.g. '60GiB'")
 
 
 def _wait(device: torch.device) -> None:

@@ -118,6 +118,23 @@ def test_flops_do_not_depend_on_the_device(name):
     assert lowered(model, CUDA).cost().flops == lowered(model, torch.device("cpu")).cost().flops
 
 
+def test_a_budget_in_bytes_is_kept_on_paper_and_one_of_the_card_s_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    aval = Aval((512, 512), torch.float32, torch.device("cuda", 0))
+
+    def loss(w, x):
+        for _ in range(8):
+            x = (x @ w).sin()
+        return x.square().mean()
+
+    step = ftrain.value_and_grad(loss)
+    whole = ftrain.jit(step, backend="aten").lower(aval, aval).memory().total
+    remat = ftrain.Remat(budget=int(0.8 * whole))
+    assert ftrain.jit(step, backend="aten", remat=remat).lower(aval, aval).memory().total <= 0.8 * whole
+    with pytest.raises(ValueError, match="there is no cuda:0 here whose memory could be asked: give a budget in bytes"):
+        ftrain.jit(step, remat=ftrain.Remat(budget="fit")).lower(aval, aval)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "compute"), [*((name, "bfloat16") for name in MODELS), ("experts", "float32"), ("DiT", "float32")]
