@@ -8,9 +8,13 @@ capture that fails, an abort or a hang ends that stage alone. After each stage `
 `gpu.json` (all that was told), `rows.json` (the figures, as all benches write them), `stages.log` (the output), and at
 the end `op-times-<card>.json`, which `ftrain plan --op-times FILE` prices steps by on any machine.
 
-On the null device (tests/nullgpu) the same command is a rehearsal: every stage runs or is stopped by its box, its
-figures mean nothing. `--tiny` shrinks the sizes. Compile caches that a rehearsal fills (TORCHINDUCTOR_CACHE_DIR,
-TRITON_CACHE_DIR) may travel to the card.
+A rehearsal needs no card: on the null device (`make test-nullgpu` builds it, tests/nullgpu/device) every stage runs or
+is stopped by its box, and its figures mean nothing. `--tiny` shrinks the sizes.
+
+    N=$PWD/build/nullgpu; LD_PRELOAD="$N/libnullgpu.so $N/libnvrtc.so.13" LD_LIBRARY_PATH=$N TRITON_LIBCUDA_PATH=$N \\
+        .venv-cuda/bin/python -m experiments.bench.gpu --out /tmp/rehearsal
+
+Compile caches that a rehearsal fills (TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR) may travel to the card.
 """
 
 import json
