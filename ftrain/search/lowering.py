@@ -58,7 +58,7 @@ def lower(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_sha
     times = DeviceTimes(cluster, attention_share=attention_share)
     remat, mesh = candidate.recompute, candidate.mesh()
     link = cluster.link(mesh)
-    compiled = _traced(trial, candidate, link)
+    compiled = _traced(trial, candidate, link, device=torch.device(cluster.device_type, 0))
     module, donated = compiled.graph, _donated(compiled, trial)
     update_early(module, donated)
     if remat.us_per_mb is not None:
@@ -78,17 +78,24 @@ def _in_place(module: fx.GraphModule, donated: dict[str, int]) -> fx.GraphModule
     return module
 
 
-def _traced(trial: Trial, candidate: Candidate, link: Link) -> Compiled:
+def _traced(trial: Trial, candidate: Candidate, link: Link, *, device: torch.device) -> Compiled:
     base, remat = trial.plan(candidate), candidate.recompute
     plan = Plan(base.mesh, base.default, batch=base.batch, link=link, **base.components)
     policy = Remat("none", gathered="keep") if remat.us_per_mb is not None else remat
-    sharded = OnPaper(plan, specs=trial.specs, overlap=False)
+    sharded = OnPaper(plan, specs=trial.specs, device=device)
     step = Step(trial.step, donate=None, backend="aten", remat=policy, precision=trial.precision, sharded=sharded)
     return step.lower(trial.state, trial.batch)
 
 
 class OnPaper(ShardedStep):
-    """A step on a fake mesh whose batch is shapes alone, however large it is."""
+    """A step on a fake mesh whose batch is shapes alone, however large it is.
+
+    All arguments stand for arguments on `device`, which need not be here.
+    """
+
+    def __init__(self, plan: Plan, *, specs: Any, device: torch.device) -> None:
+        super().__init__(plan, specs=specs, overlap=False)
+        self._device = device
 
     def local_arguments(self, paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> tuple:
         """A rank's arguments as abstract values, its coordinates last."""
@@ -100,14 +107,14 @@ class OnPaper(ShardedStep):
         if not is_array(leaf):
             return leaf
         if argument.placement is not None:
-            return Aval(argument.placement.local_shape, leaf.dtype, Aval.of(leaf).device)
+            return Aval(argument.placement.local_shape, leaf.dtype, self._device)
         # places are divided as rows are; what else their rule asks for is a matter of their values
         rule = Rows() if isinstance(argument.rule, Places) else argument.rule
         assert rule is not None
         whole = torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
         plan = self.plan
         part = share(whole, rule, path=argument.path, tokens=0, order=plan.order, mesh=plan.mesh, rank=0)
-        return Aval(tuple(part.shape), leaf.dtype, Aval.of(leaf).device)
+        return Aval(tuple(part.shape), leaf.dtype, self._device)
 
 
 def _donated(compiled: Compiled, trial: Trial) -> dict[str, int]:
