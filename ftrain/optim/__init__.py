@@ -8,20 +8,34 @@ from ftrain.optim.combine import (
     add_decayed_weights,
     chain,
     freeze,
+    identity,
     label_tree,
     masked,
     multi_transform,
     scale,
     scale_by_schedule,
+    set_to_zero,
 )
 from ftrain.optim.ema import EmaState, ema
 from ftrain.optim.lion import LionState, lion
+from ftrain.optim.master import MasterState, master_weights
 from ftrain.optim.muon import MuonState, muon, orthogonalize
 from ftrain.optim.nonfinite import SkipState, all_finite, skip_nonfinite
 from ftrain.optim.norms import global_norm
+from ftrain.optim.optax_names import (
+    adam,
+    clip,
+    constant_schedule,
+    cosine_decay_schedule,
+    join_schedules,
+    linear_schedule,
+    scale_by_adam,
+    scale_by_learning_rate,
+    warmup_cosine_decay_schedule,
+)
 from ftrain.optim.schedules import constant, cosine, join, linear, warmup_cosine, wsd
 from ftrain.optim.sgd import SGDState, TraceState, sgd, trace
-from ftrain.optim.transform import EmptyState, LearningRate, Mask, Schedule, Transform, apply_updates
+from ftrain.optim.transform import EmptyState, LearningRate, Mask, Schedule, Transform, apply_updates, trainable
 
 __all__ = [
     "AdafactorState",
@@ -32,6 +46,7 @@ __all__ = [
     "LearningRate",
     "LionState",
     "Mask",
+    "MasterState",
     "MuonState",
     "SGDState",
     "Schedule",
@@ -40,31 +55,44 @@ __all__ = [
     "TraceState",
     "Transform",
     "adafactor",
+    "adam",
     "adamw",
     "add_decayed_weights",
     "all_finite",
     "apply_updates",
     "chain",
+    "clip",
     "clip_by_global_norm",
     "clip_by_value",
     "constant",
+    "constant_schedule",
     "cosine",
+    "cosine_decay_schedule",
     "ema",
     "freeze",
     "global_norm",
+    "identity",
     "join",
+    "join_schedules",
     "label_tree",
     "linear",
+    "linear_schedule",
     "lion",
     "masked",
+    "master_weights",
     "multi_transform",
     "muon",
     "orthogonalize",
     "scale",
+    "scale_by_adam",
+    "scale_by_learning_rate",
     "scale_by_schedule",
+    "set_to_zero",
     "sgd",
     "skip_nonfinite",
     "trace",
+    "trainable",
     "warmup_cosine",
+    "warmup_cosine_decay_schedule",
     "wsd",
 ]

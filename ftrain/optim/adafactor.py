@@ -22,6 +22,7 @@ from ftrain.optim.transform import (
     require_range,
     require_rate,
     state_dtype,
+    warn_of_rounding,
 )
 from ftrain.tree import Tree
 
@@ -58,6 +59,8 @@ def adafactor(
         raise ValueError(f"beta2_decay must be <= 0, not {beta2_decay}")
 
     def init(params: Tree) -> AdafactorState:
+        warn_of_rounding(params, "adafactor")
+
         def moments(p: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             if p.ndim < 2:
                 return None, None, torch.zeros_like(p, dtype=state_dtype(p.dtype))

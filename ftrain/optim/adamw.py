@@ -16,6 +16,7 @@ from ftrain.optim.transform import (
     require_like,
     require_range,
     require_rate,
+    warn_of_rounding,
     zeros,
 )
 from ftrain.tree import Tree
@@ -54,6 +55,7 @@ def adamw(
     require_range("weight_decay", weight_decay, 0.0)
 
     def init(params: Tree) -> AdamWState:
+        warn_of_rounding(params, "adamw")
         return AdamWState(new_count(params), zeros(params, state_dtype), zeros(params))
 
     def update(grads: Tree, state: AdamWState, params: Tree) -> tuple[Tree, AdamWState]:

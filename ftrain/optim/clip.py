@@ -7,7 +7,17 @@ from torch import Tensor
 
 from ftrain import tree
 from ftrain.optim.norms import global_norm, norm_dtype
-from ftrain.optim.transform import EmptyState, Transform, cast, device_of, require_like, require_range
+from ftrain.optim.transform import (
+    EmptyState,
+    Mask,
+    Transform,
+    cast,
+    decays,
+    device_of,
+    require_like,
+    require_range,
+    select,
+)
 from ftrain.tree import Tree
 
 
@@ -17,8 +27,12 @@ class ClipState(NamedTuple):
     norm: Tensor
 
 
-def clip_by_global_norm(max_norm: float) -> Transform:
-    """Scale all gradients by `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`."""
+def clip_by_global_norm(max_norm: float, *, mask: Mask = None) -> Transform:
+    """Scale all gradients by `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`.
+
+    `mask` says which leaves are measured and scaled (None: all); others pass unchanged. Leaves that a later transform
+    of a `chain` freezes are left out in any case.
+    """
     require_range("max_norm", max_norm, 0.0)
 
     def init(params: Tree) -> ClipState:
@@ -26,9 +40,10 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
     def update(grads: Tree, state: ClipState, params: Tree) -> tuple[Tree, ClipState]:
         require_like(grads, params)
-        norm = global_norm(grads).to(state.norm.dtype)
+        chosen = decays(mask, params)
+        norm = global_norm(select(grads, chosen)).to(state.norm.dtype)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return tree.map(lambda g: cast(g * factor, g.dtype), grads), ClipState(norm)
+        return tree.map(lambda g, keep: cast(g * factor, g.dtype) if keep else g, grads, chosen), ClipState(norm)
 
     return Transform(init, update)
 

@@ -5,8 +5,9 @@ stay what they are and its state mirrors the parameters with gaps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
@@ -17,13 +18,17 @@ from ftrain.optim.transform import (
     Schedule,
     Transform,
     decays,
+    merge,
     new_count,
     require_like,
     require_range,
+    select,
+    trainable,
 )
 from ftrain.tree import Tree
+from sharding.paths import Rules
 
-Labels = Callable[[str], str] | Sequence[tuple[str, str]] | Tree
+Labels = Callable[[str], str] | Mapping[str, str] | Sequence[tuple[str, str]] | Tree
 
 
 class ScheduleState(NamedTuple):
@@ -33,46 +38,84 @@ class ScheduleState(NamedTuple):
 
 
 def chain(*transforms: Transform) -> Transform:
-    """One after the other: each gets the updates of the one before. The state is the tuple of their states."""
+    """One after the other: each gets the updates of the one before. The state is the tuple of their states.
+
+    Leaves that a later one freezes are hidden from those before it: a clip measures and scales only what is trained,
+    and the gradients of the rest are not computed.
+    """
+
+    def visible(params: Tree) -> list[Tree]:
+        """For each transform, which leaves those after it may move."""
+        masks, moving = [], tree.map(lambda _: True, params)
+        for transform in reversed(transforms):
+            masks.append(moving)
+            moving = tree.map(lambda a, b: a and b, moving, trainable(transform, params))
+        return masks[::-1]
 
     def init(params: Tree) -> tuple:
-        return tuple(t.init(params) for t in transforms)
+        return tuple(t.init(select(params, seen)) for t, seen in zip(transforms, visible(params), strict=True))
 
     def update(updates: Tree, state: tuple, params: Tree) -> tuple[Tree, tuple]:
         if len(state) != len(transforms):
             raise ValueError(f"a chain of {len(transforms)} transforms got a state of {len(state)}")
+        require_like(updates, params, name="the updates")
         states = []
-        for transform, before in zip(transforms, state, strict=True):
-            updates, after = transform.update(updates, before, params)
+        for transform, before, seen in zip(transforms, state, visible(params), strict=True):
+            part, after = transform.update(select(updates, seen), before, select(params, seen))
+            updates = merge(updates, seen, part)
             states.append(after)
         return updates, tuple(states)
 
-    return Transform(init, update)
+    def frozen(params: Tree) -> Tree:
+        moving = [trainable(t, params) for t in transforms]
+        return tree.map(lambda _, *may: not all(may), params, *moving)
+
+    return Transform(init, update, frozen)
 
 
-def masked(transform: Transform, mask: Mask) -> Transform:
-    """`transform` on the leaves that `mask` selects; the updates of all others pass unchanged.
+def masked(transform: Transform, mask: Mask, *, rest: Literal["pass", "freeze"] | None = None) -> Transform:
+    """`transform` on the leaves that `mask` selects; `rest` says what happens to all others.
 
-    `mask`: a tree of bools shaped as the parameters, or a function from parameters to one.
+    `mask`: a tree of bools shaped as the parameters, or a function from parameters to one. `rest`: "freeze", their
+    updates are zero; "pass", they go on unchanged, to a later transform of a chain (as optax does: at the end of a
+    chain these parameters would move by plus their gradient). ValueError where `rest` is not given.
     """
+    if rest not in ("pass", "freeze"):
+        raise ValueError(
+            f"masked: rest={rest!r}: say what happens to the leaves that the mask leaves out: rest='freeze' holds them "
+            "still, rest='pass' hands their gradients on unchanged to a later transform of the chain"
+        )
+
+    def groups(params: Tree) -> tuple[Tree, Tree]:
+        chosen = decays(mask, params)
+        return chosen, tree.map(lambda keep: not keep, chosen)
 
     def init(params: Tree) -> Any:
-        return transform.init(_select(params, decays(mask, params)))
+        return transform.init(select(params, groups(params)[0]))
 
     def update(updates: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
         require_like(updates, params, name="the updates")
-        chosen = decays(mask, params)
-        inner, state = transform.update(_select(updates, chosen), state, _select(params, chosen))
-        return _merge(updates, chosen, inner), state
+        chosen, others = groups(params)
+        inner, state = transform.update(select(updates, chosen), state, select(params, chosen))
+        if rest == "freeze":
+            updates = merge(updates, others, _zeros(select(params, others)))
+        return merge(updates, chosen, inner), state
 
-    return Transform(init, update)
+    def frozen(params: Tree) -> Tree:
+        chosen, others = groups(params)
+        still = others if rest == "freeze" else tree.map(lambda _: False, params)
+        moving = trainable(transform, select(params, chosen))
+        return merge(still, chosen, tree.map(lambda moves: not moves, moving))
+
+    return Transform(init, update, frozen)
 
 
 def multi_transform(transforms: Mapping[str, Transform], labels: Labels) -> Transform:
     """Each leaf to the transform of its label; the state is a dict of their states by label.
 
-    `labels`: a list of (pattern, label) over dotted paths (`tree.match`; the first match wins), a function from path to
-    label, or a tree of labels. A leaf that no pattern matches, or a label without a transform, is a ValueError.
+    `labels`: globs over dotted paths and their labels (`sharding.paths`: the most specific decides), as a mapping or a
+    list of pairs; a function from path to label; or a tree of labels. ValueError for a leaf that no glob matches, a
+    glob that matches no leaf, two that decide differently and are equally specific, or a label without a transform.
     """
 
     def groups(params: Tree) -> dict[str, Tree]:
@@ -85,27 +128,46 @@ def multi_transform(transforms: Mapping[str, Transform], labels: Labels) -> Tran
         return {name: tree.map(lambda label, name=name: label == name, given) for name in transforms}
 
     def init(params: Tree) -> dict[str, Any]:
-        return {name: transforms[name].init(_select(params, chosen)) for name, chosen in groups(params).items()}
+        return {name: transforms[name].init(select(params, chosen)) for name, chosen in groups(params).items()}
 
     def update(updates: Tree, state: dict[str, Any], params: Tree) -> tuple[Tree, dict[str, Any]]:
         require_like(updates, params)
         merged, after = updates, {}
         for name, chosen in groups(params).items():
-            part, after[name] = transforms[name].update(_select(updates, chosen), state[name], _select(params, chosen))
-            merged = _merge(merged, chosen, part)
+            part, after[name] = transforms[name].update(select(updates, chosen), state[name], select(params, chosen))
+            merged = merge(merged, chosen, part)
         return merged, after
 
-    return Transform(init, update)
+    def frozen(params: Tree) -> Tree:
+        still = tree.map(lambda _: False, params)
+        for name, chosen in groups(params).items():
+            moving = trainable(transforms[name], select(params, chosen))
+            still = merge(still, chosen, tree.map(lambda moves: not moves, moving))
+        return still
+
+    return Transform(init, update, frozen)
 
 
 def label_tree(labels: Labels, params: Tree) -> Tree:
     """The label of every leaf: strings in a tree shaped as `params`; `multi_transform` says what `labels` may be."""
     if callable(labels):
         return tree.map_with_path(lambda path, _: labels(path), params)
-    if _is_patterns(labels):
-        return tree.map_with_path(lambda path, _: _first_match(path, labels), params)
-    tree.require_same(params, labels, names=("the parameters", "the labels"))
-    return labels
+    rules = _rules(labels, params)
+    if rules is None:
+        tree.require_same(params, labels, names=("the parameters", "the labels"))
+        return labels
+    if not _has_gaps(params):  # else a group's leaves may be hidden by a transform around this one
+        rules.require_used(tree.paths(params))
+
+    def label(path: str, _: Tensor) -> str:
+        found = rules.find(path)
+        if found is None:
+            raise ValueError(
+                f"no label for {path!r}: none of {[*rules.values]} matches; add ('**', label) for the rest"
+            )
+        return found
+
+    return tree.map_with_path(label, params)
 
 
 def scale(factor: float) -> Transform:
@@ -145,34 +207,52 @@ def add_decayed_weights(weight_decay: float, *, mask: Mask = None) -> Transform:
 
 
 def freeze() -> Transform:
-    """Zero updates, whatever the gradients (NaN included): for groups of a `multi_transform` that must not move."""
+    """Zero updates, whatever the gradients (NaN included): for groups of a `multi_transform` that must not move.
+
+    The zeros are not made from the gradients, so the backward that only these would need is not part of the step.
+    """
 
     def update(updates: Tree, state: EmptyState, params: Tree) -> tuple[Tree, EmptyState]:
         require_like(updates, params, name="the updates")
-        return tree.map(lambda u: u.new_zeros(()).expand_as(u), updates), state
+        return _zeros(params), state
 
-    return Transform(lambda params: EmptyState(), update)
-
-
-def _select(values: Tree, chosen: Tree) -> Tree:
-    return tree.map(lambda value, keep: value if keep else None, values, chosen)
+    return Transform(lambda params: EmptyState(), update, lambda params: tree.map(lambda _: True, params))
 
 
-def _merge(values: Tree, chosen: Tree, part: Tree) -> Tree:
-    """`values` with the chosen leaves taken from `part`, which holds those alone."""
-    tree.require_same(_select(values, chosen), part, names=("the selected leaves", "the inner updates"))
-    taken = iter(tree.leaves(part))
-    return tree.map(lambda value, keep: next(taken) if keep else value, values, chosen)
+set_to_zero = freeze
+"""optax's name of it."""
 
 
-def _is_patterns(labels: Any) -> bool:
-    """A list of pairs of strings: a tree of labels that has this shape must be given as a function instead."""
-    pairs = isinstance(labels, list | tuple) and all(isinstance(x, tuple) and len(x) == 2 for x in labels)
-    return pairs and all(isinstance(x, str) for pair in labels for x in pair)
+def identity() -> Transform:
+    """Updates as they are, without a state."""
+    return Transform(lambda params: EmptyState(), lambda updates, state, params: (updates, state))
 
 
-def _first_match(path: str, patterns: Sequence[tuple[str, str]]) -> str:
-    for pattern, label in patterns:
-        if tree.match(path, pattern):
-            return label
-    raise ValueError(f"no label for {path!r}: none of {[p for p, _ in patterns]} matches; end with ('**', label)")
+def _zeros(params: Tree) -> Tree:
+    return tree.map(lambda p: torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape), params)
+
+
+def _rules(labels: Any, params: Tree) -> Rules[str] | None:
+    """Globs and labels where `labels` are such: a mapping of strings that is not itself a tree of labels, or pairs.
+
+    A tree of labels that looks like a list of pairs must be given as a function instead.
+    """
+    pairs = labels.items() if isinstance(labels, Mapping) else labels
+    if not isinstance(labels, Mapping | list | tuple) or not all(_is_pair(x) for x in pairs):
+        return None
+    if isinstance(labels, Mapping) and tree.flatten(labels)[1] == tree.flatten(params)[1]:
+        return None
+    found: dict[str, str] = {}
+    for glob, label in pairs:
+        if found.setdefault(glob, label) != label:
+            raise ValueError(f"labels: {glob!r} is given twice, as {found[glob]!r} and as {label!r}")
+    return Rules(found, "labels")
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and all(isinstance(part, str) for part in x)
+
+
+def _has_gaps(params: Tree) -> bool:
+    leaves = optree.tree_leaves(params, none_is_leaf=True, namespace=tree.NAMESPACE)
+    return any(leaf is None for leaf in leaves)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.optim.norms import present
 from ftrain.optim.transform import (
     LearningRate,
     Mask,
@@ -17,6 +18,7 @@ from ftrain.optim.transform import (
     require_like,
     require_range,
     require_rate,
+    warn_of_rounding,
     zeros,
 )
 from ftrain.tree import Tree
@@ -42,6 +44,8 @@ def lion(
 
     One average per parameter: half of Adam's state. Rates are 3 to 10 times smaller than Adam's, and decays larger.
     `mask` says which leaves decay; `state_dtype` is the dtype of the average (None: the parameter's, at least float32).
+    A step has one size whatever the gradient's is, so a leaf whose gradient is all zeros (the loss did not use it)
+    stands still, average and decay included.
     """
     require_rate(learning_rate)
     require_range("b1", b1, 0.0, 1.0)
@@ -49,21 +53,23 @@ def lion(
     require_range("weight_decay", weight_decay, 0.0)
 
     def init(params: Tree) -> LionState:
+        warn_of_rounding(params, "lion")
         return LionState(new_count(params), zeros(params, state_dtype))
 
     def update(grads: Tree, state: LionState, params: Tree) -> tuple[Tree, LionState]:
         require_like(grads, params)
         minus_rate = -rate_at(learning_rate, state.steps)
 
-        def leaf(p: Tensor, g: Tensor, m: Tensor, decay: bool) -> tuple[Tensor, Tensor]:
+        def leaf(p: Tensor, g: Tensor, m: Tensor, decay: bool, here: Tensor) -> tuple[Tensor, Tensor]:
             wide = torch.promote_types(torch.promote_types(g.dtype, m.dtype), torch.float32)
             g, m_wide = cast(g, wide), cast(m, wide)
             direction = torch.lerp(m_wide, g, 1 - b1).sign()
             if decay and weight_decay:
                 direction = torch.add(direction, p, alpha=weight_decay)
-            return direction * minus_rate, cast(torch.lerp(m_wide, g, 1 - b2), m.dtype)
+            average = torch.where(here, cast(torch.lerp(m_wide, g, 1 - b2), m.dtype), m)
+            return torch.where(here, direction * minus_rate, 0), average
 
-        updates, mean = tree.map_many(leaf, 2, params, grads, state.mean, decays(mask, params))
+        updates, mean = tree.map_many(leaf, 2, params, grads, state.mean, decays(mask, params), present(grads))
         return updates, LionState(state.steps + 1, mean)
 
     return Transform(init, update)

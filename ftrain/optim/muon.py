@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.optim.norms import present
 from ftrain.optim.shards import piece_of_leaf, whole_leaf
 from ftrain.optim.transform import (
     LearningRate,
@@ -25,6 +26,7 @@ from ftrain.optim.transform import (
     require_like,
     require_range,
     require_rate,
+    warn_of_rounding,
     zeros,
 )
 from ftrain.tree import Tree
@@ -61,6 +63,9 @@ def muon(
     without bfloat16 units float32 is faster. For matrices only: any other leaf is a ValueError at `init` that names it;
     give those to another transform with `multi_transform`. `mask` says which leaves decay. Where a leaf is divided over
     ranks, each joins the matrix and orthogonalises it; a rank's experts are matrices of their own.
+
+    A step has one size whatever the gradient's is, so a leaf whose gradient is all zeros (the loss did not use it)
+    stands still, momentum and decay included, as torch leaves out a parameter without a gradient.
     """
     require_rate(learning_rate)
     require_range("momentum", momentum, 0.0, 1.0)
@@ -71,6 +76,7 @@ def muon(
         raise ValueError(f"adjust must be 'original' or 'match_rms_adamw', not {adjust!r}")
 
     def init(params: Tree) -> MuonState:
+        warn_of_rounding(params, "muon")
         tree.map_with_path(_require_matrix, params)
         return MuonState(new_count(params), zeros(params))
 
@@ -79,24 +85,25 @@ def muon(
         rate = rate_at(learning_rate, state.steps)
         keep = 1 - rate * weight_decay
 
-        def average(p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        def average(p: Tensor, g: Tensor, m: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
             g = cast(g, m.dtype)
-            m = torch.lerp(m, g, 1 - momentum)
+            m = torch.where(here, torch.lerp(m, g, 1 - momentum), m)
             return m, whole_leaf(torch.lerp(g, m, momentum) if nesterov else m, p)
 
-        def step(p: Tensor, o: Tensor, m: Tensor, decay: bool) -> Tensor:
+        def step(p: Tensor, o: Tensor, m: Tensor, decay: bool, here: Tensor) -> Tensor:
             step = cast(piece_of_leaf(o, p), m.dtype) * (-_factor(o.shape, adjust) * rate)
-            if not (decay and weight_decay):
-                return step
-            # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up
-            p = cast(p, m.dtype)
-            return p * keep + step - p
+            if decay and weight_decay:
+                # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up
+                p = cast(p, m.dtype)
+                step = p * keep + step - p
+            return torch.where(here, step, 0)
 
-        buffer, directions = tree.map_many(average, 2, params, grads, state.momentum)
+        used = present(grads)
+        buffer, directions = tree.map_many(average, 2, params, grads, state.momentum, used)
         matrices, structure = tree.flatten(directions)
         options = {"steps": ns_steps, "coefficients": ns_coefficients, "dtype": ns_dtype, "eps": eps}
         orthogonal = tree.unflatten(structure, orthogonalize_all(matrices, **options))
-        updates = tree.map(step, params, orthogonal, buffer, decays(mask, params))
+        updates = tree.map(step, params, orthogonal, buffer, decays(mask, params), used)
         return updates, MuonState(state.steps + 1, buffer)
 
     return Transform(init, update)

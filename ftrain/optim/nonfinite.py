@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ftrain import tree
 from ftrain.optim.norms import sum_over_shards
-from ftrain.optim.transform import Transform, device_of, new_count, require_like, require_range
+from ftrain.optim.transform import (
+    Transform,
+    device_of,
+    new_count,
+    require_like,
+    require_range,
+    select,
+    trainable,
+)
 from ftrain.tree import Tree
 from kernels.squares import extremes
 
@@ -24,10 +32,10 @@ class SkipState(NamedTuple):
 def skip_nonfinite(transform: Transform, *, max_consecutive: int | None = None) -> Transform:
     """`transform`, but where a gradient holds a NaN or an infinity the updates are zero and its state stays as it is.
 
-    Put it around everything that keeps state. Values are chosen with `where`, so no NaN passes. After `max_consecutive`
-    skips in a row the next update is let through, that a run which cannot recover is seen to fail (as in optax); None
-    skips for ever. The price is one pass to look at the gradients, and a `where` over each update and state leaf, but
-    for those that AdamW writes in place.
+    Put it around everything that keeps state. Values are chosen with `where`, so no NaN passes. Gradients of frozen
+    leaves are not looked at. After `max_consecutive` skips in a row the next update is let through, that a run which
+    cannot recover is seen to fail (as in optax); None skips for ever. The price is one pass to look at the gradients,
+    and a `where` over each update and state leaf, but for those that AdamW writes in place.
     """
     if max_consecutive is not None:
         require_range("max_consecutive", max_consecutive, 1)
@@ -38,7 +46,7 @@ def skip_nonfinite(transform: Transform, *, max_consecutive: int | None = None) 
     def update(grads: Tree, state: SkipState, params: Tree) -> tuple[Tree, SkipState]:
         require_like(grads, params)
         updates, inner = transform.update(grads, state.inner, params)
-        finite = all_finite(grads)
+        finite = all_finite(select(grads, trainable(transform, params)))
         keep = finite
         if max_consecutive is not None:
             keep = finite | (state.skipped_in_a_row >= max_consecutive)
@@ -49,7 +57,7 @@ def skip_nonfinite(transform: Transform, *, max_consecutive: int | None = None) 
         in_a_row = torch.where(finite, 0, state.skipped_in_a_row + skipped)
         return updates, SkipState(inner, state.skipped_total + skipped, in_a_row)
 
-    return Transform(init, update)
+    return Transform(init, update, transform.frozen)
 
 
 def all_finite(gradients: Tree) -> Tensor:

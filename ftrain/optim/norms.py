@@ -6,22 +6,38 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.optim.transform import Mask, decays, select
 from ftrain.tree import Tree
 from kernels.primitive import primitive
-from kernels.squares import sums_of_squares
+from kernels.squares import extremes, sums_of_squares
 
 
-def global_norm(gradients: Tree) -> Tensor:
+def global_norm(gradients: Tree, *, mask: Mask = None) -> Tensor:
     """The 2-norm of all leaves together, 0-d: float32, or float64 if a leaf is. A tree without leaves has norm 0.
 
+    `mask` says which leaves count (None: all), such as `optim.trainable(tx, params)`.
     Under a plan, leaves may be shards: the sum of squares of each passes through `sum_over_shards`. The sums of leaves
     are added in float64: their squares pass the range of float32 long before the norm does.
     """
+    if mask is not None:
+        gradients = select(gradients, decays(mask, gradients))
     leaves = tree.leaves(gradients)
     dtype = norm_dtype(gradients)
     if not leaves:
         return torch.zeros((), dtype=dtype)
     return sum_over_shards(sums_of_squares(leaves, torch.float64), leaves).sum().sqrt().to(dtype)
+
+
+def present(gradients: Tree) -> Tree:
+    """For each leaf whether any number of it, on any shard, is not zero: 0-d bools in a tree shaped as `gradients`.
+
+    A parameter that the loss did not use has a gradient of zeros. No leaf may be empty.
+    """
+    leaves, structure = tree.flatten(gradients)
+    if not leaves:
+        return gradients
+    found_N = (extremes(leaves) != 0).any(dim=1).to(torch.float32)
+    return tree.unflatten(structure, (sum_over_shards(found_N, leaves) > 0).unbind())
 
 
 @primitive("sum_over_shards")

@@ -14,6 +14,7 @@ from ftrain.optim.transform import (
     require_like,
     require_range,
     require_rate,
+    warn_of_rounding,
     zeros,
 )
 from ftrain.tree import Tree
@@ -46,6 +47,7 @@ def sgd(
         raise ValueError("nesterov=True needs a momentum above 0")
 
     def init(params: Tree) -> SGDState:
+        warn_of_rounding(params, "sgd")
         return SGDState(new_count(params), zeros(params) if momentum else None)
 
     def update(grads: Tree, state: SGDState, params: Tree) -> tuple[Tree, SGDState]:

@@ -6,6 +6,7 @@ step. A state is a NamedTuple whose subtrees mirror the parameters, so sharding 
 counts are 0-d int64 tensors, one per transform: the number of updates made so far.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,15 +17,20 @@ from ftrain import tree
 from ftrain.tree import Tree
 
 Schedule = Callable[[Tensor], Tensor]
-LearningRate = float | Schedule
+LearningRate = float | Tensor | Schedule
 Mask = Callable[[Tree], Tree] | Tree | None
 
 
 class Transform(NamedTuple):
-    """`init(params) -> state`, `update(grads, state, params) -> (updates, state)`; what is added is the update."""
+    """`init(params) -> state`, `update(grads, state, params) -> (updates, state)`; what is added is the update.
+
+    `frozen(params)`: a tree of bools, True for leaves whose update is zero whatever the gradient; None: there are none.
+    What comes before such a transform in a chain does not see these leaves, so that their gradients are not computed.
+    """
 
     init: Callable[[Tree], Any]
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+    frozen: Callable[[Tree], Tree] | None = None
 
 
 class EmptyState(NamedTuple):
@@ -70,6 +76,25 @@ def device_of(params: Tree) -> torch.device:
     return found[0].device if found else torch.device("cpu")
 
 
+def trainable(transform: Transform, params: Tree) -> Tree:
+    """Which leaves the transform may move: a tree of bools shaped as `params`, such as a mask for `global_norm`."""
+    if transform.frozen is None:
+        return tree.map(lambda _: True, params)
+    return tree.map(lambda frozen: not frozen, transform.frozen(params))
+
+
+def select(values: Tree, chosen: Tree) -> Tree:
+    """`values` with None, which has no leaves, in the place of those that are not chosen."""
+    return tree.map(lambda value, keep: value if keep else None, values, chosen)
+
+
+def merge(values: Tree, chosen: Tree, part: Tree) -> Tree:
+    """`values` with the chosen leaves taken from `part`, which holds those alone."""
+    tree.require_same(select(values, chosen), part, names=("the selected leaves", "the inner updates"))
+    taken = iter(tree.leaves(part))
+    return tree.map(lambda value, keep: next(taken) if keep else value, values, chosen)
+
+
 def rate_at(learning_rate: LearningRate, count: Tensor) -> float | Tensor:
     """The learning rate of the update that comes after `count` others: the number itself, or the schedule's value."""
     return learning_rate(count) if callable(learning_rate) else learning_rate
@@ -96,14 +121,41 @@ def require_like(updates: Tree, params: Tree, *, name: str = "the gradients") ->
             raise ValueError(f"{name} at {path!r} have shape {list(u.shape)}, the parameter has {list(p.shape)}")
 
 
+def warn_of_rounding(params: Tree, optimizer: str) -> None:
+    """A warning where parameters are narrower than float32: small updates round to nothing there, without a word."""
+    narrow = [
+        (path, p.dtype)
+        for path, p in zip(tree.paths(params), tree.leaves(params), strict=True)
+        if p.is_floating_point() and p.dtype.itemsize < 4
+    ]
+    if narrow:
+        path, dtype = narrow[0]
+        smallest = round(2 / torch.finfo(dtype).eps)
+        warnings.warn(
+            f"{optimizer}: {len(narrow)} parameters, such as {path!r}, are {str(dtype).removeprefix('torch.')}: an "
+            f"update below 1/{smallest} of a parameter rounds to nothing. Keep float32 parameters and compute in "
+            "bfloat16 (ftrain.Precision), or wrap the optimizer in ftrain.optim.master_weights",
+            stacklevel=3,
+        )
+
+
 def require_rate(learning_rate: LearningRate) -> None:
-    """ValueError for a learning rate below zero or not a number; a schedule is taken as it is."""
-    if not callable(learning_rate):
+    """ValueError for a rate below zero or not a number. A 0-d tensor may change from call to call, and a schedule is
+    taken as it is."""
+    if isinstance(learning_rate, Tensor):
+        if learning_rate.dim() or not learning_rate.is_floating_point():
+            found = f"{learning_rate.dtype} {list(learning_rate.shape)}"
+            raise ValueError(f"learning_rate as a tensor must be floating and 0-d, not {found}")
+    elif not callable(learning_rate):
         require_range("learning_rate", learning_rate, 0.0)
 
 
 def require_range(name: str, value: float, low: float, below: float = float("inf")) -> None:
-    """ValueError unless `low <= value < below`."""
+    """ValueError unless `value` is a number and `low <= value < below`."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a number of Python, not a tensor; a learning_rate may be one")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, not {value!r}")
     if not low <= value < below:
         upper = "" if below == float("inf") else f" and < {below}"
         raise ValueError(f"{name} must be >= {low}{upper}, not {value}")

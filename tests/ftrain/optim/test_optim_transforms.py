@@ -12,6 +12,11 @@ SCHEDULE = optim.warmup_cosine(0.05, warmup_steps=3, total_steps=40, floor=0.005
 MATRICES = [("**.w", "matrix"), ("**", "rest")]
 
 TRANSFORMS = {
+    "adam": optim.adam(0.05),
+    "masters": optim.master_weights(optim.adamw(0.05)),
+    "in optax's words": optim.chain(
+        optim.clip(1.0), optim.scale_by_adam(), optim.add_decayed_weights(1e-3), optim.scale_by_learning_rate(0.05)
+    ),
     "adamw": optim.adamw(0.05),
     "adamw, scheduled": optim.adamw(SCHEDULE, mask=lambda p: tree.map(lambda x: x.ndim > 1, p)),
     "sgd": optim.sgd(0.05, weight_decay=0.01),
@@ -25,7 +30,7 @@ TRANSFORMS = {
     "trace": optim.chain(optim.trace(0.9, nesterov=True), optim.add_decayed_weights(1e-3), optim.scale(-0.02)),
     "scale_by_schedule": optim.chain(optim.scale_by_schedule(SCHEDULE), optim.scale(-1.0)),
     "masked": optim.masked(
-        optim.chain(optim.clip_by_value(1.0), optim.sgd(0.05)), lambda p: tree.map(lambda x: True, p)
+        optim.chain(optim.clip_by_value(1.0), optim.sgd(0.05)), lambda p: tree.map(lambda x: True, p), rest="pass"
     ),
     "whole recipe": optim.skip_nonfinite(
         optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(SCHEDULE), optim.ema(0.9, warmup=True)),
@@ -159,6 +164,10 @@ def test_the_average_of_gradients_may_be_kept_in_bfloat16_and_squares_never():
         (lambda: optim.ema(1.0), "decay must be >= 0.0 and < 1.0"),
         (lambda: optim.skip_nonfinite(optim.freeze(), max_consecutive=0), "max_consecutive must be >= 1"),
         (lambda: optim.adamw(float("nan")), "learning_rate must be >= 0.0, not nan"),
+        (lambda: optim.adamw("1e-3"), "learning_rate must be a number, not '1e-3'"),
+        (lambda: optim.adamw(torch.ones(2)), r"must be floating and 0-d, not torch\.float32 \[2\]"),
+        (lambda: optim.adamw(1e-3, weight_decay=torch.ones(())), "weight_decay must be a number of Python"),
+        (lambda: optim.warmup_cosine_decay_schedule(0.0, 1.0, 10, 10), "decay_steps=10 holds the warm-up"),
     ],
 )
 def test_bad_arguments_are_named(make: Any, message: str):
