@@ -166,7 +166,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  *milliseconds = 0.001f; /* not zero: it is divided by */
+  *milliseconds = 100; /* long: who measures a kernel (Inductor, Triton) repeats it the more, the less time it took */
   return cudaSuccess;
 }
 
