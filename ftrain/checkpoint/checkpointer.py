@@ -279,7 +279,7 @@ class Checkpointer:
         try:
             good = ages.latest(self._place)
             kept = "no step was saved before" if good is None else f"the last good step is {good}"
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: of an object store
             kept = f"which steps are there cannot be read ({error})"
         return SaveFailed(
             f"saving step {step} into {where} failed: {cause}; {kept}, and the state in memory is unharmed: "

@@ -103,11 +103,9 @@ class Watchdog:
             deadline, waits_for = self._deadline()
             left = deadline - time.monotonic()
             if left <= 0:
-                doing = f", it waits for {waits_for}" if waits_for else ""
-                self._stop(
-                    f"rank {self.rank}: no step ended for {time.monotonic() - self._since:.0f} s, the last was step "
-                    f"{self._step}{doing}"
-                )
+                spent = f"{time.monotonic() - self._since:.0f} s, it waits for {waits_for}"
+                said = spent if waits_for else f"{self._limit:g} s"
+                self._stop(f"rank {self.rank}: no step ended for {said}, the last was step {self._step}")
             if deadline > self._armed + 1.0:
                 self._arm(deadline)
             self._alarm.heard.wait(min(max(left, 0.01), 0.25))
