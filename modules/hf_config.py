@@ -6,12 +6,13 @@ trains and answers, only worse.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from kernels.rope import Llama3Scaling
+from modules import hf_rope
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
+from modules.hf_fields import agreed, flag, number, require_understood, size
 from modules.moe import MoEConfig
 
 
@@ -20,8 +21,9 @@ class Family:
     """What a `model_type` says by itself, without a field of `config.json`.
 
     `architecture`: the class for training text. `biases`: of queries, keys, values; of the output (`None`: both as
-    `attention_bias` says). `experts`: spelt as Qwen3-MoE or as Mixtral does. Where a field is missing: `head_dim`
-    (`None`: the model's width over the heads), `window` of all layers (False: this family has no such field).
+    `attention_bias` says). `experts`: spelt as Qwen3-MoE or as Mixtral does. Where a field is missing, what
+    transformers' class of the family takes: `head_dim` (`None`: the model's width over the heads), `kv_heads` (`None`:
+    as many as heads), `window` of all layers (False: this family has no such field), `rope_base`, `norm_eps`.
     """
 
     model_type: str
@@ -30,62 +32,77 @@ class Family:
     qk_norm: bool = False
     experts: Literal["qwen", "mixtral"] | None = None
     head_dim: int | None = None
+    kv_heads: int | None = None
     window: int | Literal[False] | None = False
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", biases=None),
-        Family("mistral", "MistralForCausalLM", window=4096),
-        Family("mixtral", "MixtralForCausalLM", experts="mixtral", window=None),
-        Family("qwen2", "Qwen2ForCausalLM", biases=(True, False)),
-        Family("qwen3", "Qwen3ForCausalLM", biases=None, qk_norm=True, head_dim=128),
-        Family("qwen3_moe", "Qwen3MoeForCausalLM", biases=None, qk_norm=True, experts="qwen"),
+        Family("mistral", "MistralForCausalLM", kv_heads=8, window=4096),
+        Family(
+            "mixtral", "MixtralForCausalLM", experts="mixtral", kv_heads=8, window=None, rope_base=1e6, norm_eps=1e-5
+        ),
+        Family("qwen2", "Qwen2ForCausalLM", biases=(True, False), kv_heads=32),
+        Family("qwen3", "Qwen3ForCausalLM", biases=None, qk_norm=True, head_dim=128, kv_heads=32),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", biases=None, qk_norm=True, experts="qwen", kv_heads=4),
     )
 }
 
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# All that is looked at below, whatever the family: a family without a field refuses it where it says something.
+_READ = (
+    "attention_bias", "attention_dropout", "decoder_sparse_step", "head_dim", "hidden_act", "hidden_size",
+    "intermediate_size", "layer_types", "mlp_bias", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
+    "num_attention_heads", "num_experts", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads",
+    "num_local_experts", "quantization_config", "rms_norm_eps", "router_jitter_noise", "sliding_window",
+    "tie_word_embeddings", "use_sliding_window", *hf_rope.READ,
+)  # fmt: skip
 
 
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a `config.json` describes, written by transformers 4 or 5.
 
-    Raises `ValueError` naming the field that is missing, or that our decoder cannot follow.
+    A missing or null field is what transformers' class of the family takes. Raises `ValueError` naming the field that
+    is missing, that contradicts another, that our decoder cannot follow, or that is not known to change nothing.
     """
     family = _family(config)
-    _refuse_unknown_math(config)
-    d, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    eps = float(config.get("rms_norm_eps", 1e-6))
-    bias, out_bias = family.biases or (bool(config.get("attention_bias", False)),) * 2
+    _refuse_unknown_math(config, family)
+    require_understood(config, _READ)
+    d, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    eps = number(config, "rms_norm_eps", family.norm_eps)
+    bias, out_bias = family.biases or (flag(config, "attention_bias"),) * 2
+    rope_base, rope_scaling = hf_rope.rope_of(config, default_base=family.rope_base)
     attention = AttentionConfig(
         d,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or family.head_dim or d // heads,
+        kv_heads=_kv_heads(config, family, heads),
+        head_dim=size(config, "head_dim", _head_dim(config, family, d, heads)),
         qk_norm=family.qk_norm,
         norm_eps=eps,
         bias=bias,
         out_bias=out_bias,
         window=_window(config, family),
-        rope_base=_rope_base(config),
-        rope_scaling=_rope_scaling(config),
+        rope_base=rope_base,
+        rope_scaling=rope_scaling,
     )
-    layers = _size(config, "num_hidden_layers")
+    layers = size(config, "num_hidden_layers")
     moe = _experts(config, family, d)
     dense = _dense_layers(config, layers) if family.experts == "qwen" else 0
     return DecoderConfig(
-        vocab=_size(config, "vocab_size"),
+        vocab=size(config, "vocab_size"),
         d_model=d,
         layers=layers,
         attention=attention,
         # transformers keeps the width of layers that a model of experts does not have.
-        d_hidden=_size(config, "intermediate_size") if moe is None or dense else 0,
+        d_hidden=size(config, "intermediate_size") if moe is None or dense else 0,
         moe=moe,
         dense_layers=dense,
         norm_eps=eps,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        init_std=float(config.get("initializer_range", 0.02)),
+        tie_embeddings=flag(config, "tie_word_embeddings"),
+        init_std=number(config, "initializer_range", 0.02),
     )
 
 
@@ -116,13 +133,11 @@ def hf_config(cfg: DecoderConfig, *, base: Mapping[str, Any] | None = None) -> d
         # Of experts alone it is not used, but transformers wants one.
         "intermediate_size": cfg.d_hidden or (cfg.moe.d_expert if cfg.moe else 0),
         "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": attention.rope_base,
-        "rope_parameters": {"rope_theta": attention.rope_base, **_rope_fields(attention.rope_scaling)},
         "initializer_range": cfg.init_std,
         "tie_word_embeddings": cfg.tie_embeddings,
     }
-    if attention.rope_scaling is not None:
-        found["rope_scaling"] = _rope_fields(attention.rope_scaling)
+    if attention.rope_base is not None:
+        found |= hf_rope.rope_fields(attention.rope_base, attention.rope_scaling)
     if family.biases is None:
         found["attention_bias"] = attention.bias
     if family.window is not False:
@@ -155,80 +170,71 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-def _size(config: Mapping[str, Any], field: str) -> int:
-    value = config.get(field)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json: {field}={value!r} must be a whole number of at least 1")
-    return value
-
-
-def _refuse_unknown_math(config: Mapping[str, Any]) -> None:
-    act = config.get("hidden_act", "silu")
-    if act != "silu":
+def _refuse_unknown_math(config: Mapping[str, Any], family: Family) -> None:
+    act = config.get("hidden_act") or "silu"
+    if act not in ("silu", "swish"):
         raise ValueError(f"config.json: hidden_act={act!r}, but our MLP computes 'silu'")
     for field in ("mlp_bias", "attention_dropout", "router_jitter_noise", "quantization_config"):
         if config.get(field):
             raise ValueError(f"config.json: {field}={config[field]!r}, which our decoder does not have")
+    if config.get("attention_bias") and family.biases == (False, False):
+        raise ValueError(f"config.json: attention_bias, which model_type={family.model_type!r} does not have")
     kinds = {kind for kind in config.get("layer_types") or () if kind != "full_attention"}
     if kinds:
         raise ValueError(f"config.json: layer_types has {min(kinds)!r}; here all layers see the same window")
 
 
+def _kv_heads(config: Mapping[str, Any], family: Family, heads: int) -> int:
+    """An entry that is null says as many as heads; one that is not there leaves it to the family."""
+    default = heads if "num_key_value_heads" in config or family.kv_heads is None else family.kv_heads
+    found = size(config, "num_key_value_heads", default)
+    if heads % found:
+        raise ValueError(
+            f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={found}"
+            + (
+                ""
+                if "num_key_value_heads" in config
+                else f", which is what {family.model_type} takes where it is missing"
+            )
+        )
+    return found
+
+
+def _head_dim(config: Mapping[str, Any], family: Family, d: int, heads: int) -> int:
+    if family.head_dim is not None and "head_dim" not in config:
+        return family.head_dim
+    if config.get("head_dim") is None and d % heads:
+        raise ValueError(f"config.json: hidden_size={d} does not divide by num_attention_heads={heads}: give head_dim")
+    return d // heads
+
+
 def _window(config: Mapping[str, Any], family: Family) -> int | None:
     if family.window is not False:
-        return config.get("sliding_window", family.window)
-    if config.get("use_sliding_window"):
+        found = config.get("sliding_window", family.window)
+        return None if found is None else size(config, "sliding_window", found)
+    if flag(config, "use_sliding_window"):
         raise ValueError("config.json: use_sliding_window, by which layers differ; here all layers see the same window")
     return None
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`rope_scaling` of transformers 4, or `rope_parameters` of 5."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _rope_base(config: Mapping[str, Any]) -> float:
-    return float(_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0)))
-
-
-def _rope_scaling(config: Mapping[str, Any]) -> Llama3Scaling | None:
-    rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"config.json: rotary positions of type {kind!r} ({dict(rope)}); ours are of type 'default' or 'llama3'"
-        )
-    if kind == "default":
-        return None
-    missing = [field for field in _LLAMA3 if field not in rope]
-    if missing:
-        raise ValueError(f"config.json: rotary positions of type 'llama3' need {missing[0]} ({dict(rope)})")
-    return Llama3Scaling(*(rope[field] for field in _LLAMA3))
-
-
-def _rope_fields(scaling: Llama3Scaling | None) -> dict[str, Any]:
-    if scaling is None:
-        return {"rope_type": "default"}
-    return {"rope_type": "llama3", **dict(zip(_LLAMA3, astuple(scaling), strict=True))}
 
 
 def _experts(config: Mapping[str, Any], family: Family, d: int) -> MoEConfig | None:
     if family.experts is None:
         return None
     mixtral = family.experts == "mixtral"
-    field = "num_local_experts" if "num_local_experts" in config or mixtral else "num_experts"
+    experts = agreed(config, "num_experts", "num_local_experts")
+    coefficient = config.get("router_aux_loss_coef")
     return MoEConfig(
         d,
-        _size(config, "intermediate_size" if mixtral else "moe_intermediate_size"),
-        experts=_size(config, field),
-        top_k=_size(config, "num_experts_per_tok"),
-        normalize=mixtral or bool(config.get("norm_topk_prob", False)),
-        aux_coefficient=float(config.get("router_aux_loss_coef", 1e-3)),
+        size(config, "intermediate_size" if mixtral else "moe_intermediate_size"),
+        experts=size({"num_experts": experts}, "num_experts"),
+        top_k=size(config, "num_experts_per_tok"),
+        normalize=mixtral or flag(config, "norm_topk_prob"),
+        aux_coefficient=0.0 if coefficient == 0 else number(config, "router_aux_loss_coef", 1e-3),
     )
 
 
 def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
-    step, listed = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    step, listed = size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     dense = [i for i in range(layers) if i in listed or (i + 1) % step]
     if dense != list(range(len(dense))):
         raise ValueError(

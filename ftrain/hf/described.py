@@ -63,4 +63,4 @@ def described_decoder(config: Mapping[str, Any], shown: str, *, layers: int, exp
                 f"{shown}: {field} is {found:,}, and there are weights of no more than {most:,}: give the config.json "
                 "that belongs to these weights"
             )
-    return decoder_config({name: value for name, value in config.items() if value is not None})
+    return decoder_config(config)

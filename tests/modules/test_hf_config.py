@@ -25,6 +25,7 @@ MOE = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
+    "num_key_value_heads": 4,
 }
 
 
@@ -79,9 +80,12 @@ def test_a_published_file_gives_the_preset() -> None:
 def test_what_a_file_leaves_out_is_what_transformers_takes() -> None:
     heads = AttentionConfig(32, heads=4, kv_heads=4, head_dim=8)
     assert decoder_config(LLAMA) == DecoderConfig(100, 32, 4, heads, d_hidden=64)
-    assert decoder_config({**LLAMA, "model_type": "qwen3"}).attention.head_dim == 128
-    assert decoder_config({**LLAMA, "model_type": "mistral"}).attention.window == 4096
-    assert decoder_config({**LLAMA, "model_type": "mistral", "sliding_window": None}).attention.window is None
+    grouped = {**LLAMA, "num_key_value_heads": 2}
+    assert decoder_config({**grouped, "model_type": "qwen3"}).attention.head_dim == 128
+    assert decoder_config({**grouped, "model_type": "mistral"}).attention.window == 4096
+    assert decoder_config({**grouped, "model_type": "mistral", "sliding_window": None}).attention.window is None
+    assert decoder_config({**LLAMA, "model_type": "mistral", "num_attention_heads": 16}).attention.kv_heads == 8
+    assert decoder_config({**LLAMA, "model_type": "mistral", "num_key_value_heads": None}).attention.kv_heads == 4
 
 
 @pytest.mark.parametrize(
@@ -89,8 +93,11 @@ def test_what_a_file_leaves_out_is_what_transformers_takes() -> None:
     [
         {"rope_theta": 5e5, "rope_scaling": None},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_parameters": {"type": "default", "rope_theta": 5e5}, "rope_scaling": {}},
+        {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}, "layer_types": ["full_attention"] * 4},
+        {"rope_parameters": {kind: {"rope_theta": 5e5} for kind in ("full_attention", "sliding_attention")}},
     ],
-    ids=["transformers 4", "transformers 5"],
+    ids=["transformers 4", "transformers 5", "both", "of the one type of layer", "of types that agree"],
 )
 def test_both_spellings_of_rotary_positions_are_read(rope: dict) -> None:
     assert decoder_config({**LLAMA, **rope}).attention.rope_base == 5e5
@@ -128,7 +135,7 @@ def test_transformers_reads_the_scaling_that_was_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"mlp_only_layers": [0, 1]}, {"num_local_experts": 8, "num_experts": 3, "mlp_only_layers": [1, 0]}]
+    "fields", [{"mlp_only_layers": [0, 1]}, {"num_local_experts": 8, "num_experts": None, "mlp_only_layers": [1, 0]}]
 )
 def test_experts_begin_after_the_dense_layers(fields: dict) -> None:
     cfg = decoder_config({**MOE, **fields})
@@ -150,6 +157,37 @@ def test_experts_begin_after_the_dense_layers(fields: dict) -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"mlp_only_layers": [1]}, r"layers \[1\] of 4 have no experts"),
+        ({"num_local_experts": 3}, "num_experts=8 and num_local_experts=3 are two names of one thing"),
+        (
+            {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_theta=500000.0 and rope_parameters.rope_theta",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "of type 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters.rope_type='default' and rope_scaling.type='linear' contradict each other",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "type": "linear"}},
+            "rope_scaling.rope_type='llama3' and rope_scaling",
+        ),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling.factor=2.0 says nothing to rotary"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+            "rope_parameters.full_attention.rope_theta=1000000.0 and rope_parameters.sliding_attention.rope_theta",
+        ),
+        ({"rope_parameters": {"full_attention": {}, "rope_theta": 1e6}}, "types of layers and values side by side"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            {"final_logit_softcapping": 30.0},
+            "final_logit_softcapping=30.0 is not understood, and may change the numbers",
+        ),
+        ({"rms_norm_epsilon": 1e-5}, "did you mean 'rms_norm_eps'"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 must be a number above 0"),
+        ({"rope_theta": "1e6"}, "rope_theta='1e6' must be a number above 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ({"model_type": "mixtral", "attention_bias": True}, "attention_bias, which model_type='mixtral' does not have"),
         ({"decoder_sparse_step": 2}, r"layers \[0, 2\] of 4 have no experts"),
     ],
 )
