@@ -190,7 +190,11 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except SaveFailed:
+            if error is None:  # which ends the block already, and must not be hidden; this one is in the log
+                raise
 
     def _save(self, state: Any, step: int, metrics: dict[str, float], good: bool) -> bool:
         turn, self._loan = self._ranks.turn(), None

@@ -21,6 +21,7 @@ from ftrain.checkpoint import (
     save,
     steps,
 )
+from ftrain.checkpoint import read as read_module
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -126,3 +127,96 @@ def test_urls(tmp_path):
     assert open_place(tmp_path).show() == str(tmp_path)
     with pytest.raises(ValueError, match="'ftp://a/b' is no place for checkpoints: give a path, or one of s3://"):
         save({}, "ftp://a/b", 1)
+
+
+class Answers:
+    """A store whose answers to reads go wrong: `wrong(name, answer, count)` gives the one that is returned."""
+
+    def __init__(self, place, wrong):
+        self._store, self._wrong, self._count = place._root, wrong, {}
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def read(self, name):
+        self._count[name] = count = self._count.get(name, 0) + 1
+        return Answer(self._wrong(name, self._store.read(name).result(), count))
+
+
+class Answer:
+    def __init__(self, found):
+        self._found = found
+
+    def result(self):
+        return self._found
+
+
+class Missing:
+    state, value = "missing", b""
+
+
+class Flipped:
+    state = "value"
+
+    def __init__(self, value, bit):
+        self.value = bytes([value[0] ^ (1 << bit)]) + value[1:]
+
+
+@pytest.mark.parametrize("database", [True, False], ids=["database", "files"])
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "zarr.json", "manifest.json"])
+@pytest.mark.parametrize("answers", ["missing once", "flipped once", "missing twice"])
+def test_one_wrong_answer_is_not_believed(database, name, answers, monkeypatch):
+    """What is read back goes into the manifest: a save that returns is one that can be read."""
+    place, storage = Bucket("memory://run"), Storage(database)
+    monkeypatch.setattr("ftrain.checkpoint.bucket.time.sleep", lambda seconds: None)
+
+    def wrong(asked, found, count):
+        if not asked.endswith(name) or not found.value:
+            return found
+        if count == 1 or (count == 2 and answers == "missing twice"):
+            return Flipped(found.value, 2) if answers == "flipped once" else Missing()
+        return found
+
+    whole = place._root
+    place._root = Answers(place, wrong)
+    save(training_state(1), place, 1, storage=storage)
+    place._root = whole
+    assert same_bits(restore(training_state(), place), training_state(1))
+
+
+@pytest.mark.parametrize("kind", ["missing", "flipped"])
+def test_a_store_that_answers_wrongly_for_good_fails_the_save_and_the_good_steps_stay(kind, monkeypatch):
+    place = Bucket("memory://run")
+    monkeypatch.setattr("ftrain.checkpoint.bucket.time.sleep", lambda seconds: None)
+    with Checkpointer(place, keep=Retention(last=1)) as checkpoints:
+        checkpoints.save(training_state(1), 1)
+        checkpoints.wait()
+        whole = place._root
+
+        def wrong(asked, found, count):
+            if not asked.endswith("manifest.ocdbt") or not found.value:
+                return found
+            return Missing() if kind == "missing" else Flipped(found.value, count % 8)
+
+        place._root = Answers(place, wrong)
+        checkpoints.save(training_state(2), 2)
+        with pytest.raises(SaveFailed, match=r"is missing or differs at each reading.*the last good step is 1"):
+            checkpoints.wait()
+        place._root = whole
+    assert steps(place) == [1]
+    assert same_bits(restore(training_state(), place), training_state(1))
+
+
+def test_a_restore_from_a_bucket_while_the_step_is_replaced_is_of_one_version(monkeypatch):
+    place = Bucket("memory://run")
+    save(training_state(1), place, 7)
+    check, left = read_module.check_files, [2]
+
+    def then_replaced(held, manifest, parts):
+        check(held, manifest, parts)
+        if left[0]:
+            left[0] -= 1
+            save(training_state(10 + left[0]), place, 7)
+
+    monkeypatch.setattr(read_module, "check_files", then_replaced)
+    assert same_bits(restore(training_state(), place), training_state(10))

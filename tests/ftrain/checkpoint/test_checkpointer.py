@@ -206,3 +206,18 @@ def test_the_latest_stays_when_a_run_was_rolled_back(tmp_path):
         checkpoints.save(training_state(50), 50)
         checkpoints.save(training_state(20), 20)
     assert same_bits(restore(training_state(), tmp_path), training_state(20))
+
+
+def test_a_failed_save_does_not_hide_the_error_that_ends_the_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointer_module, "write_checkpoint", lambda *args, **kwargs: 1 / 0)
+
+    def run(error):
+        with Checkpointer(tmp_path) as checkpoints:
+            checkpoints.save(training_state(1), 1)
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        run(KeyboardInterrupt())
+    with pytest.raises(SaveFailed):
+        run(None)

@@ -7,8 +7,9 @@ import torch
 from checkpoint_states import same_bits, training_state
 from checkpoint_threads import on_all_ranks
 
-from ftrain.checkpoint import Checkpointer, Retention, SaveFailed, restore, steps
+from ftrain.checkpoint import Checkpointer, Retention, SaveFailed, restore, save, steps
 from ftrain.checkpoint import checkpointer as checkpointer_module
+from ftrain.checkpoint.local import LocalFolder
 
 
 def test_ranks_that_hold_copies_save_one_checkpoint_together(tmp_path):
@@ -92,3 +93,58 @@ def test_after_a_failure_that_only_rank_0_has_raised_all_go_on(tmp_path, monkeyp
 
     assert on_all_ranks(2, train) == [True, True]
     assert steps(tmp_path) == [2]
+
+
+def test_the_latest_step_is_what_rank_0_sees_and_all_restore_it(tmp_path, monkeypatch):
+    """On a network file system a rank may still see the pointer, and the folder, as they were a minute ago."""
+    for step in (250, 500):
+        save(training_state(step), tmp_path, step)
+    named, held = LocalFolder.named, LocalFolder.hold
+    seen_by_1, looks = threading.local(), []
+
+    def stale_named(self):
+        return 250 if getattr(seen_by_1, "stale", False) else named(self)
+
+    def stale_hold(self, step):
+        if getattr(seen_by_1, "stale", False) and len(looks) < 3:
+            looks.append(step)
+            raise FileNotFoundError("not yet")
+        return held(self, step)
+
+    monkeypatch.setattr(LocalFolder, "named", stale_named)
+    monkeypatch.setattr(LocalFolder, "hold", stale_hold)
+
+    def resume(ranks):
+        seen_by_1.stale = ranks.rank == 1
+        checkpoints = Checkpointer(tmp_path, ranks=ranks)
+        return checkpoints.latest(), checkpoints.restore(training_state())
+
+    for step, state in on_all_ranks(2, resume):
+        assert step == 500
+        assert same_bits(state, training_state(500))
+    assert looks == [500, 500, 500]
+
+
+def test_a_rank_that_cannot_restore_is_named_to_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointer_module, "_SEEN_AFTER", 0.5)
+    for folder, seed in (("a", 1), ("b", 2)):
+        save(training_state(seed), tmp_path / folder, 7)
+
+    def resume(ranks):
+        Checkpointer(tmp_path / ("a" if ranks.rank != 2 else "b"), ranks=ranks).restore(training_state())
+
+    *others, alone = on_all_ranks(3, resume)
+    assert isinstance(alone, TimeoutError)
+    assert "this rank sees another version of it: all ranks must share one folder" in str(alone)
+    for error in others:
+        assert isinstance(error, RuntimeError)
+        assert "not all ranks could restore: rank 2: TimeoutError: rank 0 restores step 7" in str(error)
+
+
+def test_a_place_that_rank_0_cannot_read_is_an_error_on_all(tmp_path):
+    def resume(ranks):
+        Checkpointer(tmp_path / "nowhere", ranks=ranks).restore(training_state())
+
+    for error in on_all_ranks(2, resume):
+        assert isinstance(error, ValueError)
+        assert "holds no checkpoint" in str(error)

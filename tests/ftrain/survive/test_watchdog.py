@@ -15,6 +15,7 @@ from rank_processes import exit_codes
 import ftrain
 from ftrain.interrupt import EXIT_HUNG, EXIT_NOT_SAVED, EXIT_RESUMABLE
 from ftrain.survive.watchdog import Watchdog
+from ftrain.waits import excused_until, expected_wait
 from kernels.mean import sum_over_batch
 from sharding import Layout, Mesh, Plan
 from sharding.private import flight_record
@@ -120,3 +121,51 @@ def test_the_flight_record_is_text_and_empty_without_collectives():
 def test_the_exit_code_is_its_own():
     assert len({0, 1, 2, EXIT_RESUMABLE, EXIT_NOT_SAVED, EXIT_HUNG}) == 6
     assert os.WEXITSTATUS(EXIT_HUNG << 8) == EXIT_HUNG
+
+
+SLOW_SAVE = """
+import time, torch
+from pathlib import Path
+from ftrain.checkpoint import Checkpointer
+from ftrain.checkpoint import checkpointer
+from ftrain.survive.watchdog import Watchdog
+write = checkpointer.write_checkpoint
+def slow(*args, **options):
+    time.sleep(3)
+    write(*args, **options)
+checkpointer.write_checkpoint = slow
+with Checkpointer("run") as checkpoints, Watchdog(Path("stacks"), seconds=1.0, first=30.0) as watchdog:
+    for number in range(1, 5):
+        if number % 2 == 0:
+            checkpoints.save({"w": torch.ones(3)}, number)
+        watchdog.step_ended(number)
+    checkpoints.wait()
+    print(checkpoints.steps())
+    time.sleep(60)
+"""
+
+
+def test_a_slow_save_is_no_hang_and_a_hang_after_it_is(tmp_path):
+    made = subprocess.run(
+        [sys.executable, "-c", SLOW_SAVE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == EXIT_HUNG, made.stderr
+    assert made.stdout == "[2, 4]\n"
+    assert "no step ended for 1 s, the last was step 4" in made.stderr
+
+
+def test_a_wait_that_lasts_longer_than_it_may_is_a_hang(tmp_path):
+    with expected_wait("a save", seconds=0.2):
+        until, what = excused_until(5.0)
+        assert what == "a save"
+        assert until - time.monotonic() <= 0.2
+        with expected_wait("a slower save", seconds=9.0):
+            assert excused_until(5.0)[1] == "a slower save"
+        assert excused_until(5.0)[1] == "a save"
+    until, what = excused_until(5.0)
+    assert what == ""
+    assert 4.0 < until - time.monotonic() <= 5.0, "then there is the usual time again"
