@@ -17,6 +17,7 @@ from sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
 from sharding.layout import Capacity
 from sharding.placement import Placement
 from sharding.sequence_attention import pack_documents, sequence_attention
+from sharding.spmd import purpose
 
 
 def bindings(trace: ShardedTrace) -> dict[str, Callable]:
@@ -28,10 +29,10 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable]:
         "moe": lambda *tensors, **options: _experts(trace, *tensors, **options),
         "moe_dropped": lambda expert_TK, w_gate_EDF: _dropped(trace, expert_TK, w_gate_EDF),
         "parameter": lambda *args, **options: _parameter(trace, *args, **options),
-        "sum_over_shards": lambda values_N, leaves: shards.sum_over_shards(values_N, _placements(trace, leaves), mesh),
-        "whole_leaf": lambda piece, leaf: shards.whole_of(piece, trace.placement(leaf), mesh),
-        "piece_of_leaf": lambda whole, leaf: shards.piece_of(whole, trace.placement(leaf)),
-        "mean_over_leaf": lambda x, dims, leaf: shards.mean_over(x, dims, trace.placement(leaf), mesh),
+        "sum_over_shards": lambda values_N, leaves: _sum_over_shards(trace, values_N, leaves),
+        "whole_leaf": lambda piece, leaf: _whole_leaf(trace, piece, leaf),
+        "piece_of_leaf": lambda whole, leaf: _piece_of_leaf(trace, whole, leaf),
+        "mean_over_leaf": lambda x, dims, leaf: _mean_over_leaf(trace, x, dims, leaf),
     }
     if mesh.size > 1:
         rows["draw_over_batch"] = partial(exchange.draw_over_batch_sharded, mesh=mesh, order=order)
@@ -46,6 +47,7 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable]:
 
 def _attention(trace: ShardedTrace, q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, **options: Any) -> Tensor:
     mesh = trace.plan.mesh
+    trace.note_documents(options.get("segments_T"), options.get("kv_segments_S"))
     component = trace.component(q_THK, k_SGK)
     how = trace.plan.layout(component).sequence
     if how is None or mesh.sequence == 1:
@@ -94,7 +96,9 @@ def _parameter(trace: ShardedTrace, spec: specs_of.ParamSpec, key: Tensor, path:
     for split in placement.splits:
         piece = _without_padding(piece, split.dim, starts[split.dim], placement)
     layout = trace.plan.layout(path)
-    return piece if layout.dtype is None else piece.to(getattr(torch, layout.dtype))
+    piece = piece if layout.dtype is None else piece.to(getattr(torch, layout.dtype))
+    trace.note_piece(piece, placement, path)
+    return piece
 
 
 def _without_padding(piece: Tensor, dim: int, start: Any, placement: Placement) -> Tensor:
@@ -107,5 +111,36 @@ def _without_padding(piece: Tensor, dim: int, start: Any, placement: Placement) 
     return torch.where(inside, piece, 0)
 
 
-def _placements(trace: ShardedTrace, leaves: Sequence[Tensor]) -> list[Placement]:
-    return [trace.placement(leaf) for leaf in leaves]
+def _sum_over_shards(trace: ShardedTrace, values_N: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    placements = [trace.placement(leaf) for leaf in leaves]
+    with purpose("optimizer"):
+        total_N = shards.sum_over_shards(values_N, placements, trace.plan.mesh)
+    trace.note_piece(total_N, Placement(tuple(total_N.shape)), of=leaves)
+    return total_N
+
+
+def _whole_leaf(trace: ShardedTrace, piece: Tensor, leaf: Tensor) -> Tensor:
+    placement = trace.placement(leaf)
+    with purpose("optimizer"):
+        whole = shards.whole_of(piece, placement, trace.plan.mesh)
+    trace.note_use(whole, "", placement)
+    return whole
+
+
+def _piece_of_leaf(trace: ShardedTrace, whole: Tensor, leaf: Tensor) -> Tensor:
+    placement = trace.placement(leaf)
+    with purpose("optimizer"):
+        piece = shards.piece_of(whole, placement)
+    trace.note_piece(piece, placement, of=(whole, leaf))
+    return piece
+
+
+def _mean_over_leaf(trace: ShardedTrace, x: Tensor, dims: Sequence[int], leaf: Tensor) -> Tensor:
+    placement = trace.placement(leaf)
+    with purpose("optimizer"):
+        mean = shards.mean_over(x, dims, placement, trace.plan.mesh)
+    gone = {d for d, size in enumerate(x.shape) if d in dims or size == 1}
+    sizes = tuple(1 if d in gone else n for d, n in enumerate(placement.shape))
+    splits = tuple(s for s in placement.splits if s.dim not in gone)
+    trace.note_piece(mean, Placement(sizes, splits, placement.copies), of=(x, leaf))
+    return mean

@@ -100,7 +100,7 @@ def forward(fn: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
 def _shown(leaf: Any) -> Any:
     floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return views_of([leaf])[0](leaf) if floating else see(leaf)
+    return views_of([leaf], differentiated=False)[0](leaf) if floating else see(leaf)
 
 
 def differentiated(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:

@@ -84,6 +84,8 @@ def jit(
         )
     given = None if remat is None else Remat.of(remat)
     sharded = ShardedStep(plan, specs=specs, batch=batch, overlap=overlap) if isinstance(plan, Plan) else None
+    if sharded is not None and sharded.plan.mesh.size > 1:
+        _require_batch(fn, batch)
     undecided = None
     if plan is not None and sharded is None:
         undecided = Undecided(chooser_of(plan), specs, batch, overlap, given)  # type: ignore[arg-type]
@@ -96,6 +98,16 @@ def jit(
         sharded=sharded,
         undecided=undecided,
     )
+
+
+def _require_batch(fn: Callable, batch: str) -> None:
+    """ValueError for a step of several arguments none of which ranks would share out."""
+    names = _positional_names(fn)
+    if len(names) > 1 and batch not in names:
+        raise ValueError(
+            f"{name_of(fn)}({', '.join(names[:8])}) has no argument {batch!r}, so every rank would compute all of the "
+            f"data: call that argument {batch!r}, or name it in jit(batch=...)"
+        )
 
 
 @dataclass(frozen=True)
@@ -303,6 +315,7 @@ class Step:
             remat=self._remat,
             precision=self._precision,
             mesh=None if sharded is None else sharded.plan.mesh,
+            settle=None if sharded is None else sharded.settle,
             link=Link() if sharded is None else sharded.plan.link,
             hide_communication=sharded is not None and sharded.overlap,
         )

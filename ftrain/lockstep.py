@@ -5,6 +5,7 @@ to their next yield, does the exchange on their tensors, and hands each its part
 what is tested is what runs. Sums over ranks are made in the order of the group.
 """
 
+import functools
 from collections.abc import Callable, Generator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -127,7 +128,10 @@ def _reduce_scatter(given: list[tuple]) -> list[Tensor]:
 
 
 def _all_reduce(given: list[tuple]) -> list[Tensor]:
-    total = _sum([x for x, *_ in given])
+    how = given[0][1]
+    if how not in _REDUCTIONS:
+        raise ValueError(f"a virtual mesh has no all_reduce {how!r}, only {', '.join(_REDUCTIONS)}")
+    total = _REDUCTIONS[how]([x for x, *_ in given])
     return [total, *(total.clone() for _ in given[1:])]
 
 
@@ -154,6 +158,17 @@ def _sum(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total += part
     return total
+
+
+def _extreme(pick: Callable[[Tensor, Tensor], Tensor]) -> Callable[[list[Tensor]], Tensor]:
+    return lambda parts: functools.reduce(pick, parts[1:], parts[0].clone())
+
+
+_REDUCTIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "sum": _sum,
+    "max": _extreme(torch.maximum),
+    "min": _extreme(torch.minimum),
+}
 
 
 _EXCHANGES: dict[str, Callable[[list[tuple]], list[Tensor]]] = {

@@ -129,6 +129,15 @@ def node_of(tensor: Tensor) -> fx.Node | None:
     return None if slot is None else slot.proxy.node
 
 
+def is_constant(tensor: Tensor) -> bool:
+    """True for a tensor of the trace whose number the tracer knows: ops on it alone are computed while tracing."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    mode = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return slot is not None and slot.constant is not None
+
+
 def size_symbol(size: torch.SymInt) -> Any:
     """The symbol that stands for a size which depends on data."""
     return size.node.expr

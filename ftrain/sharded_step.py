@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 
 from ftrain import tree
@@ -19,9 +19,11 @@ from ftrain.compiled import Compiled
 from ftrain.donation import give_away
 from ftrain.lost_rank import naming_lost_ranks
 from ftrain.sharded_trace import Placements, ShardedTrace, reduce_means, tracing_rank
-from ftrain.trace import Aval, is_array
+from ftrain.spread import SAME, Spread, Spreads
+from ftrain.spread_fixes import finish_reductions
+from ftrain.trace import Aval, Traced, is_array
 from kernels.primitive import bind
-from sharding.batch import BatchRule, Offsets, Tokens, share
+from sharding.batch import BatchRule, Offsets, Same, Tokens, require_whole_documents, share
 from sharding.heartbeat import Heartbeat
 from sharding.placement import Placement
 from sharding.plan import Plan
@@ -46,6 +48,8 @@ class ShardedStep:
     def __init__(self, plan: Plan, *, specs: Any = None, batch: str = "batch", overlap: bool = True) -> None:
         self.plan, self.batch, self.overlap = plan, batch, overlap
         self.placements = Placements(plan, plan.placements(specs) if specs is not None else None)
+        self.document_ids: set[str] = set()
+        """Batch leaves that attention takes for the ids of documents."""
         self._opened: set[Compiled] = set()
         self._heartbeat: Heartbeat | None = None
         self._device_meshes: dict[str, DeviceMeshes] = {}
@@ -66,10 +70,14 @@ class ShardedStep:
 
         def local(*args: Any) -> Any:
             *own, coordinates_3 = args
-            trace = ShardedTrace(self.placements)
+            trace = ShardedTrace(self.placements, document_ids=self.document_ids)
             for path, leaf in zip(paths, tree.leaves(own), strict=True):
-                if not self._in_batch(path) and self.placements.parameter(path) is not None:
-                    trace.note(leaf, path)
+                if isinstance(leaf, Tensor):
+                    batch = self._in_batch(path)
+                    known = not batch and self.placements.parameter(path) is not None
+                    trace.note_input(leaf, path, self._spread(path, leaf), parameter=known, batch=batch)
+            everywhere = Spread(trace.spreads.everywhere)
+            trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)):
                 return reduce_means(fn(*own), trace)
 
@@ -87,6 +95,53 @@ class ShardedStep:
             own = [self._local_aval(a, leaf, tokens) for a, leaf in zip(arguments, leaves, strict=True)]
         return (*tree.unflatten(treedef, own), Aval((3,), torch.int64, torch.device("cpu")))
 
+    def _spread(self, path: str, leaf: Tensor) -> Spread:
+        """How an input of a rank's graph is spread, by its path and its shape there."""
+        spreads = Spreads(self.plan.mesh)
+        if not self._in_batch(path):
+            return spreads.of_placement(self.placements.of_local(path, tuple(leaf.shape)))
+        rule = self.plan.batch_rule(path.removeprefix(self.batch).removeprefix("."))
+        if isinstance(rule, Same):
+            return SAME
+        if isinstance(rule, Offsets) and rule.of == "packs":
+            return Spread(spreads.everywhere - {"sequence"})
+        return Spread(spreads.everywhere)
+
+    def settle(self, traced: Traced) -> list[Placement]:
+        """Finish reductions over divided dims, and tell where each result's pieces are.
+
+        ValueError, with the line, for a result that is not the same as one device's: what differs between ranks, or
+        was computed from one rank's piece of an array.
+        """
+        mesh = self.plan.mesh
+        spreads = Spreads(mesh)
+        inputs = [n for n in traced.module.graph.nodes if n.op == "placeholder"]
+        for node, path in zip(inputs, traced.input_paths, strict=True):
+            coordinate = path == COORDINATES
+            spread = Spread(spreads.everywhere) if coordinate else self._spread(path, node.meta["val"])
+            spreads.give(node, spread)
+        outputs = traced.module.graph.output_node().args[0]
+        found = [
+            self._placed(path, node, spreads.of(node))
+            for path, node in zip(traced.output_paths, outputs, strict=True)  # type: ignore[arg-type]
+        ]
+        finish_reductions(list(spreads.fixes.values()), mesh)
+        return found
+
+    def _placed(self, path: str, node: fx.Node, spread: Spread) -> Placement:
+        if spread.cause is not None:
+            raise ValueError(_misread(path, spread.cause))
+        shape = tuple(node.meta["val"].shape)
+        if spread.placement is not None:
+            return spread.placement
+        if spread.axes:
+            raise ValueError(
+                f"result {path!r} must be the same on all ranks, and was computed from one rank's data (the last op is "
+                f"at {node.meta.get('site')}): return it as a Mean(total, count), or add it up with "
+                "kernels.mean.sum_over_batch"
+            )
+        return self.placements.of_local(path, shape) if spread.uniform else Placement(shape)
+
     def run(self, compiled: Compiled, leaves: list[Any]) -> Any:
         """Run the compiled step on the leaves of a call's arguments."""
         kind = self.plan.mesh.kind
@@ -99,8 +154,8 @@ class ShardedStep:
         results = compiled.run_ranks(self.divided(compiled, leaves), self.plan.mesh)
         slots = compiled.donated_slots
         give_away([leaves[slot] for slot in slots], [compiled.leaf_paths[slot] for slot in slots])
-        columns = zip(compiled.traced.output_paths, zip(*results, strict=True), strict=True)
-        return [self._join(path, pieces) for path, pieces in columns]
+        columns = zip(compiled.traced.output_paths, compiled.placements, zip(*results, strict=True), strict=True)
+        return [self._join(*column) for column in columns]
 
     def flat_inputs(self, compiled: Compiled, leaves: list[Any]) -> list[Any]:
         """What this process's graph takes for the leaves of a call's arguments; its groups are open after this."""
@@ -125,8 +180,7 @@ class ShardedStep:
         with naming_lost_ranks(compiled.graph, self._heartbeat):
             outputs = compiled.run_flat(own)
         found = []
-        for path, piece in zip(compiled.traced.output_paths, outputs, strict=True):
-            placement = self.placements.of_local(path, tuple(piece.shape))
+        for placement, piece in zip(compiled.placements, outputs, strict=True):
             found.append(to_dtensor(piece, placement, mesh, rank, self._meshes(piece.device.type)))
         return found
 
@@ -188,11 +242,21 @@ class ShardedStep:
         rank = require_world(self.plan.mesh)
         names = [f"{self.batch}.{path}" if path else self.batch for path in paths]
         arguments = [self.argument(path, leaf) for path, leaf in zip(names, leaves, strict=True)]
+        self._require_whole_documents(arguments, leaves)
         tokens = self._tokens(arguments, leaves)
         return [
             self._share(leaf, a, tokens, rank).contiguous() if isinstance(leaf, Tensor) else leaf
             for a, leaf in zip(arguments, leaves, strict=True)
         ]
+
+    def _require_whole_documents(self, arguments: Sequence[Argument], leaves: Sequence[Any]) -> None:
+        """Of leaves that tell documents by ids: those that attention has read, and those of the usual name."""
+        for argument, leaf in zip(arguments, leaves, strict=True):
+            rule, name = argument.rule, argument.path.rpartition(".")[2]
+            if not isinstance(rule, Tokens) or not isinstance(leaf, Tensor) or leaf.dim() <= rule.dim:
+                continue
+            if argument.path in self.document_ids or (name.startswith("segments") and leaf.dtype == torch.int64):
+                require_whole_documents(leaf, path=argument.path, dim=rule.dim, mesh=self.plan.mesh)
 
     def _in_batch(self, path: str) -> bool:
         return path == self.batch or path.startswith(self.batch + ".")
@@ -213,6 +277,7 @@ class ShardedStep:
     def divided(self, compiled: Compiled, leaves: Sequence[Any]) -> list[list[Tensor]]:
         """What the graph of every rank takes, from the whole leaves of a call; each in memory of its own."""
         arguments = [self.argument(path, leaf) for path, leaf in zip(compiled.leaf_paths, leaves, strict=False)]
+        self._require_whole_documents(arguments, leaves)
         tokens = self._tokens(arguments, leaves)
         ranks = []
         for rank in range(self.plan.mesh.size):
@@ -239,9 +304,8 @@ class ShardedStep:
                 return int(leaf.shape[argument.rule.dim])
         return 0
 
-    def _join(self, path: str, pieces: Sequence[Tensor]) -> Tensor:
+    def _join(self, path: str, placement: Placement, pieces: Sequence[Tensor]) -> Tensor:
         """The whole leaf of the result at `path` from all ranks' pieces; replicas are compared."""
-        placement = self.placements.of_local(path, tuple(pieces[0].shape))
         self._require_copies(path, placement, pieces)
         return placement.join(pieces, self.plan.mesh)
 
@@ -256,3 +320,14 @@ class ShardedStep:
                     "was computed from one rank's data; return it as a Mean(total, count), or add it up with "
                     "kernels.mean.sum_over_batch"
                 )
+
+
+def _misread(path: str, cause: fx.Node) -> str:
+    """Why a result that depends on one rank's piece is refused."""
+    name = str(cause.target).removeprefix("aten.").removesuffix(".default")
+    return (
+        f"result {path!r} is not what one device computes: {name} at {cause.meta.get('site')} reads a whole array, and "
+        "a rank holds a piece of it. Inside of a loss, pass the array to value_and_grad or ftrain.forward as an "
+        "argument; in an update of your own, gather it (ftrain.optim.shards.whole_leaf, piece_of_leaf), or keep it "
+        "whole on every rank with Layout(parameters=())"
+    )

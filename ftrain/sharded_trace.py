@@ -1,27 +1,30 @@
 """A trace for one rank of a mesh: which tensors are pieces of what.
 
-Leaves of the state are found by path: one whose path ends with a parameter's, and whose dims are the parameter's or 1,
-lies where the parameter lies (moments, averages). Later tensors are found by what they were computed from: the nearest
-such leaf, or gradient, behind them in the graph.
+Where a leaf of the state is, is a choice: one whose path ends with a parameter's, and whose dims are the parameter's or
+1, lies where the parameter lies (moments, averages); any other is whole on every rank. What is computed from leaves
+follows from the ops (`ftrain.spread`).
 """
 
+import difflib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ftrain import tree
-from ftrain.private import node_of
+from ftrain.private import is_constant, node_of
+from ftrain.spread import Spread, Spreads
 from kernels.mean import Mean
 from sharding.collectives import sum_of_parts
 from sharding.mesh import BASE_AXES, Mesh
 from sharding.placement import Placement
 from sharding.plan import Plan
-from sharding.spmd import on_mesh
+from sharding.spmd import axis_index, on_mesh
 
 
 class Placements:
@@ -58,6 +61,12 @@ class Placements:
         whole = tuple(full if n == size else 1 for n, size, full in zip(shape, sizes, model.shape, strict=True))
         return Placement(whole, kept, model.copies)
 
+    def nearest(self, path: str) -> str:
+        """The known parameter whose name is most like the end of a path, as words of an error."""
+        names = {".".join(k.split(".")[-2:]): k for k in self.known}
+        near = difflib.get_close_matches(".".join(path.split(".")[-2:]), names, n=1, cutoff=0.0)
+        return f"; the nearest it knows is {names[near[0]]!r}" if near else ""
+
     def learn(self, path: str, placement: Placement) -> None:
         """Note where a parameter is; ValueError if another one of that name is elsewhere."""
         before = self.known.setdefault(path, placement)
@@ -69,50 +78,117 @@ class Placements:
 
 
 class ShardedTrace:
-    """What one trace for a rank knows: of which tensors the pieces lie where, and which component they belong to."""
+    """What one trace for a rank knows: how its tensors are spread, and which component they belong to."""
 
-    def __init__(self, placements: Placements) -> None:
+    def __init__(self, placements: Placements, *, document_ids: set[str]) -> None:
         self.placements, self.plan = placements, placements.plan
-        self._known: dict[fx.Node, tuple[str, Placement]] = {}
+        self._document_ids, self._batch = document_ids, dict[fx.Node, str]()
+        self.spreads = Spreads(self.plan.mesh)
+        self._paths: dict[fx.Node, str] = {}
         self._packs: dict[fx.Node, Any] = {}
+        self._strangers: dict[fx.Node, str] = {}
 
-    def note(self, tensor: Any, path: str, placement: Placement | None = None) -> None:
-        """Remember that a tensor of the trace is (a use, or the gradient, of) the leaf at `path`."""
-        node = node_of(tensor) if isinstance(tensor, Tensor) else None
+    def note_input(self, tensor: Tensor, path: str, spread: Spread, *, parameter: bool, batch: bool) -> None:
+        """Remember how an input of the step is spread; `parameter`: whether the plan knows the array at `path`."""
+        node = node_of(tensor)
         if node is None:
             return
-        if placement is None:
-            placement = self.placements.of_local(path, tensor.shape)
-        self._known.setdefault(node, (path, placement))
+        self.spreads.give(node, spread)
+        if parameter:
+            self._paths[node] = path
+        elif batch:
+            self._batch[node] = path
+        else:
+            self._strangers[node] = path
 
-    def find_leaf(self, tensor: Tensor) -> tuple[str, Placement] | None:
-        """The path and placement of a leaf of the state; None for any other tensor."""
+    def note_documents(self, *segments: Any) -> None:
+        """Remember the leaves of the batch by whose ids attention tells documents apart."""
+        nodes = [node_of(ids) for ids in segments if isinstance(ids, Tensor)]
+        self._document_ids.update(self._batch[node] for node in nodes if node in self._batch)
+
+    def note_use(self, tensor: Tensor, path: str, placement: Placement) -> None:
+        """Remember that a tensor is a parameter as a rank computes with it: gathered, but for a dim of experts."""
         node = node_of(tensor)
-        return None if node is None else self._known.get(node)
+        if node is not None:
+            splits = tuple(s for s in placement.splits if not s.gathered)
+            used = self.spreads.of_placement(Placement(placement.shape, splits, placement.copies))
+            self._note(tensor, path, replace(used, cause=self.spreads.of(node).cause))
 
-    def find(self, tensor: Tensor) -> tuple[str, Placement] | None:
-        """The path and placement of the nearest known leaf that `tensor` was computed from, itself included."""
+    def note_piece(self, tensor: Tensor, placement: Placement, path: str = "", *, of: Sequence[Tensor] = ()) -> None:
+        """Remember where a tensor's pieces are, which its ops do not tell; it was made rightly `of` these."""
+        nodes = [node for node in map(node_of, of) if node is not None]
+        causes = (self.spreads.of(node).cause for node in nodes)
+        cause = next((c for c in causes if c is not None), None)
+        self._note(tensor, path, replace(self.spreads.of_placement(placement), cause=cause))
+
+    def note_gradient(self, tensor: Tensor, leaf: Tensor) -> None:
+        """Remember that a gradient lies as its leaf does, if nothing that it was computed from was wrong."""
+        node, of = node_of(tensor), node_of(leaf)
+        if node is None or of is None:
+            return
+        node.meta["spread_if_clean"] = replace(self.spreads.of(of), cause=None, uniform=False)
+        self.spreads.forget(node)
+        if of in self._paths:
+            self._paths.setdefault(node, self._paths[of])
+
+    def _note(self, tensor: Tensor, path: str, spread: Spread) -> None:
+        node = node_of(tensor)
+        if node is not None:
+            self.spreads.give(node, spread)
+            if path:
+                self._paths.setdefault(node, path)
+
+    def array_of(self, tensor: Any) -> tuple[str, Placement] | None:
+        """The path (or "") and placement of the array that a tensor is a piece or a copy of; None for a rank's own."""
+        node = node_of(tensor) if isinstance(tensor, Tensor) else None
+        if node is None:
+            return None
+        spread = self.spreads.of(node)
+        path = self._paths.get(node, "")
+        if spread.placement is not None:
+            return path, spread.placement
+        if spread.axes:
+            return None
+        return path, Placement(tuple(tensor.shape), (), tuple(a for a in BASE_AXES if a in self.spreads.everywhere))
+
+    def require_known(self, tensor: Any) -> None:
+        """ValueError for an input of the step of which the plan does not know what it is."""
+        node = node_of(tensor) if isinstance(tensor, Tensor) else None
+        if node in self._strangers and self.plan.mesh.size > 1:
+            path = self._strangers[node]
+            raise ValueError(
+                f"leaf {path!r} is differentiated, and the plan knows no parameter of that name and shape: make the "
+                f"state with step.init, or give jit(specs=...) a tree with it{self.placements.nearest(path)}"
+            )
+
+    def is_piece(self, tensor: Any) -> bool:
+        """True for a piece of an array that is divided."""
+        node = node_of(tensor) if isinstance(tensor, Tensor) else None
+        return node is not None and self.spreads.of(node).placement is not None
+
+    def component(self, *tensors: Tensor) -> str:
+        """The path of the parameter that these tensors come from, the nearest one; empty if from none."""
+        found = next((f for f in map(self._nearest_path, tensors) if f), "")
+        return self.placements.parameter(found) or found
+
+    def _nearest_path(self, tensor: Tensor) -> str:
         start = node_of(tensor)
         queue, seen = deque([] if start is None else [start]), {start}
         while queue:
             node = queue.popleft()
-            if node in self._known:
-                return self._known[node]
+            if node in self._paths:
+                return self._paths[node]
             for parent in node.all_input_nodes:
                 if parent not in seen:
                     seen.add(parent)
                     queue.append(parent)
-        return None
-
-    def component(self, *tensors: Tensor) -> str:
-        """The path of the parameter that these tensors come from; empty if from none."""
-        found = next((f for f in map(self.find, tensors) if f is not None), None)
-        return (self.placements.parameter(found[0]) or found[0]) if found else ""
+        return ""
 
     def placement(self, leaf: Tensor) -> Placement:
         """Where the pieces of a leaf, or of what was computed from it, are."""
-        found = self.find(leaf)
-        return found[1] if found is not None else Placement(tuple(leaf.shape))
+        node = node_of(leaf)
+        found = None if node is None else self.spreads.of(node).placement
+        return found if found is not None else Placement(tuple(leaf.shape))
 
     def pack(self, segments_T: Tensor, make: Callable[[], Any]) -> Any:
         """What is made once for each tensor of segments: the segments of the whole pack."""
@@ -144,14 +220,12 @@ def tracing_rank(trace: ShardedTrace, coordinates_3: Tensor) -> Iterator[None]:
 
 
 def note_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Remember that the gradient of a leaf that is a piece is a piece of the same place."""
+    """Remember that the gradient of a leaf lies where the leaf does."""
     trace = current_sharded()
     if trace is None:
         return
     for leaf, gradient in zip(leaves, gradients, strict=True):
-        found = trace.find_leaf(leaf)
-        if found is not None:
-            trace.note(gradient, *found)
+        trace.note_gradient(gradient, leaf)
 
 
 def reduce_means(result: Any, trace: ShardedTrace) -> Any:
@@ -169,4 +243,6 @@ def reduce_means(result: Any, trace: ShardedTrace) -> Any:
 
 def sum_over_mesh(x: Tensor, mesh: Mesh) -> Tensor:
     """The sum over all ranks; the gradient of a part is that of the sum."""
+    if is_constant(x):  # or the tracer would run the collective now
+        x = x + axis_index("replicate").to(x.dtype) * 0
     return sum_of_parts(x, mesh.group(*BASE_AXES), purpose="loss")

@@ -107,6 +107,21 @@ def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: Token
     return _in_pack(own, path, tokens, data, rank // mesh.sequence) if isinstance(rule, Places) else own
 
 
+def require_whole_documents(ids: Tensor, *, path: str, dim: int, mesh: Mesh) -> None:
+    """ValueError if a document of a whole batch, told by ids along `dim`, lies in the packs of two data ranks."""
+    data, tokens = mesh.replicate * mesh.shard, ids.shape[dim]
+    if tokens % data:
+        return
+    rows = ids.movedim(dim, 0)
+    for border in range(tokens // data, tokens, max(1, tokens // data)):
+        if bool((rows[border - 1] == rows[border]).all()):
+            raise ValueError(
+                f"batch leaf {path!r}: a document (id {rows[border].flatten()[0]}) goes on over token {border}, where "
+                f"the pack of another data rank begins: it would be cut in two. Pack documents so that none lies in "
+                f"two of {data} packs (modules.mesh_packing), or, if two documents share the id, give one another"
+            )
+
+
 def join_tokens(parts: list[Tensor], dim: int, order: TokenOrder) -> Tensor:
     """The inverse of `share` for `Tokens`, from the parts of all ranks."""
     packs = []

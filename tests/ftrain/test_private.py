@@ -219,3 +219,14 @@ def test_a_card_is_kept_busy():
 
 def test_the_name_that_keeps_a_card_busy_is_there():
     assert callable(torch.cuda._sleep)
+
+
+def test_the_tracer_knows_the_number_of_a_constant():
+    found = []
+
+    def step(x):
+        found.extend([private.is_constant(torch.tensor(2.0)), private.is_constant(x)])
+        return x
+
+    tracing(step, (3,))
+    assert found == [True, False]

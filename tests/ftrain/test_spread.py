@@ -1,0 +1,218 @@
+"""What a step computes of pieces is what one device computes of whole arrays, or is refused with its line."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import ftrain
+from ftrain import Mean, tree
+from modules.spec import Constant, ParamSpec
+from sharding import Layout, Mesh, Plan
+
+MESHES = [Mesh(shard=2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(shard=2, sequence=2, kind="virtual")]
+SPECS = {"w": ParamSpec((4, 8), ("embed", "mlp"), Constant(0.0)), "b": ParamSpec((8,), ("mlp",), Constant(0.0))}
+
+
+def loss(params, batch):
+    e = (batch["x"] @ params["w"] + params["b"] - batch["y"]).square()
+    return Mean(e.sum(), torch.full((), float(e.numel()), dtype=e.dtype))
+
+
+def arguments():
+    random = torch.Generator().manual_seed(0)
+    numbers = lambda *shape: torch.randn(shape, generator=random, dtype=torch.float64)  # noqa: E731
+    return {"w": numbers(4, 8), "b": numbers(8)}, {"x": numbers(8, 4), "y": numbers(8, 8)}
+
+
+def both(step, mesh, **options):
+    """The step's results on one device and on the mesh."""
+    state, batch = arguments()
+    plan = Plan(mesh, Layout(**options))
+    return ftrain.jit(step)(state, batch), ftrain.jit(step, plan=plan, specs=SPECS)(state, batch)
+
+
+def assert_equal(one, many):
+    for path, a, b in zip(tree.paths(one), tree.leaves(one), tree.leaves(many), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")
+
+
+RIGHT = {
+    "clip by hand": lambda w, g: w - g * (0.1 / g.norm()).clamp(max=1.0),
+    "norm of all numbers": lambda w, g: w - g / torch.linalg.vector_norm(g, ord=1),
+    "largest": lambda w, g: w - g / g.abs().max(),
+    "infinity norm": lambda w, g: w - g / torch.linalg.vector_norm(g, ord=float("inf")),
+    "scale of a leaf": lambda w, g: w - 0.1 * w.abs().mean() * g / g.abs().mean(),
+    "mean over a dim": lambda w, g: w - 0.1 * (g - g.mean(0, keepdim=True)),
+    "sum over the other": lambda w, g: w - 0.1 * g / (1 + g.square().sum(-1, keepdim=True)),
+    "a moment": lambda w, g: torch.lerp(w, torch.zeros_like(w), 0.1) - 0.1 * g.sign(),
+    "transposed and back": lambda w, g: (w.T - 0.1 * g.T.contiguous()).T,
+    "in place": lambda w, g: w.clone().sub_(g.clone().mul_(0.1)).add_(1.0),
+    "a product with what is whole": lambda w, g: w - g @ torch.eye(8, dtype=g.dtype).mul(2.0) if w.dim() == 2 else w,
+}  # fmt: skip
+WRONG = {
+    "products of pieces": (lambda w, g: w - 0.1 * g @ (g.mT @ g) if g.dim() == 2 else w, "mm"),
+    "a sort": (lambda w, g: w - 0.1 * g.sort(0).values, "sort"),
+    "a softmax": (lambda w, g: w - 0.1 * g.softmax(0), "softmax"),
+    "a running sum": (lambda w, g: w - 0.1 * g.cumsum(0), "cumsum"),
+    "numbered rows": (lambda w, g: w - 0.1 * torch.arange(w.shape[0])[(...,) + (None,) * (w.dim() - 1)], "sub|mul"),
+    "half of a leaf": (lambda w, g: torch.cat([w[:1] - g[:1], w[1:]]), "cat|slice"),
+    "noise of torch's own": (lambda w, g: w - 0.1 * torch.rand_like(w), "sub"),
+}
+
+
+def updated(update):
+    def step(state, batch):
+        grads = ftrain.grad(loss)(state, batch)
+        return {k: update(state[k], grads[k]) for k in state}
+
+    return step
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", RIGHT)
+def test_updates_of_ones_own_that_look_at_whole_leaves(name, mesh):
+    assert_equal(*both(updated(RIGHT[name]), mesh))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_updates_that_cannot_be_done_on_pieces_are_refused_with_their_line(name):
+    update, op = WRONG[name]
+    with pytest.raises(ValueError, match=rf"({op}).*test_spread.py:\d+"):
+        both(updated(update), MESHES[0])
+    if "noise" not in name:
+        assert_equal(*both(updated(update), MESHES[0], parameters=()))
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, Mesh(4, kind="virtual")], ids=str)
+def test_losses_at_parameters_that_the_step_has_computed(mesh):
+    """Sharpness-aware steps, two steps in one, a cast by hand, a product of leaves."""
+
+    def step(state, batch):
+        near = tree.map(lambda w, g: w + 0.05 * g / g.norm(), state, ftrain.grad(loss)(state, batch))
+        once = tree.map(lambda w, g: w - 0.01 * g, state, ftrain.grad(loss)(near, batch))
+        twice = tree.map(lambda w, g: w - 0.01 * g, once, ftrain.grad(loss)(once, batch))
+        scale = torch.full((), 1.5, dtype=torch.float64)
+        of_scale = ftrain.grad(lambda s, batch: loss(tree.map(lambda w: w * s, twice), batch))
+        return twice, of_scale(scale, batch) if mesh.shard == 1 else scale
+
+    assert_equal(*both(step, mesh))
+
+
+def test_a_gradient_of_the_data_is_each_ranks_own():
+    def step(state, batch):
+        of_x = ftrain.grad(lambda x, params, y: loss(params, {"x": x, "y": y}))(batch["x"], state, batch["y"])
+        return Mean(of_x.square().sum(), torch.full((), 1.0, dtype=torch.float64))
+
+    one, many = both(step, MESHES[0])
+    assert_equal(one.total, many.total)
+
+
+def test_a_piece_in_the_middle_of_a_loss_is_refused():
+    """A teacher that the loss closes over: no argument of the loss holds it, so it is not gathered."""
+    specs = {"w": ParamSpec((2,), ("embed",), Constant(0.0)), "teacher": ParamSpec((2,), ("embed",), Constant(0.0))}
+
+    def step(state, batch):
+        def distance(params, batch):
+            e = (batch["x"] * params["w"] - batch["x"] * state["teacher"]).square()
+            return Mean(e.sum(), torch.full((), float(e.numel()), dtype=e.dtype))
+
+        return ftrain.grad(distance)({"w": state["w"]}, batch)
+
+    state, batch = {"w": torch.ones(2), "teacher": torch.tensor([1.0, 2.0])}, {"x": torch.randn(4, 2)}
+    step = ftrain.jit(step, plan=Plan(MESHES[0]), specs=specs)
+    with pytest.raises(ValueError, match=r"is not what one device computes: mul.*test_spread.py.*ftrain.forward"):
+        step(state, batch)
+
+
+def test_two_models_with_equal_names_in_one_state():
+    specs = {"student": SPECS, "teacher": {"w": ParamSpec((8, 2), ("embed", "mlp"), Constant(0.0))}}
+    state, batch = arguments()
+    state = {"student": state, "teacher": {"w": torch.ones(8, 2, dtype=torch.float64)}}
+
+    def distance(student, teacher, batch):
+        e = (batch["x"] @ student["w"] + student["b"]) @ teacher["w"]
+        return Mean(e.square().sum(), torch.full((), float(e.numel()), dtype=e.dtype))
+
+    def step(state, batch):
+        grads = ftrain.grad(distance)(state["student"], state["teacher"], batch)
+        student = tree.map(lambda w, g: w - 0.1 * g, state["student"], grads)
+        return {"student": student, "teacher": tree.map(lambda t: t * 0.9, state["teacher"])}
+
+    plan = Plan(Mesh(shard=2, kind="virtual"), Layout())
+    assert_equal(ftrain.jit(step)(state, batch), ftrain.jit(step, plan=plan, specs=specs)(state, batch))
+
+
+def test_what_the_plan_does_not_know_is_not_differentiated():
+    state, batch = arguments()
+    step = updated(RIGHT["a moment"])
+    for specs, nearest in ((None, ""), ({"layer": SPECS}, "; the nearest it knows is 'layer.[bw]'")):
+        with pytest.raises(ValueError, match=rf"leaf 'state.b' is differentiated, and the plan knows no .*{nearest}"):
+            ftrain.jit(step, plan=Plan(MESHES[0]), specs=specs)(state, batch)
+
+
+def test_a_step_whose_data_has_another_name_is_refused():
+    with pytest.raises(ValueError, match=r"f\(state, data\) has no argument 'batch', so every rank would compute all"):
+
+        @ftrain.jit(plan=Plan(MESHES[0]), specs=SPECS)
+        def f(state, data):
+            return state
+
+
+def test_a_count_that_is_a_constant_is_summed_over_ranks():
+    def counted(params, batch):
+        e = (batch["x"] @ params["w"] + params["b"]).square()
+        return Mean(e.sum(), torch.tensor(float(batch["x"].shape[0]), dtype=torch.float64))
+
+    def step(state, batch):
+        return ftrain.grad(counted)(state, batch)
+
+    assert_equal(*both(step, MESHES[0]))
+
+
+def test_a_document_is_never_cut_in_two():
+    step = ftrain.jit(lambda batch: Mean.of(batch["x"]), plan=Plan(MESHES[0]), specs={})
+    ids = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    with pytest.raises(ValueError, match=r"'batch.segments': a document \(id 1\) goes on over token 4"):
+        step({"x": torch.ones(8), "segments": ids})
+
+
+OPS = {
+    "add": lambda a, b: a + b,
+    "scale": lambda a, b: a * b.abs().mean(),
+    "norm": lambda a, b: a / (1 + b.norm()),
+    "rows": lambda a, b: a + b.mean(-1, keepdim=True),
+    "columns": lambda a, b: a - b.mean(0, keepdim=True),
+    "turn": lambda a, b: (a.mT + b.mT).mT,
+    "largest": lambda a, b: a / (1 + b.abs().amax()),
+    "sort": lambda a, b: a + b.sort(0).values,
+    "product": lambda a, b: a @ (b.mT @ b),
+    "constant": lambda a, b: a + torch.full_like(b, 0.5),
+    "where": lambda a, b: torch.where(b > 0, a, b),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(OPS)), min_size=1, max_size=6), st.sampled_from(MESHES[:2]), st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_update_is_equal_or_refused(names, mesh, data):
+    order = [data.draw(st.integers(0, i + 1)) for i in range(len(names))]
+
+    def update(w, g):
+        values = [w, g]
+        for name, at in zip(names, order, strict=True):
+            values.append(OPS[name](values[-1], values[at]))
+        return values[-1]
+
+    def step(state, batch):
+        grads = ftrain.grad(loss)(state, batch)
+        return {"w": update(state["w"], grads["w"]), "b": state["b"]}
+
+    if {"sort", "product"} & set(names):
+        try:
+            one, many = both(step, mesh)
+        except ValueError as refusal:
+            assume("is not what one device computes" not in str(refusal))
+            raise
+    else:
+        one, many = both(step, mesh)
+    assert_equal(one, many)
