@@ -64,7 +64,9 @@ def philox_words(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word])
 
 
 def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
-    """The key of a seed, int64 `[2]`. Seeds are 64-bit: -2**63 <= seed < 2**64."""
+    """The key of a seed, int64 `[2]`. Seeds are 64-bit: -2**63 <= seed < 2**64, else ValueError."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"a seed is a whole number, not {seed!r}")
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed {seed} does not fit in 64 bits")
     words = [torch.full((1,), (seed >> shift) & _MASK, dtype=torch.int64, device=device) for shift in (0, 32)]

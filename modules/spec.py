@@ -135,8 +135,14 @@ def init(specs: Tree, key: Tensor, *, device: torch.device | str | None = None) 
     """Initial parameters on `device` (default: the key's).
 
     A leaf's numbers depend on `key` (int64 `[2]`), its path, shape and initializer alone: not on the device, nor on
-    what else is in the tree.
+    what else is in the tree. ValueError where a leaf is no `ParamSpec` or `key` no key.
     """
+    strange = [path for path, spec in leaves_with_paths(specs) if not isinstance(spec, ParamSpec)]
+    if strange or not isinstance(key, Tensor):
+        found = f"{strange[0] or 'the tree'!s} is none" if strange else f"the key is {key!r}"
+        raise ValueError(
+            f"init takes a tree of ParamSpecs, such as decoder.specs(cfg), and a key, ftrain.key(seed); {found}"
+        )
     key = key if device is None else key.to(device)
     return map_with_paths(lambda path, spec: init_leaf(spec, key, path), specs)
 
