@@ -28,6 +28,32 @@ def test_an_unknown_choice_lists_the_known():
         precision_on(CPU, "float8")
 
 
+@pytest.mark.parametrize("spelled", ["bfloat16", "bf16", torch.bfloat16])
+def test_a_dtype_has_several_spellings(spelled):
+    assert Precision(spelled) == Precision(compute="bfloat16") == Precision.of(spelled)
+    assert Precision(reduce=spelled).reduce == "bfloat16"
+    assert hash(Precision(spelled)) == hash(Precision(compute="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("float16", "float16 ends at 65,504.*without a scaled loss.*take 'bfloat16'"),
+        (torch.half, "float16 ends at 65,504"),
+        ("fp16", "float16 ends at 65,504"),
+        ("float8_e4m3fn", "float8_e4m3fn needs scaled products, which are not here: take 'bfloat16'"),
+        (torch.float8_e5m2, "float8_e5m2 needs scaled products"),
+        ("int32", r"'int32' is not one of 'float32', 'bfloat16', 'float64'.*Precision\('bfloat16'\)"),
+        (torch.int64, "is not one of"),
+        (16, "16 is not one of"),
+    ],
+)
+def test_what_a_step_cannot_compute_in_is_refused_by_name(value, words):
+    for make in (lambda: Precision(value), lambda: Precision(reduce=value), lambda: Precision.of(value)):
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
 def test_cast_shows_what_a_loss_sees():
     params = {"w": torch.randn(3, 4), "ids": torch.arange(3), "half": torch.randn(2).half()}
     seen = {}
