@@ -44,7 +44,7 @@ _ATEN: dict[str, Callable[..., int]] = {
 
 
 class NodeCost(NamedTuple):
-    """FLOPs (a multiply-add is two) and bytes read and written by one node."""
+    """FLOPs (a multiply-add is two) and bytes read and written by one node; `recomputed`: a copy for the backward."""
 
     name: str
     op: str
@@ -52,6 +52,7 @@ class NodeCost(NamedTuple):
     path: str
     flops: int
     bytes: int
+    recomputed: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,15 @@ class Cost:
     by_phase: dict[str, int]
     nodes: list[NodeCost]
     unpriced: tuple[str, ...] = ()
+
+    @property
+    def model_flops(self) -> int:
+        """FLOPs of the model's forward and backward, each once: without recompute, and without the optimizer.
+
+        What a utilisation is measured by (Chowdhery et al. 2022, "PaLM", appendix B): it falls where recompute takes
+        time.
+        """
+        return sum(n.flops for n in self.nodes if n.phase in ("forward", "backward") and not n.recomputed)
 
 
 def graph_cost(module: fx.GraphModule) -> Cost:
@@ -112,7 +122,13 @@ def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
         name, moved = str(node.target), node_traffic(node)
         costs.append(
             NodeCost(
-                node.name, name, meta.get("phase", ""), meta.get("path") or "", times * node_flops(node), times * moved
+                node.name,
+                name,
+                meta.get("phase", ""),
+                meta.get("path") or "",
+                times * node_flops(node),
+                times * moved,
+                "recomputed" in meta,
             )
         )
     return costs

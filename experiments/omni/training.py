@@ -146,6 +146,7 @@ def train_step(
             "terms": {task: mean.value() for task, mean in terms.items()},
             "tokens": sum_over_batch(batch["valid_T"].sum()),
             "grad_norm": updated.opt_state[0].norm,
+            "updates": state.step - state.opt_state[1].skipped_total,  # made before this one: what the rate goes by
             "dropped": _dropped(stats),
         }
         return updated.replace(extra=extra), metrics

@@ -1,13 +1,17 @@
 """FLOPs and bytes of a graph."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
+from ftrain import TrainState, optim
 from ftrain.accumulate import accumulate
 from ftrain.cost import has_flops, is_product
+from ftrain.grad import grad
 from ftrain.jit import jit
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.mean import Mean
 
 
 def test_products_by_phase():
@@ -17,6 +21,25 @@ def test_products_by_phase():
     assert cost.flops == 8 * product
     assert cost.flops == sum(n.flops for n in cost.nodes)
     assert cost.bytes == sum(n.bytes for n in cost.nodes)
+
+
+@pytest.mark.parametrize("remat", ["none", "layer", "all"])
+@pytest.mark.parametrize("rule", [optim.sgd(0.1), optim.muon(0.1, ns_dtype=torch.float32)])
+def test_the_model_costs_the_same_whatever_is_recomputed_and_optimized(remat, rule):
+    """A utilisation that counted recompute would rise where a run gets slower."""
+    params, x = {"layers": [{"w": torch.randn(16, 16)} for _ in range(3)]}, torch.randn(8, 16)
+
+    def loss(params, x):
+        for layer in params["layers"]:
+            x = torch.tanh(x @ layer["w"])
+        return Mean.of(x.square())
+
+    def step(state, x):
+        return state.apply(rule, grad(loss)(state.params, x))
+
+    cost = jit(step, remat=remat).lower(TrainState.create(params, rule), x).cost()
+    assert cost.model_flops == (3 + 5) * 2 * 8 * 16 * 16
+    assert (cost.flops > cost.model_flops) == (remat != "none" or cost.by_phase["step"] > 0)
 
 
 def test_bytes_are_read_and_written_once_and_views_move_none():
