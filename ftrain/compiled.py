@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, fx
 
 from ftrain import tree
+from ftrain.ambient import ambient, as_a_program
+from ftrain.captured import captured_tensors
 from ftrain.communication import bytes_moved
 from ftrain.cost import Cost, graph_cost
 from ftrain.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated, warn_without_expandable_segments
 from ftrain.donation import give_away
 from ftrain.execute import Program, as_executed, choose, compile_graph, waiting
+from ftrain.layers import mark_layers
+from ftrain.layouts import LayoutCheck, views_as_reshapes
 from ftrain.leaf_guard import guard_like
 from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.loan import Fence, Loan
@@ -35,7 +39,9 @@ from ftrain.precision import Precision
 from ftrain.private import lazy_module
 from ftrain.remat import Remat, rematerialize, require_matches
 from ftrain.remat_fit import BookRow, book_table, fit
+from ftrain.run_errors import name_line
 from ftrain.schedule import Schedule, overlap, simulate_schedule
+from ftrain.shared_memory import SharedMemory
 from ftrain.trace import Aval, Traced, argument_paths, is_array, signature_of, spread_paths, trace
 from sharding.link import Link
 from sharding.mesh import Mesh
@@ -65,20 +71,25 @@ class Compiled:
         self._dtypes = [a.dtype for a in traced.input_avals]
         self._devices = [a.device for a in traced.input_avals]
         self._statics = [(i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf)]
+        self.ambient = ambient()
         self._program: Program | None = None
+        self._running: fx.GraphModule | None = None
         self._lockstep: Callable | None = None
         self._guard: Callable[..., bool] | None = None
         self._fence = Fence()
 
-    def knows(self, leaves: list[Any], treedef: Any) -> bool:
-        """True if such arguments were run before and need no closer look: they fit, and are contiguous."""
-        if self._guard is None or treedef != self._treedef or not self._same_statics(leaves):
+    def knows(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
+        """True if such arguments were run before and need no closer look: they fit, and are contiguous.
+
+        `around`: what `ambient` says of the call.
+        """
+        if self._guard is None or around != self.ambient or treedef != self._treedef or not self._same_statics(leaves):
             return False
         return self._guard(*self._tensors(leaves))
 
-    def fits(self, leaves: list[Any], treedef: Any) -> bool:
-        """True if arguments with these leaves and this structure can be run as they are."""
-        if treedef != self._treedef:
+    def fits(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
+        """True if arguments with these leaves and this structure can be run as they are, in a call amid `around`."""
+        if treedef != self._treedef or around != self.ambient:
             return False
         if not self._same_statics(leaves):
             return False
@@ -124,14 +135,22 @@ class Compiled:
         if self._program is None:
             self._check_real(leaves)
             warn_without_expandable_segments(self.device)
-            self._program = compile_graph(copy_graph(self.graph), self.backend, before_write=self._fence.wait)
+            self._running = copy_graph(self.graph)
+            self._program = compile_graph(
+                self._running, self.backend, before_write=self._fence.wait, checked=self._mend
+            )
         contiguous = contiguous or all(map(Tensor.is_contiguous, leaves))
+        if self.donated:
+            self._shared_memory.require_none(leaves, contiguous=contiguous)
         inputs = leaves if contiguous else [leaf.contiguous() for leaf in leaves]
         try:
-            outputs = self._program(inputs)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
+            with as_a_program():
+                outputs = self._program(inputs)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise explained(self, error) from None
+            if self._running is not None:
+                name_line(error, self._running)
             raise
         if self.donated:
             outputs = self._with_donated(leaves, inputs, outputs)
@@ -153,6 +172,11 @@ class Compiled:
         """The same step made ready again with another choice of what to recompute."""
         assert self.again is not None
         return self.again(remat=remat)
+
+    def _mend(self, check: LayoutCheck) -> None:
+        check.mend(self.graph)
+        self.__dict__.pop("executed", None)
+        self.__dict__.pop("interpreted", None)
 
     def use_program(self, program: Program) -> None:
         """Run another program for the same graph from now on, e.g. one that measures."""
@@ -185,16 +209,14 @@ class Compiled:
         return slots, [self.traced.input_paths[slot] for slot in slots], order
 
     def _check_real(self, leaves: list[Any]) -> None:
-        first: dict[int, int] = {}
-        for slot, (path, leaf) in enumerate(zip(self.traced.input_paths, leaves, strict=True)):
+        for path, leaf in zip(self.traced.input_paths, leaves, strict=True):
             if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
                 raise ValueError(f"leaf {path!r} has a shape and no data: this step can be lowered but not run on it")
-            other = first.setdefault(leaf.untyped_storage().data_ptr(), slot) if leaf.numel() else slot
-            if other != slot and (slot in self.donated or other in self.donated):
-                raise ValueError(
-                    f"{self.traced.input_paths[other]!r} and {path!r} share memory, and the step writes its new state "
-                    "over it: keep a tied weight at one place of the tree, or clone one of them"
-                )
+
+    @cached_property
+    def _shared_memory(self) -> SharedMemory:
+        captured = {self.traced.name_of(x): x for x in captured_tensors(self.graph).values()}
+        return SharedMemory(self.traced.input_paths, self.donated, captured)
 
     def memory(self) -> MemoryPlan:
         """Bytes alive over the run, the peak, and what is alive then; on CUDA also what is reserved for it."""
@@ -219,6 +241,7 @@ class Compiled:
         """The graph as it runs op by op, whatever the backend."""
         module = copy_graph(self.graph)
         as_executed(module, "aten")
+        views_as_reshapes(module)
         return module
 
     def as_text(self) -> str:
@@ -303,6 +326,7 @@ def compile_step(
         sink_gathers(module)
         sum_early(module)
     spread_paths(module, names[0] if names else "")
+    mark_layers(module, dict(zip(traced.input_paths, traced.input_avals, strict=True)))
     compiled.donated = {} if donate is None else match_donated(traced, args[donate], names[donate])
     inputs = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     by_name = {inputs[slot]: output for slot, output in compiled.donated.items()}

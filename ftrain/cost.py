@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_rules import FLOPS
-from ftrain.passes.sizes import sized
+from ftrain.passes.sizes import sized, unknown_sizes
 
 # A word of a product's name: mm, bmm, addmm, conv2d, _scaled_dot_product_attention, _grouped_mm, linear, ...
 _PRODUCT = re.compile(
@@ -60,6 +60,7 @@ class Cost:
     """`flops` and `bytes` of one run; `by_phase` FLOPs of forward, backward and step; `nodes` in order of the graph.
 
     `unpriced`: ops that compute products by their name and have no rule; their FLOPs are missing in the sums.
+    `unknown`: the sizes that depend on data, which are counted as the largest that they can be.
     """
 
     flops: int
@@ -67,6 +68,7 @@ class Cost:
     by_phase: dict[str, int]
     nodes: list[NodeCost]
     unpriced: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def model_flops(self) -> int:
@@ -85,7 +87,7 @@ def graph_cost(module: fx.GraphModule) -> Cost:
     for node in nodes:
         by_phase[node.phase] = by_phase.get(node.phase, 0) + node.flops
     flops, moved = sum(n.flops for n in nodes), sum(n.bytes for n in nodes)
-    return Cost(flops, moved, by_phase, nodes, tuple(sorted(_unpriced(module))))
+    return Cost(flops, moved, by_phase, nodes, tuple(sorted(_unpriced(module))), unknown_sizes(module))
 
 
 def _unpriced(module: fx.GraphModule) -> set[str]:

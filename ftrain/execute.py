@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ftrain.cudagraph import cudagraph_program
 from ftrain.fused import fused_body, is_fused
+from ftrain.layouts import LayoutCheck, views_as_reshapes
 from ftrain.loan import LEAST_BYTES
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.aliasing import storage
@@ -17,17 +18,23 @@ from ftrain.passes.donate import carry_in_place, write_in_place
 from ftrain.passes.fuse import fuse_runs
 from ftrain.passes.reuse import reuse_memory
 from ftrain.passes.twins import use_twins
-from ftrain.private import below_autograd, compile_with_inductor
+from ftrain.private import below_autograd, compile_with_inductor, written_out
 from ftrain.writes import written_arguments
 
 Program = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-def choose(backend: str, device: torch.device) -> str:
-    """Resolve "auto": the interpreter of ATen ops on CPU, Inductor on CUDA."""
+def require_backend(backend: str) -> None:
+    """ValueError that names the backends for what is none."""
     known = ("auto", "aten", "inductor", "cudagraph")
     if backend not in known:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(known)}")
+        hint = "; to run a step eagerly: with ftrain.disable_jit()" if backend == "eager" else ""
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(known)}{hint}")
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """Resolve "auto": the interpreter of ATen ops on CPU, Inductor on CUDA."""
+    require_backend(backend)
     if backend == "cudagraph" and device.type != "cuda":
         raise ValueError(f"backend='cudagraph' needs arguments on a CUDA device; these are on {device}")
     if backend == "auto":
@@ -35,18 +42,55 @@ def choose(backend: str, device: torch.device) -> str:
     return backend
 
 
-def compile_graph(module: fx.GraphModule, backend: str, *, before_write: Callable[[], None]) -> Program:
-    """Make the program; `module` is the graph after all passes and is not used again.
+def compile_graph(
+    module: fx.GraphModule,
+    backend: str,
+    *,
+    before_write: Callable[[], None],
+    checked: Callable[[LayoutCheck], None] = lambda _: None,
+) -> Program:
+    """Make the program; `module` is the graph after all passes and becomes that which runs.
 
-    The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can.
+    The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can. Its
+    first run compares real layouts with planned ones, and tells `checked` what it found.
     """
     as_executed(module, backend)
     if backend != "aten":
         _compile_runs(module)
-    if backend == "cudagraph":
-        return waiting(cudagraph_program(module, _python_program(module)), before_write)
+    if backend == "cudagraph":  # in a record there are no calls
+        return _FirstRun(
+            module,
+            lambda: waiting(_python_program(module), before_write),
+            lambda: waiting(cudagraph_program(module, _python_program(module)), before_write),
+            checked,
+        )
     _call_before_writes(module, before_write)
-    return _python_program(module)
+    return _FirstRun(module, lambda: _python_program(module), lambda: _python_program(module), checked)
+
+
+class _FirstRun:
+    """A program whose first run looks at the layouts of all results."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        first: Callable[[], Program],
+        later: Callable[[], Program],
+        checked: Callable[[LayoutCheck], None],
+    ) -> None:
+        """`first` and `later` make programs of the module as it then is."""
+        self._first, self._later, self._checked = first, later, checked
+        self._check = LayoutCheck(module)
+        self._program: Program | None = None
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        if self._program is not None:
+            return self._program(inputs)
+        results = self._first()(inputs)
+        self._check.settle()
+        self._checked(self._check)
+        self._program = self._later()
+        return results
 
 
 def waiting(program: Program, before: Callable[[], None]) -> Program:
@@ -65,6 +109,7 @@ def aten_program(module: fx.GraphModule, *, after: Callable[[fx.GraphModule], No
     `after` may change the graph when all passes are done, e.g. to measure: passes must see collectives as they are.
     """
     as_executed(module, "aten")
+    views_as_reshapes(module)
     if after is not None:
         after(module)
     return _python_program(module)
@@ -89,7 +134,7 @@ def as_executed(module: fx.GraphModule, backend: str) -> None:
 
 
 def _python_program(module: fx.GraphModule) -> Program:
-    forward = module.forward
+    forward = written_out(module)
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad(), below_autograd():

@@ -1,19 +1,28 @@
 """Which node of a graph an error came from: the generated code has a line for each."""
 
 import linecache
+from collections.abc import Iterator
 from types import TracebackType
 
 from torch import fx
 
 
 def failing_node(module: fx.GraphModule, trace: TracebackType | None) -> fx.Node | None:
-    """The node whose line in the generated code the error went through; None if it came from elsewhere."""
-    nodes = {n.name: n for n in module.graph.nodes}
+    """The innermost node whose line in the generated code, of the graph or of the body of a loop or a run in it, the
+    error went through; None if it came from elsewhere.
+    """
+    graphs = {type(inner).forward.__code__.co_filename: inner for inner in _graphs(module)}
     found = None
     while trace is not None:
         code = trace.tb_frame.f_code
-        if code.co_name == "forward" and code.co_filename.startswith("<eval_with_key>"):
+        if code.co_name == "forward" and code.co_filename in graphs:
             line = linecache.getline(code.co_filename, trace.tb_lineno)
-            found = nodes.get(line.strip().split(" = ")[0], found)
+            name = line.strip().split(" = ")[0]
+            found = next((n for n in graphs[code.co_filename].graph.nodes if n.name == name), found)
         trace = trace.tb_next
     return found
+
+
+def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The module, and the graphs that it holds."""
+    return (m for m in module.modules() if isinstance(m, fx.GraphModule))

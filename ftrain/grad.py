@@ -146,7 +146,7 @@ def _by_autograd(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentia
             value = loss_value(loss)
         if not value.requires_grad:
             return _Differentiated(value, aux, [torch.zeros_like(leaf) for leaf in leaves])
-        provenance.watch_backward(value)
+        provenance.watch_backward(value, detached)
         with provenance.in_phase("backward"):
             grads = torch.autograd.grad(value, detached, materialize_grads=True)
     return _Differentiated(value.detach(), tree.map(_detach, aux), list(grads))
@@ -179,6 +179,7 @@ def _check_floating(args: tuple, numbers: tuple[int, ...]) -> None:
         for path, leaf in zip(tree.paths(args[n]), tree.flatten(args[n])[0], strict=True):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 what = f"dtype {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(
-                    f"argument {n}, leaf {path!r} is {what}, which has no gradient: keep it in another argument"
-                )
+                way_out = "keep it in another argument"
+                if isinstance(leaf, Tensor) and leaf.is_complex():
+                    way_out = "keep its real and imaginary parts as two leaves, and torch.complex(a, b) in the loss"
+                raise ValueError(f"argument {n}, leaf {path!r} is {what}, which has no gradient: {way_out}")

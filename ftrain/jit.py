@@ -5,7 +5,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftrain import tree
+from ftrain.ambient import AMBIENT_NAMES, ambient, within_another
 from ftrain.compiled import Compiled, compile_step, name_of
 from ftrain.donation import DonatedTensor, path_of
+from ftrain.execute import require_backend
 from ftrain.loan import taken_back
 from ftrain.planned import Chooser, Wanted, chooser_of
 from ftrain.precision import Precision, computing_in
@@ -26,6 +28,8 @@ from ftrain.sharded_step import COORDINATES, ShardedStep
 from ftrain.trace import Aval, argument_paths, is_array, signature_of
 from sharding.link import Link
 from sharding.plan import Plan
+
+_MOST_TRACES = 8
 
 _disabled: ContextVar[bool] = ContextVar("ftrain_disable_jit", default=False)
 
@@ -46,7 +50,7 @@ def jit(
     donate: str | None = None,
     backend: str = "auto",
     remat: Remat | str | None = None,
-    precision: Precision | None = None,
+    precision: Precision | str | torch.dtype | None = None,
     plan: Plan | Chooser | str | Path | None = None,
     specs: Any = None,
     batch: str = "batch",
@@ -60,7 +64,7 @@ def jit(
     - `backend`: "aten" (the graph as Python), "inductor", "cudagraph", or "auto": aten on CPU, inductor on CUDA.
     - `remat`: what the backward computes again instead of keeping; see `Remat`. Default: nothing, or what a plan says
       that is given by name.
-    - `precision`: in which dtype losses see the parameters; see `Precision`.
+    - `precision`: in which dtype losses see the parameters; see `Precision`. A name or a dtype is the compute dtype.
     - `plan`: the mesh that the step runs on, and how; see `sharding.Plan`. Or a file that `ftrain plan --apply` wrote,
       or "auto", which searches at start-up (see `ftrain.SavedPlan`, `ftrain.AutoPlan`).
     - `specs`: the tree of `ParamSpec`s of the model, by whose paths leaves of the state are found; not needed where the
@@ -68,7 +72,10 @@ def jit(
       `overlap`: reorder the graph so that communication hides behind compute; values are the same without.
 
     Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
-    shapes, dtypes or devices; from the second trace on a warning says which leaf changed, and how.
+    shapes, dtypes or devices, and modes around the call (autocast, the default dtype and device); from the second trace
+    on a warning says which leaf changed, and how. A step holds at most 8 traces, and drops the oldest with a warning.
+    Inside a transform of `torch.func`, another jitted function or a trace of another kind, a jitted function is the
+    plain one.
     """
     if fn is None:
         return functools.partial(
@@ -82,6 +89,9 @@ def jit(
             batch=batch,
             overlap=overlap,
         )
+    require_backend(backend)
+    _require_plan(plan)
+    precision = Precision.of(precision)
     given = None if remat is None else Remat.of(remat)
     sharded = ShardedStep(plan, specs=specs, batch=batch, overlap=overlap) if isinstance(plan, Plan) else None
     if sharded is not None and sharded.plan.mesh.size > 1:
@@ -149,25 +159,39 @@ class Step:
         self._compiled: dict[Any, Compiled] = {}
         self._latest: Compiled | None = None
         self._explained = False
+        self._dropped = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the step on real tensors."""
         args = self._bind(args, kwargs)
-        if _disabled.get():
-            with computing_in(self._precision):
-                return self._fn(*args)
+        if _disabled.get() or within_another():
+            return self._plain(args)
         if self._undecided is not None:
             self._decide(args)
         leaves, treedef = tree.flatten(args)
-        compiled = self._latest
-        if self._sharded is None and compiled is not None and compiled.knows(leaves, treedef):
+        compiled, around = self._latest, ambient()
+        if self._sharded is None and compiled is not None and compiled.knows(leaves, treedef, around):
             return compiled.run(leaves, known=True)
         with taken_back(leaves) as loans:
-            if compiled is None or self._sharded is not None or not compiled.fits(leaves, treedef):
+            if compiled is None or self._sharded is not None or not compiled.fits(leaves, treedef, around):
                 self._refuse_donated(args, leaves)
                 compiled = self._latest = self._find(args, leaves, treedef)
             compiled.expect(loans)
             return compiled.run(leaves) if self._sharded is None else self._sharded.run(compiled, leaves)
+
+    def _plain(self, args: tuple) -> Any:
+        """The function itself: under `disable_jit`, and inside a transform of `torch.func` or another trace.
+
+        ValueError for a step on several ranks inside another: what it would see are not its pieces.
+        """
+        mesh = None if _disabled.get() or self._placed is None else self._placed.plan.mesh
+        if mesh is not None and mesh.size > 1:
+            raise ValueError(
+                f"{name_of(self._fn)} has a plan of {mesh.size} ranks and is called inside a transform of torch.func "
+                "or another jitted step: call the plain function there, and jit the whole"
+            )
+        with computing_in(self._precision) if self._precision is not None else nullcontext():
+            return self._fn(*args)
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
         """Trace and plan for these arguments without running; leaves may be `Aval`s, meta or fake tensors."""
@@ -245,7 +269,7 @@ class Step:
 
     @property
     def traces(self) -> int:
-        """How many times the function was traced."""
+        """How many traces of the function are held: one for each kind of arguments, 8 at most."""
         return len(self._compiled)
 
     @property
@@ -287,7 +311,7 @@ class Step:
         return tuple(bound.arguments[n] for n in self._parameters[:given])
 
     def _find(self, args: tuple, leaves: list[Any], treedef: Any) -> Compiled:
-        key = (treedef, tuple(signature_of(leaf) for leaf in leaves))
+        key = (treedef, tuple(signature_of(leaf) for leaf in leaves), ambient())
         found = self._compiled.get(key)
         if found is None:
             if self._compiled:
@@ -296,7 +320,22 @@ class Step:
             found = self._compile(args, leaves, treedef)
             found.seconds_to_compile = time.perf_counter() - started
             self._compiled[key] = found
+            self._drop_oldest()
         return found
+
+    def _drop_oldest(self) -> None:
+        """Traces have an end: each holds a graph, and a program."""
+        if len(self._compiled) <= _MOST_TRACES:
+            return
+        del self._compiled[next(iter(self._compiled))]
+        if not self._dropped:
+            self._dropped = True
+            warnings.warn(
+                f"{name_of(self._fn)} was traced for {_MOST_TRACES + 1} kinds of arguments; it holds {_MOST_TRACES} "
+                "traces and drops the oldest from now on. Pack batches to one budget of tokens, and pass numbers that "
+                "change as tensors",
+                stacklevel=5,
+            )
 
     def _compile(self, args: tuple, leaves: list[Any], treedef: Any) -> Compiled:
         fn, names = self._fn, self._parameters[: len(args)]
@@ -333,6 +372,8 @@ class Step:
             f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]
         ]
         changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
+        around = zip(AMBIENT_NAMES, self._latest.ambient, ambient(), strict=True)
+        changes += [f"{name} around the call" for name, before, now in around if before != now]
         more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
         warnings.warn(
             f"{name_of(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "
@@ -353,6 +394,18 @@ class Step:
                     f"leaf {path!r} is {type(leaf).__module__}.{type(leaf).__name__}; a step takes trees of tensors, "
                     "numbers and strings: convert arrays with torch.as_tensor"
                 )
+
+
+def _require_plan(plan: Any) -> None:
+    """ValueError for a plan that is a string and neither "auto" nor the file of one, or no plan at all."""
+    spellings = (
+        "give a sharding.Plan (sharding.Plan(sharding.Mesh(shard=8)) is FSDP), 'auto', or a file that "
+        "`ftrain plan --apply` wrote"
+    )
+    if isinstance(plan, str | Path) and plan != "auto" and not Path(plan).is_file():
+        raise ValueError(f"plan={str(plan)!r}: {plan}: there is no such plan; {spellings}")
+    if plan is not None and not isinstance(plan, Plan | str | Path) and not hasattr(plan, "choose"):
+        raise ValueError(f"plan={plan!r}: {spellings}")
 
 
 def _show(signature: Any) -> str:

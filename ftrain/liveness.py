@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_rules import WORKSPACE
-from ftrain.passes.sizes import sized
+from ftrain.passes.sizes import sized, unknown_sizes
 from ftrain.private import storage_id
 from ftrain.workspace import aten_workspace
 from kernels.offload import offload_start, offload_wait
@@ -39,6 +39,7 @@ class MemoryPlan:
     offloaded tensors take on the host; no part of the others. `libraries`: what libraries keep of the device's
     allocator from their first use on (cuBLAS's workspace), in none of the others. `reserved_share`: bytes that the
     allocator takes of the device for each that it hands out, an estimate (see `ftrain.cuda_allocator`); on a CPU 1.
+    `unknown`: the sizes that depend on data, which are counted as the largest that they can be.
     """
 
     inputs: int
@@ -49,6 +50,7 @@ class MemoryPlan:
     host: int = 0
     libraries: int = 0
     reserved_share: float = 1.0
+    unknown: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -104,12 +106,15 @@ def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
     for node in module.graph.nodes:
         if node.name == peak_node and is_loop(node):
             top += plan_memory(loop_body(node), round_to=round_to).top
-    return MemoryPlan(input_bytes(module), peak, peak_node, timeline, sorted(top, reverse=True), host)
+    unknown = unknown_sizes(module)
+    return MemoryPlan(input_bytes(module), peak, peak_node, timeline, sorted(top, reverse=True), host, unknown=unknown)
 
 
 def input_bytes(module: fx.GraphModule) -> int:
-    """Bytes of the arguments."""
-    return sum(size for n in module.graph.nodes if n.op == "placeholder" for _, size in storages_of(n))
+    """Bytes of the arguments, and of tensors that the step captures."""
+    given = [n for n in module.graph.nodes if n.op == "placeholder"]
+    captured = {s: size for n in module.graph.nodes if n.op == "get_attr" for s, size in storages_of(n)}
+    return sum(size for n in given for _, size in storages_of(n)) + sum(captured.values())
 
 
 def simulate(module: fx.GraphModule, *, round_to: int = 1) -> Iterator[Moment]:

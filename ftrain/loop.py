@@ -9,7 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from ftrain.private import FakeTensor, emit_node, is_tracked, new_fake_like, paused_trace, trace_to_graph, tracing_graph
+from ftrain.private import (
+    FakeTensor,
+    emit_node,
+    is_tracked,
+    new_fake_like,
+    paused_trace,
+    snapshot,
+    trace_to_graph,
+    tracing_graph,
+)
 from ftrain.provenance import user_site
 
 
@@ -76,7 +85,7 @@ def _lift_captured(module: fx.GraphModule) -> list[Tensor]:
         reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
         with graph.inserting_after(last_placeholder):
             last_placeholder = graph.placeholder(f"captured_{i}")
-        last_placeholder.meta.update(reads[0].meta, val=value)
+        last_placeholder.meta.update(reads[0].meta, val=snapshot(value))
         for node in reads:
             node.replace_all_uses_with(last_placeholder)
             graph.erase_node(node)

@@ -1,21 +1,29 @@
 """Every private torch name that the trainer uses, with one canary test each: an upgrade of torch has one place."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
     make_fx,
     track_tensor_tree,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["FakeTensor", "FakeTensorMode"]
 
@@ -69,6 +77,22 @@ def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A module of a graph whose source code is made on the first call, not after each pass."""
     with _use_lazy_graph_module(True):
         return _make_graph_module(root, graph)
+
+
+DATA_DEPENDENT: tuple[type[Exception], ...] = (GuardOnDataDependentSymNode, DataDependentOutputException)
+"""Raised where a trace is asked for a number that only data have."""
+DYNAMIC_SHAPE: tuple[type[Exception], ...] = (DynamicOutputShapeException,)
+"""Raised where the size of a result depends on data in a way that has no symbol."""
+UNSUPPORTED: tuple[type[Exception], ...] = (UnsupportedOperatorException, UnsupportedFakeTensorException)
+"""Raised where an op has no shape rule."""
+
+
+def written_out(module: fx.GraphModule) -> Callable:
+    """The module's `forward`, its source code made now: calls of a lazy one would all ask whether that was done."""
+    for inner in module.modules():
+        if isinstance(inner, _LazyGraphModule):
+            inner.real_recompile()
+    return module.forward
 
 
 @contextmanager
@@ -141,6 +165,68 @@ def is_constant(tensor: Tensor) -> bool:
 def size_symbol(size: torch.SymInt) -> Any:
     """The symbol that stands for a size which depends on data."""
     return size.node.expr
+
+
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""True within `torch.autocast` for any device."""
+
+without_autocast: Callable[[], Any] = torch._C._DisableAutocast
+"""A context in which autocast does nothing."""
+
+
+def attention_choices() -> tuple[bool, bool, bool]:
+    """Which kernels `scaled_dot_product_attention` may choose: flash, memory efficient, math."""
+    return (
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+    )
+
+
+def functions_are_watched() -> bool:
+    """True within a mode on torch's functions; `torch.set_default_device` is one."""
+    return torch._C._len_torch_function_stack() > 0
+
+
+def functional_transform() -> bool:
+    """True inside of `torch.func.grad`, `vmap`, `jvp` and the like."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def modes_are_active() -> bool:
+    """True inside of a trace, and where tensors are fake; not in a mode of a user's own, which counts or logs."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return get_proxy_mode() is not None or detect_fake_mode(None) is not None
+
+
+def snapshot(tensor: Tensor) -> Tensor:
+    """A fake tensor on the same memory that no mode has seen: what a graph may keep."""
+    with _disable_current_modes():
+        return tensor.detach()
+
+
+def free_sizes(value: Any) -> set[Any]:
+    """The symbols of sizes that depend on data in a fake value: of a tensor's shape, of a number, of several."""
+    if isinstance(value, list | tuple):
+        return set().union(*map(free_sizes, value))
+    if isinstance(value, Tensor):
+        return set().union(*(free_sizes(n) for n in value.shape))
+    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt | torch.SymFloat) else set()
+
+
+def largest_sizes(value: Any, known: Collection[Any]) -> dict[Any, int | None]:
+    """The symbols in a fake value that are not `known`, each with the largest number it can be, if known."""
+    found: dict[Any, int | None] = {}
+    for part in value if isinstance(value, list | tuple) else [value]:
+        sizes = part.shape if isinstance(part, Tensor) else [part]
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                ranges = size.node.shape_env.var_to_range
+                for symbol in sorted(size.node.expr.free_symbols - set(known), key=str):
+                    most = ranges[symbol].upper if symbol in ranges else None
+                    found[symbol] = int(most) if most is not None and most.is_Integer and most < 2**40 else None
+    return found
 
 
 def concrete_size(size: int | torch.SymInt, symbols: dict[Any, int]) -> int:

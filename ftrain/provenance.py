@@ -7,7 +7,8 @@ node tells the mode which forward op is being transposed.
 
 import functools
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -42,6 +43,11 @@ def _is_machinery(file: str) -> bool:
     return file.startswith(_MACHINERY) or "/optree/" in file or file.endswith("contextlib.py")
 
 
+def is_users(file: str) -> bool:
+    """True for a file that is neither torch's nor the trainer's nor a kernel's: one that a user would edit."""
+    return not _is_machinery(file)
+
+
 def user_site() -> Site | None:
     """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit."""
     here: FrameType | None = sys._getframe(1)
@@ -62,6 +68,10 @@ class Provenance(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.phase = "step"
+        self.made: list[weakref.ref[Tensor]] = []
+        """The tensors of the trace, as long as somebody holds them."""
+        self.trained: list[Tensor] = []
+        """Leaves that losses would have trained though they were not asked to."""
         self._site_of_sequence: dict[int, Site | None] = {}
         self._transposed: int | None = None
 
@@ -71,6 +81,9 @@ class Provenance(TorchDispatchMode):
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
         out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(made, Tensor):
+                self.made.append(weakref.ref(made))
         if graph is not None and len(graph.nodes) > before:
             sequence, site = self._origin()
             purpose = current_purpose()
@@ -97,14 +110,21 @@ class Provenance(TorchDispatchMode):
         finally:
             self.phase, self._transposed = before, None
 
-    def watch_backward(self, loss: Tensor) -> None:
-        """Make the backward of `loss` tell which forward op each of its nodes transposes."""
+    def watch_backward(self, loss: Tensor, leaves: Sequence[Tensor] = ()) -> None:
+        """Make the backward of `loss` tell which forward op each of its nodes transposes.
+
+        Tensors behind the loss that want a gradient and are not among `leaves` go to `trained`.
+        """
+        asked = set(map(id, leaves))
         seen, stack = set(), [loss.grad_fn]
         while stack:
             node = stack.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and id(leaf) not in asked:
+                self.trained.append(leaf)
             number = node._sequence_nr()
             node.register_prehook(lambda grads, number=number: self._enter(number))
             stack.extend(parent for parent, _ in node.next_functions)

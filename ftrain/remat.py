@@ -1,7 +1,9 @@
 """Recompute: what the backward pass makes again instead of keeping it from the forward pass."""
 
 import fnmatch
+import operator
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -9,18 +11,19 @@ import torch
 from torch import Tensor, fx
 
 from ftrain import tree
+from ftrain.layers import has_layers, layer_of_node
 from ftrain.loop import is_loop, loop_body
-from ftrain.private import storage_id, value_of
-
-_LAYER = re.compile(r"^(.*\blayers\.\d+)(\.|$)")
+from ftrain.op_effects import is_pure
+from ftrain.private import free_sizes, storage_id, value_of
 
 
 @dataclass(frozen=True)
 class Remat:
     """What the backward computes again.
 
-    - `policy`: "none" keeps every tensor that the backward reads; "layer" keeps, of each member of a list of layers (a
-      parameter path with `layers.N`), only what it hands to others; "all" does so outside of layers too.
+    - `policy`: "none" keeps every tensor that the backward reads; "layer" keeps, of each member of a list of layers
+      (subtrees of parameters that are alike, whatever the list's name; see `ftrain.layers`), only what it hands to
+      others; "all" does so outside of layers too.
     - `budget`: the most bytes that the step may hold at once, its arguments included: a number, "60GiB", "70%" of the
       device's memory, or "fit" (what is free now). What saves most bytes per microsecond of recompute is made again
       first, and no more than needed (see `remat_budget`). Takes the place of a policy.
@@ -147,8 +150,17 @@ def rematerialize(
 
 
 def require_matches(module: fx.GraphModule, remat: Remat) -> None:
-    """ValueError that names a glob of `remat.paths` which no op of the forward pass is about."""
+    """ValueError that names a glob of `remat.paths` which no op of the forward pass is about; a warning where "layer"
+    finds no layers.
+    """
     paths = _forward_paths(module)
+    if remat.policy == "layer" and paths and not has_layers(module):
+        warnings.warn(
+            "remat='layer' found no list of layers among the parameters (two subtrees that are alike, such as blocks.0 "
+            f"and blocks.1; paths are like {min(paths)!r}), so nothing is recomputed: take remat='all', a budget, or "
+            "Remat(paths={...: 'recompute'})",
+            stacklevel=2,
+        )
     for glob in remat.paths:
         if paths and not any(_matches(path, glob) for path in paths):
             near = tree.nearest(glob, sorted(paths))
@@ -207,19 +219,26 @@ def recompute(
 
 
 def must_keep(node: fx.Node) -> bool:
-    """True for what is never made again: loops, and sizes, which must stay the same numbers."""
-    return is_loop(node) or not isinstance(node.meta.get("val"), Tensor | list | tuple)
+    """True for what is never made again: loops, sizes and what has a new size that depends on data, which must stay the
+    same numbers, and ops that do more than compute (`op_effects`): dropout would draw another mask, batch norm move its
+    statistics twice. Parts of a tuple are kept with it.
+    """
+    if node.op == "call_function" and node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and must_keep(source)
+    value = node.meta.get("val")
+    return is_loop(node) or not isinstance(value, Tensor | list | tuple) or not is_pure(node) or _makes_size(node)
+
+
+def _makes_size(node: fx.Node) -> bool:
+    """True if the result has a size that depends on data and that no input has."""
+    made = free_sizes(node.meta.get("val"))
+    return bool(made) and not made <= set().union(*(free_sizes(n.meta.get("val")) for n in node.all_input_nodes))
 
 
 def is_forward(node: fx.Node) -> bool:
     """True for an op of the forward pass."""
     return node.op == "call_function" and node.meta.get("phase") == "forward"
-
-
-def layer_of_node(node: fx.Node) -> str:
-    """The path of the member of a list of layers that a node is of; empty for none."""
-    found = _LAYER.match(node.meta.get("path", ""))
-    return found.group(1) if found else ""
 
 
 def _is_kept(node: fx.Node, layer_of: dict[fx.Node, str], policy: str) -> bool:

@@ -17,11 +17,12 @@ from torch import Tensor, fx
 from ftrain.cost import is_view
 from ftrain.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated
 from ftrain.hardware import device_bytes, free_bytes
+from ftrain.layers import layer_of_node
 from ftrain.liveness import storages_of
 from ftrain.offload import Ferry, HostLink, Timetable, write_plan
 from ftrain.op_times import OpTimes
 from ftrain.private import storage_id
-from ftrain.remat import Remat, is_forward, layer_of_node, must_keep, parse_budget
+from ftrain.remat import Remat, is_forward, must_keep, parse_budget
 from ftrain.remat_cut import Item, cheapest_kept
 from ftrain.remat_improve import Choice, Search
 from ftrain.remat_peak import PeakModel

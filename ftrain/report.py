@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +37,7 @@ def report_html(compiled: "Compiled") -> str:
     samples = memory_timeline(compiled.executed)
     sections = [
         ("Memory over the run", timeline_figure(samples, inputs_by_argument(compiled.executed))),
+        *([("Counted as the largest possible", "<br>".join(map(escape, memory.unknown)))] if memory.unknown else []),
         *recompute_sections(compiled),
         (f"Alive at the peak ({memory.peak_node})", peak_table(compiled).html()),
         ("Cost by component", group_table("component", cost.nodes, lambda n: component(n.path)).html()),

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from ftrain.fused import fused_body, is_fused
 from ftrain.liveness import plan_memory
 from ftrain.loop import is_loop, loop_body
+from ftrain.passes.sizes import unknown_sizes
 from ftrain.provenance import Site
 
 
@@ -20,7 +21,8 @@ def graph_text(module: fx.GraphModule) -> str:
     alive beyond the inputs while the node runs. The body of a loop, and of ops that are fused,
     follows its node, indented.
     """
-    return "\n".join(_lines(module, ""))
+    unknown = [f"# {line}" for line in unknown_sizes(module)]
+    return "\n".join([*unknown, *_lines(module, "")])
 
 
 def _lines(module: fx.GraphModule, indent: str) -> Iterator[str]:

@@ -6,18 +6,24 @@ two), runs through the function once, and leaves a node per op: forward, backwar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from ftrain import tree
 from ftrain.absent_device import absent_device, choosing_for, put_on, traceable
+from ftrain.ambient import as_a_step
+from ftrain.captured import captured_name, require_untrained
+from ftrain.leaks import modules_as_found, require_none_left, require_tree_leaf
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.functionalize import functionalize
 from ftrain.precision import Precision, computing_in
 from ftrain.private import FakeTensor, new_fake_mode, trace_to_graph
 from ftrain.provenance import recording
+from ftrain.recurrent import train_recurrent
+from ftrain.refusals import in_our_words, require_dense
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Traced:
     output_paths: list[str]
     output_tree: Any
     static_outputs: dict[int, Any]
+    name_of: Callable[[Tensor], str] = lambda _: "a tensor"
+    """What the user calls a tensor that the function captures."""
 
     def assemble(self, tensors: Sequence[Tensor]) -> Any:
         """The result's tree, from the graph's flat outputs and the leaves that are not tensors."""
@@ -79,7 +87,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
     paths = argument_paths(args, names)
     slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
     avals = [Aval.of(leaves[i]) for i in slots]
-    result: list[tuple[list[Any], Any, list[str]]] = []
+    result: list[_Result] = []
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         filled = list(leaves)
@@ -87,15 +95,27 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
             filled[i] = tensor
         out = function(*tree.unflatten(treedef, filled))
         out_leaves, out_tree = tree.flatten(out)
-        result.append((out_leaves, out_tree, tree.paths(out)))
+        result.append(_Result.of(out_leaves, out_tree, tree.paths(out)))
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     absent = absent_device(a.device for a in avals)
-    with new_fake_mode(), recording(), computing_in(precision), choosing_for(absent):
-        fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
-        module = trace_to_graph(flat, fakes)
-    out_leaves, out_tree, out_paths = result[-1]
-    module = functionalize(module, [paths[i] for i in slots])
+    with modules_as_found() as modules:
+        try:
+            with as_a_step(), new_fake_mode(), recording() as provenance, computing_in(precision), choosing_for(absent):
+                fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
+                with in_our_words():
+                    module = trace_to_graph(flat, fakes)
+        except BaseException:
+            modules.restore()
+            raise
+    require_dense(module)
+    require_untrained(function, provenance.trained)
+    del fakes, provenance.trained[:]
+    require_none_left(provenance.made, modules)
+    out = result[-1]
+    name_of = partial(captured_name, function)
+    module = functionalize(module, [paths[i] for i in slots], name_of_captured=name_of)
+    train_recurrent(module)
     if absent is not None:
         put_on(module, absent)
     _name_placeholders(module.graph, [paths[i] for i in slots])
@@ -104,10 +124,26 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         module=module,
         input_paths=[paths[i] for i in slots],
         input_avals=avals,
-        output_paths=[p for p, leaf in zip(out_paths, out_leaves, strict=True) if isinstance(leaf, Tensor)],
-        output_tree=out_tree,
-        static_outputs={i: leaf for i, leaf in enumerate(out_leaves) if not isinstance(leaf, Tensor)},
+        output_paths=[p for i, p in enumerate(out.paths) if i not in out.statics],
+        output_tree=out.tree,
+        static_outputs=out.statics,
+        name_of=name_of,
     )
+
+
+class _Result(NamedTuple):
+    """What a function returned, without its tensors: structure, paths of the leaves, and those that are constants."""
+
+    tree: Any
+    paths: list[str]
+    statics: dict[int, Any]
+
+    @staticmethod
+    def of(leaves: list[Any], structure: Any, paths: list[str]) -> "_Result":
+        statics = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        for i, leaf in statics.items():
+            require_tree_leaf(paths[i], leaf)
+        return _Result(structure, paths, statics)
 
 
 def argument_paths(args: tuple, names: Sequence[str]) -> list[str]:

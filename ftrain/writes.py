@@ -4,18 +4,19 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.fused import WRITES, is_fused
+from ftrain.op_effects import hidden_writes
 from ftrain.passes.aliasing import storage
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an op writes into, by its schema; of fused ops those that any of them does."""
+    """The arguments that an op writes into, also where its schema hides it; of fused ops those of any of them."""
     if is_fused(node):
         return [node.args[i] for i in node.meta[WRITES]]
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     arguments = node.target._schema.arguments
     values = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
-    found: list[fx.Node] = []
+    found = hidden_writes(node.target, node.args, node.kwargs)
     fx.map_arg([values.get(a.name) for a in arguments if a.is_write], found.append)
     return found
 

@@ -4,6 +4,7 @@ import torch
 from torch import fx
 
 from ftrain.loop import is_loop, loop_body
+from ftrain.op_effects import is_pure
 
 _aten = torch.ops.aten
 _IDENTITIES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default, _aten.lift.default}
@@ -35,9 +36,5 @@ def _keeps_layout(node: fx.Node) -> bool:
 
 
 def _is_effect(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output"):
-        return True
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable or "assert" in target._schema.name
-    return False
+    """What stays though nobody reads it: later random numbers would be others without it."""
+    return node.op in ("placeholder", "output") or not is_pure(node)

@@ -1,11 +1,14 @@
 """Replace in-place ops by pure ones."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from ftrain.loop import is_loop, loop_body
+from ftrain.open_writes import open_writes
+from ftrain.passes.aliasing import storage
 from ftrain.private import (
     emit_node,
     fake_mode_of,
@@ -14,6 +17,7 @@ from ftrain.private import (
     unwrap_functional,
     wrap_functional,
 )
+from ftrain.writes import written_arguments
 
 
 def mutating_nodes(module: fx.GraphModule) -> list[fx.Node]:
@@ -25,17 +29,26 @@ def mutating_nodes(module: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
-def functionalize(module: fx.GraphModule, input_paths: list[str]) -> fx.GraphModule:
+def functionalize(
+    module: fx.GraphModule,
+    input_paths: list[str],
+    *,
+    name_of_captured: Callable[[torch.Tensor], str] = lambda _: "a tensor",
+) -> fx.GraphModule:
     """The same graph without in-place ops: writes into temporaries become values, at no change of any bit.
 
-    A write that reaches an argument of the step is a ValueError that names the leaf and the line: steps are pure.
-    A graph without in-place ops is returned as it is. Bodies of loops are treated alike.
+    A write that reaches an argument of the step, or a tensor that the step captures, is a ValueError that names the
+    leaf and the line: steps are pure. `name_of_captured`: what the user calls a captured tensor. A graph without
+    in-place ops is returned as it is. Bodies of loops are treated alike.
     """
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
-        setattr(module, loop.args[0].target, functionalize(loop_body(loop), _paths_in_body(loop, input_paths)))
+        paths = _paths_in_body(loop, input_paths)
+        setattr(module, loop.args[0].target, functionalize(loop_body(loop), paths, name_of_captured=name_of_captured))
+    open_writes(module)
     culprits = mutating_nodes(module)
     if not culprits:
         return module
+    _refuse_writes_to_captured(module, culprits, name_of_captured)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta["val"] for n in placeholders]
     marker = _KeepMeta(module)
@@ -50,6 +63,22 @@ def functionalize(module: fx.GraphModule, input_paths: list[str]) -> fx.GraphMod
             "new value, e.g. x = x + y, and return it"
         )
     return pure
+
+
+def _refuse_writes_to_captured(
+    module: fx.GraphModule, culprits: list[fx.Node], name_of_captured: Callable[[torch.Tensor], str]
+) -> None:
+    captured = {storage(n): n for n in module.graph.nodes if n.op == "get_attr" and storage(n) is not None}
+    for node in culprits:
+        for written in written_arguments(node):
+            source = captured.get(storage(written))
+            if source is not None:
+                name = name_of_captured(getattr(module, str(source.target)))
+                raise ValueError(
+                    f"the step writes into {name}, which it captures, at {node.meta.get('site')}: a step is pure, so "
+                    "keep it in the state (of a module: torch.func.functional_call with copies of the buffers), and "
+                    "return its new value"
+                )
 
 
 def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.fused import WRITES, run_fused
+from ftrain.op_effects import is_pure
 from ftrain.passes.aliasing import storage
 
 _aten = torch.ops.aten
@@ -88,7 +89,7 @@ def _is_compute(node: fx.Node) -> bool:
     if target is _COPY:
         return not node.users and node.args[0].op == "placeholder"  # type: ignore[union-attr]
     known = torch.Tag.pointwise in target.tags or target in _REDUCTIONS or target in _MADE
-    return known and not target._schema.is_mutable
+    return known and is_pure(node)
 
 
 def _is_scalar(node: fx.Node) -> bool:

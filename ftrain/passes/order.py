@@ -3,11 +3,12 @@
 from torch import fx
 
 from ftrain.loop import carried_outputs, is_loop, loop_body
+from ftrain.op_effects import is_pure
 from ftrain.passes.aliasing import readers_by_storage, storage
 
 
 def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
-    """Reorder the nodes of phase "step" by the output they serve; forward and backward keep their order.
+    """Reorder the pure nodes of phase "step" by the output they serve; all others keep their order.
 
     `donated` maps the names of placeholders to the positions of the outputs that replace them. An optimizer written
     with tree maps computes all first moments, then all second moments, ...: whole trees of temporaries. Here the chain
@@ -22,7 +23,7 @@ def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
         update_early(body, carried_outputs(loop))
     position = {node: i for i, node in enumerate(nodes)}
     output = nodes[-1]
-    backbone = [n for n in nodes[:-1] if n.meta.get("phase") != "step" or n.op in ("placeholder", "get_attr")]
+    backbone = [n for n in nodes[:-1] if n.meta.get("phase") != "step" or n.op != "call_function" or not is_pure(n)]
     placed = set(backbone)
     old_leaf = {position_out: name for name, position_out in donated.items()}
     readers = readers_by_storage(graph)

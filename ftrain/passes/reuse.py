@@ -50,5 +50,5 @@ def _dies(old: fx.Node, reader: fx.Node, last: dict[int | None, fx.Node], given:
     value = old.meta.get("val")
     if not isinstance(value, torch.Tensor) or storage(old) in given or last.get(storage(old)) is not reader:
         return False
-    size = value.untyped_storage().nbytes()  # symbolic where a size is known only when it runs
-    return isinstance(size, int) and size == value.numel() * value.element_size()
+    size, count = value.untyped_storage().nbytes(), value.numel()  # symbolic where a size is known only when it runs
+    return isinstance(size, int) and isinstance(count, int) and size == count * value.element_size()

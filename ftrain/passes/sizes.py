@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
-from ftrain.private import concrete_size, size_symbol
+from ftrain.private import concrete_size, largest_sizes, size_symbol
 from sharding.sizes import is_size
+
+_UNBOUNDED = 1  # of which not even the largest is known
 
 
 def expect_sizes(module: fx.GraphModule) -> None:
     """Note, on each node whose value has a symbolic size, that value with the expected sizes as `meta["sized"]`.
 
-    Bodies of loops are treated alike. Read it with `sized`.
+    A size of which nothing is expected counts as the largest that it can be; the node that makes it tells so in
+    `meta["unknown"]` (see `unknown_sizes`). Bodies of loops are treated alike. Read it with `sized`.
     """
     expected: dict[Any, int] = {}
     for node in module.graph.nodes:
@@ -24,8 +27,22 @@ def expect_sizes(module: fx.GraphModule) -> None:
             number = number.meta["sized"] if isinstance(number, fx.Node) else number
             expected[size_symbol(node.meta["val"])] = int(number)
         value = node.meta.get("val")
+        for symbol, most in largest_sizes(value, expected).items():
+            expected[symbol] = _UNBOUNDED if most is None else most
+            node.meta["unknown"] = expected[symbol]
         if expected and _is_symbolic(value):
             node.meta["sized"] = torch.utils._pytree.tree_map(lambda v: _concrete(v, expected), value)
+
+
+def unknown_sizes(module: fx.GraphModule) -> tuple[str, ...]:
+    """What makes sizes that are known only when the step runs, and what plans count with: the largest."""
+    found = [
+        f"{getattr(n.target, '__name__', n.target)} at {n.meta.get('site')}: its size depends on data, counted as "
+        f"{n.meta['unknown']}, the largest possible"
+        for n in module.graph.nodes
+        if "unknown" in n.meta
+    ]
+    return (*found, *(text for n in module.graph.nodes if is_loop(n) for text in unknown_sizes(loop_body(n))))
 
 
 def sized(node: fx.Node) -> Any:

@@ -1,0 +1,102 @@
+"""What a trace cannot do, in one sentence: the user's line, and the way out. Torch's own words stay as the cause."""
+
+import linecache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED
+from ftrain.provenance import Site, is_users
+
+_NUMBER = (
+    "asks for the number in a tensor ({what}), which a traced step does not have: choose with torch.where, return it "
+    "as a part of the result, or debug with ftrain.disable_jit()"
+)
+_SIZE = (
+    "has a result whose size depends on data ({what}), which cannot be traced: mask instead of selecting, or compute "
+    "it before the step and pass it as an argument"
+)
+_OPERATOR = (
+    "calls {what}, a higher-order operator, which a traced step cannot hold: for torch.cond take torch.where, for "
+    "loops (while_loop, scan, map) a Python loop or ftrain.accumulate"
+)
+_COMPILED = (
+    "calls a function that torch.compile made, which cannot be traced: call the plain function (a compiled module's "
+    "_orig_mod); ftrain.jit(backend='inductor') compiles the whole step"
+)
+_SPARSE = "uses a sparse tensor, which a traced step cannot hold: take sparse=False, or to_dense()"
+_UNKNOWN_OP = "calls {what}, for which torch has no shape rule, so it cannot be traced: register one (register_fake)"
+
+
+class Untraceable(ValueError):
+    """A step does what no trace can hold; the message names the line and the way out."""
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Within the block torch's errors about what cannot be traced become `Untraceable`."""
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise Untraceable(f"{_where(error.__traceback__)}: the step {reason}") from error
+
+
+def require_dense(module: fx.GraphModule) -> None:
+    """Untraceable for a sparse tensor anywhere in a graph."""
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise Untraceable(f"{node.meta.get('site')}: the step {_SPARSE}")
+
+
+def _reason(error: Exception) -> str | None:
+    words = str(error)
+    if isinstance(error, DATA_DEPENDENT):
+        return _NUMBER.format(what=_asked(error) or "float(loss), an `if` on it, an assert")
+    if isinstance(error, DYNAMIC_SHAPE):
+        return _SIZE.format(what=_first_argument(error))
+    if "dynamo-optimized function" in words:
+        return _COMPILED
+    if "HigherOrderOperator" in words:
+        return _OPERATOR.format(what=_between(words, "HigherOrderOperator ", " "))
+    if "Sparse" in words or "sparse" in words:
+        return _SPARSE if isinstance(error, NotImplementedError | RuntimeError) else None
+    if isinstance(error, UNSUPPORTED):
+        return _UNKNOWN_OP.format(what=_first_argument(error))
+    return None
+
+
+def _asked(error: Exception) -> str:
+    """The line that asked, as it stands in the user's file."""
+    site = _site(error.__traceback__)
+    return "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
+
+
+def _first_argument(error: Exception) -> str:
+    return str(error.args[0] if error.args else error).split("\n")[0][:80]
+
+
+def _between(words: str, before: str, after: str) -> str:
+    return words.split(before, 1)[1].split(after, 1)[0]
+
+
+def _where(trace: TracebackType | None) -> str:
+    site = _site(trace)
+    return "an unknown line" if site is None else str(site)
+
+
+def _site(trace: TracebackType | None) -> Site | None:
+    """The innermost line of the user's code that an error went through."""
+    found = None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if is_users(code.co_filename):
+            found = Site(code.co_filename, trace.tb_lineno, code.co_name)
+        trace = trace.tb_next
+    return found

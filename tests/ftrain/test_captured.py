@@ -1,0 +1,78 @@
+"""Tensors outside the arguments: read at every call, never written or trained, and called what the user calls them."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import ftrain
+from ftrain.captured import captured_name, captured_tensors
+
+weights = torch.ones(3)
+
+
+def test_what_the_user_calls_them():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    table = {"rows": [torch.zeros(2)]}
+
+    def step(x):
+        return (lambda: model(x) * weights)() + table["rows"][0].sum()
+
+    assert captured_name(step, model[1].running_mean) == "'model.1.running_mean' (float32[3])"
+    assert captured_name(step, weights) == "'weights' (float32[3])"
+    assert captured_name(functools.partial(step), table["rows"][0]) == "'table.rows.0' (float32[2])"
+    assert captured_name(ftrain.value_and_grad(step), model[0].weight) == "'model.0.weight' (float32[3, 3])"
+    assert captured_name(step, torch.ones(4)) == "a tensor (float32[4])"
+
+
+def test_they_are_read_at_every_call():
+    scale = torch.ones(3)
+    step = ftrain.jit(lambda x: x * scale)
+    step(torch.ones(3))
+    scale.fill_(2)
+    assert torch.equal(step(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_a_write_names_the_tensor_and_the_line():
+    model, counter = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.zeros(3)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    step = ftrain.value_and_grad(lambda p, x: functional_call(model, p, x).square().mean())
+    with pytest.raises(ValueError, match=r"writes into 'model.1.num_batches_tracked'.*test_captured.py:\d+"):
+        ftrain.jit(step)(params, torch.randn(8, 4))
+    with pytest.raises(ValueError, match=r"writes into 'counter'.*keep it in the state"):
+        ftrain.jit(lambda x: (counter.add_(x), x * 2)[1])(torch.ones(3))
+    assert torch.equal(counter, torch.zeros(3))
+    mean = torch.zeros(3)
+    with pytest.raises(ValueError, match="writes into 'mean'"):  # which batch norm's schema hides
+        ftrain.jit(lambda x: nn.functional.batch_norm(x, mean, torch.ones(3), training=True))(torch.randn(8, 3))
+
+
+def test_weights_that_want_a_gradient_are_refused():
+    head, x = nn.Linear(4, 4), torch.randn(2, 4)
+    step = ftrain.value_and_grad(lambda w, x: head(x @ w).square().mean())
+    with pytest.raises(ValueError, match=r"reads 'head.(weight|bias)'.*wants a gradient.*functional_call"):
+        ftrain.jit(step)(torch.eye(4), x)
+    expected = step(torch.eye(4), x)
+    head.requires_grad_(False)
+    torch.testing.assert_close(ftrain.jit(step)(torch.eye(4), x), expected)
+
+
+def test_a_teacher_without_gradients_is_fine():
+    teacher, x = nn.Linear(4, 4), torch.randn(2, 4)
+
+    def loss(w, x):
+        with torch.no_grad():
+            target = teacher(x)
+        return (x @ w - target).square().mean()
+
+    torch.testing.assert_close(
+        ftrain.jit(ftrain.value_and_grad(loss))(torch.eye(4), x), ftrain.value_and_grad(loss)(torch.eye(4), x)
+    )
+
+
+def test_the_graph_knows_them():
+    table = torch.ones(3)
+    compiled = ftrain.jit(lambda x: x * table + table).lower(torch.ones(3))
+    assert [t is table for t in captured_tensors(compiled.graph).values()] == [True]

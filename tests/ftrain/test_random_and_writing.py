@@ -1,0 +1,177 @@
+"""Steps that draw random numbers and move statistics: the jitted step does what the eager one does from the same seed,
+whatever is recomputed, donated or accumulated.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ftrain
+from ftrain import Remat, tree
+
+WIDTH, ROWS = 4, 6
+
+
+def dense(x, p, s):
+    return torch.tanh(x @ p["w"] + p["b"])
+
+
+def residual(x, p, s):
+    return x + F.gelu(x @ p["w"])
+
+
+def dropout(x, p, s):
+    return F.dropout(x * p["b"], 0.4)
+
+
+def noise(x, p, s):
+    return x + torch.randn_like(x) * p["b"]
+
+
+def leaky(x, p, s):
+    return F.rrelu(x @ p["w"], training=True)
+
+
+def norm(x, p, s):
+    return F.batch_norm(x, s["mean"], s["var"], p["b"], training=True, momentum=0.3)
+
+
+def norm_without_statistics(x, p, s):
+    return F.batch_norm(x, None, None, p["b"], training=True)
+
+
+def attention(x, p, s):
+    q, k = x @ p["w"], x
+    return F.scaled_dot_product_attention(q[None], k[None], x[None], dropout_p=0.3)[0]
+
+
+def sampled(x, p, s):
+    rows = torch.multinomial(torch.ones(ROWS, dtype=x.dtype), ROWS, replacement=True)
+    return x[rows] @ p["w"]
+
+
+LAYERS = [dense, residual, dropout, noise, leaky, norm, norm_without_statistics, attention, sampled]
+
+
+def step_of(layers):
+    """A step over `{"params", "statistics"}`: gradient, update, noise on the update, statistics in the state."""
+
+    def step(state, batch):
+        statistics = tree.map(torch.clone, state["statistics"])
+
+        def loss(params):
+            x = batch
+            for layer, p, s in zip(layers, params["layers"], statistics, strict=True):
+                x = layer(x, p, s)
+            return x.square().mean()
+
+        value, grads = ftrain.value_and_grad(loss)(state["params"])
+        params = tree.map(lambda p, g: p - 0.1 * g + 0.01 * torch.rand_like(p), state["params"], grads)
+        return {"params": params, "statistics": statistics}, {"loss": value, "grads": grads}
+
+    return step
+
+
+def state_of(depth):
+    draw = torch.Generator().manual_seed(depth)
+    new = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    params = {"layers": [{"w": new(WIDTH, WIDTH), "b": new(WIDTH)} for _ in range(depth)]}
+    moving = [{"mean": new(WIDTH), "var": new(WIDTH).square()} for _ in range(depth)]
+    return {"params": params, "statistics": moving}, new(ROWS, WIDTH)
+
+
+def three_steps(step, depth):
+    state, batch = state_of(depth)
+    torch.manual_seed(7)
+    results = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        results.append(tree.map(torch.clone, (state, metrics)))
+    return results, torch.rand(2)  # and whoever draws next gets the same
+
+
+def assert_equal(ours, theirs):
+    for path, a, b in zip(tree.paths(theirs), tree.leaves(ours), tree.leaves(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")
+
+
+remats = st.sampled_from(
+    ["none", "layer", "all", Remat(us_per_mb=1e9), Remat(us_per_mb=100.0), Remat(paths={"layers.0.*": "recompute"})]
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.sampled_from(LAYERS), min_size=2, max_size=5), remats, st.sampled_from([None, "state"]))
+def test_any_step_equals_eager(layers, remat, donate):
+    layers = [dense, *layers]
+    step = step_of(layers)
+    assert_equal(three_steps(ftrain.jit(step, remat=remat, donate=donate), len(layers)), three_steps(step, len(layers)))
+
+
+def test_under_the_tightest_budget():
+    layers = [dense, dropout, norm, residual, noise, attention]
+    step = step_of(layers)
+    state, batch = state_of(len(layers))
+    with pytest.raises(ValueError) as refusal:
+        ftrain.jit(step, remat=Remat(budget=1), donate="state").lower(state, batch)
+    tight = Remat(budget=refusal.value.smallest)
+    assert_equal(three_steps(ftrain.jit(step, remat=tight, donate="state"), 6), three_steps(step, 6))
+
+
+def test_inductor_draws_the_same_numbers():
+    step = step_of([dense, dropout, noise, norm])
+    assert_equal(three_steps(ftrain.jit(step, backend="inductor"), 4), three_steps(step, 4))
+
+
+def test_random_numbers_that_nobody_reads_are_drawn():
+    def step(x):
+        torch.rand(5)
+        return x + torch.rand(3)
+
+    torch.manual_seed(0)
+    expected = step(torch.ones(3))
+    torch.manual_seed(0)
+    assert torch.equal(ftrain.jit(step)(torch.ones(3)), expected)
+
+
+@torch.library.custom_op("random_test::count", mutates_args=())
+def count(x: torch.Tensor) -> torch.Tensor:
+    """An op that torch knows nothing of: it counts its calls."""
+    calls.append(1)
+    return x.clone()
+
+
+count.register_fake(torch.empty_like)
+calls: list[int] = []
+
+
+def counted(x):
+    return _Counted.apply(x)
+
+
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return count(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_an_unknown_op_runs_once_per_step():
+    def step(w, x):
+        return ftrain.value_and_grad(lambda w: (counted(torch.tanh(x @ w)).square() + count(x).sum() * 0).sum())(w)
+
+    for remat in ("none", "all", Remat(us_per_mb=1e9)):
+        jitted = ftrain.jit(step, remat=remat)
+        jitted.lower(torch.ones(3, 3), torch.ones(2, 3))
+        calls.clear()
+        jitted(torch.ones(3, 3), torch.ones(2, 3))
+        assert len(calls) == 2

@@ -1,0 +1,95 @@
+"""What a step cannot do is said in one sentence of ours, with the user's line and the way out."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ftrain
+
+compiled = torch.compile(lambda x: x * 2, backend="eager")
+rows = torch.tensor([0, 1])
+
+REFUSED = {
+    "if": (lambda w, b: (b @ w).sum() * (2 if (b @ w).sum() > 0 else 1), "number in a tensor .*torch.where"),
+    "float": (lambda w, b: (b @ w).sum() * float(b.sum()) * (1 if float(b.sum()) > 0 else 2), "number in a tensor"),
+    "assert": (lambda w, b: (b @ w).sum() if torch.isfinite(b).all() else None, "number in a tensor"),
+    "sparse": (lambda w, b: F.embedding(rows, w, sparse=True).sum(), "sparse tensor.*sparse=False"),
+    "cond": (lambda w, b: torch.cond(b.sum() > 0, lambda x: x * 2, lambda x: x, (b @ w,)).sum(), "cond.*torch.where"),
+    "compiled": (lambda w, b: compiled(b @ w).sum(), "torch.compile made.*plain function"),
+    "ctc": (
+        lambda w, b: F.ctc_loss((b @ w)[:, None].log_softmax(-1), rows[None, 1:], rows[1:] * 4, rows[1:]),
+        "size depends on data",
+    ),
+    "istft": (
+        lambda w, b: torch.istft(
+            torch.stft((b @ w).flatten(), 8, return_complex=True, window=torch.ones(8)), 8, window=torch.ones(8)
+        ).sum(),
+        "number in a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize(("loss", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_sentence_with_the_line(loss, words):
+    with pytest.raises(ValueError, match=rf"test_refusals.py:\d+ \(.*\): the step .*{words}") as refusal:
+        ftrain.jit(ftrain.value_and_grad(loss))(torch.randn(4, 4), torch.randn(4, 4))
+    said = str(refusal.value)
+    assert "\n" not in said
+    assert not re.search("docs.google|TORCH_LOGS|dynamo|u0", said)
+    line = int(re.search(r"test_refusals.py:(\d+)", said).group(1))
+    assert loss.__code__.co_firstlineno <= line <= loss.__code__.co_firstlineno + 3
+
+
+def test_complex_parameters():
+    with pytest.raises(ValueError, match=r"leaf 'w' is dtype torch.complex64.*real and imaginary parts as two leaves"):
+        ftrain.jit(ftrain.grad(lambda p: p["w"].abs().sum()))({"w": torch.ones(2, dtype=torch.complex64)})
+
+
+def test_errors_of_the_users_own_stay():
+    def step(x):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match=r"^mine$"):
+        ftrain.jit(step)(torch.ones(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": "all"}, {"donate": "w"}], ids=str)
+def test_a_failing_op_names_the_users_line(options):
+    def step(w, at):
+        return ftrain.grad(lambda w: w[at].square().sum())(w)
+
+    with pytest.raises(IndexError, match=r"index 9 is out of bounds.*\n.*test_refusals.py:\d+ \(<lambda>\): .*w\[at\]"):
+        ftrain.jit(step, **options)(torch.randn(4, 3), torch.tensor([0, 9]))
+
+
+def test_a_failing_op_in_a_loop_names_the_users_line():
+    def loss(w, at):
+        return ftrain.Mean(w[at].square().sum(), torch.tensor(2.0))
+
+    step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, 2)))
+    with pytest.raises(IndexError, match=r"test_refusals.py:\d+ \(loss\): .*w\[at\]"):
+        step(torch.randn(4, 3), torch.tensor([[0, 1], [2, 9]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": 3}, r"3 is not one of .*'bfloat16'.*ftrain.Precision\('bfloat16'\)"),
+        ({"precision": "int8"}, "'int8' is not one of .*'bfloat16'"),
+        ({"backend": "eager"}, "backend='eager' is not one of auto, aten, inductor, cudagraph.*disable_jit"),
+        ({"plan": "fsdp"}, "plan='fsdp': .*no such plan; give a sharding.Plan.*is FSDP.*'auto'"),
+        ({"plan": 3}, "plan=3: give a sharding.Plan"),
+        ({"remat": "layers"}, "the policy is 'none', 'layer' or 'all'"),
+    ],
+)
+def test_options_are_refused_when_the_step_is_made(options, words):
+    with pytest.raises(ValueError, match=words):
+        ftrain.jit(lambda x: x, **options)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bfloat16", torch.bfloat16, ftrain.Precision(compute="bfloat16")])
+def test_spellings_of_a_precision(precision):
+    seen = ftrain.jit(ftrain.value_and_grad(lambda w: (w * 2).sum().float()), precision=precision).lower(torch.ones(3))
+    assert torch.bfloat16 in {n.meta["val"].dtype for n in seen.graph.graph.nodes if "val" in n.meta}
