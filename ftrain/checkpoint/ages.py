@@ -54,8 +54,7 @@ def next_order(place: Place) -> int:
 
 def _look(place: Place, step: int) -> Kept:
     try:
-        with place.hold(step) as held:
-            found = manifests.load(held)
+        found = manifests.load(place, step)
     except (ValueError, OSError) as error:
         _log.warning("%s: it counts as the oldest step", error)
         return Kept(step, order=-1, good=False)

@@ -11,7 +11,7 @@ from typing import Any
 from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.folders import MANIFEST, MOST, OTHER_PART, PARTS, part_of, storage_key
-from ftrain.checkpoint.place import HASHED_BYTES, FileRecord, HeldStep
+from ftrain.checkpoint.place import HASHED_BYTES, FileRecord, HeldStep, Place
 from ftrain.outside import (
     Misfit,
     anything,
@@ -86,8 +86,14 @@ def dumps(manifest: Manifest) -> str:
     return _canonical({**body, "sha256": _digest(body)})
 
 
-def load(held: HeldStep) -> Manifest:
-    """Read and check the manifest of a step.
+def load(place: Place, step: int) -> Manifest:
+    """The manifest of a step; raises what `read` raises."""
+    with place.hold(step) as held:
+        return read(held)
+
+
+def read(held: HeldStep) -> Manifest:
+    """The manifest of a step that is held open, checked.
 
     Raises:
         DamagedCheckpoint: it is not the text that was written, or is the one of another step.

@@ -124,7 +124,7 @@ def _digest(held: HeldStep) -> str:
 def _restored(
     abstract_state: Any, place: Place, held: HeldStep, *, plan: Plan | None, partial: bool, donate: bool
 ) -> Any:
-    manifest = manifests.load(held)
+    manifest = manifests.read(held)
     shown = held.show()
     if plan is not None:
         abstract_state = placed(abstract_state, plan, manifest.parameters, shown)

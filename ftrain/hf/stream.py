@@ -115,7 +115,7 @@ class SavedArrays:
         place = open_place(root)
         self._held = place.hold(existing(place, step))
         try:
-            manifest = manifests.load(self._held)
+            manifest = manifests.read(self._held)
             self.arrays = {path: leaf for path, leaf in manifest.arrays.items() if path.startswith(f"{below}.")}
             if not self.arrays:
                 tops = sorted({path.split(".")[0] for path in manifest.arrays})

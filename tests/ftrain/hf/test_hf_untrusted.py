@@ -1,0 +1,126 @@
+"""A model's folder may come from anybody: names stay in it, files are files, sizes are those of the weights."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ftrain.command import main
+from ftrain.hf.files import HfFolder, member
+from modules import decoder
+from modules.hf_config import hf_config
+from modules.hf_names import decoder_names
+from modules.spec import abstract, leaves_with_paths
+
+CFG = decoder.preset("llama-tiny")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole model, in one file."""
+    here = tmp_path / "hf"
+    here.mkdir()
+    leaves = dict(leaves_with_paths(abstract(decoder.specs(CFG))))
+    tensors = {}
+    for name in decoder_names(CFG):
+        if not name.copy:
+            leaf = torch.zeros(leaves[name.leaf].shape)
+            own = leaf if name.index is None else leaf[name.index]
+            tensors[name.name] = (own.mT if name.transposed else own).contiguous()
+    save_file(tensors, here / "model.safetensors")
+    (here / "config.json").write_text(json.dumps(hf_config(CFG)))
+    return here
+
+
+def refused(folder, capsys, words):
+    assert main(["convert", "--from-hf", str(folder), "--to", str(folder.parent / "run")]) == 2
+    said = capsys.readouterr().err
+    assert words in said, said
+    assert not list((folder.parent / "run").glob("global_step_*"))
+
+
+def test_a_whole_folder_is_converted(folder):
+    assert main(["convert", "--from-hf", str(folder), "--to", str(folder.parent / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers is 1,000,000,000,000, and there are weights of no",
+        ),
+        ({"num_local_experts": 10**9}, "num_local_experts is 1,000,000,000, and there are"),
+        ({"num_attention_heads": "4"}, "config.json: num_attention_heads is '4', not a whole number"),
+        ({"rms_norm_eps": float("nan")}, "config.json: rms_norm_eps is nan, not a number"),
+        ({"decoder_sparse_step": 0}, "config.json: decoder_sparse_step is 0, not a whole number"),
+        ({"tie_word_embeddings": "no"}, "config.json: tie_word_embeddings is 'no', not true or false"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "config.json: rope_parameters.rope_theta is 'x', not a number"),
+    ],
+)
+def test_a_configuration_that_no_weights_can_have(folder, capsys, change, words):
+    (folder / "config.json").write_text(json.dumps({**hf_config(CFG), **change}))
+    refused(folder, capsys, words)
+
+
+def pipe(file):
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def link(file):
+    file.unlink(missing_ok=True)
+    (file.parent.parent / "secret").write_text("{}")
+    file.symlink_to("../secret")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("change", "words"), [(pipe, "is a pipe, not a regular file"), (link, "is a link to ../secret")]
+)
+def test_links_and_pipes_are_refused(folder, capsys, name, change, words):
+    change(folder / name)
+    if name == "tokenizer.json" and change is pipe:
+        assert main(["convert", "--from-hf", str(folder), "--to", str(folder.parent / "run")]) == 0
+        assert not (folder.parent / "run" / "model_assets" / name).exists()
+    else:
+        refused(folder, capsys, words)
+
+
+def test_a_small_file_that_is_huge_is_refused(folder, capsys):
+    with open(folder / "vocab.txt", "wb") as file:
+        file.truncate(2**40)
+    refused(folder, capsys, "vocab.txt has 1,099,511,627,776 bytes, and may have 268,435,456")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "", ".", "a/b", "a\0b"])
+def test_an_index_names_files_of_its_folder_alone(folder, capsys, name):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    refused(folder, capsys, "is no name of a file in")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"weight_map": {"a": 5}}', '{"weight_map": [1]}'])
+def test_an_index_that_is_none(folder, capsys, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+    refused(folder, capsys, "model.safetensors.index.json")
+
+
+def test_the_cache_of_the_hub_is_read_through_its_links(folder, tmp_path):
+    """There the files of a snapshot are links to blobs of the same repository, which have their hashes for names."""
+    snapshot, blobs = tmp_path / "models--a" / "snapshots" / "rev1", tmp_path / "models--a" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, name in enumerate(("model.safetensors", "config.json")):
+        (folder / name).rename(blobs / f"ab{number}")
+        (snapshot / name).symlink_to(Path("../../blobs") / f"ab{number}")
+    here = HfFolder.open(snapshot)
+    assert here.config()["model_type"] == "llama"
+    assert {stored.shown.name for stored in here.tensors.values()} == {"model.safetensors"}
+    assert main(["convert", "--from-hf", str(snapshot), "--to", str(tmp_path / "run")]) == 0
+    (blobs / "ab1").unlink()
+    (blobs / "ab1").symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match=r"config\.json is a link, not a regular file"):
+        member(snapshot, "config.json")
