@@ -5,6 +5,7 @@ joined again. On a *process* mesh a call takes and returns what this process hol
 own share of the batch as plain tensors.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from ftrain.spread_fixes import finish_reductions
 from ftrain.trace import Aval, Traced, is_array
 from kernels.primitive import bind
 from sharding.batch import BatchRule, Offsets, Same, Tokens, require_whole_documents, share
+from sharding.copies import Held, compare_processes
 from sharding.heartbeat import Heartbeat
 from sharding.placement import Placement
 from sharding.plan import Plan
@@ -51,6 +53,7 @@ class ShardedStep:
         self.document_ids: set[str] = set()
         """Batch leaves that attention takes for the ids of documents."""
         self._opened: set[Compiled] = set()
+        self._compared: set[Compiled] = set()
         self._heartbeat: Heartbeat | None = None
         self._device_meshes: dict[str, DeviceMeshes] = {}
 
@@ -177,12 +180,39 @@ class ShardedStep:
     def _run_process(self, compiled: Compiled, leaves: list[Any]) -> list[Tensor]:
         rank, mesh = require_world(self.plan.mesh), self.plan.mesh
         own = self.flat_inputs(compiled, leaves)
+        if compiled not in self._compared and mesh.size > 1:
+            self._compared.add(compiled)
+            self._compare(compiled, own)
         with naming_lost_ranks(compiled.graph, self._heartbeat):
             outputs = compiled.run_flat(own)
         found = []
         for placement, piece in zip(compiled.placements, outputs, strict=True):
             found.append(to_dtensor(piece, placement, mesh, rank, self._meshes(piece.device.type)))
         return found
+
+    def _compare(self, compiled: Compiled, own: Sequence[Any]) -> None:
+        """Before the first run: copies of the state's leaves are equal, and not all ranks have one batch.
+
+        ValueError names the leaf and two ranks; a batch that is everywhere the same is a warning.
+        """
+        held = [
+            Held(path, piece, None if self._in_batch(path) else self.placements.of_local(path, tuple(piece.shape)))
+            for path, piece in zip(compiled.leaf_paths, own, strict=False)
+            if isinstance(piece, Tensor) and path != COORDINATES
+        ]
+        differs, same_batch = compare_processes(held, self.plan.mesh)
+        if differs is not None:
+            raise ValueError(
+                f"leaf {differs.path!r} must be the same on ranks {' and '.join(map(str, differs.ranks))}, and is not: "
+                "make the state with step.init, which gives all ranks the same numbers, load it everywhere from one "
+                "checkpoint, or send it from one rank to the others before"
+            )
+        if same_batch:
+            warnings.warn(
+                "every rank was given the same batch, so that all compute the same: give each its own, or its share "
+                "of a whole one (step.share(batch))",
+                stacklevel=6,
+            )
 
     def _meshes(self, device_type: str) -> DeviceMeshes:
         if device_type not in self._device_meshes:

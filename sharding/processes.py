@@ -1,6 +1,7 @@
 """A mesh of processes: its groups under names that are the same on every rank, and pieces as DTensors."""
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -21,11 +22,22 @@ def require_world(mesh: Mesh) -> int:
     """This process's rank. ValueError if torch.distributed does not run as many ranks as the mesh has."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world != mesh.size:
-        hint = "" if dist.is_initialized() else " (torch.distributed is not initialised: run under torchrun)"
-        raise ValueError(
-            f"the mesh ({mesh}) has {mesh.size} ranks and there are {world} processes{hint}; {legal_sizes(world)}"
-        )
+        found = f"the mesh ({mesh}) has {mesh.size} ranks and there are {world} processes{_why_alone()}"
+        raise ValueError(f"{found}; {legal_sizes(world)}")
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _why_alone() -> str:
+    """What is missing where torch.distributed was not initialised."""
+    if dist.is_initialized():
+        return ""
+    started = os.environ.get("WORLD_SIZE")
+    if started is not None:
+        return (
+            f": torchrun started {started}, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group() first (experiments.mesh.open_mesh does)"
+        )
+    return ": run under torchrun, or take Mesh(..., kind='virtual') for all ranks in this one process"
 
 
 def same_everywhere(value: T, mesh: Mesh | None) -> T:

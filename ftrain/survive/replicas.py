@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftrain import tree
-from ftrain.survive.bits import hash_bits
+from sharding.bits import hash_bits
 
 
 @dataclass(frozen=True)

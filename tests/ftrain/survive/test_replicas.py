@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import ftrain
 from ftrain import optim, tree
-from ftrain.survive.bits import hash_bits
+from sharding.bits import hash_bits
 from ftrain.survive.replicas import Difference, ReplicasDiffer, check_replicas, compare
 from modules import decoder
 from modules.attention import AttentionConfig
