@@ -44,11 +44,13 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str | No
 class Rules(Generic[T]):
     """Globs and what they decide. `of`: what a message calls them, such as "Plan(batch=...)".
 
-    ValueError for a glob with an empty part.
+    `below`: a glob names a node of the tree and decides about all leaves below it, as `glob.**` does. ValueError for a
+    glob with an empty part.
     """
 
     values: Mapping[str, T] = field(default_factory=lambda: MappingProxyType({}))
     of: str = "rules"
+    below: bool = False
 
     def __post_init__(self) -> None:
         for glob in self.values:
@@ -60,7 +62,7 @@ class Rules(Generic[T]):
 
         ValueError where two that decide differently are equally specific.
         """
-        found = [glob for glob in self.values if match(path, glob)]
+        found = [glob for glob in self.values if self._matches(path, glob)]
         if not found:
             return None
         most = max(specificity(glob) for glob in found)
@@ -82,8 +84,11 @@ class Rules(Generic[T]):
         """ValueError that names a glob which matches none of `paths`, and the nearest of them."""
         known = list(paths)
         for glob in self.values:
-            if not any(match(path, glob) for path in known):
+            if not any(self._matches(path, glob) for path in known):
                 raise ValueError(f"{self.of}: {glob!r} matches nothing{_hint(glob, known)}")
+
+    def _matches(self, path: str, glob: str) -> bool:
+        return match(path, f"{glob}.**" if self.below else glob)
 
     def table(self, paths: Iterable[str]) -> str:
         """One line per path: the path, the glob that decides about it, and what it says."""

@@ -1,8 +1,6 @@
 """Plans: a mesh, a default layout, and layouts of components by the path of their parameters."""
 
-import difflib
-import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -11,16 +9,18 @@ from sharding.batch import BatchRule, Offsets, TokenOrder, Tokens
 from sharding.layout import Hybrid, Layout, Ring
 from sharding.link import Link
 from sharding.mesh import Mesh
+from sharding.paths import Rules
 from sharding.placement import Placement, place
 
 
 class Plan:
     """How a model runs on a mesh.
 
-    `components` maps globs over the paths of parameters ("encoders.*", "foundation.layers.*.moe") to layouts; the glob
-    with the most parts wins. `batch` maps globs over paths of the batch to how a leaf is divided; without a match a
-    leaf has one entry per token in dim 0, but for the offsets of `Documents`, which are those of packs. `link`: what a
-    message costs, by which communication is bucketed and hidden.
+    `components` maps globs over the paths of parameters ("encoders", "foundation.layers.*.moe") to layouts, `batch`
+    maps globs over paths of the batch to how a leaf is divided. A glob names a leaf or a node and holds for all below
+    it; the most specific decides, and a tie is a ValueError (`sharding.paths`). Without a match a leaf of the batch has
+    one entry per token in dim 0, but for the offsets of `Documents`, which are those of packs. `link`: what a message
+    costs, by which communication is bucketed and hidden.
     """
 
     def __init__(
@@ -37,12 +37,13 @@ class Plan:
                 raise ValueError(f"Plan({name}={layout!r}) must be a sharding.Layout")
         self.mesh, self.default, self.link = mesh, default, link
         self.components, self.batch = dict(components), dict(batch)
+        self._layouts = Rules(self.components, "the plan's components", below=True)
+        self._batch = Rules(self.batch, "Plan(batch=...)", below=True)
         _check_heads_free(self)
 
     def layout(self, path: str) -> Layout:
         """The layout of the component that the parameter, or component, at `path` belongs to."""
-        matches = [g for g in self.components if _covers(g, path)]
-        return self.components[max(matches, key=_weight)] if matches else self.default
+        return self._layouts.find(path, self.default) or self.default
 
     @cached_property
     def order(self) -> TokenOrder:
@@ -72,20 +73,17 @@ class Plan:
     def placements(self, specs: Any) -> dict[str, Placement]:
         """The placement of every parameter, by path. A glob that names no parameter is a ValueError."""
         leaves = dict(_walk(specs, ""))
-        for glob in self.components:
-            if not any(_covers(glob, path) for path in leaves):
-                known = sorted({".".join(p.split(".")[: glob.count(".") + 1]) for p in leaves})
-                near = difflib.get_close_matches(glob, known, n=3, cutoff=0.0)
-                raise ValueError(f"the plan names a component {glob!r}, which no parameter is in; nearest: {near}")
+        self._layouts.require_used(leaves)
         return {path: self.placement(path, spec) for path, spec in leaves.items()}
 
     def batch_rule(self, path: str) -> BatchRule:
-        """How the batch's leaf at `path` is divided; the last glob that matches wins."""
-        found: BatchRule = Offsets() if path.rpartition(".")[2] == "offsets_N" else Tokens()
-        for glob, rule in self.batch.items():
-            if fnmatch.fnmatchcase(path, glob):
-                found = rule
-        return found
+        """How the batch's leaf at `path` is divided; the most specific glob that matches decides."""
+        default: BatchRule = Offsets() if path.rpartition(".")[2] == "offsets_N" else Tokens()
+        return self._batch.find(path, default) or default
+
+    def require_batch(self, paths: Iterable[str]) -> None:
+        """ValueError that names a glob of `batch` which matches none of these leaves, and the nearest."""
+        self._batch.require_used(paths)
 
     def describe(self, specs: Any) -> str:
         """A table: path, shape, how each dim is divided, a rank's shape and bytes; and the sum."""
@@ -120,17 +118,6 @@ def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _walk(child, f"{path}.{i}" if path else str(i))
     else:
         yield path, tree
-
-
-def _covers(glob: str, path: str) -> bool:
-    """True if the glob names the path or a component that contains it; `*` stands for one part."""
-    parts, names = glob.split("."), path.split(".")
-    return len(parts) <= len(names) and all(fnmatch.fnmatchcase(n, p) for n, p in zip(names, parts, strict=False))
-
-
-def _weight(glob: str) -> tuple[int, int]:
-    parts = glob.split(".")
-    return len(parts), sum("*" not in p for p in parts)
 
 
 def _dims(shape: tuple[int, ...]) -> str:

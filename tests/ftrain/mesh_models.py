@@ -180,7 +180,7 @@ def accumulated(model: Model, micro_batches: int) -> Model:
     loss = ftrain.accumulate(model.loss, micro_batches, has_aux=True)
     rules = {
         "*": Tokens(1),
-        "*offsets_N": Offsets(1),
+        "**.offsets_N": Offsets(1),
         **{glob: replace(rule, dim=rule.dim + 1) for glob, rule in model.rules.items()},
     }
     return Model(model.specs, loss, step_batch, rules)

@@ -90,6 +90,14 @@ def test_a_rule_that_matches_nothing_names_the_nearest(glob, hint):
     Rules({"encoder.**": 1, "**": 2}).require_used(TREE)
 
 
+def test_a_rule_about_a_node_holds_for_all_below_it():
+    rules = Rules({"layers": "local", "layers.*.moe": "ring", "head": "whole"}, below=True)
+    paths = ["layers.0.moe.w", "layers.0.norm", "layers", "head", "heads.w"]
+    assert [rules.find(path) for path in paths] == ["ring", "local", "local", "whole", None]
+    with pytest.raises(ValueError, match="'head' matches nothing"):
+        rules.require_used(paths[:2])
+
+
 @pytest.mark.parametrize("glob", ["", "a..b", ".a", "a."])
 def test_an_empty_part_is_no_glob(glob):
     with pytest.raises(ValueError, match="is no glob over dotted paths"):

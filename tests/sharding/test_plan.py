@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sharding import Hybrid, Layout, Mesh, Places, Plan, Ring, Tokens, Ulysses
+from sharding import Hybrid, Layout, Mesh, Places, Plan, Ring, Rows, Tokens, Ulysses
 
 
 class Spec(NamedTuple):
@@ -21,7 +21,7 @@ SPECS = {
 MESH = Mesh(2, 2, 2, 2, "virtual")
 
 
-def test_the_glob_with_the_most_parts_wins():
+def test_the_most_specific_glob_wins():
     ring, local = Layout(sequence=Ring()), Layout(sequence=None)
     plan = Plan(MESH, **{"layers": local, "layers.*.moe": ring})
     assert plan.layout("layers.0.moe.w_EDF") is ring
@@ -50,7 +50,7 @@ def test_one_number_changes_fsdp_to_hsdp():
 
 
 def test_a_component_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"'layers.\*.mlp', which no parameter is in; nearest: .*layers.0.moe"):
+    with pytest.raises(ValueError, match=r"components: 'layers.\*.mlp' matches nothing; nearest: 'layers.0.\w+"):
         Plan(MESH, **{"layers.*.mlp": Layout()}).placements(SPECS)
 
 
@@ -88,7 +88,23 @@ def test_the_order_of_tokens_follows_the_ring():
 
 
 def test_batch_rules_are_found_by_glob():
-    plan = Plan(MESH, batch={"positions_*": Tokens(1), "*.index_n": Places()})
+    plan = Plan(MESH, batch={"positions_*": Tokens(1), "**.index_n": Places(), "encoders.*.features": Rows()})
     assert plan.batch_rule("positions_AT") == Tokens(1)
     assert plan.batch_rule("encoders.image.index_n") == Places()
+    assert plan.batch_rule("encoders.image.features.segments_N.ids_T") == Rows()
     assert plan.batch_rule("tokens_T") == Tokens(0)
+
+
+def test_a_star_is_one_part_and_all_below_it():
+    plan = Plan(MESH, batch={"*": Tokens(1), "encoders.*.index_n": Places()})
+    assert plan.batch_rule("labels") == plan.batch_rule("media.image.rows") == plan.batch_rule("") == Tokens(1)
+    assert plan.batch_rule("encoders.image.index_n") == Places()
+
+
+def test_batch_rules_that_tie_or_match_nothing_are_named():
+    plan = Plan(MESH, batch={"image.**": Tokens(1), "**.rows": Rows()})
+    with pytest.raises(ValueError, match=r"Plan\(batch=...\): 'image\.\*\*' and '\*\*\.rows' both match 'image\.rows'"):
+        plan.batch_rule("image.rows")
+    plan.require_batch(["image.pixels", "audio.rows"])
+    with pytest.raises(ValueError, match=r"Plan\(batch=...\): '\*\*\.rows' matches nothing; nearest: 'image\.row'"):
+        plan.require_batch(["image.row"])
