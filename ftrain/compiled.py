@@ -156,6 +156,11 @@ class Compiled:
             outputs = self._with_donated(leaves, inputs, outputs)
         return outputs
 
+    @property
+    def running(self) -> fx.GraphModule:
+        """The graph whose generated code is run; before the first run the graph itself."""
+        return self.graph if self._running is None else self._running
+
     def run_ranks(self, ranks: list[list[Tensor]], mesh: Mesh) -> list[list[Tensor]]:
         """Run all ranks of a virtual mesh in lockstep, on and to flat tensors; donated ones are written over."""
         self._fence.wait()

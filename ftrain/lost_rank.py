@@ -1,6 +1,6 @@
 """A run that lost a rank: which rank, and at which collective the others stood."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -15,12 +15,15 @@ from sharding.heartbeat import Heartbeat
 
 
 @contextmanager
-def naming_lost_ranks(graph: fx.GraphModule, heartbeat: Heartbeat | None) -> Iterator[None]:
-    """Within the block an error of torch.distributed is raised again, naming the collective and the silent ranks."""
+def naming_lost_ranks(running: Callable[[], fx.GraphModule], heartbeat: Heartbeat | None) -> Iterator[None]:
+    """Within the block an error of torch.distributed is raised again, naming the collective and the silent ranks.
+
+    `running`: gives the graph whose program is run in the block.
+    """
     try:
         yield
     except RuntimeError as error:
-        node = failing_collective(graph, error.__traceback__)
+        node = failing_collective(running(), error.__traceback__)
         if node is None:
             raise
         silent = [] if heartbeat is None else heartbeat.silent()

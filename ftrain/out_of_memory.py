@@ -39,7 +39,7 @@ def explained(compiled: "Compiled", error: RuntimeError) -> OutOfMemory:
     """
     lines = [f"{compiled.name or 'the step'} ran out of memory: {error}", allocator_state(compiled.device)]
     try:
-        node = failing_node(compiled.executed, error.__traceback__)
+        node = failing_node(compiled.running, error.__traceback__)
         traceback.clear_frames(error.__traceback__)
         lines.append(explain_oom(compiled, at=None if node is None else node.name))
     except Exception as second:

@@ -183,7 +183,7 @@ class ShardedStep:
         if compiled not in self._compared and mesh.size > 1:
             self._compared.add(compiled)
             self._compare(compiled, own)
-        with naming_lost_ranks(compiled.graph, self._heartbeat):
+        with naming_lost_ranks(lambda: compiled.running, self._heartbeat):
             outputs = compiled.run_flat(own)
         found = []
         for placement, piece in zip(compiled.placements, outputs, strict=True):
