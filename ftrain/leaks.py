@@ -91,13 +91,15 @@ def require_none_left(made: Made, modules: Modules) -> None:
     if _alive(made):
         gc.collect()
     left = _alive(made)
-    if left:
-        del left[1:]
+    while left:
         where = _holder(left[0], [left])
-        raise ValueError(
-            f"the step keeps a tensor of its trace in {where}: while a step is traced tensors have no data, so nothing "
-            "may keep them. Return it as a part of the result, or make it before the step and pass it as an argument"
-        )
+        if where:
+            raise ValueError(
+                f"the step keeps a tensor of its trace in {where}: while a step is traced tensors have no data, so "
+                "nothing may keep them. Return it as a part of the result, or make it before the step and pass it as "
+                "an argument"
+            )
+        del left[0]  # autograd's own, which no Python reaches
 
 
 def _alive(made: Made) -> list[Tensor]:
@@ -128,7 +130,7 @@ def _reaches_fake(value: Any, depth: int, seen: set[int]) -> bool:
 
 
 def _holder(value: Any, ignored: list[Any], depth: int = _DEPTH) -> str:
-    """What refers to an object, in words: an attribute, a global, an item of something."""
+    """What refers to an object, in words: an attribute, a global, an item of something; empty if nothing does."""
     # no closures here: their cells would be among what refers to the object
     found = ""
     owners = gc.get_referrers(value)
@@ -141,10 +143,10 @@ def _holder(value: Any, ignored: list[Any], depth: int = _DEPTH) -> str:
             found = found or "a variable that it closes over"
         elif isinstance(owner, list | tuple | dict | set):
             inside = _holder(owner, [*ignored, owners], depth - 1) if depth and not found else ""
-            found = found or f"a {type(owner).__name__} in {inside}"
+            found = found or f"a {type(owner).__name__} in {inside or 'an object'}"
         else:
             found = found or f"a {type(owner).__name__}"
-    return found or "an object"
+    return found
 
 
 def _is_one_of(owner: Any, ignored: list[Any]) -> bool:

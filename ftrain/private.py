@@ -183,6 +183,14 @@ def attention_choices() -> tuple[bool, bool, bool]:
     )
 
 
+def addresses_equal(tensors: Sequence[Tensor], addresses: Sequence[int], slots: Sequence[int]) -> bool:
+    """True if the tensors at these positions lie where they are said to; in C++ where torch was built for CUDA."""
+    compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if compare is not None:
+        return compare(tensors, addresses, slots)
+    return [tensors[i].data_ptr() for i in slots] == [addresses[i] for i in slots]
+
+
 def functions_are_watched() -> bool:
     """True within a mode on torch's functions; `torch.set_default_device` is one."""
     return torch._C._len_torch_function_stack() > 0

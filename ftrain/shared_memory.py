@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ftrain.private import addresses_equal
+
 
 class _Span(NamedTuple):
     """The bytes that a tensor looks at, and which it is: a slot of the arguments, or -1 - the number of a captured."""
@@ -27,6 +29,8 @@ class SharedMemory:
     def __init__(self, paths: Sequence[str], donated: Collection[int], captured: Mapping[str, Tensor]) -> None:
         """`paths` name the leaves, `donated` are the positions of those written over; `captured` have names too."""
         self._paths, self._donated = paths, frozenset(donated)
+        self._slots = sorted(self._donated)
+        self._others = [slot for slot in range(len(paths)) if slot not in self._donated]
         self._names, self._captured = list(captured), list(captured.values())
         self._last: list[int] = []
         self._written: list[_Span] = []
@@ -36,17 +40,14 @@ class SharedMemory:
 
         `contiguous`: all leaves are known to be.
         """
-        addresses = [*map(Tensor.data_ptr, leaves)]
-        if contiguous and self._last:
-            if addresses == self._last:
-                return
-            moved = [i for i, (a, b) in enumerate(zip(addresses, self._last, strict=True)) if a != b]
-            if self._donated.isdisjoint(moved):
-                self._look_at(_spans(leaves, moved))
-                self._last = addresses
-                return
+        if contiguous and self._last and addresses_equal(leaves, self._last, self._slots):
+            moved = [i for i in self._others if leaves[i].data_ptr() != self._last[i]]
+            self._look_at(_spans(leaves, moved))
+            for slot in moved:
+                self._last[slot] = leaves[slot].data_ptr()
+            return
         self._look_at_all(leaves)
-        self._last = addresses if contiguous else []
+        self._last = [*map(Tensor.data_ptr, leaves)] if contiguous else []
 
     def _look_at_all(self, leaves: Sequence[Tensor]) -> None:
         others = (_Span(s.start, s.end, -1 - s.slot) for s in _spans(self._captured, range(len(self._captured))))

@@ -230,3 +230,64 @@ def test_the_tracer_knows_the_number_of_a_constant():
 
     tracing(step, (3,))
     assert found == [True, False]
+
+
+def test_modes_that_lie_around_a_call():
+    assert not private.any_autocast()
+    with torch.autocast("cpu"):
+        assert private.any_autocast()
+        with private.without_autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert not private.functions_are_watched()
+    with torch.device("meta"):
+        assert private.functions_are_watched()
+    assert private.attention_choices() == (True, True, True)
+
+
+def test_transforms_and_traces_are_seen():
+    assert not private.functional_transform()
+    assert not private.modes_are_active()
+    torch.func.grad(lambda x: x * private.functional_transform())(torch.ones(()))
+    assert torch.func.grad(lambda x: x * private.functional_transform())(torch.ones(())) == 1
+    with private.new_fake_mode():
+        assert private.modes_are_active()
+
+
+def test_addresses():
+    tensors = [torch.ones(2), torch.ones(3)]
+    at = [t.data_ptr() for t in tensors]
+    assert private.addresses_equal(tensors, at, [0, 1])
+    assert not private.addresses_equal(tensors, [0, at[1]], [0, 1])
+    assert private.addresses_equal(tensors, [0, at[1]], [1])
+
+
+def test_a_snapshot_is_seen_by_no_mode():
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with private.new_fake_mode():
+        x = torch.empty(3)
+        with Watch():
+            y = private.snapshot(x)
+    assert not seen
+    assert private.storage_id(x) == private.storage_id(y)
+
+
+def test_sizes_that_depend_on_data_have_a_largest():
+    with private.new_fake_mode():
+        value = (
+            private.trace_to_graph(lambda x: x.nonzero(), [torch.empty(3, 4)]).graph.output_node().args[0].meta["val"]
+        )
+    (symbol,) = private.free_sizes(value)
+    assert private.largest_sizes(value, []) == {symbol: 12}
+    assert private.largest_sizes(value, [symbol]) == {}
+
+
+def test_a_lazy_module_is_written_out():
+    module = tracing(lambda x: x * 2, (3,))
+    assert private.written_out(module)(torch.ones(3)).tolist() == [2, 2, 2]
+    assert type(module).forward.__code__.co_filename.startswith("<eval_with_key>")

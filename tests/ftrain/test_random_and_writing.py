@@ -136,6 +136,28 @@ def test_random_numbers_that_nobody_reads_are_drawn():
     assert torch.equal(ftrain.jit(step)(torch.ones(3)), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"remat": "all"}, {"donate": "w"}], ids=str)
+def test_micro_batches_draw_as_in_eager_code(options):
+    def loss(w, x):
+        statistics = torch.zeros(WIDTH), torch.ones(WIDTH)
+        y = F.batch_norm(F.dropout(x @ w, 0.5), *statistics, training=True)
+        return ftrain.Mean(y.square().sum(), torch.tensor(float(ROWS))), {"mean": statistics[0]}
+
+    def step(w, x):
+        (value, aux), grads = ftrain.value_and_grad(ftrain.accumulate(loss, 3, has_aux=True), has_aux=True)(w, x)
+        return w - 0.1 * grads, (value, aux)
+
+    def twice(run):
+        torch.manual_seed(5)
+        w, found = torch.eye(WIDTH), []
+        for _ in range(2):
+            w, metrics = run(w, torch.linspace(-1, 1, 3 * ROWS * WIDTH).reshape(3, ROWS, WIDTH))
+            found.append((w.clone(), metrics))
+        return found
+
+    torch.testing.assert_close(twice(ftrain.jit(step, **options)), twice(step))
+
+
 @torch.library.custom_op("random_test::count", mutates_args=())
 def count(x: torch.Tensor) -> torch.Tensor:
     """An op that torch knows nothing of: it counts its calls."""
