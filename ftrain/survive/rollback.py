@@ -11,6 +11,9 @@ from ftrain.survive.skipped import Rollback, Skipped, write_skipped
 def plan_rollback(policy: BadSteps, history: History, skipped: Skipped, *, saved: Iterable[int], why: str) -> Rollback:
     """Back to the last of the `saved` steps before the bad ones of the history, or to the start (0).
 
+    A step that the run went back to before, and right after which it was bad again with other batches, holds what is
+    bad itself: then to the one before it.
+
     RuntimeError where the run has gone back as often as the policy allows.
     """
     first, last = history.bad[0], history.bad[-1]
@@ -21,17 +24,18 @@ def plan_rollback(policy: BadSteps, history: History, skipped: Skipped, *, saved
             f"{last} with `ftrain replay RUN --step {last} --check`"
         )
     positions = tuple(skipped.position(step) for step in history.bad)
-    return Rollback(positions, history.bad, max((s for s in saved if s < first), default=0), why)
+    tried = {before.back_to for before in skipped.rollbacks if first == before.back_to + 1 and first in before.bad[:1]}
+    return Rollback(positions, history.bad, max((s for s in saved if s < first and s not in tried), default=0), why)
 
 
 def carry_out(rollback: Rollback, skipped: Skipped, *, run: Path, checkpoints: Path) -> Skipped:
-    """Remove the checkpoints made during or after the bad steps, then note what is left out; the new list.
+    """Remove the checkpoints made after the one that is gone back to, then note what is left out; the new list.
 
     One process calls this, with no save under way. After a death in between the run goes on from before the bad steps,
     meets them again, and goes back again.
     """
     for step in reversed(steps(checkpoints)):
-        if step >= rollback.bad[0]:
+        if step > rollback.back_to:
             delete(checkpoints, step)
     after = skipped.after(rollback)
     write_skipped(run, after)

@@ -136,3 +136,19 @@ def test_checkpoints_of_bad_steps_are_removed_before_the_list_is_written(tmp_pat
     assert checkpoint.steps(root) == [4]
     assert checkpoint.latest(root) == 4
     assert read_skipped(tmp_path) == after == Skipped((rollback,))
+
+
+def test_a_checkpoint_after_which_all_batches_are_bad_is_bad_itself(tmp_path):
+    """A NaN came into a parameter after the loss of step 8, and was saved with it."""
+    policy, skipped, run = BadSteps(limit=2), Skipped(), tmp_path / "run"
+    run.mkdir()
+    for step in (4, 8):
+        checkpoint.save({"w": torch.zeros(2)}, run / "checkpoints", step)
+    for first, back_to, left in ((9, 8, [4, 8]), (9, 4, [4]), (5, 4, [4]), (5, 0, [])):
+        history = History(bad=(first, first + 1))
+        saved = checkpoint.steps(run / "checkpoints")
+        rollback = plan_rollback(policy, history, skipped, saved=saved, why="the loss is nan")
+        assert rollback.back_to == back_to
+        skipped = carry_out(rollback, skipped, run=run, checkpoints=run / "checkpoints")
+        assert checkpoint.steps(run / "checkpoints") == left
+    assert read_skipped(run) == skipped
