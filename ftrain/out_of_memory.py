@@ -41,17 +41,19 @@ def explained(compiled: "Compiled", error: RuntimeError) -> OutOfMemory:
     try:
         node = failing_node(compiled.running, error.__traceback__)
         traceback.clear_frames(error.__traceback__)
-        lines.append(explain_oom(compiled, at=None if node is None else node.name))
+        alone = compiled.mesh is None or compiled.mesh.kind != "process" or compiled.mesh.size == 1
+        lines.append(explain_oom(compiled, at=None if node is None else node.name, offers=alone))
     except Exception as second:
         lines.append(f"it could not be explained: {type(second).__name__}: {second}")
     return OutOfMemory("\n".join(line for line in lines if line))
 
 
-def explain_oom(compiled: "Compiled", *, at: str | None = None) -> str:
+def explain_oom(compiled: "Compiled", *, at: str | None = None, offers: bool = True) -> str:
     """What holds a step's memory at its peak, and three budgets below what fitted, with the price of each.
 
     `at`: the node whose allocation failed: all that the plan holds before it did fit. Without it budgets are below the
-    plan's peak. A price is recompute per step, from times measured on this device or a roofline.
+    plan's peak. A price is recompute per step, from times measured on this device or a roofline. `offers`: False where
+    budgets must not be tried: ranks agree on prices, and the others of a failed run stand in a collective of the step.
     """
     plan = compiled.memory()
     live = [size for _, size in plan.timeline]
@@ -64,8 +66,11 @@ def explain_oom(compiled: "Compiled", *, at: str | None = None) -> str:
         f"peak ({plan.peak_node}) the largest are"
     )
     lines += [f"  {show_bytes(t.bytes):>10}  {t.node} {t.path} ({t.site}, {t.phase})" for t in plan.top[:_SHOWN]]
-    lines.append("budgets that would fit:")
-    lines += _offers(compiled, held)
+    if offers:
+        lines.append("budgets that would fit:")
+        lines += _offers(compiled, held)
+    else:
+        lines.append("recompute more: jit(remat=ftrain.Remat(budget=...)) with less than that")
     lines.append("a smaller batch, more micro-batches (ftrain.accumulate) or more ranks (Layout) need less, too")
     return "\n".join(lines)
 

@@ -1,6 +1,9 @@
 """A mesh of processes refuses on its first step what a virtual one refuses, and what only processes can do wrong."""
 
+import resource
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +88,37 @@ def test_processes_that_are_not_there_are_named(started, words, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", started)
     with pytest.raises(ValueError, match=words):
         ftrain.jit(descend, plan=Plan(Mesh(shard=2)), specs=SPECS)({"w": torch.ones(4, 3)}, {"x": torch.ones(2, 4)})
+
+
+def exhausted(rank, found):
+    """One rank runs out of memory: it explains itself at once, and the other hears that it is lost."""
+    specs = {"w": ParamSpec((64, 64), ("embed", "mlp"), ones())}
+
+    def deep(params, batch):
+        x = batch["x"]
+        for _ in range(12):
+            x = x + torch.tanh(x @ params["w"]).sin()
+        return Mean(x.square().sum(), torch.full((), float(x.numel())))
+
+    step = ftrain.jit(lambda state, batch: ftrain.grad(deep)(state, batch), plan=Plan(Mesh(replicate=2)), specs=specs)
+    state, batch = {"w": torch.eye(64)}, {"x": torch.ones(1 << 17, 64)}
+    step(state, {"x": torch.ones(64, 64) + rank})
+    peak = step.lower(state, batch).memory().peak
+    if rank == 0:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        room = pages * resource.getpagesize() + int(0.6 * peak)
+        resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+    began = time.monotonic()
+    try:
+        step(state, {"x": batch["x"] + rank})
+    except RuntimeError as error:
+        found[rank] = (type(error).__name__, str(error), time.monotonic() - began)
+
+
+def test_a_rank_without_memory_does_not_wait_for_the_others():
+    found = run(exhausted, 2, timeout=20)
+    name, said, seconds = found[0]
+    assert name == "OutOfMemory"
+    assert "step" in said or "<lambda>" in said
+    assert "recompute more: jit(remat=ftrain.Remat(budget=...))" in said
+    assert seconds < 15
