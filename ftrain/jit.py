@@ -405,7 +405,7 @@ def _require_plan(plan: Any) -> None:
     if isinstance(plan, str | Path) and plan != "auto" and not Path(plan).is_file():
         raise ValueError(f"plan={str(plan)!r}: {plan}: there is no such plan; {spellings}")
     if plan is not None and not isinstance(plan, Plan | str | Path) and not hasattr(plan, "choose"):
-        raise ValueError(f"plan={plan!r}: {spellings}")
+        raise ValueError(f"plan={plan!r} is not a sharding.Plan: {spellings}")
 
 
 def _show(signature: Any) -> str:

@@ -80,7 +80,7 @@ def test_a_failing_op_in_a_loop_names_the_users_line():
         ({"precision": "int8"}, "'int8' is not one of .*'bfloat16'"),
         ({"backend": "eager"}, "backend='eager' is not one of auto, aten, inductor, cudagraph.*disable_jit"),
         ({"plan": "fsdp"}, "plan='fsdp': .*no such plan; give a sharding.Plan.*is FSDP.*'auto'"),
-        ({"plan": 3}, "plan=3: give a sharding.Plan"),
+        ({"plan": 3}, "plan=3 is not a sharding.Plan: give"),
         ({"remat": "layers"}, "the policy is 'none', 'layer' or 'all'"),
     ],
 )
