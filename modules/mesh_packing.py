@@ -3,19 +3,25 @@
 The same arrays are a batch of one device, and shared out (`sharding.batch`, with the rules `BATCH`) a batch of any mesh
 with `packs` data ranks and `parts` ranks on its sequence axis.
 
+What a step trains on must not depend on the number of packs. So documents are chosen before (`dealing.carry_over`, by
+what the whole step has room for), and here all of them are dealt to the packs (`dealing.deal`): packs that are too
+small for that grow, and nothing is left out.
+
 Legend: T tokens of a pack, N rows of a modality's features in a pack, n tokens of a modality in a pack.
 """
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modules.budget import Budget
+from modules.dealing import deal, item_parts
 from modules.omni import OmniModel
-from modules.packing import Budget, Document, Packed, Text, longest_item, pack, padding
+from modules.packing import Document, Packed, lay, longest_item, measure, padding
 from sharding.batch import BatchRule, Offsets, Places, Rows
 
 BATCH: Mapping[str, BatchRule] = MappingProxyType(
@@ -31,22 +37,38 @@ BATCH: Mapping[str, BatchRule] = MappingProxyType(
 
 
 def pack_for_mesh(
-    documents: Sequence[Document], *, budget: Budget, model: OmniModel, packs: int = 1, parts: int = 1
+    documents: Sequence[Document],
+    *,
+    budget: Budget,
+    model: OmniModel,
+    packs: int = 1,
+    parts: int = 1,
+    overflow: Literal["grow", "leave"] = "grow",
 ) -> Packed:
-    """`packs` packs of `budget` each, in which no item of media lies in two of `parts` equal runs of rows.
+    """All documents in `packs` packs, in which no item of media lies in two of `parts` equal runs of rows.
 
-    Documents are taken in order, pack after pack; each modality of the budget is in the batch, as padding where no
-    document has it, so that all packs have the same arrays. ValueError if a budget does not divide by `parts`.
+    Documents are dealt so that packs have about equal work (`dealing.deal`). Each modality of the budget is in the
+    batch, as padding where no document has it, so that all packs have the same arrays. These have the budget's sizes;
+    where the packs have no room for all documents they are larger, by as many quarters as it takes, and a jitted step
+    is traced for those sizes too. `overflow="leave"` keeps to the budget and says in `left` which documents are not in
+    the batch. ValueError if a budget does not divide by `parts`, or for a document that alone exceeds it.
     """
+    if overflow not in ("grow", "leave"):
+        raise ValueError(f"overflow={overflow!r} is not 'grow' or 'leave'")
     _check(budget, model, parts)
-    made: list[dict[str, Any]] = []
-    taken: list[int] = []
-    rest = list(range(len(documents)))
-    for _ in range(packs):
-        batch, here, rest = _one_pack(documents, rest, budget, model, parts)
-        made.append(batch)
-        taken += here
-    return Packed(_join_packs(made, budget, parts), taken, rest)
+    sizes = [measure(document, model=model) for document in documents]
+    dealt = deal(sizes, budget, packs=packs, parts=parts)
+    per_token = {name: model.encoder(name).rows_per_token for name in budget.rows}
+    while dealt.left and overflow == "grow":
+        budget = budget.grown(dealt.short, parts=parts, rows_per_token=per_token)
+        dealt = deal(sizes, budget, packs=packs, parts=parts)
+    made, taken = list[dict[str, Any]](), list[int]()
+    for numbers in dealt.packs:
+        batch, order = lay([documents[i] for i in numbers], budget=budget, model=model, absent="pad")
+        encoders = {name: _divide(batch["encoders"][name], name, parts, budget) for name in budget.rows}
+        made.append({**batch, "encoders": encoders})
+        taken += [numbers[i] for i in order]
+    return Packed(_join_packs(made, budget, parts), taken, dealt.left)
 
 
 def _check(budget: Budget, model: OmniModel, parts: int) -> None:
@@ -60,31 +82,8 @@ def _check(budget: Budget, model: OmniModel, parts: int) -> None:
             raise ValueError(f"a budget of {count} {name} targets does not divide into {parts} parts")
 
 
-def _one_pack(
-    documents: Sequence[Document], rest: list[int], budget: Budget, model: OmniModel, parts: int
-) -> tuple[dict[str, Any], list[int], list[int]]:
-    """The first of `rest` that fit, fewer if their media cannot be dealt to the parts; and what is left."""
-    candidates = list(rest)
-    while True:
-        packed = pack([documents[i] for i in candidates] or [_NOTHING], budget=budget, model=model, absent="pad")
-        taken = [candidates[i] for i in packed.taken] if candidates else []
-        encoders = packed.batch["encoders"]
-        divided = {name: _divide(encoders[name], name, parts, budget) for name in budget.rows}
-        if None not in divided.values():
-            return {**packed.batch, "encoders": divided}, taken, [i for i in rest if i not in taken]
-        if len(taken) == 1:
-            raise ValueError(
-                f"document {taken[0]}: its media does not fit {parts} parts of a budget of {dict(budget.rows)} rows, "
-                "since no item may lie in two parts: raise the budget"
-            )
-        candidates = sorted(taken)[:-1]
-
-
-_NOTHING = [Text([0])]  # what stands in a pack for which no document is left: one token without a label
-
-
-def _divide(encoder: dict[str, Any], name: str, parts: int, budget: Budget) -> dict[str, Any] | None:
-    """The same items dealt to parts, the longest first; None if they do not fit. Item numbers are ids here."""
+def _divide(encoder: dict[str, Any], name: str, parts: int, budget: Budget) -> dict[str, Any]:
+    """The same items dealt to parts (`dealing.item_parts`), for which there is room. Item numbers are ids here."""
     features, index_n, tokens = encoder["features"], encoder["index_n"].numpy(), budget.tokens
     segments_N = features["segments_N"].ids_T.numpy()
     per_token, capacity = len(segments_N) // len(index_n), len(segments_N) // parts
@@ -92,19 +91,19 @@ def _divide(encoder: dict[str, Any], name: str, parts: int, budget: Budget) -> d
     items = [(int(c), int(s)) for s, c in zip(starts, counts, strict=True) if index_n[s // per_token] < tokens]
     source_N, number_N = np.full(len(segments_N), -1), np.empty(len(segments_N), np.int64)
     used, held = [0] * parts, [0] * parts
-    for number, (count, start) in enumerate(sorted(items, reverse=True)):
-        part = used.index(min(used))
-        if used[part] + count > capacity:
-            return None
+    items.sort(reverse=True)
+    places = item_parts([count for count, _ in items], parts=parts, capacity=capacity)
+    assert places is not None, "deal() gave this pack more items than its parts hold"
+    for number, ((count, start), part) in enumerate(zip(items, places, strict=True)):
         at = part * capacity + used[part]
         source_N[at : at + count] = np.arange(start, start + count)
         number_N[at : at + count] = number
         used[part] += count
         held[part] += 1
     longest, free = longest_item([count for count, _ in items], name, budget, capacity), len(items)
-    places = budget.places(name, capacity)
+    slots = budget.places(name, capacity)
     for part, rows in enumerate(used):  # what is left of each part is items of its own
-        room = None if places is None else places - held[part] + free
+        room = None if slots is None else slots - held[part] + free
         rest, _ = padding(capacity - rows, longest, free, room)
         number_N[part * capacity + rows : (part + 1) * capacity] = rest
         free += len(np.unique(rest))

@@ -9,14 +9,15 @@ Legend: T token budget, N row budget of a modality's features (patches, frames),
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.documents import Documents
+from modules.budget import Bound as Bound  # what a budget is made of is imported from here too
+from modules.budget import Budget, Size, first_fit, needs, total_budget
 from modules.omni import Decoder, Encoder, OmniModel, Row
 
 IGNORE = -100
@@ -51,54 +52,6 @@ class Target:
 
 
 Document = Sequence[Text | Media | Target]
-
-
-class Bound(NamedTuple):
-    """At most `most` documents (or items of media) in a pack, of at most `longest` tokens (or rows); None: any."""
-
-    most: int
-    longest: int | None = None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Sizes of the packed arrays: `tokens`, feature `rows` per encoder, `targets` per decoder.
-
-    `bounds`, by "tokens" or an encoder's name: how many documents a pack takes, and how long they may be. They are
-    sizes of arrays and grids too, so a run that sets them is traced once and its kernels do no empty work. Without them
-    a pack takes any number, and the arrays grow by powers of two.
-    """
-
-    tokens: int
-    rows: Mapping[str, int] = field(default_factory=dict)
-    targets: Mapping[str, int] = field(default_factory=dict)
-    bounds: Mapping[str, Bound] = field(default_factory=dict)
-
-    def places(self, stream: str, size: int) -> int | None:
-        """How many documents the offsets of `size` tokens (or rows) have room for, padding included; None: any."""
-        bound = self.bounds.get(stream)
-        if bound is None:
-            return None
-        return bound.most + (1 if bound.longest is None else size // bound.longest + 1)
-
-    def documents(self, stream: str, ids_N: np.ndarray, *, packs: int = 1) -> Documents:
-        """The documents of these ids, in `packs` equal packs."""
-        bound = self.bounds.get(stream)
-        return Documents.of(
-            torch.from_numpy(ids_N),
-            max_documents=self.places(stream, len(ids_N) // packs),
-            longest=None if bound is None else bound.longest,
-            packs=packs,
-        )
-
-
-class Size(NamedTuple):
-    """What a document takes of each budget; `items`: the rows of each item of media, by encoder."""
-
-    tokens: int
-    rows: dict[str, int]
-    targets: dict[str, int]
-    items: dict[str, list[int]]
 
 
 class Packed(NamedTuple):
@@ -154,26 +107,25 @@ def _check_shape(what: str, shape: tuple[int, ...], row: Row) -> None:
 
 def exact_budget(documents: Sequence[Document], *, model: OmniModel) -> Budget:
     """The smallest budget that holds all of the documents."""
-    sizes = [measure(document, model=model) for document in documents]
-    return Budget(
-        tokens=sum(size.tokens for size in sizes),
-        rows=_total([size.rows for size in sizes]),
-        targets=_total([size.targets for size in sizes]),
-        bounds={"tokens": Bound(len(sizes)), **{name: Bound(count) for name, count in _counts(sizes).items()}},
-    )
-
-
-def _counts(sizes: Sequence[Size]) -> Mapping[str, int]:
-    return _total([{name: len(rows) for name, rows in size.items.items()} for size in sizes])
-
-
-def _total(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    return {name: sum(c.get(name, 0) for c in counts) for name in dict.fromkeys(n for c in counts for n in c)}
+    return total_budget([measure(document, model=model) for document in documents])
 
 
 def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, absent: str = "drop") -> Packed:
-    """Take the documents that fit, first fit in the given order, and lay them out by length in arrays of the budget's
-    sizes.
+    """Take the documents that fit, first fit in the given order, and lay them out (`lay`); the others are `left`.
+
+    ValueError for a document that alone exceeds the budget, and for a budget that is not whole tokens.
+    """
+    if not documents:
+        raise ValueError("there are no documents to pack")
+    taken, left = first_fit(needs([measure(document, model=model) for document in documents], budget))
+    batch, order = lay([documents[i] for i in taken], budget=budget, model=model, absent=absent)
+    return Packed(batch, [taken[i] for i in order], left)
+
+
+def lay(
+    documents: Sequence[Document], *, budget: Budget, model: OmniModel, absent: str = "drop"
+) -> tuple[dict[str, Any], list[int]]:
+    """Lay out documents that fit, the longest first, in arrays of the budget's sizes: the batch, and the order in it.
 
     The batch holds, as CPU tensors: `tokens_T`, `labels_T` (the target *for* position t, -100 for none), `positions_T`
     (from 0 in each document), all int64, `segments_T` (`Documents`, document numbers as ids), `valid_T` (bool, False on
@@ -181,17 +133,14 @@ def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, abs
     of the items) and `index_n` (the place of each token in the stream, T for padding); `decoders.<name>`: `target`
     `[B, ...]` and `index_n` (the place of each code).
 
-    A modality of which no document was taken is left out of the batch (`absent="drop"`), or is there as padding, so
-    that the tree of arrays never changes (`absent="pad"`). ValueError for a document that alone exceeds the budget.
+    A modality that no document has is left out of the batch (`absent="drop"`), or is there as padding, so that the tree
+    of arrays never changes (`absent="pad"`). Without documents all is padding.
     """
     if absent not in ("drop", "pad"):
         raise ValueError(f"absent={absent!r} is not 'drop' or 'pad'")
-    if not documents:
-        raise ValueError("there are no documents to pack")
-    sizes = [measure(document, model=model) for document in documents]
-    taken, left = _first_fit(sizes, budget)
-    taken.sort(key=lambda i: -sizes[i].tokens)
-    batch, media, targets = _lay_tokens([documents[i] for i in taken], budget, model)
+    lengths = [measure(document, model=model).tokens for document in documents]
+    order = sorted(range(len(documents)), key=lambda i: -lengths[i])
+    batch, media, targets = _lay_tokens([documents[i] for i in order], budget, model)
     pad = absent == "pad"
     batch["encoders"] = {
         name: _join_media(media.get(name, []), model.encoder(name), name, budget)
@@ -203,61 +152,7 @@ def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, abs
         for name, count in budget.targets.items()
         if pad or name in targets
     }
-    return Packed(batch, taken, left)
-
-
-def _first_fit(sizes: Sequence[Size], budget: Budget) -> tuple[list[int], list[int]]:
-    """Which documents fit beside those already taken, and which are left."""
-    limits = _limits(budget)
-    taken, left, free = [], [], dict(limits)
-    for i, size in enumerate(sizes):
-        _check_lengths(i, size, budget)
-        wanted = _wanted(size, budget)
-        over = [what for what, n in wanted.items() if n > limits.get(what, 0)]
-        if over:
-            words = ", ".join(f"{wanted[what]} {what} (the budget holds {limits.get(what, 0)})" for what in over)
-            raise ValueError(f"document {i} needs {words}: give a larger budget or leave the document out")
-        if any(n > free[what] for what, n in wanted.items()):
-            left.append(i)
-            continue
-        taken.append(i)
-        for what, n in wanted.items():
-            free[what] -= n
-    return taken, left
-
-
-def _limits(budget: Budget) -> dict[str, int]:
-    """A budget as one dictionary, keyed by the words of an error."""
-    flat = {"tokens": budget.tokens}
-    flat.update((f"{name} rows", count) for name, count in budget.rows.items())
-    flat.update((f"{name} targets", count) for name, count in budget.targets.items())
-    flat.update((_number_of(stream), bound.most) for stream, bound in budget.bounds.items())
-    return flat
-
-
-def _wanted(size: Size, budget: Budget) -> dict[str, int]:
-    """What a document takes, keyed likewise; numbers of documents and items only where they are bounded."""
-    flat = {"tokens": size.tokens}
-    flat.update((f"{name} rows", count) for name, count in size.rows.items())
-    flat.update((f"{name} targets", count) for name, count in size.targets.items())
-    numbers = {"tokens": 1, **{name: len(rows) for name, rows in size.items.items()}}
-    flat.update((_number_of(stream), n) for stream, n in numbers.items() if stream in budget.bounds)
-    return flat
-
-
-def _number_of(stream: str) -> str:
-    return "documents" if stream == "tokens" else f"{stream} items"
-
-
-def _check_lengths(number: int, size: Size, budget: Budget) -> None:
-    for stream, lengths in {"tokens": [size.tokens], **size.items}.items():
-        bound = budget.bounds.get(stream)
-        if bound is not None and bound.longest is not None and max(lengths) > bound.longest:
-            what = "tokens" if stream == "tokens" else f"{stream} rows in one item"
-            raise ValueError(
-                f"document {number} has {max(lengths)} {what}, more than the budget's longest, {bound.longest}: raise "
-                f"bounds[{stream!r}], or leave the document out"
-            )
+    return batch, order
 
 
 class _Placed(NamedTuple):

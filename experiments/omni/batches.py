@@ -1,35 +1,44 @@
 """Training batches as a pure function of the step, packed to one budget, made ahead by another process.
 
+What a step trains on (`choice.Choice`) does not depend on the layout; how many packs it is dealt to does.
+
 Legend: T tokens of the pack.
 """
 
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import torch
 
-from experiments.omni.tasks import Example, Mixture
+from experiments.omni.choice import WINDOW, Choice
+from experiments.omni.tasks import Mixture
 from ftrain import tree
 from ftrain.interrupt import SIGNALS
+from modules.budget import Bound, Budget, Size
 from modules.mesh_packing import pack_for_mesh
 from modules.omni import OmniModel
-from modules.packing import Bound, Budget, measure
+from modules.packing import measure
 
 _ROOM_FOR_TOKENS, _ROOM_FOR_MEDIA, _ROOM_FOR_DOCUMENTS = 1.08, 1.25, 2
+_MEASURED = 512  # examples whose mean need stands for all
+_TOKENS_TOGETHER = 64  # a part of a pack is whole blocks of so many tokens
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batch `step` holds examples `step * documents` and on: a resumed run sees what an uninterrupted one does.
+    """Batch `step` holds what `Choice` says: examples `step * documents` and on, but for those that another step of the
+    same window has more room for. None is left out, and neither the layout nor a resume changes which they are.
 
     `budget` is that of one pack, of which a batch has `packs`, each with its media in `parts` (`modules.mesh_packing`).
-    It is meant to hold any `documents / packs` examples; where chance piles up large ones, the last are left out.
+    It should be the `fitting_budget` of the same numbers; where it has no room for a step's examples, that batch has
+    larger arrays. `steps`: of the run (see `Choice`).
     """
 
     mixture: Mixture
@@ -40,6 +49,13 @@ class Batches:
     device: torch.device
     packs: int = 1
     parts: int = 1
+    steps: int | None = None
+
+    @cached_property
+    def choice(self) -> Choice:
+        """Which examples each step trains on: by what a step of one pack has room for, whatever the packs are."""
+        whole = fitting_budget(self.mixture, self.model, documents=self.documents)
+        return Choice(self.mixture, self.model, documents=self.documents, budget=whole, steps=self.steps)
 
     def at(self, step: int) -> dict[str, Any]:
         """The batch of a step, with `task_T`: the number of each token's task in `tasks`, -1 on padding."""
@@ -79,10 +95,12 @@ class Batches:
         with contextlib.suppress(BrokenPipeError):
             for step in range(first, last):
                 writer.send(self._arrays(step))
+                if step + WINDOW < last:
+                    self.choice.prepare(step + WINDOW)
 
     def _arrays(self, step: int) -> dict[str, Any]:
         """The batch of a step as numpy arrays, which cross a process border by value."""
-        examples = [self.mixture.example(step * self.documents + i) for i in range(self.documents)]
+        examples = self.choice.at(step)
         packed = pack_for_mesh(
             [e.document for e in examples], budget=self.budget, model=self.model, packs=self.packs, parts=self.parts
         )
@@ -97,29 +115,52 @@ class Batches:
         return batch
 
 
-def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, parts: int = 1) -> Budget:
-    """A budget for packs of this mixture: the mean need of `documents` examples and some room, rounded up so that each
-    of `parts` ranks gets whole items. Media, of which there are few, vary more than tokens.
+def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, packs: int = 1, parts: int = 1) -> Budget:
+    """A budget for each of `packs` packs to which a step of `documents` examples is dealt.
+
+    All packs together have room for the mean need of so many examples and some more; media, of which there are few,
+    vary more than tokens. One of several packs has its share of that, room for the largest example, and one example's
+    tokens more, since examples are not divided: then what fits the step fits its packs but in the rarest cases. Sizes
+    are rounded up so that each of `parts` ranks gets whole items.
     """
-    examples: list[Example] = [mixture.example(i) for i in range(512)]
-    sizes = [measure(e.document, model=model) for e in examples]
-    share = documents / len(sizes)
-
-    def rounded(total: float, multiple: int, room: float = _ROOM_FOR_MEDIA) -> int:
-        return -(-int(total * share * room) // multiple) * multiple
-
-    per_item = {name: max(s.rows.get(name, 0) for s in sizes) for name in model.encoders}
-    rows = {
-        n: rounded(sum(s.rows.get(n, 0) for s in sizes), parts * (per_item[n] or e.rows_per_token))
-        for n, e in model.encoders.items()
-    }
-    items = {n: rows[n] // e.rows_per_token for n, e in model.encoders.items()}  # as many as can be
+    sizes = [measure(mixture.example(i).document, model=model) for i in range(_MEASURED)]
+    longest = max(size.tokens for size in sizes)
+    tokens = _up(_mean_need([s.tokens for s in sizes], documents, _ROOM_FOR_TOKENS), _TOKENS_TOGETHER)
+    if packs > 1:
+        tokens = -(-tokens // packs) + longest
+    rows = {name: _rows(name, sizes, model, documents, packs, parts) for name in model.encoders}
+    items = {name: rows[name] // e.rows_per_token for name, e in model.encoders.items()}  # as many as can be
+    most = _ROOM_FOR_DOCUMENTS * -(-documents // packs)
     return Budget(
-        tokens=rounded(sum(s.tokens for s in sizes), 64 * parts, _ROOM_FOR_TOKENS),
+        tokens=_up(max(tokens, longest), _TOKENS_TOGETHER * parts),
         rows=rows,
-        bounds={"tokens": Bound(_ROOM_FOR_DOCUMENTS * documents), **{n: Bound(most) for n, most in items.items()}},
-        targets={n: rounded(sum(s.targets.get(n, 0) for s in sizes), parts) for n in model.decoders},
+        bounds={"tokens": Bound(most), **{name: Bound(count) for name, count in items.items()}},
+        targets={
+            name: _share_of_media([s.targets.get(name, 0) for s in sizes], documents, packs, multiple=parts)
+            for name in model.decoders
+        },
     )
+
+
+def _rows(name: str, sizes: Sequence[Size], model: OmniModel, documents: int, packs: int, parts: int) -> int:
+    """One pack's rows of an encoder: whole items in each of `parts` parts."""
+    item = max((n for s in sizes for n in s.items.get(name, ())), default=model.encoder(name).rows_per_token)
+    return _share_of_media([s.rows.get(name, 0) for s in sizes], documents, packs, multiple=parts * item)
+
+
+def _share_of_media(needs: Sequence[int], documents: int, packs: int, *, multiple: int) -> int:
+    """What one pack has of what the step has room for, at least one example's; the step has whole examples' rows."""
+    largest = max(1, *needs)
+    whole = _up(_mean_need(needs, documents, _ROOM_FOR_MEDIA), largest)
+    return _up(max(-(-whole // packs), *needs), multiple)
+
+
+def _mean_need(needs: Sequence[int], documents: int, room: float) -> int:
+    return int(sum(needs) * documents / len(needs) * room)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _as_arrays(batch: Any) -> Any:

@@ -106,10 +106,11 @@ def make(
         model=net,
         tasks=names,
         documents=documents,
-        budget=batches.fitting_budget(mixture, net, documents=max(1, documents // packs), parts=parts),
+        budget=batches.fitting_budget(mixture, net, documents=documents, packs=packs, parts=parts),
         device=device,
         packs=packs,
         parts=parts,
+        steps=steps,
     )
     config = TrainConfig(steps=steps)
     tx = training.transform(config)

@@ -90,7 +90,8 @@ def omni() -> Model:
 
     @functools.cache
     def batch(packs: int) -> dict[str, Any]:
-        return pack_for_mesh(documents() * (2 * packs), budget=budget, model=OMNI, packs=packs, parts=4).batch
+        given = documents() * (2 * packs)  # more than there is room for
+        return pack_for_mesh(given, budget=budget, model=OMNI, packs=packs, parts=4, overflow="leave").batch
 
     return Model(omni_model.specs(OMNI), loss, batch, dict(BATCH))
 
