@@ -81,6 +81,7 @@ class ShardedStep:
                     trace.note_input(leaf, path, self._spread(path, leaf), parameter=known, batch=batch)
             everywhere = Spread(trace.spreads.everywhere)
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
+            trace.note_coordinates(coordinates_3)
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)):
                 return reduce_means(fn(*own), trace)
 
@@ -123,6 +124,7 @@ class ShardedStep:
             coordinate = path == COORDINATES
             spread = Spread(spreads.everywhere) if coordinate else self._spread(path, node.meta["val"])
             spreads.give(node, spread)
+            node.meta["coordinates"] = coordinate
         outputs = traced.module.graph.output_node().args[0]
         found = [
             self._placed(path, node, spreads.of(node))

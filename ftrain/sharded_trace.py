@@ -101,6 +101,12 @@ class ShardedTrace:
         else:
             self._strangers[node] = path
 
+    def note_coordinates(self, coordinates_3: Tensor) -> None:
+        """Remember which input tells a rank's place."""
+        node = node_of(coordinates_3)
+        if node is not None:
+            node.meta["coordinates"] = True
+
     def note_documents(self, *segments: Any) -> None:
         """Remember the leaves of the batch by whose ids attention tells documents apart."""
         nodes = [node_of(ids) for ids in segments if isinstance(ids, Tensor)]
@@ -158,7 +164,8 @@ class ShardedTrace:
             path = self._strangers[node]
             raise ValueError(
                 f"leaf {path!r} is differentiated, and the plan knows no parameter of that name and shape: make the "
-                f"state with step.init, or give jit(specs=...) a tree with it{self.placements.nearest(path)}"
+                "state with step.init, or give jit(specs=...) a tree with it (modules.spec.of(params) makes one of "
+                f"tensors){self.placements.nearest(path)}"
             )
 
     def is_piece(self, tensor: Any) -> bool:

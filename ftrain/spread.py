@@ -49,11 +49,15 @@ _UNIFORM = Spread(uniform=True)
 
 
 class Fix(NamedTuple):
-    """A reduction over a divided dim: what is to be done over the ranks of each of `groups` after it."""
+    """A reduction over divided dims: what is to be done over the ranks that hold the other pieces, and of which array
+    (`placement`) its input is a piece: `over` are the divided dims that it reduces, `dims` all of them.
+    """
 
     node: fx.Node
     how: str  # "sum", "mean", "max", "min", "norm"
-    groups: tuple[tuple[str, ...], ...]
+    placement: Placement
+    over: tuple[Split, ...]
+    dims: frozenset[int]
 
 
 _REDUCTIONS: dict[Any, str] = {
@@ -179,11 +183,15 @@ class Spreads:
         if torch.Tag.nondeterministic_seeded in tags:
             return Spread(self.everywhere, cause=None)
         axes = frozenset[str]().union(*(p.axes for p in parents))
+        if axes and _takes_statistics(node):
+            return Spread(axes, cause=node)
         if any(p.batch for p in parents):
             alone = _is_elementwise(target) or _is_view(target) or _keeps_batches(node)
             return Spread(axes, batch=True) if alone else Spread(axes, cause=node)
         if not any(p.placement is not None for p in parents):
-            uniform = bool(parents) and all(p.uniform for p in parents) and _is_elementwise(target)
+            keeps = _is_elementwise(target) or getattr(target, "is_view", False)
+            alike = all(p.uniform or _is_number(n) for p, n in zip(parents, node.all_input_nodes, strict=True))
+            uniform = any(p.uniform for p in parents) and not axes and alike and keeps
             return Spread(axes, uniform=uniform)
         if any(p.axes and p.placement is None for p in parents):
             return Spread(axes, cause=_mixing(node, parents))
@@ -236,10 +244,10 @@ class Spreads:
         over = [s for s in placement.splits if s.dim in dims]
         left = [s for s in placement.splits if s.dim not in dims]
         if over:
-            uneven = any(placement.shape[s.dim] % s.size for s in over)
+            uneven = any(placement.shape[s.dim] % s.size for s in over) and coordinates_of(node.graph) is None
             if uneven or (how == "norm" and _order(node) not in (1, 2, float("inf"))):
                 return Spread(source.axes, cause=node)
-            self.fixes[node] = Fix(node, how, tuple(s.axes for s in over))
+            self.fixes[node] = Fix(node, how, placement, tuple(over), frozenset(dims))
         kept = [d for d in range(value.dim()) if keep or d not in dims]
         sizes = tuple(1 if d in dims else placement.shape[d] for d in kept)
         splits = tuple(s._replace(dim=kept.index(s.dim)) for s in left)
@@ -278,6 +286,11 @@ class Spreads:
         spread = self.of_placement(found)
         plus = self._known[node.args[0]] if added else _UNIFORM  # type: ignore[index]
         return spread if plus.uniform or plus == spread else None
+
+
+def coordinates_of(graph: fx.Graph) -> fx.Node | None:
+    """The input that tells a rank's place; None in the body of a loop."""
+    return next((n for n in graph.nodes if n.op == "placeholder" and n.meta.get("coordinates")), None)
 
 
 def _is_elementwise(target: Any) -> bool:
@@ -354,6 +367,30 @@ def _value(node: Any) -> Tensor | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     value = value[0] if isinstance(value, list | tuple) and value else value
     return value if isinstance(value, Tensor) else None
+
+
+def _takes_statistics(node: fx.Node) -> bool:
+    """True for a batch norm that takes the mean of its batch: of a rank's share, that of no batch on one device.
+
+    torch's instance norm is a batch norm of one row that holds the channels of all, and mixes none.
+    """
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if name not in ("aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::cudnn_batch_norm",
+                    "aten::miopen_batch_norm", "aten::_batch_norm_with_update"):  # fmt: skip
+        return False
+    source, value = node.args[0].all_input_nodes, _value(node.args[0])  # type: ignore[union-attr]
+    before = _value(source[0]) if len(source) == 1 else None
+    if before is not None and value is not None and before.dim() == value.dim() > 2:
+        folded = (1, before.shape[0] * before.shape[1], *before.shape[2:])
+        if _is_view(node.args[0].target) and tuple(value.shape) == folded:  # type: ignore[union-attr]
+            return False
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return bool({**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("training", True))
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = _value(node)
+    return value is not None and value.dim() == 0
 
 
 def _reduced_dims(node: fx.Node, rank: int) -> tuple[set[int], bool]:

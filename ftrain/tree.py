@@ -65,8 +65,8 @@ def _register(made: Any) -> None:
 
     optree.register_pytree_node(
         made,
-        to_children,  # type: ignore[arg-type]
-        from_children,
+        to_children,
+        from_children,  # type: ignore[arg-type]
         path_entry_type=optree.GetAttrEntry,
         namespace=NAMESPACE,
     )

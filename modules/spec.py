@@ -163,6 +163,14 @@ def abstract(specs: Tree) -> Tree:
     return map_with_paths(lambda _, spec: torch.empty(spec.shape, dtype=spec.dtype, device="meta"), specs)
 
 
+def of(params: Tree) -> Tree:
+    """Specs of a tree of tensors (dicts and lists), e.g. `dict(module.named_parameters())`, for `jit(specs=...)`.
+
+    Dims get no meaning of their own, so a plan divides each tensor on the first dim that suits; new values are zeros.
+    """
+    return map_with_paths(lambda _, p: ParamSpec(tuple(p.shape), ("any",) * p.dim(), zeros(), p.dtype), params)
+
+
 def count(specs: Tree) -> int:
     """How many numbers the parameters hold together."""
     return sum(spec.elements for _, spec in leaves_with_paths(specs))

@@ -30,6 +30,7 @@ LOGICAL_AXES: Mapping[str, str] = MappingProxyType(
         "channels": "channels of an image, audio or latent tensor that no convolution mixes (norms, biases)",
         "class": "classes of a classifier",
         "rank": "the inner width of a low-rank adapter",
+        "any": "a dim of which nothing is known, as of a module that the trainer did not write",
     }
 )
 

@@ -10,7 +10,12 @@ from ftrain import Mean, tree
 from modules.spec import Constant, ParamSpec
 from sharding import Layout, Mesh, Plan
 
-MESHES = [Mesh(shard=2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(shard=2, sequence=2, kind="virtual")]
+MESHES = [
+    Mesh(shard=2, kind="virtual"),
+    Mesh(2, 2, kind="virtual"),
+    Mesh(shard=2, sequence=2, kind="virtual"),
+    Mesh(shard=3, kind="virtual"),  # pieces with padding
+]
 SPECS = {"w": ParamSpec((4, 8), ("embed", "mlp"), Constant(0.0)), "b": ParamSpec((8,), ("mlp",), Constant(0.0))}
 
 
@@ -22,7 +27,7 @@ def loss(params, batch):
 def arguments():
     random = torch.Generator().manual_seed(0)
     numbers = lambda *shape: torch.randn(shape, generator=random, dtype=torch.float64)  # noqa: E731
-    return {"w": numbers(4, 8), "b": numbers(8)}, {"x": numbers(8, 4), "y": numbers(8, 8)}
+    return {"w": numbers(4, 8), "b": numbers(8)}, {"x": numbers(12, 4), "y": numbers(12, 8)}
 
 
 def both(step, mesh, **options):
@@ -48,7 +53,7 @@ RIGHT = {
     "a moment": lambda w, g: torch.lerp(w, torch.zeros_like(w), 0.1) - 0.1 * g.sign(),
     "transposed and back": lambda w, g: (w.T - 0.1 * g.T.contiguous()).T,
     "in place": lambda w, g: w.clone().sub_(g.clone().mul_(0.1)).add_(1.0),
-    "a product with what is whole": lambda w, g: w - g @ torch.eye(8, dtype=g.dtype).mul(2.0) if w.dim() == 2 else w,
+    "a product with what is whole": lambda w, g: w - g @ torch.eye(8, dtype=g.dtype) if w.shape[1:] == (8,) else w - g,
 }  # fmt: skip
 WRONG = {
     "products of pieces": (lambda w, g: w - 0.1 * g @ (g.mT @ g) if g.dim() == 2 else w, "mm"),
