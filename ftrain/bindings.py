@@ -12,7 +12,7 @@ from kernels.attention import attention
 from kernels.moe import dropped_rows, experts_swiglu
 from kernels.random import Window
 from modules import spec as specs_of
-from sharding import exchange, shards
+from sharding import exchange, matrices, shards
 from sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
 from sharding.layout import Capacity
 from sharding.placement import Placement
@@ -33,6 +33,8 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable]:
         "whole_leaf": lambda piece, leaf: _whole_leaf(trace, piece, leaf),
         "piece_of_leaf": lambda whole, leaf: _piece_of_leaf(trace, whole, leaf),
         "mean_over_leaf": lambda x, dims, leaf: _mean_over_leaf(trace, x, dims, leaf),
+        "each_matrix": lambda *args, **options: _each_matrix(trace, *args, **options),
+        "whole_shape": lambda leaf: trace.placement(leaf).shape,
     }
     if mesh.size > 1:
         rows["draw_over_batch"] = partial(exchange.draw_over_batch_sharded, mesh=mesh, order=order)
@@ -144,3 +146,15 @@ def _mean_over_leaf(trace: ShardedTrace, x: Tensor, dims: Sequence[int], leaf: T
     splits = tuple(s for s in placement.splits if s.dim not in gone)
     trace.note_piece(mean, Placement(sizes, splits, placement.copies), of=(x, leaf))
     return mean
+
+
+def _each_matrix(
+    trace: ShardedTrace, work: matrices.Work, pieces: Sequence[Tensor], leaves: Sequence[Tensor], **options: Any
+) -> list[Tensor]:
+    arrays = [trace.array_of(leaf) for leaf in leaves]
+    placements = [trace.placement(leaf) if a is None else a[1] for a, leaf in zip(arrays, leaves, strict=True)]
+    with purpose("optimizer"):
+        found = matrices.each_matrix(work, pieces, placements, trace.plan.mesh, **options)
+    for result, piece, leaf, placement in zip(found, pieces, leaves, placements, strict=True):
+        trace.note_piece(result, placement, of=(piece, leaf))
+    return found

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
-from sharding.spmd import current_purpose
+from sharding.spmd import current_filled, current_purpose
 
 _HERE = str(Path(__file__).resolve().parent)
 _KERNELS, _SHARDING = (str(Path(_HERE).parent / name) for name in ("kernels", "sharding"))
@@ -62,7 +62,8 @@ class Provenance(TorchDispatchMode):
     """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward", "step") and `meta["sequence"]`.
 
     The sequence is a number that a forward op shares with the nodes of its backward. Collectives, and what is made
-    along with them, also get `meta["purpose"]` (see `sharding.spmd.purpose`).
+    along with them, also get `meta["purpose"]` (see `sharding.spmd.purpose`), what works on partly empty batches
+    `meta["filled"]` (`sharding.spmd.filled`).
     """
 
     def __init__(self) -> None:
@@ -86,11 +87,13 @@ class Provenance(TorchDispatchMode):
                 self.made.append(weakref.ref(made))
         if graph is not None and len(graph.nodes) > before:
             sequence, site = self._origin()
-            purpose = current_purpose()
+            purpose, filled = current_purpose(), current_filled()
             for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
                 node.meta.update(site=site, phase=self.phase, sequence=sequence)
                 if purpose:
                     node.meta["purpose"] = purpose
+                if filled != 1:
+                    node.meta["filled"] = filled
         return out
 
     def _origin(self) -> tuple[int, Site | None]:

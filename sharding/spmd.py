@@ -25,6 +25,7 @@ class Spmd:
 
 _current: ContextVar[Spmd | None] = ContextVar("ftrain_spmd", default=None)
 _purpose: ContextVar[str] = ContextVar("ftrain_purpose", default="")
+_filled: ContextVar[float] = ContextVar("ftrain_filled", default=1.0)
 
 
 @contextmanager
@@ -78,3 +79,21 @@ def purpose(name: str) -> Iterator[None]:
 def current_purpose() -> str:
     """What the collectives that are being made are for; empty if nobody said."""
     return _purpose.get()
+
+
+@contextmanager
+def filled(share: float) -> Iterator[None]:
+    """Ops made within the block work on batches of which this share is not padding.
+
+    A search asks for it: of a few layers it learns what many take, which fill the batches.
+    """
+    token = _filled.set(share)
+    try:
+        yield
+    finally:
+        _filled.reset(token)
+
+
+def current_filled() -> float:
+    """The share of what is being worked on that is not padding."""
+    return _filled.get()

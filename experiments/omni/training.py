@@ -60,7 +60,7 @@ def transform(cfg: TrainConfig) -> optim.Transform:
     """
     rate = schedule(cfg)
     groups = {
-        "matrices": optim.muon(rate, weight_decay=cfg.weight_decay, adjust="match_rms_adamw", ns_dtype=torch.float32),
+        "matrices": optim.muon(rate, weight_decay=cfg.weight_decay, adjust="match_rms_adamw", ns_dtype=None),
         "others": optim.adamw(rate, b2=0.98, weight_decay=cfg.weight_decay, mask=_decays),
         "frozen": optim.freeze(),
     }

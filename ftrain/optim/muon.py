@@ -7,6 +7,7 @@ below counts out over in, as theirs does, so a transposed weight gets the transp
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ftrain import tree
 from ftrain.optim.norms import present
-from ftrain.optim.shards import piece_of_leaf, whole_leaf
+from ftrain.optim.shards import each_matrix, whole_shape
 from ftrain.optim.transform import (
     LearningRate,
     Mask,
@@ -30,6 +31,7 @@ from ftrain.optim.transform import (
     zeros,
 )
 from ftrain.tree import Tree
+from kernels.backend import device_type
 
 Adjust = Literal["original", "match_rms_adamw"]
 _SMALL = 1 << 18  # elements that are orthogonalised together: their stack and its products are memory, too
@@ -51,7 +53,7 @@ def muon(
     weight_decay: float = 0.1,
     ns_steps: int = 5,
     ns_coefficients: tuple[float, float, float] = QUINTIC,
-    ns_dtype: torch.dtype = torch.bfloat16,
+    ns_dtype: torch.dtype | None = torch.bfloat16,
     eps: float = 1e-7,
     adjust: Adjust = "original",
     mask: Mask = None,
@@ -59,10 +61,11 @@ def muon(
     """`p <- p - rate * (factor * orthogonal(m) + weight_decay * p)`: equal to `torch.optim.Muon`, weights transposed.
 
     factor: `"original"` sqrt(max(1, out/in)); `"match_rms_adamw"` 0.2 sqrt(max(in, out)), with which AdamW's rate and
-    decay can be kept (Liu et al. 2025, arXiv 2502.16982). `ns_steps` Newton-Schulz steps run in `ns_dtype`; on a CPU
-    without bfloat16 units float32 is faster. For matrices only: any other leaf is a ValueError at `init` that names it;
-    give those to another transform with `multi_transform`. `mask` says which leaves decay. Where a leaf is divided over
-    ranks, each joins the matrix and orthogonalises it; a rank's experts are matrices of their own.
+    decay can be kept (Liu et al. 2025, arXiv 2502.16982). `ns_steps` Newton-Schulz steps run in `ns_dtype`; None is
+    bfloat16 on CUDA and float32, which CPUs without units for bfloat16 are faster in, elsewhere. For matrices only: any
+    other leaf is a ValueError at `init` that names it; give those to another transform with `multi_transform`. `mask`
+    says which leaves decay. On a mesh the ranks that hold pieces or copies of a leaf divide its matrices, and those of
+    leaves of its shape, among them: each is orthogonalised once.
 
     A step has one size whatever the gradient's is, so a leaf whose gradient is all zeros (the loss did not use it)
     stands still, momentum and decay included, as torch leaves out a parameter without a gradient.
@@ -88,10 +91,10 @@ def muon(
         def average(p: Tensor, g: Tensor, m: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
             g = cast(g, m.dtype)
             m = torch.where(here, torch.lerp(m, g, 1 - momentum), m)
-            return m, whole_leaf(torch.lerp(g, m, momentum) if nesterov else m, p)
+            return m, torch.lerp(g, m, momentum) if nesterov else m
 
         def step(p: Tensor, o: Tensor, m: Tensor, decay: bool, here: Tensor) -> Tensor:
-            step = cast(piece_of_leaf(o, p), m.dtype) * (-_factor(o.shape, adjust) * rate)
+            step = cast(o, m.dtype) * (-_factor(whole_shape(p), adjust) * rate)
             if decay and weight_decay:
                 # decayed and stepped as torch does and then told as a difference: its rounding of p * keep adds up
                 p = cast(p, m.dtype)
@@ -100,10 +103,11 @@ def muon(
 
         used = present(grads)
         buffer, directions = tree.map_many(average, 2, params, grads, state.momentum, used)
-        matrices, structure = tree.flatten(directions)
-        options = {"steps": ns_steps, "coefficients": ns_coefficients, "dtype": ns_dtype, "eps": eps}
-        orthogonal = tree.unflatten(structure, orthogonalize_all(matrices, **options))
-        updates = tree.map(step, params, orthogonal, buffer, decays(mask, params), used)
+        pieces, structure = tree.flatten(directions)
+        dtype = _dtype_for(pieces) if ns_dtype is None else ns_dtype
+        work = partial(orthogonalize_all, steps=ns_steps, coefficients=ns_coefficients, dtype=dtype, eps=eps)
+        found = each_matrix(work, pieces, tree.leaves(params), dtype=dtype, together=_SMALL)
+        updates = tree.map(step, params, tree.unflatten(structure, found), buffer, decays(mask, params), used)
         return updates, MuonState(state.steps + 1, buffer)
 
     return Transform(init, update)
@@ -158,7 +162,12 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alph
     return torch.baddbmm(*flat, beta=beta, alpha=alpha).reshape(base.shape)
 
 
-def _factor(shape: torch.Size, adjust: Adjust) -> float:
+def _dtype_for(pieces: Sequence[Tensor]) -> torch.dtype:
+    on_cuda = any(device_type(piece) == "cuda" for piece in pieces)
+    return torch.bfloat16 if on_cuda else torch.float32
+
+
+def _factor(shape: tuple[int, ...], adjust: Adjust) -> float:
     fan_in, fan_out = shape[-2:]
     if adjust == "original":
         return math.sqrt(max(1.0, fan_out / fan_in))

@@ -4,8 +4,9 @@
 array is divided.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from kernels.primitive import primitive
@@ -30,3 +31,28 @@ def mean_over_leaf(x: Tensor, dims: Sequence[int], leaf: Tensor) -> Tensor:
     """The mean over these dims of the whole array, kept as dims of size 1; `x` is divided as `leaf` is."""
     del leaf
     return x.mean(tuple(dims), keepdim=True)
+
+
+@primitive("each_matrix")
+def each_matrix(
+    work: Callable[[Sequence[Tensor]], list[Tensor]],
+    pieces: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    *,
+    dtype: torch.dtype,
+    together: int,
+) -> list[Tensor]:
+    """`work` on the whole matrices of leaves `[..., I, O]`, of which `pieces` are parts as `leaves` are of theirs.
+
+    `work` takes a list of batches of matrices and gives as many results of the same shapes, in `dtype`, each matrix
+    treated by itself, and zeros as zeros. Given back are pieces, in a dtype that may be narrower. On a mesh the
+    matrices are divided among the ranks that hold them, small ones about `together` elements at once.
+    """
+    del leaves, dtype, together
+    return work(pieces)
+
+
+@primitive("whole_shape")
+def whole_shape(leaf: Tensor) -> tuple[int, ...]:
+    """The shape of the array that `leaf` is a piece of."""
+    return tuple(leaf.shape)

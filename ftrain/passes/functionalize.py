@@ -101,7 +101,7 @@ class _KeepMeta(fx.Interpreter):
         out = self._emit_loop(n) if is_loop(n) else super().run_node(n)
         if graph is not None:
             for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
-                for key in ("site", "phase", "sequence", "purpose", "spread", "spread_if_clean"):
+                for key in ("site", "phase", "sequence", "purpose", "filled", "spread", "spread_if_clean"):
                     if key in n.meta:
                         node.meta.setdefault(key, n.meta[key])
         return out

@@ -148,6 +148,9 @@ RULES = {
         {"muon": optim.muon(1e-2, ns_dtype=torch.float64), "rest": optim.adamw(1e-3)},
         [("**.w_*", "muon"), ("**", "rest")],
     ),
+    "frozen": lambda: optim.skip_nonfinite(
+        optim.multi_transform({"still": optim.freeze(), "rest": optim.sgd(1e-2)}, [("**.w_*", "still"), ("**", "rest")])
+    ),
     "skip": lambda: optim.skip_nonfinite(optim.sgd(1e-2, momentum=0.9)),
 }
 

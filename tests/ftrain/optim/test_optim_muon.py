@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from ftrain import optim
+import ftrain
+from ftrain import optim, tree
+from modules.spec import ParamSpec, zeros
+from sharding import Mesh, Plan
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5), (3, 5, 8), (2, 3, 4, 4)])
@@ -62,3 +65,33 @@ def test_the_factor_counts_outputs_over_inputs(adjust: Any, shape: tuple[int, in
     assert math.isclose(
         float(updates.norm() / optim.orthogonalize(g, dtype=torch.float64).norm()), factor, rel_tol=1e-9
     )
+
+
+def test_the_ranks_of_a_mesh_divide_the_work():
+    """Of four ranks each makes a quarter of the products, and sends less than a gather of all momenta would."""
+    specs = {f"w_{i}_IO": ParamSpec((16, 24), ("embed", "mlp"), zeros()) for i in range(8)}
+    specs["w_EIO"] = ParamSpec((8, 16, 24), ("expert", "embed", "mlp"), zeros())
+    tx = optim.muon(1e-2, ns_dtype=torch.bfloat16)
+
+    def step(state, batch):
+        return state["run"].apply(tx, state["grads"])
+
+    params = ftrain.init(specs, ftrain.key(0))
+    state = {"run": ftrain.TrainState.create(params, tx), "grads": params}
+    alone = ftrain.jit(step).lower(state, torch.zeros(4))
+    for mesh in (Mesh(1, 4, kind="fake"), Mesh(2, 2, kind="fake"), Mesh(4, kind="fake"), Mesh(1, 4, 1, 2, "fake")):
+        rank = ftrain.jit(step, plan=Plan(mesh), specs=specs).lower(state, torch.zeros(4))
+        assert rank.cost().flops == alone.cost().flops / 4
+        whole = sum(p.numel() for p in tree.leaves(params)) * torch.float32.itemsize
+        assert sum(rank.bytes_moved().values()) < whole / 2
+
+
+def test_without_a_dtype_newton_schulz_runs_in_what_the_device_is_fast_in():
+    def dtypes(device):
+        w = ftrain.Aval((16, 24), torch.float32, torch.device(device))
+        tx = optim.muon(1e-2, ns_dtype=None)
+        step = ftrain.jit(lambda w, g, m: tx.update(g, optim.MuonState(torch.zeros((), dtype=torch.int64), m), w)[0])
+        return {n.meta["val"].dtype for n in step.lower(w, w, w).graph.graph.nodes if "mm" in str(n.target)}
+
+    assert dtypes("cpu") == {torch.float32}
+    assert dtypes("cuda:0") == {torch.bfloat16}
