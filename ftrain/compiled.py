@@ -25,6 +25,7 @@ from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.loan import Fence, Loan
 from ftrain.lockstep import groups_of, lockstep_program
 from ftrain.loop import is_loop, loop_body
+from ftrain.no_gradient import refusing
 from ftrain.op_times import OpTimes
 from ftrain.out_of_memory import explained, is_out_of_memory
 from ftrain.passes.bucket import bucket
@@ -76,6 +77,7 @@ class Compiled:
         self._running: fx.GraphModule | None = None
         self._lockstep: Callable | None = None
         self._guard: Callable[..., bool] | None = None
+        self._wants_gradients = False
         self._fence = Fence()
 
     def knows(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
@@ -122,9 +124,20 @@ class Compiled:
     def run(self, leaves: list[Any], *, known: bool = False) -> Any:
         """Run on the flat leaves of real arguments and return the result's tree; `known`: what `knows` said of them."""
         tensors = self._tensors(leaves)
-        if not known and self._program is not None:
-            self._guard = guard_like(tensors) if all(map(Tensor.is_contiguous, tensors)) else None
-        return self.traced.assemble(self.run_flat(leaves, contiguous=known))
+        if not known:
+            self._wants_gradients = any(getattr(x, "requires_grad", False) for x in tensors)
+            if self._program is not None:
+                self._guard = guard_like(tensors) if all(map(Tensor.is_contiguous, tensors)) else None
+        results = self.run_flat(leaves, contiguous=known)
+        if self._wants_gradients and torch.is_grad_enabled():
+            results = self._refusing(results)
+        return self.traced.assemble(results)
+
+    def _refusing(self, results: list[Tensor]) -> list[Tensor]:
+        """The results, but for a new state in the memory of the old, refuse a backward from outside."""
+        kept = set(self.donated.values())
+        others = iter(refusing([x for i, x in enumerate(results) if i not in kept], self.name))
+        return [x if i in kept else next(others) for i, x in enumerate(results)]
 
     def run_flat(self, leaves: list[Any], *, contiguous: bool = False) -> list[Tensor]:
         """Run on the flat leaves of real arguments and return the tensors of the result, in order.

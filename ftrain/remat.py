@@ -1,6 +1,6 @@
 """Recompute: what the backward pass makes again instead of keeping it from the forward pass."""
 
-import fnmatch
+import functools
 import operator
 import re
 import warnings
@@ -15,6 +15,7 @@ from ftrain.layers import has_layers, layer_of_node
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_effects import is_pure
 from ftrain.private import free_sizes, storage_id, value_of
+from sharding.paths import Rules
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Remat:
     - `offload`: under a budget or an exchange rate tensors may also wait on the host, at the price of the part of their
       copies that does not hide behind compute: "auto" by the link that the device is known to have (a CPU has none, and
       nothing is offloaded), or the link's bytes per second. None: only what `paths` name.
-    - `paths`: globs over parameter paths to "keep", "recompute" or "offload", over whatever the rest decides.
+    - `paths`: globs over parameter paths (see `sharding.paths`; each may begin anywhere in a path, and is about all
+      below what it names) to "keep", "recompute" or "offload", over whatever the rest decides.
     """
 
     policy: str = "none"
@@ -99,16 +101,16 @@ class Remat:
         return "offload" in self.paths.values()
 
     def choice_at(self, path: str) -> str | None:
-        """ "keep", "recompute" or "offload" where `paths` say so; the last glob that matches wins."""
-        found = None
-        for glob, choice in self.paths.items():
-            if _matches(path, glob):
-                found = choice
-        return found
+        """ "keep", "recompute" or "offload" where `paths` say so; the most specific glob decides."""
+        return self._rules.find(path) if self.paths else None
+
+    @functools.cached_property
+    def _rules(self) -> Rules[str]:
+        return _anywhere(self.paths)
 
 
-def _matches(path: str, glob: str) -> bool:
-    return fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}")
+def _anywhere(paths: Mapping[str, str]) -> Rules[str]:
+    return Rules({f"**.{glob}": choice for glob, choice in paths.items()}, "Remat(paths=...)", below=True)
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -162,7 +164,7 @@ def require_matches(module: fx.GraphModule, remat: Remat) -> None:
             stacklevel=2,
         )
     for glob in remat.paths:
-        if paths and not any(_matches(path, glob) for path in paths):
+        if paths and not any(_anywhere({glob: ""}).glob_of(path) for path in paths):
             near = tree.nearest(glob, sorted(paths))
             hint = f"; nearest: {near!r}" if near else f"; paths are like {min(paths)!r}"
             raise ValueError(f"Remat(paths={{{glob!r}: ...}}) matches no parameter that the forward pass uses{hint}")

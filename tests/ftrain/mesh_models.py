@@ -97,7 +97,7 @@ def omni() -> Model:
 
 
 def diffusion(*, told: bool = True) -> Model:
-    """A diffusion transformer over packed latents that reads text; gates are open. `told`: by `Documents`, or by ids."""
+    """A diffusion transformer over packed latents that reads text; gates are open. `told`: by `Documents`, not ids."""
     cfg = DitConfig(d_in=6, d_model=48, layers=1, heads=8, d_hidden=40, d_text=10, time_features=16)
     specs = map_with_paths(lambda _, s: replace(s, init=Normal(0.1)), dit.specs(cfg))
     names = ("time_N", "positions_AN", "segments_N", "text_SC", "text_segments_S")

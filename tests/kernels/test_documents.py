@@ -16,7 +16,6 @@ from kernels.documents import (
     rows,
 )
 
-
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
 

@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import ftrain
 from ftrain import optim, tree
-from sharding.bits import hash_bits
 from ftrain.survive.replicas import Difference, ReplicasDiffer, check_replicas, compare
 from modules import decoder
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
 from sharding import Mesh, Plan
+from sharding.bits import hash_bits
 
 
 def flip(tensor, *, index=0, bit=0):
