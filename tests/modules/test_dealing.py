@@ -24,7 +24,7 @@ def size(tokens: int, images: list[int], clips: int, drawings: int) -> Size:
 
 
 SIZES = st.builds(
-    size, st.integers(1, 40), st.lists(st.sampled_from([4, 8, 16]), max_size=2), st.integers(0, 2), st.integers(0, 1)
+    size, st.integers(1, 40), st.lists(st.sampled_from([4, 12, 16]), max_size=2), st.integers(0, 2), st.integers(0, 1)
 )
 
 
@@ -82,6 +82,11 @@ def test_dealt_documents_fit_and_what_is_left_says_what_it_lacks(sizes: list[Siz
 def test_one_pack_takes_first_fit_in_the_given_order() -> None:
     sizes = [size(n, [], 0, 0) for n in (40, 50, 30, 20, 10)]
     assert deal(sizes, BUDGET, packs=1) == ([[0, 1, 4]], [2, 3], {"tokens"})
+
+
+def test_a_pack_has_no_room_for_an_item_that_fits_no_part() -> None:
+    """60 of 64 rows, in parts of 16."""
+    assert deal([size(1, [12], 0, 0)] * 5, BUDGET, packs=1, parts=4) == ([[0, 1, 2, 3]], [4], {"image rows"})
 
 
 def test_packs_have_about_equal_work_and_media() -> None:
