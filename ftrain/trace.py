@@ -20,7 +20,7 @@ from ftrain.leaks import modules_as_found, require_none_left, require_tree_leaf
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.functionalize import functionalize
 from ftrain.precision import Precision, computing_in
-from ftrain.private import FakeTensor, new_fake_mode, trace_to_graph
+from ftrain.private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
 from ftrain.provenance import recording
 from ftrain.recurrent import train_recurrent
 from ftrain.refusals import in_our_words, require_dense
@@ -110,6 +110,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
             raise
     require_dense(module)
     require_untrained(function, provenance.trained)
+    _own_constants(module)
     del fakes, provenance.trained[:]
     require_none_left(provenance.made, modules)
     out = result[-1]
@@ -161,6 +162,13 @@ def _name_placeholders(graph: fx.Graph, paths: list[str]) -> None:
         node.meta["path"] = path
         node.meta["phase"] = "input"
         node._rename(path.replace(".", "_").replace("-", "_"))
+
+
+def _own_constants(module: fx.GraphModule) -> None:
+    """The values of captured tensors become the graph's own: one that the step returns is a tensor of the trace."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor):
+            node.meta["val"] = snapshot(node.meta["val"])
 
 
 def _check_constants(module: fx.GraphModule) -> None:

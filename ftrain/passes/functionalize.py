@@ -8,7 +8,6 @@ from torch import fx
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.open_writes import open_writes
-from ftrain.passes.aliasing import storage
 from ftrain.private import (
     emit_node,
     fake_mode_of,
@@ -17,7 +16,6 @@ from ftrain.private import (
     unwrap_functional,
     wrap_functional,
 )
-from ftrain.writes import written_arguments
 
 
 def mutating_nodes(module: fx.GraphModule) -> list[fx.Node]:
@@ -48,37 +46,20 @@ def functionalize(
     culprits = mutating_nodes(module)
     if not culprits:
         return module
-    _refuse_writes_to_captured(module, culprits, name_of_captured)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta["val"] for n in placeholders]
-    marker = _KeepMeta(module)
+    marker = _KeepMeta(module, name_of_captured)
     with fake_mode_of(fakes):
         pure = trace_to_graph(torch.func.functionalize(marker.run_flat, remove="mutations"), fakes)
+    names = [n.name for n in pure.graph.nodes if n.op == "placeholder"]
     for node in mutating_nodes(pure):
-        written = node.args[0]
-        path = input_paths[[n.name for n in pure.graph.nodes if n.op == "placeholder"].index(written.name)]  # type: ignore[union-attr]
+        path = input_paths[names.index(node.args[0].name)]  # type: ignore[union-attr]
         lines = sorted({str(n.meta.get("site")) for n in culprits})
         raise ValueError(
             f"the step writes into its input {path!r} (in-place ops at {'; '.join(lines)}): a step is pure, so make a "
             "new value, e.g. x = x + y, and return it"
         )
     return pure
-
-
-def _refuse_writes_to_captured(
-    module: fx.GraphModule, culprits: list[fx.Node], name_of_captured: Callable[[torch.Tensor], str]
-) -> None:
-    captured = {storage(n): n for n in module.graph.nodes if n.op == "get_attr" and storage(n) is not None}
-    for node in culprits:
-        for written in written_arguments(node):
-            source = captured.get(storage(written))
-            if source is not None:
-                name = name_of_captured(getattr(module, str(source.target)))
-                raise ValueError(
-                    f"the step writes into {name}, which it captures, at {node.meta.get('site')}: a step is pure, so "
-                    "keep it in the state (of a module: torch.func.functional_call with copies of the buffers), and "
-                    "return its new value"
-                )
 
 
 def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
@@ -92,19 +73,46 @@ def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
 class _KeepMeta(fx.Interpreter):
     """Run a graph under another trace and hand each node's provenance to the nodes it leaves there."""
 
+    def __init__(self, module: fx.GraphModule, name_of_captured: Callable[[torch.Tensor], str]) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # errors say what they have to say
+        self._name_of_captured = name_of_captured
+        self._captured: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._writing = set(mutating_nodes(module))
+
     def run_flat(self, *args: Any) -> Any:
         return self.run(*args)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A captured tensor is wrapped too: else what is computed from it alone would stay open to writes."""
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        self._captured.append((value, wrap_functional(value)))
+        return self._captured[-1][1]
 
     def run_node(self, n: fx.Node) -> Any:
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
         out = self._emit_loop(n) if is_loop(n) else super().run_node(n)
+        if n in self._writing:
+            self._refuse_writes_to_captured(n)
         if graph is not None:
             for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
                 for key in ("site", "phase", "sequence", "purpose", "filled", "spread", "spread_if_clean"):
                     if key in n.meta:
                         node.meta.setdefault(key, n.meta[key])
         return out
+
+    def _refuse_writes_to_captured(self, n: fx.Node) -> None:
+        for value, wrapped in self._captured:
+            if unwrap_functional(wrapped) is not value:
+                name = self._name_of_captured(value)
+                raise ValueError(
+                    f"the step writes into {name}, which it captures, at {n.meta.get('site')}: a step is pure, so keep "
+                    "it in the state (of a module: torch.func.functional_call with copies of the buffers), and return "
+                    "its new value"
+                )
 
     def _emit_loop(self, n: fx.Node) -> list[torch.Tensor]:
         """A loop stays one node: running it here would unroll it."""

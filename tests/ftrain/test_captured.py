@@ -76,3 +76,49 @@ def test_the_graph_knows_them():
     table = torch.ones(3)
     compiled = ftrain.jit(lambda x: x * table + table).lower(torch.ones(3))
     assert [t is table for t in captured_tensors(compiled.graph).values()] == [True]
+
+
+def test_what_is_computed_from_them_alone_is_written_like_any_temporary():
+    table = torch.linspace(0, 1, 6).reshape(2, 3)
+
+    def step(x):
+        squares = table * table
+        squares.copy_(squares + x)
+        squares.view(3, 2)[1].mul_(x[0])
+        return nn.functional.rms_norm(table, table.shape[-1:], table[0]) * squares
+
+    x, before = torch.linspace(1, 2, 3), table.clone()
+    torch.testing.assert_close(ftrain.jit(step)(x), step(x))
+    assert torch.equal(table, before)
+
+
+def in_part(table, x):
+    table.view(-1)[1:].add_(1)
+
+
+def in_a_piece(table, x):
+    table.chunk(2)[1].copy_(x)
+
+
+@pytest.mark.parametrize("write", [in_part, in_a_piece])
+def test_a_write_through_a_view_is_one_too(write):
+    table = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"writes into 'table' \(float32\[2, 3\]\).*test_captured.py:\d+ \(in_"):
+        ftrain.jit(lambda x: (write(table, x), x + table)[1])(torch.ones(3))
+    assert torch.equal(table, torch.ones(2, 3))
+
+
+def test_they_may_be_results():
+    table = torch.ones(3)
+    found = ftrain.jit(lambda x: {"itself": table, "row": table[:2], "sum": x + table})(torch.ones(3))
+    assert found["itself"] is table
+    assert torch.equal(found["row"], torch.ones(2))
+    assert torch.equal(found["sum"], torch.full((3,), 2.0))
+
+
+def test_one_that_became_the_state_is_not_written_over():
+    start = torch.ones(3)
+    step = ftrain.jit(lambda w, x: {"w": start + 0 * w["w"] + x}, donate="w")
+    first = ftrain.jit(lambda x: {"w": start})(torch.ones(3))
+    with pytest.raises(ValueError, match=r"'start'.*which the step captures, share memory"):
+        step(first, torch.ones(3))
