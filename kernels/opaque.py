@@ -12,17 +12,18 @@ import torch
 _library = torch.library.Library("ftrain", "FRAGMENT")
 
 
-def opaque_op(schema: str, *, fake: Callable) -> Callable[[Callable], Callable]:
+def opaque_op(schema: str, *, fake: Callable, random: bool = False) -> Callable[[Callable], Callable]:
     """Register the decorated function as `torch.ops.ftrain.<name>` and return the op's `default` overload.
 
     `schema` is the op's signature in the dispatcher's language, e.g. `"scale(Tensor x, float factor) -> Tensor"`.
     `fake` gets the same arguments with fake tensors and returns empty outputs of the right shapes, dtypes and strides.
-    The op must neither mutate nor alias its inputs, and must give equal results for equal inputs.
+    The op must neither mutate nor alias its inputs, and must give equal results for equal inputs; `random`: but for
+    what it draws from torch's generator.
     """
     name = schema.split("(", 1)[0]
 
     def register(implementation: Callable) -> Callable:
-        _library.define(schema)
+        _library.define(schema, tags=(torch.Tag.nondeterministic_seeded,) if random else ())
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ftrain::{name}", fake, lib=_library)
         return getattr(torch.ops.ftrain, name).default

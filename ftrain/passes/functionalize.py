@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ftrain.fills import FILLS_LIKE, fill_as_eager, note_fill
 from ftrain.loop import is_loop, loop_body
 from ftrain.open_writes import open_writes
 from ftrain.private import (
@@ -48,6 +49,8 @@ def functionalize(
         return module
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta["val"] for n in placeholders]
+    for node in culprits:
+        note_fill(node)
     marker = _KeepMeta(module, name_of_captured)
     with fake_mode_of(fakes):
         pure = trace_to_graph(torch.func.functionalize(marker.run_flat, remove="mutations"), fakes)
@@ -59,6 +62,7 @@ def functionalize(
             f"the step writes into its input {path!r} (in-place ops at {'; '.join(lines)}): a step is pure, so make a "
             "new value, e.g. x = x + y, and return it"
         )
+    fill_as_eager(pure)
     return pure
 
 
@@ -99,7 +103,7 @@ class _KeepMeta(fx.Interpreter):
             self._refuse_writes_to_captured(n)
         if graph is not None:
             for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
-                for key in ("site", "phase", "sequence", "purpose", "filled", "spread", "spread_if_clean"):
+                for key in ("site", "phase", "sequence", "purpose", "filled", "spread", "spread_if_clean", FILLS_LIKE):
                     if key in n.meta:
                         node.meta.setdefault(key, n.meta[key])
         return out
