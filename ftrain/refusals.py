@@ -47,6 +47,30 @@ def in_our_words() -> Iterator[None]:
         raise Untraceable(f"{_where(error.__traceback__)}: the step {reason}") from error
 
 
+@contextmanager
+def in_words_of_a_mesh(ranks: int) -> Iterator[None]:
+    """Within the block sizes that do not fit, of a step for one of many ranks, are told with the line and the reason:
+    outside of losses a leaf is a rank's piece.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if ranks == 1 or _reason(error) is not None or not any(word in str(error) for word in _SIZES):
+            raise
+        raise Untraceable(
+            f"{_where(error.__traceback__)}: {_first_line(error)}. On a mesh of {ranks} ranks a leaf of the state is "
+            "one rank's piece outside of losses: pass it to value_and_grad or ftrain.forward as an argument, gather it "
+            "(ftrain.optim.shards.whole_leaf), or keep it whole with Layout(parameters=())"
+        ) from error
+
+
+_SIZES = ("shape", "size", "dimension", "dim", "broadcast", "must match", "more than 1 value per channel")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0][:160].rstrip(".")
+
+
 def require_dense(module: fx.GraphModule) -> None:
     """Untraceable for a sparse tensor anywhere in a graph."""
     for node in module.graph.nodes:

@@ -19,6 +19,8 @@ from ftrain.bindings import bindings
 from ftrain.compiled import Compiled
 from ftrain.donation import give_away
 from ftrain.lost_rank import naming_lost_ranks
+from ftrain.op_effects import Effect, effect_of
+from ftrain.refusals import in_words_of_a_mesh
 from ftrain.sharded_trace import Placements, ShardedTrace, reduce_means, tracing_rank
 from ftrain.spread import SAME, Spread, Spreads
 from ftrain.spread_fixes import finish_reductions
@@ -52,6 +54,7 @@ class ShardedStep:
         self.placements = Placements(plan, plan.placements(specs) if specs is not None else None)
         self.document_ids: set[str] = set()
         """Batch leaves that attention takes for the ids of documents."""
+        self._piece_shapes: set[tuple[int, ...]] = set()
         self._opened: set[Compiled] = set()
         self._compared: set[Compiled] = set()
         self._heartbeat: Heartbeat | None = None
@@ -82,7 +85,7 @@ class ShardedStep:
             everywhere = Spread(trace.spreads.everywhere)
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             trace.note_coordinates(coordinates_3)
-            with tracing_rank(trace, coordinates_3), bind(bindings(trace)):
+            with tracing_rank(trace, coordinates_3), bind(bindings(trace)), in_words_of_a_mesh(self.plan.mesh.size):
                 return reduce_means(fn(*own), trace)
 
         local.__name__ = getattr(fn, "__name__", "step")
@@ -125,6 +128,8 @@ class ShardedStep:
             spread = Spread(spreads.everywhere) if coordinate else self._spread(path, node.meta["val"])
             spreads.give(node, spread)
             node.meta["coordinates"] = coordinate
+        held = (self._spread(path, n.meta["val"]).placement for n, path in zip(inputs, traced.input_paths, strict=True))
+        self._piece_shapes = {p.local_shape for p in held if p is not None and len(p.local_shape) > 0}
         outputs = traced.module.graph.output_node().args[0]
         found = [
             self._placed(path, node, spreads.of(node))
@@ -145,7 +150,15 @@ class ShardedStep:
                 f"at {node.meta.get('site')}): return it as a Mean(total, count), or add it up with "
                 "kernels.mean.sum_over_batch"
             )
-        return self.placements.of_local(path, shape) if spread.uniform else Placement(shape)
+        if not spread.uniform:
+            return Placement(shape)
+        placement = self.placements.of_local(path, shape)
+        if not placement.splits and shape in self._piece_shapes:
+            raise ValueError(
+                f"result {path!r} is a constant of shape {list(shape)} (made at {node.meta.get('site')}), and so is a "
+                "rank's piece of an array: make it like its leaf (torch.zeros_like(leaf)), or keep it in another shape"
+            )
+        return placement
 
     def run(self, compiled: Compiled, leaves: list[Any]) -> Any:
         """Run the compiled step on the leaves of a call's arguments."""
@@ -357,9 +370,16 @@ class ShardedStep:
 def _misread(path: str, cause: fx.Node) -> str:
     """Why a result that depends on one rank's piece is refused."""
     name = str(cause.target).removeprefix("aten.").removesuffix(".default")
+    if effect_of(cause) is Effect.RANDOM:
+        return (
+            f"result {path!r} is not what one device computes: {name} at {cause.meta.get('site')} draws with torch's "
+            "own generator, on each rank other numbers: draw with a key (kernels.pack.draw_over_batch for rows of the "
+            "batch), or leave it out on a mesh (module.eval(), p=0)"
+        )
     return (
         f"result {path!r} is not what one device computes: {name} at {cause.meta.get('site')} reads a whole array, and "
         "a rank holds a piece of it. Inside of a loss, pass the array to value_and_grad or ftrain.forward as an "
-        "argument; in an update of your own, gather it (ftrain.optim.shards.whole_leaf, piece_of_leaf), or keep it "
-        "whole on every rank with Layout(parameters=())"
+        "argument; numbers for rows of the batch come from kernels.pack.draw_over_batch; in an update of your own, "
+        "gather it (ftrain.optim.shards.whole_leaf, piece_of_leaf), or keep it whole on every rank with "
+        "Layout(parameters=())"
     )

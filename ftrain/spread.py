@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
+from ftrain.op_effects import Effect, effect_of
 from ftrain.spread_views import moved
 from sharding.collectives import exchange_rows, gather_ranks, shift_ranks
 from sharding.mesh import BASE_AXES, Mesh
@@ -33,14 +34,16 @@ _EXPERTS = frozenset({"expert", "expert_shard"})
 class Spread:
     """`axes`: along which ranks may hold different values. `placement`: of which array the value is a piece, or None.
     `uniform`: one number at every place, so that it is a piece of whatever it meets. `batch`: matrices of experts, of
-    which each rank has others, along dim 0 (stacked with more of their kind, so that they are no one array's). `cause`:
-    an op that read one rank's piece as if it were the array; what depends on it is not what one device computes.
+    which each rank has others, along dim 0 (stacked with more of their kind, so that they are no one array's). `drawn`:
+    numbers of a key for a shape, equal on all ranks, so not those of a whole batch's rows. `cause`: an op that read one
+    rank's piece as if it were the array; what depends on it is not what one device computes.
     """
 
     axes: frozenset[str] = frozenset()
     placement: Placement | None = None
     uniform: bool = False
     batch: bool = False
+    drawn: bool = False
     cause: fx.Node | None = field(default=None, compare=False)
 
 
@@ -178,10 +181,12 @@ class Spreads:
     def _of_plain(self, node: fx.Node, parents: list[Spread]) -> Spread:
         target = node.target
         if target in _CONSTANTS:
-            return _UNIFORM
-        tags = getattr(target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
-            return Spread(self.everywhere, cause=None)
+            return self._constant(node, parents)
+        if effect_of(node) is Effect.RANDOM:
+            return Spread(self.everywhere, cause=node if self.everywhere else None)
+        if target is torch.ops.ftrain.philox.default:
+            value = _value(node)
+            return Spread(drawn=node.args[1] is None and value is not None and value.numel() > 1)
         axes = frozenset[str]().union(*(p.axes for p in parents))
         if axes and _takes_statistics(node):
             return Spread(axes, cause=node)
@@ -192,7 +197,10 @@ class Spreads:
             keeps = _is_elementwise(target) or getattr(target, "is_view", False)
             alike = all(p.uniform or _is_number(n) for p, n in zip(parents, node.all_input_nodes, strict=True))
             uniform = any(p.uniform for p in parents) and not axes and alike and keeps
-            return Spread(axes, uniform=uniform)
+            drawn = any(p.drawn for p in parents) and (keeps or _is_view(target))
+            if axes and drawn and self._rows_were_drawn(node):
+                return Spread(axes, cause=node)
+            return Spread(axes, uniform=uniform, drawn=drawn and not axes)
         if any(p.axes and p.placement is None for p in parents):
             return Spread(axes, cause=_mixing(node, parents))
         if _is_elementwise(target):
@@ -207,6 +215,25 @@ class Spreads:
         if target in _ALONG:
             return self._along(node, parents[0], axes)
         return self._of_product(node, axes) or Spread(axes, cause=node)
+
+    def _constant(self, node: fx.Node, parents: list[Spread]) -> Spread:
+        """Of numbers that are all equal: of the shape of a piece they are a piece of as large an array."""
+        value = _value(node)
+        for source, spread in zip(node.all_input_nodes, parents, strict=True):
+            like = _value(source)
+            if spread.placement is not None and like is not None and value is not None and like.shape == value.shape:
+                return Spread(spread.axes, spread.placement, uniform=True)
+        return _UNIFORM
+
+    def _rows_were_drawn(self, node: fx.Node) -> bool:
+        """True where numbers drawn for a shape meet a rank's own row by row, and not each row alike."""
+        value = _value(node)
+        for source in node.all_input_nodes:
+            own = _value(source)
+            drawn = self._known[source].drawn and own is not None and value is not None
+            if drawn and own.dim() == value.dim() and own.dim() > 0 and own.shape[0] > 1:  # type: ignore[union-attr]
+                return True
+        return False
 
     def _together(self, node: fx.Node, axes: frozenset[str]) -> Spread:
         """Of an op that works number by number, with the usual broadcasting."""
@@ -317,7 +344,8 @@ def _keeps_batches(node: fx.Node) -> bool:
 
 def _mixing(node: fx.Node, parents: Sequence[Spread]) -> fx.Node | None:
     """The node, if it brings a piece of a parameter that ought to be gathered together with a rank's own data."""
-    splits = (s for p in parents if p.placement is not None for s in p.placement.splits)
+    pieces = (p.placement for p in parents if p.placement is not None and not p.uniform)
+    splits = (s for placement in pieces for s in placement.splits)
     return node if any(split.gathered for split in splits) else None
 
 
@@ -359,7 +387,8 @@ def _either(a: Spread, b: Spread) -> Spread:
         return replace(a, cause=cause)
     same = a.placement == b.placement
     placement = a.placement if same else None
-    return Spread(a.axes | b.axes, placement, a.uniform and b.uniform, a.batch and b.batch, cause)
+    joined = Spread(a.axes | b.axes, placement, a.uniform and b.uniform, a.batch and b.batch, a.drawn or b.drawn)
+    return replace(joined, cause=cause)
 
 
 def _value(node: Any) -> Tensor | None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import ftrain
 from ftrain import Mean, tree
+from kernels.pack import draw_over_batch
 from modules.spec import Constant, ParamSpec
 from sharding import Layout, Mesh, Plan
 
@@ -62,7 +63,7 @@ WRONG = {
     "a running sum": (lambda w, g: w - 0.1 * g.cumsum(0), "cumsum"),
     "numbered rows": (lambda w, g: w - 0.1 * torch.arange(w.shape[0])[(...,) + (None,) * (w.dim() - 1)], "sub|mul"),
     "half of a leaf": (lambda w, g: torch.cat([w[:1] - g[:1], w[1:]]), "cat|slice"),
-    "noise of torch's own": (lambda w, g: w - 0.1 * torch.rand_like(w), "sub"),
+    "noise of torch's own": (lambda w, g: w - 0.1 * torch.rand_like(w), "rand_like"),
 }
 
 
@@ -180,6 +181,50 @@ def test_a_document_is_never_cut_in_two():
     ids = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     with pytest.raises(ValueError, match=r"'batch.segments': a document \(id 1\) goes on over token 4"):
         step({"x": torch.ones(8), "segments": ids})
+
+
+def noisy(draw):
+    def step(state, batch):
+        noisy_batch = {**batch, "x": batch["x"] + draw(batch["x"].shape)}
+        return ftrain.grad(loss)(state, noisy_batch)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda shape: torch.randn(shape, dtype=torch.float64), "draws with torch's own generator"),
+        (lambda shape: ftrain.normal(ftrain.key(1), tuple(shape)), "kernels.pack.draw_over_batch"),
+    ],
+)
+def test_numbers_drawn_for_a_ranks_rows_are_refused(draw, words):
+    with pytest.raises(ValueError, match=rf"is not what one device computes: .*test_spread.py.*{words}"):
+        both(noisy(draw), MESHES[0])
+
+
+def test_numbers_drawn_over_the_batch_are_those_of_one_device():
+    assert_equal(
+        *both(noisy(lambda shape: draw_over_batch(ftrain.normal, ftrain.key(1), tuple(shape)).double()), MESHES[2])
+    )
+    assert_equal(*both(noisy(lambda shape: ftrain.normal(ftrain.key(1), tuple(shape)[1:]).double()), MESHES[2]))
+
+
+def test_results_that_are_constants():
+    def step(state, batch):
+        like = torch.ones_like(state["w"])
+        return {"w": like, "b": torch.zeros(()), "sum": (state["w"] * like).sum()}
+
+    assert_equal(*both(step, MESHES[0]))
+    with pytest.raises(ValueError, match=r"result 'own' is a constant of shape \[2, 8\].*torch.zeros_like\(leaf\)"):
+        both(lambda state, batch: {"own": torch.ones(state["w"].shape)}, MESHES[0])
+
+
+def test_sizes_that_do_not_fit_on_pieces_say_so():
+    with pytest.raises(
+        ValueError, match=r"test_spread.py:\d+ .*On a mesh of 2 ranks a leaf of the state is one rank's piece"
+    ):
+        both(lambda state, batch: Mean.of(batch["x"] @ state["w"]), MESHES[0])
 
 
 OPS = {
