@@ -36,6 +36,9 @@ def accumulate(loss_fn: Callable, micro_batches: int, *, has_aux: bool = False) 
     much of the loss as they need: for the balance loss of experts a forward pass of the whole stack (about a third of
     the step; a balance by "bias" costs none). One whose terms depend on the parameters is a ValueError. Whatever else
     looks across the batch without `sum_over_batch` (batch norm, a contrast of rows) sees one micro-batch.
+
+    Random numbers of torch's generator are those of a plain loop over the micro-batches. In a jitted step counts and
+    sums over the batch must not depend on them (a ValueError).
     """
     if micro_batches < 1:
         raise ValueError(f"accumulate: micro_batches must be at least 1, not {micro_batches}")
@@ -108,7 +111,7 @@ class Accumulated:
                 counted, _ = loss_of(list(consts[:n]), batch)
             return [a + b.detach() for a, b in zip(flat[:k], _counts(counted), strict=True)]
 
-        sums = loop(body, self.micro_batches, carry=start, xs=xs, consts=[*leaves, *whole])
+        sums = loop(body, self.micro_batches, carry=start, xs=xs, consts=[*leaves, *whole], preview=True)
         return list(sum_over_batch(torch.stack(sums)).unbind())
 
     def _sum_gradients(

@@ -82,7 +82,8 @@ def _add_up(
         ready.difference_update(questions.too_early)
         return [c + questions.asked[i].detach() for c, i in zip(flat[:k], missing, strict=True)]
 
-    sums = loop(body, micro_batches, carry=zeros_like_all(list(shapes)), xs=xs, consts=[*leaves, *known.values()])
+    start, consts = zeros_like_all(list(shapes)), [*leaves, *known.values()]
+    sums = loop(body, micro_batches, carry=start, xs=xs, consts=consts, preview=True)
     return sums, ready
 
 

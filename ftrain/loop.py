@@ -5,6 +5,7 @@ micro-batches. The loop itself is never differentiated: a body takes its own gra
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +21,8 @@ from ftrain.private import (
     tracing_graph,
 )
 from ftrain.provenance import user_site
+
+_PREVIEW = "preview"
 
 
 def run_loop(
@@ -42,14 +45,18 @@ def run_loop(
     return carry
 
 
-def loop(body: Callable, n: int, *, carry: list[Tensor], xs: list[Tensor], consts: list[Tensor]) -> list[Tensor]:
+def loop(
+    body: Callable, n: int, *, carry: list[Tensor], xs: list[Tensor], consts: list[Tensor], preview: bool = False
+) -> list[Tensor]:
     """Like `run_loop`; under a trace it becomes one node that holds the body's graph.
 
     `xs` have a leading dim of `n`. The carry keeps its shapes and dtypes. Tensors of the enclosing trace that the body
-    closes over become further consts.
+    closes over become further consts. `preview`: the loop runs a part of the step ahead of it, and leaves torch's
+    generators as they are (under a trace: see `ftrain.passes.preview`).
     """
     if tracing_graph() is None:
-        return run_loop(body, n, carry, xs, consts)
+        with _generators_as_found([*carry, *xs, *consts]) if preview else nullcontext():
+            return run_loop(body, n, carry, xs, consts)
     with paused_trace():
         fakes = [new_fake_like(t) for t in carry] + [new_fake_like(x[0]) for x in xs]
         fakes += [new_fake_like(t) for t in consts]
@@ -58,8 +65,13 @@ def loop(body: Callable, n: int, *, carry: list[Tensor], xs: list[Tensor], const
     captured = _lift_captured(graph)
     with paused_trace():
         outputs = [new_fake_like(t) for t in carry]
-    meta = {"phase": "loop", "site": user_site()}
+    meta = {"phase": "loop", "site": user_site(), _PREVIEW: preview}
     return emit_node(run_loop, graph, "loop", (n, list(carry), list(xs), [*consts, *captured]), outputs, meta)
+
+
+def _generators_as_found(tensors: list[Tensor]) -> AbstractContextManager:
+    cards = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    return torch.random.fork_rng(cards)
 
 
 def _check_carry(graph: fx.GraphModule, carry: list[Tensor]) -> None:
@@ -97,6 +109,11 @@ def _lift_captured(module: fx.GraphModule) -> list[Tensor]:
 def is_loop(node: fx.Node) -> bool:
     """True for the node of a loop."""
     return node.op == "call_function" and node.target is run_loop
+
+
+def is_preview(node: fx.Node) -> bool:
+    """True for the node of a loop that runs a part of the step ahead of it."""
+    return is_loop(node) and bool(node.meta.get(_PREVIEW))
 
 
 def loop_body(node: fx.Node) -> fx.GraphModule:

@@ -9,6 +9,7 @@ from torch import fx
 from ftrain.fills import FILLS_LIKE, fill_as_eager, note_fill
 from ftrain.loop import is_loop, loop_body
 from ftrain.open_writes import open_writes
+from ftrain.passes.preview import keep_draws_for_the_step
 from ftrain.private import (
     emit_node,
     fake_mode_of,
@@ -43,6 +44,7 @@ def functionalize(
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
         paths = _paths_in_body(loop, input_paths)
         setattr(module, loop.args[0].target, functionalize(loop_body(loop), paths, name_of_captured=name_of_captured))
+        keep_draws_for_the_step(loop)
     open_writes(module)
     culprits = mutating_nodes(module)
     if not culprits:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import ftrain
 from ftrain import Remat, tree
+from kernels.mean import sum_over_batch
 
 WIDTH, ROWS = 4, 6
 
@@ -156,6 +157,75 @@ def test_micro_batches_draw_as_in_eager_code(options):
         return found
 
     torch.testing.assert_close(twice(ftrain.jit(step, **options)), twice(step))
+
+
+def noisy_loss(p, batch):
+    """A loss with torch's random numbers in its totals, in dead ends and in aux, whose counts differ."""
+    x, mask = batch
+    h = F.dropout(torch.tanh(x @ p["w"]), 0.3) + torch.randn_like(x)
+    torch.rand(3)
+    h = F.scaled_dot_product_attention(h[None], h[None], h[None], dropout_p=0.2)[0] + torch.randint(0, 3, (1,))
+    return ftrain.Mean((h.square().mean(-1) * mask).sum(), mask.sum()), {"noise": torch.rand(2) + h.detach().sum()}
+
+
+def in_a_plain_loop(loss):
+    """Value, aux and gradients as one would write them by hand."""
+
+    def run(p, batch):
+        micro_batches = list(zip(*batch, strict=True))
+        count = batch[1].sum()
+
+        def whole(p):
+            found = [loss(p, b) for b in micro_batches]
+            return sum(m.total for m, _ in found) / count, {"noise": sum(a["noise"] for _, a in found)}
+
+        return ftrain.value_and_grad(whole, has_aux=True)(p)
+
+    return run
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, ftrain.jit], ids=["eager", "jit"])
+def test_micro_batches_draw_as_in_a_plain_loop(wrap):
+    batch = torch.randn(3, ROWS, WIDTH), (torch.arange(3.0 * ROWS).reshape(3, ROWS) % 5 > 1).float()
+    p = {"w": torch.randn(WIDTH, WIDTH)}
+    results = []
+    for run in (
+        wrap(ftrain.value_and_grad(ftrain.accumulate(noisy_loss, 3, has_aux=True), has_aux=True)),
+        in_a_plain_loop(noisy_loss),
+    ):
+        torch.manual_seed(5)
+        results.append((run(p, batch), torch.rand(2)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def randomly_masked(p, x):
+    mask = (torch.rand(ROWS) > 0.4).float()
+    return ftrain.Mean(((x @ p).square().mean(-1) * mask).sum(), mask.sum())
+
+
+def randomly_balanced(p, x):
+    x = F.dropout(x, 0.5)
+    load = sum_over_batch((x > 0).float().sum())
+    return ftrain.Mean((x @ p).sum() * load, torch.tensor(float(ROWS)))
+
+
+@pytest.mark.parametrize("loss", [randomly_masked, randomly_balanced])
+def test_counts_that_are_random_are_refused_in_a_step(loss):
+    p, x = torch.randn(WIDTH, WIDTH), torch.randn(3, ROWS, WIDTH)
+    step = ftrain.value_and_grad(ftrain.accumulate(loss, 3))
+    with pytest.raises(
+        ValueError, match=r"test_random_and_writing.py:\d+.*depends on random numbers.*ftrain.bernoulli"
+    ):
+        ftrain.jit(step)(p, x)
+
+
+def test_counts_that_are_random_are_those_of_the_loss_in_eager_code():
+    p, x = torch.randn(WIDTH, WIDTH), torch.randn(3, ROWS, WIDTH)
+    torch.manual_seed(5)
+    value, _ = ftrain.value_and_grad(ftrain.accumulate(randomly_masked, 3))(p, x)
+    torch.manual_seed(5)
+    found = [randomly_masked(p, row) for row in x]
+    torch.testing.assert_close(value, sum(m.total for m in found) / sum(m.count for m in found))
 
 
 @torch.library.custom_op("random_test::count", mutates_args=())
