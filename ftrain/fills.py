@@ -23,13 +23,14 @@ FILLS_LIKE = "fills_like"
 def _fill(name: str, arguments: str, fill: Callable) -> Callable:
     """An op `(x, strides, *arguments)` that runs `fill` on new memory of these strides, with `x`'s shape and dtype."""
 
-    def new(x: Tensor, strides: Sequence[int], *arguments: Any) -> Tensor:
+    def new(x: Tensor, strides: Sequence[int], *arguments: Any, generator: torch.Generator | None = None) -> Tensor:
         return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
-    def run(x: Tensor, strides: Sequence[int], *arguments: Any) -> Tensor:
-        return fill(new(x, strides), *arguments)
+    def run(x: Tensor, strides: Sequence[int], *arguments: Any, generator: torch.Generator | None = None) -> Tensor:
+        return fill(new(x, strides), *arguments, generator=generator)
 
-    return opaque_op(f"fill_{name}(Tensor x, SymInt[] strides{arguments}) -> Tensor", fake=new, random=True)(run)
+    schema = f"fill_{name}(Tensor x, SymInt[] strides{arguments}, *, Generator? generator=None) -> Tensor"
+    return opaque_op(schema, fake=new, random=True)(run)
 
 
 _FILLS = {
@@ -66,7 +67,7 @@ def fill_as_eager(module: fx.GraphModule) -> None:
         _require_numbers(node, eager)
         x, *rest = node.args
         with module.graph.inserting_before(node):
-            drawn = module.graph.call_function(fill, (x, list(eager.stride()), *rest))
+            drawn = module.graph.call_function(fill, (x, list(eager.stride()), *rest), node.kwargs)
             drawn.meta.update(node.meta, val=eager.new_empty_strided(eager.shape, eager.stride()))
             laid = module.graph.call_function(to_layout, (drawn, list(node.meta["val"].stride())))
             laid.meta.update(node.meta)

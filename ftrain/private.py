@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -109,9 +110,10 @@ def emit_node(
     mode = get_proxy_mode()
     assert mode is not None, "emit_node is only for use inside a trace"
     tracer: Any = mode.tracer
-    number = sum(1 for key, _ in tracer.root.named_children() if key.startswith(name))
-    tracer.root.register_module(f"{name}_{number}", body)
-    handle = tracer.create_proxy("get_attr", f"{name}_{number}", (), {})
+    held = next(key for i in count() if not hasattr(tracer.root, key := f"{name}_{i}"))
+    # no submodule until the trace has ended: the tracer would take the body's constants for the outer graph's
+    vars(tracer.root)[held] = body
+    handle = tracer.create_proxy("get_attr", held, (), {})
     proxies = torch.utils._pytree.tree_map(tracer.unwrap_proxy, args)
     before = len(tracer.graph.nodes)
     proxy = tracer.create_proxy("call_function", target, (handle, *proxies), {}, name=name)

@@ -122,3 +122,17 @@ def test_one_that_became_the_state_is_not_written_over():
     first = ftrain.jit(lambda x: {"w": start})(torch.ones(3))
     with pytest.raises(ValueError, match=r"'start'.*which the step captures, share memory"):
         step(first, torch.ones(3))
+
+
+def test_a_loop_and_what_follows_it_read_the_same_one():
+    table = torch.linspace(0, 1, 3)
+    loss = ftrain.accumulate(lambda w, x: ftrain.Mean((x * w * table).sum(), torch.tensor(2.0)), 2)
+
+    def step(w, x):
+        value, grads = ftrain.value_and_grad(loss)(w, x)
+        squares = table * table
+        squares.mul_(2)
+        return value, grads, w * table, squares
+
+    w, x = torch.ones(3), torch.ones(2, 3)
+    torch.testing.assert_close(ftrain.jit(step)(w, x), step(w, x))
