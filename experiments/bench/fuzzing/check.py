@@ -61,27 +61,30 @@ def check(program: Program) -> Result:
 
 def _run_jitted(program: Program, expected: list[Call]) -> Result:
     names, close = load(program), tolerance(program)
-    held = list[tuple[int, Any]]()
-    try:
-        step = ftrain.jit(names["step"], **names["OPTIONS"])
-        state = names["make_state"]()
-        for number, rows in enumerate(program.options.rows):
-            torch.manual_seed(0)
-            batch = names["make_batch"](rows)
-            arguments = batch if program.options.donate else (state, batch)
-            before = snapshot(arguments)
+    step: Any = None
+    held, state = list[Any](), names["make_state"]()
+    for number, rows in enumerate(program.options.rows):
+        torch.manual_seed(0)
+        batch = names["make_batch"](rows)
+        arguments = batch if program.options.donate else (state, batch)
+        before = snapshot(arguments)
+        try:
+            step = step or ftrain.jit(names["step"], **names["OPTIONS"])
             state, metrics = step(state, batch)
-            held.append((number, metrics))
-            difference = _difference(expected[number], (state, metrics), close)
+        except ValueError as error:
+            return _refusal(program, str(error), type(error).__name__)
+        except Exception as error:
+            return Result("raw error", f"{type(error).__name__}: {_first_line(error)}")
+        held.append(metrics)
+        try:
+            difference = _changed("state", expected[number][0], state, close)
             difference = difference or _changed("an argument", before, arguments)
-            for earlier, result in held[:-1]:
-                difference = difference or _changed(f"metrics of call {earlier}", expected[earlier][1], result, close)
-            if difference:
-                return Result("different", f"call {number}: {difference}")
-    except ValueError as error:
-        return _refusal(program, str(error), type(error).__name__)
-    except Exception as error:
-        return Result("raw error", f"{type(error).__name__}: {_first_line(error)}")
+            for i, result in enumerate(held):
+                difference = difference or _changed(f"metrics of call {i}", expected[i][1], result, close)
+        except (ValueError, RuntimeError) as error:
+            difference = f"a result cannot be read: {_first_line(error)}"
+        if difference:
+            return Result("different", f"call {number}: {difference}")
     return Result("equal")
 
 

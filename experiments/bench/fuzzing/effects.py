@@ -27,8 +27,6 @@ t: {0}.fill_(0.5)
 T: {0}.scatter_(-1, {0}.argmax(-1, keepdim=True), 0.5)
 t: {0}.data.mul_(0.5)
 t: {0}.detach().mul_(0.5)
-t: torch._foreach_mul_([{0}], 0.5)
-t=: torch._foreach_add_([{0}], [{1}])
 """
 
 _WRITES_OF_ALL = """
@@ -41,6 +39,11 @@ t: {0}.unsqueeze_(0)
 T: {0}.t_()
 T: {0}.index_add_(0, torch.tensor([0]), {0}[1:2])
 T: {0}.diagonal().add_(1.0)
+"""
+
+_WRITES_OF_LISTS = """
+t: torch._foreach_mul_([{0}], 0.5)
+t=: torch._foreach_add_([{0}], [{1}])
 """
 
 _RANDOM = """
@@ -78,7 +81,7 @@ _BATCH_NORMS = """
 mCC: F.batch_norm({0}, {1}, {2}, training=True)
 mCC: F.batch_norm({0}, {1}, {2}, training=False)
 mCC: F.instance_norm({0}.unsqueeze(-1).expand(*{0}.shape, 3).sin(), {1}, {2}, use_input_stats=True).sum(-1)
-mCC: F.batch_norm({0}, {1}, {2}, {1}.sin(), {2}, training=True, momentum=0.5)
+mCC: F.batch_norm({0}, {1}, {2}, {1}.sin(), {2}.cos(), training=True, momentum=0.5)
 """
 
 _CONSTANTS = """
@@ -113,6 +116,7 @@ a=: {0}.copy_({1})
 
 EFFECTS = (
     *ops_of(_WRITES, "in place", 0.8),
+    *ops_of(_WRITES_OF_LISTS, "in place, of lists", 0.8),
     *ops_of(_WRITES_OF_ALL, "in place", 0.8, rows=False),
     *ops_of(_RANDOM, "random of torch", 0.25, holes="f"),
     *ops_of(_KEYED, "random of keys", 0.6),

@@ -1,6 +1,7 @@
 """A random program from a seed: options and arguments first, then losses, then what becomes of their gradients."""
 
 import random
+import warnings
 from dataclasses import replace
 
 from experiments.bench.fuzzing.eager import run_eagerly
@@ -16,13 +17,15 @@ _ATTEMPTS = 4
 
 def generate(seed: int) -> Program:
     """The random program of a seed: of a few attempts the first that runs eagerly, else the last."""
-    for attempt in range(_ATTEMPTS):
-        program = _attempt(seed, random.Random(f"{seed}/{attempt}"))
-        try:
-            run_eagerly(program)
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AttributeError):
-            continue
-        break
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for attempt in range(_ATTEMPTS):
+            program = _attempt(seed, random.Random(f"{seed}/{attempt}"))
+            try:
+                run_eagerly(program)
+            except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AttributeError):
+                continue
+            break
     return program
 
 

@@ -309,7 +309,7 @@ _VIEWS = """
 
 def ops_of(block: str, feature: str, weight: float, *, holes: str | None = None, rows: bool = True) -> list[Op]:
     """The ops of a block of lines: each is a text, after its holes where `holes` does not say them for all."""
-    makes = feature not in ("in place", "writes an argument")
+    makes = not feature.startswith(("in place", "writes"))
     found = []
     for line in block.strip().splitlines():
         kinds, text = (holes, line) if holes is not None else line.split(": ", 1)

@@ -18,7 +18,7 @@ _ROWS = ((8,), (8, 8), (8, 8), (8, 8), (8, 8, 8), (8, 8, 8), (8, 8), (8, 16), (8
 
 def random_options(rng: random.Random) -> Options:
     """Options such as users give: most steps have one or two."""
-    on_mesh = rng.random() < 0.22
+    on_mesh = rng.random() < 0.18
     return Options(
         donate=rng.random() < 0.45,
         remat=rng.choice(_REMATS) if rng.random() < 0.4 else None,

@@ -73,6 +73,8 @@ class Scope:
         chosen: list[Value] = []
         for kind in op.holes:
             fitting = [v for v in self.values if self.fits(kind, v, chosen)]
+            if kind == "C":
+                fitting = [v for v in fitting if not any(_share_memory(v.value, other.value) for other in chosen)]
             if not fitting:
                 return None
             recent = fitting[-4:] if self.rng.random() < 0.6 else fitting
@@ -144,7 +146,7 @@ def _float_fits(kind: str, v: Value, x: Tensor, first: Tensor | None, by_rows: b
         return False
     if kind == "=":
         return x.shape == first.shape and x.dtype == first.dtype
-    if kind == "C":
+    if kind == "C":  # two of them are written, so they must not be one
         return first.dim() >= 2 and x.dim() == 1 and x.shape[0] == first.shape[1] and not v.argument
     if x.dtype != first.dtype or not first.dim():
         return False
@@ -154,6 +156,10 @@ def _float_fits(kind: str, v: Value, x: Tensor, first: Tensor | None, by_rows: b
         return x.dim() == 2 and x.shape[0] == first.shape[-1]
     shorter = x.dim() < first.dim()
     return kind == "r" and shorter and all(a in (1, b) for a, b in zip(x.shape[::-1], first.shape[::-1], strict=False))
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _rows_agree(kind: str, first: Value, v: Value) -> bool:

@@ -133,7 +133,7 @@ def _only(tree: Any, names: set[str]) -> Any:
     if isinstance(tree, dict):
         parts = {key: _only(child, names) for key, child in tree.items()}
         return {key: part for key, part in parts.items() if part is not None} or {}
-    return type(tree)(_only(child, names) for child in tree)
+    return type(tree)(_only(child, names) for child in tree) or None
 
 
 _name: Callable[[str, str], str] = lambda _, name: name  # noqa: E731

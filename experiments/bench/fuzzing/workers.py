@@ -5,7 +5,7 @@ import multiprocessing
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
@@ -58,15 +58,22 @@ def _fails_alike(program: Program, found: Result) -> bool:
     return result.outcome == found.outcome and (found.outcome == "different" or result.kind == found.kind)
 
 
-def reports(seeds: Sequence[int], *, jobs: int, shrinking: Shrinking) -> Iterator[Report]:
-    """Reports of these seeds, as they come; with one job from this process, where a crash ends all."""
+_USUAL = Shrinking()
+Judge = Callable[[int, "Counter[str]", Shrinking], Report]
+
+
+def reports(seeds: Sequence[int], *, jobs: int, shrinking: Shrinking = _USUAL, judge: Judge = fuzz) -> Iterator[Report]:
+    """Reports of these seeds, as they come. With 0 jobs they are made by this process, where a crash ends all.
+
+    `judge`: what is done for each seed; a function of a module, since processes are given its name.
+    """
     if jobs == 0:
         with one_thread():
             seen = Counter[str]()
-            yield from (fuzz(seed, seen, shrinking) for seed in seeds)
+            yield from (judge(seed, seen, shrinking) for seed in seeds)
         return
     left = deque(seeds)
-    workers = [_Worker(left, shrinking) for _ in range(min(jobs, -(-len(left) // _CHUNK)))]
+    workers = [_Worker(left, shrinking, judge) for _ in range(min(jobs, -(-len(left) // _CHUNK)))]
     try:
         while active := [w for w in workers if w.active]:
             wait([w.pipe for w in active], timeout=5.0)
@@ -80,8 +87,8 @@ def reports(seeds: Sequence[int], *, jobs: int, shrinking: Shrinking) -> Iterato
 class _Worker:
     """A process that takes seeds from a common queue, and is replaced when it dies, hangs or has done its share."""
 
-    def __init__(self, left: deque[int], shrinking: Shrinking) -> None:
-        self._left, self._shrinking = left, shrinking
+    def __init__(self, left: deque[int], shrinking: Shrinking, judge: Judge) -> None:
+        self._left, self._shrinking, self._judge = left, shrinking, judge
         self._pending: deque[int] = deque()
         self._start()
 
@@ -93,7 +100,7 @@ class _Worker:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(theirs, self._shrinking), daemon=True)
+        self._process = spawn.Process(target=_work, args=(theirs, self._shrinking, self._judge), daemon=True)
         self._process.start()
         theirs.close()
         self._done, self._heard = 0, time.monotonic()
@@ -145,7 +152,7 @@ class _Worker:
             self._process.join()
 
 
-def _work(pipe: Connection, shrinking: Shrinking) -> None:
+def _work(pipe: Connection, shrinking: Shrinking, judge: Judge) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)  # torch logs each op that has no shape rule, with a trace
     seen = Counter[str]()
@@ -153,9 +160,6 @@ def _work(pipe: Connection, shrinking: Shrinking) -> None:
         try:
             while True:
                 for seed in pipe.recv():
-                    pipe.send(fuzz(seed, seen, shrinking))
+                    pipe.send(judge(seed, seen, shrinking))
         except (EOFError, BrokenPipeError):
             return
-
-
-__all__ = ["Report", "Shrinking", "fuzz", "reports"]
