@@ -28,7 +28,12 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: An
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-# Of ATen's ops that torch's own registry leaves out.
+def _recurrent(x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Any, **__: Any) -> int:
+    """Of one layer in one direction: each step multiplies by both matrices."""
+    return 2 * x.numel() // x.shape[-1] * (w_in.numel() + w_hidden.numel())
+
+
+# Of ATen's ops that torch's own registry leaves out, and of ours in their place.
 _ATEN: dict[str, Callable[..., int]] = {
     "aten::mv": lambda a, x, **_: 2 * a.numel(),
     "aten::addmv": lambda bias, a, x, **_: 2 * a.numel(),
@@ -38,6 +43,9 @@ _ATEN: dict[str, Callable[..., int]] = {
     "aten::_addmm_activation": lambda bias, a, b, **_: 2 * a.numel() * b.shape[1],
     "aten::_scaled_mm_v2": lambda a, b, *_, **__: 2 * a.numel() * b.shape[1],
     "aten::_int_mm": lambda a, b, **_: 2 * a.numel() * b.shape[1],
+    "aten::mkldnn_rnn_layer": _recurrent,
+    "ftrain::mkldnn_rnn_layer": _recurrent,
+    "aten::mkldnn_rnn_layer_backward": lambda *args, **_: 2 * _recurrent(*args),
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }

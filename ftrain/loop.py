@@ -65,7 +65,7 @@ def loop(
     captured = _lift_captured(graph)
     with paused_trace():
         outputs = [new_fake_like(t) for t in carry]
-    meta = {"phase": "loop", "site": user_site(), _PREVIEW: preview}
+    meta = {"phase": "loop", "body": graph, "site": user_site(), _PREVIEW: preview}
     return emit_node(run_loop, graph, "loop", (n, list(carry), list(xs), [*consts, *captured]), outputs, meta)
 
 

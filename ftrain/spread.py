@@ -131,7 +131,7 @@ class Spreads:
         inputs, xs, consts = (list(group) for group in node.args[2:])  # type: ignore[arg-type]
         given = carry if carry is not None else [self.of(n) for n in inputs]
         rows = [_without_first_dim(self.of(x)) for x in xs]
-        body = loop_body(node)
+        body = loop_body(node) if node.graph.owning_module is not None else node.meta["body"]
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
         for inner, spread in zip(placeholders, [*given, *rows, *map(self.of, consts)], strict=True):
             self.give(inner, spread)

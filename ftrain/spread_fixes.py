@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ftrain.absent_device import absent_device, put_on
 from ftrain.private import fake_mode_of, trace_to_graph, value_of
 from ftrain.spread import Fix, coordinates_of
 from sharding.mesh import Mesh
@@ -38,12 +39,16 @@ def _mask(fix: Fix, uneven: Sequence[Split], mesh: Mesh) -> None:
     assert place is not None
     values = [source.meta["val"], place.meta["val"]]
     neutral = {"max": -math.inf, "min": math.inf}.get(fix.how, 0.0)
+    absent = absent_device([values[0].device])
     with fake_mode_of(values):
-        made = trace_to_graph(lambda x, at: _inside(x, at, fix.placement, uneven, mesh, neutral), values)
-    given = dict(zip((n for n in made.graph.nodes if n.op == "placeholder"), (source, place), strict=True))
+        given = values if absent is None else [torch.empty(v.shape, dtype=v.dtype) for v in values]
+        made = trace_to_graph(lambda x, at: _inside(x, at, fix.placement, uneven, mesh, neutral), given)
+    if absent is not None:
+        put_on(made, absent)
+    inputs = dict(zip((n for n in made.graph.nodes if n.op == "placeholder"), (source, place), strict=True))
     before = set(fix.node.graph.nodes)
     with fix.node.graph.inserting_before(fix.node):
-        masked = fix.node.graph.graph_copy(made.graph, given)
+        masked = fix.node.graph.graph_copy(made.graph, inputs)
     (masked,) = masked if isinstance(masked, list | tuple) else (masked,)
     for node in fix.node.graph.nodes:
         if node not in before:

@@ -27,7 +27,9 @@ NO_PRODUCTS = {
     "adamw_fused", "adamw_in_place", "combine", "combine_backward", "embedding", "embedding_backward", "exchange_rows",
     "extremes", "fetch_start", "fetch_wait", "gather_ranks", "host_size", "merge_rows", "merge_rows_backward",
     "offload_start", "offload_wait", "philox", "philox_key", "rms_norm", "rms_norm_backward", "rope", "shift_ranks",
-    "sums_of_squares", "swiglu", "swiglu_backward",
+    "sums_of_squares", "swiglu", "swiglu_backward", "batch_norm_cudnn", "batch_norm_miopen", "to_layout",
+    "fill_bernoulli", "fill_bernoulli_each", "fill_cauchy", "fill_exponential", "fill_geometric", "fill_log_normal",
+    "fill_normal", "fill_random", "fill_random_below", "fill_random_between", "fill_uniform",
 }  # fmt: skip
 
 

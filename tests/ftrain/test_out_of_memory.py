@@ -97,7 +97,7 @@ def test_a_second_refusal_does_not_hide_the_first(monkeypatch):
 
 
 def test_whatever_fails_in_explaining_is_said_after_the_refusal(monkeypatch):
-    def broken(compiled, *, at=None):
+    def broken(compiled, *, at=None, offers=True):
         raise ZeroDivisionError("nothing to divide by")
 
     compiled = ftrain.jit(lambda x: x @ x).lower(torch.ones(2, 2))
