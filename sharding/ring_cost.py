@@ -20,9 +20,7 @@ def _seen(T: int, how: Step) -> float:
     return dense / 2 if how.causal and (how.zigzag or how.step == 0) else dense
 
 
-def forward_flops(
-    q: Tensor, kv: Tensor, out: object, lse: object, host: object, me: object, *how
-) -> int:
+def forward_flops(q: Tensor, kv: Tensor, out: object, lse: object, host: object, me: object, *how) -> int:
     """Two matmuls: scores and output."""
     return int(2 * q.shape[1] * kv.shape[2] * _seen(q.shape[0], Step(*how)))
 
