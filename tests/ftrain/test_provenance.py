@@ -103,3 +103,22 @@ def test_parameters_survive_the_removal_of_writes():
     paths = {n.meta["path"] for n in compiled.graph.graph.nodes if n.meta.get("phase") == "backward"}
     assert {"params.first", "params.second"} <= paths
     assert "x" not in paths
+
+
+def test_writes_into_a_list_are_refused_in_a_loss_and_done_outside():
+    def listed(params, x):
+        h = x @ params["first"]
+        seen = h.diagonal()
+        torch._foreach_mul_([h], 0.5)
+        return Mean.of(seen)
+
+    def halved(state, x):
+        grads = value_and_grad(loss)(state, x)[1]
+        torch._foreach_mul_(list(grads.values()), 0.5)
+        return grads
+
+    x = torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"listed.*_foreach_mul_ writes into a list.*wrong gradient"):
+        jit(value_and_grad(listed))(STATE, x)
+    whole = value_and_grad(loss)(STATE, x)[1]
+    assert all(torch.allclose(g, whole[name] / 2) for name, g in jit(halved)(STATE, x).items())
