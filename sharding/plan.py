@@ -110,14 +110,14 @@ def _stored_dtype(spec: Any, layout: Layout) -> Any:
 
 
 def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
+    if hasattr(tree, "shape") and hasattr(tree, "axes"):
+        yield path, tree
+    elif isinstance(tree, Mapping):
         for key in sorted(tree):
             yield from _walk(tree[key], f"{path}.{key}" if path else key)
     elif isinstance(tree, list | tuple):
         for i, child in enumerate(tree):
             yield from _walk(child, f"{path}.{i}" if path else str(i))
-    elif hasattr(tree, "shape") and hasattr(tree, "axes"):
-        yield path, tree
     elif tree is not None:
         raise ValueError(f"specs: {path or 'the tree'!r} is a {type(tree).__name__}, not a ParamSpec (modules.spec.of)")
 

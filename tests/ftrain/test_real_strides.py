@@ -67,5 +67,7 @@ def test_strides_that_are_read_are_those_of_the_plan():
 
 
 def test_a_wrong_shape_rule_is_named():
-    with pytest.raises(ValueError, match=r"test_layouts.py:\d+.*longer.*returned float32\[4, 3\] where its shape rule"):
+    with pytest.raises(
+        ValueError, match=r"test_real_strides.py:\d+.*longer.*returned float32\[4, 3\] where its shape rule"
+    ):
         ftrain.jit(lambda x: longer(x) * 2)(torch.ones(2, 3))
