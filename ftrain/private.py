@@ -316,6 +316,6 @@ def compile_with_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tens
 def value_of(node: fx.Node) -> Any:
     """The fake value of a node, worked out from those of its inputs: with memory of its own, or its input's view."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    flat = torch.utils._pytree.tree_leaves((args, kwargs))
+    flat = torch.utils._pytree.tree_leaves((args, kwargs, node.meta.get("val")))
     with fake_mode_of([a for a in flat if isinstance(a, FakeTensor)]):
         return node.target(*args, **kwargs)  # type: ignore[operator]
