@@ -11,7 +11,25 @@ import ftrain
 from ftrain import tree
 
 
-def three_steps(module: nn.Module, batch: Tensor, prepare: Callable[[Callable], Callable]) -> list[Any]:
+def plain_value_and_grad(loss: Callable) -> Callable:
+    """What autograd gives on leaves of its own: draws of in-place fills are those of a plain training loop."""
+
+    def run(params: Any) -> Any:
+        leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+        value = loss(leaves)
+        grads = torch.autograd.grad(value, tree.leaves(leaves), materialize_grads=True)
+        return value.detach(), tree.unflatten(tree.flatten(leaves)[1], grads)
+
+    return run
+
+
+def three_steps(
+    module: nn.Module,
+    batch: Tensor,
+    prepare: Callable[[Callable], Callable],
+    *,
+    value_and_grad: Callable = ftrain.value_and_grad,
+) -> list[Any]:
     """Parameters, loss and gradients of three steps of `prepare(step)` on a module's parameters, from one seed."""
 
     def step(params: Any, batch: Tensor) -> Any:
@@ -19,7 +37,7 @@ def three_steps(module: nn.Module, batch: Tensor, prepare: Callable[[Callable], 
             out = functional_call(module, params, (batch,))
             return (out.square() * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).reshape(out.shape)).mean()
 
-        value, grads = ftrain.value_and_grad(loss)(params)
+        value, grads = value_and_grad(loss)(params)
         return tree.map(lambda p, g: p - 0.1 * g, params, grads), {"loss": value, "grads": grads}
 
     params = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -29,6 +47,11 @@ def three_steps(module: nn.Module, batch: Tensor, prepare: Callable[[Callable], 
         params, metrics = run(params, batch)
         results.append(tree.map(torch.clone, (params, metrics)))
     return results
+
+
+def eager_steps(module: nn.Module, batch: Tensor) -> list[Any]:
+    """The same steps in plain PyTorch."""
+    return three_steps(module, batch, lambda step: step, value_and_grad=plain_value_and_grad)
 
 
 def assert_equal(ours: Any, theirs: Any, what: str) -> None:

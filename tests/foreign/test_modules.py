@@ -6,7 +6,7 @@ Plain, donated, and with everything recomputed; random ops from the same seed.
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_steps import assert_equal, three_steps
+from foreign_steps import assert_equal, eager_steps, three_steps
 from torch import nn
 
 import ftrain
@@ -211,7 +211,7 @@ def test_a_module_trains_as_in_eager_code(name):
     torch.manual_seed(1)
     batch = make()
     batch = batch.double() if batch.is_floating_point() else batch
-    expected = three_steps(module, batch, lambda step: step)
+    expected = eager_steps(module, batch)
     for options in OPTIONS:
         assert_equal(three_steps(module, batch, lambda step, o=options: ftrain.jit(step, **o)), expected, f"{options}")
 
@@ -224,7 +224,7 @@ def test_a_batch_norm_that_tracks_is_refused_by_the_name_of_its_buffer():
 
 def test_experts_by_boolean_index():
     module, batch = ByExpert().double(), rows().double()
-    expected = three_steps(module, batch, lambda step: step)
+    expected = eager_steps(module, batch)
     assert_equal(three_steps(module, batch, lambda step: ftrain.jit(step)), expected, "")
 
 
