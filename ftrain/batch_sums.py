@@ -5,14 +5,14 @@ first: a loop runs as much of the loss as they need, without a backward, and add
 micro-batch gets the whole sums. A sum whose terms are computed from another sum waits for the next such loop.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from ftrain.loop import loop, zeros_like_all
 from ftrain.private import node_of, shapes_of_result
+from ftrain.provenance import sources
 from kernels.mean import sum_over_batch
 from kernels.primitive import bind
 
@@ -109,18 +109,9 @@ def require_constant(questions: Questions, count: int) -> None:
             )
 
 
-def _computed_from(x: Tensor, sources: Sequence[Tensor]) -> bool:
-    """Whether `x` was computed from one of `sources`; outside of a trace nobody knows, and it is taken to be."""
-    start, found = node_of(x), {node_of(source) for source in sources}
+def _computed_from(x: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether `x` was computed from one of `others`; outside of a trace nobody knows, and it is taken to be."""
+    start, found = node_of(x), {node_of(other) for other in others}
     if start is None or None in found:
-        return bool(sources)
-    queue, seen = deque([start]), {start}
-    while queue:
-        node: fx.Node = queue.popleft()
-        if node in found:
-            return True
-        for parent in node.all_input_nodes:
-            if parent not in seen:
-                seen.add(parent)
-                queue.append(parent)
-    return False
+        return bool(others)
+    return any(node in found for node in sources(start))

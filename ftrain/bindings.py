@@ -96,21 +96,13 @@ def _parameter(trace: ShardedTrace, spec: specs_of.ParamSpec, key: Tensor, path:
     window = Window(starts, placement.local_shape)
     piece = specs_of.init_leaf.local(spec, key, path, window=window)  # type: ignore[attr-defined]
     for split in placement.splits:
-        piece = _without_padding(piece, split.dim, starts[split.dim], placement)
+        full = placement.shape[split.dim]
+        if full % split.size:
+            piece = shards.fill_padding(piece, split.dim, starts[split.dim], full, 0)
     layout = trace.plan.layout(path)
     piece = piece if layout.dtype is None else piece.to(getattr(torch, layout.dtype))
     trace.note_piece(piece, placement, path)
     return piece
-
-
-def _without_padding(piece: Tensor, dim: int, start: Any, placement: Placement) -> Tensor:
-    """Zeros where the global array has ended."""
-    full, length = placement.shape[dim], placement.local_shape[dim]
-    if all(full % s.size == 0 for s in placement.splits if s.dim == dim):
-        return piece
-    index = (start + torch.arange(length)).to(piece.device)
-    inside = (index < full).view([-1 if d == dim else 1 for d in range(piece.dim())])
-    return torch.where(inside, piece, 0)
 
 
 def _sum_over_shards(trace: ShardedTrace, values_N: Tensor, leaves: Sequence[Tensor]) -> Tensor:

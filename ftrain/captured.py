@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.private import FakeTensor
+from ftrain.tree import typed_shape
 
 _DEPTH = 5
 
@@ -35,12 +36,7 @@ def captured_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
 def captured_name(function: Callable, tensor: Tensor) -> str:
     """What the user calls a tensor that a function reaches: `model.1.running_mean`; else its type and shape."""
     name = next((name for name, value in _reachable(function, "", _DEPTH, set()) if value is tensor), "")
-    shape = list(tensor.shape)
-    return f"{name!r} ({_short(tensor)}{shape})" if name else f"a tensor ({_short(tensor)}{shape})"
-
-
-def _short(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return f"{name!r} ({typed_shape(tensor)})" if name else f"a tensor ({typed_shape(tensor)})"
 
 
 def _reachable(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.layouts import to_layout
+from ftrain.passes.sizes import has_static_layout
 from kernels.opaque import opaque_op
 
 _aten = torch.ops.aten
@@ -83,17 +84,13 @@ def _is_plain(node: fx.Node, eager: Tensor) -> bool:
 
 
 def _lies_in_rows(value: Tensor) -> bool:
-    if _has_numbers(value):
+    if has_static_layout(value):
         return value.is_contiguous()
     return list(map(str, value.stride())) == list(map(str, value.new_empty(value.shape).stride()))
 
 
-def _has_numbers(value: Tensor) -> bool:
-    return all(isinstance(n, int) for n in (*value.shape, *value.stride()))
-
-
 def _require_numbers(node: fx.Node, eager: Tensor) -> None:
-    if not _has_numbers(eager):
+    if not has_static_layout(eager):
         raise ValueError(
             f"{node.meta.get('site')}: the step draws random numbers into a tensor whose size depends on data and "
             "which is not contiguous: draw into a contiguous one, e.g. torch.rand(x.shape)"

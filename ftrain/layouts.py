@@ -14,7 +14,9 @@ from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_effects import Effect, effect_of
+from ftrain.passes.sizes import has_static_layout
 from ftrain.private import value_of
+from ftrain.tree import typed_shape
 from kernels.opaque import opaque_op
 
 _CHECK = "check_layout"
@@ -77,8 +79,8 @@ class LayoutCheck:
         plan = self._plans[name]
         if value.shape != plan.value.shape or value.dtype != plan.value.dtype:
             raise ValueError(
-                f"{plan.site}: {plan.op} returned {_show(value)} where its shape rule says {_show(plan.value)}: mend "
-                "the op's fake implementation (register_fake)"
+                f"{plan.site}: {plan.op} returned {typed_shape(value)} where its shape rule says "
+                f"{typed_shape(plan.value)}: mend the op's fake implementation (register_fake)"
             )
         if _lies_as(value, plan.value):
             return value
@@ -124,7 +126,7 @@ def _is_checked(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, Tensor) or effect_of(node) is Effect.WRITES:
         return False
-    if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
+    if not has_static_layout(value):
         return False
     if value.dtype == torch.uint8 and not value.numel():
         return False  # a workspace between an op and its backward, whose size no rule knows
@@ -135,7 +137,3 @@ def _lies_as(value: Tensor, planned: Tensor) -> bool:
     """Equal strides where they matter: not of dims of one element, nor of empty tensors."""
     pairs = zip(value.stride(), planned.stride(), planned.shape, strict=True)
     return planned.numel() == 0 or all(a == b or size == 1 for a, b, size in pairs)
-
-
-def _show(value: Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -18,6 +18,7 @@ from ftrain.hardware import copy_bandwidth, host_bandwidth, peak_flops
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.sizes import sized
 from ftrain.text import op_name
+from ftrain.tree import typed_shape
 from kernels.offload import fetch_start, offload_start
 from sharding.mesh import Mesh
 from sharding.processes import same_everywhere
@@ -152,7 +153,7 @@ def _cached(file: Path) -> dict[str, float]:
 
 def _show(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return typed_shape(value)
     if isinstance(value, list | tuple):
         return "(" + ",".join(map(_show, value)) + ")"
     return type(value).__name__

@@ -8,6 +8,7 @@ node tells the mode which forward op is being transposed.
 import functools
 import sys
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
@@ -25,6 +26,17 @@ from sharding.spmd import current_filled, current_purpose
 _HERE = str(Path(__file__).resolve().parent)
 _KERNELS, _SHARDING = (str(Path(_HERE).parent / name) for name in ("kernels", "sharding"))
 _MACHINERY = (_HERE, _KERNELS, _SHARDING, str(Path(torch.__file__).resolve().parent), "<", "optree", "contextlib")
+
+
+def sources(node: fx.Node) -> Iterator[fx.Node]:
+    """A node, and all that it was computed from, the nearest first; also of a graph under way."""
+    queue, seen = deque([node]), {node}
+    while queue:
+        current = queue.popleft()
+        yield current
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
 
 
 class Site(NamedTuple):

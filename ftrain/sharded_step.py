@@ -81,8 +81,9 @@ class ShardedStep:
                 if isinstance(leaf, Tensor):
                     batch = self._in_batch(path)
                     known = not batch and self.placements.parameter(path) is not None
-                    trace.note_input(leaf, path, self._spread(path, leaf), parameter=known, batch=batch)
-            everywhere = Spread(trace.spreads.everywhere)
+                    spread = self._spread(path, leaf, trace.spreads)
+                    trace.note_input(leaf, path, spread, parameter=known, batch=batch)
+            everywhere = self._spread(COORDINATES, coordinates_3, trace.spreads)
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             trace.note_coordinates(coordinates_3)
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)), in_words_of_a_mesh(self.plan.mesh.size):
@@ -102,9 +103,10 @@ class ShardedStep:
             own = [self._local_aval(a, leaf, tokens) for a, leaf in zip(arguments, leaves, strict=True)]
         return (*tree.unflatten(treedef, own), Aval((3,), torch.int64, torch.device("cpu")))
 
-    def _spread(self, path: str, leaf: Tensor) -> Spread:
+    def _spread(self, path: str, leaf: Tensor, spreads: Spreads) -> Spread:
         """How an input of a rank's graph is spread, by its path and its shape there."""
-        spreads = Spreads(self.plan.mesh)
+        if path == COORDINATES:
+            return Spread(spreads.everywhere)
         if not self._in_batch(path):
             return spreads.of_placement(self.placements.of_local(path, tuple(leaf.shape)))
         rule = self.plan.batch_rule(path.removeprefix(self.batch).removeprefix("."))
@@ -124,11 +126,9 @@ class ShardedStep:
         spreads = Spreads(mesh)
         inputs = [n for n in traced.module.graph.nodes if n.op == "placeholder"]
         for node, path in zip(inputs, traced.input_paths, strict=True):
-            coordinate = path == COORDINATES
-            spread = Spread(spreads.everywhere) if coordinate else self._spread(path, node.meta["val"])
-            spreads.give(node, spread)
-            node.meta["coordinates"] = coordinate
-        held = (self._spread(path, n.meta["val"]).placement for n, path in zip(inputs, traced.input_paths, strict=True))
+            spreads.give(node, self._spread(path, node.meta["val"], spreads))
+            node.meta["coordinates"] = path == COORDINATES
+        held = (spreads.of(node).placement for node in inputs)
         self._piece_shapes = {p.local_shape for p in held if p is not None and len(p.local_shape) > 0}
         outputs = traced.module.graph.output_node().args[0]
         found = [

@@ -5,8 +5,6 @@ Where a leaf of the state is, is a choice: one whose path ends with a parameter'
 follows from the ops (`ftrain.spread`).
 """
 
-import difflib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,10 +16,12 @@ from torch import Tensor, fx
 
 from ftrain import tree
 from ftrain.private import is_constant, node_of
+from ftrain.provenance import sources
 from ftrain.spread import Spread, Spreads
 from kernels.mean import Mean
 from sharding.collectives import sum_of_parts
 from sharding.mesh import BASE_AXES, Mesh
+from sharding.paths import nearest
 from sharding.placement import Placement
 from sharding.plan import Plan
 from sharding.spmd import axis_index, on_mesh
@@ -64,8 +64,8 @@ class Placements:
     def nearest(self, path: str) -> str:
         """The known parameter whose name is most like the end of a path, as words of an error."""
         names = {".".join(k.split(".")[-2:]): k for k in self.known}
-        near = difflib.get_close_matches(".".join(path.split(".")[-2:]), names, n=1, cutoff=0.0)
-        return f"; the nearest it knows is {names[near[0]]!r}" if near else ""
+        near = nearest(".".join(path.split(".")[-2:]), names, cutoff=0.0)
+        return "" if near is None else f"; the nearest it knows is {names[near]!r}"
 
     def learn(self, path: str, placement: Placement) -> None:
         """Note where a parameter is; ValueError if another one of that name is elsewhere."""
@@ -180,16 +180,7 @@ class ShardedTrace:
 
     def _nearest_path(self, tensor: Tensor) -> str:
         start = node_of(tensor)
-        queue, seen = deque([] if start is None else [start]), {start}
-        while queue:
-            node = queue.popleft()
-            if node in self._paths:
-                return self._paths[node]
-            for parent in node.all_input_nodes:
-                if parent not in seen:
-                    seen.add(parent)
-                    queue.append(parent)
-        return ""
+        return next((self._paths[n] for n in sources(start) if n in self._paths), "") if start is not None else ""
 
     def placement(self, leaf: Tensor) -> Placement:
         """Where the pieces of a leaf, or of what was computed from it, are."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.loop import is_loop, loop_body
-from ftrain.op_effects import Effect, effect_of
+from ftrain.op_effects import Effect, argument_reader, effect_of
 from ftrain.spread_views import moved
 from sharding.collectives import exchange_rows, gather_ranks, shift_ranks
 from sharding.mesh import BASE_AXES, Mesh
@@ -272,7 +272,7 @@ class Spreads:
         left = [s for s in placement.splits if s.dim not in dims]
         if over:
             uneven = any(placement.shape[s.dim] % s.size for s in over) and coordinates_of(node.graph) is None
-            if uneven or (how == "norm" and _order(node) not in (1, 2, float("inf"))):
+            if uneven or (how == "norm" and norm_order(node) not in (1, 2, float("inf"))):
                 return Spread(source.axes, cause=node)
             self.fixes[node] = Fix(node, how, placement, tuple(over), frozenset(dims))
         kept = [d for d in range(value.dim()) if keep or d not in dims]
@@ -413,8 +413,8 @@ def _takes_statistics(node: fx.Node) -> bool:
         folded = (1, before.shape[0] * before.shape[1], *before.shape[2:])
         if _is_view(node.args[0].target) and tuple(value.shape) == folded:  # type: ignore[union-attr]
             return False
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return bool({**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("training", True))
+    training = argument_reader(node.target, node.args, node.kwargs)("training")  # type: ignore[arg-type]
+    return training is None or bool(training)
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -424,16 +424,15 @@ def _is_number(node: fx.Node) -> bool:
 
 def _reduced_dims(node: fx.Node, rank: int) -> tuple[set[int], bool]:
     """Which dims an op reduces, and whether they stay as dims of size 1."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    names = [a.name for a in schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    dims = given.get("dim")
+    value = argument_reader(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    dims = value("dim")
     every = dims is None or (isinstance(dims, list | tuple) and not dims)
     listed = range(rank) if every else [dims] if isinstance(dims, int) else dims
-    return {d % max(1, rank) for d in listed}, bool(given.get("keepdim", False))  # type: ignore[union-attr]
+    return {d % max(1, rank) for d in listed}, bool(value("keepdim"))
 
 
-def _order(node: fx.Node) -> float:
+def norm_order(node: fx.Node) -> float:
+    """The p of a p-norm."""
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("ord", 2)
     return 2 if given is None else float(given)  # type: ignore[arg-type]
 

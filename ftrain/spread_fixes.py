@@ -9,10 +9,11 @@ from torch import Tensor, fx
 
 from ftrain.absent_device import absent_device, put_on
 from ftrain.private import fake_mode_of, trace_to_graph, value_of
-from ftrain.spread import Fix, coordinates_of
+from ftrain.spread import Fix, coordinates_of, norm_order
 from sharding.mesh import Mesh
 from sharding.placement import Placement, Split
-from sharding.spmd import axis_index, on_mesh
+from sharding.shards import fill_padding
+from sharding.spmd import on_mesh
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 
@@ -62,10 +63,8 @@ def _inside(
     """The piece with `neutral` in the place of padding."""
     with on_mesh(mesh, coordinates_3):
         for split in uneven:
-            length = x.shape[split.dim]
-            index = axis_index("+".join(split.axes)) * length + torch.arange(length)
-            inside = (index < placement.shape[split.dim]).to(x.device)
-            x = torch.where(inside.view([-1 if d == split.dim else 1 for d in range(x.dim())]), x, neutral)
+            start = placement.starts()[split.dim]
+            x = fill_padding(x, split.dim, start, placement.shape[split.dim], neutral)
     return x
 
 
@@ -81,13 +80,14 @@ def _finish(fix: Fix, mesh: Mesh) -> None:
         at = made
         return made
 
-    how, order, value = fix.how, _order(fix), fix.node
+    how, value = fix.how, fix.node
+    order = norm_order(fix.node) if how == "norm" else 1.0
     if how == "mean":
         value = then(_aten.mul.Tensor, value, math.prod(fix.placement.local_shape[d] for d in fix.dims))
-    squares = how == "norm" and order == 2
+    squares = order == 2
     if squares:
         value = then(_aten.mul.Tensor, value, value)
-    over = {"max": "max", "min": "min"}.get(how, "max" if how == "norm" and order == math.inf else "sum")
+    over = {"max": "max", "min": "min"}.get(how, "max" if order == math.inf else "sum")
     for split in fix.over:
         started = then(_c10d.all_reduce.default, value, over, mesh.group(*split.axes).name)
         started.meta["purpose"] = "reduction"
@@ -102,8 +102,3 @@ def _finish(fix: Fix, mesh: Mesh) -> None:
 
 def _provenance(node: fx.Node) -> dict[str, Any]:
     return {k: v for k, v in node.meta.items() if k in ("site", "phase", "sequence", "path")}
-
-
-def _order(fix: Fix) -> float:
-    given = fix.node.args[1] if len(fix.node.args) > 1 else 2
-    return 2.0 if given is None or fix.how != "norm" else float(given)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from ftrain.liveness import plan_memory
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.sizes import unknown_sizes
 from ftrain.provenance import Site
+from ftrain.tree import typed_shape
 
 
 def graph_text(module: fx.GraphModule) -> str:
@@ -83,7 +84,7 @@ def show_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"({', '.join(map(show_value, value))})"
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return typed_shape(value)
     return type(value).__name__ if value is not None else "graph"
 
 

@@ -214,5 +214,10 @@ def _differ(a: Any, b: Any) -> bool:
 def describe(leaf: Any) -> str:
     """A leaf in a few words: `float32[4, 8] cpu` for a tensor, else its repr."""
     if isinstance(leaf, torch.Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} {leaf.device}"
+        return f"{typed_shape(leaf)} {leaf.device}"
     return repr(leaf)
+
+
+def typed_shape(tensor: torch.Tensor) -> str:
+    """A tensor's dtype and shape in short: `float32[4, 8]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.fused import WRITES, is_fused
-from ftrain.op_effects import hidden_writes
+from ftrain.op_effects import argument_reader, hidden_writes
 from ftrain.passes.aliasing import storage
 
 
@@ -14,10 +14,9 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
         return [node.args[i] for i in node.meta[WRITES]]
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
-    arguments = node.target._schema.arguments
-    values = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    value = argument_reader(node.target, node.args, node.kwargs)
     found = hidden_writes(node.target, node.args, node.kwargs)
-    fx.map_arg([values.get(a.name) for a in arguments if a.is_write], found.append)
+    fx.map_arg([value(a.name) for a in node.target._schema.arguments if a.is_write], found.append)
     return found
 
 

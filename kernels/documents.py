@@ -53,11 +53,7 @@ class Documents:
         length = segments_T.shape[0] // packs
         found = [_of_pack(whole, pack * length, (pack + 1) * length) for pack in range(packs)]
         most = max(len(ends) for ends in found)
-        slots = max(_LEAST_SLOTS, 1 << (most - 1).bit_length()) if max_documents is None else max_documents
-        if most > slots:
-            raise ValueError(
-                f"a pack has {most} documents, more than max_documents={slots}: raise it, or pack fewer documents"
-            )
+        slots = _slots(most, max_documents)
         bound = length if longest is None else longest
         lengths = whole.diff()
         if lengths.numel() and int(lengths.max()) > bound:
@@ -84,10 +80,7 @@ def aligned_documents(
     _check_ids(kv_segments_S, packs)
     pairs = zip(segments_T.cpu().chunk(packs), kv_segments_S.cpu().chunk(packs), strict=True)
     lengths = [aligned_lengths(ids_T, kv_ids_S) for ids_T, kv_ids_S in pairs]
-    most = max(len(found) for found in lengths)
-    slots = max(_LEAST_SLOTS, 1 << (most - 1).bit_length()) if max_documents is None else max_documents
-    if most > slots:
-        raise ValueError(f"a pack has {most} documents, more than max_documents={slots}: raise it")
+    slots = _slots(max(len(found) for found in lengths), max_documents)
     made = []
     for side, ids_T in enumerate((segments_T, kv_segments_S)):
         rows = [[pair[side] for pair in found] + [0] * (slots - len(found)) for found in lengths]
@@ -148,6 +141,16 @@ def _check_ids(segments_T: Tensor, packs: int) -> None:
         raise ValueError(f"Documents.of wants int64 ids [T], not {segments_T.dtype} {[*segments_T.shape]}")
     if packs < 1 or segments_T.shape[0] % packs:
         raise ValueError(f"Documents.of: {segments_T.shape[0]} tokens are not {packs} equal packs")
+
+
+def _slots(most: int, max_documents: int | None) -> int:
+    """How many documents the offsets of a pack have room for; ValueError if some pack has more."""
+    slots = max(_LEAST_SLOTS, 1 << (most - 1).bit_length()) if max_documents is None else max_documents
+    if most > slots:
+        raise ValueError(
+            f"a pack has {most} documents, more than max_documents={slots}: raise it, or pack fewer documents"
+        )
+    return slots
 
 
 def _of_pack(offsets: Tensor, start: int, end: int) -> list[int]:

@@ -47,6 +47,12 @@ def piece_of(whole: Tensor, placement: Placement) -> Tensor:
     return whole
 
 
+def fill_padding(piece: Tensor, dim: int, start: int | Tensor, size: int, fill: float) -> Tensor:
+    """A piece that begins at `start` of `size` places along `dim`, with `fill` behind the last one."""
+    inside = (start + torch.arange(piece.shape[dim]) < size).to(piece.device)
+    return torch.where(inside.view([-1 if d == dim else 1 for d in range(piece.dim())]), piece, fill)
+
+
 def mean_over(x: Tensor, dims: Sequence[int], placement: Placement, mesh: Mesh) -> Tensor:
     """The mean over these dims of the whole array, kept as dims of size 1; `x` lies as `placement` says."""
     total = x.sum(tuple(dims), keepdim=True)

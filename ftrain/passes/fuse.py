@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ftrain.fused import WRITES, run_fused
 from ftrain.op_effects import is_pure
 from ftrain.passes.aliasing import storage
+from ftrain.passes.sizes import has_static_layout
 
 _aten = torch.ops.aten
 _REDUCTIONS = {
@@ -66,7 +67,7 @@ def _stretches(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
     for node in nodes:
         if node.op == "get_attr":
             continue
-        fits = _has_static_layout(node) and (node.target in VIEWS or _is_compute(node))
+        fits = has_static_layout(node.meta.get("val")) and (node.target in VIEWS or _is_compute(node))
         if found and (not fits or _is_scalar(node) != scalar):
             yield found
             found = []
@@ -75,11 +76,6 @@ def _stretches(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
             found.append(node)
     if found:
         yield found
-
-
-def _has_static_layout(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
 
 
 def _is_compute(node: fx.Node) -> bool:

@@ -50,6 +50,11 @@ def sized(node: fx.Node) -> Any:
     return node.meta.get("sized", node.meta.get("val"))
 
 
+def has_static_layout(value: Any) -> bool:
+    """True for a tensor whose sizes and strides are numbers that do not depend on data."""
+    return isinstance(value, Tensor) and all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+
+
 def _is_symbolic(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_is_symbolic, value))
