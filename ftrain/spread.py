@@ -261,6 +261,8 @@ class Spreads:
                 at = dim - (len(sizes) - own.dim())
                 if dim not in held and at >= 0 and own.shape[at] != 1:
                     return Spread(axes, cause=node)
+        if _share_ranks(splits.values()):
+            return Spread(axes, cause=node)
         return self.of_placement(Placement(tuple(sizes), tuple(splits[d] for d in sorted(splits)), copies))
 
     def _reduced(self, node: fx.Node, source: Spread) -> Spread:
@@ -308,6 +310,8 @@ class Spreads:
                 copies = placement.copies  # type: ignore[union-attr]
         of_batches = len(sizes) == 3
         if of_batches and 0 in splits and any(self._known[n].placement is None for n in factors):  # type: ignore[index]
+            return None
+        if _share_ranks(splits.values()):
             return None
         found = Placement(tuple(sizes), tuple(s._replace(dim=d) for d, s in sorted(splits.items())), copies)
         spread = self.of_placement(found)
@@ -367,6 +371,12 @@ def _without(axes: frozenset[str], group: frozenset[str]) -> frozenset[str]:
     if group & _FOLDED and axes & _EXPERTS:
         axes = (axes - _EXPERTS) | _FOLDED
     return axes - group
+
+
+def _share_ranks(splits: Iterable[Split]) -> bool:
+    """True where two dims are divided among the same ranks: each holds a block of the diagonal, and nobody the rest."""
+    axes = [axis for split in splits for axis in split.axes]
+    return len(set(axes)) < len(axes) or not (_FOLDED.isdisjoint(axes) or _EXPERTS.isdisjoint(axes))
 
 
 def _without_first_dim(spread: Spread) -> Spread:

@@ -58,6 +58,8 @@ RIGHT = {
 }  # fmt: skip
 WRONG = {
     "products of pieces": (lambda w, g: w - 0.1 * g @ (g.mT @ g) if g.dim() == 2 else w, "mm"),
+    "a product with itself": (lambda w, g: w - 0.1 * (g @ g.mT).sum(1, keepdim=True) if g.dim() == 2 else w, "mm"),
+    "an outer product": (lambda w, g: w - 0.1 * (g[:, None] * g[None, :]).sum(1) if g.dim() == 1 else w, "mul"),
     "a sort": (lambda w, g: w - 0.1 * g.sort(0).values, "sort"),
     "a softmax": (lambda w, g: w - 0.1 * g.softmax(0), "softmax"),
     "a running sum": (lambda w, g: w - 0.1 * g.cumsum(0), "cumsum"),
