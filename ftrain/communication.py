@@ -1,6 +1,7 @@
 """What a graph sends: bytes per collective and per purpose, as one rank sees it."""
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, fx
 
@@ -19,14 +20,19 @@ def node_sends(node: fx.Node, mesh: Mesh) -> int:
     return sent_bytes(COLLECTIVES[node.target], value.numel() * value.element_size(), ranks)
 
 
-def bytes_moved(module: fx.GraphModule, mesh: Mesh) -> dict[str, int]:
-    """Bytes that a rank sends in one run, by purpose; a loop's body counts as often as it runs."""
-    found: dict[str, int] = {}
+def bytes_moved(
+    module: fx.GraphModule, mesh: Mesh, *, count: Callable[[fx.Node, Mesh], float] = node_sends
+) -> dict[str, int]:
+    """Bytes that a rank sends in one run, by purpose; a loop's body counts as often as it runs.
+
+    `count` tells those of one collective.
+    """
+    found: dict[str, float] = {}
     for node in module.graph.nodes:
         if node.target in COLLECTIVES:
             purpose = node.meta.get("purpose", "")
-            found[purpose] = found.get(purpose, 0) + node_sends(node, mesh)
+            found[purpose] = found.get(purpose, 0) + count(node, mesh)
         elif is_loop(node):
-            for purpose, sent in bytes_moved(loop_body(node), mesh).items():
+            for purpose, sent in bytes_moved(loop_body(node), mesh, count=count).items():
                 found[purpose] = found.get(purpose, 0) + int(node.args[1]) * sent
-    return dict(sorted(found.items()))
+    return {purpose: round(sent) for purpose, sent in sorted(found.items())}

@@ -28,6 +28,7 @@ from ftrain.loop import is_loop, loop_body
 from ftrain.no_gradient import refusing
 from ftrain.op_times import OpTimes
 from ftrain.out_of_memory import explained, is_out_of_memory
+from ftrain.overlap_budget import bytes_within
 from ftrain.passes.bucket import bucket
 from ftrain.passes.clean import clean
 from ftrain.passes.donate import donate as donate_pass
@@ -374,7 +375,8 @@ def compile_step(
         )
     compiled.mesh, compiled.link = mesh, link
     if mesh is not None and hide_communication and groups_of(module):
-        overlap(module, mesh, times=OpTimes.on(compiled.device, mesh), link=link)
+        within = bytes_within(module, remat, compiled.device, mesh)
+        overlap(module, mesh, times=OpTimes.on(compiled.device, mesh), link=link, within=within)
     donate_pass(module, by_name)
     compiled.graph = module
     return compiled

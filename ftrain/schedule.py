@@ -5,9 +5,13 @@ the other. Whenever the link is idle, the next collectives in the graph's order 
 inputs can be had at once is started. Where compute would have to wait, nodes that need not wait are taken first. That
 gives, without special cases, prefetch of parameters in forward and backward, exchanges of attention under the
 projections that do not need them, and experts' exchanges under shared experts and other parts of the tokens.
+
+How far ahead messages may get is bounded by the memory that the step leaves free. More is not always better (a large
+gather that is not urgent keeps the link from what is), so a few bounds are tried, and the fastest order is taken.
 """
 
 import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +29,7 @@ from sharding.mesh import Mesh
 _AHEAD = 12  # collectives that are looked at when the link is idle
 _WINDOW = 400  # how far ahead, in nodes, compute is fetched from to fill a wait
 _CLOSURE = 24  # nodes that may be run early to have a collective's inputs
+_TRIED = (0, 1, 4, 16)  # times the two largest results of collectives: the memory to be ahead by
 
 
 class Flight(NamedTuple):
@@ -68,28 +73,79 @@ class Schedule:
         return "\n".join(lines)
 
 
-def overlap(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link, spare_bytes: int | None = None) -> None:
+def overlap(
+    module: fx.GraphModule,
+    mesh: Mesh,
+    *,
+    times: OpTimes,
+    link: Link,
+    within: int | None = None,
+    score: Callable[[fx.GraphModule], float] | None = None,
+) -> None:
     """Reorder the graph so that communication hides behind compute; no value changes.
 
-    The peak of memory may grow by `spare_bytes` (None: a tenth of it, or the two largest results of collectives).
-    Bodies of loops are treated alike.
+    `within`: bytes beyond the arguments that the step may take; what the graph leaves of them is what messages may be
+    ahead by: several bounds up to that are tried, and the fastest order by `score` (default: the run on paper of
+    `simulate_schedule`) is taken, so that more bytes never give a longer step. None: one bound, a tenth of the graph's
+    peak, or the two largest results of collectives. Bodies of loops are treated alike.
     """
+    score = score or (lambda m: _microseconds(simulate_schedule(m, mesh, times=times, link=link)))
     for node in module.graph.nodes:
         if is_loop(node):
-            overlap(loop_body(node), mesh, times=times, link=link, spare_bytes=spare_bytes)
+            inner = None if within is None else within - _around(module, node)
+            overlap(loop_body(node), mesh, times=times, link=link, within=inner, score=score)
     if not any(n.target in COLLECTIVES for n in module.graph.nodes):
         return
     peak = plan_memory(module).peak
     results = [size for n in module.graph.nodes if n.target in COLLECTIVES for _, size in storages_of(n)]
-    spare = max(peak // 10, sum(sorted(results)[-2:])) if spare_bytes is None else spare_bytes
-    bound = peak + spare
-    order = _Scheduler(module, mesh, times, link, bound).run()
+    two = sum(sorted(results)[-2:])
+    if within is None:
+        _apply(module, _Scheduler(module, mesh, times, link, peak + max(peak // 10, two)).run())
+    else:
+        # what is tried of a smaller budget is tried of every larger one
+        bounds = [peak + n * two for n in _TRIED if n == 0 or n * two <= within - peak]
+        _apply(module, _fastest(module, mesh, times, link, bounds, score))
+    module.graph.lint()
+    module.recompile()
+
+
+def _fastest(
+    module: fx.GraphModule,
+    mesh: Mesh,
+    times: OpTimes,
+    link: Link,
+    bounds: Sequence[int],
+    score: Callable[[fx.GraphModule], float],
+) -> list[fx.Node]:
+    """The order of the bound that gives the shortest step; of bounds that refuse nothing one is tried."""
+    best, least, given = list(module.graph.nodes), float("inf"), list(module.graph.nodes)
+    for bound in bounds:
+        _apply(module, given)
+        scheduler = _Scheduler(module, mesh, times, link, bound)
+        order = scheduler.run()
+        _apply(module, order)
+        took = score(module)
+        if took < least:
+            best, least = order, took
+        if not scheduler.was_refused:
+            break
+    return best
+
+
+def _around(module: fx.GraphModule, loop: fx.Node) -> int:
+    """Bytes that are alive while a loop runs and are not its body's."""
+    return dict(plan_memory(module).timeline)[loop.name] - plan_memory(loop_body(loop)).peak
+
+
+def _apply(module: fx.GraphModule, order: list[fx.Node]) -> None:
     previous = order[0]
     for node in order[1:]:
         previous.append(node)
         previous = node
-    module.graph.lint()
-    module.recompile()
+
+
+def _microseconds(schedule: Schedule) -> float:
+    return schedule.compute + schedule.exposed
 
 
 def simulate_schedule(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link) -> Schedule:
@@ -139,6 +195,8 @@ class _Scheduler:
         self._missing = [len(n.all_input_nodes) for n in nodes]
         self._starts = [i for i, n in enumerate(nodes) if n.target in COLLECTIVES]
         self._memory = _Memory(nodes, self._output, bound)
+        self.was_refused = False
+        """Whether a larger bound of memory would have given another order."""
         self._ready: list[int] = []
         self._done = [False] * len(nodes)
         self._order: list[fx.Node] = []
@@ -171,7 +229,7 @@ class _Scheduler:
             return first
         near = [i for i in sorted(self._ready) if i <= first + _WINDOW and not self._done[i]]
         for i in near:
-            if not self._waits(i) and self._nodes[i].target not in COLLECTIVES and self._memory.allows(i):
+            if not self._waits(i) and self._nodes[i].target not in COLLECTIVES and self._allows(i):
                 return i
         return min((i for i in near if self._waits(i)), key=self._lasts)
 
@@ -198,11 +256,16 @@ class _Scheduler:
             if seen > _AHEAD:
                 break
             closure = self._closure(i)
-            if closure is not None and self._memory.allows(*closure, i):
+            if closure is not None and self._allows(*closure, i):
                 for node in [*closure, i]:
                     self._emit(node)
                 return True
         return False
+
+    def _allows(self, *nodes: int) -> bool:
+        allowed = self._memory.allows(*nodes)
+        self.was_refused |= not allowed
+        return allowed
 
     def _closure(self, i: int) -> list[int] | None:
         """The nodes to run for a collective's inputs, in order; None if they are many, or would wait."""

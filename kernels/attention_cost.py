@@ -102,7 +102,7 @@ def backward_workspace(
     n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
     if q.is_cuda and served_by_flash(q, v):
         places = 1 if longest is None or documents is None else documents.shape[0] - 1
-        return _flash_backward_bytes(n, q.element_size(), places)
+        return flash_backward_bytes(n, q.element_size(), places)
     call = _call_bytes(n, rule, served_by_aten(q, v), backward=True)
     if _in_place(q, v, documents):
         return call
@@ -119,7 +119,7 @@ def _copies(n: Sizes, q: Tensor, documents: Tensor | None, inputs: int, results:
     return max(gathered * (inputs + results), n.copied(documents) * (results + not_dense))
 
 
-def _flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:
+def flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:
     """float32 sums of dq, a number per query, and gradients of keys per query head before these are added up."""
     padded = n.T + 128 * documents
     step = 32 if n.K <= 128 else 64

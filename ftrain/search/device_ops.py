@@ -1,7 +1,6 @@
 """What the ops of a graph cost on a cluster's GPU, from their shapes: time by a roofline, and bytes of workspace.
 
-A search lowers on abstract CPU tensors, so the rules of `ftrain.op_rules` that tell what CPU kernels allocate do not
-apply: here are those of the kernels that run on a GPU.
+A search lowers for a card that need not be here (see `ftrain.absent_device`), and the rules are those of its kernels.
 """
 
 from collections.abc import Callable
@@ -10,21 +9,22 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.cost import is_view, node_flops, node_traffic
+from ftrain.fused import is_fused
 from ftrain.liveness import workspace_bytes
 from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
-from ftrain.op_rules import WORKSPACE
 from ftrain.op_times import OpTimes, op_key
 from ftrain.passes.sizes import sized
 from ftrain.passes.waits import WAIT
 from ftrain.search.cluster import Cluster
+from kernels.attention_cost import Sizes, flash_backward_bytes
 
 _ATTENTION = ("ftrain::attention_", "ftrain::ring_")
 _GROUPED = ("ftrain::grouped_mm", "aten::_grouped_mm")
 
 
 class DeviceTimes(OpTimes):
-    """Microseconds of ops on one GPU of a cluster.
+    """Microseconds of ops on one GPU of a cluster, of batches for the share that is not padding.
 
     `attention_share`: of the pairs of a query and a key that the ops are taken to compute, those that meet in one
     document: the rules see whole packs, and a rank that holds several packs sees them as one.
@@ -36,17 +36,21 @@ class DeviceTimes(OpTimes):
         self._known: dict[fx.Node, float] = {}
 
     def microseconds(self, node: fx.Node) -> float:
-        """How long a node computes; a loop takes all its rounds, a collective and its wait nothing."""
+        """How long a node computes; a loop takes all its rounds, a collective and its wait nothing.
+
+        A run of fused ops takes as long as reading what it needs and writing what others need of it.
+        """
         if node.op != "call_function" or node.target in COLLECTIVES or node.target is WAIT or is_view(node):
             return 0.0
         if is_loop(node):
             return int(node.args[1]) * sum(map(self.microseconds, loop_body(node).graph.nodes))  # type: ignore[arg-type]
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, torch._ops.OpOverload) and not is_fused(node):
             return 0.0
         found = self._known.get(node)
         if found is None:
             measured = self.measured.get(op_key(node)) if self.measured else None
-            found = self._known[node] = self._roofline(node) if measured is None else measured
+            took = self._roofline(node) if measured is None else measured
+            found = self._known[node] = node.meta.get("filled", 1.0) * took
         return found
 
     def _roofline(self, node: fx.Node) -> float:
@@ -68,28 +72,20 @@ def workspace_on(device_type: str) -> Callable[[fx.Node], int]:
 
 
 def device_workspace(node: fx.Node) -> int:
-    """Bytes that the op of a node allocates on a GPU beyond its outputs while it runs; of a loop none of its own."""
-    name = _op_name(node)
-    if not name.startswith("ftrain::") or name.startswith(_GROUPED):
-        return 0
-    if name.startswith(_ATTENTION):
-        return _flash_workspace(node) if name.endswith("backward") else 0
-    rule = WORKSPACE.get(name)
-    if rule is None:
-        return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), sized)
-    return int(rule(*args, **kwargs))
+    """Bytes that the op of a node allocates on a GPU beyond its outputs while it runs; of a loop none of its own.
 
-
-def _flash_workspace(node: fx.Node) -> int:
-    """FlashAttention's backward: float32 sums of dq, a number per query, and gradients of keys per query head.
-
-    Arguments are (grad, q, k or joint keys and values, ...); with as many key heads as query heads nothing is expanded.
+    The rules of the memory plan; blocks of a ring are taken to be FlashAttention's, whose backward alone needs some.
     """
-    q, k = (sized(node.args[i]) for i in (1, 2))  # type: ignore[arg-type]
-    T, H, K = q.shape
-    expanded = 0 if k.shape[1] == H else 2 * k.shape[0] * H * K * q.element_size()
-    return (T + 128) * H * (K + 1) * 4 + expanded
+    name = _op_name(node)
+    if not name.startswith("ftrain::ring_"):
+        return 0 if is_loop(node) else workspace_bytes(node, round_to=512)
+    if not name.endswith("backward"):
+        return 0
+    q, kv = (sized(node.args[i]) for i in (1, 2))  # type: ignore[arg-type]
+    assert isinstance(q, Tensor)
+    assert isinstance(kv, Tensor)
+    k, v = kv.split([q.shape[2], kv.shape[2] - q.shape[2]], -1)
+    return flash_backward_bytes(Sizes.of(q, k, v), q.element_size(), 1)
 
 
 def _product_dtype(node: fx.Node) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from ftrain.search.cluster import Cluster
 from ftrain.search.estimate import Estimate, Weights, estimate, kinds_of, weights_on
 from ftrain.search.layouts import Candidate, Facts, Rejected, Space, layouts
-from ftrain.search.price import Layer, Price, minor_layers, price
+from ftrain.search.price import MEMORY, Layer, Price, minor_layers, price
 from ftrain.search.subject import Subject
 from ftrain.text import show_bytes
 
@@ -32,19 +32,21 @@ class Options:
     traced: int = 40
     processes: int = 2
     space: Space = field(default_factory=Space)
-    memory: float = 0.95
+    memory: float = MEMORY
     seconds: float = float("inf")
 
 
 @dataclass(frozen=True)
 class Result:
     """`prices`: of traced layouts that fit, fastest first. `untraced`: legal layouts that were only estimated, fastest
-    first. `rejected`: what cannot run, with reasons; each layout is in one of the three.
+    first. `rejected`: what cannot run, with reasons; each layout is in one of the three. `bounds`: seconds that the
+    traced layouts take at least.
     """
 
     prices: list[Price]
     untraced: list[Guessed]
     rejected: list[Rejected]
+    bounds: Mapping[Candidate, float] = field(default_factory=dict)
 
 
 def search(
@@ -85,14 +87,16 @@ def search(
             traced += len(wave)
             chosen = [c for c, _ in wave]
             _learn_minor(minor, subject, chosen, cluster, pool, load)
-            outcomes = _traced(subject, chosen, cluster, minor, pool, load)
+            outcomes = _traced(subject, chosen, cluster, minor, pool, load, options.memory)
             for (candidate, guess), outcome in zip(wave, outcomes, strict=True):
                 book.enter(candidate, guess, outcome, subject.facts)
                 say(f"{candidate}: {outcome if isinstance(outcome, str) else _figures(outcome)}")
             rest = [item for item in rest if not book.hopeless(*item, subject.facts)]
             rest.sort(key=lambda item: book.expected(*item) > limit)  # stable: the fastest of each first
     rest.sort(key=lambda item: item[1].seconds)
-    return Result(sorted(book.prices, key=lambda p: p.seconds), rest, book.rejected)
+    bounds = {c: e.seconds for c, e in fitting}
+    traced_bounds = {p.candidate: bounds[p.candidate] for p in book.prices}
+    return Result(sorted(book.prices, key=lambda p: p.seconds), rest, book.rejected, traced_bounds)
 
 
 @dataclass
@@ -198,10 +202,11 @@ def _traced(
     minor: Minor,
     pool: ProcessPoolExecutor | None,
     load: LoadSubject | None,
+    memory: float,
 ) -> list[Price | str]:
     if pool is None or load is None:
-        return [_attempt(subject, c, cluster, minor.get(c.remat)) for c in chosen]
-    tasks = [pool.submit(_attempt_loaded, load, c, cluster, minor.get(c.remat)) for c in chosen]
+        return [_attempt(subject, c, cluster, minor.get(c.remat), memory) for c in chosen]
+    tasks = [pool.submit(_attempt_loaded, load, c, cluster, minor.get(c.remat), memory) for c in chosen]
     return [task.result() for task in tasks]
 
 
@@ -214,17 +219,17 @@ def _start_worker() -> None:
 
 
 def _attempt_loaded(
-    load: LoadSubject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None
+    load: LoadSubject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None, memory: float
 ) -> Price | str:
-    return _attempt(load(), candidate, cluster, minor)
+    return _attempt(load(), candidate, cluster, minor, memory)
 
 
 def _attempt(
-    subject: Subject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None
+    subject: Subject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None, memory: float
 ) -> Price | str:
     """The price, or why the step cannot be lowered: the first line of what the trace says."""
     try:
-        return price(subject, candidate, cluster, minor)
+        return price(subject, candidate, cluster, minor, memory=memory)
     except (ValueError, RuntimeError) as error:
         return f"cannot be lowered: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from ftrain.search.contributors import why
 from ftrain.search.layouts import grouped
 from ftrain.search.price import Price
 from ftrain.search.search import Result
@@ -12,7 +13,9 @@ COLUMNS = ("#", "layout", "tok/s/GPU", "MFU", "non-causal", "peak GiB", "exposed
 
 
 def print_result(result: Result, *, title: str, rows: int = 20, console: Console | None = None) -> None:
-    """The ranked layouts, how many were only estimated, and the rejected ones by reason."""
+    """The ranked layouts, why the best is far from its bound if it is, how many were only estimated, and the rejected
+    ones by reason.
+    """
     console = console or Console()
     table = Table(title=title, title_justify="left")
     for name in COLUMNS:
@@ -20,12 +23,17 @@ def print_result(result: Result, *, title: str, rows: int = 20, console: Console
     for place, price in enumerate(result.prices[:rows], 1):
         table.add_row(str(place), *cells(price))
     console.print(table)
+    if result.prices:
+        best = result.prices[0]
+        words = why(best.seconds, result.bounds[best.candidate], best.exposed, best.ops)
+        if words:
+            console.print(f"{best.candidate}: {words}", highlight=False)
     if len(result.prices) > rows:
         console.print(f"and {len(result.prices) - rows} more that fit")
     if result.untraced:
-        best, guess = result.untraced[0]
+        other, guess = result.untraced[0]
         console.print(
-            f"{len(result.untraced)} legal layouts were estimated and not traced; the best of them: {best} "
+            f"{len(result.untraced)} legal layouts were estimated and not traced; the best of them: {other} "
             f"(at least {guess.seconds * 1e3:.0f} ms a step)",
             highlight=False,
         )

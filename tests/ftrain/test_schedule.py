@@ -9,9 +9,13 @@ from mesh_models import dense, mixture, omni, plan_for
 import ftrain
 from ftrain import tree
 from ftrain.communication import bytes_moved
+from ftrain.compiled import copy_graph
+from ftrain.liveness import plan_memory
 from ftrain.lockstep import COLLECTIVES
+from ftrain.op_times import OpTimes
 from ftrain.passes.bucket import bucket
 from ftrain.passes.sink import gather_chains
+from ftrain.schedule import overlap, simulate_schedule
 from sharding import Layout, Mesh, Plan, Ring
 from sharding.link import Link, sent_bytes
 
@@ -69,6 +73,23 @@ def test_memory_stays_within_its_bound():
     model = dense()
     peaks = [lowered(model, overlap=o, link=SMALL).memory().peak for o in (False, True)]
     assert peaks[1] <= 1.5 * peaks[0]
+
+
+@pytest.mark.parametrize("bandwidth", [1e8, 2e8, 4e8])
+def test_memory_that_a_step_leaves_free_never_makes_it_slower(bandwidth):
+    """On a mesh of shapes: what is free is what messages may be ahead by, and no more is used than helps."""
+    mesh, link = Mesh(1, 8, 2, kind="fake"), Link(5.0, bandwidth)
+    plain = lowered(dense(layers=4), overlap=False, link=link, mesh=mesh)
+    times, peak = OpTimes.on(torch.device("cpu"), mesh), plain.memory().peak
+    took, peaks, frees = [], [], (0, peak // 4, peak, 4 * peak, 16 * peak)
+    for free in frees:
+        module = copy_graph(plain.graph)
+        overlap(module, mesh, times=times, link=link, within=peak + free)
+        found = simulate_schedule(module, mesh, times=times, link=link)
+        took.append(found.compute + found.exposed)
+        peaks.append(plan_memory(module).peak)
+    assert took == sorted(took, reverse=True)
+    assert all(p <= peak + free for p, free in zip(peaks[1:], frees[1:], strict=True))
 
 
 def test_parameters_are_gathered_where_they_are_needed_and_again_for_the_backward():

@@ -56,15 +56,15 @@ def test_views_waits_and_messages_do_not_compute(lowered):
         assert all(times.microseconds(n) == 0 for n in nodes_of(lowered.plain, op))
 
 
-def test_kernels_of_a_gpu_need_less_than_those_of_a_cpu(lowered):
+def test_workspaces_are_those_of_the_kernels_of_a_gpu(lowered):
     backward = nodes_of(lowered.plain, "attention_backward")[0]
     q, k = (backward.args[i].meta["val"] for i in (1, 2))
     tokens, heads, width = q.shape
-    sums = (tokens + 128) * heads * (width + 1) * 4
+    sums = (tokens + 128) * heads * (-(-width // 32) * 32 + 1) * 4  # the kernel works on widths in steps of 32
     expanded = 0 if k.shape[1] == heads else 2 * q.numel() * 2
     assert device_workspace(backward) == sums + expanded
     assert device_workspace(nodes_of(lowered.plain, "attention_forward")[0]) == 0
-    assert all(device_workspace(n) == 0 for n in nodes_of(lowered.plain, "aten."))
+    assert all(device_workspace(n) == 0 for n in nodes_of(lowered.plain, "aten.") if "sum" not in str(n.target))
 
 
 def test_with_one_kind_of_link_it_is_the_schedule_of_ftrain(lowered):

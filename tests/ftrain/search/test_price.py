@@ -1,6 +1,7 @@
 """A layout priced from a few layers costs what the whole model does, and nothing is allocated for it."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from experiments.decoder_plan import DecoderSubject
 from ftrain.search.cluster import cluster
 from ftrain.search.estimate import estimate, kinds_of, weights_on
 from ftrain.search.layouts import Candidate
+from ftrain.search.lowering import draft
 from ftrain.search.price import Layer, Terms, count, extend, priced
 from ftrain.search.two_streams import Tally
 from modules.attention import AttentionConfig
@@ -37,7 +39,12 @@ def subject(cfg, **changes):
 @functools.cache
 def terms(case, layers):
     cfg, candidate = CASES[case]
-    return count(subject(cfg), {"layers": layers}, candidate, H100, 1 / candidate.packs_at_once(subject(cfg).facts))
+    return count(drafted(cfg, candidate, layers), spare=None)
+
+
+def drafted(cfg, candidate, layers):
+    share = 1 / candidate.packs_at_once(subject(cfg).facts)
+    return draft(subject(cfg).make({"layers": layers}, candidate), candidate, H100, attention_share=share)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,6 +75,25 @@ def test_shares_of_the_peak():
     assert p.mfu * H100.bf16 == pytest.approx(p.tokens_per_second * (facts.weight_flops + facts.attention_flops / 2))
     assert p.mfu_full * H100.bf16 == pytest.approx(p.tokens_per_second * (facts.weight_flops + facts.attention_flops))
     assert p.seconds >= p.compute
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_to_spare_never_makes_a_step_longer(case):
+    """Within a percent: orders are compared before their ops are fused."""
+    cfg, candidate = CASES[case]
+    one = drafted(cfg, candidate, 3)
+    found = [count(one, spare=spare) for spare in (0, 2**28, 2**30, 2**34)]
+    steps = [t.tally.step for t in found]
+    assert all(after <= 1.01 * before for before, after in itertools.pairwise(steps))
+
+
+def test_a_step_is_as_long_as_its_busiest_link():
+    """A schedule of few layers may find more to hide messages behind than there is."""
+    case = "dense, FSDP"
+    cfg, candidate = CASES[case]
+    found = terms(case, 2)
+    slow = replace(found, tally=replace(found.tally, links={"network": 1e9}))
+    assert priced(slow, candidate, subject(cfg).facts, H100).seconds == 1e3
 
 
 @given(st.integers(1, 100), *[st.floats(0, 1e6)] * 3)
