@@ -82,16 +82,16 @@ def check_finite(step: Step | Callable, *args: Any) -> Finding | None:
     step = step if isinstance(step, Step) else jit(step)
     compiled = step.lower(*args)
     ranks = step.rank_inputs(*args)
-    virtual = compiled.mesh is not None and compiled.mesh.kind == "virtual"
+    virtual = compiled.setting.mesh is not None and compiled.setting.mesh.kind == "virtual"
     own = [leaf for leaf in tree.leaves(args) if is_array(leaf)] if virtual else ranks[0]
     for path, leaf in zip(compiled.traced.input_paths, own, strict=False):
         if (bad := _not_finite(leaf, inf=True)) is not None:
             line = f"{show_value(leaf)}, {_describe(_range(path, path, leaf))}"
             return Finding(*bad[:1], path, "input", "input", path, "", bad[1], leaf.numel(), line, (), ())
     if virtual:
-        assert compiled.mesh is not None
-        return _first_of_ranks(compiled.graph, ranks, compiled.mesh)
-    return _first(compiled.graph, ranks[0], to_the_end=compiled.mesh is not None)
+        assert compiled.setting.mesh is not None
+        return _first_of_ranks(compiled.graph, ranks, compiled.setting.mesh)
+    return _first(compiled.graph, ranks[0], to_the_end=compiled.setting.mesh is not None)
 
 
 class _Found(Exception):

@@ -10,14 +10,11 @@ from torch import Tensor, fx
 
 from ftrain.cudagraph import cudagraph_program
 from ftrain.fused import fused_body, is_fused
-from ftrain.layouts import LayoutCheck, views_as_reshapes
+from ftrain.layouts import LayoutCheck
 from ftrain.loan import LEAST_BYTES
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.aliasing import storage
-from ftrain.passes.donate import carry_in_place, write_in_place
-from ftrain.passes.fuse import fuse_runs
-from ftrain.passes.reuse import reuse_memory
-from ftrain.passes.twins import use_twins
+from ftrain.pipeline import EXECUTED, Setting, run_passes
 from ftrain.private import below_autograd, compile_with_inductor, written_out
 from ftrain.writes import written_arguments
 
@@ -44,28 +41,28 @@ def choose(backend: str, device: torch.device) -> str:
 
 def compile_graph(
     module: fx.GraphModule,
-    backend: str,
+    setting: Setting,
     *,
     before_write: Callable[[], None],
     checked: Callable[[LayoutCheck], None] = lambda _: None,
 ) -> Program:
-    """Make the program; `module` is the graph after all passes and becomes that which runs.
+    """Make the program; `module` is the graph after the passes before `EXECUTED`, and becomes that which runs.
 
     The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can. Its
     first run compares real layouts with planned ones, and tells `checked` what it found.
     """
-    as_executed(module, backend)
-    if backend != "aten":
+    module = run_passes(module, EXECUTED, setting)
+    if setting.backend != "aten":
         _compile_runs(module)
-    if backend == "cudagraph":  # in a record there are no calls
+    if setting.backend == "cudagraph":  # in a record there are no calls
         return _FirstRun(
             module,
-            lambda: waiting(_python_program(module), before_write),
-            lambda: waiting(cudagraph_program(module, _python_program(module)), before_write),
+            lambda: waiting(python_program(module), before_write),
+            lambda: waiting(cudagraph_program(module, python_program(module)), before_write),
             checked,
         )
     _call_before_writes(module, before_write)
-    return _FirstRun(module, lambda: _python_program(module), lambda: _python_program(module), checked)
+    return _FirstRun(module, lambda: python_program(module), lambda: python_program(module), checked)
 
 
 class _FirstRun:
@@ -103,37 +100,8 @@ def waiting(program: Program, before: Callable[[], None]) -> Program:
     return run
 
 
-def aten_program(module: fx.GraphModule, *, after: Callable[[fx.GraphModule], None] | None = None) -> Program:
-    """The graph as one Python function, each variable dropped after its last use.
-
-    `after` may change the graph when all passes are done, e.g. to measure: passes must see collectives as they are.
-    """
-    as_executed(module, "aten")
-    views_as_reshapes(module)
-    if after is not None:
-        after(module)
-    return _python_program(module)
-
-
-def as_executed(module: fx.GraphModule, backend: str) -> None:
-    """Bring the graph, and bodies of its loops, to the form that runs.
-
-    Final copies become writes in place, and for a compiler what it can fuse becomes one node each. The rest is called
-    op by op in the order of the graph under every backend, so that the memory plan holds under every backend.
-    """
-    use_twins(module)
-    if backend != "aten":
-        fuse_runs(module)
-    write_in_place(module)
-    carry_in_place(module)
-    reuse_memory(module)
-    for node in module.graph.nodes:
-        if is_loop(node):
-            as_executed(loop_body(node), backend)
-    module.recompile()
-
-
-def _python_program(module: fx.GraphModule) -> Program:
+def python_program(module: fx.GraphModule) -> Program:
+    """The graph as one Python function, each variable dropped after its last use."""
     forward = written_out(module)
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:

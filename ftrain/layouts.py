@@ -105,8 +105,6 @@ def views_as_reshapes(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
-        elif is_loop(node):
-            views_as_reshapes(loop_body(node))
     module.recompile()
 
 

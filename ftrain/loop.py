@@ -4,7 +4,7 @@ The graph of the body is traced one time and called `n` times, so the graph of a
 micro-batches. The loop itself is never differentiated: a body takes its own gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,6 +14,7 @@ from ftrain.private import (
     FakeTensor,
     emit_node,
     is_tracked,
+    lazy_module,
     new_fake_like,
     paused_trace,
     snapshot,
@@ -124,6 +125,14 @@ def loop_body(node: fx.Node) -> fx.GraphModule:
     return body
 
 
+def with_bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graphs that a run of this one goes through: the bodies of its loops, innermost first, and itself at last."""
+    for node in list(module.graph.nodes):
+        if is_loop(node):
+            yield from with_bodies(loop_body(node))
+    yield module
+
+
 def carried_outputs(node: fx.Node) -> dict[str, int]:
     """The names of the placeholders of a loop's body that hold its carry, and the outputs that replace them."""
     placeholders = [n.name for n in loop_body(node).graph.nodes if n.op == "placeholder"]
@@ -133,3 +142,14 @@ def carried_outputs(node: fx.Node) -> dict[str, int]:
 def zeros_like_all(tensors: list[Tensor]) -> list[Tensor]:
     """Accumulators for a list of tensors."""
     return [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own with the same values in its metadata; bodies of loops are copied too."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    copy = lazy_module(module, graph)
+    for node in copy.graph.nodes:
+        if is_loop(node):
+            setattr(copy, node.args[0].target, copy_graph(loop_body(node)))
+    return copy

@@ -2,7 +2,6 @@
 
 import re
 import traceback
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -13,10 +12,8 @@ from ftrain.liveness import MemoryPlan
 from ftrain.op_times import OpTimes
 from ftrain.remat import Remat
 from ftrain.remat_fit import ImpossibleBudget
+from ftrain.step_data import Described, StepData
 from ftrain.text import op_name, short_site, show_bytes
-
-if TYPE_CHECKING:
-    from ftrain.compiled import Compiled
 
 _CPU_REFUSAL = re.compile(r"can't allocate memory|not enough memory")
 _SHARES = (0.95, 0.5, 0.1)  # of the way from the smallest possible budget to what fitted
@@ -32,43 +29,44 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or _CPU_REFUSAL.search(str(error)) is not None
 
 
-def explained(compiled: "Compiled", error: RuntimeError) -> OutOfMemory:
+def explained(step: Described, error: RuntimeError, *, device: torch.device, running: fx.GraphModule) -> OutOfMemory:
     """The error to raise in the place of an allocator's; the memory that the failed run held is given back first.
 
+    `running`: the graph whose generated code failed on the device.
     Whatever goes wrong while it is explained is said after it: the first error is never lost to a second.
     """
-    lines = [f"{compiled.name or 'the step'} ran out of memory: {error}", allocator_state(compiled.device)]
+    lines = [f"{step.name or 'the step'} ran out of memory: {error}", allocator_state(device)]
     try:
-        node = failing_node(compiled.running, error.__traceback__)
+        node = failing_node(running, error.__traceback__)
         traceback.clear_frames(error.__traceback__)
-        alone = compiled.mesh is None or compiled.mesh.kind != "process" or compiled.mesh.size == 1
-        lines.append(explain_oom(compiled, at=None if node is None else node.name, offers=alone))
+        lines.append(explain_oom(step, at=None if node is None else node.name))
     except Exception as second:
         lines.append(f"it could not be explained: {type(second).__name__}: {second}")
     return OutOfMemory("\n".join(line for line in lines if line))
 
 
-def explain_oom(compiled: "Compiled", *, at: str | None = None, offers: bool = True) -> str:
+def explain_oom(step: Described, *, at: str | None = None) -> str:
     """What holds a step's memory at its peak, and three budgets below what fitted, with the price of each.
 
     `at`: the node whose allocation failed: all that the plan holds before it did fit. Without it budgets are below the
-    plan's peak. A price is recompute per step, from times measured on this device or a roofline. `offers`: False where
-    budgets must not be tried: ranks agree on prices, and the others of a failed run stand in a collective of the step.
+    plan's peak. A price is recompute per step, from times measured on this device or a roofline. On one of several
+    processes budgets are not tried: ranks agree on prices, and the others of a failed run stand in a collective.
     """
-    plan = compiled.memory()
+    data = step.data()
+    plan = data.memory
     live = [size for _, size in plan.timeline]
     names = [name for name, _ in plan.timeline]
     failed = names.index(at) if at in names else None
     held = plan.inputs + (max(live[:failed], default=0) if failed is not None else plan.peak)
-    lines = [_where(compiled.executed, at, held) if failed is not None and at else "The plan, before it runs:"]
+    lines = [_where(data.executed, at, held) if failed is not None and at else "The plan, before it runs:"]
     lines.append(
         f"planned: {show_bytes(plan.total)} in all, {show_bytes(plan.inputs)} of it arguments{_reserved(plan)}; at the "
         f"peak ({plan.peak_node}) the largest are"
     )
     lines += [f"  {show_bytes(t.bytes):>10}  {t.node} {t.path} ({t.site}, {t.phase})" for t in plan.top[:_SHOWN]]
-    if offers:
+    if data.alone:
         lines.append("budgets that would fit:")
-        lines += _offers(compiled, held)
+        lines += _offers(data, held)
     else:
         lines.append("recompute more: jit(remat=ftrain.Remat(budget=...)) with less than that")
     lines.append("a smaller batch, more micro-batches (ftrain.accumulate) or more ranks (Layout) need less, too")
@@ -87,17 +85,17 @@ def _where(module: fx.GraphModule, at: str, held: int) -> str:
     return f"It failed at {op_name(node)} ({at}, {path}, {site}), where up to {show_bytes(held)} had fitted."
 
 
-def _offers(compiled: "Compiled", held: int) -> list[str]:
+def _offers(step: StepData, held: int) -> list[str]:
     """A line for each budget with its price; or why there is none."""
     try:
-        times = OpTimes.on(compiled.device)
+        times = OpTimes.on(step.device)
     except RuntimeError as second:
         if not is_out_of_memory(second):
             raise
         return [f"  not known: the device is too full to measure what recompute costs ({second})"]
-    before = _microseconds(compiled.graph, times)
+    before = _microseconds(step.graph, times)
     try:
-        compiled.with_remat(Remat(budget=1))
+        step.again(Remat(budget=1))
     except ImpossibleBudget as refusal:
         smallest, why = refusal.smallest, str(refusal)
     if smallest >= held:
@@ -105,7 +103,7 @@ def _offers(compiled: "Compiled", held: int) -> list[str]:
     lines = []
     for share in _SHARES:
         budget = smallest + int(share * (held - smallest))
-        more = _microseconds(compiled.with_remat(Remat(budget=budget)).graph, times) - before
+        more = _microseconds(step.again(Remat(budget=budget)).graph, times) - before
         lines.append(
             f"  Remat(budget={budget}) = {show_bytes(budget)}: {more / 1e3:+.1f} ms a step ({more / before:+.1%})"
         )

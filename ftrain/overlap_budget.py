@@ -12,7 +12,7 @@ from sharding.mesh import Mesh
 from sharding.processes import same_everywhere
 
 
-def bytes_within(module: fx.GraphModule, remat: Remat, device: torch.device, mesh: Mesh) -> int | None:
+def bytes_within(module: fx.GraphModule, remat: Remat, device: torch.device, mesh: Mesh | None) -> int | None:
     """The budget of recompute less the arguments; without one, what is free on a card. The same number on all ranks.
 
     None on a CPU without a budget, whose memory all ranks share with others.

@@ -51,7 +51,7 @@ def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember:
     step = step if isinstance(step, Step) else jit(step)
     compiled, inputs = step.lower(*args), step.flat_inputs(*args)
     if remember:
-        _remember(_least(compiled.graph, inputs, repeats), compiled.graph, compiled.device)
+        _remember(_least(compiled.graph, inputs, repeats), compiled.graph, compiled.setting.device)
     return list(_least(compiled.interpreted, inputs, repeats).values())
 
 

@@ -4,7 +4,7 @@ import functools
 import operator
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -130,19 +130,13 @@ def parse_budget(budget: int | str) -> int | float | str:
     return number / 100 if found.group(2) == "%" else int(number * _UNITS[found.group(2)])
 
 
-def rematerialize(
-    module: fx.GraphModule, remat: Remat, *, gathers: Callable[[fx.GraphModule], Collection[fx.Node]] = lambda _: ()
-) -> None:
+def rematerialize(module: fx.GraphModule, remat: Remat, *, gathers: Collection[fx.Node] = ()) -> None:
     """Give the backward copies of the forward nodes that the policy does not keep, each made just before first use.
 
-    `gathers`: which nodes of a graph make whole parameters. They are decided on together with the rest, so that what a
-    layer computes again and its backward read the same ones. The same ops on the same inputs: results are equal to the
-    bit. Bodies of loops are treated alike.
+    `gathers`: the nodes that make whole parameters. They are decided on together with the rest, so that what a layer
+    computes again and its backward read the same ones. The same ops on the same inputs: results are equal to the bit.
     """
-    for node in module.graph.nodes:
-        if is_loop(node):
-            rematerialize(loop_body(node), remat, gathers=gathers)
-    remade, whole = remade_by_policy(module, remat), set(gathers(module))
+    remade, whole = remade_by_policy(module, remat), set(gathers)
     if remat.gathers_again:
         remade |= whole
     elif remat.gathered == "keep":

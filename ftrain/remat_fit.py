@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.liveness import input_bytes, plan_memory, storages_of
-from ftrain.loop import carried_outputs, is_loop, loop_body
+from ftrain.loop import carried_outputs, copy_graph, is_loop, loop_body, with_bodies
 from ftrain.offload import HostLink, host_link
 from ftrain.op_times import OpTimes
 from ftrain.remat import Remat, is_forward
@@ -34,6 +34,15 @@ class BookRow(NamedTuple):
     decision: str
 
 
+class Decision(NamedTuple):
+    """On a node of the forward pass, as `meta["decision"]`: "keep", "recompute" or "offload", and the microseconds that
+    having its value again takes.
+    """
+
+    decision: str
+    microseconds: float
+
+
 class ImpossibleBudget(ValueError):
     """No plan keeps the budget; `smallest` bytes, arguments included, would do."""
 
@@ -50,11 +59,10 @@ def fit(
     times: OpTimes,
     device: torch.device,
     mesh: Mesh | None,
-    copy: Callable[[fx.GraphModule], fx.GraphModule],
     finished_peak: Callable[[fx.GraphModule], int],
-) -> tuple[fx.GraphModule, list[BookRow]]:
+) -> fx.GraphModule:
     """A copy of `module` in which the backward makes again, or fetches from the host, what the budget, the exchange
-    rate or the paths ask for.
+    rate or the paths ask for; what was decided stands on the nodes (see `decisions`).
 
     `finished_peak` gives the peak beyond the arguments of a copy after all later passes: the budget is checked on
     that, and where the simulation was too hopeful the plan is made tighter. ImpossibleBudget names the smallest that
@@ -63,20 +71,21 @@ def fit(
     round_to = 512 if device.type == "cuda" else 1
     link = host_link(remat, device)
     if remat.budget is None:
-        trial = copy(module)
-        return trial, _apply(trial, donated, remat, times, round_to, None, link)
+        trial = copy_graph(module)
+        _apply(trial, donated, remat, times, round_to, None, link)
+        return trial
     inputs = input_bytes(module)
     budget = same_everywhere(budget_bytes(remat, device, inputs), mesh)
     target = budget - inputs
     for _ in range(4):
-        trial = copy(module)
+        trial = copy_graph(module)
         try:
-            rows = _apply(trial, donated, remat, times, round_to, target, link)
+            _apply(trial, donated, remat, times, round_to, target, link)
         except OverBudget as error:
             raise ImpossibleBudget(_refusal(module, remat, budget, inputs, error), inputs + error.smallest) from None
-        excess = finished_peak(copy(trial)) - (budget - inputs)
+        excess = finished_peak(copy_graph(trial)) - (budget - inputs)
         if excess <= 0:
-            return trial, rows
+            return trial
         target -= excess
     raise ValueError(
         f"Remat(budget={remat.budget!r}): after all passes {show_bytes(excess)} above it; raise the budget"
@@ -91,42 +100,48 @@ def _apply(
     round_to: int,
     target: int | None,
     link: HostLink | None,
-) -> list[BookRow]:
+) -> None:
     """Choose for the graph and the bodies of its loops, and write the copies; `target`: bytes beyond the arguments."""
-    rows: list[BookRow] = []
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
         inner = None
         if target is not None:
             plan = plan_memory(module, round_to=round_to)
             inside = plan_memory(loop_body(loop), round_to=round_to).peak
             inner = target - (dict(plan.timeline)[loop.name] - inside)
-        rows += _apply(loop_body(loop), carried_outputs(loop), remat, times, round_to, inner, link)
+        _apply(loop_body(loop), carried_outputs(loop), remat, times, round_to, inner, link)
     planner = Planner(module, donated, times, remat, round_to, link)
     choice = planner.at_rate(remat.us_per_mb or 0.0) if target is None else planner.within(target)
-    rows += book(planner, choice)
+    _tag(planner, choice)
     planner.write(choice)
-    return rows
 
 
-def book(planner: Planner, choice: Choice) -> list[BookRow]:
-    """What was decided for each tensor that the backward reads, dearest microsecond per MB first."""
+def _tag(planner: Planner, choice: Choice) -> None:
+    """Note on each tensor that the backward reads what was decided."""
     nodes, steps = planner.model.nodes, planner.model.steps
     remade, gone = planner.decided(choice)
     away = choice.table.microseconds if choice.table is not None else {}
     read = {u for s in steps if not s.forward for u in s.reads} | {u for v in remade for u in steps[v].reads} | gone
-    rows = []
-    for v in sorted(read):
-        node = nodes[v]
-        value = node.meta.get("val")
-        if not is_forward(node) or not isinstance(value, Tensor):
-            continue
-        size = int(storages_of(node)[0][1])
-        price = away[v] if v in gone else sum(planner.microseconds[u] for u in _chain(planner, remade, v))
-        shape = tuple(int(n) if isinstance(n, int) else -1 for n in value.shape)
-        decision = "offload" if v in gone else "recompute" if v in remade else "keep"
-        path, site = node.meta.get("path") or "", short_site(node.meta.get("site"))
-        rows.append(BookRow(path, site, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision))
-    return sorted(rows, key=lambda r: -r.us_per_mb)
+    for v in read:
+        if is_forward(nodes[v]) and isinstance(nodes[v].meta.get("val"), Tensor):
+            price = away[v] if v in gone else sum(planner.microseconds[u] for u in _chain(planner, remade, v))
+            decision = "offload" if v in gone else "recompute" if v in remade else "keep"
+            nodes[v].meta["decision"] = Decision(decision, price)
+
+
+def decisions(module: fx.GraphModule) -> list[BookRow]:
+    """What was decided for each tensor that the backward reads, dearest microsecond per MB first; of a graph, and the
+    bodies of its loops, that `fit` made.
+    """
+    tagged = (n for graph in with_bodies(module) for n in graph.graph.nodes if "decision" in n.meta and is_forward(n))
+    return sorted(map(_row, tagged), key=lambda r: -r.us_per_mb)
+
+
+def _row(node: fx.Node) -> BookRow:
+    decision, price = node.meta["decision"]
+    size = int(storages_of(node)[0][1])
+    shape = tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
+    path, site = node.meta.get("path") or "", short_site(node.meta.get("site"))
+    return BookRow(path, site, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision)
 
 
 def book_table(rows: list[BookRow], limit: int = 200) -> str:

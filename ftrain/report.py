@@ -4,55 +4,55 @@ import re
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import fx
 
-from ftrain.cost import NodeCost
+from ftrain.cost import NodeCost, graph_cost
 from ftrain.loop import is_loop, loop_body
 from ftrain.memory_timeline import inputs_by_argument, memory_timeline
 from ftrain.remat import Remat
+from ftrain.remat_fit import decisions
 from ftrain.report_page import Card, Cell, Table, page
 from ftrain.report_timeline import timeline_figure
+from ftrain.step_data import StepData
 from ftrain.text import op_name, short_site, show_bytes, show_node, show_value
 
-if TYPE_CHECKING:
-    from ftrain.compiled import Compiled
 
-
-def write_report(compiled: "Compiled", file: str | Path) -> Path:
+def write_report(step: StepData, file: str | Path) -> Path:
     """Write the page: totals, memory over the run, tensors at the peak, costs by op and component, the graph.
 
     Makes the folders that are missing; returns the path of the file.
     """
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_html(compiled), encoding="utf-8")
+    path.write_text(report_html(step), encoding="utf-8")
     return path
 
 
-def report_html(compiled: "Compiled") -> str:
+def report_html(step: StepData) -> str:
     """The page as a string."""
-    memory, cost = compiled.memory(), compiled.cost()
-    samples = memory_timeline(compiled.executed)
+    memory, cost = step.memory, graph_cost(step.graph)
+    samples = memory_timeline(step.executed)
     sections = [
-        ("Memory over the run", timeline_figure(samples, inputs_by_argument(compiled.executed))),
+        ("Memory over the run", timeline_figure(samples, inputs_by_argument(step.executed))),
         *([("Counted as the largest possible", "<br>".join(map(escape, memory.unknown)))] if memory.unknown else []),
-        *recompute_sections(compiled),
-        (f"Alive at the peak ({memory.peak_node})", peak_table(compiled).html()),
+        *recompute_sections(step),
+        (f"Alive at the peak ({memory.peak_node})", peak_table(step).html()),
         ("Cost by component", group_table("component", cost.nodes, lambda n: component(n.path)).html()),
         ("Cost by op", group_table("op", cost.nodes, lambda n: _short_op(n.op)).html()),
-        ("Graph", graph_table(compiled.executed).html()),
+        ("Graph", graph_table(step.executed).html()),
     ]
-    shapes = [f"{p}: {a}" for p, a in zip(compiled.traced.input_paths, compiled.traced.input_avals, strict=True)]
-    return page(compiled.name or "step", subtitle(compiled), shapes, cards(compiled), sections)
+    shapes = [f"{p}: {a}" for p, a in zip(step.traced.input_paths, step.traced.input_avals, strict=True)]
+    return page(step.name or "step", subtitle(step), shapes, cards(step), sections)
 
 
-def recompute_sections(compiled: "Compiled") -> list[tuple[str, str]]:
+def recompute_sections(step: StepData) -> list[tuple[str, str]]:
     """For a step with a budget: the memory that it would take without recompute, and the book of what is kept."""
-    if not compiled.book:
+    found = decisions(step.graph)
+    if not found:
         return []
-    before = compiled.with_remat(Remat("none")).executed
+    before = step.again(Remat("none")).executed
     rows: list[list[Cell]] = [
         [
             r.decision,
@@ -63,7 +63,7 @@ def recompute_sections(compiled: "Compiled") -> list[tuple[str, str]]:
             r.path,
             r.site,
         ]
-        for r in compiled.book
+        for r in found
     ]
     book = Table(["decision", "us per MB", "bytes", "us to have again", "tensor", "parameter", "source"], rows)
     return [
@@ -72,39 +72,37 @@ def recompute_sections(compiled: "Compiled") -> list[tuple[str, str]]:
     ]
 
 
-def subtitle(compiled: "Compiled") -> str:
+def subtitle(step: StepData) -> str:
     """The arguments in short: the leaves of the state are counted, those of the batch shown."""
-    first = compiled.traced.input_paths[0].split(".")[0] if compiled.traced.input_paths else ""
-    avals = list(zip(compiled.traced.input_paths, compiled.traced.input_avals, strict=True))
+    first = step.traced.input_paths[0].split(".")[0] if step.traced.input_paths else ""
+    avals = list(zip(step.traced.input_paths, step.traced.input_avals, strict=True))
     rest = [f"{p} {a}" for p, a in avals if p.split(".")[0] != first]
     count = sum(p.split(".")[0] == first for p, _ in avals)
     hidden = f", and {len(rest) - 8} more" if len(rest) > 8 else ""
     return f"{first}: {count} tensors; {', '.join(rest[:8]) or 'no other tensors'}{hidden}"
 
 
-def cards(compiled: "Compiled") -> list[Card]:
+def cards(step: StepData) -> list[Card]:
     """The figures at the top of the page."""
-    memory, cost = compiled.memory(), compiled.cost()
+    memory, cost = step.memory, graph_cost(step.graph)
     phases = [f"{phase} {show_flops(flops)}" for phase, flops in cost.by_phase.items() if flops]
-    inputs = [f"{label} {show_bytes(size)}" for label, size in inputs_by_argument(compiled.executed).items()]
-    count = _count_nodes(compiled.executed)
+    inputs = [f"{label} {show_bytes(size)}" for label, size in inputs_by_argument(step.executed).items()]
+    count = _count_nodes(step.executed)
     return [
         Card("Compute", show_flops(cost.flops), " · ".join(phases)),
         Card("Peak above inputs", show_bytes(memory.peak), f"at {memory.peak_node}; {show_bytes(memory.total)} in all"),
         *([Card("On the host", show_bytes(memory.host), "offloaded tensors at their most")] if memory.host else []),
-        Card(
-            "Inputs", show_bytes(memory.inputs), f"{' · '.join(inputs[:4])}; {len(compiled.donated)} written in place"
-        ),
+        Card("Inputs", show_bytes(memory.inputs), f"{' · '.join(inputs[:4])}; {step.written} written in place"),
         Card("Bytes moved", show_bytes(cost.bytes), f"{cost.flops / max(cost.bytes, 1):.3g} FLOPs per byte"),
-        Card("Graph", f"{count:,} nodes", f"traced and planned in {compiled.seconds_to_compile:.2f} s"),
-        Card("Backend", compiled.backend, f"on {_devices(compiled)}"),
+        Card("Graph", f"{count:,} nodes", f"traced and planned in {step.seconds_to_compile:.2f} s"),
+        Card("Backend", step.backend, f"on {_devices(step)}"),
     ]
 
 
-def peak_table(compiled: "Compiled", limit: int = 60) -> Table:
+def peak_table(step: StepData, limit: int = 60) -> Table:
     """What is alive at the peak, largest first."""
-    memory = compiled.memory()
-    nodes = {n.name: n for n in all_nodes(compiled.executed)}
+    memory = step.memory
+    nodes = {n.name: n for n in all_nodes(step.executed)}
     rows: list[list[Cell]] = []
     for tensor in memory.top[:limit]:
         node = nodes[tensor.node]
@@ -213,5 +211,5 @@ def _count_nodes(module: fx.GraphModule) -> int:
     return sum(bool(op_name(n)) for n in all_nodes(module))
 
 
-def _devices(compiled: "Compiled") -> str:
-    return ", ".join(sorted({str(a.device) for a in compiled.traced.input_avals})) or "no device"
+def _devices(step: StepData) -> str:
+    return ", ".join(sorted({str(a.device) for a in step.traced.input_avals})) or "no device"

@@ -17,7 +17,6 @@ from ftrain.absent_device import absent_device, choosing_for, put_on, traceable
 from ftrain.ambient import as_a_step
 from ftrain.captured import captured_name, require_untrained
 from ftrain.leaks import modules_as_found, require_none_left, require_tree_leaf
-from ftrain.loop import is_loop, loop_body
 from ftrain.passes.functionalize import functionalize
 from ftrain.precision import Precision, computing_in
 from ftrain.private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
@@ -178,42 +177,3 @@ def _check_constants(module: fx.GraphModule) -> None:
             raise ValueError(
                 f"{node.meta.get('site')}: the step uses a tensor of another trace; pass it as an argument"
             )
-
-
-def spread_paths(module: fx.GraphModule, first_argument: str) -> None:
-    """Give every node the path of the parameter that it is about.
-
-    A node that reads leaves of the step's first argument (its state or parameters) has the last such leaf's path; a
-    backward node has its forward op's; any other inherits from the latest of its inputs that has one, which is where
-    the computation stands. Leaves of other arguments only name nodes that know nothing better.
-    """
-    order = {node: i for i, node in enumerate(module.graph.nodes)}
-    forward: dict[int, str] = {}
-    prefix = first_argument + "."
-    for node in module.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        known = [n for n in node.all_input_nodes if n.meta.get("path")]
-        state = [n for n in known if n.meta["path"].startswith(prefix)]
-        leaves = [n for n in state if n.op == "placeholder"]
-        best = leaves or state or known
-        path = max(best, key=order.__getitem__).meta["path"] if best else ""
-        sequence = node.meta.get("sequence")
-        if node.meta.get("phase") == "forward":
-            forward.setdefault(sequence, path)
-        elif node.meta.get("phase") == "backward":
-            path = forward.get(sequence) or path
-        if path:
-            node.meta["path"] = path
-        if is_loop(node):
-            _spread_into(node, first_argument)
-
-
-def _spread_into(node: fx.Node, first_argument: str) -> None:
-    body = loop_body(node)
-    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-    flat = [n for group in node.args[2:] for n in group]  # type: ignore[union-attr]
-    for inner, outer in zip(placeholders, flat, strict=True):
-        if isinstance(outer, fx.Node) and outer.meta.get("path"):
-            inner.meta["path"] = outer.meta["path"]
-    spread_paths(body, first_argument)

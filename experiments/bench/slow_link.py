@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 import ftrain
-from ftrain.compiled import copy_graph
-from ftrain.execute import aten_program
+from ftrain.execute import python_program
 from ftrain.lockstep import COLLECTIVES
+from ftrain.loop import copy_graph
 from ftrain.passes.waits import WAIT
 from sharding.link import sent_bytes
 from sharding.private import resolve_group
@@ -45,11 +45,13 @@ class SlowLink:
 
 def run_over(link: SlowLink, step: ftrain.Step, state: Any, batch: Any) -> Any:
     """Run a step of a process mesh with its collectives over `link`."""
-    compiled = step.lower(state, batch)
-    programs = compiled.__dict__.setdefault("programs_by_link", {})
+    runner = step.runner(state, batch)
+    programs = runner.__dict__.setdefault("programs_by_link", {})
     if id(link) not in programs:
-        programs[id(link)] = (link, aten_program(copy_graph(compiled.graph), after=lambda module: _over(link, module)))
-    compiled.use_program(programs[id(link)][1])
+        module = copy_graph(runner.compiled.interpreted)
+        _over(link, module)  # after all passes: they must see collectives as they are
+        programs[id(link)] = (link, python_program(module))
+    runner.use_program(programs[id(link)][1])
     return step(state, batch)
 
 

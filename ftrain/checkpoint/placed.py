@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ftrain import tree
 from ftrain.checkpoint.manifest import Parameter
-from ftrain.sharded_step import ShardedStep
+from ftrain.process_arrays import ProcessArrays
+from ftrain.sharded_trace import Placements
 from modules.spec import leaves_with_paths
 from sharding.plan import Plan
 
@@ -33,5 +34,5 @@ def placed(abstract_state: Any, plan: Plan, parameters: Mapping[str, Parameter],
     leaves, treedef = tree.flatten(abstract_state)
     kinds = (leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
     device = next((kind for kind in kinds if kind not in ("meta", "cpu")), "cpu")
-    sharded = ShardedStep(plan, specs=dict(parameters))
-    return tree.unflatten(treedef, sharded.abstract(tree.paths(abstract_state), leaves, device))
+    arrays = ProcessArrays(plan.mesh, Placements(plan, plan.placements(dict(parameters))))
+    return tree.unflatten(treedef, arrays.abstract(tree.paths(abstract_state), leaves, device))

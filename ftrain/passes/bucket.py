@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from ftrain.loop import is_loop, loop_body
 from ftrain.passes.waits import WAIT
 from ftrain.private import value_of
 from sharding.collectives import gather_ranks
@@ -21,12 +20,8 @@ _NEAR = 400  # nodes between the first and the last of a bucket
 
 def bucket(module: fx.GraphModule, *, limit: int) -> None:
     """Join gathers, reduce-scatters and all-reduces of one group, dtype and phase into messages of at most `limit`
-    bytes (of a gather what it makes, of a sum what goes in). Values do not change by a bit. Bodies of loops are treated
-    alike.
+    bytes (of a gather what it makes, of a sum what goes in). Values do not change by a bit.
     """
-    for node in module.graph.nodes:
-        if is_loop(node):
-            bucket(loop_body(node), limit=limit)
     for kind, join in ((GATHER, _join_gathers), (SCATTER, _join_scatters), (REDUCE, _join_reduces)):
         priority = {n: float(i) for i, n in enumerate(module.graph.nodes)}
         buckets = _buckets(module, kind, priority, limit)

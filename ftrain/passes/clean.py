@@ -3,7 +3,6 @@
 import torch
 from torch import fx
 
-from ftrain.loop import is_loop, loop_body
 from ftrain.op_effects import is_pure
 
 _aten = torch.ops.aten
@@ -12,10 +11,7 @@ _SAME_SHAPE = {_aten.view.default, _aten.expand.default, _aten._unsafe_view.defa
 
 
 def clean(module: fx.GraphModule) -> None:
-    """Drop dead nodes, and ops that return their input: `detach`, views to the same shape. No value changes.
-
-    Bodies of loops are cleaned too.
-    """
+    """Drop dead nodes, and ops that return their input: `detach`, views to the same shape. No value changes."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -23,9 +19,6 @@ def clean(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code(is_impure_node=_is_effect)
-    for node in module.graph.nodes:
-        if is_loop(node):
-            clean(loop_body(node))
     module.recompile()
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ftrain.loop import is_loop, loop_body
+from ftrain.loop import is_loop
 from sharding.collectives import gather_ranks
 
 
@@ -11,11 +11,8 @@ def sink_gathers(module: fx.GraphModule) -> None:
     """Move each gather of a parameter, with the casts and copies around it, down to just before its first use.
 
     The trace gathers all parameters where the loss begins, so that all would be in memory at once. Other nodes keep
-    their order, and no value changes. Bodies of loops are treated alike.
+    their order, and no value changes.
     """
-    for node in module.graph.nodes:
-        if is_loop(node):
-            sink_gathers(loop_body(node))
     chain = gather_chains(module)
     if not chain:
         return

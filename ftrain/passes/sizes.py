@@ -16,12 +16,10 @@ def expect_sizes(module: fx.GraphModule) -> None:
     """Note, on each node whose value has a symbolic size, that value with the expected sizes as `meta["sized"]`.
 
     A size of which nothing is expected counts as the largest that it can be; the node that makes it tells so in
-    `meta["unknown"]` (see `unknown_sizes`). Bodies of loops are treated alike. Read it with `sized`.
+    `meta["unknown"]` (see `unknown_sizes`). Read it with `sized`.
     """
     expected: dict[Any, int] = {}
     for node in module.graph.nodes:
-        if is_loop(node):
-            expect_sizes(loop_body(node))
         if node.op == "call_function" and is_size(node.target):
             number = node.args[1]
             number = number.meta["sized"] if isinstance(number, fx.Node) else number

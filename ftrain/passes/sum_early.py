@@ -3,7 +3,6 @@
 import torch
 from torch import fx
 
-from ftrain.loop import is_loop, loop_body
 from ftrain.passes.waits import WAIT
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -22,11 +21,8 @@ def sum_early(module: fx.GraphModule) -> None:
 
     The trace gathers parameters where the loss begins, so autograd, which goes back from the last op to the first, sums
     all gradients at the end of the backward: they would all be in memory at once, whole. Waits move along. Other nodes
-    keep their order, and no value changes. Bodies of loops are treated alike.
+    keep their order, and no value changes.
     """
-    for node in module.graph.nodes:
-        if is_loop(node):
-            sum_early(loop_body(node))
     chain = sum_chains(module)
     if not chain:
         return

@@ -3,20 +3,16 @@
 import torch
 from torch import fx
 
-from ftrain.loop import is_loop, loop_body
-
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
 def join_waits(module: fx.GraphModule) -> None:
     """Give the start of each collective the value of its wait, so that a memory plan counts its result once.
 
-    A fake wait makes a new tensor, a real one returns its argument. Bodies of loops are treated alike.
+    A fake wait makes a new tensor, a real one returns its argument.
     """
     for node in module.graph.nodes:
         if node.target is WAIT:
             start = node.args[0]
             if isinstance(start, fx.Node) and start.op == "call_function":
                 start.meta["val"] = node.meta["val"]
-        elif is_loop(node):
-            join_waits(loop_body(node))

@@ -14,6 +14,7 @@ from ftrain.meter import measure_peak
 from ftrain.search.cluster import cluster
 from ftrain.search.command import default_packs, load_subject
 from ftrain.search.layouts import Candidate
+from ftrain.search.lowering import draft
 from ftrain.search.plan_file import PlanFile, load_plan
 from ftrain.search.price import count, price
 from modules import omni
@@ -36,7 +37,11 @@ def test_a_layout_is_priced_and_nothing_is_allocated():
     subject = OmniSubject("medium", tokens=64 * 1024, packs=4)
     found = []
     few = {"foundation": 1, "encoders": 1}
-    peak = measure_peak(lambda: found.append(count(subject, few, CANDIDATE, H100, 0.5))).peak
+
+    def counted():
+        found.append(count(draft(subject.make(few, CANDIDATE), CANDIDATE, H100), spare=None))
+
+    peak = measure_peak(counted).peak
     assert found[0].inputs > 1e8
     assert max(found[0].moments.values()) > 1e9
     assert peak < 1e6

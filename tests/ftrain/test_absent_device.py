@@ -86,9 +86,9 @@ def test_all_values_are_said_to_be_on_the_card():
 def test_the_plan_is_the_card_s():
     """Runs of elementwise ops are one node, and memory is taken in the allocator's blocks."""
     compiled = lowered(MODELS["experts"](), CUDA, backend="auto")
-    assert (compiled.backend, compiled.granularity) == ("inductor", 512)
+    assert (compiled.setting.backend, compiled.setting.granularity) == ("inductor", 512)
     assert any("fused" in str(n.target) for n in compiled.executed.graph.nodes)
-    alive = [live for _, live, _, _, _ in simulate(compiled.executed, round_to=compiled.granularity)]
+    alive = [live for _, live, _, _, _ in simulate(compiled.executed, round_to=compiled.setting.granularity)]
     assert max(alive) > 0
     assert all(live % 512 == 0 for live in alive)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from test_remat_exact import SPEED, random_planner
 import ftrain
 from ftrain import hardware, tree
 from ftrain.accumulate import accumulate
-from ftrain.execute import as_executed
 from ftrain.fused import is_fused
 from ftrain.grad import value_and_grad
 from ftrain.jit import jit
@@ -25,8 +25,10 @@ from ftrain.memory_timeline import memory_timeline
 from ftrain.meter import measure_peak
 from ftrain.offload import HostLink, host_link
 from ftrain.op_times import OpTimes, op_key
+from ftrain.pipeline import EXECUTED, run_passes
 from ftrain.remat import Remat
 from ftrain.remat_budget import Planner
+from ftrain.remat_fit import decisions
 from kernels.mean import Mean
 from kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
 from sharding import Layout, Mesh, Ring
@@ -278,7 +280,7 @@ def test_copies_stand_where_they_hide_and_tight_ones_where_they_free_most():
 
 def test_the_book_and_the_page_tell_what_is_offloaded(tmp_path):
     compiled = lowered(ALL)
-    gone = [r for r in compiled.book if r.decision == "offload"]
+    gone = [r for r in decisions(compiled.graph) if r.decision == "offload"]
     assert len(gone) == len(nodes_of(compiled, offload_start))
     assert all(r.microseconds > 0 and r.bytes > 0 for r in gone)
     assert f"offload: {len(gone)} tensors" in compiled.remat_table()
@@ -289,10 +291,9 @@ def test_the_book_and_the_page_tell_what_is_offloaded(tmp_path):
 
 
 def test_copies_stand_between_the_runs_that_a_compiler_fuses():
-    plain, away = (lowered(remat, batch=stack_batch(2048)).graph for remat in ("none", ALL))
-    before = plan_memory(away)
-    for module in (plain, away):
-        as_executed(module, "inductor")
+    plain, away = (lowered(remat, batch=stack_batch(2048)) for remat in ("none", ALL))
+    before = plan_memory(away.graph)
+    plain, away = (run_passes(c.graph, EXECUTED, replace(c.setting, backend="inductor")) for c in (plain, away))
     fused = [sum(map(is_fused, module.graph.nodes)) for module in (plain, away)]
     assert fused[0] == fused[1] > 0
     assert plan_memory(away).host == before.host

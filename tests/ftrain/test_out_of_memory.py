@@ -13,6 +13,14 @@ from ftrain import out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
+
+def refused(compiled, words):
+    """What is said when an allocation of a step is refused with these words."""
+    error = torch.OutOfMemoryError(words)
+    device = compiled.setting.device
+    return out_of_memory.explained(compiled, error, device=device, running=compiled.graph)
+
+
 STEP = """
 import resource, sys
 import torch
@@ -66,7 +74,7 @@ def test_the_plan_can_be_asked_before():
     assert len(budgets) == 3
     for budget in budgets:
         assert budget < compiled.memory().total
-        assert compiled.with_remat(ftrain.Remat(budget=budget)).memory().total <= budget
+        assert compiled.again(remat=ftrain.Remat(budget=budget)).memory().total <= budget
 
 
 def test_what_no_budget_can_free_is_said():
@@ -89,7 +97,7 @@ def test_a_second_refusal_does_not_hide_the_first(monkeypatch):
 
     compiled = ftrain.jit(lambda x: (x @ x).sin().sum()).lower(torch.ones(256, 256))
     monkeypatch.setattr(out_of_memory.OpTimes, "on", staticmethod(full))
-    error = out_of_memory.explained(compiled, torch.OutOfMemoryError("the first refusal"))
+    error = refused(compiled, "the first refusal")
     said = str(error)
     assert "ran out of memory: the first refusal" in said
     assert "planned: " in said
@@ -97,12 +105,12 @@ def test_a_second_refusal_does_not_hide_the_first(monkeypatch):
 
 
 def test_whatever_fails_in_explaining_is_said_after_the_refusal(monkeypatch):
-    def broken(compiled, *, at=None, offers=True):
+    def broken(compiled, *, at=None):
         raise ZeroDivisionError("nothing to divide by")
 
     compiled = ftrain.jit(lambda x: x @ x).lower(torch.ones(2, 2))
     monkeypatch.setattr(out_of_memory, "explain_oom", broken)
-    said = str(out_of_memory.explained(compiled, torch.OutOfMemoryError("the refusal")))
+    said = str(refused(compiled, "the refusal"))
     assert "ran out of memory: the refusal" in said
     assert "it could not be explained: ZeroDivisionError: nothing to divide by" in said
 
@@ -110,6 +118,6 @@ def test_whatever_fails_in_explaining_is_said_after_the_refusal(monkeypatch):
 @pytest.mark.gpu
 def test_of_a_card_the_report_tells_what_is_reserved():
     compiled = ftrain.jit(lambda x: (x @ x).sin().sum()).lower(torch.ones(256, 256, device="cuda"))
-    said = str(out_of_memory.explained(compiled, torch.OutOfMemoryError("the refusal")))
+    said = str(refused(compiled, "the refusal"))
     assert "torch's allocator has reserved" in said
     assert "will be reserved (an estimate)" in said

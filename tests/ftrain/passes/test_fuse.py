@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import ftrain
 from ftrain import TrainState, optim
-from ftrain.compiled import copy_graph
 from ftrain.fused import fused_body, is_fused
+from ftrain.loop import copy_graph
 from ftrain.meter import measure_peak
 from ftrain.passes.fuse import VIEWS, fuse_runs
 
@@ -106,7 +106,7 @@ UNARY = [
     lambda x: x.abs(),
     lambda x: x.t(),
     lambda x: x.t().neg().t(),
-    lambda x: x.view(-1).view(256, 256),
+    lambda x: x.reshape(-1).view(256, 256),
     lambda x: torch.cat([x[:, 128:], x[:, :128]], 1),
     lambda x: torch.cat(x.split(64, 1)[::-1], 1),
     lambda x: x[:1].expand(256, 256),
