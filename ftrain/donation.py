@@ -4,6 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+DONATED_PATH = "_donated_path"
+"""The attribute in which a donated leaf keeps its name."""
 
 
 class DonatedTensor(Tensor):
@@ -13,22 +17,39 @@ class DonatedTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse every use."""
         given = torch.utils._pytree.tree_leaves((args, kwargs or {}))
-        names = [path_of(a) for a in given if isinstance(a, DonatedTensor)]
+        names = [path_of(a) for a in given if is_donated(a)]
         raise ValueError(
             f"leaf {(names or ['?'])[0]!r} was donated to a step, which wrote its new state over it: use the state "
             "that the step returned, or make the step with donate=None"
         )
 
 
-def path_of(leaf: DonatedTensor) -> str:
+class DonatedDTensor(DTensor):
+    """What a DTensor object becomes when the memory of its piece was given to a step."""
+
+    __slots__ = ()
+    __torch_function__ = DonatedTensor.__torch_function__
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        return DonatedTensor.__torch_function__(None, (), (self,))
+
+    to_local = full_tensor = redistribute = _refuse
+
+
+def is_donated(leaf: Any) -> bool:
+    """True for what was donated to a step."""
+    return isinstance(leaf, DonatedTensor | DonatedDTensor)
+
+
+def path_of(leaf: Any) -> str:
     """The name that the leaf had in the arguments of the step that took it."""
-    return leaf.__dict__.get("_donated_path", "?")
+    return leaf.__dict__.get(DONATED_PATH, "?")
 
 
 def give_away(leaves: list[Tensor], paths: list[str]) -> list[Tensor]:
     """Return new tensors on the memory of the leaves and spoil the old objects. Every step pays this for each leaf."""
     fresh = [leaf.data for leaf in leaves]
     for leaf, path in zip(leaves, paths, strict=True):
-        leaf._donated_path = path  # type: ignore[attr-defined]
+        leaf.__dict__[DONATED_PATH] = path
         leaf.__class__ = DonatedTensor
     return fresh

@@ -144,13 +144,23 @@ class Step:
         sharded = self._layout(args)
         leaves, treedef = tree.flatten(args)
         runner, around = self._traces.latest, ambient()
-        if sharded is None and runner is not None and runner.compiled.signature.matches_fast(leaves, treedef, around):
+        if runner is not None and sharded is None and runner.compiled.signature.matches_fast(leaves, treedef, around):
             return runner.run(leaves, known=True)
+        if runner is not None and sharded is not None:
+            inputs = sharded.known(runner, leaves, treedef, around)
+            if inputs is not None:
+                return sharded.run(runner, leaves, treedef, inputs)
+        return self._run(args, leaves, treedef, sharded)
+
+    def _run(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None) -> Any:
+        """A call whose arguments need a closer look."""
+        runner = self._traces.latest
         with taken_back(leaves) as loans:
-            if runner is None or sharded is not None or not runner.compiled.signature.matches(leaves, treedef, around):
+            matches = runner is not None and sharded is None
+            if runner is None or not matches or not runner.compiled.signature.matches(leaves, treedef, ambient()):
                 runner = self._traces.latest = self._traces.find(args, leaves, treedef, sharded)
             runner.expect(loans)
-            return runner.run(leaves) if sharded is None else sharded.run(runner, leaves)
+            return runner.run(leaves) if sharded is None else sharded.run(runner, leaves, treedef)
 
     def _plain(self, args: tuple) -> Any:
         """The function itself: under `disable_jit`, and inside a transform of `torch.func` or another trace.

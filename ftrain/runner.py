@@ -55,7 +55,8 @@ class Runner:
             self._wants_gradients = any(getattr(x, "requires_grad", False) for x in tensors)
             if self._program is not None:
                 signature.learn(tensors)
-        results = self.run_flat(tensors, contiguous=known)
+        inputs, outputs = self.run_flat(tensors, contiguous=known)
+        results = self._with_donated(tensors, inputs, outputs)
         if self._wants_gradients and torch.is_grad_enabled():
             results = self._refusing(results)
         return self.compiled.traced.assemble(results)
@@ -66,8 +67,9 @@ class Runner:
         others = iter(refusing([x for i, x in enumerate(results) if i not in kept], self.compiled.name))
         return [x if i in kept else next(others) for i, x in enumerate(results)]
 
-    def run_flat(self, tensors: list[Tensor], *, contiguous: bool = False) -> list[Tensor]:
-        """Run on the tensors of real arguments and return those of the result, in order.
+    def run_flat(self, tensors: list[Tensor], *, contiguous: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Run on the tensors of real arguments. Returns the graph's inputs, of which the donated hold new values then
+        (copies where the tensors were not contiguous), and its outputs: the results that are not donated.
 
         `contiguous`: the tensors are known to be.
         """
@@ -88,7 +90,7 @@ class Runner:
             if self._running is not None:
                 name_line(error, self._running)
             raise
-        return self._with_donated(tensors, inputs, outputs) if donation.outputs else outputs
+        return inputs, outputs
 
     def _start(self, tensors: list[Any]) -> Program:
         for path, leaf in zip(self.compiled.traced.input_paths, tensors, strict=True):
@@ -104,6 +106,8 @@ class Runner:
 
     def _with_donated(self, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
         donation = self.compiled.donation
+        if not donation.outputs:
+            return outputs
         slots = donation.slots
         fresh = give_away([tensors[slot] for slot in slots], donation.paths)
         if inputs is not tensors:

@@ -18,6 +18,7 @@ from ftrain.donation import give_away
 from ftrain.lockstep import groups_of
 from ftrain.lost_rank import naming_lost_ranks
 from ftrain.mesh_arguments import COORDINATES, MeshArguments
+from ftrain.mesh_call import MeshCall
 from ftrain.op_effects import Effect, effect_of
 from ftrain.process_arrays import ProcessArrays
 from ftrain.refusals import in_words_of_a_mesh
@@ -54,7 +55,7 @@ class ShardedStep:
         self.arguments = arguments(plan, self.placements, batch)
         self.arrays = ProcessArrays(plan.mesh, self.placements)
         self._piece_shapes: set[tuple[int, ...]] = set()
-        self._opened: set[Runner] = set()
+        self._calls: dict[Runner, MeshCall] = {}
         self._compared: set[Runner] = set()
         self._heartbeat: Heartbeat | None = None
 
@@ -131,13 +132,23 @@ class ShardedStep:
             )
         return placement
 
-    def run(self, runner: Runner, leaves: list[Any]) -> Any:
-        """Run the compiled step on the leaves of a call's arguments."""
+    def known(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
+        """The inputs of this process's graph, if the arguments are like those of the last call; None otherwise."""
+        call = self._calls.get(runner)
+        return None if call is None else call.inputs(leaves, treedef, around)
+
+    def run(self, runner: Runner, leaves: list[Any], treedef: Any, inputs: list[Any] | None = None) -> Any:
+        """Run the compiled step on the leaves of a call's arguments; `inputs`: what `known` said."""
         kind = self.plan.mesh.kind
         if kind == "fake":
             raise ValueError("a fake mesh has shapes only: lower the step, or run it on a virtual or process mesh")
-        runs = self._run_virtual if kind == "virtual" else self._run_process
-        return runner.compiled.traced.assemble(runs(runner, leaves))
+        if kind == "virtual":
+            return runner.compiled.traced.assemble(self._run_virtual(runner, leaves))
+        if inputs is not None:
+            return self._run_process(runner, leaves, inputs, contiguous=True)
+        inputs = self.flat_inputs(runner, leaves)
+        self._calls[runner].learn(leaves, treedef, inputs)
+        return self._run_process(runner, leaves, inputs)
 
     def _run_virtual(self, runner: Runner, leaves: list[Any]) -> list[Tensor]:
         compiled = runner.compiled
@@ -150,30 +161,31 @@ class ShardedStep:
 
     def flat_inputs(self, runner: Runner, leaves: list[Any]) -> list[Any]:
         """What this process's graph takes for the leaves of a call's arguments; its groups are open after this."""
-        mesh = self.plan.mesh
+        mesh, compiled = self.plan.mesh, runner.compiled
         if mesh.kind != "process":
             raise ValueError(f"on a {mesh.kind} mesh no process runs a graph of its own; use a mesh of processes")
         rank = require_world(mesh)
-        if runner not in self._opened:
-            open_groups(mesh, groups_of(runner.compiled.graph))
-            self._opened.add(runner)
         if self._heartbeat is None and mesh.size > 1:
             self._heartbeat = Heartbeat()
         own = [
             to_piece(leaf, self.placements.of_whole(path, leaf.shape)) if is_array(leaf) else leaf
-            for path, leaf in zip(runner.compiled.signature.paths, leaves, strict=False)
+            for path, leaf in zip(compiled.signature.paths, leaves, strict=False)
         ]
-        return [*own, coordinates(mesh, rank)]
+        inputs = [*own, coordinates(mesh, rank)]
+        if runner not in self._calls:
+            open_groups(mesh, groups_of(compiled.graph))
+            self._calls[runner] = MeshCall(compiled, self.arrays.wrap, inputs[-1])
+        return inputs
 
-    def _run_process(self, runner: Runner, leaves: list[Any]) -> list[Tensor]:
+    def _run_process(self, runner: Runner, leaves: list[Any], inputs: list[Any], *, contiguous: bool = False) -> Any:
         compiled = runner.compiled
-        own = self.flat_inputs(runner, leaves)
         if runner not in self._compared and self.plan.mesh.size > 1:
             self._compared.add(runner)
-            self._compare(compiled.signature.paths, own)
+            self._compare(compiled.signature.paths, inputs)
         with naming_lost_ranks(lambda: runner.running, self._heartbeat):
-            outputs = runner.run_flat(compiled.signature.tensors(own))
-        return [self.arrays.wrap(*pair) for pair in zip(outputs, compiled.placements, strict=True)]
+            used, outputs = runner.run_flat(compiled.signature.tensors(inputs), contiguous=contiguous)
+        results = self._calls[runner].results(leaves, used, outputs)
+        return compiled.traced.assemble(results)
 
     def _compare(self, paths: Sequence[str], own: Sequence[Any]) -> None:
         """Before the first run: copies of the state's leaves are equal, and not all ranks have one batch.

@@ -29,7 +29,7 @@ class Signature:
         self.paths, self.around = list(paths), around
         self.slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         """Which of the leaves are tensors."""
-        self._treedef = treedef
+        self.treedef = treedef
         self._shapes = [torch.Size(a.shape) for a in avals]
         self._dtypes = [a.dtype for a in avals]
         self._devices = [a.device for a in avals]
@@ -38,7 +38,7 @@ class Signature:
 
     def matches(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
         """True if arguments with these leaves and this structure can be run as they are, in a call amid `around`."""
-        if treedef != self._treedef or around != self.around or not self._same_statics(leaves):
+        if treedef != self.treedef or around != self.around or not self._same_statics(leaves):
             return False
         leaves = self.tensors(leaves)
         return (
@@ -50,7 +50,7 @@ class Signature:
 
     def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
         """True if such arguments were learned before and need no closer look: they match, and are contiguous."""
-        if self._guard is None or around != self.around or treedef != self._treedef or not self._same_statics(leaves):
+        if self._guard is None or around != self.around or treedef != self.treedef or not self._same_statics(leaves):
             return False
         return self._guard(*self.tensors(leaves))
 

@@ -10,7 +10,7 @@ import torch
 from ftrain.ambient import AMBIENT_NAMES, ambient
 from ftrain.compile_step import compile_step, name_of
 from ftrain.compiled import Compiled
-from ftrain.donation import DonatedTensor, path_of
+from ftrain.donation import is_donated, path_of
 from ftrain.mesh_arguments import COORDINATES
 from ftrain.precision import Precision
 from ftrain.remat import Remat
@@ -121,7 +121,7 @@ class TraceCache:
 
 def _require_data(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     for leaf in leaves:
-        if isinstance(leaf, DonatedTensor):
+        if is_donated(leaf):
             raise ValueError(
                 f"leaf {path_of(leaf)!r} was donated to an earlier step, which wrote its new state over it: pass "
                 "the state that the step returned, or make the step with donate=None"

@@ -1,6 +1,7 @@
 """Private torch.distributed names that the floor uses, with one canary test each."""
 
 import json
+import operator
 from typing import Any
 
 import torch
@@ -51,8 +52,25 @@ def rank_in_group(name: str) -> int:
     return dist.get_rank(resolve_group(name))
 
 
+spec_of = operator.attrgetter("_spec")
+"""How a DTensor is divided: its mesh, placements, and the whole array's shape, strides and dtype."""
+
+
+local_of = operator.attrgetter("_local_tensor")
+"""The tensor that a DTensor holds here, itself and not a view as from `to_local`."""
+
+
+set_local = DTensor.__dict__["_local_tensor"].__set__
+"""Give a DTensor another tensor to hold; built in C, since every step does it for each leaf."""
+
+
+def dtensor_like(local: Tensor, spec: Any) -> DTensor:
+    """A DTensor around `local` with the spec of another, unchecked and without a gradient."""
+    return DTensor(local, spec, requires_grad=False)
+
+
 def make_dtensor(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> DTensor:
-    """A DTensor around `local`, unchecked and without a gradient; every step makes one for each leaf."""
+    """A DTensor around `local`, unchecked and without a gradient."""
     strides = torch.empty(shape, device="meta").stride()
     spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(torch.Size(shape), strides, local.dtype))
     return DTensor(local, spec, requires_grad=False)

@@ -16,6 +16,8 @@ from sharding.placement import Placement
 from sharding.private import group_timeout, has_group, make_dtensor, register_group
 
 T = TypeVar("T")
+PIECE = "padded_piece"
+"""The attribute of a DTensor that `to_dtensor` made in which its padded piece is."""
 
 
 def require_world(mesh: Mesh) -> int:
@@ -95,12 +97,12 @@ def to_dtensor(piece: Tensor, placement: Placement, mesh: Mesh, rank: int, meshe
     """The DTensor of which `piece` (padded) is this rank's part; an array without splits stays a plain tensor."""
     if not placement.splits:
         return piece
-    local = piece
+    local = piece.detach()  # a tensor of its own: `to_local` may hand it out, and then it is donated
     for dim, (_, length) in enumerate(placement.windows(mesh, rank)):
         local = local.narrow(dim, 0, length)
     device_mesh, placements = meshes.describe(placement)
     array = make_dtensor(local, device_mesh, placements, placement.shape)
-    array.__dict__["padded_piece"] = piece
+    array.__dict__[PIECE] = piece
     return array
 
 
@@ -108,7 +110,7 @@ def to_piece(leaf: Tensor, placement: Placement) -> Tensor:
     """This rank's piece, padded: the memory behind a DTensor that `to_dtensor` made, or a padded copy of another's."""
     if not isinstance(leaf, DTensor):
         return leaf
-    piece = leaf.__dict__.get("padded_piece")
+    piece = leaf.__dict__.get(PIECE)
     if piece is not None and tuple(piece.shape) == placement.local_shape:
         return piece
     local = leaf.to_local().detach()

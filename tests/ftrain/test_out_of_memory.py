@@ -84,7 +84,7 @@ def test_what_no_budget_can_free_is_said():
 
 def test_other_errors_stay_what_they_are():
     step = ftrain.jit(lambda x: x @ x)
-    step.lower(torch.ones(2, 2)).use_program(lambda inputs: (_ for _ in ()).throw(RuntimeError("something else")))
+    step.runner(torch.ones(2, 2)).use_program(lambda inputs: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         step(torch.ones(2, 2))
 
