@@ -14,7 +14,7 @@ from ftrain.trace import Aval, is_array
 from sharding.batch import BatchRule, Offsets, Same, Tokens, require_whole_documents, share
 from sharding.placement import Placement
 from sharding.plan import Plan
-from sharding.processes import require_world
+from sharding.processes import require_world, to_piece
 from sharding.spmd import coordinates
 
 COORDINATES = "coordinates_3"
@@ -83,13 +83,22 @@ class MeshArguments:
             return leaf
         if self.in_batch(path):
             return Aval.of(leaf)
+        return Aval(self._held_placement(path, leaf).local_shape, leaf.dtype, Aval.of(leaf).device)
+
+    def held(self, path: str, leaf: Any) -> Any:
+        """What this process's graph takes for the leaf of a call: of a DTensor its padded piece."""
+        if not is_array(leaf) or self.in_batch(path):
+            return leaf
+        return to_piece(leaf, self._held_placement(path, leaf))
+
+    def _held_placement(self, path: str, leaf: Any) -> Placement:
         placement = self.placements.of_whole(path, tuple(leaf.shape))
         if placement.splits and not isinstance(leaf, DTensor | Aval):
             raise ValueError(
                 f"leaf {path!r} is a whole tensor of shape {tuple(leaf.shape)}; on a mesh of processes it is divided "
                 f"({placement.splits}): make the state with step.init, or divide a whole one with step.shard"
             )
-        return Aval(placement.local_shape, leaf.dtype, Aval.of(leaf).device)
+        return placement
 
     def _local_aval(self, argument: Argument, leaf: Any, tokens: int) -> Any:
         if not is_array(leaf):

@@ -26,13 +26,13 @@ from ftrain.runner import Runner
 from ftrain.sharded_trace import Placements, ShardedTrace, reduce_means, tracing_rank
 from ftrain.spread import Spread, Spreads
 from ftrain.spread_fixes import finish_reductions
-from ftrain.trace import Aval, Traced, is_array
+from ftrain.trace import Aval, Traced
 from kernels.primitive import bind
 from sharding.copies import Held, compare_processes
 from sharding.heartbeat import Heartbeat
 from sharding.placement import Placement
 from sharding.plan import Plan
-from sharding.processes import open_groups, require_world, to_piece
+from sharding.processes import open_groups, require_world
 from sharding.spmd import coordinates
 
 
@@ -167,10 +167,7 @@ class ShardedStep:
         rank = require_world(mesh)
         if self._heartbeat is None and mesh.size > 1:
             self._heartbeat = Heartbeat()
-        own = [
-            to_piece(leaf, self.placements.of_whole(path, leaf.shape)) if is_array(leaf) else leaf
-            for path, leaf in zip(compiled.signature.paths, leaves, strict=False)
-        ]
+        own = [self.arguments.held(path, leaf) for path, leaf in zip(compiled.signature.paths, leaves, strict=False)]
         inputs = [*own, coordinates(mesh, rank)]
         if runner not in self._calls:
             open_groups(mesh, groups_of(compiled.graph))

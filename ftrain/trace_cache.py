@@ -115,7 +115,7 @@ class TraceCache:
         warnings.warn(
             f"{name_of(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "
             "shapes fixed (pack batches to one budget); later retraces are not reported.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
