@@ -66,8 +66,12 @@ class MeshCall:
         arrays = [leaves[i] for i in self._divided]
         if not set(map(type, arrays)) <= _DTENSOR or [*map(spec_of, arrays)] != self._specs:
             return None
+        try:
+            pieces = [*map(_piece_of, arrays)]
+        except AttributeError:  # one that no step has made
+            return None
         inputs = [*leaves, self._coordinates_3]
-        for i, piece in zip(self._divided, map(_piece_of, arrays), strict=True):
+        for i, piece in zip(self._divided, pieces, strict=True):
             inputs[i] = piece
         signature = self._compiled.signature
         return inputs if signature.matches_fast(inputs, signature.treedef, around) else None
@@ -89,22 +93,29 @@ class MeshCall:
             if new is None or getrefcount(new) > 2 or len(new.__dict__) > 1:
                 new = dtensor_like(_NOTHING, spec_of(old))
             local = local_of(old)
-            set_local(old, _NOTHING)
+            _spoil(old, path)
             set_local(new, local if getrefcount(local) == 2 else _spoiled(local, path))
             new.__dict__[PIECE] = piece
             new.__class__ = DTensor
-            del old.__dict__[PIECE]
-            old.__dict__[DONATED_PATH] = path
-            old.__class__ = DonatedDTensor
             donated.append(new)
         return self._compiled.donation.ordered(donated, others)
 
     def _renewed(self, leaf: Any, piece: Tensor, path: str, placement: Placement) -> Tensor:
         """The new value of a leaf that is whole, or whose piece is no memory of ours."""
         if type(leaf) is DTensor:
+            _spoiled(local_of(leaf), path)
+            _spoil(leaf, path)
             return self._wrap(piece, placement)
         (fresh,) = give_away([leaf], [path])
         return fresh if piece is leaf else piece
+
+
+def _spoil(array: DTensor, path: str) -> None:
+    """Take its memory from a DTensor, and make every use of it an error."""
+    set_local(array, _NOTHING)
+    array.__dict__.pop(PIECE, None)
+    array.__dict__[DONATED_PATH] = path
+    array.__class__ = DonatedDTensor
 
 
 def _spoiled(local: Tensor, path: str) -> Tensor:
