@@ -1,4 +1,7 @@
-"""Where a NaN or an infinity was born: the step's graph, run node by node until a value is not finite."""
+"""Where a NaN or an infinity was born: the step's graph, run node by node until a value is not finite.
+
+`check_passes` (see `ftrain.pass_check`) asks another thing: whether each pass keeps every bit.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,6 +15,7 @@ from ftrain import tree
 from ftrain.interpret import Iteration, Op, interpret, interpret_ranks
 from ftrain.jit import Step, jit
 from ftrain.lockstep import COLLECTIVES
+from ftrain.pass_check import check_passes as check_passes
 from ftrain.passes.waits import WAIT
 from ftrain.text import op_name, short_site, show_node, show_value
 from ftrain.trace import is_array

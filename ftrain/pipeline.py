@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -53,7 +53,8 @@ class Setting:
     `donated`: names of placeholders, and the outputs that are written over them. `times`: how long ops take, asked for
     only where a pass needs it. `backend`: as `execute.choose` resolves it. On a mesh: `link`, and whether communication
     is hidden (`hides`); `within`: bytes beyond the arguments that it may take for that, of a graph; `score`: see
-    `schedule.overlap`.
+    `schedule.overlap`. `disabled`: names of passes that are left out, by default those of `FTRAIN_DISABLE_PASSES`
+    (ValueError where one is no pass, or is needed).
     """
 
     leaves: Mapping[str, Aval]
@@ -68,6 +69,7 @@ class Setting:
     hides: bool = True
     within: Callable[[fx.GraphModule], int | None] = lambda _: None
     score: Callable[[fx.GraphModule], float] | None = None
+    disabled: frozenset[str] = field(default_factory=lambda: _disabled())
 
     @property
     def granularity(self) -> int:
@@ -121,12 +123,11 @@ def run_passes(
 ) -> fx.GraphModule:
     """Run those of the passes that the setting asks for, and return the graph after them.
 
-    `runs`: is given an entry for each. ValueError where `FTRAIN_DISABLE_PASSES` names no pass, or one that is needed.
+    `runs`: is given an entry for each.
     """
-    disabled = _disabled()
     before = _Look(module) if runs is not None else None
     for each in passes:
-        if each.name in disabled or not each.when(setting):
+        if each.name in setting.disabled or not each.when(setting):
             continue
         started = time.perf_counter()
         module = _run(module, each, setting)
