@@ -140,7 +140,7 @@ class Step:
         """Run the step on real tensors."""
         args = _bound(self._fn, self._parameters, args, kwargs)
         if _disabled.get() or within_another():
-            return self._plain(args)
+            return _plain(self._fn, args, self._placed, self._traces.options.precision)
         sharded = self._layout(args)
         leaves, treedef = tree.flatten(args)
         runner, around = self._traces.latest, ambient()
@@ -161,21 +161,6 @@ class Step:
                 runner = self._traces.latest = self._traces.find(args, leaves, treedef, sharded)
             runner.expect(loans)
             return runner.run(leaves) if sharded is None else sharded.run(runner, leaves, treedef)
-
-    def _plain(self, args: tuple) -> Any:
-        """The function itself: under `disable_jit`, and inside a transform of `torch.func` or another trace.
-
-        ValueError for a step on several ranks inside another: what it would see are not its pieces.
-        """
-        mesh = None if _disabled.get() or self._placed is None else self._placed.plan.mesh
-        if mesh is not None and mesh.size > 1:
-            raise ValueError(
-                f"{name_of(self._fn)} has a plan of {mesh.size} ranks and is called inside a transform of torch.func "
-                "or another jitted step: call the plain function there, and jit the whole"
-            )
-        precision = self._traces.options.precision
-        with computing_in(precision) if precision is not None else nullcontext():
-            return self._fn(*args)
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
         """Trace and plan for these arguments without running; leaves may be `Aval`s, meta or fake tensors."""
@@ -270,6 +255,21 @@ class Step:
             self._deferred = None
             self._traces.options = replace(options, remat=remat)
         return self._placed
+
+
+def _plain(fn: Callable, args: tuple, sharded: ShardedStep | None, precision: Precision | None) -> Any:
+    """The function itself: under `disable_jit`, and inside a transform of `torch.func` or another trace.
+
+    ValueError for a step on several ranks inside another: what it would see are not its pieces.
+    """
+    mesh = None if _disabled.get() or sharded is None else sharded.plan.mesh
+    if mesh is not None and mesh.size > 1:
+        raise ValueError(
+            f"{name_of(fn)} has a plan of {mesh.size} ranks and is called inside a transform of torch.func or another "
+            "jitted step: call the plain function there, and jit the whole"
+        )
+    with computing_in(precision) if precision is not None else nullcontext():
+        return fn(*args)
 
 
 def _bound(fn: Callable, parameters: list[str], args: tuple, kwargs: dict) -> tuple:

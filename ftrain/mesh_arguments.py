@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftrain.sharded_trace import Placements
-from ftrain.spread import SAME, Spread, Spreads
+from ftrain.spread import SAME, Spread, Spreads, placed
 from ftrain.trace import Aval, is_array
 from sharding.batch import BatchRule, Offsets, Same, Tokens, require_whole_documents, share
 from sharding.placement import Placement
@@ -60,7 +60,7 @@ class MeshArguments:
         if path == COORDINATES:
             return Spread(spreads.everywhere)
         if not self.in_batch(path):
-            return spreads.of_placement(self.placements.of_local(path, tuple(leaf.shape)))
+            return placed(self.placements.of_local(path, tuple(leaf.shape)))
         rule = self.rule(path)
         if isinstance(rule, Same):
             return SAME

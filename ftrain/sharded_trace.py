@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ftrain import tree
 from ftrain.private import is_constant, node_of
 from ftrain.provenance import sources
-from ftrain.spread import Spread, Spreads
+from ftrain.spread import Spread, Spreads, placed
 from kernels.mean import Mean
 from sharding.collectives import sum_of_parts
 from sharding.mesh import BASE_AXES, Mesh
@@ -117,7 +117,7 @@ class ShardedTrace:
         node = node_of(tensor)
         if node is not None:
             splits = tuple(s for s in placement.splits if not s.gathered)
-            used = self.spreads.of_placement(Placement(placement.shape, splits, placement.copies))
+            used = placed(Placement(placement.shape, splits, placement.copies))
             self._note(tensor, path, replace(used, cause=self.spreads.of(node).cause))
 
     def note_piece(self, tensor: Tensor, placement: Placement, path: str = "", *, of: Sequence[Tensor] = ()) -> None:
@@ -125,7 +125,7 @@ class ShardedTrace:
         nodes = [node for node in map(node_of, of) if node is not None]
         causes = (self.spreads.of(node).cause for node in nodes)
         cause = next((c for c in causes if c is not None), None)
-        self._note(tensor, path, replace(self.spreads.of_placement(placement), cause=cause))
+        self._note(tensor, path, replace(placed(placement), cause=cause))
 
     def note_gradient(self, tensor: Tensor, leaf: Tensor) -> None:
         """Remember that a gradient lies as its leaf does, if nothing that it was computed from was wrong."""

@@ -51,6 +51,12 @@ SAME = Spread()
 _UNIFORM = Spread(uniform=True)
 
 
+def placed(placement: Placement) -> Spread:
+    """Of what lies so: a piece, or, where nothing is divided, equal on all ranks."""
+    axes = frozenset(axis for split in placement.splits for axis in split.axes)
+    return Spread(axes, placement) if axes else SAME
+
+
 class Fix(NamedTuple):
     """A reduction over divided dims: what is to be done over the ranks that hold the other pieces, and of which array
     (`placement`) its input is a piece: `over` are the divided dims that it reduces, `dims` all of them.
@@ -120,11 +126,6 @@ class Spreads:
         """Work it out again: something has been noted of it, and nothing has been asked of what follows from it."""
         if node in self._known:
             self._known[node] = self._work_out(node)
-
-    def of_placement(self, placement: Placement) -> Spread:
-        """Of what lies so: a piece, or, where nothing is divided, equal on all ranks."""
-        axes = frozenset(axis for split in placement.splits for axis in split.axes)
-        return Spread(axes, placement) if axes else SAME
 
     def of_loop(self, node: fx.Node, carry: list[Spread] | None = None) -> list[Spread]:
         """Of each of a loop's results: those that the body gives back as long as they come in so."""
@@ -207,7 +208,7 @@ class Spreads:
             return self._together(node, axes)
         view = moved(node, [self._known.get(n, SAME).placement for n in node.all_input_nodes])
         if view is not None:
-            return self.of_placement(view)
+            return placed(view)
         if _is_view(target) and not any(s.gathered for p in parents if p.placement for s in p.placement.splits):
             return Spread(axes, batch=True)
         if target in _REDUCTIONS:
@@ -263,7 +264,7 @@ class Spreads:
                     return Spread(axes, cause=node)
         if _share_ranks(splits.values()):
             return Spread(axes, cause=node)
-        return self.of_placement(Placement(tuple(sizes), tuple(splits[d] for d in sorted(splits)), copies))
+        return placed(Placement(tuple(sizes), tuple(splits[d] for d in sorted(splits)), copies))
 
     def _reduced(self, node: fx.Node, source: Spread) -> Spread:
         placement, value = source.placement, _value(node.args[0])
@@ -281,7 +282,7 @@ class Spreads:
         sizes = tuple(1 if d in dims else placement.shape[d] for d in kept)
         splits = tuple(s._replace(dim=kept.index(s.dim)) for s in left)
         copies = tuple(dict.fromkeys([*placement.copies, *(a for s in over for a in s.axes)]))
-        return self.of_placement(Placement(sizes, splits, copies))
+        return placed(Placement(sizes, splits, copies))
 
     def _along(self, node: fx.Node, source: Spread, axes: frozenset[str]) -> Spread:
         """Of an op that works along one dim, and number by number along the others."""
@@ -314,7 +315,7 @@ class Spreads:
         if _share_ranks(splits.values()):
             return None
         found = Placement(tuple(sizes), tuple(s._replace(dim=d) for d, s in sorted(splits.items())), copies)
-        spread = self.of_placement(found)
+        spread = placed(found)
         plus = self._known[node.args[0]] if added else _UNIFORM  # type: ignore[index]
         return spread if plus.uniform or plus == spread else None
 
