@@ -7,27 +7,23 @@ of the part of its copies that does not hide behind compute. All share the link:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ftrain.cost import is_view
 from ftrain.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated
 from ftrain.hardware import device_bytes, free_bytes
-from ftrain.layers import layer_of_node
-from ftrain.liveness import storages_of
-from ftrain.offload import Ferry, HostLink, Timetable, write_plan
+from ftrain.offload import Ferry, HostLink, Timetable
 from ftrain.op_times import OpTimes
-from ftrain.private import storage_id
-from ftrain.remat import Remat, is_forward, must_keep, parse_budget
-from ftrain.remat_cut import Item, cheapest_kept
+from ftrain.remat import Remat, parse_budget
+from ftrain.remat_choices import Recomputable
+from ftrain.remat_cut import cheapest_kept
 from ftrain.remat_improve import Choice, Search
-from ftrain.remat_peak import PeakModel
+from ftrain.remat_peak import PeakModel, Step
 
-_TILT = 0.004  # equal layers tie at one rate; a small slope over depth lets a rate stop between them
 _SHARES_OF_LINK = (0.95, 0.5)  # of its time that are tried where what pays is more than it carries
 _HEADROOM = 0.95  # of free memory that "fit" fills: the rest is for what no plan knows
 _WORK_TO_IMPROVE = 250_000  # nodes to walk in the search around the cuts: about a second
@@ -53,9 +49,9 @@ class Planner:
         return PeakModel(self.module, self.donated, round_to=self.round_to)
 
     @cached_property
-    def microseconds(self) -> dict[int, float]:
-        """How long each forward node takes."""
-        return {i: self.times.microseconds(n) for i, n in enumerate(self.model.nodes) if is_forward(n)}
+    def choices(self) -> Recomputable:
+        """What may be made again, and what that takes and frees."""
+        return Recomputable(self.module, self.model, self.times, self.remat)
 
     @cached_property
     def ferry(self) -> Ferry | None:
@@ -83,7 +79,7 @@ class Planner:
             yield self._cut(us_per_mb, _spread(gone, share * room))
 
     def _cut(self, us_per_mb: float, may_go: frozenset[int]) -> Choice:
-        numbers, items, wanted = self._items
+        numbers, items, wanted = self.choices.items
         if self.ferry is not None and may_go:
             away = {v: self.ferry.price_alone(v) for v in may_go}
             items = [replace(i, away=away.get(v)) for v, i in zip(numbers, items, strict=True)]
@@ -96,15 +92,15 @@ class Planner:
         nothing = self.at_rate(0.0)
         if nothing.peak <= peak:
             return nothing
-        all_remade = frozenset(v for v, _, _ in self._candidates)
+        all_remade = frozenset(v for v, _, _ in self.choices.candidates)
         all_gone = frozenset(self._token(v) for v in self._may_go)
         price = partial(self._priced, within=peak)
         starts = [*self._search(peak), *map(price, dict.fromkeys([all_remade, all_remade | all_gone, all_gone]))]
         if all_gone:
             starts = [price(c.remade) if c.peak > peak else c for c in starts]
         tries = _WORK_TO_IMPROVE // len(self.model.nodes)
-        ops = [*self._ops, *(frozenset({gone}) for gone in sorted(all_gone))]
-        found = Search(price, [*self._candidates, *self._gone], ops=ops, peak=peak, tries=tries).best(starts)
+        ops = [*self.choices.ops, *(frozenset({gone}) for gone in sorted(all_gone))]
+        found = Search(price, [*self.choices.candidates, *self._gone], ops=ops, peak=peak, tries=tries).best(starts)
         if found.peak > peak:
             remade, _ = self.decided(found)
             places = found.table.places if found.table is not None else {}
@@ -116,10 +112,6 @@ class Planner:
         count = len(self.model.nodes)
         return frozenset(v for v in choice.remade if v < count), frozenset(choice.table.places if choice.table else ())
 
-    def write(self, choice: Choice) -> None:
-        """Write the copies of a choice into the graph; no value changes."""
-        write_plan(self.model, self.decided(choice)[0], choice.table.places if choice.table is not None else {})
-
     def _token(self, v: int) -> int:
         """What stands for offloading a node in a set of numbers."""
         return len(self.model.nodes) + v
@@ -129,17 +121,14 @@ class Planner:
         """The nodes whose price decides whether they are offloaded."""
         if self.ferry is None or self.remat.offload is None:
             return frozenset()
-        return frozenset(v for v in self.ferry.views if self._said_of(v) is None)
+        return frozenset(v for v in self.ferry.views if self.choices.said_of(v) is None)
 
     @cached_property
     def _must_go(self) -> frozenset[int]:
         """The nodes that are offloaded by their path."""
         if self.ferry is None:
             return frozenset()
-        return frozenset(v for v in self.ferry.views if self._said_of(v) == "offload")
-
-    def _said_of(self, v: int) -> str | None:
-        return self.remat.choice_at(self.model.nodes[v].meta.get("path") or "")
+        return frozenset(v for v in self.ferry.views if self.choices.said_of(v) == "offload")
 
     @cached_property
     def _gone(self) -> list[tuple[int, float, int]]:
@@ -148,31 +137,10 @@ class Planner:
             return []
         return [(self._token(v), self.ferry.price_alone(v), self.ferry.bytes(v)) for v in sorted(self._may_go)]
 
-    @cached_property
-    def _candidates(self) -> list[tuple[int, float, int]]:
-        """The nodes that may be made again, with microseconds and bytes."""
-        steps, nodes = self.model.steps, self.model.nodes
-        return [
-            (v, us, sum(size for _, size in steps[v].storages))
-            for v, us in self.microseconds.items()
-            if not self._stays(nodes[v])
-        ]
-
-    @cached_property
-    def _ops(self) -> list[frozenset[int]]:
-        """The nodes that may be made again by op: each with its views and the parts of its result."""
-        owner: dict[int, int] = {}
-        found: dict[int, set[int]] = {}
-        for v, us, _ in self._candidates:
-            sources = [u for u in self.model.steps[v].reads if u in owner] if us == 0 else []
-            owner[v] = owner[sources[0]] if sources else v
-            found.setdefault(owner[v], set()).add(v)
-        return [frozenset(nodes) for nodes in found.values()]
-
     def _search(self, peak: int) -> Iterator[Choice]:
         nothing = self.at_rate(0.0)
         yield nothing
-        low, high = self._rates
+        low, high = self.choices.rates
         grid = [low * (high / low) ** (i / 12) for i in range(13)]
         peaks = {0.0: nothing.peak}
         for rate in grid:
@@ -206,13 +174,13 @@ class Planner:
         count = len(self.model.nodes)
         gone = {v - count for v in remade if v >= count} | self._must_go
         if self.ferry is None or not gone:
-            used = self._used(remade)
-            return Choice(used, self.model.peak(used)[0], sum(self.microseconds[v] for v in sorted(used)))
+            used = _read_again(self.model.steps, remade)
+            return Choice(used, self.model.peak(used)[0], sum(self.choices.microseconds[v] for v in sorted(used)))
         views = {u for v in gone for u in self.ferry.views[v]}
         wanted = frozenset({v for v in remade if v < count} - gone | views)
         needed = self.ferry.needed(gone, wanted)
-        used = self._used(wanted)
-        again = sum(self.microseconds[v] for v in sorted(used))
+        used = _read_again(self.model.steps, wanted)
+        again = sum(self.choices.microseconds[v] for v in sorted(used))
         tokens = used | {self._token(v) for v in needed}
 
         def choice(table: Timetable) -> Choice:
@@ -223,82 +191,17 @@ class Planner:
             return found
         return min(found, choice(self.ferry.timetable(needed, tight=True)), key=lambda c: c.peak)
 
-    def _used(self, remade: frozenset[int]) -> frozenset[int]:
-        """Those of the set that the backward reads, or that others of these are made from."""
-        steps = self.model.steps
-        stack = [u for s in steps if not s.forward for u in s.reads if u in remade]
-        found: set[int] = set()
-        while stack:
-            v = stack.pop()
-            if v not in found:
-                found.add(v)
-                stack.extend(u for u in steps[v].reads if u in remade)
-        return frozenset(found)
 
-    @cached_property
-    def _rates(self) -> tuple[float, float]:
-        """The lowest and highest exchange rates that could matter, microseconds per MB; crumbs are left out."""
-        _, items, _ = self._items
-        whole = sum(i.bytes or 0 for i in items)
-        rates = [
-            i.microseconds / (i.bytes / 1e6)
-            for i in items
-            if i.bytes and i.bytes > whole / 1000 and i.microseconds is not None and i.microseconds > 0
-        ]
-        return (min(rates, default=1.0) / 2, 64 * max(rates, default=1.0))
-
-    @cached_property
-    def _items(self) -> tuple[list[int], list[Item], list[int]]:
-        """The forward nodes as items of a cut, and those that the backward reads."""
-        nodes, index = self.model.nodes, self.model.index
-        numbers = [i for i, n in enumerate(nodes) if is_forward(n)]
-        place = {i: v for v, i in enumerate(numbers)}
-        held = self._held_anyway
-        layers = sorted({layer_of_node(nodes[i]) for i in numbers})
-        depth = {layer: i / max(1, len(layers)) for i, layer in enumerate(layers)}
-        items = []
-        for i in numbers:
-            node = nodes[i]
-            tilt = 1 + _TILT * depth[layer_of_node(node)]
-            size = self._bytes_to_keep(node, held)
-            again = None if self._stays(node) else self.microseconds[i] * tilt
-            reads = tuple(place[index[p]] for p in node.all_input_nodes if index[p] in place)
-            items.append(Item(reads, 0 if size is None and again is None else size, again))
-        wanted = [place[index[p]] for n in nodes if not is_forward(n) for p in n.all_input_nodes if index[p] in place]
-        return numbers, items, sorted(set(wanted))
-
-    @cached_property
-    def _held_anyway(self) -> set[int]:
-        """Memory that is there in the backward whatever is chosen: arguments and results."""
-        outputs = [n for n in self.module.graph.output_node().all_input_nodes if is_forward(n)]
-        inputs = [n for n in self.model.nodes if n.op in ("placeholder", "get_attr")]
-        return {s for n in [*outputs, *inputs] for s, _ in storages_of(n)}
-
-    def _bytes_to_keep(self, node: fx.Node, held: set[int]) -> int | None:
-        if self.remat.choice_at(node.meta.get("path") or "") == "recompute" and not must_keep(node):
-            return None
-        value = node.meta.get("val")
-        if isinstance(value, list | tuple):
-            return None
-        if not isinstance(value, Tensor) or storage_id(value) in held:
-            return 0
-        source = node.all_input_nodes[0] if node.all_input_nodes else None
-        if is_view(node) and source is not None and isinstance(source.meta.get("val"), Tensor):
-            return None
-        return int(storages_of(node)[0][1])
-
-    def _stays(self, node: fx.Node) -> bool:
-        """What is never made again: loops, sizes, what a layer hands to another one, and what a path says to keep."""
-        choice = self.remat.choice_at(node.meta.get("path") or "")
-        if must_keep(node) or choice == "keep":
-            return True
-        if choice == "recompute" or is_view(node):
-            return False
-        if choice == "offload":
-            return True
-        mine = layer_of_node(node)
-        users = [layer_of_node(u) for u in node.users if is_forward(u)]
-        return bool(mine) and any(layer and layer != mine for layer in users)
+def _read_again(steps: Sequence[Step], remade: frozenset[int]) -> frozenset[int]:
+    """Those of the set that the backward reads, or that others of these are made from."""
+    stack = [u for s in steps if not s.forward for u in s.reads if u in remade]
+    found: set[int] = set()
+    while stack:
+        v = stack.pop()
+        if v not in found:
+            found.add(v)
+            stack.extend(u for u in steps[v].reads if u in remade)
+    return frozenset(found)
 
 
 def _spread(nodes: list[int], share: float) -> frozenset[int]:

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from ftrain.liveness import input_bytes, plan_memory, storages_of
 from ftrain.loop import carried_outputs, copy_graph, is_loop, loop_body, with_bodies
-from ftrain.offload import HostLink, host_link
+from ftrain.offload import HostLink, host_link, write_plan
 from ftrain.op_times import OpTimes
 from ftrain.remat import Remat, is_forward
 from ftrain.remat_budget import OverBudget, Planner, budget_bytes
@@ -112,7 +112,8 @@ def _apply(
     planner = Planner(module, donated, times, remat, round_to, link)
     choice = planner.at_rate(remat.us_per_mb or 0.0) if target is None else planner.within(target)
     _tag(planner, choice)
-    planner.write(choice)
+    places = choice.table.places if choice.table is not None else {}
+    write_plan(planner.model, planner.decided(choice)[0], places)
 
 
 def _tag(planner: Planner, choice: Choice) -> None:
@@ -123,7 +124,7 @@ def _tag(planner: Planner, choice: Choice) -> None:
     read = {u for s in steps if not s.forward for u in s.reads} | {u for v in remade for u in steps[v].reads} | gone
     for v in read:
         if is_forward(nodes[v]) and isinstance(nodes[v].meta.get("val"), Tensor):
-            price = away[v] if v in gone else sum(planner.microseconds[u] for u in _chain(planner, remade, v))
+            price = away[v] if v in gone else sum(planner.choices.microseconds[u] for u in _chain(planner, remade, v))
             decision = "offload" if v in gone else "recompute" if v in remade else "keep"
             nodes[v].meta["decision"] = Decision(decision, price)
 
@@ -170,7 +171,7 @@ def _chain(planner: Planner, remade: frozenset[int], v: int) -> set[int]:
         if u not in found:
             found.add(u)
             stack.extend(w for w in planner.model.steps[u].reads if w in remade)
-    return {u for u in found if u in planner.microseconds}
+    return {u for u in found if u in planner.choices.microseconds}
 
 
 def _refusal(module: fx.GraphModule, remat: Remat, budget: int, inputs: int, error: OverBudget) -> str:

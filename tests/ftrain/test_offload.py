@@ -23,7 +23,7 @@ from ftrain.jit import jit
 from ftrain.liveness import plan_memory
 from ftrain.memory_timeline import memory_timeline
 from ftrain.meter import measure_peak
-from ftrain.offload import HostLink, host_link
+from ftrain.offload import HostLink, host_link, write_plan
 from ftrain.op_times import OpTimes, op_key
 from ftrain.pipeline import EXECUTED, run_passes
 from ftrain.remat import Remat
@@ -165,9 +165,10 @@ def test_the_simulated_peak_is_that_of_the_graph(seed):
     rng = random.Random(seed)
     planner = linked_planner(seed, 10.0 ** rng.randint(6, 12))
     model = planner.model
-    tokens = [v for v, _, _ in planner._candidates] + [t for t, _, _ in planner._gone]
+    tokens = [v for v, _, _ in planner.choices.candidates] + [t for t, _, _ in planner._gone]
     choice = planner._priced(frozenset(t for t in tokens if rng.random() < 0.6), within=rng.choice([None, 0]))
-    planner.write(choice)
+    places = choice.table.places if choice.table is not None else {}
+    write_plan(planner.model, planner.decided(choice)[0], places)
     assert plan_memory(model.nodes[0].graph.owning_module).peak == choice.peak
 
 
@@ -176,7 +177,7 @@ def price_ratios(seeds, *, most=5):
     found = []
     for seed in seeds:
         planner = linked_planner(seed, 1e9)
-        large = [v for v, _, size in planner._candidates if size > 1000]
+        large = [v for v, _, size in planner.choices.candidates if size > 1000]
         if len(large) > most:
             continue
         ways = [(frozenset(), {v}, {len(planner.model.nodes) + v} if v in planner._may_go else set()) for v in large]
@@ -247,7 +248,7 @@ def test_offloaded_is_what_is_dear_to_make_again_if_the_link_is_fast(link, dear,
     everything = planner.at_rate(0.0).peak
     remade, gone = planner.decided(planner.within(int(0.5 * everything)))
     assert bool(gone) == expected
-    assert bool([v for v in remade if planner.microseconds[v]]) != expected
+    assert bool([v for v in remade if planner.choices.microseconds[v]]) != expected
 
 
 def test_a_link_that_carries_a_part_is_used_for_a_part():

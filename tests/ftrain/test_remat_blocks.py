@@ -97,9 +97,9 @@ def planner_of(block: Block) -> Planner:
 
 def groups_of(planner: Planner) -> list[frozenset[int]]:
     """At most `MOST` groups of the nodes that may be made again."""
-    bytes_of = {v: size for v, us, size in planner._candidates if us > 0}
+    bytes_of = {v: size for v, us, size in planner.choices.candidates if us > 0}
     group_of = {v: v for v in bytes_of}
-    for v, us, _ in planner._candidates:
+    for v, us, _ in planner.choices.candidates:
         sources = [u for u in planner.model.steps[v].reads if u in group_of]
         if us == 0 and sources:  # a view, or a part of a result
             group_of[v] = group_of[sources[0]]

@@ -49,7 +49,7 @@ def random_planner(seed):
 
 def all_plans(planner):
     """Peak and price of every set of recomputed tensors."""
-    candidates = [v for v, _, _ in planner._candidates]
+    candidates = [v for v, _, _ in planner.choices.candidates]
     plans = []
     for bits in range(1 << len(candidates)):
         chosen = frozenset(v for i, v in enumerate(candidates) if bits >> i & 1)
@@ -62,7 +62,7 @@ def ratios(seeds):
     found = []
     for seed in seeds:
         planner = random_planner(seed)
-        if len(planner._candidates) > MOST:
+        if len(planner.choices.candidates) > MOST:
             continue
         plans = all_plans(planner)
         smallest, largest = min(p.peak for p in plans), plans[0].peak
