@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 from sharding.batch import BatchRule, Offsets, TokenOrder, Tokens
 from sharding.layout import Hybrid, Layout, Ring
@@ -28,16 +28,19 @@ class Plan:
         mesh: Mesh,
         default: Layout = Layout(),  # noqa: B008  # frozen
         *,
+        components: Mapping[str, Layout] = MappingProxyType({}),
         batch: Mapping[str, BatchRule] = MappingProxyType({}),
         link: Link = Link(),  # noqa: B008  # frozen
-        **components: Layout,
+        **misplaced: Never,
     ) -> None:
+        if misplaced:
+            raise ValueError(_in_its_place(misplaced))
         for name, layout in (("default", default), *components.items()):
             if not isinstance(layout, Layout):
-                raise ValueError(f"Plan({name}={layout!r}) must be a sharding.Layout")
+                raise ValueError(f"the plan's layout of {name!r} is {layout!r}, not a sharding.Layout")
         self.mesh, self.default, self.link = mesh, default, link
         self.components, self.batch = dict(components), dict(batch)
-        self._layouts = Rules(self.components, "the plan's components", below=True)
+        self._layouts = Rules(self.components, "Plan(components=...)", below=True)
         self._batch = Rules(self.batch, "Plan(batch=...)", below=True)
         _check_heads_free(self)
 
@@ -101,6 +104,16 @@ class Plan:
         rows.append(("total", "", str(self.mesh), "", f"{total:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _in_its_place(misplaced: Mapping[str, Any]) -> str:
+    """What to write instead of keywords that `Plan` does not take: globs are keys of a mapping."""
+    taken = ("mesh", "default", "components", "batch", "link")
+    given = ", ".join(f"{name}={value!r}" for name, value in misplaced.items())
+    if not all(isinstance(value, Layout) for value in misplaced.values()):
+        return f"Plan({given}): a plan takes {', '.join(taken)}"
+    written = ", ".join(f"{name!r}: {value!r}" for name, value in misplaced.items())
+    return f"Plan({given}): layouts of components are one mapping, write Plan(mesh, components={{{written}}})"
 
 
 def _stored_dtype(spec: Any, layout: Layout) -> Any:

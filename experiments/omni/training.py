@@ -122,7 +122,7 @@ def plan(mesh: Mesh) -> Plan:
     """Encoders and the drawing decoder hold whole items on each rank; the foundation shares sequences and experts."""
     whole = Layout(sequence=None)
     rules = {**BATCH, "decoders.*.task_n": Rows()}
-    return Plan(mesh, Layout(), batch=rules, encoders=whole, decoders=whole)
+    return Plan(mesh, Layout(), batch=rules, components={"encoders": whole, "decoders": whole})
 
 
 def train_step(

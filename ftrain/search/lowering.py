@@ -91,7 +91,7 @@ def draft(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_sha
     times = DeviceTimes(cluster, attention_share=attention_share)
     mesh, device = candidate.mesh(), torch.device(cluster.device_type, 0)
     base = trial.plan(candidate)
-    plan = Plan(base.mesh, base.default, batch=base.batch, link=cluster.link(mesh), **base.components)
+    plan = Plan(base.mesh, base.default, batch=base.batch, link=cluster.link(mesh), components=base.components)
     sharded = ShardedStep(plan, specs=trial.specs, arguments=partial(OnPaper, device=device))
     leaves, treedef = tree.flatten((trial.state, trial.batch))
     paths = argument_paths((trial.state, trial.batch), ("state", "batch"))

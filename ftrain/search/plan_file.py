@@ -128,9 +128,8 @@ class PlanFile:
 
     def plan(self, *, kind: Kind = "process") -> Plan:
         """The plan for `ftrain.jit`."""
-        components = dict(self.components)
-        mesh = self.candidate.mesh(kind)
-        return Plan(mesh, self.candidate.layout, batch=self.batch, link=self.link, **components)
+        mesh, layout = self.candidate.mesh(kind), self.candidate.layout
+        return Plan(mesh, layout, batch=self.batch, link=self.link, components=self.components)
 
     def save(self, file: str | Path) -> Path:
         """Write the file; one of this name is replaced at once."""

@@ -117,7 +117,7 @@ class StepSubject:
 
     def _shares(self, path: str) -> bool:
         """Whether attention at a path sees a pack that ranks share."""
-        plan = Plan(Mesh(kind="fake"), **dict(self._components))  # type: ignore[arg-type]
+        plan = Plan(Mesh(kind="fake"), components=self._components)
         names = path.split(".")
         tails = [".".join(names[i:]) for i in range(len(names))]
         known = set(tree.paths(self._wanted.specs))

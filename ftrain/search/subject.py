@@ -31,8 +31,8 @@ class Trial:
 
     def plan(self, candidate: Candidate, *, kind: str = "fake") -> Plan:
         """The plan of a layout for this step."""
-        components = dict(self.components)
-        return Plan(candidate.mesh(kind), candidate.layout, batch=self.rules, **components)  # type: ignore[arg-type]
+        mesh = candidate.mesh(kind)  # type: ignore[arg-type]
+        return Plan(mesh, candidate.layout, batch=self.rules, components=self.components)
 
 
 class Subject(Protocol):

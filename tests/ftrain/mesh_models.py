@@ -1,8 +1,9 @@
 """Small models with everything that a mesh can divide, as pure steps that return the loss and every gradient."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from modules.mesh_packing import BATCH, pack_for_mesh
 from modules.moe import MoEConfig
 from modules.packing import Budget
 from modules.spec import Normal, map_with_paths
-from sharding import Mesh, Offsets, Plan, Tokens
+from sharding import Layout, Mesh, Offsets, Plan, Tokens
 
 DOCUMENTS = (9, 3, 17, 1, 2)  # lengths that cross the edges of every rank's share
 
@@ -166,9 +167,11 @@ def on_one_device(model: Model, packs: int, dtype: torch.dtype) -> tuple[Any, An
     return params, batch, ftrain.jit(model.step)(params, batch)
 
 
-def plan_for(model: Model, mesh: Mesh, *args: Any, **components: Any) -> Plan:
+def plan_for(
+    model: Model, mesh: Mesh, default: Layout = Layout(), *, components: Mapping[str, Layout] = MappingProxyType({})
+) -> Plan:
     """A plan with the batch rules of the model."""
-    return Plan(mesh, *args, batch=model.rules, **components)
+    return Plan(mesh, default, batch=model.rules, components=components)
 
 
 def accumulated(model: Model, micro_batches: int) -> Model:
@@ -179,9 +182,10 @@ def accumulated(model: Model, micro_batches: int) -> Model:
         return tree.map(lambda *leaves: torch.stack(leaves), *batches)
 
     loss = ftrain.accumulate(model.loss, micro_batches, has_aux=True)
+    told = any(path.endswith("offsets_N") for path in tree.paths(model.batch(1)))
     rules = {
         "*": Tokens(1),
-        "**.offsets_N": Offsets(1),
+        **({"**.offsets_N": Offsets(1)} if told else {}),
         **{glob: replace(rule, dim=rule.dim + 1) for glob, rule in model.rules.items()},
     }
     return Model(model.specs, loss, step_batch, rules)

@@ -66,7 +66,7 @@ OMNI_CASES = [
 def test_the_omni_model_with_every_modality(mesh, how):
     """Encoders and decoders hold whole items and are divided by FSDP alone; the foundation by everything."""
     model, whole = OMNI(), Layout(sequence=None)
-    plan = plan_for(model, mesh, Layout(sequence=how), encoders=whole, decoders=whole)
+    plan = plan_for(model, mesh, Layout(sequence=how), components={"encoders": whole, "decoders": whole})
     loss, gradients = compare(model, plan)
     assert loss < 1e-6
     assert gradients < 1e-5
@@ -107,7 +107,7 @@ def test_random_plans(case):
     mesh, how, (heads, kv_heads), parameters, of_attention = case
     model = dense(heads=heads, kv_heads=kv_heads, layers=1, tied=False)
     inner = Layout(parameters=of_attention, sequence=how)
-    plan = plan_for(model, mesh, Layout(parameters=parameters, sequence=how), **{"layers.*.attention": inner})
+    plan = plan_for(model, mesh, Layout(parameters=parameters, sequence=how), components={"layers.*.attention": inner})
     loss, gradients = compare(model, plan, dtype=torch.float64)
     assert loss < 1e-12
     assert gradients < 1e-12

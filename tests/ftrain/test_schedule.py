@@ -138,7 +138,7 @@ def test_joining_keeps_what_depends_on_one_another_apart():
 def test_purposes_of_every_collective_are_known():
     model = omni()
     whole = Layout(sequence=None)
-    plan = plan_for(model, Mesh(1, 2, 2, 2, "virtual"), Layout(), encoders=whole, decoders=whole)
+    plan = plan_for(model, Mesh(1, 2, 2, 2, "virtual"), Layout(), components={"encoders": whole, "decoders": whole})
     step = ftrain.jit(model.step, plan=plan, specs=model.specs)
     found = set(step.lower(model.params(torch.float32), model.batch(2)).bytes_moved())
     assert {"fsdp_gather", "fsdp_gather.T", "ulysses", "expert_dispatch", "merge", "take.T"} <= found

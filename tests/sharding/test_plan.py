@@ -23,14 +23,14 @@ MESH = Mesh(2, 2, 2, 2, "virtual")
 
 def test_the_most_specific_glob_wins():
     ring, local = Layout(sequence=Ring()), Layout(sequence=None)
-    plan = Plan(MESH, **{"layers": local, "layers.*.moe": ring})
+    plan = Plan(MESH, components={"layers": local, "layers.*.moe": ring})
     assert plan.layout("layers.0.moe.w_EDF") is ring
     assert plan.layout("layers.0.norm_D") is local
     assert plan.layout("encoder.w_DF") is plan.default
 
 
 def test_the_table_shows_shapes_and_bytes():
-    table = Plan(MESH, encoder=Layout(parameters=(), dtype="bfloat16")).describe(SPECS).splitlines()
+    table = Plan(MESH, components={"encoder": Layout(parameters=(), dtype="bfloat16")}).describe(SPECS).splitlines()
     assert [line.split("  ")[0] for line in table[1:]] == [
         "encoder.w_DF", "layers.0.moe.w_EDF", "layers.0.norm_D", "total"
     ]  # fmt: skip
@@ -50,8 +50,19 @@ def test_one_number_changes_fsdp_to_hsdp():
 
 
 def test_a_component_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"components: 'layers.\*.mlp' matches nothing; nearest: 'layers.0.\w+"):
-        Plan(MESH, **{"layers.*.mlp": Layout()}).placements(SPECS)
+    with pytest.raises(
+        ValueError, match=r"Plan\(components=...\): 'layers.\*.mlp' matches nothing; nearest: 'layers.0"
+    ):
+        Plan(MESH, components={"layers.*.mlp": Layout()}).placements(SPECS)
+
+
+def test_a_glob_as_a_keyword_is_told_where_to_go():
+    with pytest.raises(ValueError, match=r"write Plan\(mesh, components=\{'encoders': Layout\(.*\)\}\)"):
+        Plan(MESH, encoders=Layout())
+    with pytest.raises(ValueError, match=r"Plan\(rules=3\): a plan takes mesh, default, components, batch, link"):
+        Plan(MESH, rules=3)
+    with pytest.raises(ValueError, match=r"the plan's layout of 'encoders' is 'replicated', not a sharding.Layout"):
+        Plan(MESH, components={"encoders": "replicated"})
 
 
 def test_a_parameter_that_cannot_be_divided_is_named():
@@ -61,7 +72,7 @@ def test_a_parameter_that_cannot_be_divided_is_named():
 
 def test_rings_of_two_sizes_are_refused():
     with pytest.raises(ValueError, match="components default and layers want rings of different sizes"):
-        Plan(MESH, Layout(sequence=Ring()), layers=Layout(sequence=Hybrid(2)))
+        Plan(MESH, Layout(sequence=Ring()), components={"layers": Layout(sequence=Hybrid(2))})
 
 
 def test_a_hybrid_that_does_not_divide_lists_what_does():

@@ -47,6 +47,6 @@ def test_a_checkpoint_without_axes_names_the_ways_out(tmp_path):
 def test_a_plan_for_another_model_is_refused(tmp_path):
     state = trained()
     save(state, tmp_path, 1, specs=SPECS)
-    plan = Plan(Mesh(1, 2, kind="virtual"), **{"layers.*.moe": Layout()})
+    plan = Plan(Mesh(1, 2, kind="virtual"), components={"layers.*.moe": Layout()})
     with pytest.raises(ValueError, match=r"'layers.\*.moe' matches nothing; nearest: 'layers.1.mlp"):
         restore(state, tmp_path, plan=plan)
