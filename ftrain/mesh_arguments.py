@@ -38,6 +38,7 @@ class MeshArguments:
     def __init__(self, plan: Plan, placements: Placements, batch: str) -> None:
         self.plan, self.placements, self.batch = plan, placements, batch
         self.document_ids: set[str] = set()
+        self._rules_used = False
 
     def in_batch(self, path: str) -> bool:
         """True for a leaf that ranks share out."""
@@ -45,7 +46,13 @@ class MeshArguments:
 
     def rule(self, path: str) -> BatchRule:
         """How the leaf of the batch at `path` is shared out."""
-        return self.plan.batch_rule(path.removeprefix(self.batch).removeprefix("."))
+        return self.plan.batch_rule(_within(self.batch, path))
+
+    def require_rules_used(self, paths: Sequence[str]) -> None:
+        """Of the first batch alone, whose leaves these are: a modality may be absent from a later one."""
+        if paths and not self._rules_used:
+            self.plan.require_batch([_within(self.batch, path) for path in paths])
+            self._rules_used = True
 
     def argument(self, path: str, leaf: Any) -> Argument:
         """How the leaf at `path` of the whole arguments is divided."""
@@ -108,9 +115,9 @@ class MeshArguments:
         example = torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
         assert argument.rule is not None
         if isinstance(argument.rule, Tokens | Offsets):
-            part = self._share(example, argument, tokens, 0)
+            part = _share(self.plan, example, argument, tokens, 0)
         else:
-            part = self._share(torch.zeros_like(example, device="cpu"), argument, tokens, 0)
+            part = _share(self.plan, torch.zeros_like(example, device="cpu"), argument, tokens, 0)
         return Aval(tuple(part.shape), leaf.dtype, Aval.of(leaf).device)
 
     def share(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
@@ -119,11 +126,12 @@ class MeshArguments:
             return list(leaves)
         rank = require_world(self.plan.mesh)
         names = [f"{self.batch}.{path}" if path else self.batch for path in paths]
+        self.require_rules_used(names)
         arguments = [self.argument(path, leaf) for path, leaf in zip(names, leaves, strict=True)]
         self._require_whole_documents(arguments, leaves)
         tokens = _tokens(arguments, leaves)
         return [
-            self._share(leaf, a, tokens, rank).contiguous() if isinstance(leaf, Tensor) else leaf
+            _share(self.plan, leaf, a, tokens, rank).contiguous() if isinstance(leaf, Tensor) else leaf
             for a, leaf in zip(arguments, leaves, strict=True)
         ]
 
@@ -143,12 +151,7 @@ class MeshArguments:
     def _piece(self, argument: Argument, leaf: Tensor, tokens: int, rank: int) -> Tensor:
         if argument.placement is not None:
             return argument.placement.shard(leaf, self.plan.mesh, rank)
-        return self._share(leaf, argument, tokens, rank).clone(memory_format=torch.contiguous_format)
-
-    def _share(self, leaf: Tensor, argument: Argument, tokens: int, rank: int) -> Tensor:
-        assert argument.rule is not None
-        mesh, order = self.plan.mesh, self.plan.order
-        return share(leaf, argument.rule, path=argument.path, tokens=tokens, order=order, mesh=mesh, rank=rank)
+        return _share(self.plan, leaf, argument, tokens, rank).clone(memory_format=torch.contiguous_format)
 
     def _require_whole_documents(self, arguments: Sequence[Argument], leaves: Sequence[Any]) -> None:
         """Of leaves that tell documents by ids: those that attention has read, and those of the usual name."""
@@ -158,6 +161,17 @@ class MeshArguments:
                 continue
             if argument.path in self.document_ids or (name.startswith("segments") and leaf.dtype == torch.int64):
                 require_whole_documents(leaf, path=argument.path, dim=rule.dim, mesh=self.plan.mesh)
+
+
+def _within(batch: str, path: str) -> str:
+    """The path of a leaf inside of the batch."""
+    return path.removeprefix(batch).removeprefix(".")
+
+
+def _share(plan: Plan, leaf: Tensor, argument: Argument, tokens: int, rank: int) -> Tensor:
+    assert argument.rule is not None
+    order, mesh = plan.order, plan.mesh
+    return share(leaf, argument.rule, path=argument.path, tokens=tokens, order=order, mesh=mesh, rank=rank)
 
 
 def _tokens(arguments: Sequence[Argument], leaves: Sequence[Any]) -> int:

@@ -62,8 +62,9 @@ class ShardedStep:
     def local_function(self, fn: Callable, paths: Sequence[str]) -> Callable:
         """`fn` as a rank runs it, with the rank's coordinates as last argument; `Mean`s of its result are summed.
 
-        `paths`: of the leaves of its arguments.
+        `paths`: of the leaves of its arguments. ValueError for a rule of the plan that no leaf of the first batch obeys.
         """
+        self.arguments.require_rules_used([path for path in paths if self.arguments.in_batch(path)])
 
         def local(*args: Any) -> Any:
             *own, coordinates_3 = args

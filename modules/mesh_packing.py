@@ -33,7 +33,8 @@ BATCH: Mapping[str, BatchRule] = MappingProxyType(
         "decoders.*.index_n": Places(),
     }
 )
-"""How ranks share the leaves of a packed omni batch; all others have one entry per token."""
+"""How ranks share the leaves of a packed omni batch; all others have one entry per token. A plan refuses rules that no
+leaf obeys: a model without decoders (or encoders) takes those of its encoders (or decoders) alone."""
 
 
 def pack_for_mesh(

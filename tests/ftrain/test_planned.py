@@ -90,8 +90,14 @@ def test_a_plan_that_does_not_fit_the_run_or_the_model_is_named(tmp_path):
         ftrain.jit(DENSE.step, plan=str(file), specs=DENSE.specs)(*args)
     with pytest.raises(ValueError, match=r"has layouts of layers.\*.mlp: give ftrain.jit the model's specs"):
         ftrain.jit(DENSE.step, plan=SavedPlan(file, "virtual"))(*args)
-    with pytest.raises(ValueError, match=r"plan.json, made for 'small', .*Plan\(components=...\): 'layers.\*.mlp' matches"):
+    with pytest.raises(
+        ValueError, match=r"plan.json, made for 'small', .*Plan\(components=...\): 'layers.\*.mlp' matches"
+    ):
         ftrain.jit(mixture().step, plan=SavedPlan(file, "virtual"), specs=mixture().specs)(*args)
+    with pytest.raises(
+        ValueError, match=r"plan.json divides the argument 'batch', and the step takes params, data, so"
+    ):
+        ftrain.jit(lambda params, data: params, plan=SavedPlan(file, "virtual"), specs=DENSE.specs)(*args)
     with pytest.raises(ValueError, match=r"plan=3 is not a sharding.Plan"):
         ftrain.jit(DENSE.step, plan=3)
 

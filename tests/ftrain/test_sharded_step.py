@@ -12,7 +12,7 @@ from kernels.mean import sum_over_batch
 from modules import moe
 from modules.moe import MoEConfig
 from modules.spec import ParamSpec, ones
-from sharding import Capacity, Exact, Layout, Mesh, Plan
+from sharding import Capacity, Exact, Layout, Mesh, Plan, Rows
 
 FSDP = [Mesh(1, 2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(1, 8, kind="virtual"), Mesh(4, 1, kind="virtual")]
 
@@ -129,6 +129,14 @@ def test_a_batch_that_does_not_split_is_named():
     step = ftrain.jit(lambda batch: Mean.of(batch["x"]), plan=Plan(FSDP[1]), specs={})
     with pytest.raises(ValueError, match=r"'batch.x' of shape \[6\] does not split.* 4 packs"):
         step({"x": torch.ones(6)})
+
+
+def test_a_batch_rule_that_no_leaf_obeys_is_named():
+    step = ftrain.jit(lambda batch: Mean.of(batch["x"]), plan=Plan(FSDP[1], batch={"images": Rows()}), specs={})
+    with pytest.raises(ValueError, match=r"Plan\(batch=...\): 'images' matches nothing; nearest: 'image'"):
+        step({"x": torch.ones(8), "image": torch.ones(4)})
+    assert step({"x": torch.ones(8), "images": torch.ones(4)}).count == 8
+    assert step({"x": torch.ones(12)}).count == 12, "a modality may be absent from a later batch"
 
 
 def test_a_fake_mesh_can_be_lowered_for_a_thousand_ranks():
