@@ -62,7 +62,8 @@ class ShardedStep:
     def local_function(self, fn: Callable, paths: Sequence[str]) -> Callable:
         """`fn` as a rank runs it, with the rank's coordinates as last argument; `Mean`s of its result are summed.
 
-        `paths`: of the leaves of its arguments. ValueError for a rule of the plan that no leaf of the first batch obeys.
+        `paths`: of the leaves of its arguments. ValueError for a rule of the plan that matches no leaf of the first
+        batch.
         """
         self.arguments.require_rules_used([path for path in paths if self.arguments.in_batch(path)])
 

@@ -167,11 +167,9 @@ def on_one_device(model: Model, packs: int, dtype: torch.dtype) -> tuple[Any, An
     return params, batch, ftrain.jit(model.step)(params, batch)
 
 
-def plan_for(
-    model: Model, mesh: Mesh, default: Layout = Layout(), *, components: Mapping[str, Layout] = MappingProxyType({})
-) -> Plan:
+def plan_for(model: Model, mesh: Mesh, *args: Layout, components: Mapping[str, Layout] = MappingProxyType({})) -> Plan:
     """A plan with the batch rules of the model."""
-    return Plan(mesh, default, batch=model.rules, components=components)
+    return Plan(mesh, *args, batch=model.rules, components=components)
 
 
 def accumulated(model: Model, micro_batches: int) -> Model:
