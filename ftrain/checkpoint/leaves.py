@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.checkpoint.boxes import Division, Divisions, Window
-from ftrain.checkpoint.manifest import Scalar
+from ftrain.checkpoint.manifest import INTEGERS, Scalar
 
 _SCALARS = (bool, int, float, str)
 
@@ -33,7 +33,7 @@ def named_leaves(state: Any) -> Leaves:
     """Split a state into tensors and plain values (bool, int, float, str).
 
     Raises:
-        ValueError: a leaf is of another type, is not dense, or has the name of another one.
+        ValueError: a leaf is of another type, is an integer beyond int64, is not dense, or has the name of another one.
     """
     values, _ = tree.flatten(state)
     paths = tree.paths(state)
@@ -49,6 +49,10 @@ def named_leaves(state: Any) -> Leaves:
             found.tensors[path] = torch.empty([n for _, n in value.box], dtype=value.dtype, device="meta")
         elif isinstance(value, Tensor):
             found.tensors[path] = _dense(path, value)
+        elif type(value) is int and value not in INTEGERS:
+            raise ValueError(
+                f"{path!r} is an integer beyond int64, and a checkpoint holds none of these: make it a str"
+            )
         elif type(value) in _SCALARS:
             found.scalars[path] = value
         else:

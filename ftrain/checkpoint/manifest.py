@@ -29,6 +29,8 @@ from ftrain.outside import (
 
 VERSION = 2
 Scalar = bool | int | float | str
+INTEGERS = range(-(2**63), 2**63)
+"""Those that may be leaves: of int64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,9 @@ def _base(value: Any, at: str) -> None:
 
 
 def _scalar(value: Any, at: str) -> None:
-    if type(value) not in (bool, int, str) and not (type(value) is float and math.isfinite(value)):
+    if type(value) is int:
+        _INT64(value, at)
+    elif type(value) not in (bool, str) and not (type(value) is float and math.isfinite(value)):
         _SPECIAL(value, at)
 
 
@@ -161,6 +165,7 @@ _ARRAY = record(
         "chunk": listed(whole(1)),
     }
 )
+_INT64 = whole(INTEGERS.start, INTEGERS.stop - 1)
 _SPECIAL = record({"float": one_of("nan", "inf", "-inf")})
 _MANIFEST = record(
     {

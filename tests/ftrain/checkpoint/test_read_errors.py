@@ -52,6 +52,7 @@ def test_a_saved_leaf_that_nobody_asks_for(tmp_path):
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
+        (-(2**63) - 1, "'params.x' is an integer beyond int64"),
         (object(), "'params.x' is a object: a checkpoint holds tensors, bool, int, float and str"),
         (torch.zeros(2, dtype=torch.bits16), r"'params.x' has dtype torch.bits16, .* view it as uint8"),
         (torch.zeros(2, 2).to_sparse(), r"'params.x' is torch.sparse_coo: .* call .to_dense\(\)"),

@@ -63,7 +63,10 @@ CHANGES = [
     *((put([*A, "chunk"], value), "params.embed_VD") for value in ([0, 4], [6], [2**40, 4], [6.0, 4], None)),
     *((put([*A, "dtype"], value), "params.embed_VD") for value in ("object", "json", None, "float32\0")),
     *((put([*A, "evil"], value), "evil") for value in (1,)),
-    *((put(["scalars", "step"], value), "scalars.step") for value in ([1], None, {"float": "x"}, {"float": [1]})),
+    *(
+        (put(["scalars", "step"], value), "scalars.step")
+        for value in ([1], None, {"float": "x"}, {"float": [1]}, 2**63, 10**400)
+    ),
     *(
         (put(["files", name], {"bytes": 3, "sha256": None}), "files")
         for name in ("model/../../x", "/etc/x", "model//x")
