@@ -9,6 +9,7 @@ Legend: N latent rows of the pack, P numbers in a row, D width, S text rows, C w
 position axes.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -203,10 +204,11 @@ def noised(data_NP: Tensor, noise_NP: Tensor, time_N: Tensor) -> Tensor:
 def flow_loss(velocity_NP: Tensor, data_NP: Tensor, noise_NP: Tensor, valid_N: Tensor | None = None) -> Mean:
     """Squared error of the velocity `noise - data` over all numbers of the valid rows (bool `[N]`; None: all).
 
-    What the other rows hold, NaN included, reaches neither the loss nor a gradient. ValueError if `valid_N` is not bool
-    `[N]`.
+    Errors are taken and summed in at least float32, whatever the dtypes given. What the other rows hold, NaN included,
+    reaches neither the loss nor a gradient. ValueError if `valid_N` is not bool `[N]`.
     """
-    error_NP = velocity_NP - (noise_NP - data_NP)
+    wide = functools.reduce(torch.promote_types, (velocity_NP.dtype, data_NP.dtype, noise_NP.dtype), torch.float32)
+    error_NP = velocity_NP.to(wide) - (noise_NP.to(wide) - data_NP.to(wide))
     if valid_N is None:
         return Mean.of(error_NP.square())
     if valid_N.dtype != torch.bool or valid_N.shape != velocity_NP.shape[:1]:
@@ -215,4 +217,4 @@ def flow_loss(velocity_NP: Tensor, data_NP: Tensor, noise_NP: Tensor, valid_N: T
         )
     # selected before the square: its backward multiplies by the error, and 0 * NaN is NaN
     error_NP = torch.where(valid_N[:, None], error_NP, 0)
-    return Mean(error_NP.square().sum(), valid_N.sum().to(torch.float32) * velocity_NP.shape[1])
+    return Mean(error_NP.square().sum(), valid_N.sum().to(wide) * velocity_NP.shape[1])

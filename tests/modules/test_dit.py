@@ -113,6 +113,18 @@ def test_the_loss_counts_valid_rows_only():
     torch.testing.assert_close(dit.noised(data, noise, torch.tensor([0.0, 0.5, 1.0]))[1], torch.ones(2))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_of_bfloat16_is_summed_in_float32(masked):
+    """Of the same bfloat16 numbers, float64 gives the same loss: neither targets, nor squares, nor sums are rounded."""
+    velocity, data, noise = (torch.randn(512, 16, generator=torch.manual_seed(i)).bfloat16() for i in range(3))
+    valid_N = torch.arange(512) % 3 > 0 if masked else None
+    found = dit.flow_loss(velocity, data, noise, valid_N)
+    exact = dit.flow_loss(velocity.double(), data.double(), noise.double(), valid_N)
+    assert found.total.dtype == torch.float32
+    torch.testing.assert_close(found.value().double(), exact.value(), rtol=1e-6, atol=0)
+    assert found.count == exact.count
+
+
 def test_rows_that_are_not_valid_may_hold_nan():
     """Neither the loss nor the gradient multiplies by a mask."""
     velocity, data, noise = (torch.randn(6, 3) for _ in range(3))
