@@ -53,7 +53,9 @@ def generate_text(
             now = _go_on(params, foundation.embed(params["foundation"], made[-1]), now, model=model, balance=balance)
         logits_BV = foundation.logits(params["foundation"], now.hidden_BD, model.foundation)
         made.append(_choose(logits_BV, key, step, temperature))
-        done_B |= made[-1] == (-1 if stop is None else stop)
+        if stop is None:
+            continue  # nothing to wait for
+        done_B |= made[-1] == stop
         if bool(done_B.all()):
             break
     return [_until(ids, stop) for ids in torch.stack(made, dim=1).tolist()] if made else [[] for _ in prompts]
@@ -120,12 +122,12 @@ def _begin(
 ) -> _Now:
     """Run the prompts, each with the tokens `first` after it (together not empty); `room` tokens may follow."""
     batch, begin_B, after_B = _lay_out(prompts, model, [*first, *[0] * room], params)
-    end_B = after_B + len(first)
+    end_B = after_B + len(first)  # these are on the host: nothing below waits for the device
     rows, places, _ = omni.media_rows(params, batch, model=model)
     x_TD = omni.merge(foundation.embed(params["foundation"], batch["tokens_T"]), rows, places)
     spans = zip(begin_B.tolist(), end_B.tolist(), strict=True)
-    known_T = torch.cat([torch.arange(begin, end, device=x_TD.device) for begin, end in spans])
-    length_B = end_B - begin_B
+    known_T = torch.cat([torch.arange(begin, end) for begin, end in spans]).to(x_TD.device)
+    length_B = (end_B - begin_B).to(x_TD.device)
     hidden_TD, cache = foundation.prefill(
         params["foundation"],
         x_TD.index_select(0, known_T),
@@ -135,7 +137,7 @@ def _begin(
         cfg=model.foundation,
         balance=balance,
     )
-    next_BN = end_B[:, None] + torch.arange(room, device=x_TD.device)
+    next_BN = (end_B[:, None] + torch.arange(room)).to(x_TD.device)
     return _Now(hidden_TD.index_select(0, length_B.cumsum(0) - 1), cache, batch["positions_T"][..., next_BN])
 
 
@@ -157,17 +159,16 @@ def _lay_out(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """The packed prompts, each with the tokens `after` it, on the parameters' device.
 
-    Also where each prompt begins and where what is after it does, `[B]` in the order of the prompts.
+    Also where each prompt begins and where what is after it does, `[B]` on the host, in the order of the prompts.
     """
     if not prompts:
         raise ValueError("there are no prompts to continue")
     documents = [[*prompt, Text(after)] for prompt in prompts]
     packed = pack(documents, budget=exact_budget(documents, model=model), model=model)
-    device = params["foundation"]["embedding"]["table_VD"].device
-    batch = _to(packed.batch, device)
-    size_B = torch.bincount(ids_of(batch["segments_T"]))
+    batch = _to(packed.batch, params["foundation"]["embedding"]["table_VD"].device)
+    size_B = torch.bincount(ids_of(packed.batch["segments_T"]))
     end_B = size_B.cumsum(0)
-    in_pack_B = torch.tensor(packed.taken, device=device).argsort()
+    in_pack_B = torch.tensor(packed.taken).argsort()
     return batch, (end_B - size_B)[in_pack_B], (end_B - len(after))[in_pack_B]
 
 
