@@ -1,7 +1,7 @@
 """The ranks of a run: one process alone, all ranks in lockstep in one process, or one process each under torchrun."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from ftrain.host_copy import HostCopy
 from sharding import Mesh
 
 T = TypeVar("T")
@@ -96,6 +97,20 @@ def any_rank(flag: bool) -> bool:
         found = found.cuda()
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
+
+
+def asked_of_ranks(flag: Callable[[], bool]) -> Callable[[], bool]:
+    """What `any_rank` says of the flag, read by calling the result.
+
+    On CUDA the question is queued here, and reading the answer waits for none of the work that the device is given in
+    between; elsewhere the flag is looked at when the answer is read.
+    """
+    if not (dist.is_initialized() and dist.get_backend() == "nccl"):
+        return lambda: any_rank(flag())
+    found = torch.full((), int(flag()), device="cuda")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    answer = HostCopy(found)
+    return lambda: bool(answer.read())
 
 
 def of_main(value: T) -> T:

@@ -20,10 +20,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from experiments.mesh import MeshFlags, any_rank, is_main, of_main, open_mesh
+from experiments.mesh import MeshFlags, any_rank, asked_of_ranks, is_main, of_main, open_mesh
 from experiments.omni import figures, job, run_folder
 from experiments.omni.evaluation import GOALS, Evaluator, summary
 from experiments.omni.job import Job
+from experiments.omni.late import Done, Issued, LateReader
 from experiments.omni.planning import mesh_flags, plan_for_search
 from experiments.omni.progress import Report, SteadyConsole, accuracy_table
 from experiments.omni.run_folder import RunFolder
@@ -35,6 +36,7 @@ from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.cost import Cost
 from ftrain.cuda_allocator import prefer_expandable_segments
 from ftrain.hardware import peak_flops
+from ftrain.host_copy import HostCopy
 from ftrain.interrupt import EXIT_NOT_FINITE, EXIT_NOT_SAVED, EXIT_RESUMABLE, StopRequest, interruptible
 from ftrain.precision import Choice, precision_on
 from ftrain.survive.bad_steps import Verdict
@@ -235,34 +237,52 @@ def _train(t: _Training, state: TrainState, done: int) -> tuple[TrainState, int]
 
 
 def _train_on(t: _Training, state: TrainState, done: int) -> tuple[TrainState, int, Verdict]:
-    """Train until a step says that the run must go back, or else to the end."""
+    """Train until a step says that the run must go back, or else to the end.
+
+    Each step is judged and logged when the next one is under way, but for one that is saved, which is judged before.
+    """
     options, prices = t.options, None
     with Report(options.steps, first=done, console=_console()) as report:
+        late = LateReader(lambda step: _judged(t, step, prices, report))
         for number, whole_batch in enumerate(t.guard.batches(t.work.batches, done, options.steps), start=done + 1):
             batch = t.work.step.share(whole_batch)
             prices = prices or _prices(t, state, batch)
+            stop_asked = asked_of_ranks(lambda: t.stop.requested)
             began = time.perf_counter()
             state, metrics = t.work.step(state, batch)
-            row = _row(t.work, number, metrics, prices, began)
             done = number
-            verdict = t.guard.look(row, whole_batch)
-            report.update(row)
-            if t.files is not None:
-                t.files.log({**row, **t.guard.counts()})
+            verdict = late.issued(Issued(number, whole_batch, HostCopy(metrics), began, time.perf_counter()))
             if verdict is Verdict.ROLL_BACK:
                 return state, done, verdict
             if options.survival.check_replicas and number % options.survival.check_replicas == 0:
                 check_replicas(state)
-            stopping = any_rank(t.stop.requested)
-            if stopping or number == options.steps:
-                t.saves.save_now(state, number, good=t.guard.calm)
-            elif t.saves.wanted(number) or (t.guard.calm and _due(options, number)):
-                t.saves.save(state, number, good=t.guard.calm)
-            if t.watchdog is not None:
-                t.watchdog.step_ended(number)
+            stopping = stop_asked()
+            last = stopping or number == options.steps
+            wanted = not last and t.saves.wanted(number)
+            if last or wanted or _due(options, number):
+                verdict = late.flush()
+                if verdict is Verdict.ROLL_BACK:
+                    return state, done, verdict
+                if last:
+                    t.saves.save_now(state, number, good=t.guard.calm)
+                elif wanted or t.guard.calm:
+                    t.saves.save(state, number, good=t.guard.calm)
+            if t.watchdog is not None and late.read is not None:
+                t.watchdog.step_ended(late.read)
             if stopping:
                 break
     return state, done, Verdict.GO_ON
+
+
+def _judged(t: _Training, step: Done, prices: tuple[float, int] | None, report: Report) -> Verdict:
+    """Judge, show and log a step."""
+    assert prices is not None
+    row = _row(t.work, step, prices)
+    verdict = t.guard.look(row, step.batch)
+    report.update(row)
+    if t.files is not None:
+        t.files.log({**row, **t.guard.counts()})
+    return verdict
 
 
 def _due(options: Options, number: int) -> bool:
@@ -278,19 +298,18 @@ def _prices(t: _Training, state: TrainState, batch: Any) -> tuple[float, int]:
     return _counted_flops(compiled.cost()) / peak_flops(t.work.device, t.work.precision.dtype), compiled.memory().total
 
 
-def _row(work: Job, number: int, metrics: Any, prices: tuple[float, int], began: float) -> dict[str, Any]:
-    """The step's metrics as numbers, for which it is waited."""
-    loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
-    seconds = time.perf_counter() - began
+def _row(work: Job, step: Done, prices: tuple[float, int]) -> dict[str, Any]:
+    """The step's metrics as numbers."""
+    metrics = step.metrics
     return {
-        "step": number,
-        "loss": loss,
+        "step": step.number,
+        "loss": float(metrics["loss"]),
         **{f"loss/{task}": float(value) for task, value in metrics["terms"].items()},
         "lr": float(schedule(work.config)(torch.tensor(int(metrics["updates"])))),
         "grad_norm": float(metrics["grad_norm"]),
         "dropped": float(metrics["dropped"]),
-        "tokens_per_s": tokens / seconds,
-        "mfu": prices[0] / seconds,
+        "tokens_per_s": int(metrics["tokens"]) / step.seconds,
+        "mfu": prices[0] / step.seconds,
         "peak_bytes": prices[1],
     }
 

@@ -34,3 +34,12 @@ def test_a_step_never_waits(case, measure):
 def test_a_step_on_a_mesh_over_nccl_never_waits(axes, measure_mesh):
     for found in measure_mesh(Case("moe"), **axes):
         assert_never_waits(found)
+
+
+@pytest.mark.parametrize("case", [Case("dense"), Case("dense", backend="cudagraph")], ids=str)
+def test_numbers_of_a_step_are_read_while_the_next_is_under_way(case, ask):
+    """Two steps are given without a wait; reading the first then waits for its copy alone, not for the stream."""
+    found = ask("measure_late.py", case.as_json())
+    assert found["given"] == found["allocations"] == []
+    assert [line.split()[:2] for line in found["late"]] == [["SYNC", "event"]]
+    assert [line.split()[:2] for line in found["at_once"]] == [["SYNC", "stream"]], "what reading at once would do"

@@ -1,0 +1,62 @@
+"""A step is judged when the next one has been given to the device, so that the device never waits for the host."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftrain.host_copy import HostCopy
+from ftrain.survive.bad_steps import Verdict
+
+
+@dataclass(frozen=True)
+class Issued:
+    """Step `number`, which the device has been given: its whole `batch`, its `metrics` on their way to the host, and
+    when giving it `began` and `ended` (`time.perf_counter`; without a device to wait for, the step is then done)."""
+
+    number: int
+    batch: Any
+    metrics: HostCopy
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step whose metrics are here; `seconds`: that it took, without the time it waited for the one before."""
+
+    number: int
+    batch: Any
+    metrics: Any
+    seconds: float
+
+
+class LateReader:
+    """Has every step judged, in order, each after the next was given.
+
+    What follows from a verdict comes one step late: a step that was given after a bad one is never read, and no trace
+    of it is left when the run goes back.
+    """
+
+    def __init__(self, judge: Callable[[Done], Verdict]) -> None:
+        self._judge, self._read_at = judge, 0.0
+        self._last: Issued | None = None
+        self.read: int | None = None
+        """The last step that was judged."""
+
+    def issued(self, step: Issued) -> Verdict:
+        """Note a step that was just given, and judge the one before it, if that is still to be judged."""
+        before, self._last = self._last, step
+        return Verdict.GO_ON if before is None else self._look(before)
+
+    def flush(self) -> Verdict:
+        """Judge the last step now: before a checkpoint, a stop and the end."""
+        before, self._last = self._last, None
+        return Verdict.GO_ON if before is None else self._look(before)
+
+    def _look(self, step: Issued) -> Verdict:
+        metrics = step.metrics.read()
+        now = time.perf_counter()
+        seconds = now - max(step.began, self._read_at) if step.metrics.queued else step.ended - step.began
+        self._read_at, self.read = now, step.number
+        return self._judge(Done(step.number, step.batch, metrics, seconds))
