@@ -14,18 +14,19 @@ from case import Case
 from device_log import read, reset
 from measure_step import WARM_CALLS, host_syncs
 from on_null_device import say
-from steps import jitted, on_device, training_of
+from steps import jitted, training_of
 
 import ftrain
+from experiments.bench.card.packs import on_device
 from sharding import Layout, Mesh, Plan
 
 
 def measured(case: Case, mesh: Mesh) -> dict[str, Any]:
     """Of one call in the steady state, on this rank: messages in order, host waits, peak bytes beside the plan."""
-    training = training_of(case)
+    training = training_of(case, packs=mesh.replicate * mesh.shard)
     step = jitted(training, case, plan=Plan(mesh, default=Layout()), specs=training.specs)
     state = step.init(training.init, ftrain.key(0, device="cuda"))
-    batch = step.share(on_device(training.batch))
+    batch = on_device(step.share(training.batch), "cuda")
     plan = step.lower(state, batch).memory()
     for _ in range(WARM_CALLS):
         state, _metrics = step(state, batch)

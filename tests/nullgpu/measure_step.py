@@ -11,9 +11,10 @@ import torch
 from case import Case
 from device_log import read, reset
 from on_null_device import say
-from steps import jitted, on_device, training_of
+from steps import jitted, training_of
 
 import ftrain
+from experiments.bench.card.packs import on_device
 
 WARM_CALLS = 5
 """Calls until a step is in its steady state: compiled, captured, its memory taken."""
@@ -24,7 +25,7 @@ def measured(case: Case) -> dict[str, Any]:
     training = training_of(case)
     step = jitted(training, case)
     state = training.init(ftrain.key(0, device="cuda"))
-    batch = on_device(training.batch)
+    batch = on_device(training.batch, "cuda")
     plan = step.lower(state, batch).memory()
     reset()
     for _ in range(WARM_CALLS):

@@ -13,6 +13,7 @@ from case import Case
 from torch import Tensor
 
 import ftrain
+from experiments.bench.card.packs import decoder_step, on_device, pack
 from experiments.omni import batches as omni_batches
 from experiments.omni import model as omni_model
 from experiments.omni import sources, tasks, training
@@ -41,11 +42,11 @@ class Training:
     batch: Any
 
 
-def training_of(case: Case) -> Training:
-    """The step of a case."""
+def training_of(case: Case, *, packs: int = 1) -> Training:
+    """The step of a case; `packs`: of a decoder's batch, which is the whole mesh's."""
     if case.model in DECODERS:
         config = dataclasses.replace(decoder.preset(DECODERS[case.model]), layers=case.layers)
-        return _decoder_training(config, case.tokens)
+        return _decoder_training(config, case.tokens, packs)
     if case.model in ("dit", "dit_text"):
         text = 32 if case.model == "dit_text" else 0
         return _dit_training(DitConfig(16, 128, case.layers, heads=4, d_hidden=256, d_text=text), case.tokens)
@@ -64,13 +65,8 @@ def jitted(training: Training, case: Case, **options: Any) -> ftrain.Step:
     )
     if case.remat != "budget":
         return make({"offload": Remat(paths={"layers.*": "offload"})}.get(case.remat, case.remat))
-    plain = make("none").lower(training.init(ftrain.key(0, device="cuda")), on_device(training.batch)).memory()
+    plain = make("none").lower(training.init(ftrain.key(0, device="cuda")), on_device(training.batch, "cuda")).memory()
     return make(Remat(budget=int(plain.inputs + 0.6 * plain.peak)))
-
-
-def on_device(batch: Any) -> Any:
-    """The batch on the current card."""
-    return ftrain.tree.map(lambda leaf: leaf.cuda() if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def _ids(tokens: int) -> Tensor:
@@ -78,28 +74,12 @@ def _ids(tokens: int) -> Tensor:
     return torch.arange(tokens) // (tokens // DOCUMENTS)
 
 
-def _decoder_training(config: DecoderConfig, tokens: int) -> Training:
+def _decoder_training(config: DecoderConfig, tokens: int, packs: int) -> Training:
     tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(3e-4))
     specs = decoder.specs(config)
-
-    def loss_fn(params: Any, batch: Any) -> Any:
-        hidden_TD, _ = decoder.apply(
-            params, batch["tokens"], positions=batch["positions"], segments=batch["segments"], cfg=config
-        )
-        return decoder.loss(params, hidden_TD, batch["labels"], config)
-
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        loss, grads = ftrain.value_and_grad(loss_fn)(state.params, batch)
-        return state.apply(tx, grads), {"loss": loss}
-
-    tokens_T, documents = torch.arange(tokens) % config.vocab, Documents.of(_ids(tokens))
-    batch = {
-        "tokens": tokens_T,
-        "positions": torch.arange(tokens) % (tokens // DOCUMENTS),
-        "segments": documents,
-        "labels": decoder.next_token_labels(tokens_T, documents),
-    }
-    return Training(train_step, lambda key: TrainState.create(ftrain.init(specs, key), tx), specs, batch)
+    batch = pack(torch.arange(tokens) % config.vocab, length=tokens // DOCUMENTS, packs=packs)
+    init = lambda key: TrainState.create(ftrain.init(specs, key), tx)  # noqa: E731
+    return Training(decoder_step(config, tx), init, specs, batch)
 
 
 def _dit_training(config: DitConfig, rows: int) -> Training:

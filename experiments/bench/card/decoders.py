@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import ftrain
+from experiments.bench.card.packs import decoder_step, on_device, pack
 from experiments.bench.hf_models import Shape, our_config
 from ftrain import Precision, TrainState, optim
 from ftrain.remat import Remat
-from kernels.documents import Documents
 from modules import decoder
 
 
@@ -89,38 +88,15 @@ def training(
     cfg = our_config(size.shape)
     tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(3e-4))
 
-    def loss_fn(params: Any, batch: Any) -> Any:
-        hidden_TD, _ = decoder.apply(
-            params, batch["tokens_T"], positions=batch["positions_T"], segments=batch["documents"], cfg=cfg
-        )
-        return decoder.loss(params, hidden_TD, batch["labels_T"], cfg)
-
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        loss, grads = ftrain.value_and_grad(loss_fn)(state.params, batch)
-        return state.apply(tx, grads), {"loss": loss}
-
-    step = ftrain.jit(train_step, donate="state", backend=backend, remat=remat, precision=Precision(compute=compute))
+    train_step, precision = decoder_step(cfg, tx), Precision(compute=compute)
+    step = ftrain.jit(train_step, donate="state", backend=backend, remat=remat, precision=precision)
     params = ftrain.init(decoder.specs(cfg), ftrain.key(0, device=device))
-    return Training(step, TrainState.create(params, tx), _batch(size, device))
+    return Training(step, TrainState.create(params, tx), on_device(_batch(size), device))
 
 
-def documents_of(segments_T: Tensor, device: str = "cuda", **bounds: int) -> Documents:
-    """The documents of these ids, counted on the host as a loader does, on the device. `bounds`: of `Documents.of`."""
-    made = Documents.of(segments_T, **bounds)
-    return Documents(made.ids_T.to(device), made.offsets_N.to(device), made.longest)
-
-
-def _batch(size: Size, device: str) -> dict[str, Any]:
+def _batch(size: Size) -> dict[str, Any]:
     tokens_T = torch.randint(0, size.shape.vocab, (size.tokens,), generator=torch.Generator().manual_seed(1))
-    at_T = torch.arange(size.tokens)
-    segments_T = at_T // size.length
-    labels_T = decoder.next_token_labels(tokens_T, segments_T)
-    return {
-        "tokens_T": tokens_T.to(device),
-        "positions_T": (at_T % size.length).to(device),
-        "documents": documents_of(segments_T, device, longest=size.length),
-        "labels_T": labels_T.to(device),
-    }
+    return pack(tokens_T, length=size.length, longest=size.length)
 
 
 def stepping(made: Training) -> Callable[[], Any]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from experiments.bench.card.decoders import documents_of
+from experiments.bench.card.packs import on_device
 from experiments.bench.card.telling import Ceilings, Stage, attempt, milliseconds
 from experiments.bench.table import Row, row
 from kernels.attention import attention
+from kernels.documents import Documents
 from kernels.grouped_mm import grouped_mm
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.moe import experts_swiglu
@@ -67,7 +68,7 @@ def attentions(stage: Stage) -> None:
 
 
 def _packed(name: str, heads: Heads, most: int, longest: int, ceilings: Ceilings) -> list[Row]:
-    documents = documents_of(torch.arange(heads.T) // heads.L, max_documents=most, longest=longest)
+    documents = on_device(Documents.of(torch.arange(heads.T) // heads.L, max_documents=most, longest=longest), "cuda")
     inputs = heads.make()
     return _both(name, lambda: attention(*inputs, segments_T=documents), inputs, heads, ceilings)
 
@@ -112,7 +113,7 @@ def _cudnn_over_documents(heads: Heads, ceilings: Ceilings) -> list[Row]:
             q, k, v, None, *bounds, True, 0.0, True, False, scale=heads.K**-0.5
         )
 
-    documents = documents_of(torch.arange(heads.T) // heads.L, longest=heads.L)
+    documents = on_device(Documents.of(torch.arange(heads.T) // heads.L, longest=heads.L), "cuda")
     wanted = attention(q, k, v, segments_T=documents).float()
     error = float((run()[0].float() - wanted).norm() / wanted.norm())
     name = "attention, cuDNN over documents"

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from experiments.bench.card.decoders import documents_of
+from experiments.bench.card.packs import on_device
 from experiments.bench.card.telling import Stage, attempt
 from experiments.bench.table import Row, row
 from kernels import random as keys
 from kernels.attention import attention, attention_reference
+from kernels.documents import Documents
 from kernels.grouped_mm import grouped_mm, grouped_mm_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.moe import experts_swiglu
@@ -61,7 +62,7 @@ def _off(name: str, ours: Callable[..., Tensor], reference: Callable[..., Tensor
 
 
 def _attention(name: str, H: int, G: int, K: int, *, causal: bool, window: int | None) -> Row:
-    documents = documents_of(torch.tensor([0] * 100 + [1] * 300 + [2] * (_T - 400)))
+    documents = on_device(Documents.of(torch.tensor([0] * 100 + [1] * 300 + [2] * (_T - 400))), "cuda")
     ours = partial(attention, segments_T=documents, causal=causal, window=window)
     reference = partial(attention_reference, segments_T=documents.ids_T, causal=causal, window=window)
     return _off(name, ours, reference, [_random(_T, H, K), _random(_T, G, K), _random(_T, G, K)])
@@ -124,7 +125,7 @@ def _random_numbers() -> list[Row]:
 
 def _same_bits(*, deterministic: bool) -> Row:
     inputs = [_random(4096, 16, 128), _random(4096, 4, 128), _random(4096, 4, 128)]
-    documents = documents_of(torch.arange(4096) // 2048)
+    documents = on_device(Documents.of(torch.arange(4096) // 2048), "cuda")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     try:
         runs = [
