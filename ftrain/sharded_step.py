@@ -20,6 +20,7 @@ from ftrain.lost_rank import naming_lost_ranks
 from ftrain.mesh_arguments import COORDINATES, MeshArguments
 from ftrain.mesh_call import MeshCall
 from ftrain.op_effects import Effect, effect_of
+from ftrain.piece_sizes import RefusedCounts
 from ftrain.process_arrays import ProcessArrays
 from ftrain.refusals import in_words_of_a_mesh
 from ftrain.runner import Runner
@@ -80,7 +81,9 @@ class ShardedStep:
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             trace.note_coordinates(coordinates_3)
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)), in_words_of_a_mesh(self.plan.mesh.size):
-                return reduce_means(fn(*own), trace)
+                with RefusedCounts(trace.placement_of_piece):
+                    result = fn(*own)
+                return reduce_means(result, trace)
 
         local.__name__ = getattr(fn, "__name__", "step")
         return local

@@ -170,8 +170,12 @@ class ShardedTrace:
 
     def is_piece(self, tensor: Any) -> bool:
         """True for a piece of an array that is divided."""
-        node = node_of(tensor) if isinstance(tensor, Tensor) else None
-        return node is not None and self.spreads.of(node).placement is not None
+        return isinstance(tensor, Tensor) and self.placement_of_piece(tensor) is not None
+
+    def placement_of_piece(self, tensor: Tensor) -> Placement | None:
+        """Where the array is that a tensor is a piece of; None for what is no piece."""
+        node = node_of(tensor)
+        return None if node is None else self.spreads.of(node).placement
 
     def component(self, *tensors: Tensor) -> str:
         """The path of the parameter that these tensors come from, the nearest one; empty if from none."""

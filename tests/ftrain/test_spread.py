@@ -1,5 +1,7 @@
 """What a step computes of pieces is what one device computes of whole arrays, or is refused with its line."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import ftrain
 from ftrain import Mean, tree
+from ftrain.optim.shards import whole_shape
 from kernels.pack import draw_over_batch
 from modules.spec import Constant, ParamSpec
 from sharding import Layout, Mesh, Plan
@@ -157,6 +160,36 @@ def test_what_the_plan_does_not_know_is_not_differentiated():
     for specs, nearest in ((None, ""), ({"layer": SPECS}, "; the nearest it knows is 'layer.[bw]'")):
         with pytest.raises(ValueError, match=rf"leaf 'state.b' is differentiated, and the plan knows no .*{nearest}"):
             ftrain.jit(step, plan=Plan(MESHES[0]), specs=specs)(state, batch)
+
+
+COUNTS = {
+    "numel": (lambda w, g: w - g * g.sum() / g.numel(), r"numel\(\)"),
+    "torch.numel": (lambda w, g: w - g * g.sum() / torch.numel(g), r"torch\.numel\(\)"),
+    "of what was computed": (lambda w, g: w - g * (2 * g).abs().sum() / (2 * g).abs().nelement(), r"numel\(\)"),
+    "len": (lambda w, g: w - g * g.sum() / len(w), r"len\(\)"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_of_a_piece_are_refused_with_their_line(name):
+    update, words = COUNTS[name]
+    one = ftrain.jit(updated(update))(*arguments())
+    assert all(leaf.isfinite().all() for leaf in tree.leaves(one)), "on one device it is right"
+    with pytest.raises(ValueError, match=rf"{words} at .*test_spread.py:\d+: a rank holds \[2, 8\] of an array of \[4"):
+        ftrain.jit(updated(lambda w, g: update(w, g) if w.dim() == 2 else w), plan=Plan(MESHES[0]), specs=SPECS)(
+            *arguments()
+        )
+
+
+def test_counts_of_what_is_whole_are_those_of_one_device():
+    """Of a leaf that every rank holds whole, of a dim that is not divided, of the shape of the array."""
+    for update, options in (
+        (lambda w, g: w - g * g.sum() / g.numel(), {"parameters": ()}),
+        (lambda w, g: w - g * g.sum() / math.prod(whole_shape(g)), {}),
+        (lambda w, g: w - g / len(g.mT) if g.dim() == 2 else w, {}),
+        (lambda w, g: w - torch.zeros_like(w) - g / 3 / torch.zeros(3).numel(), {}),
+    ):
+        assert_equal(*both(updated(update), MESHES[0], **options))
 
 
 def test_a_step_whose_data_has_another_name_is_refused():
