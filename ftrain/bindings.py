@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ftrain.sharded_trace import ShardedTrace, sum_over_mesh
+from kernels import random
 from kernels.attention import attention
 from kernels.moe import dropped_rows, experts_swiglu
 from kernels.random import Window
@@ -34,6 +35,7 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable]:
         "piece_of_leaf": lambda whole, leaf: _piece_of_leaf(trace, whole, leaf),
         "mean_over_leaf": lambda x, dims, leaf: _mean_over_leaf(trace, x, dims, leaf),
         "each_matrix": lambda *args, **options: _each_matrix(trace, *args, **options),
+        "bits_of_leaf": lambda key, leaf: _bits_of_leaf(trace, key, leaf),
         "whole_shape": lambda leaf: trace.placement(leaf).shape,
     }
     if mesh.size > 1:
@@ -150,3 +152,11 @@ def _each_matrix(
     for result, piece, leaf, placement in zip(found, pieces, leaves, placements, strict=True):
         trace.note_piece(result, placement, of=(piece, leaf))
     return found
+
+
+def _bits_of_leaf(trace: ShardedTrace, key: Tensor, leaf: Tensor) -> Tensor:
+    placement = trace.placement(leaf)
+    window = Window(placement.starts(), placement.local_shape)
+    words = random.bits(key, placement.shape, window=window)
+    trace.note_piece(words, placement, of=(key, leaf))
+    return words

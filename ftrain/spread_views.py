@@ -65,6 +65,8 @@ def _origin(node: fx.Node, before: Tensor, after: Tensor) -> list[int | None] | 
         if target is _aten.select.int:
             return [d for d in dims if d != at]
         return dims if after.shape[at] == before.shape[at] else [None if d == at else d for d in dims]
+    if target is _aten.view.dtype:
+        return dims if before.dtype.itemsize == after.dtype.itemsize else None
     if target in (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default):
         return _reshaped(before.shape, after.shape)
     return None

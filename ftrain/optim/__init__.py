@@ -35,6 +35,7 @@ from ftrain.optim.optax_names import (
 )
 from ftrain.optim.schedules import constant, cosine, join, linear, warmup_cosine, wsd
 from ftrain.optim.sgd import SGDState, TraceState, sgd, trace
+from ftrain.optim.stochastic import RoundingState, stochastic_rounding
 from ftrain.optim.transform import EmptyState, LearningRate, Mask, Schedule, Transform, apply_updates, trainable
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Mask",
     "MasterState",
     "MuonState",
+    "RoundingState",
     "SGDState",
     "Schedule",
     "ScheduleState",
@@ -90,6 +92,7 @@ __all__ = [
     "set_to_zero",
     "sgd",
     "skip_nonfinite",
+    "stochastic_rounding",
     "trace",
     "trainable",
     "warmup_cosine",

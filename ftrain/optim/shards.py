@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels import random
 from kernels.primitive import primitive
 
 
@@ -56,3 +57,9 @@ def each_matrix(
 def whole_shape(leaf: Tensor) -> tuple[int, ...]:
     """The shape of the array that `leaf` is a piece of."""
     return tuple(leaf.shape)
+
+
+@primitive("bits_of_leaf")
+def bits_of_leaf(key: Tensor, leaf: Tensor) -> Tensor:
+    """A random 32-bit word for each number of a leaf, int64: of an array they are the same however it is divided."""
+    return random.bits(key, tuple(leaf.shape))

@@ -134,7 +134,7 @@ def warn_of_rounding(params: Tree, optimizer: str) -> None:
         warnings.warn(
             f"{optimizer}: {len(narrow)} parameters, such as {path!r}, are {str(dtype).removeprefix('torch.')}: an "
             f"update below 1/{smallest} of a parameter rounds to nothing. Keep float32 parameters and compute in "
-            "bfloat16 (ftrain.Precision), or wrap the optimizer in ftrain.optim.master_weights",
+            "bfloat16 (ftrain.Precision), or wrap the optimizer in ftrain.optim.master_weights or stochastic_rounding",
             stacklevel=3,
         )
 
