@@ -31,7 +31,7 @@ class Trial:
 
     def plan(self, candidate: Candidate, *, kind: str = "fake") -> Plan:
         """The plan of a layout for this step."""
-        mesh = candidate.mesh(kind)  # type: ignore[arg-type]
+        mesh = candidate.mesh(kind)
         return Plan(mesh, candidate.layout, batch=self.rules, components=self.components)
 
 
