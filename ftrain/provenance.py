@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
+from ftrain.unseen_writes import UnseenWrites
 from sharding.spmd import current_filled, current_purpose
 
 _HERE = str(Path(__file__).resolve().parent)
@@ -70,27 +71,6 @@ def user_site() -> Site | None:
     return None
 
 
-@functools.cache
-def _writes_a_list(op: torch._ops.OpOverload) -> bool:
-    """True for an op that writes into the tensors of a list, like `torch._foreach_mul_`."""
-    arguments = op._schema.arguments
-    return any(a.alias_info is not None and a.alias_info.is_write and "List" in str(a.type) for a in arguments)
-
-
-def _refuse_unseen_write(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
-    """ValueError if the write is differentiated: under a trace autograd is not told of it, so views of what is written
-    would keep the derivative from before.
-    """
-    flat = [x for argument in args for x in (argument if isinstance(argument, list | tuple) else [argument])]
-    if any(isinstance(x, Tensor) and x.requires_grad for x in flat):
-        name = op._schema.name.split("::")[1]
-        raise ValueError(
-            f"{user_site()}: torch.{name} writes into a list of tensors within a loss, and views of them would get a "
-            f"wrong gradient: write them one by one (x.{name.removeprefix('_foreach_')}(...)), or take "
-            f"torch.{name.removesuffix('_')}, which writes nothing"
-        )
-
-
 class Provenance(TorchDispatchMode):
     """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward", "step") and `meta["sequence"]`.
 
@@ -106,14 +86,15 @@ class Provenance(TorchDispatchMode):
         """The tensors of the trace, as long as somebody holds them."""
         self.trained: list[Tensor] = []
         """Leaves that losses would have trained though they were not asked to."""
+        self._unseen = UnseenWrites(self.made, user_site)
         self._site_of_sequence: dict[int, Site | None] = {}
         self._transposed: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE_QUERY:
             return device_of_fake(args[0])
-        if self.phase == "forward" and _writes_a_list(func):
-            _refuse_unseen_write(func, args)
+        if self.phase != "backward":
+            self._unseen.look(func, args)
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
         out = func(*args, **(kwargs or {}))
