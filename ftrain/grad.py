@@ -17,7 +17,7 @@ from torch._C import _functorch
 
 from ftrain import tree
 from ftrain.parameter_view import see, views_of
-from ftrain.provenance import current_provenance
+from ftrain.provenance import current_provenance, user_site
 from ftrain.sharded_trace import current_sharded, note_gradients
 from kernels.backend import reference_kernels
 from kernels.mean import Mean, WeightedSum
@@ -132,7 +132,8 @@ def _require_mean(loss: Any) -> None:
     sharded = current_sharded()
     if sharded is not None and sharded.plan.mesh.size > 1 and not isinstance(loss, Mean | WeightedSum):
         raise ValueError(
-            "on a mesh of ranks a loss must say what it is a mean of: return Mean(total, count) or a WeightedSum"
+            f"{user_site()}: on a mesh of ranks a loss must say what it is a mean of: return Mean(total, count) or a "
+            "WeightedSum"
         )
 
 

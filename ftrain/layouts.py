@@ -82,7 +82,7 @@ class LayoutCheck:
                 f"{plan.site}: {plan.op} returned {typed_shape(value)} where its shape rule says "
                 f"{typed_shape(plan.value)}: mend the op's fake implementation (register_fake)"
             )
-        if _lies_as(value, plan.value):
+        if lies_as(value, plan.value):
             return value
         self._found.add(name)
         return to_layout(value, plan.value.stride())
@@ -131,7 +131,7 @@ def _is_checked(node: fx.Node) -> bool:
     return all(stride > 0 for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1)
 
 
-def _lies_as(value: Tensor, planned: Tensor) -> bool:
+def lies_as(value: Tensor, planned: Tensor) -> bool:
     """Equal strides where they matter: not of dims of one element, nor of empty tensors."""
     pairs = zip(value.stride(), planned.stride(), planned.shape, strict=True)
     return planned.numel() == 0 or all(a == b or size == 1 for a, b, size in pairs)

@@ -1,19 +1,33 @@
 """What a trace cannot do, in one sentence: the user's line, and the way out. Torch's own words stay as the cause."""
 
 import linecache
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from ftrain.private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED
-from ftrain.provenance import Site, is_users
+from ftrain.provenance import Site, is_users, user_site
 
 _NUMBER = (
     "asks for the number in a tensor ({what}), which a traced step does not have: choose with torch.where, return it "
     "as a part of the result, or debug with ftrain.disable_jit()"
+)
+_NUMPY = (
+    "hands a tensor to numpy ({what}), which has no numbers while a step is traced: take the torch function of that "
+    "name, compute it before the step and pass it as an argument, or debug with ftrain.disable_jit()"
+)
+_EXCHANGED = (
+    "exchanges the memory under a tensor ({what}), of which a trace is not told: make a new value, e.g. x = y, or "
+    "write into it with x.copy_(y)"
+)
+_STORAGE = (
+    "works on a tensor's storage ({what}), of which a trace is not told: write into the tensor, e.g. x.copy_(y), or "
+    "make a new value"
 )
 _SIZE = (
     "has a result whose size depends on data ({what}), which cannot be traced: mask instead of selecting, or compute "
@@ -33,6 +47,20 @@ _UNKNOWN_OP = "calls {what}, for which torch has no shape rule, so it cannot be 
 
 class Untraceable(ValueError):
     """A step does what no trace can hold; the message names the line and the way out."""
+
+
+class NoExchange(TorchFunctionMode):
+    """Within the block `x.data = y` is `Untraceable`: no op is called, and the trace would go on with the old `x`."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _SET_DATA:
+            site = user_site()
+            what = "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
+            raise Untraceable(f"{site}: the step {_EXCHANGED.format(what=what or 'x.data = y')}")
+        return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -85,6 +113,12 @@ def _reason(error: Exception) -> str | None:
         return _NUMBER.format(what=_asked(error) or "float(loss), an `if` on it, an assert")
     if isinstance(error, DYNAMIC_SHAPE):
         return _SIZE.format(what=_first_argument(error))
+    if "numpy() is not supported for tensor subclasses" in words:
+        return _NUMPY.format(what=_asked(error) or "x.numpy()")
+    if "torch.storage.UntypedStorage" in words:
+        return _STORAGE.format(what=_asked(error) or "x.untyped_storage()")
+    if "Cannot swap t" in words:
+        return _EXCHANGED.format(what=_asked(error) or "swap_tensors")
     if "dynamo-optimized function" in words:
         return _COMPILED
     if "HigherOrderOperator" in words:

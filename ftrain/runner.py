@@ -79,7 +79,7 @@ class Runner:
         contiguous = contiguous or all(map(Tensor.is_contiguous, tensors))
         if donation.outputs:
             self._shared_memory.require_none(tensors, contiguous=contiguous)
-        inputs = tensors if contiguous else [x.contiguous() for x in tensors]
+        inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
         try:
             with as_a_program():
                 outputs = self._program(inputs)

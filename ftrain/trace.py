@@ -16,13 +16,14 @@ from ftrain import tree
 from ftrain.absent_device import absent_device, choosing_for, put_on, traceable
 from ftrain.ambient import as_a_step
 from ftrain.captured import captured_name, require_untrained
+from ftrain.leaf_layouts import LeafLayouts
 from ftrain.leaks import modules_as_found, require_none_left, require_tree_leaf
 from ftrain.passes.functionalize import functionalize
 from ftrain.precision import Precision, computing_in
 from ftrain.private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
 from ftrain.provenance import recording
 from ftrain.recurrent import train_recurrent
-from ftrain.refusals import in_our_words, require_dense
+from ftrain.refusals import NoExchange, in_our_words, require_dense
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,18 @@ class Traced:
     output_paths: list[str]
     output_tree: Any
     static_outputs: dict[int, Any]
+    layouts: LeafLayouts
+    """Refuses leaves whose layout in memory the step's numbers depend on."""
     name_of: Callable[[Tensor], str] = lambda _: "a tensor"
     """What the user calls a tensor that the function captures."""
+
+    def in_rows(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The leaves as the graph takes them: copies of those that are not contiguous.
+
+        ValueError, with leaf and line, where the step's numbers depend on how one lies in memory.
+        """
+        self.layouts.require_alike(leaves)
+        return [leaf.contiguous() for leaf in leaves]
 
     def assemble(self, tensors: Sequence[Tensor]) -> Any:
         """The result's tree, from the graph's flat outputs and the leaves that are not tensors."""
@@ -102,7 +113,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         try:
             with as_a_step(), new_fake_mode(), recording() as provenance, computing_in(precision), choosing_for(absent):
                 fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
-                with in_our_words():
+                with in_our_words(), NoExchange():
                     module = trace_to_graph(flat, fakes)
         except BaseException:
             modules.restore()
@@ -127,6 +138,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         output_paths=[p for i, p in enumerate(out.paths) if i not in out.statics],
         output_tree=out.tree,
         static_outputs=out.statics,
+        layouts=LeafLayouts(module, [paths[i] for i in slots]),
         name_of=name_of,
     )
 

@@ -1,6 +1,7 @@
 """Replace in-place ops by pure ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
     return [known.get(n, f"a loop's input {n}") for n in given]
 
 
+@contextmanager
+def _overlaps_in_our_words(n: fx.Node) -> Iterator[None]:
+    """ValueError for a write through a view that shows an element of memory at several places."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "internal overlap" not in str(error):
+            raise
+        raise ValueError(
+            f"{n.meta.get('site')}: the step writes into a view whose elements share memory ({n.target}), so that what "
+            "is written depends on the order: write into a copy, e.g. x.unfold(...).clone(), or make a new value"
+        ) from error
+
+
 class _KeepMeta(fx.Interpreter):
     """Run a graph under another trace and hand each node's provenance to the nodes it leaves there."""
 
@@ -100,7 +115,8 @@ class _KeepMeta(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
-        out = self._emit_loop(n) if is_loop(n) else super().run_node(n)
+        with _overlaps_in_our_words(n):
+            out = self._emit_loop(n) if is_loop(n) else super().run_node(n)
         if n in self._writing:
             self._refuse_writes_to_captured(n)
         if graph is not None:
