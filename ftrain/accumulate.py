@@ -64,7 +64,8 @@ class Accumulated:
 
         whole = whole_sums(loss_of, self.micro_batches, leaves, xs)
         loss, aux = shapes_of_result(lambda: loss_of(leaves, [x[0] for x in xs]))
-        start = zeros_like_all([*_totals(loss), *_counts(loss), *tree.flatten(aux)[0]])
+        counted = shapes_of_result(lambda: _counts(loss))
+        start = zeros_like_all([*_totals(loss), *counted, *tree.flatten(aux)[0]])
         k, m, n = len(start), len(xs), len(_totals(loss))
 
         def body(*flat: Tensor) -> list[Tensor]:
@@ -102,7 +103,7 @@ class Accumulated:
     def _sum_counts(
         self, loss_of: Callable, loss: Any, leaves: list[Tensor], xs: list[Tensor], whole: list[Tensor]
     ) -> list[Tensor]:
-        start = zeros_like_all(_counts(loss))
+        start = zeros_like_all(shapes_of_result(lambda: _counts(loss)))
         k, m, n = len(start), len(xs), len(leaves)
 
         def body(*flat: Tensor) -> list[Tensor]:

@@ -54,17 +54,18 @@ class LeafLayouts:
             for node in graph.nodes:
                 if node.op != "call_function" or not any(n in found for n in node.all_input_nodes):
                     continue
-                if _sees_memory(node):
-                    self._refuse(node, found)
                 value = _worked_out(node, found)
                 if value is not None and not _alike(value, node.meta["val"]):
                     found[node] = value
+                culprit = _first_that_sees(node, node, found)
+                if culprit is not None:
+                    self._refuse(node, culprit, found)
 
-    def _refuse(self, node: fx.Node, found: dict[fx.Node, Any]) -> None:
+    def _refuse(self, node: fx.Node, culprit: fx.Node, found: dict[fx.Node, Any]) -> None:
         slots = [n for n in node.graph.nodes if n.op == "placeholder"]
         leaf = next(n for n in _ancestors(node, found) if n.op == "placeholder")
         raise ValueError(
-            f"{node.meta.get('site')}: {node.target} goes along the memory of its argument, which follows leaf "
+            f"{culprit.meta.get('site')}: {culprit.target} goes along the memory of its argument, which follows leaf "
             f"{self._paths[slots.index(leaf)]!r} with strides {tuple(found[leaf].stride())}, while the step is traced "
             "for leaves that lie row by row, so that its numbers would be others: pass leaf.contiguous(), or take an "
             "op of a given shape, e.g. torch.rand(x.shape)"
@@ -76,6 +77,29 @@ def _sees_memory(node: fx.Node) -> bool:
     if is_loop(node):
         return any(map(_sees_memory, loop_body(node).graph.nodes))
     return node.op == "call_function" and (node.target in _BY_STRIDES or effect_of(node) is Effect.RANDOM)
+
+
+def _first_that_sees(op: fx.Node, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
+    """`op`, or an op in it if it is a loop, if its numbers are others as the values found lie that `node` reads.
+
+    Random numbers go by the order of dims in memory: what lies between rows does not count.
+    """
+    if is_loop(op):
+        inner = (_first_that_sees(n, node, found) for n in loop_body(op).graph.nodes)
+        return next((n for n in inner if n is not None), None)
+    if not _sees_memory(op):
+        return None
+    read = [n for n in (*node.all_input_nodes, node) if n in found]
+    pairs = [p for n in read for p in zip(_tensors(found[n]), _tensors(n.meta["val"]), strict=True)]
+    return op if op.target in _BY_STRIDES or any(_order(a) != _order(b) for a, b in pairs) else None
+
+
+def _order(value: Tensor) -> list[int] | None:
+    """The dims from the slowest to the fastest in memory; None where elements share memory."""
+    dims = [d for d in range(value.dim()) if value.shape[d] > 1]
+    if any(value.stride(d) == 0 for d in dims):
+        return None
+    return sorted(dims, key=lambda d: -value.stride(d))
 
 
 def _what_leads_to(nodes: Sequence[fx.Node], graph: fx.Graph) -> fx.Graph | None:

@@ -18,6 +18,7 @@ from ftrain.ambient import as_a_step
 from ftrain.captured import captured_name, require_untrained
 from ftrain.leaf_layouts import LeafLayouts
 from ftrain.leaks import modules_as_found, require_none_left, require_tree_leaf
+from ftrain.passes.constants import share_memory_of_constants
 from ftrain.passes.functionalize import functionalize
 from ftrain.precision import Precision, computing_in
 from ftrain.private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
@@ -127,6 +128,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
     name_of = partial(captured_name, function)
     module = functionalize(module, [paths[i] for i in slots], name_of_captured=name_of)
     train_recurrent(module)
+    share_memory_of_constants(module)
     if absent is not None:
         put_on(module, absent)
     _name_placeholders(module.graph, [paths[i] for i in slots])

@@ -219,3 +219,15 @@ def test_writing_into_the_batch_names_the_leaf():
 def test_mistakes_get_a_clear_error(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("count", [lambda x: torch.tensor(9.0), lambda x: torch.full((), 9.0)])
+def test_a_count_may_be_a_constant_in_a_dtype_of_its_own(count):
+    def loss(w, x):
+        return Mean((w * x).square().sum(), count(x))
+
+    w, x = torch.randn(9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
+    step = value_and_grad(accumulate(loss, 3))
+    for found, expected in zip(jit(step)(w, x), step(w, x), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(jit(accumulate(loss, 3))(w, x).value(), accumulate(loss, 3)(w, x).value())
