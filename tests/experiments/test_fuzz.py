@@ -20,7 +20,6 @@ PROGRAMS = 150
 NO_SHRINKING = Shrinking(of_a_kind=0)
 
 
-
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     with one_thread():

@@ -63,6 +63,8 @@ def _run_jitted(program: Program, expected: list[Call]) -> Result:
     names, close = load(program), tolerance(program)
     step: Any = None
     held, state = list[Any](), names["make_state"]()
+    captured = {name: names[name] for name, _ in program.captured}
+    constants = snapshot(captured)
     for number, rows in enumerate(program.options.rows):
         torch.manual_seed(0)
         batch = names["make_batch"](rows)
@@ -79,6 +81,7 @@ def _run_jitted(program: Program, expected: list[Call]) -> Result:
         try:
             difference = _changed("state", expected[number][0], state, close)
             difference = difference or _changed("an argument", before, arguments)
+            difference = difference or _changed("a captured tensor", constants, captured)
             for i, result in enumerate(held):
                 difference = difference or _changed(f"metrics of call {i}", expected[i][1], result, close)
         except (ValueError, RuntimeError) as error:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from experiments.bench.fuzzing.eager import run_eagerly
 from experiments.bench.fuzzing.losses import random_loss
 from experiments.bench.fuzzing.options import random_options
-from experiments.bench.fuzzing.program import Program, leaf_paths
+from experiments.bench.fuzzing.program import DEFAULT_ROWS, Program, leaf_paths
 from experiments.bench.fuzzing.results import give_gradients, random_metrics, random_updates
 from experiments.bench.fuzzing.trees import Shapes, random_batch, random_tree
 from experiments.bench.fuzzing.writer import Writer
@@ -60,12 +60,18 @@ def _with_arguments(seed: int, rng: random.Random) -> tuple[Program, list[str], 
     leaves, nesting, subtrees = random_tree(shapes)
     batch = random_batch(rng, shapes, micro, low=options.precision)
     program = Program(seed, leaves, nesting, batch, options=options)
-    if rng.random() < 0.1:
-        constant = f"torch.linspace(-1.0, 1.0, {shapes.width}, dtype={shapes.dtype})"
-        program = replace(program, captured=(("CAPTURED", constant),))
+    if rng.random() < 0.2:
+        program = replace(program, captured=(("CAPTURED", _constant(rng, shapes)),))
     if on_mesh:
         program = replace(program, specs=_known(rng, program, subtrees))
     return program, subtrees, micro
+
+
+def _constant(rng: random.Random, shapes: Shapes) -> str:
+    """Source of a tensor that a program captures: a row, a square, rows as of a batch."""
+    width, rows = shapes.width, rng.choice((None, shapes.width, DEFAULT_ROWS[0]))
+    count, view = (width, "") if rows is None else (rows * width, f".view({rows}, {width})")
+    return f"torch.linspace(-1.0, 1.0, {count}, dtype={shapes.dtype}){view}"
 
 
 def _known(rng: random.Random, program: Program, subtrees: list[str]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def random_loss(writer: Writer, name: str) -> Loss:
             scope.give(argument, eval(argument, scope.names))
     writer.give_batch(scope)
     _warm_up(writer, scope)
-    scope.grow(rng.choice((1, 2, 3, 4, 7)))
+    scope.grow(rng.choice((1, 1, 2, 3, 5)))
     _layers(writer, scope)
     scope.grow(rng.randint(0, 2))
     aux = _aux(writer, scope)
@@ -50,10 +50,11 @@ def _may_close_over(writer: Writer, v: Value, subtrees: tuple[str, ...]) -> bool
 
 
 def _warm_up(writer: Writer, scope: Scope) -> None:
-    """A product of the batch and a parameter, so that most losses have a gradient."""
-    for text, kind in (("{0} @ {1}", "w"), ("{0} * {1}", "c")):
-        x = next(v for v in scope.values if v.expression == 'batch["x"]')
-        parameters = [v for v in scope.values if re.match(r"p\d", v.expression)]
+    """A product of the batch and a parameter, so that most losses have a gradient; then one with what is captured."""
+    for text, kind, other in (("{0} @ {1}", "w", r"p\d"), ("{0} * {1}", "c", r"p\d"), ("{0} * {1}", "=", "CAPTURED")):
+        rows = [v for v in scope.floats() if v.rows]
+        x = rows[-1] if kind == "=" else next(v for v in rows if v.expression == 'batch["x"]')
+        parameters = [v for v in scope.values if re.match(other, v.expression)]
         writer.rng.shuffle(parameters)
         for v in parameters:
             line = Line(text, (x.expression, v.expression), f"h{len(scope.lines)}", "product")
@@ -109,7 +110,7 @@ def _result(writer: Writer, scope: Scope) -> Line:
     rng, floats = writer.rng, scope.floats()
     own = [v for v in floats if v.expression.startswith("h")] or floats
     if not writer.on_mesh and writer.micro == 1 and rng.random() < 0.7:
-        terms = [own[-1], *rng.sample(own, min(2, len(own)))]
+        terms = [own[-1], rng.choice(own)]
         parts = [rng.choice(_SUMS).replace("{0}", f"{{{i}}}") for i in range(len(terms))]
         return Line(" + ".join(parts), tuple(v.expression for v in terms), None, "scalar")
     rows = [v for v in own if v.rows] or [v for v in floats if v.rows]

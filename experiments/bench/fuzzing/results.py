@@ -62,7 +62,7 @@ def _new_value(writer: Writer, path: str, value: Tensor, losses: Sequence[Loss])
         return rng.choice(fitting)
     if own and rng.random() < 0.75:
         return rng.choice(_STEPS).format(path, rng.choice(own))
-    return None if rng.random() < 0.6 else rng.choice(_STEPS).format(path, rng.choice(fitting))
+    return None if rng.random() < 0.75 else rng.choice(_STEPS).format(path, rng.choice(fitting))
 
 
 def random_metrics(writer: Writer, losses: Sequence[Loss]) -> dict[str, str]:

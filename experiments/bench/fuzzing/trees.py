@@ -45,7 +45,7 @@ def random_tree(shapes: Shapes) -> tuple[Leaves, Any, list[str]]:
         return name
 
     def parameters() -> Any:
-        names = [leaf("w", shapes.parameter()) for _ in range(rng.choice((1, 1, 2, 3)))]
+        names = [leaf("w", shapes.parameter()) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
         if rng.random() < 0.2:
             block = [shapes.parameter() for _ in range(rng.randint(1, 2))]
             count = rng.choice((2, 2, 3))

@@ -1,5 +1,6 @@
 """Programs in processes of their own: one that dies or hangs is an outcome, and the rest goes on."""
 
+import gc
 import logging
 import multiprocessing
 import time
@@ -155,6 +156,8 @@ class _Worker:
 def _work(pipe: Connection, shrinking: Shrinking, judge: Judge) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)  # torch logs each op that has no shape rule, with a trace
+    gc.freeze()  # torch's own objects, which are many, need not be looked at again and again
+    gc.set_threshold(100_000, 20, 50)
     seen = Counter[str]()
     with one_thread():
         try:

@@ -26,6 +26,7 @@ class Writer:
             self.scope.give(path, self.value(path))
         for name, _ in program.captured:
             self.scope.give(name, names[name])
+            self.scope.give(f"{name}[:]", names[name][:])
 
     def paths(self, subtree: str) -> list[str]:
         """Expressions of the leaves of the state that are below this one."""
