@@ -1,22 +1,12 @@
-"""The memory plan: which bytes are alive at each node, from the graph alone.
+"""The memory plan: the bytes that a step needs, from the graph alone (see `ftrain.pieces` for the rules)."""
 
-The generated program drops a variable right after its last use, so the bytes alive are those of the storages that some
-variable still looks at. Views share a storage; what an op allocates for itself while it runs is its workspace.
-"""
-
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ftrain.loop import is_loop, loop_body
-from ftrain.op_rules import WORKSPACE
-from ftrain.passes.sizes import sized, unknown_sizes
-from ftrain.private import storage_id
-from ftrain.workspace import aten_workspace
-from kernels.offload import offload_start, offload_wait
+from ftrain.passes.sizes import unknown_sizes
+from ftrain.pieces import Pieces, storages_of
 
 
 class LiveTensor(NamedTuple):
@@ -71,43 +61,29 @@ class MemoryPlan:
         return round(self.reserved_share * self.allocated)
 
 
-class Held(NamedTuple):
-    """A piece of memory: its bytes and the node that made it."""
-
-    bytes: int
-    owner: fx.Node
-
-
-class Moment(NamedTuple):
-    """While `node` runs: the bytes of all memory alive beyond the inputs, each piece of it, and the op's workspace;
-    `host`: bytes of offloaded tensors, which are not among the others.
-
-    `alive` changes as the simulation goes on: read it at once, or copy it.
-    """
-
-    node: fx.Node
-    live: int
-    workspace: int
-    alive: Mapping[int, Held]
-    host: int
-
-
 def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
-    """Simulate the graph; `round_to` is the allocator's granularity in bytes (512 on CUDA, 1 for CPU storages)."""
-    peak, peak_node, at_peak, host = 0, "", list[Held](), 0
-    timeline = []
-    for node, live, workspace, alive, away in simulate(module, round_to=round_to):
-        host = max(host, away)
-        if node.op != "placeholder":
-            timeline.append((node.name, live + workspace))
-        if live + workspace > peak:
-            peak, peak_node, at_peak = live + workspace, node.name, list(alive.values())
-    top = [_describe(held) for held in at_peak]
-    for node in module.graph.nodes:
-        if node.name == peak_node and is_loop(node):
-            top += plan_memory(loop_body(node), round_to=round_to).top
-    unknown = unknown_sizes(module)
-    return MemoryPlan(input_bytes(module), peak, peak_node, timeline, sorted(top, reverse=True), host, unknown=unknown)
+    """Walk the graph; `round_to` is the allocator's granularity in bytes (512 on CUDA, 1 for CPU storages)."""
+    pieces = Pieces.of(module, round_to=round_to)
+    totals = zip(pieces.nodes, pieces.total.tolist(), strict=True)
+    at = int(pieces.total.argmax()) if pieces.peak else None
+    return MemoryPlan(
+        inputs=input_bytes(module),
+        peak=pieces.peak,
+        peak_node="" if at is None else pieces.nodes[at].name,
+        timeline=[(node.name, total) for node, total in totals if node.op != "placeholder"],
+        top=sorted(_top(pieces), reverse=True),
+        host=int(pieces.away.max(initial=0)),
+        unknown=unknown_sizes(module),
+    )
+
+
+def _top(pieces: Pieces) -> list[LiveTensor]:
+    """What is alive at the peak, in the body of a loop too where that is the peak's node."""
+    if not pieces.peak:
+        return []
+    at = int(pieces.total.argmax())
+    inner = _top(pieces.bodies[at]) if at in pieces.bodies else []
+    return [_describe(pieces.owners[p], int(pieces.sizes[p])) for p in pieces.alive_at(at)] + inner
 
 
 def input_bytes(module: fx.GraphModule) -> int:
@@ -117,73 +93,6 @@ def input_bytes(module: fx.GraphModule) -> int:
     return sum(size for n in given for _, size in storages_of(n)) + sum(captured.values())
 
 
-def simulate(module: fx.GraphModule, *, round_to: int = 1) -> Iterator[Moment]:
-    """What is alive while each node runs, in order."""
-    nodes = [n for n in module.graph.nodes if n.op != "output"]
-    last_use = _last_uses(list(module.graph.nodes))
-    held = {s for n in nodes if n.op in ("placeholder", "get_attr") for s, _ in storages_of(n)}
-    expiring: dict[fx.Node, list[int]] = {}
-    for storage, node in last_use.items():
-        expiring.setdefault(node, []).append(storage)
-    alive: dict[int, Held] = {}
-    away: dict[int, int] = {}
-    live = 0
-    for node in nodes:
-        for storage, size in storages_of(node):
-            if on_host(node):
-                away[storage] = size
-            elif storage not in held and storage not in alive:
-                alive[storage] = Held(-(-size // round_to) * round_to, node)
-                live += alive[storage].bytes
-        yield Moment(node, live, workspace_bytes(node, round_to=round_to), alive, sum(away.values()) + _host_of(node))
-        for storage in expiring.get(node, ()):
-            away.pop(storage, None)
-            if storage in alive:
-                live -= alive.pop(storage).bytes
-
-
-def on_host(node: fx.Node) -> bool:
-    """True for a node whose value is a copy of an offloaded tensor on the host."""
-    return node.target in (offload_start, offload_wait)
-
-
-def _host_of(node: fx.Node) -> int:
-    """What a round of a loop's body holds on the host."""
-    return plan_memory(loop_body(node)).host if is_loop(node) else 0
-
-
-def storages_of(node: fx.Node) -> list[tuple[int, int]]:
-    """Identity and bytes of each piece of memory that a node's value looks at."""
-    value, with_sizes = node.meta.get("val"), sized(node)
-    pairs = zip(*([v] if not isinstance(v, list | tuple) else v for v in (value, with_sizes)), strict=True)
-    return [(storage_id(v), int(s.untyped_storage().nbytes())) for v, s in pairs if isinstance(v, Tensor)]
-
-
-def _last_uses(nodes: list[fx.Node]) -> dict[int, fx.Node]:
-    """For each piece of memory the node after which nothing looks at it."""
-    position = {n: i for i, n in enumerate(nodes)}
-    last: dict[int, fx.Node] = {}
-    for node in nodes:
-        end = max([node, *node.users], key=position.__getitem__)
-        for storage, _ in storages_of(node):
-            if storage not in last or position[end] > position[last[storage]]:
-                last[storage] = end
-    return last
-
-
-def workspace_bytes(node: fx.Node, *, round_to: int = 1) -> int:
-    """What the op of a node allocates beyond its outputs while it runs; of a loop, what a round of its body needs."""
-    if is_loop(node):
-        return plan_memory(loop_body(node), round_to=round_to).peak
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), sized)
-    rule = WORKSPACE.get(node.target._schema.name)
-    return int(rule(*args, **kwargs)) if rule is not None else aten_workspace(node.target, args, kwargs)
-
-
-def _describe(held: Held) -> LiveTensor:
-    meta = held.owner.meta
-    return LiveTensor(
-        held.bytes, held.owner.name, meta.get("path") or "", str(meta.get("site") or ""), meta.get("phase", "")
-    )
+def _describe(owner: fx.Node, size: int) -> LiveTensor:
+    meta = owner.meta
+    return LiveTensor(size, owner.name, meta.get("path") or "", str(meta.get("site") or ""), meta.get("phase", ""))

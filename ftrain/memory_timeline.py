@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
+import numpy as np
 from torch import fx
 
-from ftrain.liveness import Held, simulate
-from ftrain.loop import is_loop, loop_body
+from ftrain.pieces import Pieces
 
 KINDS = ("activations", "gradients and backward", "update", "gathered parameters", "workspace")
 _KIND_OF_PHASE = {"forward": KINDS[0], "backward": KINDS[1]}
@@ -32,30 +32,33 @@ class Sample(NamedTuple):
 
 def memory_timeline(module: fx.GraphModule, *, round_to: int = 1) -> list[Sample]:
     """One sample per node in the order in which they run; of a loop, one round of its body on top of the rest."""
+    return _samples(Pieces.of(module, round_to=round_to))
+
+
+def _samples(pieces: Pieces) -> list[Sample]:
+    kinds = [kind_of(owner) for owner in pieces.owners]
+    alive = [pieces.alive(np.where(np.array(kinds) == kind, pieces.device, 0)) for kind in KINDS]
     samples: list[Sample] = []
-    for node, _, workspace, alive, host in simulate(module, round_to=round_to):
+    for i, node in enumerate(pieces.nodes):
         if node.op in ("placeholder", "get_attr"):
             continue
-        kinds = dict.fromkeys(KINDS, 0)
-        for held in alive.values():
-            kinds[kind_of(held)] += held.bytes
-        base = tuple(kinds.values())
-        if is_loop(node):
-            body = memory_timeline(loop_body(node), round_to=round_to)
+        base, host = tuple(int(of_kind[i]) for of_kind in alive), int(pieces.away[i])
+        if i in pieces.bodies:
+            body = _samples(pieces.bodies[i])
             outside = host - max((inner.host for inner in body), default=0)
             for inner in body:
                 both = tuple(x + y for x, y in zip(base, inner.bytes, strict=True))
                 samples.append(Sample(inner.node, f"{node.name} {inner.loop}".strip(), both, outside + inner.host))
         else:
-            samples.append(Sample(node, "", (*base[:-1], workspace), host))
+            samples.append(Sample(node, "", (*base[:-1], int(pieces.workspace[i])), host))
     return samples
 
 
-def kind_of(held: Held) -> str:
+def kind_of(owner: fx.Node) -> str:
     """Which of `KINDS` a piece of memory counts as, by the purpose or the phase of the node that made it."""
-    if held.owner.meta.get("purpose") == "fsdp_gather":
+    if owner.meta.get("purpose") == "fsdp_gather":
         return KINDS[3]
-    return _KIND_OF_PHASE.get(held.owner.meta.get("phase", ""), KINDS[2])
+    return _KIND_OF_PHASE.get(owner.meta.get("phase", ""), KINDS[2])
 
 
 def inputs_by_argument(module: fx.GraphModule) -> dict[str, int]:

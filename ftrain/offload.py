@@ -19,10 +19,10 @@ from torch import Tensor, fx
 
 from ftrain.cost import is_view
 from ftrain.hardware import host_bandwidth
-from ftrain.liveness import storages_of
 from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop
 from ftrain.op_times import OpTimes
+from ftrain.pieces import storages_of
 from ftrain.private import value_of
 from ftrain.remat import Remat, is_forward, recompute
 from ftrain.remat_peak import PeakModel, Place

@@ -7,8 +7,8 @@ from torch import Tensor, fx
 
 from ftrain.cost import is_view
 from ftrain.layers import layer_of_node
-from ftrain.liveness import storages_of
 from ftrain.op_times import OpTimes
+from ftrain.pieces import storages_of
 from ftrain.private import storage_id
 from ftrain.remat import Remat, is_forward, must_keep
 from ftrain.remat_cut import Item

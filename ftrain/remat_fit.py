@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ftrain.liveness import input_bytes, plan_memory, storages_of
+from ftrain.liveness import input_bytes, plan_memory
 from ftrain.loop import carried_outputs, copy_graph, is_loop, loop_body, with_bodies
 from ftrain.offload import HostLink, host_link, write_plan
 from ftrain.op_times import OpTimes
+from ftrain.pieces import storages_of
 from ftrain.remat import Remat, is_forward
 from ftrain.remat_budget import OverBudget, Planner, budget_bytes
 from ftrain.remat_improve import Choice

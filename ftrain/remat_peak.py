@@ -1,7 +1,8 @@
 """The peak of a graph for many sets of recomputed nodes, without making the graphs.
 
 Walks the order that `remat.recompute` would give (copies just before their first use in the backward) over plain
-integers. What it says is checked on the final graph by `liveness.plan_memory`.
+integers. Which memory counts is what `pieces.Pieces` says of the graph as it is; what is of its own is which life of a
+piece a copy or a tensor from the host begins, since that graph is never made. `liveness.plan_memory` of it agrees.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,19 +12,16 @@ from typing import NamedTuple
 import numpy as np
 from torch import fx
 
-from ftrain.liveness import storages_of, workspace_bytes
-from ftrain.passes.aliasing import storage
-from ftrain.passes.twins import PASSED_ON, TWINS
+from ftrain.pieces import Pieces, sweep
 
 
 class Step(NamedTuple):
-    """A node: the nodes it reads, its pieces of memory (number, bytes), what its op allocates beside them, and for each
-    piece the read that it is a view of, as (place among the reads, place among that node's pieces), or None.
+    """A node: the nodes it reads, its pieces of memory (number, bytes), and for each piece the read that it is a view
+    of, as (place among the reads, place among that node's pieces), or None.
     """
 
     reads: tuple[int, ...]
     storages: tuple[tuple[int, int], ...]
-    workspace: int
     forward: bool
     views: tuple[tuple[int, int] | None, ...]
 
@@ -52,47 +50,29 @@ class PeakModel:
     """
 
     def __init__(self, module: fx.GraphModule, donated: dict[str, int], *, round_to: int = 1) -> None:
-        self.nodes = [n for n in module.graph.nodes if n.op != "output"]
+        pieces = Pieces.of(module, round_to=round_to, donated=donated)
+        self.nodes = list(pieces.nodes)
         self.index = {n: i for i, n in enumerate(self.nodes)}
         results = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
         self._results = [self.index[r] for r in results if isinstance(r, fx.Node)]
-        numbers: dict[int, int] = {}
+        self._bytes, self._workspace = np.repeat(pieces.device, 2), pieces.workspace
         self.steps: list[Step] = []
-        for node in self.nodes:
-            self.steps.append(self._step(node, numbers, round_to))
-        free = {s for n in self.nodes if n.op in ("placeholder", "get_attr") for s, _ in storages_of(n)}
-        new = [results[i] for i in donated.values()]
-        made = [n for n in new if isinstance(n, fx.Node) and n.meta.get("phase") == "step"]
-        free |= {s for n in made if (s := storage(n)) is not None} | _of_twins(self.nodes, set(made))
-        self._bytes = np.zeros(2 * len(numbers), np.int64)
-        for step in self.steps:
-            for piece, size in step.storages:
-                self._bytes[2 * piece : 2 * piece + 2] = size
-        self._bytes[[2 * numbers[s] + copy for s in free if s in numbers for copy in (0, 1)]] = 0
-        self._workspace = np.array([step.workspace for step in self.steps], np.int64)
         self._lives: list[Lives] = []
-        for step in self.steps:
+        for node, made in zip(self.nodes, pieces.made, strict=True):
+            step = self._step(node, tuple((p, int(pieces.sizes[p])) for p in made))
+            self.steps.append(step)
             self._lives.append(_lives(step, [self._lives[u] for u in step.reads], copy=0))
         self._touches = [
             tuple({*mine, *(life for u in step.reads for life in self._lives[u])})
             for mine, step in zip(self._lives, self.steps, strict=True)
         ]
 
-    def _step(self, node: fx.Node, numbers: dict[int, int], round_to: int) -> Step:
+    def _step(self, node: fx.Node, storages: tuple[tuple[int, int], ...]) -> Step:
         reads = tuple(self.index[p] for p in node.all_input_nodes)
-        called = node.op == "call_function"
-        storages = tuple(
-            (numbers.setdefault(s, len(numbers)), -(-size // round_to) * round_to) for s, size in storages_of(node)
-        )
         seen = [(piece, (r, j)) for r, u in enumerate(reads) for j, (piece, _) in enumerate(self.steps[u].storages)]
         first = dict(reversed(seen))
-        return Step(
-            reads,
-            storages,
-            workspace_bytes(node, round_to=round_to) if called else 0,
-            called and node.meta.get("phase") == "forward",
-            tuple(first.get(piece) for piece, _ in storages),
-        )
+        forward = node.op == "call_function" and node.meta.get("phase") == "forward"
+        return Step(reads, storages, forward, tuple(first.get(piece) for piece, _ in storages))
 
     def peak(self, remade: Collection[int], places: Mapping[int, Place] = _NOWHERE) -> tuple[int, int]:
         """Bytes at the peak if the forward nodes `remade` are made again for the backward and those of `places` come
@@ -157,31 +137,9 @@ class PeakModel:
 
     def _sweep(self, runs: list[int], first: np.ndarray, last: np.ndarray) -> tuple[int, int]:
         lived = last >= 0
-        change = np.zeros(len(runs) + 2, np.int64)
-        np.add.at(change, first[lived], self._bytes[lived])
-        np.add.at(change, last[lived] + 1, -self._bytes[lived])
-        live = np.cumsum(change)[: len(runs)] + self._workspace[runs]
+        live = sweep(first[lived], last[lived], self._bytes[lived], len(runs)) + self._workspace[runs]
         where = int(live.argmax())
         return int(live[where]), runs[where]
-
-
-def _of_twins(nodes: list[fx.Node], made: set[fx.Node]) -> set[int]:
-    """Memory of what ops with a twin in place, and the sums and choices behind them, will never make."""
-    found: set[int] = set()
-    for node in nodes:
-        if node.target not in TWINS:
-            continue
-        chains = [_chain_of(result) for result in node.users]
-        if all(chain[-1] in made for chain in chains):
-            found |= {s for n in (node, *(n for chain in chains for n in chain)) for s, _ in storages_of(n)}
-    return found
-
-
-def _chain_of(result: fx.Node) -> list[fx.Node]:
-    chain = [result]
-    while len(chain[-1].users) == 1 and (user := next(iter(chain[-1].users))).target in PASSED_ON:
-        chain.append(user)
-    return chain
 
 
 def _by_node(places: Mapping[int, Place]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:

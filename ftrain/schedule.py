@@ -11,18 +11,19 @@ gather that is not urgent keeps the link from what is), so a few bounds are trie
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import fx
 
 from ftrain.communication import node_sends
-from ftrain.liveness import on_host, plan_memory, storages_of
 from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes
 from ftrain.passes.waits import WAIT
+from ftrain.pieces import NOT_DONATED, Pieces, Walk
+from ftrain.simulate import Costs, OneLink, Sent, Streams, simulate
 from sharding.link import Link
 from sharding.mesh import Mesh
 
@@ -50,8 +51,8 @@ class Flight(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """All collectives of a step in order of their start; microseconds of compute, of communication, and of the part of
-    it during which compute stands still.
+    """All collectives of a step in order of their start (of a loop those of its first round); microseconds of compute,
+    of communication, and of the part of it during which compute stands still, with all rounds of loops.
     """
 
     flights: list[Flight]
@@ -81,47 +82,50 @@ def overlap(
     link: Link,
     within: int | None = None,
     score: Callable[[fx.GraphModule], float] | None = None,
+    donated: Mapping[str, int] = NOT_DONATED,
 ) -> None:
     """Reorder the graph so that communication hides behind compute; no value changes.
 
     `within`: bytes beyond the arguments that the step may take; what the graph leaves of them is what messages may be
-    ahead by: several bounds up to that are tried, and the fastest order by `score` (default: the run on paper of
-    `simulate_schedule`) is taken, so that more bytes never give a longer step. None: one bound, a tenth of the graph's
-    peak, or the two largest results of collectives. Bodies of loops are treated alike.
+    ahead by: several bounds up to that are tried, and the fastest order by `score` (default: the run on paper with
+    `link` for all messages) is taken, so that more bytes never give a longer step. None: one bound, a tenth of the
+    graph's peak, or the two largest results of collectives. `donated`: the outputs that will be written over
+    placeholders (see `Pieces.of`). Bodies of loops are treated alike.
     """
-    score = score or (lambda m: _microseconds(simulate_schedule(m, mesh, times=times, link=link)))
-    for node in module.graph.nodes:
+    pieces = Pieces.of(module, donated=donated)
+    for i, node in enumerate(pieces.nodes):
         if is_loop(node):
-            inner = None if within is None else within - _around(module, node)
+            inner = None if within is None else within - int(pieces.live[i])
             overlap(loop_body(node), mesh, times=times, link=link, within=inner, score=score)
     if not any(n.target in COLLECTIVES for n in module.graph.nodes):
         return
-    peak = plan_memory(module).peak
-    results = [size for n in module.graph.nodes if n.target in COLLECTIVES for _, size in storages_of(n)]
+    pieces = Pieces.of(module, donated=donated)  # bodies have another order now
+    costs = Costs.of(module, times, OneLink(mesh, link))
+    peak = pieces.peak
+    results = [size for n, made in zip(pieces.nodes, pieces.made, strict=True) if n.target in COLLECTIVES
+               for size in pieces.sizes[list(made)].tolist()]  # fmt: skip
     two = sum(sorted(results)[-2:])
     if within is None:
-        _apply(module, _Scheduler(module, mesh, times, link, peak + max(peak // 10, two)).run())
+        _apply(module, _Scheduler(module, pieces, costs, peak + max(peak // 10, two)).run())
     else:
         # what is tried of a smaller budget is tried of every larger one
         bounds = [peak + n * two for n in _TRIED if n == 0 or n * two <= within - peak]
-        _apply(module, _fastest(module, mesh, times, link, bounds, score))
+        _apply(module, _fastest(module, pieces, costs, bounds, score or (lambda m: simulate(m, costs).tally.step)))
     module.graph.lint()
     module.recompile()
 
 
 def _fastest(
     module: fx.GraphModule,
-    mesh: Mesh,
-    times: OpTimes,
-    link: Link,
+    pieces: Pieces,
+    costs: Costs,
     bounds: Sequence[int],
     score: Callable[[fx.GraphModule], float],
 ) -> list[fx.Node]:
     """The order of the bound that gives the shortest step; of bounds that refuse nothing one is tried."""
-    best, least, given = list(module.graph.nodes), float("inf"), list(module.graph.nodes)
+    best, least = list(module.graph.nodes), float("inf")
     for bound in bounds:
-        _apply(module, given)
-        scheduler = _Scheduler(module, mesh, times, link, bound)
+        scheduler = _Scheduler(module, pieces, costs, bound)
         order = scheduler.run()
         _apply(module, order)
         took = score(module)
@@ -132,11 +136,6 @@ def _fastest(
     return best
 
 
-def _around(module: fx.GraphModule, loop: fx.Node) -> int:
-    """Bytes that are alive while a loop runs and are not its body's."""
-    return dict(plan_memory(module).timeline)[loop.name] - plan_memory(loop_body(loop)).peak
-
-
 def _apply(module: fx.GraphModule, order: list[fx.Node]) -> None:
     previous = order[0]
     for node in order[1:]:
@@ -144,64 +143,47 @@ def _apply(module: fx.GraphModule, order: list[fx.Node]) -> None:
         previous = node
 
 
-def _microseconds(schedule: Schedule) -> float:
-    return schedule.compute + schedule.exposed
-
-
 def simulate_schedule(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link) -> Schedule:
-    """Run the graph on paper in the order that it has."""
-    clock = free = exposed = busy = 0.0
-    flights: dict[fx.Node, Flight] = {}
-    under: dict[fx.Node, dict[str, float]] = {}
-    for node in module.graph.nodes:
-        if node.target in COLLECTIVES:
-            took = link.microseconds(sent := node_sends(node, mesh))
-            start = max(clock, free)
-            free = start + took
-            busy += took
-            meta = node.meta
-            flights[node] = Flight(
-                node.name, meta.get("purpose", ""), meta.get("path") or "", sent, start, free, free, took, ""
-            )
-            under[node] = {}
-        elif node.target is WAIT and node.args[0] in flights:
-            flight = flights[node.args[0]]
-            stall = max(0.0, flight.end - clock)
-            most = sorted(under.pop(node.args[0]).items(), key=lambda item: -item[1])[:2]
-            over = ", ".join(name for name, _ in most)
-            flights[node.args[0]] = flight._replace(awaited=clock, exposed=stall, over=over)
-            clock += stall
-            exposed += stall
-        else:
-            took = times.microseconds(node)
-            clock += took
-            for names in under.values():
-                label = f"{node.meta.get('purpose') or node.meta.get('path') or node.name}"
-                names[label] = names.get(label, 0.0) + took
-    ordered = sorted(flights.values(), key=lambda f: f.start)
-    return Schedule(ordered, clock - exposed, busy, exposed)
+    """Run the graph on paper in the order that it has, with one link for all messages."""
+    found = simulate(module, Costs.of(module, times, OneLink(mesh, link)))
+    tally, flights = found.tally, [_flight(message, mesh) for message in found.sent]
+    return Schedule(flights, tally.compute, tally.communication, tally.exposed)
+
+
+def _flight(message: Sent, mesh: Mesh) -> Flight:
+    beside: dict[str, float] = {}
+    for node, took in message.ran[message.beside]:
+        label = f"{node.meta.get('purpose') or node.meta.get('path') or node.name}"
+        beside[label] = beside.get(label, 0.0) + took
+    most = sorted(beside.items(), key=lambda item: -item[1])[:2]
+    meta = message.node.meta
+    return Flight(
+        name=message.node.name,
+        purpose=meta.get("purpose", ""),
+        path=meta.get("path") or "",
+        bytes=node_sends(message.node, mesh),
+        start=message.start,
+        end=message.end,
+        awaited=message.awaited,
+        exposed=message.stall,
+        over=", ".join(name for name, _ in most),
+    )
 
 
 class _Scheduler:
     """List scheduling in the graph's own order, but for what fills waits and what the idle link can start."""
 
-    def __init__(self, module: fx.GraphModule, mesh: Mesh, times: OpTimes, link: Link, bound: int) -> None:
-        nodes = [n for n in module.graph.nodes if n.op != "output"]
-        self._nodes, self._output = nodes, module.graph.output_node()
-        self._index = {n: i for i, n in enumerate(nodes)}
-        self._took = [
-            link.microseconds(node_sends(n, mesh)) if n.target in COLLECTIVES else times.microseconds(n) for n in nodes
-        ]
-        self._missing = [len(n.all_input_nodes) for n in nodes]
-        self._starts = [i for i, n in enumerate(nodes) if n.target in COLLECTIVES]
-        self._memory = _Memory(nodes, self._output, bound)
+    def __init__(self, module: fx.GraphModule, pieces: Pieces, costs: Costs, bound: int) -> None:
+        self._nodes, self._output = pieces.nodes, module.graph.output_node()
+        self._index = {n: i for i, n in enumerate(self._nodes)}
+        self._streams, self._memory, self._bound = Streams(costs), Walk(pieces), bound
+        self._missing = [len(n.all_input_nodes) for n in self._nodes]
+        self._starts = [i for i, n in enumerate(self._nodes) if n.target in COLLECTIVES]
         self.was_refused = False
         """Whether a larger bound of memory would have given another order."""
         self._ready: list[int] = []
-        self._done = [False] * len(nodes)
+        self._done = [False] * len(self._nodes)
         self._order: list[fx.Node] = []
-        self._clock = self._free = 0.0
-        self._ends: dict[fx.Node, float] = {}
         self._next = 0
 
     def run(self) -> list[fx.Node]:
@@ -213,9 +195,10 @@ class _Scheduler:
             if node.op == "placeholder":  # their order is that of the arguments
                 self._emit(i)
         while len(self._order) < len(self._nodes):
-            chosen = self._choose()
-            # The link must not fall idle while this node runs: nothing can be started before its end.
-            while self._free <= self._clock + self._lasts(chosen) and self._start_one():
+            chosen = self._nodes[self._choose()]
+            # The link must not fall idle while this node runs: nothing can be started before its end. A loop waits for
+            # whatever is under way.
+            while not is_loop(chosen) and self._streams.sent <= self._streams.until(chosen) and self._start_one():
                 pass
             self._emit(self._choose())
         return [*self._order, self._output]
@@ -231,18 +214,10 @@ class _Scheduler:
         for i in near:
             if not self._waits(i) and self._nodes[i].target not in COLLECTIVES and self._allows(i):
                 return i
-        return min((i for i in near if self._waits(i)), key=self._lasts)
+        return min((i for i in near if self._waits(i)), key=lambda i: self._streams.until(self._nodes[i]))
 
     def _waits(self, i: int) -> bool:
-        node = self._nodes[i]
-        return node.target is WAIT and self._ends.get(node.args[0], 0.0) > self._clock
-
-    def _lasts(self, i: int) -> float:
-        """How long compute is busy with a node; a wait lasts until its message is there."""
-        node = self._nodes[i]
-        if node.target is WAIT:
-            return max(0.0, self._ends.get(node.args[0], 0.0) - self._clock)
-        return 0.0 if node.target in COLLECTIVES else self._took[i]
+        return self._nodes[i].target is WAIT and self._streams.until(self._nodes[i]) > self._streams.clock
 
     def _start_one(self) -> bool:
         """Start the first of the next collectives whose inputs are there, or can be made from what is there."""
@@ -263,7 +238,7 @@ class _Scheduler:
         return False
 
     def _allows(self, *nodes: int) -> bool:
-        allowed = self._memory.allows(*nodes)
+        allowed = self._memory.most(*nodes) <= self._bound
         self.was_refused |= not allowed
         return allowed
 
@@ -278,7 +253,7 @@ class _Scheduler:
             node = self._nodes[j]
             if node.target in COLLECTIVES or is_loop(node) or self._waits(j) or len(needed) >= _CLOSURE:
                 return None
-            if node.target is WAIT and node.args[0] not in self._ends:
+            if node.target is WAIT and not self._streams.was_sent(node.args[0]):  # type: ignore[arg-type]
                 return None
             needed.add(j)
             stack += [self._index[p] for p in node.all_input_nodes]
@@ -288,55 +263,13 @@ class _Scheduler:
         if self._done[i]:
             return
         node = self._nodes[i]
-        if node.target in COLLECTIVES:
-            self._free = max(self._clock, self._free) + self._took[i]
-            self._ends[node] = self._free
-        elif node.target is WAIT:
-            self._clock = max(self._clock, self._ends.get(node.args[0], 0.0))
-        else:
-            self._clock += self._took[i]
+        self._streams.run(node)
+        self._memory.run(i)
         self._done[i] = True
         self._order.append(node)
-        self._memory.emit(i)
         for user in node.users:
             if user in self._index:
                 j = self._index[user]
                 self._missing[j] -= 1
                 if self._missing[j] == 0:
                     heapq.heappush(self._ready, j)
-
-
-class _Memory:
-    """Bytes alive as nodes are run, each piece of memory until its last reader."""
-
-    def __init__(self, nodes: list[fx.Node], output: fx.Node, bound: int) -> None:
-        self._bound, self._live = bound, 0
-        self._pieces = [storages_of(n) for n in nodes]
-        index = {n: i for i, n in enumerate(nodes)}
-        results = set(output.all_input_nodes)
-        self._left: dict[int, int] = {}
-        self._uses: list[list[int]] = [[] for _ in nodes]
-        self._kept = {s for n in nodes if n.op != "call_function" or on_host(n) for s, _ in storages_of(n)}
-        self._kept |= {s for n in results for s, _ in storages_of(n)}
-        for i, node in enumerate(nodes):
-            for user in [node, *(u for u in node.users if u in index)]:
-                for s, _ in self._pieces[i]:
-                    self._left[s] = self._left.get(s, 0) + 1
-                    self._uses[index[user]].append(s)
-        self._sizes: dict[int, int] = {}
-
-    def allows(self, *nodes: int) -> bool:
-        """True if running these nodes now keeps within the bound."""
-        new = {s: size for i in nodes for s, size in self._pieces[i] if s not in self._sizes and s not in self._kept}
-        return self._live + sum(new.values()) <= self._bound
-
-    def emit(self, i: int) -> None:
-        """Note that node i has run."""
-        for s, size in self._pieces[i]:
-            if s not in self._sizes and s not in self._kept:
-                self._sizes[s] = size
-                self._live += size
-        for s in self._uses[i]:
-            self._left[s] -= 1
-            if self._left[s] == 0 and s in self._sizes:
-                self._live -= self._sizes[s]

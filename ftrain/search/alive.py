@@ -1,53 +1,34 @@
 """What is alive at each kind of moment of a graph, in terms that graphs of any depth share."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import fx
 
-from ftrain.liveness import storages_of
 from ftrain.loop import is_loop, loop_body
+from ftrain.pieces import Pieces, Workspace
 from ftrain.search.device_ops import device_workspace
 
 Moment = tuple[str, str]
-Workspace = Callable[[fx.Node], int]
 _BLOCK = 512  # bytes to which CUDA's allocator rounds
 _NUMBERED = re.compile(r"(.*?\blayers\.)(\d+)(?=\.|$)")
 
 
-def alive(
-    module: fx.GraphModule, outer: int = 0, *, workspace: Workspace = device_workspace
-) -> Iterator[tuple[fx.Node, int]]:
+def alive(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> Iterator[tuple[fx.Node, int]]:
     """Each op, of loops' bodies too, with the bytes alive beyond the arguments while it runs on a GPU.
 
-    The walk of `ftrain.liveness.simulate` with the workspaces of a GPU's kernels, or those that `workspace` tells;
-    `outer` is alive throughout.
+    The memory plan with the workspaces of a GPU's kernels, or those that `workspace` tells.
     """
-    nodes = [n for n in module.graph.nodes if n.op != "output"]
-    pieces = {n: storages_of(n) for n in nodes}
-    position = {n: i for i, n in enumerate(module.graph.nodes)}
-    last: dict[int, int] = {}
-    held: set[int] = set()
-    for node in nodes:
-        end = max([position[node], *(position[u] for u in node.users)])
-        for storage, _ in pieces[node]:
-            last[storage] = max(end, last.get(storage, 0))
-            if node.op in ("placeholder", "get_attr"):
-                held.add(storage)
-    sizes: dict[int, int] = {}
-    ends: dict[int, list[int]] = {}
-    live = outer
-    for node in nodes:
-        for storage, size in pieces[node]:
-            if storage not in held and storage not in sizes:
-                sizes[storage] = -(-size // _BLOCK) * _BLOCK
-                ends.setdefault(last[storage], []).append(storage)
-                live += sizes[storage]
-        if is_loop(node):
-            yield from alive(loop_body(node), live, workspace=workspace)
+    return _alive(Pieces.of(module, round_to=_BLOCK, workspace=workspace), 0)
+
+
+def _alive(pieces: Pieces, outer: int) -> Iterator[tuple[fx.Node, int]]:
+    live = (outer + pieces.live).tolist()
+    for i, node in enumerate(pieces.nodes):
+        if i in pieces.bodies:
+            yield from _alive(pieces.bodies[i], live[i])
         elif node.op == "call_function":
-            yield node, live + workspace(node)
-        live -= sum(sizes[s] for s in ends.get(position[node], ()))
+            yield node, live[i] + int(pieces.workspace[i])
 
 
 def moments_of(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> dict[Moment, float]:

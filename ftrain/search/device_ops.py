@@ -10,12 +10,12 @@ from torch import Tensor, fx
 
 from ftrain.cost import is_view, node_flops, node_traffic
 from ftrain.fused import is_fused
-from ftrain.liveness import workspace_bytes
 from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes, op_key
 from ftrain.passes.sizes import sized
 from ftrain.passes.waits import WAIT
+from ftrain.pieces import op_workspace
 from ftrain.search.cluster import Cluster
 from kernels.attention_cost import Sizes, flash_backward_bytes
 
@@ -68,7 +68,7 @@ class DeviceTimes(OpTimes):
 
 def workspace_on(device_type: str) -> Callable[[fx.Node], int]:
     """What tells the workspace of an op on a GPU ("cuda") or on a CPU."""
-    return workspace_bytes if device_type == "cpu" else device_workspace
+    return op_workspace if device_type == "cpu" else device_workspace
 
 
 def device_workspace(node: fx.Node) -> int:
@@ -78,7 +78,7 @@ def device_workspace(node: fx.Node) -> int:
     """
     name = _op_name(node)
     if not name.startswith("ftrain::ring_"):
-        return 0 if is_loop(node) else workspace_bytes(node, round_to=512)
+        return op_workspace(node)
     if not name.endswith("backward"):
         return 0
     q, kv = (sized(node.args[i]) for i in (1, 2))  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ from ftrain.search.device_ops import workspace_on
 from ftrain.search.layouts import Candidate, Facts
 from ftrain.search.lowering import Draft, draft
 from ftrain.search.subject import Subject
-from ftrain.search.two_streams import Tally, filled_sends, run_on_paper
+from ftrain.search.two_streams import filled_sends, run_on_paper
+from ftrain.simulate import Tally
 
 K = TypeVar("K")
 MEMORY = 0.95  # of a GPU's, that a step may use

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 import ftrain
 from ftrain import Aval, Precision, TrainState, optim, tree
 from ftrain.cost import has_flops, is_product
-from ftrain.liveness import simulate
 from ftrain.loop import is_loop, loop_body
+from ftrain.pieces import Pieces
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
 from modules.moe import MoEConfig
@@ -88,9 +88,9 @@ def test_the_plan_is_the_card_s():
     compiled = lowered(MODELS["experts"](), CUDA, backend="auto")
     assert (compiled.setting.backend, compiled.setting.granularity) == ("inductor", 512)
     assert any("fused" in str(n.target) for n in compiled.executed.graph.nodes)
-    alive = [live for _, live, _, _, _ in simulate(compiled.executed, round_to=compiled.setting.granularity)]
-    assert max(alive) > 0
-    assert all(live % 512 == 0 for live in alive)
+    live = Pieces.of(compiled.executed, round_to=compiled.setting.granularity).live
+    assert live.max() > 0
+    assert not (live % 512).any()
 
 
 @pytest.mark.parametrize("name", MODELS)

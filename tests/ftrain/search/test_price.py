@@ -14,7 +14,7 @@ from ftrain.search.estimate import estimate, kinds_of, weights_on
 from ftrain.search.layouts import Candidate
 from ftrain.search.lowering import draft
 from ftrain.search.price import Layer, Terms, count, extend, priced
-from ftrain.search.two_streams import Tally
+from ftrain.simulate import Tally
 from modules.attention import AttentionConfig
 from modules.decoder import DecoderConfig
 from modules.moe import MoEConfig
