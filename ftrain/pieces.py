@@ -182,13 +182,13 @@ class Walk:
         self._bytes: list[int] = pieces.device.tolist()
         self._workspace: list[int] = pieces.workspace.tolist()
         self._touched = [[p for p in touched if self._bytes[p]] for touched in pieces.touched]
-        self._total = dict.fromkeys(range(len(self._bytes)), 0)
+        self._total = [0] * len(self._bytes)
         for touched in self._touched:
             for p in touched:
                 self._total[p] += 1
         for p in pieces.results:
             self._total[p] += 1
-        self._left = dict(self._total)
+        self._left = dict(enumerate(self._total))
         self.live = 0
         """Bytes alive now, between two nodes."""
         self.peak = 0
@@ -199,8 +199,13 @@ class Walk:
         most, self.live = self._run(node, self.live, self._left)
         self.peak = max(self.peak, most)
 
+    def makes(self, *nodes: int) -> int:
+        """Bytes that these nodes make that nothing has made yet."""
+        touched = {p for i in nodes for p in self._touched[i]}
+        return sum(self._bytes[p] for p in touched if self._left[p] == self._total[p])
+
     def most(self, *nodes: int) -> int:
-        """The most bytes alive at once if these nodes were run next, one after the other."""
+        """The most bytes alive at once, workspaces included, if these nodes are run next, one after the other."""
         left = {p: self._left[p] for i in nodes for p in self._touched[i]}
         most, live = 0, self.live
         for i in nodes:

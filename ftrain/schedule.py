@@ -99,12 +99,12 @@ def overlap(
             overlap(loop_body(node), mesh, times=times, link=link, within=inner, score=score)
     if not any(n.target in COLLECTIVES for n in module.graph.nodes):
         return
-    pieces = Pieces.of(module, donated=donated)  # bodies have another order now
+    if pieces.bodies:  # which have another order now
+        pieces = Pieces.of(module, donated=donated)
     costs = Costs.of(module, times, OneLink(mesh, link))
     peak = pieces.peak
-    results = [size for n, made in zip(pieces.nodes, pieces.made, strict=True) if n.target in COLLECTIVES
-               for size in pieces.sizes[list(made)].tolist()]  # fmt: skip
-    two = sum(sorted(results)[-2:])
+    sent = [p for n, made in zip(pieces.nodes, pieces.made, strict=True) if n.target in COLLECTIVES for p in made]
+    two = sum(sorted(pieces.sizes[sent].tolist())[-2:])
     if within is None:
         _apply(module, _Scheduler(module, pieces, costs, peak + max(peak // 10, two)).run())
     else:
@@ -238,7 +238,11 @@ class _Scheduler:
         return False
 
     def _allows(self, *nodes: int) -> bool:
-        allowed = self._memory.most(*nodes) <= self._bound
+        """True if these nodes may run now: with their workspaces they keep within the bound, and what they make does
+        without counting on what dies among them, since a message reads its input until it has been sent.
+        """
+        memory = self._memory
+        allowed = max(memory.most(*nodes), memory.live + memory.makes(*nodes)) <= self._bound
         self.was_refused |= not allowed
         return allowed
 

@@ -2,7 +2,7 @@
 
 Compute runs one node after the other in the order of the graph. A collective starts when compute reaches it and its
 link is done with what was sent before; compute goes on, and stands still at the wait if the message is not there. A
-loop begins when all links are idle and runs its rounds one after the other. What links there are, which a collective
+loop waits until all links are idle and runs its rounds one after the other. What links there are, which a collective
 uses, how long it takes there, and how much messages slow compute down, are arguments (`Links`).
 """
 
@@ -177,7 +177,7 @@ def simulate(module: fx.GraphModule, costs: Costs) -> Run:
                 sent[message.node] = message._replace(awaited=start, stall=end - start, beside=beside)
         elif node in costs.rounds:
             inner, rounds = costs.rounds[node], _count(node)
-            exposed += rounds * inner.tally.exposed
+            exposed += begin - start + rounds * inner.tally.exposed
             for link, took in inner.tally.links.items():
                 busy[link] += rounds * took
             inside += [_later(message, begin) for message in inner.sent]

@@ -15,7 +15,9 @@ from ftrain.loop import copy_graph
 from ftrain.op_times import OpTimes
 from ftrain.passes.bucket import bucket
 from ftrain.passes.sink import gather_chains
-from ftrain.schedule import overlap, simulate_schedule
+from ftrain.pieces import Pieces
+from ftrain.schedule import _apply, _Scheduler, overlap, simulate_schedule
+from ftrain.simulate import Costs, OneLink, simulate
 from sharding import Layout, Mesh, Plan, Ring
 from sharding.link import Link, sent_bytes
 
@@ -90,6 +92,18 @@ def test_memory_that_a_step_leaves_free_never_makes_it_slower(bandwidth):
         peaks.append(plan_memory(module).peak)
     assert took == sorted(took, reverse=True)
     assert all(p <= peak + free for p, free in zip(peaks[1:], frees[1:], strict=True))
+
+
+def test_the_memory_that_bounds_messages_is_that_of_the_plan():
+    """The order is made node by node, the plan is of the whole: results and workspaces count in both."""
+    mesh, link = Mesh(1, 8, 2, kind="fake"), Link(5.0, 2e8)
+    module = lowered(mixture(), overlap=False, link=link, mesh=mesh).graph
+    costs = Costs.of(module, OpTimes.on(torch.device("cpu"), mesh), OneLink(mesh, link))
+    pieces = Pieces.of(module)
+    scheduler = _Scheduler(module, pieces, costs, 2 * pieces.peak)
+    _apply(module, scheduler.run())
+    assert scheduler._memory.peak == plan_memory(module).peak != pieces.peak
+    assert scheduler._streams.clock == pytest.approx(simulate(module, costs).tally.step)
 
 
 def test_parameters_are_gathered_where_they_are_needed_and_again_for_the_backward():

@@ -67,9 +67,11 @@ def test_workspaces_are_those_of_the_kernels_of_a_gpu(lowered):
     assert all(device_workspace(n) == 0 for n in nodes_of(lowered.plain, "aten.") if "sum" not in str(n.target))
 
 
-def test_with_one_kind_of_link_it_is_the_schedule_of_ftrain(lowered):
-    """On a node that holds all ranks each collective costs the same as on one link."""
-    one = replace(H100, gpus_per_node=8)
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_with_one_kind_of_link_it_is_the_schedule_of_ftrain(micro_batches):
+    """On a node that holds all ranks each collective costs the same as on one link, in rounds of loops too."""
+    one, candidate = replace(H100, gpus_per_node=8), replace(CANDIDATE, micro_batches=micro_batches)
+    lowered = lower(replace(SUBJECT, packs=16).make({"layers": 2}, candidate), candidate, one)
     found = run_on_paper(lowered.ordered, lowered.mesh, times=lowered.times, cluster=one)
     expected = simulate_schedule(lowered.ordered, lowered.mesh, times=lowered.times, link=one.link(lowered.mesh))
     assert found.compute == pytest.approx(expected.compute)
