@@ -99,7 +99,7 @@ def _order(value: Tensor) -> list[int] | None:
     dims = [d for d in range(value.dim()) if value.shape[d] > 1]
     if any(value.stride(d) == 0 for d in dims):
         return None
-    return sorted(dims, key=lambda d: -value.stride(d))
+    return sorted(dims, key=value.stride().__getitem__, reverse=True)
 
 
 def _what_leads_to(nodes: Sequence[fx.Node], graph: fx.Graph) -> fx.Graph | None:

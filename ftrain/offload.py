@@ -248,6 +248,7 @@ def write_plan(model: PeakModel, remade: Collection[int], places: Mapping[int, P
                 fetched[x] = _call(fetch_start, (started[v], x.meta["val"].device), x, phase="backward")
             else:
                 fetched[x] = _call(fetch_wait, (fetched[x], started[v]), x, phase="backward")
+    assert module is not None
     recompute(module, {nodes[u] for u in remade}, fetched)
 
 

@@ -17,7 +17,7 @@ _LOST = 16
 
 
 class RoundingState(NamedTuple):
-    """The state of the transform within, the random `key`, and `steps`: updates made so far, by which numbers differ."""
+    """The state of the transform within, the random `key`, and `steps`: the updates made so far."""
 
     inner: Any
     key: Tensor
