@@ -16,7 +16,7 @@ from torch import fx
 
 from ftrain.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated
 from ftrain.hardware import device_bytes, free_bytes
-from ftrain.offload import Ferry, HostLink, Timetable
+from ftrain.offload import Ferry, HostLink, Timetable, write_plan
 from ftrain.op_times import OpTimes
 from ftrain.remat import Remat, parse_budget
 from ftrain.remat_choices import Recomputable
@@ -190,6 +190,11 @@ class Planner:
         if within is None or found.peak <= within:
             return found
         return min(found, choice(self.ferry.timetable(needed, tight=True)), key=lambda c: c.peak)
+
+
+def write_choice(planner: Planner, choice: Choice) -> None:
+    """Write the copies of a choice into the graph; no value changes."""
+    write_plan(planner.model, planner.decided(choice)[0], choice.table.places if choice.table is not None else {})
 
 
 def _read_again(steps: Sequence[Step], remade: frozenset[int]) -> frozenset[int]:

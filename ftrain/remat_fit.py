@@ -8,11 +8,11 @@ from torch import Tensor, fx
 
 from ftrain.liveness import input_bytes, plan_memory
 from ftrain.loop import carried_outputs, copy_graph, is_loop, loop_body, with_bodies
-from ftrain.offload import HostLink, host_link, write_plan
+from ftrain.offload import HostLink, host_link
 from ftrain.op_times import OpTimes
 from ftrain.pieces import storages_of
 from ftrain.remat import Remat, is_forward
-from ftrain.remat_budget import OverBudget, Planner, budget_bytes
+from ftrain.remat_budget import OverBudget, Planner, budget_bytes, write_choice
 from ftrain.remat_improve import Choice
 from ftrain.text import op_name, short_site, show_bytes
 from sharding.mesh import Mesh
@@ -113,8 +113,7 @@ def _apply(
     planner = Planner(module, donated, times, remat, round_to, link)
     choice = planner.at_rate(remat.us_per_mb or 0.0) if target is None else planner.within(target)
     _tag(planner, choice)
-    places = choice.table.places if choice.table is not None else {}
-    write_plan(planner.model, planner.decided(choice)[0], places)
+    write_choice(planner, choice)
 
 
 def _tag(planner: Planner, choice: Choice) -> None:

@@ -23,11 +23,11 @@ from ftrain.jit import jit
 from ftrain.liveness import plan_memory
 from ftrain.memory_timeline import memory_timeline
 from ftrain.meter import measure_peak
-from ftrain.offload import HostLink, host_link, write_plan
+from ftrain.offload import HostLink, host_link
 from ftrain.op_times import OpTimes, op_key
 from ftrain.pipeline import EXECUTED, run_passes
 from ftrain.remat import Remat
-from ftrain.remat_budget import Planner
+from ftrain.remat_budget import Planner, write_choice
 from ftrain.remat_fit import decisions
 from kernels.mean import Mean
 from kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
@@ -167,8 +167,7 @@ def test_the_simulated_peak_is_that_of_the_graph(seed):
     model = planner.model
     tokens = [v for v, _, _ in planner.choices.candidates] + [t for t, _, _ in planner._gone]
     choice = planner._priced(frozenset(t for t in tokens if rng.random() < 0.6), within=rng.choice([None, 0]))
-    places = choice.table.places if choice.table is not None else {}
-    write_plan(planner.model, planner.decided(choice)[0], places)
+    write_choice(planner, choice)
     assert plan_memory(model.nodes[0].graph.owning_module).peak == choice.peak
 
 

@@ -20,6 +20,7 @@ from ftrain.jit import jit
 from ftrain.liveness import plan_memory
 from ftrain.passes.order import update_early
 from ftrain.pieces import Pieces, Walk, op_workspace
+from ftrain.remat_budget import write_choice
 from ftrain.remat_peak import PeakModel
 from ftrain.search.alive import moments_of
 
@@ -30,7 +31,7 @@ MICRO = tuple(x.reshape(4, 16, 16) for x in BATCH)
 def offloaded(seed):
     """A random graph of which a random part waits on the host."""
     planner, rng = linked_planner(seed, 1e9), random.Random(seed)
-    planner.write(planner._priced(frozenset(t for t, _, _ in planner._gone if rng.random() < 0.7)))
+    write_choice(planner, planner._priced(frozenset(t for t, _, _ in planner._gone if rng.random() < 0.7)))
     return planner.module
 
 
@@ -99,9 +100,9 @@ def test_nothing_recomputed_has_the_peak_of_the_graph(module):
 @pytest.mark.parametrize("share", [0.2, 0.7])
 def test_the_peak_with_tensors_recomputed_is_that_of_the_rewritten_graph(family, share):
     planner, rng = planner_of(BLOCKS[family]), random.Random(family)
-    choice = planner._priced(frozenset(v for v, _, _ in planner._candidates if rng.random() < share))
+    choice = planner._priced(frozenset(v for v, _, _ in planner.choices.candidates if rng.random() < share))
     assert choice.remade
-    planner.write(choice)
+    write_choice(planner, choice)
     assert plan_memory(planner.module).peak == choice.peak
 
 
