@@ -116,8 +116,7 @@ def test_what_will_be_written_over_donated_leaves_is_not_counted():
     step = momentum_step(wide_loss)
     donated = jit(step, donate="state").lower(STATE, BATCH)
     module = jit(step, donate=None).lower(STATE, BATCH).graph
-    inputs = [n.name for n in module.graph.nodes if n.op == "placeholder"]
-    outputs = {inputs[slot]: output for slot, output in donated.donated.items()}
+    outputs = donated.donation.by_name(module)
     update_early(module, outputs)
     pieces = Pieces.of(module, donated=outputs)
     assert pieces.peak == donated.memory().peak < plan_memory(module).peak
