@@ -96,10 +96,11 @@ def _first_that_sees(op: fx.Node, node: fx.Node, found: dict[fx.Node, Any]) -> f
 
 def _order(value: Tensor) -> list[int] | None:
     """The dims from the slowest to the fastest in memory; None where elements share memory."""
+    strides = value.stride()
     dims = [d for d in range(value.dim()) if value.shape[d] > 1]
-    if any(value.stride(d) == 0 for d in dims):
+    if any(strides[d] == 0 for d in dims):
         return None
-    return sorted(dims, key=value.stride().__getitem__, reverse=True)
+    return sorted(dims, key=lambda d: -strides[d])
 
 
 def _what_leads_to(nodes: Sequence[fx.Node], graph: fx.Graph) -> fx.Graph | None:

@@ -22,7 +22,7 @@ class UnseenWrites:
     def __init__(self, made: Sequence[weakref.ref[Tensor]], site: Callable[[], object]) -> None:
         self._made, self._site = made, site
         self._reshaped: dict[int, tuple[str, torch.UntypedStorage]] = {}
-        """By the identity of memory, which is held so that it stays one: where what looks at it changed its shape."""
+        """By the identity of memory, held so that it stays one: where the shape of what looks at it was changed."""
 
     def look(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
         """ValueError for an op after which, or by which, a gradient would be wrong."""

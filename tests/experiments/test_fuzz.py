@@ -90,6 +90,15 @@ def test_a_donated_leaf_that_a_result_still_looks_at_is_found(monkeypatch):
     assert check(smallest).outcome == "equal"
 
 
+def test_a_captured_tensor_that_is_written_over_is_found(monkeypatch):
+    monkeypatch.setattr("ftrain.trace.share_memory_of_constants", lambda module: None)
+    wanted = has("option: captured tensors")
+    program, found = first_different(range(3050, 3100), lambda p: wanted(p) and not has("option: mesh")(p))
+    assert "a captured tensor CAPTURED: apart by" in found.detail
+    monkeypatch.undo()
+    assert check(program).outcome == "equal"
+
+
 def test_a_gradient_that_is_slightly_wrong_is_found(monkeypatch):
     right = sys.modules["ftrain.grad"]._by_autograd  # the package's attribute of that name is the function
 

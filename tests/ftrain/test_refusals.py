@@ -2,11 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ftrain
+from modules import spec
+from sharding import Mesh, Plan
 
 compiled = torch.compile(lambda x: x * 2, backend="eager")
 rows = torch.tensor([0, 1])
@@ -40,6 +43,75 @@ def test_a_sentence_with_the_line(loss, words):
     assert not re.search("docs.google|TORCH_LOGS|dynamo|u0", said)
     line = int(re.search(r"test_refusals.py:(\d+)", said).group(1))
     assert loss.__code__.co_firstlineno <= line <= loss.__code__.co_firstlineno + 3
+
+
+def exchanged(x):
+    h = x * 2
+    h.data = x
+    return h.clone()
+
+
+def exchanged_argument(x):
+    x.data = torch.ones(2, 2)
+    return x * 1
+
+
+def swapped(x):
+    h = x * 2
+    torch.utils.swap_tensors(h, x * 1)
+    return h * 1
+
+
+def filled(x):
+    h = x * 2
+    h.untyped_storage().fill_(0)
+    return h
+
+
+def through_numpy(x):
+    return x * float(x.numpy().max())
+
+
+def by_a_numpy_function(x):
+    return x * torch.as_tensor(np.sin(x))
+
+
+def overlapping(x):
+    h = x * 2
+    h.unfold(-1, 2, 1).relu_()
+    return h
+
+
+def overlapping_argument(x):
+    x.unfold(-1, 2, 1).mul_(2)
+    return x * 1
+
+
+UNSEEN = {
+    exchanged: r"exchanges the memory under a tensor \(h.data = x\).*x.copy_\(y\)",
+    exchanged_argument: r"exchanges the memory under a tensor \(x.data = torch.ones.*x.copy_\(y\)",
+    swapped: r"exchanges the memory under a tensor \(torch.utils.swap_tensors.*make a new value",
+    filled: r"works on a tensor's storage \(h.untyped_storage\(\).*make a new value",
+    through_numpy: r"hands a tensor to numpy \(return x \* float\(x.numpy.*take the torch function",
+    by_a_numpy_function: r"hands a tensor to numpy .*take the torch function",
+    overlapping: r"writes into a view whose elements share memory .*clone",
+    overlapping_argument: r"writes into a view whose elements share memory .*clone",
+}
+
+
+@pytest.mark.parametrize(("step", "words"), UNSEEN.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_what_a_trace_is_not_told_of(step, words):
+    with pytest.raises(ValueError, match=rf"test_refusals.py:\d+ \({step.__name__}\): the step {words}") as refusal:
+        ftrain.jit(step)(torch.randn(2, 2))
+    assert "\n" not in str(refusal.value)
+    step(torch.randn(2, 2))  # eager PyTorch does it
+
+
+def test_a_loss_on_a_mesh_that_is_a_plain_number_names_the_line():
+    state, plan = {"w": torch.randn(2)}, Plan(Mesh(2, kind="virtual"))
+    step = ftrain.jit(lambda s, batch: ftrain.grad(lambda w: w.sum())(s["w"]), plan=plan, specs=spec.of(state))
+    with pytest.raises(ValueError, match=r"test_refusals.py:\d+ \(<lambda>\): on a mesh .*return Mean\("):
+        step(state, torch.randn(2))
 
 
 def test_complex_parameters():
