@@ -1,16 +1,15 @@
-"""Saves of a training run that go on behind its next steps."""
+"""The door of a training run to its checkpoints: saves that go on behind its next steps, and restores."""
 
 import logging
-import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from ftrain import tree
 from ftrain.checkpoint import ages, read
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
+from ftrain.checkpoint.background import PATIENCE, BackgroundWriter, save_failed
 from ftrain.checkpoint.decision import all_done, decide, heard_decision, of_main, refuse
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.folders import step_number
@@ -20,16 +19,12 @@ from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
 from ftrain.checkpoint.roots import Root, open_place
-from ftrain.checkpoint.snapshot import Snapshot, Spare
 from ftrain.checkpoint.write import require_whole, write_checkpoint
-from ftrain.loan import Loan
 from ftrain.waits import expected_wait
 from sharding.plan import Plan
 
 _log = logging.getLogger("ftrain.checkpoint")
 State = TypeVar("State")
-_PATIENCE = 1800.0
-"""Seconds that a write or a read may take before a watchdog takes it for a hang."""
 _SEEN_AFTER = 90.0
 """Seconds after which every rank sees what rank 0 sees: file systems over a network keep names for up to a minute."""
 
@@ -76,16 +71,13 @@ class Checkpointer:
         self._ranks = ranks or Ranks()
         self._parameters = parameters_of(specs)
         self._keep, self._storage, self._background, self._busy = keep, storage, background, busy
-        self._spare = Spare()
+        self._writer = BackgroundWriter(self._place)
         self._lock: Lock | None = None
-        self._thread: threading.Thread | None = None
-        self._failure: tuple[int, BaseException] | None = None
-        self._loan: Loan | None = None
         self._in_save = 0.0
 
     def reserve(self, state: Any) -> None:
         """Make the spare memory now, so that the first save blocks no longer than the later ones."""
-        self._spare.reserve(named_leaves(state))
+        self._writer.reserve(named_leaves(state))
 
     def save(self, state: Any, step: int, metrics: Mapping[str, float] | None = None, *, good: bool = True) -> bool:
         """Save `state` as step `step` and return at once, True unless the save was skipped.
@@ -114,19 +106,15 @@ class Checkpointer:
         """Seconds that the training loop has stood still for the last save so far: in `save`, and where a step or other
         code then waited for the copy of its state.
         """
-        return self._in_save + (0.0 if self._loan is None else self._loan.waited)
+        return self._in_save + self._writer.waited
 
     def wait(self) -> None:
         """Return when the last save is on the disk. Raises `SaveFailed` if it is not going to be."""
-        self._join()
-        if self._failure is not None:
-            step, cause = self._failure
-            self._failure = None
-            raise self._failed(step, cause) from cause
+        self._writer.wait()
 
     def check(self) -> None:
         """Raise `SaveFailed` if the last save has already failed; never waits. Cheap enough for every step."""
-        if self._thread is None or not self._thread.is_alive():
+        if not self._writer.is_running:
             self.wait()
 
     def latest(self) -> int | None:
@@ -158,7 +146,7 @@ class Checkpointer:
             RuntimeError: another rank could not restore; it is named.
         """
         self.wait()
-        with expected_wait("a restore", seconds=_PATIENCE):
+        with expected_wait("a restore", seconds=PATIENCE):
             if self._ranks.world == 1:
                 return read.restore(abstract_state, self._place, step, plan=plan, partial=partial, donate=donate)
             step, version = of_main(self._ranks, lambda: read.version_of(self._place, step))
@@ -179,7 +167,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._spare = Spare()
+            self._writer.give_memory_back()
             if self._lock is not None:
                 self._lock.release()
                 self._lock = None
@@ -197,7 +185,8 @@ class Checkpointer:
                 raise
 
     def _save(self, state: Any, step: int, metrics: dict[str, float], good: bool) -> bool:
-        turn, self._loan = self._ranks.turn(), None
+        turn = self._ranks.turn()
+        self._writer.forget_waits()
         try:
             step = step_number(step)
             leaves = named_leaves(state)
@@ -205,67 +194,15 @@ class Checkpointer:
         except ValueError as error:
             refuse(self._ranks, turn, error)
             raise
-        if not self._agreed_to_begin(step, turn):
+        if not _agreed(self._ranks, turn, lambda: self._begin(step), self._writer.forget_failure):
             _log.warning("step %d is not saved: the previous save is still being written", step)
             return False
-        if not self._background:
-            self._write(leaves, step, metrics, good, turn)
-            self.wait()
-            return True
-        owned = dict(zip(tree.paths(state), tree.leaves(state), strict=True))
-        snapshot = self._spare.lend(leaves, owned)
-        self._loan = snapshot.loan
-        self._thread = threading.Thread(
-            target=self._write, args=(snapshot, step, metrics, good, turn), name=f"checkpoint step {step}"
-        )
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self._thread = None
-            snapshot.loan.end()
-            raise
-        return True
 
-    def _agreed_to_begin(self, step: int, turn: int) -> bool:
-        """Rank 0 decides for all: a save is begun, skipped or refused on every rank alike. False: skipped."""
-        if self._ranks.rank == 0:
-            return decide(self._ranks, turn, lambda: self._begin(step))
-        with expected_wait("rank 0, which begins a save", seconds=_PATIENCE):
-            begun = heard_decision(self._ranks, turn, self._forget_failure)
-        if begun:
-            self._forget_failure()
-        return begun
-
-    def _begin(self, step: int) -> bool:
-        if self._busy == "skip" and self._thread is not None and self._thread.is_alive():
-            return False
-        self.wait()
-        if self._lock is None:
-            try:
-                self._lock = self._place.lock()
-            except OSError as cause:
-                raise self._failed(step, cause) from cause
-        return True
-
-    def _forget_failure(self) -> None:
-        """What rank 0 has raised already, or is raised now with its words."""
-        self._join()
-        self._failure = None
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            with expected_wait(f"the save of {self._thread.name}", seconds=_PATIENCE):
-                self._thread.join()
-            self._thread = None
-
-    def _write(self, source: Snapshot | Leaves, step: int, metrics: dict[str, float], good: bool, turn: int) -> None:
-        """Runs in the background thread: whatever goes wrong is kept for the next call from the training loop."""
-        leaves = _taken(source)
-        try:
+        def write(taken: Callable[[], Leaves]) -> None:
             write_checkpoint(
                 self._place,
                 step,
-                leaves.result,
+                taken,
                 storage=self._storage,
                 metrics=metrics,
                 parameters=self._parameters,
@@ -274,28 +211,36 @@ class Checkpointer:
                 ranks=self._ranks,
                 turn=turn,
             )
-        except BaseException as cause:
-            _log.error("saving step %d into %s failed: %s", step, self._place.show(), cause)
-            self._failure = (step, cause)
 
-    def _failed(self, step: int, cause: BaseException) -> SaveFailed:
-        where = self._place.show()
-        try:
-            good = ages.latest(self._place)
-            kept = "no step was saved before" if good is None else f"the last good step is {good}"
-        except (OSError, ValueError) as error:  # ValueError: of an object store
-            kept = f"which steps are there cannot be read ({error})"
-        return SaveFailed(
-            f"saving step {step} into {where} failed: {cause}; {kept}, and the state in memory is unharmed: "
-            "free space or mend the folder, then save again"
-        )
+        if self._background:
+            self._writer.start(step, leaves, dict(zip(tree.paths(state), tree.leaves(state), strict=True)), write)
+        else:
+            self._writer.run(step, leaves, write)
+            self.wait()
+        return True
+
+    def _begin(self, step: int) -> bool:
+        """Of rank 0: False to skip the save."""
+        if self._busy == "skip" and self._writer.is_running:
+            return False
+        self.wait()
+        if self._lock is None:
+            try:
+                self._lock = self._place.lock()
+            except OSError as cause:
+                raise save_failed(self._place, step, cause) from cause
+        return True
 
 
-def _taken(source: Snapshot | Leaves) -> "Future[Leaves]":
-    """The leaves, or what went wrong: the loan ends before other ranks are heard, and they hear of an error."""
-    found: Future[Leaves] = Future()
-    try:
-        found.set_result(source.take() if isinstance(source, Snapshot) else source)
-    except BaseException as error:
-        found.set_exception(error)
-    return found
+def _agreed(ranks: Ranks, turn: int, begin: Callable[[], bool], forget_failure: Callable[[], None]) -> bool:
+    """Rank 0 decides for all: a save is begun, skipped or refused on every rank alike. False: skipped.
+
+    `forget_failure`: of what rank 0 has raised already, or is raised now with its words.
+    """
+    if ranks.rank == 0:
+        return decide(ranks, turn, begin)
+    with expected_wait("rank 0, which begins a save", seconds=PATIENCE):
+        begun = heard_decision(ranks, turn, forget_failure)
+    if begun:
+        forget_failure()
+    return begun

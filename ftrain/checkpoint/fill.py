@@ -20,7 +20,7 @@ from ftrain.checkpoint.boxes import Box
 from ftrain.checkpoint.dtypes import as_array
 from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.manifest import ArrayLeaf
-from ftrain.checkpoint.place import FileRecord, Place, Records, join
+from ftrain.checkpoint.place import FileRecord, NewStep, Records, join
 from ftrain.checkpoint.shares import divide_work, stored_arrays
 from ftrain.checkpoint.sums import chunk_sums
 
@@ -60,35 +60,35 @@ class Written:
     sums: dict[str, dict[int, int]]
 
 
-def write_share(place: Place, folder: str, work: Work, rank: int) -> Written:
-    """Write a rank's share below `folder`.
+def write_share(new: NewStep, work: Work, rank: int) -> Written:
+    """Write a rank's share of a step.
 
     Raises:
         OSError: the disk is full, the folder is read-only, another rank's folder is not to be seen from here, ...
     """
-    if not place.sees(folder):
+    if not new.is_here():
         raise FileNotFoundError(
-            f"rank {rank} does not see {place.show(folder)}, which rank 0 has made: all ranks must save into one "
+            f"rank {rank} does not see {new.show()}, which rank 0 has made: all ranks must save into one "
             "folder that they share, not each into one of its own machine"
         )
-    context, parts = place.context(), work.parts(rank)
+    context, parts = new.context(), work.parts(rank)
     pieces = {path: _piece(work.leaves.tensors[path], box) for path, box in work.boxes[rank].items()}
     # All at once: while one waits for the disk another is checksummed.
     with ThreadPoolExecutor(1 + len(parts)) as pool:
         sums = pool.submit(_sums, work, pieces)
-        found = list(pool.map(lambda part: _write_part(place, folder, part, work, pieces, rank, context), parts))
+        found = list(pool.map(lambda part: _write_part(new, part, work, pieces, rank, context), parts))
     return Written({name: record for records in found for name, record in records.items()}, sums.result())
 
 
 def _write_part(
-    place: Place, folder: str, part: str, work: Work, pieces: Mapping[str, Piece], rank: int, context: ts.Context
+    new: NewStep, part: str, work: Work, pieces: Mapping[str, Piece], rank: int, context: ts.Context
 ) -> dict[str, FileRecord]:
     paths = work.arrays if rank == 0 else work.boxes[rank]
     leaves = {path: work.arrays[path] for path in paths if work.arrays[path].part == part}
     own = {path: [pieces[path]] for path in leaves if path in pieces}
     below = join([part, _own_folder(work, rank)])
-    write_part(place.kvstore(join([folder, below])), leaves, own, work.storage, context, create=rank == 0)
-    return place.records(folder, below) if below != part else {}
+    write_part(new.kvstore(below), leaves, own, work.storage, context, create=rank == 0)
+    return new.records(below) if below != part else {}
 
 
 def _sums(work: Work, pieces: Mapping[str, Piece]) -> dict[str, dict[int, int]]:
@@ -98,19 +98,19 @@ def _sums(work: Work, pieces: Mapping[str, Piece]) -> dict[str, dict[int, int]]:
     return {path: chunk_sums(work.arrays[path], piece) for path, piece in pieces.items()}
 
 
-def join_shares(place: Place, folder: str, work: Work, records: Records) -> dict[str, FileRecord]:
+def join_shares(new: NewStep, work: Work, records: Records) -> dict[str, FileRecord]:
     """After all ranks have written: one database per part, and the step's files. `records`: those of the others."""
     files = dict(records)
     others = [rank for rank in range(1, len(work.boxes)) if work.storage.database]
     for part in work.parts(0):
         names = [_own_folder(work, rank) for rank in others if part in work.parts(rank)]
         if names:
-            merge_databases(place.kvstore(join([folder, part])), names, place.context())
+            merge_databases(new.kvstore(part), names, new.context())
         for name in names:
             # Left alone it would be a second, partial database that nobody checks.
-            place.remove(join([folder, part, name, _DATABASE]))
+            new.remove(join([part, name, _DATABASE]))
             del files[join([part, name, _DATABASE])]
-    return place.records(folder, known=files)
+    return new.records(known=files)
 
 
 def _own_folder(work: Work, rank: int) -> str:

@@ -33,6 +33,7 @@ from ftrain.checkpoint.place import (
     HeldStep,
     KvSpec,
     Lock,
+    NewStep,
     Place,
     Records,
     join,
@@ -54,12 +55,6 @@ class LocalFolder(Place):
     def show(self, name: str = "") -> str:
         return str(self.root / name)
 
-    def kvstore(self, folder: str) -> KvSpec:
-        return {"driver": "file", "path": f"{self.root / folder}/"}
-
-    def context(self) -> ts.Context:
-        return ts.Context()
-
     def steps(self) -> list[int]:
         if not self.root.is_dir():
             return []
@@ -67,13 +62,6 @@ class LocalFolder(Place):
         found = {step: step_name(step) for step in steps_of(names)}
         folders = {**replaced(names), **found}
         return sorted(step for step, name in folders.items() if (self.root / name / MANIFEST).is_file())
-
-    def named(self) -> int | None:
-        try:
-            with Folder(self.root) as folder:
-                return named_step(folder.read(LATEST, limit=_POINTER_BYTES))
-        except (OSError, NotPlain):
-            return None
 
     def hold(self, step: int) -> HeldStep:
         final = step_folder(self.root, step)
@@ -85,69 +73,16 @@ class LocalFolder(Place):
                 raise
             return _HeldFolder(step, self.root / aside)
 
-    def read(self, name: str, *, limit: int) -> bytes:
-        with Folder(self.root) as folder:
-            return folder.read(name, limit=limit)
+    def delete(self, step: int) -> None:
+        final = step_folder(self.root, step)
+        remove_folder(final if os.path.lexists(final) else self.root / replaced(os.listdir(self.root))[step])
 
-    def files(self, folder: str) -> list[str]:
-        here = self.root / folder
-        return sorted(path.name for path in here.iterdir() if path.is_file()) if here.is_dir() else []
-
-    def write(self, name: str, content: bytes) -> None:
-        make_folder((self.root / name).parent)
-        write_bytes(self.root / name, content)
-
-    def lock(self) -> Lock:
-        make_folder(self.root)
-        return WriterLock(self.root)
-
-    def clean(self) -> None:
-        for step, name in replaced(os.listdir(self.root)).items():
-            if not os.path.lexists(step_folder(self.root, step)):
-                os.rename(self.root / name, step_folder(self.root, step))
-                sync_path(self.root)
-        for path in leftovers(self.root):
-            try:
-                if path.is_dir():
-                    remove_folder(path)
-                else:
-                    path.unlink()
-            except OSError as error:  # it takes space, and does no other harm
-                _log.warning("%s, which an interrupted save has left, could not be removed: %s", path, error)
-
-    def begin(self, step: int) -> str:
-        made = temporary(step_folder(self.root, step))
-        made.mkdir()
-        return made.name
-
-    def sees(self, folder: str) -> bool:
-        return (self.root / folder).is_dir()
-
-    def records(self, folder: str, below: str = "", *, known: Records = NO_RECORDS) -> dict[str, FileRecord]:
-        made = self.root / folder
-        sync_tree(made / below)
-        found = dict(known)
-        for path in sorted(p for p in (made / below).rglob("*") if p.is_file()):
-            name = path.relative_to(made).as_posix()
-            if name not in known:
-                size = path.stat().st_size
-                found[name] = FileRecord(size, _digest(path.read_bytes()) if size <= HASHED_BYTES else None)
-        return found
-
-    def remove(self, name: str) -> None:
-        (self.root / name).unlink()
-        sync_path((self.root / name).parent)
-
-    def commit(self, folder: str, step: int, manifest: str) -> None:
-        made = self.root / folder
-        write_text(made / MANIFEST, manifest)
-        publish(made, step_folder(self.root, step))
-        self.name_latest(step)
-
-    def abort(self, folder: str) -> None:
-        # On a full disk this makes room for the next try. An error here would hide the one that led here, and the next
-        # save cleans up anyway.
-        shutil.rmtree(self.root / folder, ignore_errors=True)
+    def named(self) -> int | None:
+        try:
+            with Folder(self.root) as folder:
+                return named_step(folder.read(LATEST, limit=_POINTER_BYTES))
+        except (OSError, NotPlain):
+            return None
 
     def name_latest(self, step: int | None) -> None:
         pointer = self.root / LATEST
@@ -159,9 +94,30 @@ class LocalFolder(Place):
             pointer.unlink(missing_ok=True)
             sync_path(self.root)
 
-    def delete(self, step: int) -> None:
-        final = step_folder(self.root, step)
-        remove_folder(final if os.path.lexists(final) else self.root / replaced(os.listdir(self.root))[step])
+    def files(self, folder: str) -> list[str]:
+        here = self.root / folder
+        return sorted(path.name for path in here.iterdir() if path.is_file()) if here.is_dir() else []
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        with Folder(self.root) as folder:
+            return folder.read(name, limit=limit)
+
+    def write(self, name: str, content: bytes) -> None:
+        make_folder((self.root / name).parent)
+        write_bytes(self.root / name, content)
+
+    def lock(self) -> Lock:
+        make_folder(self.root)
+        return WriterLock(self.root)
+
+    def begin(self, step: int) -> NewStep:
+        _remove_leftovers(self.root)
+        made = temporary(step_folder(self.root, step))
+        made.mkdir()
+        return self.begun(step, made.name)
+
+    def begun(self, step: int, folder: str) -> NewStep:
+        return _NewFolder(self, step, folder)
 
 
 class _HeldFolder(HeldStep):
@@ -189,6 +145,9 @@ class _HeldFolder(HeldStep):
 
     def kvstore(self, folder: str) -> KvSpec:
         return {"driver": "file", "path": f"{self._folder.system_path()}/{folder}/"}
+
+    def context(self) -> ts.Context:
+        return ts.Context()
 
     def wrong(self, base: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
         for name, record in files.items():
@@ -233,6 +192,52 @@ class _HeldFolder(HeldStep):
         return None
 
 
+class _NewFolder(NewStep):
+    """A step's folder under a temporary name."""
+
+    base = ""
+
+    def __init__(self, place: LocalFolder, step: int, folder: str) -> None:
+        self.step, self.folder = step, folder
+        self._place, self._path = place, place.root / folder
+
+    def show(self, name: str = "") -> str:
+        return str(self._path / name)
+
+    def kvstore(self, folder: str) -> KvSpec:
+        return {"driver": "file", "path": f"{self._path / folder}/"}
+
+    def context(self) -> ts.Context:
+        return ts.Context()
+
+    def is_here(self) -> bool:
+        return self._path.is_dir()
+
+    def records(self, below: str = "", *, known: Records = NO_RECORDS) -> dict[str, FileRecord]:
+        sync_tree(self._path / below)
+        found = dict(known)
+        for path in sorted(p for p in (self._path / below).rglob("*") if p.is_file()):
+            name = path.relative_to(self._path).as_posix()
+            if name not in known:
+                size = path.stat().st_size
+                found[name] = FileRecord(size, _digest(path.read_bytes()) if size <= HASHED_BYTES else None)
+        return found
+
+    def remove(self, name: str) -> None:
+        (self._path / name).unlink()
+        sync_path((self._path / name).parent)
+
+    def commit(self, manifest: str) -> None:
+        write_text(self._path / MANIFEST, manifest)
+        publish(self._path, step_folder(self._place.root, self.step))
+        self._place.name_latest(self.step)
+
+    def abort(self) -> None:
+        # On a full disk this makes room for the next try. An error here would hide the one that led here, and the next
+        # save cleans up anyway.
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
 class _Below:
     """The files below a folder of a held one."""
 
@@ -241,6 +246,22 @@ class _Below:
 
     def open(self, name: str) -> int:
         return self._folder.open(join([self._below, name]))
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what interrupted saves and deletions have left; give a version that was put aside its name back."""
+    for step, name in replaced(os.listdir(root)).items():
+        if not os.path.lexists(step_folder(root, step)):
+            os.rename(root / name, step_folder(root, step))
+            sync_path(root)
+    for path in leftovers(root):
+        try:
+            if path.is_dir():
+                remove_folder(path)
+            else:
+                path.unlink()
+        except OSError as error:  # it takes space, and does no other harm
+            _log.warning("%s, which an interrupted save has left, could not be removed: %s", path, error)
 
 
 def _incomplete(manifest: Path) -> DamagedCheckpoint:

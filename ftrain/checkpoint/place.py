@@ -31,9 +31,66 @@ NO_RECORDS: Records = MappingProxyType({})
 class Place(ABC):
     """A folder of checkpoints. Names of files and folders are relative to it, with `/` between their parts.
 
-    The order of a save is the same everywhere: `begin`, the data, `records`, `commit`; after a failure `abort`. What is
-    not committed is invisible to `steps`, and `clean` removes it.
+    A committed step is read through a `HeldStep`, a new one is written through a `NewStep`.
     """
+
+    @abstractmethod
+    def show(self, name: str = "") -> str:
+        """The full name of a file, for messages."""
+
+    @abstractmethod
+    def steps(self) -> list[int]:
+        """The committed steps, ascending."""
+
+    @abstractmethod
+    def hold(self, step: int) -> "HeldStep":
+        """Open a committed step, to be closed by the caller; DamagedCheckpoint when it has no manifest."""
+
+    @abstractmethod
+    def delete(self, step: int) -> None:
+        """Delete a committed step that is not the latest."""
+
+    @abstractmethod
+    def named(self) -> int | None:
+        """The step that `latest_checkpointed_iteration.txt` names; None where it cannot be read or names none. It is a
+        hint: the step need not be there.
+        """
+
+    @abstractmethod
+    def name_latest(self, step: int | None) -> None:
+        """Make `latest_checkpointed_iteration.txt` name a step, or remove it."""
+
+    @abstractmethod
+    def files(self, folder: str) -> list[str]:
+        """The names of the files in a folder, those of its sub-folders left out; empty when there is no such folder."""
+
+    @abstractmethod
+    def read(self, name: str, *, limit: int) -> bytes:
+        """The content of a small file, of at most `limit` bytes; FileNotFoundError."""
+
+    @abstractmethod
+    def write(self, name: str, content: bytes) -> None:
+        """Give a small file beside the steps this content: a reader sees the old one or the new one."""
+
+    @abstractmethod
+    def lock(self) -> "Lock":
+        """Make the folder and take the right to write into it; ValueError when another run has it."""
+
+    @abstractmethod
+    def begin(self, step: int) -> "NewStep":
+        """Remove what interrupted saves and deletions have left, and begin to write a step, into a folder that nobody
+        has written into. Only for the holder of the lock.
+        """
+
+    @abstractmethod
+    def begun(self, step: int, folder: str) -> "NewStep":
+        """The step that another process has begun in this `folder`. Nothing is touched."""
+
+
+class StepFolder(ABC):
+    """One step, read or written. Names are relative to its folder, or to a folder in it."""
+
+    step: int
 
     @abstractmethod
     def show(self, name: str = "") -> str:
@@ -47,93 +104,14 @@ class Place(ABC):
     def context(self) -> ts.Context:
         """A fresh context for one save or one restore; what is opened with one context shares one database."""
 
-    @abstractmethod
-    def steps(self) -> list[int]:
-        """The committed steps, ascending."""
 
-    @abstractmethod
-    def named(self) -> int | None:
-        """The step that `latest_checkpointed_iteration.txt` names; None where it cannot be read or names none. It is a
-        hint: the step need not be there.
-        """
-
-    @abstractmethod
-    def hold(self, step: int) -> "HeldStep":
-        """Open a committed step, to be closed by the caller; DamagedCheckpoint when it has no manifest."""
-
-    @abstractmethod
-    def read(self, name: str, *, limit: int) -> bytes:
-        """The content of a small file, of at most `limit` bytes; FileNotFoundError."""
-
-    @abstractmethod
-    def files(self, folder: str) -> list[str]:
-        """The names of the files in a folder, those of its sub-folders left out; empty when there is no such folder."""
-
-    @abstractmethod
-    def write(self, name: str, content: bytes) -> None:
-        """Give a small file beside the steps this content: a reader sees the old one or the new one."""
-
-    @abstractmethod
-    def lock(self) -> "Lock":
-        """Make the folder and take the right to write into it; ValueError when another run has it."""
-
-    @abstractmethod
-    def clean(self) -> None:
-        """Remove what interrupted saves and deletions have left. Only for the holder of the lock."""
-
-    @abstractmethod
-    def begin(self, step: int) -> str:
-        """The folder to write a step into, which nobody has written into."""
-
-    @abstractmethod
-    def sees(self, folder: str) -> bool:
-        """Does this process see a folder that another one has begun?"""
-
-    @abstractmethod
-    def records(self, folder: str, below: str = "", *, known: Records = NO_RECORDS) -> dict[str, FileRecord]:
-        """Sync and record the files of a folder, by name relative to it; only those below a sub-folder, if given.
-        Those that are `known` are taken as they are.
-        """
-
-    @abstractmethod
-    def remove(self, name: str) -> None:
-        """Remove one file of a step that is not committed."""
-
-    @abstractmethod
-    def commit(self, folder: str, step: int, manifest: str) -> None:
-        """Write the manifest into `folder`, make this the step, and then make it the latest. Each happens or not."""
-
-    @abstractmethod
-    def abort(self, folder: str) -> None:
-        """Remove what was written into `folder`, as far as possible."""
-
-    @abstractmethod
-    def name_latest(self, step: int | None) -> None:
-        """Make `latest_checkpointed_iteration.txt` name a step, or remove it."""
-
-    @abstractmethod
-    def delete(self, step: int) -> None:
-        """Delete a committed step that is not the latest."""
-
-
-class HeldStep(ABC):
+class HeldStep(StepFolder):
     """A committed step, as it was when it was opened: whoever replaces or deletes it meanwhile, what is read through
     this is of one version, or an error. A context manager.
-
-    Names are relative to the step's folder, or to a folder in it.
     """
 
-    step: int
     manifest: bytes
     """The content of its manifest."""
-
-    @abstractmethod
-    def show(self, name: str = "") -> str:
-        """The full name of a file, for messages."""
-
-    @abstractmethod
-    def kvstore(self, folder: str) -> KvSpec:
-        """A folder as a spec of tensorstore; its `path` ends with a slash."""
 
     @abstractmethod
     def wrong(self, base: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
@@ -182,18 +160,46 @@ class Files(Protocol):
         """
 
 
+class NewStep(StepFolder):
+    """A step that is being written: the data, `records`, `commit`; after a failure `abort`.
+
+    What is not committed is invisible to `Place.steps`, and the next `Place.begin` removes it.
+    """
+
+    folder: str
+    """Its name in the place until the commit, by which other processes find it (`Place.begun`)."""
+    base: str
+    """What the manifest says: where in the committed step's folder this one's files will be."""
+
+    @abstractmethod
+    def is_here(self) -> bool:
+        """Does this process see the folder, which another one may have made?"""
+
+    @abstractmethod
+    def records(self, below: str = "", *, known: Records = NO_RECORDS) -> dict[str, FileRecord]:
+        """Sync and record the files, by name; only those below a sub-folder, if given. Those that are `known` are taken
+        as they are.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove one file."""
+
+    @abstractmethod
+    def commit(self, manifest: str) -> None:
+        """Write the manifest, make this the step, and then make it the latest. Each happens or not."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Remove what was written, as far as possible."""
+
+
 class Lock(ABC):
     """The right to write into a place."""
 
     @abstractmethod
     def release(self) -> None:
         """Let others write."""
-
-
-def base_of(folder: str, step_folder: str) -> str:
-    """The manifest's `base` of a step that is written into `folder`."""
-    inner = folder.removeprefix(step_folder)
-    return inner.removeprefix("/") if inner.startswith("/") else ""
 
 
 def join(parts: Sequence[str]) -> str:

@@ -104,7 +104,7 @@ def restore_version(
             if version is not None and _digest(held) != version:
                 break
             try:
-                found = _restored(abstract_state, place, held, plan=plan, partial=partial, donate=donate)
+                found = _restored(abstract_state, held, plan=plan, partial=partial, donate=donate)
             except (DamagedCheckpoint, OSError):
                 if not held.is_replaced():
                     raise
@@ -121,9 +121,7 @@ def _digest(held: HeldStep) -> str:
     return hashlib.sha256(held.manifest).hexdigest()
 
 
-def _restored(
-    abstract_state: Any, place: Place, held: HeldStep, *, plan: Plan | None, partial: bool, donate: bool
-) -> Any:
+def _restored(abstract_state: Any, held: HeldStep, *, plan: Plan | None, partial: bool, donate: bool) -> Any:
     manifest = manifests.read(held)
     shown = held.show()
     if plan is not None:
@@ -135,7 +133,7 @@ def _restored(
     check_files(held, manifest, {manifest.arrays[path].part for path in wanted.tensors})
     leaves = dict(zip(tree.paths(abstract_state), tree.flatten(abstract_state)[0], strict=True))
     rooms = {path: Room(leaves[path], part, donate=donate) for path, part in wanted.tensors.items()}
-    _read(place, held, manifest, wanted, rooms)
+    _read(held, manifest, wanted, rooms)
     values = [rooms[path].leaf() if path in rooms else manifest.scalars[path] for path in leaves]
     return tree.unflatten(tree.flatten(abstract_state)[1], values)
 
@@ -200,9 +198,9 @@ def check_files(held: HeldStep, manifest: Manifest, parts: Collection[str]) -> N
         held.require_plain(join([manifest.base, part]))
 
 
-def _read(place: Place, held: HeldStep, manifest: Manifest, wanted: Leaves, rooms: dict[str, Room]) -> None:
+def _read(held: HeldStep, manifest: Manifest, wanted: Leaves, rooms: dict[str, Room]) -> None:
     """Read part by part, and within a part in windows, so that host copies of device tensors stay few."""
-    context = place.context()
+    context = held.context()
     with DirectReader(manifest, context) as direct:
         for window in _windows(wanted.tensors, manifest):
             pieces = {path: _pieces(path, wanted, rooms[path]) for path in window}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -12,10 +13,10 @@ from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
 from ftrain.checkpoint.clean import apply_retention
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.fill import Work, Written, join_shares, write_share
-from ftrain.checkpoint.folders import step_name, step_number
+from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.manifest import Manifest, Parameter
-from ftrain.checkpoint.place import FileRecord, Place, base_of
+from ftrain.checkpoint.place import FileRecord, NewStep, Place
 from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.report import Report
@@ -90,26 +91,25 @@ def write_checkpoint(
     they lie.
     """
     ranks = ranks or Ranks()
-    share = _Share(place, leaves, storage, ranks)
+    share = _Share(leaves, storage, ranks)
     if ranks.rank == 0:
-        _lead(share, _About(step, metrics, parameters, good), keep, turn)
+        _lead(share, place, _About(step, metrics, parameters, good), keep, turn)
     else:
-        _follow(share, turn)
+        _follow(share, place, step, turn)
 
 
 @dataclass(frozen=True)
 class _Share:
     """What a rank writes, and with whom."""
 
-    place: Place
     leaves: Callable[[], Leaves]
     storage: Storage
     ranks: Ranks
 
-    def write(self, folder: str) -> tuple[Work, Written]:
+    def write(self, new: NewStep) -> tuple[Work, Written]:
         """Write it; what all ranks write, and what this one has written."""
         work = Work.of(self.leaves(), self.storage, self.ranks.world)
-        return work, write_share(self.place, folder, work, self.ranks.rank)
+        return work, write_share(new, work, self.ranks.rank)
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,12 @@ class _About:
     good: bool
 
 
-def _lead(share: _Share, about: _About, keep: Retention, turn: int) -> None:
-    place, ranks, step, folder = share.place, share.ranks, about.step, ""
+def _lead(share: _Share, place: Place, about: _About, keep: Retention, turn: int) -> None:
+    ranks = share.ranks
+    new: NewStep | None = None
     try:
-        folder = _saying(ranks, turn, "begin", lambda: _begin(place, step))
-        written = _attempt(lambda: share.write(folder))
+        new = _saying(ranks, turn, "begin", lambda: place.begin(about.step), told=lambda made: made.folder)
+        written = _attempt(partial(share.write, new))
         reports = [Report.parse(ranks.hear(turn, "done", rank)) for rank in range(1, ranks.world)]
         ranks.forget(turn)
         if isinstance(written, BaseException):
@@ -134,22 +135,22 @@ def _lead(share: _Share, about: _About, keep: Retention, turn: int) -> None:
         work, own = written
         _require_same(work, reports)
         records = {name: record for report in reports for name, record in (report.files or {}).items()}
-        files = join_shares(place, folder, work, records)
+        files = join_shares(new, work, records)
         sums = joined(work.arrays, [own.sums, *(r.sums or {} for r in reports)]) if work.storage.checksum else {}
-        manifest = _manifest(about, work, files, sums, base=base_of(folder, step_name(step)), order=next_order(place))
-        place.commit(folder, step, manifests.dumps(manifest))
+        manifest = _manifest(about, work, files, sums, base=new.base, order=next_order(place))
+        new.commit(manifests.dumps(manifest))
     except BaseException as error:
-        if folder:
-            place.abort(folder)
+        if new is not None:
+            new.abort()
         ranks.say(turn, "end", Report.of(error).text())
         raise
-    _saying(ranks, turn, "end", lambda: str(apply_retention(place, keep)))
+    _saying(ranks, turn, "end", lambda: apply_retention(place, keep), told=str)
 
 
-def _follow(share: _Share, turn: int) -> None:
+def _follow(share: _Share, place: Place, step: int, turn: int) -> None:
     ranks = share.ranks
     begun = _heard(ranks, turn, "begin")
-    written = _attempt(lambda: share.write(begun.folder))
+    written = _attempt(lambda: share.write(place.begun(step, begun.folder)))
     if isinstance(written, BaseException):
         ranks.say(turn, "done", Report.of(written).text())
         raise written
@@ -160,19 +161,16 @@ def _follow(share: _Share, turn: int) -> None:
     ranks.forget(turn + 1)
 
 
-def _begin(place: Place, step: int) -> str:
-    place.clean()
-    return place.begin(step)
-
-
-def _saying(ranks: Ranks, turn: int, topic: str, function: Callable[[], str]) -> str:
-    """Call a function of rank 0 and tell the others what it gave, or why it failed."""
+def _saying(
+    ranks: Ranks, turn: int, topic: str, function: Callable[[], _Found], *, told: Callable[[_Found], str]
+) -> _Found:
+    """Call a function of rank 0 and tell the others what it gave, as the text `told`, or why it failed."""
     try:
         found = function()
     except BaseException as error:
         ranks.say(turn, topic, Report.of(error).text())
         raise
-    ranks.say(turn, topic, Report(folder=found).text())
+    ranks.say(turn, topic, Report(folder=told(found)).text())
     return found
 
 

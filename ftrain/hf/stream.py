@@ -20,10 +20,10 @@ from ftrain.checkpoint.direct import tree_bytes
 from ftrain.checkpoint.dtypes import DTYPES, as_array
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.extents import extents
-from ftrain.checkpoint.folders import step_name, step_number
+from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
-from ftrain.checkpoint.place import Place, base_of, join
+from ftrain.checkpoint.place import NewStep, join
 from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.read import check_files, existing
 from ftrain.checkpoint.roots import Root, open_place
@@ -74,10 +74,9 @@ def save_stream(
     arrays = stored_arrays(Leaves(dict(leaves), {}), storage.chunk_bytes)
     lock = place.lock()
     try:
-        place.clean()
-        folder = place.begin(step)
+        new = place.begin(step)
         try:
-            sums = _write(place, folder, arrays, produce, leaves, limit, storage)
+            sums = _write(new, arrays, produce, leaves, limit, storage)
             made = Manifest(
                 step=step,
                 database=storage.database,
@@ -85,15 +84,15 @@ def save_stream(
                 arrays=arrays,
                 scalars={},
                 metrics={},
-                files=place.records(folder),
-                base=base_of(folder, step_name(step)),
+                files=new.records(),
+                base=new.base,
                 parameters=parameters_of(specs),
                 order=next_order(place),
                 sums=joined(arrays, [sums]) if storage.checksum else {},
             )
-            place.commit(folder, step, manifests.dumps(made))
+            new.commit(manifests.dumps(made))
         except BaseException:
-            place.abort(folder)
+            new.abort()
             raise
     finally:
         lock.release()
@@ -122,7 +121,7 @@ class SavedArrays:
                 raise ValueError(
                     f"step {step} of {place.show()} has no tensors below {below!r}; it has {', '.join(tops)}"
                 )
-            self._manifest, self._context = manifest, place.context()
+            self._manifest, self._context = manifest, self._held.context()
             self._check({leaf.part for leaf in self.arrays.values()})
         except BaseException:
             self._held.close()
@@ -200,8 +199,7 @@ def groups(
 
 
 def _write(
-    place: Place,
-    folder: str,
+    new: NewStep,
     arrays: Mapping[str, ArrayLeaf],
     produce: Callable[[Group], Mapping[str, Tensor]],
     leaves: Mapping[str, Tensor],
@@ -209,7 +207,7 @@ def _write(
     storage: Storage,
 ) -> dict[str, dict[int, int]]:
     """Write all groups; the sums of their chunks."""
-    context = place.context()
+    context = new.context()
     sums: dict[str, dict[int, int]] = {path: {} for path in arrays}
     grain = {path: Range(0, 0, leaf.chunk[0] if leaf.chunk else 1) for path, leaf in arrays.items()}
     items = {path: tensor.itemsize for path, tensor in leaves.items()}
@@ -224,6 +222,6 @@ def _write(
             for create in (True, False):
                 some = {path: arrays[path] for path in here if (path not in begun) == create}
                 if some:
-                    write_part(place.kvstore(join([folder, part])), some, pieces, storage, context, create=create)
+                    write_part(new.kvstore(part), some, pieces, storage, context, create=create)
         begun.update(group)
     return sums

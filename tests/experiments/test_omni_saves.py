@@ -49,8 +49,7 @@ def train(checkpoints, said, steps, *, every=4, most_failed=3):
             saves.save_now(STATE, step)
         elif saves.wanted(step) or step % every == 0:
             saves.save(STATE, step)
-        if checkpoints._thread is not None:
-            checkpoints._thread.join()  # so that the test does not hang on the clock
+        checkpoints._writer.join()  # so that the test does not hang on the clock
     return saves
 
 

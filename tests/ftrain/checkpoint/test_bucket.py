@@ -47,7 +47,7 @@ def test_a_run_saves_resumes_and_keeps_the_last(place, database):
 
 
 def names(place):
-    return [key.decode() for key in place._root.list().result()]
+    return [key.decode() for key in place.objects.store.list().result()]
 
 
 @pytest.mark.parametrize("database", [True, False], ids=["database", "files"])
@@ -62,20 +62,20 @@ def test_a_step_exists_when_its_manifest_does(place):
     """Whatever a save had written when it stopped, readers see the last good step, and the next save cleans up."""
     save(training_state(1), place, 1)
     save(training_state(2), place, 2)
-    written = {name: place._root.read(name).result().value for name in names(place) if "global_step_2/" in name}
+    written = {name: place.objects.store.read(name).result().value for name in names(place) if "global_step_2/" in name}
     delete(place, 2)
     assert steps(place) == [1]
     for name, value in written.items():
         if not name.endswith("manifest.json"):
-            place._root.write(name, value).result()
+            place.objects.store.write(name, value).result()
             assert steps(place) == [1]
             assert latest(place) == 1
             assert same_bits(restore(training_state(), place), training_state(1))
-    place._root.write("global_step_2/manifest.json", written["global_step_2/manifest.json"]).result()
+    place.objects.store.write("global_step_2/manifest.json", written["global_step_2/manifest.json"]).result()
     assert latest(place) == 1
     assert same_bits(restore(training_state(), place, 2), training_state(2))
     place.delete(2)
-    place._root.write("global_step_2/model/d/left_by_a_crash", b"1").result()
+    place.objects.store.write("global_step_2/model/d/left_by_a_crash", b"1").result()
     save(training_state(3), place, 3)
     assert not [name for name in names(place) if "global_step_2" in name]
 
@@ -109,15 +109,15 @@ def test_a_failed_commit_leaves_the_last_good_step(place, monkeypatch):
 def test_a_damaged_or_missing_object_is_named(place):
     save(training_state(1), place, 1)
     for name in names(place):
-        good = place._root.read(name).result().value
+        good = place.objects.store.read(name).result().value
         if name.startswith("global_step_1/"):
             middle = len(good) // 2
             bad = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
             for value in (bad, None):
-                place._root.write(name, value).result()
+                place.objects.store.write(name, value).result()
                 with pytest.raises(ValueError, match=r"global_step_1|holds no"):
                     restore(training_state(), place)
-            place._root.write(name, good).result()
+            place.objects.store.write(name, good).result()
     assert same_bits(restore(training_state(), place), training_state(1))
 
 
@@ -133,7 +133,7 @@ class Answers:
     """A store whose answers to reads go wrong: `wrong(name, answer, count)` gives the one that is returned."""
 
     def __init__(self, place, wrong):
-        self._store, self._wrong, self._count = place._root, wrong, {}
+        self._store, self._wrong, self._count = place.objects.store, wrong, {}
 
     def __getattr__(self, name):
         return getattr(self._store, name)
@@ -168,7 +168,7 @@ class Flipped:
 def test_one_wrong_answer_is_not_believed(database, name, answers, monkeypatch):
     """What is read back goes into the manifest: a save that returns is one that can be read."""
     place, storage = Bucket("memory://run"), Storage(database)
-    monkeypatch.setattr("ftrain.checkpoint.bucket.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ftrain.checkpoint.objects.time.sleep", lambda seconds: None)
 
     def wrong(asked, found, count):
         if not asked.endswith(name) or not found.value:
@@ -177,32 +177,32 @@ def test_one_wrong_answer_is_not_believed(database, name, answers, monkeypatch):
             return Flipped(found.value, 2) if answers == "flipped once" else Missing()
         return found
 
-    whole = place._root
-    place._root = Answers(place, wrong)
+    whole = place.objects.store
+    place.objects.store = Answers(place, wrong)
     save(training_state(1), place, 1, storage=storage)
-    place._root = whole
+    place.objects.store = whole
     assert same_bits(restore(training_state(), place), training_state(1))
 
 
 @pytest.mark.parametrize("kind", ["missing", "flipped"])
 def test_a_store_that_answers_wrongly_for_good_fails_the_save_and_the_good_steps_stay(kind, monkeypatch):
     place = Bucket("memory://run")
-    monkeypatch.setattr("ftrain.checkpoint.bucket.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ftrain.checkpoint.objects.time.sleep", lambda seconds: None)
     with Checkpointer(place, keep=Retention(last=1)) as checkpoints:
         checkpoints.save(training_state(1), 1)
         checkpoints.wait()
-        whole = place._root
+        whole = place.objects.store
 
         def wrong(asked, found, count):
             if not asked.endswith("manifest.ocdbt") or not found.value:
                 return found
             return Missing() if kind == "missing" else Flipped(found.value, count % 8)
 
-        place._root = Answers(place, wrong)
+        place.objects.store = Answers(place, wrong)
         checkpoints.save(training_state(2), 2)
         with pytest.raises(SaveFailed, match=r"is missing or differs at each reading.*the last good step is 1"):
             checkpoints.wait()
-        place._root = whole
+        place.objects.store = whole
     assert steps(place) == [1]
     assert same_bits(restore(training_state(), place), training_state(1))
 

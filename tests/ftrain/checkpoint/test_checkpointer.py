@@ -139,8 +139,7 @@ def test_every_later_call_raises_the_failure_once(tmp_path, ask):
     checkpoints = Checkpointer(tmp_path)
     with file_size_limit(100):
         checkpoints.save(training_state(1), 1)
-        while checkpoints._thread is not None and checkpoints._thread.is_alive():
-            checkpoints._thread.join()
+        checkpoints._writer.join()
     with pytest.raises(SaveFailed, match="no step was saved before"):
         ask(checkpoints)
     checkpoints.wait()

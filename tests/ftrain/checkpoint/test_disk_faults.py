@@ -102,7 +102,7 @@ def test_a_kill_while_a_step_is_replaced_loses_no_version(tmp_path, monkeypatch,
     """Where names cannot be exchanged the old version goes aside first, and counts until the new one is there."""
     save(training_state(1), tmp_path, 7)
     monkeypatch.setattr(durable, "_exchange", lambda a, b: False)
-    monkeypatch.setattr(local_module.LocalFolder, "abort", lambda self, folder: None)
+    monkeypatch.setattr(local_module._NewFolder, "abort", lambda self: None)
     rename, calls = os.rename, []
 
     def dying(a, b):
@@ -231,7 +231,7 @@ def test_a_restore_reads_on_from_a_folder_that_was_renamed(tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(read_module, "_read", renamed_before)
-        patched.setattr(local_module.LocalFolder, "clean", lambda self: None)
+        patched.setattr(local_module, "_remove_leftovers", lambda root: None)
         found = restore(training_state(), tmp_path)
     assert same_bits(found, training_state(1)), "all of it from the folder whose manifest was read"
 

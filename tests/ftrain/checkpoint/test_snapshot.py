@@ -120,7 +120,7 @@ def test_the_time_that_the_loop_stood_still(tmp_path, monkeypatch):
         assert checkpoints.blocked == 0
         state = state_at(1)
         checkpoints.save(state, 1)
-        checkpoints._loan.wait()
+        checkpoints._writer._loan.wait()
         assert checkpoints.blocked > 0.25
         checkpoints.wait()
 
