@@ -8,12 +8,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = ("kernels", "sharding", "modules", "ftrain", "experiments")
 MOST_METHODS = 15
-STILL_LARGER = {
-    "ftrain/jit.py: Step",
-    "ftrain/remat_budget.py: Planner",
-    "ftrain/spread.py: Spreads",
-}
-"""Classes that are yet to be cut; whoever cuts one takes it out."""
 
 
 def classes(floor):
@@ -30,6 +24,4 @@ def methods(node):
 @pytest.mark.parametrize("floor", FLOORS)
 def test_no_class_has_more_than_fifteen_methods(floor):
     larger = {name for name, node in classes(floor) if len(methods(node)) > MOST_METHODS}
-    expected = {name for name in STILL_LARGER if name.startswith(f"{floor}/")}
-    assert larger - expected == set(), "cut it: what state do some of its methods share that the others do not use?"
-    assert expected - larger == set(), "it is small enough now, or gone: take it out of STILL_LARGER"
+    assert larger == set(), "cut it: what state do some of its methods share that the others do not use?"
