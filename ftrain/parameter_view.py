@@ -26,7 +26,7 @@ def views_of(leaves: Sequence[Tensor], *, differentiated: bool = True) -> list[V
 def see(leaf: Tensor) -> Tensor:
     """A tensor that is not differentiated as a loss sees it: gathered if it is a piece of an array, never cast."""
     trace = current_sharded()
-    if trace is None or not trace.is_piece(leaf):
+    if trace is None or trace.placement_of_piece(leaf) is None:
         return leaf
     view = _gathered(leaf, cast=False)
     return leaf if view is None else view(leaf)

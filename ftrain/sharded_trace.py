@@ -168,13 +168,9 @@ class ShardedTrace:
                 f"tensors){self.placements.nearest(path)}"
             )
 
-    def is_piece(self, tensor: Any) -> bool:
-        """True for a piece of an array that is divided."""
-        return isinstance(tensor, Tensor) and self.placement_of_piece(tensor) is not None
-
-    def placement_of_piece(self, tensor: Tensor) -> Placement | None:
+    def placement_of_piece(self, tensor: Any) -> Placement | None:
         """Where the array is that a tensor is a piece of; None for what is no piece."""
-        node = node_of(tensor)
+        node = node_of(tensor) if isinstance(tensor, Tensor) else None
         return None if node is None else self.spreads.of(node).placement
 
     def component(self, *tensors: Tensor) -> str:
