@@ -1,6 +1,7 @@
 """Where the pieces of an array's views are: permuted, sliced, joined, reshaped."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,10 +29,13 @@ def moved(node: fx.Node, placements: Sequence[Placement | None]) -> Placement | 
         return _one_of_parts(node, placements[0], before)
     if not isinstance(value, Tensor):
         return None
+    if node.target is _aten.slice.Tensor and not _keeps_divided(node, placements[0]):
+        return None
     origin = _origin(node, before, value)
     return None if origin is None else _follow(placements[0], before, value, origin)
 
 
+_WHOLE = (0, 0, sys.maxsize, 1)  # a slice's dim, start, end and step, where they are not said
 _SPLITTERS = {_aten.split.Tensor, _aten.split_with_sizes.default, _aten.unbind.int}
 
 
@@ -70,6 +74,16 @@ def _origin(node: fx.Node, before: Tensor, after: Tensor) -> list[int | None] | 
     if target in (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default):
         return _reshaped(before.shape, after.shape)
     return None
+
+
+def _keeps_divided(node: fx.Node, placement: Placement) -> bool:
+    """False for a slice that takes a part of an array's divided dim: of a piece it may take all."""
+    given: list[Any] = [*node.args, None, None, None, None][1:5]
+    dim, start, end, step = (usual if value is None else value for value, usual in zip(given, _WHOLE, strict=True))
+    dim %= len(placement.shape)
+    if all(split.dim != dim for split in placement.splits):
+        return True
+    return bool(start in (0, -placement.shape[dim]) and end >= placement.shape[dim] and step == 1)
 
 
 def _reshaped(before: Sequence[int], after: Sequence[int]) -> list[int | None]:

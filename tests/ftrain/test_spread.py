@@ -68,6 +68,8 @@ WRONG = {
     "a running sum": (lambda w, g: w - 0.1 * g.cumsum(0), "cumsum"),
     "numbered rows": (lambda w, g: w - 0.1 * torch.arange(w.shape[0])[(...,) + (None,) * (w.dim() - 1)], "sub|mul"),
     "half of a leaf": (lambda w, g: torch.cat([w[:1] - g[:1], w[1:]]), "cat|slice"),
+    "as many rows as a piece has": (lambda w, g: w - 0.1 * g[: 4 // g.dim()].sum(), "slice|sum"),
+    "the last of them": (lambda w, g: w - 0.1 * g[-4 // g.dim() :].sum(), "slice|sum"),
     "noise of torch's own": (lambda w, g: w - 0.1 * torch.rand_like(w), "rand_like"),
 }
 

@@ -88,7 +88,8 @@ def test_every_dtype_and_shape(tmp_path, dtype, shape):
 
 
 names = st.text(st.characters(exclude_characters=".", exclude_categories=("Cs",)), min_size=1, max_size=20)
-scalars = st.one_of(st.integers(), st.floats(), st.booleans(), st.text(st.characters(exclude_categories=("Cs",))))
+integers = st.integers(-(2**63), 2**63 - 1)
+scalars = st.one_of(integers, st.floats(), st.booleans(), st.text(st.characters(exclude_categories=("Cs",))))
 tensors = st.builds(
     lambda shape, dtype, step: torch.arange(100)[: int(torch.tensor(shape).prod())].reshape(shape).to(dtype) * step,
     st.lists(st.integers(0, 4), max_size=3),
