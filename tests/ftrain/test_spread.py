@@ -303,3 +303,18 @@ def test_any_update_is_equal_or_refused(names, mesh, data):
     else:
         one, many = both(step, mesh)
     assert_equal(one, many)
+
+
+@pytest.mark.parametrize("cut", [lambda w: w.narrow(0, 0, 2), lambda w: w.narrow(0, -2, 2), lambda w: w[:2]])
+def test_a_slice_that_takes_all_of_a_piece_is_not_all_of_the_array(cut):
+    state, batch = arguments()
+    step = ftrain.jit(lambda s, batch: {"w": cut(s["w"]) * 2}, plan=Plan(MESHES[0]), specs=SPECS)
+    with pytest.raises(ValueError, match=r"slice.Tensor at .*test_spread.py.* reads a whole array"):
+        step(state, batch)
+
+
+@pytest.mark.parametrize("cut", [lambda w: w[:], lambda w: w[:4], lambda w: w[:, :3]])
+def test_a_slice_of_all_rows_is_a_piece(cut):
+    state, batch = arguments()
+    step = ftrain.jit(lambda s, batch: {"w": cut(s["w"]) * 2}, plan=Plan(MESHES[0]), specs=SPECS)
+    assert_equal({"w": cut(state["w"]) * 2}, step(state, batch))
