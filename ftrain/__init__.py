@@ -15,13 +15,14 @@ if Path(_kernels.__file__ or "").resolve().parent.parent != Path(__file__).resol
 from ftrain import debug, optim, tree
 from ftrain.accumulate import accumulate
 from ftrain.grad import forward, grad, value_and_grad
-from ftrain.jit import Step, disable_jit, jit
+from ftrain.jit import jit
 from ftrain.out_of_memory import OutOfMemory, explain_oom
 from ftrain.precision import Precision
 from ftrain.profile import profile_nodes
 from ftrain.remat import Remat
 from ftrain.search.chosen import AutoPlan, SavedPlan
 from ftrain.state import TrainState
+from ftrain.step import Step, disable_jit
 from ftrain.trace import Aval
 from ftrain.tree import struct
 from kernels.mean import Mean, WeightedSum, weighted_sum

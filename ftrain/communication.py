@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor, fx
 
-from ftrain.lockstep import COLLECTIVES, axes_of_group
+from ftrain.collectives import COLLECTIVES, axes_of_group
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.sizes import sized
 from sharding.link import sent_bytes

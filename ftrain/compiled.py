@@ -10,6 +10,7 @@ from ftrain.communication import bytes_moved
 from ftrain.cost import Cost, graph_cost
 from ftrain.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated
 from ftrain.donated import Donation
+from ftrain.graph_text import graph_text
 from ftrain.liveness import MemoryPlan, plan_memory
 from ftrain.loop import copy_graph
 from ftrain.op_times import OpTimes
@@ -19,7 +20,6 @@ from ftrain.report import write_report
 from ftrain.schedule import Schedule, simulate_schedule
 from ftrain.signature import Signature
 from ftrain.step_data import StepData
-from ftrain.text import graph_text
 from ftrain.trace import Traced
 from sharding.link import Link
 from sharding.placement import Placement

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from ftrain import tree
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.interpret import Iteration, Op, interpret, interpret_ranks
-from ftrain.jit import Step, jit
-from ftrain.lockstep import COLLECTIVES
 from ftrain.pass_check import check_passes as check_passes
-from ftrain.passes.waits import WAIT
+from ftrain.step import Step, make_step
 from ftrain.text import op_name, short_site, show_node, show_value
 from ftrain.trace import is_array
 from sharding.mesh import BASE_AXES, Mesh
@@ -83,7 +82,7 @@ def check_finite(step: Step | Callable, *args: Any) -> Finding | None:
     On a virtual mesh all ranks run side by side, collectives included, and the finding names the rank. On a mesh of
     processes all call this together; each runs to the end, and returns what its own rank met.
     """
-    step = step if isinstance(step, Step) else jit(step)
+    step = step if isinstance(step, Step) else make_step(step)
     compiled = step.lower(*args)
     ranks = step.rank_inputs(*args)
     virtual = compiled.setting.mesh is not None and compiled.setting.mesh.kind == "virtual"

@@ -14,7 +14,6 @@ from ftrain.layouts import LayoutCheck
 from ftrain.loan import LEAST_BYTES
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.aliasing import storage
-from ftrain.pipeline import EXECUTED, Setting, run_passes
 from ftrain.private import below_autograd, compile_with_inductor, written_out
 from ftrain.writes import written_arguments
 
@@ -41,20 +40,19 @@ def choose(backend: str, device: torch.device) -> str:
 
 def compile_graph(
     module: fx.GraphModule,
-    setting: Setting,
+    backend: str,
     *,
     before_write: Callable[[], None],
     checked: Callable[[LayoutCheck], None] = lambda _: None,
 ) -> Program:
-    """Make the program; `module` is the graph after the passes before `EXECUTED`, and becomes that which runs.
+    """Make the program; `module` is the graph in the form that runs (`pipeline.EXECUTED`), and becomes its own.
 
     The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can. Its
     first run compares real layouts with planned ones, and tells `checked` what it found.
     """
-    module = run_passes(module, EXECUTED, setting)
-    if setting.backend != "aten":
+    if backend != "aten":
         _compile_runs(module)
-    if setting.backend == "cudagraph":  # in a record there are no calls
+    if backend == "cudagraph":  # in a record there are no calls
         return _FirstRun(
             module,
             lambda: waiting(python_program(module), before_write),

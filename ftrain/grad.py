@@ -17,8 +17,9 @@ from torch._C import _functorch
 
 from ftrain import tree
 from ftrain.parameter_view import see, views_of
-from ftrain.provenance import current_provenance, user_site
+from ftrain.provenance import current_provenance
 from ftrain.sharded_trace import current_sharded, note_gradients
+from ftrain.source import user_site
 from kernels.backend import reference_kernels
 from kernels.mean import Mean, WeightedSum
 

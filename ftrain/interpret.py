@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ftrain.lockstep import COLLECTIVES, GroupTable, Request, exchange
+from ftrain.collectives import COLLECTIVES, WAIT
+from ftrain.lockstep import GroupTable, Request, exchange
 from ftrain.loop import is_loop, loop_body
-from ftrain.passes.waits import WAIT
 from ftrain.private import below_autograd
 from sharding.mesh import Mesh
 

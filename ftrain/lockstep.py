@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from ftrain.collectives import COLLECTIVES, axes_of_group
 from ftrain.loop import is_loop, loop_body
 from ftrain.private import below_autograd
-from sharding.collectives import exchange_rows, gather_ranks, shift_ranks
 from sharding.mesh import Mesh
 
 _c10d = torch.ops._c10d_functional
@@ -27,17 +27,6 @@ class Request(NamedTuple):
 
     op: str
     args: tuple
-
-
-COLLECTIVES: dict[Any, str] = {
-    gather_ranks: "all_gather",
-    _c10d.reduce_scatter_tensor.default: "reduce_scatter",
-    _c10d.all_reduce.default: "all_reduce",
-    _c10d.all_to_all_single.default: "all_to_all",
-    shift_ranks: "shift_ranks",
-    exchange_rows: "exchange_rows",
-}
-"""The ops of a graph that involve other ranks; the last argument of each is the name of its group."""
 
 
 def lockstep_program(module: fx.GraphModule, mesh: Mesh) -> Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]:
@@ -99,22 +88,6 @@ class GroupTable:
         if name not in self._found:
             self._found[name] = self._mesh.members(*axes_of_group(name))
         return self._found[name]
-
-
-def axes_of_group(name: str) -> tuple[str, ...]:
-    """The axes of a group from its name (see `Mesh.group`)."""
-    return tuple(name.removeprefix("axis_").split("@")[0].split("+"))
-
-
-def groups_of(module: fx.GraphModule) -> list[tuple[str, ...]]:
-    """The axes of each group that a graph's collectives run over, bodies of loops included, in order of first use."""
-    found: dict[tuple[str, ...], None] = {}
-    for node in module.graph.nodes:
-        if node.target in COLLECTIVES:
-            found.setdefault(axes_of_group(str(node.args[-1])))
-        elif is_loop(node):
-            found.update(dict.fromkeys(groups_of(loop_body(node))))
-    return list(found)
 
 
 def _all_gather(given: list[tuple]) -> list[Tensor]:

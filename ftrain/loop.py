@@ -21,7 +21,7 @@ from ftrain.private import (
     trace_to_graph,
     tracing_graph,
 )
-from ftrain.provenance import user_site
+from ftrain.source import user_site
 
 _PREVIEW = "preview"
 

@@ -7,9 +7,8 @@ from types import TracebackType
 import torch.distributed as dist
 from torch import fx
 
+from ftrain.collectives import COLLECTIVES, WAIT, axes_of_group
 from ftrain.failing_node import failing_node
-from ftrain.lockstep import COLLECTIVES, axes_of_group
-from ftrain.passes.waits import WAIT
 from ftrain.text import short_site
 from sharding.heartbeat import Heartbeat
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ftrain.collectives import COLLECTIVES
 from ftrain.cost import is_view
 from ftrain.hardware import host_bandwidth
-from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop
 from ftrain.op_times import OpTimes
 from ftrain.pieces import storages_of

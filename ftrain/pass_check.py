@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from ftrain.compiled import Compiled
 from ftrain.execute import python_program
-from ftrain.jit import Step, jit
 from ftrain.layouts import views_as_reshapes
 from ftrain.lockstep import lockstep_program
 from ftrain.loop import copy_graph, with_bodies
 from ftrain.pipeline import DONATED, INTERPRETED, run_passes
+from ftrain.step import Step, make_step
 from ftrain.text import show_node
 
 
@@ -42,7 +42,7 @@ def check_passes(step: Step | Callable, *args: Any) -> list[PassCheck]:
     numbers are drawn from the same seed each time. On a virtual mesh all ranks run. ValueError on a mesh of processes:
     a virtual one of the same sizes runs the same graph.
     """
-    step = step if isinstance(step, Step) else jit(step)
+    step = step if isinstance(step, Step) else make_step(step)
     compiled = step.lower(*args)
     mesh = compiled.setting.mesh
     if mesh is not None and mesh.kind == "process":

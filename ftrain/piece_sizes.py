@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ftrain.provenance import is_users
+from ftrain.source import is_users
 from sharding.placement import Placement
 
 _COUNTS: Mapping[Callable, str] = {

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ftrain.in_place_twins import PASSED_ON, TWINS
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_rules import WORKSPACE
 from ftrain.passes.aliasing import storage
 from ftrain.passes.sizes import sized
-from ftrain.passes.twins import PASSED_ON, TWINS
 from ftrain.private import storage_id
 from ftrain.workspace import aten_workspace
 from kernels.offload import offload_start, offload_wait

@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import fx
 
+from ftrain.collectives import groups_of
 from ftrain.layers import mark_layers
 from ftrain.layouts import views_as_reshapes
 from ftrain.liveness import plan_memory
-from ftrain.lockstep import groups_of
 from ftrain.loop import with_bodies
 from ftrain.op_times import OpTimes
 from ftrain.passes.bucket import bucket

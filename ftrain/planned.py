@@ -5,7 +5,6 @@ The search lowers steps, so it stands on `ftrain.jit`; here is only what `jit` m
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ftrain.precision import Precision
@@ -45,20 +44,3 @@ class Chooser(Protocol):
     def choose(self, wanted: Wanted) -> Choice:
         """The plan for a step. ValueError says what does not fit, or what is not known yet."""
         ...
-
-
-def chooser_of(plan: "Chooser | str | Path") -> Chooser:
-    """What `ftrain.jit(plan=...)` means where that is no `Plan`: "auto", the name of a plan file, or a chooser."""
-    from ftrain.search.chosen import AutoPlan, SavedPlan
-
-    if isinstance(plan, SavedPlan | AutoPlan):
-        return plan
-    if plan == "auto":
-        return AutoPlan()
-    if isinstance(plan, str | Path):
-        return SavedPlan(plan)
-    if hasattr(plan, "choose"):
-        return plan
-    raise ValueError(
-        f"plan={plan!r} is not a sharding.Plan, 'auto', the file of a plan, a ftrain.SavedPlan or a ftrain.AutoPlan"
-    )

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.interpret import Iteration, interpret
-from ftrain.jit import Step, jit
-from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes, op_key
-from ftrain.passes.waits import WAIT
 from ftrain.private import keep_busy
+from ftrain.step import Step, make_step
 from ftrain.text import op_name, short_site
 from kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
 
@@ -48,7 +47,7 @@ def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember:
     """
     if repeats < 1:
         raise ValueError(f"profile_nodes: repeats must be at least 1, not {repeats}")
-    step = step if isinstance(step, Step) else jit(step)
+    step = step if isinstance(step, Step) else make_step(step)
     compiled, inputs = step.lower(*args), step.flat_inputs(*args)
     if remember:
         _remember(_least(compiled.graph, inputs, repeats), compiled.graph, compiled.setting.device)

@@ -5,28 +5,20 @@ Autograd numbers forward ops (`sequence_nr`) and keeps the number on their backw
 node tells the mode which forward op is being transposed.
 """
 
-import functools
-import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
+from ftrain.source import Site, user_site
 from ftrain.unseen_writes import UnseenWrites
 from sharding.spmd import current_filled, current_purpose
-
-_HERE = str(Path(__file__).resolve().parent)
-_KERNELS, _SHARDING = (str(Path(_HERE).parent / name) for name in ("kernels", "sharding"))
-_MACHINERY = (_HERE, _KERNELS, _SHARDING, str(Path(torch.__file__).resolve().parent), "<", "optree", "contextlib")
 
 
 def sources(node: fx.Node) -> Iterator[fx.Node]:
@@ -38,37 +30,6 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
         fresh = [n for n in current.all_input_nodes if n not in seen]
         seen.update(fresh)
         queue.extend(fresh)
-
-
-class Site(NamedTuple):
-    """A line of the user's code."""
-
-    file: str
-    line: int
-    function: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line} ({self.function})"
-
-
-@functools.cache
-def _is_machinery(file: str) -> bool:
-    return file.startswith(_MACHINERY) or "/optree/" in file or file.endswith("contextlib.py")
-
-
-def is_users(file: str) -> bool:
-    """True for a file that is neither torch's nor the trainer's nor a kernel's: one that a user would edit."""
-    return not _is_machinery(file)
-
-
-def user_site() -> Site | None:
-    """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit."""
-    here: FrameType | None = sys._getframe(1)
-    while here is not None:
-        if not _is_machinery(here.f_code.co_filename):
-            return Site(here.f_code.co_filename, here.f_lineno, here.f_code.co_name)
-        here = here.f_back
-    return None
 
 
 class Provenance(TorchDispatchMode):

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ftrain.private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED
-from ftrain.provenance import Site, is_users, user_site
+from ftrain.source import Site, is_users, user_site
 
 _NUMBER = (
     "asks for the number in a tensor ({what}), which a traced step does not have: choose with torch.where, return it "

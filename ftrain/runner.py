@@ -19,6 +19,7 @@ from ftrain.lockstep import lockstep_program
 from ftrain.loop import copy_graph
 from ftrain.no_gradient import refusing
 from ftrain.out_of_memory import explained, is_out_of_memory
+from ftrain.pipeline import EXECUTED, run_passes
 from ftrain.run_errors import name_line
 from ftrain.shared_memory import SharedMemory
 
@@ -97,8 +98,9 @@ class Runner:
             if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
                 raise ValueError(f"leaf {path!r} has a shape and no data: this step can be lowered but not run on it")
         warn_without_expandable_segments(self.compiled.setting.device)
-        self._running = copy_graph(self.compiled.graph)
-        return compile_graph(self._running, self.compiled.setting, before_write=self._fence.wait, checked=self._mend)
+        setting = self.compiled.setting
+        self._running = run_passes(copy_graph(self.compiled.graph), EXECUTED, setting)
+        return compile_graph(self._running, setting.backend, before_write=self._fence.wait, checked=self._mend)
 
     def _mend(self, check: LayoutCheck) -> None:
         check.mend(self.compiled.graph)

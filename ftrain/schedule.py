@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 from torch import fx
 
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.communication import node_sends
-from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes
-from ftrain.passes.waits import WAIT
 from ftrain.pieces import NOT_DONATED, Pieces, Walk
 from ftrain.simulate import Costs, OneLink, Sent, Streams, simulate
 from sharding.link import Link

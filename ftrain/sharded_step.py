@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from ftrain import tree
 from ftrain.bindings import bindings
+from ftrain.collectives import groups_of
 from ftrain.donation import give_away
-from ftrain.lockstep import groups_of
 from ftrain.lost_rank import naming_lost_ranks
 from ftrain.mesh_arguments import COORDINATES, MeshArguments
 from ftrain.mesh_call import MeshCall

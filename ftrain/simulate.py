@@ -12,11 +12,10 @@ from typing import NamedTuple, Protocol, Self
 
 from torch import fx
 
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.communication import node_sends
-from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes
-from ftrain.passes.waits import WAIT
 from sharding.link import Link
 from sharding.mesh import Mesh
 

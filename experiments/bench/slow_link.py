@@ -8,10 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 import ftrain
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.execute import python_program
-from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import copy_graph
-from ftrain.passes.waits import WAIT
 from sharding.link import sent_bytes
 from sharding.private import resolve_group
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ftrain.passes.waits import WAIT
+from ftrain.collectives import WAIT
 from ftrain.private import value_of
 from sharding.collectives import gather_ranks
 

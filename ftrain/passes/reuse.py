@@ -5,9 +5,9 @@ from collections import Counter
 import torch
 from torch import fx
 
+from ftrain.collectives import WAIT
 from ftrain.passes.aliasing import storage
 from ftrain.passes.out_form import fits_over, has_out_form, write_over
-from ftrain.passes.waits import WAIT
 
 
 def reuse_memory(module: fx.GraphModule) -> None:

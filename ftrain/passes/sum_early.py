@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ftrain.passes.waits import WAIT
+from ftrain.collectives import WAIT
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 _SUMS = (_c10d.reduce_scatter_tensor.default, _c10d.all_reduce.default)

@@ -1,9 +1,8 @@
 """A collective's result and what its wait returns are one piece of memory."""
 
-import torch
 from torch import fx
 
-WAIT = torch.ops._c10d_functional.wait_tensor.default
+from ftrain.collectives import WAIT
 
 
 def join_waits(module: fx.GraphModule) -> None:

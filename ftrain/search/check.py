@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ftrain import key, tree
-from ftrain.jit import Step, jit
 from ftrain.meter import measure_peak
 from ftrain.op_times import speed_of
 from ftrain.profile import profile_nodes
@@ -27,6 +26,7 @@ from ftrain.search.here import this_device, this_machine, world_size
 from ftrain.search.layouts import Candidate
 from ftrain.search.price import Price, price
 from ftrain.search.subject import Subject
+from ftrain.step import Step, make_step
 
 _STEPS = 5
 _TIMEOUT = timedelta(seconds=1800)  # while one rank searches the others wait
@@ -96,7 +96,7 @@ def check(candidate: Candidate, subject: Subject, device: torch.device) -> Check
     if trial.init is None:
         raise ValueError(f"--check: {subject.name} does not say how its state is made: give its Trial an `init`")
     many = candidate.ranks > 1
-    step = jit(
+    step = make_step(
         trial.step,
         plan=trial.plan(candidate, kind="process") if many else None,
         specs=trial.specs if many else None,

@@ -8,13 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.cost import is_view, node_flops, node_traffic
 from ftrain.fused import is_fused
-from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import is_loop, loop_body
 from ftrain.op_times import OpTimes, op_key
 from ftrain.passes.sizes import sized
-from ftrain.passes.waits import WAIT
 from ftrain.pieces import op_workspace
 from ftrain.search.cluster import Cluster
 from kernels.attention_cost import Sizes, flash_backward_bytes

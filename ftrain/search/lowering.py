@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from ftrain import tree
+from ftrain.collectives import groups_of
 from ftrain.donated import match_donated
 from ftrain.execute import choose
 from ftrain.liveness import plan_memory
-from ftrain.lockstep import groups_of
 from ftrain.loop import copy_graph
 from ftrain.mesh_arguments import COORDINATES, Argument, MeshArguments
 from ftrain.op_times import OpTimes

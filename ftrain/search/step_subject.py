@@ -11,12 +11,12 @@ from torch import Tensor, fx
 
 from ftrain import tree
 from ftrain.cost import node_flops
-from ftrain.jit import jit
 from ftrain.loop import is_loop, loop_body
 from ftrain.passes.sizes import sized
 from ftrain.planned import Wanted
 from ftrain.search.layouts import Candidate, Facts
 from ftrain.search.subject import Trial
+from ftrain.step import make_step
 from ftrain.trace import Aval, is_array
 from sharding.batch import BatchRule, Tokens
 from sharding.layout import Layout
@@ -83,7 +83,7 @@ class StepSubject:
                 f"a batch of {whole} tokens does not divide into {self._packs} packs; give AutoPlan(packs=)"
             )
         tokens = whole // self._packs
-        step = jit(self._wanted.step, precision=self._wanted.precision, backend="aten")
+        step = make_step(self._wanted.step, precision=self._wanted.precision, backend="aten")
         nodes = list(_nodes(step.lower(self._state, self._batch).graph))
         heads = [h for h in map(_heads, nodes) if h is not None and self._shares(h.path)]
         products = sum(f for n, f in nodes if not _op(n).startswith("ftrain::attention_"))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ftrain.collectives import COLLECTIVES, axes_of_group
 from ftrain.communication import node_sends
-from ftrain.lockstep import COLLECTIVES, axes_of_group
 from ftrain.op_times import OpTimes
 from ftrain.search.cluster import Cluster
 from ftrain.simulate import Costs, Tally, simulate

@@ -21,9 +21,9 @@ import torch
 from ftrain import checkpoint, tree
 from ftrain.beneath import Folder
 from ftrain.debug import Finding, check_finite
-from ftrain.jit import Step
 from ftrain.outside import JSON_BYTES, anything, check, mapped, parse, record, whole
 from ftrain.outside import number as real_number
+from ftrain.step import Step
 from ftrain.survive.evidence import Evidence, read_batch, read_evidence
 from ftrain.survive.skipped import Skipped, read_skipped
 

@@ -8,9 +8,8 @@ from types import FrameType
 
 from torch import fx
 
-from ftrain.lockstep import COLLECTIVES
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.lost_rank import describe
-from ftrain.passes.waits import WAIT
 
 
 def thread_stacks() -> str:

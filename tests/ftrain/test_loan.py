@@ -176,7 +176,7 @@ def test_the_forward_is_done_when_the_program_waits():
     state, batch = state_of(depth=5), stack_batch(8, WIDTH)
     compiled = ftrain.jit(momentum_step(stack_loss), donate="state").lower(state, batch)
     mode, seen = CountMatmuls(), []
-    program = compile_graph(compiled.graph, compiled.setting, before_write=lambda: seen.append(mode.count))
+    program = compile_graph(compiled.executed, "aten", before_write=lambda: seen.append(mode.count))
     with mode:
         program([*tree.leaves(state), *batch])
     assert len(seen) == 1

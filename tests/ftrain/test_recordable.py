@@ -5,8 +5,8 @@ import torch
 from torch import fx
 
 from ftrain.private import FakeTensor, new_fake_mode
-from ftrain.provenance import Site
 from ftrain.recordable import require_recordable
+from ftrain.source import Site
 from ftrain.writes import written_inputs
 
 aten = torch.ops.aten

@@ -8,9 +8,9 @@ from mesh_models import dense, mixture, omni, plan_for
 
 import ftrain
 from ftrain import tree
+from ftrain.collectives import COLLECTIVES
 from ftrain.communication import bytes_moved
 from ftrain.liveness import plan_memory
-from ftrain.lockstep import COLLECTIVES
 from ftrain.loop import copy_graph
 from ftrain.op_times import OpTimes
 from ftrain.passes.bucket import bucket

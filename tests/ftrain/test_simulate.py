@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import fx
 
-from ftrain.lockstep import COLLECTIVES
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.loop import run_loop
 from ftrain.op_times import OpTimes, Speed, op_key
-from ftrain.passes.waits import WAIT
 from ftrain.schedule import simulate_schedule
 from ftrain.simulate import Costs, OneLink, simulate
 from sharding import Mesh

@@ -8,7 +8,7 @@ from momentum_steps import momentum_state, momentum_step, stack_batch, stack_los
 
 from ftrain.accumulate import accumulate
 from ftrain.jit import jit
-from ftrain.provenance import Site
+from ftrain.source import Site
 from ftrain.text import short_site, show_bytes, show_value
 
 

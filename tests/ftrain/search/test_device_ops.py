@@ -7,9 +7,8 @@ import torch
 from torch import fx
 
 from experiments.decoder_plan import DecoderSubject
+from ftrain.collectives import COLLECTIVES, WAIT
 from ftrain.cost import node_flops, node_traffic
-from ftrain.lockstep import COLLECTIVES
-from ftrain.passes.waits import WAIT
 from ftrain.schedule import simulate_schedule
 from ftrain.search.alive import moments_of
 from ftrain.search.cluster import cluster
