@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from ftrain import key, tree
+from ftrain import tree
 from ftrain.meter import measure_peak
 from ftrain.op_times import speed_of
 from ftrain.profile import profile_nodes
@@ -27,6 +27,7 @@ from ftrain.search.layouts import Candidate
 from ftrain.search.price import Price, price
 from ftrain.search.subject import Subject
 from ftrain.step import Step, make_step
+from kernels.random import key
 
 _STEPS = 5
 _TIMEOUT = timedelta(seconds=1800)  # while one rank searches the others wait
