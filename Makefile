@@ -3,7 +3,7 @@
 # make test-exhaustive   every mesh of up to 16 ranks, of which the suite takes some
 # make test-nullgpu   laws of the CUDA build, on a device that computes nothing; makes an environment of its own; LAWS
 #                     are the files to run, by default all
-# make lint   ruff and mypy
+# make lint   ruff, mypy, and which way imports point
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,7 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/house.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy
 
 import ftrain
 from ftrain import Aval, Mean, Precision, TrainState, optim, tree
-from ftrain.search.layouts import Candidate, Facts
-from ftrain.search.subject import Trial
-from modules import decoder, moe
-from modules.decoder import DecoderConfig
-from sharding import Tokens
+from ftrain.modules import decoder, moe
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.plan.space import Candidate, Facts
+from ftrain.plan.workload import Trial
+from ftrain.sharding import Tokens
 
 _CPU = torch.device("cpu")
 _LEAVES = ("tokens_T", "positions_T", "segments_T", "labels_T")

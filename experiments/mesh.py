@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ftrain.host_copy import HostCopy
-from sharding import Mesh
+from ftrain.runtime.host_copy import HostCopy
+from ftrain.sharding import Mesh
 
 T = TypeVar("T")
 

@@ -32,18 +32,18 @@ from experiments.omni.saves import Saves
 from experiments.omni.survival import Guard, SurvivalFlags, spared_output
 from experiments.omni.training import schedule
 from ftrain import TrainState, tree
+from ftrain.analysis.cuda_allocator import prefer_expandable_segments
+from ftrain.analysis.flops import Cost
+from ftrain.analysis.hardware import peak_flops
 from ftrain.checkpoint import Checkpointer, Ranks, Retention
-from ftrain.cost import Cost
-from ftrain.cuda_allocator import prefer_expandable_segments
-from ftrain.hardware import peak_flops
-from ftrain.host_copy import HostCopy
-from ftrain.interrupt import EXIT_NOT_FINITE, EXIT_NOT_SAVED, EXIT_RESUMABLE, StopRequest, interruptible
-from ftrain.precision import Choice, precision_on
-from ftrain.survive.bad_steps import Verdict
-from ftrain.survive.replicas import check_replicas
-from ftrain.survive.watchdog import Watchdog
-from modules import omni
-from sharding import Mesh
+from ftrain.modules import omni
+from ftrain.resilience.anomalies import Verdict
+from ftrain.resilience.replicas import check_replicas
+from ftrain.resilience.signals import EXIT_NOT_FINITE, EXIT_NOT_SAVED, EXIT_RESUMABLE, StopRequest, interruptible
+from ftrain.resilience.watchdog import Watchdog
+from ftrain.runtime.host_copy import HostCopy
+from ftrain.sharding import Mesh
+from ftrain.trace.precision import Choice, precision_on
 
 __all__ = ["Options", "main", "plan_for_search"]
 

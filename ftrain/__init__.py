@@ -1,66 +1,84 @@
-"""ftrain: pure training steps, traced into one graph. See README.md for a tour and ARCHITECTURE.md for the house."""
+"""ftrain: pure training steps, traced into one graph. See README.md for a tour and ARCHITECTURE.md for the house.
+
+What stands here is loaded when it is first asked for.
+"""
 
 import importlib as _importlib
-from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-import kernels as _kernels
-
-if Path(_kernels.__file__ or "").resolve().parent.parent != Path(__file__).resolve().parent.parent:
-    raise ImportError(
-        f"`import kernels` found {_kernels.__file__}, another package of that name (Hugging Face publishes one): put "
-        "ftrain's checkout first on sys.path, or `pip uninstall kernels`"
+if TYPE_CHECKING:
+    from ftrain import checkpoint, debug, hf, optim, tree
+    from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
+    from ftrain.kernels.random import (
+        bernoulli,
+        bits,
+        categorical,
+        fold_in,
+        key,
+        normal,
+        permutation,
+        randint,
+        split,
+        truncated_normal,
+        uniform,
     )
-
-from ftrain import debug, optim, tree
-from ftrain.accumulate import accumulate
-from ftrain.grad import forward, grad, value_and_grad
-from ftrain.jit import jit
-from ftrain.out_of_memory import OutOfMemory, explain_oom
-from ftrain.precision import Precision
-from ftrain.profile import profile_nodes
-from ftrain.remat import Remat
-from ftrain.search.chosen import AutoPlan, SavedPlan
-from ftrain.state import TrainState
-from ftrain.step import Step, disable_jit
-from ftrain.trace import Aval
-from ftrain.tree import struct
-from kernels.mean import Mean, WeightedSum, weighted_sum
-from kernels.random import (
-    bernoulli,
-    bits,
-    categorical,
-    fold_in,
-    key,
-    normal,
-    permutation,
-    randint,
-    split,
-    truncated_normal,
-    uniform,
-)
-from modules.spec import init
-from sharding import Layout, Mesh, Plan
+    from ftrain.modules.spec import init
+    from ftrain.plan.auto import AutoPlan, SavedPlan
+    from ftrain.plan.jit import jit
+    from ftrain.profile.nodes import profile_nodes
+    from ftrain.remat.policy import Remat
+    from ftrain.report.out_of_memory import OutOfMemory, explain_oom
+    from ftrain.sharding import Layout, Mesh, Plan
+    from ftrain.step.api import Step, disable_jit
+    from ftrain.step.state import TrainState
+    from ftrain.trace.accumulate import accumulate
+    from ftrain.trace.grad import forward, grad, value_and_grad
+    from ftrain.trace.precision import Precision
+    from ftrain.trace.tracer import Aval
+    from ftrain.tree import struct
 
 __version__ = "0.1.0"
 
+_PLACES = {
+    "ftrain.kernels.mean": ("Mean", "WeightedSum", "weighted_sum"),
+    "ftrain.kernels.random": (
+        "bernoulli", "bits", "categorical", "fold_in", "key", "normal", "permutation", "randint", "split",
+        "truncated_normal", "uniform",
+    ),
+    "ftrain.modules.spec": ("init",),
+    "ftrain.plan.auto": ("AutoPlan", "SavedPlan"),
+    "ftrain.plan.jit": ("jit",),
+    "ftrain.profile.nodes": ("profile_nodes",),
+    "ftrain.remat.policy": ("Remat",),
+    "ftrain.report.out_of_memory": ("OutOfMemory", "explain_oom"),
+    "ftrain.sharding": ("Layout", "Mesh", "Plan"),
+    "ftrain.step.api": ("Step", "disable_jit"),
+    "ftrain.step.state": ("TrainState",),
+    "ftrain.trace.accumulate": ("accumulate",),
+    "ftrain.trace.grad": ("forward", "grad", "value_and_grad"),
+    "ftrain.trace.precision": ("Precision",),
+    "ftrain.trace.tracer": ("Aval",),
+    "ftrain.tree": ("struct",),
+}  # fmt: skip
+_PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
+_ROOMS = ("checkpoint", "debug", "hf", "kernels", "modules", "optim", "sharding", "tree")
+
 __all__ = [
     "AutoPlan", "Aval", "Layout", "Mean", "Mesh", "OutOfMemory", "Plan", "Precision", "Remat", "SavedPlan", "Step",
-    "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits", "categorical", "debug", "disable_jit",
-    "explain_oom", "fold_in", "forward", "grad", "init", "jit", "key", "normal", "optim", "permutation",
-    "profile_nodes", "randint", "split", "struct", "tree", "truncated_normal", "uniform", "value_and_grad",
-    "weighted_sum",
+    "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits", "categorical", "checkpoint", "debug",
+    "disable_jit", "explain_oom", "fold_in", "forward", "grad", "hf", "init", "jit", "key", "normal", "optim",
+    "permutation", "profile_nodes", "randint", "split", "struct", "tree", "truncated_normal", "uniform",
+    "value_and_grad", "weighted_sum",
 ]  # fmt: skip
-
-_ROOMS = ("checkpoint", "hf")  # found as attributes, and not loaded by those who need no files
 
 # Names from elsewhere, and what does that here.
 _CALLED_HERE = {
     "Checkpointer": "ftrain.checkpoint.Checkpointer",
     "PRNGKey": "ftrain.key(seed)",
-    "count_params": "modules.spec.count(specs)",
+    "count_params": "ftrain.modules.spec.count(specs)",
     "from_pretrained": "ftrain.hf.load_hf",
-    "generate": "modules.generation.generate_text",
+    "generate": "ftrain.modules.generation.generate_text",
     "load": "ftrain.hf.load_hf",
     "random": "ftrain.key, ftrain.split, ftrain.normal, ...",
     "tree_leaves": "ftrain.tree.leaves",
@@ -69,10 +87,20 @@ _CALLED_HERE = {
 
 
 def __getattr__(name: str) -> _Any:
+    if name in _PLACE_OF:
+        value = getattr(_importlib.import_module(_PLACE_OF[name]), name)
+        globals()[name] = value
+        return value
     if name in _ROOMS:
         return _importlib.import_module(f"ftrain.{name}")
+    if name.startswith("__"):
+        raise AttributeError(f"module 'ftrain' has no attribute {name!r}")
     if name in _CALLED_HERE:
         raise AttributeError(f"ftrain has no {name!r}: take {_CALLED_HERE[name]}")
-    near = tree.nearest(name, [*__all__, *_ROOMS])
+    near = _importlib.import_module("ftrain.tree").nearest(name, __all__)
     hint = f"; did you mean {near!r}?" if near else ""
     raise AttributeError(f"module 'ftrain' has no attribute {name!r}{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_ROOMS, "__version__"})

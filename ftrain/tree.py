@@ -11,8 +11,8 @@ from typing import Any, TypeVar, dataclass_transform
 import optree
 import torch
 
-from kernels.documents import Documents
-from sharding.paths import match, nearest
+from ftrain.kernels.documents import Documents
+from ftrain.sharding.paths import match, nearest
 
 __all__ = [
     "NAMESPACE", "Tree", "describe", "diff", "first_difference", "flatten", "flatten_until", "leaves", "map",

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend
-from kernels.opaque import opaque_op
+from ftrain.kernels.backend import choose_backend
+from ftrain.kernels.opaque import opaque_op
 
 PIECE = 1 << 17
 """Elements computed together: half a MiB of float32."""

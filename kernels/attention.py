@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import attention_cpu, attention_cuda
-from kernels.attention_cost import FLOPS, WORKSPACE
-from kernels.attention_cpu import Rule
-from kernels.attention_math import accumulate_dtype
-from kernels.backend import choose_backend, device_type
-from kernels.documents import Documents, Segments, document_index, index_of_offsets
-from kernels.first_order import first_order
-from kernels.opaque import opaque_op
-from kernels.primitive import primitive
+from ftrain.kernels import attention_cpu, attention_cuda
+from ftrain.kernels.attention_cost import FLOPS, WORKSPACE
+from ftrain.kernels.attention_cpu import Rule
+from ftrain.kernels.attention_math import accumulate_dtype
+from ftrain.kernels.backend import choose_backend, device_type
+from ftrain.kernels.documents import Documents, Segments, document_index, index_of_offsets
+from ftrain.kernels.first_order import first_order
+from ftrain.kernels.opaque import opaque_op
+from ftrain.kernels.primitive import primitive
 
 __all__ = ["FLOPS", "WORKSPACE", "attention", "attention_reference"]
 
@@ -275,12 +275,12 @@ def _check_pairs(segments_T: Segments | None, kv_segments_S: Segments) -> None:
     if isinstance(segments_T, Documents) != isinstance(kv_segments_S, Documents):
         raise ValueError(
             "attention: segments_T and kv_segments_S must both be ids or both be Documents; "
-            "kernels.documents.aligned_documents makes Documents of two packs' ids"
+            "ftrain.kernels.documents.aligned_documents makes Documents of two packs' ids"
         )
     if isinstance(segments_T, Documents) and isinstance(kv_segments_S, Documents):
         places, kv_places = segments_T.offsets_N.shape[0] - 1, kv_segments_S.offsets_N.shape[0] - 1
         if places != kv_places:
             raise ValueError(
                 f"attention: {places} places for documents of queries and {kv_places} for those of keys: document n "
-                "reads document n, so make both with kernels.documents.aligned_documents"
+                "reads document n, so make both with ftrain.kernels.documents.aligned_documents"
             )

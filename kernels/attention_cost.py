@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention_cpu import Rule, blocks, served_by_aten
-from kernels.attention_cuda import served_by_flash
-from kernels.attention_math import accumulate_dtype
-from kernels.documents import TOKENS_TOGETHER
+from ftrain.kernels.attention_cpu import Rule, blocks, served_by_aten
+from ftrain.kernels.attention_cuda import served_by_flash
+from ftrain.kernels.attention_math import accumulate_dtype
+from ftrain.kernels.documents import TOKENS_TOGETHER
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import attention_math
-from kernels.attention_math import accumulate_dtype
-from kernels.documents import TOKENS_TOGETHER, Pair, batches, document_pairs, offset_pairs, rows
+from ftrain.kernels import attention_math
+from ftrain.kernels.attention_math import accumulate_dtype
+from ftrain.kernels.documents import TOKENS_TOGETHER, Pair, batches, document_pairs, offset_pairs, rows
 
 BLOCK = 128
 """Fewest queries that share one masked call."""

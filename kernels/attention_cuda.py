@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import attention_cpu
-from kernels.attention_cpu import Rule, inner_dense
-from kernels.documents import aligned_lengths, document_offsets
+from ftrain.kernels import attention_cpu
+from ftrain.kernels.attention_cpu import Rule, inner_dense
+from ftrain.kernels.documents import aligned_lengths, document_offsets
 
 
 class Layout(NamedTuple):

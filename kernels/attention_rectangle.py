@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import attention_math
-from kernels.attention_cpu import BLOCK, inner_dense, served_by_aten
-from kernels.attention_cuda import served_by_flash, whole_pack_offsets
-from kernels.attention_math import accumulate_dtype
+from ftrain.kernels import attention_math
+from ftrain.kernels.attention_cpu import BLOCK, inner_dense, served_by_aten
+from ftrain.kernels.attention_cuda import served_by_flash, whole_pack_offsets
+from ftrain.kernels.attention_math import accumulate_dtype
 
 
 class Band(NamedTuple):

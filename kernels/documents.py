@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from kernels.pack import pack_tokens
+from ftrain.kernels.pack import pack_tokens
 
 TOKENS_TOGETHER = 512
 """Short documents are computed together up to this many tokens, so that copies of a group stay small."""
@@ -160,7 +160,7 @@ def _of_pack(offsets: Tensor, start: int, end: int) -> list[int]:
         border = start if not inside or inside[0] != start else end
         raise ValueError(
             f"a document lies in two packs: it goes on over token {border}, where a pack begins; pack documents so "
-            "that none does (modules.mesh_packing), or give it another id there"
+            "that none does (ftrain.modules.mesh_packing), or give it another id there"
         )
     return inside[1:]
 

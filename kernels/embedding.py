@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend
-from kernels.first_order import first_order
-from kernels.opaque import opaque_op
-from kernels.primitive import primitive
+from ftrain.kernels.backend import choose_backend
+from ftrain.kernels.first_order import first_order
+from ftrain.kernels.opaque import opaque_op
+from ftrain.kernels.primitive import primitive
 
 # On CUDA the reference: checking an index would make the host wait, and ATen's own backward is deterministic.
 _BACKENDS = {"cpu": "cpu"}

@@ -6,7 +6,7 @@ Legend: N rows (every leading dim, flattened), D normalised dim.
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend, device_type
+from ftrain.kernels.backend import choose_backend, device_type
 
 # ATen's own layer norm is one node in a trace, one pass over memory on a CPU, and Inductor takes it apart to fuse it.
 _BACKENDS = {"cpu": "aten", "cuda": "aten"}

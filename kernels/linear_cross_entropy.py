@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend
-from kernels.first_order import first_order
-from kernels.opaque import opaque_op
+from ftrain.kernels.backend import choose_backend
+from ftrain.kernels.first_order import first_order
+from ftrain.kernels.opaque import opaque_op
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kernels.linear_cross_entropy import result_dtype, rows_together
+from ftrain.kernels.linear_cross_entropy import result_dtype, rows_together
 
 
 def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, slope: bool) -> int:

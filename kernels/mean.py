@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from kernels.primitive import primitive
+from ftrain.kernels.primitive import primitive
 
 
 def _no_arithmetic(self: tuple, *_: Any) -> NoReturn:

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend, device_type
-from kernels.chunks import PIECE
-from kernels.first_order import first_order
-from kernels.grouped_mm import grouped_mm
-from kernels.opaque import opaque_op
-from kernels.primitive import primitive
-from kernels.swiglu import swiglu
+from ftrain.kernels.backend import choose_backend, device_type
+from ftrain.kernels.chunks import PIECE
+from ftrain.kernels.first_order import first_order
+from ftrain.kernels.grouped_mm import grouped_mm
+from ftrain.kernels.opaque import opaque_op
+from ftrain.kernels.primitive import primitive
+from ftrain.kernels.swiglu import swiglu
 
 _BACKENDS = {"cpu": "sorted", "cuda": "sorted"}
 

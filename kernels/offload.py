@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.opaque import opaque_op
+from ftrain.kernels.opaque import opaque_op
 
 
 @opaque_op("offload_start(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x, device="cpu"))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.primitive import primitive
+from ftrain.kernels.primitive import primitive
 
 
 @primitive("pack_tokens")

@@ -15,8 +15,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from kernels.backend import inside_higher_transform
-from kernels.opaque import opaque_op
+from ftrain.kernels.backend import inside_higher_transform
+from ftrain.kernels.opaque import opaque_op
 
 Word: TypeAlias = Tensor | int
 

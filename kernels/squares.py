@@ -6,8 +6,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend
-from kernels.opaque import opaque_op
+from ftrain.kernels.backend import choose_backend
+from ftrain.kernels.opaque import opaque_op
 
 LONGEST_RUN = 2**16  # a float32 running sum of more equal terms than this loses its third digit
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend
-from kernels.chunks import piece_numel, pieces
-from kernels.first_order import first_order
-from kernels.opaque import opaque_op
+from ftrain.kernels.backend import choose_backend
+from ftrain.kernels.chunks import piece_numel, pieces
+from ftrain.kernels.first_order import first_order
+from ftrain.kernels.opaque import opaque_op
 
 # On CUDA the reference: Inductor fuses it with its neighbours, which an opaque op would prevent.
 _BACKENDS = {"cpu": "cpu"}

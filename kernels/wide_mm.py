@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.backend import choose_backend
-from kernels.first_order import first_order
-from kernels.opaque import opaque_op
+from ftrain.kernels.backend import choose_backend
+from ftrain.kernels.first_order import first_order
+from ftrain.kernels.opaque import opaque_op
 
 _BACKENDS = {"cuda": "tensor_cores"}
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 _FILES = [
-    import_module(f"kernels.{name}")
+    import_module(f"ftrain.kernels.{name}")
     for name in (
         "adamw",
         "attention_cost",

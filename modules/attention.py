@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.attention import attention
-from kernels.documents import Segments
-from kernels.rms_norm import rms_norm
-from kernels.rope import Llama3Scaling, rope_table
-from kernels.rope import rope as rotate
-from modules.linear import affine
-from modules.spec import ParamSpec, fan_in, ones, zeros
+from ftrain.kernels.attention import attention
+from ftrain.kernels.documents import Segments
+from ftrain.kernels.rms_norm import rms_norm
+from ftrain.kernels.rope import Llama3Scaling, rope_table
+from ftrain.kernels.rope import rope as rotate
+from ftrain.modules.linear import affine
+from ftrain.modules.spec import ParamSpec, fan_in, ones, zeros
 
 RopeTable = tuple[Tensor, Tensor]  # (cos_TF, sin_TF)
 

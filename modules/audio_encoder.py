@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.documents import every, ids_of
-from modules import encoder_stack, linear
-from modules.encoder_stack import StackConfig
-from modules.omni import Encoder, Row
-from modules.spec import ParamSpec, fan_in, zeros
+from ftrain.kernels.documents import every, ids_of
+from ftrain.modules import encoder_stack, linear
+from ftrain.modules.encoder_stack import StackConfig
+from ftrain.modules.omni import Encoder, Row
+from ftrain.modules.spec import ParamSpec, fan_in, zeros
 
 CONV_STRIDE = 4  # two convolutions of stride 2
 

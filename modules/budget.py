@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels.documents import Documents
+from ftrain.kernels.documents import Documents
 
 _GROWTH = 4  # a budget that is short grows by quarters, so that few sizes of arrays occur
 _TOKENS_TOGETHER = 64

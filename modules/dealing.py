@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modules.budget import Budget, Size, first_fit, needs
+from ftrain.modules.budget import Budget, Size, first_fit, needs
 
 
 def carry_over(groups: Sequence[Sequence[Size]], budget: Budget) -> list[list[tuple[int, int]]]:

@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import reference_kernels
-from kernels.chunks import PIECE
-from kernels.documents import Segments, ids_of
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.mean import Mean
-from kernels.pack import following, pack_index
-from modules import attention, embedding, kv_cache, mlp, moe, norm
-from modules.attention import AttentionConfig, RopeTable
-from modules.kv_cache import KvCache, LayerCache
-from modules.mlp import MlpConfig
-from modules.moe import MoEConfig, RouterStats
-from modules.spec import Normal, ParamSpec, Tree
+from ftrain.kernels.backend import reference_kernels
+from ftrain.kernels.chunks import PIECE
+from ftrain.kernels.documents import Segments, ids_of
+from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
+from ftrain.kernels.mean import Mean
+from ftrain.kernels.pack import following, pack_index
+from ftrain.modules import attention, embedding, kv_cache, mlp, moe, norm
+from ftrain.modules.attention import AttentionConfig, RopeTable
+from ftrain.modules.kv_cache import KvCache, LayerCache
+from ftrain.modules.mlp import MlpConfig
+from ftrain.modules.moe import MoEConfig, RouterStats
+from ftrain.modules.spec import Normal, ParamSpec, Tree
 
 IGNORE = -100
 

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from kernels.attention import attention as attend
-from kernels.documents import Segments, one_document
-from kernels.mean import Mean
-from modules import attention, linear, mlp, norm
-from modules.attention import AttentionConfig, RopeTable
-from modules.mlp import MlpConfig
-from modules.spec import Normal, ParamSpec, zeros
+from ftrain.kernels.attention import attention as attend
+from ftrain.kernels.documents import Segments, one_document
+from ftrain.kernels.mean import Mean
+from ftrain.modules import attention, linear, mlp, norm
+from ftrain.modules.attention import AttentionConfig, RopeTable
+from ftrain.modules.mlp import MlpConfig
+from ftrain.modules.spec import Normal, ParamSpec, zeros
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def apply(
     """Latent rows `[N, P]` at times `[N]` in [0, 1] to velocities `[N, P]`.
 
     `positions_AN`: int64 `[3, N]`. `segments_N`, `text_segments_S`: int64 ids of documents, or `Documents` of both (see
-    `kernels.documents.aligned_documents`); latents attend to the text of their own document. ValueError where text is
-    given to a model without it, or is missing.
+    `ftrain.kernels.documents.aligned_documents`); latents attend to the text of their own document. ValueError where
+    text is given to a model without it, or is missing.
     """
     if (text_SC is None) != (cfg.d_text == 0):
         raise ValueError(f"dit: d_text={cfg.d_text}, but text was {'not ' if text_SC is None else ''}given")

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.embedding import embedding
-from modules.spec import Init, Normal, ParamSpec
+from ftrain.kernels.embedding import embedding
+from ftrain.modules.spec import Init, Normal, ParamSpec
 
 
 def specs(vocab: int, d_model: int, *, init: Init | None = None) -> dict[str, ParamSpec]:

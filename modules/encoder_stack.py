@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.documents import Segments
-from modules import attention, mlp, norm
-from modules.attention import AttentionConfig
-from modules.mlp import MlpConfig
+from ftrain.kernels.documents import Segments
+from ftrain.modules import attention, mlp, norm
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.mlp import MlpConfig
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import random
-from kernels.documents import Documents, ids_of
-from modules import decoder as foundation
-from modules import omni
-from modules.kv_cache import KvCache
-from modules.omni import OmniModel
-from modules.packing import Document, Text, exact_budget, measure, pack
-from modules.spec import Tree
+from ftrain.kernels import random
+from ftrain.kernels.documents import Documents, ids_of
+from ftrain.modules import decoder as foundation
+from ftrain.modules import omni
+from ftrain.modules.kv_cache import KvCache
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.packing import Document, Text, exact_budget, measure, pack
+from ftrain.modules.spec import Tree
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from modules import hf_rope
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.hf_fields import agreed, flag, number, require_understood, size
-from modules.moe import MoEConfig
+from ftrain.modules import hf_rope
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.hf_fields import agreed, flag, number, require_understood, size
+from ftrain.modules.moe import MoEConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ alike. `ftrain.hf` streams weights by it. Legend: V vocabulary, D model width, F
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from modules.decoder import DecoderConfig
+from ftrain.modules.decoder import DecoderConfig
 
 
 @dataclass(frozen=True)

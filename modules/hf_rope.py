@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any
 
-from kernels.rope import Llama3Scaling
-from modules.hf_fields import Config, number, size
+from ftrain.kernels.rope import Llama3Scaling
+from ftrain.modules.hf_fields import Config, number, size
 
 READ = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 

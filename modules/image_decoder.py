@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.embedding import embedding
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.mean import Mean
-from modules import vq_image
-from modules.omni import Decoder, Row
-from modules.spec import Normal, ParamSpec
-from modules.vq_image import VqConfig
+from ftrain.kernels.embedding import embedding
+from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
+from ftrain.kernels.mean import Mean
+from ftrain.modules import vq_image
+from ftrain.modules.omni import Decoder, Row
+from ftrain.modules.spec import Normal, ParamSpec
+from ftrain.modules.vq_image import VqConfig
 
 IGNORE = -100
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modules.spec import Init, ParamSpec, fan_in, zeros
+from ftrain.modules.spec import Init, ParamSpec, fan_in, zeros
 
 
 def specs(

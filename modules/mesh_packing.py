@@ -1,7 +1,7 @@
 """Batches for many ranks: one pack of documents after the other, and within a pack media in parts that ranks encode.
 
-The same arrays are a batch of one device, and shared out (`sharding.batch`, with the rules `BATCH`) a batch of any mesh
-with `packs` data ranks and `parts` ranks on its sequence axis.
+The same arrays are a batch of one device, and shared out (`ftrain.sharding.batch`, with the rules `BATCH`) a batch of
+any mesh with `packs` data ranks and `parts` ranks on its sequence axis.
 
 What a step trains on must not depend on the number of packs. So documents are chosen before (`dealing.carry_over`, by
 what the whole step has room for), and here all of them are dealt to the packs (`dealing.deal`): packs that are too
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.budget import Budget
-from modules.dealing import deal, item_parts
-from modules.omni import OmniModel
-from modules.packing import Document, Packed, lay, longest_item, measure, padding
-from sharding.batch import BatchRule, Offsets, Places, Rows
+from ftrain.modules.budget import Budget
+from ftrain.modules.dealing import deal, item_parts
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.packing import Document, Packed, lay, longest_item, measure, padding
+from ftrain.sharding.batch import BatchRule, Offsets, Places, Rows
 
 BATCH: Mapping[str, BatchRule] = MappingProxyType(
     {

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.swiglu import swiglu
-from modules.linear import affine
-from modules.spec import ParamSpec, fan_in, zeros
+from ftrain.kernels.swiglu import swiglu
+from ftrain.modules.linear import affine
+from ftrain.modules.spec import ParamSpec, fan_in, zeros
 
 KINDS = ("swiglu", "gelu", "gelu_tanh")
 

@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.mean import Mean, share, sum_over_batch
-from kernels.moe import dropped_rows, experts_swiglu
-from kernels.wide_mm import wide_mm
-from modules import mlp
-from modules.spec import ParamSpec, fan_in, zeros
+from ftrain.kernels.mean import Mean, share, sum_over_batch
+from ftrain.kernels.moe import dropped_rows, experts_swiglu
+from ftrain.kernels.wide_mm import wide_mm
+from ftrain.modules import mlp
+from ftrain.modules.spec import ParamSpec, fan_in, zeros
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def route(
     """Choose experts: ids `[T, K]` (int64), weights `[T, K]` (differentiable), statistics (of which none is dropped).
 
     Computed in float32, or float64 for float64 inputs: near ties, the choice must not hang on a rounded score. Tokens
-    and router in bfloat16 are multiplied as they are, with float32 sums (`kernels.wide_mm`).
+    and router in bfloat16 are multiplied as they are, with float32 sums (`ftrain.kernels.wide_mm`).
     """
     if (bias_E is None) != (cfg.balance != "bias"):
         raise ValueError(f"moe: balance={cfg.balance!r}, but router_bias_E was {'not ' if bias_E is None else ''}given")

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from kernels.layer_norm import layer_norm
-from kernels.rms_norm import rms_norm
-from modules.spec import ParamSpec, ones, zeros
+from ftrain.kernels.layer_norm import layer_norm
+from ftrain.kernels.rms_norm import rms_norm
+from ftrain.modules.spec import ParamSpec, ones, zeros
 
 Kind = Literal["rms", "layer"]
 

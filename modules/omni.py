@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.embedding import merge_rows
-from kernels.mean import Mean
-from kernels.pack import pack_tokens, take_rows
-from modules import decoder as foundation
-from modules import moe
-from modules.decoder import DecoderConfig, DecoderStats
-from modules.spec import Tree, map_with_paths
+from ftrain.kernels.embedding import merge_rows
+from ftrain.kernels.mean import Mean
+from ftrain.kernels.pack import pack_tokens, take_rows
+from ftrain.modules import decoder as foundation
+from ftrain.modules import moe
+from ftrain.modules.decoder import DecoderConfig, DecoderStats
+from ftrain.modules.spec import Tree, map_with_paths
 
 RESERVED_TERMS = ("text", "balance")
 

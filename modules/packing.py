@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.budget import Bound as Bound  # what a budget is made of is imported from here too
-from modules.budget import Budget, Size, first_fit, needs, total_budget
-from modules.omni import Decoder, Encoder, OmniModel, Row
+from ftrain.modules.budget import Bound as Bound  # what a budget is made of is imported from here too
+from ftrain.modules.budget import Budget, Size, first_fit, needs, total_budget
+from ftrain.modules.omni import Decoder, Encoder, OmniModel, Row
 
 IGNORE = -100
 

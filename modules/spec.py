@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import random
-from kernels.primitive import primitive
-from sharding import logical_axes
+from ftrain.kernels import random
+from ftrain.kernels.primitive import primitive
+from ftrain.sharding import logical_axes
 
 Tree = Any  # nested dicts with string keys and lists, of one kind of leaf: what static types cannot say usefully
 
@@ -90,7 +90,8 @@ def fan_in(fan: int, *, gain: float = 1.0) -> Normal:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, what each dim means (`sharding.logical_axes`, `None`: never split), initial values.
+    """One parameter: its shape, what each dim means (`ftrain.sharding.logical_axes`, `None`: never split), initial
+    values.
 
     Raises `ValueError` where `axes` does not name every dim, or names an unknown axis.
     """

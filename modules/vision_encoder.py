@@ -16,9 +16,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules import encoder_stack, linear
-from modules.encoder_stack import StackConfig
-from modules.omni import Encoder, Row
+from ftrain.modules import encoder_stack, linear
+from ftrain.modules.encoder_stack import StackConfig
+from ftrain.modules.omni import Encoder, Row
 
 
 @dataclass(frozen=True)

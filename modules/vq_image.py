@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import random
-from kernels.mean import Mean
-from modules.spec import Constant, Normal, ParamSpec, fan_in, zeros
+from ftrain.kernels import random
+from ftrain.kernels.mean import Mean
+from ftrain.modules.spec import Constant, Normal, ParamSpec, fan_in, zeros
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Sharding: the mesh, layouts of components, and what each primitive becomes on many ranks. Knows nothing of models."""
 
-from sharding.batch import Offsets, Places, Rows, Same, Tokens
-from sharding.layout import Capacity, Exact, Hybrid, Layout, Ring, Ulysses
-from sharding.mesh import Mesh
-from sharding.plan import Plan
+from ftrain.sharding.batch import Offsets, Places, Rows, Same, Tokens
+from ftrain.sharding.layout import Capacity, Exact, Hybrid, Layout, Ring, Ulysses
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.plan import Plan
 
 __all__ = [
     "Capacity",

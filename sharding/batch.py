@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sharding.mesh import Mesh
+from ftrain.sharding.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Same:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Offsets of documents along `dim` (`kernels.documents.Documents`), with as many places for each part of the batch:
-    `of` "packs" (each rank sees those of its whole pack), or of "rows" (of its own rows of media)."""
+    """Offsets of documents along `dim` (`ftrain.kernels.documents.Documents`), with as many places for each part of the
+    batch: `of` "packs" (each rank sees those of its whole pack), or of "rows" (of its own rows of media)."""
 
     dim: int = 0
     of: Literal["packs", "rows"] = "packs"
@@ -118,7 +118,8 @@ def require_whole_documents(ids: Tensor, *, path: str, dim: int, mesh: Mesh) -> 
             raise ValueError(
                 f"batch leaf {path!r}: a document (id {rows[border].flatten()[0]}) goes on over token {border}, where "
                 f"the pack of another data rank begins: it would be cut in two. Pack documents so that none lies in "
-                f"two of {data} packs (modules.mesh_packing), or, if two documents share the id, give one another"
+                f"two of {data} packs (ftrain.modules.mesh_packing), or, if two documents share the id, give one "
+                "another"
             )
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.opaque import opaque_op
-from sharding.mesh import Group
-from sharding.private import rank_in_group
-from sharding.spmd import purpose
+from ftrain.kernels.opaque import opaque_op
+from ftrain.sharding.mesh import Group
+from ftrain.sharding.private import rank_in_group
+from ftrain.sharding.spmd import purpose
 
 _c10d = torch.ops._c10d_functional
 

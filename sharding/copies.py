@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharding.bits import hash_bits
-from sharding.mesh import Mesh
-from sharding.placement import Placement
+from ftrain.sharding.bits import hash_bits
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import Placement
 
 
 class Held(NamedTuple):

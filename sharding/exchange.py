@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.embedding import merge_rows
-from kernels.moe import permute_rows, restore_rows
-from kernels.pack import take_rows
-from kernels.random import Window
-from sharding.batch import TokenOrder
-from sharding.collectives import all_to_all, all_to_all_rows
-from sharding.mesh import Group, Mesh
-from sharding.sequence_attention import from_pack_order, gather_tokens
-from sharding.sizes import host_size
-from sharding.spmd import axis_index
+from ftrain.kernels.embedding import merge_rows
+from ftrain.kernels.moe import permute_rows, restore_rows
+from ftrain.kernels.pack import take_rows
+from ftrain.kernels.random import Window
+from ftrain.sharding.batch import TokenOrder
+from ftrain.sharding.collectives import all_to_all, all_to_all_rows
+from ftrain.sharding.mesh import Group, Mesh
+from ftrain.sharding.sequence_attention import from_pack_order, gather_tokens
+from ftrain.sharding.sizes import host_size
+from ftrain.sharding.spmd import axis_index
 
 
 class Route(NamedTuple):
@@ -52,7 +52,7 @@ def route(place_N: Tensor, tokens: int, *, mesh: Mesh, order: TokenOrder) -> Rou
 
 
 def merge_rows_sharded(x_TD: Tensor, rows_ND: Tensor, place_N: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`kernels.embedding.merge_rows` into the pack: rows of any rank over the tokens of all, `[T, D]`."""
+    """`ftrain.kernels.embedding.merge_rows` into the pack: rows of any rank over the tokens of all, `[T, D]`."""
     way = route(place_N, x_TD.shape[0], mesh=mesh, order=order)
     sent_ND = permute_rows(rows_ND, way.order_N)
     got_RD = all_to_all_rows(sent_ND, way.send_n, way.receive_n, way.total, way.group, purpose="merge")
@@ -60,7 +60,7 @@ def merge_rows_sharded(x_TD: Tensor, rows_ND: Tensor, place_N: Tensor, *, mesh: 
 
 
 def take_rows_sharded(x_TD: Tensor, place_N: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`kernels.pack.take_rows` from the pack: rows of the tokens of all ranks, `[N, D]`."""
+    """`ftrain.kernels.pack.take_rows` from the pack: rows of the tokens of all ranks, `[N, D]`."""
     way = route(place_N, x_TD.shape[0], mesh=mesh, order=order)
     asked_RD = take_rows.local(x_TD, way.place_R)  # type: ignore[attr-defined]
     back_ND = all_to_all_rows(asked_RD, way.receive_n, way.send_n, place_N.shape[0], way.group, purpose="take")
@@ -68,7 +68,9 @@ def take_rows_sharded(x_TD: Tensor, place_N: Tensor, *, mesh: Mesh, order: Token
 
 
 def following_sharded(x_T: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`kernels.pack.following`, right at the edges of ranks: meant for small rows, since the pack is gathered."""
+    """`ftrain.kernels.pack.following`, right at the edges of ranks: meant for small rows, since the pack is
+    gathered.
+    """
     whole_P = gather_tokens(x_T, mesh, order, purpose="following")
     held_P = from_pack_order(torch.roll(whole_P, -1, 0), order)
     tokens = x_T.shape[0]
@@ -77,7 +79,7 @@ def following_sharded(x_T: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
 
 
 def pack_index_sharded(tokens: int, device: torch.device, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`kernels.pack.pack_index` of this rank's tokens."""
+    """`ftrain.kernels.pack.pack_index` of this rank's tokens."""
     held_P = order.order(tokens * mesh.sequence)
     return held_P.index_select(0, axis_index("sequence") * tokens + torch.arange(tokens)).to(device)
 
@@ -85,7 +87,9 @@ def pack_index_sharded(tokens: int, device: torch.device, *, mesh: Mesh, order: 
 def draw_over_batch_sharded(
     draw: Callable[..., Tensor], key: Tensor, shape: tuple[int, ...], *, dim: int = 0, mesh: Mesh, order: TokenOrder
 ) -> Tensor:
-    """`kernels.pack.draw_over_batch`: windows of the numbers of the whole mesh's batch, one for each run of tokens."""
+    """`ftrain.kernels.pack.draw_over_batch`: windows of the numbers of the whole mesh's batch, one for each run of
+    tokens.
+    """
     tokens = shape[dim]
     whole = tuple(tokens * mesh.size if d == dim else n for d, n in enumerate(shape))
     pack_start = axis_index("data") * (tokens * mesh.sequence)

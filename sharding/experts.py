@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.grouped_mm import grouped_mm
-from kernels.moe import combine, moe_dispatch, permute_rows, restore_rows
-from kernels.swiglu import swiglu
-from sharding.collectives import all_to_all, all_to_all_rows
-from sharding.layout import Capacity, Exact
-from sharding.mesh import Group, Mesh
-from sharding.sizes import host_size
+from ftrain.kernels.grouped_mm import grouped_mm
+from ftrain.kernels.moe import combine, moe_dispatch, permute_rows, restore_rows
+from ftrain.kernels.swiglu import swiglu
+from ftrain.sharding.collectives import all_to_all, all_to_all_rows
+from ftrain.sharding.layout import Capacity, Exact
+from ftrain.sharding.mesh import Group, Mesh
+from ftrain.sharding.sizes import host_size
 
 Weights = tuple[Tensor, Tensor, Tensor]
 
@@ -37,7 +37,7 @@ def experts_swiglu_sharded(
     chunks: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """`kernels.moe.experts_swiglu` where the expert axis divides the experts: `[T, D]`.
+    """`ftrain.kernels.moe.experts_swiglu` where the expert axis divides the experts: `[T, D]`.
 
     `expert_TK` are numbers of experts of the whole model; the weights are this rank's experts. With `chunks` the tokens
     go in as many parts, none of which waits for another. ValueError where they do not divide.

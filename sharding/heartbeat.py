@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sharding.private import default_store
+from ftrain.sharding.private import default_store
 
 _PERIOD = 0.5
 _ASKED = "ftrain/asked who is silent"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from sharding.mesh import BASE_AXES
+from ftrain.sharding.mesh import BASE_AXES
 
 
 @dataclass(frozen=True)

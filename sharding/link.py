@@ -31,5 +31,7 @@ class Link:
 
 
 def sent_bytes(kind: str, held: int, ranks: int) -> int:
-    """Bytes that a rank sends in a collective to which it brings `held` bytes; kinds are those of `ftrain.lockstep`."""
+    """Bytes that a rank sends in a collective to which it brings `held` bytes; kinds are those of
+    `ftrain.runtime.lockstep`.
+    """
     return int(_SENT[kind](ranks) * held)

@@ -1,7 +1,7 @@
 """The vocabulary of logical axes: what a dim of a parameter means, so that a plan can say how to split it.
 
-A `modules.spec.ParamSpec` names each of its dims with one of these words, or `None` for a dim that no plan ever splits.
-A layout maps words to mesh axes; models never see the mesh.
+A `ftrain.modules.spec.ParamSpec` names each of its dims with one of these words, or `None` for a dim that no plan ever
+splits. A layout maps words to mesh axes; models never see the mesh.
 """
 
 import difflib

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharding.collectives import all_to_all, gather_pieces
-from sharding.mesh import Mesh
-from sharding.placement import Placement
-from sharding.spmd import axis_index, filled
+from ftrain.sharding.collectives import all_to_all, gather_pieces
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import Placement
+from ftrain.sharding.spmd import axis_index, filled
 
 Work = Callable[[Sequence[Tensor]], list[Tensor]]
 _Batch = Callable[[Tensor], Tensor]

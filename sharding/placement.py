@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharding.collectives import all_gather, copy_to_ranks
-from sharding.mesh import EXPERT_AXES, Mesh
-from sharding.spmd import axis_index
+from ftrain.sharding.collectives import all_gather, copy_to_ranks
+from ftrain.sharding.mesh import EXPERT_AXES, Mesh
+from ftrain.sharding.spmd import axis_index
 
 
 class Split(NamedTuple):

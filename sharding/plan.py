@@ -5,12 +5,12 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Never
 
-from sharding.batch import BatchRule, Offsets, TokenOrder, Tokens
-from sharding.layout import Hybrid, Layout, Ring
-from sharding.link import Link
-from sharding.mesh import Mesh
-from sharding.paths import Rules
-from sharding.placement import Placement, place
+from ftrain.sharding.batch import BatchRule, Offsets, TokenOrder, Tokens
+from ftrain.sharding.layout import Hybrid, Layout, Ring
+from ftrain.sharding.link import Link
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.paths import Rules
+from ftrain.sharding.placement import Placement, place
 
 
 class Plan:
@@ -18,9 +18,9 @@ class Plan:
 
     `components` maps globs over the paths of parameters ("encoders", "foundation.layers.*.moe") to layouts, `batch`
     maps globs over paths of the batch to how a leaf is divided. A glob names a leaf or a node and holds for all below
-    it; the most specific decides, and a tie is a ValueError (`sharding.paths`). Without a match a leaf of the batch has
-    one entry per token in dim 0, but for the offsets of `Documents`, which are those of packs. `link`: what a message
-    costs, by which communication is bucketed and hidden.
+    it; the most specific decides, and a tie is a ValueError (`ftrain.sharding.paths`). Without a match a leaf of the
+    batch has one entry per token in dim 0, but for the offsets of `Documents`, which are those of packs. `link`: what a
+    message costs, by which communication is bucketed and hidden.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Plan:
             raise ValueError(_in_its_place(misplaced))
         for name, layout in (("default", default), *components.items()):
             if not isinstance(layout, Layout):
-                raise ValueError(f"the plan's layout of {name!r} is {layout!r}, not a sharding.Layout")
+                raise ValueError(f"the plan's layout of {name!r} is {layout!r}, not a ftrain.sharding.Layout")
         self.mesh, self.default, self.link = mesh, default, link
         self.components, self.batch = dict(components), dict(batch)
         self._layouts = Rules(self.components, "Plan(components=...)", below=True)
@@ -132,7 +132,9 @@ def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
         for i, child in enumerate(tree):
             yield from _walk(child, f"{path}.{i}" if path else str(i))
     elif tree is not None:
-        raise ValueError(f"specs: {path or 'the tree'!r} is a {type(tree).__name__}, not a ParamSpec (modules.spec.of)")
+        raise ValueError(
+            f"specs: {path or 'the tree'!r} is a {type(tree).__name__}, not a ParamSpec (ftrain.modules.spec.of)"
+        )
 
 
 def _dims(shape: tuple[int, ...]) -> str:

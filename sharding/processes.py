@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from sharding.mesh import BASE_AXES, EXPERT_AXES, Mesh, legal_sizes
-from sharding.placement import Placement
-from sharding.private import group_timeout, has_group, make_dtensor, register_group
+from ftrain.sharding.mesh import BASE_AXES, EXPERT_AXES, Mesh, legal_sizes
+from ftrain.sharding.placement import Placement
+from ftrain.sharding.private import group_timeout, has_group, make_dtensor, register_group
 
 T = TypeVar("T")
 PIECE = "padded_piece"

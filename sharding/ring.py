@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.first_order import first_order
-from sharding.collectives import shift_ranks, wait
-from sharding.mesh import Group
-from sharding.ring_block import Step, ring_backward, ring_forward
-from sharding.spmd import purpose
+from ftrain.kernels.first_order import first_order
+from ftrain.sharding.collectives import shift_ranks, wait
+from ftrain.sharding.mesh import Group
+from ftrain.sharding.ring_block import Step, ring_backward, ring_forward
+from ftrain.sharding.spmd import purpose
 
 
 class RingRule(NamedTuple):

@@ -3,7 +3,8 @@
 Which member that is depends on the rank, so a step is an opaque op that reads the rank's place when it runs; its shapes
 do not depend on it. A member holds one run of the pack's tokens, or with zigzag two; two runs are the same, or one lies
 before the other. The same run is ordinary attention; of two different runs at most one document has tokens in both, at
-the end of the earlier and the start of the later, and these see each other whole (`kernels.attention_rectangle`).
+the end of the earlier and the start of the later, and these see each other whole
+(`ftrain.kernels.attention_rectangle`).
 
 T tokens of a rank, P = T * n tokens of the pack, n members of the ring, H query heads, G key/value heads, K head dim,
 V value dim, C = K + V, L queries and M keys of two runs.
@@ -17,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import attention_cpu, attention_cuda, attention_rectangle
-from kernels.attention_cpu import Rule
-from kernels.attention_math import accumulate_dtype
-from kernels.attention_rectangle import Band
-from kernels.documents import document_offsets
-from kernels.opaque import opaque_op
+from ftrain.kernels import attention_cpu, attention_cuda, attention_rectangle
+from ftrain.kernels.attention_cpu import Rule
+from ftrain.kernels.attention_math import accumulate_dtype
+from ftrain.kernels.attention_rectangle import Band
+from ftrain.kernels.documents import document_offsets
+from ftrain.kernels.opaque import opaque_op
 
 
 class Step(NamedTuple):

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import attention_cost
-from kernels.attention_cpu import BLOCK
-from kernels.attention_math import accumulate_dtype
-from sharding.ring_block import Step
+from ftrain.kernels import attention_cost
+from ftrain.kernels.attention_cpu import BLOCK
+from ftrain.kernels.attention_math import accumulate_dtype
+from ftrain.sharding.ring_block import Step
 
 
 def _seen(T: int, how: Step) -> float:

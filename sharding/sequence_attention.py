@@ -11,16 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.attention import BACKENDS, attention
-from kernels.backend import choose_backend, device_type
-from kernels.documents import Documents, Segments, document_index, ids_of, index_of_offsets
-from sharding.batch import TokenOrder
-from sharding.collectives import all_gather
-from sharding.layout import Hybrid, Ring, Ulysses
-from sharding.mesh import Group, Mesh
-from sharding.ring import RingRule, ring_attention
-from sharding.spmd import axis_index
-from sharding.ulysses import check_heads, heads_to_tokens, tokens_to_heads
+from ftrain.kernels.attention import BACKENDS, attention
+from ftrain.kernels.backend import choose_backend, device_type
+from ftrain.kernels.documents import Documents, Segments, document_index, ids_of, index_of_offsets
+from ftrain.sharding.batch import TokenOrder
+from ftrain.sharding.collectives import all_gather
+from ftrain.sharding.layout import Hybrid, Ring, Ulysses
+from ftrain.sharding.mesh import Group, Mesh
+from ftrain.sharding.ring import RingRule, ring_attention
+from ftrain.sharding.spmd import axis_index
+from ftrain.sharding.ulysses import check_heads, heads_to_tokens, tokens_to_heads
 
 
 class PackDocuments(NamedTuple):
@@ -53,7 +53,8 @@ def sequence_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`kernels.attention.attention` of the whole pack, this rank's rows: `[T, H, V]` in the dtype of the queries.
+    """`ftrain.kernels.attention.attention` of the whole pack, this rank's rows: `[T, H, V]` in the dtype of the
+    queries.
 
     - `q_THK`, `k_SGK`, `v_SGV`, `segments_T`: this rank's share of the pack, in the `order` of its tokens; the rest as
       in `attention`. Of `Documents` the ids are this rank's share, and the offsets those of the whole pack.

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharding.collectives import gather_pieces, sum_over
-from sharding.mesh import Mesh
-from sharding.placement import Placement
+from ftrain.sharding.collectives import gather_pieces, sum_over
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import Placement
 
 
 def sum_over_shards(values_N: Tensor, placements: Sequence[Placement], mesh: Mesh) -> Tensor:

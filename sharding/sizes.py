@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.opaque import opaque_op
+from ftrain.kernels.opaque import opaque_op
 
 
 @opaque_op(

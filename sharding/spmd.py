@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharding.mesh import BASE_AXES, Mesh
+from ftrain.sharding.mesh import BASE_AXES, Mesh
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharding.collectives import all_to_all
-from sharding.mesh import Group
+from ftrain.sharding.collectives import all_to_all
+from ftrain.sharding.mesh import Group
 
 PURPOSE = "ulysses"
 

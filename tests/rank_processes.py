@@ -10,7 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["torch.distributed.tensor", "ftrain", "ftrain.checkpoint", "ftrain.hf", "modules.omni", "sharding.processes"]
+PRELOAD = [
+    "torch.distributed.tensor",
+    "ftrain",
+    "ftrain.checkpoint",
+    "ftrain.hf",
+    "ftrain.modules.omni",
+    "ftrain.sharding.processes",
+]
 
 
 def run(

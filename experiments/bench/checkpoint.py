@@ -33,9 +33,9 @@ from experiments.bench.checkpoint_peers import Dcp, plain_read, plain_write
 from experiments.bench.table import Row, publish, row
 from ftrain import tree
 from ftrain.checkpoint import Checkpointer, Ranks, Retention, Storage
-from sharding.mesh import Mesh
-from sharding.placement import place
-from sharding.processes import DeviceMeshes, to_dtensor
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import place
+from ftrain.sharding.processes import DeviceMeshes, to_dtensor
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 import ftrain
 from ftrain import tree
-from kernels.mean import Mean
-from modules.spec import Normal, ParamSpec
-from sharding import Plan
-from sharding.mesh import Mesh
+from ftrain.kernels.mean import Mean
+from ftrain.modules.spec import Normal, ParamSpec
+from ftrain.sharding import Plan
+from ftrain.sharding.mesh import Mesh
 
 TOKENS, STEPS = 16, 3
 

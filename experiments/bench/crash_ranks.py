@@ -21,9 +21,9 @@ from experiments.bench.crash_state import Crash, state_of, verified_step
 from ftrain import tree
 from ftrain.checkpoint import Checkpointer, Ranks, Retention, Storage
 from ftrain.checkpoint.folders import leftovers
-from sharding.mesh import Mesh
-from sharding.placement import Placement, Split
-from sharding.processes import DeviceMeshes, to_dtensor
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import Placement, Split
+from ftrain.sharding.processes import DeviceMeshes, to_dtensor
 
 ENDED_BY_ITSELF = 3
 """What a rank ends with that has noticed that another one is gone."""

@@ -20,13 +20,13 @@ from torch import Tensor
 from experiments.bench.hf_models import Shape, hf_model, machine, our_config, our_parameters, with_experts
 from experiments.bench.table import Row, publish, row
 from ftrain import Precision
-from ftrain.precision import Choice, precision_on
-from kernels.documents import Documents
-from modules import decoder, spec
-from modules.decoder import DecoderConfig
-from modules.generation import generate_text
-from modules.omni import OmniModel
-from modules.packing import Text
+from ftrain.kernels.documents import Documents
+from ftrain.modules import decoder, spec
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.generation import generate_text
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.packing import Text
+from ftrain.trace.precision import Choice, precision_on
 
 MOST = 0.75
 """Of the prompts: how many must begin with the same token in bfloat16."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ftrain.hf import load_hf
-from modules import decoder
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.hf_names import decoder_names
-from modules.moe import MoEConfig
+from ftrain.modules import decoder
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.hf_names import decoder_names
+from ftrain.modules.moe import MoEConfig
 
 ROPE_BASE = 10_000.0
 

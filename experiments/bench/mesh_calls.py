@@ -22,8 +22,8 @@ import tyro
 
 import ftrain
 from experiments.bench.table import Row, publish, row
-from modules.spec import Constant, ParamSpec
-from sharding import Mesh, Plan
+from ftrain.modules.spec import Constant, ParamSpec
+from ftrain.sharding import Mesh, Plan
 
 LEAVES = (400, 1500)
 ROUNDS = 200

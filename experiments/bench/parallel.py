@@ -26,14 +26,14 @@ import ftrain
 from experiments.bench.slow_link import SlowLink, run_over
 from experiments.bench.table import Row, publish, row
 from experiments.omni import job
-from modules import decoder
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.moe import MoEConfig
-from sharding import Layout, Mesh, Plan
-from sharding.experts import expert_bytes
-from sharding.link import Link
-from sharding.ulysses import repeated_kv_bytes, ulysses_bytes
+from ftrain.modules import decoder
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.moe import MoEConfig
+from ftrain.sharding import Layout, Mesh, Plan
+from ftrain.sharding.experts import expert_bytes
+from ftrain.sharding.link import Link
+from ftrain.sharding.ulysses import repeated_kv_bytes, ulysses_bytes
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ Legend of formulas: bytes; bfloat16 is 2, float32 is 4; AdamW's state is 12 per 
 from dataclasses import dataclass
 
 from ftrain import tree
-from modules import decoder
-from modules.decoder import DecoderConfig
+from ftrain.modules import decoder
+from ftrain.modules.decoder import DecoderConfig
 
 GIB = 1 << 30
 _HALF, _FULL, _STATE = 2, 4, 12

@@ -18,12 +18,12 @@ import tyro
 from experiments.bench.peers import WITH_ALL_TO_ALL, Fsdp2
 from experiments.bench.table import Row, publish, row
 from experiments.decoder_plan import DecoderSubject
-from ftrain.search.cluster import GIB, Cluster, cluster
-from ftrain.search.layouts import Candidate
-from ftrain.search.price import Price, price
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig, preset
-from sharding import Ulysses
+from ftrain.analysis.cluster import GIB, Cluster, cluster
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig, preset
+from ftrain.plan.cost import Price, price
+from ftrain.plan.space import Candidate
+from ftrain.sharding import Ulysses
 
 FITTED_ON = ("VeOmni 72B, SP8, 8K", "VeOmni 72B, SP4, 16K")
 _TITAN = (

@@ -27,10 +27,10 @@ from experiments.bench.hf_models import machine
 from experiments.bench.remat_models import Case, Llama, llama, makers_on
 from experiments.bench.table import Row, publish, row
 from ftrain import Precision, Remat
-from ftrain.liveness import input_bytes
-from ftrain.meter import measure_peak
-from ftrain.precision import Choice, precision_on
-from ftrain.remat_fit import ImpossibleBudget
+from ftrain.analysis.liveness import input_bytes
+from ftrain.analysis.meter import measure_peak
+from ftrain.remat.fit import ImpossibleBudget
+from ftrain.trace.precision import Choice, precision_on
 
 TORCH_BUDGETS = (0.8, 0.5, 0.2)
 SHARES = (0.8, 0.6, 0.45, 0.35)

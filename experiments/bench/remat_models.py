@@ -16,8 +16,8 @@ from torch import Tensor
 import ftrain
 from experiments.omni import job
 from ftrain import Precision
-from modules import dit
-from modules.dit import DitConfig
+from ftrain.modules import dit
+from ftrain.modules.dit import DitConfig
 
 _CPU = torch.device("cpu")
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 import ftrain
-from ftrain.collectives import COLLECTIVES, WAIT
-from ftrain.execute import python_program
-from ftrain.loop import copy_graph
-from sharding.link import sent_bytes
-from sharding.private import resolve_group
+from ftrain.graph.collectives import COLLECTIVES, WAIT
+from ftrain.graph.loop import copy_graph
+from ftrain.runtime.execute import python_program
+from ftrain.sharding.link import sent_bytes
+from ftrain.sharding.private import resolve_group
 
 
 @dataclass

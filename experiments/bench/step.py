@@ -24,14 +24,14 @@ import ftrain
 from experiments.bench.hf_models import Shape, hf_model, machine, our_config, our_parameters, with_experts
 from experiments.bench.table import Row, publish, row
 from ftrain import Precision, tree
-from ftrain.meter import measure_peak
+from ftrain.analysis.meter import measure_peak
+from ftrain.kernels.documents import Documents
+from ftrain.modules import decoder, moe, spec
+from ftrain.modules.decoder import DecoderConfig
 from ftrain.optim import adamw, chain, clip_by_global_norm
-from ftrain.precision import Choice, precision_on
-from ftrain.state import TrainState
-from ftrain.trace import Aval
-from kernels.documents import Documents
-from modules import decoder, moe, spec
-from modules.decoder import DecoderConfig
+from ftrain.step.state import TrainState
+from ftrain.trace.precision import Choice, precision_on
+from ftrain.trace.tracer import Aval
 
 RATE, DECAY, LARGEST_NORM = 1e-4, 0.01, 1.0
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 5e-2}

@@ -20,11 +20,11 @@ import torch
 from experiments.omni.choice import WINDOW, Choice
 from experiments.omni.tasks import Mixture
 from ftrain import tree
-from ftrain.interrupt import SIGNALS
-from modules.budget import Bound, Budget, Size
-from modules.mesh_packing import pack_for_mesh
-from modules.omni import OmniModel
-from modules.packing import measure
+from ftrain.modules.budget import Bound, Budget, Size
+from ftrain.modules.mesh_packing import pack_for_mesh
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.packing import measure
+from ftrain.resilience.signals import SIGNALS
 
 _ROOM_FOR_TOKENS, _ROOM_FOR_MEDIA, _ROOM_FOR_DOCUMENTS = 1.08, 1.25, 2
 _MEASURED = 512  # examples whose mean need stands for all
@@ -36,9 +36,9 @@ class Batches:
     """Batch `step` holds what `Choice` says: examples `step * documents` and on, but for those that another step of the
     same window has more room for. None is left out, and neither the layout nor a resume changes which they are.
 
-    `budget` is that of one pack, of which a batch has `packs`, each with its media in `parts` (`modules.mesh_packing`).
-    It should be the `fitting_budget` of the same numbers; where it has no room for a step's examples, that batch has
-    larger arrays. `steps`: of the run (see `Choice`).
+    `budget` is that of one pack, of which a batch has `packs`, each with its media in `parts`
+    (`ftrain.modules.mesh_packing`). It should be the `fitting_budget` of the same numbers; where it has no room for a
+    step's examples, that batch has larger arrays. `steps`: of the run (see `Choice`).
     """
 
     mixture: Mixture

@@ -1,20 +1,21 @@
 """Which examples a step trains on: a pure function of the step and the data, the same on every layout.
 
 Step `s` has `documents` examples of its own, those numbered from `s * documents`. The few that its budget has no room
-for are carried over to other steps of its window of `WINDOW` steps (`modules.dealing.carry_over`), so that arrays keep
-their sizes and each example is trained on once. That is decided by the budget of a whole step, before anything is dealt
-to packs: a run may go on on another number of ranks and sees what it would have seen. A window stands alone, so that
-any step can be had without those before it. An example that no step of its window has room for stays in its own.
+for are carried over to other steps of its window of `WINDOW` steps (`ftrain.modules.dealing.carry_over`), so that
+arrays keep their sizes and each example is trained on once. That is decided by the budget of a whole step, before
+anything is dealt to packs: a run may go on on another number of ranks and sees what it would have seen. A window stands
+alone, so that any step can be had without those before it. An example that no step of its window has room for stays in
+its own.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments.omni.tasks import Mixture
-from modules.budget import Budget, Size
-from modules.dealing import carry_over
-from modules.omni import OmniModel
-from modules.packing import Document, measure
+from ftrain.modules.budget import Budget, Size
+from ftrain.modules.dealing import carry_over
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.packing import Document, measure
 
 WINDOW = 8  # steps over which chance evens out: the room for media is 4 standard deviations of a window's mean
 

@@ -16,8 +16,8 @@ from experiments.omni.judge import Judge
 from experiments.omni.language import EOS
 from experiments.omni.sources import HELD_OUT, Sources
 from experiments.omni.tasks import Example, sample
-from modules.generation import generate_codes, generate_text
-from modules.omni import OmniModel
+from ftrain.modules.generation import generate_codes, generate_text
+from ftrain.modules.omni import OmniModel
 
 GOALS = {
     "image_to_text": 0.95,

@@ -15,10 +15,10 @@ from experiments.omni.sources import Sources
 from experiments.omni.tasks import Mixture
 from experiments.omni.training import TrainConfig
 from ftrain import Precision, TrainState, optim
-from ftrain.hardware import free_bytes
-from modules import omni, spec
-from modules.omni import OmniModel
-from sharding import Mesh
+from ftrain.analysis.hardware import free_bytes
+from ftrain.modules import omni, spec
+from ftrain.modules.omni import OmniModel
+from ftrain.sharding import Mesh
 
 _BYTES_PER_PARAMETER = 16  # float32 master, two moments, gradient
 

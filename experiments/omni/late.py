@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ftrain.host_copy import HostCopy
-from ftrain.survive.bad_steps import Verdict
+from ftrain.resilience.anomalies import Verdict
+from ftrain.runtime.host_copy import HostCopy
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from experiments.omni import corpus
 from experiments.omni.language import Tokenizer
 from experiments.omni.sources import Readers
-from modules import audio_encoder, image_decoder, vision_encoder
-from modules.attention import AttentionConfig
-from modules.audio_encoder import CONV_STRIDE, AudioConfig
-from modules.decoder import DecoderConfig, preset
-from modules.image_decoder import ImageDecoderConfig
-from modules.moe import MoEConfig
-from modules.omni import OmniModel
-from modules.vision_encoder import VisionConfig
-from modules.vq_image import VqConfig
+from ftrain.modules import audio_encoder, image_decoder, vision_encoder
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.audio_encoder import CONV_STRIDE, AudioConfig
+from ftrain.modules.decoder import DecoderConfig, preset
+from ftrain.modules.image_decoder import ImageDecoderConfig
+from ftrain.modules.moe import MoEConfig
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.vision_encoder import VisionConfig
+from ftrain.modules.vq_image import VqConfig
 
 IMAGE_SIZE = 8
 _HOP = 128  # samples between mel frames

@@ -16,17 +16,17 @@ from experiments.omni import training
 from experiments.omni.language import tokenizer
 from experiments.omni.training import TrainConfig
 from ftrain import AutoPlan, Aval, Precision, SavedPlan, TrainState, tree
-from ftrain.search.chosen import require_ranks
-from ftrain.search.layouts import Candidate, Facts
-from ftrain.search.plan_file import load_plan
-from ftrain.search.subject import Trial
-from kernels.documents import Documents
-from modules import audio_encoder, omni, spec, vision_encoder
-from modules import decoder as foundation
-from modules.mesh_packing import BATCH
-from modules.omni import OmniModel
-from sharding import Layout, Mesh, Plan, Rows
-from sharding.mesh import Kind
+from ftrain.kernels.documents import Documents
+from ftrain.modules import audio_encoder, omni, spec, vision_encoder
+from ftrain.modules import decoder as foundation
+from ftrain.modules.mesh_packing import BATCH
+from ftrain.modules.omni import OmniModel
+from ftrain.plan.auto import require_ranks
+from ftrain.plan.file import load_plan
+from ftrain.plan.space import Candidate, Facts
+from ftrain.plan.workload import Trial
+from ftrain.sharding import Layout, Mesh, Plan, Rows
+from ftrain.sharding.mesh import Kind
 
 AUTO = "auto"
 WHOLE = Layout(sequence=None)
@@ -171,7 +171,9 @@ class OmniSubject:
         return OmniModel(replace(whole.foundation, layers=depths["foundation"]), made, whole.decoders)
 
     def batch(self, net: OmniModel, candidate: Candidate) -> dict[str, Any]:
-        """The arrays of a step (see `modules.mesh_packing`), their media rounded up to what all ranks share evenly."""
+        """The arrays of a step (see `ftrain.modules.mesh_packing`), their media rounded up to what all ranks share
+        evenly.
+        """
         T = self.tokens * self.packs
         ids: dict[str, Any] = dict.fromkeys(("tokens_T", "labels_T", "positions_T", "task_T"), _ids(T))
         ids["segments_T"] = _documents(T, self.packs)

@@ -7,8 +7,8 @@ import torch
 
 from experiments.omni import job
 from ftrain import Precision
-from ftrain.survive.replay import Replayable
-from sharding import Mesh
+from ftrain.resilience.replay import Replayable
+from ftrain.sharding import Mesh
 
 
 def replayable(config: Mapping[str, Any]) -> Replayable:

@@ -7,7 +7,7 @@ from typing import Any
 from experiments.mesh import any_rank
 from experiments.omni.run_folder import RunFolder
 from ftrain.checkpoint import Checkpointer, SaveFailed
-from ftrain.interrupt import EXIT_NOT_SAVED
+from ftrain.resilience.signals import EXIT_NOT_SAVED
 
 _LOOKED_AT_EVERY = 10
 _PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0)

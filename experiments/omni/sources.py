@@ -13,8 +13,8 @@ from experiments.omni.digits import Digits
 from experiments.omni.language import Tokenizer, tokenizer
 from experiments.omni.speech import Silence
 from experiments.omni.video import VideoConfig
-from modules.audio_encoder import AudioConfig, clip_features
-from modules.vision_encoder import VisionConfig
+from ftrain.modules.audio_encoder import AudioConfig, clip_features
+from ftrain.modules.vision_encoder import VisionConfig
 
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = (TRAIN, HELD_OUT)

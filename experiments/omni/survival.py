@@ -12,12 +12,12 @@ from experiments.mesh import is_main, of_main
 from experiments.omni.batches import Batches
 from experiments.omni.run_folder import read_metrics
 from ftrain.checkpoint import Checkpointer
-from ftrain.outside import check, number, record, whole
-from ftrain.survive.bad_steps import BadSteps, History, Spikes, Verdict, judge, why_bad
-from ftrain.survive.evidence import Evidence, leave_evidence
-from ftrain.survive.rollback import carry_out, plan_rollback
-from ftrain.survive.skipped import read_skipped
-from ftrain.survive.watchdog import Watchdog
+from ftrain.files.outside import check, number, record, whole
+from ftrain.resilience.anomalies import BadSteps, History, Spikes, Verdict, judge, why_bad
+from ftrain.resilience.failure_dump import Evidence, leave_evidence
+from ftrain.resilience.rollback import carry_out, plan_rollback
+from ftrain.resilience.skipped import read_skipped
+from ftrain.resilience.watchdog import Watchdog
 
 _JUDGED = record(
     {"step": whole(1), "loss": number(finite=False), "grad_norm": number(finite=False)},

@@ -19,8 +19,8 @@ from experiments.omni.digits import CLASSES
 from experiments.omni.language import BOS, EOS, LANGUAGES, Language
 from experiments.omni.sources import HELD_OUT, TRAIN, Items, Sources
 from experiments.omni.video import DIRECTIONS, moving
-from modules.packing import Document, Media, Target, Text
-from modules.vision_encoder import patchify
+from ftrain.modules.packing import Document, Media, Target, Text
+from ftrain.modules.vision_encoder import patchify
 
 # Unordered pairs; each digit and each sum also occurs in pairs that are trained on. A pair of a digit and a direction
 # cannot be held out so: a model learns that the digit is never the one that moves there (47% right, others 96%).

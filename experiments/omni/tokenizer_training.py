@@ -8,8 +8,8 @@ from torch import Tensor
 
 import ftrain
 from ftrain import Precision, optim
-from modules import vq_image
-from modules.vq_image import VqConfig
+from ftrain.modules import vq_image
+from ftrain.modules.vq_image import VqConfig
 
 _REVIVE_EVERY = 50
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 import ftrain
 from ftrain import TrainState, optim
-from kernels.mean import Mean, share, sum_over_batch
-from kernels.pack import pack_tokens, take_rows
-from modules import decoder as foundation
-from modules import omni
-from modules.decoder import DecoderStats
-from modules.mesh_packing import BATCH
-from modules.omni import OmniModel
-from sharding import Layout, Mesh, Plan, Rows
+from ftrain.kernels.mean import Mean, share, sum_over_batch
+from ftrain.kernels.pack import pack_tokens, take_rows
+from ftrain.modules import decoder as foundation
+from ftrain.modules import omni
+from ftrain.modules.decoder import DecoderStats
+from ftrain.modules.mesh_packing import BATCH
+from ftrain.modules.omni import OmniModel
+from ftrain.sharding import Layout, Mesh, Plan, Rows
 
 IGNORE = foundation.IGNORE
 

@@ -11,8 +11,8 @@ from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.place import Place
 from ftrain.checkpoint.snapshot import Spare
-from ftrain.loan import Loan
-from ftrain.waits import expected_wait
+from ftrain.graph.host_waits import expected_wait
+from ftrain.runtime.borrow import Loan
 
 _log = logging.getLogger("ftrain.checkpoint")
 PATIENCE = 1800.0

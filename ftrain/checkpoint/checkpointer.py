@@ -20,8 +20,8 @@ from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
 from ftrain.checkpoint.roots import Root, open_place
 from ftrain.checkpoint.write import require_whole, write_checkpoint
-from ftrain.waits import expected_wait
-from sharding.plan import Plan
+from ftrain.graph.host_waits import expected_wait
+from ftrain.sharding.plan import Plan
 
 _log = logging.getLogger("ftrain.checkpoint")
 State = TypeVar("State")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from ftrain.beneath import Folder, NotPlain
 from ftrain.checkpoint.durable import make_folder, publish, remove_folder, sync_path, sync_tree, write_bytes, write_text
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.folders import (
@@ -38,6 +37,7 @@ from ftrain.checkpoint.place import (
     Records,
     join,
 )
+from ftrain.files.beneath import Folder, NotPlain
 
 _log = logging.getLogger("ftrain.checkpoint")
 _POINTER_BYTES = 2**12

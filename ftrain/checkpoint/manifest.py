@@ -12,7 +12,7 @@ from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.folders import MANIFEST, MOST, OTHER_PART, PARTS, part_of, storage_key
 from ftrain.checkpoint.place import HASHED_BYTES, FileRecord, HeldStep, Place
-from ftrain.outside import (
+from ftrain.files.outside import (
     Misfit,
     anything,
     either,

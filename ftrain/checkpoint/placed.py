@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ftrain import tree
 from ftrain.checkpoint.manifest import Parameter
-from ftrain.process_arrays import ProcessArrays
-from ftrain.sharded_trace import Placements
-from modules.spec import leaves_with_paths
-from sharding.plan import Plan
+from ftrain.modules.spec import leaves_with_paths
+from ftrain.sharding.plan import Plan
+from ftrain.step.process_arrays import ProcessArrays
+from ftrain.trace.spmd import Placements
 
 
 def parameters_of(specs: Any) -> dict[str, Parameter]:

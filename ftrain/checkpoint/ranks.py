@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from sharding.heartbeat import Heartbeat
-from sharding.private import default_store
+from ftrain.sharding.heartbeat import Heartbeat
+from ftrain.sharding.private import default_store
 
 _PATIENCE = 5.0
 

@@ -21,7 +21,7 @@ from ftrain.checkpoint.placed import placed
 from ftrain.checkpoint.rooms import Room
 from ftrain.checkpoint.roots import Root, open_place
 from ftrain.checkpoint.sums import check_sums
-from sharding.plan import Plan
+from ftrain.sharding.plan import Plan
 
 _WINDOW_BYTES = 2**29
 _TRIES = 8

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ftrain.private import FakeTensor
+from ftrain.graph.torch_private import FakeTensor
 
 
 class Room:

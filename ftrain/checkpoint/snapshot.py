@@ -1,8 +1,8 @@
 """Copies of a state in spare memory, so that a save can be written while the next steps change the state.
 
-The copy itself goes on behind the next step too: the leaves are lent (see `ftrain.loan`) until they are copied. A
-`fork` would snapshot without a copy, but its child may not use the threads that tensorstore and OpenMP had in the
-parent, every page that the step then writes costs a fault and a copy, and CUDA memory is not part of it.
+The copy itself goes on behind the next step too: the leaves are lent (see `ftrain.runtime.borrow`) until they are
+copied. A `fork` would snapshot without a copy, but its child may not use the threads that tensorstore and OpenMP had in
+the parent, every page that the step then writes costs a fault and a copy, and CUDA memory is not part of it.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ftrain.checkpoint.leaves import Leaves
-from ftrain.loan import Loan, lendable
-from ftrain.private import version_of
+from ftrain.graph.torch_private import version_of
+from ftrain.runtime.borrow import Loan, lendable
 
 
 class Spare:

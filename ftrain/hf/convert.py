@@ -15,17 +15,17 @@ from ftrain.checkpoint.folders import step_folder
 from ftrain.checkpoint.local import LocalFolder
 from ftrain.checkpoint.place import Place
 from ftrain.checkpoint.roots import Root, open_place
+from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.described import described_decoder
 from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_json, read_member
 from ftrain.hf.load import check_fit, read_parts, stored_dtypes
 from ftrain.hf.save import HfWriter
 from ftrain.hf.shards import Entry, cast_dtype, parse_size
 from ftrain.hf.stream import Group, Range, SavedArrays, groups, save_stream
-from ftrain.outside import JSON_BYTES
-from modules import decoder
-from modules.decoder import DecoderConfig
-from modules.hf_names import HfTensor, decoder_names
-from modules.spec import ParamSpec, leaves_with_paths
+from ftrain.modules import decoder
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.hf_names import HfTensor, decoder_names
+from ftrain.modules.spec import ParamSpec, leaves_with_paths
 
 ASSETS = "model_assets"  # beside the steps, as in VeOmni: config.json, the tokenizer
 _ASSET_SUFFIXES = {".json", ".txt", ".model", ".jinja"}

@@ -6,9 +6,9 @@ Work and memory grow with the number of layers and experts, long before a weight
 from collections.abc import Mapping
 from typing import Any
 
-from ftrain.outside import Shape, check, either, flag, listed, number, one_of, record, text, whole
-from modules.decoder import DecoderConfig
-from modules.hf_config import decoder_config
+from ftrain.files.outside import Shape, check, either, flag, listed, number, one_of, record, text, whole
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.hf_config import decoder_config
 
 
 def _maybe(shape: Shape) -> Shape:

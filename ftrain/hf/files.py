@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ftrain.beneath import kind_of, read_file
-from ftrain.outside import JSON_BYTES, check, mapped, parse, text
+from ftrain.files.beneath import kind_of, read_file
+from ftrain.files.outside import JSON_BYTES, check, mapped, parse, text
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"

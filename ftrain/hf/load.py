@@ -12,8 +12,8 @@ from ftrain.checkpoint.boxes import Box, whole
 from ftrain.checkpoint.leaves import named_leaves
 from ftrain.hf.files import HfFolder, Stored, opened
 from ftrain.hf.shards import Entry
-from modules.hf_names import DERIVED, HfTensor
-from modules.spec import leaves_with_paths, map_with_paths
+from ftrain.modules.hf_names import DERIVED, HfTensor
+from ftrain.modules.spec import leaves_with_paths, map_with_paths
 
 _ROWS = 256
 
@@ -35,7 +35,7 @@ def load_hf(
     Args:
         folder: holds `model.safetensors`, or shards and their index.
         specs: the tree of `ParamSpec`s; numbers are cast to their dtypes.
-        names: which tensor is which leaf, and how it lies (see `modules.hf_names`).
+        names: which tensor is which leaf, and how it lies (see `ftrain.modules.hf_names`).
         windows: for the leaf at a path only this part of it, of which only the bytes needed are read; the leaf then has
             the shape of the part. `Placement.windows` gives the parts of a rank. Default: whole leaves.
         device: where the result is.

@@ -20,8 +20,8 @@ from ftrain.hf.files import CONFIG, INDEX
 from ftrain.hf.gather import Leaves, write_gathered
 from ftrain.hf.load import hf_shape, part_of_leaf, row_dim
 from ftrain.hf.shards import Entry, ShardFile, cast_dtype, index_text, lay_out, parse_size
-from modules.hf_names import HfTensor
-from modules.spec import leaves_with_paths
+from ftrain.modules.hf_names import HfTensor
+from ftrain.modules.spec import leaves_with_paths
 
 # What an earlier save has left, finished or (after a crash) not.
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.tmp-[0-9a-f]+)?")
@@ -49,7 +49,7 @@ def save_hf(
         params: tensors on any device, or DTensors.
         folder: made if need be. Weights that are there already are replaced.
         config: the content of `config.json`; its `dtype` becomes that of the weights.
-        names: which leaf is which tensor, in the order of the files (see `modules.hf_names`).
+        names: which leaf is which tensor, in the order of the files (see `ftrain.modules.hf_names`).
         max_shard: the largest file, in bytes or as "5GB"; only a single larger tensor makes a larger one.
         dtype: cast floating-point weights to it. Default: as they are.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.kernels.adamw import adamw_update, scalars
 from ftrain.optim.transform import (
     LearningRate,
     Mask,
@@ -20,7 +21,6 @@ from ftrain.optim.transform import (
     zeros,
 )
 from ftrain.tree import Tree
-from kernels.adamw import adamw_update, scalars
 
 
 class AdamWState(NamedTuple):

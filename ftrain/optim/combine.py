@@ -25,8 +25,8 @@ from ftrain.optim.transform import (
     select,
     trainable,
 )
+from ftrain.sharding.paths import Rules
 from ftrain.tree import Tree
-from sharding.paths import Rules
 
 Labels = Callable[[str], str] | Mapping[str, str] | Sequence[tuple[str, str]] | Tree
 
@@ -113,9 +113,10 @@ def masked(transform: Transform, mask: Mask, *, rest: Literal["pass", "freeze"] 
 def multi_transform(transforms: Mapping[str, Transform], labels: Labels) -> Transform:
     """Each leaf to the transform of its label; the state is a dict of their states by label.
 
-    `labels`: globs over dotted paths and their labels (`sharding.paths`: the most specific decides), as a mapping or a
-    list of pairs; a function from path to label; or a tree of labels. ValueError for a leaf that no glob matches, a
-    glob that matches no leaf, two that decide differently and are equally specific, or a label without a transform.
+    `labels`: globs over dotted paths and their labels (`ftrain.sharding.paths`: the most specific decides), as a
+    mapping or a list of pairs; a function from path to label; or a tree of labels. ValueError for a leaf that no glob
+    matches, a glob that matches no leaf, two that decide differently and are equally specific, or a label without a
+    transform.
     """
 
     def groups(params: Tree) -> dict[str, Tree]:

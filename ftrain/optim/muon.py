@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.kernels.backend import device_type
 from ftrain.optim.norms import present
 from ftrain.optim.shards import each_matrix, whole_shape
 from ftrain.optim.transform import (
@@ -31,7 +32,6 @@ from ftrain.optim.transform import (
     zeros,
 )
 from ftrain.tree import Tree
-from kernels.backend import device_type
 
 Adjust = Literal["original", "match_rms_adamw"]
 _SMALL = 1 << 18  # elements that are orthogonalised together: their stack and its products are memory, too

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.kernels.squares import extremes
 from ftrain.optim.norms import sum_over_shards
 from ftrain.optim.transform import (
     Transform,
@@ -17,7 +18,6 @@ from ftrain.optim.transform import (
     trainable,
 )
 from ftrain.tree import Tree
-from kernels.squares import extremes
 
 
 class SkipState(NamedTuple):

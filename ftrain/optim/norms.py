@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.kernels.primitive import primitive
+from ftrain.kernels.squares import extremes, sums_of_squares
 from ftrain.optim.transform import Mask, decays, select
 from ftrain.tree import Tree
-from kernels.primitive import primitive
-from kernels.squares import extremes, sums_of_squares
 
 
 def global_norm(gradients: Tree, *, mask: Mask = None) -> Tensor:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels import random
-from kernels.primitive import primitive
+from ftrain.kernels import random
+from ftrain.kernels.primitive import primitive
 
 
 @primitive("whole_leaf")

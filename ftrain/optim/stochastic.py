@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.kernels import random
 from ftrain.optim.shards import bits_of_leaf
 from ftrain.optim.transform import Transform, device_of, merge, new_count, require_like, select, trainable
 from ftrain.tree import Tree
-from kernels import random
 
 _LOST = 16
 """Bits of a float32 that a bfloat16 has not."""

@@ -1,1 +1,1 @@
-"""Passes: plain functions `graph -> graph`, each with its contract in its docstring. Default passes change no bit."""
+"""Changes of a graph that keep every value to the bit, one a file."""

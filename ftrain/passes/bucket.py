@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ftrain.collectives import WAIT
-from ftrain.private import value_of
-from sharding.collectives import gather_ranks
+from ftrain.graph.collectives import WAIT
+from ftrain.graph.torch_private import value_of
+from ftrain.sharding.collectives import gather_ranks
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 GATHER = gather_ranks

@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ftrain.op_effects import is_pure
+from ftrain.graph.op_effects import is_pure
 
 _aten = torch.ops.aten
 _IDENTITIES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default, _aten.lift.default}

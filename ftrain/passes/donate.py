@@ -6,8 +6,8 @@ from collections import Counter
 import torch
 from torch import fx
 
-from ftrain.loop import carried_outputs, is_loop, loop_body
-from ftrain.passes.aliasing import readers_by_storage, storage
+from ftrain.graph.aliasing import readers_by_storage, storage
+from ftrain.graph.loop import carried_outputs, is_loop, loop_body
 from ftrain.passes.out_form import fits_over, has_out_form, write_over
 
 _aten = torch.ops.aten

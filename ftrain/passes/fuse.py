@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ftrain.fused import WRITES, run_fused
-from ftrain.op_effects import is_pure
-from ftrain.passes.aliasing import storage
-from ftrain.passes.sizes import has_static_layout
+from ftrain.graph.aliasing import storage
+from ftrain.graph.fused import WRITES, run_fused
+from ftrain.graph.op_effects import is_pure
+from ftrain.graph.sizes import has_static_layout
 
 _aten = torch.ops.aten
 _REDUCTIONS = {

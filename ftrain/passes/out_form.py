@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ftrain.passes.aliasing import storage
+from ftrain.graph.aliasing import storage
 
 _aten = torch.ops.aten
 

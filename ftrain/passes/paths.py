@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from ftrain.loop import is_loop, loop_body
+from ftrain.graph.loop import is_loop, loop_body
 
 
 def spread_paths(module: fx.GraphModule, first_argument: str) -> None:

@@ -5,8 +5,8 @@ from collections import Counter
 import torch
 from torch import fx
 
-from ftrain.collectives import WAIT
-from ftrain.passes.aliasing import storage
+from ftrain.graph.aliasing import storage
+from ftrain.graph.collectives import WAIT
 from ftrain.passes.out_form import fits_over, has_out_form, write_over
 
 

@@ -16,8 +16,8 @@ import ftrain
 from experiments.mesh import MeshFlags, is_main, open_mesh
 from ftrain import optim, tree
 from ftrain.checkpoint import Checkpointer, Ranks
-from modules import decoder, spec
-from sharding import Mesh, Plan
+from ftrain.modules import decoder, spec
+from ftrain.sharding import Mesh, Plan
 
 STEPS, WAITS = 6, (3, 5)
 CFG = decoder.preset("qwen3-moe-tiny")

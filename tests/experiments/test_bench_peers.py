@@ -7,9 +7,9 @@ import pytest
 from experiments.bench.peers import GIB, WITH_ALL_TO_ALL, Fsdp2
 from experiments.bench.plan_vs_published import grand_teton, held, models, runs
 from ftrain import tree
-from modules import decoder
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
+from ftrain.modules import decoder
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
 
 CFG = DecoderConfig(100, 32, layers=3, attention=AttentionConfig(32, heads=4, kv_heads=2, head_dim=8), d_hidden=64)
 PROGRAM = Fsdp2(CFG, ranks=4, tokens=16, micro_batches=True)

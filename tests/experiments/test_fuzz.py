@@ -58,7 +58,7 @@ def still_different(program: Program) -> bool:
 
 
 def test_a_recompute_that_draws_another_mask_is_found_and_made_small(monkeypatch):
-    monkeypatch.setattr("ftrain.remat.is_pure", lambda node: True)
+    monkeypatch.setattr("ftrain.remat.policy.is_pure", lambda node: True)
     wanted = has('option: remat "all"', "op: random of torch")
     program, _ = first_different(
         range(3000, 6000), lambda p: wanted(p) and not has("option: mesh")(p) and micro(p) == 1
@@ -93,7 +93,7 @@ def test_a_donated_leaf_that_a_result_still_looks_at_is_found(monkeypatch):
 
 
 def test_a_captured_tensor_that_is_written_over_is_found(monkeypatch):
-    monkeypatch.setattr("ftrain.trace.share_memory_of_constants", lambda module: None)
+    monkeypatch.setattr("ftrain.trace.tracer.share_memory_of_constants", lambda module: None)
     wanted = has("option: captured tensors")
     program, found = first_different(range(3050, 3100), lambda p: wanted(p) and not has("option: mesh")(p))
     assert "a captured tensor CAPTURED: apart by" in found.detail
@@ -120,7 +120,7 @@ def test_a_refusal_that_names_no_place_or_no_way_out_is_no_refusal(monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError("mutation of a functional tensor")
 
-    monkeypatch.setattr("ftrain.trace.functionalize", refuse)
+    monkeypatch.setattr("ftrain.trace.tracer.functionalize", refuse)
     assert check(program).outcome == "raw error"
 
 

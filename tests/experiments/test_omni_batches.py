@@ -14,8 +14,8 @@ from experiments.omni.batches import Batches, fitting_budget
 from experiments.omni.choice import WINDOW, window_of
 from experiments.omni.corpus import Clips, Corpus, Delivery
 from ftrain import optim, tree
-from modules import omni
-from sharding import Mesh
+from ftrain.modules import omni
+from ftrain.sharding import Mesh
 
 STEPS = 36  # not whole windows
 

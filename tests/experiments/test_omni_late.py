@@ -9,9 +9,9 @@ import ftrain
 from experiments.mesh import asked_of_ranks
 from experiments.omni.late import Done, Issued, LateReader
 from experiments.omni.survival import Guard
-from ftrain.host_copy import HostCopy
-from ftrain.survive.bad_steps import BadSteps, Verdict
-from ftrain.survive.evidence import read_batch, read_evidence
+from ftrain.resilience.anomalies import BadSteps, Verdict
+from ftrain.resilience.failure_dump import read_batch, read_evidence
+from ftrain.runtime.host_copy import HostCopy
 
 
 @ftrain.jit(donate="state")

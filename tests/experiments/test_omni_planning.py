@@ -10,15 +10,15 @@ from experiments.omni import planning, training
 from experiments.omni.planning import OmniSubject, laid_out, mesh_flags
 from experiments.omni_moe import Options, main
 from ftrain import AutoPlan, SavedPlan, tree
-from ftrain.meter import measure_peak
-from ftrain.search.cluster import cluster
-from ftrain.search.command import default_packs, load_subject
-from ftrain.search.layouts import Candidate
-from ftrain.search.lowering import draft
-from ftrain.search.plan_file import PlanFile, load_plan
-from ftrain.search.price import count, price
-from modules import omni
-from sharding import Layout, Mesh, Ulysses
+from ftrain.analysis.cluster import cluster
+from ftrain.analysis.meter import measure_peak
+from ftrain.cli.plan import default_packs, load_subject
+from ftrain.modules import omni
+from ftrain.plan.cost import count, price
+from ftrain.plan.file import PlanFile, load_plan
+from ftrain.plan.lowering import draft
+from ftrain.plan.space import Candidate
+from ftrain.sharding import Layout, Mesh, Ulysses
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = cluster("h100")

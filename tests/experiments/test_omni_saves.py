@@ -18,8 +18,8 @@ from experiments.omni.saves import NotSaved, Saves
 from experiments.omni.survival import Guard, spared_output
 from ftrain.checkpoint import Checkpointer
 from ftrain.checkpoint import checkpointer as checkpointer_module
-from ftrain.interrupt import EXIT_NOT_SAVED
-from ftrain.survive.bad_steps import BadSteps, Verdict
+from ftrain.resilience.anomalies import BadSteps, Verdict
+from ftrain.resilience.signals import EXIT_NOT_SAVED
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = {"w": torch.zeros(3)}

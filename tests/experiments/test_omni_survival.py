@@ -15,10 +15,10 @@ from experiments.omni.survival import Guard, SurvivalFlags
 from experiments.omni_moe import Options, main
 from ftrain import checkpoint, tree
 from ftrain.checkpoint import Checkpointer, Ranks
-from ftrain.command import main as ftrain_command
-from ftrain.survive.bad_steps import BadSteps, Verdict
-from ftrain.survive.evidence import read_evidence
-from ftrain.survive.skipped import read_skipped
+from ftrain.cli.main import main as ftrain_command
+from ftrain.resilience.anomalies import BadSteps, Verdict
+from ftrain.resilience.failure_dump import read_evidence
+from ftrain.resilience.skipped import read_skipped
 
 
 class Source:

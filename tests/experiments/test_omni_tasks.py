@@ -10,9 +10,9 @@ from experiments.omni import digits, sources, tasks
 from experiments.omni.corpus import Clips, Corpus, Delivery
 from experiments.omni.language import EOS, LANGUAGES
 from experiments.omni.speech import Silence
-from modules.audio_encoder import AudioConfig
-from modules.packing import Media, Target, Text
-from modules.vision_encoder import VisionConfig
+from ftrain.modules.audio_encoder import AudioConfig
+from ftrain.modules.packing import Media, Target, Text
+from ftrain.modules.vision_encoder import VisionConfig
 
 READERS = sources.Readers(
     image=VisionConfig(32, 1, 2, 16, patch=4, channels=1, merge=2),

@@ -12,7 +12,7 @@ SCRIPT = ROOT / "experiments" / "launch" / "slurm.sh"
 
 JOB = """
 import os, sys, time
-from ftrain.interrupt import EXIT_RESUMABLE, interruptible
+from ftrain.resilience.signals import EXIT_RESUMABLE, interruptible
 
 assert sys.argv[1:] == ["--option", "value", "--out", f"runs/slurm-{os.environ['SLURM_JOB_ID']}", "--resume", "auto"]
 rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]

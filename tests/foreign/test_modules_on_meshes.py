@@ -8,8 +8,8 @@ from torch.func import functional_call
 
 import ftrain
 from ftrain import Mean, tree
-from modules import spec
-from sharding import Layout, Mesh, Plan
+from ftrain.modules import spec
+from ftrain.sharding import Layout, Mesh, Plan
 
 ON_MESH = (
     "linear", "mlp", "activations", "softplus", "layer norm", "rms norm", "instance norm", "weight norm", "orthogonal",

@@ -13,17 +13,17 @@ from torch import Tensor
 
 import ftrain
 from ftrain import tree
-from kernels.documents import Documents, aligned_documents
-from modules import decoder, dit, moe
-from modules import omni as omni_model
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.dit import DitConfig
-from modules.mesh_packing import BATCH, pack_for_mesh
-from modules.moe import MoEConfig
-from modules.packing import Budget
-from modules.spec import Normal, map_with_paths
-from sharding import Layout, Mesh, Offsets, Plan, Tokens
+from ftrain.kernels.documents import Documents, aligned_documents
+from ftrain.modules import decoder, dit, moe
+from ftrain.modules import omni as omni_model
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.dit import DitConfig
+from ftrain.modules.mesh_packing import BATCH, pack_for_mesh
+from ftrain.modules.moe import MoEConfig
+from ftrain.modules.packing import Budget
+from ftrain.modules.spec import Normal, map_with_paths
+from ftrain.sharding import Layout, Mesh, Offsets, Plan, Tokens
 
 DOCUMENTS = (9, 3, 17, 1, 2)  # lengths that cross the edges of every rank's share
 

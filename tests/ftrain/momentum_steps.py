@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
-from ftrain.grad import value_and_grad
-from kernels.mean import Mean
+from ftrain.kernels.mean import Mean
+from ftrain.trace.grad import value_and_grad
 
 
 def stack_params(depth: int = 3, width: int = 16, *, seed: int = 0) -> dict[str, Any]:

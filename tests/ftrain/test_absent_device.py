@@ -11,12 +11,12 @@ from torch import Tensor, fx
 
 import ftrain
 from ftrain import Aval, Precision, TrainState, optim, tree
-from ftrain.cost import has_flops, is_product
-from ftrain.loop import is_loop, loop_body
-from ftrain.pieces import Pieces
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.moe import MoEConfig
+from ftrain.analysis.flops import has_flops, is_product
+from ftrain.analysis.pieces import Pieces
+from ftrain.graph.loop import is_loop, loop_body
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.moe import MoEConfig
 
 CUDA = torch.device("cuda", 0)
 EXPERTS = DecoderConfig(

@@ -5,15 +5,15 @@ import torch
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
 from ftrain import tree
-from ftrain.accumulate import accumulate
-from ftrain.cost import graph_cost
-from ftrain.grad import grad, value_and_grad
-from ftrain.jit import jit
-from ftrain.loop import is_loop, loop_body
-from kernels.mean import Mean, share, sum_over_batch, weighted_sum
-from kernels.random import key
-from modules import moe
-from modules.spec import init
+from ftrain.analysis.flops import graph_cost
+from ftrain.graph.loop import is_loop, loop_body
+from ftrain.kernels.mean import Mean, share, sum_over_batch, weighted_sum
+from ftrain.kernels.random import key
+from ftrain.modules import moe
+from ftrain.modules.spec import init
+from ftrain.plan.jit import jit
+from ftrain.trace.accumulate import accumulate
+from ftrain.trace.grad import grad, value_and_grad
 
 either_way = pytest.mark.parametrize("run", [lambda f: f, jit], ids=["eager", "jit"])
 

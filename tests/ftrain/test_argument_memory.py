@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftrain.argument_memory import ArgumentMemory
-from ftrain.cudagraph import Record, Recorded
+from ftrain.runtime.argument_memory import ArgumentMemory
+from ftrain.runtime.cudagraph import Record, Recorded
 
 W, N, X = range(3)
 

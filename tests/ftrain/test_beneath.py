@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from ftrain.beneath import Folder, NotPlain, read_file
+from ftrain.files.beneath import Folder, NotPlain, read_file
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 import ftrain
-from ftrain.captured import captured_name, captured_tensors
+from ftrain.trace.captured import captured_name, captured_tensors
 
 weights = torch.ones(3)
 

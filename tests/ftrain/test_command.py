@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftrain.command import SUBCOMMANDS, main
+from ftrain.cli.main import SUBCOMMANDS, main
 
 
 def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture) -> None:
@@ -54,6 +54,6 @@ def test_what_the_user_can_mend_is_one_line(
 
 
 def test_it_is_a_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "ftrain.command", "convert"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ftrain.cli.main", "convert"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "convert needs either" in done.stderr

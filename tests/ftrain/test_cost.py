@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
 from ftrain import TrainState, optim
-from ftrain.accumulate import accumulate
-from ftrain.cost import has_flops, is_product
-from ftrain.grad import grad
-from ftrain.jit import jit
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.mean import Mean
+from ftrain.analysis.flops import has_flops, is_product
+from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
+from ftrain.kernels.mean import Mean
+from ftrain.plan.jit import jit
+from ftrain.trace.accumulate import accumulate
+from ftrain.trace.grad import grad
 
 
 def test_products_by_phase():

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import ftrain
-from ftrain.command import main
-from ftrain.cuda_allocator import (
+from ftrain.analysis.cuda_allocator import (
     CUBLAS_WORKSPACE,
     allocator_state,
     has_expandable_segments,
     prefer_expandable_segments,
     warn_without_expandable_segments,
 )
-from ftrain.meter import measure_card
+from ftrain.analysis.meter import measure_card
+from ftrain.cli.main import main
 
 CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parents[2]

@@ -119,7 +119,7 @@ def test_other_threads_use_cuda_during_the_capture() -> None:
 
 WAITS = """
 import torch, ftrain
-from kernels.opaque import opaque_op
+from ftrain.kernels.opaque import opaque_op
 
 @opaque_op("test_waits(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x))
 def waits(x):

@@ -5,10 +5,10 @@ import torch
 from momentum_steps import assert_same_bits, momentum_state, momentum_step
 
 from ftrain import tree
-from ftrain.accumulate import accumulate
-from ftrain.debug import check_finite
-from ftrain.jit import jit
-from kernels.mean import Mean
+from ftrain.debug.finite import check_finite
+from ftrain.kernels.mean import Mean
+from ftrain.plan.jit import jit
+from ftrain.trace.accumulate import accumulate
 
 
 def loss(params, x_TD):

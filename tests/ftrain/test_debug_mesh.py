@@ -5,11 +5,11 @@ import torch
 from momentum_steps import assert_same_bits, momentum_state, momentum_step
 
 from ftrain import tree
-from ftrain.debug import check_finite
-from ftrain.jit import jit
-from kernels.mean import Mean
-from modules.spec import Normal, ParamSpec
-from sharding import Mesh, Plan
+from ftrain.debug.finite import check_finite
+from ftrain.kernels.mean import Mean
+from ftrain.modules.spec import Normal, ParamSpec
+from ftrain.plan.jit import jit
+from ftrain.sharding import Mesh, Plan
 
 SPECS = {"w": ParamSpec((4, 6), ("embed", "mlp"), Normal(0.3))}
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ftrain
-from ftrain.op_effects import Effect, effect_of
+from ftrain.graph.op_effects import Effect, effect_of
 
 FILLS = {
     "bernoulli": lambda x: x.bernoulli_(0.5),

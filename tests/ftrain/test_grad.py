@@ -5,9 +5,9 @@ import torch
 from momentum_steps import assert_same_bits, stack_batch, stack_loss, stack_params
 
 from ftrain import tree
-from ftrain.grad import grad, value_and_grad
-from ftrain.jit import jit
-from kernels.mean import Mean, weighted_sum
+from ftrain.kernels.mean import Mean, weighted_sum
+from ftrain.plan.jit import jit
+from ftrain.trace.grad import grad, value_and_grad
 
 either_way = pytest.mark.parametrize("run", [lambda f: f, jit], ids=["eager", "jit"])
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from ftrain.hardware import copy_bandwidth, free_bytes, peak_flops
+from ftrain.analysis.hardware import copy_bandwidth, free_bytes, peak_flops
 
 
 def test_peak_and_free_memory_are_plausible() -> None:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ftrain.interrupt import EXIT_NOT_SAVED, EXIT_RESUMABLE, SIGNALS, interruptible
+from ftrain.resilience.signals import EXIT_NOT_SAVED, EXIT_RESUMABLE, SIGNALS, interruptible
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -7,9 +7,9 @@ import torch
 from momentum_steps import assert_same_bits, momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
 from ftrain import tree
-from ftrain.jit import jit
-from ftrain.step import disable_jit
-from ftrain.trace import Aval
+from ftrain.plan.jit import jit
+from ftrain.step.api import disable_jit
+from ftrain.trace.tracer import Aval
 
 
 def fresh():

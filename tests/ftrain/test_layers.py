@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 
 import ftrain
-from ftrain.layers import layers_of
+from ftrain.graph.layers import layers_of
 
 
 class Stack(nn.Module):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from ftrain.leaf_guard import guard_like
+from ftrain.step.leaf_guard import guard_like
 
 
 def leaves():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import ftrain
-from ftrain.private import FakeTensor
+from ftrain.graph.torch_private import FakeTensor
 
 
 class Caches(nn.Module):

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftrain
 from ftrain import tree
-from ftrain.donation import DonatedTensor
-from ftrain.execute import compile_graph
-from ftrain.loan import Loan, lendable, taken_back
+from ftrain.runtime.borrow import Loan, lendable, taken_back
+from ftrain.runtime.donation import DonatedTensor
+from ftrain.runtime.execute import compile_graph
 
 WIDTH = 130
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from momentum_steps import assert_same_bits
 
-from ftrain.jit import jit
-from ftrain.loop import is_loop, loop
-from ftrain.meter import measure_peak
+from ftrain.analysis.meter import measure_peak
+from ftrain.graph.loop import is_loop, loop
+from ftrain.plan.jit import jit
 
 either_way = pytest.mark.parametrize("run", [lambda f: f, jit], ids=["eager", "jit"])
 

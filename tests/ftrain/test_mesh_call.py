@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 
 import ftrain
 from ftrain import Mean
-from modules.spec import Constant, ParamSpec
-from sharding import Mesh, Plan
+from ftrain.modules.spec import Constant, ParamSpec
+from ftrain.sharding import Mesh, Plan
 
 SPECS = {"w": ParamSpec((5, 3), ("embed", "mlp"), Constant(0.5)), "b": ParamSpec((4,), ("embed",), Constant(0.25))}
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mesh_models import compare, dense, diffusion, mixture, omni, plan_for
 
-from sharding import Capacity, Exact, Hybrid, Layout, Mesh, Ring, Ulysses, collectives
+from ftrain.sharding import Capacity, Exact, Hybrid, Layout, Mesh, Ring, Ulysses, collectives
 
 MODELS = {
     "dense": functools.cache(lambda: dense(layers=1)),

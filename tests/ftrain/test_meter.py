@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 from torch import Tensor
 
-from ftrain.accumulate import accumulate
-from ftrain.grad import grad
-from ftrain.jit import jit
-from ftrain.meter import allocation_deltas, measure_peak
-from kernels.attention import attention as attend
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.mean import Mean
-from kernels.moe import experts_swiglu
-from kernels.rms_norm import rms_norm
+from ftrain.analysis.meter import allocation_deltas, measure_peak
+from ftrain.kernels.attention import attention as attend
+from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
+from ftrain.kernels.mean import Mean
+from ftrain.kernels.moe import experts_swiglu
+from ftrain.kernels.rms_norm import rms_norm
+from ftrain.plan.jit import jit
+from ftrain.trace.accumulate import accumulate
+from ftrain.trace.grad import grad
 
 SCALARS = 512  # bytes: numbers that ops wrap as 0-d tensors are not planned
 

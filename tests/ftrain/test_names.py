@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ftrain
-from modules import decoder
+from ftrain.modules import decoder
 
 
 def test_every_public_name_is_there():

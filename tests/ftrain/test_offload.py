@@ -15,23 +15,24 @@ from test_remat_budget import random_loss
 from test_remat_exact import SPEED, random_planner
 
 import ftrain
-from ftrain import hardware, tree
-from ftrain.accumulate import accumulate
-from ftrain.fused import is_fused
-from ftrain.grad import value_and_grad
-from ftrain.jit import jit
-from ftrain.liveness import plan_memory
-from ftrain.memory_timeline import memory_timeline
-from ftrain.meter import measure_peak
-from ftrain.offload import HostLink, host_link
-from ftrain.op_times import OpTimes, op_key
-from ftrain.pipeline import EXECUTED, run_passes
-from ftrain.remat import Remat
-from ftrain.remat_budget import Planner, write_choice
-from ftrain.remat_fit import decisions
-from kernels.mean import Mean
-from kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
-from sharding import Layout, Mesh, Ring
+from ftrain import tree
+from ftrain.analysis import hardware
+from ftrain.analysis.liveness import plan_memory
+from ftrain.analysis.memory_timeline import memory_timeline
+from ftrain.analysis.meter import measure_peak
+from ftrain.analysis.op_times import OpTimes, op_key
+from ftrain.graph.fused import is_fused
+from ftrain.kernels.mean import Mean
+from ftrain.kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
+from ftrain.plan.jit import jit
+from ftrain.remat.fit import decisions
+from ftrain.remat.offload import HostLink, host_link
+from ftrain.remat.planner import Planner, write_choice
+from ftrain.remat.policy import Remat
+from ftrain.sharding import Layout, Mesh, Ring
+from ftrain.step.pipeline import EXECUTED, run_passes
+from ftrain.trace.accumulate import accumulate
+from ftrain.trace.grad import value_and_grad
 
 FAST, SLOW = 1e13, 1e3
 STATE, BATCH = momentum_state(wide_params(5)), stack_batch(256)

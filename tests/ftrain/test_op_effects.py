@@ -6,8 +6,8 @@ import pytest
 import torch
 from passes.graphs import graph_of
 
-from ftrain.op_effects import HIDDEN_WRITES, Effect, effect_of, effect_of_op, hidden_writes
-from ftrain.writes import written_arguments
+from ftrain.graph.op_effects import HIDDEN_WRITES, Effect, effect_of, effect_of_op, hidden_writes
+from ftrain.graph.writes import written_arguments
 
 aten = torch.ops.aten
 

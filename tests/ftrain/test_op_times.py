@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import ftrain
-from ftrain.op_times import OpTimes, Speed, cache_file, op_key, read_times
-from ftrain.search.cluster import cluster
-from ftrain.search.command import PlanOptions, _machine
-from ftrain.search.device_ops import DeviceTimes
+from ftrain.analysis.cluster import cluster
+from ftrain.analysis.device_ops import DeviceTimes
+from ftrain.analysis.op_times import OpTimes, Speed, cache_file, op_key, read_times
+from ftrain.cli.plan import PlanOptions, _machine
 
 SPEED = Speed("a card", {torch.float32: 1e12}, bandwidth=1e11, host_link=1e10, launch=3.0)
 

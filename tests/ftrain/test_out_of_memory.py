@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ftrain
-from ftrain import out_of_memory
+from ftrain.report import out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 

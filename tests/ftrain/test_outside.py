@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ftrain.outside import (
+from ftrain.files.outside import (
     anything,
     check,
     either,

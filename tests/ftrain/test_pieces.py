@@ -14,15 +14,15 @@ from test_schedule import SLOW
 from test_schedule import lowered as lowered_on_mesh
 from torch import fx
 
-from ftrain.accumulate import accumulate
-from ftrain.grad import value_and_grad
-from ftrain.jit import jit
-from ftrain.liveness import plan_memory
-from ftrain.passes.order import update_early
-from ftrain.pieces import Pieces, Walk, op_workspace
-from ftrain.remat_budget import write_choice
-from ftrain.remat_peak import PeakModel
-from ftrain.search.alive import moments_of
+from ftrain.analysis.liveness import plan_memory
+from ftrain.analysis.pieces import Pieces, Walk, op_workspace
+from ftrain.passes.early_updates import update_early
+from ftrain.plan.jit import jit
+from ftrain.plan.liveness_by_region import moments_of
+from ftrain.remat.peak import PeakModel
+from ftrain.remat.planner import write_choice
+from ftrain.trace.accumulate import accumulate
+from ftrain.trace.grad import value_and_grad
 
 STATE, BATCH = momentum_state(wide_params(3)), stack_batch(64)
 MICRO = tuple(x.reshape(4, 16, 16) for x in BATCH)

@@ -6,12 +6,12 @@ from mesh_models import dense, mixture, plan_for
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
 import ftrain
-from ftrain import pipeline
-from ftrain.accumulate import accumulate
-from ftrain.debug import check_passes
-from ftrain.loop import copy_graph, is_loop, loop_body
-from ftrain.pipeline import DISABLE, EXECUTED, HIDDEN, PREPARED, Pass, run_passes
-from sharding import Mesh
+from ftrain.debug.finite import check_passes
+from ftrain.graph.loop import copy_graph, is_loop, loop_body
+from ftrain.sharding import Mesh
+from ftrain.step import pipeline
+from ftrain.step.pipeline import DISABLE, EXECUTED, HIDDEN, PREPARED, Pass, run_passes
+from ftrain.trace.accumulate import accumulate
 
 
 def dropout_loss(params, batch):
@@ -60,7 +60,7 @@ def test_a_pass_that_changes_a_value_is_found(monkeypatch):
         node.target = torch.ops.aten.sin.default
 
     broken = tuple(Pass("clean", lambda m, s: spoil(m)) if p.name == "clean" else p for p in PREPARED)
-    monkeypatch.setattr("ftrain.compile_step.PREPARED", broken)
+    monkeypatch.setattr("ftrain.step.compile.PREPARED", broken)
     found = {c.name: c.changed for c in check_passes(lambda x: {"y": x.tanh(), "z": x + 1}, torch.ones(3))}
     assert found["clean"] == ("y",)
 

@@ -9,13 +9,13 @@ from mesh_models import dense, mixture
 
 import ftrain
 from ftrain import AutoPlan, Aval, Remat, SavedPlan, tree
-from ftrain.search.layouts import Candidate
-from ftrain.search.plan_file import PlanFile, load_plan
-from ftrain.search.search import Options, Space
-from modules.mesh_packing import BATCH
-from sharding import Layout, Ring, Ulysses
-from sharding.layout import Capacity
-from sharding.link import Link
+from ftrain.modules.mesh_packing import BATCH
+from ftrain.plan.file import PlanFile, load_plan
+from ftrain.plan.search import Options, Space
+from ftrain.plan.space import Candidate
+from ftrain.sharding import Layout, Ring, Ulysses
+from ftrain.sharding.layout import Capacity
+from ftrain.sharding.link import Link
 
 DENSE = dense(layers=1)
 FILE = PlanFile(
@@ -98,7 +98,7 @@ def test_a_plan_that_does_not_fit_the_run_or_the_model_is_named(tmp_path):
         ValueError, match=r"plan.json divides the argument 'batch', and the step takes params, data, so"
     ):
         ftrain.jit(lambda params, data: params, plan=SavedPlan(file, "virtual"), specs=DENSE.specs)(*args)
-    with pytest.raises(ValueError, match=r"plan=3 is not a sharding.Plan"):
+    with pytest.raises(ValueError, match=r"plan=3 is not a ftrain.sharding.Plan"):
         ftrain.jit(DENSE.step, plan=3)
 
 

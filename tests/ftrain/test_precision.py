@@ -5,7 +5,7 @@ import torch
 
 import ftrain
 from ftrain import Precision
-from ftrain.precision import precision_on
+from ftrain.trace.precision import precision_on
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from ftrain import private
+from ftrain.graph import torch_private as private
 
 
 def tracing(function, *shapes):

@@ -11,8 +11,8 @@ from rank_processes import run
 
 import ftrain
 from ftrain import Mean
-from modules.spec import ParamSpec, ones
-from sharding import Layout, Mesh, Plan
+from ftrain.modules.spec import ParamSpec, ones
+from ftrain.sharding import Layout, Mesh, Plan
 
 SPECS = {"w": ParamSpec((4, 3), ("embed", "mlp"), ones())}
 

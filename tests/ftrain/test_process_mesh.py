@@ -12,14 +12,14 @@ from rank_processes import run
 
 import ftrain
 from ftrain import AutoPlan, Aval, optim, tree
+from ftrain.analysis.meter import measure_peak
 from ftrain.checkpoint import Checkpointer, Ranks
-from ftrain.meter import measure_peak
-from ftrain.search.layouts import Space
-from ftrain.search.search import Options
-from modules import decoder, spec
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from sharding import Layout, Mesh, Plan, Ring
+from ftrain.modules import decoder, spec
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.plan.search import Options
+from ftrain.plan.space import Space
+from ftrain.sharding import Layout, Mesh, Plan, Ring
 
 MESHES = {
     2: [Mesh(1, 2), Mesh(1, 1, 2), Mesh(1, 2, 1, 2)],

@@ -8,11 +8,11 @@ from momentum_steps import assert_same_bits, momentum_state, momentum_step, stac
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain import tree
-from ftrain.accumulate import accumulate
-from ftrain.jit import jit
-from ftrain.op_times import OpTimes, op_key
-from ftrain.profile import profile_nodes
-from ftrain.text import op_name
+from ftrain.analysis.op_times import OpTimes, op_key
+from ftrain.graph.text import op_name
+from ftrain.plan.jit import jit
+from ftrain.profile.nodes import profile_nodes
+from ftrain.trace.accumulate import accumulate
 
 
 def test_every_op_is_timed_and_nothing_changes():

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from ftrain import tree
-from ftrain.accumulate import accumulate
-from ftrain.grad import value_and_grad
-from ftrain.jit import jit
-from ftrain.loop import is_loop, loop_body
-from kernels.mean import Mean
-from kernels.rms_norm import rms_norm
+from ftrain.graph.loop import is_loop, loop_body
+from ftrain.kernels.mean import Mean
+from ftrain.kernels.rms_norm import rms_norm
+from ftrain.plan.jit import jit
+from ftrain.trace.accumulate import accumulate
+from ftrain.trace.grad import value_and_grad
 
 
 def loss(params, x):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ftrain
 from ftrain import Remat, tree
-from kernels.mean import sum_over_batch
+from ftrain.kernels.mean import sum_over_batch
 
 WIDTH, ROWS = 4, 6
 

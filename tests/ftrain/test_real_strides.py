@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ftrain
-from ftrain.layouts import to_layout
+from ftrain.graph.layouts import to_layout
 
 w, x, y = torch.randn(6, 3), torch.randn(4, 5, 6), torch.randn(4, 3, 5)
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import fx
 
-from ftrain.private import FakeTensor, new_fake_mode
-from ftrain.recordable import require_recordable
-from ftrain.source import Site
-from ftrain.writes import written_inputs
+from ftrain.graph.source import Site
+from ftrain.graph.torch_private import FakeTensor, new_fake_mode
+from ftrain.graph.writes import written_inputs
+from ftrain.runtime.recordable import require_recordable
 
 aten = torch.ops.aten
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from momentum_steps import assert_same_bits, momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
-from ftrain.accumulate import accumulate
-from ftrain.jit import jit
-from ftrain.meter import measure_peak
-from ftrain.remat import Remat
-from kernels.mean import Mean
+from ftrain.analysis.meter import measure_peak
+from ftrain.kernels.mean import Mean
+from ftrain.plan.jit import jit
+from ftrain.remat.policy import Remat
+from ftrain.trace.accumulate import accumulate
 
 POLICIES = ["none", "layer", "all"]
 

@@ -15,15 +15,15 @@ import torch
 
 import ftrain
 from ftrain import Aval, tree
-from ftrain.op_times import OpTimes, Speed
-from ftrain.remat import Remat
-from ftrain.remat_budget import Planner
-from modules import decoder, dit, encoder_stack
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.dit import DitConfig
-from modules.encoder_stack import StackConfig
-from modules.moe import MoEConfig
+from ftrain.analysis.op_times import OpTimes, Speed
+from ftrain.modules import decoder, dit, encoder_stack
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.dit import DitConfig
+from ftrain.modules.encoder_stack import StackConfig
+from ftrain.modules.moe import MoEConfig
+from ftrain.remat.planner import Planner
+from ftrain.remat.policy import Remat
 
 SPEED = Speed("test", {torch.float32: 1e12}, 1e11, 1e9, 3.0)
 MOST = 11  # groups: 2,048 plans

@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 from momentum_steps import assert_same_bits, momentum_state, momentum_step, stack_batch
 from test_remat import wide_loss, wide_params
 
-from ftrain import remat_budget, tree
-from ftrain.accumulate import accumulate
-from ftrain.cuda_allocator import CUBLAS_WORKSPACE
-from ftrain.grad import value_and_grad
-from ftrain.jit import jit
-from ftrain.meter import measure_peak
-from ftrain.remat import Remat, parse_budget
-from ftrain.remat_budget import budget_bytes
-from ftrain.remat_fit import decisions
-from kernels.mean import Mean
+from ftrain import tree
+from ftrain.analysis.cuda_allocator import CUBLAS_WORKSPACE
+from ftrain.analysis.meter import measure_peak
+from ftrain.kernels.mean import Mean
+from ftrain.plan.jit import jit
+from ftrain.remat import planner as remat_budget
+from ftrain.remat.fit import decisions
+from ftrain.remat.planner import budget_bytes
+from ftrain.remat.policy import Remat, parse_budget
+from ftrain.trace.accumulate import accumulate
+from ftrain.trace.grad import value_and_grad
 
 STATE, BATCH = momentum_state(wide_params()), stack_batch(256)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftrain.remat_cut import Item, cheapest_kept
+from ftrain.remat.mincut import Item, cheapest_kept
 
 MB = 1_000_000
 

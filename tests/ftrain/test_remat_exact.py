@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ftrain
-from ftrain.op_times import OpTimes, Speed, op_key
-from ftrain.remat import Remat
-from ftrain.remat_budget import Planner
+from ftrain.analysis.op_times import OpTimes, Speed, op_key
+from ftrain.remat.planner import Planner
+from ftrain.remat.policy import Remat
 
 SPEED = Speed("test", {torch.float32: 1e9}, 1e9, 1e9, 1.0)
 MOST = 11  # tensors that may be made again: 2,048 plans

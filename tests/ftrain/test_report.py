@@ -8,13 +8,13 @@ import pytest
 import torch
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
-from ftrain.accumulate import accumulate
-from ftrain.jit import jit
-from ftrain.memory_timeline import inputs_by_argument, memory_timeline
-from ftrain.remat import Remat
-from ftrain.remat_fit import decisions
-from ftrain.report import component, show_flops
-from ftrain.report_timeline import MOST_POINTS, thin_out
+from ftrain.analysis.memory_timeline import inputs_by_argument, memory_timeline
+from ftrain.plan.jit import jit
+from ftrain.remat.fit import decisions
+from ftrain.remat.policy import Remat
+from ftrain.report.step_page import component, show_flops
+from ftrain.report.timeline import MOST_POINTS, thin_out
+from ftrain.trace.accumulate import accumulate
 
 
 @pytest.fixture

@@ -8,18 +8,18 @@ from mesh_models import dense, mixture, omni, plan_for
 
 import ftrain
 from ftrain import tree
-from ftrain.collectives import COLLECTIVES
-from ftrain.communication import bytes_moved
-from ftrain.liveness import plan_memory
-from ftrain.loop import copy_graph
-from ftrain.op_times import OpTimes
+from ftrain.analysis.communication import bytes_moved
+from ftrain.analysis.liveness import plan_memory
+from ftrain.analysis.op_times import OpTimes
+from ftrain.analysis.pieces import Pieces
+from ftrain.analysis.simulate import Costs, OneLink, simulate
+from ftrain.graph.collectives import COLLECTIVES
+from ftrain.graph.loop import copy_graph
 from ftrain.passes.bucket import bucket
-from ftrain.passes.sink import gather_chains
-from ftrain.pieces import Pieces
-from ftrain.schedule import _apply, _Scheduler, overlap, simulate_schedule
-from ftrain.simulate import Costs, OneLink, simulate
-from sharding import Layout, Mesh, Plan, Ring
-from sharding.link import Link, sent_bytes
+from ftrain.passes.overlap import _apply, _Scheduler, overlap, simulate_schedule
+from ftrain.passes.sink_gathers import gather_chains
+from ftrain.sharding import Layout, Mesh, Plan, Ring
+from ftrain.sharding.link import Link, sent_bytes
 
 MESH = Mesh(2, 2, 2, 2, "virtual")
 SLOW = Link(latency=50.0, bandwidth=50e6)

@@ -8,11 +8,11 @@ from mesh_models import accumulated, compare, dense, mixture, plan_for
 
 import ftrain
 from ftrain import Mean, optim, tree
-from kernels.mean import sum_over_batch
-from modules import moe
-from modules.moe import MoEConfig
-from modules.spec import ParamSpec, ones
-from sharding import Capacity, Exact, Layout, Mesh, Plan, Rows
+from ftrain.kernels.mean import sum_over_batch
+from ftrain.modules import moe
+from ftrain.modules.moe import MoEConfig
+from ftrain.modules.spec import ParamSpec, ones
+from ftrain.sharding import Capacity, Exact, Layout, Mesh, Plan, Rows
 
 FSDP = [Mesh(1, 2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(1, 8, kind="virtual"), Mesh(4, 1, kind="virtual")]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ftrain
-from ftrain.shared_memory import SharedMemory
+from ftrain.runtime.shared_memory import SharedMemory
 
 
 def step(state, batch):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import fx
 
-from ftrain.collectives import COLLECTIVES, WAIT
-from ftrain.loop import run_loop
-from ftrain.op_times import OpTimes, Speed, op_key
-from ftrain.schedule import simulate_schedule
-from ftrain.simulate import Costs, OneLink, simulate
-from sharding import Mesh
-from sharding.link import Link
+from ftrain.analysis.op_times import OpTimes, Speed, op_key
+from ftrain.analysis.simulate import Costs, OneLink, simulate
+from ftrain.graph.collectives import COLLECTIVES, WAIT
+from ftrain.graph.loop import run_loop
+from ftrain.passes.overlap import simulate_schedule
+from ftrain.sharding import Mesh
+from ftrain.sharding.link import Link
 
 MESH = Mesh(1, 2, kind="fake")
 LINK = Link(latency=4.0, bandwidth=1e9)  # 4 us a message and 1 us for each 1,000 bytes

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import ftrain
 from ftrain import Mean, tree
+from ftrain.kernels.pack import draw_over_batch
+from ftrain.modules.spec import Constant, ParamSpec
 from ftrain.optim.shards import whole_shape
-from kernels.pack import draw_over_batch
-from modules.spec import Constant, ParamSpec
-from sharding import Layout, Mesh, Plan
+from ftrain.sharding import Layout, Mesh, Plan
 
 MESHES = [
     Mesh(shard=2, kind="virtual"),
@@ -232,7 +232,7 @@ def noisy(draw):
     ("draw", "words"),
     [
         (lambda shape: torch.randn(shape, dtype=torch.float64), "draws with torch's own generator"),
-        (lambda shape: ftrain.normal(ftrain.key(1), tuple(shape)), "kernels.pack.draw_over_batch"),
+        (lambda shape: ftrain.normal(ftrain.key(1), tuple(shape)), "ftrain.kernels.pack.draw_over_batch"),
     ],
 )
 def test_numbers_drawn_for_a_ranks_rows_are_refused(draw, words):

@@ -5,7 +5,7 @@ import torch
 
 import ftrain
 from ftrain import TrainState, optim
-from modules import decoder
+from ftrain.modules import decoder
 
 CFG = decoder.preset("llama-tiny")
 

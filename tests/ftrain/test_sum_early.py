@@ -5,10 +5,10 @@ import torch
 from mesh_models import accumulated, dense, mixture
 
 import ftrain
-from ftrain.loop import is_loop, loop_body
-from ftrain.passes.sum_early import sum_chains
-from sharding import Mesh, Plan
-from sharding.link import Link
+from ftrain.graph.loop import is_loop, loop_body
+from ftrain.passes.early_reductions import sum_chains
+from ftrain.sharding import Mesh, Plan
+from ftrain.sharding.link import Link
 
 
 def lowered(model, mesh):

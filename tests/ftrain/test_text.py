@@ -6,10 +6,10 @@ import pytest
 import torch
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
-from ftrain.accumulate import accumulate
-from ftrain.jit import jit
-from ftrain.source import Site
-from ftrain.text import short_site, show_bytes, show_value
+from ftrain.graph.source import Site
+from ftrain.graph.text import short_site, show_bytes, show_value
+from ftrain.plan.jit import jit
+from ftrain.trace.accumulate import accumulate
 
 
 def text_of(loss, batch) -> list[str]:

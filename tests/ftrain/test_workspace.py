@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ftrain.meter import measure_peak
-from ftrain.workspace import RULES, cpu_workspace
-from ftrain.workspace_cuda import cuda_workspace
+from ftrain.analysis.meter import measure_peak
+from ftrain.analysis.workspace import RULES, cpu_workspace
+from ftrain.analysis.workspace_cuda import cuda_workspace
 
 aten = torch.ops.aten
 x = torch.randn(512, 64)

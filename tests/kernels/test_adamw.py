@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import adamw
-from kernels.adamw import adamw_fused, adamw_in_place, adamw_update, scalars
+from ftrain.kernels import adamw
+from ftrain.kernels.adamw import adamw_fused, adamw_in_place, adamw_update, scalars
 
 OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 LENGTHS = [0, 1, 5, adamw.PIECE, adamw.PIECE + 7]

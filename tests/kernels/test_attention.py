@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kernels.attention import attention, attention_reference
-from kernels.documents import Documents, aligned_documents
-from kernels.primitive import bind
+from ftrain.kernels.attention import attention, attention_reference
+from ftrain.kernels.documents import Documents, aligned_documents
+from ftrain.kernels.primitive import bind
 
 DOCUMENTS = [(4,), (2, 2), (1, 3, 1), (2, 1, 1, 2)]
 

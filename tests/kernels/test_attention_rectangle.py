@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import attention_rectangle
-from kernels.attention_rectangle import Band, tiles
+from ftrain.kernels import attention_rectangle
+from ftrain.kernels.attention_rectangle import Band, tiles
 
 
 def dense(q, k, v, band):

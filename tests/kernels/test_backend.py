@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.backend import choose_backend, device_type, lowering_for
+from ftrain.kernels.backend import choose_backend, device_type, lowering_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 AVAILABLE = {"cpu": "loop", "cuda": "grouped"}

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.documents import (
+from ftrain.kernels.documents import (
     Documents,
     Pair,
     aligned_documents,

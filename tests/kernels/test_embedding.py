@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.embedding import embedding, merge_rows
+from ftrain.kernels.embedding import embedding, merge_rows
 
 BACKENDS = ["auto", "reference"]
 

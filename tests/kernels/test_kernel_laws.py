@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.embedding import embedding, merge_rows
-from kernels.grouped_mm import grouped_mm
-from kernels.layer_norm import layer_norm
-from kernels.moe import combine, experts_swiglu, moe_dispatch
-from kernels.rms_norm import rms_norm
-from kernels.rope import rope, rope_table
-from kernels.swiglu import swiglu
+from ftrain.kernels.embedding import embedding, merge_rows
+from ftrain.kernels.grouped_mm import grouped_mm
+from ftrain.kernels.layer_norm import layer_norm
+from ftrain.kernels.moe import combine, experts_swiglu, moe_dispatch
+from ftrain.kernels.rms_norm import rms_norm
+from ftrain.kernels.rope import rope, rope_table
+from ftrain.kernels.swiglu import swiglu
 
 
 class Case(NamedTuple):

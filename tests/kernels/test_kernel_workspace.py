@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import kernels.attention  # noqa: F401  (defines the ops)
-from kernels.workspace import FLOPS, WORKSPACE
+import ftrain.kernels.attention  # noqa: F401  (defines the ops)
+from ftrain.kernels.workspace import FLOPS, WORKSPACE
 
 
 def attention_arguments(lengths, *, H=4, G=2, K=32, V=None, dtype=torch.float32, causal=True, window=None, S=None):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ftrain.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 
 def inputs(T=7, D=4, V=9, *, ignored=2, transposed=False, dtype=torch.float64, seed=0, grad=True):

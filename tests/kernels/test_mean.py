@@ -7,8 +7,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ftrain.grad import value_and_grad
-from kernels.mean import Mean, WeightedSum, share, weighted_sum
+from ftrain.kernels.mean import Mean, WeightedSum, share, weighted_sum
+from ftrain.trace.grad import value_and_grad
 
 
 @given(total=st.floats(-1e3, 1e3), count=st.floats(1e-30, 1e6))

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.grouped_mm import FLOPS, grouped_mm
-from kernels.moe import combine, experts_swiglu, moe_dispatch
-from kernels.primitive import bind
+from ftrain.kernels.grouped_mm import FLOPS, grouped_mm
+from ftrain.kernels.moe import combine, experts_swiglu, moe_dispatch
+from ftrain.kernels.primitive import bind
 
 
 def token_by_token(x, expert, weights, w_gate, w_up, w_down):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.layer_norm import layer_norm
-from kernels.rms_norm import rms_norm
-from kernels.swiglu import swiglu
+from ftrain.kernels.layer_norm import layer_norm
+from ftrain.kernels.rms_norm import rms_norm
+from ftrain.kernels.swiglu import swiglu
 
 BACKENDS = ["auto", "reference"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import offload
-from kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
+from ftrain.kernels import offload
+from ftrain.kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kernels import embedding, grouped_mm, moe, random, rms_norm, rope, swiglu
+from ftrain.kernels import embedding, grouped_mm, moe, random, rms_norm, rope, swiglu
 
 FILES = (embedding, grouped_mm, moe, random, rms_norm, rope, swiglu)
 RULES = {name: rule for file in FILES for name, rule in file.WORKSPACE.items()}

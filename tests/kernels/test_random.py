@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kernels import random
-from kernels.random import Window
+from ftrain.kernels import random
+from ftrain.kernels.random import Window
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kernels.rope import Llama3Scaling, rope, rope_table
+from ftrain.kernels.rope import Llama3Scaling, rope, rope_table
 
 
 def complex_rotation(x, angle_TF, layout):

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.squares import extremes, sums_of_squares
+from ftrain.kernels.squares import extremes, sums_of_squares
 
 
 def test_each_tensor_has_its_sum():

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kernels.wide_mm import wide_mm, wide_mm_reference
-from kernels.workspace import FLOPS, WORKSPACE
-from modules import moe
-from modules.moe import MoEConfig
+from ftrain.kernels.wide_mm import wide_mm, wide_mm_reference
+from ftrain.kernels.workspace import FLOPS, WORKSPACE
+from ftrain.modules import moe
+from ftrain.modules.moe import MoEConfig
 
 N, D, F = 96, 64, 8
 NARROW = torch.bfloat16

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import random
-from modules import audio_encoder, spec
-from modules.audio_encoder import AudioConfig
+from ftrain.kernels import random
+from ftrain.modules import audio_encoder, spec
+from ftrain.modules.audio_encoder import AudioConfig
 
 TINY = AudioConfig(d_model=16, layers=2, heads=2, d_out=12, rate=8000, n_fft=128, hop=40, mels=10, merge=2)
 

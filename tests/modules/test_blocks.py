@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import random
-from modules import attention, embedding, linear, mlp, norm, spec
-from modules.attention import AttentionConfig
-from modules.mlp import MlpConfig
+from ftrain.kernels import random
+from ftrain.modules import attention, embedding, linear, mlp, norm, spec
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.mlp import MlpConfig
 
 T, D = 12, 16
 SEGMENTS = torch.tensor([0] * 5 + [1] * 4 + [2] * 3)

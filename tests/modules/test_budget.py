@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.budget import Bound, Budget, Size, first_fit, needs, total_budget
+from ftrain.modules.budget import Bound, Budget, Size, first_fit, needs, total_budget
 
 BUDGET = Budget(
     128,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.budget import Bound, Budget, Size, first_fit, needs
-from modules.dealing import carry_over, deal, item_parts
+from ftrain.modules.budget import Bound, Budget, Size, first_fit, needs
+from ftrain.modules.dealing import carry_over, deal, item_parts
 
 BUDGET = Budget(
     100,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kernels import random
-from modules import decoder, moe, spec
+from ftrain.kernels import random
+from ftrain.modules import decoder, moe, spec
 
 DENSE, SPARSE = decoder.preset("llama-tiny"), decoder.preset("qwen3-moe-tiny")
 SEGMENTS = torch.tensor([0] * 9 + [1] * 6 + [2] * 5)

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from kernels.rope import Llama3Scaling
-from modules import decoder, moe, spec
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.moe import MoEConfig
+from ftrain.kernels.rope import Llama3Scaling
+from ftrain.modules import decoder, moe, spec
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.moe import MoEConfig
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ftrain import key, tree
-from modules import dit, spec
-from modules.dit import DitConfig
+from ftrain.modules import dit, spec
+from ftrain.modules.dit import DitConfig
 
 CFG = DitConfig(d_in=6, d_model=24, layers=2, heads=2, d_hidden=32, d_text=10, time_features=16)
 LENGTHS, TEXTS = (5, 8, 3), (4, 1, 6)

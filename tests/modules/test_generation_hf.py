@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_decoder_hf import V, build, converted
 
-from modules.generation import generate_text
-from modules.omni import OmniModel
-from modules.packing import Text
+from ftrain.modules.generation import generate_text
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.packing import Text
 
 LENGTHS, NEW = (7, 1, 12, 4), 16
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from kernels.rope import Llama3Scaling
-from modules.attention import AttentionConfig
-from modules.decoder import PRESETS, DecoderConfig, preset
-from modules.hf_config import decoder_config, hf_config
-from modules.hf_names import decoder_names
-from modules.moe import MoEConfig
+from ftrain.kernels.rope import Llama3Scaling
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import PRESETS, DecoderConfig, preset
+from ftrain.modules.hf_config import decoder_config, hf_config
+from ftrain.modules.hf_names import decoder_names
+from ftrain.modules.moe import MoEConfig
 
 LLAMA = {
     "model_type": "llama",

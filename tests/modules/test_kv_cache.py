@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import random
-from kernels.attention import attention_reference
-from modules import decoder, kv_cache, spec
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.moe import MoEConfig
+from ftrain.kernels import random
+from ftrain.kernels.attention import attention_reference
+from ftrain.modules import decoder, kv_cache, spec
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.moe import MoEConfig
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=4)

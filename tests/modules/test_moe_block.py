@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kernels import random
-from kernels.primitive import bind
-from modules import moe, spec
-from modules.moe import MoEConfig
+from ftrain.kernels import random
+from ftrain.kernels.primitive import bind
+from ftrain.modules import moe, spec
+from ftrain.modules.moe import MoEConfig
 
 T, D = 24, 12
 PLAIN = MoEConfig(D, 10, experts=6, top_k=2)

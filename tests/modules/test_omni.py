@@ -9,11 +9,11 @@ from tiny_omni import MODEL, documents, drawing, image
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ftrain import tree
-from kernels import random
-from kernels.mean import weighted_sum
-from modules import omni, spec
-from modules.omni import OmniModel
-from modules.packing import Budget, Text, exact_budget, pack
+from ftrain.kernels import random
+from ftrain.kernels.mean import weighted_sum
+from ftrain.modules import omni, spec
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.packing import Budget, Text, exact_budget, pack
 
 WEIGHTS = {"balance": 0.01}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_omni import MODEL, audio, documents, drawing, image, video
 
 from ftrain import tree
-from modules.packing import IGNORE, Bound, Budget, Media, Target, Text, exact_budget, measure, pack
+from ftrain.modules.packing import IGNORE, Bound, Budget, Media, Target, Text, exact_budget, measure, pack
 
 BUDGET = Budget(tokens=96, rows={"image": 48, "video": 16, "audio": 48}, targets={"draw": 3})
 

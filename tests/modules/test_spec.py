@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import random
-from modules import spec
-from modules.spec import Constant, Normal, ParamSpec, TruncatedNormal, Uniform, fan_in, ones, zeros
+from ftrain.kernels import random
+from ftrain.modules import spec
+from ftrain.modules.spec import Constant, Normal, ParamSpec, TruncatedNormal, Uniform, fan_in, ones, zeros
 
 SPECS = {
     "embedding": {"table": ParamSpec((30, 8), ("vocab", "embed"), Normal(0.02))},

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import random
-from modules import spec, vision_encoder
-from modules.vision_encoder import VisionConfig
+from ftrain.kernels import random
+from ftrain.modules import spec, vision_encoder
+from ftrain.modules.vision_encoder import VisionConfig
 
 IMAGE = VisionConfig(d_model=24, layers=2, heads=2, d_out=10, patch=2, channels=3, merge=2)
 VIDEO = VisionConfig(d_model=24, layers=2, heads=2, d_out=10, patch=2, channels=3, merge=2, frames=2)

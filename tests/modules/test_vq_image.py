@@ -4,9 +4,9 @@ import optree
 import pytest
 import torch
 
-from kernels import random
-from modules import spec, vq_image
-from modules.vq_image import VqConfig
+from ftrain.kernels import random
+from ftrain.modules import spec, vq_image
+from ftrain.modules.vq_image import VqConfig
 
 TINY = VqConfig(size=8, channels=1, widths=(8, 16), codes=16, d_code=4, groups=4)
 DEEP = VqConfig(size=8, channels=1, widths=(8, 8, 16), codes=8, d_code=4, depth=3, normalise=False, groups=4)

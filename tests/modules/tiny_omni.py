@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from modules import audio_encoder, image_decoder, vision_encoder
-from modules.attention import AttentionConfig
-from modules.audio_encoder import AudioConfig
-from modules.decoder import DecoderConfig
-from modules.image_decoder import ImageDecoderConfig
-from modules.moe import MoEConfig
-from modules.omni import OmniModel
-from modules.packing import Document, Media, Target, Text
-from modules.vision_encoder import VisionConfig
-from modules.vq_image import VqConfig
+from ftrain.modules import audio_encoder, image_decoder, vision_encoder
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.audio_encoder import AudioConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.image_decoder import ImageDecoderConfig
+from ftrain.modules.moe import MoEConfig
+from ftrain.modules.omni import OmniModel
+from ftrain.modules.packing import Document, Media, Target, Text
+from ftrain.modules.vision_encoder import VisionConfig
+from ftrain.modules.vq_image import VqConfig
 
 D = 24
 IMAGE = VisionConfig(d_model=16, layers=1, heads=2, d_out=D, patch=2, channels=1, merge=2)

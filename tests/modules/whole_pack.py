@@ -7,10 +7,10 @@ nothing before it.
 import torch
 from torch import Tensor
 
-from kernels import random
-from modules import decoder as foundation
-from modules import omni
-from modules.packing import Text, exact_budget, pack
+from ftrain.kernels import random
+from ftrain.modules import decoder as foundation
+from ftrain.modules import omni
+from ftrain.modules.packing import Text, exact_budget, pack
 
 
 def lay_out(prompts, model, room):

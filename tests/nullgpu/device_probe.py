@@ -7,7 +7,7 @@ import torch
 from device_log import Log, read, reset
 from on_null_device import say
 
-from kernels.linear_cross_entropy import linear_cross_entropy
+from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def devices() -> dict[str, Any]:

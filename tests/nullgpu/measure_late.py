@@ -12,7 +12,7 @@ from steps import jitted, training_of
 
 import ftrain
 from experiments.bench.card.packs import on_device
-from ftrain.host_copy import HostCopy
+from ftrain.runtime.host_copy import HostCopy
 
 WARM_CALLS = 5
 

@@ -18,7 +18,7 @@ from steps import jitted, training_of
 
 import ftrain
 from experiments.bench.card.packs import on_device
-from sharding import Layout, Mesh, Plan
+from ftrain.sharding import Layout, Mesh, Plan
 
 
 def measured(case: Case, mesh: Mesh) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from on_null_device import say
 from torch import Tensor
 
-from ftrain.workspace_cuda import cuda_workspace
+from ftrain.analysis.workspace_cuda import cuda_workspace
 
 aten = torch.ops.aten
 SHAPES = (

@@ -19,12 +19,12 @@ from experiments.omni import model as omni_model
 from experiments.omni import sources, tasks, training
 from experiments.omni.corpus import Silence
 from ftrain import TrainState, optim
-from ftrain.precision import Precision
-from ftrain.remat import Remat
-from kernels.documents import Documents, aligned_documents
-from modules import decoder, dit
-from modules.decoder import DecoderConfig
-from modules.dit import DitConfig
+from ftrain.kernels.documents import Documents, aligned_documents
+from ftrain.modules import decoder, dit
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.dit import DitConfig
+from ftrain.remat.policy import Remat
+from ftrain.trace.precision import Precision
 
 DOCUMENTS = 4
 """Of equal length, in a pack."""

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ftrain.lockstep import lockstep_program
-from ftrain.private import new_fake_mode, trace_to_graph
-from ftrain.provenance import recording
-from sharding.mesh import Mesh
-from sharding.spmd import coordinates, on_mesh
+from ftrain.graph.torch_private import new_fake_mode, trace_to_graph
+from ftrain.runtime.lockstep import lockstep_program
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.spmd import coordinates, on_mesh
+from ftrain.trace.provenance import recording
 
 
 def on_ranks(function: Callable, mesh: Mesh, *per_rank: list[Tensor]) -> list[list[Tensor]]:

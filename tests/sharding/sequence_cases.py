@@ -6,11 +6,11 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 
-from kernels.attention import attention
-from sharding.batch import TokenOrder, Tokens, join_tokens, share
-from sharding.layout import Hybrid, Ring
-from sharding.mesh import Mesh
-from sharding.sequence_attention import sequence_attention
+from ftrain.kernels.attention import attention
+from ftrain.sharding.batch import TokenOrder, Tokens, join_tokens, share
+from ftrain.sharding.layout import Hybrid, Ring
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.sequence_attention import sequence_attention
 
 
 class Result(NamedTuple):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.documents import Documents
-from sharding.batch import Offsets, Places, Rows, Same, TokenOrder, Tokens, join_tokens, share
-from sharding.mesh import Mesh
+from ftrain.kernels.documents import Documents
+from ftrain.sharding.batch import Offsets, Places, Rows, Same, TokenOrder, Tokens, join_tokens, share
+from ftrain.sharding.mesh import Mesh
 
 MESH = Mesh(1, 2, 2, kind="virtual")
 ORDERS = [TokenOrder(2), TokenOrder(2, 2, True), TokenOrder(2, 1, True)]

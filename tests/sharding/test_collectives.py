@@ -4,8 +4,8 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from sharding import collectives
-from sharding.mesh import Mesh
+from ftrain.sharding import collectives
+from ftrain.sharding.mesh import Mesh
 
 MESH = Mesh(2, 2, kind="virtual")
 WORLD, SHARD = MESH.group("replicate", "shard"), MESH.group("shard")

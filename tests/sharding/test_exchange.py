@@ -4,12 +4,12 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from kernels import random as numbers
-from kernels.embedding import merge_rows
-from kernels.pack import following, take_rows
-from sharding import exchange
-from sharding.batch import TokenOrder, Tokens, join_tokens, share
-from sharding.mesh import Mesh
+from ftrain.kernels import random as numbers
+from ftrain.kernels.embedding import merge_rows
+from ftrain.kernels.pack import following, take_rows
+from ftrain.sharding import exchange
+from ftrain.sharding.batch import TokenOrder, Tokens, join_tokens, share
+from ftrain.sharding.mesh import Mesh
 
 MESH = Mesh(1, 1, 4, kind="virtual")
 ORDERS = [TokenOrder(4), TokenOrder(4, 4, True), TokenOrder(4, 2, True)]

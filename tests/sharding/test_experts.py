@@ -6,13 +6,13 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from ftrain.private import new_fake_mode, trace_to_graph
-from kernels.moe import experts_swiglu
-from sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
-from sharding.layout import Capacity, Exact
-from sharding.mesh import Mesh
-from sharding.sizes import is_size
-from sharding.spmd import coordinates, on_mesh
+from ftrain.graph.torch_private import new_fake_mode, trace_to_graph
+from ftrain.kernels.moe import experts_swiglu
+from ftrain.sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
+from ftrain.sharding.layout import Capacity, Exact
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.sizes import is_size
+from ftrain.sharding.spmd import coordinates, on_mesh
 
 E, D, F, T = 8, 6, 5, 12
 MESHES = [Mesh(1, 2, 1, 2, "virtual"), Mesh(1, 4, 1, 4, "virtual"), Mesh(1, 2, 2, 2, "virtual")]

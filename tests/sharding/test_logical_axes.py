@@ -1,6 +1,6 @@
 import pytest
 
-from sharding import logical_axes
+from ftrain.sharding import logical_axes
 
 
 def test_every_word_has_a_meaning():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from sharding.matrices import each_matrix
-from sharding.mesh import Mesh
-from sharding.placement import place
+from ftrain.sharding.matrices import each_matrix
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import place
 
 SMALL = Mesh(2, 2, 2, 2, "virtual")
 ODD = Mesh(1, 3, kind="virtual")

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from sharding.mesh import Mesh
-from sharding.spmd import axis_index, coordinates, on_mesh
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.spmd import axis_index, coordinates, on_mesh
 
 MESHES = [Mesh(2, 2, 2, 4, "virtual"), Mesh(1, 4, 2, 2, "virtual"), Mesh(2, 1, 4, 1, "virtual"), Mesh(1, 2, 4, 8)]
 AXES = ["replicate", "shard", "sequence", "expert", "expert_shard", "ulysses:1", "ulysses:2", "ring:2"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.paths import Rules, match, specificity
+from ftrain.sharding.paths import Rules, match, specificity
 
 NAMES = st.sampled_from(["layers", "0", "1", "w", "w_q", "norm"])
 PATHS = st.lists(NAMES, min_size=1, max_size=5).map(".".join)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 
-from sharding.mesh import Mesh
-from sharding.placement import Placement, Split, place, use
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import Placement, Split, place, use
 
 MESH = Mesh(2, 2, 2, 2, "virtual")
 

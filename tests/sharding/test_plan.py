@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sharding import Hybrid, Layout, Mesh, Places, Plan, Ring, Rows, Tokens, Ulysses
+from ftrain.sharding import Hybrid, Layout, Mesh, Places, Plan, Ring, Rows, Tokens, Ulysses
 
 
 class Spec(NamedTuple):
@@ -61,7 +61,9 @@ def test_a_glob_as_a_keyword_is_told_where_to_go():
         Plan(MESH, encoders=Layout())
     with pytest.raises(ValueError, match=r"Plan\(rules=3\): a plan takes mesh, default, components, batch, link"):
         Plan(MESH, rules=3)
-    with pytest.raises(ValueError, match=r"the plan's layout of 'encoders' is 'replicated', not a sharding.Layout"):
+    with pytest.raises(
+        ValueError, match=r"the plan's layout of 'encoders' is 'replicated', not a ftrain.sharding.Layout"
+    ):
         Plan(MESH, components={"encoders": "replicated"})
 
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
-from sharding import private
-from sharding.mesh import Mesh
-from sharding.placement import Placement, Split
-from sharding.processes import DeviceMeshes, open_groups, require_world, same_everywhere, to_dtensor, to_piece
+from ftrain.sharding import private
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import Placement, Split
+from ftrain.sharding.processes import DeviceMeshes, open_groups, require_world, same_everywhere, to_dtensor, to_piece
 
 
 @pytest.fixture

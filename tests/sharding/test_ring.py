@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from sequence_cases import difference, make_pack, on_mesh_of, on_one_device, order_of, shares
 
-from ftrain.meter import measure_peak
-from sharding import ring
-from sharding.layout import Hybrid, Ring
-from sharding.mesh import Mesh
-from sharding.ring import ring_bytes
-from sharding.ring_block import Step, pairs, ring_forward, runs
-from sharding.ring_cost import FLOPS, WORKSPACE
-from sharding.sequence_attention import sequence_attention
-from sharding.spmd import current_purpose
+from ftrain.analysis.meter import measure_peak
+from ftrain.sharding import ring
+from ftrain.sharding.layout import Hybrid, Ring
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.ring import ring_bytes
+from ftrain.sharding.ring_block import Step, pairs, ring_forward, runs
+from ftrain.sharding.ring_cost import FLOPS, WORKSPACE
+from ftrain.sharding.sequence_attention import sequence_attention
+from ftrain.sharding.spmd import current_purpose
 
 
 @pytest.mark.parametrize("zigzag", [True, False])

@@ -5,12 +5,12 @@ import torch
 from ranks import on_ranks
 from sequence_cases import difference, make_pack, on_mesh_of, on_one_device, order_of, shares
 
-from kernels.attention import attention
-from sharding import sequence_attention as module
-from sharding.batch import TokenOrder, join_tokens
-from sharding.layout import Hybrid, Ring, Ulysses
-from sharding.mesh import Mesh
-from sharding.sequence_attention import from_pack_order, pack_documents, sequence_attention, to_pack_order
+from ftrain.kernels.attention import attention
+from ftrain.sharding import sequence_attention as module
+from ftrain.sharding.batch import TokenOrder, join_tokens
+from ftrain.sharding.layout import Hybrid, Ring, Ulysses
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.sequence_attention import from_pack_order, pack_documents, sequence_attention, to_pack_order
 
 ALL = [Ulysses(), Ring(), Ring(zigzag=False), Hybrid(2), Hybrid(2, zigzag=False)]
 

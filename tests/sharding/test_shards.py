@@ -4,9 +4,9 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from sharding import shards
-from sharding.mesh import Mesh
-from sharding.placement import place
+from ftrain.sharding import shards
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import place
 
 MESH = Mesh(2, 2, 2, 2, "virtual")
 SHAPES = [((8, 6), ("embed", "mlp")), ((5, 3), ("embed", "mlp")), ((4, 6, 5), ("expert", "embed", "mlp"))]

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from sequence_cases import difference, make_pack, on_mesh_of, on_one_device
 
-from sharding import collectives
-from sharding.batch import TokenOrder
-from sharding.layout import Ulysses
-from sharding.mesh import Mesh
-from sharding.ulysses import Heads, repeated_kv_bytes, tokens_to_heads, ulysses_bytes
+from ftrain.sharding import collectives
+from ftrain.sharding.batch import TokenOrder
+from ftrain.sharding.layout import Ulysses
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.ulysses import Heads, repeated_kv_bytes, tokens_to_heads, ulysses_bytes
 
 HEADS = [(8, 8), (8, 4), (8, 2), (4, 1), (12, 3), (12, 6)]
 

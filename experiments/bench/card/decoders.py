@@ -13,8 +13,8 @@ import ftrain
 from experiments.bench.card.packs import decoder_step, on_device, pack
 from experiments.bench.hf_models import Shape, our_config
 from ftrain import Precision, TrainState, optim
-from ftrain.remat import Remat
-from modules import decoder
+from ftrain.modules import decoder
+from ftrain.remat.policy import Remat
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from experiments.bench.card.packs import on_device
 from experiments.bench.card.telling import Ceilings, Stage, attempt, milliseconds
 from experiments.bench.table import Row, row
-from kernels.attention import attention
-from kernels.documents import Documents
-from kernels.grouped_mm import grouped_mm
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.moe import experts_swiglu
-from kernels.wide_mm import wide_mm
+from ftrain.kernels.attention import attention
+from ftrain.kernels.documents import Documents
+from ftrain.kernels.grouped_mm import grouped_mm
+from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
+from ftrain.kernels.moe import experts_swiglu
+from ftrain.kernels.wide_mm import wide_mm
 
 _BACKWARD = 2.5
 """Of attention's FLOPs, over those of its forward."""

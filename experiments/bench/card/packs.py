@@ -13,9 +13,9 @@ from torch import Tensor
 
 import ftrain
 from ftrain import TrainState, optim, tree
-from kernels.documents import Documents
-from modules import decoder
-from modules.decoder import DecoderConfig
+from ftrain.kernels.documents import Documents
+from ftrain.modules import decoder
+from ftrain.modules.decoder import DecoderConfig
 
 
 def on_device(values: Any, device: torch.device | str) -> Any:

@@ -12,13 +12,13 @@ from torch import Tensor
 from experiments.bench.card.packs import on_device
 from experiments.bench.card.telling import Stage, attempt
 from experiments.bench.table import Row, row
-from kernels import random as keys
-from kernels.attention import attention, attention_reference
-from kernels.documents import Documents
-from kernels.grouped_mm import grouped_mm, grouped_mm_reference
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.moe import experts_swiglu
-from kernels.wide_mm import wide_mm, wide_mm_reference
+from ftrain.kernels import random as keys
+from ftrain.kernels.attention import attention, attention_reference
+from ftrain.kernels.documents import Documents
+from ftrain.kernels.grouped_mm import grouped_mm, grouped_mm_reference
+from ftrain.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ftrain.kernels.moe import experts_swiglu
+from ftrain.kernels.wide_mm import wide_mm, wide_mm_reference
 
 HALF = 1e-2
 """Bfloat16 operands leave an error between 1e-3 and this."""

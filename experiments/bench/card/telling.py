@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from experiments.bench.table import Row, row
-from ftrain.hardware import copy_bandwidth, peak_flops
+from ftrain.analysis.hardware import copy_bandwidth, peak_flops
 
 _ROW, _NOTE = "@row ", "@note "
 _LONGEST_ERROR = 300

@@ -15,8 +15,8 @@ from experiments.bench.card.decoders import FAST, LARGE, SMALL, Size, stepping, 
 from experiments.bench.card.telling import Ceilings, Stage, attempt, note
 from experiments.bench.hf_models import hf_model
 from experiments.bench.table import Row, row
-from ftrain.meter import measure_peak
-from ftrain.remat import Remat
+from ftrain.analysis.meter import measure_peak
+from ftrain.remat.policy import Remat
 
 _STEPS = 6
 _TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-3}

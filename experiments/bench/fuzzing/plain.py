@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
-from kernels.mean import Mean, WeightedSum
+from ftrain.kernels.mean import Mean, WeightedSum
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import ftrain
 from ftrain import Layout, Mean, Mesh, Plan, Remat, accumulate, value_and_grad, weighted_sum
 from experiments.bench.fuzzing.program import Pair
-from modules.spec import Constant, ParamSpec
+from ftrain.modules.spec import Constant, ParamSpec
 """
 _NORMAL = """
 

@@ -1,6 +1,6 @@
 """What ranks hold of whole leaves, for the tests of this folder."""
 
-from sharding.processes import DeviceMeshes, to_dtensor
+from ftrain.sharding.processes import DeviceMeshes, to_dtensor
 
 
 def on_mesh(whole, placements, mesh, rank, device="cpu"):

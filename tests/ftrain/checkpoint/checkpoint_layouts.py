@@ -2,8 +2,8 @@
 
 import torch
 
-from sharding.mesh import Mesh
-from sharding.placement import place
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.placement import place
 
 AXES = {
     "embed_VD": ("vocab", "embed"),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ftrain import tree
-from ftrain.state import TrainState
+from ftrain.step.state import TrainState
 
 
 def training_state(seed: int = 0, *, rows: int = 6) -> TrainState:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftrain.beneath import Folder
 from ftrain.checkpoint import DamagedCheckpoint, Storage, open_place, restore, save
 from ftrain.checkpoint import direct as direct_module
 from ftrain.checkpoint import read as read_module
@@ -19,6 +18,7 @@ from ftrain.checkpoint.extents import extents
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
 from ftrain.checkpoint.place import FileRecord
 from ftrain.checkpoint.sums import chunk_sums, joined
+from ftrain.files.beneath import Folder
 
 
 @st.composite

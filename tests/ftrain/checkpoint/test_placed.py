@@ -8,8 +8,8 @@ import torch
 import ftrain
 from ftrain import optim, tree
 from ftrain.checkpoint import Checkpointer, restore, save
-from modules import decoder, spec
-from sharding import Layout, Mesh, Plan
+from ftrain.modules import decoder, spec
+from ftrain.sharding import Layout, Mesh, Plan
 
 CFG = decoder.preset("llama-tiny")
 SPECS = decoder.specs(CFG)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from ftrain.checkpoint import Checkpointer, Ranks, Retention, SaveFailed, fill, restore, save
-from sharding.mesh import Mesh
+from ftrain.sharding.mesh import Mesh
 
 MESHES = {2: Mesh(1, 2), 4: Mesh(2, 1, 2, 2)}
 

@@ -15,7 +15,7 @@ from ftrain.checkpoint import SaveFailed, Storage, Window, fill, open_place, res
 from ftrain.checkpoint.boxes import elements, grid_piece, whole
 from ftrain.checkpoint.shares import divide_work, stored_arrays
 from ftrain.checkpoint.write import write_checkpoint
-from sharding.mesh import Mesh
+from ftrain.sharding.mesh import Mesh
 
 SMALL_CHUNKS = Storage(chunk_bytes=64)
 

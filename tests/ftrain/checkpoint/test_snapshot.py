@@ -11,8 +11,8 @@ from rank_processes import run
 import ftrain
 from ftrain import tree
 from ftrain.checkpoint import Checkpointer, Ranks, SaveFailed, restore, snapshot
-from modules.spec import Normal, ParamSpec
-from sharding import Mesh, Plan
+from ftrain.modules.spec import Normal, ParamSpec
+from ftrain.sharding import Mesh, Plan
 
 SIZE = 300
 
@@ -115,7 +115,9 @@ def test_a_state_that_nobody_holds_is_freed_when_it_is_copied(tmp_path, slow_cop
 def test_the_time_that_the_loop_stood_still(tmp_path, monkeypatch):
     """In `save`, and in what then waited for the copy."""
     waits = iter([0.25])
-    monkeypatch.setattr("ftrain.loan.Loan.wait", lambda loan: setattr(loan, "waited", next(waits)) or loan.end())
+    monkeypatch.setattr(
+        "ftrain.runtime.borrow.Loan.wait", lambda loan: setattr(loan, "waited", next(waits)) or loan.end()
+    )
     with Checkpointer(tmp_path) as checkpoints:
         assert checkpoints.blocked == 0
         state = state_at(1)

@@ -5,7 +5,7 @@ Arguments: the folder in Hugging Face's format, the folder of checkpoints, the f
 
 import sys
 
-from ftrain.command import main
+from ftrain.cli.main import main
 
 
 def resident(field: str) -> int:

@@ -8,11 +8,11 @@ import torch
 
 import ftrain
 from ftrain.hf import fill_hf, load_hf, save_hf
-from modules import decoder
-from modules.decoder import DecoderConfig
-from modules.hf_names import Names, decoder_names
-from sharding import Layout, Mesh, Plan
-from sharding.layout import Exact
+from ftrain.modules import decoder
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.hf_names import Names, decoder_names
+from ftrain.sharding import Layout, Mesh, Plan
+from ftrain.sharding.layout import Exact
 
 
 def run(folder: str, cfg: DecoderConfig, mesh: Mesh) -> list[tuple[bool, int, str]]:

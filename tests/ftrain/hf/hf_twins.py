@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import transformers
 
-from modules import decoder, spec
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.moe import MoEConfig
+from ftrain.modules import decoder, spec
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.moe import MoEConfig
 
 V, D, F = 99, 48, 80
 COMMON = {

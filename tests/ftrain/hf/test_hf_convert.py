@@ -12,12 +12,12 @@ pytest.importorskip("transformers")
 from hf_twins import FAMILIES, build, specs
 
 from ftrain import checkpoint
-from ftrain.command import main
+from ftrain.cli.main import main
 from ftrain.hf import load_hf
-from modules import decoder
-from modules.decoder import DecoderConfig
-from modules.hf_names import decoder_names
-from modules.spec import abstract
+from ftrain.modules import decoder
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.hf_names import decoder_names
+from ftrain.modules.spec import abstract
 
 
 def contents(folder: Path) -> dict[str, bytes]:

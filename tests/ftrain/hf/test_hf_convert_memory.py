@@ -10,13 +10,13 @@ import torch
 
 from ftrain.hf.save import HfWriter
 from ftrain.hf.shards import Entry
-from modules import decoder
-from modules.attention import AttentionConfig
-from modules.decoder import DecoderConfig
-from modules.hf_config import hf_config
-from modules.hf_names import decoder_names
-from modules.moe import MoEConfig
-from modules.spec import leaves_with_paths
+from ftrain.modules import decoder
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.hf_config import hf_config
+from ftrain.modules.hf_names import decoder_names
+from ftrain.modules.moe import MoEConfig
+from ftrain.modules.spec import leaves_with_paths
 
 BIG = DecoderConfig(
     vocab=32_000,

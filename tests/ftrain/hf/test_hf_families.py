@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftrain.hf import HfFolder, load_hf
-from modules import decoder
-from modules.hf_config import decoder_config
-from modules.hf_names import decoder_names
+from ftrain.modules import decoder
+from ftrain.modules.hf_config import decoder_config
+from ftrain.modules.hf_names import decoder_names
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from ftrain.hf import HfFolder, load_hf
 from ftrain.hf.load import stored_dtypes
-from modules.hf_names import HfTensor
-from modules.spec import ParamSpec, leaves_with_paths, ones
-from sharding import Layout, Mesh, Plan
-from sharding.layout import Exact
+from ftrain.modules.hf_names import HfTensor
+from ftrain.modules.spec import ParamSpec, leaves_with_paths, ones
+from ftrain.sharding import Layout, Mesh, Plan
+from ftrain.sharding.layout import Exact
 
 E_, D, F = 4, 6, 10
 SPECS = {

@@ -12,9 +12,9 @@ from hf_twins import build
 
 import ftrain
 from ftrain.hf import fill_hf, load_hf
-from modules import decoder
-from modules.hf_names import decoder_names
-from sharding import Mesh
+from ftrain.modules import decoder
+from ftrain.modules.hf_names import decoder_names
+from ftrain.sharding import Mesh
 
 
 @pytest.mark.slow

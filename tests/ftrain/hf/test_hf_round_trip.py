@@ -11,9 +11,9 @@ pytest.importorskip("transformers")
 from hf_twins import FAMILIES, V, build, specs
 
 from ftrain.hf import HfFolder, load_hf, save_hf
-from modules import decoder
-from modules.hf_config import decoder_config, hf_config
-from modules.hf_names import decoder_names, under
+from ftrain.modules import decoder
+from ftrain.modules.hf_config import decoder_config, hf_config
+from ftrain.modules.hf_names import decoder_names, under
 
 # Written by transformers for its own generate(); nothing of it is in the weights.
 NOT_OURS = {"generation_config.json"}
@@ -61,8 +61,8 @@ def test_configurations_and_logits_are_those_of_transformers(family: str, tmp_pa
 def test_transformers_loads_what_we_save_without_a_file_of_theirs(family: str, tmp_path: Path) -> None:
     import transformers
 
-    from kernels import random
-    from modules import spec
+    from ftrain.kernels import random
+    from ftrain.modules import spec
 
     cfg = FAMILIES[family][2]
     params = spec.init(decoder.specs(cfg), random.key(3))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ftrain.hf import save_hf
 from ftrain.hf.save import HfWriter
 from ftrain.hf.shards import Entry, parse_size, split
-from modules.hf_names import HfTensor
+from ftrain.modules.hf_names import HfTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
 

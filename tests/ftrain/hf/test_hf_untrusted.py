@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ftrain.command import main
+from ftrain.cli.main import main
 from ftrain.hf.files import HfFolder, member
-from modules import decoder
-from modules.hf_config import hf_config
-from modules.hf_names import decoder_names
-from modules.spec import abstract, leaves_with_paths
+from ftrain.modules import decoder
+from ftrain.modules.hf_config import hf_config
+from ftrain.modules.hf_names import decoder_names
+from ftrain.modules.spec import abstract, leaves_with_paths
 
 CFG = decoder.preset("llama-tiny")
 

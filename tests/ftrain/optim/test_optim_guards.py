@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftrain import optim, tree
-from kernels.primitive import bind
-from kernels.squares import sum_of_squares
+from ftrain.kernels.primitive import bind
+from ftrain.kernels.squares import sum_of_squares
 
 
 def equal(a: Any, b: Any) -> bool:

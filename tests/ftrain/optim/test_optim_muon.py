@@ -8,8 +8,8 @@ import torch
 
 import ftrain
 from ftrain import optim, tree
-from modules.spec import ParamSpec, zeros
-from sharding import Mesh, Plan
+from ftrain.modules.spec import ParamSpec, zeros
+from ftrain.sharding import Mesh, Plan
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5), (3, 5, 8), (2, 3, 4, 4)])

@@ -9,7 +9,7 @@ import torch
 
 import ftrain
 from ftrain import TrainState, optim, tree
-from ftrain.precision import Precision
+from ftrain.trace.precision import Precision
 
 OPTIMIZERS = {
     "adamw": optim.adamw(1e-3, weight_decay=0.1),

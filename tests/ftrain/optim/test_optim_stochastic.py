@@ -8,10 +8,10 @@ import torch
 
 import ftrain
 from ftrain import TrainState, optim, tree
+from ftrain.kernels import random
+from ftrain.modules.spec import Constant, ParamSpec
 from ftrain.optim.stochastic import round_at_random
-from kernels import random
-from modules.spec import Constant, ParamSpec
-from sharding import Layout, Mesh, Plan
+from ftrain.sharding import Layout, Mesh, Plan
 
 
 def test_the_mean_of_many_roundings_is_the_number():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from ftrain.private import new_fake_mode, trace_to_graph
+from ftrain.graph.torch_private import new_fake_mode, trace_to_graph
 
 
 def graph_of(function: Callable, *examples: Tensor) -> fx.GraphModule:

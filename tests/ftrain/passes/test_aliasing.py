@@ -3,7 +3,7 @@
 import torch
 from graphs import graph_of
 
-from ftrain.passes.aliasing import readers_by_storage, storage
+from ftrain.graph.aliasing import readers_by_storage, storage
 
 
 def test_views_share_memory_and_readers_see_through_them():

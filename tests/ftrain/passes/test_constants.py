@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ftrain
-from ftrain.passes.aliasing import storage
+from ftrain.graph.aliasing import storage
 
 VIEWS = {
     "a slice of all": lambda k: k[:9],

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftrain.passes.donate import donate, write_in_place
-from ftrain.passes.order import update_early
+from ftrain.passes.early_updates import update_early
 
 
 def run_donated(function, *inputs, donated):

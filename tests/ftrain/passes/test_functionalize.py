@@ -4,7 +4,7 @@ import pytest
 import torch
 from graphs import graph_of, ops_of
 
-from ftrain.passes.functionalize import functionalize, mutating_nodes
+from ftrain.trace.functionalize import functionalize, mutating_nodes
 
 
 def through_a_view(x):

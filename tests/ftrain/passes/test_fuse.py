@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import ftrain
 from ftrain import TrainState, optim
-from ftrain.fused import fused_body, is_fused
-from ftrain.loop import copy_graph
-from ftrain.meter import measure_peak
+from ftrain.analysis.meter import measure_peak
+from ftrain.graph.fused import fused_body, is_fused
+from ftrain.graph.loop import copy_graph
 from ftrain.passes.fuse import VIEWS, fuse_runs
 
 WIDE = (256, 512)  # large enough to be worth a call on a CPU

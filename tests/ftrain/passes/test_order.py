@@ -3,7 +3,7 @@
 import torch
 from graphs import graph_of, inputs_of, ops_of
 
-from ftrain.passes.order import update_early
+from ftrain.passes.early_updates import update_early
 
 
 def step(w0, w1, x):

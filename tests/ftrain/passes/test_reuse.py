@@ -6,7 +6,7 @@ from graphs import graph_of, ops_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftrain.liveness import plan_memory
+from ftrain.analysis.liveness import plan_memory
 from ftrain.passes.clean import clean
 from ftrain.passes.reuse import reuse_memory
 

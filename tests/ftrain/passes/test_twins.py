@@ -6,7 +6,7 @@ import torch
 import ftrain
 from ftrain import tree
 from ftrain.optim import adamw, chain, scale, skip_nonfinite
-from ftrain.state import TrainState
+from ftrain.step.state import TrainState
 
 
 def run(tx, donate, also=lambda state, new: ()):

@@ -1,0 +1,40 @@
+"""The command line: `ftrain SUBCOMMAND --option value ...`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tyro.extras import subcommand_cli_from_dict
+
+from ftrain.analysis.cuda_allocator import prefer_expandable_segments
+from ftrain.hf import convert
+from ftrain.search import command as search
+from ftrain.survive import command as replay
+
+# A subcommand is a frozen dataclass of options, and a function from these to the exit code.
+SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "convert": (convert.Convert, convert.run),
+    "plan": (search.PlanOptions, search.run),
+    "replay": (replay.Replay, replay.run),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code: 0, or 2 after a line about what the user can mend.
+
+    `arguments`: default those of the process. Options that are unknown or malformed end the process, as `--help` does.
+    CUDA's allocator gets expandable segments, unless the environment sets it.
+    """
+    prefer_expandable_segments()
+    kinds: dict[str, Callable[..., Any]] = {name: kind for name, (kind, _) in SUBCOMMANDS.items()}
+    options = subcommand_cli_from_dict(kinds, prog="ftrain", args=arguments)
+    run = next(run for kind, run in SUBCOMMANDS.values() if type(options) is kind)
+    try:
+        return run(options)
+    except (ValueError, OSError) as error:
+        print(f"ftrain: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""`ftrain plan EXPERIMENT`: search the layouts of an experiment's step, print them, write the best as a plan."""
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from ftrain.analysis.cluster import Cluster, cluster
+from ftrain.analysis.op_times import read_times
+from ftrain.plan.check import check_best, processes
+from ftrain.plan.file import PlanFile
+from ftrain.plan.local_machine import is_first, of_first
+from ftrain.plan.page import write_page
+from ftrain.plan.search import Options, search
+from ftrain.plan.space import Space, divisors
+from ftrain.plan.table import print_result
+from ftrain.plan.workload import Subject
+
+FUNCTION = "plan_for_search"
+_TOKENS = 32 * 1024  # of a GPU in a step, by default
+_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Search the layouts of an experiment's step on a cluster; no GPU is needed."""
+
+    experiment: tyro.conf.Positional[Path]
+    """A Python file with a function plan_for_search(tokens=..., packs=...)."""
+    gpus: int = 8
+    """How many GPUs there are."""
+    gpu: str = "h100"
+    """a100, h100, h200 or b200."""
+    op_times: Path | None = None
+    """Microseconds of single ops on such a GPU: the op-times-*.json that experiments/bench/gpu.py leaves. Ops that are
+    not in it are priced by a roofline."""
+    tokens: str = "8K"
+    """Tokens of a pack: the longest document. K and M are 1024 and 1024^2."""
+    packs: int | None = None
+    """Packs in a step, over all GPUs; default: one per GPU, or of long packs so many that a GPU has 32K tokens."""
+    size: str | None = None
+    """Of the model, where the experiment has several: what its plan_for_search(size=...) takes."""
+    traced: int = 24
+    """How many of the most promising layouts are traced and priced exactly."""
+    seconds: float = 150.0
+    """After so many seconds no more layouts are traced."""
+    processes: int = 2
+    """Processes that trace."""
+    remat: tuple[str, ...] = field(default=("none", "4", "100"))
+    """What is recomputed: none, layer, or microseconds per MB."""
+    rings: bool = True
+    """Also try ring attention and hybrids."""
+    html: Path | None = None
+    """Where the page with the Pareto front goes."""
+    apply: Path | None = None
+    """Write the best layout as a plan to this file."""
+    check: int = 0
+    """Run so many of the best layouts of this machine's size on its devices, and compare."""
+
+
+def run(options: PlanOptions) -> int:
+    """The command; 1 if no layout fits. With `--check` under torchrun one rank searches, prints and writes."""
+    with processes() if options.check else nullcontext():
+        return _run(options)
+
+
+def _run(options: PlanOptions) -> int:
+    console = Console(width=None if sys.stdout.isatty() else 160, quiet=not is_first())
+    tokens = tokens_of(options.tokens)
+    packs = options.packs or default_packs(options.gpus, tokens)
+    load = partial(load_subject, options.experiment, tokens, packs, options.size)
+    subject, machine = load(), _machine(options)
+    say = partial(console.print, style="dim")
+    result = of_first(lambda: search(subject, options.gpus, machine, _options_of(options), load=load, say=say))
+    title = f"{subject.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
+    print_result(result, title=title, console=console)
+    if options.html is not None and is_first():
+        console.print(f"wrote {write_page(result, options.html, title=title, cluster=machine)}")
+    if not result.prices:
+        console.print("no layout fits: take fewer --packs or --tokens, or more GPUs")
+        return 1
+    if options.apply is not None and is_first():
+        best = PlanFile.of(result.prices[0], subject, machine)
+        console.print(f"wrote {best.save(options.apply)}: {best.candidate}")
+    if options.check:
+        check_best(result.prices[: options.check], subject, console=console)
+    return 0
+
+
+def _machine(options: PlanOptions) -> Cluster:
+    known = cluster(options.gpu)
+    return known if options.op_times is None else replace(known, measured=read_times(options.op_times))
+
+
+def _options_of(options: PlanOptions) -> Options:
+    space = Space(remats=tuple(_remat(text) for text in options.remat), rings=options.rings)
+    return Options(traced=options.traced, processes=options.processes, space=space, seconds=options.seconds)
+
+
+def default_packs(gpus: int, tokens: int) -> int:
+    """The most packs that divide evenly among so many GPUs and give each at most 32K tokens; at least one."""
+    return max((n for n in divisors(gpus) if n * tokens <= gpus * _TOKENS), default=1)
+
+
+def load_subject(file: Path, tokens: int, packs: int, size: str | None = None) -> Subject:
+    """What the experiment in `file` offers to a search. ValueError if it has no `plan_for_search`, or no sizes."""
+    file = Path(file).resolve()
+    if not file.exists():
+        raise ValueError(f"{file}: there is no such experiment")
+    make = getattr(_module(file), FUNCTION, None)
+    if make is None:
+        raise ValueError(
+            f"{file} has no function {FUNCTION}(*, tokens, packs): it returns a ftrain.plan.workload.Subject"
+        )
+    found: Callable[..., Any] = make
+    if size is None:
+        return found(tokens=tokens, packs=packs)
+    if "size" not in inspect.signature(found).parameters:
+        raise ValueError(f"--size {size}: {FUNCTION} of {file} takes no size; leave --size out")
+    return found(tokens=tokens, packs=packs, size=size)
+
+
+def tokens_of(text: str) -> int:
+    """A number with an optional K or M, of 1024: "160K" is 163,840."""
+    found = re.fullmatch(r"(\d+)([KM]?)", text.strip().upper())
+    if found is None:
+        raise ValueError(f"--tokens {text!r}: give a number, with K or M for 1024 and 1024^2")
+    return int(found.group(1)) * _UNITS[found.group(2)]
+
+
+def _remat(text: str) -> str | float:
+    if text in ("none", "layer"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--remat {text!r}: give none, layer, or microseconds per MB") from None
+
+
+def _module(file: Path) -> Any:
+    """The experiment as a module, by its import name: its folder's, where that is a package."""
+    parts = [file.stem]
+    folder = file.parent
+    while (folder / "__init__.py").exists():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    name = ".".join(parts)
+    if name not in sys.modules and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module(name)

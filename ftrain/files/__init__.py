@@ -1,0 +1,1 @@
+"""Files that may come from anybody: opened below their folder, read within bounds."""

@@ -1,0 +1,49 @@
+"""The line of the user's code that an op came from."""
+
+import functools
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a checkout the floors lie beside the package, and in an installed one within it.
+_OURS = tuple(str(place / name) for place in (_PACKAGE, _PACKAGE.parent) for name in ("kernels", "sharding"))
+_MODELS = tuple(f"{place / 'modules'}/" for place in (_PACKAGE, _PACKAGE.parent))  # read by users as their own
+_MACHINERY = (str(_PACKAGE), *_OURS, str(Path(torch.__file__).resolve().parent), "<", "optree", "contextlib")
+
+
+class Site(NamedTuple):
+    """A line of the user's code."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} ({self.function})"
+
+
+@functools.cache
+def _is_machinery(file: str) -> bool:
+    file = file if file.startswith("<") else str(Path(file).resolve())
+    if file.startswith(_MODELS):
+        return False
+    return file.startswith(_MACHINERY) or "/optree/" in file or file.endswith("contextlib.py")
+
+
+def is_users(file: str) -> bool:
+    """True for a file that is neither torch's nor the trainer's nor a kernel's: one that a user would edit."""
+    return not _is_machinery(file)
+
+
+def user_site() -> Site | None:
+    """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit."""
+    here: FrameType | None = sys._getframe(1)
+    while here is not None:
+        if not _is_machinery(here.f_code.co_filename):
+            return Site(here.f_code.co_filename, here.f_lineno, here.f_code.co_name)
+        here = here.f_back
+    return None

@@ -1,0 +1,131 @@
+"""Which layout a step runs with: the one of a plan file, or the best that a search at start-up finds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ftrain.analysis.cluster import Cluster
+from ftrain.graph.text import show_bytes
+from ftrain.plan.file import PlanFile, load_plan
+from ftrain.plan.local_machine import of_first, this_device, this_machine, world_size
+from ftrain.plan.search import Options, search
+from ftrain.plan.space import Space, grouped
+from ftrain.plan.step_workload import StepSubject
+from ftrain.plan.workload import Subject
+from ftrain.remat.policy import parse_budget
+from ftrain.sharding.batch import BatchRule
+from ftrain.sharding.layout import Layout
+from ftrain.sharding.mesh import Kind
+from ftrain.step.plan_source import Choice, Wanted
+
+_START_UP = Options(traced=8, processes=1, space=Space(rings=False), memory=1.0, seconds=60.0)
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """The plan of a file that `ftrain plan --apply` wrote.
+
+    `kind`: of its mesh; "virtual" runs all its ranks in lockstep in this process.
+    """
+
+    file: str | Path
+    kind: Kind = "process"
+
+    def choose(self, wanted: Wanted) -> Choice:
+        """The file's plan. ValueError if there is none, if it is for another number of ranks than this run has, or for
+        a model with other components; for a step none of whose arguments is the batch.
+        """
+        found = load_plan(self.file)
+        require_ranks(found, self.file, self.kind)
+        if found.candidate.ranks > 1:
+            _require_batch(wanted, self.file)
+        return choice_of(found, self.kind, specs=wanted.specs, source=str(self.file))
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """A search at start-up, for the devices at hand, of the layout with which a step takes least time.
+
+    `ranks`: default those of this run. `kind`: of the mesh. `packs` in a step's batch, of which each data rank gets as
+    many; default one per rank. `memory`: the most that a rank may hold at once: bytes, "60GiB" or "70%" of the device.
+    `batch`, `components`: as in `ftrain.sharding.Plan`. `options` of the search. Micro-batches are the step's own
+    business.
+    """
+
+    ranks: int | None = None
+    kind: Kind = "process"
+    packs: int | None = None
+    memory: int | str = "95%"
+    batch: Mapping[str, BatchRule] = field(default_factory=lambda: MappingProxyType({}))
+    components: Mapping[str, Layout] = field(default_factory=lambda: MappingProxyType({}))
+    options: Options = _START_UP
+
+    def choose(self, wanted: Wanted) -> Choice:
+        """Search. ValueError where the step's arguments are not known yet, and where no layout fits."""
+        ranks = self.ranks or world_size()
+        if self.kind == "process" and ranks != world_size():
+            raise ValueError(f"AutoPlan(ranks={ranks}): this run has {world_size()} processes; start {ranks}")
+        if wanted.arguments is None or (self.kind == "process" and ranks > 1 and not wanted.whole):
+            raise ValueError(
+                "plan='auto' is chosen by the shapes of a step's arguments: call step.choose(state, batch) before the "
+                "step is used, with those of the whole mesh (ftrain.Aval or meta tensors will do)"
+            )
+        subject = StepSubject(wanted, packs=self.packs or ranks, rules=self.batch, components=self.components)
+        found = search_here(subject, ranks, memory=self.memory, options=self.options)
+        return choice_of(found, self.kind, specs=wanted.specs, source="plan='auto'")
+
+
+def search_here(subject: Subject, ranks: int, *, memory: int | str = "95%", options: Options = _START_UP) -> PlanFile:
+    """The best layout of a subject's step on the devices at hand; in a run of several processes all get rank 0's.
+
+    ValueError if none fits into `memory`.
+    """
+    budget = parse_budget(memory)
+    if isinstance(budget, str):
+        raise ValueError(f"memory={memory!r}: give bytes, '60GiB' or '70%'")
+    machine = this_machine(this_device(), memory=None if isinstance(budget, float) else float(budget))
+    limited = replace(options, memory=budget if isinstance(budget, float) else 1.0)
+    return of_first(lambda: _best(subject, ranks, machine, limited))
+
+
+def require_ranks(found: PlanFile, file: str | Path, kind: Kind) -> None:
+    """ValueError if a plan for processes is not for as many as this run has."""
+    world, ranks = world_size(), found.candidate.ranks
+    if kind == "process" and ranks != world:
+        raise ValueError(
+            f"{file} is a plan for {ranks} ranks ({found.candidate}), and this run has {world}: start {ranks} with "
+            f"torchrun, or make one with `ftrain plan ... --gpus {world} --apply {file}`"
+        )
+
+
+def _require_batch(wanted: Wanted, file: str | Path) -> None:
+    if len(wanted.names) > 1 and wanted.batch not in wanted.names:
+        raise ValueError(
+            f"{file} divides the argument {wanted.batch!r}, and the step takes {', '.join(wanted.names[:8])}, so every "
+            f"rank would compute all of the data: call that argument {wanted.batch!r}, or name it in jit(batch=...)"
+        )
+
+
+def choice_of(found: PlanFile, kind: Kind, *, specs: Any, source: str) -> Choice:
+    """The plan for `ftrain.jit`. ValueError if it names components that no parameter of `specs` is in."""
+    if found.candidate.ranks == 1:
+        return Choice(None, found.candidate.recompute)
+    plan = found.plan(kind=kind)
+    if specs is None and plan.components:
+        raise ValueError(f"{source} has layouts of {', '.join(plan.components)}: give ftrain.jit the model's specs=...")
+    try:
+        plan.placements({} if specs is None else specs)
+    except ValueError as error:
+        raise ValueError(f"{source}, made for {found.subject!r}, does not fit this model: {error}") from None
+    return Choice(plan, found.candidate.recompute)
+
+
+def _best(subject: Subject, ranks: int, machine: Cluster, options: Options) -> PlanFile:
+    result = search(subject, ranks, machine, options)
+    if result.prices:
+        return PlanFile.of(result.prices[0], subject, machine)
+    reasons = "; ".join(f"{r.number} x {r.reason}" for r in grouped(result.rejected))
+    limit = show_bytes(int(options.memory * machine.memory))
+    raise ValueError(f"no layout of {subject.name} on {ranks} ranks fits into {limit} of a rank: {reasons}")

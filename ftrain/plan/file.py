@@ -1,0 +1,197 @@
+"""plan.json: a layout chosen by a search, with all that `ftrain.jit` needs of it, written and read back."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ftrain.analysis.cluster import Cluster
+from ftrain.files.outside import (
+    Shape,
+    check,
+    either,
+    flag,
+    listed,
+    mapped,
+    number,
+    one_of,
+    read_json,
+    record,
+    text,
+    whole,
+)
+from ftrain.plan.cost import Price
+from ftrain.plan.layout_data import layout_as_dict, layout_from_dict, rule_as_dict, rule_from_dict
+from ftrain.plan.space import Candidate, as_dict, from_dict
+from ftrain.plan.workload import Subject
+from ftrain.sharding.batch import BatchRule
+from ftrain.sharding.layout import Layout
+from ftrain.sharding.link import Link
+from ftrain.sharding.mesh import Kind
+from ftrain.sharding.plan import Plan
+
+_VERSION = 2
+_FILE_BYTES = 2**22
+_RANKS, _GLOB = 2**20, 256
+_KEYS = ("version", "subject", "cluster", "tokens", "packs", "layout", "components", "batch", "link", "predicted")
+
+
+def _maybe(shape: Shape) -> Shape:
+    return either(one_of(None), shape)
+
+
+def _by_glob(item: Shape) -> Shape:
+    """Of an object by globs, which are matched against every path: long ones take for ever."""
+
+    def shape(value: Any, at: str) -> None:
+        mapped(item)(value, at)
+        for glob in value:
+            text(_GLOB)(glob, f"a name in {at}")
+
+    return shape
+
+
+_SIZE = whole(1, _RANKS)
+_TAGGED = record(
+    {"kind": text(_GLOB)},
+    optional={
+        "zigzag": flag,
+        "ulysses": _SIZE,
+        "factor": number(1e-6),
+        "dim": whole(0, 16),
+        "of": text(_GLOB),
+    },
+)
+_LAYOUT = record(
+    {
+        "parameters": listed(text(_GLOB)),
+        "sequence": _maybe(_TAGGED),
+        "experts": _maybe(_TAGGED),
+        "expert_chunks": _SIZE,
+        "dtype": _maybe(text(_GLOB)),
+    }
+)
+_CANDIDATE = record(
+    {
+        **dict.fromkeys(("replicate", "shard", "sequence", "expert", "micro_batches"), _SIZE),
+        "attention": _maybe(text(_GLOB)),
+        "remat": either(text(_GLOB), number(0.0)),
+    }
+)
+_PLAN = record(
+    {
+        "version": one_of(_VERSION),
+        "subject": text(),
+        "cluster": text(),
+        "tokens": whole(1),
+        "packs": whole(1),
+        "layout": _CANDIDATE,
+        "components": _by_glob(_LAYOUT),
+        "batch": _by_glob(_TAGGED),
+        "link": record({"latency": number(0.0), "bandwidth": number(1.0)}),
+        "predicted": mapped(number()),
+    }
+)
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A layout, for whom it was chosen, and what was predicted of it.
+
+    `tokens` of a pack and `packs` of a step, which decide the batch's shapes; `components`, `batch` and `link`: as in
+    `ftrain.sharding.Plan`; `predicted`: tokens/s of one GPU, peak bytes, ... `candidate.recompute` is the `Remat` of
+    its step, `candidate.micro_batches` what its loss accumulates over.
+    """
+
+    subject: str
+    cluster: str
+    tokens: int
+    packs: int
+    candidate: Candidate
+    components: Mapping[str, Layout] = field(default_factory=lambda: MappingProxyType({}))
+    batch: Mapping[str, BatchRule] = field(default_factory=lambda: MappingProxyType({}))
+    link: Link = field(default_factory=Link)
+    predicted: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    @staticmethod
+    def of(price: Price, subject: Subject, cluster: Cluster) -> "PlanFile":
+        """The file of a priced layout of a subject on a cluster."""
+        candidate = price.candidate
+        trial = subject.make(dict.fromkeys(subject.stacks, 1), candidate)
+        predicted = {
+            "seconds": price.seconds,
+            "tokens_per_second_per_gpu": price.tokens_per_second,
+            "mfu": price.mfu,
+            "peak_bytes": float(round(price.peak)),
+            "exposed_seconds": price.exposed,
+        }
+        return PlanFile(
+            subject=subject.name,
+            cluster=cluster.name,
+            tokens=subject.facts.tokens,
+            packs=subject.facts.packs,
+            candidate=candidate,
+            components=dict(trial.components),
+            batch=dict(trial.rules),
+            link=cluster.link(candidate.mesh()),
+            predicted=predicted,
+        )
+
+    def plan(self, *, kind: Kind = "process") -> Plan:
+        """The plan for `ftrain.jit`."""
+        mesh, layout = self.candidate.mesh(kind), self.candidate.layout
+        return Plan(mesh, layout, batch=self.batch, link=self.link, components=self.components)
+
+    def save(self, file: str | Path) -> Path:
+        """Write the file; one of this name is replaced at once."""
+        file = Path(file)
+        data = {
+            "version": _VERSION,
+            "subject": self.subject,
+            "cluster": self.cluster,
+            "tokens": self.tokens,
+            "packs": self.packs,
+            "layout": as_dict(self.candidate),
+            "components": {glob: layout_as_dict(layout) for glob, layout in self.components.items()},
+            "batch": {glob: rule_as_dict(rule) for glob, rule in self.batch.items()},
+            "link": asdict(self.link),
+            "predicted": dict(self.predicted),
+        }
+        fresh = file.with_name(f".{file.name}.new")
+        fresh.write_text(json.dumps(data, indent=1) + "\n")
+        fresh.replace(file)
+        return file
+
+
+def load_plan(file: str | Path) -> PlanFile:
+    """Read what `PlanFile.save` wrote. ValueError names the file, and what is missing or not known in it."""
+    file = Path(file)
+    try:
+        data = read_json(file, limit=_FILE_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: there is no such plan; `ftrain plan ... --apply {file}` writes one") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; `ftrain plan ... --apply {file}` writes a new one") from None
+    if not isinstance(data, dict) or set(data) != set(_KEYS) or data["version"] != _VERSION:
+        raise ValueError(f"{file} is not a plan of version {_VERSION} with {', '.join(_KEYS)}; write a new one")
+    check(data, _PLAN, str(file))
+    try:
+        return _from_data(data)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _from_data(data: dict[str, Any]) -> PlanFile:
+    return PlanFile(
+        subject=data["subject"],
+        cluster=data["cluster"],
+        tokens=data["tokens"],
+        packs=data["packs"],
+        candidate=from_dict(data["layout"]),
+        components={glob: layout_from_dict(layout) for glob, layout in data["components"].items()},
+        batch={glob: rule_from_dict(rule) for glob, rule in data["batch"].items()},
+        link=Link(**data["link"]),
+        predicted=data["predicted"],
+    )

@@ -1,0 +1,92 @@
+"""`ftrain.jit`: a pure step, traced once per shapes into one graph, then run."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftrain.plan.auto import AutoPlan, SavedPlan
+from ftrain.remat.policy import Remat
+from ftrain.sharding.plan import Plan
+from ftrain.step.api import make_step
+from ftrain.step.plan_source import Chooser
+from ftrain.trace.precision import Precision
+
+
+def jit(
+    fn: Callable | None = None,
+    *,
+    donate: str | None = None,
+    backend: str = "auto",
+    remat: Remat | str | None = None,
+    precision: Precision | str | torch.dtype | None = None,
+    plan: Plan | Chooser | str | Path | None = None,
+    specs: Any = None,
+    batch: str = "batch",
+    overlap: bool = True,
+) -> Any:
+    """Make a step of a pure function of trees of tensors; usable as a decorator, with or without options.
+
+    - `donate`: the name of an argument whose memory the step may write its new value into. The result, or one member of
+      a tuple result, must have the argument's tree, shapes and dtypes. The old leaves are spoiled: using one again is
+      a ValueError that names it.
+    - `backend`: "aten" (the graph as Python), "inductor", "cudagraph", or "auto": aten on CPU, inductor on CUDA.
+    - `remat`: what the backward computes again instead of keeping; see `Remat`. Default: nothing, or what a plan says
+      that is given by name.
+    - `precision`: in which dtype losses see the parameters; see `Precision`. A name or a dtype is the compute dtype.
+    - `plan`: the mesh that the step runs on, and how; see `ftrain.sharding.Plan`. Or a file that `ftrain plan --apply`
+      wrote, or "auto", which searches at start-up (see `ftrain.SavedPlan`, `ftrain.AutoPlan`).
+    - `specs`: the tree of `ParamSpec`s of the model, by whose paths leaves of the state are found; not needed where the
+      state comes from this step's `init`. `batch`: the name of the argument that the ranks divide among them.
+      `overlap`: reorder the graph so that communication hides behind compute; values are the same without.
+
+    Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
+    shapes, dtypes or devices, and modes around the call (autocast, the default dtype and device); from the second trace
+    on a warning says which leaf changed, and how. A step holds at most 8 traces, and drops the oldest with a warning.
+    Inside a transform of `torch.func`, another jitted function or a trace of another kind, a jitted function is the
+    plain one.
+    """
+    if fn is None:
+        return functools.partial(
+            jit,
+            donate=donate,
+            backend=backend,
+            remat=remat,
+            precision=precision,
+            plan=plan,
+            specs=specs,
+            batch=batch,
+            overlap=overlap,
+        )
+    return make_step(
+        fn,
+        donate=donate,
+        backend=backend,
+        remat=remat,
+        precision=precision,
+        plan=_found(plan),
+        specs=specs,
+        batch=batch,
+        overlap=overlap,
+    )
+
+
+def _found(plan: Plan | Chooser | str | Path | None) -> Plan | Chooser | None:
+    """The plan, or what chooses one, that a name stands for. ValueError for a string that is neither "auto" nor the
+    file of a plan, and for what is no plan.
+    """
+    spellings = (
+        "give a ftrain.Plan (ftrain.Plan(ftrain.Mesh(shard=8)) is FSDP), 'auto', or a file that `ftrain plan --apply` "
+        "wrote"
+    )
+    if plan == "auto":
+        return AutoPlan()
+    if isinstance(plan, str | Path):
+        if not Path(plan).is_file():
+            raise ValueError(f"plan={str(plan)!r}: {plan}: there is no such plan; {spellings}")
+        return SavedPlan(plan)
+    if plan is not None and not isinstance(plan, Plan) and not hasattr(plan, "choose"):
+        raise ValueError(f"plan={plan!r} is not a ftrain.Plan: {spellings}")
+    return plan

@@ -1,0 +1,66 @@
+"""Layouts and batch rules as plain data, for plan files."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from ftrain.sharding.batch import BatchRule, Offsets, Places, Rows, Same, Tokens
+from ftrain.sharding.layout import Capacity, Exact, Hybrid, Layout, Ring, Ulysses
+
+_SEQUENCE = (Ulysses, Ring, Hybrid)
+_EXPERTS = (Exact, Capacity)
+_RULES = (Tokens, Rows, Places, Same, Offsets)
+
+
+def layout_as_dict(layout: Layout) -> dict[str, Any]:
+    """A layout as numbers, strings and lists; `layout_from_dict` reads it."""
+    return {
+        "parameters": list(layout.parameters),
+        "sequence": _tagged(layout.sequence),
+        "experts": _tagged(layout.experts),
+        "expert_chunks": layout.expert_chunks,
+        "dtype": layout.dtype,
+    }
+
+
+def layout_from_dict(data: Mapping[str, Any]) -> Layout:
+    """The layout that `layout_as_dict` wrote. ValueError names a key or a kind that is not known."""
+    _check_keys(data, {f.name for f in fields(Layout)}, "a layout")
+    return Layout(
+        parameters=tuple(data["parameters"]),
+        sequence=_untagged(data["sequence"], _SEQUENCE, "sequence"),
+        experts=_untagged(data["experts"], _EXPERTS, "experts"),
+        expert_chunks=data["expert_chunks"],
+        dtype=data["dtype"],
+    )
+
+
+def rule_as_dict(rule: BatchRule) -> dict[str, Any]:
+    """How a leaf of the batch is divided, as plain data; `rule_from_dict` reads it."""
+    return _tagged(rule) or {}
+
+
+def rule_from_dict(data: Mapping[str, Any]) -> BatchRule:
+    """The rule that `rule_as_dict` wrote. ValueError names a kind that is not known."""
+    return _untagged(data, _RULES, "batch rule")
+
+
+def _tagged(value: Any) -> dict[str, Any] | None:
+    return None if value is None else {"kind": type(value).__name__.lower(), **asdict(value)}
+
+
+def _untagged(data: Mapping[str, Any] | None, kinds: tuple[type, ...], what: str) -> Any:
+    if data is None:
+        return None
+    by_name = {kind.__name__.lower(): kind for kind in kinds}
+    kind = by_name.get(str(data.get("kind")))
+    if kind is None:
+        raise ValueError(f"{what} {data.get('kind')!r} is not one of {', '.join(by_name)}")
+    given = {name: value for name, value in data.items() if name != "kind"}
+    _check_keys(given, {f.name for f in fields(kind)}, f"{what} {data['kind']!r}")
+    return kind(**given)
+
+
+def _check_keys(data: Mapping[str, Any], known: set[str], what: str) -> None:
+    if set(data) != known:
+        raise ValueError(f"{what} has the keys {sorted(known)}; got {sorted(data)}")

@@ -1,0 +1,150 @@
+"""The program that `ftrain.jit` would make of a step for a cluster's GPUs, without one: graph, schedule, donation.
+
+`ftrain.jit` plans by the times of the device at hand. Here the same passes run by the times of the cluster.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from ftrain import tree
+from ftrain.analysis.cluster import Cluster
+from ftrain.analysis.device_ops import DeviceTimes
+from ftrain.analysis.liveness import plan_memory
+from ftrain.analysis.op_times import OpTimes
+from ftrain.graph.collectives import groups_of
+from ftrain.graph.loop import copy_graph
+from ftrain.plan.cluster_links import run_on_paper
+from ftrain.plan.space import Candidate
+from ftrain.plan.workload import Trial
+from ftrain.runtime.execute import choose
+from ftrain.sharding.batch import Places, Rows, share
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.plan import Plan
+from ftrain.step.donated import match_donated
+from ftrain.step.mesh_arguments import COORDINATES, Argument, MeshArguments
+from ftrain.step.pipeline import DONATED, EXECUTED, FUSED, HIDDEN, PREPARED, Pass, Setting, run_passes
+from ftrain.step.sharded import ShardedStep
+from ftrain.trace.spmd import Placements
+from ftrain.trace.tracer import Aval, argument_paths, is_array, trace
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One rank's program. `ordered`: the graph in the order in which it runs, communication hidden behind compute; what
+    the backend fuses is one node each. `final`: the same with its writes in place. `plain`: that without communication
+    hidden.
+
+    What is alive in `plain` grows by the same bytes with each layer; how far ahead `final` gets depends on the layers
+    that there are.
+    """
+
+    ordered: fx.GraphModule
+    final: fx.GraphModule
+    plain: fx.GraphModule
+    mesh: Mesh
+    times: OpTimes
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A rank's program before its communication is hidden: `module`, and `plain` as in `Lowered`."""
+
+    module: fx.GraphModule
+    plain: fx.GraphModule
+    setting: Setting
+    times: OpTimes
+    cluster: Cluster
+
+    def hide(self, *, spare: float | None) -> Lowered:
+        """Hide communication with so many bytes to spare (None: as `overlap` takes them by default)."""
+        setting, times, mesh = self.setting, self.times, self.setting.mesh
+        assert mesh is not None
+        if not groups_of(self.module):
+            return Lowered(_run(self.module, FUSED, setting), self.plain, self.plain, mesh, times)
+
+        def within(module: fx.GraphModule) -> int | None:
+            return None if spare is None else plan_memory(module).peak + int(spare)
+
+        def score(trial: fx.GraphModule) -> float:
+            return run_on_paper(trial, mesh, times=times, cluster=self.cluster).step
+
+        module = _run(self.module, HIDDEN, replace(setting, within=within, score=score))
+        final = _run(module, (*DONATED, *EXECUTED), setting)
+        return Lowered(_run(module, FUSED, setting), final, self.plain, mesh, times)
+
+
+def lower(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Lowered:
+    """Trace the step for one rank of a layout and run the passes; nothing is allocated.
+
+    ValueError as `ftrain.jit` raises it, where the step does not fit the layout. `attention_share`: see `DeviceTimes`.
+    """
+    return draft(trial, candidate, cluster, attention_share=attention_share).hide(spare=None)
+
+
+def draft(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Draft:
+    """As `lower`, but for communication, which is not hidden yet."""
+    times = DeviceTimes(cluster, attention_share=attention_share)
+    mesh, device = candidate.mesh(), torch.device(cluster.device_type, 0)
+    base = trial.plan(candidate)
+    plan = Plan(base.mesh, base.default, batch=base.batch, link=cluster.link(mesh), components=base.components)
+    sharded = ShardedStep(plan, specs=trial.specs, arguments=partial(OnPaper, device=device))
+    leaves, treedef = tree.flatten((trial.state, trial.batch))
+    paths = argument_paths((trial.state, trial.batch), ("state", "batch"))
+    args = sharded.local_arguments(paths, leaves, treedef)
+    traced = trace(
+        sharded.local_function(trial.step, paths), args, ("state", "batch", COORDINATES), precision=trial.precision
+    )
+    sharded.settle(traced)
+    donated = match_donated(traced, args[0], "state").by_name(traced.module) if trial.donate else {}
+    setting = Setting(
+        leaves=dict(zip(traced.input_paths, traced.input_avals, strict=True)),
+        state="state",
+        donated=donated,
+        device=device,
+        backend=choose("auto", device),
+        remat=candidate.recompute,
+        times=lambda: times,
+        mesh=mesh,
+        link=plan.link,
+    )
+    module = run_passes(traced.module, PREPARED, setting)
+    return Draft(module, _run(module, (*DONATED, *EXECUTED), setting), setting, times, cluster)
+
+
+def _run(module: fx.GraphModule, passes: Sequence[Pass], setting: Setting) -> fx.GraphModule:
+    """A copy after the passes."""
+    return run_passes(copy_graph(module), passes, setting)
+
+
+class OnPaper(MeshArguments):
+    """The arguments of a step on a fake mesh, whose batch is shapes alone, however large it is.
+
+    All of them stand for arguments on `device`, which need not be here.
+    """
+
+    def __init__(self, plan: Plan, placements: Placements, batch: str, *, device: torch.device) -> None:
+        super().__init__(plan, placements, batch)
+        self._device = device
+
+    def avals(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
+        """A rank's arguments as abstract values."""
+        arguments = [self.argument(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        return [self._aval(a, leaf) for a, leaf in zip(arguments, leaves, strict=True)]
+
+    def _aval(self, argument: Argument, leaf: Any) -> Any:
+        if not is_array(leaf):
+            return leaf
+        if argument.placement is not None:
+            return Aval(argument.placement.local_shape, leaf.dtype, self._device)
+        # places are divided as rows are; what else their rule asks for is a matter of their values
+        rule = Rows() if isinstance(argument.rule, Places) else argument.rule
+        assert rule is not None
+        whole = torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
+        plan = self.plan
+        part = share(whole, rule, path=argument.path, tokens=0, order=plan.order, mesh=plan.mesh, rank=0)
+        return Aval(tuple(part.shape), leaf.dtype, self._device)

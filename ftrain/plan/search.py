@@ -1,0 +1,246 @@
+"""The search: every legal layout estimated, the most promising traced and priced, all of them ranked or refused."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+import torch
+
+from ftrain.analysis.cluster import Cluster
+from ftrain.graph.text import show_bytes
+from ftrain.plan.cost import MEMORY, Layer, Price, minor_layers, price
+from ftrain.plan.estimate import Estimate, Weights, estimate, kinds_of, weights_on
+from ftrain.plan.space import Candidate, Facts, Rejected, Space, layouts
+from ftrain.plan.workload import Subject
+
+LoadSubject = Callable[[], Subject]
+Guessed = tuple[Candidate, Estimate]
+Minor = dict[str | float, dict[str, Layer] | None]  # by the way to recompute
+_WAVE = 1  # layouts that each process traces before it is looked at what came of them
+
+
+@dataclass(frozen=True)
+class Options:
+    """`traced`: how many layouts are traced. `processes`: that trace at the same time. `space`: what is tried.
+
+    `memory`: the share of a GPU's memory that a step may use. `seconds`: after these no further layouts are traced.
+    """
+
+    traced: int = 40
+    processes: int = 2
+    space: Space = field(default_factory=Space)
+    memory: float = MEMORY
+    seconds: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Result:
+    """`prices`: of traced layouts that fit, fastest first. `untraced`: legal layouts that were only estimated, fastest
+    first. `rejected`: what cannot run, with reasons; each layout is in one of the three. `bounds`: seconds that the
+    traced layouts take at least.
+    """
+
+    prices: list[Price]
+    untraced: list[Guessed]
+    rejected: list[Rejected]
+    bounds: Mapping[Candidate, float] = field(default_factory=dict)
+
+
+def search(
+    subject: Subject,
+    ranks: int,
+    cluster: Cluster,
+    options: Options = Options(),
+    *,
+    load: LoadSubject | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Search the layouts of a subject's step on `ranks` GPUs of a cluster.
+
+    `load` makes the subject again in another process (a picklable function); without it all is traced in this one.
+    `say` is told how far it is. ValueError if no layout is legal.
+    """
+    found, rejected = layouts(ranks, subject.facts, options.space)
+    if not found:
+        reasons = "; ".join(dict.fromkeys(r.reason for r in rejected))
+        raise ValueError(f"{subject.name} has no legal layout on {ranks} ranks: {reasons}")
+    limit = options.memory * cluster.memory
+    estimates = _estimates(subject, found, cluster)
+    book = Book(limit, show_bytes(int(limit)), rejected)
+    fitting = []
+    for c, e in sorted(estimates, key=lambda item: item[1].seconds):
+        if e.memory * cluster.efficiency.fragmentation > limit:
+            book.refuse(c, f"needs more than the {book.shown} of a GPU for its state and what it keeps")
+        else:
+            fitting.append((c, e))
+    say(f"{len(found)} legal layouts, {len(fitting)} may fit; at most {options.traced} of them are traced")
+    rest = _first_of_each_kind(fitting, options.traced)
+    minor: Minor = {}
+    traced, deadline = 0, time.monotonic() + options.seconds
+    with _workers(options, load) as pool:
+        while rest and traced < options.traced and (not traced or time.monotonic() < deadline):
+            wave = rest[: min(_WAVE * options.processes, options.traced - traced)]
+            rest = rest[len(wave) :]
+            traced += len(wave)
+            chosen = [c for c, _ in wave]
+            _learn_minor(minor, subject, chosen, cluster, pool, load)
+            outcomes = _traced(subject, chosen, cluster, minor, pool, load, options.memory)
+            for (candidate, guess), outcome in zip(wave, outcomes, strict=True):
+                book.enter(candidate, guess, outcome, subject.facts)
+                say(f"{candidate}: {outcome if isinstance(outcome, str) else _figures(outcome)}")
+            rest = [item for item in rest if not book.hopeless(*item, subject.facts)]
+            rest.sort(key=lambda item: book.expected(*item) > limit)  # stable: the fastest of each first
+    rest.sort(key=lambda item: item[1].seconds)
+    bounds = {c: e.seconds for c, e in fitting}
+    traced_bounds = {p.candidate: bounds[p.candidate] for p in book.prices}
+    return Result(sorted(book.prices, key=lambda p: p.seconds), rest, book.rejected, traced_bounds)
+
+
+@dataclass
+class Book:
+    """What was found: prices that fit into `limit` bytes, rejections, and the layouts that were far too large.
+
+    `beyond`: of each way to recompute, by which factor memory was above its estimate, at least.
+    """
+
+    limit: float
+    shown: str
+    rejected: list[Rejected]
+    prices: list[Price] = field(default_factory=list)
+    too_large: list[tuple[Candidate, Estimate, int]] = field(default_factory=list)
+    beyond: dict[str | float, float] = field(default_factory=dict)
+
+    def refuse(self, candidate: Candidate, why: str) -> None:
+        """Note why a layout cannot run."""
+        self.rejected.append(Rejected(str(candidate), 1, why))
+
+    def enter(self, candidate: Candidate, guess: Estimate, outcome: Price | str, facts: Facts) -> None:
+        """Note what came of tracing a layout."""
+        if isinstance(outcome, str):
+            self.refuse(candidate, outcome)
+            return
+        ratio = outcome.peak / guess.memory
+        self.beyond[candidate.remat] = min(ratio, self.beyond.get(candidate.remat, ratio))
+        if outcome.peak > self.limit:
+            needs = f"{candidate} (needs {show_bytes(int(outcome.peak))})"
+            self.rejected.append(Rejected(needs, 1, f"traced, it needs more than the {self.shown} of a GPU"))
+            if outcome.peak > 1.1 * self.limit:
+                self.too_large.append((candidate, guess, candidate.local_tokens(facts)))
+        else:
+            self.prices.append(outcome)
+
+    def expected(self, candidate: Candidate, guess: Estimate) -> float:
+        """Bytes that a layout is likely to need, from what traces of its like did."""
+        return guess.memory * self.beyond.get(candidate.remat, 1.0)
+
+    def hopeless(self, candidate: Candidate, guess: Estimate, facts: Facts) -> bool:
+        """True, and noted, for a layout that holds no less than one that was far too large, and recomputes no more."""
+        tokens = candidate.local_tokens(facts)
+        for other, needed, held in self.too_large:
+            if other.remat == candidate.remat and tokens >= held and guess.memory >= 0.9 * needed.memory:
+                self.refuse(candidate, f"holds no less than {other}, which needs more than the {self.shown} of a GPU")
+                return True
+        return False
+
+
+def _estimates(subject: Subject, candidates: Sequence[Candidate], cluster: Cluster) -> list[Guessed]:
+    trial = subject.make(dict.fromkeys(subject.stacks, 1), candidates[0])
+    kinds, facts = kinds_of(subject, candidates[0]), subject.facts
+    weights: dict[tuple, Weights] = {}
+    found = []
+    for c in candidates:
+        key = (c.replicate, c.shard, c.sequence, c.expert)
+        if key not in weights:
+            weights[key] = weights_on(kinds, trial.plan(c))
+        found.append((c, estimate(c, weights[key], facts, cluster)))
+    return found
+
+
+def _first_of_each_kind(ranked: Sequence[Guessed], number: int) -> list[Guessed]:
+    """Fastest first, but half of the first `number` are the first of a kind, which estimates alone may misjudge."""
+    kinds: dict[tuple, Guessed] = {}
+    for item in ranked:
+        kinds.setdefault((item[0].sequence, item[0].remat, item[0].expert > 1), item)
+    first = list(kinds.values())[: number // 2]
+    return list({item[0]: item for item in [*first, *ranked]}.values())
+
+
+@contextmanager
+def _workers(options: Options, load: LoadSubject | None) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that trace, or None where this one does it alone."""
+    if load is None or options.processes < 2:
+        yield None
+        return
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), _start_worker) as pool:
+        yield pool
+
+
+def _learn_minor(
+    minor: Minor,
+    subject: Subject,
+    chosen: Sequence[Candidate],
+    cluster: Cluster,
+    pool: ProcessPoolExecutor | None,
+    load: LoadSubject | None,
+) -> None:
+    """Price a layer of the shorter stacks under each way to recompute that is not yet known."""
+    new = {c.remat: c for c in chosen if c.remat not in minor and len(subject.stacks) > 1}
+    if pool is None or load is None:
+        minor.update({remat: _minor_of(subject, c, cluster) for remat, c in new.items()})
+        return
+    tasks = {remat: pool.submit(_minor_loaded, load, c, cluster) for remat, c in new.items()}
+    minor.update({remat: task.result() for remat, task in tasks.items()})
+
+
+def _traced(
+    subject: Subject,
+    chosen: Sequence[Candidate],
+    cluster: Cluster,
+    minor: Minor,
+    pool: ProcessPoolExecutor | None,
+    load: LoadSubject | None,
+    memory: float,
+) -> list[Price | str]:
+    if pool is None or load is None:
+        return [_attempt(subject, c, cluster, minor.get(c.remat), memory) for c in chosen]
+    tasks = [pool.submit(_attempt_loaded, load, c, cluster, minor.get(c.remat), memory) for c in chosen]
+    return [task.result() for task in tasks]
+
+
+def _figures(p: Price) -> str:
+    return f"{p.tokens_per_second:.0f} tokens/s/GPU, {show_bytes(int(p.peak))}"
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+
+
+def _attempt_loaded(
+    load: LoadSubject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None, memory: float
+) -> Price | str:
+    return _attempt(load(), candidate, cluster, minor, memory)
+
+
+def _attempt(
+    subject: Subject, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None, memory: float
+) -> Price | str:
+    """The price, or why the step cannot be lowered: the first line of what the trace says."""
+    try:
+        return price(subject, candidate, cluster, minor, memory=memory)
+    except (ValueError, RuntimeError) as error:
+        return f"cannot be lowered: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
+def _minor_loaded(load: LoadSubject, candidate: Candidate, cluster: Cluster) -> dict[str, Layer] | None:
+    return _minor_of(load(), candidate, cluster)
+
+
+def _minor_of(subject: Subject, candidate: Candidate, cluster: Cluster) -> dict[str, Layer] | None:
+    """None where the step cannot be lowered on this layout: each is then priced by itself."""
+    try:
+        return minor_layers(subject, candidate, cluster)
+    except (ValueError, RuntimeError):
+        return None

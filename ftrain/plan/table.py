@@ -1,0 +1,56 @@
+"""The result of a search for the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from ftrain.plan.contributors import why
+from ftrain.plan.cost import Price
+from ftrain.plan.search import Result
+from ftrain.plan.space import grouped
+
+GIB = 1 << 30
+COLUMNS = ("#", "layout", "tok/s/GPU", "MFU", "non-causal", "peak GiB", "exposed ms", "step ms")
+
+
+def print_result(result: Result, *, title: str, rows: int = 20, console: Console | None = None) -> None:
+    """The ranked layouts, why the best is far from its bound if it is, how many were only estimated, and the rejected
+    ones by reason.
+    """
+    console = console or Console()
+    table = Table(title=title, title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "layout" else "right", no_wrap=name != "layout")
+    for place, price in enumerate(result.prices[:rows], 1):
+        table.add_row(str(place), *cells(price))
+    console.print(table)
+    if result.prices:
+        best = result.prices[0]
+        words = why(best.seconds, result.bounds[best.candidate], best.exposed, best.ops)
+        if words:
+            console.print(f"{best.candidate}: {words}", highlight=False)
+    if len(result.prices) > rows:
+        console.print(f"and {len(result.prices) - rows} more that fit")
+    if result.untraced:
+        other, guess = result.untraced[0]
+        console.print(
+            f"{len(result.untraced)} legal layouts were estimated and not traced; the best of them: {other} "
+            f"(at least {guess.seconds * 1e3:.0f} ms a step)",
+            highlight=False,
+        )
+    if result.rejected:
+        console.print(f"{sum(r.number for r in result.rejected)} layouts are rejected:")
+    for rejected in grouped(result.rejected):
+        console.print(f"  {rejected.number:6d}  {rejected.reason}  ({rejected.what})", highlight=False)
+
+
+def cells(price: Price) -> list[str]:
+    """A price as the texts of `COLUMNS` but the first."""
+    return [
+        str(price.candidate),
+        f"{price.tokens_per_second:,.0f}",
+        f"{price.mfu:.1%}",
+        f"{price.mfu_full:.1%}",
+        f"{price.peak / GIB:.1f}",
+        f"{price.exposed * 1e3:.0f}",
+        f"{price.seconds * 1e3:.0f}",
+    ]

@@ -1,0 +1,151 @@
+"""How long each node of a step takes, with the parameter path and source line it came from."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from ftrain.analysis.op_times import OpTimes, op_key
+from ftrain.graph.collectives import COLLECTIVES, WAIT
+from ftrain.graph.loop import is_loop, loop_body
+from ftrain.graph.text import op_name, short_site
+from ftrain.graph.torch_private import keep_busy
+from ftrain.kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
+from ftrain.runtime.interpret import Iteration, interpret
+from ftrain.step.api import Step, make_step
+
+_COPIES = (offload_start, offload_wait, fetch_start, fetch_wait)
+_INSIDE = 10  # runs of a short op between two events
+_SHORT = 500.0  # microseconds from which an op is timed by itself
+_CYCLES_OF_LAUNCHES = 1_000_000  # about half a millisecond: the host gives the device _INSIDE ops meanwhile
+
+
+class NodeTime(NamedTuple):
+    """Time of one node of the graph, in microseconds per run; of a node in a loop, all rounds together."""
+
+    name: str
+    op: str
+    path: str
+    site: str
+    microseconds: float
+    phase: str
+
+
+def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember: bool = False) -> list[NodeTime]:
+    """Time the ATen ops of a step one by one, in order of the graph: the least of `repeats` runs each.
+
+    `step` is jitted or a plain function; `args` are as for a call of it, and are not modified. Nodes in the body of a
+    loop are named `loop.node`. On CUDA a time is that of the device's work without its launch: the sum is above the
+    time of a step that overlaps ops, and below that of a step that waits for its launches. On a mesh of processes all
+    ranks call this together, and a wait's time is that of its message.
+
+    `remember`: keep the time of each distinct op, shapes and dtypes for this device on disk (`FTRAIN_CACHE`): steps
+    lowered from now on weigh recompute and overlap by them instead of by a roofline.
+    """
+    if repeats < 1:
+        raise ValueError(f"profile_nodes: repeats must be at least 1, not {repeats}")
+    step = step if isinstance(step, Step) else make_step(step)
+    compiled, inputs = step.lower(*args), step.flat_inputs(*args)
+    if remember:
+        _remember(_least(compiled.graph, inputs, repeats), compiled.graph, compiled.setting.device)
+    return list(_least(compiled.interpreted, inputs, repeats).values())
+
+
+def _least(module: fx.GraphModule, inputs: list[torch.Tensor], repeats: int) -> dict[str, NodeTime]:
+    """The least time of each node, after a run that warms up."""
+    cuda = any(x.device.type == "cuda" for x in inputs)
+    measure = _CudaClock() if cuda else _time_on_cpu
+    _run_once(module, inputs, measure)
+    runs = [_run_once(module, inputs, measure) for _ in range(repeats)]
+    return {name: min((run[name] for run in runs), key=lambda t: t.microseconds) for name in runs[0]}
+
+
+def _remember(found: dict[str, NodeTime], module: fx.GraphModule, device: torch.device) -> None:
+    """Merge into the device's file. Not of collectives and waits: they take what the other ranks take."""
+    by_key: dict[str, list[float]] = {}
+    for name, node, rounds in _nodes(module):
+        if name in found and node.target is not WAIT and node.target not in COLLECTIVES:
+            by_key.setdefault(op_key(node), []).append(found[name].microseconds / rounds)
+    times = OpTimes.on(device)
+    times.measured.update({key: statistics.median(values) for key, values in by_key.items()})
+    times.save()
+
+
+def _nodes(module: fx.GraphModule, inside: str = "", rounds: int = 1) -> Iterator[tuple[str, fx.Node, int]]:
+    """All nodes, those of loops by `loop.node`, with how often each is run."""
+    for node in module.graph.nodes:
+        yield inside + node.name, node, rounds
+        if is_loop(node):
+            yield from _nodes(loop_body(node), f"{inside}{node.name}.", rounds * max(1, int(node.args[1])))
+
+
+def _run_once(module: fx.GraphModule, inputs: list[Any], measure: Callable) -> dict[str, NodeTime]:
+    total: dict[str, NodeTime] = {}
+
+    def visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        value, microseconds = measure(node, args, kwargs)
+        name = ".".join([*(i.loop for i in inside), node.name])
+        before = total[name].microseconds if name in total else 0.0
+        meta = node.meta
+        total[name] = NodeTime(
+            name=name,
+            op=op_name(node),
+            path=meta.get("path") or "",
+            site=short_site(meta.get("site")),
+            microseconds=before + microseconds,
+            phase=meta.get("phase", ""),
+        )
+        return value
+
+    interpret(module, inputs, visit)
+    return total
+
+
+def _time_on_cpu(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
+    start = time.perf_counter_ns()
+    value = node.target(*args, **kwargs)  # type: ignore[operator]
+    return value, (time.perf_counter_ns() - start) / 1e3
+
+
+class _CudaClock:
+    """Times what the device does, not the host's launches: these go on while the device is kept busy with nothing.
+
+    A short op is run several times between two events, and what two events with nothing between them tell is taken off.
+    """
+
+    def __init__(self) -> None:
+        self._empty = 0.0
+        self._empty = statistics.median(self._between(lambda: None) for _ in range(_INSIDE))
+
+    def __call__(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
+        """The op's value, and its microseconds."""
+        found: list[Any] = []
+        once = self._between(lambda: found.append(node.target(*args, **kwargs)))  # type: ignore[operator]
+        if once > _SHORT or not _may_run_again(node):
+            return found[0], once
+        return found[0], self._between(lambda: _run(node, args, kwargs, _INSIDE)) / _INSIDE
+
+    def _between(self, work: Callable[[], Any]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        keep_busy(_CYCLES_OF_LAUNCHES)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return max(0.0, start.elapsed_time(end) * 1e3 - self._empty)
+
+
+def _run(node: fx.Node, args: tuple, kwargs: dict[str, Any], times: int) -> None:
+    for _ in range(times):
+        node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _may_run_again(node: fx.Node) -> bool:
+    """Not what writes into its arguments, nor messages and copies to the host, of which one alone is under way."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return target is not WAIT and target not in COLLECTIVES and target not in _COPIES

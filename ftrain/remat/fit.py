@@ -1,0 +1,184 @@
+"""Make a step fit a budget, and keep the book of what that cost: which tensors are kept, which made again, and why."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.analysis.liveness import input_bytes, plan_memory
+from ftrain.analysis.op_times import OpTimes
+from ftrain.analysis.pieces import storages_of
+from ftrain.graph.loop import carried_outputs, copy_graph, is_loop, loop_body, with_bodies
+from ftrain.graph.text import op_name, short_site, show_bytes
+from ftrain.remat.local_search import Choice
+from ftrain.remat.offload import HostLink, host_link
+from ftrain.remat.planner import OverBudget, Planner, budget_bytes, write_choice
+from ftrain.remat.policy import Remat, is_forward
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.processes import same_everywhere
+
+
+class BookRow(NamedTuple):
+    """A forward tensor that the backward needs: its bytes, what having it again takes (making it with all that it is
+    made from and that is not kept; of an offloaded one what its copies do not hide), microseconds per MB freed, and the
+    decision: "keep", "recompute" or "offload".
+    """
+
+    path: str
+    site: str
+    op: str
+    shape: tuple[int, ...]
+    bytes: int
+    microseconds: float
+    us_per_mb: float
+    decision: str
+
+
+class Decision(NamedTuple):
+    """On a node of the forward pass, as `meta["decision"]`: "keep", "recompute" or "offload", and the microseconds that
+    having its value again takes.
+    """
+
+    decision: str
+    microseconds: float
+
+
+class ImpossibleBudget(ValueError):
+    """No plan keeps the budget; `smallest` bytes, arguments included, would do."""
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+def fit(
+    module: fx.GraphModule,
+    donated: dict[str, int],
+    remat: Remat,
+    *,
+    times: OpTimes,
+    device: torch.device,
+    mesh: Mesh | None,
+    finished_peak: Callable[[fx.GraphModule], int],
+) -> fx.GraphModule:
+    """A copy of `module` in which the backward makes again, or fetches from the host, what the budget, the exchange
+    rate or the paths ask for; what was decided stands on the nodes (see `decisions`).
+
+    `finished_peak` gives the peak beyond the arguments of a copy after all later passes: the budget is checked on
+    that, and where the simulation was too hopeful the plan is made tighter. ImpossibleBudget names the smallest that
+    fits and what stands in the way.
+    """
+    round_to = 512 if device.type == "cuda" else 1
+    link = host_link(remat, device)
+    if remat.budget is None:
+        trial = copy_graph(module)
+        _apply(trial, donated, remat, times, round_to, None, link)
+        return trial
+    inputs = input_bytes(module)
+    budget = same_everywhere(budget_bytes(remat, device, inputs), mesh)
+    target = budget - inputs
+    for _ in range(4):
+        trial = copy_graph(module)
+        try:
+            _apply(trial, donated, remat, times, round_to, target, link)
+        except OverBudget as error:
+            raise ImpossibleBudget(_refusal(module, remat, budget, inputs, error), inputs + error.smallest) from None
+        excess = finished_peak(copy_graph(trial)) - (budget - inputs)
+        if excess <= 0:
+            return trial
+        target -= excess
+    raise ValueError(
+        f"Remat(budget={remat.budget!r}): after all passes {show_bytes(excess)} above it; raise the budget"
+    )
+
+
+def _apply(
+    module: fx.GraphModule,
+    donated: dict[str, int],
+    remat: Remat,
+    times: OpTimes,
+    round_to: int,
+    target: int | None,
+    link: HostLink | None,
+) -> None:
+    """Choose for the graph and the bodies of its loops, and write the copies; `target`: bytes beyond the arguments."""
+    for loop in [n for n in module.graph.nodes if is_loop(n)]:
+        inner = None
+        if target is not None:
+            plan = plan_memory(module, round_to=round_to)
+            inside = plan_memory(loop_body(loop), round_to=round_to).peak
+            inner = target - (dict(plan.timeline)[loop.name] - inside)
+        _apply(loop_body(loop), carried_outputs(loop), remat, times, round_to, inner, link)
+    planner = Planner(module, donated, times, remat, round_to, link)
+    choice = planner.at_rate(remat.us_per_mb or 0.0) if target is None else planner.within(target)
+    _tag(planner, choice)
+    write_choice(planner, choice)
+
+
+def _tag(planner: Planner, choice: Choice) -> None:
+    """Note on each tensor that the backward reads what was decided."""
+    nodes, steps = planner.model.nodes, planner.model.steps
+    remade, gone = planner.decided(choice)
+    away = choice.table.microseconds if choice.table is not None else {}
+    read = {u for s in steps if not s.forward for u in s.reads} | {u for v in remade for u in steps[v].reads} | gone
+    for v in read:
+        if is_forward(nodes[v]) and isinstance(nodes[v].meta.get("val"), Tensor):
+            price = away[v] if v in gone else sum(planner.choices.microseconds[u] for u in _chain(planner, remade, v))
+            decision = "offload" if v in gone else "recompute" if v in remade else "keep"
+            nodes[v].meta["decision"] = Decision(decision, price)
+
+
+def decisions(module: fx.GraphModule) -> list[BookRow]:
+    """What was decided for each tensor that the backward reads, dearest microsecond per MB first; of a graph, and the
+    bodies of its loops, that `fit` made.
+    """
+    tagged = (n for graph in with_bodies(module) for n in graph.graph.nodes if "decision" in n.meta and is_forward(n))
+    return sorted(map(_row, tagged), key=lambda r: -r.us_per_mb)
+
+
+def _row(node: fx.Node) -> BookRow:
+    decision, price = node.meta["decision"]
+    size = int(storages_of(node)[0][1])
+    shape = tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
+    path, site = node.meta.get("path") or "", short_site(node.meta.get("site"))
+    return BookRow(path, site, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision)
+
+
+def book_table(rows: list[BookRow], limit: int = 200) -> str:
+    """The book as text, and what it adds up to."""
+    lines = [f"{'decision':10} {'us/MB':>10} {'MB':>9} {'us':>10}  tensor"]
+    for r in rows[:limit]:
+        lines.append(
+            f"{r.decision:10} {r.us_per_mb:10.1f} {r.bytes / 1e6:9.3f} {r.microseconds:10.1f}  "
+            f"{r.op}{list(r.shape)} {r.path} ({r.site})"
+        )
+    if len(rows) > limit:
+        lines.append(f"... and {len(rows) - limit} more")
+    for decision in ("keep", "recompute", "offload"):
+        mine = [r for r in rows if r.decision == decision]
+        if mine or decision != "offload":
+            lines.append(f"{decision}: {len(mine)} tensors, {show_bytes(sum(r.bytes for r in mine))}")
+    return "\n".join(lines)
+
+
+def _chain(planner: Planner, remade: frozenset[int], v: int) -> set[int]:
+    """What must run to have `v` again, given what is kept."""
+    found: set[int] = set()
+    stack = [v]
+    while stack:
+        u = stack.pop()
+        if u not in found:
+            found.add(u)
+            stack.extend(w for w in planner.model.steps[u].reads if w in remade)
+    return {u for u in found if u in planner.choices.microseconds}
+
+
+def _refusal(module: fx.GraphModule, remat: Remat, budget: int, inputs: int, error: OverBudget) -> str:
+    meta = error.node.meta
+    where = f"{op_name(error.node)} {meta.get('path') or ''} ({short_site(meta.get('site'))})"
+    return (
+        f"Remat(budget={remat.budget!r}) is {show_bytes(budget)}, of which the arguments take {show_bytes(inputs)}; "
+        f"with all that is worth it recomputed the step needs {show_bytes(inputs + error.smallest)}, at {where}: "
+        f"a budget of {inputs + error.smallest} bytes fits; fewer tokens per batch or more micro-batches need less"
+    )

@@ -1,0 +1,244 @@
+"""Recompute by return on investment: the cheapest set of tensors to make again so that the peak fits a budget.
+
+At one exchange rate (microseconds per MB) the best set is a minimum cut (`remat_cut`). The rate is moved until the
+simulated peak fits, since fewer bytes kept do not always mean a lower peak; then a local search (`remat_improve`)
+mends what a cut cannot see. Where there is a link to the host, a tensor may also be offloaded (`offload`), at the price
+of the part of its copies that does not hide behind compute. All share the link: cuts are made for what it carries.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from torch import fx
+
+from ftrain.analysis.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated
+from ftrain.analysis.hardware import device_bytes, free_bytes
+from ftrain.analysis.op_times import OpTimes
+from ftrain.remat.candidates import Recomputable
+from ftrain.remat.local_search import Choice, Search
+from ftrain.remat.mincut import cheapest_kept
+from ftrain.remat.offload import Ferry, HostLink, Timetable, write_plan
+from ftrain.remat.peak import PeakModel, Step
+from ftrain.remat.policy import Remat, parse_budget
+
+_SHARES_OF_LINK = (0.95, 0.5)  # of its time that are tried where what pays is more than it carries
+_HEADROOM = 0.95  # of free memory that "fit" fills: the rest is for what no plan knows
+_WORK_TO_IMPROVE = 250_000  # nodes to walk in the search around the cuts: about a second
+
+
+@dataclass
+class Planner:
+    """Plans for one graph; `donated` as in `passes.donate`. Nodes are known by their number in `model.nodes`.
+
+    `link`: to the host; without one nothing is offloaded, not even what paths say.
+    """
+
+    module: fx.GraphModule
+    donated: dict[str, int]
+    times: OpTimes
+    remat: Remat
+    round_to: int = 1
+    link: HostLink | None = None
+
+    @cached_property
+    def model(self) -> PeakModel:
+        """The graph as numbers."""
+        return PeakModel(self.module, self.donated, round_to=self.round_to)
+
+    @cached_property
+    def choices(self) -> Recomputable:
+        """What may be made again, and what that takes and frees."""
+        return Recomputable(self.module, self.model, self.times, self.remat)
+
+    @cached_property
+    def ferry(self) -> Ferry | None:
+        """What may be offloaded."""
+        return None if self.link is None else Ferry(self.module, self.model, self.times, self.link)
+
+    def at_rate(self, us_per_mb: float) -> Choice:
+        """The best choice at one exchange rate."""
+        if us_per_mb <= 0:
+            return self._priced(frozenset())
+        return min(self._cuts(us_per_mb), key=lambda c: c.microseconds + us_per_mb * c.peak / 1e6)
+
+    def _cuts(self, us_per_mb: float) -> Iterator[Choice]:
+        """Minimum cuts: with nothing offloaded, with all that pays for itself, and with as much of that as the link can
+        carry while compute goes on.
+        """
+        yield self._cut(us_per_mb, frozenset())
+        if self.ferry is None or not self._may_go:
+            return
+        whole = self._cut(us_per_mb, self._may_go)
+        yield whole
+        gone = sorted(self.decided(whole)[1] & self._may_go)
+        room = self.ferry.room(gone)
+        for share in _SHARES_OF_LINK if room < 1 else ():
+            yield self._cut(us_per_mb, _spread(gone, share * room))
+
+    def _cut(self, us_per_mb: float, may_go: frozenset[int]) -> Choice:
+        numbers, items, wanted = self.choices.items
+        if self.ferry is not None and may_go:
+            away = {v: self.ferry.price_alone(v) for v in may_go}
+            items = [replace(i, away=away.get(v)) for v, i in zip(numbers, items, strict=True)]
+        kept, again = cheapest_kept(items, wanted, us_per_mb)
+        gone = {self._token(numbers[v]) for v in kept if items[v].goes_away(us_per_mb)}
+        return self._priced(frozenset({numbers[v] for v in again} | gone))
+
+    def within(self, peak: int) -> Choice:
+        """The cheapest choice found whose simulated peak is at most `peak`; ValueError names the smallest possible."""
+        nothing = self.at_rate(0.0)
+        if nothing.peak <= peak:
+            return nothing
+        all_remade = frozenset(v for v, _, _ in self.choices.candidates)
+        all_gone = frozenset(self._token(v) for v in self._may_go)
+        price = partial(self._priced, within=peak)
+        starts = [*self._search(peak), *map(price, dict.fromkeys([all_remade, all_remade | all_gone, all_gone]))]
+        if all_gone:
+            starts = [price(c.remade) if c.peak > peak else c for c in starts]
+        tries = _WORK_TO_IMPROVE // len(self.model.nodes)
+        ops = [*self.choices.ops, *(frozenset({gone}) for gone in sorted(all_gone))]
+        found = Search(price, [*self.choices.candidates, *self._gone], ops=ops, peak=peak, tries=tries).best(starts)
+        if found.peak > peak:
+            remade, _ = self.decided(found)
+            places = found.table.places if found.table is not None else {}
+            raise OverBudget(found.peak, self.model.nodes[self.model.peak(remade, places)[1]])
+        return found
+
+    def decided(self, choice: Choice) -> tuple[frozenset[int], frozenset[int]]:
+        """The nodes that a choice makes again, and those that it offloads."""
+        count = len(self.model.nodes)
+        return frozenset(v for v in choice.remade if v < count), frozenset(choice.table.places if choice.table else ())
+
+    def _token(self, v: int) -> int:
+        """What stands for offloading a node in a set of numbers."""
+        return len(self.model.nodes) + v
+
+    @cached_property
+    def _may_go(self) -> frozenset[int]:
+        """The nodes whose price decides whether they are offloaded."""
+        if self.ferry is None or self.remat.offload is None:
+            return frozenset()
+        return frozenset(v for v in self.ferry.views if self.choices.said_of(v) is None)
+
+    @cached_property
+    def _must_go(self) -> frozenset[int]:
+        """The nodes that are offloaded by their path."""
+        if self.ferry is None:
+            return frozenset()
+        return frozenset(v for v in self.ferry.views if self.choices.said_of(v) == "offload")
+
+    @cached_property
+    def _gone(self) -> list[tuple[int, float, int]]:
+        """What may be offloaded, as candidates of a search."""
+        if self.ferry is None:
+            return []
+        return [(self._token(v), self.ferry.price_alone(v), self.ferry.bytes(v)) for v in sorted(self._may_go)]
+
+    def _search(self, peak: int) -> Iterator[Choice]:
+        nothing = self.at_rate(0.0)
+        yield nothing
+        low, high = self.choices.rates
+        grid = [low * (high / low) ** (i / 12) for i in range(13)]
+        peaks = {0.0: nothing.peak}
+        for rate in grid:
+            choice = self.at_rate(rate)
+            peaks[rate] = choice.peak
+            yield choice
+            if choice.peak <= peak:
+                break
+        yield from self._refined(peaks, peak)
+
+    def _refined(self, peaks: dict[float, int], peak: int) -> Iterator[Choice]:
+        """Rates between the last that does not fit and the first that does; if none does, around the lowest peak."""
+        rates = sorted(peaks)
+        best = min(rates, key=lambda r: (peaks[r] > peak, peaks[r]))
+        at = rates.index(best)
+        below, above = rates[max(0, at - 1)], rates[min(len(rates) - 1, at + 1)]
+        if peaks[best] > peak:
+            low = max(below, best / 64, 1e-3)
+            for i in range(1, 12):
+                yield self.at_rate(low * (max(above, best) / low) ** (i / 12))
+            return
+        above = best
+        for _ in range(10):
+            middle = math.sqrt(max(below, above / 64) * above)
+            choice = self.at_rate(middle)
+            yield choice
+            below, above = (below, middle) if choice.peak <= peak else (middle, above)
+
+    def _priced(self, remade: frozenset[int], within: int | None = None) -> Choice:
+        """What a set comes to; copies from and to the host hide as well as they can while the peak is `within`."""
+        count = len(self.model.nodes)
+        gone = {v - count for v in remade if v >= count} | self._must_go
+        if self.ferry is None or not gone:
+            used = _read_again(self.model.steps, remade)
+            return Choice(used, self.model.peak(used)[0], sum(self.choices.microseconds[v] for v in sorted(used)))
+        views = {u for v in gone for u in self.ferry.views[v]}
+        wanted = frozenset({v for v in remade if v < count} - gone | views)
+        needed = self.ferry.needed(gone, wanted)
+        used = _read_again(self.model.steps, wanted)
+        again = sum(self.choices.microseconds[v] for v in sorted(used))
+        tokens = used | {self._token(v) for v in needed}
+
+        def choice(table: Timetable) -> Choice:
+            return Choice(tokens, self.model.peak(used, table.places)[0], again + table.total, table)
+
+        found = choice(self.ferry.timetable(needed))
+        if within is None or found.peak <= within:
+            return found
+        return min(found, choice(self.ferry.timetable(needed, tight=True)), key=lambda c: c.peak)
+
+
+def write_choice(planner: Planner, choice: Choice) -> None:
+    """Write the copies of a choice into the graph; no value changes."""
+    write_plan(planner.model, planner.decided(choice)[0], choice.table.places if choice.table is not None else {})
+
+
+def _read_again(steps: Sequence[Step], remade: frozenset[int]) -> frozenset[int]:
+    """Those of the set that the backward reads, or that others of these are made from."""
+    stack = [u for s in steps if not s.forward for u in s.reads if u in remade]
+    found: set[int] = set()
+    while stack:
+        v = stack.pop()
+        if v not in found:
+            found.add(v)
+            stack.extend(u for u in steps[v].reads if u in remade)
+    return frozenset(found)
+
+
+def _spread(nodes: list[int], share: float) -> frozenset[int]:
+    """So large a share of the nodes, at equal distances."""
+    count = int(share * len(nodes))
+    return frozenset(nodes[int((i + 0.5) * len(nodes) / count)] for i in range(count))
+
+
+class OverBudget(ValueError):
+    """No choice fits: `smallest` bytes beyond the arguments would, and `node` is where the peak then is."""
+
+    def __init__(self, smallest: int, node: fx.Node) -> None:
+        super().__init__(f"at least {smallest} bytes beyond the arguments, at {node.name}")
+        self.smallest, self.node = smallest, node
+
+
+def budget_bytes(remat: Remat, device: torch.device, inputs: int) -> int:
+    """The budget in bytes, arguments included.
+
+    "fit" is what is free now beside the arguments, which are there, less what an allocator reserves beyond it (on CUDA
+    by `ftrain.analysis.cuda_allocator`), cuBLAS's workspace and a margin of a few percent. Bytes and shares of the
+    device are taken as they are.
+    """
+    assert remat.budget is not None
+    parsed = parse_budget(remat.budget)
+    if parsed == "fit":
+        return inputs + _usable(free_bytes(device), device)
+    return int(parsed * device_bytes(device)) if isinstance(parsed, float) else int(parsed)
+
+
+def _usable(free: int, device: torch.device) -> int:
+    """Of free bytes, those that a plan may fill."""
+    if device.type != "cuda":
+        return int(_HEADROOM * free)
+    return int(min(_HEADROOM, 1 / reserved_over_allocated()) * max(0, free - CUBLAS_WORKSPACE))

@@ -1,0 +1,1 @@
+"""Runs that go on: watchdog, bad steps, the way back, replay."""

@@ -1,0 +1,138 @@
+"""What a bad step leaves in the run's folder for its replay: `replay/step_N/` with the batch and why it was bad.
+
+`batch.safetensors` holds the batch's tensors by path; `about.json` step, position of the batch, loss, reason, other
+leaves of the batch, and what the run left out until then.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ftrain import tree
+from ftrain.files.beneath import Folder
+from ftrain.files.outside import JSON_BYTES, anything, check, mapped, number, parse, record, text, whole
+from ftrain.resilience.skipped import ENTRIES, Skipped
+
+FOLDER = "replay"
+KEPT = 32
+"""How many bad steps leave something behind; further ones leave nothing, so that a broken run fills no disk."""
+
+
+_ABOUT = record(
+    {
+        "step": whole(1),
+        "position": whole(),
+        "loss": number(finite=False),
+        "why": text(),
+        "skipped": ENTRIES,
+        "other_leaves": mapped(anything),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A bad step: the `position` of its batch in the order of the data, its `loss`, `why` it was bad, and what the run
+    left out when it got there."""
+
+    step: int
+    position: int
+    loss: float
+    why: str
+    skipped: Skipped
+
+
+def leave_evidence(run: Path, evidence: Evidence, batch: Any) -> Path | None:
+    """Write the whole batch (not a rank's share) of a bad step; the folder, or None if there are too many already.
+
+    A step that is run again after a rollback, and is bad again, replaces what it left before.
+    """
+    folder = _folder(run, evidence.step)
+    if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= KEPT:
+        return None
+    new = folder.with_name(f".{folder.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    leaves = dict(zip(tree.paths(batch), tree.leaves(batch), strict=True))
+    tensors = {path: _plain(leaf) for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    save_file(tensors, new / "batch.safetensors")
+    about = {
+        **vars(evidence),
+        "skipped": evidence.skipped.as_json(),
+        "other_leaves": {path: leaf for path, leaf in leaves.items() if path not in tensors},
+    }
+    (new / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+    return folder
+
+
+def read_evidence(run: Path, step: int) -> Evidence | None:
+    """What the bad step left; None if it left nothing. ValueError names a file that is not what was written."""
+    try:
+        about = _about(run, step)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Evidence(
+        step=about["step"],
+        position=about["position"],
+        loss=about["loss"],
+        why=about["why"],
+        skipped=Skipped.of_json(about["skipped"]),
+    )
+
+
+def read_batch(run: Path, step: int, *, like: Any) -> Any:
+    """The batch that the bad step left, as a tree like `like`, its tensors on the devices of those in `like`.
+
+    ValueError if it has other leaves, or a file is not what was written.
+    """
+    folder = _folder(run, step)
+    others = _about(run, step)["other_leaves"]
+    found: dict[str, Any] = {**_tensors(run, folder / "batch.safetensors"), **others}
+    leaves, treedef = tree.flatten(like)
+    paths = tree.paths(like)
+    if set(paths) != set(found):
+        odd = sorted(set(paths) ^ set(found))
+        raise ValueError(
+            f"{folder}/batch.safetensors holds other leaves than a batch of this run has (as {odd[0]!r}): replay it "
+            "with the code and the options that it was trained with"
+        )
+    placed = (
+        found[path].to(leaf.device) if isinstance(leaf, Tensor) else found[path]
+        for path, leaf in zip(paths, leaves, strict=True)
+    )
+    return tree.unflatten(treedef, placed)
+
+
+def _about(run: Path, step: int) -> dict[str, Any]:
+    file = _folder(run, step) / "about.json"
+    with Folder(run) as opened:
+        content = opened.read(file.relative_to(run).as_posix(), limit=JSON_BYTES)
+    return check(parse(content, str(file)), _ABOUT, str(file))
+
+
+def _tensors(run: Path, file: Path) -> dict[str, Tensor]:
+    try:
+        with Folder(run) as opened:
+            opened.size(file.relative_to(run).as_posix())  # it is a regular file of this run
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not what the run wrote ({error}): replay another step, or with --kept") from error
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step_{step}"
+
+
+def _plain(leaf: Tensor) -> Tensor:
+    """In memory of its own: safetensors stores nothing twice, and refuses views."""
+    return torch.clone(leaf.detach().cpu(), memory_format=torch.contiguous_format)

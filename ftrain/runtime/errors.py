@@ -1,0 +1,22 @@
+"""An op that fails when it is run: the error says which line of the user's code it came from."""
+
+import linecache
+
+from torch import fx
+
+from ftrain.graph.failing_node import failing_node
+from ftrain.graph.text import op_name
+
+
+def name_line(error: Exception, module: fx.GraphModule) -> None:
+    """Add the user's line and the op to the message of an error that came out of a graph's program.
+
+    The error stays what it is; nothing is added where the node is not known.
+    """
+    node = failing_node(module, error.__traceback__)
+    site = None if node is None else node.meta.get("site")
+    if node is None or site is None:
+        return
+    source = linecache.getline(site.file, site.line).strip()
+    first, *others = error.args or ("",)
+    error.args = (f"{first}\nin {op_name(node)}, of {site}: {source}", *others)

@@ -1,0 +1,262 @@
+"""A jitted function: a pure step, traced once per shapes into one graph, then run."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ftrain import tree
+from ftrain.remat.policy import Remat
+from ftrain.runtime.borrow import taken_back
+from ftrain.runtime.execute import require_backend
+from ftrain.sharding.plan import Plan
+from ftrain.step.artifact import Compiled
+from ftrain.step.compile import name_of
+from ftrain.step.deferred_plan import DeferredPlan
+from ftrain.step.plan_source import Chooser
+from ftrain.step.runner import Runner
+from ftrain.step.sharded import ShardedStep
+from ftrain.step.trace_cache import Options, TraceCache
+from ftrain.trace.ambient import ambient, within_another
+from ftrain.trace.precision import Precision, computing_in
+from ftrain.trace.tracer import argument_paths, is_array
+
+_disabled: ContextVar[bool] = ContextVar("ftrain_disable_jit", default=False)
+
+
+@contextmanager
+def disable_jit() -> Iterator[None]:
+    """Within the block jitted steps run eagerly, op by op, for a debugger; nothing is donated."""
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def make_step(
+    fn: Callable,
+    *,
+    donate: str | None = None,
+    backend: str = "auto",
+    remat: Remat | str | None = None,
+    precision: Precision | str | torch.dtype | None = None,
+    plan: Plan | Chooser | None = None,
+    specs: Any = None,
+    batch: str = "batch",
+    overlap: bool = True,
+) -> "Step":
+    """A jitted function; the arguments are those of `ftrain.jit`, but a plan is one, or comes from an object."""
+    require_backend(backend)
+    given = None if remat is None else Remat.of(remat)
+    options = Options(_position(fn, donate), backend, given or Remat(), Precision.of(precision))
+    if plan is None:
+        return Step(fn, options)
+    if not isinstance(plan, Plan):
+        return Step(fn, options, deferred=DeferredPlan(plan, specs, batch, overlap, given))
+    if plan.mesh.size > 1:
+        _require_batch(fn, batch)
+    return Step(fn, options, sharded=ShardedStep(plan, specs=specs, batch=batch, overlap=overlap))
+
+
+def _position(fn: Callable, donate: str | None) -> int | None:
+    """Which argument `donate` names."""
+    names = _positional_names(fn)
+    if donate is not None and donate not in names:
+        raise ValueError(f"donate={donate!r} is not an argument of {name_of(fn)}({', '.join(names)})")
+    return None if donate is None else names.index(donate)
+
+
+def _require_batch(fn: Callable, batch: str) -> None:
+    """ValueError for a step of several arguments none of which ranks would share out."""
+    names = _positional_names(fn)
+    if len(names) > 1 and batch not in names:
+        raise ValueError(
+            f"{name_of(fn)}({', '.join(names[:8])}) has no argument {batch!r}, so every rank would compute all of the "
+            f"data: call that argument {batch!r}, or name it in jit(batch=...)"
+        )
+
+
+class Step:
+    """A jitted function: call it, or `lower` it to look at what a call would run."""
+
+    def __init__(
+        self,
+        fn: Callable,
+        options: Options,
+        *,
+        sharded: ShardedStep | None = None,
+        deferred: DeferredPlan | None = None,
+    ) -> None:
+        """`deferred`: a plan that is chosen when the step is first used."""
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._parameters = _positional_names(fn)
+        self._traces = TraceCache(fn, self._parameters, options)
+        self._placed, self._deferred = sharded, deferred
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step on real tensors."""
+        args = _bound(self._fn, self._parameters, args, kwargs)
+        if _disabled.get() or within_another():
+            return _plain(self._fn, args, self._placed, self._traces.options.precision)
+        sharded = self._layout(args)
+        leaves, treedef = tree.flatten(args)
+        runner, around = self._traces.latest, ambient()
+        if runner is not None and sharded is None and runner.compiled.signature.matches_fast(leaves, treedef, around):
+            return runner.run(leaves, known=True)
+        if runner is not None and sharded is not None:
+            inputs = sharded.known(runner, leaves, treedef, around)
+            if inputs is not None:
+                return sharded.run(runner, leaves, treedef, inputs)
+        return self._run(args, leaves, treedef, sharded)
+
+    def _run(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None) -> Any:
+        """A call whose arguments need a closer look."""
+        runner = self._traces.latest
+        with taken_back(leaves) as loans:
+            matches = runner is not None and sharded is None
+            if runner is None or not matches or not runner.compiled.signature.matches(leaves, treedef, ambient()):
+                runner = self._traces.latest = self._traces.find(args, leaves, treedef, sharded)
+            runner.expect(loans)
+            return runner.run(leaves) if sharded is None else sharded.run(runner, leaves, treedef)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Compiled:
+        """Trace and plan for these arguments without running; leaves may be `Aval`s, meta or fake tensors."""
+        return self.runner(*args, **kwargs).compiled
+
+    def runner(self, *args: Any, **kwargs: Any) -> Runner:
+        """What a call with these arguments would run; made without running it, as by `lower`."""
+        args = _bound(self._fn, self._parameters, args, kwargs)
+        return self._traces.find(args, *tree.flatten(args), self._layout(args))
+
+    def choose(self, *args: Any, **kwargs: Any) -> Plan | None:
+        """Choose a plan that was given by name now, and return it: None is a single rank.
+
+        "auto" searches by the shapes of these arguments: those of the whole mesh, whose leaves may be `Aval`s or meta
+        tensors. A plan that is there already stays. ValueError where no layout fits.
+        """
+        sharded = self._layout(_bound(self._fn, self._parameters, args, kwargs) or None, whole=True)
+        return None if sharded is None else sharded.plan
+
+    def flat_inputs(self, *args: Any) -> list[Tensor]:
+        """The inputs of this process's graph for a call's arguments, with copies of those that the step writes over."""
+        leaves, sharded, runner = tree.leaves(args), self._layout(args), self.runner(*args)
+        if sharded is not None:
+            leaves = sharded.flat_inputs(runner, leaves)
+        donated = runner.compiled.donation.outputs
+        arrays = [leaf for leaf in leaves if is_array(leaf)]
+        return [x.clone() if i in donated else x.contiguous() for i, x in enumerate(arrays)]
+
+    def rank_inputs(self, *args: Any) -> list[list[Tensor]]:
+        """As `flat_inputs`, for each rank that this process runs: all of a virtual mesh, elsewhere one."""
+        sharded = self._layout(args)
+        if sharded is None or sharded.plan.mesh.kind != "virtual":
+            return [self.flat_inputs(*args)]
+        paths = argument_paths(args, self._parameters[: len(args)])
+        self.runner(*args)  # the trace finds which leaves are ids of documents
+        return sharded.arguments.divided(paths, tree.leaves(args))
+
+    def init(self, fn: Callable, *args: Any) -> Any:
+        """Create a state: `fn(*args)` run as a graph, so that each leaf is made on its own and nothing else is kept.
+
+        On a mesh each rank makes its own pieces of the parameters, and no rank ever holds the whole.
+        """
+        options = Options(donate=None, backend="aten", remat=Remat.of("none"), precision=None)
+        return Step(fn, options, sharded=self._layout(None))(*args)
+
+    def shard(self, state: Any, *, name: str = "state") -> Any:
+        """What this process holds of a whole state that is equal on all processes; elsewhere the state itself.
+
+        `name`: of the argument that the state is for.
+        """
+        sharded = self._layout(None)
+        if sharded is None:
+            return state
+        leaves, treedef = tree.flatten(state)
+        return tree.unflatten(treedef, sharded.arrays.shard(argument_paths((state,), [name]), leaves))
+
+    def abstract(self, state: Any, *, name: str = "state", device: torch.device | str = "cpu") -> Any:
+        """What this process holds of a state on `device`, without memory, to restore a checkpoint into: DTensors on a
+        mesh of processes, elsewhere the state itself. `state`: whole leaves, of shapes alone (meta tensors).
+        """
+        sharded = self._layout(None)
+        if sharded is None:
+            return state
+        leaves, treedef = tree.flatten(state)
+        paths = argument_paths((state,), [name])
+        return tree.unflatten(treedef, sharded.arrays.abstract(paths, leaves, torch.device(device).type))
+
+    def whole(self, state: Any) -> Any:
+        """The state with whole tensors on every process, gathered; elsewhere the state itself."""
+        return tree.map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state)
+
+    def share(self, batch: Any) -> Any:
+        """What this process is given of a whole mesh's batch (see `ftrain.sharding.batch`); elsewhere the batch
+        itself.
+        """
+        sharded = self._layout(None)
+        if sharded is None:
+            return batch
+        leaves, treedef = tree.flatten(batch)
+        return tree.unflatten(treedef, sharded.arguments.share(tree.paths(batch), leaves))
+
+    @property
+    def traces(self) -> int:
+        """How many traces of the function are held: one for each kind of arguments, 8 at most."""
+        return len(self._traces)
+
+    def _layout(self, args: tuple | None, *, whole: bool = False) -> ShardedStep | None:
+        """The plan at work. One that is given by name is chosen now; `args`: those of a call, if there are any."""
+        deferred = self._deferred
+        if deferred is not None:
+            names = self._parameters if args is None else self._parameters[: len(args)]
+            options = self._traces.options
+            self._placed, remat = deferred.decide(self._fn, names, args, options, whole=whole)
+            self._deferred = None
+            self._traces.options = replace(options, remat=remat)
+        return self._placed
+
+
+def _plain(fn: Callable, args: tuple, sharded: ShardedStep | None, precision: Precision | None) -> Any:
+    """The function itself: under `disable_jit`, and inside a transform of `torch.func` or another trace.
+
+    ValueError for a step on several ranks inside another: what it would see are not its pieces.
+    """
+    mesh = None if _disabled.get() or sharded is None else sharded.plan.mesh
+    if mesh is not None and mesh.size > 1:
+        raise ValueError(
+            f"{name_of(fn)} has a plan of {mesh.size} ranks and is called inside a transform of torch.func or another "
+            "jitted step: call the plain function there, and jit the whole"
+        )
+    with computing_in(precision) if precision is not None else nullcontext():
+        return fn(*args)
+
+
+def _bound(fn: Callable, parameters: list[str], args: tuple, kwargs: dict) -> tuple:
+    """The arguments of a call in order, without names."""
+    if not kwargs:
+        return args
+    unknown = set(kwargs) - set(parameters)
+    if unknown:
+        raise ValueError(f"{name_of(fn)} has no argument {', '.join(sorted(unknown))}")
+    bound = inspect.signature(fn).bind(*args, **kwargs)
+    given = 1 + max(parameters.index(n) for n in bound.arguments)
+    bound.apply_defaults()
+    return tuple(bound.arguments[n] for n in parameters[:given])
+
+
+def _positional_names(fn: Callable) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(fn).parameters.values()
+    names = [p.name for p in parameters if p.kind in kinds]
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        names += [f"arg{i}" for i in range(len(names), 32)]
+    return names

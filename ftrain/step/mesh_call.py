@@ -1,0 +1,124 @@
+"""Calls of a step on a mesh of processes after the first: the arguments are taken at a look, as on one device.
+
+A state is a tree of DTensors, and making one takes longer than everything else that a call does for a leaf. So a step
+that writes its new state over the old keeps two DTensors for each such leaf: the one that came in is spoiled, without
+memory, and the other handed out with it, in turn. One that somebody still holds is left to him, and a new one made.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from sys import getrefcount
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ftrain.runtime.donation import DONATED_PATH, DonatedDTensor, give_away
+from ftrain.sharding.placement import Placement
+from ftrain.sharding.private import dtensor_like, local_of, set_local, spec_of
+from ftrain.sharding.processes import PIECE
+from ftrain.step.artifact import Compiled
+
+_piece_of = attrgetter(PIECE)
+_NOTHING = torch.empty(0)
+_DTENSOR = {DTensor}
+
+
+class MeshCall:
+    """What a rank remembers of the last call of a compiled step.
+
+    `wrap(piece, placement)` makes the DTensor of a piece; `coordinates_3`: the rank's, the last input of its graph.
+    """
+
+    def __init__(self, compiled: Compiled, wrap: Callable[[Tensor, Placement], Tensor], coordinates_3: Tensor) -> None:
+        self._compiled, self._wrap, self._coordinates_3 = compiled, wrap, coordinates_3
+        donation, placements = compiled.donation, compiled.placements
+        written = set(donation.outputs.values())
+        self._kept = [p for i, p in enumerate(placements) if i not in written]
+        # of each donated leaf: its place among the leaves and the inputs, its path, and where its pieces are
+        self._donated = [
+            (at, slot, path, placements[output])
+            for at, (slot, output), path in zip(
+                compiled.donated_leaves, donation.outputs.items(), donation.paths, strict=True
+            )
+        ]
+        self._treedef: Any = None
+        self._divided: list[int] = []
+        self._specs: list[Any] = []
+        self._spares: dict[int, DTensor] = {}
+
+    def learn(self, leaves: Sequence[Any], treedef: Any, inputs: Sequence[Any]) -> None:
+        """Arguments like these are run: `inputs` of the rank's graph, its coordinates last."""
+        divided = [i for i, leaf in enumerate(leaves) if type(leaf) is DTensor]
+        known = all(leaves[i].__dict__.get(PIECE) is inputs[i] for i in divided)
+        self._treedef, self._divided = treedef if known else None, divided
+        self._specs = [spec_of(leaves[i]) for i in divided]
+        self._spares.clear()
+        if known:
+            signature = self._compiled.signature
+            signature.learn(signature.tensors(list(inputs)))
+
+    def inputs(self, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
+        """The inputs of the rank's graph, its coordinates last; None where the arguments need a closer look."""
+        if self._treedef is None or treedef != self._treedef:
+            return None
+        arrays = [leaves[i] for i in self._divided]
+        if not set(map(type, arrays)) <= _DTENSOR or [*map(spec_of, arrays)] != self._specs:
+            return None
+        try:
+            pieces = [*map(_piece_of, arrays)]
+        except AttributeError:  # one that no step has made
+            return None
+        inputs = [*leaves, self._coordinates_3]
+        for i, piece in zip(self._divided, pieces, strict=True):
+            inputs[i] = piece
+        signature = self._compiled.signature
+        return inputs if signature.matches_fast(inputs, signature.treedef, around) else None
+
+    def results(self, leaves: list[Any], inputs: list[Any], outputs: list[Tensor]) -> list[Tensor]:
+        """The tensors of the result in order, from the graph's outputs and its inputs, of which the donated hold the
+        new state; the leaves that these came from are spoiled.
+        """
+        others = [self._wrap(*pair) for pair in zip(outputs, self._kept, strict=True)]
+        spares = self._spares
+        donated: list[Tensor] = []
+        for at, slot, path, placement in self._donated:
+            old, piece = leaves[at], inputs[slot]
+            if type(old) is not DTensor or old.__dict__.get(PIECE) is not piece:
+                donated.append(self._renewed(old, piece, path, placement))
+                continue
+            new, spares[at] = spares.get(at), old
+            # held by this variable and the argument alone, and without attributes of the user's
+            if new is None or getrefcount(new) > 2 or len(new.__dict__) > 1:
+                new = dtensor_like(_NOTHING, spec_of(old))
+            local = local_of(old)
+            _spoil(old, path)
+            set_local(new, local if getrefcount(local) == 2 else _spoiled(local, path))
+            new.__dict__[PIECE] = piece
+            new.__class__ = DTensor
+            donated.append(new)
+        return self._compiled.donation.ordered(donated, others)
+
+    def _renewed(self, leaf: Any, piece: Tensor, path: str, placement: Placement) -> Tensor:
+        """The new value of a leaf that is whole, or whose piece is no memory of ours."""
+        if type(leaf) is DTensor:
+            _spoiled(local_of(leaf), path)
+            _spoil(leaf, path)
+            return self._wrap(piece, placement)
+        (fresh,) = give_away([leaf], [path])
+        return fresh if piece is leaf else piece
+
+
+def _spoil(array: DTensor, path: str) -> None:
+    """Take its memory from a DTensor, and make every use of it an error."""
+    set_local(array, _NOTHING)
+    array.__dict__.pop(PIECE, None)
+    array.__dict__[DONATED_PATH] = path
+    array.__class__ = DonatedDTensor
+
+
+def _spoiled(local: Tensor, path: str) -> Tensor:
+    """Spoil what `to_local` has handed out, and return another tensor on its memory."""
+    (fresh,) = give_away([local], [path])
+    return fresh

@@ -1,0 +1,253 @@
+"""A step on a mesh: the function that is traced for a rank, how it is run, and how results come back.
+
+On a *virtual* mesh a call takes and returns whole arrays: they are divided, all ranks run in lockstep, the pieces are
+joined again. On a *process* mesh a call takes and returns what this process holds: leaves of the state as DTensors, its
+own share of the batch as plain tensors.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ftrain import tree
+from ftrain.graph.collectives import groups_of
+from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.kernels.primitive import bind
+from ftrain.runtime.donation import give_away
+from ftrain.runtime.lost_rank import naming_lost_ranks
+from ftrain.sharding.copies import Held, compare_processes
+from ftrain.sharding.heartbeat import Heartbeat
+from ftrain.sharding.placement import Placement
+from ftrain.sharding.plan import Plan
+from ftrain.sharding.processes import open_groups, require_world
+from ftrain.sharding.spmd import coordinates
+from ftrain.step.mesh_arguments import COORDINATES, MeshArguments
+from ftrain.step.mesh_call import MeshCall
+from ftrain.step.process_arrays import ProcessArrays
+from ftrain.step.runner import Runner
+from ftrain.trace.piece_sizes import RefusedCounts
+from ftrain.trace.refusals import in_words_of_a_mesh
+from ftrain.trace.spmd import Placements, ShardedTrace, reduce_means, tracing_rank
+from ftrain.trace.spmd_rules import bindings
+from ftrain.trace.spread import Spread, Spreads
+from ftrain.trace.spread_fixes import finish_reductions
+from ftrain.trace.tracer import Aval, Traced
+
+
+class ShardedStep:
+    """What a jitted function needs of its plan. `batch`: the name of the argument that ranks share out; `arguments`:
+    how they are divided.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        specs: Any = None,
+        batch: str = "batch",
+        overlap: bool = True,
+        arguments: Callable[[Plan, Placements, str], MeshArguments] = MeshArguments,
+    ) -> None:
+        self.plan, self.overlap = plan, overlap
+        self.placements = Placements(plan, plan.placements(specs) if specs is not None else None)
+        self.arguments = arguments(plan, self.placements, batch)
+        self.arrays = ProcessArrays(plan.mesh, self.placements)
+        self._piece_shapes: set[tuple[int, ...]] = set()
+        self._calls: dict[Runner, MeshCall] = {}
+        self._compared: set[Runner] = set()
+        self._heartbeat: Heartbeat | None = None
+
+    def local_function(self, fn: Callable, paths: Sequence[str]) -> Callable:
+        """`fn` as a rank runs it, with the rank's coordinates as last argument; `Mean`s of its result are summed.
+
+        `paths`: of the leaves of its arguments. ValueError for a rule of the plan that matches no leaf of the first
+        batch.
+        """
+        self.arguments.require_rules_used([path for path in paths if self.arguments.in_batch(path)])
+
+        def local(*args: Any) -> Any:
+            *own, coordinates_3 = args
+            trace = ShardedTrace(self.placements, document_ids=self.arguments.document_ids)
+            for path, leaf in zip(paths, tree.leaves(own), strict=True):
+                if isinstance(leaf, Tensor):
+                    batch = self.arguments.in_batch(path)
+                    known = not batch and self.placements.parameter(path) is not None
+                    spread = self.arguments.spread(path, leaf, trace.spreads)
+                    trace.note_input(leaf, path, spread, parameter=known, batch=batch)
+            everywhere = self.arguments.spread(COORDINATES, coordinates_3, trace.spreads)
+            trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
+            trace.note_coordinates(coordinates_3)
+            with tracing_rank(trace, coordinates_3), bind(bindings(trace)), in_words_of_a_mesh(self.plan.mesh.size):
+                with RefusedCounts(trace.placement_of_piece):
+                    result = fn(*own)
+                return reduce_means(result, trace)
+
+        local.__name__ = getattr(fn, "__name__", "step")
+        return local
+
+    def local_arguments(self, paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> tuple:
+        """A rank's arguments as abstract values, its coordinates last, from those of a call."""
+        own = self.arguments.avals(paths, leaves)
+        return (*tree.unflatten(treedef, own), Aval((3,), torch.int64, torch.device("cpu")))
+
+    def settle(self, traced: Traced) -> list[Placement]:
+        """Finish reductions over divided dims, and tell where each result's pieces are.
+
+        ValueError, with the line, for a result that is not the same as one device's: what differs between ranks, or
+        was computed from one rank's piece of an array.
+        """
+        mesh = self.plan.mesh
+        spreads = Spreads(mesh)
+        inputs = [n for n in traced.module.graph.nodes if n.op == "placeholder"]
+        for node, path in zip(inputs, traced.input_paths, strict=True):
+            spreads.give(node, self.arguments.spread(path, node.meta["val"], spreads))
+            node.meta["coordinates"] = path == COORDINATES
+        held = (spreads.of(node).placement for node in inputs)
+        self._piece_shapes = {p.local_shape for p in held if p is not None and len(p.local_shape) > 0}
+        outputs = traced.module.graph.output_node().args[0]
+        found = [
+            self._placed(path, node, spreads.of(node))
+            for path, node in zip(traced.output_paths, outputs, strict=True)  # type: ignore[arg-type]
+        ]
+        finish_reductions(list(spreads.fixes.values()), mesh)
+        return found
+
+    def _placed(self, path: str, node: fx.Node, spread: Spread) -> Placement:
+        if spread.cause is not None:
+            raise ValueError(_misread(path, spread.cause))
+        shape = tuple(node.meta["val"].shape)
+        if spread.placement is not None:
+            return spread.placement
+        if spread.axes:
+            raise ValueError(
+                f"result {path!r} must be the same on all ranks, and was computed from one rank's data (the last op is "
+                f"at {node.meta.get('site')}): return it as a Mean(total, count), or add it up with "
+                "ftrain.kernels.mean.sum_over_batch"
+            )
+        if not spread.uniform:
+            return Placement(shape)
+        placement = self.placements.of_local(path, shape)
+        if not placement.splits and shape in self._piece_shapes:
+            raise ValueError(
+                f"result {path!r} is a constant of shape {list(shape)} (made at {node.meta.get('site')}), and so is a "
+                "rank's piece of an array: make it like its leaf (torch.zeros_like(leaf)), or keep it in another shape"
+            )
+        return placement
+
+    def known(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
+        """The inputs of this process's graph, if the arguments are like those of the last call; None otherwise."""
+        call = self._calls.get(runner)
+        return None if call is None else call.inputs(leaves, treedef, around)
+
+    def run(self, runner: Runner, leaves: list[Any], treedef: Any, inputs: list[Any] | None = None) -> Any:
+        """Run the compiled step on the leaves of a call's arguments; `inputs`: what `known` said."""
+        kind = self.plan.mesh.kind
+        if kind == "fake":
+            raise ValueError("a fake mesh has shapes only: lower the step, or run it on a virtual or process mesh")
+        if kind == "virtual":
+            return runner.compiled.traced.assemble(self._run_virtual(runner, leaves))
+        if inputs is not None:
+            return self._run_process(runner, leaves, inputs, contiguous=True)
+        inputs = self.flat_inputs(runner, leaves)
+        self._calls[runner].learn(leaves, treedef, inputs)
+        return self._run_process(runner, leaves, inputs)
+
+    def _run_virtual(self, runner: Runner, leaves: list[Any]) -> list[Tensor]:
+        compiled = runner.compiled
+        paths = compiled.signature.paths
+        results = runner.run_ranks(self.arguments.divided(paths[:-1], leaves))
+        slots = compiled.donated_leaves
+        give_away([leaves[slot] for slot in slots], [paths[slot] for slot in slots])
+        columns = zip(compiled.traced.output_paths, compiled.placements, zip(*results, strict=True), strict=True)
+        return [self._join(*column) for column in columns]
+
+    def flat_inputs(self, runner: Runner, leaves: list[Any]) -> list[Any]:
+        """What this process's graph takes for the leaves of a call's arguments; its groups are open after this."""
+        mesh, compiled = self.plan.mesh, runner.compiled
+        if mesh.kind != "process":
+            raise ValueError(f"on a {mesh.kind} mesh no process runs a graph of its own; use a mesh of processes")
+        rank = require_world(mesh)
+        if self._heartbeat is None and mesh.size > 1:
+            self._heartbeat = Heartbeat()
+        own = [self.arguments.held(path, leaf) for path, leaf in zip(compiled.signature.paths, leaves, strict=False)]
+        inputs = [*own, coordinates(mesh, rank)]
+        if runner not in self._calls:
+            open_groups(mesh, groups_of(compiled.graph))
+            self._calls[runner] = MeshCall(compiled, self.arrays.wrap, inputs[-1])
+        return inputs
+
+    def _run_process(self, runner: Runner, leaves: list[Any], inputs: list[Any], *, contiguous: bool = False) -> Any:
+        compiled = runner.compiled
+        if runner not in self._compared and self.plan.mesh.size > 1:
+            self._compared.add(runner)
+            self._compare(compiled.signature.paths, inputs)
+        with naming_lost_ranks(lambda: runner.running, self._heartbeat):
+            used, outputs = runner.run_flat(compiled.signature.tensors(inputs), contiguous=contiguous)
+        results = self._calls[runner].results(leaves, used, outputs)
+        return compiled.traced.assemble(results)
+
+    def _compare(self, paths: Sequence[str], own: Sequence[Any]) -> None:
+        """Before the first run: copies of the state's leaves are equal, and not all ranks have one batch.
+
+        ValueError names the leaf and two ranks; a batch that is everywhere the same is a warning.
+        """
+
+        def placement(path: str, piece: Tensor) -> Placement | None:
+            return None if self.arguments.in_batch(path) else self.placements.of_local(path, tuple(piece.shape))
+
+        held = [
+            Held(path, piece, placement(path, piece))
+            for path, piece in zip(paths, own, strict=False)
+            if isinstance(piece, Tensor) and path != COORDINATES
+        ]
+        differs, same_batch = compare_processes(held, self.plan.mesh)
+        if differs is not None:
+            raise ValueError(
+                f"leaf {differs.path!r} must be the same on ranks {' and '.join(map(str, differs.ranks))}, and is not: "
+                "make the state with step.init, which gives all ranks the same numbers, load it everywhere from one "
+                "checkpoint, or send it from one rank to the others before"
+            )
+        if same_batch:
+            warnings.warn(
+                "every rank was given the same batch, so that all compute the same: give each its own, or its share "
+                "of a whole one (step.share(batch))",
+                stacklevel=6,
+            )
+
+    def _join(self, path: str, placement: Placement, pieces: Sequence[Tensor]) -> Tensor:
+        """The whole leaf of the result at `path` from all ranks' pieces; replicas are compared."""
+        self._require_copies(path, placement, pieces)
+        return placement.join(pieces, self.plan.mesh)
+
+    def _require_copies(self, path: str, placement: Placement, pieces: Sequence[Tensor]) -> None:
+        first: dict[tuple, tuple[int, Tensor]] = {}
+        for rank, piece in enumerate(pieces):
+            other, copy = first.setdefault(placement.windows(self.plan.mesh, rank), (rank, piece))
+            if copy is not piece and not torch.equal(copy.nan_to_num(), piece.nan_to_num()):
+                off = (copy.double() - piece.double()).abs().max().item()
+                raise ValueError(
+                    f"result {path!r} must be the same on ranks {other} and {rank} and differs by up to {off:.3g}: it "
+                    "was computed from one rank's data; return it as a Mean(total, count), or add it up with "
+                    "ftrain.kernels.mean.sum_over_batch"
+                )
+
+
+def _misread(path: str, cause: fx.Node) -> str:
+    """Why a result that depends on one rank's piece is refused."""
+    name = str(cause.target).removeprefix("aten.").removesuffix(".default")
+    if effect_of(cause) is Effect.RANDOM:
+        return (
+            f"result {path!r} is not what one device computes: {name} at {cause.meta.get('site')} draws with torch's "
+            "own generator, on each rank other numbers: draw with a key (ftrain.kernels.pack.draw_over_batch for "
+            "rows of the batch), or leave it out on a mesh (module.eval(), p=0)"
+        )
+    return (
+        f"result {path!r} is not what one device computes: {name} at {cause.meta.get('site')} reads a whole array, and "
+        "a rank holds a piece of it. Inside of a loss, pass the array to value_and_grad or ftrain.forward as an "
+        "argument; numbers for rows of the batch come from ftrain.kernels.pack.draw_over_batch; in an update of your "
+        "own, gather it (ftrain.optim.shards.whole_leaf, piece_of_leaf), or keep it whole on every rank with "
+        "Layout(parameters=())"
+    )

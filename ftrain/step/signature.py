@@ -1,0 +1,66 @@
+"""Which arguments a trace is for, asked at every call: a close look once, later one in C++ at all leaves."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftrain.step.leaf_guard import guard_like
+from ftrain.trace.tracer import Aval, is_array
+
+# Built from C functions, since every call pays for each leaf.
+_PLAIN = {Tensor, torch.nn.Parameter}
+_dtype_of = operator.attrgetter("dtype")
+_device_of = operator.attrgetter("device")
+
+
+class Signature:
+    """The structure, shapes, dtypes, devices and constants of the arguments of a trace, and the modes around the call.
+
+    `paths` and `leaves`: of the arguments as they were traced; `avals`: of those that are tensors; `around`: what
+    `ambient` said.
+    """
+
+    def __init__(
+        self, treedef: Any, paths: Sequence[str], leaves: Sequence[Any], avals: Sequence[Aval], around: tuple
+    ) -> None:
+        self.paths, self.around = list(paths), around
+        self.slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+        """Which of the leaves are tensors."""
+        self.treedef = treedef
+        self._shapes = [torch.Size(a.shape) for a in avals]
+        self._dtypes = [a.dtype for a in avals]
+        self._devices = [a.device for a in avals]
+        self._statics = [(i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf)]
+        self._guard: Callable[..., bool] | None = None
+
+    def matches(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
+        """True if arguments with these leaves and this structure can be run as they are, in a call amid `around`."""
+        if treedef != self.treedef or around != self.around or not self._same_statics(leaves):
+            return False
+        leaves = self.tensors(leaves)
+        return (
+            set(map(type, leaves)) <= _PLAIN
+            and [*map(Tensor.size, leaves)] == self._shapes
+            and [*map(_dtype_of, leaves)] == self._dtypes
+            and [*map(_device_of, leaves)] == self._devices
+        )
+
+    def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
+        """True if such arguments were learned before and need no closer look: they match, and are contiguous."""
+        if self._guard is None or around != self.around or treedef != self.treedef or not self._same_statics(leaves):
+            return False
+        return self._guard(*self.tensors(leaves))
+
+    def learn(self, tensors: Sequence[Tensor]) -> None:
+        """Arguments like these may be taken without a closer look from now on, if they are contiguous."""
+        self._guard = guard_like(tensors) if all(map(Tensor.is_contiguous, tensors)) else None
+
+    def tensors(self, leaves: list[Any]) -> list[Any]:
+        """Those of the leaves that are tensors."""
+        return [leaves[i] for i in self.slots] if self._statics else leaves
+
+    def _same_statics(self, leaves: list[Any]) -> bool:
+        return all(type(leaves[i]) is type(v) and leaves[i] == v for i, v in self._statics)

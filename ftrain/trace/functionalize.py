@@ -1,0 +1,144 @@
+"""Replace in-place ops by pure ones."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from ftrain.graph.loop import is_loop, loop_body
+from ftrain.graph.torch_private import (
+    emit_node,
+    fake_mode_of,
+    trace_to_graph,
+    tracing_graph,
+    unwrap_functional,
+    wrap_functional,
+)
+from ftrain.trace.fills import FILLS_LIKE, fill_as_eager, note_fill
+from ftrain.trace.open_writes import open_writes
+from ftrain.trace.preview import keep_draws_for_the_step
+
+
+def mutating_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose op writes into one of its arguments."""
+    return [
+        n
+        for n in module.graph.nodes
+        if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
+    ]
+
+
+def functionalize(
+    module: fx.GraphModule,
+    input_paths: list[str],
+    *,
+    name_of_captured: Callable[[torch.Tensor], str] = lambda _: "a tensor",
+) -> fx.GraphModule:
+    """The same graph without in-place ops: writes into temporaries become values, at no change of any bit.
+
+    A write that reaches an argument of the step, or a tensor that the step captures, is a ValueError that names the
+    leaf and the line: steps are pure. `name_of_captured`: what the user calls a captured tensor. A graph without
+    in-place ops is returned as it is. Bodies of loops are treated alike.
+    """
+    for loop in [n for n in module.graph.nodes if is_loop(n)]:
+        paths = _paths_in_body(loop, input_paths)
+        setattr(module, loop.args[0].target, functionalize(loop_body(loop), paths, name_of_captured=name_of_captured))
+        keep_draws_for_the_step(loop)
+    open_writes(module)
+    culprits = mutating_nodes(module)
+    if not culprits:
+        return module
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    fakes = [n.meta["val"] for n in placeholders]
+    for node in culprits:
+        note_fill(node)
+    marker = _KeepMeta(module, name_of_captured)
+    with fake_mode_of(fakes):
+        pure = trace_to_graph(torch.func.functionalize(marker.run_flat, remove="mutations"), fakes)
+    names = [n.name for n in pure.graph.nodes if n.op == "placeholder"]
+    for node in mutating_nodes(pure):
+        path = input_paths[names.index(node.args[0].name)]  # type: ignore[union-attr]
+        lines = sorted({str(n.meta.get("site")) for n in culprits})
+        raise ValueError(
+            f"the step writes into its input {path!r} (in-place ops at {'; '.join(lines)}): a step is pure, so make a "
+            "new value, e.g. x = x + y, and return it"
+        )
+    fill_as_eager(pure)
+    return pure
+
+
+def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
+    """What a loop's body calls its inputs: the step's leaves by their paths, other tensors by their nodes."""
+    placeholders = [n for n in loop.graph.nodes if n.op == "placeholder"]
+    known = dict(zip(placeholders, input_paths, strict=True))
+    given = [n for group in loop.args[2:] for n in group]  # type: ignore[union-attr]
+    return [known.get(n, f"a loop's input {n}") for n in given]
+
+
+@contextmanager
+def _overlaps_in_our_words(n: fx.Node) -> Iterator[None]:
+    """ValueError for a write through a view that shows an element of memory at several places."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "internal overlap" not in str(error):
+            raise
+        raise ValueError(
+            f"{n.meta.get('site')}: the step writes into a view whose elements share memory ({n.target}), so that what "
+            "is written depends on the order: write into a copy, e.g. x.unfold(...).clone(), or make a new value"
+        ) from error
+
+
+class _KeepMeta(fx.Interpreter):
+    """Run a graph under another trace and hand each node's provenance to the nodes it leaves there."""
+
+    def __init__(self, module: fx.GraphModule, name_of_captured: Callable[[torch.Tensor], str]) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # errors say what they have to say
+        self._name_of_captured = name_of_captured
+        self._captured: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._writing = set(mutating_nodes(module))
+
+    def run_flat(self, *args: Any) -> Any:
+        return self.run(*args)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A captured tensor is wrapped too: else what is computed from it alone would stay open to writes."""
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        self._captured.append((value, wrap_functional(value)))
+        return self._captured[-1][1]
+
+    def run_node(self, n: fx.Node) -> Any:
+        graph = tracing_graph()
+        before = len(graph.nodes) if graph is not None else 0
+        with _overlaps_in_our_words(n):
+            out = self._emit_loop(n) if is_loop(n) else super().run_node(n)
+        if n in self._writing:
+            self._refuse_writes_to_captured(n)
+        if graph is not None:
+            for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
+                for key in ("site", "phase", "sequence", "purpose", "filled", "spread", "spread_if_clean", FILLS_LIKE):
+                    if key in n.meta:
+                        node.meta.setdefault(key, n.meta[key])
+        return out
+
+    def _refuse_writes_to_captured(self, n: fx.Node) -> None:
+        for value, wrapped in self._captured:
+            if unwrap_functional(wrapped) is not value:
+                name = self._name_of_captured(value)
+                raise ValueError(
+                    f"the step writes into {name}, which it captures, at {n.meta.get('site')}: a step is pure, so keep "
+                    "it in the state (of a module: torch.func.functional_call with copies of the buffers), and return "
+                    "its new value"
+                )
+
+    def _emit_loop(self, n: fx.Node) -> list[torch.Tensor]:
+        """A loop stays one node: running it here would unroll it."""
+        (body, rounds, *tensors), _ = self.fetch_args_kwargs_from_env(n)
+        groups = [[unwrap_functional(t) for t in group] for group in tensors]
+        outputs = emit_node(n.target, body, n.name, (rounds, *groups), list(n.meta["val"]), {})  # type: ignore[arg-type]
+        return [wrap_functional(t) for t in outputs]

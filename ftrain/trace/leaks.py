@@ -1,0 +1,173 @@
+"""Nothing of a trace outlives it: a tensor without data that a module, a list or a cache kept would fail much later.
+
+Tensors of a trace are remembered weakly. Those that are alive when it has ended were kept by the step: what modules
+cached in their attributes is undone, since the graph does not need it and the next eager call makes it anew; anything
+else is refused by name.
+"""
+
+import gc
+import types
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ftrain.graph.torch_private import FakeTensor
+
+Made = list["weakref.ref[Tensor]"]
+
+_CONTAINERS = (dict, list, set)
+_SWAPPED = ("_parameters", "_buffers")
+_DEPTH = 4
+
+
+@contextmanager
+def modules_as_found() -> Iterator["Modules"]:
+    """Notes the attributes of each module before its first forward within the block."""
+    modules = Modules()
+    handle = register_module_forward_pre_hook(lambda module, _: modules.note(module))
+    try:
+        yield modules
+    finally:
+        handle.remove()
+
+
+class Modules:
+    """The attributes of modules as they were found."""
+
+    def __init__(self) -> None:
+        self._found: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
+
+    def note(self, module: nn.Module) -> None:
+        """Remember the attributes of a module, if they are not yet."""
+        if module not in self._found:
+            attributes = {k: v for k, v in vars(module).items() if not _holds_fake(v, 2)}
+            inside = {k: type(v)(v) for k, v in attributes.items() if type(v) in _CONTAINERS and k != "_modules"}
+            self._found[module] = attributes, inside
+
+    def restore(self) -> None:
+        """Give the modules that hold a tensor of a trace the attributes that they were found with."""
+        for module, (attributes, inside) in self._found.items():
+            now = vars(module)
+            if not any(_holds_fake(v, 2) for v in now.values()):
+                continue
+            for name in [n for n, v in now.items() if n not in attributes and _holds_fake(v, 2)]:
+                if name in _SWAPPED:
+                    _without_fakes(now[name])
+                else:
+                    del now[name]
+            for name, value in attributes.items():
+                now[name] = value
+                if name in inside and value != inside[name]:
+                    _refill(value, inside[name])
+
+
+def _without_fakes(tensors: dict[str, Any]) -> None:
+    """What was set while `functional_call` had put its own in place: nothing was there before."""
+    tensors.update({k: None for k, v in tensors.items() if isinstance(v, FakeTensor)})
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    container.extend(items) if isinstance(container, list) else container.update(items)
+
+
+def _holds_fake(value: Any, depth: int) -> bool:
+    if isinstance(value, FakeTensor):
+        return True
+    if depth == 0 or type(value) not in (dict, list, tuple, set):
+        return False
+    return any(_holds_fake(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
+
+
+def require_none_left(made: Made, modules: Modules) -> None:
+    """ValueError that says who keeps a tensor of a trace that has ended; modules are restored first."""
+    if not _alive(made):
+        return
+    modules.restore()
+    if _alive(made):
+        gc.collect()
+    left = _alive(made)
+    while left:
+        where = _holder(left[0], [left])
+        if where:
+            raise ValueError(
+                f"the step keeps a tensor of its trace in {where}: while a step is traced tensors have no data, so "
+                "nothing may keep them. Return it as a part of the result, or make it before the step and pass it as "
+                "an argument"
+            )
+        del left[0]  # autograd's own, which no Python reaches
+
+
+def _alive(made: Made) -> list[Tensor]:
+    return [t for ref in made if (t := ref()) is not None]
+
+
+def require_tree_leaf(path: str, leaf: Any) -> None:
+    """ValueError for a result that is no tensor and holds one, or that is a number which only a run would know."""
+    if type(leaf).__name__ in ("SymInt", "SymFloat", "SymBool"):
+        raise ValueError(
+            f"result {path!r} is a number that depends on data (.item(), or a size): return the tensor instead"
+        )
+    if _reaches_fake(leaf, _DEPTH, set()):
+        raise ValueError(
+            f"result {path!r} is a {type(leaf).__module__}.{type(leaf).__name__}, which is no tree and holds tensors: "
+            "return a dict, list, tuple, NamedTuple or ftrain.struct of tensors"
+        )
+
+
+def _reaches_fake(value: Any, depth: int, seen: set[int]) -> bool:
+    if isinstance(value, FakeTensor):
+        return True
+    passed_by = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes)
+    if depth == 0 or id(value) in seen or isinstance(value, passed_by):
+        return False
+    seen.add(id(value))
+    return any(_reaches_fake(v, depth - 1, seen) for v in gc.get_referents(value))
+
+
+def _holder(value: Any, ignored: list[Any], depth: int = _DEPTH) -> str:
+    """What refers to an object, in words: an attribute, a global, an item of something; empty if nothing does."""
+    # no closures here: their cells would be among what refers to the object
+    found = ""
+    owners = gc.get_referrers(value)
+    for owner in owners:
+        if owner is ignored or _is_one_of(owner, ignored) or isinstance(owner, types.FrameType | types.GeneratorType):
+            continue
+        if isinstance(owner, dict) and (named := _owner_of_dict(owner, _key_of(owner, value))):
+            return named
+        if isinstance(owner, types.CellType):
+            found = found or "a variable that it closes over"
+        elif isinstance(owner, list | tuple | dict | set):
+            inside = _holder(owner, [*ignored, owners], depth - 1) if depth and not found else ""
+            found = found or f"a {type(owner).__name__} in {inside or 'an object'}"
+        else:
+            found = found or f"a {type(owner).__name__}"
+    return found
+
+
+def _is_one_of(owner: Any, ignored: list[Any]) -> bool:
+    return any(owner is i for i in ignored)
+
+
+def _key_of(owner: dict, value: Any) -> Any:
+    for key, item in owner.items():
+        if item is value:
+            return key
+    return None
+
+
+def _owner_of_dict(owner: dict, key: Any) -> str:
+    for holder in gc.get_referrers(owner):
+        if isinstance(holder, types.ModuleType):
+            return f"the global {key!r} of {holder.__name__}"
+        if isinstance(holder, types.FunctionType) and holder.__globals__ is owner:
+            return f"the global {key!r}"
+        if getattr(holder, "__dict__", None) is owner:
+            return f"the attribute {key!r} of a {type(holder).__name__}"
+        if isinstance(holder, dict) and isinstance(name := _key_of(holder, owner), str):
+            return f"{name}[{key!r}]"
+    return ""

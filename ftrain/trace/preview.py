@@ -1,0 +1,28 @@
+"""Loops that run a part of a step ahead of it draw no random numbers: those are the step's own.
+
+`accumulate` counts before it differentiates. What the step draws later must be what it would draw without that loop.
+"""
+
+from torch import fx
+
+from ftrain.graph.loop import is_preview, loop_body
+from ftrain.graph.op_effects import Effect, effect_of
+
+
+def keep_draws_for_the_step(loop: fx.Node) -> None:
+    """Take out of a preview's body what its results do not need, also what draws numbers or is not known.
+
+    ValueError where the results need random numbers: the step would draw others.
+    """
+    if not is_preview(loop):
+        return
+    body = loop_body(loop)
+    body.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    body.recompile()
+    drawing = [n for n in body.graph.nodes if effect_of(n) is Effect.RANDOM]
+    if drawing:
+        raise ValueError(
+            f"{drawing[0].meta.get('site')}: a count of an accumulated loss, or what it sums over the batch, depends "
+            "on random numbers of torch's generator. They are summed before the loss itself is run, which draws other "
+            "numbers: draw from a key (ftrain.bernoulli), or before the step, as a part of the batch"
+        )

@@ -1,0 +1,133 @@
+"""Where a node of the graph came from: source line, phase, and for a backward node the forward op it transposes.
+
+While a step is traced, a dispatch mode stands above the tracer and marks every node that an op leaves in the graph.
+Autograd numbers forward ops (`sequence_nr`) and keeps the number on their backward nodes; a prehook on each backward
+node tells the mode which forward op is being transposed.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ftrain.graph.source import Site, user_site
+from ftrain.graph.torch_private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
+from ftrain.sharding.spmd import current_filled, current_purpose
+from ftrain.trace.unseen_writes import UnseenWrites
+
+
+def sources(node: fx.Node) -> Iterator[fx.Node]:
+    """A node, and all that it was computed from, the nearest first; also of a graph under way."""
+    queue, seen = deque([node]), {node}
+    while queue:
+        current = queue.popleft()
+        yield current
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+
+
+class Provenance(TorchDispatchMode):
+    """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward", "step") and `meta["sequence"]`.
+
+    The sequence is a number that a forward op shares with the nodes of its backward. Collectives, and what is made
+    along with them, also get `meta["purpose"]` (see `ftrain.sharding.spmd.purpose`), what works on partly empty batches
+    `meta["filled"]` (`ftrain.sharding.spmd.filled`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "step"
+        self.made: list[weakref.ref[Tensor]] = []
+        """The tensors of the trace, as long as somebody holds them."""
+        self.trained: list[Tensor] = []
+        """Leaves that losses would have trained though they were not asked to."""
+        self._unseen = UnseenWrites(self.made, user_site)
+        self._site_of_sequence: dict[int, Site | None] = {}
+        self._transposed: int | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE_QUERY:
+            return device_of_fake(args[0])
+        if self.phase != "backward":
+            self._unseen.look(func, args)
+        graph = tracing_graph()
+        before = len(graph.nodes) if graph is not None else 0
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(made, Tensor):
+                self.made.append(weakref.ref(made))
+        if graph is not None and len(graph.nodes) > before:
+            sequence, site = self._origin()
+            purpose, filled = current_purpose(), current_filled()
+            for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
+                node.meta.update(site=site, phase=self.phase, sequence=sequence)
+                if purpose:
+                    node.meta["purpose"] = purpose
+                if filled != 1:
+                    node.meta["filled"] = filled
+        return out
+
+    def _origin(self) -> tuple[int, Site | None]:
+        """The number of the forward op that is computed or transposed, and its line."""
+        if self._transposed is not None:
+            return self._transposed, self._site_of_sequence.get(self._transposed)
+        sequence, site = autograd_sequence() - 1, user_site()
+        self._site_of_sequence.setdefault(sequence, site)  # later ops without gradients see the same number
+        return sequence, site
+
+    @contextmanager
+    def in_phase(self, phase: str) -> Iterator[None]:
+        """Nodes made within the block belong to `phase`."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase, self._transposed = before, None
+
+    def watch_backward(self, loss: Tensor, leaves: Sequence[Tensor] = ()) -> None:
+        """Make the backward of `loss` tell which forward op each of its nodes transposes.
+
+        Tensors behind the loss that want a gradient and are not among `leaves` go to `trained`.
+        """
+        asked = set(map(id, leaves))
+        seen, stack = set(), [loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and id(leaf) not in asked:
+                self.trained.append(leaf)
+            number = node._sequence_nr()
+            node.register_prehook(lambda grads, number=number: self._enter(number))
+            stack.extend(parent for parent, _ in node.next_functions)
+
+    def _enter(self, sequence: int) -> None:
+        self._transposed = sequence
+
+
+_current: ContextVar[Provenance | None] = ContextVar("ftrain_provenance", default=None)
+
+
+def current_provenance() -> Provenance | None:
+    """The mode of the trace under way, or None in eager code."""
+    return _current.get()
+
+
+@contextmanager
+def recording() -> Iterator[Provenance]:
+    """Record provenance for the trace made within the block."""
+    mode = Provenance()
+    token = _current.set(mode)
+    try:
+        with mode:
+            yield mode
+    finally:
+        _current.reset(token)

@@ -1,0 +1,31 @@
+"""oneDNN's recurrent layer asks, when it runs, whether gradients are on; a program runs without, and has a backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.graph.loop import is_loop, loop_body
+from ftrain.kernels.opaque import opaque_op
+
+_aten = torch.ops.aten
+_LAYER: Callable = _aten.mkldnn_rnn_layer.default
+_ARGUMENTS = str(_LAYER._schema).split("(", 1)[1]  # type: ignore[attr-defined]
+
+
+@opaque_op(f"mkldnn_rnn_layer({_ARGUMENTS}", fake=_LAYER)
+def rnn_layer(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """The layer as training runs it."""
+    with torch.enable_grad():
+        return _LAYER(*args, **kwargs)
+
+
+def train_recurrent(module: fx.GraphModule) -> None:
+    """Let recurrent layers run as they were traced: with what their backward needs."""
+    for node in module.graph.nodes:
+        if is_loop(node):
+            train_recurrent(loop_body(node))
+        elif node.target is _LAYER:
+            node.target = rnn_layer
+    module.recompile()

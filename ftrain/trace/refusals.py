@@ -1,0 +1,160 @@
+"""What a trace cannot do, in one sentence: the user's line, and the way out. Torch's own words stay as the cause."""
+
+import linecache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+from ftrain.graph.source import Site, is_users, user_site
+from ftrain.graph.torch_private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED
+
+_NUMBER = (
+    "asks for the number in a tensor ({what}), which a traced step does not have: choose with torch.where, return it "
+    "as a part of the result, or debug with ftrain.disable_jit()"
+)
+_NUMPY = (
+    "hands a tensor to numpy ({what}), which has no numbers while a step is traced: take the torch function of that "
+    "name, compute it before the step and pass it as an argument, or debug with ftrain.disable_jit()"
+)
+_EXCHANGED = (
+    "exchanges the memory under a tensor ({what}), of which a trace is not told: make a new value, e.g. x = y, or "
+    "write into it with x.copy_(y)"
+)
+_STORAGE = (
+    "works on a tensor's storage ({what}), of which a trace is not told: write into the tensor, e.g. x.copy_(y), or "
+    "make a new value"
+)
+_SIZE = (
+    "has a result whose size depends on data ({what}), which cannot be traced: mask instead of selecting, or compute "
+    "it before the step and pass it as an argument"
+)
+_OPERATOR = (
+    "calls {what}, a higher-order operator, which a traced step cannot hold: for torch.cond take torch.where, for "
+    "loops (while_loop, scan, map) a Python loop or ftrain.accumulate"
+)
+_COMPILED = (
+    "calls a function that torch.compile made, which cannot be traced: call the plain function (a compiled module's "
+    "_orig_mod); ftrain.jit(backend='inductor') compiles the whole step"
+)
+_SPARSE = "uses a sparse tensor, which a traced step cannot hold: take sparse=False, or to_dense()"
+_UNKNOWN_OP = "calls {what}, for which torch has no shape rule, so it cannot be traced: register one (register_fake)"
+
+
+class Untraceable(ValueError):
+    """A step does what no trace can hold; the message names the line and the way out."""
+
+
+class NoExchange(TorchFunctionMode):
+    """Within the block `x.data = y` is `Untraceable`: no op is called, and the trace would go on with the old `x`."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _SET_DATA:
+            site = user_site()
+            what = "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
+            raise Untraceable(f"{site}: the step {_EXCHANGED.format(what=what or 'x.data = y')}")
+        return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Within the block torch's errors about what cannot be traced become `Untraceable`."""
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise Untraceable(f"{_where(error.__traceback__)}: the step {reason}") from error
+
+
+@contextmanager
+def in_words_of_a_mesh(ranks: int) -> Iterator[None]:
+    """Within the block sizes that do not fit, of a step for one of many ranks, are told with the line and the reason:
+    outside of losses a leaf is a rank's piece.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if ranks == 1 or _reason(error) is not None or not any(word in str(error) for word in _SIZES):
+            raise
+        raise Untraceable(
+            f"{_where(error.__traceback__)}: {_first_line(error)}. On a mesh of {ranks} ranks a leaf of the state is "
+            "one rank's piece outside of losses: pass it to value_and_grad or ftrain.forward as an argument, gather it "
+            "(ftrain.optim.shards.whole_leaf), or keep it whole with Layout(parameters=())"
+        ) from error
+
+
+_SIZES = ("shape", "size", "dimension", "dim", "broadcast", "must match", "more than 1 value per channel")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0][:160].rstrip(".")
+
+
+def require_dense(module: fx.GraphModule) -> None:
+    """Untraceable for a sparse tensor anywhere in a graph."""
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise Untraceable(f"{node.meta.get('site')}: the step {_SPARSE}")
+
+
+def _reason(error: Exception) -> str | None:
+    words = str(error)
+    if isinstance(error, DATA_DEPENDENT):
+        return _NUMBER.format(what=_asked(error) or "float(loss), an `if` on it, an assert")
+    if isinstance(error, DYNAMIC_SHAPE):
+        return _SIZE.format(what=_first_argument(error))
+    if "numpy() is not supported for tensor subclasses" in words:
+        return _NUMPY.format(what=_asked(error) or "x.numpy()")
+    if "torch.storage.UntypedStorage" in words:
+        return _STORAGE.format(what=_asked(error) or "x.untyped_storage()")
+    if "Cannot swap t" in words:
+        return _EXCHANGED.format(what=_asked(error) or "swap_tensors")
+    if "dynamo-optimized function" in words:
+        return _COMPILED
+    if "HigherOrderOperator" in words:
+        return _OPERATOR.format(what=_between(words, "HigherOrderOperator ", " "))
+    if "Sparse" in words or "sparse" in words:
+        return _SPARSE if isinstance(error, NotImplementedError | RuntimeError) else None
+    if isinstance(error, UNSUPPORTED):
+        return _UNKNOWN_OP.format(what=_first_argument(error))
+    return None
+
+
+def _asked(error: Exception) -> str:
+    """The line that asked, as it stands in the user's file."""
+    site = _site(error.__traceback__)
+    return "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
+
+
+def _first_argument(error: Exception) -> str:
+    return str(error.args[0] if error.args else error).split("\n")[0][:80]
+
+
+def _between(words: str, before: str, after: str) -> str:
+    return words.split(before, 1)[1].split(after, 1)[0]
+
+
+def _where(trace: TracebackType | None) -> str:
+    site = _site(trace)
+    return "an unknown line" if site is None else str(site)
+
+
+def _site(trace: TracebackType | None) -> Site | None:
+    """The innermost line of the user's code that an error went through."""
+    found = None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if is_users(code.co_filename):
+            found = Site(code.co_filename, trace.tb_lineno, code.co_name)
+        trace = trace.tb_next
+    return found

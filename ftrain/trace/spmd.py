@@ -1,0 +1,246 @@
+"""A trace for one rank of a mesh: which tensors are pieces of what.
+
+Where a leaf of the state is, is a choice: one whose path ends with a parameter's, and whose dims are the parameter's or
+1, lies where the parameter lies (moments, averages); any other is whole on every rank. What is computed from leaves
+follows from the ops (`ftrain.trace.spread`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ftrain import tree
+from ftrain.graph.torch_private import is_constant, node_of
+from ftrain.kernels.mean import Mean
+from ftrain.sharding.collectives import sum_of_parts
+from ftrain.sharding.mesh import BASE_AXES, Mesh
+from ftrain.sharding.paths import nearest
+from ftrain.sharding.placement import Placement
+from ftrain.sharding.plan import Plan
+from ftrain.sharding.spmd import axis_index, on_mesh
+from ftrain.trace.provenance import sources
+from ftrain.trace.spread import Spread, Spreads, placed
+
+
+class Placements:
+    """Where the pieces of parameters are, by path, and of every other leaf of a state by its likeness to one."""
+
+    def __init__(self, plan: Plan, known: dict[str, Placement] | None = None) -> None:
+        self.plan = plan
+        self.known = dict(known or {})
+
+    def parameter(self, path: str) -> str | None:
+        """The longest known parameter path that `path` ends with."""
+        parts = path.split(".")
+        return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in self.known), None)
+
+    def of_whole(self, path: str, shape: Sequence[int]) -> Placement:
+        """Where the pieces of a leaf are whose global shape is `shape`."""
+        found = self._alike(path, shape, local=False)
+        return found if found is not None else Placement(tuple(shape))
+
+    def of_local(self, path: str, shape: Sequence[int]) -> Placement:
+        """The same for a leaf of which a rank holds `shape`."""
+        found = self._alike(path, shape, local=True)
+        return found if found is not None else Placement(tuple(shape))
+
+    def _alike(self, path: str, shape: Sequence[int], *, local: bool) -> Placement | None:
+        name = self.parameter(path)
+        if name is None:
+            return None
+        model = self.known[name]
+        sizes = model.local_shape if local else model.shape
+        if len(shape) != len(sizes) or any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
+            return None
+        kept = tuple(s for s in model.splits if shape[s.dim] == sizes[s.dim])
+        whole = tuple(full if n == size else 1 for n, size, full in zip(shape, sizes, model.shape, strict=True))
+        return Placement(whole, kept, model.copies)
+
+    def nearest(self, path: str) -> str:
+        """The known parameter whose name is most like the end of a path, as words of an error."""
+        names = {".".join(k.split(".")[-2:]): k for k in self.known}
+        near = nearest(".".join(path.split(".")[-2:]), names, cutoff=0.0)
+        return "" if near is None else f"; the nearest it knows is {names[near]!r}"
+
+    def learn(self, path: str, placement: Placement) -> None:
+        """Note where a parameter is; ValueError if another one of that name is elsewhere."""
+        before = self.known.setdefault(path, placement)
+        if before != placement:
+            raise ValueError(
+                f"two parameters are called {path!r} and lie differently ({before} and {placement}): put the models "
+                "under names of their own in one tree of specs"
+            )
+
+
+class ShardedTrace:
+    """What one trace for a rank knows: how its tensors are spread, and which component they belong to."""
+
+    def __init__(self, placements: Placements, *, document_ids: set[str]) -> None:
+        self.placements, self.plan = placements, placements.plan
+        self._document_ids, self._batch = document_ids, dict[fx.Node, str]()
+        self.spreads = Spreads(self.plan.mesh)
+        self._paths: dict[fx.Node, str] = {}
+        self._packs: dict[fx.Node, Any] = {}
+        self._strangers: dict[fx.Node, str] = {}
+
+    def note_input(self, tensor: Tensor, path: str, spread: Spread, *, parameter: bool, batch: bool) -> None:
+        """Remember how an input of the step is spread; `parameter`: whether the plan knows the array at `path`."""
+        node = node_of(tensor)
+        if node is None:
+            return
+        self.spreads.give(node, spread)
+        if parameter:
+            self._paths[node] = path
+        elif batch:
+            self._batch[node] = path
+        else:
+            self._strangers[node] = path
+
+    def note_coordinates(self, coordinates_3: Tensor) -> None:
+        """Remember which input tells a rank's place."""
+        node = node_of(coordinates_3)
+        if node is not None:
+            node.meta["coordinates"] = True
+
+    def note_documents(self, *segments: Any) -> None:
+        """Remember the leaves of the batch by whose ids attention tells documents apart."""
+        nodes = [node_of(ids) for ids in segments if isinstance(ids, Tensor)]
+        self._document_ids.update(self._batch[node] for node in nodes if node in self._batch)
+
+    def note_use(self, tensor: Tensor, path: str, placement: Placement) -> None:
+        """Remember that a tensor is a parameter as a rank computes with it: gathered, but for a dim of experts."""
+        node = node_of(tensor)
+        if node is not None:
+            splits = tuple(s for s in placement.splits if not s.gathered)
+            used = placed(Placement(placement.shape, splits, placement.copies))
+            self._note(tensor, path, replace(used, cause=self.spreads.of(node).cause))
+
+    def note_piece(self, tensor: Tensor, placement: Placement, path: str = "", *, of: Sequence[Tensor] = ()) -> None:
+        """Remember where a tensor's pieces are, which its ops do not tell; it was made rightly `of` these."""
+        nodes = [node for node in map(node_of, of) if node is not None]
+        causes = (self.spreads.of(node).cause for node in nodes)
+        cause = next((c for c in causes if c is not None), None)
+        self._note(tensor, path, replace(placed(placement), cause=cause))
+
+    def note_gradient(self, tensor: Tensor, leaf: Tensor) -> None:
+        """Remember that a gradient lies as its leaf does, if nothing that it was computed from was wrong."""
+        node, of = node_of(tensor), node_of(leaf)
+        if node is None or of is None:
+            return
+        node.meta["spread_if_clean"] = replace(self.spreads.of(of), cause=None, uniform=False)
+        self.spreads.forget(node)
+        if of in self._paths:
+            self._paths.setdefault(node, self._paths[of])
+
+    def _note(self, tensor: Tensor, path: str, spread: Spread) -> None:
+        node = node_of(tensor)
+        if node is not None:
+            self.spreads.give(node, spread)
+            if path:
+                self._paths.setdefault(node, path)
+
+    def array_of(self, tensor: Any) -> tuple[str, Placement] | None:
+        """The path (or "") and placement of the array that a tensor is a piece or a copy of; None for a rank's own."""
+        node = node_of(tensor) if isinstance(tensor, Tensor) else None
+        if node is None:
+            return None
+        spread = self.spreads.of(node)
+        path = self._paths.get(node, "")
+        if spread.placement is not None:
+            return path, spread.placement
+        if spread.axes:
+            return None
+        return path, Placement(tuple(tensor.shape), (), tuple(a for a in BASE_AXES if a in self.spreads.everywhere))
+
+    def require_known(self, tensor: Any) -> None:
+        """ValueError for an input of the step of which the plan does not know what it is."""
+        node = node_of(tensor) if isinstance(tensor, Tensor) else None
+        if node in self._strangers and self.plan.mesh.size > 1:
+            path = self._strangers[node]
+            raise ValueError(
+                f"leaf {path!r} is differentiated, and the plan knows no parameter of that name and shape: make the "
+                "state with step.init, or give jit(specs=...) a tree with it (ftrain.modules.spec.of(params) makes one "
+                f"of tensors){self.placements.nearest(path)}"
+            )
+
+    def placement_of_piece(self, tensor: Any) -> Placement | None:
+        """Where the array is that a tensor is a piece of; None for what is no piece."""
+        node = node_of(tensor) if isinstance(tensor, Tensor) else None
+        return None if node is None else self.spreads.of(node).placement
+
+    def component(self, *tensors: Tensor) -> str:
+        """The path of the parameter that these tensors come from, the nearest one; empty if from none."""
+        found = next((f for f in map(self._nearest_path, tensors) if f), "")
+        return self.placements.parameter(found) or found
+
+    def _nearest_path(self, tensor: Tensor) -> str:
+        start = node_of(tensor)
+        return next((self._paths[n] for n in sources(start) if n in self._paths), "") if start is not None else ""
+
+    def placement(self, leaf: Tensor) -> Placement:
+        """Where the pieces of a leaf, or of what was computed from it, are."""
+        node = node_of(leaf)
+        found = None if node is None else self.spreads.of(node).placement
+        return found if found is not None else Placement(tuple(leaf.shape))
+
+    def pack(self, segments_T: Tensor, make: Callable[[], Any]) -> Any:
+        """What is made once for each tensor of segments: the segments of the whole pack."""
+        node = node_of(segments_T)
+        if node is None:
+            return make()
+        if node not in self._packs:
+            self._packs[node] = make()
+        return self._packs[node]
+
+
+_current: ContextVar[ShardedTrace | None] = ContextVar("ftrain_sharded_trace", default=None)
+
+
+def current_sharded() -> ShardedTrace | None:
+    """The trace for a rank that is under way, or None."""
+    return _current.get()
+
+
+@contextmanager
+def tracing_rank(trace: ShardedTrace, coordinates_3: Tensor) -> Iterator[None]:
+    """Within the block `value_and_grad` gathers parameters, and `axis_index` reads these coordinates."""
+    token = _current.set(trace)
+    try:
+        with on_mesh(trace.plan.mesh, coordinates_3):
+            yield
+    finally:
+        _current.reset(token)
+
+
+def note_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Remember that the gradient of a leaf lies where the leaf does."""
+    trace = current_sharded()
+    if trace is None:
+        return
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        trace.note_gradient(gradient, leaf)
+
+
+def reduce_means(result: Any, trace: ShardedTrace) -> Any:
+    """Every `Mean` in a step's result summed over the mesh, all in one exchange."""
+    leaves, treedef = tree.flatten_until(result, Mean)
+    means = [m for m in leaves if isinstance(m, Mean)]
+    if not means or trace.plan.mesh.size == 1:
+        return result
+    dtype = torch.float64 if any(m.total.dtype == torch.float64 for m in means) else torch.float32
+    flat = torch.stack([x.detach().to(dtype) for m in means for x in m])
+    sums = iter(sum_over_mesh(flat, trace.plan.mesh).unbind())
+    summed = [Mean(*(next(sums).to(x.dtype) for x in m)) if isinstance(m, Mean) else m for m in leaves]
+    return tree.unflatten(treedef, summed)
+
+
+def sum_over_mesh(x: Tensor, mesh: Mesh) -> Tensor:
+    """The sum over all ranks; the gradient of a part is that of the sum."""
+    if is_constant(x):  # or the tracer would run the collective now
+        x = x + axis_index("replicate").to(x.dtype) * 0
+    return sum_of_parts(x, mesh.group(*BASE_AXES), purpose="loss")

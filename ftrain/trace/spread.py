@@ -1,0 +1,454 @@
+"""How the value of each node of a rank's graph is spread over the mesh: equal on all ranks, a piece of an array, or a
+rank's own.
+
+A graph for one rank holds local tensors, and nothing in an op says what they are parts of. Here every node gets a
+`Spread`, from those of the graph's inputs, op by op: what is computed from pieces number by number is a piece of the
+same array; a sum over a divided dim is only a part of the array's sum, so it is either summed over the ranks as well
+(`Fix`) or is tainted: it remembers the op, and a result that depends on it is refused with the user's line. What a
+collective returns is equal over its ranks. The same question is answered for tensors of a trace under way, so that a
+loss can be differentiated at parameters that the step itself has computed.
+
+Legend: "piece" a rank's part of an array (`ftrain.sharding.placement.Placement`), "own" differs between ranks, of no
+array.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.graph.loop import is_loop, loop_body
+from ftrain.graph.op_effects import Effect, argument_reader, effect_of
+from ftrain.sharding.collectives import exchange_rows, gather_ranks, shift_ranks
+from ftrain.sharding.mesh import BASE_AXES, Mesh
+from ftrain.sharding.placement import Placement, Split
+from ftrain.trace.spread_views import moved
+
+_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
+_FOLDED = frozenset({"shard", "sequence"})
+_EXPERTS = frozenset({"expert", "expert_shard"})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`axes`: along which ranks may hold different values. `placement`: of which array the value is a piece, or None.
+    `uniform`: one number at every place, so that it is a piece of whatever it meets. `batch`: matrices of experts, of
+    which each rank has others, along dim 0 (stacked with more of their kind, so that they are no one array's). `drawn`:
+    numbers of a key for a shape, equal on all ranks, so not those of a whole batch's rows. `cause`: an op that read one
+    rank's piece as if it were the array; what depends on it is not what one device computes.
+    """
+
+    axes: frozenset[str] = frozenset()
+    placement: Placement | None = None
+    uniform: bool = False
+    batch: bool = False
+    drawn: bool = False
+    cause: fx.Node | None = field(default=None, compare=False)
+
+
+SAME = Spread()
+_UNIFORM = Spread(uniform=True)
+
+
+def placed(placement: Placement) -> Spread:
+    """Of what lies so: a piece, or, where nothing is divided, equal on all ranks."""
+    axes = frozenset(axis for split in placement.splits for axis in split.axes)
+    return Spread(axes, placement) if axes else SAME
+
+
+class Fix(NamedTuple):
+    """A reduction over divided dims: what is to be done over the ranks that hold the other pieces, and of which array
+    (`placement`) its input is a piece: `over` are the divided dims that it reduces, `dims` all of them.
+    """
+
+    node: fx.Node
+    how: str  # "sum", "mean", "max", "min", "norm"
+    placement: Placement
+    over: tuple[Split, ...]
+    dims: frozenset[int]
+
+
+_REDUCTIONS: dict[Any, str] = {
+    _aten.sum.default: "sum", _aten.sum.dim_IntList: "sum", _aten.mean.default: "mean", _aten.mean.dim: "mean",
+    _aten.amax.default: "max", _aten.amin.default: "min", _aten.max.default: "max", _aten.min.default: "min",
+    _aten.linalg_vector_norm.default: "norm", _aten.norm.Scalar: "norm", _aten.norm.ScalarOpt_dim: "norm",
+}  # fmt: skip
+_ALONG: dict[Any, int] = {
+    _aten._softmax.default: 1, _aten._log_softmax.default: 1, _aten.cumsum.default: 1, _aten.cumprod.default: 1,
+    _aten.sort.default: 1, _aten.sort.stable: 2, _aten.topk.default: 2, _aten.flip.default: 1,
+}  # fmt: skip
+_ROWS, _BATCHES = ({0: 0}, {1: 1}), ({0: 0, 1: 1}, {0: 0, 2: 2})
+# where the factors begin, and which dims of each factor are dims of the result
+_PRODUCTS: dict[Any, tuple[int, tuple[dict[int, int], dict[int, int]]]] = {
+    _aten.mm.default: (0, _ROWS), _aten.addmm.default: (1, _ROWS),
+    _aten.bmm.default: (0, _BATCHES), _aten.baddbmm.default: (1, _BATCHES),
+}  # fmt: skip
+_CONSTANTS = {
+    _aten.full.default, _aten.full_like.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.zeros.default,
+    _aten.ones.default, _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default,
+    _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default, _aten.scalar_tensor.default,
+}  # fmt: skip
+_ELEMENTWISE = {
+    _aten._to_copy.default, _aten.clone.default, _aten.copy_.default, _aten.copy.default, _aten.lift_fresh_copy.default,
+    _aten.detach.default, _aten.alias.default, _aten.contiguous.default, _aten.to.dtype, _aten.fill_.Scalar,
+    _aten.zero_.default,
+}  # fmt: skip
+_OURS_ELEMENTWISE = ("ftrain::adamw", "ftrain::offload")
+
+
+class Spreads:
+    """The spreads of a graph's nodes, worked out in the graph's order and remembered; `fixes` that they count on."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.everywhere = frozenset(axis for axis in BASE_AXES if mesh.axis_size(axis) > 1)
+        self.fixes: dict[fx.Node, Fix] = {}
+        self._known: dict[fx.Node, Spread] = {}
+        self._latest: dict[fx.Graph, fx.Node] = {}
+
+    def of(self, node: fx.Node) -> Spread:
+        """The spread of a node; of a graph under way too."""
+        graph = node.graph
+        while node not in self._known:
+            latest = self._latest.get(graph)
+            following = next(iter(graph.nodes)) if latest is None else latest.next
+            self._known[following] = self._work_out(following)
+            self._latest[graph] = following
+        return self._known[node]
+
+    def give(self, node: fx.Node, spread: Spread) -> None:
+        """What an input's spread is, or what is known of a node beyond its op."""
+        node.meta["spread"] = spread
+        self.forget(node)
+
+    def forget(self, node: fx.Node) -> None:
+        """Work it out again: something has been noted of it, and nothing has been asked of what follows from it."""
+        if node in self._known:
+            self._known[node] = self._work_out(node)
+
+    def of_loop(self, node: fx.Node, carry: list[Spread] | None = None) -> list[Spread]:
+        """Of each of a loop's results: those that the body gives back as long as they come in so."""
+        inputs, xs, consts = (list(group) for group in node.args[2:])  # type: ignore[arg-type]
+        given = carry if carry is not None else [self.of(n) for n in inputs]
+        rows = [_without_first_dim(self.of(x)) for x in xs]
+        body = loop_body(node) if node.graph.owning_module is not None else node.meta["body"]
+        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        for inner, spread in zip(placeholders, [*given, *rows, *map(self.of, consts)], strict=True):
+            self.give(inner, spread)
+        self._latest.pop(body.graph, None)
+        for inner in body.graph.nodes:
+            self._known.pop(inner, None)
+            self.fixes.pop(inner, None)
+        results = [self.of(n) for n in body.graph.output_node().args[0]]  # type: ignore[union-attr,arg-type]
+        joined = [_either(a, b) for a, b in zip(given, results, strict=True)]
+        return joined if joined == given else self.of_loop(node, joined)
+
+    def _work_out(self, node: fx.Node) -> Spread:
+        noted = node.meta.get("spread")
+        if isinstance(noted, Spread):
+            return noted
+        if node.op != "call_function":
+            return SAME
+        computed = self._of_op(node)
+        noted = node.meta.get("spread_if_clean")
+        return replace(noted, cause=computed.cause) if isinstance(noted, Spread) else computed
+
+    def _of_op(self, node: fx.Node) -> Spread:
+        if is_loop(node):
+            return SAME  # its results are told one by one
+        parents = [self._known[n] for n in node.all_input_nodes]
+        cause = next((p.cause for p in parents if p.cause is not None), None)
+        if getattr(node.target, "__name__", "") == "getitem" and node.op == "call_function":
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            return self.of_loop(source)[node.args[1]] if is_loop(source) else self._known[source]  # type: ignore[index]
+        group = _group_of(node)
+        if group is not None:
+            return replace(self._of_collective(node, group, parents), cause=cause)
+        if node.meta.get("purpose"):  # part of what moves pieces: told when it is done
+            return Spread(frozenset[str]().union(*(p.axes for p in parents)), cause=cause)
+        found = self._of_plain(node, parents)
+        return found if cause is None else replace(found, cause=cause)
+
+    def _of_collective(self, node: fx.Node, group: str, parents: list[Spread]) -> Spread:
+        before = frozenset[str]().union(*(p.axes for p in parents))
+        axes = frozenset(group.removeprefix("axis_").split("@")[0].split("+"))
+        axes = frozenset("sequence" if ":" in axis else axis for axis in axes)
+        if node.target in (_c10d.all_reduce.default, gather_ranks):
+            return Spread(_without(before, axes))
+        return Spread(before | axes)
+
+    def _of_plain(self, node: fx.Node, parents: list[Spread]) -> Spread:
+        target = node.target
+        if target in _CONSTANTS:
+            return self._constant(node, parents)
+        if effect_of(node) is Effect.RANDOM:
+            return Spread(self.everywhere, cause=node if self.everywhere else None)
+        if target is torch.ops.ftrain.philox.default:
+            value = _value(node)
+            return Spread(drawn=node.args[1] is None and value is not None and value.numel() > 1)
+        axes = frozenset[str]().union(*(p.axes for p in parents))
+        if axes and _takes_statistics(node):
+            return Spread(axes, cause=node)
+        if any(p.batch for p in parents):
+            alone = _is_elementwise(target) or _is_view(target) or _keeps_batches(node)
+            return Spread(axes, batch=True) if alone else Spread(axes, cause=node)
+        if not any(p.placement is not None for p in parents):
+            keeps = _is_elementwise(target) or getattr(target, "is_view", False)
+            alike = all(p.uniform or _is_number(n) for p, n in zip(parents, node.all_input_nodes, strict=True))
+            uniform = any(p.uniform for p in parents) and not axes and alike and keeps
+            drawn = any(p.drawn for p in parents) and (keeps or _is_view(target))
+            if axes and drawn and self._rows_were_drawn(node):
+                return Spread(axes, cause=node)
+            return Spread(axes, uniform=uniform, drawn=drawn and not axes)
+        if any(p.axes and p.placement is None for p in parents):
+            return Spread(axes, cause=_mixing(node, parents))
+        if _is_elementwise(target):
+            return self._together(node, axes)
+        view = moved(node, [self._known.get(n, SAME).placement for n in node.all_input_nodes])
+        if view is not None:
+            return placed(view)
+        if _is_view(target) and not any(s.gathered for p in parents if p.placement for s in p.placement.splits):
+            return Spread(axes, batch=True)
+        if target in _REDUCTIONS:
+            return self._reduced(node, parents[0])
+        if target in _ALONG:
+            return self._along(node, parents[0], axes)
+        return self._of_product(node, axes) or Spread(axes, cause=node)
+
+    def _constant(self, node: fx.Node, parents: list[Spread]) -> Spread:
+        """Of numbers that are all equal: of the shape of a piece they are a piece of as large an array."""
+        value = _value(node)
+        for source, spread in zip(node.all_input_nodes, parents, strict=True):
+            like = _value(source)
+            if spread.placement is not None and like is not None and value is not None and like.shape == value.shape:
+                return Spread(spread.axes, spread.placement, uniform=True)
+        return _UNIFORM
+
+    def _rows_were_drawn(self, node: fx.Node) -> bool:
+        """True where numbers drawn for a shape meet a rank's own row by row, and not each row alike."""
+        value = _value(node)
+        for source in node.all_input_nodes:
+            own = _value(source)
+            drawn = self._known[source].drawn and own is not None and value is not None
+            if drawn and own.dim() == value.dim() and own.dim() > 0 and own.shape[0] > 1:  # type: ignore[union-attr]
+                return True
+        return False
+
+    def _together(self, node: fx.Node, axes: frozenset[str]) -> Spread:
+        """Of an op that works number by number, with the usual broadcasting."""
+        value = _value(node)
+        if value is None:
+            return Spread(axes, cause=node)
+        sizes, splits, copies = list(value.shape), dict[int, Split](), tuple[str, ...]()
+        for source in node.all_input_nodes:
+            spread, own = self._known[source], _value(source)
+            if own is None or spread.placement is None:
+                continue
+            copies = spread.placement.copies
+            shift = len(sizes) - own.dim()
+            for split in spread.placement.splits:
+                dim = split.dim + shift
+                if splits.setdefault(dim, split._replace(dim=dim))[1:] != split[1:]:
+                    return Spread(axes, cause=node)
+                sizes[dim] = spread.placement.shape[split.dim]
+        for source in node.all_input_nodes:
+            spread, own = self._known[source], _value(source)
+            if own is None or spread.uniform:
+                continue
+            held = {s.dim + len(sizes) - own.dim() for s in spread.placement.splits} if spread.placement else set()
+            for dim in splits:
+                at = dim - (len(sizes) - own.dim())
+                if dim not in held and at >= 0 and own.shape[at] != 1:
+                    return Spread(axes, cause=node)
+        if _share_ranks(splits.values()):
+            return Spread(axes, cause=node)
+        return placed(Placement(tuple(sizes), tuple(splits[d] for d in sorted(splits)), copies))
+
+    def _reduced(self, node: fx.Node, source: Spread) -> Spread:
+        placement, value = source.placement, _value(node.args[0])
+        if placement is None or value is None:
+            return Spread(source.axes, cause=node)
+        (dims, keep), how = _reduced_dims(node, value.dim()), _REDUCTIONS[node.target]
+        over = [s for s in placement.splits if s.dim in dims]
+        left = [s for s in placement.splits if s.dim not in dims]
+        if over:
+            uneven = any(placement.shape[s.dim] % s.size for s in over) and coordinates_of(node.graph) is None
+            if uneven or (how == "norm" and norm_order(node) not in (1, 2, float("inf"))):
+                return Spread(source.axes, cause=node)
+            self.fixes[node] = Fix(node, how, placement, tuple(over), frozenset(dims))
+        kept = [d for d in range(value.dim()) if keep or d not in dims]
+        sizes = tuple(1 if d in dims else placement.shape[d] for d in kept)
+        splits = tuple(s._replace(dim=kept.index(s.dim)) for s in left)
+        copies = tuple(dict.fromkeys([*placement.copies, *(a for s in over for a in s.axes)]))
+        return placed(Placement(sizes, splits, copies))
+
+    def _along(self, node: fx.Node, source: Spread, axes: frozenset[str]) -> Spread:
+        """Of an op that works along one dim, and number by number along the others."""
+        at = _ALONG[node.target]
+        given: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim", -1)
+        value = _value(node.args[0])
+        if source.placement is None or value is None:
+            return Spread(axes, cause=node)
+        dims = {d % max(1, value.dim()) for d in (given if isinstance(given, list | tuple) else [given])}
+        return Spread(axes, cause=node) if any(s.dim in dims for s in source.placement.splits) else source
+
+    def _of_product(self, node: fx.Node, axes: frozenset[str]) -> Spread | None:
+        """Of a product of matrices where no divided dim is summed over: batches, and rows or columns."""
+        value, splits, copies = _value(node), dict[int, Split](), tuple[str, ...]()
+        if node.target not in _PRODUCTS or value is None:
+            return None
+        added, kept = _PRODUCTS[node.target]
+        factors = node.args[added : added + 2]
+        sizes = list(value.shape)
+        for source, dims in zip(factors, kept, strict=True):
+            placement = self._known[source].placement  # type: ignore[index]
+            for split in () if placement is None else placement.splits:
+                if split.dim not in dims or splits.setdefault(dims[split.dim], split)[1:] != split[1:]:
+                    return None
+                sizes[split.dim] = placement.shape[split.dim]  # type: ignore[union-attr]
+                copies = placement.copies  # type: ignore[union-attr]
+        of_batches = len(sizes) == 3
+        if of_batches and 0 in splits and any(self._known[n].placement is None for n in factors):  # type: ignore[index]
+            return None
+        if _share_ranks(splits.values()):
+            return None
+        found = Placement(tuple(sizes), tuple(s._replace(dim=d) for d, s in sorted(splits.items())), copies)
+        spread = placed(found)
+        plus = self._known[node.args[0]] if added else _UNIFORM  # type: ignore[index]
+        return spread if plus.uniform or plus == spread else None
+
+
+def coordinates_of(graph: fx.Graph) -> fx.Node | None:
+    """The input that tells a rank's place; None in the body of a loop."""
+    return next((n for n in graph.nodes if n.op == "placeholder" and n.meta.get("coordinates")), None)
+
+
+def _is_elementwise(target: Any) -> bool:
+    if target in _ELEMENTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
+        return True
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.name.startswith(_OURS_ELEMENTWISE)
+
+
+def _is_view(target: Any) -> bool:
+    joins = (_aten.cat.default, _aten.stack.default, _aten._unsafe_view.default)
+    return target in joins or bool(getattr(target, "is_view", False))
+
+
+def _keeps_batches(node: fx.Node) -> bool:
+    """True for products of batches, and reductions of what is not along dim 0."""
+    if node.target in (_aten.bmm.default, _aten.baddbmm.default):
+        return True
+    value = _value(node.args[0]) if node.args else None
+    if node.target not in _REDUCTIONS or value is None:
+        return False
+    return 0 not in _reduced_dims(node, value.dim())[0]
+
+
+def _mixing(node: fx.Node, parents: Sequence[Spread]) -> fx.Node | None:
+    """The node, if it brings a piece of a parameter that ought to be gathered together with a rank's own data."""
+    pieces = (p.placement for p in parents if p.placement is not None and not p.uniform)
+    splits = (s for placement in pieces for s in placement.splits)
+    return node if any(split.gathered for split in splits) else None
+
+
+def _group_of(node: fx.Node) -> str | None:
+    """The group of a collective; None for any other op."""
+    known = (
+        _c10d.all_reduce.default, _c10d.reduce_scatter_tensor.default, _c10d.all_to_all_single.default, gather_ranks,
+        shift_ranks, exchange_rows,
+    )  # fmt: skip
+    if node.target not in known:
+        return None
+    return next(str(a) for a in reversed(node.args) if isinstance(a, str) and a.startswith("axis_"))
+
+
+def _without(axes: frozenset[str], group: frozenset[str]) -> frozenset[str]:
+    """The axes along which a value still differs when it is equal over a group; experts are folded over two axes."""
+    if group & _EXPERTS and axes & _FOLDED:
+        axes = (axes - _FOLDED) | _EXPERTS
+    if group & _FOLDED and axes & _EXPERTS:
+        axes = (axes - _EXPERTS) | _FOLDED
+    return axes - group
+
+
+def _share_ranks(splits: Iterable[Split]) -> bool:
+    """True where two dims are divided among the same ranks: each holds a block of the diagonal, and nobody the rest."""
+    axes = [axis for split in splits for axis in split.axes]
+    return len(set(axes)) < len(axes) or not (_FOLDED.isdisjoint(axes) or _EXPERTS.isdisjoint(axes))
+
+
+def _without_first_dim(spread: Spread) -> Spread:
+    """Of one row of what is stacked along dim 0."""
+    placement = spread.placement
+    if placement is None:
+        return spread
+    splits = tuple(s._replace(dim=s.dim - 1) for s in placement.splits if s.dim)
+    return replace(spread, placement=Placement(placement.shape[1:], splits, placement.copies))
+
+
+def _either(a: Spread, b: Spread) -> Spread:
+    """What is sure of a value that is one or the other."""
+    cause = a.cause or b.cause
+    if a.uniform and not b.uniform:
+        return replace(b, cause=cause)
+    if b.uniform and not a.uniform:
+        return replace(a, cause=cause)
+    same = a.placement == b.placement
+    placement = a.placement if same else None
+    joined = Spread(a.axes | b.axes, placement, a.uniform and b.uniform, a.batch and b.batch, a.drawn or b.drawn)
+    return replace(joined, cause=cause)
+
+
+def _value(node: Any) -> Tensor | None:
+    """The tensor of a node, or the first of several."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    return value if isinstance(value, Tensor) else None
+
+
+def _takes_statistics(node: fx.Node) -> bool:
+    """True for a batch norm that takes the mean of its batch: of a rank's share, that of no batch on one device.
+
+    torch's instance norm is a batch norm of one row that holds the channels of all, and mixes none.
+    """
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if name not in ("aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::cudnn_batch_norm",
+                    "aten::miopen_batch_norm", "aten::_batch_norm_with_update"):  # fmt: skip
+        return False
+    source, value = node.args[0].all_input_nodes, _value(node.args[0])  # type: ignore[union-attr]
+    before = _value(source[0]) if len(source) == 1 else None
+    if before is not None and value is not None and before.dim() == value.dim() > 2:
+        folded = (1, before.shape[0] * before.shape[1], *before.shape[2:])
+        if _is_view(node.args[0].target) and tuple(value.shape) == folded:  # type: ignore[union-attr]
+            return False
+    training = argument_reader(node.target, node.args, node.kwargs)("training")  # type: ignore[arg-type]
+    return training is None or bool(training)
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = _value(node)
+    return value is not None and value.dim() == 0
+
+
+def _reduced_dims(node: fx.Node, rank: int) -> tuple[set[int], bool]:
+    """Which dims an op reduces, and whether they stay as dims of size 1."""
+    value = argument_reader(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    dims = value("dim")
+    every = dims is None or (isinstance(dims, list | tuple) and not dims)
+    listed = range(rank) if every else [dims] if isinstance(dims, int) else dims
+    return {d % max(1, rank) for d in listed}, bool(value("keepdim"))
+
+
+def norm_order(node: fx.Node) -> float:
+    """The p of a p-norm."""
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("ord", 2)
+    return 2 if given is None else float(given)  # type: ignore[arg-type]
+
+
+def tainted(nodes: Iterable[fx.Node], of: Callable[[fx.Node], Spread]) -> fx.Node | None:
+    """The first of these nodes that depends on one rank's piece taken for an array."""
+    return next((n for n in nodes if of(n).cause is not None), None)

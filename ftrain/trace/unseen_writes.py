@@ -1,0 +1,90 @@
+"""In-place ops of a loss whose derivative torch would get wrong in a trace: refused, with the line and the way out.
+
+After a write, autograd takes each view of what was written again from its base, to know the view's derivative. Under a
+trace it does so by calling the op that made the view once more. That op sees the base's new shape: after `h.t_()` the
+view `v = h[:2]`, taken before, would get the derivative of columns. Nor is autograd told of writes into lists.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftrain.graph.torch_private import storage_id
+
+
+class UnseenWrites:
+    """Looks at the ops of losses before they run. `made`: the tensors of the trace, `site`: tells the user's line."""
+
+    def __init__(self, made: Sequence[weakref.ref[Tensor]], site: Callable[[], object]) -> None:
+        self._made, self._site = made, site
+        self._reshaped: dict[int, tuple[str, torch.UntypedStorage]] = {}
+        """By the identity of memory, held so that it stays one: where the shape of what looks at it was changed."""
+
+    def look(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+        """ValueError for an op after which, or by which, a gradient would be wrong."""
+        if not op._schema.is_mutable:
+            return
+        if _writes_a_list(op):
+            self._refuse_a_list(op, args)
+        elif torch.Tag.inplace_view in op.tags:
+            self._look_at_new_shape(op, args[0])
+        elif self._reshaped:
+            self._look_at_write(op, args)
+
+    def _look_at_new_shape(self, op: torch._ops.OpOverload, written: Tensor) -> None:
+        name = _name(op)
+        if name == "detach_":
+            return
+        seen = self._has_views(written)
+        if seen and written.requires_grad:
+            raise ValueError(
+                f"{self._site()}: {name} changes the shape of a tensor within a loss while there are views of it, "
+                f"which would get a wrong gradient: make a new tensor{_instead(name)}, or take the views afterwards"
+            )
+        if seen or written._is_view():
+            self._reshaped[storage_id(written)] = f"{name} at {self._site()}", written.untyped_storage()
+
+    def _has_views(self, base: Tensor) -> bool:
+        return any(x is not None and x._base is base for x in (ref() for ref in self._made))
+
+    def _look_at_write(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+        """A write with a gradient through a view whose shape has changed, or into what is beneath one."""
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        before = self._reshaped.get(storage_id(tensors[0])) if tensors else None
+        if before is not None and any(x.requires_grad for x in tensors):
+            raise ValueError(
+                f"{self._site()}: {_name(op)} writes within a loss into a tensor that has views, one of which had its "
+                f"shape changed in place ({before[0]}), so that gradients would be wrong: make a new value"
+                f"{_instead(_name(op))}"
+            )
+
+    def _refuse_a_list(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+        flat = [x for argument in args for x in (argument if isinstance(argument, list | tuple) else [argument])]
+        if any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+            name = _name(op)
+            raise ValueError(
+                f"{self._site()}: torch.{name} writes into a list of tensors within a loss, and views of them would "
+                f"get a wrong gradient: write them one by one (x.{name.removeprefix('_foreach_')}(...)), or take "
+                f"torch.{name.removesuffix('_')}, which writes nothing"
+            )
+
+
+@functools.cache
+def _writes_a_list(op: torch._ops.OpOverload) -> bool:
+    """True for an op that writes into the tensors of a list, like `torch._foreach_mul_`."""
+    arguments = op._schema.arguments
+    return any(a.alias_info is not None and a.alias_info.is_write and "List" in str(a.type) for a in arguments)
+
+
+def _name(op: torch._ops.OpOverload) -> str:
+    return op._schema.name.split("::")[1]
+
+
+def _instead(name: str) -> str:
+    """What to write in the place of an in-place op, where there is such a method."""
+    pure = name.removesuffix("_")
+    return f", e.g. x = x.{pure}(...)" if hasattr(Tensor, pure) else ""

@@ -1,0 +1,214 @@
+"""A small search from end to end: ranked, refused with reasons, shown, written and read back."""
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tyro
+from rich.console import Console
+
+from experiments.decoder_plan import DecoderSubject
+from ftrain.analysis.cluster import cluster
+from ftrain.cli.plan import PlanOptions, load_subject, run, tokens_of
+from ftrain.modules.decoder import preset
+from ftrain.plan.check import check_best
+from ftrain.plan.estimate import Estimate
+from ftrain.plan.file import PlanFile, load_plan
+from ftrain.plan.page import front_figure, pareto, write_page
+from ftrain.plan.search import Book, Options, search
+from ftrain.plan.space import Candidate, Space, layouts
+from ftrain.plan.table import print_result
+from ftrain.sharding import Ulysses
+
+SUBJECT = DecoderSubject("tiny", preset("llama-tiny"), tokens=256, packs=4, segmented=False)
+SPACE = Space(remats=("none",), rings=False)
+H100 = cluster("h100")
+EXPERIMENT = """
+from experiments.decoder_plan import DecoderSubject
+from ftrain.modules.decoder import preset
+
+def plan_for_search(*, tokens, packs):
+    return DecoderSubject("mine", preset("llama-tiny"), tokens=tokens, packs=packs, segmented=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def result():
+    return search(SUBJECT, 4, H100, Options(traced=3, space=SPACE))
+
+
+def test_every_layout_is_ranked_estimated_or_rejected(result):
+    legal, illegal = layouts(4, SUBJECT.facts, SPACE)
+    priced, rest = [p.candidate for p in result.prices], [c for c, _ in result.untraced]
+    assert len(priced) == 3
+    assert sorted(map(str, [*priced, *rest])) == sorted(map(str, legal))
+    assert result.rejected == illegal
+    assert [p.seconds for p in result.prices] == sorted(p.seconds for p in result.prices)
+
+
+def test_what_does_not_fit_is_rejected_with_its_bytes():
+    tight = cluster("h100").with_efficiency(fragmentation=1e6)
+    found = search(SUBJECT, 4, tight, Options(traced=3, space=SPACE))
+    assert not found.prices
+    assert any("needs more than the 7" in r.reason for r in found.rejected)
+
+
+def test_what_holds_no_less_than_one_that_was_far_too_large_is_refused_untraced(result):
+    facts, same = SUBJECT.facts, Estimate(seconds=1.0, memory=50.0)
+    book = Book(limit=100.0, shown="100 B", rejected=[])
+    large = Candidate(1, 4, 1, 1, None, 1, "none")
+    book.enter(large, same, replace(result.prices[0], candidate=large, peak=200.0), facts)
+    assert book.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), same, facts)
+    assert not book.hopeless(Candidate(2, 2, 1, 1, None, 1, "layer"), same, facts)
+    assert not book.hopeless(Candidate(1, 1, 4, 1, Ulysses(), 4, "none"), same, facts)
+    assert not book.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0), facts)
+    assert book.expected(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0)) == 160.0
+    assert [r.number for r in book.rejected] == [1, 1]
+    assert not book.prices
+
+
+def test_no_legal_layout_is_said():
+    with pytest.raises(ValueError, match=r"tiny has no legal layout on 5 ranks: .*4 packs in a step are fewer"):
+        search(SUBJECT, 5, H100, Options(space=SPACE))
+
+
+def test_the_terminal_shows_the_best_first_and_the_reasons(result):
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_result(result, title="four", console=console)
+    text = console.export_text()
+    best = result.prices[0]
+    assert text.index(str(best.candidate)) < text.index(str(result.prices[-1].candidate))
+    assert f"{best.tokens_per_second:,.0f}" in text
+    assert f"{len(result.untraced)} legal layouts were estimated" in text
+
+
+def test_the_page_has_every_layout_and_the_front(result, tmp_path):
+    html = write_page(result, tmp_path / "plan.html", title="a <b> title", cluster=H100).read_text()
+    assert "a &lt;b&gt; title" in html
+    assert html.count("<circle") == len(result.prices)
+    assert all(str(p.candidate) in html for p in result.prices)
+    assert front_figure([]) == "<p>No layout fits.</p>"
+
+
+def test_no_layout_beats_one_of_the_front(result):
+    front = pareto(result.prices)
+    for p in result.prices:
+        beaten = [q for q in front if q.peak <= p.peak and q.tokens_per_second >= p.tokens_per_second]
+        assert beaten
+        assert (p in front) == (beaten == [p])
+
+
+def test_a_plan_is_written_and_read(result, tmp_path):
+    plan = PlanFile.of(result.prices[0], SUBJECT, H100)
+    file = plan.save(tmp_path / "plan.json")
+    assert load_plan(file) == plan
+    assert (plan.tokens, plan.packs) == (256, 4)
+    assert plan.predicted["peak_bytes"] == round(result.prices[0].peak)
+    made = plan.plan(kind="virtual")
+    assert (made.mesh, made.default) == (plan.candidate.mesh("virtual"), plan.candidate.layout)
+    assert made.link == H100.link(made.mesh)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("tokens"), "is not a plan of version 2"),
+        (lambda d: d["layout"].update(attention="spiral"), "plan.json: attention 'spiral'"),
+        (lambda d: d["components"].update(a={"kind": "ring"}), "plan.json: components.a has no 'parameters'"),
+        (lambda d: d["batch"].update(a={"kind": "heaps"}), "plan.json: batch rule 'heaps' is not one of tokens"),
+        (
+            lambda d: d["layout"].update(shard=10**12),
+            "plan.json: layout.shard is 1000000000000, not a whole",
+        ),
+        (lambda d: d.update(tokens=True), "plan.json: tokens is True, not a whole number from 1"),
+        (
+            lambda d: d["link"].update(bandwidth=math.nan),
+            "plan.json: link.bandwidth is nan, not a number",
+        ),
+        (lambda d: d["batch"].update({"*" * 3000: {"kind": "same"}}), "a name in batch is .* at most 256 characters"),
+    ],
+)
+def test_a_broken_plan_is_named(result, tmp_path, change, message):
+    file = tmp_path / "plan.json"
+    with pytest.raises(ValueError, match="there is no such plan"):
+        load_plan(file)
+    PlanFile.of(result.prices[0], SUBJECT, H100).save(file)
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message):
+        load_plan(file)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_experiment.py").write_text(EXPERIMENT)
+    plan = tmp_path / "plan.json"
+    options = PlanOptions(
+        tmp_path / "my_experiment.py", gpus=2, tokens="1K", traced=2, processes=1, rings=False, remat=("layer",),
+        apply=plan, html=tmp_path / "plan.html",
+    )  # fmt: skip
+    assert run(options) == 0
+    assert "mine: 2 packs of 1024 tokens a step on 2 x h100" in capsys.readouterr().out
+    assert load_plan(plan).candidate.remat == "layer"
+    assert (tmp_path / "plan.html").exists()
+
+
+def test_check_runs_the_best_on_this_machine(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_checked.py").write_text(EXPERIMENT)
+    file = tmp_path / "my_checked.py"
+    options = PlanOptions(file, gpus=1, tokens="256", traced=1, processes=1, remat=("none",), check=1)
+    assert run(options) == 0
+    assert "measured" in capsys.readouterr().out
+
+
+def test_check_needs_as_many_ranks():
+    price = search(SUBJECT, 2, H100, Options(traced=1, space=SPACE)).prices[0]
+    with pytest.raises(ValueError, match=r"--check runs on this run's 1 rank, but the layout is for 2"):
+        check_best([price], SUBJECT, console=Console())
+
+
+def test_the_command_line():
+    words = [
+        "experiments/omni_moe.py",
+        "--gpus",
+        "128",
+        "--gpu",
+        "h200",
+        "--tokens",
+        "160K",
+        "--remat",
+        "none",
+        "layer",
+        "--apply",
+        "plan.json",
+    ]
+    options = tyro.cli(PlanOptions, args=words)
+    assert (options.experiment, options.gpus, options.gpu) == (Path("experiments/omni_moe.py"), 128, "h200")
+    assert (options.remat, options.apply) == (("none", "layer"), Path("plan.json"))
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("8192", 8192), ("160K", 163_840), ("1m", 1 << 20)])
+def test_tokens(text, tokens):
+    assert tokens_of(text) == tokens
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ValueError, match="give a number, with K or M"):
+        tokens_of("many")
+    with pytest.raises(ValueError, match="there is no such experiment"):
+        load_subject(tmp_path / "none.py", 1, 1)
+    empty = tmp_path / "empty_experiment.py"
+    empty.write_text("")
+    with pytest.raises(ValueError, match="has no function plan_for_search"):
+        load_subject(empty, 1, 1)
+
+
+def test_a_plan_of_a_trial_is_that_of_the_layout():
+    candidate = Candidate(1, 2, 2, 1, Ulysses(), 1, "none")
+    plan = SUBJECT.make({"layers": 1}, candidate).plan(candidate)
+    assert (plan.mesh, plan.default) == (candidate.mesh(), candidate.layout)
