@@ -27,7 +27,7 @@ NULLGPU_LIBRARIES := $(addprefix $(NULLGPU)/,libnullgpu.so libcuda.so.1 libnvrtc
 .DELETE_ON_ERROR:
 
 omni: $(RUN_STAMP)
-	$(BIN)/python experiments/omni_moe.py $(ARGS)
+	$(BIN)/python -m experiments.omni_moe $(ARGS)
 
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,6 +1,6 @@
 """How well a step runs on many ranks: lockstep against one device, hidden communication, bytes against formulas.
 
-    python experiments/bench/parallel.py [--json FILE]
+    python -m experiments.bench.parallel [--json FILE]
 
 (a) The main job's default step on 8 virtual ranks against one device, alternating, medians. (b) Two gloo processes
 whose messages take as long as on a slowed link (each wait sleeps until its message would have arrived): communication

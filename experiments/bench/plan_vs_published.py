@@ -1,6 +1,6 @@
 """What the search predicts beside what others have published: memory, tokens/s and MFU, with one set of constants.
 
-    python experiments/bench/plan_vs_published.py [--json FILE]
+    python -m experiments.bench.plan_vs_published [--json FILE]
 
 Each row is a published run: its model, its GPUs, its layout. Time is that of the layout lowered as ftrain would run it
 and priced on paper; memory is what the published program holds where its sources tell that (`peers.py`), else what ours

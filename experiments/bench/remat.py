@@ -1,6 +1,6 @@
 """Recompute by return on investment: step time against peak memory, beside per-layer checkpointing and torch's own.
 
-    python experiments/bench/remat.py [--json FILE] [--figure FILE]
+    python -m experiments.bench.remat [--json FILE] [--figure FILE]
 
 For each model, in one run, alternating, medians: nothing recomputed; each layer (`remat="layer"`); budgets of memory
 (`Remat(budget=...)`) by times measured on this machine; for the language model also torch's partitioner

@@ -18,9 +18,10 @@
 set -euo pipefail
 [[ $# -ge 1 ]] || { echo "usage: sbatch $0 EXPERIMENT.py [its options]" >&2; exit 2; }
 
-resumable=75 # ftrain.interrupt.EXIT_RESUMABLE
+resumable=75 # ftrain.resilience.signals.EXIT_RESUMABLE
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # experiments are not installed
 trap : TERM USR1 # this script outlives them, to hear how the run ends
 
 for attempt in 0 1 2 3; do

@@ -2,19 +2,19 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tyro.extras import subcommand_cli_from_dict
 
 from ftrain.analysis.cuda_allocator import prefer_expandable_segments
+from ftrain.cli import plan, replay
 from ftrain.hf import convert
-from ftrain.search import command as search
-from ftrain.survive import command as replay
 
 # A subcommand is a frozen dataclass of options, and a function from these to the exit code.
 SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "convert": (convert.Convert, convert.run),
-    "plan": (search.PlanOptions, search.run),
+    "plan": (plan.PlanOptions, plan.run),
     "replay": (replay.Replay, replay.run),
 }
 
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     CUDA's allocator gets expandable segments, unless the environment sets it.
     """
     prefer_expandable_segments()
+    _see_experiments()
     kinds: dict[str, Callable[..., Any]] = {name: kind for name, (kind, _) in SUBCOMMANDS.items()}
     options = subcommand_cli_from_dict(kinds, prog="ftrain", args=arguments)
     run = next(run for kind, run in SUBCOMMANDS.values() if type(options) is kind)
@@ -34,6 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ftrain: {error}", file=sys.stderr)
         return 2
+
+
+def _see_experiments() -> None:
+    """The experiments of a checkout, which are not installed, are found beside the package."""
+    root = Path(__file__).resolve().parents[2]
+    if (root / "experiments" / "__init__.py").is_file() and str(root) not in sys.path:
+        sys.path.append(str(root))
 
 
 if __name__ == "__main__":

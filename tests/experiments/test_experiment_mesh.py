@@ -44,7 +44,7 @@ def test_the_main_job_runs_under_torchrun(tmp_path):
     options = ["--steps", "2", "--tokenizer-steps", "2", "--held-out", "1", "--sequence", "2", "--expert", "2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = subprocess.run(
-        [*command, "experiments/omni_moe.py", *options, "--timeout", "60", "--out", str(run)],
+        [*command, "-m", "experiments.omni_moe", *options, "--timeout", "60", "--out", str(run)],
         cwd=ROOT, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert job.returncode == 0, job.stderr[-3000:]
@@ -60,7 +60,7 @@ def test_the_main_job_goes_on_when_a_killed_rank_is_started_again(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (tmp_path / "log").open("w+") as log:
         job = subprocess.Popen(
-            [*command, "--max-restarts", "1", "experiments/omni_moe.py", *options], cwd=ROOT, stdout=log, stderr=log
+            [*command, "--max-restarts", "1", "-m", "experiments.omni_moe", *options], cwd=ROOT, stdout=log, stderr=log
         )
         try:
             while not (run / "checkpoints" / "latest_checkpointed_iteration.txt").is_file():

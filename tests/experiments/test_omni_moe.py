@@ -70,7 +70,7 @@ def ctrl_c_after(step: int) -> Callable[[RunFolder, Mapping[str, Any]], None]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "experiments/omni_moe.py"), *arguments]
+    command = [sys.executable, "-m", "experiments.omni_moe", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 

@@ -11,11 +11,11 @@ from replayed_experiment import batch_at, made_of, train
 from ftrain import checkpoint
 from ftrain.cli.main import main
 from ftrain.debug.finite import check_finite
+from ftrain.resilience import failure_dump as evidence
 from ftrain.resilience.failure_dump import Evidence, leave_evidence, read_batch, read_evidence
 from ftrain.resilience.replay import Replayed, load_run, recorded, replay
 from ftrain.resilience.skipped import Rollback, Skipped, write_skipped
 from ftrain.sharding import Mesh
-from ftrain.survive import evidence
 
 EXPERIMENT = "replayed_experiment"
 
