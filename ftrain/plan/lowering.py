@@ -14,8 +14,8 @@ from torch import fx
 from ftrain import tree
 from ftrain.analysis.cluster import Cluster
 from ftrain.analysis.device_ops import DeviceTimes
-from ftrain.analysis.liveness import plan_memory
 from ftrain.analysis.op_times import OpTimes
+from ftrain.analysis.pieces import Pieces
 from ftrain.graph.collectives import groups_of
 from ftrain.graph.loop import copy_graph
 from ftrain.plan.cluster_links import run_on_paper
@@ -68,7 +68,7 @@ class Draft:
             return Lowered(_run(self.module, FUSED, setting), self.plain, self.plain, mesh, times)
 
         def within(module: fx.GraphModule) -> int | None:
-            return None if spare is None else plan_memory(module).peak + int(spare)
+            return None if spare is None else Pieces.of(module, donated=setting.donated).peak + int(spare)
 
         def score(trial: fx.GraphModule) -> float:
             return run_on_paper(trial, mesh, times=times, cluster=self.cluster).step

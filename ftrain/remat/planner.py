@@ -1,7 +1,7 @@
 """Recompute by return on investment: the cheapest set of tensors to make again so that the peak fits a budget.
 
-At one exchange rate (microseconds per MB) the best set is a minimum cut (`remat_cut`). The rate is moved until the
-simulated peak fits, since fewer bytes kept do not always mean a lower peak; then a local search (`remat_improve`)
+At one exchange rate (microseconds per MB) the best set is a minimum cut (`remat.mincut`). The rate is moved until the
+simulated peak fits, since fewer bytes kept do not always mean a lower peak; then a local search (`remat.local_search`)
 mends what a cut cannot see. Where there is a link to the host, a tensor may also be offloaded (`offload`), at the price
 of the part of its copies that does not hide behind compute. All share the link: cuts are made for what it carries.
 """
@@ -16,6 +16,7 @@ from torch import fx
 
 from ftrain.analysis.cuda_allocator import CUBLAS_WORKSPACE, reserved_over_allocated
 from ftrain.analysis.hardware import device_bytes, free_bytes
+from ftrain.analysis.liveness import input_bytes
 from ftrain.analysis.op_times import OpTimes
 from ftrain.remat.candidates import Recomputable
 from ftrain.remat.local_search import Choice, Search
@@ -23,6 +24,8 @@ from ftrain.remat.mincut import cheapest_kept
 from ftrain.remat.offload import Ferry, HostLink, Timetable, write_plan
 from ftrain.remat.peak import PeakModel, Step
 from ftrain.remat.policy import Remat, parse_budget
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.processes import same_everywhere
 
 _SHARES_OF_LINK = (0.95, 0.5)  # of its time that are tried where what pays is more than it carries
 _HEADROOM = 0.95  # of free memory that "fit" fills: the rest is for what no plan knows
@@ -235,6 +238,19 @@ def budget_bytes(remat: Remat, device: torch.device, inputs: int) -> int:
     if parsed == "fit":
         return inputs + _usable(free_bytes(device), device)
     return int(parsed * device_bytes(device)) if isinstance(parsed, float) else int(parsed)
+
+
+def bytes_within(module: fx.GraphModule, remat: Remat, device: torch.device, mesh: Mesh | None) -> int | None:
+    """What recompute and overlap share, beyond the arguments: the budget of recompute; without one, what is free on a
+    card. The same number on all ranks.
+
+    None on a CPU without a budget, whose memory all ranks share with others.
+    """
+    if remat.budget is None and device.type != "cuda":
+        return None
+    inputs = input_bytes(module)
+    wanted = remat if remat.budget is not None else replace(remat, budget="fit")
+    return same_everywhere(budget_bytes(wanted, device, inputs), mesh) - inputs
 
 
 def _usable(free: int, device: torch.device) -> int:

@@ -27,7 +27,7 @@ class Remat:
       to others; "all" does so outside of layers too.
     - `budget`: the most bytes that the step may hold at once, its arguments included: a number, "60GiB", "70%" of the
       device's memory, or "fit" (what is free now). What saves most bytes per microsecond of recompute is made again
-      first, and no more than needed (see `remat_budget`). Takes the place of a policy.
+      first, and no more than needed (see `remat.planner`). Takes the place of a policy.
     - `us_per_mb`: recompute all that costs fewer microseconds per MB freed than this, in the place of a budget.
     - `gathered`: on a mesh, whether parameters are gathered "again" for the backward (ZeRO stage 3) or whole ones are
       "keep"t from the forward; None is "again" under a policy, and under a budget whichever pays.

@@ -9,7 +9,7 @@ import torch
 
 from ftrain import tree
 from ftrain.analysis.op_times import OpTimes
-from ftrain.remat.overlap_budget import bytes_within
+from ftrain.remat.planner import bytes_within
 from ftrain.remat.policy import Remat
 from ftrain.runtime.execute import choose
 from ftrain.sharding.link import Link

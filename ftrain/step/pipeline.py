@@ -217,6 +217,7 @@ def _overlap(module: fx.GraphModule, setting: Setting) -> None:
             link=setting.link,
             within=setting.within(module),
             score=setting.score,
+            donated=setting.donated,
         )
 
 

@@ -5,7 +5,7 @@ counting part of the loss alone, which after dead-code elimination reads labels 
 loop differentiates each micro-batch's totals, weighed by the whole batch's counts, and adds up.
 
 A loss may itself sum over the batch (`ftrain.kernels.mean.sum_over_batch`, as `ftrain.modules.moe.aux_loss` does for
-the load of experts): what it gets is the sum over all micro-batches, made first (ftrain/batch_sums.py).
+the load of experts): what it gets is the sum over all micro-batches, made first (`trace.batch_sums`).
 """
 
 from collections.abc import Callable
