@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ftrain.trace.tracer import Aval
     from ftrain.tree import struct
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "ftrain.kernels.mean": ("Mean", "WeightedSum", "weighted_sum"),
