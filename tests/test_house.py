@@ -1,9 +1,14 @@
 """Laws of the source itself: a class that does too much is cut."""
 
 import ast
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import ftrain
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ("kernels", "sharding", "modules", "ftrain", "experiments")
@@ -25,3 +30,44 @@ def methods(node):
 def test_no_class_has_more_than_fifteen_methods(floor):
     larger = {name for name, node in classes(floor) if len(methods(node)) > MOST_METHODS}
     assert larger == set(), "cut it: what state do some of its methods share that the others do not use?"
+
+
+HOUSE = runpy.run_path(str(ROOT / ".ci" / "house.py"))
+
+
+def test_imports_point_one_way_and_in_no_circle():
+    found = list(HOUSE["imports"](HOUSE["modules"]()))
+    assert len(found) > 1000
+    assert HOUSE["against_the_order"](found) == []
+    assert HOUSE["circles"](found) == []
+    assert HOUSE["private_names"](found) == []
+
+
+def test_what_points_upwards_goes_in_a_circle_or_is_private_is_found():
+    upwards = HOUSE["Import"]("ftrain.graph.loop", "ftrain.trace.tracer", "trace", "a.py:1")
+    back = HOUSE["Import"]("ftrain.trace.tracer", "ftrain.graph.loop", "is_loop", "b.py:1")
+    floor = HOUSE["Import"]("ftrain.kernels.mean", "ftrain.sharding.mesh", "Mesh", "c.py:1")
+    private = HOUSE["Import"]("experiments.mesh", "ftrain.step.api", "_plain", "d.py:1")
+    assert len(HOUSE["against_the_order"]([upwards, back, floor])) == 2
+    assert HOUSE["circles"]([upwards, back]) == [
+        "a circle: ftrain.graph.loop -> ftrain.trace.tracer -> ftrain.graph.loop"
+    ]
+    assert len(HOUSE["private_names"]([private])) == 1
+
+
+def test_importing_ftrain_loads_nothing_else_and_every_name_is_there():
+    script = (
+        "import sys, ftrain; print([m for m in sys.modules if m.startswith('ftrain.') or m == 'torch'])\n"
+        "assert all(hasattr(ftrain, name) for name in ftrain.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_type_checkers_see_the_names_that_are_loaded_later():
+    tree = ast.parse((ROOT / "ftrain" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in ast.walk(block) if isinstance(node, ast.ImportFrom)]
+    shown = {(node.module, alias.name) for node in imports for alias in node.names}
+    places = {(module, name) for module, names in ftrain._PLACES.items() for name in names}
+    assert {pair for pair in shown if pair[0] != "ftrain"} == places
