@@ -89,12 +89,15 @@ class MeshCall:
                 donated.append(self._renewed(old, piece, path, placement))
                 continue
             new, spares[at] = spares.get(at), old
-            # held by this variable and the argument alone, and without attributes of the user's
-            if new is None or getrefcount(new) > 2 or len(new.__dict__) > 1:
-                new = dtensor_like(_NOTHING, spec_of(old))
             local = local_of(old)
             _spoil(old, path)
-            set_local(new, local if getrefcount(local) == 2 else _spoiled(local, path))
+            if getrefcount(local) > 2:
+                local = _spoiled(local, path)
+            # held by this variable and the argument alone, and without attributes of the user's
+            if new is None or getrefcount(new) > 2 or len(new.__dict__) > 1:
+                new = dtensor_like(local, spec_of(old))
+            else:
+                set_local(new, local)
             new.__dict__[PIECE] = piece
             new.__class__ = DTensor
             donated.append(new)

@@ -8,7 +8,7 @@ else is refused by name.
 import gc
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,25 @@ class Modules:
             inside = {k: type(v)(v) for k, v in attributes.items() if type(v) in _CONTAINERS and k != "_modules"}
             self._found[module] = attributes, inside
 
+    def require_unchanged(self, read: Iterable[Tensor]) -> None:
+        """ValueError for a tensor of a module that the step has `read` and put another in its place: the next call
+        would read the first again. What a module computes anew and caches is another matter.
+        """
+        known = {id(tensor) for tensor in read}
+        for module, (attributes, inside) in self._found.items():
+            buffers = inside.get("_buffers", {})
+            before = [*attributes.items(), *buffers.items()]
+            now = {**vars(module), **vars(module).get("_buffers", {})}
+            for name, value in before:
+                if isinstance(value, Tensor) and id(value) in known and isinstance(now.get(name), FakeTensor):
+                    self.restore()
+                    raise ValueError(
+                        f"the step puts a new tensor in the place of {name!r} of a {type(module).__name__}, which it "
+                        "reads: a jitted step runs its Python once, so the module would stay as it was. Take the "
+                        "tensor as a part of the state (torch.func.functional_call gives a module its buffers) and "
+                        "return its new value"
+                    )
+
     def restore(self) -> None:
         """Give the modules that hold a tensor of a trace the attributes that they were found with."""
         for module, (attributes, inside) in self._found.items():
@@ -61,13 +80,22 @@ class Modules:
                     del now[name]
             for name, value in attributes.items():
                 now[name] = value
-                if name in inside and value != inside[name]:
+                if name in inside and not _same_items(value, inside[name]):
                     _refill(value, inside[name])
 
 
 def _without_fakes(tensors: dict[str, Any]) -> None:
     """What was set while `functional_call` had put its own in place: nothing was there before."""
     tensors.update({k: None for k, v in tensors.items() if isinstance(v, FakeTensor)})
+
+
+def _same_items(container: Any, items: Any) -> bool:
+    """True for the same objects; tensors are not compared by value."""
+    if isinstance(container, set):
+        return set(map(id, container)) == set(map(id, items))
+    if isinstance(container, dict):
+        return container.keys() == items.keys() and all(container[k] is items[k] for k in items)
+    return len(container) == len(items) and all(a is b for a, b in zip(container, items, strict=True))
 
 
 def _refill(container: Any, items: Any) -> None:

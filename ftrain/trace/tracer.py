@@ -16,11 +16,12 @@ from ftrain import tree
 from ftrain.graph.absent_device import absent_device, choosing_for, put_on, traceable
 from ftrain.graph.torch_private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
 from ftrain.trace.ambient import as_a_step
-from ftrain.trace.captured import captured_name, require_untrained
+from ftrain.trace.captured import captured_name, captured_tensors, require_untrained
 from ftrain.trace.constants import share_memory_of_constants
 from ftrain.trace.functionalize import functionalize
 from ftrain.trace.leaf_layouts import LeafLayouts
 from ftrain.trace.leaks import modules_as_found, require_none_left, require_tree_leaf
+from ftrain.trace.own_draws import no_draws_of_python
 from ftrain.trace.precision import Precision, computing_in
 from ftrain.trace.provenance import recording
 from ftrain.trace.recurrent import train_recurrent
@@ -110,7 +111,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     absent = absent_device(a.device for a in avals)
-    with modules_as_found() as modules:
+    with modules_as_found() as modules, no_draws_of_python():
         try:
             with as_a_step(), new_fake_mode(), recording() as provenance, computing_in(precision), choosing_for(absent):
                 fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
@@ -123,6 +124,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
     require_untrained(function, provenance.trained)
     _own_constants(module)
     del fakes, provenance.trained[:]
+    modules.require_unchanged(captured_tensors(module).values())
     require_none_left(provenance.made, modules)
     out = result[-1]
     name_of = partial(captured_name, function)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,3 +127,60 @@ def test_nothing_is_alive_after_a_trace():
     del compiled, step
     gc.collect()
     assert not [t for t in gc.get_objects() if type(t) is FakeTensor and id(t) in held]
+
+
+class Counts(nn.Module):
+    """Keeps what it has seen, in an attribute or a buffer of its own."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        seen = torch.zeros(3)
+        self.register_buffer("seen", seen) if buffer else setattr(self, "seen", seen)
+
+    def forward(self, x):
+        self.seen = self.seen * 0.9 + x
+        return x * self.seen
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_a_module_that_keeps_what_it_has_read_is_refused(buffer):
+    module = Counts(buffer)
+    before = module.seen
+    with pytest.raises(ValueError, match=r"a new tensor in the place of 'seen' of a Counts, which it reads"):
+        ftrain.jit(lambda x: module(x).sum())(torch.ones(3))
+    assert module.seen is before
+    assert torch.equal(module(torch.ones(3)), torch.ones(3))
+
+
+class Table(nn.Module):
+    """Makes a table anew when it is too short, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.arange(2.0)
+
+    def forward(self, x):
+        if len(self.table) < len(x):
+            self.table = torch.arange(float(len(x)))
+        return x * self.table
+
+
+def test_a_table_that_a_module_makes_anew_is_no_state():
+    module = Table()
+    assert torch.equal(ftrain.jit(lambda x: module(x))(torch.ones(3)), torch.arange(3.0))
+    assert torch.equal(module(torch.ones(3)), torch.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"),
+    [
+        (lambda: random.random(), "Python's random"),
+        (lambda: float(np.random.rand()), "numpy.random"),
+        (lambda: torch.manual_seed(3) and 1.0, "torch.manual_seed"),
+    ],
+)
+def test_numbers_that_python_draws_in_a_step_are_refused(draw, name):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"the step uses {name} while it is traced.*ftrain.uniform"):
+        ftrain.jit(lambda x: x * draw())(torch.ones(3))
+    torch.set_rng_state(state)

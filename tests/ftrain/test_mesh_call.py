@@ -87,6 +87,36 @@ def test_later_calls_equal_one_device_and_what_was_donated_is_refused():
         assert results["memory is given back"]
 
 
+def doubled(state, batch):
+    return {name: leaf + leaf for name, leaf in state.items()}
+
+
+def dtypes(rank, found):
+    """A state in every dtype keeps it, from call to call and back from a checkpoint's shapes."""
+    step = ftrain.jit(doubled, plan=Plan(Mesh(shard=2)), donate="state", specs=step_specs())
+    state = step.init(lambda key: ftrain.init(step_specs(), key), ftrain.key(0))
+    seen = []
+    for _ in range(5):
+        state = step(state, {"x": torch.full((1,), float(rank))})
+        whole = step.whole(state)
+        kinds = {k: (str(v.dtype)[6:], str(v.to_local().dtype)[6:]) for k, v in state.items()}
+        seen.append({k: (*kind, whole[k].tolist()) for k, kind in kinds.items()})
+    found[rank] = seen
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def step_specs():
+    return {str(d)[6:]: ParamSpec((4,), ("embed",), Constant(1.0), d) for d in DTYPES}
+
+
+def test_leaves_keep_their_dtypes():
+    for seen in run(dtypes, 2).values():
+        for n, leaves in enumerate(seen):
+            assert leaves == {name: (name, name, [2.0 ** (n + 1)] * 4) for name in step_specs()}
+
+
 def other_arguments(rank, found):
     """A state that is not as the last one was: other pieces, other shapes, no DTensors."""
     plan = Plan(Mesh(shard=2))
