@@ -24,7 +24,7 @@ from ftrain.step.plan_source import Chooser
 from ftrain.step.runner import Runner
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options, TraceCache
-from ftrain.trace.ambient import ambient, within_another
+from ftrain.trace.ambient import within_another
 from ftrain.trace.precision import Precision, computing_in
 from ftrain.trace.tracer import argument_paths, is_array
 
@@ -109,21 +109,21 @@ class Step:
             return _plain(self._fn, args, self._placed, self._traces.options.precision)
         sharded = self._layout(args)
         leaves, treedef = tree.flatten(args)
-        runner, around = self._traces.latest, ambient()
+        runner, around = self._traces.latest, self._traces.around()
         if runner is not None and sharded is None and runner.compiled.signature.matches_fast(leaves, treedef, around):
             return runner.run(leaves, known=True)
         if runner is not None and sharded is not None:
             inputs = sharded.known(runner, leaves, treedef, around)
             if inputs is not None:
                 return sharded.run(runner, leaves, treedef, inputs)
-        return self._run(args, leaves, treedef, sharded)
+        return self._run(args, leaves, treedef, sharded, around)
 
-    def _run(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None) -> Any:
+    def _run(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None, around: tuple) -> Any:
         """A call whose arguments need a closer look."""
         runner = self._traces.latest
         with taken_back(leaves) as loans:
             matches = runner is not None and sharded is None
-            if runner is None or not matches or not runner.compiled.signature.matches(leaves, treedef, ambient()):
+            if runner is None or not matches or not runner.compiled.signature.matches(leaves, treedef, around):
                 runner = self._traces.latest = self._traces.find(args, leaves, treedef, sharded)
             runner.expect(loans)
             return runner.run(leaves) if sharded is None else sharded.run(runner, leaves, treedef)

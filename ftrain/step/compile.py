@@ -19,7 +19,6 @@ from ftrain.step.artifact import Compiled
 from ftrain.step.donated import Donation, match_donated
 from ftrain.step.pipeline import DONATED, HIDDEN, PREPARED, Observe, PassRun, Setting, run_passes
 from ftrain.step.signature import Signature
-from ftrain.trace.ambient import ambient
 from ftrain.trace.precision import Precision
 from ftrain.trace.tracer import Aval, Traced, argument_paths, is_array, trace
 
@@ -33,6 +32,7 @@ def compile_step(
     backend: str,
     remat: Remat,
     precision: Precision | None,
+    around: tuple = (),
     mesh: Mesh | None = None,
     settle: Callable[[Traced], list[Placement]] | None = None,
     link: Link = Link(),  # noqa: B008  # frozen
@@ -41,16 +41,16 @@ def compile_step(
 ) -> Compiled:
     """Trace `fn(*args)`, of arguments with these names, and run the passes.
 
-    `donate`: which argument the new state is written over. `settle`: on a mesh, what finishes the trace for a rank and
-    tells where each result's pieces are. `observe`: see `ftrain.step.pipeline`.
+    `around`: what lies around the call (`TraceCache.around`). `donate`: which argument the new state is written over.
+    `settle`: on a mesh, what finishes the trace for a rank and tells where each result's pieces are. `observe`: see
+    `ftrain.step.pipeline`.
     """
     started = time.perf_counter()
     again = partial(
         compile_step, fn, tree.map(_abstract, args), names, donate=donate, backend=backend, remat=remat,
-        precision=precision, mesh=mesh, settle=settle, link=link, hide_communication=hide_communication,
+        precision=precision, around=around, mesh=mesh, settle=settle, link=link, hide_communication=hide_communication,
     )  # fmt: skip
     leaves, treedef = tree.flatten(args)
-    around = ambient()
     traced = trace(fn, args, names, precision=precision)
     placements = [] if settle is None else settle(traced)
     donation = Donation({}, traced.input_paths, len(traced.output_paths))

@@ -17,6 +17,7 @@ from ftrain.step.runner import Runner
 from ftrain.step.sharded import ShardedStep
 from ftrain.trace.ambient import AMBIENT_NAMES, ambient
 from ftrain.trace.precision import Precision
+from ftrain.trace.surroundings import Surroundings
 from ftrain.trace.tracer import Aval, argument_paths, is_array, signature_of
 
 MOST_TRACES = 8
@@ -43,28 +44,41 @@ class TraceCache:
         self._runners: dict[Any, Runner] = {}
         self._kinds: dict[Runner, Mapping[str, Any]] = {}
         self._explained = self._dropped = False
+        self._surroundings: Surroundings | None = None
 
     def __len__(self) -> int:
         """How many traces are held."""
         return len(self._runners)
 
+    def around(self) -> tuple:
+        """What must be equal for a trace to fit a call, beside the arguments: modes, and values that the code reads."""
+        if self._surroundings is None:
+            self._surroundings = Surroundings(self._fn)
+        return (*ambient(), *self._surroundings.now())
+
     def find(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None) -> Runner:
         """What runs these arguments, traced if need be. ValueError for a leaf that was donated, or is no data."""
         paths = argument_paths(args, self._parameters[: len(args)])
         _require_data(paths, leaves)
-        key = (treedef, tuple(signature_of(leaf) for leaf in leaves), ambient())
+        key = (treedef, tuple(signature_of(leaf) for leaf in leaves), around := self.around())
         found = self._runners.get(key)
         if found is None:
             kind = dict(zip(paths, key[1], strict=False))
             if self._runners:
                 self._explain(kind)
-            found = self._runners[key] = Runner(self._compile(args, paths, leaves, treedef, sharded))
+            found = self._runners[key] = Runner(self._compile(args, paths, leaves, treedef, sharded, around))
             self._kinds[found] = kind
             self._drop_oldest()
         return found
 
     def _compile(
-        self, args: tuple, paths: Sequence[str], leaves: list[Any], treedef: Any, sharded: ShardedStep | None
+        self,
+        args: tuple,
+        paths: Sequence[str],
+        leaves: list[Any],
+        treedef: Any,
+        sharded: ShardedStep | None,
+        around: tuple,
     ) -> Compiled:
         fn, names, options = self._fn, self._parameters[: len(args)], self.options
         if sharded is not None:
@@ -79,6 +93,7 @@ class TraceCache:
             backend=options.backend,
             remat=options.remat,
             precision=options.precision,
+            around=around,
             mesh=None if sharded is None else sharded.plan.mesh,
             settle=None if sharded is None else sharded.settle,
             link=Link() if sharded is None else sharded.plan.link,
@@ -109,8 +124,10 @@ class TraceCache:
             f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]
         ]
         changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
-        around = zip(AMBIENT_NAMES, self.latest.compiled.signature.around, ambient(), strict=True)
-        changes += [f"{name} around the call" for name, was, is_now in around if was != is_now]
+        assert self._surroundings is not None
+        names = [*(f"{name} around the call" for name in AMBIENT_NAMES), *self._surroundings.names]
+        pairs = zip(names, self.latest.compiled.signature.around, self.around(), strict=True)
+        changes += [f"{name}{_from_to(was, is_now)}" for name, was, is_now in pairs if was != is_now]
         more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
         warnings.warn(
             f"{name_of(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "
@@ -132,6 +149,11 @@ def _require_data(paths: Sequence[str], leaves: Sequence[Any]) -> None:
                 f"leaf {path!r} is {type(leaf).__module__}.{type(leaf).__name__}; a step takes trees of tensors, "
                 "numbers and strings: convert arrays with torch.as_tensor"
             )
+
+
+def _from_to(was: Any, is_now: Any) -> str:
+    simple = all(isinstance(v, tuple) and len(v) == 2 for v in (was, is_now))
+    return f", which the step reads: was {was[1]!r}, is {is_now[1]!r}" if simple else ""
 
 
 def _show(signature: Any) -> str:
