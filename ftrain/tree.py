@@ -41,8 +41,10 @@ def struct(cls: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass that is a node of trees; its fields, but for `static()` ones, are children.
 
     A struct that is rebuilt from its children does not pass through `__init__` or `__post_init__`: while a tree is
-    mapped, children may be anything (a name, a bool, a shape).
+    mapped, children may be anything (a name, a bool, a shape). ValueError for a class that is a dataclass already.
     """
+    if "__dataclass_fields__" in vars(cls):
+        raise ValueError(f"@ftrain.struct makes a dataclass of {cls.__name__} itself: leave @dataclass out")
     made = dataclasses.dataclass(frozen=True)(cls)
     _register(made)
     return made

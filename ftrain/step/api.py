@@ -230,8 +230,13 @@ def _plain(fn: Callable, args: tuple, sharded: ShardedStep | None, precision: Pr
 
     ValueError for a step on several ranks inside another: what it would see are not its pieces.
     """
-    mesh = None if _disabled.get() or sharded is None else sharded.plan.mesh
-    if mesh is not None and mesh.size > 1:
+    mesh = None if sharded is None else sharded.plan.mesh
+    if _disabled.get() and mesh is not None and mesh.size > 1 and mesh.kind == "process":
+        raise ValueError(
+            f"{name_of(fn)} has a plan of {mesh.size} processes, and without jit it would see this one's pieces: debug "
+            "it on a virtual mesh of the same sizes, Mesh(..., kind='virtual'), in one process"
+        )
+    if not _disabled.get() and mesh is not None and mesh.size > 1:
         raise ValueError(
             f"{name_of(fn)} has a plan of {mesh.size} ranks and is called inside a transform of torch.func or another "
             "jitted step: call the plain function there, and jit the whole"

@@ -1,5 +1,6 @@
 """The traces of a jitted function: one for each kind of arguments, a few at most."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,9 +146,12 @@ def _require_data(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             )
     for path, leaf in zip(paths, leaves, strict=True):
         if not is_array(leaf) and not isinstance(leaf, int | float | str | bool | complex | torch.dtype):
+            way_out = "convert arrays with torch.as_tensor"
+            if dataclasses.is_dataclass(leaf):
+                way_out = "decorate its class with @ftrain.struct in the place of @dataclass"
             raise ValueError(
                 f"leaf {path!r} is {type(leaf).__module__}.{type(leaf).__name__}; a step takes trees of tensors, "
-                "numbers and strings: convert arrays with torch.as_tensor"
+                f"numbers and strings: {way_out}"
             )
 
 

@@ -64,7 +64,7 @@ class Fix(NamedTuple):
     """
 
     node: fx.Node
-    how: str  # "sum", "mean", "max", "min", "norm"
+    how: str  # "sum", "mean", "max", "min", "all", "any", "norm"
     placement: Placement
     over: tuple[Split, ...]
     dims: frozenset[int]
@@ -73,6 +73,8 @@ class Fix(NamedTuple):
 _REDUCTIONS: dict[Any, str] = {
     _aten.sum.default: "sum", _aten.sum.dim_IntList: "sum", _aten.mean.default: "mean", _aten.mean.dim: "mean",
     _aten.amax.default: "max", _aten.amin.default: "min", _aten.max.default: "max", _aten.min.default: "min",
+    _aten.all.default: "all", _aten.all.dim: "all", _aten.all.dims: "all", _aten.any.default: "any",
+    _aten.any.dim: "any", _aten.any.dims: "any",
     _aten.linalg_vector_norm.default: "norm", _aten.norm.Scalar: "norm", _aten.norm.ScalarOpt_dim: "norm",
 }  # fmt: skip
 _ALONG: dict[Any, int] = {

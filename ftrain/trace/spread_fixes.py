@@ -39,7 +39,7 @@ def _mask(fix: Fix, uneven: Sequence[Split], mesh: Mesh) -> None:
     assert isinstance(source, fx.Node)
     assert place is not None
     values = [source.meta["val"], place.meta["val"]]
-    neutral = {"max": -math.inf, "min": math.inf}.get(fix.how, 0.0)
+    neutral = {"max": -math.inf, "min": math.inf, "all": 1.0}.get(fix.how, 0.0)
     absent = absent_device([values[0].device])
     with fake_mode_of(values):
         given = values if absent is None else [torch.empty(v.shape, dtype=v.dtype) for v in values]
@@ -87,7 +87,7 @@ def _finish(fix: Fix, mesh: Mesh) -> None:
     squares = order == 2
     if squares:
         value = then(_aten.mul.Tensor, value, value)
-    over = {"max": "max", "min": "min"}.get(how, "max" if order == math.inf else "sum")
+    over = {"max": "max", "min": "min", "all": "min", "any": "max"}.get(how, "max" if order == math.inf else "sum")
     for split in fix.over:
         started = then(_c10d.all_reduce.default, value, over, mesh.group(*split.axes).name)
         started.meta["purpose"] = "reduction"

@@ -1,11 +1,13 @@
 """A jitted step is the same step: the same bits, its state in place, and clear words when something is wrong."""
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
 from momentum_steps import assert_same_bits, momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
+import ftrain
 from ftrain import tree
 from ftrain.plan.jit import jit
 from ftrain.step.api import disable_jit
@@ -357,3 +359,19 @@ def test_empty_and_unused_arguments():
     new, metrics = step({"w": torch.zeros(0, 3)}, {"unused": torch.ones(2), "none": None})
     assert new["w"].shape == (0, 3)
     assert metrics == {}
+
+
+@dataclasses.dataclass
+class Plain:
+    w: torch.Tensor
+
+
+def test_a_dataclass_that_is_no_struct_is_told_what_to_be():
+    with pytest.raises(ValueError, match=r"leaf 'state' is .*Plain; .*@ftrain.struct in the place of @dataclass"):
+        ftrain.jit(lambda state: state.w + 1)(Plain(torch.ones(1)))
+
+
+def test_a_step_of_processes_is_not_run_without_jit():
+    step = ftrain.jit(lambda state, batch: state, plan=ftrain.Plan(ftrain.Mesh(shard=2)))
+    with ftrain.disable_jit(), pytest.raises(ValueError, match=r"debug it on a virtual mesh of the same sizes"):
+        step(torch.ones(1), torch.ones(1))

@@ -1,5 +1,6 @@
 """Trees: names of leaves, structures that must agree, structs as nodes."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import pytest
@@ -143,3 +144,12 @@ def test_diff_lists_leaves_that_differ():
     assert tree.diff(a, a) == ""
     assert tree.diff({"x": [1]}, {"x": (1,)}) == "at 'x': a list in the first, a tuple in the second"
     assert tree.diff(list(range(30)), list(range(1, 31)), limit=2).splitlines()[-1] == "... and 28 more"
+
+
+def test_a_struct_is_no_dataclass_before():
+    with pytest.raises(ValueError, match="leave @dataclass out"):
+
+        @tree.struct
+        @dataclasses.dataclass
+        class Twice:
+            w: int
