@@ -6,6 +6,7 @@ every result: one that lies otherwise is copied into the planned layout, there a
 another shape or dtype is a wrong shape rule, and refused by name.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from ftrain.kernels.opaque import opaque_op
 from ftrain.tree import typed_shape
 
 _CHECK = "check_layout"
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @opaque_op(
@@ -35,6 +37,8 @@ class _Plan(NamedTuple):
     op: str
     site: str
     value: Tensor
+    sums: bool
+    """Whether it is what torch's attention on a CPU keeps for its backward: of float64 older rules say float32."""
 
 
 class LayoutCheck:
@@ -49,7 +53,8 @@ class LayoutCheck:
         setattr(module, _CHECK, _Function(self._look))
         for node in list(module.graph.nodes):
             if _is_checked(node):
-                self._plans[node.name] = _Plan(str(node.target), str(node.meta.get("site")), node.meta["val"])
+                site = str(node.meta.get("site"))
+                self._plans[node.name] = _Plan(str(node.target), site, node.meta["val"], _is_sums(node))
                 with module.graph.inserting_after(node):
                     check = module.graph.call_module(_CHECK, (node, node.name))
                 node.replace_all_uses_with(check, delete_user_cb=lambda user, check=check: user is not check)
@@ -77,7 +82,7 @@ class LayoutCheck:
 
     def _look(self, value: Tensor, name: str) -> Tensor:
         plan = self._plans[name]
-        if value.shape != plan.value.shape or value.dtype != plan.value.dtype:
+        if value.shape != plan.value.shape or (value.dtype != plan.value.dtype and not plan.sums):
             raise ValueError(
                 f"{plan.site}: {plan.op} returned {typed_shape(value)} where its shape rule says "
                 f"{typed_shape(plan.value)}: mend the op's fake implementation (register_fake)"
@@ -117,6 +122,11 @@ class _Function(torch.nn.Module):
 
     def forward(self, *inputs: object) -> Tensor:
         return self.function(*inputs)
+
+
+def _is_sums(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target is _CPU_ATTENTION and bool(node.args[1] == 1)
 
 
 def _is_checked(node: fx.Node) -> bool:

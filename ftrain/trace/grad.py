@@ -163,9 +163,21 @@ def _by_func(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
         structure.append(aux_tree)
         return loss_value(loss), aux_leaves
 
+    if torch.is_inference_mode_enabled() and not _differentiates_in_inference_mode():
+        raise ValueError(
+            f"{user_site()}: under torch.inference_mode this torch's gradients are zeros: take them outside of it, or "
+            "jit the step"
+        )
     numbers = tuple(range(len(leaves)))
     grads, (value, aux_leaves) = torch.func.grad_and_value(flat, argnums=numbers, has_aux=True)(*leaves)
     return _Differentiated(value, tree.unflatten(structure[-1], aux_leaves), list(grads))
+
+
+@functools.cache
+def _differentiates_in_inference_mode() -> bool:
+    """False on torch before 2.12, whose transforms give zeros there and say nothing."""
+    with torch.inference_mode():
+        return bool(torch.func.grad(lambda x: x * x)(torch.ones(())) == 2)
 
 
 def _inside_transform() -> bool:

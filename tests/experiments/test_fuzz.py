@@ -15,6 +15,7 @@ from experiments.bench.fuzzing.program import Program
 from experiments.bench.fuzzing.shrink import shrink
 from experiments.bench.fuzzing.source import source_of
 from experiments.bench.fuzzing.workers import Report, Shrinking, reports
+from ftrain.trace import grad as grad_module
 
 PROGRAMS = 150
 NO_SHRINKING = Shrinking(of_a_kind=0)
@@ -102,13 +103,13 @@ def test_a_captured_tensor_that_is_written_over_is_found(monkeypatch):
 
 
 def test_a_gradient_that_is_slightly_wrong_is_found(monkeypatch):
-    right = sys.modules["ftrain.grad"]._by_autograd  # the package's attribute of that name is the function
+    right = grad_module._by_autograd
 
     def wrong(*args):
         found = right(*args)
         return found._replace(grads=[g * (1 + 1e-8) for g in found.grads])
 
-    monkeypatch.setattr(sys.modules["ftrain.grad"], "_by_autograd", wrong)
+    monkeypatch.setattr(grad_module, "_by_autograd", wrong)
     _, found = first_different(range(3000, 3100), lambda p: p.options.mesh is None and micro(p) == 1)
     assert "apart by" in found.detail
 

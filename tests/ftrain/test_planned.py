@@ -98,7 +98,7 @@ def test_a_plan_that_does_not_fit_the_run_or_the_model_is_named(tmp_path):
         ValueError, match=r"plan.json divides the argument 'batch', and the step takes params, data, so"
     ):
         ftrain.jit(lambda params, data: params, plan=SavedPlan(file, "virtual"), specs=DENSE.specs)(*args)
-    with pytest.raises(ValueError, match=r"plan=3 is not a ftrain.sharding.Plan"):
+    with pytest.raises(ValueError, match=r"plan=3 is not a ftrain.Plan"):
         ftrain.jit(DENSE.step, plan=3)
 
 

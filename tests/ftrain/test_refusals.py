@@ -151,8 +151,8 @@ def test_a_failing_op_in_a_loop_names_the_users_line():
         ({"precision": 3}, r"3 is not one of .*'bfloat16'.*ftrain.Precision\('bfloat16'\)"),
         ({"precision": "int8"}, "'int8' is not one of .*'bfloat16'"),
         ({"backend": "eager"}, "backend='eager' is not one of auto, aten, inductor, cudagraph.*disable_jit"),
-        ({"plan": "fsdp"}, "plan='fsdp': .*no such plan; give a ftrain.sharding.Plan.*is FSDP.*'auto'"),
-        ({"plan": 3}, "plan=3 is not a ftrain.sharding.Plan: give"),
+        ({"plan": "fsdp"}, "plan='fsdp': .*no such plan; give a ftrain.Plan.*is FSDP.*'auto'"),
+        ({"plan": 3}, "plan=3 is not a ftrain.Plan: give"),
         ({"remat": "layers"}, "the policy is 'none', 'layer' or 'all'"),
     ],
 )
