@@ -10,9 +10,12 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the floors lie beside the package, and in an installed one within it.
-_OURS = tuple(str(place / name) for place in (_PACKAGE, _PACKAGE.parent) for name in ("kernels", "sharding"))
-_MODELS = tuple(f"{place / 'modules'}/" for place in (_PACKAGE, _PACKAGE.parent))  # read by users as their own
-_MACHINERY = (str(_PACKAGE), *_OURS, str(Path(torch.__file__).resolve().parent), "<", "optree", "contextlib")
+_MODELS = tuple(place / "modules" for place in (_PACKAGE, _PACKAGE.parent))  # read by users as their own
+_MACHINERY = (
+    *(place / name for place in (_PACKAGE, _PACKAGE.parent) for name in ("kernels", "sharding")),
+    _PACKAGE,
+    Path(torch.__file__).resolve().parent,
+)
 
 
 class Site(NamedTuple):
@@ -28,10 +31,12 @@ class Site(NamedTuple):
 
 @functools.cache
 def _is_machinery(file: str) -> bool:
-    file = file if file.startswith("<") else str(Path(file).resolve())
-    if file.startswith(_MODELS):
+    if file.startswith(("<", "optree", "contextlib")):
+        return True
+    path = Path(file).resolve()  # a folder may be reached by a link, as a home often is
+    if any(map(path.is_relative_to, _MODELS)):
         return False
-    return file.startswith(_MACHINERY) or "/optree/" in file or file.endswith("contextlib.py")
+    return path.name == "contextlib.py" or "optree" in path.parts or any(map(path.is_relative_to, _MACHINERY))
 
 
 def is_users(file: str) -> bool:

@@ -1,10 +1,14 @@
 """Every node knows its source line, its phase, and the parameter it is about."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import ftrain
 from ftrain import tree
 from ftrain.graph.loop import is_loop, loop_body
+from ftrain.graph.source import is_users
 from ftrain.kernels.mean import Mean
 from ftrain.kernels.rms_norm import rms_norm
 from ftrain.plan.jit import jit
@@ -122,3 +126,15 @@ def test_writes_into_a_list_are_refused_in_a_loss_and_done_outside():
         jit(value_and_grad(listed))(STATE, x)
     whole = value_and_grad(loss)(STATE, x)[1]
     assert all(torch.allclose(g, whole[name] / 2) for name, g in jit(halved)(STATE, x).items())
+
+
+@pytest.mark.parametrize("package", [ftrain, torch])
+def test_a_package_reached_by_a_link_is_nobodys_own_code(package, tmp_path):
+    (tmp_path / "home").symlink_to(Path(package.__file__).parent.parent)
+    assert not is_users(str(tmp_path / "home" / package.__name__ / "__init__.py"))
+
+
+def test_a_folder_whose_name_begins_like_a_package_is_the_users():
+    root = Path(ftrain.__file__).parent.parent
+    assert is_users(str(root / "ftrain_runs" / "train.py"))
+    assert is_users(str(root / "mycontextlib.py"))
