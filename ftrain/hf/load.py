@@ -11,6 +11,7 @@ from torch import Tensor
 from ftrain.checkpoint.boxes import Box, whole
 from ftrain.checkpoint.leaves import named_leaves
 from ftrain.hf.files import HfFolder, Stored, opened
+from ftrain.hf.range import require_in_range
 from ftrain.hf.shards import Entry
 from ftrain.modules.hf_names import DERIVED, HfTensor
 from ftrain.modules.spec import leaves_with_paths, map_with_paths
@@ -43,7 +44,7 @@ def load_hf(
 
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape; a leaf gets nothing or only a part; a tied
-            weight and its copy differ; a file is missing or damaged.
+            weight and its copy differ; a number is beyond the range of the spec's dtype; a file is missing or damaged.
     """
     here = folder if isinstance(folder, HfFolder) else HfFolder.open(folder)
     wanted = {path: Entry(spec.shape, spec.dtype) for path, spec in leaves_with_paths(specs)}
@@ -196,11 +197,13 @@ def _fill_one(tensors: Any, name: HfTensor, stored: Stored, leaf: Tensor, part: 
     values = entry[tuple(slice(start, start + n) for start, n in there)] if own else tensors.get_tensor(name.name)
     if name.copy:
         _require_equal(stored, name, room, values)
-    elif name.transposed and room.device.type == "cpu":
+        return
+    if name.transposed and room.device.type == "cpu":
         _copy_transposed(room, values)
     else:
         values = values.to(room.device)
         room.copy_(values.mT if name.transposed else values)
+    require_in_range(values.mT if name.transposed else values, room, f"{stored.shown}: {name.name!r}")
 
 
 def _copy_transposed(room: Tensor, values: Tensor) -> None:

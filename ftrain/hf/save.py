@@ -19,6 +19,7 @@ from ftrain.checkpoint.folders import temporary
 from ftrain.hf.files import CONFIG, INDEX
 from ftrain.hf.gather import Leaves, write_gathered
 from ftrain.hf.load import hf_shape, part_of_leaf, row_dim
+from ftrain.hf.range import require_in_range
 from ftrain.hf.shards import Entry, ShardFile, cast_dtype, index_text, lay_out, parse_size
 from ftrain.modules.hf_names import HfTensor
 from ftrain.modules.spec import leaves_with_paths
@@ -54,7 +55,8 @@ def save_hf(
         dtype: cast floating-point weights to it. Default: as they are.
 
     Raises:
-        ValueError: a leaf has no name or a name no leaf, or a dtype that the format has not.
+        ValueError: a leaf has no name or a name no leaf, or a dtype that the format has not; a number is beyond the
+            range of `dtype`.
         RuntimeError: on other ranks than 0, when rank 0 could not write.
     """
     leaves = dict(leaves_with_paths(params))
@@ -157,7 +159,9 @@ class HfWriter:
 
     def _put(self, name: HfTensor, values: Tensor, offset: int) -> None:
         file, dtype = self._file_of[name.name], self._tensors[name.name].dtype
-        data = values.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data
+        cast = values.to("cpu", dtype)
+        require_in_range(values, cast, f"{name.name!r} (our {name.leaf!r})")
+        data = cast.contiguous().flatten().view(torch.uint8).numpy().data
         _write_all(self._open[file.name], data, file.offsets[name.name] + offset)
 
     def _begin(self, file: ShardFile) -> None:

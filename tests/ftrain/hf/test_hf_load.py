@@ -124,6 +124,17 @@ def test_the_dtypes_on_disk_can_be_asked_for(tmp_path: Path) -> None:
     assert found == {"norm": torch.float32, "table": torch.bfloat16, "experts": torch.float32}
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "experts.2.weight"])
+def test_a_number_beyond_the_dtype_of_the_spec_is_refused(name: str, tmp_path: Path) -> None:
+    weights = tensors(leaves())
+    half = {path: dataclasses.replace(spec, dtype=torch.float16) for path, spec in SPECS.items()}
+    weights[name].view(-1)[1] = torch.inf
+    assert load_hf(write(tmp_path, weights), half, NAMES)["norm"].dtype == torch.float16
+    weights[name].view(-1)[0] = -1e5
+    with pytest.raises(ValueError, match=rf"'{name}' holds -100000, which torch.float16 cannot hold .*65504"):
+        load_hf(write(tmp_path, weights), half, NAMES)
+
+
 def renamed(weights: dict, old: str, new: str) -> dict:
     return {new if name == old else name: value for name, value in weights.items()}
 

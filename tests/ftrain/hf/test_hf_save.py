@@ -95,6 +95,17 @@ def test_the_old_name_of_the_dtype_is_kept(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
 
 
+def test_a_number_beyond_the_dtype_asked_for_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    large = {**PARAMS, "w": torch.full((4, 6), 1e5)}
+    save_hf(PARAMS, tmp_path, {}, NAMES, dtype=torch.float16)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"'linear.weight' \(our 'w'\) holds 100000, which torch.float16 cannot hold"):
+        save_hf(large, tmp_path, {}, NAMES, dtype=torch.float16)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    save_hf({**PARAMS, "w": torch.full((4, 6), torch.inf)}, tmp_path, {}, NAMES, dtype=torch.float16)
+    save_hf(large, tmp_path, {}, NAMES, dtype=torch.bfloat16)
+
+
 def write_some(folder: Path, leaves: dict[str, torch.Tensor]) -> None:
     entries = {path: Entry(tuple(leaf.shape), leaf.dtype) for path, leaf in PARAMS.items()}
     with HfWriter(folder, {"new": 1}, entries, NAMES) as writer:
