@@ -28,6 +28,7 @@ from ftrain.modules.hf_names import HfTensor, decoder_names
 from ftrain.modules.spec import ParamSpec, leaves_with_paths
 
 ASSETS = "model_assets"  # beside the steps, as in VeOmni: config.json, the tokenizer
+_ASSET_FOLDERS = ("", "additional_chat_templates")  # of a model's folder; the second is transformers' CHAT_TEMPLATE_DIR
 _ASSET_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 _ASSET_BYTES = 2**28
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -111,7 +112,7 @@ def hf_to_checkpoint(
         parts = {path: part.box(wanted[path].shape) for path, part in own.items()}
         return {f"{params}.{p}": t for p, t in read_parts(here, wanted, names, parts).items()}
 
-    assets = {name: read_member(here.path, name, limit=_ASSET_BYTES) for name in _assets(here.path)}
+    assets = _read_assets(here.path)
     largest = max(file.stat().st_size for file in {stored.file for stored in here.tensors.values()})
     place = open_place(root)
     save_stream(place, step, leaves, produce, limit=_part_bytes(largest), specs=specs)
@@ -155,9 +156,7 @@ def checkpoint_to_hf(
                 for path, values in saved.read(group).items():
                     writer.write(path.removeprefix(f"{params}."), values, start=group[path].start)
     if config is None:
-        for name in filter(_is_asset, place.files(ASSETS)):
-            if name != CONFIG:
-                (folder / name).write_bytes(place.read(f"{ASSETS}/{name}", limit=_ASSET_BYTES))
+        _copy_assets(place, folder)
     return folder
 
 
@@ -245,10 +244,29 @@ def _require_no_more(cfg: DecoderConfig, here: HfFolder) -> None:
         )
 
 
-def _assets(folder: Path) -> list[str]:
-    """The names of the small files beside the weights; links too, which are then looked at."""
-    entries = [entry for entry in folder.iterdir() if _is_asset(entry.name)]
-    return sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_file())
+def _read_assets(folder: Path) -> dict[str, bytes]:
+    """The small files beside the weights, by their paths in the folder; ValueError for links that lead elsewhere."""
+    found = {}
+    for below in _ASSET_FOLDERS:
+        here = folder / below
+        entries = [entry for entry in here.iterdir() if _is_asset(entry.name)] if here.is_dir() else []
+        for name in sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_file()):
+            found[_joined(below, name)] = read_member(folder, name, limit=_ASSET_BYTES, below=below)
+    return found
+
+
+def _copy_assets(place: Place, folder: Path) -> None:
+    """The small files that were kept beside the steps, but for the configuration, into a model's folder."""
+    for below in _ASSET_FOLDERS:
+        for name in filter(_is_asset, place.files(_joined(ASSETS, below))):
+            if (below, name) != ("", CONFIG):
+                content = place.read(_joined(ASSETS, below, name), limit=_ASSET_BYTES)
+                (folder / below).mkdir(exist_ok=True)
+                (folder / below / name).write_bytes(content)
+
+
+def _joined(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
 
 
 def _is_asset(name: str) -> bool:

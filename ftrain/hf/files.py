@@ -101,37 +101,42 @@ class HfFolder:
             )
 
 
-def member(folder: Path, name: str) -> Path:
+def member(folder: Path, name: str, *, below: str = "") -> Path:
     """The regular file `name` of a folder, or what the cache of Hugging Face's hub has in its place: a link to a file
-    in the `blobs` of the same repository. ValueError for a link that leads elsewhere, a pipe, a device, a name with
-    other folders in it.
+    in the `blobs` of the same repository. `below`: the name of a folder in it where the file lies.
+
+    ValueError for a link that leads elsewhere, a pipe, a device, a name with other folders in it.
     """
     if not name or "/" in name or "\0" in name or name in (".", ".."):
         raise ValueError(f"{name!r} is no name of a file in {folder}: copy the folder again")
-    file = folder / name
+    here = folder / below
+    file = shown = here / name
     try:
+        if below and not stat.S_ISDIR(here.lstat().st_mode):
+            raise ValueError(f"{here} is {kind_of(here.lstat().st_mode)}, not a folder: copy the folder again")
         mode = file.lstat().st_mode
         if stat.S_ISLNK(mode):
-            file = _blob(file)
+            file = _blob(file, snapshot=folder)
             mode = file.lstat().st_mode
     except FileNotFoundError:
-        raise ValueError(f"{folder / name} is missing: download or copy the folder again") from None
+        raise ValueError(f"{shown} is missing: download or copy the folder again") from None
     except OSError as error:
-        raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{shown} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{folder / name} is {kind_of(mode)}, not a regular file: copy the folder again")
+        raise ValueError(f"{shown} is {kind_of(mode)}, not a regular file: copy the folder again")
     return file
 
 
-def read_member(folder: Path, name: str, *, limit: int) -> bytes:
+def read_member(folder: Path, name: str, *, limit: int, below: str = "") -> bytes:
     """The content of a small file of a folder; ValueError where `member` raises it, or if it has more bytes."""
-    return read_file(member(folder, name), limit=limit)
+    return read_file(member(folder, name, below=below), limit=limit)
 
 
-def _blob(link: Path) -> Path:
-    target, repository = os.readlink(link), link.parent.parent.parent
-    found = re.fullmatch(r"\.\./\.\./blobs/([0-9A-Za-z]+)", target)
-    if link.parent.parent.name != "snapshots" or found is None:
+def _blob(link: Path, *, snapshot: Path) -> Path:
+    target, repository = os.readlink(link), snapshot.parent.parent
+    up = "../" * len(link.relative_to(repository).parent.parts)
+    found = re.fullmatch(rf"{re.escape(up)}blobs/([0-9A-Za-z]+)", target)
+    if snapshot.parent.name != "snapshots" or found is None:
         raise ValueError(f"{link} is a link to {target}: copy the file into the folder")
     return repository / "blobs" / found[1]
 

@@ -21,7 +21,7 @@ from ftrain.modules.spec import abstract
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def theirs(folder: Path, family: str = "qwen3-moe", dtype: torch.dtype = torch.bfloat16) -> DecoderConfig:
@@ -30,6 +30,8 @@ def theirs(folder: Path, family: str = "qwen3-moe", dtype: torch.dtype = torch.b
     model.save_pretrained(folder, max_shard_size="40KB")
     (folder / "tokenizer.json").write_text('{"a": 1}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (folder / "image.png").write_bytes(b"not needed")
     return cfg
 

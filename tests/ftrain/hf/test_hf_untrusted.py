@@ -90,6 +90,14 @@ def test_links_and_pipes_are_refused(folder, capsys, name, change, words):
         refused(folder, capsys, words)
 
 
+def test_a_folder_of_templates_that_is_a_link_is_refused(folder, capsys):
+    secrets = folder.parent / "secrets"
+    secrets.mkdir()
+    (secrets / "keys.txt").write_text("mine")
+    (folder / "additional_chat_templates").symlink_to(secrets)
+    refused(folder, capsys, "additional_chat_templates is a link, not a folder")
+
+
 def test_a_small_file_that_is_huge_is_refused(folder, capsys):
     with open(folder / "vocab.txt", "wb") as file:
         file.truncate(2**40)
@@ -113,13 +121,18 @@ def test_the_cache_of_the_hub_is_read_through_its_links(folder, tmp_path):
     snapshot, blobs = tmp_path / "models--a" / "snapshots" / "rev1", tmp_path / "models--a" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    for number, name in enumerate(("model.safetensors", "config.json")):
+    template = "additional_chat_templates/tool_use.jinja"
+    for here in (folder, snapshot):
+        (here / template).parent.mkdir()
+    (folder / template).write_text("{{ tools }}")
+    for number, name in enumerate(("model.safetensors", "config.json", template)):
         (folder / name).rename(blobs / f"ab{number}")
-        (snapshot / name).symlink_to(Path("../../blobs") / f"ab{number}")
+        (snapshot / name).symlink_to(Path("../../../blobs" if "/" in name else "../../blobs") / f"ab{number}")
     here = HfFolder.open(snapshot)
     assert here.config()["model_type"] == "llama"
     assert {stored.shown.name for stored in here.tensors.values()} == {"model.safetensors"}
     assert main(["convert", "--from-hf", str(snapshot), "--to", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "model_assets" / template).read_text() == "{{ tools }}"
     (blobs / "ab1").unlink()
     (blobs / "ab1").symlink_to("/etc/passwd")
     with pytest.raises(ValueError, match=r"config\.json is a link, not a regular file"):
