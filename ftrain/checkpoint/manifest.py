@@ -105,11 +105,16 @@ def read(held: HeldStep) -> Manifest:
     try:
         content = held.manifest.decode()
         body = parse(content, shown)
-        claimed = body.pop("sha256")
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{shown} is damaged ({error}): restore another step") from error
+    if not isinstance(body, dict) or "sha256" not in body:
+        raise DamagedCheckpoint(f"{shown} is damaged (it is no object with a 'sha256'): restore another step")
+    claimed = body.pop("sha256")
+    try:
         intact = claimed == _digest(body) and content == _canonical({**body, "sha256": claimed})
     except RecursionError:
         raise DamagedCheckpoint(f"{shown} is damaged (it is nested too deeply): restore another step") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except ValueError as error:
         raise DamagedCheckpoint(f"{shown} is damaged ({error}): restore another step") from error
     if not intact:
         raise DamagedCheckpoint(f"{shown} is damaged (its checksum is wrong): restore another step")

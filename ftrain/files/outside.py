@@ -152,7 +152,7 @@ def record(entries: Mapping[str, Shape], *, optional: Mapping[str, Shape] | None
         strange = [] if others else [name for name in value if name not in entries and name not in rest]
         if lost or strange:
             which = f"has no {lost[0]!r}" if lost else f"has {_short(strange[0])}, which is not known"
-            raise Misfit(f"{at or 'the object'} {which}; its entries are {', '.join([*entries, *rest])}")
+            raise Misfit(f"{at or 'the object'} {which}; its entries should be {', '.join([*entries, *rest])}")
         for name, known in {**entries, **rest}.items():
             if name in value:
                 known(value[name], f"{at}.{name}" if at else name)

@@ -92,6 +92,14 @@ def test_a_manifest_of_another_shape_is_refused_by_its_entry(tmp_path, change, n
     assert same_bits(restore(training_state(), tmp_path), training_state(2))
 
 
+@pytest.mark.parametrize("content", [b"[1]", b"null", b'"text"', b"5", b"{}", b"[[" + b"1," * 9 + b"1]]"])
+def test_a_manifest_that_is_no_object_is_said_to_be_none(tmp_path, content):
+    save(training_state(1), tmp_path, 1)
+    (tmp_path / "global_step_1" / "manifest.json").write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match=r"manifest.json is damaged \(it is no object with a 'sha256'\)"):
+        restore(training_state(), tmp_path)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"null", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"9" * 10_000]
 )
