@@ -92,7 +92,7 @@ def aligned_documents(
 def aligned_lengths(segments_T: Tensor, kv_segments_S: Tensor) -> list[tuple[int, int]]:
     """Tokens of each document among queries and among keys, 0 where it is not; in the order that both have."""
     q, k = _runs(segments_T, segments_T.shape[0]), _runs(kv_segments_S, kv_segments_S.shape[0])
-    _require_unique([name for name, _, _ in k])
+    _require_unique([name for name, _, _ in k], "kv_segments_S")
     place = {name: i for i, (name, _, _) in enumerate(k)}
     found, at = list[tuple[int, int]](), 0
     for name, _, length in q:
@@ -107,11 +107,11 @@ def aligned_lengths(segments_T: Tensor, kv_segments_S: Tensor) -> list[tuple[int
     return found + [(0, n) for _, _, n in k[at:]]
 
 
-def _require_unique(names: list[int]) -> None:
+def _require_unique(names: list[int], argument: str) -> None:
     seen = set[int]()
     for name in names:
         if name in seen:
-            raise ValueError(f"kv_segments_S: id {name} names two documents; equal ids must be adjacent")
+            raise ValueError(f"{argument}: id {name} names two documents; equal ids must be adjacent")
         seen.add(name)
 
 
@@ -203,14 +203,15 @@ def document_pairs(segments_T: Tensor | None, kv_segments_S: Tensor | None, T: i
     """The documents of a pack, with their keys. Reads the segments on the host.
 
     With `kv_segments_S` a document's keys are those with its id; documents without keys are left out. `ValueError` if
-    an id names two documents, because then its keys are ambiguous.
+    an id names two documents of queries or of keys, because then it is not said which keys belong to which queries.
     """
     if kv_segments_S is None:
         return [Pair(start, length, start, length) for _, start, length in _runs(segments_T, T)]
-    runs = _runs(kv_segments_S, S)
-    _require_unique([name for name, _, _ in runs])
+    queries, runs = _runs(segments_T, T), _runs(kv_segments_S, S)
+    _require_unique([name for name, _, _ in queries], "segments_T")
+    _require_unique([name for name, _, _ in runs], "kv_segments_S")
     keys = {name: (start, length) for name, start, length in runs}
-    return [Pair(start, length, *keys[name]) for name, start, length in _runs(segments_T, T) if name in keys]
+    return [Pair(start, length, *keys[name]) for name, start, length in queries if name in keys]
 
 
 def offset_pairs(offsets_N: Tensor, kv_offsets_N: Tensor | None) -> list[Pair]:

@@ -35,10 +35,11 @@ def following(x_T: Tensor) -> Tensor:
 def take_rows(x_TD: Tensor, place_N: Tensor) -> Tensor:
     """The rows of the tokens at these places of the pack, `[N, D]`, differentiable.
 
-    `place_N` int64 in [0, P]; the place P is nowhere and gives zeros. Gradients are summed in a fixed order.
+    `place_N` int64 in [0, P]; the place P is nowhere and gives zeros, any other is an IndexError on a CPU. Gradients
+    are summed in a fixed order.
     """
     tokens = x_TD.shape[0]
-    rows_ND = torch.nn.functional.embedding(place_N.clamp(max=tokens - 1), x_TD)
+    rows_ND = torch.nn.functional.embedding(torch.where(place_N == tokens, 0, place_N), x_TD)
     return rows_ND.masked_fill((place_N == tokens)[:, None], 0)
 
 

@@ -84,8 +84,10 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
 
 def split(key: Tensor, n: int = 2) -> Tensor:
-    """`n` new keys, `[n, 2]`; row `i` does not depend on `n`."""
+    """`n` new keys, `[n, 2]`; row `i` does not depend on `n`. ValueError for less than none."""
     _check_key(key)
+    if n < 0:
+        raise ValueError(f"split: there are no {n} keys; ask for 0 or more")
     return _derive(key, torch.arange(n, device=key.device), _SPLIT)
 
 
@@ -189,6 +191,8 @@ def _draw(
     if kind != "bits" and dtype not in _UNIFORM_BITS:
         raise ValueError(f"random {kind} numbers have no dtype {dtype}, only {[str(d) for d in _UNIFORM_BITS]}")
     shape = tuple(shape)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"random numbers have no shape {shape}: sizes are 0 or more")
     size = shape if window is None else tuple(window.size)
     base = None if window is None else _first_index(shape, window, key.device)
     if inside_higher_transform():

@@ -104,6 +104,11 @@ def test_keys_of_another_pack_must_be_unambiguous():
         document_pairs(torch.tensor([4]), torch.tensor([4, 5, 4]), 1, 3)
 
 
+def test_queries_of_another_pack_must_be_unambiguous():
+    with pytest.raises(ValueError, match="segments_T: id 4 names two documents"):
+        document_pairs(torch.tensor([4, 5, 4]), torch.tensor([4]), 3, 1)
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(1, 12))
 def test_batches_hold_every_document_once(lengths, limit):
     pairs = [Pair(n, length, n, length) for n, length in enumerate(lengths)]

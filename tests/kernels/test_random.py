@@ -264,6 +264,8 @@ def test_permutations_are_equally_likely():
         (lambda: random.randint(random.key(0), (4,), low=3, high=3), "has 0 integers"),
         (lambda: random.truncated_normal(random.key(0), (4,), std=1.0, bound=-1.0), "bound=-1.0"),
         (lambda: random.fold_in(random.key(0), 1 << 63), "int64"),
+        (lambda: random.split(random.key(0), -1), "there are no -1 keys"),
+        (lambda: random.bits(random.key(0), (2, -3)), r"no shape \(2, -3\)"),
     ],
 )
 def test_bad_requests_are_named(call, message):
