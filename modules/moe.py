@@ -146,8 +146,9 @@ def _statistics(expert_TK: Tensor, probability_TE: Tensor, valid_T: Tensor | Non
         found = f"shape {list(valid_T.shape)}, expected [{tokens}], and dtype {valid_T.dtype}, expected bool"
         raise ValueError(f"moe: valid_T has {found}")
     one_TK = one_T.detach()[:, None].expand_as(expert_TK)
-    load_E = torch.zeros_like(probability_TE[0]).scatter_add(0, expert_TK.flatten(), one_TK.flatten())
-    return RouterStats(load_E.detach(), probability_TE.sum(0), one_T.sum(), one_T.new_zeros(()))
+    probability_E = probability_TE.sum(0)
+    load_E = torch.zeros_like(probability_E).scatter_add(0, expert_TK.flatten(), one_TK.flatten())
+    return RouterStats(load_E.detach(), probability_E, one_T.sum(), one_T.new_zeros(()))
 
 
 def aux_loss(stats: RouterStats) -> Mean:

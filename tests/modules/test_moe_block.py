@@ -269,3 +269,11 @@ def test_loss_and_gradient_trace_on_shapes_alone():
     params, x = params_of(cfg), inputs()
     graph = make_fx(step, tracing_mode="fake")(params, x)
     torch.testing.assert_close(graph(params, x), step(params, x))
+
+
+def test_no_tokens_are_no_load():
+    params, x = params_of(PLAIN), inputs()[:0]
+    out, stats = moe.apply(params, x, cfg=PLAIN)
+    assert out.shape == x.shape
+    assert stats.load_E.tolist() == [0.0] * PLAIN.experts
+    assert moe.aux_loss(stats).value() == 0
