@@ -31,9 +31,12 @@ def clip_by_global_norm(max_norm: float, *, mask: Mask = None) -> Transform:
     """Scale all gradients by `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`.
 
     `mask` says which leaves are measured and scaled (None: all); others pass unchanged. Leaves that a later transform
-    of a `chain` freezes are left out in any case.
+    of a `chain` freezes are left out in any case. ValueError for a norm that is not above 0: leave clipping out, or
+    freeze.
     """
     require_range("max_norm", max_norm, 0.0)
+    if max_norm == 0:
+        raise ValueError("max_norm=0 makes every gradient zero: leave the transform out, or use ftrain.optim.freeze")
 
     def init(params: Tree) -> ClipState:
         return ClipState(torch.zeros((), dtype=norm_dtype(params), device=device_of(params)))

@@ -161,6 +161,7 @@ def test_the_average_of_gradients_may_be_kept_in_bfloat16_and_squares_never():
         (lambda: optim.muon(1.0, adjust="mine"), "adjust must be 'original' or 'match_rms_adamw', not 'mine'"),
         (lambda: optim.muon(1.0).init({"norm": {"g": torch.ones(8)}}), r"'norm.g' has shape \[8\]; .*multi_transform"),
         (lambda: optim.clip_by_global_norm(-1.0), "max_norm must be >= 0.0"),
+        (lambda: optim.clip_by_global_norm(0.0), "max_norm=0 makes every gradient zero"),
         (lambda: optim.ema(1.0), "decay must be >= 0.0 and < 1.0"),
         (lambda: optim.skip_nonfinite(optim.freeze(), max_consecutive=0), "max_consecutive must be >= 1"),
         (lambda: optim.adamw(float("nan")), "learning_rate must be >= 0.0, not nan"),
