@@ -35,6 +35,9 @@ class BookRow(NamedTuple):
     decision: str
 
 
+_TRIES = 4  # a simulated peak is near that of the finished graph, so two or three are enough
+
+
 class Decision(NamedTuple):
     """On a node of the forward pass, as `meta["decision"]`: "keep", "recompute" or "offload", and the microseconds that
     having its value again takes.
@@ -77,20 +80,37 @@ def fit(
         return trial
     inputs = input_bytes(module)
     budget = same_everywhere(budget_bytes(remat, device, inputs), mesh)
-    target = budget - inputs
-    for _ in range(4):
-        trial = copy_graph(module)
-        try:
-            _apply(trial, donated, remat, times, round_to, target, link)
-        except OverBudget as error:
-            raise ImpossibleBudget(_refusal(module, remat, budget, inputs, error), inputs + error.smallest) from None
-        excess = finished_peak(copy_graph(trial)) - (budget - inputs)
-        if excess <= 0:
-            return trial
-        target -= excess
-    raise ValueError(
-        f"Remat(budget={remat.budget!r}): after all passes {show_bytes(excess)} above it; raise the budget"
-    )
+
+    def within(room: int) -> fx.GraphModule | OverBudget:
+        """A copy whose peak beyond the arguments is at most `room` after all passes, or what is too much of it."""
+        target = room
+        for _ in range(_TRIES):
+            trial = copy_graph(module)
+            over = _apply(trial, donated, remat, times, round_to, target, link)
+            if over is not None:
+                return OverBudget(over.smallest + room - target, over.node, over.choice)
+            excess = finished_peak(copy_graph(trial)) - room
+            if excess <= 0:
+                return trial
+            target -= excess
+        raise ValueError(
+            f"Remat(budget={remat.budget!r}): after all passes {show_bytes(excess)} above it; raise the budget"
+        )
+
+    found = within(budget - inputs)
+    if isinstance(found, OverBudget):
+        raise _refusal(module, remat, budget, inputs, _smallest(found, within))
+    return found
+
+
+def _smallest(over: OverBudget, within: Callable[[int], fx.GraphModule | OverBudget]) -> OverBudget:
+    """What is said to fit, made to fit: a loop's finished body may take more than was simulated."""
+    for _ in range(_TRIES):
+        found = within(over.smallest)
+        if not isinstance(found, OverBudget) or found.smallest <= over.smallest:
+            return over
+        over = found
+    return over
 
 
 def _apply(
@@ -101,19 +121,34 @@ def _apply(
     round_to: int,
     target: int | None,
     link: HostLink | None,
-) -> None:
-    """Choose for the graph and the bodies of its loops, and write the copies; `target`: bytes beyond the arguments."""
+) -> OverBudget | None:
+    """Choose for the graph and the bodies of its loops, and write the copies; `target`: bytes beyond the arguments.
+
+    Where the target cannot be kept, the smallest choice is written, and what it takes of the whole graph is returned.
+    """
+    over = []
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
-        inner = None
+        inner, outside = None, 0
         if target is not None:
             plan = plan_memory(module, round_to=round_to)
             inside = plan_memory(loop_body(loop), round_to=round_to).peak
-            inner = target - (dict(plan.timeline)[loop.name] - inside)
-        _apply(loop_body(loop), carried_outputs(loop), remat, times, round_to, inner, link)
+            outside = dict(plan.timeline)[loop.name] - inside
+            inner = target - outside
+        found = _apply(loop_body(loop), carried_outputs(loop), remat, times, round_to, inner, link)
+        if found is not None:
+            over.append(OverBudget(outside + found.smallest, found.node, found.choice))
     planner = Planner(module, donated, times, remat, round_to, link)
-    choice = planner.at_rate(remat.us_per_mb or 0.0) if target is None else planner.within(target)
+    if target is None:
+        choice = planner.at_rate(remat.us_per_mb or 0.0)
+    else:
+        try:
+            choice = planner.within(max([target, *(error.smallest for error in over)]))
+        except OverBudget as error:
+            over.append(error)
+            choice = error.choice
     _tag(planner, choice)
     write_choice(planner, choice)
+    return max(over, key=lambda error: error.smallest, default=None)
 
 
 def _tag(planner: Planner, choice: Choice) -> None:
@@ -174,11 +209,12 @@ def _chain(planner: Planner, remade: frozenset[int], v: int) -> set[int]:
     return {u for u in found if u in planner.choices.microseconds}
 
 
-def _refusal(module: fx.GraphModule, remat: Remat, budget: int, inputs: int, error: OverBudget) -> str:
+def _refusal(module: fx.GraphModule, remat: Remat, budget: int, inputs: int, error: OverBudget) -> ImpossibleBudget:
     meta = error.node.meta
     where = f"{op_name(error.node)} {meta.get('path') or ''} ({short_site(meta.get('site'))})"
-    return (
+    return ImpossibleBudget(
         f"Remat(budget={remat.budget!r}) is {show_bytes(budget)}, of which the arguments take {show_bytes(inputs)}; "
         f"with all that is worth it recomputed the step needs {show_bytes(inputs + error.smallest)}, at {where}: "
-        f"a budget of {inputs + error.smallest} bytes fits; fewer tokens per batch or more micro-batches need less"
+        f"a budget of {inputs + error.smallest} bytes fits; fewer tokens per batch or more micro-batches need less",
+        inputs + error.smallest,
     )

@@ -107,7 +107,7 @@ class Planner:
         if found.peak > peak:
             remade, _ = self.decided(found)
             places = found.table.places if found.table is not None else {}
-            raise OverBudget(found.peak, self.model.nodes[self.model.peak(remade, places)[1]])
+            raise OverBudget(found.peak, self.model.nodes[self.model.peak(remade, places)[1]], found)
         return found
 
     def decided(self, choice: Choice) -> tuple[frozenset[int], frozenset[int]]:
@@ -219,11 +219,11 @@ def _spread(nodes: list[int], share: float) -> frozenset[int]:
 
 
 class OverBudget(ValueError):
-    """No choice fits: `smallest` bytes beyond the arguments would, and `node` is where the peak then is."""
+    """No choice fits: `smallest` bytes beyond the arguments would, by `choice`, and `node` is where the peak then is."""
 
-    def __init__(self, smallest: int, node: fx.Node) -> None:
+    def __init__(self, smallest: int, node: fx.Node, choice: Choice) -> None:
         super().__init__(f"at least {smallest} bytes beyond the arguments, at {node.name}")
-        self.smallest, self.node = smallest, node
+        self.smallest, self.node, self.choice = smallest, node, choice
 
 
 def budget_bytes(remat: Remat, device: torch.device, inputs: int) -> int:

@@ -121,6 +121,8 @@ def parse_budget(budget: int | str) -> int | float | str:
     if isinstance(budget, int):
         return budget
     text = budget.strip().upper().replace(" ", "")
+    if re.fullmatch("[0-9]+", text):
+        return int(text)
     if text == "FIT":
         return "fit"
     found = re.fullmatch(r"([0-9.]+)(%|[KMG]I?B|B)", text)

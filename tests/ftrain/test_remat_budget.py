@@ -13,7 +13,7 @@ from ftrain.analysis.meter import measure_peak
 from ftrain.kernels.mean import Mean
 from ftrain.plan.jit import jit
 from ftrain.remat import planner as remat_budget
-from ftrain.remat.fit import decisions
+from ftrain.remat.fit import ImpossibleBudget, decisions
 from ftrain.remat.planner import budget_bytes
 from ftrain.remat.policy import Remat, parse_budget
 from ftrain.trace.accumulate import accumulate
@@ -61,6 +61,14 @@ def test_an_impossible_budget_names_the_smallest_one_and_what_stands_in_the_way(
         lowered(Remat(budget="1KB"))
     smallest = int(str(refusal.value).split("a budget of ")[1].split()[0])
     assert lowered(Remat(budget=smallest)).memory().total <= smallest
+
+
+def test_the_smallest_budget_is_that_of_the_whole_step_also_where_a_loop_stands_in_the_way():
+    loss, batch = accumulate(wide_loss, 4), tuple(x.reshape(4, 64, 16) for x in BATCH)
+    with pytest.raises(ImpossibleBudget) as refusal:
+        lowered(Remat(budget="1KB"), loss=loss, batch=batch)
+    smallest = refusal.value.smallest
+    assert lowered(Remat(budget=str(smallest)), loss=loss, batch=batch).memory().total <= smallest
 
 
 def test_an_exchange_rate_instead_of_a_budget(plans):
@@ -140,7 +148,7 @@ def test_random_steps_under_random_budgets_keep_every_bit(ops, depth, share):
 
 
 @pytest.mark.parametrize(("text", "bytes_"), [
-    ("60GiB", 60 << 30), ("1.5 MB", 1_500_000), ("70%", 0.7), ("fit", "fit"), (123, 123), ("7B", 7),
+    ("60GiB", 60 << 30), ("1.5 MB", 1_500_000), ("70%", 0.7), ("fit", "fit"), (123, 123), ("7B", 7), ("123", 123),
 ])  # fmt: skip
 def test_budgets_as_people_write_them(text, bytes_):
     assert parse_budget(text) == bytes_
