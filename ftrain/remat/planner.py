@@ -219,7 +219,7 @@ def _spread(nodes: list[int], share: float) -> frozenset[int]:
 
 
 class OverBudget(ValueError):
-    """No choice fits: `smallest` bytes beyond the arguments would, by `choice`, and `node` is where the peak then is."""
+    """No choice fits: `smallest` bytes beyond the arguments would, by `choice`; `node` is where the peak then is."""
 
     def __init__(self, smallest: int, node: fx.Node, choice: Choice) -> None:
         super().__init__(f"at least {smallest} bytes beyond the arguments, at {node.name}")

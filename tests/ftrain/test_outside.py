@@ -48,7 +48,10 @@ def test_what_fits_comes_back():
         ({"rate": -1}, "rate is -1, not a number of at least 0"),
         ({"rate": 10**400}, "not a number of at least 0"),
         ({"more": {"x": "y"}}, "more.x is 'y', not a number"),
-        ({"further": 1}, "the object has 'further', which is not known; its entries should be name, sizes, on, rate, more"),
+        (
+            {"further": 1},
+            "the object has 'further', which is not known; its entries should be name, sizes, on, rate, more",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
