@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.pack import take_rows
+from ftrain.kernels.pack import take_rows
 
 X_TD = torch.arange(8.0).view(4, 2)
 
