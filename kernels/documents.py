@@ -8,7 +8,7 @@ T tokens of the queries, S tokens of the keys, N documents, P packs.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -66,6 +66,28 @@ class Documents:
         """The documents of every `stride`-th token, from the first on."""
         offsets_N = torch.div(self.offsets_N + (stride - 1), stride, rounding_mode="floor")
         return Documents(self.ids_T[::stride], offsets_N, -(-self.longest // stride))
+
+
+def join_documents(packs: Sequence[Documents]) -> Documents:
+    """The documents of packs of equal length, one pack after the other; ids are shifted so that they stay apart."""
+    slots = max(len(pack.offsets_N) for pack in packs) - 1
+    step = max(int(pack.ids_T.max()) - int(pack.ids_T.min()) for pack in packs) + 1
+    length = packs[0].ids_T.shape[0]
+    ids = [pack.ids_T - pack.ids_T.min() + i * step for i, pack in enumerate(packs)]
+    offsets = [_filled_up(pack.offsets_N, slots)[1:] + i * length for i, pack in enumerate(packs)]
+    return Documents(torch.cat(ids), torch.cat([packs[0].offsets_N[:1], *offsets]), max(p.longest for p in packs))
+
+
+def stack_documents(packs: Sequence[Documents]) -> Documents:
+    """The documents of packs of equal length in a new first dim, as micro-batches have them."""
+    slots = max(len(pack.offsets_N) for pack in packs) - 1
+    offsets = [_filled_up(pack.offsets_N, slots) for pack in packs]
+    return Documents(torch.stack([p.ids_T for p in packs]), torch.stack(offsets), max(p.longest for p in packs))
+
+
+def _filled_up(offsets_N: Tensor, slots: int) -> Tensor:
+    """Offsets with so many places, the last of length zero."""
+    return torch.cat([offsets_N, offsets_N[-1:].expand(slots + 1 - len(offsets_N))])
 
 
 def aligned_documents(
