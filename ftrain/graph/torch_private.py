@@ -155,6 +155,18 @@ def node_of(tensor: Tensor) -> fx.Node | None:
     return None if slot is None else slot.proxy.node
 
 
+def vmapped_dims(tensor: Tensor) -> list[int]:
+    """The dims that `torch.func.vmap` hides of what a tensor wraps, the outermost first: each counts in what is left
+    when those before it are gone.
+    """
+    dims = list[int]()
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            dims.append(torch._C._functorch.maybe_get_bdim(tensor))
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return dims[::-1]
+
+
 def is_constant(tensor: Tensor) -> bool:
     """True for a tensor of the trace whose number the tracer knows: ops on it alone are computed while tracing."""
     from torch.fx.experimental.proxy_tensor import get_proxy_slot

@@ -28,7 +28,7 @@ from ftrain.step.mesh_arguments import COORDINATES, MeshArguments
 from ftrain.step.mesh_call import MeshCall
 from ftrain.step.process_arrays import ProcessArrays
 from ftrain.step.runner import Runner
-from ftrain.trace.piece_sizes import RefusedCounts
+from ftrain.trace.piece_sizes import ArraySizes
 from ftrain.trace.refusals import in_words_of_a_mesh
 from ftrain.trace.spmd import Placements, ShardedTrace, reduce_means, tracing_rank
 from ftrain.trace.spmd_rules import bindings
@@ -81,7 +81,7 @@ class ShardedStep:
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             trace.note_coordinates(coordinates_3)
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)), in_words_of_a_mesh(self.plan.mesh.size):
-                with RefusedCounts(trace.placement_of_piece):
+                with ArraySizes(trace):
                     result = fn(*own)
                 return reduce_means(result, trace)
 

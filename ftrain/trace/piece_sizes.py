@@ -1,12 +1,27 @@
-"""Counts of a piece's elements, asked for in a user's own update: refused, for they are not the array's.
+"""Sizes in a user's own update on a mesh: they are those of the whole array, as on one device, though a rank's tensors
+are pieces.
 
-`g.sum() / g.numel()` would divide a sum that is finished over the ranks by one rank's number, and nothing in the graph
-would tell: a count is a number of Python. A shape is another matter: `torch.zeros(g.shape)` is right of a piece, so
-`shape` and `size()` stay the piece's.
+What Python does with a size leaves nothing in the graph: `g.sum() / g.shape[0]` would divide a sum that is finished
+over the ranks by one rank's number, `g.view(-1, 2)` could take blocks that one device does not, and `g[:2]` could be
+all of a piece. So within a step's trace, for the lines that a user writes:
+
+- `x.shape`, `x.size()`, `x.numel()`, `x.nbytes` and `len(x)` of a piece are the array's (`DividedSize`);
+- given as a size to what makes a tensor (`torch.zeros(g.shape)`, `row.expand(g.shape)`) they make a piece, which is
+  remembered as one;
+- sizes given to `view`, `reshape` and `unflatten` are meant for the array: the piece is viewed likewise, or the line is
+  refused where a divided dim does not stay whole;
+- an index that takes a part of a divided dim is refused, as are `narrow` and `select`.
+
+Everywhere else a size is the array's number. Code of torch, of this trainer and of kernels reads the sizes of pieces,
+and inside a loss parameters are whole. Leaves of the batch are each rank's share, of no array: their sizes are the
+share's, as a count that goes into a `Mean` has to be. What no function of torch is called for stays a piece's:
+`x.stride()` is, and so is what is read by `torch.ops.aten` or by numpy.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -14,53 +29,233 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ftrain.graph.source import is_users
+from ftrain.trace.divided_size import DividedSize, of_pieces, placement_of_sizes, shape_of, whole
+from ftrain.trace.piece_views import cut_dim, reshaped
+from ftrain.graph.torch_private import vmapped_dims
+from ftrain.trace.provenance import current_provenance, is_users
+from ftrain.trace.spmd import ShardedTrace
+from ftrain.trace.spread import share_ranks
 from ftrain.sharding.placement import Placement
-
-_COUNTS: Mapping[Callable, str] = {
-    Tensor.numel: "numel()",  # and nelement()
-    torch.numel: "torch.numel()",
-    Tensor.__len__: "len()",
-}
-
 
 _METHODS = (Tensor.__len__.__code__.co_filename, torch.overrides.__file__)
 """`len(x)` is a method of Python, which asks the mode: its frames, and torch's between them."""
 
+_WAY_OUT = (
+    "gather it (ftrain.optim.shards.whole_leaf, piece_of_leaf), or keep it whole on every rank with "
+    "Layout(parameters=())"
+)
 
-class RefusedCounts(TorchFunctionMode):
-    """Within the block, counts of divided arrays that the user's code takes are ValueErrors with the line.
 
-    `placement_of`: where the array is that a tensor is a piece of, None for what is no piece. Inside of a loss
-    parameters are whole, and what is computed from them is not asked for.
+class ArraySizes(TorchFunctionMode):
+    """Within the block sizes that the user's code reads are those of arrays; ValueError, with the line, for a view that
+    a rank cannot take of its piece. `trace`: the one for a rank that is under way.
     """
 
-    def __init__(self, placement_of: Callable[[Tensor], Placement | None]) -> None:
+    def __init__(self, trace: ShardedTrace) -> None:
         super().__init__()
-        self._placement_of = placement_of
+        self._trace = trace
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the function, or refuse it."""
-        if func in _COUNTS:
-            caller = _caller(sys._getframe(1))
-            if is_users(caller.f_code.co_filename):
-                self._refuse_count(func, args[0], f"{caller.f_code.co_filename}:{caller.f_lineno}")
-        return func(*args, **(kwargs or {}))
+        """Run the function with sizes of pieces, or answer or refuse it."""
+        kwargs = kwargs or {}
+        caller = _caller(sys._getframe(1))
+        if is_users(caller.f_code.co_filename):
+            if func in _QUERIES:
+                placement = self._placement(args[0])
+                return func(*args, **kwargs) if placement is None else _QUERIES[func](placement, *args, **kwargs)
+            if func in _VIEWS:
+                return _VIEWS[func](self, func, args, kwargs, f"{caller.f_code.co_filename}:{caller.f_lineno}")
+        return func(*whole(args), **whole(kwargs))
 
-    def _refuse_count(self, func: Callable, tensor: Any, line: str) -> None:
+    def _placement(self, tensor: Any) -> Placement | None:
+        """Where the array is that a tensor is a piece of; None for what is no piece, and for parameters in a loss."""
         if not isinstance(tensor, Tensor) or tensor.requires_grad:
-            return
-        placement = self._placement_of(tensor)
-        dims = set() if placement is None else {split.dim for split in placement.splits}
-        if not dims or (func is Tensor.__len__ and 0 not in dims):
-            return
-        assert placement is not None
-        raise ValueError(
-            f"{_COUNTS[func]} at {line}: a rank holds {list(tensor.shape)} of an array of {list(placement.shape)}, and "
-            "counts its piece alone: take .mean(), or the array's shape with ftrain.optim.shards.whole_shape(leaf)"
-        )
+            return None
+        placement = self._trace.placement_of_piece(tensor)
+        if placement is None:
+            return None
+        for dim in vmapped_dims(tensor):
+            placement = _without(placement, dim)
+        provenance = current_provenance()
+        if provenance is not None and provenance.phase != "step":  # experts are each rank's own in a loss
+            placement = replace(placement, splits=tuple(s for s in placement.splits if s.gathered))
+        return placement if placement.splits else None
+
+    def _make(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+        """A tensor of given sizes: a piece, if they are an array's. Dims that share ranks have no pieces."""
+        first = 1 if args and isinstance(args[0], Tensor) else 0
+        sizes, rest, options = _sizes(args[first:], kwargs, "size", filled=func in _FILLED)
+        placement = placement_of_sizes(sizes)
+        if not placement.splits or share_ranks(placement.splits):
+            return func(*whole(args), **whole(kwargs))
+        made = func(*args[:first], of_pieces(sizes), *whole(rest), **whole(options))
+        if func not in _DRAWN:
+            self._note(made, placement, uniform=True)
+        return made
+
+    def _expand(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+        """A tensor repeated along dims of size 1: what is alike on all ranks becomes a piece."""
+        del func
+        source, (sizes, _, _) = args[0], _sizes(args[1:], kwargs, "size", "shape", "other")
+        sizes = self._sizes_of(sizes)
+        own, new = self._placement(source), len(sizes) - source.dim()
+        held = {} if own is None else {split.dim + new: split for split in own.splits}
+        given, splits = list(map(int, sizes)), dict(held)
+        for dim, size in enumerate(sizes):
+            if dim in held:
+                given[dim] = -1 if size in (-1, own.shape[dim - new]) else size  # type: ignore[union-attr]
+            elif isinstance(size, DividedSize) and (dim < new or source.shape[dim - new] == 1):
+                given[dim], splits[dim] = size.piece, size.split._replace(dim=dim)
+        expanded = source.expand(given)
+        if len(splits) == len(held) or self._trace.is_own(source):
+            return expanded
+        if share_ranks(splits.values()):
+            raise ValueError(f"expand at {line}: two dims would be divided among the same ranks: {_WAY_OUT}")
+        shape = [
+            own.shape[dim - new] if own is not None and dim in held else int(sizes[dim]) if dim in splits else size
+            for dim, size in enumerate(expanded.shape)
+        ]
+        copies = placement_of_sizes(sizes).copies if own is None else own.copies
+        placement = Placement(tuple(shape), tuple(splits[dim] for dim in sorted(splits)), copies)
+        self._note(expanded, placement, of=[source], uniform=self._trace.is_uniform(source))
+        return expanded
+
+    def _view(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+        """Of a piece what the array is viewed as."""
+        if _is_dtype(args[1:], kwargs):
+            return func(*args, **kwargs)
+        sizes, _, _ = _sizes(args[1:], kwargs, "size", "shape", "other")
+        name = "view" if "view" in func.__name__ else "reshape"
+        return self._viewed(name, args[0], self._sizes_of(sizes), line)
+
+    def _unflatten(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+        """The same for one dim that becomes several."""
+        given = dict(zip(("dim", "sizes"), args[1:], strict=False)) | dict(kwargs)
+        placement, dim = self._placement(args[0]), given["dim"]
+        if placement is None or not isinstance(dim, int):
+            return func(*whole(args), **whole(kwargs))
+        dim %= len(placement.shape)
+        parts = _known(placement.shape[dim], list(given["sizes"]))
+        return self._viewed("view", args[0], [*placement.shape[:dim], *parts, *placement.shape[dim + 1 :]], line)
+
+    def _viewed(self, name: str, source: Tensor, sizes: Sequence[int], line: str) -> Any:
+        view, placement = getattr(source, name), self._placement(source)
+        if placement is None:  # whole on every rank, or a rank's own
+            return view(of_pieces(sizes) if self._trace.is_own(source) else list(map(int, sizes)))
+        after, lost = reshaped(placement, sizes)
+        if any(split.gathered for split in lost):
+            raise ValueError(
+                f"{name} at {line}: a rank holds {list(source.shape)} of an array of {list(placement.shape)}, and as "
+                f"{list(after.shape)} its divided dim {lost[0].dim} does not stay whole: {_WAY_OUT}"
+            )
+        if lost:
+            return view(of_pieces(sizes))
+        viewed = view(after.local_shape)
+        if self._trace.placement_of_piece(viewed) != after:
+            self._note(viewed, after, of=[source], uniform=self._trace.is_uniform(source))
+        return viewed
+
+    def _note(self, made: Tensor, placement: Placement, *, of: Sequence[Tensor] = (), uniform: bool) -> None:
+        if not vmapped_dims(made):  # what is wrapped has more dims
+            self._trace.note_piece(made, placement, of=of, uniform=uniform)
+
+    def _sizes_of(self, sizes: Any) -> Sequence[int]:
+        """Sizes that are given as such, or by a tensor that has them."""
+        if not isinstance(sizes, Tensor):
+            return sizes
+        placement = self._placement(sizes)
+        return sizes.shape if placement is None else shape_of(placement)
+
+    def _index(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+        """What is read or written at an index."""
+        placement = self._placement(args[0])
+        dim = None if placement is None else cut_dim(placement, args[1])
+        if placement is not None and dim is not None:
+            raise _cut("an index (slice or select)", line, args[0], placement, dim)
+        return func(*whole(args), **whole(kwargs))
+
+    def _narrow(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+        """A part of a dim: all of a divided one, or refused."""
+        given = dict(zip(("dim", "start", "length"), args[1:], strict=False)) | dict(kwargs)
+        given.setdefault("start", given.pop("index", None))
+        placement, dim = self._placement(args[0]), given["dim"]
+        divided = set() if placement is None else {split.dim for split in placement.splits}
+        if placement is None or not isinstance(dim, int) or dim % len(placement.shape) not in divided:
+            return func(*whole(args), **whole(kwargs))
+        dim %= len(placement.shape)
+        size = placement.shape[dim]
+        if given.get("length") != size or given["start"] not in (0, -size):
+            raise _cut(f"{func.__name__} (a slice)", line, args[0], placement, dim)
+        return args[0].view(args[0].shape) if "copy" not in func.__name__ else args[0].clone()
+
+
+def _size(placement: Placement, x: Tensor, dim: int | None = None) -> Any:
+    shape = shape_of(placement)
+    return shape if dim is None else shape[dim]
+
+
+def _count(placement: Placement, x: Tensor) -> int:
+    return math.prod(placement.shape)
+
+
+_QUERIES: Mapping[Callable, Callable] = {
+    Tensor.shape.__get__: lambda placement, *_: shape_of(placement),  # type: ignore[attr-defined]
+    Tensor.size: _size,
+    Tensor.numel: _count,
+    Tensor.nelement: _count,
+    torch.numel: _count,
+    Tensor.nbytes.__get__: lambda placement, x, *_: _count(placement, x) * x.itemsize,  # type: ignore[attr-defined]
+    Tensor.__len__: lambda placement, x: placement.shape[0],
+}
+_DRAWN = {torch.rand, torch.randn}
+_FILLED = {torch.full, Tensor.new_full}
+_MAKERS = {torch.zeros, torch.ones, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, *_FILLED, *_DRAWN}
+_RESHAPES = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.view_as, Tensor.reshape_as)
+_VIEWS: Mapping[Callable, Callable] = {
+    **dict.fromkeys(_MAKERS, ArraySizes._make),
+    **dict.fromkeys((Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to), ArraySizes._expand),
+    **dict.fromkeys(_RESHAPES, ArraySizes._view),
+    **dict.fromkeys((Tensor.unflatten, torch.unflatten), ArraySizes._unflatten),
+    **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), ArraySizes._index),
+    **dict.fromkeys((Tensor.narrow, torch.narrow, Tensor.narrow_copy, torch.narrow_copy), ArraySizes._narrow),
+    **dict.fromkeys((Tensor.select, torch.select), ArraySizes._narrow),
+}
+
+
+def _sizes(
+    args: Sequence[Any], kwargs: Mapping[str, Any], *names: str, filled: bool = False
+) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
+    """The sizes among the arguments of a function, which may stand one by one; the arguments after them; the others."""
+    for name in names:
+        if name in kwargs:
+            return kwargs[name], args, {key: value for key, value in kwargs.items() if key != name}
+    if filled or not args or not isinstance(args[0], int):
+        return args[0] if args else (), args[1:], kwargs
+    return tuple(args), (), kwargs
+
+
+def _is_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return "dtype" in kwargs or (len(args) > 0 and isinstance(args[0], torch.dtype))
+
+
+def _known(count: int, parts: list[int]) -> list[int]:
+    """The sizes that a dim is cut into, with what -1 stands for."""
+    others = math.prod(part for part in parts if part != -1)
+    return [count // others if part == -1 and others else part for part in parts]
+
+
+def _without(placement: Placement, dim: int) -> Placement:
+    splits = tuple(s._replace(dim=s.dim - int(s.dim > dim)) for s in placement.splits if s.dim != dim)
+    return Placement((*placement.shape[:dim], *placement.shape[dim + 1 :]), splits, placement.copies)
+
+
+def _cut(what: str, line: str, piece: Tensor, placement: Placement, dim: int) -> ValueError:
+    return ValueError(
+        f"{what} at {line} takes a part of dim {dim} of an array of {list(placement.shape)}, of which a rank holds "
+        f"{list(piece.shape)}: {_WAY_OUT}"
+    )
 
 
 def _caller(frame: FrameType) -> FrameType:

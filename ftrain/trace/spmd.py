@@ -120,12 +120,22 @@ class ShardedTrace:
             used = placed(Placement(placement.shape, splits, placement.copies))
             self._note(tensor, path, replace(used, cause=self.spreads.of(node).cause))
 
-    def note_piece(self, tensor: Tensor, placement: Placement, path: str = "", *, of: Sequence[Tensor] = ()) -> None:
-        """Remember where a tensor's pieces are, which its ops do not tell; it was made rightly `of` these."""
+    def note_piece(
+        self,
+        tensor: Tensor,
+        placement: Placement,
+        path: str = "",
+        *,
+        of: Sequence[Tensor] = (),
+        uniform: bool = False,
+    ) -> None:
+        """Remember where a tensor's pieces are, which its ops do not tell; it was made rightly `of` these. `uniform`:
+        it is one number at every place.
+        """
         nodes = [node for node in map(node_of, of) if node is not None]
         causes = (self.spreads.of(node).cause for node in nodes)
         cause = next((c for c in causes if c is not None), None)
-        self._note(tensor, path, replace(placed(placement), cause=cause))
+        self._note(tensor, path, replace(placed(placement), uniform=uniform, cause=cause))
 
     def note_gradient(self, tensor: Tensor, leaf: Tensor) -> None:
         """Remember that a gradient lies as its leaf does, if nothing that it was computed from was wrong."""
@@ -172,6 +182,17 @@ class ShardedTrace:
         """Where the array is that a tensor is a piece of; None for what is no piece."""
         node = node_of(tensor) if isinstance(tensor, Tensor) else None
         return None if node is None else self.spreads.of(node).placement
+
+    def is_own(self, tensor: Tensor) -> bool:
+        """True for what may differ between ranks and is a piece of no array."""
+        node = node_of(tensor)
+        spread = None if node is None else self.spreads.of(node)
+        return spread is not None and spread.placement is None and (bool(spread.axes) or spread.batch)
+
+    def is_uniform(self, tensor: Tensor) -> bool:
+        """True for what is one number at every place."""
+        node = node_of(tensor)
+        return node is not None and self.spreads.of(node).uniform
 
     def component(self, *tensors: Tensor) -> str:
         """The path of the parameter that these tensors come from, the nearest one; empty if from none."""

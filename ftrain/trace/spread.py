@@ -258,14 +258,15 @@ class Spreads:
                 sizes[dim] = spread.placement.shape[split.dim]
         for source in node.all_input_nodes:
             spread, own = self._known[source], _value(source)
-            if own is None or spread.uniform:
+            if own is None:
                 continue
             held = {s.dim + len(sizes) - own.dim() for s in spread.placement.splits} if spread.placement else set()
-            for dim in splits:
+            for dim, split in splits.items():
                 at = dim - (len(sizes) - own.dim())
-                if dim not in held and at >= 0 and own.shape[at] != 1:
+                fits = (1, -(-sizes[dim] // split.size)) if spread.uniform else (1,)
+                if dim not in held and at >= 0 and own.shape[at] not in fits:
                     return Spread(axes, cause=node)
-        if _share_ranks(splits.values()):
+        if share_ranks(splits.values()):
             return Spread(axes, cause=node)
         return placed(Placement(tuple(sizes), tuple(splits[d] for d in sorted(splits)), copies))
 
@@ -315,7 +316,7 @@ class Spreads:
         of_batches = len(sizes) == 3
         if of_batches and 0 in splits and any(self._known[n].placement is None for n in factors):  # type: ignore[index]
             return None
-        if _share_ranks(splits.values()):
+        if share_ranks(splits.values()):
             return None
         found = Placement(tuple(sizes), tuple(s._replace(dim=d) for d, s in sorted(splits.items())), copies)
         spread = placed(found)
@@ -377,7 +378,7 @@ def _without(axes: frozenset[str], group: frozenset[str]) -> frozenset[str]:
     return axes - group
 
 
-def _share_ranks(splits: Iterable[Split]) -> bool:
+def share_ranks(splits: Iterable[Split]) -> bool:
     """True where two dims are divided among the same ranks: each holds a block of the diagonal, and nobody the rest."""
     axes = [axis for split in splits for axis in split.axes]
     return len(set(axes)) < len(axes) or not (_FOLDED.isdisjoint(axes) or _EXPERTS.isdisjoint(axes))

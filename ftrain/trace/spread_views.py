@@ -95,10 +95,10 @@ def _reshaped(before: Sequence[int], after: Sequence[int]) -> list[int | None]:
 
 
 def _follow(placement: Placement, before: Tensor, after: Tensor, origin: list[int | None]) -> Placement | None:
-    """None if a divided dim is gone, or was of size 1 and became another."""
+    """None if a divided dim is gone, or not told apart, or was of size 1 and became another."""
     splits = list[Split]()
     for split in placement.splits:
-        if split.dim not in origin:
+        if origin.count(split.dim) != 1:  # a piece of size 1 is like a new dim
             return None
         at = origin.index(split.dim)
         if after.shape[at] != before.shape[split.dim]:
