@@ -26,7 +26,7 @@ class DividedSize(int):
         size.piece, size.split, size.copies = piece, split, copies
         return size
 
-    def __getnewargs__(self) -> tuple:  # type: ignore[override]  # a copy is divided too
+    def __getnewargs__(self) -> tuple:  # a copy is divided too
         return int(self), self.piece, self.split, self.copies
 
 

@@ -29,16 +29,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ftrain.graph.source import is_users
+from ftrain.graph.torch_private import node_of, vmapped_dims
+from ftrain.sharding.placement import Placement
 from ftrain.trace.divided_size import DividedSize, of_pieces, placement_of_sizes, shape_of, whole
 from ftrain.trace.piece_views import cut_dim, reshaped
-from ftrain.graph.torch_private import vmapped_dims
-from ftrain.trace.provenance import current_provenance, is_users
+from ftrain.trace.provenance import current_provenance
 from ftrain.trace.spmd import ShardedTrace
-from ftrain.trace.spread import share_ranks
-from ftrain.sharding.placement import Placement
+from ftrain.trace.spread import SAME, Spread, share_ranks
 
-_METHODS = (Tensor.__len__.__code__.co_filename, torch.overrides.__file__)
-"""`len(x)` is a method of Python, which asks the mode: its frames, and torch's between them."""
+_METHODS = (Tensor.__len__.__code__.co_filename, torch.functional.__file__, torch.overrides.__file__)
+"""Functions of Python ask the mode (`len(x)`, `broadcast_tensors`): their files, and torch's between them."""
 
 _WAY_OUT = (
     "gather it (ftrain.optim.shards.whole_leaf, piece_of_leaf), or keep it whole on every rank with "
@@ -109,7 +110,7 @@ class ArraySizes(TorchFunctionMode):
             elif isinstance(size, DividedSize) and (dim < new or source.shape[dim - new] == 1):
                 given[dim], splits[dim] = size.piece, size.split._replace(dim=dim)
         expanded = source.expand(given)
-        if len(splits) == len(held) or self._trace.is_own(source):
+        if len(splits) == len(held) or _is_own(self._spread(source)):
             return expanded
         if share_ranks(splits.values()):
             raise ValueError(f"expand at {line}: two dims would be divided among the same ranks: {_WAY_OUT}")
@@ -119,8 +120,19 @@ class ArraySizes(TorchFunctionMode):
         ]
         copies = placement_of_sizes(sizes).copies if own is None else own.copies
         placement = Placement(tuple(shape), tuple(splits[dim] for dim in sorted(splits)), copies)
-        self._note(expanded, placement, of=[source], uniform=self._trace.is_uniform(source))
+        self._note(expanded, placement, of=[source], uniform=self._spread(source).uniform)
         return expanded
+
+    def _broadcast(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+        """Each tensor expanded to the size of all."""
+        tensors = args[0] if len(args) == 1 and not isinstance(args[0], Tensor) else args
+        sizes = list[int]()
+        for tensor in tensors:
+            own = list(self._sizes_of(tensor))
+            sizes = [1] * (len(own) - len(sizes)) + sizes
+            own = [1] * (len(sizes) - len(own)) + own
+            sizes = [a if b == 1 else b for a, b in zip(sizes, own, strict=True)]
+        return [self._expand(func, (tensor, sizes), kwargs, line) for tensor in tensors]
 
     def _view(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """Of a piece what the array is viewed as."""
@@ -143,7 +155,7 @@ class ArraySizes(TorchFunctionMode):
     def _viewed(self, name: str, source: Tensor, sizes: Sequence[int], line: str) -> Any:
         view, placement = getattr(source, name), self._placement(source)
         if placement is None:  # whole on every rank, or a rank's own
-            return view(of_pieces(sizes) if self._trace.is_own(source) else list(map(int, sizes)))
+            return view(of_pieces(sizes) if _is_own(self._spread(source)) else list(map(int, sizes)))
         after, lost = reshaped(placement, sizes)
         if any(split.gathered for split in lost):
             raise ValueError(
@@ -154,8 +166,12 @@ class ArraySizes(TorchFunctionMode):
             return view(of_pieces(sizes))
         viewed = view(after.local_shape)
         if self._trace.placement_of_piece(viewed) != after:
-            self._note(viewed, after, of=[source], uniform=self._trace.is_uniform(source))
+            self._note(viewed, after, of=[source], uniform=self._spread(source).uniform)
         return viewed
+
+    def _spread(self, tensor: Tensor) -> Spread:
+        node = node_of(tensor)
+        return SAME if node is None else self._trace.spreads.of(node)
 
     def _note(self, made: Tensor, placement: Placement, *, of: Sequence[Tensor] = (), uniform: bool) -> None:
         if not vmapped_dims(made):  # what is wrapped has more dims
@@ -191,6 +207,11 @@ class ArraySizes(TorchFunctionMode):
         return args[0].view(args[0].shape) if "copy" not in func.__name__ else args[0].clone()
 
 
+def _is_own(spread: Spread) -> bool:
+    """True for what may differ between ranks and is a piece of no array."""
+    return spread.placement is None and (bool(spread.axes) or spread.batch)
+
+
 def _size(placement: Placement, x: Tensor, dim: int | None = None) -> Any:
     shape = shape_of(placement)
     return shape if dim is None else shape[dim]
@@ -209,13 +230,16 @@ _QUERIES: Mapping[Callable, Callable] = {
     Tensor.nbytes.__get__: lambda placement, x, *_: _count(placement, x) * x.itemsize,  # type: ignore[attr-defined]
     Tensor.__len__: lambda placement, x: placement.shape[0],
 }
-_DRAWN = {torch.rand, torch.randn}
-_FILLED = {torch.full, Tensor.new_full}
-_MAKERS = {torch.zeros, torch.ones, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, *_FILLED, *_DRAWN}
+_DRAWN: set[Callable] = {torch.rand, torch.randn}
+_FILLED: set[Callable] = {torch.full, Tensor.new_full}
+_MAKERS: set[Callable] = {
+    torch.zeros, torch.ones, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, *_FILLED, *_DRAWN,
+}  # fmt: skip
 _RESHAPES = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.view_as, Tensor.reshape_as)
 _VIEWS: Mapping[Callable, Callable] = {
     **dict.fromkeys(_MAKERS, ArraySizes._make),
     **dict.fromkeys((Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to), ArraySizes._expand),
+    torch.broadcast_tensors: ArraySizes._broadcast,
     **dict.fromkeys(_RESHAPES, ArraySizes._view),
     **dict.fromkeys((Tensor.unflatten, torch.unflatten), ArraySizes._unflatten),
     **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), ArraySizes._index),

@@ -183,17 +183,6 @@ class ShardedTrace:
         node = node_of(tensor) if isinstance(tensor, Tensor) else None
         return None if node is None else self.spreads.of(node).placement
 
-    def is_own(self, tensor: Tensor) -> bool:
-        """True for what may differ between ranks and is a piece of no array."""
-        node = node_of(tensor)
-        spread = None if node is None else self.spreads.of(node)
-        return spread is not None and spread.placement is None and (bool(spread.axes) or spread.batch)
-
-    def is_uniform(self, tensor: Tensor) -> bool:
-        """True for what is one number at every place."""
-        node = node_of(tensor)
-        return node is not None and self.spreads.of(node).uniform
-
     def component(self, *tensors: Tensor) -> str:
         """The path of the parameter that these tensors come from, the nearest one; empty if from none."""
         found = next((f for f in map(self._nearest_path, tensors) if f), "")

@@ -105,6 +105,18 @@ def test_emitted_nodes_stand_for_their_outputs():
     assert module(torch.ones(3)).tolist() == [4, 4, 4]
 
 
+def test_vmapped_dims_are_told_from_the_outermost_on():
+    found = []
+
+    def inner(x):
+        found.append(private.vmapped_dims(x))
+        return x
+
+    torch.func.vmap(torch.func.vmap(inner, in_dims=1), in_dims=2)(torch.ones(2, 3, 4))
+    assert found == [[2, 1]]
+    assert private.vmapped_dims(torch.ones(2)) == []
+
+
 def test_functional_wrappers_come_off_and_on():
     def function(x):
         y = x * 2
