@@ -42,7 +42,7 @@ def trained(plan: Plan | None, steps: int) -> tuple[Any, list[float]]:
         loss, grads = ftrain.value_and_grad(loss_fn)(state.params, batch)
         return state.apply(tx, grads), loss
 
-    step = ftrain.jit(train_step, donate="state", plan=plan, specs={"params": spec.of(params)})
+    step = ftrain.jit(train_step, donate="state", plan=plan, specs=spec.of(params))
     state, losses = TrainState.create(params, tx), []
     for n in range(steps):
         random = torch.Generator().manual_seed(n)
