@@ -43,8 +43,9 @@ def jit(
       `overlap`: reorder the graph so that communication hides behind compute; values are the same without.
 
     Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
-    shapes, dtypes or devices, and modes around the call (autocast, the default dtype and device); from the second trace
-    on a warning says which leaf changed, and how. A step holds at most 8 traces, and drops the oldest with a warning.
+    shapes, dtypes or devices, modes around the call (autocast, the default dtype and device), and what the function's
+    Python reads beside its arguments (numbers in closures, globals and options, whether a module trains); from the
+    second trace on a warning says what changed, and how. A step holds at most 8 traces, and drops the oldest with a warning.
     Inside a transform of `torch.func`, another jitted function or a trace of another kind, a jitted function is the
     plain one.
     """
