@@ -45,9 +45,9 @@ def jit(
     Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
     shapes, dtypes or devices, modes around the call (autocast, the default dtype and device), and what the function's
     Python reads beside its arguments (numbers in closures, globals and options, whether a module trains); from the
-    second trace on a warning says what changed, and how. A step holds at most 8 traces, and drops the oldest with a warning.
-    Inside a transform of `torch.func`, another jitted function or a trace of another kind, a jitted function is the
-    plain one.
+    second trace on a warning says what changed, and how. A step holds at most 8 traces, and drops the oldest with a
+    warning. Inside a transform of `torch.func`, another jitted function or a trace of another kind, a jitted function
+    is the plain one.
     """
     if fn is None:
         return functools.partial(
