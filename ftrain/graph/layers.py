@@ -72,9 +72,8 @@ def _mark(module: fx.GraphModule, layers: Mapping[str, str]) -> None:
         node.meta["layer"] = layers.get(node.meta.get("path") or "", "")
         if is_loop(node):
             _mark(loop_body(node), layers)
-    handed = {node: None for node in module.graph.nodes if _other_layers(node)}
-    for node in reversed(handed):
-        readers = _other_layers(node)  # now that those after it are where they belong
+    handed = {node: readers for node in module.graph.nodes if (readers := _other_layers(node))}
+    for node, readers in reversed(handed.items()):
         if len(readers) == 1:
             for member in _made_of_handed(node, readers, handed):
                 member.meta["layer"] = next(iter(readers))
