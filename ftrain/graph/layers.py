@@ -4,7 +4,7 @@
 keeps what a layer hands to others.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -59,11 +59,7 @@ def _choose(places: Sequence[tuple[str, str]], lists: Mapping[str, Mapping[str, 
 
 
 def mark_layers(module: fx.GraphModule, leaves: Mapping[str, Any]) -> None:
-    """Note on each node, as `meta["layer"]`, the layer of the parameter that it is about; bodies of loops alike.
-
-    What is computed for one layer alone, from what is handed on to layers anyway and from no parameter, is that
-    layer's (the part of a norm before its weight): else its result would be handed on too, beside what it is made of.
-    """
+    """Note on each node, as `meta["layer"]`, the layer of the parameter that it is about; bodies of loops alike."""
     _mark(module, layers_of(leaves))
 
 
@@ -72,47 +68,6 @@ def _mark(module: fx.GraphModule, layers: Mapping[str, str]) -> None:
         node.meta["layer"] = layers.get(node.meta.get("path") or "", "")
         if is_loop(node):
             _mark(loop_body(node), layers)
-    handed = {node: readers for node in module.graph.nodes if (readers := _other_layers(node))}
-    for node, readers in reversed(handed.items()):
-        if len(readers) == 1:
-            for member in _made_of_handed(node, readers, handed):
-                member.meta["layer"] = next(iter(readers))
-
-
-def _other_layers(node: fx.Node) -> set[str]:
-    """The other layers whose forward reads what a node of the forward computes."""
-    if not _is_forward(node):
-        return set()
-    return {layer_of_node(user) for user in _forward_users(node)} - {layer_of_node(node), ""}
-
-
-def _made_of_handed(node: fx.Node, readers: Collection[str], handed: Collection[fx.Node]) -> set[fx.Node]:
-    """The node and what it is made of, up to what is handed on; none if that reads anything else (a parameter, an
-    argument, another layer's values), or if something else reads it.
-    """
-    mine, found, handed_on = layer_of_node(node), {node}, False
-    stack = [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source in handed and source is not node:
-                handed_on = True
-            elif not _is_forward(source) or layer_of_node(source) != mine:
-                return set()
-            elif source not in found:
-                found.add(source)
-                stack.append(source)
-    for_the_backward = {user for n in found for user in n.users if _is_forward(user) and not _forward_users(user)}
-    found |= {n for n in for_the_backward if found.issuperset(n.all_input_nodes)}
-    others = {user for n in found for user in _forward_users(n)} - found
-    return found if handed_on and {layer_of_node(n) for n in others} <= set(readers) else set()
-
-
-def _forward_users(node: fx.Node) -> list[fx.Node]:
-    return [user for user in node.users if _is_forward(user)]
-
-
-def _is_forward(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.meta.get("phase") == "forward"
 
 
 def layer_of_node(node: fx.Node) -> str:

@@ -8,30 +8,23 @@ from ftrain.graph.loop import is_loop, loop_body
 def spread_paths(module: fx.GraphModule, first_argument: str) -> None:
     """Give every node the path of the parameter that it is about.
 
-    A node that reads leaves of the step's first argument (its state or parameters) has the last such leaf's path; in
-    the forward pass a leaf that was cast or gathered, however early, is still the leaf. A backward node has its forward
-    op's; any other inherits from the latest of its inputs that has one, which is where the computation stands. Leaves
-    of other arguments only name nodes that know nothing better.
+    A node that reads leaves of the step's first argument (its state or parameters) has the last such leaf's path; a
+    backward node has its forward op's; any other inherits from the latest of its inputs that has one, which is where
+    the computation stands. Leaves of other arguments only name nodes that know nothing better.
     """
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     forward: dict[int, str] = {}
     prefix = first_argument + "."
-    of_leaves: set[fx.Node] = set()  # leaves of the state, and what the forward pass makes of these alone
     for node in module.graph.nodes:
-        if node.op == "placeholder" and (node.meta.get("path") or "").startswith(prefix):
-            of_leaves.add(node)
         if node.op in ("placeholder", "output"):
             continue
         known = [n for n in node.all_input_nodes if n.meta.get("path")]
         state = [n for n in known if n.meta["path"].startswith(prefix)]
-        is_forward = node.meta.get("phase") == "forward"
-        if is_forward and node.all_input_nodes and of_leaves.issuperset(node.all_input_nodes):
-            of_leaves.add(node)
-        leaves = [n for n in state if n.op == "placeholder" or (is_forward and n in of_leaves)]
+        leaves = [n for n in state if n.op == "placeholder"]
         best = leaves or state or known
         path = max(best, key=order.__getitem__).meta["path"] if best else ""
         sequence = node.meta.get("sequence")
-        if is_forward:
+        if node.meta.get("phase") == "forward":
             forward.setdefault(sequence, path)
         elif node.meta.get("phase") == "backward":
             path = forward.get(sequence) or path
