@@ -1,7 +1,4 @@
-"""Where a NaN or an infinity was born: the step's graph, run node by node until a value is not finite.
-
-`check_passes` (see `ftrain.debug.pass_check`) asks another thing: whether each pass keeps every bit.
-"""
+"""Where a NaN or an infinity was born: the step's graph, run node by node until a value is not finite."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from ftrain import tree
-from ftrain.debug.pass_check import check_passes as check_passes
 from ftrain.graph.collectives import COLLECTIVES, WAIT
 from ftrain.graph.text import op_name, short_site, show_node, show_value
 from ftrain.runtime.interpret import Iteration, Op, interpret, interpret_ranks

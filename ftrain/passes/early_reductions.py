@@ -4,6 +4,7 @@ import torch
 from torch import fx
 
 from ftrain.graph.collectives import WAIT
+from ftrain.graph.order import reorder
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 _SUMS = (_c10d.reduce_scatter_tensor.default, _c10d.all_reduce.default)
@@ -40,10 +41,7 @@ def sum_early(module: fx.GraphModule) -> None:
             done.add(ready)
             later = [u for u in ready.users if u in chain and all(p in done for p in u.all_input_nodes)]
             stack.extend(reversed(later))
-    previous = order[0]
-    for node in order[1:]:
-        previous.append(node)
-        previous = node
+    reorder(order)
     module.graph.lint()
     module.recompile()
 

@@ -5,6 +5,7 @@ from torch import fx
 from ftrain.graph.aliasing import readers_by_storage, storage
 from ftrain.graph.loop import carried_outputs, is_loop, loop_body
 from ftrain.graph.op_effects import is_pure
+from ftrain.graph.order import reorder
 
 
 def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
@@ -47,7 +48,8 @@ def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
     while chains:
         _emit([chains.pop()[2]], position, order, done)
     _emit(nodes[:-1], position, order, done)
-    _apply(graph, order)
+    reorder(order)
+    graph.lint()
 
 
 def _ready(nodes: list[fx.Node], placed: set[fx.Node], position: dict[fx.Node, int]) -> dict[fx.Node, int]:
@@ -73,12 +75,3 @@ def _emit(roots: list[fx.Node], position: dict[fx.Node, int], order: list[fx.Nod
             stack.extend(node.all_input_nodes)
     done |= found
     order.extend(sorted(found, key=position.__getitem__))
-
-
-def _apply(graph: fx.Graph, order: list[fx.Node]) -> None:
-    previous = None
-    for node in order:
-        if previous is not None:
-            previous.append(node)
-        previous = node
-    graph.lint()

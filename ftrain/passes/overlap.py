@@ -23,6 +23,7 @@ from ftrain.analysis.pieces import NOT_DONATED, Pieces, Walk
 from ftrain.analysis.simulate import Costs, OneLink, Sent, Streams, simulate
 from ftrain.graph.collectives import COLLECTIVES, WAIT
 from ftrain.graph.loop import is_loop, loop_body
+from ftrain.graph.order import reorder
 from ftrain.sharding.link import Link
 from ftrain.sharding.mesh import Mesh
 
@@ -105,11 +106,11 @@ def overlap(
     sent = [p for n, made in zip(pieces.nodes, pieces.made, strict=True) if n.target in COLLECTIVES for p in made]
     two = sum(sorted(pieces.sizes[sent].tolist())[-2:])
     if within is None:
-        _apply(module, _Scheduler(module, pieces, costs, peak + max(peak // 10, two)).run())
+        reorder(_Scheduler(module, pieces, costs, peak + max(peak // 10, two)).run())
     else:
         # what is tried of a smaller budget is tried of every larger one
         bounds = [peak + n * two for n in _TRIED if n == 0 or n * two <= within - peak]
-        _apply(module, _fastest(module, pieces, costs, bounds, score or (lambda m: simulate(m, costs).tally.step)))
+        reorder(_fastest(module, pieces, costs, bounds, score or (lambda m: simulate(m, costs).tally.step)))
     module.graph.lint()
     module.recompile()
 
@@ -126,20 +127,13 @@ def _fastest(
     for bound in bounds:
         scheduler = _Scheduler(module, pieces, costs, bound)
         order = scheduler.run()
-        _apply(module, order)
+        reorder(order)
         took = score(module)
         if took < least:
             best, least = order, took
         if not scheduler.was_refused:
             break
     return best
-
-
-def _apply(module: fx.GraphModule, order: list[fx.Node]) -> None:
-    previous = order[0]
-    for node in order[1:]:
-        previous.append(node)
-        previous = node
 
 
 def simulate_schedule(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link) -> Schedule:

@@ -4,6 +4,7 @@ import torch
 from torch import fx
 
 from ftrain.graph.loop import is_loop
+from ftrain.graph.order import reorder
 from ftrain.sharding.collectives import gather_ranks
 
 
@@ -25,10 +26,7 @@ def sink_gathers(module: fx.GraphModule) -> None:
         order += _needed(node, chain, done)
         order.append(node)
     order[-1:-1] = [n for n in nodes if n in chain and n not in done]
-    previous = order[0]
-    for node in order[1:]:
-        previous.append(node)
-        previous = node
+    reorder(order)
     module.graph.lint()
     module.recompile()
 

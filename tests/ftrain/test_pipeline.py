@@ -6,7 +6,7 @@ from mesh_models import dense, mixture, plan_for
 from momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
 
 import ftrain
-from ftrain.debug.finite import check_passes
+from ftrain.debug import check_passes
 from ftrain.graph.loop import copy_graph, is_loop, loop_body
 from ftrain.sharding import Mesh
 from ftrain.step import pipeline

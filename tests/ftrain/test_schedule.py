@@ -15,8 +15,9 @@ from ftrain.analysis.pieces import Pieces
 from ftrain.analysis.simulate import Costs, OneLink, simulate
 from ftrain.graph.collectives import COLLECTIVES
 from ftrain.graph.loop import copy_graph
+from ftrain.graph.order import reorder
 from ftrain.passes.bucket import bucket
-from ftrain.passes.overlap import _apply, _Scheduler, overlap, simulate_schedule
+from ftrain.passes.overlap import _Scheduler, overlap, simulate_schedule
 from ftrain.passes.sink_gathers import gather_chains
 from ftrain.sharding import Layout, Mesh, Plan, Ring
 from ftrain.sharding.link import Link, sent_bytes
@@ -101,7 +102,7 @@ def test_the_memory_that_bounds_messages_is_that_of_the_plan():
     costs = Costs.of(module, OpTimes.on(torch.device("cpu"), mesh), OneLink(mesh, link))
     pieces = Pieces.of(module)
     scheduler = _Scheduler(module, pieces, costs, 2 * pieces.peak)
-    _apply(module, scheduler.run())
+    reorder(scheduler.run())
     assert scheduler._memory.peak == plan_memory(module).peak != pieces.peak
     assert scheduler._streams.clock == pytest.approx(simulate(module, costs).tally.step)
 
