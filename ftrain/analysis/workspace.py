@@ -1,8 +1,8 @@
 """What ATen's CPU ops allocate beyond their outputs while they run, as far as it can matter to a peak.
 
-Each rule was read off the allocator's events, op by op (torch 2.11 to 2.13; see tests/ftrain/test_workspace.py, which
-measures again). Scalars, per-row buffers and index conversions of a few KiB are left out. What few ops need on CUDA is
-in `workspace_cuda.py`.
+Each rule was read off the allocator's events, op by op (torch 2.11 to 2.13; test_workspace.py measures again). Scalars,
+per-row buffers and index conversions of a few KiB are left out. What few ops need on CUDA is in
+`workspace_cuda.py`.
 """
 
 import functools

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from elastic_job import STEPS, WAITS, train
 
 from ftrain import checkpoint
+from tests.helpers.elastic_job import STEPS, WAITS, train
 
-JOB = Path(__file__).with_name("elastic_job.py")
-ROOT = JOB.parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / "tests" / "helpers" / "elastic_job.py"
 QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
 """How long agents wait for more nodes, and how soon one counts as lost; their defaults are for networks."""
 

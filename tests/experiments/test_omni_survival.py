@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import exit_codes
 
 from experiments.omni import run_folder
 from experiments.omni.batches import Batches
@@ -19,6 +18,7 @@ from ftrain.cli.main import main as ftrain_command
 from ftrain.resilience.anomalies import BadSteps, Verdict
 from ftrain.resilience.failure_dump import read_evidence
 from ftrain.resilience.skipped import read_skipped
+from tests.helpers.rank_processes import exit_codes
 
 
 class Source:

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import cluster, why_not
+
+from tests.helpers.slurm_cluster import cluster, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "launch" / "slurm.sh"

@@ -6,10 +6,10 @@ Plain, donated, and with everything recomputed; random ops from the same seed.
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_steps import assert_equal, eager_steps, three_steps
 from torch import nn
 
 import ftrain
+from tests.helpers.foreign_steps import assert_equal, eager_steps, three_steps
 
 D, N, T = 6, 4, 3
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from foreign_steps import assert_equal
 from test_modules import MODULES
 from torch.func import functional_call
 
@@ -10,6 +9,7 @@ import ftrain
 from ftrain import Mean, tree
 from ftrain.modules import spec
 from ftrain.sharding import Layout, Mesh, Plan
+from tests.helpers.foreign_steps import assert_equal
 
 ON_MESH = (
     "linear", "mlp", "activations", "softplus", "layer norm", "rms norm", "instance norm", "weight norm", "orthogonal",

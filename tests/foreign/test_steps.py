@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 import ftrain
 from ftrain import tree
 
-from foreign_steps import assert_equal  # isort: skip
+from tests.helpers.foreign_steps import assert_equal  # isort: skip
 
 D = 4
 

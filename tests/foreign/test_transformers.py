@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from foreign_steps import assert_equal, eager_steps, three_steps
 from torch import nn
 
 import ftrain
+from tests.helpers.foreign_steps import assert_equal, eager_steps, three_steps
 
 transformers = pytest.importorskip("transformers")
 

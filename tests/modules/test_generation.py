@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-import whole_pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_omni import MODEL, audio, drawing, image
 
 from ftrain.kernels import random
 from ftrain.modules import decoder as foundation
 from ftrain.modules import omni, spec
 from ftrain.modules.generation import generate_codes, generate_text
 from ftrain.modules.packing import Text, exact_budget, pack
+from tests.helpers import whole_pack
+from tests.helpers.tiny_omni import MODEL, audio, drawing, image
 
 PROMPTS = [[Text([1, 2, 3])], [image(0), Text([4])], [audio(1, 900)], [Text([5]), drawing(2), Text([6])]]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_omni import MODEL, documents
 
 from ftrain.modules.budget import Bound, Budget
 from ftrain.modules.mesh_packing import BATCH, pack_for_mesh
 from ftrain.sharding.batch import Places, Rows
+from tests.helpers.tiny_omni import MODEL, documents
 
 BUDGET = Budget(64, rows={"image": 128, "video": 128, "audio": 96}, targets={"draw": 4})
 

@@ -5,7 +5,6 @@ import dataclasses
 import optree
 import pytest
 import torch
-from tiny_omni import MODEL, documents, drawing, image
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ftrain import tree
@@ -14,6 +13,7 @@ from ftrain.kernels.mean import weighted_sum
 from ftrain.modules import omni, spec
 from ftrain.modules.omni import OmniModel
 from ftrain.modules.packing import Budget, Text, exact_budget, pack
+from tests.helpers.tiny_omni import MODEL, documents, drawing, image
 
 WEIGHTS = {"balance": 0.01}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_omni import MODEL, audio, documents, drawing, image, video
 
 from ftrain import tree
 from ftrain.modules.packing import IGNORE, Bound, Budget, Media, Target, Text, exact_budget, measure, pack
+from tests.helpers.tiny_omni import MODEL, audio, documents, drawing, image, video
 
 BUDGET = Budget(tokens=96, rows={"image": 48, "video": 16, "audio": 48}, targets={"draw": 3})
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from ranks import on_ranks
 
 from ftrain.sharding import collectives
 from ftrain.sharding.mesh import Mesh
+from tests.helpers.ranks import on_ranks
 
 MESH = Mesh(2, 2, kind="virtual")
 WORLD, SHARD = MESH.group("replicate", "shard"), MESH.group("shard")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from ranks import on_ranks
 
 from ftrain.kernels import random as numbers
 from ftrain.kernels.embedding import merge_rows
@@ -10,6 +9,7 @@ from ftrain.kernels.pack import following, take_rows
 from ftrain.sharding import exchange
 from ftrain.sharding.batch import TokenOrder, Tokens, join_tokens, share
 from ftrain.sharding.mesh import Mesh
+from tests.helpers.ranks import on_ranks
 
 MESH = Mesh(1, 1, 4, kind="virtual")
 ORDERS = [TokenOrder(4), TokenOrder(4, 4, True), TokenOrder(4, 2, True)]

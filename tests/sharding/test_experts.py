@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from ranks import on_ranks
 
 from ftrain.graph.torch_private import new_fake_mode, trace_to_graph
 from ftrain.kernels.moe import experts_swiglu
@@ -13,6 +12,7 @@ from ftrain.sharding.layout import Capacity, Exact
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.sizes import is_size
 from ftrain.sharding.spmd import coordinates, on_mesh
+from tests.helpers.ranks import on_ranks
 
 E, D, F, T = 8, 6, 5, 12
 MESHES = [Mesh(1, 2, 1, 2, "virtual"), Mesh(1, 4, 1, 4, "virtual"), Mesh(1, 2, 2, 2, "virtual")]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from ranks import on_ranks
 
 from ftrain.sharding.matrices import each_matrix
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.placement import place
+from tests.helpers.ranks import on_ranks
 
 SMALL = Mesh(2, 2, 2, 2, "virtual")
 ODD = Mesh(1, 3, kind="virtual")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_ranks
 
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.placement import Placement, Split, place, use
+from tests.helpers.ranks import on_ranks
 
 MESH = Mesh(2, 2, 2, 2, "virtual")
 

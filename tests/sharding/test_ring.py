@@ -4,8 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_ranks
-from sequence_cases import difference, make_pack, on_mesh_of, on_one_device, order_of, shares
 
 from ftrain.analysis.meter import measure_peak
 from ftrain.sharding import ring
@@ -16,6 +14,8 @@ from ftrain.sharding.ring_block import Step, pairs, ring_forward, runs
 from ftrain.sharding.ring_cost import FLOPS, WORKSPACE
 from ftrain.sharding.sequence_attention import sequence_attention
 from ftrain.sharding.spmd import current_purpose
+from tests.helpers.ranks import on_ranks
+from tests.helpers.sequence_cases import difference, make_pack, on_mesh_of, on_one_device, order_of, shares
 
 
 @pytest.mark.parametrize("zigzag", [True, False])

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from ranks import on_ranks
-from sequence_cases import difference, make_pack, on_mesh_of, on_one_device, order_of, shares
 
 from ftrain.kernels.attention import attention
 from ftrain.sharding import sequence_attention as module
@@ -11,6 +9,8 @@ from ftrain.sharding.batch import TokenOrder, join_tokens
 from ftrain.sharding.layout import Hybrid, Ring, Ulysses
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.sequence_attention import from_pack_order, pack_documents, sequence_attention, to_pack_order
+from tests.helpers.ranks import on_ranks
+from tests.helpers.sequence_cases import difference, make_pack, on_mesh_of, on_one_device, order_of, shares
 
 ALL = [Ulysses(), Ring(), Ring(zigzag=False), Hybrid(2), Hybrid(2, zigzag=False)]
 

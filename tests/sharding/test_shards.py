@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from ranks import on_ranks
 
 from ftrain.sharding import shards
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.placement import place
+from tests.helpers.ranks import on_ranks
 
 MESH = Mesh(2, 2, 2, 2, "virtual")
 SHAPES = [((8, 6), ("embed", "mlp")), ((5, 3), ("embed", "mlp")), ((4, 6, 5), ("expert", "embed", "mlp"))]

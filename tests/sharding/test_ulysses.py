@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_ranks
-from sequence_cases import difference, make_pack, on_mesh_of, on_one_device
 
 from ftrain.sharding import collectives
 from ftrain.sharding.batch import TokenOrder
 from ftrain.sharding.layout import Ulysses
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.ulysses import Heads, repeated_kv_bytes, tokens_to_heads, ulysses_bytes
+from tests.helpers.ranks import on_ranks
+from tests.helpers.sequence_cases import difference, make_pack, on_mesh_of, on_one_device
 
 HEADS = [(8, 8), (8, 4), (8, 2), (4, 1), (12, 3), (12, 6)]
 

@@ -3,9 +3,6 @@
 import json
 
 import pytest
-from checkpoint_layouts import LAYOUTS, whole_leaves
-from checkpoint_states import same_bits, training_state
-from checkpoint_threads import save_pieces
 
 from ftrain.checkpoint import (
     Bucket,
@@ -22,6 +19,9 @@ from ftrain.checkpoint import (
     steps,
 )
 from ftrain.checkpoint import read as read_module
+from tests.helpers.checkpoint_layouts import LAYOUTS, whole_leaves
+from tests.helpers.checkpoint_states import same_bits, training_state
+from tests.helpers.checkpoint_threads import save_pieces
 
 
 @pytest.fixture(params=["memory", "s3"])

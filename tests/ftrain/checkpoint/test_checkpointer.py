@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from checkpoint_states import same_bits, training_state
 
 from ftrain import tree
 from ftrain.checkpoint import Checkpointer, Retention, SaveFailed, restore, save, steps
 from ftrain.checkpoint import checkpointer as checkpointer_module
+from tests.helpers.checkpoint_states import same_bits, training_state
 
 MIB = 2**20
 

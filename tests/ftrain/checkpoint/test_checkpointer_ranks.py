@@ -4,12 +4,12 @@ import threading
 
 import pytest
 import torch
-from checkpoint_states import same_bits, training_state
-from checkpoint_threads import on_all_ranks
 
 from ftrain.checkpoint import Checkpointer, Retention, SaveFailed, restore, save, steps
 from ftrain.checkpoint import checkpointer as checkpointer_module
 from ftrain.checkpoint.local import LocalFolder
+from tests.helpers.checkpoint_states import same_bits, training_state
+from tests.helpers.checkpoint_threads import on_all_ranks
 
 
 def test_ranks_that_hold_copies_save_one_checkpoint_together(tmp_path):

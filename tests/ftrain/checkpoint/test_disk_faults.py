@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_states import same_bits, training_state
 
 from ftrain.checkpoint import Checkpointer, Retention, SaveFailed, delete, durable, latest, restore, save, steps
 from ftrain.checkpoint import local as local_module
 from ftrain.checkpoint import lock as lock_module
 from ftrain.checkpoint import read as read_module
+from tests.helpers.checkpoint_states import same_bits, training_state
 
 ROOT = Path(__file__).resolve().parents[3]
 POINTER = "latest_checkpointed_iteration.txt"

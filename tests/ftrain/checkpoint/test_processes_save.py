@@ -4,15 +4,15 @@ import os
 
 import pytest
 import torch
-from checkpoint_dtensors import on_mesh
-from checkpoint_layouts import placements, whole_leaves
-from checkpoint_states import same_bits
-from rank_processes import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from ftrain.checkpoint import Checkpointer, Ranks, Retention, SaveFailed, fill, restore, save
 from ftrain.sharding.mesh import Mesh
+from tests.helpers.checkpoint_dtensors import on_mesh
+from tests.helpers.checkpoint_layouts import placements, whole_leaves
+from tests.helpers.checkpoint_states import same_bits
+from tests.helpers.rank_processes import run
 
 MESHES = {2: Mesh(1, 2), 4: Mesh(2, 1, 2, 2)}
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from checkpoint_states import same_bits, training_state
 
 from ftrain.checkpoint import DamagedCheckpoint, Storage, manifest, restore, save
+from tests.helpers.checkpoint_states import same_bits, training_state
 
 
 def data_files(folder):

@@ -5,9 +5,6 @@ import itertools
 import pytest
 import tensorstore as ts
 import torch
-from checkpoint_layouts import LAYOUTS, placements, whole_leaves
-from checkpoint_states import same_bits
-from checkpoint_threads import on_all_ranks, pieces_of, save_pieces
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +13,9 @@ from ftrain.checkpoint.boxes import elements, grid_piece, whole
 from ftrain.checkpoint.shares import divide_work, stored_arrays
 from ftrain.checkpoint.write import write_checkpoint
 from ftrain.sharding.mesh import Mesh
+from tests.helpers.checkpoint_layouts import LAYOUTS, placements, whole_leaves
+from tests.helpers.checkpoint_states import same_bits
+from tests.helpers.checkpoint_threads import on_all_ranks, pieces_of, save_pieces
 
 SMALL_CHUNKS = Storage(chunk_bytes=64)
 

@@ -5,14 +5,14 @@ import weakref
 
 import pytest
 import torch
-from checkpoint_layouts import AXES
-from rank_processes import run
 
 import ftrain
 from ftrain import tree
 from ftrain.checkpoint import Checkpointer, Ranks, SaveFailed, restore, snapshot
 from ftrain.modules.spec import Normal, ParamSpec
 from ftrain.sharding import Mesh, Plan
+from tests.helpers.checkpoint_layouts import AXES
+from tests.helpers.rank_processes import run
 
 SIZE = 300
 

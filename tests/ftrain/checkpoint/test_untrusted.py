@@ -8,12 +8,12 @@ import shutil
 import pytest
 import tensorstore as ts
 import torch
-from checkpoint_states import same_bits, training_state
 from crc32c import crc32c
 
 from ftrain.checkpoint import DamagedCheckpoint, Storage, latest, manifest, restore, save, steps
 from ftrain.checkpoint.extents import unpacked_bytes
 from ftrain.hf.stream import SavedArrays
+from tests.helpers.checkpoint_states import same_bits, training_state
 
 FILES = Storage(database=False)
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import tensorstore as ts
 import torch
-from checkpoint_states import same_bits, training_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftrain import tree
 from ftrain.checkpoint import Storage, latest, restore, save, steps
 from ftrain.checkpoint.dtypes import DTYPES
+from tests.helpers.checkpoint_states import same_bits, training_state
 
 STORAGES = [Storage(), Storage(database=False), Storage(checksum=False), Storage(chunk_bytes=32)]
 

@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-from checkpoint_states import same_bits, training_state
 
 from ftrain.checkpoint import delete, durable, latest, restore, save, steps
+from tests.helpers.checkpoint_states import same_bits, training_state
 
 
 def stopped_while_writing(root):

@@ -9,8 +9,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_twins import FAMILIES, build, specs
-
 from ftrain import checkpoint
 from ftrain.cli.main import main
 from ftrain.hf import load_hf
@@ -18,6 +16,7 @@ from ftrain.modules import decoder
 from ftrain.modules.decoder import DecoderConfig
 from ftrain.modules.hf_names import decoder_names
 from ftrain.modules.spec import abstract
+from tests.helpers.hf_twins import FAMILIES, build, specs
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ from ftrain.modules.hf_config import hf_config
 from ftrain.modules.hf_names import decoder_names
 from ftrain.modules.moe import MoEConfig
 from ftrain.modules.spec import leaves_with_paths
+from tests.helpers import hf_convert_memory
 
 BIG = DecoderConfig(
     vocab=32_000,
@@ -41,7 +42,7 @@ def write_big(folder: Path) -> None:
 def test_memory_stays_below_two_files(tmp_path: Path) -> None:
     write_big(tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == 8
-    script = Path(__file__).with_name("hf_convert_memory.py")
+    script = Path(hf_convert_memory.__file__)
     folders = [str(tmp_path / name) for name in ("hf", "run", "back")]
     command = [sys.executable, str(script), *folders, str(SHARD)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)

@@ -7,14 +7,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-import hf_processes
-from hf_twins import build
-
 import ftrain
 from ftrain.hf import fill_hf, load_hf
 from ftrain.modules import decoder
 from ftrain.modules.hf_names import decoder_names
 from ftrain.sharding import Mesh
+from tests.helpers import hf_processes
+from tests.helpers.hf_twins import build
 
 
 @pytest.mark.slow

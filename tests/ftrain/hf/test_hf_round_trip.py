@@ -8,12 +8,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_twins import FAMILIES, V, build, specs
-
 from ftrain.hf import HfFolder, load_hf, save_hf
 from ftrain.modules import decoder
 from ftrain.modules.hf_config import decoder_config, hf_config
 from ftrain.modules.hf_names import decoder_names, under
+from tests.helpers.hf_twins import FAMILIES, V, build, specs
 
 # Written by transformers for its own generate(); nothing of it is in the weights.
 NOT_OURS = {"generation_config.json"}

@@ -1,9 +1,9 @@
 """Which nodes look at the same memory."""
 
 import torch
-from graphs import graph_of
 
 from ftrain.graph.aliasing import readers_by_storage, storage
+from tests.helpers.graphs import graph_of
 
 
 def test_views_share_memory_and_readers_see_through_them():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from graphs import graph_of, ops_of
 
 from ftrain.passes.clean import clean
+from tests.helpers.graphs import graph_of, ops_of
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from graphs import graph_of, inputs_of, ops_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftrain.passes.donate import donate, write_in_place
 from ftrain.passes.early_updates import update_early
+from tests.helpers.graphs import graph_of, inputs_of, ops_of
 
 
 def run_donated(function, *inputs, donated):

@@ -1,9 +1,9 @@
 """Updates run as soon as they can; values stay."""
 
 import torch
-from graphs import graph_of, inputs_of, ops_of
 
 from ftrain.passes.early_updates import update_early
+from tests.helpers.graphs import graph_of, inputs_of, ops_of
 
 
 def step(w0, w1, x):

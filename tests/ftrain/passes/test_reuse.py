@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from graphs import graph_of, ops_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftrain.analysis.liveness import plan_memory
 from ftrain.passes.clean import clean
 from ftrain.passes.reuse import reuse_memory
+from tests.helpers.graphs import graph_of, ops_of
 
 a, b = torch.rand(3, 4) + 1, torch.rand(3, 4) + 1
 

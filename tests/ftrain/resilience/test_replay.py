@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from rank_processes import exit_codes
-from replayed_experiment import batch_at, made_of, train
 
 from ftrain import checkpoint
 from ftrain.cli.main import main
@@ -16,8 +14,10 @@ from ftrain.resilience.failure_dump import Evidence, leave_evidence, read_batch,
 from ftrain.resilience.replay import Replayed, load_run, recorded, replay
 from ftrain.resilience.skipped import Rollback, Skipped, write_skipped
 from ftrain.sharding import Mesh
+from tests.helpers.rank_processes import exit_codes
+from tests.helpers.replayed_experiment import batch_at, made_of, train
 
-EXPERIMENT = "replayed_experiment"
+EXPERIMENT = "tests.helpers.replayed_experiment"
 
 
 def numbers(run, step, **options):

@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_processes import exit_codes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -17,6 +16,7 @@ from ftrain.modules.decoder import DecoderConfig
 from ftrain.resilience.replicas import Difference, ReplicasDiffer, check_replicas, compare
 from ftrain.sharding import Mesh, Plan
 from ftrain.sharding.bits import hash_bits
+from tests.helpers.rank_processes import exit_codes
 
 
 def flip(tensor, *, index=0, bit=0):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from rank_processes import exit_codes
 
 import ftrain
 from ftrain.graph.host_waits import excused_until, expected_wait
@@ -19,6 +18,7 @@ from ftrain.resilience.signals import EXIT_HUNG, EXIT_NOT_SAVED, EXIT_RESUMABLE
 from ftrain.resilience.watchdog import Watchdog
 from ftrain.sharding import Layout, Mesh, Plan
 from ftrain.sharding.private import flight_record
+from tests.helpers.rank_processes import exit_codes
 
 ROOT = Path(__file__).resolve().parents[3]
 

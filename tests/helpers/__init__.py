@@ -1,0 +1,1 @@
+"""What tests share: processes over gloo, small models and steps, states of checkpoints, a cluster of Slurm."""
