@@ -220,6 +220,7 @@ def test_bfloat16_is_float32_but_for_rounding(cfg):
 
 
 @pytest.mark.parametrize("cfg", [DENSE, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # vmap makes views of rows
 def test_gradients_of_single_documents_by_vmap(cfg):
     """Per-sample gradients: `vmap` of `grad` equals one gradient after another."""
     params, tokens = params_of(cfg), TOKENS[:14].view(2, 7)

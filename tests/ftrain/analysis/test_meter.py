@@ -135,6 +135,7 @@ STEPS = {
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.filterwarnings("ignore:.*found no list of layers")
 def test_planned_peak_is_the_measured_peak(name, remat):
     if "conv" in name and torch.backends.cpu.get_cpu_capability() != "AVX2":
         pytest.skip("oneDNN's buffers were measured with AVX2 alone")

@@ -84,6 +84,7 @@ def test_traced_and_eager_steps_agree_and_the_loss_falls(tx: optim.Transform, dt
 
 
 @pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.filterwarnings("ignore:.*an update below 1/256")
 def test_a_state_keeps_its_structure_shapes_and_dtypes(tx: optim.Transform):
     params = tree.map(torch.Tensor.bfloat16, problem(torch.float32)[0])
     state = tx.init(params)
@@ -145,6 +146,7 @@ def test_a_scheduled_adamw_is_one_whose_rate_is_set_by_hand():
     torch.testing.assert_close(ours["w"], leaf.detach(), rtol=1e-7, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*an update below 1/256")
 def test_the_average_of_gradients_may_be_kept_in_bfloat16_and_squares_never():
     state = optim.adamw(1e-3, state_dtype=torch.bfloat16).init({"w": torch.zeros(2, dtype=torch.bfloat16)})
     assert (state.mean["w"].dtype, state.square["w"].dtype) == (torch.bfloat16, torch.float32)

@@ -131,6 +131,7 @@ def test_a_batch_that_does_not_split_is_named():
         step({"x": torch.ones(6)})
 
 
+@pytest.mark.filterwarnings("ignore:<lambda> is traced again")
 def test_a_batch_rule_that_no_leaf_obeys_is_named():
     step = ftrain.jit(lambda batch: Mean.of(batch["x"]), plan=Plan(FSDP[1], batch={"images": Rows()}), specs={})
     with pytest.raises(ValueError, match=r"Plan\(batch=...\): 'images' matches nothing; nearest: 'image'"):

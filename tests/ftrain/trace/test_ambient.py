@@ -70,6 +70,7 @@ AROUND = {
 @pytest.mark.parametrize("donate", [None, "params"])
 @pytest.mark.parametrize("second", AROUND)
 @pytest.mark.parametrize("first", AROUND)
+@pytest.mark.filterwarnings("ignore:step is traced again")
 def test_modes_around_calls(first, second, donate):
     ours, theirs, x = *(inputs()[0] for _ in range(2)), inputs()[1]
     ours["w"].copy_(theirs["w"])
@@ -97,6 +98,7 @@ def test_the_default_dtype_is_part_of_the_key():
     assert scaled.traces == 2
 
 
+@pytest.mark.filterwarnings("ignore:<lambda> is traced again")
 def test_traces_have_an_end():
     double = ftrain.jit(lambda x: x * 2)
     for n in range(1, 9):
