@@ -294,7 +294,7 @@ def _prices(t: _Training, state: TrainState, batch: Any) -> tuple[float, int]:
     compiled = t.work.step.lower(state, batch)
     if t.files is not None:
         with spared_output("step.html"):
-            compiled.report(t.files.path / "step.html")
+            compiled.report(t.files.path / "step.html", title=_title(t.work, t.files))
     return _counted_flops(compiled.cost()) / peak_flops(t.work.device, t.work.precision.dtype), compiled.memory().total
 
 
@@ -322,6 +322,11 @@ def _state_after(done: int, work: Job, checkpoints: Checkpointer, report: Report
     return tree.map(lambda leaf: leaf.to(work.device), state)
 
 
+def _title(work: Job, run: RunFolder) -> str:
+    """What stands over a run's pictures: the model and the run."""
+    return f"omni MoE, size {work.size}, run {run.path.name}"
+
+
 def _counted_flops(cost: Cost) -> int:
     """FLOPs that MFU counts: the model's, each once, but for attention's scores, which depend on the documents and are
     few in short ones. Neither recompute nor the optimizer makes a run look faster."""
@@ -337,10 +342,12 @@ def _finish(work: Job, state: TrainState, options: Options, run: RunFolder, repo
     answers = {task: evaluator.answers(task, params, state.extra["balance"]) for task in work.tasks}
     table = summary(answers, work.judge)
     run.summarise(table)
-    figures.curves(run_folder.read_metrics(run.path), run.path / "curves.png")
+    title = _title(work, run)
+    figures.curves(run_folder.read_metrics(run.path), run.path / "curves.png", title=title)
     drawn = work.sources.held_out.drawn
     reals = {int(d): drawn.images_NHWC[i] for i, d in reversed(list(enumerate(drawn.labels_N)))}
-    figures.samples({task: given[:_SHOWN] for task, given in answers.items()}, reals, run.path / "samples.png")
+    shown = {task: given[:_SHOWN] for task, given in answers.items()}
+    figures.samples(shown, reals, run.path / "samples.png", title=title)
     report.show(accuracy_table(table["held_out"], counts=table["examples"], goals=GOALS))
     report.say(f"wrote {run.path}/ summary.json, metrics.jsonl, curves.png, samples.png, step.html")
 

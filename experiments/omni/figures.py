@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from experiments.omni.language import LANGUAGES
 from experiments.omni.tasks import Example
 
-_SMOOTHING = 0.95
+_NEIGHBOURS = 10  # steps on either side of one, over which curves are averaged
 _CELL = (2.2, 2.2)  # inches
+_HEAD = 0.4  # inches, of the line over all samples
 _ENGLISH, _CHINESE = (next(l for l in LANGUAGES if l.tag == tag) for tag in ("en:", "zh:"))
 
 
@@ -38,8 +39,11 @@ class Answer:
         return self.words == " ".join(self.example.answer)
 
 
-def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Losses, learning rate and tokens a second over the steps, from the rows of metrics.jsonl, as a PNG."""
+def curves(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str) -> None:
+    """Losses, learning rate and tokens a second over the steps, from the rows of metrics.jsonl, as a PNG.
+
+    Thin lines are the values of single steps, thick ones their average; the learning rate is as it was.
+    """
     if not rows:
         raise ValueError("there are no metrics to draw")
     figure = Figure(figsize=(9, 9), layout="constrained")
@@ -50,9 +54,10 @@ def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     if any(_series(rows, name)[1].min(initial=1.0) > 0 for name in losses):
         top.set_yscale("log")
     top.set_ylabel("loss")
+    figure.suptitle(title)
     if losses:
-        top.legend(ncols=2)
-    _line(middle, rows, "lr")
+        top.legend(ncols=2, title="thin: each step; thick: average of 21 around it", title_fontsize="small")
+    middle.plot(*_series(rows, "lr"), linewidth=1.6)
     middle.set_ylabel("learning rate")
     _line(bottom, rows, "tokens_per_s")
     bottom.set_ylabel("tokens/s")
@@ -70,36 +75,47 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, n
 
 
 def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str | None = None) -> None:
-    """A metric, faint, and smoothed over some twenty steps."""
+    """A metric as it was, and over it the average of 21 steps around each."""
     steps, values = _series(rows, name)
-    smooth, mean = [], values[0] if len(values) else 0.0
-    for value in values:
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
-        smooth.append(mean)
-    (line,) = axes.plot(steps, smooth, label=label)
-    axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
+    (line,) = axes.plot(steps, smoothed(values), label=label, linewidth=1.6)
+    axes.plot(steps, values, color=line.get_color(), alpha=0.45, linewidth=0.7, zorder=1)
 
 
-def samples(answers: Mapping[str, Sequence[Answer]], reals: Mapping[int, np.ndarray], file: Path) -> None:
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The average of each value with its ten neighbours on either side, or with those that it has."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    at = np.arange(len(values))
+    first, end = np.maximum(at - _NEIGHBOURS, 0), np.minimum(at + _NEIGHBOURS + 1, len(values))
+    return (sums[end] - sums[first]) / (end - first)
+
+
+def samples(
+    answers: Mapping[str, Sequence[Answer]], reals: Mapping[int, np.ndarray], file: Path, *, title: str
+) -> None:
     """A grid as a PNG, one row of examples for each task: what was shown and asked, the answer and the truth.
 
     Drawings stand beside a real image of the digit, from `reals` (digit to `[H, W, C]`). Right answers are green.
+    Chinese words are glossed in brackets, which the head line says.
     """
     if not answers or not all(answers.values()):
         counts = {task: len(row) for task, row in answers.items()}
         raise ValueError(f"samples need at least one answer for each task, got {counts or 'no task'}")
     columns = max(len(row) for row in answers.values())
-    figure = Figure(figsize=(_CELL[0] * columns, _CELL[1] * len(answers)))
+    height = _CELL[1] * len(answers)
+    picture = Figure(figsize=(_CELL[0] * columns, height + _HEAD))
+    head, figure = picture.subfigures(2, 1, height_ratios=(_HEAD, height))
+    told = f"{title}\ngreen: right; red: wrong; [word]: English for a Chinese word"
+    head.text(0.5, 0.5, told, ha="center", va="center", size=8)
     for down, (task, row) in enumerate(answers.items()):
         for across, answer in enumerate(row):
             _cell(figure, answer, reals, (across / columns, 1 - (down + 1) / len(answers)), (columns, len(answers)))
         heading = task.replace("_to_", " → ").replace("_", " ")
         figure.text(0.5, 1 - (down + 0.02) / len(answers), heading, ha="center", va="top", weight="bold", size=10)
-    _save(figure, file)
+    _save(picture, file)
 
 
 def _cell(
-    figure: Figure,
+    figure: FigureBase,
     answer: Answer,
     reals: Mapping[int, np.ndarray],
     corner: tuple[float, float],
@@ -117,7 +133,7 @@ def _cell(
         width = 0.9 / len(panels)
         size = (width * 0.9 / parts[0], 0.58 / parts[1])
         _panel(figure.add_axes((*place(0.06 + number * width, 0.16), *size)), kind, value)
-    asked = (value if isinstance(value, str) else f"[{kind}]" for kind, value in answer.example.shown)
+    asked = (value if isinstance(value, str) else f"<{kind}>" for kind, value in answer.example.shown)
     figure.text(*place(0.5, 0.83), readable(" ".join(asked)), ha="center", va="center", size=7)
     drawing = answer.image_HWC is not None
     said = f"looks like {answer.recognised}" if drawing else readable(answer.words) or "(nothing)"

@@ -13,7 +13,8 @@ from ftrain.analysis.cluster import Cluster
 from ftrain.graph.text import show_bytes
 from ftrain.plan.cost import MEMORY, Layer, Price, minor_layers, price
 from ftrain.plan.estimate import Estimate, Weights, estimate, kinds_of, weights_on
-from ftrain.plan.space import Candidate, Facts, Rejected, Space, layouts
+from ftrain.plan.outcomes import Outcomes, with_ways_out
+from ftrain.plan.space import Candidate, Rejected, Space, layouts
 from ftrain.plan.workload import Subject
 
 LoadSubject = Callable[[], Subject]
@@ -69,11 +70,11 @@ def search(
         raise ValueError(f"{subject.name} has no legal layout on {ranks} ranks: {reasons}")
     limit = options.memory * cluster.memory
     estimates = _estimates(subject, found, cluster)
-    book = Book(limit, show_bytes(int(limit)), rejected)
+    outcomes = Outcomes(limit, rejected)
     fitting = []
     for c, e in sorted(estimates, key=lambda item: item[1].seconds):
         if e.memory * cluster.efficiency.fragmentation > limit:
-            book.refuse(c, f"needs more than the {book.shown} of a GPU for its state and what it keeps")
+            outcomes.refuse_before_trace(c, e.memory * cluster.efficiency.fragmentation)
         else:
             fitting.append((c, e))
     say(f"{len(found)} legal layouts, {len(fitting)} may fit; at most {options.traced} of them are traced")
@@ -87,63 +88,17 @@ def search(
             traced += len(wave)
             chosen = [c for c, _ in wave]
             _learn_minor(minor, subject, chosen, cluster, pool, load)
-            outcomes = _traced(subject, chosen, cluster, minor, pool, load, options.memory)
-            for (candidate, guess), outcome in zip(wave, outcomes, strict=True):
-                book.enter(candidate, guess, outcome, subject.facts)
+            answers = _traced(subject, chosen, cluster, minor, pool, load, options.memory)
+            for (candidate, guess), outcome in zip(wave, answers, strict=True):
+                outcomes.enter(candidate, guess, outcome, subject.facts)
                 say(f"{candidate}: {outcome if isinstance(outcome, str) else _figures(outcome)}")
-            rest = [item for item in rest if not book.hopeless(*item, subject.facts)]
-            rest.sort(key=lambda item: book.expected(*item) > limit)  # stable: the fastest of each first
+            rest = [item for item in rest if not outcomes.hopeless(*item, subject.facts)]
+            rest.sort(key=lambda item: outcomes.expected(*item) > limit)  # stable: the fastest of each first
     rest.sort(key=lambda item: item[1].seconds)
     bounds = {c: e.seconds for c, e in fitting}
-    traced_bounds = {p.candidate: bounds[p.candidate] for p in book.prices}
-    return Result(sorted(book.prices, key=lambda p: p.seconds), rest, book.rejected, traced_bounds)
-
-
-@dataclass
-class Book:
-    """What was found: prices that fit into `limit` bytes, rejections, and the layouts that were far too large.
-
-    `beyond`: of each way to recompute, by which factor memory was above its estimate, at least.
-    """
-
-    limit: float
-    shown: str
-    rejected: list[Rejected]
-    prices: list[Price] = field(default_factory=list)
-    too_large: list[tuple[Candidate, Estimate, int]] = field(default_factory=list)
-    beyond: dict[str | float, float] = field(default_factory=dict)
-
-    def refuse(self, candidate: Candidate, why: str) -> None:
-        """Note why a layout cannot run."""
-        self.rejected.append(Rejected(str(candidate), 1, why))
-
-    def enter(self, candidate: Candidate, guess: Estimate, outcome: Price | str, facts: Facts) -> None:
-        """Note what came of tracing a layout."""
-        if isinstance(outcome, str):
-            self.refuse(candidate, outcome)
-            return
-        ratio = outcome.peak / guess.memory
-        self.beyond[candidate.remat] = min(ratio, self.beyond.get(candidate.remat, ratio))
-        if outcome.peak > self.limit:
-            needs = f"{candidate} (needs {show_bytes(int(outcome.peak))})"
-            self.rejected.append(Rejected(needs, 1, f"traced, it needs more than the {self.shown} of a GPU"))
-            if outcome.peak > 1.1 * self.limit:
-                self.too_large.append((candidate, guess, candidate.local_tokens(facts)))
-        else:
-            self.prices.append(outcome)
-
-    def expected(self, candidate: Candidate, guess: Estimate) -> float:
-        """Bytes that a layout is likely to need, from what traces of its like did."""
-        return guess.memory * self.beyond.get(candidate.remat, 1.0)
-
-    def hopeless(self, candidate: Candidate, guess: Estimate, facts: Facts) -> bool:
-        """True, and noted, for a layout that holds no less than one that was far too large, and recomputes no more."""
-        tokens = candidate.local_tokens(facts)
-        for other, needed, held in self.too_large:
-            if other.remat == candidate.remat and tokens >= held and guess.memory >= 0.9 * needed.memory:
-                self.refuse(candidate, f"holds no less than {other}, which needs more than the {self.shown} of a GPU")
-                return True
-        return False
+    prices = sorted(outcomes.prices, key=lambda p: p.seconds)
+    refused = with_ways_out(outcomes.rejected, prices, options.memory)
+    return Result(prices, rest, refused, {p.candidate: bounds[p.candidate] for p in prices})
 
 
 def _estimates(subject: Subject, candidates: Sequence[Candidate], cluster: Cluster) -> list[Guessed]:

@@ -92,11 +92,18 @@ class Candidate:
 
 
 class Rejected(NamedTuple):
-    """Layouts that cannot run: what they have in common, how many there are, and why."""
+    """Layouts that cannot run: what they have in common, how many there are, why, and what would fit.
+
+    `needs`: bytes of a GPU that the least of them takes at least; 0 where memory is not the reason. `candidate`: that
+    one, where there is one.
+    """
 
     what: str
     number: int
     reason: str
+    fits: str = ""
+    needs: float = 0.0
+    candidate: Candidate | None = None
 
 
 @dataclass(frozen=True)
@@ -137,11 +144,12 @@ def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Cand
         each = len(space.remats)
         if not micros:
             count = len(ways) * len(experts) * each
-            rejected.append(Rejected(axes, count, _no_packs(facts.packs, data)))
+            rejected.append(Rejected(axes, count, _no_packs(facts.packs, data), f"a multiple of {data} packs"))
             continue
         outer = len(micros) * each
-        rejected += [Rejected(f"{axes} {name}", len(experts) * outer, why) for name, why in bad_ways]
-        rejected += [Rejected(f"{axes}, expert {n}", len(ways) * outer, why) for n, why in bad_experts]
+        rejected += [Rejected(f"{axes} {name}", len(experts) * outer, why, fits) for name, why, fits in bad_ways]
+        share = f"expert {_words(experts)}"
+        rejected += [Rejected(f"{axes}, expert {n}", len(ways) * outer, why, share) for n, why in bad_experts]
         for way, expert, micro, remat in itertools.product(ways, experts, micros, space.remats):
             found.append(Candidate(replicate, shard, sequence, expert, way, micro, remat))
     return found, rejected
@@ -149,8 +157,10 @@ def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Cand
 
 def attention_ways(
     sequence: int, facts: Facts, *, rings: bool = True
-) -> tuple[list[Attention | None], list[tuple[str, str]]]:
-    """How attention can see a pack that `sequence` ranks share; and names of ways that do not fit, with reasons."""
+) -> tuple[list[Attention | None], list[tuple[str, str, str]]]:
+    """How attention can see a pack that `sequence` ranks share; and names of ways that do not fit, with reasons and
+    what would fit.
+    """
     if sequence == 1:
         return [None], []
     ways: list[Attention] = [Ulysses()]
@@ -163,19 +173,29 @@ def attention_ways(
         if why is None:
             good.append(way)
         else:
-            bad.append((attention_name(way), why))
+            bad.append((attention_name(way), *why))
     return good, bad
 
 
-def _why_not(way: Attention, sequence: int, facts: Facts) -> str | None:
+def _why_not(way: Attention, sequence: int, facts: Facts) -> tuple[str, str] | None:
+    """Why a way does not fit, and what would."""
     inner = _inner(way, sequence)
     if facts.heads % inner:
-        return f"{facts.heads} query heads do not divide over {inner} ranks of Ulysses"
+        sizes = [n for n in divisors(sequence) if facts.heads % n == 0]
+        fits = f"ring attention, or Ulysses of {_words(sizes)} within a ring"
+        return f"{facts.heads} query heads do not divide over {inner} ranks of Ulysses", fits
     zigzag = sequence // inner > 1
     chunks = 2 * sequence if zigzag else sequence
     if facts.tokens % chunks:
-        return f"a pack of {facts.tokens} tokens does not divide into {chunks} chunks"
+        fits = f"packs of a multiple of {chunks} tokens"
+        return f"a pack of {facts.tokens} tokens does not divide into {chunks} chunks", fits
     return None
+
+
+def _words(numbers: Sequence[int]) -> str:
+    """`1, 2 or 4`."""
+    *rest, last = map(str, numbers)
+    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def expert_sizes(ranks: int, experts: int) -> tuple[list[int], list[tuple[int, str]]]:
@@ -243,10 +263,11 @@ def _no_packs(packs: int, data: int) -> str:
 
 
 def grouped(rejected: Sequence[Rejected]) -> Iterator[Rejected]:
-    """Rejections with one reason joined, most numerous first."""
+    """Rejections with one reason joined, most numerous first; of those for memory the least is named."""
     by_reason: dict[str, list[Rejected]] = {}
     for r in rejected:
         by_reason.setdefault(r.reason, []).append(r)
     for reason, rows in sorted(by_reason.items(), key=lambda item: -sum(r.number for r in item[1])):
-        what = rows[0].what if len(rows) == 1 else f"{rows[0].what} and {len(rows) - 1} more"
-        yield Rejected(what, sum(r.number for r in rows), reason)
+        least = min(rows, key=lambda r: r.needs)
+        what = least.what if len(rows) == 1 else f"{least.what} and {len(rows) - 1} more"
+        yield least._replace(what=what, number=sum(r.number for r in rows), reason=reason)

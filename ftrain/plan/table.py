@@ -40,7 +40,8 @@ def print_result(result: Result, *, title: str, rows: int = 20, console: Console
     if result.rejected:
         console.print(f"{sum(r.number for r in result.rejected)} layouts are rejected:")
     for rejected in grouped(result.rejected):
-        console.print(f"  {rejected.number:6d}  {rejected.reason}  ({rejected.what})", highlight=False)
+        fits = f"; what would fit: {rejected.fits}" if rejected.fits else ""
+        console.print(f"  {rejected.number:6d}  {rejected.reason}  ({rejected.what}{fits})", highlight=False)
 
 
 def cells(price: Price) -> list[str]:

@@ -19,19 +19,19 @@ from ftrain.report.step_data import StepData
 from ftrain.report.timeline import timeline_figure
 
 
-def write_report(step: StepData, file: str | Path) -> Path:
+def write_report(step: StepData, file: str | Path, *, title: str = "") -> Path:
     """Write the page: totals, memory over the run, tensors at the peak, costs by op and component, the graph.
 
-    Makes the folders that are missing; returns the path of the file.
+    Makes the folders that are missing; returns the path of the file. `title`: see `report_html`.
     """
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_html(step), encoding="utf-8")
+    path.write_text(report_html(step, title=title), encoding="utf-8")
     return path
 
 
-def report_html(step: StepData) -> str:
-    """The page as a string."""
+def report_html(step: StepData, *, title: str = "") -> str:
+    """The page as a string. Its heading is `title`, or the step's name without one."""
     memory, cost = step.memory, graph_cost(step.graph)
     samples = memory_timeline(step.executed)
     sections = [
@@ -44,7 +44,7 @@ def report_html(step: StepData) -> str:
         ("Graph", graph_table(step.executed).html()),
     ]
     shapes = [f"{p}: {a}" for p, a in zip(step.traced.input_paths, step.traced.input_avals, strict=True)]
-    return page(step.name or "step", subtitle(step), shapes, cards(step), sections)
+    return page(title or step.name or "step", subtitle(step), shapes, cards(step), sections)
 
 
 def recompute_sections(step: StepData) -> list[tuple[str, str]]:

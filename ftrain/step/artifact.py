@@ -86,9 +86,12 @@ class Compiled:
         """The graph, a line per node: name, type, op, and where it comes from."""
         return graph_text(self.executed)
 
-    def report(self, file: str | Path) -> Path:
-        """Write an HTML page about the step: totals, memory over time, costs, the graph."""
-        return write_report(self.data(), Path(file))
+    def report(self, file: str | Path, *, title: str = "") -> Path:
+        """Write an HTML page about the step: totals, memory over time, costs, the graph.
+
+        `title` is what stands over it, such as the model and the run; without one it is the step's name.
+        """
+        return write_report(self.data(), Path(file), title=title)
 
     def data(self) -> StepData:
         """What reports and explanations read of the step."""

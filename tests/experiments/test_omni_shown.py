@@ -99,9 +99,9 @@ def test_an_answer_is_right_if_all_its_words_are_or_the_judge_sees_the_digit():
 
 
 def test_samples_are_one_picture_without_missing_letters(tmp_path, recwarn):
-    figures.samples(answers(), {4: INK}, tmp_path / "samples.png")
+    figures.samples(answers(), {4: INK}, tmp_path / "samples.png", title="tiny, run 1")
     picture = pictures.imread(tmp_path / "samples.png")
-    assert picture.shape[0] == picture.shape[1]
+    assert picture.shape[0] == picture.shape[1] + 44  # the head line: 0.4 inches
     assert picture[..., :3].std() > 0.05
     assert not [warning for warning in recwarn if "missing" in str(warning.message)]
     assert figures.readable("zh: 画 三") == "zh: [draw] [three]"
@@ -109,20 +109,30 @@ def test_samples_are_one_picture_without_missing_letters(tmp_path, recwarn):
 
 def test_samples_need_answers(tmp_path):
     with pytest.raises(ValueError, match="'video_to_text': 0"):
-        figures.samples({"video_to_text": []}, {}, tmp_path / "samples.png")
+        figures.samples({"video_to_text": []}, {}, tmp_path / "samples.png", title="tiny, run 1")
 
 
 def test_curves_leave_out_what_is_missing_or_not_finite(tmp_path):
     rows = [{"step": i, "loss": 2.0 / i, "lr": 1e-3, "tokens_per_s": 10.0 * i} for i in range(1, 30)]
     rows[5]["loss"] = float("nan")
     rows[7]["loss/image"] = 1.0
-    figures.curves(rows, tmp_path / "curves.png")
+    figures.curves(rows, tmp_path / "curves.png", title="tiny, run 1")
     assert pictures.imread(tmp_path / "curves.png")[..., :3].std() > 0.02
     with pytest.raises(ValueError, match="no metrics"):
-        figures.curves([], tmp_path / "curves.png")
+        figures.curves([], tmp_path / "curves.png", title="tiny, run 1")
+
+
+def test_the_average_is_of_the_neighbours_that_a_step_has_and_lags_behind_none():
+    values = np.random.default_rng(0).normal(size=60)
+    found = figures.smoothed(values)
+    assert found[0] == pytest.approx(values[:11].mean())
+    assert found[30] == pytest.approx(values[20:41].mean())
+    assert found[-1] == pytest.approx(values[-11:].mean())
+    line = figures.smoothed(np.arange(60.0))
+    np.testing.assert_allclose(line[10:-10], np.arange(60.0)[10:-10])
 
 
 def test_figures_are_the_same_picture_each_time(tmp_path):
     for name in ("one.png", "two.png"):
-        figures.samples(answers(), {4: INK}, tmp_path / name)
+        figures.samples(answers(), {4: INK}, tmp_path / name, title="tiny, run 1")
     np.testing.assert_array_equal(pictures.imread(tmp_path / "one.png"), pictures.imread(tmp_path / "two.png"))

@@ -13,14 +13,16 @@ from rich.console import Console
 from experiments.decoder_plan import DecoderSubject
 from ftrain.analysis.cluster import cluster
 from ftrain.cli.plan import PlanOptions, load_subject, run, tokens_of
+from ftrain.graph.text import show_bytes
 from ftrain.modules.decoder import preset
 from ftrain.plan.check import check_best
 from ftrain.plan.estimate import Estimate
 from ftrain.plan.file import PlanFile, load_plan
+from ftrain.plan.outcomes import Outcomes, with_ways_out
 from ftrain.plan.page import front_figure, pareto, write_page
-from ftrain.plan.search import Book, Options, search
-from ftrain.plan.space import Candidate, Space, layouts
-from ftrain.plan.table import print_result
+from ftrain.plan.search import Options, search
+from ftrain.plan.space import Candidate, Rejected, Space, grouped, layouts
+from ftrain.plan.table import GIB, print_result
 from ftrain.sharding import Ulysses
 
 SUBJECT = DecoderSubject("tiny", preset("llama-tiny"), tokens=256, packs=4, segmented=False)
@@ -49,25 +51,48 @@ def test_every_layout_is_ranked_estimated_or_rejected(result):
     assert [p.seconds for p in result.prices] == sorted(p.seconds for p in result.prices)
 
 
-def test_what_does_not_fit_is_rejected_with_its_bytes():
+def test_what_does_not_fit_is_rejected_with_its_bytes(tmp_path):
     tight = cluster("h100").with_efficiency(fragmentation=1e6)
     found = search(SUBJECT, 4, tight, Options(traced=3, space=SPACE))
     assert not found.prices
-    assert any("needs more than the 7" in r.reason for r in found.rejected)
+    refused = [r for r in found.rejected if "needs more than the 7" in r.reason]
+    assert refused
+    assert all(r.needs > 70 * GIB for r in refused)
+    assert {r.fits.partition(": ")[2] for r in refused} == {"more GPUs, fewer tokens, or more recompute"}
+    html = write_page(found, tmp_path / "plan.html", title="tight", cluster=tight).read_text()
+    assert "No layout fits" in html
+    assert "more GPUs, fewer tokens, or more recompute" in html
+
+
+def test_what_does_not_fit_is_shown_the_nearest_that_does(result):
+    fits = result.prices[0]
+    wide = replace(fits.candidate, micro_batches=64)
+    (told,) = with_ways_out([Rejected("wide", 1, "too large", needs=90e9, candidate=wide)], result.prices, 0.9)
+    assert told.fits.endswith(f"{fits.candidate} needs {show_bytes(int(fits.peak))}")
+    (alone,) = with_ways_out([Rejected("wide", 1, "too large", needs=90e9, candidate=wide)], [], 0.9)
+    assert alone.fits.endswith("a GPU like h200")
+
+
+def test_rejections_of_one_reason_are_one_row_named_after_the_least():
+    rows = [Rejected(name, 2, "too large", needs=needs) for name, needs in (("a", 3.0), ("b", 2.0))]
+    assert list(grouped([*rows, Rejected("c", 1, "odd")])) == [
+        Rejected("b and 1 more", 4, "too large", needs=2.0),
+        Rejected("c", 1, "odd"),
+    ]
 
 
 def test_what_holds_no_less_than_one_that_was_far_too_large_is_refused_untraced(result):
     facts, same = SUBJECT.facts, Estimate(seconds=1.0, memory=50.0)
-    book = Book(limit=100.0, shown="100 B", rejected=[])
+    outcomes = Outcomes(limit=100.0, rejected=[])
     large = Candidate(1, 4, 1, 1, None, 1, "none")
-    book.enter(large, same, replace(result.prices[0], candidate=large, peak=200.0), facts)
-    assert book.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), same, facts)
-    assert not book.hopeless(Candidate(2, 2, 1, 1, None, 1, "layer"), same, facts)
-    assert not book.hopeless(Candidate(1, 1, 4, 1, Ulysses(), 4, "none"), same, facts)
-    assert not book.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0), facts)
-    assert book.expected(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0)) == 160.0
-    assert [r.number for r in book.rejected] == [1, 1]
-    assert not book.prices
+    outcomes.enter(large, same, replace(result.prices[0], candidate=large, peak=200.0), facts)
+    assert outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), same, facts)
+    assert not outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "layer"), same, facts)
+    assert not outcomes.hopeless(Candidate(1, 1, 4, 1, Ulysses(), 4, "none"), same, facts)
+    assert not outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0), facts)
+    assert outcomes.expected(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0)) == 160.0
+    assert [r.number for r in outcomes.rejected] == [1, 1]
+    assert not outcomes.prices
 
 
 def test_no_legal_layout_is_said():
@@ -88,7 +113,7 @@ def test_the_terminal_shows_the_best_first_and_the_reasons(result):
 def test_the_page_has_every_layout_and_the_front(result, tmp_path):
     html = write_page(result, tmp_path / "plan.html", title="a <b> title", cluster=H100).read_text()
     assert "a &lt;b&gt; title" in html
-    assert html.count("<circle") == len(result.prices)
+    assert html.count("<circle") == len(result.prices) + len(result.untraced) + 3  # and one of each kind in the legend
     assert all(str(p.candidate) in html for p in result.prices)
     assert front_figure([]) == "<p>No layout fits.</p>"
 

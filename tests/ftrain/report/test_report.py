@@ -52,6 +52,8 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(compiled, tmp_path):
     assert text.count("<tr>") > len(compiled.executed.graph.nodes)
     for path in compiled.traced.input_paths:
         assert path in text
+    named = compiled.report(tmp_path / "named.html", title="tiny <stack>, run 3").read_text()
+    assert "<title>tiny &lt;stack&gt;, run 3 · ftrain</title>" in named
 
 
 def test_names_are_escaped(tmp_path):
