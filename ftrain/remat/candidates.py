@@ -33,7 +33,7 @@ class Recomputable:
 
     @cached_property
     def candidates(self) -> list[tuple[int, float, int]]:
-        """The nodes that may be made again, with microseconds and bytes."""
+        """The nodes that may be recomputed, with microseconds and bytes."""
         steps, nodes = self.model.steps, self.model.nodes
         return [
             (v, us, sum(size for _, size in steps[v].storages))
@@ -43,7 +43,7 @@ class Recomputable:
 
     @cached_property
     def ops(self) -> list[frozenset[int]]:
-        """The nodes that may be made again by op: each with its views and the parts of its result."""
+        """The nodes that may be recomputed by op: each with its views and the parts of its result."""
         owner: dict[int, int] = {}
         found: dict[int, set[int]] = {}
         for v, us, _ in self.candidates:
@@ -109,7 +109,7 @@ class Recomputable:
         return int(storages_of(node)[0][1])
 
     def _stays(self, node: fx.Node) -> bool:
-        """What is never made again: loops, sizes, what a layer hands to another one, and what a path says to keep."""
+        """What is never recomputed: loops, sizes, what a layer hands to another one, and what a path says to keep."""
         choice = self.remat.choice_at(node.meta.get("path") or "")
         if must_keep(node) or choice == "keep":
             return True

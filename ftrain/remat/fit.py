@@ -1,4 +1,4 @@
-"""Make a step fit a budget, and keep the book of what that cost: which tensors are kept, which made again, and why."""
+"""Make a step fit a budget, and list what that cost: which tensors are kept, which recomputed, and why."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -65,7 +65,7 @@ def fit(
     mesh: Mesh | None,
     finished_peak: Callable[[fx.GraphModule], int],
 ) -> fx.GraphModule:
-    """A copy of `module` in which the backward makes again, or fetches from the host, what the budget, the exchange
+    """A copy of `module` in which the backward recomputes, or fetches from the host, what the budget, the exchange
     rate or the paths ask for; what was decided stands on the nodes (see `decisions`).
 
     `finished_peak` gives the peak beyond the arguments of a copy after all later passes: the budget is checked on
@@ -154,13 +154,21 @@ def _apply(
 def _tag(planner: Planner, choice: Choice) -> None:
     """Note on each tensor that the backward reads what was decided."""
     nodes, steps = planner.model.nodes, planner.model.steps
-    remade, gone = planner.decided(choice)
+    recomputed, offloaded = planner.decided(choice)
     away = choice.table.microseconds if choice.table is not None else {}
-    read = {u for s in steps if not s.forward for u in s.reads} | {u for v in remade for u in steps[v].reads} | gone
+    read = (
+        {u for s in steps if not s.forward for u in s.reads}
+        | {u for v in recomputed for u in steps[v].reads}
+        | offloaded
+    )
     for v in read:
         if is_forward(nodes[v]) and isinstance(nodes[v].meta.get("val"), Tensor):
-            price = away[v] if v in gone else sum(planner.choices.microseconds[u] for u in _chain(planner, remade, v))
-            decision = "offload" if v in gone else "recompute" if v in remade else "keep"
+            price = (
+                away[v]
+                if v in offloaded
+                else sum(planner.choices.microseconds[u] for u in _chain(planner, recomputed, v))
+            )
+            decision = "offload" if v in offloaded else "recompute" if v in recomputed else "keep"
             nodes[v].meta["decision"] = Decision(decision, price)
 
 
@@ -181,7 +189,7 @@ def _row(node: fx.Node) -> BookRow:
 
 
 def book_table(rows: list[BookRow], limit: int = 200) -> str:
-    """The book as text, and what it adds up to."""
+    """The decisions as text, and what it adds up to."""
     lines = [f"{'decision':10} {'us/MB':>10} {'MB':>9} {'us':>10}  tensor"]
     for r in rows[:limit]:
         lines.append(
@@ -197,7 +205,7 @@ def book_table(rows: list[BookRow], limit: int = 200) -> str:
     return "\n".join(lines)
 
 
-def _chain(planner: Planner, remade: frozenset[int], v: int) -> set[int]:
+def _chain(planner: Planner, recomputed: frozenset[int], v: int) -> set[int]:
     """What must run to have `v` again, given what is kept."""
     found: set[int] = set()
     stack = [v]
@@ -205,7 +213,7 @@ def _chain(planner: Planner, remade: frozenset[int], v: int) -> set[int]:
         u = stack.pop()
         if u not in found:
             found.add(u)
-            stack.extend(w for w in planner.model.steps[u].reads if w in remade)
+            stack.extend(w for w in planner.model.steps[u].reads if w in recomputed)
     return {u for u in found if u in planner.choices.microseconds}
 
 

@@ -9,30 +9,30 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from ftrain.remat.offload import Timetable
+from ftrain.remat.offload import CopySchedule
 
 _STARTS = 5
 _SWEEPS = 40  # over all ops, that a search takes at least
 
 
 class Choice(NamedTuple):
-    """A set of nodes to make again: its peak in bytes beyond the arguments, and its price in microseconds.
+    """A set of nodes to recompute: its peak in bytes beyond the arguments, and its price in microseconds.
 
-    A number of `remade` past the nodes of the graph stands for offloading the node that far from their count.
+    A number of `recomputed` past the nodes of the graph stands for offloading the node that far from their count.
     `table`: when the copies of these run.
     """
 
-    remade: frozenset[int]
+    recomputed: frozenset[int]
     peak: int
     microseconds: float
-    table: Timetable | None = None
+    table: CopySchedule | None = None
 
 
 class Search:
     """Moves on choices; `tries` is a count of priced sets, not a time: all ranks must choose alike.
 
-    `price` makes a choice of a set; `candidates` are the nodes that may be made again, with their microseconds and
-    bytes; `ops`: these nodes by op, each with its views, which are made again or kept together.
+    `price` makes a choice of a set; `candidates` are the nodes that may be recomputed, with their microseconds and
+    bytes; `ops`: these nodes by op, each with its views, which are recomputed or kept together.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Search:
         ranked = self._distinct(sorted(starts, key=self._rank))
         if _SWEEPS * len(self._ops) > self._tries:
             return self._taken_back(ranked[0])
-        nothing = min(ranked, key=lambda c: len(c.remade))
+        nothing = min(ranked, key=lambda c: len(c.recomputed))
         chosen = self._distinct([ranked[0], nothing, *ranked[1:_STARTS]])
         return min((self._descended(c) for c in chosen), key=self._rank)
 
@@ -63,49 +63,49 @@ class Search:
         """The first choice of each set."""
         found: dict[frozenset[int], Choice] = {}
         for choice in choices:
-            found.setdefault(choice.remade, choice)
+            found.setdefault(choice.recomputed, choice)
         return list(found.values())
 
     def _rank(self, choice: Choice) -> tuple[int, float, list[int]]:
-        return max(0, choice.peak - self._peak), choice.microseconds, sorted(choice.remade)
+        return max(0, choice.peak - self._peak), choice.microseconds, sorted(choice.recomputed)
 
     def _descended(self, choice: Choice) -> Choice:
         """The steepest way down, by single ops or else by two at once; takes at most half of the tries."""
         least = self._tries // 2
         while self._tries > least:
-            better = self._steepest(choice, (_turned(choice.remade, op) for op in self._ops))
+            better = self._steepest(choice, (_turned(choice.recomputed, op) for op in self._ops))
             if better is choice:
-                better = self._steepest(choice, self._pairs(choice.remade))
+                better = self._steepest(choice, self._pairs(choice.recomputed))
             if better is choice:
                 break
             choice = better
         return choice
 
-    def _pairs(self, remade: frozenset[int]) -> Iterator[frozenset[int]]:
+    def _pairs(self, recomputed: frozenset[int]) -> Iterator[frozenset[int]]:
         for a, b in itertools.combinations(self._ops, 2):
-            yield _turned(_turned(remade, a), b)
+            yield _turned(_turned(recomputed, a), b)
 
     def _steepest(self, choice: Choice, sets: Iterable[frozenset[int]]) -> Choice:
         best = choice
-        for remade in sets:
+        for recomputed in sets:
             if self._tries <= 0:
                 break
             self._tries -= 1
-            best = min(best, self._price(remade), key=self._rank)
+            best = min(best, self._price(recomputed), key=self._rank)
         return best
 
     def _taken_back(self, choice: Choice) -> Choice:
         """Of a large graph: keep after all what may be kept, dearest first, if it is not far above the room left."""
-        for v in sorted(choice.remade, key=lambda v: (-self._microseconds.get(v, 0.0), v)):
+        for v in sorted(choice.recomputed, key=lambda v: (-self._microseconds.get(v, 0.0), v)):
             if self._tries <= 0 or self._microseconds.get(v, 0.0) <= 0:
                 break
             if self._bytes[v] > 2 * (self._peak - choice.peak):
                 continue
             self._tries -= 1
-            choice = min(choice, self._price(choice.remade - {v}), key=self._rank)
+            choice = min(choice, self._price(choice.recomputed - {v}), key=self._rank)
         return choice
 
 
-def _turned(remade: frozenset[int], op: frozenset[int]) -> frozenset[int]:
-    """With the op made again if it was kept, else with it kept."""
-    return remade - op if op & remade else remade | op
+def _turned(recomputed: frozenset[int], op: frozenset[int]) -> frozenset[int]:
+    """With the op recomputed if it was kept, else with it kept."""
+    return recomputed - op if op & recomputed else recomputed | op

@@ -1,15 +1,15 @@
 """Which tensors to keep for the backward pass, at a given price of memory: one minimum cut of the forward graph.
 
 For a price of `us_per_mb` microseconds per MB kept, every forward tensor that the backward reads is either kept, which
-costs its bytes (or, where that is cheaper, a copy to the host and back), or made again, which costs its time and needs
-all that it is made from, kept or made again in turn. So the price of making a tensor again is that of the cheapest
+costs its bytes (or, where that is cheaper, a copy to the host and back), or recomputed, which costs its time and needs
+all that it is made from, kept or recomputed in turn. So the price of recomputing a tensor is that of the cheapest
 chain from what is kept: chains, not single nodes, are what is chosen. This is a project selection problem (Picard
-1976), solved exactly by one minimum cut. Node v has two places in the network: `have v` (its value is at hand in the
+1976), solved exactly by one minimum cut. Node v has two places in the network: `have v` (its value is available in the
 backward) and `make v` (it is computed again):
 
     source -> have v   infinite, if the backward reads v
     have v -> make v   bytes of v * price, or its price on the host: cut when v is kept, here or there
-    make v -> sink     microseconds of v: cut when v is made again
+    make v -> sink     microseconds of v: cut when v is recomputed
     make v -> have u   infinite, for each forward u that v reads
 """
 
@@ -39,19 +39,19 @@ class Item:
     away: float | None = None
 
     def keeps_for(self, us_per_mb: float) -> float:
-        """What having it in the backward costs if it is not made again."""
+        """What having it in the backward costs if it is not recomputed."""
         here = np.inf if self.bytes is None else self.bytes / 1e6 * us_per_mb
         return here if self.away is None else min(here, self.away)
 
-    def goes_away(self, us_per_mb: float) -> bool:
+    def is_offloaded(self, us_per_mb: float) -> bool:
         """True if keeping it costs less on the host."""
         return self.away is not None and self.bytes is not None and self.away < self.bytes / 1e6 * us_per_mb
 
 
 def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: float) -> tuple[set[int], set[int]]:
-    """The items to keep and those to make again, at least total cost, so that all `wanted` are at hand.
+    """The items to keep and those to recompute, at least total cost, so that all `wanted` are available.
 
-    ValueError if an item can neither be kept nor made again.
+    ValueError if an item can neither be kept nor recomputed.
     """
     have, make = (lambda v: 2 + 2 * v), (lambda v: 3 + 2 * v)
     edges: dict[tuple[int, int], float] = {(0, have(v)): np.inf for v in wanted}
@@ -59,7 +59,7 @@ def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: flo
         keep = item.keeps_for(us_per_mb)
         again = np.inf if item.microseconds is None else item.microseconds
         if np.isinf(keep) and np.isinf(again):
-            raise ValueError(f"item {v} can neither be kept nor made again")
+            raise ValueError(f"item {v} can neither be kept nor recomputed")
         edges[have(v), make(v)] = keep
         edges[make(v), 1] = again
         for u in item.reads:

@@ -3,7 +3,7 @@
 A copy is four nodes (`ftrain.kernels.offload`): start and wait in the forward, start and wait in the backward. Where
 they stand is worked out on paper: the ops of the graph on one clock, the copies of each direction one after the other
 on the link. A tensor leaves the device when its copy has had the time to finish, and starts back as late as it may
-without being waited for. What compute still has to wait is the price. Whole storages go; views are made again.
+without being waited for. What compute still has to wait is the price. Whole storages go; views are recomputed.
 """
 
 from bisect import bisect_left, bisect_right
@@ -25,7 +25,7 @@ from ftrain.graph.collectives import COLLECTIVES
 from ftrain.graph.loop import is_loop
 from ftrain.graph.torch_private import value_of
 from ftrain.kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
-from ftrain.remat.peak import PeakModel, Place
+from ftrain.remat.peak import CopySlots, PeakModel
 from ftrain.remat.policy import Remat, is_forward, recompute
 
 _USUAL_BANDWIDTH = 25e9  # where copies are placed by the path of a tensor and the link is not known
@@ -54,10 +54,10 @@ def host_link(remat: Remat, device: torch.device) -> HostLink | None:
     return None if known is None else HostLink(known)
 
 
-class Timetable(NamedTuple):
+class CopySchedule(NamedTuple):
     """Where the copies of a set of offloaded nodes stand, and microseconds that they add to the step, by node."""
 
-    places: dict[int, Place]
+    places: dict[int, CopySlots]
     microseconds: dict[int, float]
 
     @property
@@ -67,7 +67,7 @@ class Timetable(NamedTuple):
 
 
 @dataclass
-class Ferry:
+class OffloadPlanner:
     """What may be offloaded of a graph, and when its copies run. Nodes are known by their number in `model.nodes`."""
 
     module: fx.GraphModule
@@ -107,16 +107,19 @@ class Ferry:
     def price_alone(self, v: int) -> float:
         """Microseconds that offloading a node adds if the link has nothing else to do."""
         takes = self.link.microseconds(self.bytes(v))
-        before, after = self._clock[self._turn] - self._clock[v + 1], self._clock[-1] - self._clock[self._turn]
+        before, after = (
+            self._clock[self._backward_start] - self._clock[v + 1],
+            self._clock[-1] - self._clock[self._backward_start],
+        )
         return self.launches() + max(0.0, takes - before) + max(0.0, takes - after)
 
     def room(self, offloaded: Collection[int]) -> float:
         """The time of the shorter pass over that which the copies of these nodes take in each direction."""
         takes = sum(self.link.microseconds(self.bytes(v)) for v in offloaded)
-        passes = (self._clock[self._turn], self._clock[-1] - self._clock[self._turn])
+        passes = (self._clock[self._backward_start], self._clock[-1] - self._clock[self._backward_start])
         return min(passes) / takes if takes else float("inf")
 
-    def needed(self, offloaded: Collection[int], remade: Collection[int]) -> dict[int, int]:
+    def needed(self, offloaded: Collection[int], recomputed: Collection[int]) -> dict[int, int]:
         """For each offloaded node that the backward needs the first node that does, by itself or for a copy it reads.
 
         Left out are those that something needs before the backward begins.
@@ -124,7 +127,7 @@ class Ferry:
         needed: dict[int, int] = {}
         seen: set[int] = set()
         for v, step in enumerate(self.model.steps):
-            stack = [] if step.forward else [u for u in step.reads if u in remade or u in offloaded]
+            stack = [] if step.forward else [u for u in step.reads if u in recomputed or u in offloaded]
             while stack:
                 u = stack.pop()
                 if u not in seen:
@@ -132,34 +135,36 @@ class Ferry:
                     if u in offloaded:
                         needed[u] = v
                     else:
-                        stack.extend(w for w in self.model.steps[u].reads if w in remade or w in offloaded)
-        return {u: v for u, v in needed.items() if v >= self._turn and self._last_reader[u] < self._turn}
+                        stack.extend(w for w in self.model.steps[u].reads if w in recomputed or w in offloaded)
+        return {
+            u: v for u, v in needed.items() if v >= self._backward_start and self._last_reader[u] < self._backward_start
+        }
 
-    def timetable(self, needed: Mapping[int, int], *, tight: bool = False) -> Timetable:
+    def schedule(self, needed: Mapping[int, int], *, tight: bool = False) -> CopySchedule:
         """When the copies of the nodes of `needed` run.
 
         `tight`: leave the device after the last forward reader and come back just before the first need, whatever
         compute then waits; else copies hide behind compute as far as there is any.
         """
-        clock, turn = self._clock, self._turn
-        gone: dict[int, tuple[int, int]] = {}
+        clock, turn = self._clock, self._backward_start
+        stored: dict[int, tuple[int, int]] = {}
         free = 0.0
         for v in sorted(needed):
             start = self._run_end(v)
             free = max(clock[start + 1], free) + self.link.microseconds(self.bytes(v))
             done = bisect_left(clock, free) - 1
             wait = max(start, self._last_reader[v]) if tight else self._run_end(max(self._last_reader[v], done))
-            gone[v] = start, min(wait, turn - 1)
-        places: dict[int, Place] = {}
+            stored[v] = start, min(wait, turn - 1)
+        places: dict[int, CopySlots] = {}
         due = float("inf")
         for v in sorted(needed, key=lambda v: (needed[v], v), reverse=True):
             arrive = needed[v] if tight else self._run_begin(needed[v])
             due = min(clock[arrive], due) - self.link.microseconds(self.bytes(v))
             fetch = arrive if tight else self._run_begin(max(turn, bisect_right(clock, due) - 1))
-            places[v] = Place(*gone[v], fetch, arrive)
-        return Timetable(places, self._prices(places))
+            places[v] = CopySlots(*stored[v], fetch, arrive)
+        return CopySchedule(places, self._prices(places))
 
-    def _prices(self, places: Mapping[int, Place]) -> dict[int, float]:
+    def _prices(self, places: Mapping[int, CopySlots]) -> dict[int, float]:
         """Run the copies beside the ops: how long each is waited for, and its launches."""
         prices = dict.fromkeys(places, self.launches())
         free, ends, late = [0.0, 0.0], dict[tuple[int, int], float](), 0.0
@@ -180,7 +185,7 @@ class Ferry:
         return [0.0, *np.cumsum([self.times.microseconds(n) for n in self.model.nodes]).tolist()]
 
     @cached_property
-    def _turn(self) -> int:
+    def _backward_start(self) -> int:
         """The node that the backward begins with."""
         nodes = self.model.nodes
         return next((v for v, n in enumerate(nodes) if n.meta.get("phase") == "backward"), len(nodes))
@@ -200,12 +205,12 @@ class Ferry:
     def _run_end(self, v: int) -> int:
         """The last of the elementwise ops and views that follow a node: a compiler makes one kernel of these."""
         nodes = self.model.nodes
-        while v + 1 < min(self._turn, len(nodes)) and _is_light(nodes[v + 1]):
+        while v + 1 < min(self._backward_start, len(nodes)) and _is_light(nodes[v + 1]):
             v += 1
         return v
 
     def _run_begin(self, v: int) -> int:
-        while v > self._turn and _is_light(self.model.nodes[v - 1]):
+        while v > self._backward_start and _is_light(self.model.nodes[v - 1]):
             v -= 1
         return v
 
@@ -219,7 +224,7 @@ class _Event(NamedTuple):
     node: int
 
 
-def _events(places: Mapping[int, Place]) -> list[_Event]:
+def _events(places: Mapping[int, CopySlots]) -> list[_Event]:
     events = []
     for v, place in places.items():
         events += [_Event(place.start, 0, v, v), _Event(place.wait, 1, v, v)]
@@ -227,7 +232,7 @@ def _events(places: Mapping[int, Place]) -> list[_Event]:
     return sorted(events)
 
 
-def write_plan(model: PeakModel, remade: Collection[int], places: Mapping[int, Place]) -> None:
+def write_plan(model: PeakModel, recomputed: Collection[int], places: Mapping[int, CopySlots]) -> None:
     """Write the copies of a plan into the graph of `model`: those of offloaded tensors and of recomputed ones.
 
     No value changes.
@@ -249,7 +254,7 @@ def write_plan(model: PeakModel, remade: Collection[int], places: Mapping[int, P
             else:
                 fetched[x] = _call(fetch_wait, (fetched[x], started[v]), x, phase="backward")
     assert module is not None
-    recompute(module, {nodes[u] for u in remade}, fetched)
+    recompute(module, {nodes[u] for u in recomputed}, fetched)
 
 
 def _call(op: Callable, args: tuple, source: fx.Node, *, phase: str) -> fx.Node:

@@ -26,7 +26,7 @@ class Step(NamedTuple):
     views: tuple[tuple[int, int] | None, ...]
 
 
-class Place(NamedTuple):
+class CopySlots(NamedTuple):
     """Where the copies of an offloaded node stand, by numbers of nodes: the copy to the host starts right after `start`
     and is waited for right after `wait`, the copy back starts right before `fetch` and is waited for right before
     `arrive`.
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 Lives = tuple[int, ...]
-_NOWHERE: Mapping[int, Place] = MappingProxyType({})
+_NOWHERE: Mapping[int, CopySlots] = MappingProxyType({})
 
 
 class PeakModel:
@@ -74,9 +74,9 @@ class PeakModel:
         forward = node.op == "call_function" and node.meta.get("phase") == "forward"
         return Step(reads, storages, forward, tuple(first.get(piece) for piece, _ in storages))
 
-    def peak(self, remade: Collection[int], places: Mapping[int, Place] = _NOWHERE) -> tuple[int, int]:
-        """Bytes at the peak if the forward nodes `remade` are made again for the backward and those of `places` come
-        back from the host, and the node it is at. An offloaded node is fetched before it is first needed.
+    def peak(self, recomputed: Collection[int], places: Mapping[int, CopySlots] = _NOWHERE) -> tuple[int, int]:
+        """Bytes at the peak, and the node it is at, if the forward nodes `recomputed` are made twice and those of
+        `places` come back from the host. An offloaded node is fetched before it is first needed.
         """
         runs: list[int] = []
         last = [-1] * len(self._bytes)
@@ -108,10 +108,10 @@ class PeakModel:
         for v, step in enumerate(self.steps):
             for u in fetched.get(v, ()):
                 fetch(u)
-            if step.forward or not any(u in remade or u in moved or u in places for u in step.reads):
+            if step.forward or not any(u in recomputed or u in moved or u in places for u in step.reads):
                 run(v, self._lives[v], self._touches[v])
                 continue
-            for c in self._chain([u for u in step.reads if u in remade and u not in copied], remade, copied):
+            for c in self._chain([u for u in step.reads if u in recomputed and u not in copied], recomputed, copied):
                 reads = [seen(u) for u in self.steps[c].reads]
                 copied[c] = _lives(self.steps[c], reads, copy=1)
                 run(c, copied[c], {*copied[c], *(life for read in reads for life in read)})
@@ -125,12 +125,12 @@ class PeakModel:
                 last[life] = len(runs)
         return self._sweep(runs, np.array(first), np.array(last))
 
-    def _chain(self, wanted: list[int], remade: Collection[int], copied: Collection[int]) -> list[int]:
+    def _chain(self, wanted: list[int], recomputed: Collection[int], copied: Collection[int]) -> list[int]:
         found: set[int] = set()
         stack = wanted
         while stack:
             v = stack.pop()
-            if v in remade and v not in copied and v not in found:
+            if v in recomputed and v not in copied and v not in found:
                 found.add(v)
                 stack.extend(self.steps[v].reads)
         return sorted(found)
@@ -142,7 +142,7 @@ class PeakModel:
         return int(live[where]), runs[where]
 
 
-def _by_node(places: Mapping[int, Place]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+def _by_node(places: Mapping[int, CopySlots]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
     """The offloaded nodes by the node after which the device drops them, and by that before which it fetches them."""
     left: dict[int, list[int]] = {}
     fetched: dict[int, list[int]] = {}

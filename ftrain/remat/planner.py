@@ -1,9 +1,10 @@
-"""Recompute by return on investment: the cheapest set of tensors to make again so that the peak fits a budget.
+"""Recompute by return on investment: the cheapest set of tensors to recompute so that the peak fits a budget.
 
 At one exchange rate (microseconds per MB) the best set is a minimum cut (`remat.mincut`). The rate is moved until the
 simulated peak fits, since fewer bytes kept do not always mean a lower peak; then a local search (`remat.local_search`)
-mends what a cut cannot see. Where there is a link to the host, a tensor may also be offloaded (`offload`), at the price
-of the part of its copies that does not hide behind compute. All share the link: cuts are made for what it carries.
+repairs what a cut cannot see. Where there is a link to the host, a tensor may also be offloaded (`offload`), for the
+price of the part of its copies that does not hide behind compute. All share the link: cuts are made
+for what it carries.
 """
 
 import math
@@ -21,7 +22,7 @@ from ftrain.analysis.op_times import OpTimes
 from ftrain.remat.candidates import Recomputable
 from ftrain.remat.local_search import Choice, Search
 from ftrain.remat.mincut import cheapest_kept
-from ftrain.remat.offload import Ferry, HostLink, Timetable, write_plan
+from ftrain.remat.offload import CopySchedule, HostLink, OffloadPlanner, write_plan
 from ftrain.remat.peak import PeakModel, Step
 from ftrain.remat.policy import Remat, parse_budget
 from ftrain.sharding.mesh import Mesh
@@ -53,13 +54,13 @@ class Planner:
 
     @cached_property
     def choices(self) -> Recomputable:
-        """What may be made again, and what that takes and frees."""
+        """What may be recomputed, and what that takes and frees."""
         return Recomputable(self.module, self.model, self.times, self.remat)
 
     @cached_property
-    def ferry(self) -> Ferry | None:
+    def offloads(self) -> OffloadPlanner | None:
         """What may be offloaded."""
-        return None if self.link is None else Ferry(self.module, self.model, self.times, self.link)
+        return None if self.link is None else OffloadPlanner(self.module, self.model, self.times, self.link)
 
     def at_rate(self, us_per_mb: float) -> Choice:
         """The best choice at one exchange rate."""
@@ -72,73 +73,82 @@ class Planner:
         carry while compute goes on.
         """
         yield self._cut(us_per_mb, frozenset())
-        if self.ferry is None or not self._may_go:
+        if self.offloads is None or not self._may_offload:
             return
-        whole = self._cut(us_per_mb, self._may_go)
+        whole = self._cut(us_per_mb, self._may_offload)
         yield whole
-        gone = sorted(self.decided(whole)[1] & self._may_go)
-        room = self.ferry.room(gone)
+        offloaded = sorted(self.decided(whole)[1] & self._may_offload)
+        room = self.offloads.room(offloaded)
         for share in _SHARES_OF_LINK if room < 1 else ():
-            yield self._cut(us_per_mb, _spread(gone, share * room))
+            yield self._cut(us_per_mb, _spread(offloaded, share * room))
 
     def _cut(self, us_per_mb: float, may_go: frozenset[int]) -> Choice:
         numbers, items, wanted = self.choices.items
-        if self.ferry is not None and may_go:
-            away = {v: self.ferry.price_alone(v) for v in may_go}
+        if self.offloads is not None and may_go:
+            away = {v: self.offloads.price_alone(v) for v in may_go}
             items = [replace(i, away=away.get(v)) for v, i in zip(numbers, items, strict=True)]
         kept, again = cheapest_kept(items, wanted, us_per_mb)
-        gone = {self._token(numbers[v]) for v in kept if items[v].goes_away(us_per_mb)}
-        return self._priced(frozenset({numbers[v] for v in again} | gone))
+        offloaded = {self._token(numbers[v]) for v in kept if items[v].is_offloaded(us_per_mb)}
+        return self._priced(frozenset({numbers[v] for v in again} | offloaded))
 
     def within(self, peak: int) -> Choice:
         """The cheapest choice found whose simulated peak is at most `peak`; ValueError names the smallest possible."""
         nothing = self.at_rate(0.0)
         if nothing.peak <= peak:
             return nothing
-        all_remade = frozenset(v for v, _, _ in self.choices.candidates)
-        all_gone = frozenset(self._token(v) for v in self._may_go)
+        all_recomputed = frozenset(v for v, _, _ in self.choices.candidates)
+        all_offloaded = frozenset(self._token(v) for v in self._may_offload)
         price = partial(self._priced, within=peak)
-        starts = [*self._search(peak), *map(price, dict.fromkeys([all_remade, all_remade | all_gone, all_gone]))]
-        if all_gone:
-            starts = [price(c.remade) if c.peak > peak else c for c in starts]
+        starts = [
+            *self._search(peak),
+            *map(price, dict.fromkeys([all_recomputed, all_recomputed | all_offloaded, all_offloaded])),
+        ]
+        if all_offloaded:
+            starts = [price(c.recomputed) if c.peak > peak else c for c in starts]
         tries = _WORK_TO_IMPROVE // len(self.model.nodes)
-        ops = [*self.choices.ops, *(frozenset({gone}) for gone in sorted(all_gone))]
-        found = Search(price, [*self.choices.candidates, *self._gone], ops=ops, peak=peak, tries=tries).best(starts)
+        ops = [*self.choices.ops, *(frozenset({offloaded}) for offloaded in sorted(all_offloaded))]
+        found = Search(price, [*self.choices.candidates, *self._offload_choices], ops=ops, peak=peak, tries=tries).best(
+            starts
+        )
         if found.peak > peak:
-            remade, _ = self.decided(found)
+            recomputed, _ = self.decided(found)
             places = found.table.places if found.table is not None else {}
-            raise OverBudget(found.peak, self.model.nodes[self.model.peak(remade, places)[1]], found)
+            raise OverBudget(found.peak, self.model.nodes[self.model.peak(recomputed, places)[1]], found)
         return found
 
     def decided(self, choice: Choice) -> tuple[frozenset[int], frozenset[int]]:
-        """The nodes that a choice makes again, and those that it offloads."""
+        """The nodes that a choice recomputes, and those that it offloads."""
         count = len(self.model.nodes)
-        return frozenset(v for v in choice.remade if v < count), frozenset(choice.table.places if choice.table else ())
+        return frozenset(v for v in choice.recomputed if v < count), frozenset(
+            choice.table.places if choice.table else ()
+        )
 
     def _token(self, v: int) -> int:
         """What stands for offloading a node in a set of numbers."""
         return len(self.model.nodes) + v
 
     @cached_property
-    def _may_go(self) -> frozenset[int]:
+    def _may_offload(self) -> frozenset[int]:
         """The nodes whose price decides whether they are offloaded."""
-        if self.ferry is None or self.remat.offload is None:
+        if self.offloads is None or self.remat.offload is None:
             return frozenset()
-        return frozenset(v for v in self.ferry.views if self.choices.said_of(v) is None)
+        return frozenset(v for v in self.offloads.views if self.choices.said_of(v) is None)
 
     @cached_property
-    def _must_go(self) -> frozenset[int]:
+    def _must_offload(self) -> frozenset[int]:
         """The nodes that are offloaded by their path."""
-        if self.ferry is None:
+        if self.offloads is None:
             return frozenset()
-        return frozenset(v for v in self.ferry.views if self.choices.said_of(v) == "offload")
+        return frozenset(v for v in self.offloads.views if self.choices.said_of(v) == "offload")
 
     @cached_property
-    def _gone(self) -> list[tuple[int, float, int]]:
+    def _offload_choices(self) -> list[tuple[int, float, int]]:
         """What may be offloaded, as candidates of a search."""
-        if self.ferry is None:
+        if self.offloads is None:
             return []
-        return [(self._token(v), self.ferry.price_alone(v), self.ferry.bytes(v)) for v in sorted(self._may_go)]
+        return [
+            (self._token(v), self.offloads.price_alone(v), self.offloads.bytes(v)) for v in sorted(self._may_offload)
+        ]
 
     def _search(self, peak: int) -> Iterator[Choice]:
         nothing = self.at_rate(0.0)
@@ -172,27 +182,27 @@ class Planner:
             yield choice
             below, above = (below, middle) if choice.peak <= peak else (middle, above)
 
-    def _priced(self, remade: frozenset[int], within: int | None = None) -> Choice:
+    def _priced(self, recomputed: frozenset[int], within: int | None = None) -> Choice:
         """What a set comes to; copies from and to the host hide as well as they can while the peak is `within`."""
         count = len(self.model.nodes)
-        gone = {v - count for v in remade if v >= count} | self._must_go
-        if self.ferry is None or not gone:
-            used = _read_again(self.model.steps, remade)
+        offloaded = {v - count for v in recomputed if v >= count} | self._must_offload
+        if self.offloads is None or not offloaded:
+            used = _read_by_recompute(self.model.steps, recomputed)
             return Choice(used, self.model.peak(used)[0], sum(self.choices.microseconds[v] for v in sorted(used)))
-        views = {u for v in gone for u in self.ferry.views[v]}
-        wanted = frozenset({v for v in remade if v < count} - gone | views)
-        needed = self.ferry.needed(gone, wanted)
-        used = _read_again(self.model.steps, wanted)
+        views = {u for v in offloaded for u in self.offloads.views[v]}
+        wanted = frozenset({v for v in recomputed if v < count} - offloaded | views)
+        needed = self.offloads.needed(offloaded, wanted)
+        used = _read_by_recompute(self.model.steps, wanted)
         again = sum(self.choices.microseconds[v] for v in sorted(used))
         tokens = used | {self._token(v) for v in needed}
 
-        def choice(table: Timetable) -> Choice:
+        def choice(table: CopySchedule) -> Choice:
             return Choice(tokens, self.model.peak(used, table.places)[0], again + table.total, table)
 
-        found = choice(self.ferry.timetable(needed))
+        found = choice(self.offloads.schedule(needed))
         if within is None or found.peak <= within:
             return found
-        return min(found, choice(self.ferry.timetable(needed, tight=True)), key=lambda c: c.peak)
+        return min(found, choice(self.offloads.schedule(needed, tight=True)), key=lambda c: c.peak)
 
 
 def write_choice(planner: Planner, choice: Choice) -> None:
@@ -200,15 +210,15 @@ def write_choice(planner: Planner, choice: Choice) -> None:
     write_plan(planner.model, planner.decided(choice)[0], choice.table.places if choice.table is not None else {})
 
 
-def _read_again(steps: Sequence[Step], remade: frozenset[int]) -> frozenset[int]:
+def _read_by_recompute(steps: Sequence[Step], recomputed: frozenset[int]) -> frozenset[int]:
     """Those of the set that the backward reads, or that others of these are made from."""
-    stack = [u for s in steps if not s.forward for u in s.reads if u in remade]
+    stack = [u for s in steps if not s.forward for u in s.reads if u in recomputed]
     found: set[int] = set()
     while stack:
         v = stack.pop()
         if v not in found:
             found.add(v)
-            stack.extend(u for u in steps[v].reads if u in remade)
+            stack.extend(u for u in steps[v].reads if u in recomputed)
     return frozenset(found)
 
 

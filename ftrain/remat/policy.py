@@ -1,4 +1,4 @@
-"""Recompute: what the backward pass makes again instead of keeping it from the forward pass."""
+"""Recompute: what the backward pass recomputes instead of keeping it from the forward pass."""
 
 import functools
 import operator
@@ -26,7 +26,7 @@ class Remat:
       (subtrees of parameters that are alike, whatever the list's name; see `ftrain.graph.layers`), only what it hands
       to others; "all" does so outside of layers too.
     - `budget`: the most bytes that the step may hold at once, its arguments included: a number, "60GiB", "70%" of the
-      device's memory, or "fit" (what is free now). What saves most bytes per microsecond of recompute is made again
+      device's memory, or "fit" (what is free now). What saves most bytes per microsecond of recompute is recomputed
       first, and no more than needed (see `remat.planner`). Takes the place of a policy.
     - `us_per_mb`: recompute all that costs fewer microseconds per MB freed than this, in the place of a budget.
     - `gathered`: on a mesh, whether parameters are gathered "again" for the backward (ZeRO stage 3) or whole ones are
@@ -138,13 +138,13 @@ def rematerialize(module: fx.GraphModule, remat: Remat, *, gathers: Collection[f
     `gathers`: the nodes that make whole parameters. They are decided on together with the rest, so that what a layer
     computes again and its backward read the same ones. The same ops on the same inputs: results are equal to the bit.
     """
-    remade, whole = remade_by_policy(module, remat), set(gathers)
+    recomputed, whole = recomputed_by_policy(module, remat), set(gathers)
     if remat.gathers_again:
-        remade |= whole
+        recomputed |= whole
     elif remat.gathered == "keep":
-        remade -= whole
-    if remade:
-        recompute(module, remade)
+        recomputed -= whole
+    if recomputed:
+        recompute(module, recomputed)
 
 
 def require_matches(module: fx.GraphModule, remat: Remat) -> None:
@@ -171,33 +171,33 @@ def _forward_paths(module: fx.GraphModule) -> set[str]:
     return found.union(*(_forward_paths(loop_body(node)) for node in module.graph.nodes if is_loop(node)))
 
 
-def remade_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
-    """The forward nodes that a policy, and the globs over paths, make again."""
+def recomputed_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
+    """The forward nodes that a policy, and the globs over paths, recompute."""
     if remat.policy == "none" and not remat.paths:
         return set()
     forward = [n for n in module.graph.nodes if is_forward(n)]
     layer_of = {n: layer_of_node(n) for n in forward}
-    remade = set()
+    recomputed = set()
     for node in forward:
         choice = remat.choice_at(node.meta.get("path") or "")
         again = remat.policy != "none" and not _is_kept(node, layer_of, remat.policy)
         if must_keep(node) or choice in ("keep", "offload"):
             continue
         if again or choice == "recompute":
-            remade.add(node)
-    return remade
+            recomputed.add(node)
+    return recomputed
 
 
 def recompute(
-    module: fx.GraphModule, remade: Collection[fx.Node], fetched: Mapping[fx.Node, fx.Node] | None = None
+    module: fx.GraphModule, recomputed: Collection[fx.Node], fetched: Mapping[fx.Node, fx.Node] | None = None
 ) -> None:
-    """Give the backward copies of the forward nodes `remade`, each made just before its first use.
+    """Give the backward copies of the forward nodes `recomputed`, each made just before its first use.
 
-    Copies read copies of what is remade, and what is kept as it is. `fetched`: forward nodes that have a copy already,
-    and that copy.
+    Copies read copies of what is recomputed, and what is kept as it is. `fetched`: forward nodes that have
+    a copy already, and that copy.
     """
     copies: dict[fx.Node, fx.Node] = dict(fetched or {})
-    position = {n: i for i, n in enumerate(module.graph.nodes) if n in remade or n in copies}
+    position = {n: i for i, n in enumerate(module.graph.nodes) if n in recomputed or n in copies}
     moved: dict[fx.Node, set[int]] = {}  # nodes whose value is new, and the memory that it was before
     for node in list(module.graph.nodes):
         if is_forward(node) or node.op in ("placeholder", "get_attr", "output"):
@@ -217,7 +217,7 @@ def recompute(
 
 
 def must_keep(node: fx.Node) -> bool:
-    """True for what is never made again: loops, sizes and what has a new size that depends on data, which must stay the
+    """True for what is never recomputed: loops, sizes and what has a new size that depends on data, which must stay the
     same numbers, and ops that do more than compute (`op_effects`): dropout would draw another mask, batch norm move its
     statistics twice. Parts of a tuple are kept with it.
     """

@@ -48,7 +48,7 @@ def report_html(step: StepData, *, title: str = "") -> str:
 
 
 def recompute_sections(step: StepData) -> list[tuple[str, str]]:
-    """For a step with a budget: the memory that it would take without recompute, and the book of what is kept."""
+    """For a step with a budget: the memory that it would take without recompute, and the table of decisions."""
     found = decisions(step.graph)
     if not found:
         return []
@@ -65,10 +65,10 @@ def recompute_sections(step: StepData) -> list[tuple[str, str]]:
         ]
         for r in found
     ]
-    book = Table(["decision", "us per MB", "bytes", "us to have again", "tensor", "parameter", "source"], rows)
+    table = Table(["decision", "us per MB", "bytes", "us to have again", "tensor", "parameter", "source"], rows)
     return [
         ("Memory with nothing recomputed", timeline_figure(memory_timeline(before), inputs_by_argument(before))),
-        ("Recompute by return on investment", book.html()),
+        ("Recompute by return on investment", table.html()),
     ]
 
 

@@ -30,7 +30,7 @@ MICRO = tuple(x.reshape(4, 16, 16) for x in BATCH)
 def offloaded(seed):
     """A random graph of which a random part waits on the host."""
     planner, rng = linked_planner(seed, 1e9), random.Random(seed)
-    write_choice(planner, planner._priced(frozenset(t for t, _, _ in planner._gone if rng.random() < 0.7)))
+    write_choice(planner, planner._priced(frozenset(t for t, _, _ in planner._offload_choices if rng.random() < 0.7)))
     return planner.module
 
 
@@ -100,7 +100,7 @@ def test_nothing_recomputed_has_the_peak_of_the_graph(module):
 def test_the_peak_with_tensors_recomputed_is_that_of_the_rewritten_graph(family, share):
     planner, rng = planner_of(BLOCKS[family]), random.Random(family)
     choice = planner._priced(frozenset(v for v, _, _ in planner.choices.candidates if rng.random() < share))
-    assert choice.remade
+    assert choice.recomputed
     write_choice(planner, choice)
     assert plan_memory(planner.module).peak == choice.peak
 

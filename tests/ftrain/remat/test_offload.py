@@ -165,7 +165,7 @@ def test_the_simulated_peak_is_that_of_the_graph(seed):
     rng = random.Random(seed)
     planner = linked_planner(seed, 10.0 ** rng.randint(6, 12))
     model = planner.model
-    tokens = [v for v, _, _ in planner.choices.candidates] + [t for t, _, _ in planner._gone]
+    tokens = [v for v, _, _ in planner.choices.candidates] + [t for t, _, _ in planner._offload_choices]
     choice = planner._priced(frozenset(t for t in tokens if rng.random() < 0.6), within=rng.choice([None, 0]))
     write_choice(planner, choice)
     assert plan_memory(model.nodes[0].graph.owning_module).peak == choice.peak
@@ -179,7 +179,9 @@ def price_ratios(seeds, *, most=5):
         large = [v for v, _, size in planner.choices.candidates if size > 1000]
         if len(large) > most:
             continue
-        ways = [(frozenset(), {v}, {len(planner.model.nodes) + v} if v in planner._may_go else set()) for v in large]
+        ways = [
+            (frozenset(), {v}, {len(planner.model.nodes) + v} if v in planner._may_offload else set()) for v in large
+        ]
         plans = [planner._priced(frozenset().union(*chosen)) for chosen in itertools.product(*ways)]
         smallest, largest = min(p.peak for p in plans), plans[0].peak
         for share in (0.0, 0.5) if smallest < largest else ():
@@ -245,9 +247,9 @@ def planner_of(link, *, dear, layers=6):
 def test_offloaded_is_what_is_dear_to_make_again_if_the_link_is_fast(link, dear, expected):
     planner = planner_of(link, dear=dear)
     everything = planner.at_rate(0.0).peak
-    remade, gone = planner.decided(planner.within(int(0.5 * everything)))
+    recomputed, gone = planner.decided(planner.within(int(0.5 * everything)))
     assert bool(gone) == expected
-    assert bool([v for v in remade if planner.choices.microseconds[v]]) != expected
+    assert bool([v for v in recomputed if planner.choices.microseconds[v]]) != expected
 
 
 def test_a_link_that_carries_a_part_is_used_for_a_part():
@@ -257,18 +259,18 @@ def test_a_link_that_carries_a_part_is_used_for_a_part():
     choice = planner.within(int(0.7 * everything))
     gone = planner.decided(choice)[1]
     none = planner_of(SLOW, dear=True, layers=12)
-    assert 0 < len(gone) < len(planner.ferry.views)
+    assert 0 < len(gone) < len(planner.offloads.views)
     assert choice.microseconds < 0.5 * none.within(int(0.7 * everything)).microseconds
-    assert planner.ferry.room(gone) > 0.8
+    assert planner.offloads.room(gone) > 0.8
 
 
 def test_copies_stand_where_they_hide_and_tight_ones_where_they_free_most():
     planner = planner_of(1e9, dear=True)
-    ferry = planner.ferry
+    ferry = planner.offloads
     gone = sorted(ferry.views)[: len(ferry.views) // 2]
     views = frozenset(u for v in gone for u in ferry.views[v])
     needed = ferry.needed(gone, views)
-    early, tight = ferry.timetable(needed), ferry.timetable(needed, tight=True)
+    early, tight = ferry.schedule(needed), ferry.schedule(needed, tight=True)
     assert early.total == pytest.approx(ferry.launches() * len(needed))
     assert tight.total > early.total
     for v, place in early.places.items():
