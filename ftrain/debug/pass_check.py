@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ftrain.analysis.liveness import plan_memory
 from ftrain.graph.layouts import views_as_reshapes
 from ftrain.graph.loop import copy_graph, with_bodies
-from ftrain.graph.text import show_node
+from ftrain.graph.sizes import expect_sizes
+from ftrain.graph.text import show_bytes, show_node
 from ftrain.runtime.execute import python_program
 from ftrain.runtime.lockstep import lockstep_program
 from ftrain.step.api import Step, make_step
@@ -21,22 +23,28 @@ from ftrain.step.pipeline import DONATED, INTERPRETED, run_passes
 @dataclass(frozen=True)
 class PassCheck:
     """What a pass did to a step. `changed`: paths of the results whose bits are no longer those of the trace.
-    `difference`: of the graph's text, a unified diff; empty where the pass changed nothing.
+    `difference`: of the graph's text, a unified diff; empty where the pass changed nothing. `peaks`: bytes beside the
+    arguments at the peak of the graph before and after it, by the memory plan.
     """
 
     name: str
     changed: tuple[str, ...]
     difference: str
+    peaks: tuple[int, int]
 
     def __str__(self) -> str:
         lines = self.difference.splitlines()[2:]
         more, fewer = (sum(line.startswith(sign) for line in lines) for sign in "+-")
         kept = f"changes {', '.join(self.changed[:3])}" if self.changed else "keeps every bit"
-        return f"{self.name:22} +{more} -{fewer} lines, {kept}"
+        before, after = map(show_bytes, self.peaks)
+        peak = f"peak {before}" if before == after else f"peak {before} -> {after}"
+        return f"{self.name:22} +{more} -{fewer} lines, {kept}, {peak}"
 
 
 def check_passes(step: Step | Callable, *args: Any) -> list[PassCheck]:
     """Run the step after each of its passes on these arguments, and compare all results with those of its trace.
+
+    Each graph is also checked by `torch.fx`'s `lint`, which raises where nodes do not stand in order.
 
     `step` is jitted or a plain function; `args` are as for a call of it, and nothing of them is modified. Random
     numbers are drawn from the same seed each time. On a virtual mesh all ranks run. ValueError on a mesh of processes:
@@ -59,21 +67,24 @@ class _Watch:
 
     def __init__(self, compiled: Compiled, ranks: list[list[Tensor]]) -> None:
         self._compiled, self._ranks = compiled, ranks
-        self._text, self._donated = "", False
+        self._text, self._peak, self._donated = "", 0, False
         self._expected: list[list[Tensor]] = []
         self.found: list[PassCheck] = []
 
     def look(self, name: str, module: fx.GraphModule) -> None:
         text = "\n".join(show_node(n) for graph in with_bodies(module) for n in graph.graph.nodes)
+        for graph in with_bodies(module):
+            graph.graph.lint()
         self._donated |= name in {p.name for p in DONATED}
+        peaks = self._peak, _peak(module)
         if name == "trace":
             self._expected = self._run(module)
         elif text == self._text:
-            self.found.append(PassCheck(name, (), ""))
+            self.found.append(PassCheck(name, (), "", peaks))
         else:
             lines = difflib.unified_diff(self._text.splitlines(), text.splitlines(), "before", "after", lineterm="")
-            self.found.append(PassCheck(name, self._changed(self._run(module)), "\n".join(lines)))
-        self._text = text
+            self.found.append(PassCheck(name, self._changed(self._run(module)), "\n".join(lines), peaks))
+        self._text, self._peak = text, peaks[1]
 
     def _changed(self, results: list[list[Tensor]]) -> tuple[str, ...]:
         paths = self._compiled.traced.output_paths
@@ -99,6 +110,14 @@ class _Watch:
             donation.ordered([own[slot] for slot in donation.slots], out)
             for own, out in zip(ranks, outputs, strict=True)
         ]
+
+
+def _peak(module: fx.GraphModule) -> int:
+    """Bytes beside the arguments at the peak; sizes that depend on data count as what plans expect of them."""
+    module = copy_graph(module)
+    for each in with_bodies(module):
+        expect_sizes(each)
+    return plan_memory(module).peak
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
