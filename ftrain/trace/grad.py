@@ -185,7 +185,8 @@ def _inside_transform() -> bool:
 
 
 def _detach(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    """A leaf of aux as `torch.func` returns it: what depends on the parameters without its history, else itself."""
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 def _check_floating(args: tuple, numbers: tuple[int, ...]) -> None:

@@ -55,7 +55,8 @@ def _cast(leaf: Tensor, compute: torch.dtype | None) -> Tensor:
 
 
 def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    """As `torch.func` returns a leaf of aux: what depends on no parameter is the same tensor."""
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 def _gradients(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:

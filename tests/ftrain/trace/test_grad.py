@@ -145,3 +145,20 @@ def test_a_loss_that_is_no_scalar_is_refused(loss):
 def test_the_graph_of_a_step_holds_no_second_derivative():
     compiled = jit(value_and_grad(cubic)).lower(cubic_params(), torch.ones(2))
     assert len([n for n in compiled.graph.graph.nodes if n.op == "call_function"]) <= 20
+
+
+@pytest.mark.parametrize("depends", [False, True])
+@either_way
+def test_aux_that_depends_on_no_parameter_is_the_same_tensor(run, depends):
+    """So that what the step does to it in place afterwards is seen in both, as with `torch.func`."""
+
+    def step(w, x):
+        kept = x.flip(0).clone()
+        loss = lambda w: (x.sum() + (w * x).sum() if depends else x.sum(), (kept, w * kept))  # noqa: E731
+        (_, aux), _ = value_and_grad(loss, has_aux=True)(w)
+        kept.unsqueeze_(0).mul_(3)
+        return aux
+
+    same, made = run(step)(torch.tensor(2.0), torch.arange(3.0))
+    assert same.tolist() == [[6.0, 3.0, 0.0]]
+    assert made.tolist() == [4.0, 2.0, 0.0]
