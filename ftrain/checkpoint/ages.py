@@ -41,15 +41,24 @@ def latest(place: Place) -> int | None:
     cannot be read, or names a step that is not there (somebody moved it), the newest.
     """
     here, named = place.steps(), place.named()
-    if named in here or not here:
-        return named if here else None
+    if named is not None and (named in here or place.has(named)):
+        return named
+    if not here:
+        return None
     return here[0] if len(here) == 1 else kept(place)[-1].step
 
 
 def next_order(place: Place) -> int:
-    """The order of a step that is written now: above all others', also where the clock has gone back."""
+    """The order of a step that is written now: above all others', also where the clock has gone back.
+
+    The latest has the highest order, but where a run went back: then the steps it left behind, whose numbers are
+    higher, may have a higher one.
+    """
     last = latest(place)
-    return max(time.time_ns(), 0 if last is None else _look(place, last).order + 1)
+    if last is None:
+        return time.time_ns()
+    known = [last] if not any(step > last for step in place.steps()) else place.steps()
+    return max(time.time_ns(), *(_look(place, step).order + 1 for step in known))
 
 
 def _look(place: Place, step: int) -> Kept:

@@ -25,12 +25,20 @@ class Storage:
     """How arrays are laid out: in a `database` (OCDBT) or a file per chunk; `chunk_bytes`, the upper bound of a chunk;
     `checksum` every chunk (5 GB/s per core when writing, 7 when reading), or trust the disk; `file_bytes`, about how
     long the data files of a database become (one is written while the next is checksummed).
+
+    Raises:
+        ValueError: a size is no whole number of at least 1.
     """
 
     database: bool = True
     chunk_bytes: int = 16 * _MIB
     checksum: bool = True
     file_bytes: int = 32 * _MIB
+
+    def __post_init__(self) -> None:
+        for name, size in (("chunk_bytes", self.chunk_bytes), ("file_bytes", self.file_bytes)):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"Storage({name}={size!r}) must be a whole number of at least 1")
 
 
 DEFAULT_STORAGE = Storage()

@@ -57,6 +57,9 @@ class Bucket(Place):
         names = self.objects.names("global_step_")
         return steps_of([name.removesuffix(f"/{MANIFEST}") for name in names if name.endswith(MANIFEST)])
 
+    def has(self, step: int) -> bool:
+        return self.objects.get(_manifest(step)) is not None
+
     def hold(self, step: int) -> HeldStep:
         name = _manifest(step)
         try:
@@ -96,11 +99,17 @@ class Bucket(Place):
         return _NoLock()
 
     def begin(self, step: int) -> NewStep:
-        committed = {step_name(step) for step in self.steps()}
-        for folder in {name.split("/", 1)[0] for name in self.objects.names("global_step_")} - committed:
-            self.objects.delete(self.objects.names(f"{folder}/"))
+        names = self.objects.names("global_step_")
+        without = {name.split("/", 1)[0] for name in names} - {step_name(step) for step in self.steps()}
+        # A listing may lack what is there: no folder is a leftover before its manifest was asked for by name.
+        asked = dict(zip(sorted(without), self._manifests(sorted(without)), strict=True))
+        for folder in (folder for folder, manifest in asked.items() if manifest is None):
+            self.objects.delete(name for name in names if name.startswith(f"{folder}/"))
         name = step_name(step)
-        return self.begun(step, join([name, f"again-{secrets.token_hex(4)}"]) if step in self.steps() else name)
+        return self.begun(step, join([name, f"again-{secrets.token_hex(4)}"]) if self.has(step) else name)
+
+    def _manifests(self, folders: list[str]) -> list[bytes | None]:
+        return self.objects.contents([join([folder, MANIFEST]) for folder in folders])
 
     def begun(self, step: int, folder: str) -> NewStep:
         return _NewPrefix(self, step, folder)
@@ -213,6 +222,9 @@ class _NewPrefix(_Prefix, NewStep):
 
 
 class _NoLock(Lock):
+    def is_held(self) -> bool:
+        return True
+
     def release(self) -> None:
         return
 

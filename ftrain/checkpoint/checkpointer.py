@@ -14,6 +14,7 @@ from ftrain.checkpoint.decision import all_done, decide, heard_decision, of_main
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves, named_leaves
+from ftrain.checkpoint.metrics import checked_metrics
 from ftrain.checkpoint.place import Lock
 from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.ranks import Ranks
@@ -67,6 +68,8 @@ class Checkpointer:
             specs: of the model's parameters, whose logical axes then go into the manifest: `restore(plan=...)` divides
                 the state by them.
         """
+        if busy not in ("wait", "skip"):
+            raise ValueError(f"busy is 'wait' or 'skip', not {busy!r}")
         self._place = open_place(root)
         self._ranks = ranks or Ranks()
         self._parameters = parameters_of(specs)
@@ -97,7 +100,7 @@ class Checkpointer:
         """
         began = time.perf_counter()
         try:
-            return self._save(state, step, dict(metrics or {}), good)
+            return self._save(state, step, metrics, good)
         finally:
             self._in_save = time.perf_counter() - began
 
@@ -184,11 +187,11 @@ class Checkpointer:
             if error is None:  # which ends the block already, and must not be hidden; this one is in the log
                 raise
 
-    def _save(self, state: Any, step: int, metrics: dict[str, float], good: bool) -> bool:
+    def _save(self, state: Any, step: int, given: Mapping[str, float] | None, good: bool) -> bool:
         turn = self._ranks.turn()
         self._writer.forget_waits()
         try:
-            step = step_number(step)
+            step, metrics = step_number(step), checked_metrics(given)
             leaves = named_leaves(state)
             require_whole(leaves, self._ranks)
         except ValueError as error:
@@ -224,6 +227,9 @@ class Checkpointer:
         if self._busy == "skip" and self._writer.is_running:
             return False
         self.wait()
+        if self._lock is not None and not self._lock.is_held():
+            self._lock.release()
+            self._lock = None
         if self._lock is None:
             try:
                 self._lock = self._place.lock()

@@ -3,6 +3,7 @@
 import logging
 
 from ftrain.checkpoint.ages import kept, latest
+from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.place import Place
 from ftrain.checkpoint.retention import Retention, to_delete
 from ftrain.checkpoint.roots import Root, open_place
@@ -13,7 +14,7 @@ _STORAGE = (OSError, ValueError)  # of a file system, and of tensorstore
 
 def delete(root: Root, step: int) -> None:
     """Delete one step. If it is the latest, the newest other one becomes the latest, before anything is gone."""
-    place = open_place(root)
+    step, place = step_number(step), open_place(root)
     here = place.steps()
     if step not in here:
         raise ValueError(f"{place.show()} holds no step {step}; it holds {', '.join(map(str, here)) or 'none'}")

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from ftrain.checkpoint.folders import discarded, is_discarded, put_aside, temporary
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_log = logging.getLogger("ftrain.checkpoint")
 _UNFINISHED = re.compile(r".+\.tmp-[0-9a-f]+")
 
 
@@ -73,20 +75,26 @@ def publish(made: Path, final: Path) -> None:
     if not os.path.lexists(final):
         os.rename(made, final)
     elif _exchange(made, final):
-        remove_folder(made)
+        sync_path(final.parent)
+        _remove_old(made)
     else:
         old = put_aside(final)
         os.rename(final, old)
         sync_path(final.parent)
         os.rename(made, final)
         sync_path(final.parent)
-        remove_folder(old)
+        _remove_old(old)
     sync_path(final.parent)
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder such that its name is gone before the first of its files is; of a link only the link."""
-    if path.is_symlink():
+    """Delete a folder such that its name is gone before the first of its files is; of a link only the link, and what
+    is no folder as it is.
+
+    Raises:
+        OSError: something below it cannot be deleted. Its name is gone even so, but where that could not be changed.
+    """
+    if path.is_symlink() or not path.is_dir():
         path.unlink()
         sync_path(path.parent)
         return
@@ -95,6 +103,14 @@ def remove_folder(path: Path) -> None:
         os.rename(path, gone)
         sync_path(path.parent)
     shutil.rmtree(gone)
+
+
+def _remove_old(path: Path) -> None:
+    """What has been replaced: the new version has its name, whatever becomes of this one."""
+    try:
+        remove_folder(path)
+    except OSError as error:
+        _log.warning("%s, an old version of a step, could not be removed: %s", path, error)
 
 
 def _exchange(a: Path, b: Path) -> bool:

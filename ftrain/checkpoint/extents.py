@@ -30,7 +30,9 @@ class Extent(NamedTuple):
         """These bytes; ValueError if the file ends before."""
         descriptor = files.open(self.file)
         try:
-            content = os.pread(descriptor, self.length, self.offset)
+            # Looked at before the memory is taken: the length may be any number.
+            whole = 0 <= self.offset and self.offset + self.length <= os.fstat(descriptor).st_size
+            content = os.pread(descriptor, self.length, self.offset) if whole else b""
         finally:
             os.close(descriptor)
         if len(content) != self.length:

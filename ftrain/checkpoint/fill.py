@@ -18,7 +18,8 @@ from torch import Tensor
 from ftrain.checkpoint.arrays import Piece, Storage, merge_databases, write_part
 from ftrain.checkpoint.boxes import Box
 from ftrain.checkpoint.dtypes import as_array
-from ftrain.checkpoint.leaves import Leaves
+from ftrain.checkpoint.folders import FILE_BYTES
+from ftrain.checkpoint.leaves import Leaves, require_names
 from ftrain.checkpoint.manifest import ArrayLeaf
 from ftrain.checkpoint.place import FileRecord, NewStep, Records, join
 from ftrain.checkpoint.shares import divide_work, stored_arrays
@@ -38,7 +39,9 @@ class Work:
 
     @staticmethod
     def of(leaves: Leaves, storage: Storage, world: int) -> "Work":
-        """The same on every rank, but for the values in `leaves`."""
+        """The same on every rank, but for the values in `leaves`. ValueError if a name is too long for a file."""
+        if not storage.database:
+            require_names(leaves.tensors, longest=FILE_BYTES)
         return Work(leaves, storage, stored_arrays(leaves, storage.chunk_bytes), divide_work(leaves, world))
 
     def parts(self, rank: int) -> list[str]:

@@ -28,6 +28,10 @@ LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 PARTS = {"params": "model", "opt_state": "optimizer"}
 OTHER_PART = "extra_state"
+KEY_BYTES = 2**12
+"""The longest name of a leaf, as `storage_key` gives it."""
+FILE_BYTES = 255
+"""The longest name of a file: without a database leaves are folders."""
 
 MOST = 10**15
 """Steps are below this."""

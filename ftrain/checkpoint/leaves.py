@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.checkpoint.boxes import Division, Divisions, Window
+from ftrain.checkpoint.folders import KEY_BYTES, storage_key
 from ftrain.checkpoint.manifest import INTEGERS, Scalar
 
 _SCALARS = (bool, int, float, str)
@@ -37,7 +39,7 @@ def named_leaves(state: Any) -> Leaves:
     """
     values, _ = tree.flatten(state)
     paths = tree.paths(state)
-    _require_unique(paths)
+    require_names(paths)
     found, divisions = Leaves({}, {}), Divisions()
     for path, value in zip(paths, values, strict=True):
         if isinstance(value, DTensor):
@@ -63,12 +65,29 @@ def named_leaves(state: Any) -> Leaves:
     return found
 
 
-def _require_unique(paths: list[str]) -> None:
-    twice = [path for path, count in Counter(paths).items() if count > 1]
+def require_names(paths: Iterable[str], *, longest: int = KEY_BYTES) -> None:
+    """ValueError if a leaf has the name of another one, or one that cannot be stored in `longest` bytes."""
+    counts = Counter(iter(paths))  # of a mapping it would take the values for counts
+    for path in counts:
+        try:
+            size = len(storage_key(path))
+        except UnicodeEncodeError:
+            raise ValueError(f"the leaf {_short(path)} has a name that is not UTF-8: rename its keys") from None
+        if size > longest:
+            raise ValueError(
+                f"the leaf {_short(path)} has a name of {size} bytes as it is stored, and may have {longest}: shorten "
+                "its keys"
+            )
+    twice = [path for path, count in counts.items() if count > 1]
     if twice:
         raise ValueError(
             f"two leaves have the name {twice[0]!r}: rename a key that holds a dot, or looks like an index"
         )
+
+
+def _short(path: str) -> str:
+    shown = ascii(path)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def _dense(path: str, tensor: Tensor) -> Tensor:

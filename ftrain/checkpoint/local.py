@@ -50,7 +50,19 @@ class LocalFolder(Place):
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        """`root`: made by the first save. A relative one is meant from where the process is now.
+
+        Raises:
+            ValueError: no file of tensorstore can lie there: the path holds a NUL, or is not UTF-8.
+        """
+        if "\0" in str(root):
+            raise ValueError(f"{str(root)!a} is no path: it holds a NUL")
+        try:
+            str(root).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{str(root)!a} is no UTF-8, and tensorstore opens no such path: rename the folder") from None
+        # tensorstore refuses paths with `..`, which only the system can follow through links.
+        self.root = Path(os.path.realpath(root)) if ".." in root.parts else root.absolute()
 
     def show(self, name: str = "") -> str:
         return str(self.root / name)
@@ -62,6 +74,9 @@ class LocalFolder(Place):
         found = {step: step_name(step) for step in steps_of(names)}
         folders = {**replaced(names), **found}
         return sorted(step for step, name in folders.items() if (self.root / name / MANIFEST).is_file())
+
+    def has(self, step: int) -> bool:
+        return step in self.steps()
 
     def hold(self, step: int) -> HeldStep:
         final = step_folder(self.root, step)
@@ -75,7 +90,11 @@ class LocalFolder(Place):
 
     def delete(self, step: int) -> None:
         final = step_folder(self.root, step)
-        remove_folder(final if os.path.lexists(final) else self.root / replaced(os.listdir(self.root))[step])
+        aside = replaced(os.listdir(self.root)).get(step)
+        if os.path.lexists(final):
+            remove_folder(final)
+        elif aside is not None:
+            remove_folder(self.root / aside)
 
     def named(self) -> int | None:
         try:
@@ -163,6 +182,8 @@ class _HeldFolder(HeldStep):
             raise DamagedCheckpoint(f"{error}: restore another step") from None
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{self.show(folder)} is missing: restore another step") from None
+        except OSError as error:
+            raise DamagedCheckpoint(f"{self.show(folder)} cannot be read ({error}): restore another step") from error
 
     def files(self, folder: str) -> Files:
         return _Below(self._folder, folder)
@@ -189,6 +210,8 @@ class _HeldFolder(HeldStep):
             return "is missing"
         except NotPlain as error:
             raise DamagedCheckpoint(f"{error}: restore another step") from None
+        except OSError as error:
+            raise DamagedCheckpoint(f"{self.show(name)} cannot be read ({error}): restore another step") from error
         return None
 
 
@@ -256,10 +279,7 @@ def _remove_leftovers(root: Path) -> None:
             sync_path(root)
     for path in leftovers(root):
         try:
-            if path.is_dir():
-                remove_folder(path)
-            else:
-                path.unlink()
+            remove_folder(path)
         except OSError as error:  # it takes space, and does no other harm
             _log.warning("%s, which an interrupted save has left, could not be removed: %s", path, error)
 

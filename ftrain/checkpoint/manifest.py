@@ -10,8 +10,8 @@ from typing import Any
 
 from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.errors import DamagedCheckpoint
-from ftrain.checkpoint.folders import MANIFEST, MOST, OTHER_PART, PARTS, part_of, storage_key
-from ftrain.checkpoint.place import HASHED_BYTES, FileRecord, HeldStep, Place
+from ftrain.checkpoint.folders import KEY_BYTES, MANIFEST, MOST, OTHER_PART, PARTS, part_of, storage_key
+from ftrain.checkpoint.place import HASHED_BYTES, MANIFEST_BYTES, FileRecord, HeldStep, Place
 from ftrain.files.outside import (
     Misfit,
     anything,
@@ -77,7 +77,11 @@ class Manifest:
 
 
 def dumps(manifest: Manifest) -> str:
-    """The manifest as JSON, with a SHA-256 of all the rest as its last entry."""
+    """The manifest as JSON, with a SHA-256 of all the rest as its last entry.
+
+    Raises:
+        ValueError: `read` would refuse it: a save promises nothing that nobody can restore.
+    """
     body = {
         "format": "ftrain checkpoint",
         "version": VERSION,
@@ -85,7 +89,18 @@ def dumps(manifest: Manifest) -> str:
         "scalars": {path: _encode(value) for path, value in manifest.scalars.items()},
         "metrics": {name: _encode(float(value)) for name, value in manifest.metrics.items()},
     }
-    return _canonical({**body, "sha256": _digest(body)})
+    content = _canonical({**body, "sha256": _digest(body)})
+    if len(content) > MANIFEST_BYTES:
+        raise ValueError(
+            f"the manifest would have {len(content):,} bytes, and may have {MANIFEST_BYTES:,}: make tensors of the "
+            "long texts in the state, or save fewer leaves"
+        )
+    try:
+        _MANIFEST(json.loads(_canonical(body)), "")
+        _require_sound(manifest)
+    except Misfit as misfit:
+        raise ValueError(f"the state cannot be saved: {misfit}") from None
+    return content
 
 
 def load(place: Place, step: int) -> Manifest:
@@ -164,7 +179,7 @@ _DIMS = listed(whole(0))
 _ARRAY = record(
     {
         "part": one_of(*PARTS.values(), OTHER_PART),
-        "key": text(2**12),
+        "key": text(KEY_BYTES),
         "shape": _DIMS,
         "dtype": one_of(*DTYPES),
         "chunk": listed(whole(1)),

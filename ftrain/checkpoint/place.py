@@ -43,12 +43,16 @@ class Place(ABC):
         """The committed steps, ascending."""
 
     @abstractmethod
+    def has(self, step: int) -> bool:
+        """Whether a step is committed, asked for by its name: also where it is not, or not yet, listed."""
+
+    @abstractmethod
     def hold(self, step: int) -> "HeldStep":
         """Open a committed step, to be closed by the caller; DamagedCheckpoint when it has no manifest."""
 
     @abstractmethod
     def delete(self, step: int) -> None:
-        """Delete a committed step that is not the latest."""
+        """Delete a committed step that is not the latest; of one that is not there nothing."""
 
     @abstractmethod
     def named(self) -> int | None:
@@ -196,6 +200,10 @@ class NewStep(StepFolder):
 
 class Lock(ABC):
     """The right to write into a place."""
+
+    @abstractmethod
+    def is_held(self) -> bool:
+        """Whether nobody else can have it: not after somebody has removed what it is kept in."""
 
     @abstractmethod
     def release(self) -> None:

@@ -14,6 +14,7 @@ from ftrain.checkpoint.arrays import Piece, read_part
 from ftrain.checkpoint.direct import DirectReader
 from ftrain.checkpoint.dtypes import as_array, dtype_name
 from ftrain.checkpoint.errors import DamagedCheckpoint
+from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest, Scalar
 from ftrain.checkpoint.place import HeldStep, Place, join
@@ -139,12 +140,12 @@ def _restored(abstract_state: Any, held: HeldStep, *, plan: Plan | None, partial
 
 
 def existing(place: Place, step: int | None) -> int:
-    """The step, or the latest; ValueError that lists what is there when it is not."""
-    here = place.steps()
-    wanted = latest(place) if step is None else step
+    """The step, or the latest; ValueError that lists what is there when it is not, or for what is no step."""
+    wanted = latest(place) if step is None else step_number(step)
     if wanted is None:
         raise ValueError(f"{place.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
-    if wanted not in here:
+    here = place.steps()
+    if wanted not in here and not place.has(wanted):
         raise ValueError(f"{place.show()} holds no step {wanted}; it holds {', '.join(map(str, here)) or 'none'}")
     return wanted
 

@@ -24,10 +24,12 @@ class Retention:
     lower_is_better: bool = True
 
     def __post_init__(self) -> None:
-        if self.last is not None and self.last < 1:
-            raise ValueError(f"Retention(last={self.last}) would keep nothing: use 1 or more, or None for all")
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"Retention(every={self.every}) must be 1 or more, or None")
+        if self.last is not None and (type(self.last) is not int or self.last < 1):
+            raise ValueError(
+                f"Retention(last={self.last}) would keep nothing or is no whole number: use 1 or more, or None for all"
+            )
+        if self.every is not None and (type(self.every) is not int or self.every < 1):
+            raise ValueError(f"Retention(every={self.every}) must be a whole number of at least 1, or None")
         if self.best < 0 or (self.best > 0) != (self.metric is not None):
             raise ValueError(
                 f"Retention(best={self.best}, metric={self.metric!r}): give both, as best=3, metric='loss'"

@@ -15,11 +15,16 @@ def open_place(root: Root) -> Place:
     """The place behind a path, a URL (`s3://bucket/folder`, `gs://...`, `memory://name`), or a place.
 
     Nothing is touched. A store that needs more than its URL, an endpoint or credentials, is a `Bucket(url, options)`.
+
+    Raises:
+        ValueError: it is none of these, or a URL or path that no checkpoint can be saved at.
     """
     if isinstance(root, Place):
         return root
     if isinstance(root, str) and "://" in root:
         return Bucket(root)
+    if not isinstance(root, str) and not (hasattr(root, "__fspath__") and isinstance(os.fspath(root), str)):
+        raise ValueError(f"a place for checkpoints is a path, a URL or a Place, not {root!r}")
     return LocalFolder(Path(root))
 
 

@@ -16,6 +16,7 @@ from ftrain.checkpoint.fill import Work, Written, join_shares, write_share
 from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.manifest import Manifest, Parameter
+from ftrain.checkpoint.metrics import checked_metrics
 from ftrain.checkpoint.place import FileRecord, NewStep, Place
 from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.ranks import Ranks
@@ -46,11 +47,12 @@ def save(
         OSError: the disk is full, the folder is read-only, ...; what was saved before is untouched.
     """
     step, leaves, place = step_number(step), named_leaves(state), open_place(root)
+    metrics = checked_metrics(metrics)
     require_whole(leaves, Ranks())
     lock = place.lock()
     try:
         write_checkpoint(
-            place, step, lambda: leaves, storage=storage, metrics=metrics or {}, parameters=parameters_of(specs)
+            place, step, lambda: leaves, storage=storage, metrics=metrics, parameters=parameters_of(specs)
         )
     finally:
         lock.release()

@@ -158,9 +158,12 @@ def _require_regular(found: os.stat_result, shown: Path, limit: int | None) -> N
 
 def _read(descriptor: int, shown: Path, limit: int) -> bytes:
     blocks, left = [], limit + 1  # one more, to see a file that has grown since
-    while left and (block := os.read(descriptor, min(left, _BLOCK))):
-        blocks.append(block)
-        left -= len(block)
+    try:
+        while left and (block := os.read(descriptor, min(left, _BLOCK))):
+            blocks.append(block)
+            left -= len(block)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(shown)) from error
     if not left:
         raise NotPlain(f"{shown} has more than the {limit:,} bytes that it may have")
     return b"".join(blocks)

@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 
 from ftrain.checkpoint import (
     Bucket,
     Checkpointer,
+    DamagedCheckpoint,
     Retention,
     SaveFailed,
     Storage,
+    Window,
     delete,
     fill,
     latest,
@@ -220,3 +223,52 @@ def test_a_restore_from_a_bucket_while_the_step_is_replaced_is_of_one_version(mo
 
     monkeypatch.setattr(read_module, "check_files", then_replaced)
     assert same_bits(restore(training_state(), place), training_state(10))
+
+
+def test_a_listing_that_lacks_a_manifest_costs_no_step(monkeypatch):
+    """A save takes a folder without a manifest for a leftover: it asks for it by name before it deletes."""
+    place = Bucket("memory://run/checkpoints")
+    for step in (1, 2):
+        save(training_state(step), place, step)
+    real = place.objects.names
+    with monkeypatch.context() as stale:
+        stale.setattr(
+            place.objects, "names", lambda prefix: [n for n in real(prefix) if not n.endswith("_1/manifest.json")]
+        )
+        assert steps(place) == [2]
+        assert same_bits(restore(training_state(), place, 1), training_state(1))
+        save(training_state(3), place, 3)
+        save(training_state(4), place, 1)  # not among what is there already
+    assert steps(place) == [1, 2, 3]
+    for step, seed in ((1, 4), (2, 2), (3, 3)):
+        assert same_bits(restore(training_state(), place, step), training_state(seed))
+
+
+def test_the_latest_step_is_found_by_its_name(monkeypatch):
+    place = Bucket("memory://run/checkpoints")
+    for step in (1, 2):
+        save(training_state(step), place, step)
+    real = place.objects.names
+    monkeypatch.setattr(
+        place.objects, "names", lambda prefix: [n for n in real(prefix) if not n.endswith("_2/manifest.json")]
+    )
+    assert latest(place) == 2
+    assert same_bits(restore(training_state(), place), training_state(2))
+
+
+@pytest.mark.parametrize("box", [((1, 2), (0, 4)), ((0, 16), (1, 2)), ((3, 6), (0, 4))])
+def test_a_part_of_a_chunk_from_elsewhere_is_not_taken(box):
+    """Whole chunks were compared with the manifest; of those that a window cuts through, too."""
+    place = Bucket("memory://run/checkpoints")
+    values = torch.arange(64.0).reshape(16, 4)
+    save({"params": {"w": values}}, place, 1, storage=Storage(database=False, chunk_bytes=64))
+    window = {"params": {"w": Window((16, 4), torch.float32, box)}}
+    rows, columns = (slice(start, start + length) for start, length in box)
+    assert torch.equal(restore(window, place)["params"]["w"], values[rows, columns])
+    first, second = (f"global_step_1/model/params.w/c/{i}/0" for i in (0, 1))
+    kept, other = place.objects.contents([first, second])
+    place.objects.put(first, other)
+    with pytest.raises(DamagedCheckpoint, match=r"leaf 'params.w' in .*/model is damaged: chunk 0 has the CRC-32C"):
+        restore(window, place)
+    place.objects.put(first, kept)
+    assert torch.equal(restore(window, place)["params"]["w"], values[rows, columns])

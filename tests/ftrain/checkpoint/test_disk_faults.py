@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from ftrain.checkpoint import Checkpointer, Retention, SaveFailed, delete, durable, latest, restore, save, steps
+from ftrain.checkpoint import ages as ages_module
 from ftrain.checkpoint import local as local_module
 from ftrain.checkpoint import lock as lock_module
 from ftrain.checkpoint import read as read_module
@@ -303,3 +305,94 @@ def test_a_step_whose_manifest_cannot_be_read_is_never_deleted_by_retention(tmp_
             checkpoints.save(training_state(step), step)
             checkpoints.wait()
     assert steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("x"), os.mkfifo, lambda p: p.symlink_to("/nowhere")])
+def test_what_has_the_name_of_a_step_is_replaced_by_the_step(tmp_path, make):
+    save(training_state(1), tmp_path, 1)
+    make(tmp_path / "global_step_2")
+    save(training_state(2), tmp_path, 2)
+    assert (steps(tmp_path), latest(tmp_path)) == ([1, 2], 2)
+    assert names(tmp_path) == [".writer", "global_step_1", "global_step_2", POINTER]
+
+
+def test_an_old_version_that_cannot_be_deleted_fails_no_save(tmp_path, monkeypatch, caplog):
+    """When the new one has the name the save is done; the rest is housekeeping."""
+    save(training_state(1), tmp_path, 1)
+    save(training_state(2), tmp_path, 2)
+    real = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        real(path, ignore_errors=True)
+
+    with monkeypatch.context() as stuck:
+        stuck.setattr(durable.shutil, "rmtree", busy)
+        save(training_state(7), tmp_path, 1)
+    assert latest(tmp_path) == 1
+    assert same_bits(restore(training_state(), tmp_path), training_state(7))
+    assert "global_step_1" in caplog.text
+    assert "could not be removed" in caplog.text
+    save(training_state(3), tmp_path, 3)
+    assert names(tmp_path) == [".writer", "global_step_1", "global_step_2", "global_step_3", POINTER]
+
+
+def test_a_step_that_somebody_else_has_deleted_is_deleted(tmp_path):
+    save(training_state(1), tmp_path, 1)
+    local_module.LocalFolder(tmp_path).delete(9)
+    assert steps(tmp_path) == [1]
+
+
+def test_a_folder_is_the_same_one_wherever_the_process_goes(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("run") as checkpoints:
+        checkpoints.save(training_state(1), 1)
+        checkpoints.wait()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        checkpoints.save(training_state(2), 2)
+    assert steps(tmp_path / "run") == [1, 2]
+    assert names(tmp_path / "elsewhere") == []
+
+
+def test_a_path_may_go_up(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    save(training_state(1), tmp_path / "link/../run", 1)
+    assert steps(tmp_path / "a" / "run") == [1]
+
+
+def test_the_order_grows_where_a_run_goes_back_after_the_clock_did(tmp_path, monkeypatch):
+    """Steps 4 and 5 were written under a clock that was days ahead; then the run goes on from 3."""
+    now = [10**18]
+    monkeypatch.setattr(ages_module.time, "time_ns", lambda: now[0])
+    for step in (1, 2, 3):
+        save(training_state(step), tmp_path, step)
+    now[0] += 10**15
+    for step in (4, 5):
+        save(training_state(step), tmp_path, step)
+    now[0] -= 10**15
+    (tmp_path / POINTER).write_text("3\n")
+    with Checkpointer(tmp_path, keep=Retention(last=2)) as checkpoints:
+        for step in (6, 7):
+            checkpoints.save(training_state(step), step)
+            checkpoints.wait()
+    assert steps(tmp_path) == [6, 7]
+    (tmp_path / POINTER).unlink()
+    assert latest(tmp_path) == 7
+
+
+def test_a_file_that_the_disk_cannot_give_is_named(tmp_path, monkeypatch):
+    save(training_state(1), tmp_path, 1)
+    real, answers = os.read, []
+
+    def read(descriptor, count):
+        if answers and answers[-1] == b"" and len([a for a in answers if a == b""]) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        answers.append(real(descriptor, count))
+        return answers[-1]
+
+    monkeypatch.setattr(os, "read", read)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/global_step_1/\S+ cannot be read \(.*Input/output error"):
+        restore(training_state(), tmp_path, 1)
