@@ -10,7 +10,8 @@ from torch import Tensor
 from ftrain import tree
 from ftrain.checkpoint import manifest as manifests
 from ftrain.checkpoint.ages import latest
-from ftrain.checkpoint.arrays import Piece, read_part
+from ftrain.checkpoint.arrays import Piece
+from ftrain.checkpoint.checked import read_checked
 from ftrain.checkpoint.direct import DirectReader
 from ftrain.checkpoint.dtypes import as_array, dtype_name
 from ftrain.checkpoint.errors import DamagedCheckpoint
@@ -21,7 +22,6 @@ from ftrain.checkpoint.place import HeldStep, Place, join
 from ftrain.checkpoint.placed import placed
 from ftrain.checkpoint.rooms import Room
 from ftrain.checkpoint.roots import Root, open_place
-from ftrain.checkpoint.sums import check_sums
 from ftrain.sharding.plan import Plan
 
 _WINDOW_BYTES = 2**29
@@ -209,10 +209,8 @@ def _read(held: HeldStep, manifest: Manifest, wanted: Leaves, rooms: dict[str, R
             name = join([manifest.base, manifest.arrays[window[0]].part])
             where, shown = held.kvstore(name), held.show(name)
             done = direct.read(where, held.files(name), leaves, pieces, shown)
-            # Also opens the others: their metadata is checked.
             rest = {path: [] if path in done else pieces[path] for path in window}
-            read_part(where, leaves, rest, manifest.database, manifest.checksum, context, shown)
-            check_sums(leaves, rest, manifest.sums, shown)
+            read_checked(where, leaves, rest, manifest, context, shown)
             for path in window:
                 rooms[path].filled()
 

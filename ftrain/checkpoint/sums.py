@@ -43,7 +43,7 @@ def touched(leaf: ArrayLeaf, piece: Piece) -> Iterator[Index]:
 def chunk_sums(leaf: ArrayLeaf, piece: Piece) -> dict[int, int]:
     """The sums, by place, of the chunks that lie whole in a piece; at the array's end a chunk is filled with zeros."""
     return {
-        place(leaf, index): _sum(leaf, index, piece) for index in touched(leaf, piece) if _holds(leaf, index, piece)
+        place(leaf, index): _sum(leaf, index, piece) for index in touched(leaf, piece) if holds(leaf, index, piece)
     }
 
 
@@ -72,7 +72,8 @@ def joined(leaves: Mapping[str, ArrayLeaf], parts: Sequence[Mapping[str, Mapping
     return found
 
 
-def _holds(leaf: ArrayLeaf, index: Index, piece: Piece) -> bool:
+def holds(leaf: ArrayLeaf, index: Index, piece: Piece) -> bool:
+    """Whether a chunk lies whole in a piece, as far as the array goes."""
     sizes = zip(index, leaf.chunk, leaf.shape, piece.start, piece.values.shape, strict=True)
     return all(
         start <= i * chunk and min((i + 1) * chunk, size) <= start + length for i, chunk, size, start, length in sizes

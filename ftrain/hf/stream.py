@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ftrain.checkpoint import manifest as manifests
 from ftrain.checkpoint.ages import next_order
-from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Piece, Storage, read_part, write_part
+from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Piece, Storage, write_part
 from ftrain.checkpoint.boxes import Box
+from ftrain.checkpoint.checked import read_checked
 from ftrain.checkpoint.direct import tree_bytes
 from ftrain.checkpoint.dtypes import DTYPES, as_array
 from ftrain.checkpoint.errors import DamagedCheckpoint
@@ -28,7 +29,7 @@ from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.read import check_files, existing
 from ftrain.checkpoint.roots import Root, open_place
 from ftrain.checkpoint.shares import stored_arrays
-from ftrain.checkpoint.sums import check_sums, chunk_sums, joined
+from ftrain.checkpoint.sums import chunk_sums, joined
 
 
 @dataclass(frozen=True)
@@ -161,10 +162,7 @@ class SavedArrays:
             pieces = {path: [Piece(tuple(start for start, _ in box), as_array(found[path]))]}
             name = join([self._manifest.base, leaf.part])
             where, shown = self._held.kvstore(name), self._held.show(name)
-            read_part(
-                where, {path: leaf}, pieces, self._manifest.database, self._manifest.checksum, self._context, shown
-            )
-            check_sums({path: leaf}, pieces, self._manifest.sums, shown)
+            read_checked(where, {path: leaf}, pieces, self._manifest, self._context, shown)
         if not self._held.is_frozen and self._held.is_replaced():
             raise DamagedCheckpoint(f"{self._held.show()} was saved again while it was read: convert it once more")
         return found

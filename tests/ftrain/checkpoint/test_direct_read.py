@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftrain.checkpoint import DamagedCheckpoint, Storage, open_place, restore, save
+from ftrain.checkpoint import DamagedCheckpoint, Storage, checked, open_place, restore, save
 from ftrain.checkpoint import direct as direct_module
 from ftrain.checkpoint import read as read_module
 from ftrain.checkpoint.arrays import Piece, merge_databases, write_part
@@ -61,13 +61,13 @@ def test_any_block_of_any_array(tmp_path_factory, storage, block, summed):
 @pytest.fixture
 def left_over(monkeypatch):
     """The leaves whose values tensorstore was asked for."""
-    seen, read = set(), read_module.read_part
+    seen, read = set(), checked.read_part
 
     def spy(where, leaves, pieces, *rest):
         seen.update(path for path in leaves if pieces[path])
         read(where, leaves, pieces, *rest)
 
-    monkeypatch.setattr(read_module, "read_part", spy)
+    monkeypatch.setattr(checked, "read_part", spy)
     return seen
 
 
