@@ -1,6 +1,8 @@
 """From a folder in Hugging Face's format to a checkpoint, and back, in little memory: `ftrain convert`."""
 
 import ctypes
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,12 @@ from torch import Tensor
 
 from ftrain.checkpoint.ages import latest
 from ftrain.checkpoint.dtypes import DTYPES
-from ftrain.checkpoint.folders import step_folder
+from ftrain.checkpoint.durable import write_bytes
+from ftrain.checkpoint.folders import step_folder, step_number
 from ftrain.checkpoint.local import LocalFolder
 from ftrain.checkpoint.place import Place
 from ftrain.checkpoint.roots import Root, open_place
+from ftrain.files.beneath import kind_of
 from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.described import described_decoder
 from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_json, read_member
@@ -140,7 +144,7 @@ def checkpoint_to_hf(
     """
     place = open_place(root)
     described = _saved_config(place) if config is None else read_json(config)
-    step = latest(place) if step is None else step
+    step = latest(place) if step is None else step_number(step)
     if step is None:
         raise ValueError(f"{place.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
     shown = place.show(f"{ASSETS}/{CONFIG}") if config is None else str(config)
@@ -169,10 +173,19 @@ def _saved_config(place: Place) -> dict[str, Any]:
 
 
 def _own_folder(place: Place, step: int) -> Path:
-    """`hf_ckpt` of the step."""
+    """`hf_ckpt` of the step: a name in a folder that may come from anybody, so no link is followed."""
     if not isinstance(place, LocalFolder):
         raise ValueError(f"{place.show()} is in no file system of this machine: say where to write with --to-hf DIR")
-    return step_folder(place.root, step) / "hf_ckpt"
+    folder = step_folder(place.root, step) / "hf_ckpt"
+    _require_folder(folder)
+    return folder
+
+
+def _require_folder(folder: Path) -> None:
+    """ValueError if something else than a folder has this name."""
+    if os.path.lexists(folder) and not stat.S_ISDIR(folder.lstat().st_mode):
+        kind = kind_of(folder.lstat().st_mode)
+        raise ValueError(f"{folder} is {kind}, not a folder: remove it, or say where to write with --to-hf DIR")
 
 
 def _give_freed_memory_back() -> None:
@@ -261,8 +274,10 @@ def _copy_assets(place: Place, folder: Path) -> None:
         for name in filter(_is_asset, place.files(_joined(ASSETS, below))):
             if (below, name) != ("", CONFIG):
                 content = place.read(_joined(ASSETS, below, name), limit=_ASSET_BYTES)
-                (folder / below).mkdir(exist_ok=True)
-                (folder / below / name).write_bytes(content)
+                if below:
+                    _require_folder(folder / below)
+                    (folder / below).mkdir(exist_ok=True)
+                write_bytes(folder / below / name, content)
 
 
 def _joined(*parts: str) -> str:

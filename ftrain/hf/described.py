@@ -63,4 +63,7 @@ def described_decoder(config: Mapping[str, Any], shown: str, *, layers: int, exp
                 f"{shown}: {field} is {found:,}, and there are weights of no more than {most:,}: give the config.json "
                 "that belongs to these weights"
             )
-    return decoder_config(config)
+    try:
+        return decoder_config(config)
+    except ValueError as error:
+        raise ValueError(f"{shown}: {str(error).removeprefix('config.json: ')}") from error

@@ -102,12 +102,15 @@ class HfWriter:
         self._of_leaf: dict[str, list[HfTensor]] = {}
         for name in written:
             self._of_leaf.setdefault(name.leaf, []).append(name)
-        self._config = _with_dtype(config, entries)
+        self._config = _json(_with_dtype(config, entries))
         self._missing = {path: math.prod(entry.shape) for path, entry in entries.items()}
         self._open: dict[str, FileIO] = {}
 
     def __enter__(self) -> "HfWriter":
         make_folder(self._folder)
+        for name in (INDEX, CONFIG, *(file.name for file in self._files)):
+            if (self._folder / name).is_dir():
+                raise ValueError(f"{self._folder / name} is a folder, where a file is to be written: remove it")
         try:
             for file in self._files:
                 self._begin(file)
@@ -181,7 +184,7 @@ class HfWriter:
             write_text(self._folder / INDEX, index_text(self._files, self._tensors))
         else:
             (self._folder / INDEX).unlink(missing_ok=True)
-        write_text(self._folder / CONFIG, json.dumps(self._config, indent=2, sort_keys=True) + "\n")
+        write_text(self._folder / CONFIG, self._config)
         sync_path(self._folder)
 
     def _discard(self) -> None:
@@ -221,6 +224,13 @@ def _check(names: list[HfTensor], entries: Mapping[str, Entry]) -> None:
 def _entry(name: HfTensor, leaf: Entry) -> Entry:
     """transformers, too, has experts stacked in memory, and writes what shares memory into one file."""
     return Entry(hf_shape(name, leaf.shape), leaf.dtype, "" if name.index is None else name.leaf)
+
+
+def _json(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the configuration cannot be written as JSON ({error}): give plain finite values") from error
 
 
 def _with_dtype(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any]:

@@ -47,10 +47,11 @@ def cast_dtype(own: torch.dtype, to: torch.dtype | None) -> torch.dtype:
 
 def parse_size(size: int | str) -> int:
     """Bytes: a number, or text like "5GB" (powers of 1000) or "5GiB" (powers of 1024)."""
-    if isinstance(size, int):
+    if isinstance(size, int) and not isinstance(size, bool):
         found: float = size
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", size.upper())
+        given = size.upper() if isinstance(size, str) else ""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", given)
         if match is None:
             raise ValueError(f"a size is a number of bytes or a text like '5GB' or '500MiB', not {size!r}")
         found = float(match[1]) * _UNITS[match[2] or ""]

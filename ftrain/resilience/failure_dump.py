@@ -97,7 +97,10 @@ def read_batch(run: Path, step: int, *, like: Any) -> Any:
     """
     folder = _folder(run, step)
     others = _about(run, step)["other_leaves"]
-    found: dict[str, Any] = {**_tensors(run, folder / "batch.safetensors"), **others}
+    tensors = _tensors(run, folder / "batch.safetensors")
+    for path in sorted(tensors.keys() & others.keys()):
+        raise ValueError(f"{folder}: {path!r} is in batch.safetensors and in about.json: replay another step")
+    found: dict[str, Any] = {**tensors, **others}
     leaves, treedef = tree.flatten(like)
     paths = tree.paths(like)
     if set(paths) != set(found):
@@ -106,6 +109,12 @@ def read_batch(run: Path, step: int, *, like: Any) -> Any:
             f"{folder}/batch.safetensors holds other leaves than a batch of this run has (as {odd[0]!r}): replay it "
             "with the code and the options that it was trained with"
         )
+    for path, leaf in zip(paths, leaves, strict=True):
+        if _kind(found[path]) != _kind(leaf):
+            raise ValueError(
+                f"{folder}: {path!r} is {_kind(found[path])}, and a batch of this run has {_kind(leaf)}: replay it "
+                "with the code and the options that it was trained with"
+            )
     placed = (
         found[path].to(leaf.device) if isinstance(leaf, Tensor) else found[path]
         for path, leaf in zip(paths, leaves, strict=True)
@@ -117,7 +126,23 @@ def _about(run: Path, step: int) -> dict[str, Any]:
     file = _folder(run, step) / "about.json"
     with Folder(run) as opened:
         content = opened.read(file.relative_to(run).as_posix(), limit=JSON_BYTES)
-    return check(parse(content, str(file)), _ABOUT, str(file))
+    found = check(parse(content, str(file)), _ABOUT, str(file))
+    if found["step"] != step:
+        raise ValueError(f"{file} is about step {found['step']}, not step {step}: give the folder its own name again")
+    position = Skipped.of_json(found["skipped"]).position(step)
+    if found["position"] != position:
+        raise ValueError(
+            f"{file} has the position {found['position']}, and step {step} took the batch at position {position}: "
+            "replay another step, or with --kept"
+        )
+    return found
+
+
+def _kind(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    name = type(leaf).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _tensors(run: Path, file: Path) -> dict[str, Tensor]:

@@ -179,7 +179,8 @@ def recorded(run: Path) -> dict[int, dict[str, float]]:
         return {}
     whole_lines = [line for line in lines if line.endswith(b"\n")]
     rows = [check(parse(line, f"{shown}, line {i}"), _ROW, shown) for i, line in enumerate(whole_lines, start=1)]
-    return {row["step"]: {name: n for name, n in row.items() if type(n) in (int, float)} for row in rows}
+    numbers = [{name: n for name, n in row.items() if type(n) in (int, float)} for row in rows]
+    return {row["step"]: check(row, mapped(real_number(finite=False)), shown) for row in numbers}
 
 
 def _state_at(made: Replayable, run: Path, start: int) -> Any:

@@ -127,7 +127,7 @@ def test_a_folder_that_does_not_fit_leaves_no_step(tmp_path: Path, capsys: pytes
     ("options", "words"),
     [
         (("--step", "5"), "no step 5"),
-        (("--params", "param"), "step 0 of run has no tensors below 'param'; it has params"),
+        (("--params", "param"), "run has no tensors below 'param'; it has params"),
         (("--config", "deeper.json"), "has no leaf 'params.layers.2.attention.k_norm_K', which the decoder of"),
         (("--config", "wider.json"), "'params.layers.0.moe.w_down_EFD' is [12, 20, 48] in step 0"),
         (("--config", "gone.json"), "gone.json is missing"),

@@ -158,3 +158,33 @@ def test_trees_that_do_not_fit_are_refused_by_name(change, names, words: str, tm
     with pytest.raises(ValueError, match=words):
         save_hf({**PARAMS, **change}, tmp_path, {}, names)
     assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"x": {1, 2}}, {"x": float("nan")}, {"x": float("inf")}])
+def test_a_configuration_that_is_no_json_is_refused_before_anything_is_replaced(tmp_path: Path, config: dict) -> None:
+    names = [HfTensor("w", "w")]
+    save_hf({"w": torch.zeros(3)}, tmp_path, {}, names)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="the configuration cannot be written as JSON"):
+        save_hf({"w": torch.ones(3)}, tmp_path, config, names)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model.safetensors"])
+def test_a_folder_in_the_way_is_named_before_anything_is_replaced(tmp_path: Path, name: str) -> None:
+    names = [HfTensor("w", "w")]
+    save_hf({"w": torch.zeros(3)}, tmp_path, {}, names)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path / name} is a folder, where a file is to be written: remove it"):
+        save_hf({"w": torch.ones(3)}, tmp_path, {}, names)
+    if name != "model.safetensors":
+        assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("size", [1.5, None, True, float("nan"), "1e3"])
+def test_what_is_no_size_is_refused(size: object) -> None:
+    with pytest.raises(ValueError, match="a size is a number of bytes or a text like '5GB' or '500MiB', not"):
+        parse_size(size)  # type: ignore[arg-type]

@@ -137,3 +137,62 @@ def test_the_cache_of_the_hub_is_read_through_its_links(folder, tmp_path):
     (blobs / "ab1").symlink_to("/etc/passwd")
     with pytest.raises(ValueError, match=r"config\.json is a link, not a regular file"):
         member(snapshot, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_attention_heads": 3}, "config.json: num_attention_heads=3 is not a multiple"),
+        ({"model_type": "gpt9"}, "config.json: model_type='gpt9' is not one of"),
+        ({"head_dim": 1}, "config.json: AttentionConfig: rotary positions need an even head_dim"),
+    ],
+)
+def test_the_configuration_that_is_wrong_is_named_with_its_folder(folder, capsys, change, words):
+    (folder / "config.json").write_text(json.dumps({**hf_config(CFG), **change}))
+    refused(folder, capsys, f"{folder}/{words}")
+
+
+def converted(folder):
+    """A run's folder with the model at step 0, as somebody could hand it over, and its model's small files."""
+    (folder / "tokenizer.json").write_text("evil")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("evil")
+    assert main(["convert", "--from-hf", str(folder), "--to", str(folder.parent / "run")]) == 0
+    (folder.parent / "mine").write_text("precious")
+    return folder.parent / "run"
+
+
+def test_a_link_in_a_handed_over_step_is_replaced_and_not_written_through(folder):
+    run = converted(folder)
+    made = run / "global_step_0" / "hf_ckpt"
+    made.mkdir()
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        (made / name).symlink_to(folder.parent / "mine")
+    assert main(["convert", "--from-ckpt", str(run)]) == 0
+    assert (folder.parent / "mine").read_text() == "precious"
+    assert (made / "tokenizer.json").read_text() == "evil"
+    assert not (made / "tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize("below", ["", "additional_chat_templates"])
+def test_a_folder_in_a_handed_over_step_that_is_a_link_is_refused(folder, capsys, below):
+    run = converted(folder)
+    made, mine = run / "global_step_0" / "hf_ckpt", folder.parent / "my_model"
+    mine.mkdir()
+    (mine / "model.safetensors").write_text("precious")
+    if below:
+        made.mkdir()
+    (made / below).symlink_to(mine)
+    assert main(["convert", "--from-ckpt", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{made / below} is a link, not a folder" in said
+    assert sorted(p.name for p in mine.iterdir()) == ["model.safetensors"]
+    assert (mine / "model.safetensors").read_text() == "precious"
+
+
+def test_a_folder_of_ones_own_may_be_a_link(folder):
+    run, there = converted(folder), folder.parent / "disk"
+    there.mkdir()
+    (folder.parent / "out").symlink_to(there)
+    assert main(["convert", "--from-ckpt", str(run), "--to-hf", str(folder.parent / "out")]) == 0
+    assert (there / "tokenizer.json").read_text() == "evil"

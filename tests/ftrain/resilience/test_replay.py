@@ -205,7 +205,7 @@ def test_rows_that_are_no_rows_are_named(tmp_path):
 
 def test_evidence_comes_back_as_it_was(tmp_path):
     skipped = Skipped((Rollback((3,), (4,), 2, "a spike"),))
-    left = Evidence(7, 8, math.inf, "the loss is inf", skipped)
+    left = Evidence(7, 7, math.inf, "the loss is inf", skipped)
     batch = {"x": torch.randn(4, 3).T, "ids": {"n": torch.arange(3)}, "name": "train", "rows": 4}
     assert leave_evidence(tmp_path, left, batch) == tmp_path / "replay" / "step_7"
     assert read_evidence(tmp_path, 7) == left
@@ -231,3 +231,52 @@ def test_nan_equals_nan_and_zeros_do_not_equal():
     assert Replayed(1, {"loss": math.nan}, {"loss": math.nan}).equal
     assert not Replayed(1, {"loss": 0.0}, {"loss": -0.0}).equal
     assert Replayed(1, {"loss": 0.0}, None).equal is None
+
+
+def leave(run, batch, **about):
+    """What a bad step 5 left, with entries of its about.json changed."""
+    leave_evidence(run, Evidence(5, 4, math.nan, "the loss is nan", Skipped()), batch)
+    file = run / "replay" / "step_5" / "about.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **about}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"step": 7}, "is about step 7, not step 5"),
+        ({"position": 2**62}, "has the position 4611686018427387904, and step 5 took the batch at position 4"),
+    ],
+)
+def test_what_a_bad_step_left_belongs_to_it(tmp_path, about, words):
+    file = leave(tmp_path, batch_at(4), **about)
+    with pytest.raises(ValueError, match=f"{file} {words}"):
+        read_evidence(tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        ({"x": torch.zeros(7), "n": 3}, r"'x' is float32\[7\], and a batch of this run has float32\[4\]"),
+        ({"x": torch.zeros(4).int(), "n": 3}, r"'x' is int32\[4\], and a batch of this run has float32\[4\]"),
+        ({"x": torch.zeros(4), "n": "3"}, "'n' is a str, and a batch of this run has an int"),
+        ({"x": 5, "n": 3}, r"'x' is an int, and a batch of this run has float32\[4\]"),
+        ({"x": torch.zeros(4), "n": torch.zeros(2)}, r"'n' is float32\[2\], and a batch of this run has an int"),
+    ],
+)
+def test_a_batch_that_was_left_must_be_one_of_the_run(tmp_path, left, words):
+    leave(tmp_path, left)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/replay/step_5: {words}"):
+        read_batch(tmp_path, 5, like={"x": torch.zeros(4), "n": 2})
+
+
+def test_a_leaf_that_is_kept_twice_is_refused(tmp_path):
+    leave(tmp_path, {"x": torch.zeros(4), "n": 3}, other_leaves={"x": 1, "n": 3})
+    with pytest.raises(ValueError, match="'x' is in batch.safetensors and in about.json"):
+        read_batch(tmp_path, 5, like={"x": torch.zeros(4), "n": 2})
+
+
+def test_a_number_that_no_float_holds_is_not_compared(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "grad_norm": 1' + "0" * 400 + "}\n")
+    with pytest.raises(ValueError, match="metrics.jsonl: grad_norm is a number of more than 40 digits, not a number"):
+        recorded(tmp_path)
