@@ -1,4 +1,4 @@
-"""How a run of the experiment looks after itself: its bad steps, its way back, its hangs, its copies."""
+"""How a run of the experiment looks after itself: its bad steps, its rollbacks, its hangs, its copies."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from experiments.omni.run_folder import read_metrics
 from ftrain.checkpoint import Checkpointer
 from ftrain.files.outside import check, number, record, whole
 from ftrain.resilience.anomalies import BadSteps, History, Spikes, Verdict, judge, why_bad
-from ftrain.resilience.failure_dump import Evidence, leave_evidence
+from ftrain.resilience.failure_dump import FailureDump, write_failure_dump
 from ftrain.resilience.rollback import carry_out, plan_rollback
 from ftrain.resilience.skipped import read_skipped
 from ftrain.resilience.watchdog import Watchdog
@@ -61,7 +61,7 @@ class SurvivalFlags:
 
 
 class Guard:
-    """Judges every step of the run in the folder `run`, and finds the way back. All ranks have one, and decide alike.
+    """Judges every step of the run in the folder `run`, and plans rollbacks. All ranks have one, and decide alike.
 
     `history`: of the steps just passed; `skipped`: the batches that are left out; `finite`: whether the last step's
     loss and gradient were.
@@ -103,9 +103,9 @@ class Guard:
         if why is not None:
             self._why = why
             if is_main():
-                evidence = Evidence(step, self.skipped.position(step), row["loss"], why, self.skipped)
+                dump = FailureDump(step, self.skipped.position(step), row["loss"], why, self.skipped)
                 with spared_output("the batch of a bad step"):
-                    leave_evidence(self._run, evidence, batch)
+                    write_failure_dump(self._run, dump, batch)
         self.finite = _is_finite(row)
         if step == self._last and not self.finite and self._policy.limit > 0:
             return Verdict.ROLL_BACK

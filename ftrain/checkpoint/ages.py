@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ftrain.checkpoint import manifest as manifests
-from ftrain.checkpoint.place import Place
+from ftrain.checkpoint.store import Store
 
 _log = logging.getLogger("ftrain.checkpoint")
+ORDERS = 2**63 - 1
+"""The highest order. Of steps that have it (a manifest may say anything) the highest step is the newest."""
 
 
 @dataclass(frozen=True)
@@ -29,41 +31,41 @@ class Kept:
         return self.order >= 0
 
 
-def kept(place: Place) -> list[Kept]:
+def kept(store: Store) -> list[Kept]:
     """The committed steps from the oldest to the newest. Those whose manifest cannot be read count as the oldest; of
     those from before there was an order, the highest step is the newest.
     """
-    return sorted((_look(place, step) for step in place.steps()), key=lambda found: (found.order, found.step))
+    return sorted((_look(store, step) for step in store.steps()), key=lambda found: (found.order, found.step))
 
 
-def latest(place: Place) -> int | None:
+def latest(store: Store) -> int | None:
     """The last committed step: the one that `latest_checkpointed_iteration.txt` names; where that file is missing,
     cannot be read, or names a step that is not there (somebody moved it), the newest.
     """
-    here, named = place.steps(), place.named()
-    if named is not None and (named in here or place.has(named)):
+    here, named = store.steps(), store.named()
+    if named is not None and (named in here or store.has(named)):
         return named
     if not here:
         return None
-    return here[0] if len(here) == 1 else kept(place)[-1].step
+    return here[0] if len(here) == 1 else kept(store)[-1].step
 
 
-def next_order(place: Place) -> int:
+def next_order(store: Store) -> int:
     """The order of a step that is written now: above all others', also where the clock has gone back.
 
     The latest has the highest order, but where a run went back: then the steps it left behind, whose numbers are
     higher, may have a higher one.
     """
-    last = latest(place)
+    last = latest(store)
     if last is None:
         return time.time_ns()
-    known = [last] if not any(step > last for step in place.steps()) else place.steps()
-    return max(time.time_ns(), *(_look(place, step).order + 1 for step in known))
+    known = [last] if not any(step > last for step in store.steps()) else store.steps()
+    return min(ORDERS, max(time.time_ns(), *(_look(store, step).order + 1 for step in known)))
 
 
-def _look(place: Place, step: int) -> Kept:
+def _look(store: Store, step: int) -> Kept:
     try:
-        found = manifests.load(place, step)
+        found = manifests.load(store, step)
     except (ValueError, OSError) as error:
         _log.warning("%s: it counts as the oldest step", error)
         return Kept(step, order=-1, good=False)

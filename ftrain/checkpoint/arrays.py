@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.manifest import ArrayLeaf
-from ftrain.checkpoint.place import KvSpec
+from ftrain.checkpoint.store import KvSpec
 
 _MIB = 2**20
 
@@ -28,6 +28,10 @@ class Storage:
 
     Raises:
         ValueError: a size is no whole number of at least 1.
+
+    >>> from ftrain.checkpoint import Storage
+    >>> Storage(database=False, chunk_bytes=2**20).checksum  # a file per MiB, as any zarr reader takes them
+    True
     """
 
     database: bool = True

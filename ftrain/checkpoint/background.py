@@ -9,8 +9,8 @@ from typing import Any
 from ftrain.checkpoint import ages
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.leaves import Leaves
-from ftrain.checkpoint.place import Place
 from ftrain.checkpoint.snapshot import Spare
+from ftrain.checkpoint.store import Store
 from ftrain.graph.host_waits import expected_wait
 from ftrain.runtime.borrow import Loan
 
@@ -25,9 +25,9 @@ Write = Callable[[Callable[[], Leaves]], None]
 class BackgroundWriter:
     """One write at a time. What goes wrong in it is kept for the next `wait` of the training loop."""
 
-    def __init__(self, place: Place) -> None:
-        """`place`: where the writes go, for messages."""
-        self._place = place
+    def __init__(self, store: Store) -> None:
+        """`store`: where the writes go, for messages."""
+        self._store = store
         self._spare = Spare()
         self._loan: Loan | None = None
         self._thread: threading.Thread | None = None
@@ -85,12 +85,16 @@ class BackgroundWriter:
             self._thread = None
 
     def wait(self) -> None:
-        """Return when the last write has ended; SaveFailed, once, when it has failed."""
+        """Return when the last write has ended.
+
+        Raises:
+            SaveFailed: it has failed; raised once.
+        """
         self.join()
         if self._failure is not None:
             step, cause = self._failure
             self._failure = None
-            raise save_failed(self._place, step, cause) from cause
+            raise save_failed(self._store, step, cause) from cause
 
     def forget_failure(self) -> None:
         """As `wait`, but raises nothing."""
@@ -102,19 +106,19 @@ class BackgroundWriter:
         try:
             write(leaves.result)
         except BaseException as cause:
-            _log.error("saving step %d into %s failed: %s", step, self._place.show(), cause)
+            _log.error("saving step %d into %s failed: %s", step, self._store.show(), cause)
             self._failure = (step, cause)
 
 
-def save_failed(place: Place, step: int, cause: BaseException) -> SaveFailed:
+def save_failed(store: Store, step: int, cause: BaseException) -> SaveFailed:
     """The error to raise: what failed, what is still there, and what to do."""
     try:
-        good = ages.latest(place)
+        good = ages.latest(store)
         kept = "no step was saved before" if good is None else f"the last good step is {good}"
     except (OSError, ValueError) as error:  # ValueError: of an object store
         kept = f"which steps are there cannot be read ({error})"
     return SaveFailed(
-        f"saving step {step} into {place.show()} failed: {cause}; {kept}, and the state in memory is unharmed: "
+        f"saving step {step} into {store.show()} failed: {cause}; {kept}, and the state in memory is unharmed: "
         "free space or mend the folder, then save again"
     )
 

@@ -2,7 +2,7 @@
 
 Nothing can be renamed there and nothing be locked; single objects are replaced at once. So a step is its manifest: the
 data is written where the step will be, the manifest last, `latest` after it. A step that exists is written again into
-a folder of its own, to which the new manifest refers (its `base`). Two runs must not write into one place: the later
+a folder of its own, to which the new manifest refers (its `base`). Two runs must not write into one store: the later
 one would take the other's unfinished step for a leftover.
 """
 
@@ -19,7 +19,7 @@ import tensorstore as ts
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.folders import LATEST, MANIFEST, named_step, step_name, steps_of
 from ftrain.checkpoint.objects import Objects
-from ftrain.checkpoint.place import (
+from ftrain.checkpoint.store import (
     MANIFEST_BYTES,
     NO_RECORDS,
     FileRecord,
@@ -27,9 +27,9 @@ from ftrain.checkpoint.place import (
     KvSpec,
     Lock,
     NewStep,
-    Place,
     Records,
     StepFolder,
+    Store,
     join,
 )
 
@@ -37,30 +37,48 @@ _log = logging.getLogger("ftrain.checkpoint")
 _HASHED = ("manifest.ocdbt", "zarr.json")
 
 
-class Bucket(Place):
+class Bucket(Store):
     """A folder of an object store.
 
-    A place in `memory://` lives as long as this object.
+    A store in `memory://` lives as long as this object.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """`options` go into tensorstore's spec of the kvstore, as `endpoint`, `aws_region`, `aws_credentials` for S3;
-        what they do not say the environment decides, as AWS_ENDPOINT_URL and AWS_REGION for S3. ValueError: the URL is
-        none of these.
+        """Open the store.
+
+        Args:
+            url: `s3://bucket/folder`, `gs://bucket/folder` or `memory://name`.
+            options: entries of tensorstore's spec of the kvstore (https://google.github.io/tensorstore/kvstore/), as
+                `endpoint`, `aws_region`, `aws_credentials` for S3. What they do not say the environment decides, as
+                AWS_ENDPOINT_URL and AWS_REGION for S3.
+
+        Raises:
+            ValueError: the URL is none of these, or tensorstore refuses the options.
+
+        >>> import torch
+        >>> from ftrain.checkpoint import Bucket, restore, save, steps
+        >>> store = Bucket("memory://runs/one")
+        >>> save({"w": torch.ones(2)}, store, 3)
+        >>> steps(store), restore({"w": torch.zeros(2)}, store)
+        ([3], {'w': tensor([1., 1.])})
         """
         self.objects = Objects(url, options)
 
     def show(self, name: str = "") -> str:
+        """The URL of an object, for messages."""
         return self.objects.show(name)
 
     def steps(self) -> list[int]:
+        """The steps whose manifest is listed, ascending. ValueError of tensorstore if the store gives no list."""
         names = self.objects.names("global_step_")
         return steps_of([name.removesuffix(f"/{MANIFEST}") for name in names if name.endswith(MANIFEST)])
 
     def has(self, step: int) -> bool:
+        """Whether a step has a manifest, asked for by its name: a listing may be behind."""
         return self.objects.get(_manifest(step)) is not None
 
     def hold(self, step: int) -> HeldStep:
+        """The step with its manifest of now; DamagedCheckpoint when it has none. OSError if that is too large."""
         name = _manifest(step)
         try:
             return _HeldPrefix(self, step, self.read(name, limit=MANIFEST_BYTES))
@@ -68,23 +86,28 @@ class Bucket(Place):
             raise DamagedCheckpoint(f"{self.show(name)} is missing: this is not a complete checkpoint") from None
 
     def delete(self, step: int) -> None:
+        """Delete a step, its manifest first; of one that is not there nothing."""
         self.objects.delete([_manifest(step)])
         self.objects.delete(self.objects.names(f"{step_name(step)}/"))
 
     def named(self) -> int | None:
+        """The step that the pointer names; None where it is missing or names none."""
         found = self.objects.get(LATEST)
         return None if found is None else named_step(found)
 
     def name_latest(self, step: int | None) -> None:
+        """Make the pointer name a step, or remove it."""
         if step is None:
             self.objects.delete([LATEST])
         else:
             self.objects.put(LATEST, f"{step}\n".encode())
 
     def files(self, folder: str) -> list[str]:
+        """The names of the objects directly below a folder, in order."""
         return [name for name in _below(self.objects, folder) if "/" not in name]
 
     def read(self, name: str, *, limit: int) -> bytes:
+        """The content of an object; FileNotFoundError, or OSError when it has more than `limit` bytes."""
         found = self.objects.get(name)
         if found is None:
             raise FileNotFoundError(f"{self.show(name)} is missing")
@@ -93,12 +116,15 @@ class Bucket(Place):
         return found
 
     def write(self, name: str, content: bytes) -> None:
+        """Give an object this content at once."""
         self.objects.put(name, content)
 
     def lock(self) -> Lock:
+        """Nothing: object stores have no locks, and who starts runs must see to it that one writes."""
         return _NoLock()
 
     def begin(self, step: int) -> NewStep:
+        """Begin a step in its own folder, or below it in a fresh one where it exists; leftovers are removed first."""
         names = self.objects.names("global_step_")
         without = {name.split("/", 1)[0] for name in names} - {step_name(step) for step in self.steps()}
         # A listing may lack what is there: no folder is a leftover before its manifest was asked for by name.
@@ -112,14 +138,15 @@ class Bucket(Place):
         return self.objects.contents([join([folder, MANIFEST]) for folder in folders])
 
     def begun(self, step: int, folder: str) -> NewStep:
+        """The step that another process has begun in this folder."""
         return _NewPrefix(self, step, folder)
 
 
 class _Prefix(StepFolder):
     """The objects that begin with a step's folder."""
 
-    def __init__(self, place: Bucket, step: int, prefix: str) -> None:
-        self.place, self.objects, self.step, self.prefix = place, place.objects, step, prefix
+    def __init__(self, store: Bucket, step: int, prefix: str) -> None:
+        self.store, self.objects, self.step, self.prefix = store, store.objects, step, prefix
 
     def show(self, name: str = "") -> str:
         return self.objects.show(join([self.prefix, name]))
@@ -136,8 +163,8 @@ class _HeldPrefix(_Prefix, HeldStep):
     there.
     """
 
-    def __init__(self, place: Bucket, step: int, manifest: bytes) -> None:
-        super().__init__(place, step, step_name(step))
+    def __init__(self, store: Bucket, step: int, manifest: bytes) -> None:
+        super().__init__(store, step, step_name(step))
         self.manifest = manifest
 
     def wrong(self, base: str, files: Records, *, hashed: bool) -> tuple[str, str] | None:
@@ -161,7 +188,7 @@ class _HeldPrefix(_Prefix, HeldStep):
 
     def is_replaced(self) -> bool:
         try:
-            return self.place.read(_manifest(self.step), limit=MANIFEST_BYTES) != self.manifest
+            return self.store.read(_manifest(self.step), limit=MANIFEST_BYTES) != self.manifest
         except FileNotFoundError:
             return True
 
@@ -176,8 +203,8 @@ class _HeldPrefix(_Prefix, HeldStep):
 class _NewPrefix(_Prefix, NewStep):
     """A step's objects before its manifest is there, or before its manifest refers to them."""
 
-    def __init__(self, place: Bucket, step: int, folder: str) -> None:
-        super().__init__(place, step, folder)
+    def __init__(self, store: Bucket, step: int, folder: str) -> None:
+        super().__init__(store, step, folder)
         self.folder, self.base = folder, folder.removeprefix(step_name(step)).removeprefix("/")
 
     def is_here(self) -> bool:
@@ -202,7 +229,7 @@ class _NewPrefix(_Prefix, NewStep):
         self.objects.put(name, content)
         if self.objects.settled([name]) != [content]:
             raise OSError(f"{self.objects.show(name)} does not hold what was written: save again")
-        self.place.name_latest(self.step)
+        self.store.name_latest(self.step)
         if self.base:
             old = [
                 key for key in self.objects.names(f"{step_name(self.step)}/") if not key.startswith(f"{self.prefix}/")

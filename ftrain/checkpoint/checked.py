@@ -13,7 +13,7 @@ import tensorstore as ts
 from ftrain.checkpoint.arrays import Piece, read_part
 from ftrain.checkpoint.direct import Overlap
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
-from ftrain.checkpoint.place import KvSpec
+from ftrain.checkpoint.store import KvSpec
 from ftrain.checkpoint.sums import Index, check_sums, holds, touched
 
 _AT_ONCE = 2**26

@@ -10,16 +10,16 @@ from ftrain import tree
 from ftrain.checkpoint import ages, read
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
 from ftrain.checkpoint.background import PATIENCE, BackgroundWriter, save_failed
-from ftrain.checkpoint.decision import all_done, decide, heard_decision, of_main, refuse
+from ftrain.checkpoint.decision import all_done, decide, of_main, refuse, wait_for_decision
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.metrics import checked_metrics
-from ftrain.checkpoint.place import Lock
+from ftrain.checkpoint.open_store import StoreLike, open_store
 from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
-from ftrain.checkpoint.roots import Root, open_place
+from ftrain.checkpoint.store import Lock
 from ftrain.checkpoint.write import require_whole, write_checkpoint
 from ftrain.graph.host_waits import expected_wait
 from ftrain.sharding.plan import Plan
@@ -33,18 +33,26 @@ _SEEN_AFTER = 90.0
 class Checkpointer:
     """Saves and restores the state of one run in the folder `root`, which holds `global_step_N` (see folders.py).
 
-        with Checkpointer("run/checkpoints", keep=Retention(last=3)) as checkpoints:
-            if checkpoints.latest() is not None:
-                state = checkpoints.restore(state)
-            ...
-            checkpoints.save(state, step)
+    >>> import tempfile, torch
+    >>> from ftrain.checkpoint import Checkpointer, Retention
+    >>> state, folder = {"w": torch.zeros(2), "step": 0}, tempfile.mkdtemp()
+    >>> with Checkpointer(folder, keep=Retention(last=2)) as checkpoints:
+    ...     if checkpoints.latest() is not None:
+    ...         state = checkpoints.restore(state)
+    ...     for step in (10, 20, 30):
+    ...         state = {"w": state["w"] + 1, "step": step}
+    ...         saved = checkpoints.save(state, step, {"loss": 1 / step})
+    >>> with Checkpointer(folder) as checkpoints:
+    ...     checkpoints.steps(), checkpoints.restore(state)
+    ([20, 30], {'w': tensor([3., 3.]), 'step': 30})
 
-    Leaving the `with` block waits for the last save and raises what went wrong in it.
+    Leaving the `with` block waits for the last save and raises what went wrong in it. One run writes into a folder:
+    the first save takes its lock, which is given back by `close`, or when the process ends, however it ends.
     """
 
     def __init__(
         self,
-        root: Root,
+        root: StoreLike,
         *,
         keep: Retention = KEEP_ALL,
         storage: Storage = DEFAULT_STORAGE,
@@ -56,7 +64,7 @@ class Checkpointer:
         """Nothing is touched on disk before the first save.
 
         Args:
-            root: the folder of checkpoints (made by the first save), or its place (see `open_place`).
+            root: the folder of checkpoints (made by the first save), or its store (see `open_store`).
             keep: which steps stay, applied after each save.
             storage: how arrays are laid out.
             background: write behind the next steps, at the price of one copy of the state in host memory; False
@@ -67,19 +75,28 @@ class Checkpointer:
                 plain tensors that are equal on all ranks. Default: this process alone.
             specs: of the model's parameters, whose logical axes then go into the manifest: `restore(plan=...)` divides
                 the state by them.
+
+        Raises:
+            ValueError: `root` is no path, URL or store, or `busy` is neither of its values.
         """
         if busy not in ("wait", "skip"):
             raise ValueError(f"busy is 'wait' or 'skip', not {busy!r}")
-        self._place = open_place(root)
+        self._store = open_store(root)
         self._ranks = ranks or Ranks()
         self._parameters = parameters_of(specs)
         self._keep, self._storage, self._background, self._busy = keep, storage, background, busy
-        self._writer = BackgroundWriter(self._place)
+        self._writer = BackgroundWriter(self._store)
         self._lock: Lock | None = None
         self._in_save = 0.0
 
     def reserve(self, state: Any) -> None:
-        """Make the spare memory now, so that the first save blocks no longer than the later ones."""
+        """Make the spare memory now, so that the first save blocks no longer than the later ones.
+
+        It is as large as the tensors of `state` that this process holds, on the host; pinned for those on CUDA.
+
+        Raises:
+            ValueError: a leaf cannot be saved.
+        """
         self._writer.reserve(named_leaves(state))
 
     def save(self, state: Any, step: int, metrics: Mapping[str, float] | None = None, *, good: bool = True) -> bool:
@@ -95,8 +112,10 @@ class Checkpointer:
 
         Raises:
             SaveFailed: the previous background save failed; this one was not begun. (Call again to go on.)
-            ValueError: a leaf cannot be saved, `step` is no whole number, or another run writes into the folder.
+            ValueError: a leaf, its name or a metric cannot be saved, `step` is no whole number, or another run writes
+                into the folder.
             RuntimeError: rank 0 no longer answers.
+            TimeoutError: it lives and does not save.
         """
         began = time.perf_counter()
         try:
@@ -125,12 +144,15 @@ class Checkpointer:
 
         Of several ranks all call this together, and have the answer of rank 0: on a shared file system each might see
         another.
+
+        Raises:
+            OSError, ValueError: of the file system or object store; on other ranks RuntimeError or ValueError.
         """
-        return of_main(self._ranks, lambda: ages.latest(self._place))
+        return of_main(self._ranks, lambda: ages.latest(self._store))
 
     def steps(self) -> list[int]:
-        """All committed steps, ascending; as `latest`, those that rank 0 sees."""
-        return of_main(self._ranks, self._place.steps)
+        """All committed steps, ascending; as `latest`, those that rank 0 sees, and with its errors."""
+        return of_main(self._ranks, self._store.steps)
 
     def restore(
         self,
@@ -146,18 +168,21 @@ class Checkpointer:
         Of several ranks all call this together: rank 0 says which step, and all restore the same version of it.
 
         Raises:
+            SaveFailed: the save in flight has failed; nothing is restored. (Call again to do so.)
+            DamagedCheckpoint, ValueError, OSError: as `ftrain.checkpoint.restore`.
             RuntimeError: another rank could not restore; it is named.
+            TimeoutError: this rank does not see the step that rank 0 restores.
         """
         self.wait()
         with expected_wait("a restore", seconds=PATIENCE):
             if self._ranks.world == 1:
-                return read.restore(abstract_state, self._place, step, plan=plan, partial=partial, donate=donate)
-            step, version = of_main(self._ranks, lambda: read.version_of(self._place, step))
+                return read.restore(abstract_state, self._store, step, plan=plan, partial=partial, donate=donate)
+            step, version = of_main(self._ranks, lambda: read.version_of(self._store, step))
             error: BaseException | None = None
             try:
-                read.await_version(self._place, step, version, seconds=_SEEN_AFTER)
+                read.await_version(self._store, step, version, seconds=_SEEN_AFTER)
                 return read.restore_version(
-                    abstract_state, self._place, step, version=version, plan=plan, partial=partial, donate=donate
+                    abstract_state, self._store, step, version=version, plan=plan, partial=partial, donate=donate
                 )
             except BaseException as cause:
                 error = cause
@@ -166,7 +191,11 @@ class Checkpointer:
                 all_done(self._ranks, error)
 
     def close(self) -> None:
-        """Wait for the last save, give back the spare memory, and let other runs write into the folder."""
+        """Wait for the last save, give back the spare memory, and let other runs write into the folder.
+
+        Raises:
+            SaveFailed: the last save has failed. The folder is given back even so.
+        """
         try:
             self.wait()
         finally:
@@ -188,22 +217,22 @@ class Checkpointer:
                 raise
 
     def _save(self, state: Any, step: int, given: Mapping[str, float] | None, good: bool) -> bool:
-        turn = self._ranks.turn()
+        round_number = self._ranks.next_round()
         self._writer.forget_waits()
         try:
             step, metrics = step_number(step), checked_metrics(given)
             leaves = named_leaves(state)
             require_whole(leaves, self._ranks)
         except ValueError as error:
-            refuse(self._ranks, turn, error)
+            refuse(self._ranks, round_number, error)
             raise
-        if not _agreed(self._ranks, turn, lambda: self._begin(step), self._writer.forget_failure):
+        if not _agreed(self._ranks, round_number, lambda: self._begin(step), self._writer.forget_failure):
             _log.warning("step %d is not saved: the previous save is still being written", step)
             return False
 
         def write(taken: Callable[[], Leaves]) -> None:
             write_checkpoint(
-                self._place,
+                self._store,
                 step,
                 taken,
                 storage=self._storage,
@@ -212,7 +241,7 @@ class Checkpointer:
                 keep=self._keep,
                 good=good,
                 ranks=self._ranks,
-                turn=turn,
+                round_number=round_number,
             )
 
         if self._background:
@@ -232,21 +261,21 @@ class Checkpointer:
             self._lock = None
         if self._lock is None:
             try:
-                self._lock = self._place.lock()
+                self._lock = self._store.lock()
             except OSError as cause:
-                raise save_failed(self._place, step, cause) from cause
+                raise save_failed(self._store, step, cause) from cause
         return True
 
 
-def _agreed(ranks: Ranks, turn: int, begin: Callable[[], bool], forget_failure: Callable[[], None]) -> bool:
+def _agreed(ranks: Ranks, round_number: int, begin: Callable[[], bool], forget_failure: Callable[[], None]) -> bool:
     """Rank 0 decides for all: a save is begun, skipped or refused on every rank alike. False: skipped.
 
     `forget_failure`: of what rank 0 has raised already, or is raised now with its words.
     """
     if ranks.rank == 0:
-        return decide(ranks, turn, begin)
+        return decide(ranks, round_number, begin)
     with expected_wait("rank 0, which begins a save", seconds=PATIENCE):
-        begun = heard_decision(ranks, turn, forget_failure)
+        begun = wait_for_decision(ranks, round_number, forget_failure)
     if begun:
         forget_failure()
     return begun

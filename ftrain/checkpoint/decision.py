@@ -12,20 +12,26 @@ _TOPIC = "go"
 _ERRORS: tuple[type[Exception], ...] = (SaveFailed, ValueError, RuntimeError)
 
 
-def decide(ranks: Ranks, turn: int, function: Callable[[], Any]) -> Any:
+def decide(ranks: Ranks, round_number: int, function: Callable[[], Any]) -> Any:
     """On rank 0: what `function` finds (of JSON), told to the others; so is the error it raises."""
     try:
         found = function()
     except BaseException as error:
-        ranks.say(turn, _TOPIC, _error(error))
+        ranks.publish(round_number, _TOPIC, _error(error))
         raise
-    ranks.say(turn, _TOPIC, json.dumps({"found": found}))
+    ranks.publish(round_number, _TOPIC, json.dumps({"found": found}))
     return found
 
 
-def heard_decision(ranks: Ranks, turn: int, before_raising: Callable[[], None] = lambda: None) -> Any:
-    """On another rank: what rank 0 found; an error of rank 0 is raised here too, after `before_raising`."""
-    told = json.loads(ranks.hear(turn, _TOPIC, 0))
+def wait_for_decision(ranks: Ranks, round_number: int, before_raising: Callable[[], None] = lambda: None) -> Any:
+    """On another rank: what rank 0 found (of JSON).
+
+    Raises:
+        SaveFailed, ValueError, RuntimeError: what rank 0 has raised, with its words, after `before_raising`; also
+            RuntimeError when rank 0 no longer answers.
+        TimeoutError: it lives and decides nothing.
+    """
+    told = json.loads(ranks.wait_for(round_number, _TOPIC, 0))
     if "error" in told:
         before_raising()
         raise _ERRORS[told["kind"]](told["error"])
@@ -34,16 +40,16 @@ def heard_decision(ranks: Ranks, turn: int, before_raising: Callable[[], None] =
 
 def of_main(ranks: Ranks, function: Callable[[], Any]) -> Any:
     """What `function` finds on rank 0, on all ranks; they call this together."""
-    turn = ranks.turn()
-    return decide(ranks, turn, function) if ranks.rank == 0 else heard_decision(ranks, turn)
+    round_number = ranks.next_round()
+    return decide(ranks, round_number, function) if ranks.rank == 0 else wait_for_decision(ranks, round_number)
 
 
-def refuse(ranks: Ranks, turn: int, error: ValueError) -> None:
+def refuse(ranks: Ranks, round_number: int, error: ValueError) -> None:
     """Before the decision: this rank cannot take part, and the others are not to wait for it."""
     if ranks.rank == 0:
-        ranks.say(turn, _TOPIC, _error(error))
+        ranks.publish(round_number, _TOPIC, _error(error))
     else:
-        ranks.say(turn, "done", Report.of(error).text())
+        ranks.publish(round_number, "done", Report.of(error).text())
 
 
 def all_done(ranks: Ranks, error: BaseException | None) -> None:
@@ -54,15 +60,15 @@ def all_done(ranks: Ranks, error: BaseException | None) -> None:
     """
     if ranks.world == 1:
         return
-    turn = ranks.turn()
+    round_number = ranks.next_round()
     if ranks.rank == 0:
         told = [Report() if error is None else Report.of(error)]
-        told += [Report.parse(ranks.hear(turn, "done", rank)) for rank in range(1, ranks.world)]
+        told += [Report.parse(ranks.wait_for(round_number, "done", rank)) for rank in range(1, ranks.world)]
         failed = [f"rank {rank}: {report.error}" for rank, report in enumerate(told) if report.error is not None]
-        ranks.say(turn, "end", json.dumps(failed))
+        ranks.publish(round_number, "end", json.dumps(failed))
     else:
-        ranks.say(turn, "done", (Report() if error is None else Report.of(error)).text())
-        failed = json.loads(ranks.hear(turn, "end", 0))
+        ranks.publish(round_number, "done", (Report() if error is None else Report.of(error)).text())
+        failed = json.loads(ranks.wait_for(round_number, "end", 0))
     if failed and error is None:
         raise RuntimeError(f"not all ranks could restore: {'; '.join(failed)}")
 

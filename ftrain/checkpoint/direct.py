@@ -22,8 +22,8 @@ from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.extents import TREE_BYTES, Extent, extents
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
-from ftrain.checkpoint.place import Files, KvSpec, join
-from ftrain.checkpoint.sums import Index, grid, place, touched
+from ftrain.checkpoint.store import Files, KvSpec, join
+from ftrain.checkpoint.sums import Index, chunk_number, grid, touched
 
 _THREADS = 8  # more than cores: a disk is faster with several reads in flight
 _CRC_BYTES = 4
@@ -131,7 +131,7 @@ class DirectReader:
         finally:
             os.close(descriptor)
         if path in self._sums:
-            _check(found, self._sums[path][place(leaf, index)], index)
+            _check(found, self._sums[path][chunk_number(leaf, index)], index)
         if chunk is not None:
             piece.values[overlap.in_piece] = chunk[overlap.in_chunk]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import tensorstore as ts
 
-from ftrain.checkpoint.place import Files, KvSpec
+from ftrain.checkpoint.store import Files, KvSpec
 
 _NODE = b"\x0c\xdb"  # with what every node and manifest of OCDBT begins
 _HEADER, _CRC = 14, 4  # magic, length, version, how it is compressed; a checksum behind
@@ -31,7 +31,7 @@ class Extent(NamedTuple):
         descriptor = files.open(self.file)
         try:
             # Looked at before the memory is taken: the length may be any number.
-            whole = 0 <= self.offset and self.offset + self.length <= os.fstat(descriptor).st_size
+            whole = self.offset >= 0 and self.offset + self.length <= os.fstat(descriptor).st_size
             content = os.pread(descriptor, self.length, self.offset) if whole else b""
         finally:
             os.close(descriptor)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftrain import tree
-from ftrain.checkpoint.boxes import Division, Divisions, Window
 from ftrain.checkpoint.folders import KEY_BYTES, storage_key
 from ftrain.checkpoint.manifest import INTEGERS, Scalar
+from ftrain.checkpoint.shard_layout import ShardLayout, ShardLayouts, Window
 
 _SCALARS = (bool, int, float, str)
 
@@ -27,7 +27,7 @@ class Leaves:
 
     tensors: dict[str, Tensor]
     scalars: dict[str, Scalar]
-    divisions: dict[str, Division] = dataclasses.field(default_factory=dict)
+    layouts: dict[str, ShardLayout] = dataclasses.field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -40,14 +40,14 @@ def named_leaves(state: Any) -> Leaves:
     values, _ = tree.flatten(state)
     paths = tree.paths(state)
     require_names(paths)
-    found, divisions = Leaves({}, {}), Divisions()
+    found, layouts = Leaves({}, {}), ShardLayouts()
     for path, value in zip(paths, values, strict=True):
         if isinstance(value, DTensor):
             local = value.to_local()
-            found.divisions[path] = divisions.of(value, local, path)
+            found.layouts[path] = layouts.of(value, local, path)
             found.tensors[path] = _dense(path, local)
         elif isinstance(value, Window):
-            found.divisions[path] = Division(value.shape, value.box, {})
+            found.layouts[path] = ShardLayout(value.shape, value.box, {})
             found.tensors[path] = torch.empty([n for _, n in value.box], dtype=value.dtype, device="meta")
         elif isinstance(value, Tensor):
             found.tensors[path] = _dense(path, value)

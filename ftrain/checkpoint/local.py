@@ -23,7 +23,7 @@ from ftrain.checkpoint.folders import (
     temporary,
 )
 from ftrain.checkpoint.lock import WriterLock
-from ftrain.checkpoint.place import (
+from ftrain.checkpoint.store import (
     HASHED_BYTES,
     MANIFEST_BYTES,
     NO_RECORDS,
@@ -33,8 +33,8 @@ from ftrain.checkpoint.place import (
     KvSpec,
     Lock,
     NewStep,
-    Place,
     Records,
+    Store,
     join,
 )
 from ftrain.files.beneath import Folder, NotPlain
@@ -43,7 +43,7 @@ _log = logging.getLogger("ftrain.checkpoint")
 _POINTER_BYTES = 2**12
 
 
-class LocalFolder(Place):
+class LocalFolder(Store):
     """A folder below `root`; its layout is told in folders.py. In a run of several processes all must see it.
 
     A step that was put aside for a new version, whose process died before that took its name, is still the step.
@@ -60,14 +60,18 @@ class LocalFolder(Place):
         try:
             str(root).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{str(root)!a} is no UTF-8, and tensorstore opens no such path: rename the folder") from None
+            raise ValueError(
+                f"{str(root)!a} is no UTF-8, and tensorstore opens no such path: rename the folder"
+            ) from None
         # tensorstore refuses paths with `..`, which only the system can follow through links.
         self.root = Path(os.path.realpath(root)) if ".." in root.parts else root.absolute()
 
     def show(self, name: str = "") -> str:
+        """The absolute path of a file, for messages."""
         return str(self.root / name)
 
     def steps(self) -> list[int]:
+        """The committed steps, ascending; empty when there is no such folder. OSError if it cannot be listed."""
         if not self.root.is_dir():
             return []
         names = os.listdir(self.root)
@@ -76,9 +80,11 @@ class LocalFolder(Place):
         return sorted(step for step, name in folders.items() if (self.root / name / MANIFEST).is_file())
 
     def has(self, step: int) -> bool:
+        """Whether a step is committed."""
         return step in self.steps()
 
     def hold(self, step: int) -> HeldStep:
+        """Open a committed step; DamagedCheckpoint when it has no manifest, or one that cannot be read."""
         final = step_folder(self.root, step)
         try:
             return _HeldFolder(step, final)
@@ -89,6 +95,7 @@ class LocalFolder(Place):
             return _HeldFolder(step, self.root / aside)
 
     def delete(self, step: int) -> None:
+        """Delete a step, its name first; of one that is not there nothing. OSError if something cannot be deleted."""
         final = step_folder(self.root, step)
         aside = replaced(os.listdir(self.root)).get(step)
         if os.path.lexists(final):
@@ -97,6 +104,7 @@ class LocalFolder(Place):
             remove_folder(self.root / aside)
 
     def named(self) -> int | None:
+        """The step that the pointer names; None where it cannot be read or names none."""
         try:
             with Folder(self.root) as folder:
                 return named_step(folder.read(LATEST, limit=_POINTER_BYTES))
@@ -104,6 +112,7 @@ class LocalFolder(Place):
             return None
 
     def name_latest(self, step: int | None) -> None:
+        """Make the pointer name a step, or remove it; on the disk when this returns. OSError."""
         pointer = self.root / LATEST
         if pointer.is_dir() and not pointer.is_symlink():
             os.rename(pointer, discarded(pointer))  # nobody's hint: no file could take its name
@@ -114,28 +123,39 @@ class LocalFolder(Place):
             sync_path(self.root)
 
     def files(self, folder: str) -> list[str]:
+        """The names of the files in a folder, in order; empty when there is no such folder."""
         here = self.root / folder
         return sorted(path.name for path in here.iterdir() if path.is_file()) if here.is_dir() else []
 
     def read(self, name: str, *, limit: int) -> bytes:
+        """The content of a file of at most `limit` bytes.
+
+        Raises:
+            NotPlain: the name leads out of the folder, or to a link, a pipe, something larger.
+            OSError: it is missing (FileNotFoundError) or cannot be read.
+        """
         with Folder(self.root) as folder:
             return folder.read(name, limit=limit)
 
     def write(self, name: str, content: bytes) -> None:
+        """Give a file this content at once, its folder made if need be; on the disk when this returns. OSError."""
         make_folder((self.root / name).parent)
         write_bytes(self.root / name, content)
 
     def lock(self) -> Lock:
+        """Make the folder and take its lock; ValueError that names the holder when another run has it. OSError."""
         make_folder(self.root)
         return WriterLock(self.root)
 
     def begin(self, step: int) -> NewStep:
+        """Begin a step under a temporary name, after removing leftovers; those that stay are logged. OSError."""
         _remove_leftovers(self.root)
         made = temporary(step_folder(self.root, step))
         made.mkdir()
         return self.begun(step, made.name)
 
     def begun(self, step: int, folder: str) -> NewStep:
+        """The step that another process has begun in this folder."""
         return _NewFolder(self, step, folder)
 
 
@@ -220,9 +240,9 @@ class _NewFolder(NewStep):
 
     base = ""
 
-    def __init__(self, place: LocalFolder, step: int, folder: str) -> None:
+    def __init__(self, store: LocalFolder, step: int, folder: str) -> None:
         self.step, self.folder = step, folder
-        self._place, self._path = place, place.root / folder
+        self._store, self._path = store, store.root / folder
 
     def show(self, name: str = "") -> str:
         return str(self._path / name)
@@ -252,8 +272,8 @@ class _NewFolder(NewStep):
 
     def commit(self, manifest: str) -> None:
         write_text(self._path / MANIFEST, manifest)
-        publish(self._path, step_folder(self._place.root, self.step))
-        self._place.name_latest(self.step)
+        publish(self._path, step_folder(self._store.root, self.step))
+        self._store.name_latest(self.step)
 
     def abort(self) -> None:
         # On a full disk this makes room for the next try. An error here would hide the one that led here, and the next

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from ftrain.checkpoint.place import Lock
+from ftrain.checkpoint.store import Lock
 
 NAME = ".writer"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)

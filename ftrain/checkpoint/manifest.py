@@ -11,7 +11,7 @@ from typing import Any
 from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.folders import KEY_BYTES, MANIFEST, MOST, OTHER_PART, PARTS, part_of, storage_key
-from ftrain.checkpoint.place import HASHED_BYTES, MANIFEST_BYTES, FileRecord, HeldStep, Place
+from ftrain.checkpoint.store import HASHED_BYTES, MANIFEST_BYTES, FileRecord, HeldStep, Store
 from ftrain.files.outside import (
     Misfit,
     anything,
@@ -56,7 +56,7 @@ class Parameter:
 class Manifest:
     """What one checkpoint holds. `arrays` and `scalars` go by leaf path, `parameters` (where the run told them) by path
     in the model; `database` and `checksum` are the `Storage` it was written with. `files` go by name relative to
-    `base`, a folder in the step's own ("" but where a step was written again in a place that cannot rename).
+    `base`, a folder in the step's own ("" but where a step was written again in a store that cannot rename).
 
     `order`: grows from save to save of a run, whatever its steps do; 0 where it is not known. `good`: whether the run
     was well when it saved this. `sums`: of each array's chunks (see sums.py); empty without `checksum`.
@@ -103,9 +103,14 @@ def dumps(manifest: Manifest) -> str:
     return content
 
 
-def load(place: Place, step: int) -> Manifest:
-    """The manifest of a step; raises what `read` raises."""
-    with place.hold(step) as held:
+def load(store: Store, step: int) -> Manifest:
+    """The manifest of a step of a store.
+
+    Raises:
+        DamagedCheckpoint: there is none, or as `read`.
+        ValueError: as `read`.
+    """
+    with store.hold(step) as held:
         return read(held)
 
 

@@ -21,5 +21,7 @@ def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
         try:
             found[name] = float(value) if not isinstance(value, str) else float("-")
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"the metric {name!r} is {value!r}, not a number: give one number, as loss.item()") from None
+            raise ValueError(
+                f"the metric {name!r} is {value!r}, not a number: give one number, as loss.item()"
+            ) from None
     return found

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import tensorstore as ts
 
-from ftrain.checkpoint.place import KvSpec, join
+from ftrain.checkpoint.store import KvSpec, join
 
 _DRIVERS = {"s3": "s3", "gs": "gcs", "memory": "memory"}
 _ATTEMPTS = 6
@@ -22,7 +22,7 @@ class Objects:
         found = urlsplit(url)
         if found.scheme not in _DRIVERS or not found.netloc:
             known = ", ".join(f"{scheme}://..." for scheme in _DRIVERS)
-            raise ValueError(f"{url!r} is no place for checkpoints: give a path, or one of {known}")
+            raise ValueError(f"{url!r} is no store of checkpoints: give a path, or one of {known}")
         self._url = url.rstrip("/")
         known_here = _of_environment() if found.scheme == "s3" else {}
         self._spec: KvSpec = {"driver": _DRIVERS[found.scheme], **known_here, **options}

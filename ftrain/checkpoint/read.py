@@ -16,12 +16,12 @@ from ftrain.checkpoint.direct import DirectReader
 from ftrain.checkpoint.dtypes import as_array, dtype_name
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.folders import step_number
+from ftrain.checkpoint.leaf_buffer import LeafBuffer
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest, Scalar
-from ftrain.checkpoint.place import HeldStep, Place, join
+from ftrain.checkpoint.open_store import StoreLike, open_store
 from ftrain.checkpoint.placed import placed
-from ftrain.checkpoint.rooms import Room
-from ftrain.checkpoint.roots import Root, open_place
+from ftrain.checkpoint.store import HeldStep, Store, join
 from ftrain.sharding.plan import Plan
 
 _WINDOW_BYTES = 2**29
@@ -30,7 +30,7 @@ _TRIES = 8
 
 def restore(
     abstract_state: Any,
-    root: Root,
+    root: StoreLike,
     step: int | None = None,
     *,
     plan: Plan | None = None,
@@ -47,7 +47,7 @@ def restore(
         abstract_state: a tree whose tensors give shape, dtype and device (what is on `meta` comes back on the CPU);
             a DTensor comes back as one with the same placements, a `Window` as the tensor of that part; other leaves
             give the type. Only the values of `donate`d tensors are looked at.
-        root: the folder that holds `global_step_N`, or its place (see `open_place`).
+        root: the folder that holds `global_step_N`, or its store (see `open_store`).
         plan: how to divide a state whose leaves are given whole, by the logical axes that the checkpoint has of its
             parameters (`Checkpointer(specs=...)`): on a mesh of processes they come back as DTensors. None: as given.
         partial: leaves that were saved but are not in `abstract_state` are left alone rather than an error.
@@ -57,25 +57,36 @@ def restore(
     Raises:
         DamagedCheckpoint: a file or leaf is missing, short or was changed; it is named.
         ValueError: there is no such step, or the saved leaves are not those of `abstract_state`, or it does not know
-            the axes that a plan needs.
+            the axes that a plan needs, or a newer ftrain wrote it.
+        OSError: the folder cannot be read.
+
+    >>> import tempfile, torch
+    >>> from ftrain.checkpoint import restore, save
+    >>> folder = tempfile.mkdtemp()
+    >>> save({"params": {"w": torch.arange(4.0)}, "step": 10}, folder, 10)
+    >>> like = {"params": {"w": torch.empty(4, device="meta")}, "step": 0}
+    >>> restore(like, folder)
+    {'params': {'w': tensor([0., 1., 2., 3.])}, 'step': 10}
+    >>> restore({"params": {"w": torch.empty(4, device="meta")}}, folder, 10, partial=True)
+    {'params': {'w': tensor([0., 1., 2., 3.])}}
     """
-    return restore_version(abstract_state, open_place(root), step, plan=plan, partial=partial, donate=donate)
+    return restore_version(abstract_state, open_store(root), step, plan=plan, partial=partial, donate=donate)
 
 
-def version_of(place: Place, step: int | None) -> tuple[int, str]:
+def version_of(store: Store, step: int | None) -> tuple[int, str]:
     """A step (None: the latest) and the hash of its manifest, by which `restore_version` knows it again."""
-    with place.hold(existing(place, step)) as held:
+    with store.hold(existing(store, step)) as held:
         return held.step, _digest(held)
 
 
-def await_version(place: Place, step: int, version: str, *, seconds: float) -> None:
+def await_version(store: Store, step: int, version: str, *, seconds: float) -> None:
     """Return when this process sees that version of a step; TimeoutError. A network file system may show its folders
     as they were up to a minute ago.
     """
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with place.hold(step) as held:
+            with store.hold(step) as held:
                 if _digest(held) == version:
                     return
             seen = "another version of it"
@@ -83,7 +94,7 @@ def await_version(place: Place, step: int, version: str, *, seconds: float) -> N
             seen = str(error)
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"rank 0 restores step {step} of {place.show()}, and this rank sees {seen}: all ranks must share one "
+                f"rank 0 restores step {step} of {store.show()}, and this rank sees {seen}: all ranks must share one "
                 "folder"
             )
         time.sleep(0.2)
@@ -91,7 +102,7 @@ def await_version(place: Place, step: int, version: str, *, seconds: float) -> N
 
 def restore_version(
     abstract_state: Any,
-    place: Place,
+    store: Store,
     step: int | None,
     *,
     version: str | None = None,
@@ -99,9 +110,14 @@ def restore_version(
     partial: bool = False,
     donate: bool = False,
 ) -> Any:
-    """As `restore`, of the given `version` of the step alone."""
+    """As `restore`, of the given `version` of the step alone (see `version_of`; None: of any).
+
+    Raises:
+        DamagedCheckpoint: a file is missing or was changed, or the step was replaced whenever it was read.
+        ValueError, OSError: as `restore`.
+    """
     for _ in range(_TRIES):
-        with place.hold(existing(place, step)) as held:
+        with store.hold(existing(store, step)) as held:
             if version is not None and _digest(held) != version:
                 break
             try:
@@ -113,7 +129,7 @@ def restore_version(
             if held.is_frozen or not held.is_replaced():
                 return found
     raise DamagedCheckpoint(
-        f"{place.show()} was written to whenever {'the latest step' if step is None else f'step {step}'} was read: "
+        f"{store.show()} was written to whenever {'the latest step' if step is None else f'step {step}'} was read: "
         "restore when that save has ended"
     )
 
@@ -133,20 +149,20 @@ def _restored(abstract_state: Any, held: HeldStep, *, plan: Plan | None, partial
     _check_leaves(shown, wanted, saved)
     check_files(held, manifest, {manifest.arrays[path].part for path in wanted.tensors})
     leaves = dict(zip(tree.paths(abstract_state), tree.flatten(abstract_state)[0], strict=True))
-    rooms = {path: Room(leaves[path], part, donate=donate) for path, part in wanted.tensors.items()}
-    _read(held, manifest, wanted, rooms)
-    values = [rooms[path].leaf() if path in rooms else manifest.scalars[path] for path in leaves]
+    buffers = {path: LeafBuffer(leaves[path], part, donate=donate) for path, part in wanted.tensors.items()}
+    _read(held, manifest, wanted, buffers)
+    values = [buffers[path].leaf() if path in buffers else manifest.scalars[path] for path in leaves]
     return tree.unflatten(tree.flatten(abstract_state)[1], values)
 
 
-def existing(place: Place, step: int | None) -> int:
+def existing(store: Store, step: int | None) -> int:
     """The step, or the latest; ValueError that lists what is there when it is not, or for what is no step."""
-    wanted = latest(place) if step is None else step_number(step)
+    wanted = latest(store) if step is None else step_number(step)
     if wanted is None:
-        raise ValueError(f"{place.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
-    here = place.steps()
-    if wanted not in here and not place.has(wanted):
-        raise ValueError(f"{place.show()} holds no step {wanted}; it holds {', '.join(map(str, here)) or 'none'}")
+        raise ValueError(f"{store.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
+    here = store.steps()
+    if wanted not in here and not store.has(wanted):
+        raise ValueError(f"{store.show()} holds no step {wanted}; it holds {', '.join(map(str, here)) or 'none'}")
     return wanted
 
 
@@ -181,8 +197,8 @@ def _check_leaves(folder: str, wanted: Leaves, saved: dict[str, ArrayLeaf | Scal
 
 def _kind(path: str, leaf: Any, wanted: Leaves) -> str:
     if isinstance(leaf, Tensor):
-        division = wanted.divisions.get(path)
-        shape = leaf.shape if division is None else division.shape
+        layout = wanted.layouts.get(path)
+        shape = leaf.shape if layout is None else layout.shape
         return f"{dtype_name(leaf.dtype, path)}{list(shape)}"
     if isinstance(leaf, ArrayLeaf):
         return f"{leaf.dtype}{list(leaf.shape)}"
@@ -190,7 +206,11 @@ def _kind(path: str, leaf: Any, wanted: Leaves) -> str:
 
 
 def check_files(held: HeldStep, manifest: Manifest, parts: Collection[str]) -> None:
-    """Find missing, short and changed files of some parts by name, before tensorstore stumbles over them; and links."""
+    """Look at the files of some parts before tensorstore stumbles over them.
+
+    Raises:
+        DamagedCheckpoint: one is missing, short, changed, a link or a pipe, or cannot be read; it is named.
+    """
     files = {name: record for name, record in manifest.files.items() if name.split("/", 1)[0] in parts}
     found = held.wrong(manifest.base, files, hashed=manifest.checksum)
     if found:
@@ -199,12 +219,12 @@ def check_files(held: HeldStep, manifest: Manifest, parts: Collection[str]) -> N
         held.require_plain(join([manifest.base, part]))
 
 
-def _read(held: HeldStep, manifest: Manifest, wanted: Leaves, rooms: dict[str, Room]) -> None:
+def _read(held: HeldStep, manifest: Manifest, wanted: Leaves, buffers: dict[str, LeafBuffer]) -> None:
     """Read part by part, and within a part in windows, so that host copies of device tensors stay few."""
     context = held.context()
     with DirectReader(manifest, context) as direct:
         for window in _windows(wanted.tensors, manifest):
-            pieces = {path: _pieces(path, wanted, rooms[path]) for path in window}
+            pieces = {path: _pieces(path, wanted, buffers[path]) for path in window}
             leaves = {path: manifest.arrays[path] for path in window}
             name = join([manifest.base, manifest.arrays[window[0]].part])
             where, shown = held.kvstore(name), held.show(name)
@@ -212,12 +232,12 @@ def _read(held: HeldStep, manifest: Manifest, wanted: Leaves, rooms: dict[str, R
             rest = {path: [] if path in done else pieces[path] for path in window}
             read_checked(where, leaves, rest, manifest, context, shown)
             for path in window:
-                rooms[path].filled()
+                buffers[path].filled()
 
 
-def _pieces(path: str, wanted: Leaves, room: Room) -> list[Piece]:
-    division, host = wanted.divisions.get(path), room.host()
-    start = tuple(first for first, _ in division.mine) if division else (0,) * host.ndim
+def _pieces(path: str, wanted: Leaves, buffer: LeafBuffer) -> list[Piece]:
+    layout, host = wanted.layouts.get(path), buffer.host()
+    start = tuple(first for first, _ in layout.mine) if layout else (0,) * host.ndim
     return [Piece(start, as_array(host))] if host.numel() else []
 
 

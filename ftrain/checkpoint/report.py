@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from ftrain.checkpoint.errors import SaveFailed
 from ftrain.checkpoint.manifest import Scalar
-from ftrain.checkpoint.place import FileRecord
+from ftrain.checkpoint.store import FileRecord
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,19 @@ class Retention:
     `lower_is_better` says which metrics are good. A step without that metric, or with NaN, is never among the best.
     Copies that were saved while the run was not well (`Checkpointer.save(good=False)`) do not count: the newest stays
     beside the good ones until a newer one is there.
+
+    Raises:
+        ValueError: a number would keep nothing or is no whole number, or one of `best` and `metric` lacks the other.
+
+    >>> from ftrain.checkpoint import Retention, to_delete
+    >>> from ftrain.checkpoint.ages import Kept
+    >>> saved = [Kept(step, order=step, metrics={"loss": 1 / step}) for step in (100, 150, 200, 250)]
+    >>> to_delete(saved, Retention(last=1))
+    [100, 150, 200]
+    >>> to_delete(saved, Retention(last=1, every=100))
+    [150]
+    >>> to_delete(saved, Retention(last=1, best=2, metric="loss"))
+    [100, 150]
     """
 
     last: int | None = None
@@ -40,8 +53,12 @@ KEEP_ALL = Retention()
 
 
 def to_delete(steps: Sequence[Kept], keep: Retention, *, protected: int | None = None) -> list[int]:
-    """The steps, ascending, that `keep` does not ask for. `steps`: from the oldest to the newest; `protected` is kept,
-    and so is the newest.
+    """The steps, ascending, that `keep` does not ask for. Nothing is touched.
+
+    Args:
+        steps: what is known of the steps, from the oldest to the newest (see `ftrain.checkpoint.ages.kept`).
+        keep: the rule.
+        protected: a step that is kept whatever the rule says, as the newest is.
     """
     if keep.last is None:
         return []

@@ -55,7 +55,7 @@ class Snapshot:
     def __init__(self, spare: Spare, leaves: Leaves, lent: Mapping[str, Tensor]) -> None:
         """Lend the leaves whose objects are `lent`; clone the others, which are small."""
         sources = {path: t if path in lent else t.clone() for path, t in leaves.tensors.items()}
-        self._spare, self._leaves = spare, Leaves(sources, dict(leaves.scalars), dict(leaves.divisions))
+        self._spare, self._leaves = spare, Leaves(sources, dict(leaves.scalars), dict(leaves.layouts))
         self._versions = {path: version_of(sources[path]) for path in lent}
         devices = {tensor.device for tensor in sources.values()}
         self._written = {d: torch.cuda.current_stream(d).record_event() for d in devices if d.type == "cuda"}
@@ -79,7 +79,7 @@ class Snapshot:
         finally:
             self.loan.end()
             self._leaves = Leaves({}, {})  # the state's memory belongs to its owner again
-        return Leaves(copies, leaves.scalars, leaves.divisions)
+        return Leaves(copies, leaves.scalars, leaves.layouts)
 
     def _copied(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copies = {path: self._spare.buffer(path, tensor) for path, tensor in sources.items()}

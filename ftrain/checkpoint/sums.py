@@ -26,7 +26,7 @@ def grid(leaf: ArrayLeaf) -> Index:
     return tuple(-(-size // chunk) for size, chunk in zip(leaf.shape, leaf.chunk, strict=True))
 
 
-def place(leaf: ArrayLeaf, index: Index) -> int:
+def chunk_number(leaf: ArrayLeaf, index: Index) -> int:
     """A chunk's place in the order of the grid."""
     found = 0
     for i, count in zip(index, grid(leaf), strict=True):
@@ -43,7 +43,9 @@ def touched(leaf: ArrayLeaf, piece: Piece) -> Iterator[Index]:
 def chunk_sums(leaf: ArrayLeaf, piece: Piece) -> dict[int, int]:
     """The sums, by place, of the chunks that lie whole in a piece; at the array's end a chunk is filled with zeros."""
     return {
-        place(leaf, index): _sum(leaf, index, piece) for index in touched(leaf, piece) if holds(leaf, index, piece)
+        chunk_number(leaf, index): _sum(leaf, index, piece)
+        for index in touched(leaf, piece)
+        if holds(leaf, index, piece)
     }
 
 

@@ -12,17 +12,17 @@ from ftrain.checkpoint.ages import next_order
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Storage
 from ftrain.checkpoint.clean import apply_retention
 from ftrain.checkpoint.errors import SaveFailed
-from ftrain.checkpoint.fill import Work, Written, join_shares, write_share
 from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves, named_leaves
 from ftrain.checkpoint.manifest import Manifest, Parameter
 from ftrain.checkpoint.metrics import checked_metrics
-from ftrain.checkpoint.place import FileRecord, NewStep, Place
+from ftrain.checkpoint.open_store import StoreLike, open_store
 from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.ranks import Ranks
 from ftrain.checkpoint.report import Report
 from ftrain.checkpoint.retention import KEEP_ALL, Retention
-from ftrain.checkpoint.roots import Root, open_place
+from ftrain.checkpoint.shard_writer import Work, Written, join_shards, write_shard
+from ftrain.checkpoint.store import FileRecord, NewStep, Store
 from ftrain.checkpoint.sums import joined
 
 _Found = TypeVar("_Found")
@@ -31,7 +31,7 @@ NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
 
 def save(
     state: Any,
-    root: Root,
+    root: StoreLike,
     step: int,
     *,
     metrics: Mapping[str, float] | None = None,
@@ -40,39 +40,57 @@ def save(
 ) -> None:
     """Save a tree as step `step` of `root` and return when it is on the disk, from one process.
 
-    `Checkpointer` does so in background, and from many processes; `specs` as there.
+    `Checkpointer` does so in background, and from many processes.
+
+    Args:
+        state: a tree of dense tensors of any shape and device, bool, int, float and str.
+        root: the folder of checkpoints, made if need be, or its store (see `open_store`).
+        step: a whole number from 0 to 10**15 - 1; a step that exists is replaced, when the new one is whole.
+        metrics: numbers by name, kept in the manifest for `Retention(best=...)`.
+        storage: how arrays are laid out.
+        specs: of the model's parameters, as for `Checkpointer`.
 
     Raises:
-        ValueError: a leaf cannot be saved, `step` is no whole number, or another run writes into `root`.
+        ValueError: a leaf, its name or a metric cannot be saved, `step` is no whole number, or another run writes into
+            `root`.
         OSError: the disk is full, the folder is read-only, ...; what was saved before is untouched.
+
+    >>> import tempfile, torch
+    >>> from ftrain.checkpoint import save, steps
+    >>> folder = tempfile.mkdtemp()
+    >>> save({"w": torch.zeros(3), "epoch": 1}, folder, 10, metrics={"loss": 0.5})
+    >>> steps(folder)
+    [10]
     """
-    step, leaves, place = step_number(step), named_leaves(state), open_place(root)
+    step, leaves, store = step_number(step), named_leaves(state), open_store(root)
     metrics = checked_metrics(metrics)
     require_whole(leaves, Ranks())
-    lock = place.lock()
+    lock = store.lock()
     try:
-        write_checkpoint(
-            place, step, lambda: leaves, storage=storage, metrics=metrics, parameters=parameters_of(specs)
-        )
+        write_checkpoint(store, step, lambda: leaves, storage=storage, metrics=metrics, parameters=parameters_of(specs))
     finally:
         lock.release()
 
 
 def require_whole(leaves: Leaves, ranks: Ranks) -> None:
-    """ValueError that names an array which is spread over ranks, when one process alone is to save it."""
+    """Check that all of a state can be written from the given ranks.
+
+    Raises:
+        ValueError: one process alone is to save an array which is spread over ranks, or a `Window`; it is named.
+    """
     if ranks.world == 1:
-        for path, division in leaves.divisions.items():
-            if not division.boxes:
+        for path, layout in leaves.layouts.items():
+            if not layout.slices:
                 raise ValueError(f"{path!r} is a Window, which has no values to save: save the tensor it describes")
-            if len(division.boxes) != 1:
+            if len(layout.slices) != 1:
                 raise ValueError(
-                    f"{path!r} is spread over {len(division.boxes)} ranks and one saves: on all ranks use "
+                    f"{path!r} is spread over {len(layout.slices)} ranks and one saves: on all ranks use "
                     "Checkpointer(..., ranks=Ranks.of_run()), or gather it with .full_tensor() first"
                 )
 
 
 def write_checkpoint(
-    place: Place,
+    store: Store,
     step: int,
     leaves: Callable[[], Leaves],
     *,
@@ -82,26 +100,32 @@ def write_checkpoint(
     keep: Retention = KEEP_ALL,
     good: bool = True,
     ranks: Ranks | None = None,
-    turn: int = 0,
+    round_number: int = 0,
 ) -> None:
-    """Write the leaves as step `step`; when this returns, they survive a power cut. Rank 0 holds the place's lock.
+    """Write the leaves as step `step`; when this returns, they survive a power cut. Rank 0 holds the store's lock.
 
     The order makes a step exist or not: data, sync, manifest, sync, and only then the step's name and `latest`. A
     crash leaves the previous `latest` and a folder with a temporary name. Of several `ranks` each writes its share
     below that one folder; when all are done rank 0 commits. An error on one is an error on all, with the rank's name.
     `leaves` is called once; an error in it is one of the rank. Tensors on the CPU that are contiguous are read where
-    they lie.
+    they lie. `metrics` are those of `checked_metrics`; `round_number` is that of `Ranks.next_round` for this save.
+
+    Raises:
+        SaveFailed: another rank has failed, or saves another state; it is named.
+        ValueError: the state cannot be stored, so that no reader would take it.
+        OSError: the disk is full, the folder is read-only, another rank's folder is not to be seen from here, ...
+        RuntimeError, TimeoutError: a rank no longer answers, or does nothing.
     """
     ranks = ranks or Ranks()
-    share = _Share(leaves, storage, ranks)
+    share = _Shard(leaves, storage, ranks)
     if ranks.rank == 0:
-        _lead(share, place, _About(step, metrics, parameters, good), keep, turn)
+        _lead(share, store, _About(step, metrics, parameters, good), keep, round_number)
     else:
-        _follow(share, place, step, turn)
+        _follow(share, store, step, round_number)
 
 
 @dataclass(frozen=True)
-class _Share:
+class _Shard:
     """What a rank writes, and with whom."""
 
     leaves: Callable[[], Leaves]
@@ -111,7 +135,7 @@ class _Share:
     def write(self, new: NewStep) -> tuple[Work, Written]:
         """Write it; what all ranks write, and what this one has written."""
         work = Work.of(self.leaves(), self.storage, self.ranks.world)
-        return work, write_share(new, work, self.ranks.rank)
+        return work, write_shard(new, work, self.ranks.rank)
 
 
 @dataclass(frozen=True)
@@ -124,60 +148,60 @@ class _About:
     good: bool
 
 
-def _lead(share: _Share, place: Place, about: _About, keep: Retention, turn: int) -> None:
+def _lead(share: _Shard, store: Store, about: _About, keep: Retention, round_number: int) -> None:
     ranks = share.ranks
     new: NewStep | None = None
     try:
-        new = _saying(ranks, turn, "begin", lambda: place.begin(about.step), told=lambda made: made.folder)
+        new = _publishing(ranks, round_number, "begin", lambda: store.begin(about.step), told=lambda made: made.folder)
         written = _attempt(partial(share.write, new))
-        reports = [Report.parse(ranks.hear(turn, "done", rank)) for rank in range(1, ranks.world)]
-        ranks.forget(turn)
+        reports = [Report.parse(ranks.wait_for(round_number, "done", rank)) for rank in range(1, ranks.world)]
+        ranks.forget(round_number)
         if isinstance(written, BaseException):
             raise written
         work, own = written
         _require_same(work, reports)
         records = {name: record for report in reports for name, record in (report.files or {}).items()}
-        files = join_shares(new, work, records)
+        files = join_shards(new, work, records)
         sums = joined(work.arrays, [own.sums, *(r.sums or {} for r in reports)]) if work.storage.checksum else {}
-        manifest = _manifest(about, work, files, sums, base=new.base, order=next_order(place))
+        manifest = _manifest(about, work, files, sums, base=new.base, order=next_order(store))
         new.commit(manifests.dumps(manifest))
     except BaseException as error:
         if new is not None:
             new.abort()
-        ranks.say(turn, "end", Report.of(error).text())
+        ranks.publish(round_number, "end", Report.of(error).text())
         raise
-    _saying(ranks, turn, "end", lambda: apply_retention(place, keep), told=str)
+    _publishing(ranks, round_number, "end", lambda: apply_retention(store, keep), told=str)
 
 
-def _follow(share: _Share, place: Place, step: int, turn: int) -> None:
+def _follow(share: _Shard, store: Store, step: int, round_number: int) -> None:
     ranks = share.ranks
-    begun = _heard(ranks, turn, "begin")
-    written = _attempt(lambda: share.write(place.begun(step, begun.folder)))
+    begun = _awaited(ranks, round_number, "begin")
+    written = _attempt(lambda: share.write(store.begun(step, begun.folder)))
     if isinstance(written, BaseException):
-        ranks.say(turn, "done", Report.of(written).text())
+        ranks.publish(round_number, "done", Report.of(written).text())
         raise written
     work, own = written
     report = Report(files=own.files, leaves=work.digest(), scalars=work.leaves.scalars, sums=own.sums)
-    ranks.say(turn, "done", report.text())
-    _heard(ranks, turn, "end")
-    ranks.forget(turn + 1)
+    ranks.publish(round_number, "done", report.text())
+    _awaited(ranks, round_number, "end")
+    ranks.forget(round_number + 1)
 
 
-def _saying(
-    ranks: Ranks, turn: int, topic: str, function: Callable[[], _Found], *, told: Callable[[_Found], str]
+def _publishing(
+    ranks: Ranks, round_number: int, topic: str, function: Callable[[], _Found], *, told: Callable[[_Found], str]
 ) -> _Found:
     """Call a function of rank 0 and tell the others what it gave, as the text `told`, or why it failed."""
     try:
         found = function()
     except BaseException as error:
-        ranks.say(turn, topic, Report.of(error).text())
+        ranks.publish(round_number, topic, Report.of(error).text())
         raise
-    ranks.say(turn, topic, Report(folder=told(found)).text())
+    ranks.publish(round_number, topic, Report(folder=told(found)).text())
     return found
 
 
-def _heard(ranks: Ranks, turn: int, topic: str) -> Report:
-    report = Report.parse(ranks.hear(turn, topic, 0))
+def _awaited(ranks: Ranks, round_number: int, topic: str) -> Report:
+    report = Report.parse(ranks.wait_for(round_number, topic, 0))
     if report.error is not None:
         raise SaveFailed(report.error)
     return report

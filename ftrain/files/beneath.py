@@ -25,6 +25,17 @@ class Folder:
     """A folder held open: also when its name goes to another one, what is read through it is of this one.
 
     A context manager. Its own path may be a link, for it is the caller's; nothing below it may be one.
+
+    >>> import os, tempfile
+    >>> from ftrain.files.beneath import Folder
+    >>> path = tempfile.mkdtemp()
+    >>> _ = open(f"{path}/a.txt", "w").write("hello")
+    >>> os.symlink("/etc/passwd", f"{path}/b.txt")
+    >>> with Folder(path) as folder:
+    ...     print(folder.read("a.txt", limit=100))
+    ...     folder.read("b.txt", limit=100)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ftrain.files.beneath.NotPlain: /.../b.txt is a link, not a regular file
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -54,7 +65,7 @@ class Folder:
             return _open_regular(last, at, self.path / name, limit)
 
     def read(self, name: str, *, limit: int) -> bytes:
-        """The content of the file `name`; raises what `open` raises."""
+        """The content of the file `name`, of at most `limit` bytes; raises what `open` raises."""
         descriptor = self.open(name, limit=limit)
         try:
             return _read(descriptor, self.path / name, limit)
@@ -70,8 +81,11 @@ class Folder:
             os.close(descriptor)
 
     def require_plain(self, name: str) -> None:
-        """NotPlain when something in the folder `name`, at any depth, is neither a folder nor a regular file: for
-        readers that open names themselves, and follow links.
+        """Check a folder for readers that open names themselves, and follow links.
+
+        Raises:
+            NotPlain: something in it, at any depth, is neither a folder nor a regular file.
+            OSError: it is missing (FileNotFoundError) or cannot be read.
         """
         with self._within(_parts(name, self.path)) as at:
             _require_plain(at, self.path / name)
@@ -110,7 +124,12 @@ class Folder:
 
 
 def read_file(path: str | os.PathLike[str], *, limit: int) -> bytes:
-    """The content of a regular file that the caller names, through links if it likes; NotPlain, OSError."""
+    """The content of a regular file that the caller names, through links if it likes.
+
+    Raises:
+        NotPlain: it is a pipe, a device, a folder, or has more than `limit` bytes.
+        OSError: it is missing (FileNotFoundError) or cannot be read.
+    """
     descriptor = _open_regular(os.fspath(path), None, Path(path), limit, follow=True)
     try:
         return _read(descriptor, Path(path), limit)

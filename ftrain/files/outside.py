@@ -26,7 +26,16 @@ class Misfit(ValueError):
 
 
 def read_json(path: str | os.PathLike[str], *, limit: int = JSON_BYTES) -> Any:
-    """What a JSON file that the caller names holds; ValueError names the file. FileNotFoundError."""
+    """What a JSON file that the caller names holds.
+
+    Args:
+        path: of the file, through links if it likes.
+        limit: how many bytes it may have.
+
+    Raises:
+        ValueError: it is no JSON or nested too deeply, no regular file (NotPlain), or larger; it is named.
+        OSError: it is missing (FileNotFoundError) or cannot be read.
+    """
     return parse(read_file(path, limit=limit), os.fspath(path))
 
 
@@ -103,7 +112,7 @@ def one_of(*values: Any) -> Shape:
 
 
 def either(*shapes: Shape) -> Shape:
-    """Of one of these shapes."""
+    """Of one of these shapes; the Misfit of the last is raised."""
 
     def shape(value: Any, at: str) -> None:
         misfits = []
@@ -142,7 +151,18 @@ def mapped(item: Shape) -> Shape:
 
 
 def record(entries: Mapping[str, Shape], *, optional: Mapping[str, Shape] | None = None, others: bool = False) -> Shape:
-    """An object with these entries, and maybe the `optional` ones; with `others` further ones of any shape."""
+    """An object with these entries, and maybe the `optional` ones; with `others` further ones of any shape.
+
+    The shape raises Misfit for another value, naming the entry and what it should be.
+
+    >>> from ftrain.files.outside import check, listed, number, record, whole
+    >>> row = record({"step": whole(1), "losses": listed(number())})
+    >>> check({"step": 3, "losses": [0.5]}, row, "metrics.json")
+    {'step': 3, 'losses': [0.5]}
+    >>> check({"step": 0, "losses": []}, row, "metrics.json")
+    Traceback (most recent call last):
+    ValueError: metrics.json: step is 0, not a whole number from 1 to 9223372036854775807
+    """
     rest = dict(optional or {})
 
     def shape(value: Any, at: str) -> None:

@@ -16,8 +16,8 @@ from ftrain.checkpoint.dtypes import DTYPES
 from ftrain.checkpoint.durable import write_bytes
 from ftrain.checkpoint.folders import step_folder, step_number
 from ftrain.checkpoint.local import LocalFolder
-from ftrain.checkpoint.place import Place
-from ftrain.checkpoint.roots import Root, open_place
+from ftrain.checkpoint.open_store import StoreLike, open_store
+from ftrain.checkpoint.store import Store
 from ftrain.files.beneath import kind_of
 from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.described import described_decoder
@@ -91,14 +91,40 @@ def run(options: Convert) -> int:
 
 
 def hf_to_checkpoint(
-    folder: Path, root: Root, *, step: int = 0, params: str = "params", dtype: torch.dtype | None = None
+    folder: Path, root: StoreLike, *, step: int = 0, params: str = "params", dtype: torch.dtype | None = None
 ) -> None:
     """Write the decoder in `folder` as step `step` of the checkpoints in `root`, its parameters at path `params`.
 
     `ftrain.checkpoint.restore({"params": abstract}, root, step)` reads it. The dtypes are those of the files, or
     `dtype` for floating-point weights. `config.json`, the tokenizer and such are copied to `root/model_assets`.
 
-    Raises `ValueError` where the folder is not that of a decoder we have (see `decoder_config`, `load_hf`).
+    Args:
+        folder: with `config.json` and safetensors.
+        root: the folder, URL or store of checkpoints.
+        step: which step is written; one that exists is replaced.
+        params: the dotted path of the parameters in the state.
+        dtype: cast floating-point weights to it.
+
+    Raises:
+        ValueError: the folder is not that of a decoder we have (see `decoder_config`, `load_hf`), a link in it leads
+            elsewhere, or another run writes into `root`.
+        OSError: the disk is full, ...; `root` is as it was.
+
+    >>> import ftrain, pathlib, tempfile
+    >>> from ftrain.checkpoint import steps
+    >>> from ftrain.hf import checkpoint_to_hf, hf_to_checkpoint, save_hf
+    >>> from ftrain.modules import decoder
+    >>> from ftrain.modules.hf_config import hf_config
+    >>> from ftrain.modules.hf_names import decoder_names
+    >>> cfg, work = decoder.preset("llama-tiny"), pathlib.Path(tempfile.mkdtemp())
+    >>> params = ftrain.init(decoder.specs(cfg), ftrain.key(0))
+    >>> save_hf(params, work / "hf", hf_config(cfg), decoder_names(cfg))
+    >>> hf_to_checkpoint(work / "hf", work / "run")
+    >>> steps(work / "run")
+    [0]
+    >>> made = checkpoint_to_hf(work / "run", work / "again")
+    >>> (made / "model.safetensors").read_bytes() == (work / "hf" / "model.safetensors").read_bytes()
+    True
     """
     here = HfFolder.open(folder)
     cfg = described_decoder(here.config(), str(folder / CONFIG), layers=len(here.tensors), experts=len(here.tensors))
@@ -118,14 +144,14 @@ def hf_to_checkpoint(
 
     assets = _read_assets(here.path)
     largest = max(file.stat().st_size for file in {stored.file for stored in here.tensors.values()})
-    place = open_place(root)
-    save_stream(place, step, leaves, produce, limit=_part_bytes(largest), specs=specs)
+    store = open_store(root)
+    save_stream(store, step, leaves, produce, limit=_part_bytes(largest), specs=specs)
     for name, content in assets.items():
-        place.write(f"{ASSETS}/{name}", content)
+        store.write(f"{ASSETS}/{name}", content)
 
 
 def checkpoint_to_hf(
-    root: Root,
+    root: StoreLike,
     folder: Path | None = None,
     *,
     step: int | None = None,
@@ -140,43 +166,49 @@ def checkpoint_to_hf(
     of the model; default `root/model_assets/config.json`, whose neighbours (the tokenizer) are then copied too. The
     folder that was written is returned.
 
-    Raises `ValueError` where the configuration and the saved leaves do not fit; `DamagedCheckpoint`.
+    `params`, `dtype`: as for `hf_to_checkpoint`; `max_shard`: the largest file, as for `save_hf`.
+
+    Raises:
+        ValueError: there is no such step, the configuration and the saved leaves do not fit, or the step's `hf_ckpt`
+            is a link.
+        DamagedCheckpoint: a file of the step is missing or was changed; it is named.
+        OSError: the disk is full, ...
     """
-    place = open_place(root)
-    described = _saved_config(place) if config is None else read_json(config)
-    step = latest(place) if step is None else step_number(step)
+    store = open_store(root)
+    described = _saved_config(store) if config is None else read_json(config)
+    step = latest(store) if step is None else step_number(step)
     if step is None:
-        raise ValueError(f"{place.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
-    shown = place.show(f"{ASSETS}/{CONFIG}") if config is None else str(config)
-    with SavedArrays(place, step, params) as saved:
+        raise ValueError(f"{store.show()} holds no checkpoint: it has no folder global_step_N with a manifest")
+    shown = store.show(f"{ASSETS}/{CONFIG}") if config is None else str(config)
+    with SavedArrays(store, step, params) as saved:
         largest = max((size for leaf in saved.arrays.values() for size in leaf.shape), default=0)
         cfg = described_decoder(described, shown, layers=len(saved.arrays), experts=largest)
         names = decoder_names(cfg)
-        folder = _own_folder(place, step) if folder is None else folder
-        stored = _stored(saved, f"step {step} of {place.show()}", params, dict(leaves_with_paths(decoder.specs(cfg))))
+        folder = _own_folder(store, step) if folder is None else folder
+        stored = _stored(saved, f"step {step} of {store.show()}", params, dict(leaves_with_paths(decoder.specs(cfg))))
         entries = {path: Entry(leaf.shape, cast_dtype(leaf.dtype, dtype)) for path, leaf in stored.items()}
         with HfWriter(folder, described, entries, names, max_shard=max_shard) as writer:
             for group in _parts_to_write(saved, params, writer, stored, _part_bytes(parse_size(max_shard))):
                 for path, values in saved.read(group).items():
                     writer.write(path.removeprefix(f"{params}."), values, start=group[path].start)
     if config is None:
-        _copy_assets(place, folder)
+        _copy_assets(store, folder)
     return folder
 
 
-def _saved_config(place: Place) -> dict[str, Any]:
+def _saved_config(store: Store) -> dict[str, Any]:
     name = f"{ASSETS}/{CONFIG}"
     try:
-        return parse_json(place.read(name, limit=JSON_BYTES), place.show(name))
+        return parse_json(store.read(name, limit=JSON_BYTES), store.show(name))
     except FileNotFoundError:
-        raise ValueError(f"{place.show(name)} is missing: give the config.json of the model with --config") from None
+        raise ValueError(f"{store.show(name)} is missing: give the config.json of the model with --config") from None
 
 
-def _own_folder(place: Place, step: int) -> Path:
+def _own_folder(store: Store, step: int) -> Path:
     """`hf_ckpt` of the step: a name in a folder that may come from anybody, so no link is followed."""
-    if not isinstance(place, LocalFolder):
-        raise ValueError(f"{place.show()} is in no file system of this machine: say where to write with --to-hf DIR")
-    folder = step_folder(place.root, step) / "hf_ckpt"
+    if not isinstance(store, LocalFolder):
+        raise ValueError(f"{store.show()} is in no file system of this machine: say where to write with --to-hf DIR")
+    folder = step_folder(store.root, step) / "hf_ckpt"
     _require_folder(folder)
     return folder
 
@@ -268,12 +300,12 @@ def _read_assets(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def _copy_assets(place: Place, folder: Path) -> None:
+def _copy_assets(store: Store, folder: Path) -> None:
     """The small files that were kept beside the steps, but for the configuration, into a model's folder."""
     for below in _ASSET_FOLDERS:
-        for name in filter(_is_asset, place.files(_joined(ASSETS, below))):
+        for name in filter(_is_asset, store.files(_joined(ASSETS, below))):
             if (below, name) != ("", CONFIG):
-                content = place.read(_joined(ASSETS, below, name), limit=_ASSET_BYTES)
+                content = store.read(_joined(ASSETS, below, name), limit=_ASSET_BYTES)
                 if below:
                     _require_folder(folder / below)
                     (folder / below).mkdir(exist_ok=True)

@@ -59,8 +59,9 @@ class HfFolder:
     def open(path: str | Path) -> "HfFolder":
         """Read the headers of a folder's files.
 
-        Raises `ValueError` where there are none, where a file is missing or damaged, or where the index and the files
-        disagree.
+        Raises:
+            ValueError: there are none, a file is missing or damaged or a link that leads elsewhere, or the index and
+                the files disagree.
         """
         folder = Path(path)
         tensors: dict[str, Stored] = {}
@@ -72,7 +73,7 @@ class HfFolder:
         return HfFolder(folder, tensors)
 
     def config(self) -> dict[str, Any]:
-        """What `config.json` says."""
+        """What `config.json` says; ValueError if it is missing, no JSON object, or a link that leads elsewhere."""
         return parse_json(read_member(self.path, CONFIG, limit=JSON_BYTES), str(self.path / CONFIG))
 
     def find(self, name: str, *, wanted_for: str) -> Stored:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ftrain.checkpoint.boxes import Box, whole
 from ftrain.checkpoint.leaves import named_leaves
+from ftrain.checkpoint.shard_layout import Slice, whole
 from ftrain.hf.files import HfFolder, Stored, opened
 from ftrain.hf.range import require_in_range
 from ftrain.hf.shards import Entry
@@ -24,7 +24,7 @@ def load_hf(
     specs: Any,
     names: Iterable[HfTensor],
     *,
-    windows: Mapping[str, Box] | None = None,
+    windows: Mapping[str, Slice] | None = None,
     device: torch.device | str = "cpu",
     unexpected: Literal["error", "ignore"] = "error",
 ) -> Any:
@@ -45,6 +45,20 @@ def load_hf(
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape; a leaf gets nothing or only a part; a tied
             weight and its copy differ; a number is beyond the range of the spec's dtype; a file is missing or damaged.
+
+    The format: https://github.com/huggingface/safetensors#format.
+
+    >>> import ftrain, tempfile, torch
+    >>> from ftrain.hf import load_hf, save_hf
+    >>> from ftrain.modules import decoder
+    >>> from ftrain.modules.hf_config import hf_config
+    >>> from ftrain.modules.hf_names import decoder_names
+    >>> cfg, folder = decoder.preset("llama-tiny"), tempfile.mkdtemp()
+    >>> params = ftrain.init(decoder.specs(cfg), ftrain.key(0))
+    >>> save_hf(params, folder, hf_config(cfg), decoder_names(cfg))
+    >>> loaded = load_hf(folder, decoder.specs(cfg), decoder_names(cfg))
+    >>> all(torch.equal(a, b) for a, b in zip(ftrain.tree.leaves(params), ftrain.tree.leaves(loaded)))
+    True
     """
     here = folder if isinstance(folder, HfFolder) else HfFolder.open(folder)
     wanted = {path: Entry(spec.shape, spec.dtype) for path, spec in leaves_with_paths(specs)}
@@ -68,15 +82,22 @@ def fill_hf(
     """Overwrite the tensors of a tree of parameters, in place, with what `folder` holds.
 
     On a mesh of processes every rank calls it, for parameters that are spread over ranks (those of a state from
-    `step.init`, say): of each array a rank reads the part that it holds. The rest is as in `load_hf`.
+    `step.init`, say): of each array a rank reads the part that it holds.
+
+    Args:
+        params: tensors of any device and strides, or DTensors; numbers are cast to their dtypes.
+        folder, names, unexpected: as for `load_hf`.
+
+    Raises:
+        ValueError: as `load_hf`; what was read until then is overwritten.
     """
     here = folder if isinstance(folder, HfFolder) else HfFolder.open(folder)
     held, names = named_leaves(params), tuple(names)
-    divisions = held.divisions
-    shapes = {path: divisions[path].shape if path in divisions else tuple(t.shape) for path, t in held.tensors.items()}
+    layouts = held.layouts
+    shapes = {path: layouts[path].shape if path in layouts else tuple(t.shape) for path, t in held.tensors.items()}
     wanted = {path: Entry(shapes[path], tensor.dtype) for path, tensor in held.tensors.items()}
     check_fit(here, wanted, names, unexpected=unexpected)
-    parts = {path: divisions[path].mine if path in divisions else whole(shape) for path, shape in shapes.items()}
+    parts = {path: layouts[path].mine if path in layouts else whole(shape) for path, shape in shapes.items()}
     _fill(here, names, held.tensors, parts)
 
 
@@ -84,7 +105,7 @@ def read_parts(
     here: HfFolder,
     wanted: Mapping[str, Entry],
     names: Iterable[HfTensor],
-    parts: Mapping[str, Box],
+    parts: Mapping[str, Slice],
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
@@ -102,7 +123,11 @@ def check_fit(
     *,
     unexpected: Literal["error", "ignore"] = "error",
 ) -> None:
-    """`ValueError` unless the folder's tensors fill every leaf; nothing is read for it but headers."""
+    """Check that the folder's tensors fill every leaf; nothing is read for it but headers.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape, or a leaf gets nothing or only a part.
+    """
     _check(here, wanted, names)
     if unexpected == "error":
         here.require_all_known((name.name for name in names), besides=DERIVED)
@@ -161,7 +186,7 @@ def _check(here: HfFolder, wanted: Mapping[str, Entry], names: tuple[HfTensor, .
             )
 
 
-def _window(path: str, shape: tuple[int, ...], windows: Mapping[str, Box] | None) -> Box:
+def _window(path: str, shape: tuple[int, ...], windows: Mapping[str, Slice] | None) -> Slice:
     part = whole(shape) if windows is None else windows.get(path, whole(shape))
     fits = len(part) == len(shape) and all(
         start >= 0 and length >= 0 and start + length <= size for (start, length), size in zip(part, shape, strict=True)
@@ -171,7 +196,7 @@ def _window(path: str, shape: tuple[int, ...], windows: Mapping[str, Box] | None
     return part
 
 
-def _fill(here: HfFolder, names: Iterable[HfTensor], leaves: Mapping[str, Tensor], parts: Mapping[str, Box]) -> None:
+def _fill(here: HfFolder, names: Iterable[HfTensor], leaves: Mapping[str, Tensor], parts: Mapping[str, Slice]) -> None:
     """Read what the names say into these leaves, each of which is a part of the array at its path."""
     present = [name for name in names if name.leaf in leaves and name.name in here.tensors]
     # Copies last: what they repeat must be there to compare with.
@@ -182,7 +207,7 @@ def _fill(here: HfFolder, names: Iterable[HfTensor], leaves: Mapping[str, Tensor
                 _fill_one(tensors, name, here.tensors[name.name], leaves[name.leaf], parts[name.leaf])
 
 
-def _fill_one(tensors: Any, name: HfTensor, stored: Stored, leaf: Tensor, part: Box) -> None:
+def _fill_one(tensors: Any, name: HfTensor, stored: Stored, leaf: Tensor, part: Slice) -> None:
     """Read the part of one tensor that lies in the leaf's window, and put it there (of a copy: compare it)."""
     room, own = leaf, part
     if name.index is not None:

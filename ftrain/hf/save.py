@@ -56,8 +56,19 @@ def save_hf(
 
     Raises:
         ValueError: a leaf has no name or a name no leaf, or a dtype that the format has not; a number is beyond the
-            range of `dtype`.
+            range of `dtype`; `config` is no JSON of finite numbers; `max_shard` is no size; a folder has the name of a
+            file. What was there before is unchanged.
+        OSError: the disk is full, the folder is read-only, ...
         RuntimeError: on other ranks than 0, when rank 0 could not write.
+
+    >>> import os, tempfile, torch
+    >>> from ftrain.hf import save_hf
+    >>> from ftrain.modules.hf_names import HfTensor
+    >>> folder = tempfile.mkdtemp()
+    >>> names = [HfTensor("model.norm.weight", "norm.weight_D")]
+    >>> save_hf({"norm": {"weight_D": torch.ones(4)}}, folder, {"model_type": "llama"}, names)
+    >>> sorted(os.listdir(folder))
+    ['config.json', 'model.safetensors']
     """
     leaves = dict(leaves_with_paths(params))
     names = tuple(names)
@@ -91,7 +102,15 @@ class HfWriter:
         *,
         max_shard: int | str = "5GB",
     ) -> None:
-        """`entries`: shape and dtype of every leaf, by path. The other arguments are those of `save_hf`."""
+        """Nothing is touched before `with`.
+
+        Args:
+            entries: shape and dtype of every leaf, by path, as they are to be written.
+            folder, config, names, max_shard: as for `save_hf`.
+
+        Raises:
+            ValueError: as `save_hf`.
+        """
         written = [name for name in names if not name.copy]
         _check(written, entries)
         self._folder = Path(folder)
@@ -126,6 +145,10 @@ class HfWriter:
     def write(self, path: str, values: Tensor, *, start: int = 0) -> None:
         """Write the leaf at `path`, cast to the dtype that was announced; or of a large one only the range of
         `self.dim(path)` that begins at `start`, its other dims being whole.
+
+        Raises:
+            ValueError: the values have another shape than was announced, or a number beyond the range of the dtype.
+            OSError: the disk is full, ...; the file is named.
         """
         entry, names = self._entries[path], self._of_leaf[path]
         self._check_range(path, values, start)

@@ -46,7 +46,15 @@ def cast_dtype(own: torch.dtype, to: torch.dtype | None) -> torch.dtype:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes: a number, or text like "5GB" (powers of 1000) or "5GiB" (powers of 1024)."""
+    """Bytes: a whole number, or text like "5GB" (powers of 1000) or "5GiB" (powers of 1024).
+
+    Raises:
+        ValueError: it is none of these, or less than 1.
+
+    >>> from ftrain.hf.shards import parse_size
+    >>> parse_size("5GB"), parse_size("1.5 KiB"), parse_size(100)
+    (5000000000, 1536, 100)
+    """
     if isinstance(size, int) and not isinstance(size, bool):
         found: float = size
     else:

@@ -15,7 +15,6 @@ from torch import Tensor
 from ftrain.checkpoint import manifest as manifests
 from ftrain.checkpoint.ages import next_order
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE, Piece, Storage, write_part
-from ftrain.checkpoint.boxes import Box
 from ftrain.checkpoint.checked import read_checked
 from ftrain.checkpoint.direct import tree_bytes
 from ftrain.checkpoint.dtypes import DTYPES, as_array
@@ -24,11 +23,12 @@ from ftrain.checkpoint.extents import extents
 from ftrain.checkpoint.folders import step_number
 from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
-from ftrain.checkpoint.place import NewStep, join
+from ftrain.checkpoint.open_store import StoreLike, open_store
 from ftrain.checkpoint.placed import parameters_of
 from ftrain.checkpoint.read import check_files, existing
-from ftrain.checkpoint.roots import Root, open_place
-from ftrain.checkpoint.shares import stored_arrays
+from ftrain.checkpoint.shard_assignment import stored_arrays
+from ftrain.checkpoint.shard_layout import Slice
+from ftrain.checkpoint.store import NewStep, join
 from ftrain.checkpoint.sums import chunk_sums, joined
 
 
@@ -40,7 +40,7 @@ class Range:
     start: int
     length: int
 
-    def box(self, shape: tuple[int, ...]) -> Box:
+    def box(self, shape: tuple[int, ...]) -> Slice:
         """For each dim the first index and the length."""
         box = [(0, size) for size in shape]
         if shape:
@@ -52,7 +52,7 @@ Group = dict[str, Range]
 
 
 def save_stream(
-    root: Root,
+    root: StoreLike,
     step: int,
     leaves: Mapping[str, Tensor],
     produce: Callable[[Group], Mapping[str, Tensor]],
@@ -71,11 +71,11 @@ def save_stream(
         ValueError: another run writes into `root`.
         OSError: the disk is full, the folder is read-only, ...
     """
-    step, place = step_number(step), open_place(root)
+    step, store = step_number(step), open_store(root)
     arrays = stored_arrays(Leaves(dict(leaves), {}), storage.chunk_bytes)
-    lock = place.lock()
+    lock = store.lock()
     try:
-        new = place.begin(step)
+        new = store.begin(step)
         try:
             sums = _write(new, arrays, produce, leaves, limit, storage)
             made = Manifest(
@@ -88,7 +88,7 @@ def save_stream(
                 files=new.records(),
                 base=new.base,
                 parameters=parameters_of(specs),
-                order=next_order(place),
+                order=next_order(store),
                 sums=joined(arrays, [sums]) if storage.checksum else {},
             )
             new.commit(manifests.dumps(made))
@@ -105,22 +105,22 @@ class SavedArrays:
     A context manager. What is read is of one version of the step, or an error.
     """
 
-    def __init__(self, root: Root, step: int, below: str) -> None:
+    def __init__(self, root: StoreLike, step: int, below: str) -> None:
         """Read the manifest, and see that the files that hold these arrays are there, as they were written.
 
         Raises:
             ValueError: there is no such step, or nothing below that path.
             DamagedCheckpoint: the manifest or a file is missing or was changed; it is named.
         """
-        place = open_place(root)
-        self._held = place.hold(existing(place, step))
+        store = open_store(root)
+        self._held = store.hold(existing(store, step))
         try:
             manifest = manifests.read(self._held)
             self.arrays = {path: leaf for path, leaf in manifest.arrays.items() if path.startswith(f"{below}.")}
             if not self.arrays:
                 tops = sorted({path.split(".")[0] for path in manifest.arrays})
                 raise ValueError(
-                    f"step {step} of {place.show()} has no tensors below {below!r}; it has {', '.join(tops)}"
+                    f"step {step} of {store.show()} has no tensors below {below!r}; it has {', '.join(tops)}"
                 )
             self._manifest, self._context = manifest, self._held.context()
             self._check({leaf.part for leaf in self.arrays.values()})

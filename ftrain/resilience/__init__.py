@@ -1,1 +1,1 @@
-"""Runs that go on: watchdog, bad steps, the way back, replay."""
+"""Runs that go on: watchdog, bad steps, the rollback, replay."""

@@ -1,8 +1,11 @@
 """Which steps of a run are bad, and when so many follow each other that the run goes back: pure functions of metrics.
 
-    history = History()
-    history, verdict = judge(policy, history, step=7, loss=float(loss), grad_norm=float(norm))
-    if verdict is Verdict.ROLL_BACK: ...
+    >>> from ftrain.resilience.anomalies import BadSteps, History, judge
+    >>> policy, history = BadSteps(limit=2), History()
+    >>> for step, loss in ((7, 0.5), (8, float("nan")), (9, float("nan"))):
+    ...     history, verdict = judge(policy, history, step=step, loss=loss)
+    >>> history.bad, verdict
+    ((8, 9), <Verdict.ROLL_BACK: 'roll back'>)
 
 All ranks of a mesh have the same metrics, and so decide alike. A history is a fold over the metrics, so a run that goes
 on after a stop makes it again from what it logged.
@@ -89,7 +92,14 @@ class History:
 def judge(
     policy: BadSteps, history: History, *, step: int, loss: float, grad_norm: float = 0.0
 ) -> tuple[History, Verdict]:
-    """The history with this step in it, and what the run does. After a rollback the history is made anew, from rows."""
+    """The history with this step in it, and what the run does. After a rollback the history is made anew, from rows.
+
+    Args:
+        policy: what is bad, and how often in a row.
+        history: of the steps before this one.
+        step: the number of this one, from 1.
+        loss, grad_norm: its metrics; NaN and infinities are bad.
+    """
     if why_bad(policy, history, loss=loss, grad_norm=grad_norm) is None:
         window = policy.spikes.window if policy.spikes else 0
         return History((*history.losses, loss)[-window:] if window else ()), Verdict.GO_ON

@@ -39,7 +39,7 @@ _ABOUT = record(
 
 
 @dataclass(frozen=True)
-class Evidence:
+class FailureDump:
     """A bad step: the `position` of its batch in the order of the data, its `loss`, `why` it was bad, and what the run
     left out when it got there."""
 
@@ -50,12 +50,21 @@ class Evidence:
     skipped: Skipped
 
 
-def leave_evidence(run: Path, evidence: Evidence, batch: Any) -> Path | None:
+def write_failure_dump(run: Path, dump: FailureDump, batch: Any) -> Path | None:
     """Write the whole batch (not a rank's share) of a bad step; the folder, or None if there are too many already.
 
     A step that is run again after a rollback, and is bad again, replaces what it left before.
+
+    Args:
+        run: the run's folder.
+        dump: about the step.
+        batch: a tree of tensors of any device, and of leaves that JSON has.
+
+    Raises:
+        OSError: the disk is full, ...
+        TypeError: a leaf of the batch is neither a tensor nor one that JSON has.
     """
-    folder = _folder(run, evidence.step)
+    folder = _folder(run, dump.step)
     if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= KEPT:
         return None
     new = folder.with_name(f".{folder.name}")
@@ -65,8 +74,8 @@ def leave_evidence(run: Path, evidence: Evidence, batch: Any) -> Path | None:
     tensors = {path: _plain(leaf) for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
     save_file(tensors, new / "batch.safetensors")
     about = {
-        **vars(evidence),
-        "skipped": evidence.skipped.as_json(),
+        **vars(dump),
+        "skipped": dump.skipped.as_json(),
         "other_leaves": {path: leaf for path, leaf in leaves.items() if path not in tensors},
     }
     (new / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -75,13 +84,18 @@ def leave_evidence(run: Path, evidence: Evidence, batch: Any) -> Path | None:
     return folder
 
 
-def read_evidence(run: Path, step: int) -> Evidence | None:
-    """What the bad step left; None if it left nothing. ValueError names a file that is not what was written."""
+def read_failure_dump(run: Path, step: int) -> FailureDump | None:
+    """What the bad step left; None if it left nothing.
+
+    Raises:
+        ValueError: a file is not what was written, or is about another step or position; it is named.
+        OSError: a file cannot be read.
+    """
     try:
         about = _about(run, step)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return Evidence(
+    return FailureDump(
         step=about["step"],
         position=about["position"],
         loss=about["loss"],
@@ -93,7 +107,9 @@ def read_evidence(run: Path, step: int) -> Evidence | None:
 def read_batch(run: Path, step: int, *, like: Any) -> Any:
     """The batch that the bad step left, as a tree like `like`, its tensors on the devices of those in `like`.
 
-    ValueError if it has other leaves, or a file is not what was written.
+    Raises:
+        ValueError: it has other leaves, or leaves of another shape, dtype or type, or a file is not what was written.
+        OSError: there is none (FileNotFoundError), or it cannot be read.
     """
     folder = _folder(run, step)
     others = _about(run, step)["other_leaves"]

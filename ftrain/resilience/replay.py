@@ -23,7 +23,7 @@ from ftrain.debug.finite import Finding, check_finite
 from ftrain.files.beneath import Folder
 from ftrain.files.outside import JSON_BYTES, anything, check, mapped, parse, record, whole
 from ftrain.files.outside import number as real_number
-from ftrain.resilience.failure_dump import Evidence, read_batch, read_evidence
+from ftrain.resilience.failure_dump import FailureDump, read_batch, read_failure_dump
 from ftrain.resilience.skipped import Skipped, read_skipped
 from ftrain.step.api import Step
 
@@ -80,7 +80,12 @@ class Replayed:
 
 def load_run(run: Path, experiment: str | None = None) -> Replayable:
     """What the run in the folder is made of, by the module `experiment`; default: the one that its config names, if it
-    is one of `experiments`. ValueError if there is none.
+    is one of `experiments`.
+
+    Raises:
+        ValueError: the folder has no `config.json`, or one that is no JSON object or names no module that may be run;
+            or the module has no `replayable`.
+        ImportError: there is no such module.
     """
     file = run / CONFIG
     try:
@@ -144,33 +149,38 @@ def replay(
     a mesh with the rank.
 
     Raises:
-        ValueError: the run has not come to this step.
+        ValueError: the run has not come to this step, a file of it is not what was written, or its checkpoint has
+            other leaves.
     """
-    rows, evidence = recorded(run), None if kept else read_evidence(run, step)
-    if step < 1 or (step not in rows and evidence is None):
+    rows, dump = recorded(run), None if kept else read_failure_dump(run, step)
+    if step < 1 or (step not in rows and dump is None):
         raise ValueError(f"{run} has not come to step {step}: it has noted steps 1 to {max(rows, default=0)}")
     now = read_skipped(run)
-    then = now if evidence is None else evidence.skipped
+    then = now if dump is None else dump.skipped
     # Up to here the steps of both histories are the same, and from then on none is.
     common = next((n for n in range(step, 0, -1) if now.position(n) == then.position(n)), 0)
     start = max((s for s in checkpoint.steps(run / CHECKPOINTS) if s < step and s <= common), default=0)
     say(f"from {f'the checkpoint of step {start}' if start else 'the fresh state'}")
     state = _state_at(made, run, start)
     for number in range(start + 1, step + 1):
-        batch = _batch_of(made, run, number, then, evidence, say)
+        batch = _batch_of(made, run, number, then, dump, say)
         if check and number == step:
             found = check_finite(made.step, state, batch)
             if found is not None:
                 yield found
         state, metrics = made.step(state, batch)
         row = rows.get(number) if number <= common else None
-        if evidence is not None and number == step:
-            row = {"loss": evidence.loss}
+        if dump is not None and number == step:
+            row = {"loss": dump.loss}
         yield Replayed(number, {name: float(value) for name, value in metrics.items() if _is_scalar(value)}, row)
 
 
 def recorded(run: Path) -> dict[int, dict[str, float]]:
-    """The numbers that the run has noted, by step; a torn last line is left out. ValueError names another."""
+    """The numbers that the run has noted in `metrics.jsonl`, by step; a torn last line is left out.
+
+    Raises:
+        ValueError: another line is no JSON, or lacks its step or loss, or has a number that no float holds.
+    """
     shown = str(run / METRICS)
     try:
         with Folder(run) as folder:
@@ -191,15 +201,15 @@ def _state_at(made: Replayable, run: Path, start: int) -> Any:
 
 
 def _batch_of(
-    made: Replayable, run: Path, number: int, skipped: Skipped, evidence: Evidence | None, say: Callable[[str], None]
+    made: Replayable, run: Path, number: int, skipped: Skipped, dump: FailureDump | None, say: Callable[[str], None]
 ) -> Any:
-    if evidence is None or number != evidence.step:
+    if dump is None or number != dump.step:
         return made.batch_at(skipped.position(number))
-    given = made.batch_at(evidence.position)
+    given = made.batch_at(dump.position)
     left = read_batch(run, number, like=given)
     pairs = zip(tree.paths(given), tree.leaves(given), tree.leaves(left), strict=True)
     other = [path for path, a, b in pairs if isinstance(a, torch.Tensor) and not _same(a, b)]
-    say(f"step {number} was bad: {evidence.why}; with the batch it left, from position {evidence.position}"
+    say(f"step {number} was bad: {dump.why}; with the batch it left, from position {dump.position}"
         + (f", which the data no longer gives: {', '.join(other[:4])} differ" if other else ""))  # fmt: skip
     return left
 

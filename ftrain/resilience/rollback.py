@@ -1,4 +1,4 @@
-"""The way back from bad steps: to which checkpoint, without which batches; and the order in which files change."""
+"""Rollback from bad steps: to which checkpoint, without which batches; and the order in which files change."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,15 @@ def plan_rollback(policy: BadSteps, history: History, skipped: Skipped, *, saved
     A step that the run went back to before, and right after which it was bad again with other batches, holds what is
     bad itself: then to the one before it.
 
-    RuntimeError where the run has gone back as often as the policy allows.
+    Args:
+        policy: how often a run may go back.
+        history: whose `bad` steps are left out; there is at least one.
+        skipped: the rollbacks before.
+        saved: the steps that have a checkpoint.
+        why: the last bad step was bad, in words.
+
+    Raises:
+        RuntimeError: the run has gone back as often as the policy allows.
     """
     first, last = history.bad[0], history.bad[-1]
     if len(skipped.rollbacks) >= policy.rollbacks:
@@ -33,6 +41,9 @@ def carry_out(rollback: Rollback, skipped: Skipped, *, run: Path, checkpoints: P
 
     One process calls this, with no save under way. After a death in between the run goes on from before the bad steps,
     meets them again, and goes back again.
+
+    Raises:
+        OSError, ValueError: a checkpoint cannot be deleted, or the list not be written.
     """
     for step in reversed(steps(checkpoints)):
         if step > rollback.back_to:

@@ -48,7 +48,11 @@ class StopRequest:
         return self.signal is not None
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """The signal handler. A second Ctrl-C raises KeyboardInterrupt, for when a step hangs."""
+        """The signal handler: note the signal `number`.
+
+        Raises:
+            KeyboardInterrupt: at a second Ctrl-C, for when a step hangs.
+        """
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt("second Ctrl-C: stopping without a save")
         self.signal = signal.Signals(number)
@@ -57,6 +61,17 @@ class StopRequest:
 @contextmanager
 def interruptible() -> Iterator[StopRequest]:
     """Within the block, SIGTERM, SIGINT and SIGUSR1 only set a flag; after it, they do what they did before.
+
+    >>> import os, signal
+    >>> from ftrain.resilience.signals import interruptible
+    >>> with interruptible() as stop:
+    ...     for step in range(1, 100):
+    ...         if step == 3:
+    ...             os.kill(os.getpid(), signal.SIGUSR1)
+    ...         if stop.requested:
+    ...             break
+    >>> step, stop.signal.name
+    (3, 'SIGUSR1')
 
     Raises:
         ValueError: not in the main thread, where alone Python lets signals be handled.

@@ -32,7 +32,7 @@ ENTRIES = listed(
 
 @dataclass(frozen=True)
 class Rollback:
-    """One way back: from `bad` steps, whose batches at `positions` are left out from then on, to checkpoint `back_to`
+    """One rollback: from `bad` steps, whose batches at `positions` are left out from then on, to checkpoint `back_to`
     (0: the start); `why` the last of them was bad."""
 
     positions: tuple[int, ...]
@@ -43,7 +43,15 @@ class Rollback:
 
 @dataclass(frozen=True)
 class Skipped:
-    """All ways back of a run, in order."""
+    """All rollbacks of a run, in order.
+
+    >>> from ftrain.resilience.skipped import Rollback, Skipped
+    >>> skipped = Skipped((Rollback(positions=(3, 4), bad=(4, 5), back_to=2, why="the loss is nan"),))
+    >>> [skipped.position(step) for step in range(1, 7)]
+    [0, 1, 2, 5, 6, 7]
+    >>> list(skipped.ranges(0, 6))
+    [(0, 3), (5, 8)]
+    """
 
     rollbacks: tuple[Rollback, ...] = ()
 
@@ -72,7 +80,7 @@ class Skipped:
             step += end - first
 
     def after(self, rollback: Rollback) -> "Skipped":
-        """With one more way back."""
+        """With one more rollback."""
         return Skipped((*self.rollbacks, rollback))
 
     def as_json(self) -> list[dict[str, Any]]:
@@ -90,7 +98,12 @@ class Skipped:
 
 
 def read_skipped(run: Path) -> Skipped:
-    """What the run in the folder leaves out; nothing if it has no such file. ValueError if the file is not whole."""
+    """What the run in the folder leaves out; nothing if it has no such file.
+
+    Raises:
+        ValueError: the file is not what `write_skipped` writes; it is named.
+        OSError: it cannot be read.
+    """
     file = run / FILE
     try:
         with Folder(run) as folder:
@@ -104,5 +117,5 @@ def read_skipped(run: Path) -> Skipped:
 
 
 def write_skipped(run: Path, skipped: Skipped) -> None:
-    """Replace the file; at every moment it is the old one or the new one, whole and on the disk."""
+    """Replace the file; at every moment it is the old one or the new one, whole and on the disk. OSError."""
     write_text(run / FILE, json.dumps(skipped.as_json(), indent=1))

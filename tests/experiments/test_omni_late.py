@@ -10,7 +10,7 @@ from experiments.mesh import asked_of_ranks
 from experiments.omni.late import Done, Issued, LateReader
 from experiments.omni.survival import Guard
 from ftrain.resilience.anomalies import BadSteps, Verdict
-from ftrain.resilience.failure_dump import read_batch, read_evidence
+from ftrain.resilience.failure_dump import read_batch, read_failure_dump
 from ftrain.runtime.host_copy import HostCopy
 
 
@@ -74,7 +74,7 @@ def test_a_bad_step_is_named_with_its_own_batch(tmp_path):
     given = batches([1, math.nan, 3, 4, 5])
     assert trained(given, judge, told=told) == (4, Verdict.ROLL_BACK)
     assert guard.history.bad == (2, 3)
-    assert [read_evidence(tmp_path, n) is not None for n in range(1, 6)] == [False, True, True, False, False]
+    assert [read_failure_dump(tmp_path, n) is not None for n in range(1, 6)] == [False, True, True, False, False]
     assert read_batch(tmp_path, 2, like=given[0])["x"].isnan().all()
     assert torch.equal(read_batch(tmp_path, 3, like=given[0])["x"], given[2]["x"])
 

@@ -16,7 +16,7 @@ from ftrain import checkpoint, tree
 from ftrain.checkpoint import Checkpointer, Ranks
 from ftrain.cli.main import main as ftrain_command
 from ftrain.resilience.anomalies import BadSteps, Verdict
-from ftrain.resilience.failure_dump import read_evidence
+from ftrain.resilience.failure_dump import read_failure_dump
 from ftrain.resilience.skipped import read_skipped
 from tests.helpers.rank_processes import exit_codes
 
@@ -53,7 +53,7 @@ def test_bad_steps_are_undone_on_the_disk(tmp_path):
     assert [r["step"] for r in run_folder.read_metrics(tmp_path)] == [1, 2]
     assert list(guard.batches(Source(), done, 5)) == [2, 5, 6]
     assert guard.calm
-    assert read_evidence(tmp_path, 5).why == "the loss is inf"
+    assert read_failure_dump(tmp_path, 5).why == "the loss is inf"
     files.log(row(3, 1.0))
     assert [r["step"] for r in run_folder.read_metrics(tmp_path)] == [1, 2, 3]
     files.close()

@@ -3,10 +3,10 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from ftrain.checkpoint import Ranks, open_place
+from ftrain.checkpoint import Ranks, open_store
 from ftrain.checkpoint.arrays import DEFAULT_STORAGE
-from ftrain.checkpoint.boxes import Division
 from ftrain.checkpoint.leaves import Leaves
+from ftrain.checkpoint.shard_layout import ShardLayout
 from ftrain.checkpoint.write import write_checkpoint
 from tests.helpers.checkpoint_layouts import placements, whole_leaves
 
@@ -16,23 +16,23 @@ class ThreadRanks(Ranks):
 
     def __init__(self, rank, world, said, said_more):
         super().__init__()
-        self.rank, self.world, self._said, self._more = rank, world, said, said_more
+        self.rank, self.world, self._published, self._more = rank, world, said, said_more
 
     @staticmethod
     def of_world(world):
         said, more = {}, threading.Condition()
         return [ThreadRanks(rank, world, said, more) for rank in range(world)]
 
-    def say(self, turn, topic, text):
+    def publish(self, round_number, topic, text):
         with self._more:
-            self._said[turn, topic, self.rank] = text
+            self._published[round_number, topic, self.rank] = text
             self._more.notify_all()
 
-    def hear(self, turn, topic, rank):
+    def wait_for(self, round_number, topic, rank):
         with self._more:
-            if not self._more.wait_for(lambda: (turn, topic, rank) in self._said, timeout=20):
+            if not self._more.wait_for(lambda: (round_number, topic, rank) in self._published, timeout=20):
                 raise TimeoutError(f"rank {rank} says nothing about {topic}")
-            return self._said[turn, topic, rank]
+            return self._published[round_number, topic, rank]
 
 
 def pieces_of(mesh, rank, seed=0):
@@ -42,8 +42,8 @@ def pieces_of(mesh, rank, seed=0):
         path, box = f"params.{name}", placement.windows(mesh, rank)
         found.tensors[path] = whole[name][tuple(slice(start, start + length) for start, length in box)].clone()
         if placement.splits:
-            boxes = {other: placement.windows(mesh, other) for other in range(mesh.size)}
-            found.divisions[path] = Division(placement.shape, box, boxes)
+            slices = {other: placement.windows(mesh, other) for other in range(mesh.size)}
+            found.layouts[path] = ShardLayout(placement.shape, box, slices)
     return found
 
 
@@ -65,6 +65,6 @@ def save_pieces(root, mesh, step=1, seed=0, storage=DEFAULT_STORAGE):
 
     def save(ranks):
         leaves = pieces_of(mesh, ranks.rank, seed)
-        write_checkpoint(open_place(root), step, lambda: leaves, storage=storage, metrics={}, ranks=ranks)
+        write_checkpoint(open_store(root), step, lambda: leaves, storage=storage, metrics={}, ranks=ranks)
 
     return on_all_ranks(mesh.size, save)

@@ -5,14 +5,14 @@ import threading
 import pytest
 import torch
 
-from ftrain.checkpoint import SaveFailed, open_place
+from ftrain.checkpoint import SaveFailed, open_store
 from ftrain.checkpoint.background import BackgroundWriter
 from ftrain.checkpoint.leaves import named_leaves
 
 
 @pytest.fixture
 def writer(tmp_path):
-    return BackgroundWriter(open_place(tmp_path))
+    return BackgroundWriter(open_store(tmp_path))
 
 
 def test_a_thread_writes_the_state_as_it_was(writer):

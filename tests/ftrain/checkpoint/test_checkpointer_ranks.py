@@ -76,10 +76,10 @@ def test_after_a_failure_that_only_rank_0_has_raised_all_go_on(tmp_path, monkeyp
     """`check` finds a failure when it looks: at another step on each rank. The next save is one on all of them."""
     write = checkpointer_module.write_checkpoint
 
-    def broken(place, step, *args, **kwargs):
+    def broken(store, step, *args, **kwargs):
         if step == 1:
             raise OSError(28, "No space left on device")
-        write(place, step, *args, **kwargs)
+        write(store, step, *args, **kwargs)
 
     monkeypatch.setattr(checkpointer_module, "write_checkpoint", broken)
 

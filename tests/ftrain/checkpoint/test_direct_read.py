@@ -9,14 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftrain.checkpoint import DamagedCheckpoint, Storage, checked, open_place, restore, save
+from ftrain.checkpoint import DamagedCheckpoint, Storage, checked, open_store, restore, save
 from ftrain.checkpoint import direct as direct_module
 from ftrain.checkpoint import read as read_module
 from ftrain.checkpoint.arrays import Piece, merge_databases, write_part
 from ftrain.checkpoint.direct import DirectReader
 from ftrain.checkpoint.extents import extents
 from ftrain.checkpoint.manifest import ArrayLeaf, Manifest
-from ftrain.checkpoint.place import FileRecord
+from ftrain.checkpoint.store import FileRecord
 from ftrain.checkpoint.sums import chunk_sums, joined
 from ftrain.files.beneath import Folder
 
@@ -124,4 +124,4 @@ def test_a_file_that_is_cut_off_behind_our_back(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:5000])
     monkeypatch.setattr(read_module, "check_files", lambda *_: None)
     with pytest.raises(DamagedCheckpoint, match=r"leaf 'params.w' .* params.w/c/0 ends at byte 5000, within a chunk"):
-        restore(state, open_place(tmp_path))
+        restore(state, open_store(tmp_path))

@@ -280,7 +280,7 @@ def test_restores_beside_a_process_that_saves_the_same_step_again_and_again(tmp_
     assert same_bits(restore(state, tmp_path, 1), restore(state, tmp_path, 1))
 
 
-def stale(place):
+def stale(store):
     raise OSError("stale handle")
 
 
@@ -288,7 +288,7 @@ def test_retention_that_cannot_list_keeps_all(tmp_path, monkeypatch, caplog):
     with Checkpointer(tmp_path, keep=Retention(last=1), background=False) as checkpoints:
         checkpoints.save(training_state(1), 1)
         monkeypatch.setattr(
-            "ftrain.checkpoint.clean.kept", lambda place: (_ for _ in ()).throw(OSError("stale handle"))
+            "ftrain.checkpoint.clean.kept", lambda store: (_ for _ in ()).throw(OSError("stale handle"))
         )
         with caplog.at_level(logging.WARNING):
             checkpoints.save(training_state(2), 2)

@@ -1,4 +1,4 @@
-"""What a save takes can be read again: arguments and names that no reader would accept are refused before the commit."""
+"""What a save takes can be read again: what no reader would accept is refused before the commit."""
 
 import pytest
 import torch
@@ -53,9 +53,10 @@ def test_a_manifest_that_no_reader_takes_is_not_written(tmp_path, monkeypatch):
     words = "the manifest would have .* bytes, and may have 8,192: make tensors of the long texts"
     with pytest.raises(ValueError, match=words):
         save({"text": "a" * 2**14}, tmp_path, 2)
-    with Checkpointer(tmp_path) as checkpoints, pytest.raises(SaveFailed, match=words):
+    with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save({"text": "a" * 2**14}, 2)
-        checkpoints.wait()
+        with pytest.raises(SaveFailed, match=words):
+            checkpoints.wait()
     assert steps(tmp_path) == [1]
 
 
@@ -77,8 +78,8 @@ def test_a_step_is_a_whole_number_for_readers_too(tmp_path, step):
         (lambda: Retention(last=2.5), r"Retention\(last=2.5\) would keep nothing or is no whole number"),
         (lambda: Retention(every=True), r"Retention\(every=True\) must be a whole number of at least 1, or None"),
         (lambda: Checkpointer("x", busy="skp"), "busy is 'wait' or 'skip', not 'skp'"),
-        (lambda: Checkpointer(b"x"), "a place for checkpoints is a path, a URL or a Place, not b'x'"),
-        (lambda: Checkpointer(None), "a place for checkpoints is a path, a URL or a Place, not None"),
+        (lambda: Checkpointer(b"x"), "a store of checkpoints is a path, a URL or a Store, not b'x'"),
+        (lambda: Checkpointer(None), "a store of checkpoints is a path, a URL or a Store, not None"),
         (lambda: Checkpointer("a\0b"), r"'a\\x00b' is no path: it holds a NUL"),
         (lambda: Checkpointer("a\udcff"), r"'a\\udcff' is no UTF-8, and tensorstore opens no such path: rename"),
     ],

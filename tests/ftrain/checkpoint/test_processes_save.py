@@ -7,7 +7,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from ftrain.checkpoint import Checkpointer, Ranks, Retention, SaveFailed, fill, restore, save
+from ftrain.checkpoint import Checkpointer, Ranks, Retention, SaveFailed, restore, save, shard_writer
 from ftrain.sharding.mesh import Mesh
 from tests.helpers.checkpoint_dtensors import on_mesh
 from tests.helpers.checkpoint_layouts import placements, whole_leaves
@@ -66,14 +66,14 @@ def test_processes_save_and_restore_together(tmp_path, world, background):
 
 def lose_a_rank(rank, mesh, folder, found):
     """A step that rank 1 cannot write, one that all can, and one during which rank 1 dies."""
-    write, failing = fill.write_part, {"now": rank == 1}
+    write, failing = shard_writer.write_part, {"now": rank == 1}
 
     def write_part(*args, **kwargs):
         if failing["now"]:
             raise OSError(28, "No space left on device")
         write(*args, **kwargs)
 
-    fill.write_part = write_part
+    shard_writer.write_part = write_part
     checkpoints = Checkpointer(folder, ranks=Ranks.of_run(), keep=Retention(last=1))
     checkpoints.save(state_on(mesh, rank, 1), 1)
     with pytest.raises(SaveFailed) as error:

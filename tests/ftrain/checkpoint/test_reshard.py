@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftrain.checkpoint import SaveFailed, Storage, Window, fill, open_place, restore, save, steps
-from ftrain.checkpoint.boxes import elements, grid_piece, whole
-from ftrain.checkpoint.shares import divide_work, stored_arrays
+from ftrain.checkpoint import SaveFailed, Storage, Window, open_store, restore, save, shard_writer, steps
+from ftrain.checkpoint.shard_assignment import assign_shards, stored_arrays
+from ftrain.checkpoint.shard_layout import elements, grid_piece, whole
 from ftrain.checkpoint.write import write_checkpoint
 from ftrain.sharding.mesh import Mesh
 from tests.helpers.checkpoint_layouts import LAYOUTS, placements, whole_leaves
@@ -45,12 +45,12 @@ def test_every_layout_is_restored_on_every_other(tmp_path, saved, database):
 @pytest.mark.parametrize("mesh", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_element_is_written_once(mesh):
     leaves = pieces_of(mesh, 0)
-    work = divide_work(leaves, mesh.size)
+    work = assign_shards(leaves, mesh.size)
     for name, array in whole_leaves().items():
         times = torch.zeros(array.shape)
-        for boxes in work:
-            if f"params.{name}" in boxes:
-                times[tuple(slice(a, a + n) for a, n in boxes[f"params.{name}"])] += 1
+        for slices in work:
+            if f"params.{name}" in slices:
+                times[tuple(slice(a, a + n) for a, n in slices[f"params.{name}"])] += 1
         assert (times == 1).all(), name
 
 
@@ -58,7 +58,7 @@ def test_replicas_share_the_work():
     mesh = Mesh(4, 2)
     leaves = pieces_of(mesh, 0)
     sizes = {path: tensor.itemsize for path, tensor in leaves.tensors.items()}
-    loads = [sum(elements(box) * sizes[path] for path, box in boxes.items()) for boxes in divide_work(leaves, 8)]
+    loads = [sum(elements(box) * sizes[path] for path, box in slices.items()) for slices in assign_shards(leaves, 8)]
     assert sum(loads) == sum(leaf.nbytes for leaf in whole_leaves().values())
     assert sum(load > 0 for load in loads) >= 7
     assert max(loads) <= 19 * 6 * 4  # half of the largest leaf, which cannot be divided further
@@ -71,11 +71,11 @@ def test_replicas_share_the_work():
 def test_no_box_ends_within_a_block(shape, cuts):
     steps_ = [-(-size // n) for size, n in zip(shape, cuts, strict=False)]
     edges = [range(0, size, step) for size, step in zip(shape, steps_, strict=True)]
-    boxes = [
+    slices = [
         tuple((a, min(step, size - a)) for a, step, size in zip(corner, steps_, shape, strict=True))
         for corner in itertools.product(*edges)
     ]
-    assert grid_piece(shape, boxes) == tuple(min(step, size) for step, size in zip(steps_, shape, strict=True))
+    assert grid_piece(shape, slices) == tuple(min(step, size) for step, size in zip(steps_, shape, strict=True))
     assert grid_piece(shape, [whole(shape)]) == shape
 
 
@@ -113,14 +113,14 @@ def bytes_read():
 def test_an_error_on_one_rank_is_an_error_on_all(tmp_path, monkeypatch, failing, database):
     mesh, storage = LAYOUTS["fsdp 4"], Storage(database)
     assert not any(save_pieces(tmp_path, mesh, step=1, seed=1, storage=storage))
-    write = fill.write_part
+    write = shard_writer.write_part
 
     def full_disk(where, *args, create, **kwargs):
         if (f"rank_{failing}/" in where["path"]) if failing and database else create == (failing == 0):
             raise OSError(28, "No space left on device", where["path"])
         write(where, *args, create=create, **kwargs)
 
-    monkeypatch.setattr(fill, "write_part", full_disk)
+    monkeypatch.setattr(shard_writer, "write_part", full_disk)
     errors = save_pieces(tmp_path, mesh, step=2, seed=2, storage=storage)
     assert all("No space left on device" in str(error) for error in errors)
     if failing and database:
@@ -144,7 +144,7 @@ def test_ranks_that_save_two_states(tmp_path, change, message):
         leaves = pieces_of(mesh, ranks.rank)
         if ranks.rank == 1:
             change(leaves)
-        write_checkpoint(open_place(tmp_path), 1, lambda: leaves, storage=SMALL_CHUNKS, metrics={}, ranks=ranks)
+        write_checkpoint(open_store(tmp_path), 1, lambda: leaves, storage=SMALL_CHUNKS, metrics={}, ranks=ranks)
 
     for error in on_all_ranks(mesh.size, save_it):
         assert isinstance(error, SaveFailed)
@@ -158,7 +158,7 @@ def test_a_rank_that_does_not_see_the_folder(tmp_path):
         root = tmp_path / f"machine_{ranks.rank}"
         root.mkdir()
         leaves = pieces_of(mesh, ranks.rank)
-        write_checkpoint(open_place(root), 1, lambda: leaves, storage=SMALL_CHUNKS, metrics={}, ranks=ranks)
+        write_checkpoint(open_store(root), 1, lambda: leaves, storage=SMALL_CHUNKS, metrics={}, ranks=ranks)
 
     assert all("does not see" in str(e) and "one folder" in str(e) for e in on_all_ranks(2, save_it))
 

@@ -124,8 +124,8 @@ def test_names_that_are_no_steps(tmp_path, name):
     assert steps(tmp_path) == [1]
 
 
-def chunk(root, step, leaf, place="0/0"):
-    return root / f"global_step_{step}" / "model" / f"params.{leaf}" / "c" / place
+def chunk(root, step, leaf, store="0/0"):
+    return root / f"global_step_{step}" / "model" / f"params.{leaf}" / "c" / store
 
 
 def test_a_whole_chunk_from_elsewhere_is_not_taken(tmp_path):
@@ -250,3 +250,14 @@ def test_the_hash_of_a_manifest_is_of_all_its_entries(tmp_path):
     claimed = body.pop("sha256")
     assert claimed == hashlib.sha256(manifest._canonical(body).encode()).hexdigest()
     assert set(body["sums"]) == set(body["arrays"])
+
+
+def test_an_order_without_a_next_one_holds_up_no_save(tmp_path):
+    save(training_state(1), tmp_path, 1)
+    edit(tmp_path, put(["order"], 2**63 - 1))
+    for step in (2, 3):
+        save(training_state(step), tmp_path, step)
+        assert latest(tmp_path) == step
+    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    assert latest(tmp_path) == 3
+    assert same_bits(restore(training_state(), tmp_path), training_state(3))

@@ -185,6 +185,6 @@ def test_a_folder_in_the_way_is_named_before_anything_is_replaced(tmp_path: Path
 
 
 @pytest.mark.parametrize("size", [1.5, None, True, float("nan"), "1e3"])
-def test_what_is_no_size_is_refused(size: object) -> None:
+def test_what_is_no_number_of_bytes_is_refused(size: object) -> None:
     with pytest.raises(ValueError, match="a size is a number of bytes or a text like '5GB' or '500MiB', not"):
         parse_size(size)  # type: ignore[arg-type]

@@ -9,8 +9,8 @@ import torch
 from ftrain import checkpoint
 from ftrain.cli.main import main
 from ftrain.debug.finite import check_finite
-from ftrain.resilience import failure_dump as evidence
-from ftrain.resilience.failure_dump import Evidence, leave_evidence, read_batch, read_evidence
+from ftrain.resilience import failure_dump as dump
+from ftrain.resilience.failure_dump import FailureDump, read_batch, read_failure_dump, write_failure_dump
 from ftrain.resilience.replay import Replayed, load_run, recorded, replay
 from ftrain.resilience.skipped import Rollback, Skipped, write_skipped
 from ftrain.sharding import Mesh
@@ -74,7 +74,7 @@ def plant(run, *, step, value):
     """The batch of a step as if a bad one had been met there, with one number changed."""
     batch = batch_at(step - 1)
     batch["x_TD"][3, 2] = value
-    leave_evidence(run, Evidence(step, step - 1, math.nan, "the loss is nan", Skipped()), batch)
+    write_failure_dump(run, FailureDump(step, step - 1, math.nan, "the loss is nan", Skipped()), batch)
 
 
 def test_a_bad_step_is_replayed_on_the_batches_that_led_to_it(tmp_path):
@@ -85,7 +85,7 @@ def test_a_bad_step_is_replayed_on_the_batches_that_led_to_it(tmp_path):
     run.mkdir()
     write_skipped(run, Skipped((Rollback((2,), (3,), 2, "?"),)))
     train(run)
-    leave_evidence(run, Evidence(5, 4, loss, "a spike", Skipped()), batch_at(4))
+    write_failure_dump(run, FailureDump(5, 4, loss, "a spike", Skipped()), batch_at(4))
     found = numbers(run, 5)
     assert [(r.step, r.equal) for r in found] == [(3, None), (4, None), (5, True)]
     again = numbers(run, 5, kept=True)
@@ -176,15 +176,15 @@ def test_code_that_came_with_a_run_is_not_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("about", [b"", b"[]", b"{}", b"[" * 100_000, b'{"step": 1e999}', b"\0" * 9], ids=repr)
 def test_evidence_that_is_not_what_was_written(tmp_path, about):
-    leave_evidence(tmp_path, Evidence(3, 2, 1.0, "why", Skipped()), {"x": torch.arange(5)})
+    write_failure_dump(tmp_path, FailureDump(3, 2, 1.0, "why", Skipped()), {"x": torch.arange(5)})
     (tmp_path / "replay" / "step_3" / "about.json").write_bytes(about)
     with pytest.raises(ValueError, match=r"replay/step_3/about.json"):
-        read_evidence(tmp_path, 3)
+        read_failure_dump(tmp_path, 3)
 
 
 @pytest.mark.parametrize("stored", [b"", (2**62).to_bytes(8, "little") + b"{}"])
 def test_a_batch_that_is_not_what_was_written(tmp_path, stored):
-    leave_evidence(tmp_path, Evidence(3, 2, 1.0, "why", Skipped()), {"x": torch.arange(5)})
+    write_failure_dump(tmp_path, FailureDump(3, 2, 1.0, "why", Skipped()), {"x": torch.arange(5)})
     file = tmp_path / "replay" / "step_3" / "batch.safetensors"
     file.write_bytes(stored)
     with pytest.raises(ValueError, match=r"batch.safetensors is not what the run wrote"):
@@ -205,11 +205,11 @@ def test_rows_that_are_no_rows_are_named(tmp_path):
 
 def test_evidence_comes_back_as_it_was(tmp_path):
     skipped = Skipped((Rollback((3,), (4,), 2, "a spike"),))
-    left = Evidence(7, 7, math.inf, "the loss is inf", skipped)
+    left = FailureDump(7, 7, math.inf, "the loss is inf", skipped)
     batch = {"x": torch.randn(4, 3).T, "ids": {"n": torch.arange(3)}, "name": "train", "rows": 4}
-    assert leave_evidence(tmp_path, left, batch) == tmp_path / "replay" / "step_7"
-    assert read_evidence(tmp_path, 7) == left
-    assert read_evidence(tmp_path, 6) is None
+    assert write_failure_dump(tmp_path, left, batch) == tmp_path / "replay" / "step_7"
+    assert read_failure_dump(tmp_path, 7) == left
+    assert read_failure_dump(tmp_path, 6) is None
     found = read_batch(tmp_path, 7, like=batch)
     assert (found["name"], found["rows"]) == ("train", 4)
     assert torch.equal(found["x"], batch["x"])
@@ -219,9 +219,9 @@ def test_evidence_comes_back_as_it_was(tmp_path):
 
 
 def test_a_broken_run_does_not_fill_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "KEPT", 2)
+    monkeypatch.setattr(dump, "KEPT", 2)
     left = [
-        leave_evidence(tmp_path, Evidence(step, step, math.nan, "?", Skipped()), {"x": torch.zeros(1)})
+        write_failure_dump(tmp_path, FailureDump(step, step, math.nan, "?", Skipped()), {"x": torch.zeros(1)})
         for step in (1, 2, 3, 2)
     ]
     assert [folder is not None for folder in left] == [True, True, False, True]
@@ -235,7 +235,7 @@ def test_nan_equals_nan_and_zeros_do_not_equal():
 
 def leave(run, batch, **about):
     """What a bad step 5 left, with entries of its about.json changed."""
-    leave_evidence(run, Evidence(5, 4, math.nan, "the loss is nan", Skipped()), batch)
+    write_failure_dump(run, FailureDump(5, 4, math.nan, "the loss is nan", Skipped()), batch)
     file = run / "replay" / "step_5" / "about.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **about}))
     return file
@@ -251,7 +251,7 @@ def leave(run, batch, **about):
 def test_what_a_bad_step_left_belongs_to_it(tmp_path, about, words):
     file = leave(tmp_path, batch_at(4), **about)
     with pytest.raises(ValueError, match=f"{file} {words}"):
-        read_evidence(tmp_path, 5)
+        read_failure_dump(tmp_path, 5)
 
 
 @pytest.mark.parametrize(
@@ -272,11 +272,11 @@ def test_a_batch_that_was_left_must_be_one_of_the_run(tmp_path, left, words):
 
 def test_a_leaf_that_is_kept_twice_is_refused(tmp_path):
     leave(tmp_path, {"x": torch.zeros(4), "n": 3}, other_leaves={"x": 1, "n": 3})
-    with pytest.raises(ValueError, match="'x' is in batch.safetensors and in about.json"):
+    with pytest.raises(ValueError, match=r"'x' is in batch\.safetensors and in about\.json"):
         read_batch(tmp_path, 5, like={"x": torch.zeros(4), "n": 2})
 
 
 def test_a_number_that_no_float_holds_is_not_compared(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "grad_norm": 1' + "0" * 400 + "}\n")
-    with pytest.raises(ValueError, match="metrics.jsonl: grad_norm is a number of more than 40 digits, not a number"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: grad_norm is a number of more than 40 digits, not a number"):
         recorded(tmp_path)

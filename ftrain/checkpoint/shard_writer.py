@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ftrain.checkpoint.arrays import Piece, Storage, merge_databases, write_part
-from ftrain.checkpoint.boxes import Box
 from ftrain.checkpoint.dtypes import as_array
 from ftrain.checkpoint.folders import FILE_BYTES
 from ftrain.checkpoint.leaves import Leaves, require_names
 from ftrain.checkpoint.manifest import ArrayLeaf
-from ftrain.checkpoint.place import FileRecord, NewStep, Records, join
-from ftrain.checkpoint.shares import divide_work, stored_arrays
+from ftrain.checkpoint.shard_assignment import assign_shards, stored_arrays
+from ftrain.checkpoint.shard_layout import Slice
+from ftrain.checkpoint.store import FileRecord, NewStep, Records, join
 from ftrain.checkpoint.sums import chunk_sums
 
 _DATABASE = "manifest.ocdbt"
@@ -30,23 +30,23 @@ _DATABASE = "manifest.ocdbt"
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One save: how each leaf is stored (`arrays`), and by rank the boxes that it writes, by path (`boxes`)."""
+    """One save: how each leaf is stored (`arrays`), and by rank the slices that it writes, by path (`slices`)."""
 
     leaves: Leaves
     storage: Storage
     arrays: dict[str, ArrayLeaf]
-    boxes: list[dict[str, Box]]
+    slices: list[dict[str, Slice]]
 
     @staticmethod
     def of(leaves: Leaves, storage: Storage, world: int) -> "Work":
         """The same on every rank, but for the values in `leaves`. ValueError if a name is too long for a file."""
         if not storage.database:
             require_names(leaves.tensors, longest=FILE_BYTES)
-        return Work(leaves, storage, stored_arrays(leaves, storage.chunk_bytes), divide_work(leaves, world))
+        return Work(leaves, storage, stored_arrays(leaves, storage.chunk_bytes), assign_shards(leaves, world))
 
     def parts(self, rank: int) -> list[str]:
         """The parts into which a rank writes."""
-        paths = self.arrays if rank == 0 else self.boxes[rank]
+        paths = self.arrays if rank == 0 else self.slices[rank]
         return sorted({self.arrays[path].part for path in paths})
 
     def digest(self) -> str:
@@ -63,7 +63,7 @@ class Written:
     sums: dict[str, dict[int, int]]
 
 
-def write_share(new: NewStep, work: Work, rank: int) -> Written:
+def write_shard(new: NewStep, work: Work, rank: int) -> Written:
     """Write a rank's share of a step.
 
     Raises:
@@ -75,7 +75,7 @@ def write_share(new: NewStep, work: Work, rank: int) -> Written:
             "folder that they share, not each into one of its own machine"
         )
     context, parts = new.context(), work.parts(rank)
-    pieces = {path: _piece(work.leaves.tensors[path], box) for path, box in work.boxes[rank].items()}
+    pieces = {path: _piece(work.leaves.tensors[path], box) for path, box in work.slices[rank].items()}
     # All at once: while one waits for the disk another is checksummed.
     with ThreadPoolExecutor(1 + len(parts)) as pool:
         sums = pool.submit(_sums, work, pieces)
@@ -86,7 +86,7 @@ def write_share(new: NewStep, work: Work, rank: int) -> Written:
 def _write_part(
     new: NewStep, part: str, work: Work, pieces: Mapping[str, Piece], rank: int, context: ts.Context
 ) -> dict[str, FileRecord]:
-    paths = work.arrays if rank == 0 else work.boxes[rank]
+    paths = work.arrays if rank == 0 else work.slices[rank]
     leaves = {path: work.arrays[path] for path in paths if work.arrays[path].part == part}
     own = {path: [pieces[path]] for path in leaves if path in pieces}
     below = join([part, _own_folder(work, rank)])
@@ -101,10 +101,10 @@ def _sums(work: Work, pieces: Mapping[str, Piece]) -> dict[str, dict[int, int]]:
     return {path: chunk_sums(work.arrays[path], piece) for path, piece in pieces.items()}
 
 
-def join_shares(new: NewStep, work: Work, records: Records) -> dict[str, FileRecord]:
+def join_shards(new: NewStep, work: Work, records: Records) -> dict[str, FileRecord]:
     """After all ranks have written: one database per part, and the step's files. `records`: those of the others."""
     files = dict(records)
-    others = [rank for rank in range(1, len(work.boxes)) if work.storage.database]
+    others = [rank for rank in range(1, len(work.slices)) if work.storage.database]
     for part in work.parts(0):
         names = [_own_folder(work, rank) for rank in others if part in work.parts(rank)]
         if names:
@@ -120,6 +120,6 @@ def _own_folder(work: Work, rank: int) -> str:
     return f"rank_{rank}" if work.storage.database and rank > 0 else ""
 
 
-def _piece(tensor: Tensor, box: Box) -> Piece:
+def _piece(tensor: Tensor, box: Slice) -> Piece:
     host = tensor.to("cpu", memory_format=torch.contiguous_format).resolve_conj().resolve_neg().contiguous()
     return Piece(tuple(start for start, _ in box), as_array(host))

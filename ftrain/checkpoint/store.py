@@ -28,8 +28,9 @@ Records = Mapping[str, FileRecord]
 NO_RECORDS: Records = MappingProxyType({})
 
 
-class Place(ABC):
-    """A folder of checkpoints. Names of files and folders are relative to it, with `/` between their parts.
+class Store(ABC):
+    """A folder of checkpoints, in a file system or a bucket. Names of files and folders are relative to it, with `/`
+    between their parts.
 
     A committed step is read through a `HeldStep`, a new one is written through a `NewStep`.
     """
@@ -135,7 +136,7 @@ class HeldStep(StepFolder):
 
     @abstractmethod
     def is_replaced(self) -> bool:
-        """Whether the place now holds another version of the step, or none."""
+        """Whether the store now holds another version of the step, or none."""
 
     @property
     @abstractmethod
@@ -167,11 +168,11 @@ class Files(Protocol):
 class NewStep(StepFolder):
     """A step that is being written: the data, `records`, `commit`; after a failure `abort`.
 
-    What is not committed is invisible to `Place.steps`, and the next `Place.begin` removes it.
+    What is not committed is invisible to `Store.steps`, and the next `Store.begin` removes it.
     """
 
     folder: str
-    """Its name in the place until the commit, by which other processes find it (`Place.begun`)."""
+    """Its name in the store until the commit, by which other processes find it (`Store.begun`)."""
     base: str
     """What the manifest says: where in the committed step's folder this one's files will be."""
 
@@ -199,7 +200,7 @@ class NewStep(StepFolder):
 
 
 class Lock(ABC):
-    """The right to write into a place."""
+    """The right to write into a store."""
 
     @abstractmethod
     def is_held(self) -> bool:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from ftrain.graph.torch_private import FakeTensor
 
 
-class Room:
+class LeafBuffer:
     """Where one leaf is read into: first memory of the host, then where it belongs."""
 
     def __init__(self, leaf: Any, part: Tensor, *, donate: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which part of an array each rank holds: a box per rank, read off a DTensor or given by hand."""
+"""Which part of an array each rank holds: a slice per rank, read off a DTensor or given by hand."""
 
 import dataclasses
 import itertools
@@ -11,17 +11,31 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-Box = tuple[tuple[int, int], ...]
+Slice = tuple[tuple[int, int], ...]
 """For each dim the first index and the length: what `sharding.Placement.windows` gives."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """An abstract leaf: the `box` of an array of global `shape`. Restored as a CPU tensor of the box's lengths."""
+    """An abstract leaf: a part of an array of global `shape`, restored as a CPU tensor of the part's lengths.
+
+    `box` has for each dim the first index and the length.
+
+    Raises:
+        ValueError: the box is not inside the array.
+
+    >>> import tempfile, torch
+    >>> from ftrain.checkpoint import Window, restore, save
+    >>> folder = tempfile.mkdtemp()
+    >>> save({"w": torch.arange(12.0).reshape(3, 4)}, folder, 1)
+    >>> restore({"w": Window((3, 4), torch.float32, ((1, 2), (0, 2)))}, folder)
+    {'w': tensor([[4., 5.],
+            [8., 9.]])}
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    box: Box
+    box: Slice
 
     def __post_init__(self) -> None:
         inside = len(self.box) == len(self.shape) and all(
@@ -33,36 +47,36 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True)
-class Division:
-    """An array of global `shape` that is spread over ranks: this process holds `mine`; `boxes` tells what each rank
+class ShardLayout:
+    """An array of global `shape` that is spread over ranks: this process holds `mine`; `slices` tells what each rank
     holds (ranks that are not in it hold nothing).
     """
 
     shape: tuple[int, ...]
-    mine: Box
-    boxes: Mapping[int, Box]
+    mine: Slice
+    slices: Mapping[int, Slice]
 
 
-def whole(shape: Iterable[int]) -> Box:
-    """The box of all of an array."""
+def whole(shape: Iterable[int]) -> Slice:
+    """The slice that is all of an array."""
     return tuple((0, size) for size in shape)
 
 
-def elements(box: Box) -> int:
-    """How many elements a box holds."""
+def elements(box: Slice) -> int:
+    """How many elements a slice holds."""
     return math.prod(length for _, length in box)
 
 
-class Divisions:
+class ShardLayouts:
     """How the DTensors of one state are divided, on all ranks of their meshes, without talking to them.
 
     A state has thousands of leaves and few ways to divide them; each is worked out once.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple, Division] = {}
+        self._known: dict[tuple, ShardLayout] = {}
 
-    def of(self, array: DTensor, local: Tensor, path: str) -> Division:
+    def of(self, array: DTensor, local: Tensor, path: str) -> ShardLayout:
         """How `array` is divided, whose part on this process is `local`.
 
         Raises:
@@ -82,7 +96,7 @@ class Divisions:
         return found
 
 
-def _divide(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], path: str) -> Division:
+def _divide(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], path: str) -> ShardLayout:
     odd = [p for p in placements if type(p) not in (Shard, Replicate)]
     if odd:
         raise ValueError(
@@ -90,20 +104,20 @@ def _divide(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[in
             f"(Replicate), not {odd[0]}; call .redistribute() on it first"
         )
     ranks = mesh.mesh
-    places = itertools.product(*map(range, ranks.shape))
-    boxes = {
-        rank: _box(shape, tuple(ranks.shape), place, placements)
-        for rank, place in zip(ranks.flatten().tolist(), places, strict=True)
+    coordinates = itertools.product(*map(range, ranks.shape))
+    slices = {
+        rank: _box(shape, tuple(ranks.shape), coordinate, placements)
+        for rank, coordinate in zip(ranks.flatten().tolist(), coordinates, strict=True)
     }
-    return Division(shape, boxes[dist.get_rank()], boxes)
+    return ShardLayout(shape, slices[dist.get_rank()], slices)
 
 
 def _box(
-    shape: tuple[int, ...], sizes: tuple[int, ...], place: tuple[int, ...], placements: tuple[Placement, ...]
-) -> Box:
+    shape: tuple[int, ...], sizes: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[Placement, ...]
+) -> Slice:
     """Each axis of the mesh cuts what the axes before it left into blocks of equal length, the last ones shorter."""
     box = list(whole(shape))
-    for size, index, placement in zip(sizes, place, placements, strict=True):
+    for size, index, placement in zip(sizes, coordinate, placements, strict=True):
         if isinstance(placement, Shard):
             dim = placement.dim % len(shape)
             start, length = box[dim]
@@ -113,10 +127,10 @@ def _box(
     return tuple(box)
 
 
-def grid_piece(shape: tuple[int, ...], boxes: Iterable[Box]) -> tuple[int, ...]:
+def grid_piece(shape: tuple[int, ...], slices: Iterable[Slice]) -> tuple[int, ...]:
     """The longest blocks, counted from index 0 of each dim, such that every box begins and ends on their edges."""
     edges: list[set[int]] = [set() for _ in shape]
-    for box in set(boxes):
+    for box in set(slices):
         if elements(box):
             for found, (start, length), size in zip(edges, box, shape, strict=True):
                 found.update({start, start + length} - {size})
