@@ -18,7 +18,7 @@ import tensorstore as ts
 
 from ftrain.checkpoint.errors import DamagedCheckpoint
 from ftrain.checkpoint.folders import LATEST, MANIFEST, named_step, step_name, steps_of
-from ftrain.checkpoint.objects import Objects
+from ftrain.checkpoint.objects import PATIENCE, Objects
 from ftrain.checkpoint.store import (
     MANIFEST_BYTES,
     NO_RECORDS,
@@ -43,7 +43,9 @@ class Bucket(Store):
     A store in `memory://` lives as long as this object.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(
+        self, url: str, options: Mapping[str, Any] = MappingProxyType({}), *, patience: float = PATIENCE
+    ) -> None:
         """Open the store.
 
         Args:
@@ -51,6 +53,7 @@ class Bucket(Store):
             options: entries of tensorstore's spec of the kvstore (https://google.github.io/tensorstore/kvstore/), as
                 `endpoint`, `aws_region`, `aws_credentials` for S3. What they do not say the environment decides, as
                 AWS_ENDPOINT_URL and AWS_REGION for S3.
+            patience: seconds after which a list, manifest or pointer that the store does not give is a TimeoutError.
 
         Raises:
             ValueError: the URL is none of these, or tensorstore refuses the options.
@@ -62,7 +65,7 @@ class Bucket(Store):
         >>> steps(store), restore({"w": torch.zeros(2)}, store)
         ([3], {'w': tensor([1., 1.])})
         """
-        self.objects = Objects(url, options)
+        self.objects = Objects(url, options, patience=patience)
 
     def show(self, name: str = "") -> str:
         """The URL of an object, for messages."""

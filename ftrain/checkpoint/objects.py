@@ -12,13 +12,16 @@ from ftrain.checkpoint.store import KvSpec, join
 
 _DRIVERS = {"s3": "s3", "gs": "gcs", "memory": "memory"}
 _ATTEMPTS = 6
+PATIENCE = 300.0
+"""Seconds that a store may take to answer about small objects."""
 
 
 class Objects:
     """What lies below a URL; names are relative to it. `store` is open for as long as this object lives."""
 
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        """`url` and `options` as for `Bucket`; ValueError."""
+    def __init__(self, url: str, options: Mapping[str, Any], *, patience: float = PATIENCE) -> None:
+        """`url`, `options` and `patience` as for `Bucket`, with its errors."""
+        self._patience = patience
         found = urlsplit(url)
         if found.scheme not in _DRIVERS or not found.netloc:
             known = ", ".join(f"{scheme}://..." for scheme in _DRIVERS)
@@ -51,7 +54,9 @@ class Objects:
     def names(self, prefix: str) -> list[str]:
         """The names of all objects that begin so, in order."""
         beyond = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-        return sorted(key.decode() for key in self.store.list(ts.KvStore.KeyRange(prefix, beyond)).result())
+        return sorted(
+            key.decode() for key in self._answer(self.store.list(ts.KvStore.KeyRange(prefix, beyond)), prefix)
+        )
 
     def get(self, name: str) -> bytes | None:
         """The content of an object; None when there is no such object."""
@@ -59,7 +64,8 @@ class Objects:
 
     def contents(self, names: Sequence[str]) -> list[bytes | None]:
         """The contents of small objects, asked for all at once; None for those that are not there."""
-        answers = [asked.result() for asked in [self.store.read(name) for name in names]]
+        asked = [self.store.read(name) for name in names]
+        answers = [self._answer(future, name) for future, name in zip(asked, names, strict=True)]
         return [answer.value if answer.state == "value" else None for answer in answers]
 
     def settled(self, names: Sequence[str]) -> list[bytes]:
@@ -83,12 +89,22 @@ class Objects:
 
     def put(self, name: str, content: bytes) -> None:
         """Give an object this content at once: a reader sees the old one or the new one."""
-        self.store.write(name, content).result()
+        self._answer(self.store.write(name, content), name)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, all at once; those that are not there are no error."""
-        for future in [self.store.write(name, None) for name in names]:
-            future.result()
+        for name, future in [(name, self.store.write(name, None)) for name in names]:
+            self._answer(future, name)
+
+    def _answer(self, future: Any, name: str) -> Any:
+        """What the store answers; TimeoutError for one that takes connections and says nothing."""
+        try:
+            return future.result(timeout=self._patience)
+        except TimeoutError:
+            raise TimeoutError(
+                f"{self.show(name)}: the store has not answered for {self._patience:g} s: look at its endpoint and the "
+                "network, then try again"
+            ) from None
 
 
 def _of_environment() -> KvSpec:

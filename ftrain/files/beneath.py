@@ -26,11 +26,11 @@ class Folder:
 
     A context manager. Its own path may be a link, for it is the caller's; nothing below it may be one.
 
-    >>> import os, tempfile
+    >>> import pathlib, tempfile
     >>> from ftrain.files.beneath import Folder
-    >>> path = tempfile.mkdtemp()
-    >>> _ = open(f"{path}/a.txt", "w").write("hello")
-    >>> os.symlink("/etc/passwd", f"{path}/b.txt")
+    >>> path = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (path / "a.txt").write_text("hello")
+    >>> (path / "b.txt").symlink_to("/etc/passwd")
     >>> with Folder(path) as folder:
     ...     print(folder.read("a.txt", limit=100))
     ...     folder.read("b.txt", limit=100)  # doctest: +ELLIPSIS

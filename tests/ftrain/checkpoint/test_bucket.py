@@ -1,6 +1,7 @@
 """Checkpoints by URL: in this process's memory, and on a real S3 server on loopback."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ class Answer:
     def __init__(self, found):
         self._found = found
 
-    def result(self):
+    def result(self, timeout=None):
         return self._found
 
 
@@ -272,3 +273,14 @@ def test_a_part_of_a_chunk_from_elsewhere_is_not_taken(box):
         restore(window, store)
     store.objects.put(first, kept)
     assert torch.equal(restore(window, store)["params"]["w"], values[rows, columns])
+
+
+def test_a_store_that_takes_connections_and_says_nothing_is_named(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = {"endpoint": f"http://127.0.0.1:{silent.getsockname()[1]}", "aws_region": "us-east-1"}
+        store = Bucket("s3://runs/one", options, patience=0.5)
+        for use in (steps, latest, lambda store: save(training_state(1), store, 1)):
+            with pytest.raises(TimeoutError, match=r"s3://runs/one/.*: the store has not answered for 0.5 s: look at"):
+                use(store)
