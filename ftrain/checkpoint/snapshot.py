@@ -5,10 +5,10 @@ copied. A `fork` would snapshot without a copy, but its child may not use the th
 the parent, every page that the step then writes costs a fault and a copy, and CUDA memory is not part of it.
 """
 
+import ctypes
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +59,7 @@ class Snapshot:
         self._versions = {path: version_of(sources[path]) for path in lent}
         devices = {tensor.device for tensor in sources.values()}
         self._written = {d: torch.cuda.current_stream(d).record_event() for d in devices if d.type == "cuda"}
-        self.loan = Loan(lent.values())
+        self.loan = Loan(lent.values(), sources)
 
     def take(self) -> Leaves:
         """Copy all leaves and end the loan; for another thread. The copies are valid until the next `Spare.lend`.
@@ -98,12 +98,8 @@ class Snapshot:
 
 
 def _copy_on_host(target: Tensor, source: Tensor) -> None:
-    """One thread copies, so that the other cores stay with the step."""
+    """One thread copies, so that the other cores stay with the step; it makes no tensor on the source's memory."""
     if source.device.type == "cpu" and source.is_contiguous() and not (source.is_conj() or source.is_neg()):
-        np.copyto(_bytes(target), _bytes(source))
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
     else:
         target.copy_(source)
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from operator import attrgetter
+from sys import getrefcount
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["FakeTensor", "FakeTensorMode"]
@@ -269,6 +272,50 @@ def keep_busy(cycles: int) -> None:
 def storage_id(tensor: Tensor) -> int:
     """Identity of the memory that a tensor looks at; equal for views of one another, also for fake tensors."""
     return tensor.untyped_storage()._cdata
+
+
+_identity_of = attrgetter("_cdata")
+
+
+class References(NamedTuple):
+    """How many references there are to the memory of some tensors, each a list in their order; built in C, since every
+    step asks for each leaf of its state.
+    """
+
+    memory: list[int]
+    """Of tensors to a memory: views, detached tensors, numpy's arrays."""
+    objects: list[int]
+    """Of Python to the objects that stand for a memory (`untyped_storage`)."""
+    handles: list[int]
+    """Of C++ to a tensor: values that a backward needs, DLPack."""
+
+
+def storage_ids(tensors: Sequence[Tensor]) -> list[int]:
+    """`storage_id` of each, which are not those of memory that was freed as long as there is a `weak_reference`."""
+    return [*map(_identity_of, map(Tensor.untyped_storage, tensors))]
+
+
+def references(tensors: Sequence[Tensor]) -> tuple[list[int], References]:
+    """`storage_ids`, and the references to these tensors' memory at this moment."""
+    storages = [*map(Tensor.untyped_storage, tensors)]
+    ids = [*map(_identity_of, storages)]
+    memory, handles = [*map(torch._C._storage_Use_Count, ids)], [*map(Tensor._use_count, tensors)]
+    return ids, References(memory, [*map(getrefcount, storages)], handles)
+
+
+def weak_reference(tensor: Tensor) -> Any:
+    """Keeps the identity of a tensor's memory from being used again, and not the memory."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+plain_functions: Callable[[], Any] = torch._C.DisableTorchFunctionSubclass
+"""A context in which classes of tensors have no say in what torch's functions do."""
+
+
+def set_memory(tensor: Tensor, other: Tensor) -> None:
+    """Let a tensor of any class look at the memory of `other`, with its shape and dtype."""
+    with plain_functions():
+        tensor.data = other
 
 
 def version_of(tensor: Tensor) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from ftrain.graph.torch_private import storage_id
+
 _STANDS = 3
 """An argument that stood at an address for so many calls is expected to stand at its next one."""
 
@@ -25,6 +27,8 @@ class ArgumentMemory:
         """`written`: the arguments that the program writes over; `device_type`: where the recorded work is done."""
         self._written, self._device_type = frozenset(written), device_type
         self._calls = 0
+        self.changes = 0
+        """How often it may have changed which memory is kept alive."""
         self._held: list[Tensor] = []
         self._since: list[int] = []
         self._own: set[int] = set()
@@ -32,13 +36,19 @@ class ArgumentMemory:
         self._addresses: list[int] = []
         self._values: list[int] = []
 
+    def holds(self, slot: int, x: Tensor) -> bool:
+        """True if `x` lies in the memory of an argument that is kept alive here."""
+        return bool(self._held) and self._held[slot] is not x and storage_id(self._held[slot]) == storage_id(x)
+
     def watch(self, inputs: Sequence[Tensor]) -> None:
         """Note where the arguments of a call lie that is not a replay; before the program runs."""
         if not self._held:
+            self.changes += 1
             self._held = [x.detach() for x in inputs]
             self._since = [-_STANDS] * len(inputs)
         for slot, x in enumerate(inputs):
             if x.data_ptr() != self._held[slot].data_ptr():
+                self.changes += 1
                 self._held[slot] = x.detach()
                 if slot not in self._written:  # what is written comes back at the same address: it is a state
                     self._since[slot] = self._calls
@@ -46,6 +56,7 @@ class ArgumentMemory:
 
     def settle(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The tensors to record the program with, from this call on; those of an earlier record are let go."""
+        self.changes += 1
         for slot, x in enumerate(inputs):
             if x.device.type != self._device_type:
                 self._held[slot] = x.clone()

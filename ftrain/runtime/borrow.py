@@ -5,7 +5,8 @@ its gradients are there: the copy has the time between. So the leaves are *lent*
 those of donated leaves do, and whatever eager code does with one first waits until the reader is done. A jitted step
 takes lent leaves as they are and waits just before the first op that writes over one.
 
-Other tensor objects on the same memory, made before the loan, are not watched.
+Other tensor objects on the same memory, made before the loan, are not watched. Those that the reader reads by belong to
+the loan: a step must tell them from what a user keeps (see `ftrain.runtime.other_holders`).
 """
 
 import threading
@@ -26,9 +27,13 @@ LEAST_BYTES = 2**16
 class Loan:
     """Leaves that are lent from now on until `end`; `waited` are the seconds that others have waited for that."""
 
-    def __init__(self, leaves: Iterable[Tensor]) -> None:
-        """`leaves`: those for which `lendable` holds."""
+    def __init__(self, leaves: Iterable[Tensor], reads: dict[str, Tensor] | None = None) -> None:
+        """`leaves`: those for which `lendable` holds; `reads`: the reader's own tensors on their memory, which nobody
+        else holds. The end of the loan empties the dict.
+        """
         self.waited = 0.0
+        self._reads = {} if reads is None else reads
+        self._changing = threading.Lock()
         self._ended = threading.Event()
         self._leaves = list({id(leaf): leaf for leaf in leaves}.values())
         for leaf in self._leaves:
@@ -44,7 +49,15 @@ class Loan:
             if leaf.__dict__.get("_loan") is self:
                 _take_back(leaf)
                 del leaf.__dict__["_loan"]
+        with self._changing:
+            self._reads.clear()
         self._ended.set()
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[list[Tensor]]:
+        """Within the block the loan does not end; yields the reader's tensors."""
+        with self._changing:
+            yield [*self._reads.values()]
 
     def wait(self) -> None:
         """Return when the loan has ended."""

@@ -24,21 +24,25 @@ class Record(NamedTuple):
     results: list[Tensor]
 
 
-def cudagraph_program(module: fx.GraphModule, program: Program) -> Program:
+def cudagraph_program(
+    module: fx.GraphModule, program: Program, arguments: ArgumentMemory | None = None
+) -> Program:
     """`program`, the code of `module`, as a CUDA graph. ValueError if the graph holds what a CUDA graph cannot.
 
     The first three calls are steps like any other, on a side stream, in which compilers and allocators settle. The
     fourth records the program, and it and those after it replay the record. A donated state and other arguments that
     stay at their addresses are used in place; others are copied into memory of the graph. If an argument that was used
     in place moves (a restored state), or the value of one on the CPU changes, the program is recorded again. Results
-    that are no donated leaves are copied out, since the next replay overwrites them.
+    that are no donated leaves are copied out, since the next replay overwrites them. `arguments`: keeps the arguments'
+    memory, if the caller wants to know it.
     """
     require_recordable(module)
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     paths = [n.meta.get("path", n.name) for n in given]
     device = next(n.meta["val"].device for n in given if n.meta["val"].device.type == "cuda")
     card = Card(module, device)
-    return Recorded(program, card.run, card.record, ArgumentMemory(written_inputs(module)), paths)
+    memory = ArgumentMemory(written_inputs(module)) if arguments is None else arguments
+    return Recorded(program, card.run, card.record, memory, paths)
 
 
 class Recorded:

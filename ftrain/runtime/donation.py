@@ -1,10 +1,14 @@
 """A donated leaf: its memory has gone to the step's result, and using it again is an error that names it."""
 
+import gc
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from ftrain.graph.torch_private import plain_functions, references, set_memory, storage_id
 
 DONATED_PATH = "_donated_path"
 """The attribute in which a donated leaf keeps its name."""
@@ -53,3 +57,21 @@ def give_away(leaves: list[Tensor], paths: list[str]) -> list[Tensor]:
         leaf.__dict__[DONATED_PATH] = path
         leaf.__class__ = DonatedTensor
     return fresh
+
+
+def empty(spoiled: Iterable[Tensor]) -> None:
+    """Take their memory from donated leaves, which need it no more: so it counts as held by the new state alone."""
+    for leaf in spoiled:
+        set_memory(leaf, _NOTHING)
+
+
+def empty_all_on(memory: Collection[int]) -> bool:
+    """`empty` all donated leaves anywhere that look at memory of these identities, a long search; True if any did."""
+    with plain_functions():
+        donated = [x for x in gc.get_objects() if type(x) is DonatedTensor]
+        found = [x for x in donated if storage_id(x) in memory and references([x])[1].handles == [1]]
+    empty(found)
+    return len(found) > 0
+
+
+_NOTHING = torch.empty(0)

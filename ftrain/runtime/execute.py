@@ -14,6 +14,7 @@ from ftrain.graph.layouts import LayoutCheck
 from ftrain.graph.loop import is_loop, loop_body
 from ftrain.graph.torch_private import below_autograd, compile_with_inductor, written_out
 from ftrain.graph.writes import written_arguments
+from ftrain.runtime.argument_memory import ArgumentMemory
 from ftrain.runtime.borrow import LEAST_BYTES
 from ftrain.runtime.cudagraph import cudagraph_program
 
@@ -44,11 +45,13 @@ def compile_graph(
     *,
     before_write: Callable[[], None],
     checked: Callable[[LayoutCheck], None] = lambda _: None,
+    arguments: ArgumentMemory | None = None,
 ) -> Program:
     """Make the program; `module` is the graph in the form that runs (`pipeline.EXECUTED`), and becomes its own.
 
     The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can. Its
-    first run compares real layouts with planned ones, and tells `checked` what it found.
+    first run compares real layouts with planned ones, and tells `checked` what it found. `arguments`: where a CUDA graph
+    is to keep its arguments.
     """
     if backend != "aten":
         _compile_runs(module)
@@ -56,7 +59,7 @@ def compile_graph(
         return _FirstRun(
             module,
             lambda: waiting(python_program(module), before_write),
-            lambda: waiting(cudagraph_program(module, python_program(module)), before_write),
+            lambda: waiting(cudagraph_program(module, python_program(module), arguments), before_write),
             checked,
         )
     _call_before_writes(module, before_write)

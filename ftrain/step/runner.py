@@ -10,13 +10,16 @@ from torch import Tensor, fx
 from ftrain.analysis.cuda_allocator import warn_without_expandable_segments
 from ftrain.graph.layouts import LayoutCheck
 from ftrain.graph.loop import copy_graph
+from ftrain.graph.writes import written_inputs
 from ftrain.report.out_of_memory import explained, is_out_of_memory
+from ftrain.runtime.argument_memory import ArgumentMemory
 from ftrain.runtime.borrow import Fence, Loan
-from ftrain.runtime.donation import give_away
+from ftrain.runtime.donation import empty, give_away
 from ftrain.runtime.errors import name_line
 from ftrain.runtime.execute import Program, compile_graph, waiting
 from ftrain.runtime.lockstep import lockstep_program
 from ftrain.runtime.no_gradient import refusing
+from ftrain.runtime.other_holders import Beside, OtherHolders
 from ftrain.runtime.shared_memory import SharedMemory
 from ftrain.step.artifact import Compiled
 from ftrain.step.pipeline import EXECUTED, run_passes
@@ -33,6 +36,8 @@ class Runner:
         self._running: fx.GraphModule | None = None
         self._wants_gradients = False
         self._fence = Fence()
+        self._loans: list[Loan] = []
+        self._arguments: ArgumentMemory | None = None
 
     def expect(self, loans: Mapping[int, Loan]) -> None:
         """Of the leaves of the next call these are still read by somebody: by their positions in its arguments.
@@ -44,7 +49,8 @@ class Runner:
             for slot, loan in loans.items():
                 if slot not in donated:
                     loan.wait()
-            self._fence.expect(loan for slot, loan in loans.items() if slot in donated)
+            self._loans = [loan for slot, loan in loans.items() if slot in donated]
+            self._fence.expect(self._loans)
 
     def run(self, leaves: list[Any], *, known: bool = False) -> Any:
         """Run on the flat leaves of real arguments and return the result's tree; `known`: the signature has matched
@@ -57,7 +63,7 @@ class Runner:
             if self._program is not None:
                 signature.learn(tensors)
         inputs, outputs = self.run_flat(tensors, contiguous=known)
-        results = self._with_donated(tensors, inputs, outputs)
+        results = self._with_donated(tensors, inputs, outputs, known=known)
         if self._wants_gradients and torch.is_grad_enabled():
             results = self._refusing(results)
         return self.compiled.traced.assemble(results)
@@ -68,19 +74,25 @@ class Runner:
         others = iter(refusing([x for i, x in enumerate(results) if i not in kept], self.compiled.name))
         return [x if i in kept else next(others) for i, x in enumerate(results)]
 
-    def run_flat(self, tensors: list[Tensor], *, contiguous: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    def run_flat(
+        self, tensors: list[Tensor], *, contiguous: bool = False, beside: Beside = lambda _: None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Run on the tensors of real arguments. Returns the graph's inputs, of which the donated hold new values then
-        (copies where the tensors were not contiguous), and its outputs: the results that are not donated.
+        (copies where the tensors were not contiguous, or somebody else holds their memory), and its outputs: the
+        results that are not donated.
 
-        `contiguous`: the tensors are known to be.
+        `contiguous`: the tensors are known to be; `beside`: other tensors of ours on the memory of the inputs.
         """
         donation = self.compiled.donation
         if self._program is None:
             self._program = self._start(tensors)
         contiguous = contiguous or all(map(Tensor.is_contiguous, tensors))
-        if donation.outputs:
+        inputs = tensors
+        if donation.outputs and not (contiguous and self._holders.none(tensors)):
             self._shared_memory.require_none(tensors, contiguous=contiguous)
-        inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
+            inputs = self._apart(tensors, beside, contiguous=contiguous)
+        elif not contiguous:
+            inputs = self.compiled.traced.in_rows(tensors)
         try:
             with as_a_program():
                 outputs = self._program(inputs)
@@ -93,6 +105,13 @@ class Runner:
             raise
         return inputs, outputs
 
+    def _apart(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
+        """The graph's inputs, of which the donated lie in memory that nobody else holds."""
+        loans, self._loans = self._loans, []
+        inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
+        copies = {slot for slot in self.compiled.donation.slots if inputs[slot] is not tensors[slot]}
+        return self._holders.apart(inputs, copies=copies, loans=loans, beside=beside)
+
     def _start(self, tensors: list[Any]) -> Program:
         for path, leaf in zip(self.compiled.traced.input_paths, tensors, strict=True):
             if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
@@ -100,18 +119,30 @@ class Runner:
         warn_without_expandable_segments(self.compiled.setting.device)
         setting = self.compiled.setting
         self._running = run_passes(copy_graph(self.compiled.graph), EXECUTED, setting)
-        return compile_graph(self._running, setting.backend, before_write=self._fence.wait, checked=self._mend)
+        if setting.backend == "cudagraph":
+            self._arguments = ArgumentMemory(written_inputs(self._running))
+        return compile_graph(
+            self._running,
+            setting.backend,
+            before_write=self._fence.wait,
+            checked=self._mend,
+            arguments=self._arguments,
+        )
 
     def _mend(self, check: LayoutCheck) -> None:
         check.mend(self.compiled.graph)
         self.compiled.forget_forms()
 
-    def _with_donated(self, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    def _with_donated(
+        self, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], *, known: bool
+    ) -> list[Tensor]:
         donation = self.compiled.donation
         if not donation.outputs:
             return outputs
         slots = donation.slots
         fresh = give_away([tensors[slot] for slot in slots], donation.paths)
+        if not known or self._holders.old_are_kept:
+            empty(tensors[slot] for slot in slots if inputs[slot] is tensors[slot])
         if inputs is not tensors:
             fresh = [x if inputs[slot] is tensors[slot] else inputs[slot] for slot, x in zip(slots, fresh, strict=True)]
         return donation.ordered(fresh, outputs)
@@ -141,6 +172,11 @@ class Runner:
     def use_program(self, program: Program) -> None:
         """Run another program for the same graph from now on, e.g. one that measures."""
         self._program = waiting(program, self._fence.wait)
+
+    @cached_property
+    def _holders(self) -> OtherHolders:
+        compiled = self.compiled
+        return OtherHolders(compiled.name, compiled.traced.input_paths, compiled.donation.slots, self._arguments)
 
     @cached_property
     def _shared_memory(self) -> SharedMemory:

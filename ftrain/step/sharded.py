@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.graph.collectives import groups_of
@@ -22,6 +23,7 @@ from ftrain.sharding.copies import Held, compare_processes
 from ftrain.sharding.heartbeat import Heartbeat
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.plan import Plan
+from ftrain.sharding.private import local_of
 from ftrain.sharding.processes import open_groups, require_world
 from ftrain.sharding.spmd import coordinates
 from ftrain.step.mesh_arguments import COORDINATES, MeshArguments
@@ -185,7 +187,10 @@ class ShardedStep:
             self._compared.add(runner)
             self._compare(compiled.signature.paths, inputs)
         with naming_lost_ranks(lambda: runner.running, self._heartbeat):
-            used, outputs = runner.run_flat(compiled.signature.tensors(inputs), contiguous=contiguous)
+            tensors, places = compiled.signature.tensors(inputs), compiled.signature.slots
+            used, outputs = runner.run_flat(
+                tensors, contiguous=contiguous, beside=lambda slot: _local(leaves[places[slot]])
+            )
         results = self._calls[runner].results(leaves, used, outputs)
         return compiled.traced.assemble(results)
 
@@ -233,6 +238,11 @@ class ShardedStep:
                     "was computed from one rank's data; return it as a Mean(total, count), or add it up with "
                     "ftrain.kernels.mean.sum_over_batch"
                 )
+
+
+def _local(leaf: Any) -> Tensor | None:
+    """The tensor that a DTensor holds, on the memory of its padded piece; None for another leaf."""
+    return local_of(leaf) if isinstance(leaf, DTensor) else None
 
 
 def _misread(path: str, cause: fx.Node) -> str:

@@ -1,0 +1,149 @@
+"""Who else looks at the memory that a step writes over: what somebody kept of a leaf must keep its numbers.
+
+`old = state["w"].detach()`, a view, `w.numpy()`, a module whose parameter was handed in: eager code leaves them as they
+are, and a step that writes its new state over the old would change them. Every one of them is a reference to the leaf's
+memory, which torch counts. So at every call the references are counted, and a leaf with one that is nobody's of the
+trainer's is copied first. Memory that came from outside of torch (`torch.from_numpy`, a file that is mapped) is not
+counted: such a leaf is copied the first time.
+
+What cannot be seen: bare addresses (`data_ptr`), and other libraries on CUDA memory by `__cuda_array_interface__`.
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftrain.graph.text import show_bytes
+from ftrain.graph.torch_private import References, references, storage_id, storage_ids, weak_reference
+from ftrain.runtime.argument_memory import ArgumentMemory
+from ftrain.runtime.borrow import Loan
+from ftrain.runtime.donation import empty_all_on
+
+Beside = Callable[[int], Tensor | None]
+"""By the slot of an input: another tensor of the trainer's on its memory, e.g. what a DTensor holds of a padded piece."""
+
+
+def _nothing_beside(slot: int) -> Tensor | None:
+    return None
+
+
+class OtherHolders:
+    """Looks for references to the memory of donated leaves. In the steady state one comparison of counts says no."""
+
+    def __init__(
+        self, name: str, paths: Sequence[str], donated: Collection[int], arguments: ArgumentMemory | None = None
+    ) -> None:
+        """`name`: of the step; `paths`: of its inputs, of which the `donated` are written over; `arguments`: what its
+        program keeps of them.
+        """
+        self._name, self._paths, self._arguments = name, paths, arguments
+        self._slots = list(donated)
+        one = references([torch.empty(1)])[1]
+        self._alone = References(*(counts[0:1] * len(self._slots) for counts in one))
+        self._known: list[int] = []
+        self._expected = self._alone
+        self._anchors: list[Any] = []
+        self._changes = 0
+        self._warned = False
+        self.old_are_kept = False
+        """Somebody keeps donated leaves: they should be emptied, for finding them later takes long."""
+
+    def none(self, inputs: Sequence[Tensor]) -> bool:
+        """True if the donated inputs lie in memory that was looked at before and has no other holder: so none of them
+        shares memory with another either. False where a closer look is needed.
+        """
+        ids, found = references([inputs[slot] for slot in self._slots])
+        return ids == self._known and found == self._expected and self._changes == self._changes_now()
+
+    def apart(
+        self,
+        inputs: list[Tensor],
+        *,
+        copies: Collection[int] = (),
+        loans: Iterable[Loan] = (),
+        beside: Beside = _nothing_beside,
+    ) -> list[Tensor]:
+        """The inputs, with copies of the donated ones whose memory somebody else holds; warns, once, of these.
+
+        `copies`: slots of inputs that are copies already; `loans`: of leaves that are read at the moment.
+        """
+        at = [i for i, slot in enumerate(self._slots) if slot not in copies]
+        foreign = {i for i in at if self._is_foreign(inputs[self._slots[i]], beside(self._slots[i]), i)}
+        candidates = [i for i in at if i not in foreign]
+        held = self._held(inputs, candidates, loans, beside)
+        if held and empty_all_on(set(storage_ids([inputs[self._slots[i]] for i in held]))):
+            self.old_are_kept = True
+            held = self._held(inputs, held, loans, beside)
+        if held and not self._warned:
+            self._warned = True
+            self._warn([self._slots[i] for i in held], inputs)
+        if not foreign and not held:
+            if len(at) == len(self._slots) and not [*loans]:
+                self._learn(inputs, beside)
+            return inputs
+        copied = {self._slots[i] for i in (*foreign, *held)}
+        return [x.clone() if slot in copied else x for slot, x in enumerate(inputs)]
+
+    def _is_foreign(self, x: Tensor, beside: Tensor | None, i: int) -> bool:
+        """True for memory that may have holders whom torch does not count: not its own, or that of a larger tensor."""
+        if self._known and storage_id(x) == self._known[i]:
+            return False
+        return not x.untyped_storage().resizable() or x._is_view() or (beside is not None and beside._is_view())
+
+    def _held(
+        self, inputs: Sequence[Tensor], at: Sequence[int], loans: Iterable[Loan], beside: Beside
+    ) -> list[int]:
+        tensors = [inputs[self._slots[i]] for i in at]
+        with ExitStack() as stack:
+            read = [storage_id(x) for loan in set(loans) for x in stack.enter_context(loan.as_it_is())]
+            found = references(tensors)[1]
+        expected = self._expected_of(inputs, at, beside)
+        by_loans = dict.fromkeys(read, 0)
+        for memory in read:
+            by_loans[memory] += 1
+        return [
+            i
+            for i, x, here, alone in zip(at, tensors, zip(*found, strict=True), zip(*expected, strict=True), strict=True)
+            if (here[0] - by_loans.get(storage_id(x), 0), *here[1:]) != alone
+        ]
+
+    def _expected_of(self, inputs: Sequence[Tensor], at: Sequence[int], beside: Beside) -> References:
+        """The references that there are if nobody else holds the inputs."""
+        memory, objects, handles = self._alone
+        return References(
+            [memory[i] + self._ours(inputs, self._slots[i], beside) for i in at],
+            [objects[i] for i in at],
+            [handles[i] for i in at],
+        )
+
+    def _ours(self, inputs: Sequence[Tensor], slot: int, beside: Beside) -> int:
+        """How many references of the trainer's there are to the memory of an input, beside itself."""
+        x, other = inputs[slot], beside(slot)
+        count = int(self._arguments is not None and self._arguments.holds(slot, x))
+        return count + int(other is not None and other is not x and storage_id(other) == storage_id(x))
+
+    def _learn(self, inputs: Sequence[Tensor], beside: Beside) -> None:
+        tensors = [inputs[slot] for slot in self._slots]
+        self._anchors = [*map(weak_reference, tensors)]
+        self._known = storage_ids(tensors)
+        self._expected = self._expected_of(inputs, range(len(tensors)), beside)
+        self._changes = self._changes_now()
+
+    def _changes_now(self) -> int:
+        return 0 if self._arguments is None else self._arguments.changes
+
+    def _warn(self, slots: Sequence[int], inputs: Sequence[Tensor]) -> None:
+        names = ", ".join(repr(self._paths[slot]) for slot in slots[:4])
+        more = f" and {len(slots) - 4} more" if len(slots) > 4 else ""
+        size = show_bytes(sum(inputs[slot].nbytes for slot in slots))
+        warnings.warn(
+            f"something else than the state holds the memory of {names}{more} (a view, what detach() or numpy() gave, a "
+            f"parameter of a module), and {self._name} writes its new state over it: that memory is left as it is, at "
+            f"the price of a copy of {size}. Let go of it before the call, or keep a clone(); later copies are not "
+            "reported",
+            stacklevel=2,
+        )
