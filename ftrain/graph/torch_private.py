@@ -231,6 +231,12 @@ def snapshot(tensor: Tensor) -> Tensor:
         return tensor.detach()
 
 
+def real_draw() -> None:
+    """Move the default generator of the CPU on by a number, also within a trace, which is not told of it."""
+    with _disable_current_modes():
+        torch.rand(1, device="cpu")
+
+
 def free_sizes(value: Any) -> set[Any]:
     """The symbols of sizes that depend on data in a fake value: of a tensor's shape, of a number, of several."""
     if isinstance(value, list | tuple):

@@ -66,8 +66,10 @@ class TraceCache:
         if found is None:
             kind = dict(zip(paths, key[1], strict=False))
             if self._runners:
-                self._explain(kind)
+                self._explain(kind, around)
             found = self._runners[key] = Runner(self._compile(args, paths, leaves, treedef, sharded, around))
+            assert self._surroundings is not None
+            self._surroundings.also(found.compiled.traced.changed)
             self._kinds[found] = kind
             self._drop_oldest()
         return found
@@ -115,8 +117,8 @@ class TraceCache:
                 stacklevel=5,
             )
 
-    def _explain(self, now: Mapping[str, Any]) -> None:
-        """Warn, the first time, of what differs from the arguments of the last call."""
+    def _explain(self, now: Mapping[str, Any], around: tuple) -> None:
+        """Warn, the first time, of what differs from the arguments of the last call, and from what lay around it."""
         if self._explained or self.latest is None:
             return
         self._explained = True
@@ -127,8 +129,12 @@ class TraceCache:
         changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
         assert self._surroundings is not None
         names = [*(f"{name} around the call" for name in AMBIENT_NAMES), *self._surroundings.names]
-        pairs = zip(names, self.latest.compiled.signature.around, self.around(), strict=True)
-        changes += [f"{name}{_from_to(was, is_now)}" for name, was, is_now in pairs if was != is_now]
+        was = self.latest.compiled.signature.around
+        if len(was) == len(around):
+            pairs = zip(names, was, around, strict=True)
+            changes += [f"{name}{_from_to(a, b)}" for name, a, b in pairs if a != b]
+        else:
+            changes += [f"{key} of a {type(m).__name__}: the step changes it" for m, key in self.latest.compiled.traced.changed]
         more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
         warnings.warn(
             f"{name_of(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "

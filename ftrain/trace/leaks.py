@@ -2,13 +2,14 @@
 
 Tensors of a trace are remembered weakly. Those that are alive when it has ended were kept by the step: what modules
 cached in their attributes is undone, since the graph does not need it and the next eager call makes it anew; anything
-else is refused by name.
+else is refused by name, as is what a module keeps that each call computes anew. Numbers, flags and short containers of
+them that a step changes are told to who keeps traces: with other values there is another trace.
 """
 
 import gc
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ftrain.graph.torch_private import FakeTensor
+from ftrain.trace.surroundings import is_plain, shown
 
 Made = list["weakref.ref[Tensor]"]
 
 _CONTAINERS = (dict, list, set)
 _SWAPPED = ("_parameters", "_buffers")
+_REGISTRIES = frozenset(vars(nn.Module()))
+"""What torch itself keeps in every module."""
 _DEPTH = 4
 
 
@@ -48,24 +52,38 @@ class Modules:
             inside = {k: type(v)(v) for k, v in attributes.items() if type(v) in _CONTAINERS and k != "_modules"}
             self._found[module] = attributes, inside
 
-    def require_unchanged(self, read: Iterable[Tensor]) -> None:
-        """ValueError for a tensor of a module that the step has `read` and put another in its place: the next call
-        would read the first again. What a module computes anew and caches is another matter.
+    def require_no_state(self, read: Iterable[Tensor], is_fixed: Callable[[Tensor], bool]) -> None:
+        """ValueError for what a module keeps of this call: the next one would not find it. A tensor that was computed
+        from the step's arguments (`is_fixed` is False), also in a container; any tensor in the place of one that the
+        step has `read`; more items of a list than the next call would compare. Caches of fixed numbers are no state.
         """
         known = {id(tensor) for tensor in read}
         for module, (attributes, inside) in self._found.items():
-            buffers = inside.get("_buffers", {})
-            before = [*attributes.items(), *buffers.items()]
+            before = {**attributes, **inside.get("_buffers", {})}
             now = {**vars(module), **vars(module).get("_buffers", {})}
-            for name, value in before:
-                if isinstance(value, Tensor) and id(value) in known and isinstance(now.get(name), FakeTensor):
+            for name, value in now.items():
+                if name in _REGISTRIES:
+                    continue
+                old = before.get(name)
+                replaced = isinstance(value, FakeTensor) and isinstance(old, Tensor) and id(old) in known
+                if replaced or not all(map(is_fixed, _fakes(value, 2))):
                     self.restore()
-                    raise ValueError(
-                        f"the step puts a new tensor in the place of {name!r} of a {type(module).__name__}, which it "
-                        "reads: a jitted step runs its Python once, so the module would stay as it was. Take the "
-                        "tensor as a part of the state (torch.func.functional_call gives a module its buffers) and "
-                        "return its new value"
-                    )
+                    raise ValueError(_state(module, name, "which it reads" if replaced else "computed in this call"))
+                if name in inside and not _same_items(value, inside[name]) and not is_plain(value):
+                    if not _holds_fake(value, 2) and isinstance(value, list):
+                        raise ValueError(_state(module, name, "a list that grows", what="items"))
+
+    def changed(self) -> list[tuple[nn.Module, str]]:
+        """The attributes of plain values that the step has changed: a trace with the old values is not for the new."""
+        found = []
+        for module, (attributes, inside) in self._found.items():
+            now = vars(module)
+            for name, value in attributes.items():
+                before = inside.get(name, value)
+                if name not in _REGISTRIES and is_plain(before) and is_plain(now.get(name)):
+                    if shown(before) != shown(now[name]):
+                        found.append((module, name))
+        return found
 
     def restore(self) -> None:
         """Give the modules that hold a tensor of a trace the attributes that they were found with."""
@@ -104,11 +122,24 @@ def _refill(container: Any, items: Any) -> None:
 
 
 def _holds_fake(value: Any, depth: int) -> bool:
+    return next(_fakes(value, depth), None) is not None
+
+
+def _fakes(value: Any, depth: int) -> Iterator[Tensor]:
+    """The tensors of a trace in a value, or in containers in containers."""
     if isinstance(value, FakeTensor):
-        return True
-    if depth == 0 or type(value) not in (dict, list, tuple, set):
-        return False
-    return any(_holds_fake(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
+        yield value
+    elif depth > 0 and type(value) in (dict, list, tuple, set):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _fakes(inner, depth - 1)
+
+
+def _state(module: nn.Module, name: str, which: str, *, what: str = "a new tensor") -> str:
+    return (
+        f"the step puts {what} in the place of {name!r} of a {type(module).__name__}, {which}: a jitted step runs its "
+        "Python once, so the module would stay as it was. Take it as a part of the state (torch.func.functional_call "
+        "gives a module its buffers) and return its new value"
+    )
 
 
 def require_none_left(made: Made, modules: Modules) -> None:

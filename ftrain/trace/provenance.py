@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ftrain.graph.source import Site, user_site
 from ftrain.graph.torch_private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
 from ftrain.sharding.spmd import current_filled, current_purpose
+from ftrain.trace.origins import Origins
+from ftrain.trace.own_draws import TorchDraws
 from ftrain.trace.unseen_writes import UnseenWrites
 
 
@@ -40,13 +42,16 @@ class Provenance(TorchDispatchMode):
     `meta["filled"]` (`ftrain.sharding.spmd.filled`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draws: TorchDraws | None = None) -> None:
         super().__init__()
+        self._draws = draws
         self.phase = "step"
         self.made: list[weakref.ref[Tensor]] = []
         """The tensors of the trace, as long as somebody holds them."""
         self.trained: list[Tensor] = []
         """Leaves that losses would have trained though they were not asked to."""
+        self.origins = Origins()
+        """Which of them have numbers that every call brings anew."""
         self._unseen = UnseenWrites(self.made, user_site)
         self._site_of_sequence: dict[int, Site | None] = {}
         self._transposed: int | None = None
@@ -56,6 +61,8 @@ class Provenance(TorchDispatchMode):
             return device_of_fake(args[0])
         if self.phase != "backward":
             self._unseen.look(func, args)
+        if self._draws is not None:
+            self._draws.look(func, args, kwargs or {})
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
         out = func(*args, **(kwargs or {}))
@@ -65,7 +72,9 @@ class Provenance(TorchDispatchMode):
         if graph is not None and len(graph.nodes) > before:
             sequence, site = self._origin()
             purpose, filled = current_purpose(), current_filled()
-            for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
+            new = [node for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False)]
+            self.origins.note(func, new[::-1], out)
+            for node in new:
                 node.meta.update(site=site, phase=self.phase, sequence=sequence)
                 if purpose:
                     node.meta["purpose"] = purpose
@@ -122,9 +131,9 @@ def current_provenance() -> Provenance | None:
 
 
 @contextmanager
-def recording() -> Iterator[Provenance]:
-    """Record provenance for the trace made within the block."""
-    mode = Provenance()
+def recording(draws: TorchDraws | None = None) -> Iterator[Provenance]:
+    """Record provenance for the trace made within the block, and show `draws`, if there are any, its ops."""
+    mode = Provenance(draws)
     token = _current.set(mode)
     try:
         with mode:

@@ -8,7 +8,7 @@ loads, cells that it closes over, and the same of the functions and modules that
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ class Surroundings:
     def __init__(self, fn: Callable) -> None:
         self._held: list[Any] = []  # so that identities stay those of these objects
         self._seen: set[int] = set()
+        self._also: set[tuple[int, str]] = set()
         self._watched: list[Watched] = []
         self._training: list[nn.Module] = []
         self._look_at(fn, getattr(fn, "__name__", type(fn).__name__))
@@ -41,6 +42,14 @@ class Surroundings:
     def now(self) -> tuple:
         """The values as they are, comparable and hashable."""
         return (*[read() for _, read in self._watched], *map(_is_training, self._training))
+
+    def also(self, changed: Iterable[tuple[nn.Module, str]]) -> None:
+        """Watch these attributes too: a trace has changed them."""
+        for module, key in changed:
+            if (id(module), key) not in self._also:
+                self._also.add((id(module), key))
+                self._held.append(module)
+                self._watched.append(Watched(f"{key} of a {type(module).__name__}", partial(_attribute, module, key)))
 
     @property
     def names(self) -> list[str]:
@@ -84,7 +93,7 @@ class Surroundings:
         if isinstance(value, types.ModuleType | types.BuiltinFunctionType) or _is_of_a_library(value):
             return
         self._held.append(value)
-        self._watched.append(Watched(name, lambda: _shown(read())))
+        self._watched.append(Watched(name, lambda: shown(read())))
         self._look_at(value, name)
         if not isinstance(value, (nn.Module, types.FunctionType, types.MethodType, Tensor, *_SIMPLE)):
             self._attributes(value, loaded, name)
@@ -106,7 +115,7 @@ class Surroundings:
         for part in module.modules():
             self._training.append(part)
             forward = getattr(type(part).forward, "__code__", None)
-            numbers = {k for k, v in vars(part).items() if _is_plain(v) and k != "training"}
+            numbers = {k for k, v in vars(part).items() if is_plain(v) and k != "training"}
             for key in sorted(numbers & (_loaded(forward) if forward is not None else set())):
                 self._watched.append(Watched(f"{key} of a {type(part).__name__}", partial(_attribute, part, key)))
 
@@ -122,7 +131,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _attribute(value: Any, key: str) -> Any:
-    return _shown(getattr(value, key, _MISSING))
+    return shown(getattr(value, key, _MISSING))
 
 
 def _loaded(code: types.CodeType) -> set[str]:
@@ -143,11 +152,12 @@ def _is_of_a_library(value: Any) -> bool:
     return isinstance(value, type) and _root(value) in _LIBRARIES
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """True for a simple value, and for a short list, tuple or dict."""
     return type(value) in _SIMPLE or (type(value) in (list, tuple, dict) and len(value) <= _MOST)
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
     """What is compared of a value: simple ones by value, short containers of these by content, others by identity."""
     kind = type(value)
     if kind is float and math.isnan(value):
@@ -155,9 +165,9 @@ def _shown(value: Any) -> Any:
     if kind in _SIMPLE:
         return (kind, value)
     if kind in (list, tuple) and len(value) <= _MOST:
-        return (kind, *map(_shown, value))
+        return (kind, *map(shown, value))
     if kind is dict and len(value) <= _MOST:
-        return (kind, *((k, _shown(v)) for k, v in _items(value)))
+        return (kind, *((k, shown(v)) for k, v in _items(value)))
     return id(value)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ftrain import tree
 from ftrain.graph.absent_device import absent_device, choosing_for, put_on, traceable
@@ -56,6 +56,8 @@ class Traced:
     output_paths: list[str]
     output_tree: Any
     static_outputs: dict[int, Any]
+    changed: list[tuple[nn.Module, str]]
+    """Attributes of modules, plain values, that the function has changed."""
     layouts: LeafLayouts
     """Refuses leaves whose layout in memory the step's numbers depend on."""
     name_of: Callable[[Tensor], str] = lambda _: "a tensor"
@@ -111,9 +113,9 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     absent = absent_device(a.device for a in avals)
-    with modules_as_found() as modules, no_draws_of_python():
+    with modules_as_found() as modules, no_draws_of_python() as draws:
         try:
-            with as_a_step(), new_fake_mode(), recording() as provenance, computing_in(precision), choosing_for(absent):
+            with as_a_step(), new_fake_mode(), recording(draws) as provenance, computing_in(precision), choosing_for(absent):
                 fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
                 with in_our_words(), NoExchange():
                     module = trace_to_graph(flat, fakes)
@@ -124,7 +126,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
     require_untrained(function, provenance.trained)
     _own_constants(module)
     del fakes, provenance.trained[:]
-    modules.require_unchanged(captured_tensors(module).values())
+    modules.require_no_state(captured_tensors(module).values(), provenance.origins.is_fixed)
     require_none_left(provenance.made, modules)
     out = result[-1]
     name_of = partial(captured_name, function)
@@ -142,6 +144,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         output_paths=[p for i, p in enumerate(out.paths) if i not in out.statics],
         output_tree=out.tree,
         static_outputs=out.statics,
+        changed=modules.changed(),
         layouts=LeafLayouts(module, [paths[i] for i in slots]),
         name_of=name_of,
     )
