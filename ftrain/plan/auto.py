@@ -35,12 +35,10 @@ class SavedPlan:
 
     def choose(self, wanted: Wanted) -> Choice:
         """The file's plan. ValueError if there is none, if it is for another number of ranks than this run has, or for
-        a model with other components; for a step none of whose arguments is the batch.
+        a model with other components.
         """
         found = load_plan(self.file)
         require_ranks(found, self.file, self.kind)
-        if found.candidate.ranks > 1:
-            _require_batch(wanted, self.file)
         return choice_of(found, self.kind, specs=wanted.specs, source=str(self.file))
 
 
@@ -97,14 +95,6 @@ def require_ranks(found: PlanFile, file: str | Path, kind: Kind) -> None:
         raise ValueError(
             f"{file} is a plan for {ranks} ranks ({found.candidate}), and this run has {world}: start {ranks} with "
             f"torchrun, or make one with `ftrain plan ... --gpus {world} --apply {file}`"
-        )
-
-
-def _require_batch(wanted: Wanted, file: str | Path) -> None:
-    if len(wanted.names) > 1 and wanted.batch not in wanted.names:
-        raise ValueError(
-            f"{file} divides the argument {wanted.batch!r}, and the step takes {', '.join(wanted.names[:8])}, so every "
-            f"rank would compute all of the data: call that argument {wanted.batch!r}, or name it in jit(batch=...)"
         )
 
 

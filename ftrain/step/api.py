@@ -19,7 +19,7 @@ from ftrain.runtime.execute import require_backend
 from ftrain.sharding.plan import Plan
 from ftrain.step.artifact import Compiled
 from ftrain.step.compile import name_of
-from ftrain.step.deferred_plan import DeferredPlan
+from ftrain.step.deferred_plan import DeferredPlan, require_batch
 from ftrain.step.plan_source import Chooser
 from ftrain.step.runner import Runner
 from ftrain.step.sharded import ShardedStep
@@ -61,8 +61,7 @@ def make_step(
         return Step(fn, options)
     if not isinstance(plan, Plan):
         return Step(fn, options, deferred=DeferredPlan(plan, specs, batch, overlap, given))
-    if plan.mesh.size > 1:
-        _require_batch(fn, batch)
+    require_batch(fn, _positional_names(fn), batch, plan)
     return Step(fn, options, sharded=ShardedStep(plan, specs=specs, batch=batch, overlap=overlap))
 
 
@@ -72,16 +71,6 @@ def _position(fn: Callable, donate: str | None) -> int | None:
     if donate is not None and donate not in names:
         raise ValueError(f"donate={donate!r} is not an argument of {name_of(fn)}({', '.join(names)})")
     return None if donate is None else names.index(donate)
-
-
-def _require_batch(fn: Callable, batch: str) -> None:
-    """ValueError for a step of several arguments none of which ranks would share out."""
-    names = _positional_names(fn)
-    if len(names) > 1 and batch not in names:
-        raise ValueError(
-            f"{name_of(fn)}({', '.join(names[:8])}) has no argument {batch!r}, so every rank would compute all of the "
-            f"data: call that argument {batch!r}, or name it in jit(batch=...)"
-        )
 
 
 class Step:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftrain.remat.policy import Remat
+from ftrain.sharding.plan import Plan
+from ftrain.step.compile import name_of
 from ftrain.step.plan_source import Chooser, Wanted
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options
@@ -29,6 +31,7 @@ class DeferredPlan:
         """The plan at work, None for a single rank, and what the step recomputes.
 
         `args`: those of a call, with these names, if there are any; `whole`: they are known to be of the whole mesh.
+        ValueError for a plan of several ranks where none of the names is the batch's.
         """
         wanted = Wanted(
             step=fn,
@@ -43,5 +46,15 @@ class DeferredPlan:
         plan, remat = self.chooser.choose(wanted)
         sharded = None
         if plan is not None:
+            require_batch(fn, names, self.batch, plan)
             sharded = ShardedStep(plan, specs=self.specs, batch=self.batch, overlap=self.overlap)
         return sharded, remat if self.remat is None else self.remat
+
+
+def require_batch(fn: Callable, names: Sequence[str], batch: str, plan: Plan) -> None:
+    """ValueError for a step of several arguments, with these names, none of which the plan's ranks would share out."""
+    if plan.mesh.size > 1 and len(names) > 1 and batch not in names:
+        raise ValueError(
+            f"{name_of(fn)}({', '.join(names[:8])}) has no argument {batch!r}, so every rank would compute all of the "
+            f"data: call that argument {batch!r}, or name it in jit(batch=...)"
+        )

@@ -4,7 +4,7 @@ A trace takes leaves as contiguous, and the program is given contiguous copies o
 the same, but not what is read along memory: `x.as_strided` reads other elements, and `torch.rand_like(x)`, dropout of
 `x`, or of what is computed from it elementwise, put their random numbers elsewhere. So for leaves that lie otherwise
 the layouts of the trace are worked out again, on shapes alone, and a call for which such an op would see another one is
-refused.
+refused, as is one for which the step's Python would read another one (`ftrain.trace.layout_reads`).
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from ftrain.graph.loop import is_loop, loop_body
 from ftrain.graph.op_effects import Effect, effect_of
 from ftrain.graph.sizes import has_static_layout
 from ftrain.graph.torch_private import fake_mode_of, paused_trace
+from ftrain.trace.layout_reads import LayoutReads, part_of
 
 _aten = torch.ops.aten
 _BY_STRIDES = (_aten.as_strided.default, _aten.as_strided_copy.default, _aten.as_strided_scatter.default)
@@ -27,26 +28,45 @@ _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 class LeafLayouts:
     """Knows which ops of a graph see how its leaves lie in memory."""
 
-    def __init__(self, module: fx.GraphModule, paths: Sequence[str]) -> None:
-        """`module`: a functional graph whose placeholders have these paths."""
-        self._paths = list(paths)
-        self._graph = _what_leads_to([n for n in module.graph.nodes if _sees_memory(n)], module.graph)
+    def __init__(self, module: fx.GraphModule, paths: Sequence[str], reads: LayoutReads) -> None:
+        """`module`: a functional graph whose placeholders have these paths; `reads`: what Python read in the trace."""
+        self._paths, self._reads = list(paths), reads
+        nodes = [n for n in module.graph.nodes if _sees_memory(n)]
+        self._graph = part_of(module.graph, nodes)[0] if nodes else None
         self._judged: set[tuple] = set()
 
     def require_alike(self, leaves: Sequence[Tensor]) -> None:
         """ValueError, with leaf and line, for leaves with which a step of eager PyTorch would have other numbers."""
-        if self._graph is None:
+        if self._graph is None and not self._reads.found:
             return
         strides = tuple(None if leaf.is_contiguous() else leaf.stride() for leaf in leaves)
         if strides in self._judged:
             return
-        self._judge(self._graph, strides)
+        if self._graph is not None:
+            self._judge(self._graph, strides)
+        self._ask_again(strides)
         self._judged.add(strides)
 
-    def _judge(self, graph: fx.Graph, strides: tuple) -> None:
+    def _ask_again(self, strides: tuple) -> None:
+        """ValueError where Python would read something else of leaves that lie like this."""
+        found = {} if self._reads.graph is None else self._judge(self._reads.graph, strides, refuse=False)
+        for read in self._reads.found:
+            value = found.get(read.node) if read.node is not None else None
+            if any(strides) and (read.node is None or (value is not None and read.ask(value) != read.answer)):
+                at = next(i for i, stride in enumerate(strides) if stride is not None)
+                if read.node is not None and self._reads.graph is not None:
+                    slots = [n for n in self._reads.graph.nodes if n.op == "placeholder"]
+                    at = slots.index(next(n for n in (read.node, *_ancestors(read.node, found)) if n in slots))
+                raise ValueError(
+                    f"{read.what} reads how a tensor lies in memory, which follows leaf {self._paths[at]!r} with strides "
+                    f"{strides[at]}, while the step is traced for leaves that lie row by row, so that it would go "
+                    "another way: pass leaf.contiguous()"
+                )
+
+    def _judge(self, graph: fx.Graph, strides: tuple, *, refuse: bool = True) -> dict[fx.Node, Any]:
+        """The values that lie otherwise than in the trace; `refuse`: ValueError for an op that sees it."""
         slots = [n for n in graph.nodes if n.op == "placeholder"]
         found: dict[fx.Node, Any] = {}
-        """The fake values that lie otherwise than in the trace."""
         for node, stride in zip(slots, strides, strict=True):
             if stride is not None and has_static_layout(node.meta["val"]):
                 found[node] = node.meta["val"].new_empty_strided(node.meta["val"].shape, stride)
@@ -57,9 +77,10 @@ class LeafLayouts:
                 value = _worked_out(node, found)
                 if value is not None and not _alike(value, node.meta["val"]):
                     found[node] = value
-                culprit = _first_that_sees(node, node, found)
+                culprit = _first_that_sees(node, node, found) if refuse else None
                 if culprit is not None:
                     self._refuse(node, culprit, found)
+        return found
 
     def _refuse(self, node: fx.Node, culprit: fx.Node, found: dict[fx.Node, Any]) -> None:
         slots = [n for n in node.graph.nodes if n.op == "placeholder"]
@@ -76,6 +97,8 @@ def _sees_memory(node: fx.Node) -> bool:
     """True for an op whose numbers depend on how its argument lies in memory."""
     if is_loop(node):
         return any(map(_sees_memory, loop_body(node).graph.nodes))
+    if node.kwargs.get("memory_format") is torch.contiguous_format:  # the numbers go by its rows
+        return False
     return node.op == "call_function" and (node.target in _BY_STRIDES or effect_of(node) is Effect.RANDOM)
 
 
@@ -101,22 +124,6 @@ def _order(value: Tensor) -> list[int] | None:
     if any(strides[d] == 0 for d in dims):
         return None
     return sorted(dims, key=lambda d: -strides[d])
-
-
-def _what_leads_to(nodes: Sequence[fx.Node], graph: fx.Graph) -> fx.Graph | None:
-    """A copy of the part of a graph that these nodes are computed by, with all of its placeholders."""
-    if not nodes:
-        return None
-    wanted, left = set(nodes), list(nodes)
-    while left:
-        fresh = [n for n in left.pop().all_input_nodes if n not in wanted]
-        wanted.update(fresh)
-        left += fresh
-    copy, new = fx.Graph(owning_module=graph.owning_module), dict[fx.Node, fx.Node]()
-    for node in graph.nodes:
-        if node in wanted or node.op == "placeholder":
-            new[node] = copy.node_copy(node, new.__getitem__)
-    return copy
 
 
 def _ancestors(node: fx.Node, among: dict[fx.Node, Any]) -> list[fx.Node]:

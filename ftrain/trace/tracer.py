@@ -19,6 +19,7 @@ from ftrain.trace.ambient import as_a_step
 from ftrain.trace.captured import captured_name, captured_tensors, require_untrained
 from ftrain.trace.constants import share_memory_of_constants
 from ftrain.trace.functionalize import functionalize
+from ftrain.trace.layout_reads import LayoutReads
 from ftrain.trace.leaf_layouts import LeafLayouts
 from ftrain.trace.leaks import modules_as_found, require_none_left, require_tree_leaf
 from ftrain.trace.own_draws import no_draws_of_python
@@ -102,12 +103,14 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
     slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
     avals = [Aval.of(leaves[i]) for i in slots]
     result: list[_Result] = []
+    reads = LayoutReads()
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         filled = list(leaves)
         for i, tensor in zip(slots, tensors, strict=True):
             filled[i] = tensor
         out = function(*tree.unflatten(treedef, filled))
+        reads.settle()
         out_leaves, out_tree = tree.flatten(out)
         result.append(_Result.of(out_leaves, out_tree, tree.paths(out)))
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
@@ -117,7 +120,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         try:
             with as_a_step(), new_fake_mode(), recording(draws) as provenance, computing_in(precision), choosing_for(absent):
                 fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
-                with in_our_words(), NoExchange():
+                with in_our_words(), NoExchange(), reads:
                     module = trace_to_graph(flat, fakes)
         except BaseException:
             modules.restore()
@@ -145,7 +148,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         output_tree=out.tree,
         static_outputs=out.statics,
         changed=modules.changed(),
-        layouts=LeafLayouts(module, [paths[i] for i in slots]),
+        layouts=LeafLayouts(module, [paths[i] for i in slots], reads),
         name_of=name_of,
     )
 
