@@ -237,6 +237,12 @@ def real_draw() -> None:
         torch.rand(1, device="cpu")
 
 
+def real_state() -> bytes:
+    """The state of the default generator of the CPU, also within a trace."""
+    with _disable_current_modes():
+        return torch.get_rng_state().numpy().tobytes()
+
+
 def free_sizes(value: Any) -> set[Any]:
     """The symbols of sizes that depend on data in a fake value: of a tensor's shape, of a number, of several."""
     if isinstance(value, list | tuple):

@@ -23,12 +23,14 @@ from ftrain.runtime.argument_memory import ArgumentMemory
 from ftrain.runtime.borrow import Loan
 from ftrain.runtime.donation import empty_all_on
 
-Beside = Callable[[int], Tensor | None]
-"""By the slot of an input: another tensor of the trainer's on its memory, e.g. what a DTensor holds of a padded piece."""
+Beside = Callable[[int], int | None]
+"""By the slot of an input: how many references to its memory of the trainer's own there are beside it, e.g. by a DTensor
+around a padded piece; None where it came from elsewhere, and cannot be told.
+"""
 
 
-def _nothing_beside(slot: int) -> Tensor | None:
-    return None
+def _nothing_beside(slot: int) -> int | None:
+    return 0
 
 
 class OtherHolders:
@@ -72,7 +74,7 @@ class OtherHolders:
         `copies`: slots of inputs that are copies already; `loans`: of leaves that are read at the moment.
         """
         at = [i for i, slot in enumerate(self._slots) if slot not in copies]
-        foreign = {i for i in at if self._is_foreign(inputs[self._slots[i]], beside(self._slots[i]), i)}
+        foreign = {i for i in at if self._is_foreign(inputs[self._slots[i]], i) or beside(self._slots[i]) is None}
         candidates = [i for i in at if i not in foreign]
         held = self._held(inputs, candidates, loans, beside)
         if held and empty_all_on(set(storage_ids([inputs[self._slots[i]] for i in held]))):
@@ -88,11 +90,11 @@ class OtherHolders:
         copied = {self._slots[i] for i in (*foreign, *held)}
         return [x.clone() if slot in copied else x for slot, x in enumerate(inputs)]
 
-    def _is_foreign(self, x: Tensor, beside: Tensor | None, i: int) -> bool:
+    def _is_foreign(self, x: Tensor, i: int) -> bool:
         """True for memory that may have holders whom torch does not count: not its own, or that of a larger tensor."""
         if self._known and storage_id(x) == self._known[i]:
             return False
-        return not x.untyped_storage().resizable() or x._is_view() or (beside is not None and beside._is_view())
+        return not x.untyped_storage().resizable() or x._base is not None
 
     def _held(
         self, inputs: Sequence[Tensor], at: Sequence[int], loans: Iterable[Loan], beside: Beside
@@ -122,9 +124,8 @@ class OtherHolders:
 
     def _ours(self, inputs: Sequence[Tensor], slot: int, beside: Beside) -> int:
         """How many references of the trainer's there are to the memory of an input, beside itself."""
-        x, other = inputs[slot], beside(slot)
-        count = int(self._arguments is not None and self._arguments.holds(slot, x))
-        return count + int(other is not None and other is not x and storage_id(other) == storage_id(x))
+        kept = self._arguments is not None and self._arguments.holds(slot, inputs[slot])
+        return int(kept) + (beside(slot) or 0)
 
     def _learn(self, inputs: Sequence[Tensor], beside: Beside) -> None:
         tensors = [inputs[slot] for slot in self._slots]

@@ -75,13 +75,13 @@ class Runner:
         return [x if i in kept else next(others) for i, x in enumerate(results)]
 
     def run_flat(
-        self, tensors: list[Tensor], *, contiguous: bool = False, beside: Beside = lambda _: None
+        self, tensors: list[Tensor], *, contiguous: bool = False, beside: Beside = lambda _: 0
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run on the tensors of real arguments. Returns the graph's inputs, of which the donated hold new values then
         (copies where the tensors were not contiguous, or somebody else holds their memory), and its outputs: the
         results that are not donated.
 
-        `contiguous`: the tensors are known to be; `beside`: other tensors of ours on the memory of the inputs.
+        `contiguous`: the tensors are known to be; `beside`: see `OtherHolders`.
         """
         donation = self.compiled.donation
         if self._program is None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ftrain import tree
 from ftrain.graph.collectives import groups_of
 from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.graph.torch_private import storage_id
 from ftrain.kernels.primitive import bind
 from ftrain.runtime.donation import give_away
 from ftrain.runtime.lost_rank import naming_lost_ranks
@@ -24,7 +25,7 @@ from ftrain.sharding.heartbeat import Heartbeat
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.plan import Plan
 from ftrain.sharding.private import local_of
-from ftrain.sharding.processes import open_groups, require_world
+from ftrain.sharding.processes import PIECE, open_groups, require_world
 from ftrain.sharding.spmd import coordinates
 from ftrain.step.mesh_arguments import COORDINATES, MeshArguments
 from ftrain.step.mesh_call import MeshCall
@@ -189,7 +190,7 @@ class ShardedStep:
         with naming_lost_ranks(lambda: runner.running, self._heartbeat):
             tensors, places = compiled.signature.tensors(inputs), compiled.signature.slots
             used, outputs = runner.run_flat(
-                tensors, contiguous=contiguous, beside=lambda slot: _local(leaves[places[slot]])
+                tensors, contiguous=contiguous, beside=lambda slot: _references(leaves[places[slot]], tensors[slot])
             )
         results = self._calls[runner].results(leaves, used, outputs)
         return compiled.traced.assemble(results)
@@ -240,9 +241,14 @@ class ShardedStep:
                 )
 
 
-def _local(leaf: Any) -> Tensor | None:
-    """The tensor that a DTensor holds, on the memory of its padded piece; None for another leaf."""
-    return local_of(leaf) if isinstance(leaf, DTensor) else None
+def _references(leaf: Any, piece: Tensor) -> int | None:
+    """How often a DTensor refers to the memory of its padded piece; None for one that no step has made."""
+    if not isinstance(leaf, DTensor):
+        return 0
+    if leaf.__dict__.get(PIECE) is not piece:
+        return None if storage_id(local_of(leaf)) == storage_id(piece) else 0
+    local = local_of(leaf)
+    return 0 if local is piece else 1 + int(local._base is not None)
 
 
 def _misread(path: str, cause: fx.Node) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ftrain.graph.source import user_site
-from ftrain.graph.torch_private import real_draw
+from ftrain.graph.torch_private import real_draw, real_state
 
 
 @contextmanager
@@ -46,7 +46,7 @@ class TorchDraws:
     def __init__(self) -> None:
         self._found = torch.get_rng_state()
         real_draw()  # so that seeding with the seed that is in use shows
-        self._expected = torch.get_rng_state()
+        self._expected = real_state()
 
     def look(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """ValueError, with the line, for an op that is given a generator, or draws after the step has changed the state
@@ -68,11 +68,11 @@ class TorchDraws:
                 "ftrain.normal)"
             )
         real_draw()
-        self._expected = torch.get_rng_state()
+        self._expected = real_state()
 
     def other_state(self) -> bool:
         """True if the default generator is not where the draws have brought it."""
-        return not torch.equal(torch.get_rng_state(), self._expected)
+        return real_state() != self._expected
 
     def put_back(self) -> None:
         """Give the default generator the state that it was found with."""

@@ -303,3 +303,50 @@ def test_a_lazy_module_is_written_out():
     module = tracing(lambda x: x * 2, (3,))
     assert private.written_out(module)(torch.ones(3)).tolist() == [2, 2, 2]
     assert type(module).forward.__code__.co_filename.startswith("<eval_with_key>")
+
+
+def test_references_to_memory_are_counted():
+    x = torch.zeros(3)
+    alone = private.references([torch.ones(2)])[1]
+    assert private.references([x])[1] == alone
+    assert private.storage_ids([x]) == [private.storage_id(x)]
+    view, array = x[1:], x.numpy()
+    assert private.references([x])[1].memory[0] == alone.memory[0] + 2
+    del view, array
+    storage = x.untyped_storage()
+    assert private.references([x])[1].objects == [alone.objects[0] + 1]
+    del storage
+    capsule = torch.utils.dlpack.to_dlpack(x)
+    assert private.references([x])[1].handles == [alone.handles[0] + 1]
+    del capsule
+    assert private.references([x])[1] == alone
+
+
+def test_a_weak_reference_keeps_an_identity_and_no_memory():
+    x = torch.zeros(3)
+    identity, anchor = private.storage_id(x), private.weak_reference(x)
+    assert not anchor.expired()
+    del x
+    assert anchor.expired()
+    assert all(private.storage_id(torch.zeros(3)) != identity for _ in range(20))
+
+
+def test_a_tensor_of_any_class_gets_other_memory():
+    class Refuses(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise ValueError("no")
+
+    x, y = torch.zeros(3, dtype=torch.int64), torch.ones(2)
+    x.__class__ = Refuses
+    private.set_memory(x, y)
+    x.__class__ = torch.Tensor
+    assert x.data_ptr() == y.data_ptr()
+    assert x.dtype is torch.float32
+
+
+def test_a_real_draw_moves_the_generator_within_a_trace():
+    before, graphs = torch.get_rng_state(), []
+    graphs.append(tracing(lambda x: private.real_draw() or x * 2, (3,)))
+    assert names(graphs[0]) == ["mul"]
+    assert not torch.equal(torch.get_rng_state(), before)

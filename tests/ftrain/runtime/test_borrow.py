@@ -121,8 +121,8 @@ def state_of(depth=2):
     return momentum_state(stack_params(depth, WIDTH))
 
 
-def lent(state):
-    return Loan([leaf for leaf in tree.leaves(state) if lendable(leaf)])
+def lent(state, reads=None):
+    return Loan([leaf for leaf in tree.leaves(state) if lendable(leaf)], reads)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -133,19 +133,19 @@ def test_a_donating_step_computes_at_once_and_writes_after_the_loan(warm, second
     if warm:
         state, _ = step(state, batch)
         twin, _ = step(twin, batch)
-    memory = [leaf.detach() for leaf in tree.leaves(state) if lendable(leaf)]
-    before = [leaf.clone() for leaf in memory]
+    reads = {str(i): leaf.detach() for i, leaf in enumerate(tree.leaves(state)) if lendable(leaf)}
+    before, addresses = [leaf.clone() for leaf in reads.values()], {leaf.data_ptr() for leaf in reads.values()}
 
     def unchanged():
-        assert all(map(torch.equal, memory, before))
+        assert all(map(torch.equal, reads.values(), before))
 
-    join = after(seconds, lent(state), unchanged)
+    join = after(seconds, lent(state, reads), unchanged)
     new, metrics = step(state, batch)
     join()
     expected, plain = step(twin, batch)
     assert torch.equal(metrics["loss"], plain["loss"])
     assert all(map(torch.equal, tree.leaves(new), tree.leaves(expected)))
-    assert {leaf.data_ptr() for leaf in memory} <= {leaf.data_ptr() for leaf in tree.leaves(new)}
+    assert addresses <= {leaf.data_ptr() for leaf in tree.leaves(new)}
 
 
 @pytest.mark.parametrize("donate", ["state", None])

@@ -22,6 +22,7 @@ BY_SHAPE = {
     "by shape": lambda x: torch.rand(x.shape) * x,
     "a sum": lambda x: F.dropout(x.sum(0), 0.5),
     "a copy": lambda x: F.dropout(x.clone(memory_format=torch.contiguous_format), 0.5),
+    "like rows": lambda x: torch.randn_like(x, memory_format=torch.contiguous_format) * x,
     "views": lambda x: x.view(2, 2, 5).transpose(0, 2) * 2,
 }
 
@@ -93,3 +94,40 @@ def test_only_what_random_numbers_follow_is_worked_out():
     state = {"a": torch.randn(5, 4).t(), "b": torch.randn(3)}
     found = drawn(ftrain.jit(step), state)
     torch.testing.assert_close(found, drawn(step, state))
+
+
+READS = {
+    "is_contiguous": lambda x: x * 2 if x.is_contiguous() else x * 3,
+    "stride": lambda x: x * x.stride(0),
+    "of a value": lambda x: x * 2 if (x + 1).is_contiguous() else x * 3,
+    "in a loss": lambda x: ftrain.grad(lambda w: (w * w.stride()[1]).sum())(x),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_python_reads_of_a_layout_is_right_or_refused(read):
+    step, x = ftrain.jit(read), torch.randn(5, 4, dtype=torch.float64).t()
+    words = r"test_leaf_layouts.py:\d+ .*reads how a tensor lies.*leaf 'x' with strides \(1, 4\).*leaf.contiguous\(\)"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            step(x)
+    torch.testing.assert_close(step(x.contiguous()), read(x.contiguous()), rtol=0, atol=0)
+
+
+def test_a_memory_format_is_read_too():
+    def read(x):
+        return x * 2 if x.is_contiguous(memory_format=torch.channels_last) else x * 3
+
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert torch.equal(ftrain.jit(read)(x), read(x))
+    with pytest.raises(ValueError, match=r"is_contiguous\(\) reads how a tensor lies"):
+        ftrain.jit(read)(x.to(memory_format=torch.channels_last))
+
+
+def test_an_answer_that_is_the_same_is_no_matter():
+    def read(x):
+        product = x @ x.t()
+        return product * 2 if product.is_contiguous() else product * 3
+
+    x = torch.randn(5, 4, dtype=torch.float64).t()
+    torch.testing.assert_close(ftrain.jit(read)(x), read(x), rtol=1e-12, atol=1e-12)

@@ -31,7 +31,7 @@ class Caches(nn.Module):
             self.positions = torch.arange(len(x))[:, None] / 10
             self.by_length[len(x)] = torch.ones(len(x), 1)
             self.mask = torch.zeros(len(x), 1)
-            self.later = self.inner.weight.sum()
+            self.later = torch.ones(3)
         return self.inner(x) + self.positions * self.by_length[len(x)] + self.mask
 
 
@@ -171,6 +171,107 @@ def test_a_table_that_a_module_makes_anew_is_no_state():
     assert torch.equal(module(torch.ones(3)), torch.arange(3.0))
 
 
+class Keeps(nn.Module):
+    """Keeps what a call computes, in one of the ways that modules do."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.prev, self.log, self.by_name, self.calls, self.long = how, None, [], {}, 0, list(range(100))
+
+    def count(self):
+        self.calls += 1
+
+    def forward(self, x):
+        return self.how(self, x * 2)
+
+
+def keeps_in_an_attribute(module, x):
+    out = x if module.prev is None else x + module.prev
+    module.prev = x.detach()
+    return out
+
+
+def keeps_in_a_list(module, x):
+    module.log.append(x.detach())
+    return x * len(module.log)
+
+
+def keeps_in_a_dict(module, x):
+    module.by_name["x"] = x.sum()
+    return x
+
+
+def draws_once(module, x):
+    if module.prev is None:
+        module.prev = torch.randn(3)
+    return x + module.prev
+
+
+def writes_into_what_it_makes(module, x):
+    module.prev = torch.zeros(3)
+    module.prev[0] = x[0].detach()
+    return x + module.prev
+
+
+def lengthens_a_long_list(module, x):
+    module.long.append(1)
+    return x * len(module.long)
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        (keeps_in_an_attribute, "prev"),
+        (keeps_in_a_list, "log"),
+        (keeps_in_a_dict, "by_name"),
+        (draws_once, "prev"),
+        (writes_into_what_it_makes, "prev"),
+        (lengthens_a_long_list, "long"),
+    ],
+)
+def test_a_module_that_keeps_what_a_call_computes_is_refused(how, name):
+    module = Keeps(how)
+    with pytest.raises(ValueError, match=rf"in the place of '{name}' of a Keeps, .*Take it as a part of the state"):
+        ftrain.jit(lambda x: module(x).sum())(torch.ones(3))
+    assert module.prev is None
+    assert not any(isinstance(x, torch.Tensor) for x in [*module.log, *module.by_name.values()])
+
+
+def counts_in_a_method(module, x):
+    module.count()
+    return x * module.calls
+
+
+def counts_in_a_list(module, x):
+    module.log.append(1)
+    return x * len(module.log)
+
+
+def counts_in_a_dict(module, x):
+    module.by_name["n"] = module.by_name.get("n", 0) + 1
+    return x * module.by_name["n"]
+
+
+def is_built_at_the_first_call(module, x):
+    if not module.calls:
+        module.calls = 1
+    return x
+
+
+@pytest.mark.parametrize(
+    ("how", "traces"),
+    [(counts_in_a_method, 4), (counts_in_a_list, 4), (counts_in_a_dict, 4), (is_built_at_the_first_call, 2)],
+)
+@pytest.mark.filterwarnings("ignore:.*traced again")
+def test_plain_values_that_a_step_changes_are_those_of_eager_code(how, traces):
+    ours, eager, x = Keeps(how), Keeps(how), torch.ones(3, dtype=torch.float64)
+    step = ftrain.jit(lambda x: ours(x))
+    for _ in range(4):
+        torch.testing.assert_close(step(x), eager(x), rtol=0, atol=0)
+    assert step.traces == traces
+    assert (ours.calls, ours.log, ours.by_name) == (eager.calls, eager.log, eager.by_name)
+
+
 @pytest.mark.parametrize(
     ("draw", "name"),
     [
@@ -181,6 +282,6 @@ def test_a_table_that_a_module_makes_anew_is_no_state():
 )
 def test_numbers_that_python_draws_in_a_step_are_refused(draw, name):
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match=rf"the step uses {name} while it is traced.*ftrain.uniform"):
+    with pytest.raises(ValueError, match=rf"the step uses {name}.* while it is traced.*ftrain.uniform"):
         ftrain.jit(lambda x: x * draw())(torch.ones(3))
     torch.set_rng_state(state)

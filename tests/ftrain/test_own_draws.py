@@ -1,0 +1,73 @@
+"""Random numbers of a step: torch's own are drawn at every run; another generator, or another state of it, is refused."""
+
+import pytest
+import torch
+
+import ftrain
+
+CAPTURED = torch.Generator().manual_seed(0)
+
+GIVEN = {
+    "captured": lambda x: x * torch.randn(3, generator=CAPTURED),
+    "made within": lambda x: x * torch.randn(3, generator=torch.Generator().manual_seed(0)),
+    "a permutation": lambda x: x + torch.randperm(3, generator=torch.Generator().manual_seed(0)),
+    "in place": lambda x: torch.empty(3).normal_(generator=CAPTURED) + x,
+    "bernoulli": lambda x: torch.bernoulli(x.sigmoid(), generator=CAPTURED),
+    "multinomial": lambda x: torch.multinomial(x.abs() + 1, 2, generator=CAPTURED),
+    "an initializer": lambda x: torch.nn.init.normal_(torch.empty(3), generator=CAPTURED) + x,
+    "the default one": lambda x: x * torch.rand(3, generator=torch.default_generator),
+    "in a loss": lambda x: ftrain.grad(lambda w: (w * torch.rand(3, generator=CAPTURED)).sum())(x),
+}
+
+
+@pytest.mark.parametrize("step", GIVEN.values(), ids=GIVEN)
+def test_a_generator_is_refused_with_the_line(step):
+    state, own = torch.get_rng_state(), CAPTURED.get_state()
+    with pytest.raises(ValueError, match=r"test_own_draws.py:\d+ .*draws from a torch.Generator.*ftrain.uniform"):
+        ftrain.jit(step)(torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(CAPTURED.get_state(), own)
+
+
+def forked(x):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return x * torch.rand(3)
+
+
+def forked_between(x):
+    with torch.random.fork_rng():
+        y = torch.rand(3)
+    return x * y - torch.rand(3)
+
+
+def put_back(x):
+    state = torch.get_rng_state()
+    y = torch.rand(3)
+    torch.set_rng_state(state)
+    return torch.rand(3) - y * x
+
+
+def forked_at_the_end(x):
+    with torch.random.fork_rng():
+        return x * torch.rand(3)
+
+
+@pytest.mark.parametrize("step", [forked, forked_between, put_back, forked_at_the_end])
+def test_another_state_of_the_generator_is_refused(step):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"torch.manual_seed, set_rng_state or fork_rng.*[Ss]eed outside|seed outside"):
+        ftrain.jit(step)(torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_draws_of_torch_are_those_of_eager_code_at_every_call():
+    def step(x):
+        return x * torch.randn(3, dtype=torch.float64) + torch.randperm(3)
+
+    jitted, x = ftrain.jit(step), torch.ones(3, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = [step(x) for _ in range(3)]
+    torch.manual_seed(1)
+    assert all(torch.equal(jitted(x), e) for e in expected)
