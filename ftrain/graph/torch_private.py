@@ -287,6 +287,7 @@ def storage_id(tensor: Tensor) -> int:
 
 
 _identity_of = attrgetter("_cdata")
+_handles_of: Callable[[Tensor], int] = Tensor._use_count  # type: ignore[attr-defined]
 
 
 class References(NamedTuple):
@@ -311,7 +312,7 @@ def references(tensors: Sequence[Tensor]) -> tuple[list[int], References]:
     """`storage_ids`, and the references to these tensors' memory at this moment."""
     storages = [*map(Tensor.untyped_storage, tensors)]
     ids = [*map(_identity_of, storages)]
-    memory, handles = [*map(torch._C._storage_Use_Count, ids)], [*map(Tensor._use_count, tensors)]
+    memory, handles = [*map(torch._C._storage_Use_Count, ids)], [*map(_handles_of, tensors)]
     return ids, References(memory, [*map(getrefcount, storages)], handles)
 
 

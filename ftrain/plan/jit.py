@@ -31,7 +31,10 @@ def jit(
 
     - `donate`: the name of an argument whose memory the step may write its new value into. The result, or one member of
       a tuple result, must have the argument's tree, shapes and dtypes. The old leaves are spoiled: using one again is
-      a ValueError that names it.
+      a ValueError that names it. What somebody else keeps of a leaf (a view, `detach()`, `numpy()`, a module's
+      parameter) keeps its numbers: such a leaf is copied first, with one warning that names it. Memory from outside of
+      torch (`torch.from_numpy`, a mapped file), and a leaf that is a view, are copied the first time. Not seen are bare
+      addresses, and other libraries on CUDA memory by `__cuda_array_interface__`.
     - `backend`: "aten" (the graph as Python), "inductor", "cudagraph", or "auto": aten on CPU, inductor on CUDA.
     - `remat`: what the backward computes again instead of keeping; see `Remat`. Default: nothing, or what a plan says
       that is given by name.

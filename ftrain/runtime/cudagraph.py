@@ -24,9 +24,7 @@ class Record(NamedTuple):
     results: list[Tensor]
 
 
-def cudagraph_program(
-    module: fx.GraphModule, program: Program, arguments: ArgumentMemory | None = None
-) -> Program:
+def cudagraph_program(module: fx.GraphModule, program: Program, arguments: ArgumentMemory | None = None) -> Program:
     """`program`, the code of `module`, as a CUDA graph. ValueError if the graph holds what a CUDA graph cannot.
 
     The first three calls are steps like any other, on a side stream, in which compilers and allocators settle. The

@@ -50,8 +50,8 @@ def compile_graph(
     """Make the program; `module` is the graph in the form that runs (`pipeline.EXECUTED`), and becomes its own.
 
     The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can. Its
-    first run compares real layouts with planned ones, and tells `checked` what it found. `arguments`: where a CUDA graph
-    is to keep its arguments.
+    first run compares real layouts with planned ones, and tells `checked` what it found. `arguments`: where a CUDA
+    graph is to keep its arguments.
     """
     if backend != "aten":
         _compile_runs(module)

@@ -24,8 +24,8 @@ from ftrain.runtime.borrow import Loan
 from ftrain.runtime.donation import empty_all_on
 
 Beside = Callable[[int], int | None]
-"""By the slot of an input: how many references to its memory of the trainer's own there are beside it, e.g. by a DTensor
-around a padded piece; None where it came from elsewhere, and cannot be told.
+"""By the slot of an input: how many references of the trainer's own there are to its memory beside it, e.g. by a
+DTensor around a padded piece; None where it came from elsewhere, and cannot be told.
 """
 
 
@@ -96,9 +96,7 @@ class OtherHolders:
             return False
         return not x.untyped_storage().resizable() or x._base is not None
 
-    def _held(
-        self, inputs: Sequence[Tensor], at: Sequence[int], loans: Iterable[Loan], beside: Beside
-    ) -> list[int]:
+    def _held(self, inputs: Sequence[Tensor], at: Sequence[int], loans: Iterable[Loan], beside: Beside) -> list[int]:
         tensors = [inputs[self._slots[i]] for i in at]
         with ExitStack() as stack:
             read = [storage_id(x) for loan in set(loans) for x in stack.enter_context(loan.as_it_is())]
@@ -109,7 +107,9 @@ class OtherHolders:
             by_loans[memory] += 1
         return [
             i
-            for i, x, here, alone in zip(at, tensors, zip(*found, strict=True), zip(*expected, strict=True), strict=True)
+            for i, x, here, alone in zip(
+                at, tensors, zip(*found, strict=True), zip(*expected, strict=True), strict=True
+            )
             if (here[0] - by_loans.get(storage_id(x), 0), *here[1:]) != alone
         ]
 
@@ -142,8 +142,8 @@ class OtherHolders:
         more = f" and {len(slots) - 4} more" if len(slots) > 4 else ""
         size = show_bytes(sum(inputs[slot].nbytes for slot in slots))
         warnings.warn(
-            f"something else than the state holds the memory of {names}{more} (a view, what detach() or numpy() gave, a "
-            f"parameter of a module), and {self._name} writes its new state over it: that memory is left as it is, at "
+            f"something else than the state holds the memory of {names}{more} (a view, what detach() or numpy() gave, "
+            f"a parameter of a module), and {self._name} writes its new state over it: that memory is left as it is, at "
             f"the price of a copy of {size}. Let go of it before the call, or keep a clone(); later copies are not "
             "reported",
             stacklevel=2,

@@ -134,7 +134,9 @@ class TraceCache:
             pairs = zip(names, was, around, strict=True)
             changes += [f"{name}{_from_to(a, b)}" for name, a, b in pairs if a != b]
         else:
-            changes += [f"{key} of a {type(m).__name__}: the step changes it" for m, key in self.latest.compiled.traced.changed]
+            changes += [
+                f"{key} of a {type(m).__name__}: the step changes it" for m, key in self.latest.compiled.traced.changed
+            ]
         more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
         warnings.warn(
             f"{name_of(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "

@@ -58,8 +58,8 @@ class LeafLayouts:
                     slots = [n for n in self._reads.graph.nodes if n.op == "placeholder"]
                     at = slots.index(next(n for n in (read.node, *_ancestors(read.node, found)) if n in slots))
                 raise ValueError(
-                    f"{read.what} reads how a tensor lies in memory, which follows leaf {self._paths[at]!r} with strides "
-                    f"{strides[at]}, while the step is traced for leaves that lie row by row, so that it would go "
+                    f"{read.what} reads how a tensor lies in memory, which follows leaf {self._paths[at]!r} with "
+                    f"strides {strides[at]}, while the step is traced for leaves that lie row by row, so that it would go "
                     "another way: pass leaf.contiguous()"
                 )
 

@@ -69,9 +69,8 @@ class Modules:
                 if replaced or not all(map(is_fixed, _fakes(value, 2))):
                     self.restore()
                     raise ValueError(_state(module, name, "which it reads" if replaced else "computed in this call"))
-                if name in inside and not _same_items(value, inside[name]) and not is_plain(value):
-                    if not _holds_fake(value, 2) and isinstance(value, list):
-                        raise ValueError(_state(module, name, "a list that grows", what="items"))
+                if isinstance(value, list) and name in inside and _grows_unseen(value, inside[name]):
+                    raise ValueError(_state(module, name, "a list that grows", what="items"))
 
     def changed(self) -> list[tuple[nn.Module, str]]:
         """The attributes of plain values that the step has changed: a trace with the old values is not for the new."""
@@ -79,10 +78,9 @@ class Modules:
         for module, (attributes, inside) in self._found.items():
             now = vars(module)
             for name, value in attributes.items():
-                before = inside.get(name, value)
-                if name not in _REGISTRIES and is_plain(before) and is_plain(now.get(name)):
-                    if shown(before) != shown(now[name]):
-                        found.append((module, name))
+                before, after = inside.get(name, value), now.get(name)
+                if name not in _REGISTRIES and _are_plain(before, after) and shown(before) != shown(after):
+                    found.append((module, name))
         return found
 
     def restore(self) -> None:
@@ -119,6 +117,15 @@ def _same_items(container: Any, items: Any) -> bool:
 def _refill(container: Any, items: Any) -> None:
     container.clear()
     container.extend(items) if isinstance(container, list) else container.update(items)
+
+
+def _are_plain(*values: Any) -> bool:
+    return all(map(is_plain, values))
+
+
+def _grows_unseen(value: list, before: Any) -> bool:
+    """True for a list that was changed, whose items are not compared at the next call."""
+    return not is_plain(value) and not _holds_fake(value, 2) and not _same_items(value, before)
 
 
 def _holds_fake(value: Any, depth: int) -> bool:

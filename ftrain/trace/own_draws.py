@@ -2,8 +2,8 @@
 
 Under a trace torch's own draws are nodes of the graph, which take their numbers from the default generator at each run.
 So a generator of the step's own would not be asked, and what the step does to the default one between two draws (seed
-it, or put back an earlier state, as `fork_rng` does) would be forgotten: both are refused. To see the latter, every draw
-of a trace moves the default generator of the CPU on, and the trace puts it back.
+it, or put back an earlier state, as `fork_rng` does) would be forgotten: both are refused. To see the latter, every
+draw of a trace moves the default generator of the CPU on, and the trace puts it back.
 """
 
 import random

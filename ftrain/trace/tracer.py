@@ -118,7 +118,13 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
     absent = absent_device(a.device for a in avals)
     with modules_as_found() as modules, no_draws_of_python() as draws:
         try:
-            with as_a_step(), new_fake_mode(), recording(draws) as provenance, computing_in(precision), choosing_for(absent):
+            with (
+                as_a_step(),
+                new_fake_mode(),
+                recording(draws) as provenance,
+                computing_in(precision),
+                choosing_for(absent),
+            ):
                 fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
                 with in_our_words(), NoExchange(), reads:
                     module = trace_to_graph(flat, fakes)

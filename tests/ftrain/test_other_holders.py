@@ -1,6 +1,7 @@
 """What somebody kept of a donated leaf keeps its numbers, however it was kept and at whichever call."""
 
 import gc
+import itertools
 import warnings
 
 import numpy as np
@@ -182,14 +183,16 @@ def test_what_a_recorded_program_keeps_is_no_other_holder():
 SPECS = {"w": ParamSpec((4, 3), ("embed", "mlp"), Constant(0.5))}
 
 
-
 def started(jitted):
     return jitted.init(lambda key: ftrain.init(SPECS, key), ftrain.key(0))
 
 
 def test_a_virtual_mesh_leaves_what_was_kept():
     jitted = ftrain.jit(
-        lambda state, batch: {"w": state["w"] * 0.5}, donate="state", plan=Plan(Mesh(shard=2, kind="virtual")), specs=SPECS
+        lambda state, batch: {"w": state["w"] * 0.5},
+        donate="state",
+        plan=Plan(Mesh(shard=2, kind="virtual")),
+        specs=SPECS,
     )
     state = started(jitted)
     for _ in range(3):
@@ -217,7 +220,7 @@ def on_processes(rank, found):
             wrong.append(i)
         if not torch.equal(state["w"].full_tensor(), whole * 0.5):
             wrong.append(-i)
-    found[rank] = wrong, noise, [a != b for a, b in zip(moved, moved[1:], strict=False)]
+    found[rank] = wrong, noise, [a != b for a, b in itertools.pairwise(moved)]
 
 
 def test_a_mesh_of_processes_leaves_what_was_kept_of_a_piece():

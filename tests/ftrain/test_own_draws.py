@@ -1,4 +1,4 @@
-"""Random numbers of a step: torch's own are drawn at every run; another generator, or another state of it, is refused."""
+"""Random numbers of a step: torch draws at every run; another generator, or another state of it, is refused."""
 
 import pytest
 import torch

@@ -94,9 +94,7 @@ def test_a_plan_that_does_not_fit_the_run_or_the_model_is_named(tmp_path):
         ValueError, match=r"plan.json, made for 'small', .*Plan\(components=...\): 'layers.\*.mlp' matches"
     ):
         ftrain.jit(mixture().step, plan=SavedPlan(file, "virtual"), specs=mixture().specs)(*args)
-    with pytest.raises(
-        ValueError, match=r"\(params, data\) has no argument 'batch', so every rank would compute all"
-    ):
+    with pytest.raises(ValueError, match=r"\(params, data\) has no argument 'batch', so every rank would compute all"):
         ftrain.jit(lambda params, data: params, plan=SavedPlan(file, "virtual"), specs=DENSE.specs)(*args)
     with pytest.raises(ValueError, match=r"plan=3 is not a ftrain.Plan"):
         ftrain.jit(DENSE.step, plan=3)
