@@ -143,8 +143,8 @@ class OtherHolders:
         size = show_bytes(sum(inputs[slot].nbytes for slot in slots))
         warnings.warn(
             f"something else than the state holds the memory of {names}{more} (a view, what detach() or numpy() gave, "
-            f"a parameter of a module), and {self._name} writes its new state over it: that memory is left as it is, at "
-            f"the price of a copy of {size}. Let go of it before the call, or keep a clone(); later copies are not "
+            f"a parameter of a module), and {self._name} writes its new state over it: that memory is left as it is, "
+            f"at the price of a copy of {size}. Let go of it before the call, or keep a clone(); later copies are not "
             "reported",
             stacklevel=2,
         )

@@ -59,8 +59,8 @@ class LeafLayouts:
                     at = slots.index(next(n for n in (read.node, *_ancestors(read.node, found)) if n in slots))
                 raise ValueError(
                     f"{read.what} reads how a tensor lies in memory, which follows leaf {self._paths[at]!r} with "
-                    f"strides {strides[at]}, while the step is traced for leaves that lie row by row, so that it would go "
-                    "another way: pass leaf.contiguous()"
+                    f"strides {strides[at]}, while the step is traced for leaves that lie row by row, so that it would "
+                    "go another way: pass leaf.contiguous()"
                 )
 
     def _judge(self, graph: fx.Graph, strides: tuple, *, refuse: bool = True) -> dict[fx.Node, Any]:
