@@ -67,16 +67,17 @@ class Snapshot:
         Raises:
             ValueError: a leaf was written to meanwhile, through another tensor on its memory; it is named.
         """
-        leaves = self._leaves
+        leaves, sources = self._leaves, dict(self._leaves.tensors)  # the loan may be ended by somebody else
         try:
-            copies = self._copied(leaves.tensors)
+            copies = self._copied(sources)
             for path, version in self._versions.items():
-                if version_of(leaves.tensors[path]) != version:
+                if version_of(sources[path]) != version:
                     raise ValueError(
                         f"{path!r} was written to while it was copied, through a view of it that was made before the "
                         "save: write to the leaf itself, or wait for the save first"
                     )
         finally:
+            sources.clear()
             self.loan.end()
             self._leaves = Leaves({}, {})  # the state's memory belongs to its owner again
         return Leaves(copies, leaves.scalars, leaves.layouts)

@@ -62,8 +62,8 @@ class Modules:
             before = {**attributes, **inside.get("_buffers", {})}
             now = {**vars(module), **vars(module).get("_buffers", {})}
             for name, value in now.items():
-                if name in _REGISTRIES:
-                    continue
+                if name in _REGISTRIES or (name == "_flat_weights" and isinstance(module, nn.RNNBase)):
+                    continue  # torch keeps them as the parameters are, also while functional_call swaps these
                 old = before.get(name)
                 replaced = isinstance(value, FakeTensor) and isinstance(old, Tensor) and id(old) in known
                 if replaced or not all(map(is_fixed, _fakes(value, 2))):
