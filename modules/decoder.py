@@ -1,77 +1,54 @@
 """The decoder stack of the Llama and Qwen families: embedding, layers of attention and an MLP or experts, norm, head.
 
-A layer is `x += attention(norm(x)); x += mlp(norm(x))`. Layers are a Python loop over a list: in a trace they are equal
-regions, which a pass can find. The stack takes tokens or ready embeddings, so an omni model can put images among them.
+Each layer is a `Block` (modules/block.py): the built-in one, or another that the configuration gives. Layers are a
+Python loop over a list: in a trace they are equal regions, which a pass can find. The stack takes tokens or ready
+embeddings, so an omni model can put images among them.
 
 For generation `prefill` runs whole prompts and keeps their keys and values, and `extend` runs one more token of each:
 the same layers, whose queries then read from the cache (modules/kv_cache.py).
 
-Legend: T tokens, B sequences, D model width, V vocabulary, E experts, L layers with experts, A position axes, H query
-heads, G key/value heads, K head dim, S places of a cache.
+Legend: T tokens, B sequences, D model width, V vocabulary, E experts, L layers with experts, A position axes.
 """
 
-import difflib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.chunks import PIECE
 from ftrain.kernels.documents import Segments, ids_of
 from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
 from ftrain.kernels.mean import Mean
 from ftrain.kernels.pack import following, pack_index
-from ftrain.modules import attention, embedding, kv_cache, mlp, moe, norm
-from ftrain.modules.attention import AttentionConfig, RopeTable
-from ftrain.modules.kv_cache import KvCache, LayerCache
-from ftrain.modules.mlp import MlpConfig
-from ftrain.modules.moe import MoEConfig, RouterStats
+from ftrain.modules import embedding, kv_cache, moe, norm
+from ftrain.modules.block import Context, Newest, Prompts
+from ftrain.modules.decoder_config import PRESETS, DecoderConfig, layer_block, layer_with, preset
+from ftrain.modules.kv_cache import KvCache
+from ftrain.modules.moe import RouterStats
 from ftrain.modules.spec import Normal, ParamSpec, Tree
 
+__all__ = [
+    "IGNORE",
+    "PRESETS",
+    "DecoderConfig",
+    "DecoderStats",
+    "apply",
+    "apply_layer",
+    "balance_specs",
+    "embed",
+    "extend",
+    "layer_block",
+    "layer_with",
+    "logits",
+    "loss",
+    "next_token_labels",
+    "prefill",
+    "preset",
+    "specs",
+    "update_balance",
+]
+
 IGNORE = -100
-
-Mix = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
-"""Queries, keys and values of one layer to what the queries read, `[T, H, K]`, and what is kept of the layer."""
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """A stack of `layers` layers over `vocab` tokens.
-
-    Layers have an MLP of hidden width `d_hidden`, or with `moe` experts, but for the first `dense_layers`. With
-    `tie_embeddings` the head is the token table. `init_std` is the initial deviation of the table and the head.
-    """
-
-    vocab: int
-    d_model: int
-    layers: int
-    attention: AttentionConfig
-    d_hidden: int = 0
-    moe: MoEConfig | None = None
-    dense_layers: int = 0
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name, part in (("attention", self.attention), ("moe", self.moe)):
-            if part is not None and part.d_model != self.d_model:
-                raise ValueError(f"DecoderConfig: {name}.d_model={part.d_model} differs from d_model={self.d_model}")
-        if self.d_hidden < 1 and any(not self.has_experts(i) for i in range(self.layers)):
-            raise ValueError("DecoderConfig: a layer without experts needs d_hidden, the hidden width of its MLP")
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether layer number `layer` has experts in the place of an MLP."""
-        return self.moe is not None and layer >= self.dense_layers
-
-    @property
-    def mlp(self) -> MlpConfig:
-        """The MLP of the layers without experts."""
-        return MlpConfig(self.d_model, self.d_hidden)
 
 
 class DecoderStats(NamedTuple):
@@ -88,10 +65,15 @@ def specs(cfg: DecoderConfig) -> dict[str, Any]:
 
     The last weight of each residual branch starts smaller by `1 / sqrt(2 * layers)` (Radford et al. 2019), so that the
     residual stream's variance does not grow with depth.
+
+    >>> from ftrain.modules import spec
+    >>> spec.count(specs(preset("llama-tiny")))
+    106816
     """
+    gain = (2 * cfg.layers) ** -0.5
     tree: dict[str, Any] = {
         "embedding": embedding.specs(cfg.vocab, cfg.d_model, init=Normal(cfg.init_std)),
-        "layers": [_layer_specs(cfg, i) for i in range(cfg.layers)],
+        "layers": [layer_block(cfg, i).specs(gain) for i in range(cfg.layers)],
         "norm": norm.specs(cfg.d_model),
     }
     if not cfg.tie_embeddings:
@@ -99,27 +81,13 @@ def specs(cfg: DecoderConfig) -> dict[str, Any]:
     return tree
 
 
-def _layer_specs(cfg: DecoderConfig, layer: int) -> dict[str, Any]:
-    gain = (2 * cfg.layers) ** -0.5
-    tree: dict[str, Any] = {
-        "attention_norm": norm.specs(cfg.d_model),
-        "attention": attention.specs(cfg.attention, out_gain=gain),
-        "mlp_norm": norm.specs(cfg.d_model),
-    }
-    if cfg.moe is not None and cfg.has_experts(layer):
-        tree["moe"] = moe.specs(cfg.moe, out_gain=gain)
-    else:
-        tree["mlp"] = mlp.specs(cfg.mlp, out_gain=gain)
-    return tree
-
-
 def balance_specs(cfg: DecoderConfig) -> dict[str, Any]:
-    """The state of loss-free balancing: `router_bias_LE`, one row per layer with experts; empty for other balances."""
-    if cfg.moe is None or cfg.moe.balance != "bias":
+    """The state of loss-free balancing: `router_bias_LE`, one row per router; empty for other balances."""
+    if cfg.balance != "bias":
         return {}
-    rows = sum(cfg.has_experts(i) for i in range(cfg.layers))
-    one = moe.balance_specs(cfg.moe)["router_bias_E"]
-    return {"router_bias_LE": ParamSpec((rows, *one.shape), ("layers", *one.axes), one.init)} if rows else {}
+    routers = cfg.routers
+    one = moe.balance_specs(routers[0])["router_bias_E"]
+    return {"router_bias_LE": ParamSpec((len(routers), *one.shape), ("layers", *one.axes), one.init)}
 
 
 def embed(params: dict[str, Any], tokens_T: Tensor) -> Tensor:
@@ -141,15 +109,23 @@ def apply(
 
     `positions`: `[T]`, or `[A, T]` with several position axes, starting again in each document. `segments`: `[T]`
     int64 document ids, equal ids adjacent, or `Documents`, with which a CUDA device never waits; `None` is one
-    document. `balance`: the state of `balance_specs`, given
-    exactly where the balance is "bias". `valid`: `[T]` bool, false for padding, which routers then do not count.
+    document. `balance`: the state of `balance_specs`, given exactly where the balance is "bias". `valid`: `[T]` bool,
+    false for padding, which routers then do not count. ValueError where shapes do not fit `cfg` or each other.
+
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = preset("qwen3-moe-tiny")
+    >>> params = spec.init(specs(cfg), random.key(0))
+    >>> tokens_T, positions_T, segments_T = torch.tensor([[5, 6, 7], [0, 1, 0], [0, 0, 1]])
+    >>> hidden_TD, stats = apply(params, tokens_T, positions=positions_T, segments=segments_T, cfg=cfg)
+    >>> list(hidden_TD.shape), list(stats.router.load_E.shape)
+    ([3, 64], [2, 8])
     """
     x_TD = x if x.is_floating_point() else embed(params, x)
     _check_inputs(params, x_TD, positions, segments, cfg)
-    mixes = [_within(cfg, segments)] * cfg.layers
-    x_TD, _, routers = _stack(params, x_TD, mixes, cfg=cfg, positions=positions, balance=balance, valid_T=valid)
-    stacked = RouterStats(*(torch.stack(sums) for sums in zip(*routers, strict=True))) if routers else None
-    return _last_norm(params, x_TD, cfg), DecoderStats(stacked)
+    at = Context(positions, segments_T=segments, valid_T=valid, biases_LE=_biases(balance))
+    x_TD = _stack(params, x_TD, at, cfg=cfg)
+    return _last_norm(params, x_TD, cfg), DecoderStats(_stacked(at.stats))
 
 
 def prefill(
@@ -166,16 +142,29 @@ def prefill(
 
     `length_B`: int64, how many tokens each sequence has, in the order of the pack; one may have none, which segments
     could not say. `room`: how many tokens each will be extended by at most. `positions`, `balance`: as in `apply`.
-    ValueError if there is no token at all.
+    ValueError if there is no token at all, if lengths are not the pack's, or if attention is not causal.
+
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = preset("llama-tiny")
+    >>> params = spec.init(specs(cfg), random.key(0))
+    >>> x_TD, length_B = embed(params, torch.tensor([5, 6, 7])), torch.tensor([2, 1])
+    >>> hidden_TD, cache = prefill(
+    ...     params, x_TD, positions=torch.tensor([0, 1, 0]), length_B=length_B, room=4, cfg=cfg
+    ... )
+    >>> newest_BD = embed(params, torch.tensor([8, 9]))
+    >>> hidden_BD, cache = extend(params, newest_BD, positions=length_B, cache=cache, cfg=cfg)
+    >>> cache.length_B.tolist(), cache.room
+    ([3, 2], 3)
     """
-    _check_causal(cfg)
     if not len(x_TD):
         raise ValueError(f"decoder: {len(length_B)} sequences without a token: at least one of them must have begun")
+    unpacking = kv_cache.unpacking(length_B, tokens=len(x_TD), room=room)
     segments_T = torch.repeat_interleave(length_B)
     _check_inputs(params, x_TD, positions, segments_T, cfg)
-    mixes = [_within(cfg, segments_T, keep=True)] * cfg.layers
-    x_TD, kept, _ = _stack(params, x_TD, mixes, cfg=cfg, positions=positions, balance=balance)
-    return _last_norm(params, x_TD, cfg), kv_cache.from_packed(kept, length_B, room=room)
+    at = Prompts(positions, segments_T=segments_T, biases_LE=_biases(balance), length_B=length_B, unpacking=unpacking)
+    x_TD = _stack(params, x_TD, at, cfg=cfg)
+    return _last_norm(params, x_TD, cfg), KvCache(tuple(at.entries), length_B, room)
 
 
 def extend(
@@ -189,10 +178,10 @@ def extend(
 ) -> tuple[Tensor, KvCache]:
     """Hidden states `[B, D]` of one more token per sequence, and the cache with it; the given cache is used up.
 
-    `positions`: those of the new tokens, `[B]` or `[A, B]`. ValueError where the cache has no room left, or another
-    number of sequences.
+    `positions`: those of the new tokens, `[B]` or `[A, B]`. Tokens so few that a fast kernel's call costs more than its
+    work run on reference kernels, all but experts, which in plain torch would each compute every token. ValueError
+    where the cache has no room left, another number of sequences, or is of another configuration.
     """
-    _check_causal(cfg)
     _check_inputs(params, x_BD, positions, None, cfg)
     if len(x_BD) != len(cache.length_B):
         raise ValueError(
@@ -200,104 +189,57 @@ def extend(
         )
     if cache.room < 1:
         raise ValueError(f"decoder: the cache of {len(x_BD)} sequences is full: give prefill a larger room")
-    grown = cache._replace(length_B=cache.length_B + 1, room=cache.room - 1)
-    seen_BS = kv_cache.seen(grown, window=cfg.attention.window)
-    mixes = [_from_cache(layer, cache.length_B, seen_BS) for layer in cache.layers]
-    few = x_BD.numel() <= PIECE
-    x_BD, layers, _ = _stack(params, x_BD, mixes, cfg=cfg, positions=positions, balance=balance, few=few)
-    return _last_norm(params, x_BD, cfg), grown._replace(layers=tuple(layers))
+    at = Newest(
+        positions,
+        biases_LE=_biases(balance),
+        length_B=cache.length_B,
+        room=cache.room - 1,
+        given=cache.layers,
+        few=x_BD.numel() <= PIECE,
+    )
+    x_BD = _stack(params, x_BD, at, cfg=cfg)
+    if len(at.entries) < len(cache.layers):
+        raise ValueError(
+            f"decoder: the cache holds what {len(cache.layers)} attentions and other blocks have kept, of which "
+            f"{len(at.entries)} were asked for: go on with the configuration that made it"
+        )
+    with at.cheaply():
+        hidden_BD = _last_norm(params, x_BD, cfg)
+    return hidden_BD, KvCache(tuple(at.entries), cache.length_B + 1, at.room)
 
 
-def apply_layer(
-    params: dict[str, Any],
-    x_TD: Tensor,
-    *,
-    cfg: DecoderConfig,
-    segments_T: Segments | None,
-    rope: RopeTable | None,
-    bias_E: Tensor | None = None,
-    valid_T: Tensor | None = None,
-) -> tuple[Tensor, RouterStats | None]:
-    """One layer, `[T, D]` to `[T, D]`, and its router's statistics where it has experts."""
-    mix = _within(cfg, segments_T)
-    x_TD, _, router = _layer(params, x_TD, mix, cfg=cfg, rope=rope, bias_E=bias_E, valid_T=valid_T)
-    return x_TD, router
+def apply_layer(params: dict[str, Any], x_TD: Tensor, *, layer: int, cfg: DecoderConfig, at: Context) -> Tensor:
+    """Layer number `layer` by itself, `[T, D]` to `[T, D]`; `at` says where the tokens are (`ftrain.modules.block`)."""
+    return at.run(layer_block(cfg, layer), params, x_TD)
 
 
-def _within(cfg: DecoderConfig, segments_T: Segments | None, *, keep: bool = False) -> Mix:
-    """Every token reads from its document; with `keep` its keys and values are kept."""
-
-    def mix(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Any]:
-        out_THK = attention.within_documents(q_THK, k_TGK, v_TGK, cfg.attention, segments_T)
-        return out_THK, (k_TGK, v_TGK) if keep else None
-
-    return mix
-
-
-def _from_cache(layer: LayerCache, length_B: Tensor, seen_BS: Tensor) -> Mix:
-    """One token per sequence is appended to what `length_B` tokens left, and reads what it sees; the layer is kept."""
-
-    def mix(q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor) -> tuple[Tensor, LayerCache]:
-        longer = kv_cache.append(layer, k_BGK, v_BGK, length_B)
-        return kv_cache.attend(q_BHK, longer, seen_BS), longer
-
-    return mix
+def _stack(params: dict[str, Any], x_TD: Tensor, at: Context, *, cfg: DecoderConfig) -> Tensor:
+    """All layers; what they keep and count is left in `at`."""
+    at.rope(cfg.attention)  # before the layers, of which it is no part
+    for i, layer in enumerate(params["layers"]):
+        x_TD = apply_layer(layer, x_TD, layer=i, cfg=cfg, at=at)
+    if at.biases_LE is not None and len(at.stats) != len(at.biases_LE):
+        raise ValueError(
+            f"decoder: {len(at.stats)} routers have recorded what they did, and the state of balancing has "
+            f"{len(at.biases_LE)} rows: a block that runs routers lists them in Block.routers"
+        )
+    return x_TD
 
 
-def _stack(
-    params: dict[str, Any],
-    x_TD: Tensor,
-    mixes: Sequence[Mix],
-    *,
-    cfg: DecoderConfig,
-    positions: Tensor,
-    balance: Tree,
-    valid_T: Tensor | None = None,
-    few: bool = False,
-) -> tuple[Tensor, list[Any], list[RouterStats]]:
-    """All layers, one of `mixes` each; what each of them kept; the statistics of those with experts.
+def _biases(balance: Tree) -> Tensor | None:
+    return (balance or {}).get("router_bias_LE")
 
-    `few`: the tokens are so few that a fast kernel's call costs more than its work: all but experts, which in plain
-    torch would each compute every token, runs on reference kernels.
-    """
-    biases_LE = (balance or {}).get("router_bias_LE")
-    rope = attention.rope(positions, cfg.attention)
-    kept, routers = [], list[RouterStats]()
-    for layer, mix in zip(params["layers"], mixes, strict=True):
-        bias_E = None if biases_LE is None or "moe" not in layer else biases_LE[len(routers)]
-        x_TD, keep, router = _layer(layer, x_TD, mix, cfg=cfg, rope=rope, bias_E=bias_E, valid_T=valid_T, few=few)
-        kept.append(keep)
-        if router is not None:
-            routers.append(router)
-    return x_TD, kept, routers
+
+def _stacked(stats: list[RouterStats]) -> RouterStats | None:
+    """Statistics of all routers as one, `[L, E]`; ValueError where they differ in their number of experts."""
+    experts = sorted({len(one.load_E) for one in stats})
+    if len(experts) > 1:
+        raise ValueError(f"decoder: routers of {experts} experts in one stack, whose statistics cannot be stacked")
+    return RouterStats(*(torch.stack(sums) for sums in zip(*stats, strict=True))) if stats else None
 
 
 def _last_norm(params: dict[str, Any], x_TD: Tensor, cfg: DecoderConfig) -> Tensor:
     return norm.apply(params["norm"], x_TD, eps=cfg.norm_eps)
-
-
-def _layer(
-    params: dict[str, Any],
-    x_TD: Tensor,
-    mix: Mix,
-    *,
-    cfg: DecoderConfig,
-    rope: RopeTable | None,
-    bias_E: Tensor | None,
-    valid_T: Tensor | None,
-    few: bool = False,
-) -> tuple[Tensor, Any, RouterStats | None]:
-    """The formula of a layer, whatever its queries read from; `few` as in `_stack`."""
-    with reference_kernels() if few else nullcontext():
-        normed_TD = norm.apply(params["attention_norm"], x_TD, eps=cfg.norm_eps)
-        out_THK, keep = mix(*attention.project(params["attention"], normed_TD, cfg.attention, rope))
-        x_TD = x_TD + attention.output(params["attention"], out_THK)
-        normed_TD = norm.apply(params["mlp_norm"], x_TD, eps=cfg.norm_eps)
-        if "moe" not in params:
-            return x_TD + mlp.apply(params["mlp"], normed_TD, cfg=cfg.mlp), keep, None
-    assert cfg.moe is not None
-    out_TD, router = moe.apply(params["moe"], normed_TD, cfg=cfg.moe, bias_E=bias_E, valid_T=valid_T)
-    return x_TD + out_TD, keep, router
 
 
 def logits(params: dict[str, Any], hidden_TD: Tensor, cfg: DecoderConfig) -> Tensor:
@@ -312,6 +254,16 @@ def loss(
 
     `labels_T`: the *next* token of each position (see `next_token_labels`), -100 where there is none. `weights_T`: a
     constant weight per position; the mean is then over the sum of weights.
+
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = preset("llama-tiny")
+    >>> params = spec.init(specs(cfg), random.key(0))
+    >>> tokens_T = torch.tensor([5, 6, 7])
+    >>> hidden_TD, _ = apply(params, tokens_T, positions=torch.arange(3), segments=None, cfg=cfg)
+    >>> mean = loss(params, hidden_TD, next_token_labels(tokens_T, None), cfg)
+    >>> mean.count.item(), 4.5 < mean.value().item() < 6.5  # near log(256), the loss of guessing
+    (2.0, True)
     """
     tied = cfg.tie_embeddings
     head = params["embedding"]["table_VD"] if tied else params["head"]["w_DV"]
@@ -324,7 +276,11 @@ def loss(
 
 
 def next_token_labels(tokens_T: Tensor, segments_T: Segments | None) -> Tensor:
-    """The label of each token is the token after it; -100 for the last of each document."""
+    """The label of each token, int64 `[T]`, is the token after it; -100 for the last of each document.
+
+    >>> next_token_labels(torch.tensor([7, 8, 9]), torch.tensor([0, 0, 1])).tolist()
+    [8, -100, -100]
+    """
     place_T = pack_index(tokens_T.shape[0], tokens_T.device)
     last_T = following(place_T) != place_T + 1
     if segments_T is not None:
@@ -338,11 +294,6 @@ def update_balance(balance: Tree, stats: DecoderStats, *, rate: float) -> Tree:
     if stats.router is None:
         return balance
     return {name: moe.update_bias(bias_LE, stats.router.load_E, rate=rate) for name, bias_LE in balance.items()}
-
-
-def _check_causal(cfg: DecoderConfig) -> None:
-    if not cfg.attention.causal:
-        raise ValueError("decoder: a cache needs causal attention, where a token changes nothing before it")
 
 
 def _check_inputs(
@@ -360,30 +311,3 @@ def _check_inputs(
         raise ValueError(f"decoder: segments {list(ids_of(segments).shape)} do not fit {tokens} tokens")
     if len(params["layers"]) != cfg.layers:
         raise ValueError(f"decoder: params hold {len(params['layers'])} layers, the configuration says {cfg.layers}")
-
-
-def _llama_tiny() -> DecoderConfig:
-    heads = AttentionConfig(64, heads=4, kv_heads=2, head_dim=16)
-    return DecoderConfig(vocab=256, d_model=64, layers=2, attention=heads, d_hidden=128)
-
-
-def _qwen3_moe_tiny() -> DecoderConfig:
-    heads = AttentionConfig(64, heads=4, kv_heads=2, head_dim=16, qk_norm=True)
-    return DecoderConfig(vocab=256, d_model=64, layers=2, attention=heads, moe=MoEConfig(64, 32, experts=8, top_k=2))
-
-
-def _qwen3_30b_a3b() -> DecoderConfig:
-    heads = AttentionConfig(2048, heads=32, kv_heads=4, head_dim=128, qk_norm=True, rope_base=1e6)
-    experts = MoEConfig(2048, 768, experts=128, top_k=8)
-    return DecoderConfig(vocab=151_936, d_model=2048, layers=48, attention=heads, moe=experts)
-
-
-PRESETS = {"llama-tiny": _llama_tiny, "qwen3-moe-tiny": _qwen3_moe_tiny, "30b-a3b": _qwen3_30b_a3b}
-
-
-def preset(name: str) -> DecoderConfig:
-    """A configuration by name: "llama-tiny", "qwen3-moe-tiny", or "30b-a3b" (Qwen3-30B-A3B)."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"no decoder is called {name!r}; nearest: {near!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]()

@@ -2,7 +2,8 @@
 
 Prompts are packed with their room, that is with a place for every token to come: the pack says what position each has.
 Encoders run once, the prompts' own tokens run once, and from then on each step runs one token per prompt, which reads
-the keys and values of those before it from a cache (modules/kv_cache.py).
+the keys and values of those before it from a cache (modules/kv_cache.py). The loop is that of every family
+(modules/autoregression.py), whose names can be imported from here too.
 
 Legend: T tokens of the pack, B prompts, D foundation width, N places of what is to come (codes of one target),
 V scores, A position axes.
@@ -14,54 +15,67 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ftrain.kernels import random
 from ftrain.kernels.documents import Documents, ids_of
 from ftrain.modules import decoder as foundation
 from ftrain.modules import omni
+from ftrain.modules.autoregression import Family, decoder_family, generate, generate_ids
 from ftrain.modules.kv_cache import KvCache
 from ftrain.modules.omni import OmniModel
 from ftrain.modules.packing import Document, Text, exact_budget, measure, pack
+from ftrain.modules.sampling import Sampling
 from ftrain.modules.spec import Tree
 
+__all__ = [
+    "Family",
+    "codes_family",
+    "decoder_family",
+    "generate",
+    "generate_codes",
+    "generate_ids",
+    "generate_text",
+    "text_family",
+]
 
-@torch.no_grad()
+
 def generate_text(
     params: Tree,
     prompts: Sequence[Document],
     *,
     model: OmniModel,
     max_new: int,
-    stop: int | None = None,
+    stop: int | Sequence[int] | None = None,
     key: Tensor | None = None,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     balance: Tree = None,
 ) -> list[list[int]]:
-    """Continue each prompt with at most `max_new` token ids, up to and without `stop`.
+    """Continue each prompt with at most `max_new` token ids, up to and without `stop` (one id, or several).
 
-    `temperature` 0 takes the most likely token; above, it samples with the random `key`. `balance`: the state of
-    loss-free balancing, if the foundation has one.
+    `temperature` 0 takes the most likely token; above, it samples with the random `key` (or one key for each prompt),
+    among those that `top_k` and `top_p` leave: see `generate`. `balance`: the state of loss-free balancing, if the
+    foundation has one. ValueError for a prompt without a token, and for options that make no sense.
+
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> model = OmniModel(foundation.preset("llama-tiny"))
+    >>> params = spec.init(omni.specs(model), random.key(0))
+    >>> [len(ids) for ids in generate_text(params, [[Text([5, 6])], [Text([7])]], model=model, max_new=3)]
+    [3, 3]
     """
-    _check_sampling(key, temperature)
-    empty = [i for i, prompt in enumerate(prompts) if not prompt or not measure(prompt, model=model).tokens]
-    if empty:
-        raise ValueError(f"prompt {empty[0]} is empty: the first token needs something before it")
-    now = _begin(params, prompts, [], max_new, model=model, balance=balance)
-    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=now.hidden_BD.device)
-    made: list[Tensor] = []
-    for step in range(max_new):
-        if step:
-            now = _go_on(params, foundation.embed(params["foundation"], made[-1]), now, model=model, balance=balance)
-        logits_BV = foundation.logits(params["foundation"], now.hidden_BD, model.foundation)
-        made.append(_choose(logits_BV, key, step, temperature))
-        if stop is None:
-            continue  # nothing to wait for
-        done_B |= made[-1] == stop
-        if bool(done_B.all()):
-            break
-    return [_until(ids, stop) for ids in torch.stack(made, dim=1).tolist()] if made else [[] for _ in prompts]
+    return generate(
+        params,
+        prompts,
+        family=text_family(model, balance=balance),
+        max_new=max_new,
+        stop=stop,
+        key=key,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
 
 
-@torch.no_grad()
 def generate_codes(
     params: Tree,
     prompts: Sequence[Document],
@@ -70,6 +84,8 @@ def generate_codes(
     decoder: str,
     key: Tensor | None = None,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     guidance: float = 1.0,
     unconditional: Sequence[Document] | None = None,
     balance: Tree = None,
@@ -78,32 +94,74 @@ def generate_codes(
 
     With `guidance` other than 1 the scores are `u + guidance * (c - u)`, `c` those after the prompts and `u` those
     after the `unconditional` ones (classifier-free guidance, Ho & Salimans 2022), of which there is one for each
-    prompt, which may be empty. `temperature`, `key` and `balance` as in `generate_text`.
+    prompt, which may be empty. The other options as in `generate_text`.
     """
-    _check_sampling(key, temperature)
+    places = model.decoder(decoder).codes_per_target
+    family = codes_family(model, decoder, guidance=guidance, unconditional=unconditional, balance=balance)
+    how = Sampling(temperature, top_k, top_p)
+    return generate_ids(params, prompts, family=family, max_new=places, key=key, how=how)
+
+
+def text_family(model: OmniModel, *, balance: Tree = None) -> Family:
+    """The text of an omni model, for `generate`: prompts are documents, ids those of text tokens."""
+
+    def scores(params: Tree, now: _Now) -> tuple[Tensor, _Now]:
+        return foundation.logits(params["foundation"], now.hidden_BD, model.foundation), now
+
+    def prefill(params: Tree, prompts: Sequence[Document], room: int) -> tuple[Tensor, _Now]:
+        empty = [i for i, prompt in enumerate(prompts) if not prompt or not measure(prompt, model=model).tokens]
+        if empty:
+            raise ValueError(f"prompt {empty[0]} is empty: the first token needs something before it")
+        return scores(params, _begin(params, prompts, [], room, model=model, balance=balance))
+
+    def extend(params: Tree, chosen_B: Tensor, now: _Now) -> tuple[Tensor, _Now]:
+        x_BD = foundation.embed(params["foundation"], chosen_B)
+        return scores(params, _go_on(params, x_BD, now, model=model, balance=balance))
+
+    return Family(prefill, extend)
+
+
+def codes_family(
+    model: OmniModel,
+    decoder: str,
+    *,
+    guidance: float = 1.0,
+    unconditional: Sequence[Document] | None = None,
+    balance: Tree = None,
+) -> Family:
+    """The codes of one modality of an omni model, for `generate_ids` with as many tokens as a target has codes.
+
+    `guidance`, `unconditional`: see `generate_codes`; the foundation then runs both kinds of prompts side by side.
+    """
     part = model.decoder(decoder)
-    if (guidance != 1.0) != (unconditional is not None) or len(unconditional or prompts) != len(prompts):
-        raise ValueError(
-            f"guidance={guidance} with {len(unconditional or [])} unconditional prompts for {len(prompts)} prompts: "
-            "a guidance other than 1 goes with one for each, and 1 with none"
-        )
-    both = [*prompts, *(unconditional or [])]
-    own, places = params["decoders"][decoder], part.codes_per_target
-    now = _begin(params, both, [part.begin], places, model=model, balance=balance)
-    codes_BN = torch.zeros(len(both), places, dtype=torch.int64, device=now.hidden_BD.device)
-    for step in range(places):
-        if step:
-            # what a code's row is depends on its place among the codes
-            rows_BND = part.lm_embed(own, codes_BN).unflatten(0, (len(both), places))
-            rows_BD = rows_BND[:, step - 1].to(now.hidden_BD.dtype)
-            now = _go_on(params, rows_BD, now, model=model, balance=balance)
-        logits_BV = part.lm_logits(own, now.hidden_BD)
+
+    def scores(params: Tree, now: _Now, codes_BN: Tensor, step: int) -> tuple[Tensor, Any]:
+        scores_BV = part.lm_logits(params["decoders"][decoder], now.hidden_BD)
         if unconditional is not None:
-            with_BV, without_BV = logits_BV.chunk(2)
-            logits_BV = without_BV + guidance * (with_BV - without_BV)
-        chosen_B = _choose(logits_BV, key, step, temperature)
-        codes_BN[:, step] = chosen_B.repeat(len(both) // len(prompts))
-    return codes_BN[: len(prompts)]
+            with_BV, without_BV = scores_BV.chunk(2)
+            scores_BV = without_BV + guidance * (with_BV - without_BV)
+        return scores_BV, (now, codes_BN, step)
+
+    def prefill(params: Tree, prompts: Sequence[Document], room: int) -> tuple[Tensor, Any]:
+        if (guidance != 1.0) != (unconditional is not None) or len(unconditional or prompts) != len(prompts):
+            raise ValueError(
+                f"guidance={guidance} with {len(unconditional or [])} unconditional prompts for {len(prompts)} "
+                "prompts: a guidance other than 1 goes with one for each, and 1 with none"
+            )
+        both = [*prompts, *(unconditional or [])]
+        now = _begin(params, both, [part.begin], room, model=model, balance=balance)
+        codes_BN = torch.zeros(len(both), part.codes_per_target, dtype=torch.int64, device=now.hidden_BD.device)
+        return scores(params, now, codes_BN, 0)
+
+    def extend(params: Tree, chosen_B: Tensor, state: Any) -> tuple[Tensor, Any]:
+        now, codes_BN, step = state
+        codes_BN[:, step] = chosen_B.repeat(len(codes_BN) // len(chosen_B))
+        # what a code's row is depends on its place among the codes
+        rows_BND = part.lm_embed(params["decoders"][decoder], codes_BN).unflatten(0, codes_BN.shape)
+        x_BD = rows_BND[:, step].to(now.hidden_BD.dtype)
+        return scores(params, _go_on(params, x_BD, now, model=model, balance=balance), codes_BN, step + 1)
+
+    return Family(prefill, extend)
 
 
 class _Now(NamedTuple):
@@ -178,19 +236,3 @@ def _to(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, Documents):
         return Documents(tree.ids_T.to(device), tree.offsets_N.to(device), tree.longest)
     return tree.to(device)
-
-
-def _check_sampling(key: Tensor | None, temperature: float) -> None:
-    if temperature < 0 or (temperature > 0 and key is None):
-        raise ValueError(f"temperature={temperature} must be 0, or above 0 with a random key")
-
-
-def _choose(logits_BV: Tensor, key: Tensor | None, step: int, temperature: float) -> Tensor:
-    """One index per row, `[B]`."""
-    if temperature == 0 or key is None:
-        return logits_BV.argmax(-1)
-    return random.categorical(random.fold_in(key, step), logits_BV / temperature)
-
-
-def _until(ids: list[int], stop: int | None) -> list[int]:
-    return ids[: ids.index(stop)] if stop in ids else ids

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ftrain.modules import hf_rope
 from ftrain.modules.attention import AttentionConfig
-from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.decoder_config import DecoderConfig
 from ftrain.modules.hf_fields import agreed, flag, number, require_understood, size
 from ftrain.modules.moe import MoEConfig
 
@@ -245,6 +245,11 @@ def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
 
 
 def _family_of(cfg: DecoderConfig) -> Family:
+    if cfg.pattern:
+        raise ValueError(
+            "no Hugging Face family has layers of your own (DecoderConfig.pattern): write config.json for the "
+            "configuration without them"
+        )
     for family in FAMILIES.values():
         if _has_their_math(cfg) and _is_of(cfg, family):
             return family

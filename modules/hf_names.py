@@ -7,7 +7,8 @@ alike. `ftrain.hf` streams weights by it. Legend: V vocabulary, D model width, F
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ftrain.modules.decoder import DecoderConfig
+from ftrain.modules.decoder_config import DecoderConfig, layer_block
+from ftrain.modules.spec import Tree, leaves_with_paths
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,15 @@ def decoder_names(cfg: DecoderConfig) -> Names:
     """The tensors of Llama, Mistral, Qwen2 or Qwen3 for causal language modelling with this configuration, or, with
     experts, of Qwen3-MoE or (without norms of queries and keys) Mixtral.
 
+    A layer of your own (`DecoderConfig.pattern`) has the names of those of its leaves that the usual layer has too, at
+    the same path and of the same shape; other leaves have none (see `named`).
+
     Raises `ValueError` for what those families do not have (shared experts, a router with biases).
+
+    >>> from ftrain.modules.decoder import preset
+    >>> decoder_names(preset("llama-tiny"))[1]
+    HfTensor(name='model.layers.0.self_attn.q_proj.weight', leaf='layers.0.attention.w_q_DHK', index=None, \
+transposed=True, copy=False)
     """
     if cfg.moe is not None and (cfg.moe.shared_experts or cfg.moe.balance == "bias"):
         raise ValueError(
@@ -63,7 +72,7 @@ def decoder_names(cfg: DecoderConfig) -> Names:
         )
     found = [HfTensor("model.embed_tokens.weight", "embedding.table_VD")]
     for layer in range(cfg.layers):
-        found += _layer(cfg, layer)
+        found += _layer(cfg, layer) if cfg.own(layer) is None else _of_own(cfg, layer)
     found.append(HfTensor("model.norm.weight", "norm.weight_D"))
     if cfg.tie_embeddings:
         found.append(HfTensor("lm_head.weight", "embedding.table_VD", copy=True))
@@ -74,6 +83,28 @@ def decoder_names(cfg: DecoderConfig) -> Names:
         return tuple(found)
     found.sort(key=_natural_order)
     return tuple(found) if cfg.attention.qk_norm else tuple(map(_as_mixtral, found))
+
+
+def named(tree: Tree, names: Iterable[HfTensor]) -> Tree:
+    """The part of a tree (of specs or parameters) whose leaves have names here; a layer without any is an empty dict.
+
+    To start a model with layers of your own from a folder, load what has names and put it over new parameters:
+    `spec.put(ftrain.init(specs, key), load_hf(folder, named(specs, names), names, unexpected="ignore"))`.
+
+    >>> names = [HfTensor("x.weight", "layers.1.w")]
+    >>> named({"layers": [{"w": 0}, {"w": 1, "mine": 2}], "top": 3}, names)
+    {'layers': [{}, {'w': 1}]}
+    """
+    return _part(tree, "", {name.leaf for name in names})
+
+
+def _part(tree: Tree, path: str, leaves: set[str]) -> Tree:
+    if isinstance(tree, list):
+        return [_part(child, f"{path}{i}.", leaves) for i, child in enumerate(tree)]
+    if not isinstance(tree, dict):
+        return tree
+    kept = {key: child for key, child in tree.items() if any(f"{leaf}.".startswith(f"{path}{key}.") for leaf in leaves)}
+    return {key: _part(child, f"{path}{key}.", leaves) for key, child in kept.items()}
 
 
 def under(names: Iterable[HfTensor], leaf: str, *, name: str = "") -> Names:
@@ -96,6 +127,17 @@ def _layer(cfg: DecoderConfig, layer: int) -> Iterator[HfTensor]:
             yield HfTensor(f"{there}.mlp.{name}", f"{here}.mlp.{leaf}", transposed=True)
     yield HfTensor(f"{there}.input_layernorm.weight", f"{here}.attention_norm.weight_D")
     yield HfTensor(f"{there}.post_attention_layernorm.weight", f"{here}.mlp_norm.weight_D")
+
+
+def _of_own(cfg: DecoderConfig, layer: int) -> Iterator[HfTensor]:
+    """Names of a layer of one's own: those of the usual layer whose leaf is there, and of the same shape."""
+    usual = replace(cfg, pattern=(), d_hidden=cfg.d_hidden or 1)
+    of_usual, of_own = (_shapes(layer_block(c, layer).specs(1.0), layer) for c in (usual, cfg))
+    return (name for name in _layer(usual, layer) if of_own.get(name.leaf) == of_usual[name.leaf])
+
+
+def _shapes(specs: Tree, layer: int) -> dict[str, tuple[int, ...]]:
+    return {path: spec.shape for path, spec in leaves_with_paths(specs, f"layers.{layer}")}
 
 
 def _natural_order(tensor: HfTensor) -> list[tuple[int, int, str]]:

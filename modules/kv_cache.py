@@ -10,7 +10,7 @@ dim.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,39 +25,63 @@ class LayerCache(NamedTuple):
 
 
 class KvCache(NamedTuple):
-    """Keys and values of all layers; `length_B` int64: how many places of each sequence are filled, which may be none.
+    """What a stack keeps of its sequences; `length_B` int64: how many places of each are filled, which may be none.
 
-    `room`: how many tokens can still be appended to every sequence. It is known to the host, so nothing waits for it.
+    `layers`: a `LayerCache` of each attention, or the state of a block with a memory of its own
+    (`ftrain.modules.block.Cache`), in the order in which the stack runs them. `room`: how many tokens can still be
+    appended to every sequence. It is known to the host, so nothing waits for it.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Any, ...]
     length_B: Tensor
     room: int
 
 
-def from_packed(layers: Sequence[tuple[Tensor, Tensor]], length_B: Tensor, *, room: int) -> KvCache:
-    """The cache of packed sequences, from each layer's keys and values `[T, G, K]`.
+class Unpacking(NamedTuple):
+    """Where each of T packed tokens goes: its sequence and its place in it, int64 `[T]`, of `sequences` times `places`.
+
+    Called with rows of the pack `[T, G, K]` it gives rows of sequences `[B, G, S, K]`.
+    """
+
+    sequence_T: Tensor
+    place_T: Tensor
+    sequences: int
+    places: int
+
+    def __call__(self, x_TGK: Tensor) -> Tensor:
+        """The same rows as `[B, G, S, K]`, with zeros where there is no token."""
+        # zeros and not just any memory: what is masked is multiplied by 0, and 0 * NaN is NaN
+        x_BGSK = x_TGK.new_zeros(self.sequences, x_TGK.shape[1], self.places, x_TGK.shape[2])
+        x_BGSK[self.sequence_T, :, self.place_T] = x_TGK
+        return x_BGSK
+
+
+def unpacking(length_B: Tensor, *, tokens: int, room: int) -> Unpacking:
+    """Where the tokens of packed sequences go, with `room` places behind each sequence.
 
     `length_B` int64: how many tokens each sequence has, in the order of the pack; 0 for one that has yet to begin.
-    `room`: how many tokens each will get at most. ValueError if it is negative or the lengths are not the pack's.
+    ValueError if `room` is negative or the lengths do not sum to `tokens`.
+
+    >>> unpacking(torch.tensor([2, 0, 1]), tokens=3, room=4).place_T.tolist()
+    [0, 1, 0]
     """
-    tokens, total = layers[0][0].shape[0], int(length_B.sum())
+    total = int(length_B.sum())
     if room < 0 or tokens != total:
         raise ValueError(
             f"kv_cache: {tokens} packed tokens, lengths that sum to {total}, room={room}: "
             "lengths must sum to the tokens, and room must be at least 0"
         )
-    places = int(length_B.max()) + room
     begin_B = length_B.cumsum(0) - length_B
     sequence_T = torch.repeat_interleave(length_B, output_size=tokens)
     place_T = torch.arange(tokens, device=length_B.device) - begin_B[sequence_T]
+    return Unpacking(sequence_T, place_T, len(length_B), int(length_B.max()) + room)
 
-    def unpack(x_TGK: Tensor) -> Tensor:
-        # zeros and not just any memory: what is masked is multiplied by 0, and 0 * NaN is NaN
-        x_BGSK = x_TGK.new_zeros(len(length_B), x_TGK.shape[1], places, x_TGK.shape[2])
-        x_BGSK[sequence_T, :, place_T] = x_TGK
-        return x_BGSK
 
+def from_packed(layers: Sequence[tuple[Tensor, Tensor]], length_B: Tensor, *, room: int) -> KvCache:
+    """The cache of packed sequences, from each layer's keys and values `[T, G, K]`; `length_B`, `room`, errors: as in
+    `unpacking`.
+    """
+    unpack = unpacking(length_B, tokens=layers[0][0].shape[0], room=room)
     return KvCache(tuple(LayerCache(unpack(k), unpack(v)) for k, v in layers), length_B, room)
 
 
@@ -80,14 +104,15 @@ def seen(cache: KvCache, *, window: int | None) -> Tensor:
     return seen_BS if window is None else seen_BS & (place_S >= length_B1 - window)
 
 
-def attend(q_BHK: Tensor, layer: LayerCache, seen_BS: Tensor) -> Tensor:
+def attend(q_BHK: Tensor, layer: LayerCache, seen_BS: Tensor, *, scale: float | None = None) -> Tensor:
     """What one query per sequence reads from the places that it sees (at least one), `[B, H, K]`.
 
-    Query head h reads key head `h // R`. The softmax is in float32, or float64 for float64.
+    Query head h reads key head `h // R`. `scale` of the scores: `K ** -0.5` if None. The softmax is in float32, or
+    float64 for float64.
     """
     k_BGSK, v_BGSK = (x_BGSK[:, :, : seen_BS.shape[1]] for x_BGSK in layer)
     # The R query heads of a key head stand where queries of one head would: no key is copied.
     out_BGRK = F.scaled_dot_product_attention(
-        q_BHK.unflatten(1, (k_BGSK.shape[1], -1)), k_BGSK, v_BGSK, attn_mask=seen_BS[:, None, None]
+        q_BHK.unflatten(1, (k_BGSK.shape[1], -1)), k_BGSK, v_BGSK, attn_mask=seen_BS[:, None, None], scale=scale
     )
     return out_BGRK.flatten(1, 2)

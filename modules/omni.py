@@ -176,7 +176,7 @@ def loss_terms(
         labels_n = torch.where(place_n < nowhere, codes_n, foundation.IGNORE)
         hidden_nD = take_rows(hidden_TD, torch.where(place_n < nowhere, place_n - 1, nowhere))
         terms[name] = model.decoder(name).lm_head(params["decoders"][name], hidden_nD, labels_n)
-    if stats.router is not None and model.foundation.moe is not None and model.foundation.moe.balance == "aux":
+    if stats.router is not None and model.foundation.balance == "aux":
         terms["balance"] = moe.aux_loss(stats.router)
     return terms, stats
 

@@ -172,6 +172,30 @@ def of(params: Tree) -> Tree:
     return map_with_paths(lambda _, p: ParamSpec(tuple(p.shape), ("any",) * p.dim(), zeros(), p.dtype), params)
 
 
+def put(tree: Tree, part: Tree) -> Tree:
+    """The tree with the leaves of `part`, which has some of the keys, in the place of its own; nothing is copied.
+
+    ValueError where `part` has what the tree lacks.
+
+    >>> put({"a": 1, "layers": [{"w": 2}, {"w": 3}]}, {"layers": [{}, {"w": 9}]})
+    {'a': 1, 'layers': [{'w': 2}, {'w': 9}]}
+    """
+    return _put(tree, part, "")
+
+
+def _put(tree: Tree, part: Tree, path: str) -> Tree:
+    if isinstance(part, list) and isinstance(tree, list) and len(part) == len(tree):
+        return [_put(*both, _join(path, str(i))) for i, both in enumerate(zip(tree, part, strict=True))]
+    if isinstance(part, dict) and isinstance(tree, dict):
+        strange = [key for key in part if key not in tree]
+        if strange:
+            raise ValueError(f"{_join(path, strange[0])!r} is not in the tree that it is put into")
+        return {k: _put(child, part[k], _join(path, k)) if k in part else child for k, child in tree.items()}
+    if isinstance(part, dict | list) or isinstance(tree, dict | list):
+        raise ValueError(f"{path or 'the tree'}: the two trees differ in kind or length here")
+    return part
+
+
 def count(specs: Tree) -> int:
     """How many numbers the parameters hold together."""
     return sum(spec.elements for _, spec in leaves_with_paths(specs))

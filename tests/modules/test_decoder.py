@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ftrain.kernels import random
 from ftrain.modules import decoder, moe, spec
+from ftrain.modules.block import Context
 
 DENSE, SPARSE = decoder.preset("llama-tiny"), decoder.preset("qwen3-moe-tiny")
 SEGMENTS = torch.tensor([0] * 9 + [1] * 6 + [2] * 5)
@@ -187,10 +188,9 @@ def test_the_residual_stream_does_not_grow_with_depth():
         cfg = dataclasses.replace(DENSE, layers=layers, init_std=1.0)
         params = params_of(cfg)
         x = decoder.embed(params, TOKENS)
-        tables = decoder.attention.rope(POSITIONS, cfg.attention)
-        start = x
-        for layer in params["layers"]:
-            x, _ = decoder.apply_layer(layer, x, cfg=cfg, segments_T=SEGMENTS, rope=tables)
+        at, start = Context(POSITIONS, segments_T=SEGMENTS), x
+        for i, layer in enumerate(params["layers"]):
+            x = decoder.apply_layer(layer, x, layer=i, cfg=cfg, at=at)
         return (x - start).square().mean().item()
 
     assert spread(16) < 2 * spread(2)

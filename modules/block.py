@@ -1,0 +1,251 @@
+"""The seam of a decoder: a block is a pair of functions, and `Context` is what its layer knows of the tokens.
+
+An MLP, a mixture of experts, an attention and a whole layer are all `Block`s, the built-in ones (modules/layers.py)
+like those of a user. A block is written once: `Context.attend` reads keys and values within documents during training
+and prefill, and from the cache while a token at a time is added. A block whose memory is not keys and values (a
+recurrent state, say) says with a `Cache` what it keeps of a sequence and how one token changes that.
+
+Legend: T tokens of a pack, B sequences, D model width, L layers with routers, E experts, H query heads, G key/value
+heads, K head dim, V head dim of values, S places of a cache.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ftrain.kernels.attention import attention
+from ftrain.kernels.backend import reference_kernels
+from ftrain.kernels.documents import Segments
+from ftrain.modules import attention as attention_module
+from ftrain.modules import kv_cache
+from ftrain.modules.attention import AttentionConfig, RopeTable
+from ftrain.modules.kv_cache import KvCache, LayerCache, Unpacking
+from ftrain.modules.moe import MoEConfig, RouterStats
+from ftrain.modules.spec import Tree
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a block with a memory of its own keeps of each sequence, for `Block.cache`.
+
+    - `prefill(params, x_TD, at) -> (y_TD, state)`: as the block's `apply` on packed prompts, and what is kept of them,
+      any nesting of tensors with the B sequences first. `at` is a `Prompts`; `at.length_B` tells the prompts' lengths,
+      of which some may be 0.
+    - `extend(params, x_BD, state, at) -> (y_BD, state)`: one more token of each sequence. `at` is a `Newest`.
+
+    The given state is used up: `extend` may write into its memory.
+    """
+
+    prefill: Callable[[Any, Tensor, "Prompts"], tuple[Tensor, Any]]
+    extend: Callable[[Any, Tensor, Any, "Newest"], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a decoder from rows to rows: an MLP, experts, an attention, or a whole layer.
+
+    - `specs(out_gain)`: its tree of `ParamSpec`s. `out_gain` is what the initial deviation of the last weight of a
+      residual branch is to be multiplied by, `1 / sqrt(2 * layers)` in a decoder (Radford et al. 2019).
+    - `apply(params, x_TD, at)`: `[T, D]` to `[T, D]` in the same dtype. An MLP or an attention gets normed rows and
+      returns what is added to the residual stream; a layer gets the stream and returns the new one.
+    - `cache`: how it goes on token by token, where that is not by keys and values that `at.attend` reads.
+    - `routers`: those of ours that `apply` runs (`ftrain.modules.layers.moe_block`), in their order; a block that
+      contains others lists theirs.
+
+    >>> from ftrain.modules.spec import ParamSpec, fan_in
+    >>> square = Block(
+    ...     specs=lambda out_gain: {"w": ParamSpec((4, 4), ("embed", "mlp"), fan_in(4, gain=out_gain))},
+    ...     apply=lambda params, x_TD, at: (x_TD @ params["w"]).square(),
+    ... )
+    >>> square.specs(0.5)["w"].init.std
+    0.25
+    """
+
+    specs: Callable[[float], Tree]
+    apply: Callable[[Any, Tensor, "Context"], Tensor]
+    cache: Cache | None = None
+    routers: tuple[MoEConfig, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What blocks know of the tokens of one pass besides their rows. One object serves all layers, in their order.
+
+    - `positions`: int64 `[T]`, or `[A, T]` with several position axes, starting again in each document.
+    - `segments_T`: ids or `Documents` of the tokens (see `ftrain.kernels.documents`); None is one document.
+    - `valid_T`: bool `[T]`, False for padding; None where all tokens count.
+    - `biases_LE`: the state of loss-free balancing, a row for each router.
+    - `stats`: what routers have recorded so far, in the order of the layers.
+    """
+
+    positions: Tensor
+    segments_T: Segments | None = None
+    valid_T: Tensor | None = None
+    biases_LE: Tensor | None = None
+    stats: list[RouterStats] = field(default_factory=list)
+    _ropes: dict[AttentionConfig, RopeTable | None] = field(default_factory=dict)
+
+    def run(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
+        """The rows that a block makes of rows, with its cache where there is one.
+
+        A block that contains others runs them by this. ValueError where the result has another shape or dtype.
+        """
+        return _checked(block, block.apply(params, x_TD, self), x_TD)
+
+    def attend(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGV: Tensor,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """What each query reads from its document, `[T, H, V]`, as `ftrain.kernels.attention` (its options are these).
+
+        During generation keys and values are kept, and then read from the cache. It may be called several times in a
+        block. ValueError during generation where it is not causal.
+        """
+        return attention(q_THK, k_TGK, v_TGV, segments_T=self.segments_T, causal=causal, window=window, scale=scale)
+
+    def rope(self, cfg: AttentionConfig) -> RopeTable | None:
+        """Cosines and sines of the positions as `cfg` says, made once for all layers; None without rotation."""
+        if cfg not in self._ropes:
+            self._ropes[cfg] = attention_module.rope(self.positions, cfg)
+        return self._ropes[cfg]
+
+    def bias_E(self) -> Tensor | None:
+        """The balancing biases of the next router, `[E]`; None without the state.
+
+        ValueError if there are more routers than the blocks list.
+        """
+        if self.biases_LE is None:
+            return None
+        if len(self.stats) >= len(self.biases_LE):
+            raise ValueError(
+                f"decoder: there are more routers than the {len(self.biases_LE)} rows of the state of balancing: a "
+                "block that runs routers lists them in Block.routers"
+            )
+        return self.biases_LE[len(self.stats)]
+
+    def record(self, stats: RouterStats) -> None:
+        """Leave what a router did for the caller of the stack; each router does so once."""
+        self.stats.append(stats)
+
+    def cheaply(self) -> AbstractContextManager[None]:
+        """Around anything but experts: reference kernels where tokens are so few that a kernel's call costs most."""
+        return nullcontext()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prompts(Context):
+    """`Context` of packed prompts whose keys, values and states are kept, with memory for `room` more tokens of each.
+
+    `length_B`: int64, tokens of each sequence, in the order of the pack; `unpacking`: where they go.
+    """
+
+    length_B: Tensor
+    unpacking: Unpacking
+    entries: list[Any] = field(default_factory=list)
+
+    def run(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
+        if block.cache is None:
+            return super().run(block, params, x_TD)
+        place = len(self.entries)
+        self.entries.append(None)  # what the block itself keeps comes before what is kept within it
+        y_TD, self.entries[place] = block.cache.prefill(params, x_TD, self)
+        return _checked(block, y_TD, x_TD)
+
+    def attend(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGV: Tensor,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        _require_causal(causal)
+        self.entries.append(LayerCache(self.unpack(k_TGK), self.unpack(v_TGV)))
+        return super().attend(q_THK, k_TGK, v_TGV, window=window, scale=scale)
+
+    def unpack(self, x_TGK: Tensor) -> Tensor:
+        """Rows of the pack as rows of sequences, `[B, G, S, K]`, with zeros behind each sequence's end."""
+        return self.unpacking(x_TGK)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Newest(Context):
+    """`Context` of one more token of each sequence: T is B.
+
+    `length_B`: tokens of each sequence before the new one; `room`: how many can follow it. `given`: what the pass
+    before kept, `entries`: what this one has kept so far. `few`: as in `cheaply`.
+    """
+
+    length_B: Tensor
+    room: int
+    given: tuple[Any, ...]
+    few: bool = False
+    entries: list[Any] = field(default_factory=list)
+    _seen: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def run(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
+        with nullcontext() if block.routers else self.cheaply():
+            if block.cache is None:
+                return super().run(block, params, x_TD)
+            place, state = self._next()
+            y_BD, self.entries[place] = block.cache.extend(params, x_TD, state, self)
+            return _checked(block, y_BD, x_TD)
+
+    def attend(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGV: Tensor,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        _require_causal(causal)
+        place, layer = self._next()
+        layer = self.entries[place] = kv_cache.append(layer, k_TGK, v_TGV, self.length_B)
+        return kv_cache.attend(q_THK, layer, self.seen(layer, window=window), scale=scale)
+
+    def seen(self, layer: LayerCache, *, window: int | None = None) -> Tensor:
+        """Which places of a cache the new tokens see, bool `[B, S]`, their own included (see `kv_cache.seen`)."""
+        if window not in self._seen:
+            grown = KvCache((layer,), self.length_B + 1, self.room)
+            self._seen[window] = kv_cache.seen(grown, window=window)
+        return self._seen[window]
+
+    def cheaply(self) -> AbstractContextManager[None]:
+        return reference_kernels() if self.few else nullcontext()
+
+    def _next(self) -> tuple[int, Any]:
+        place = len(self.entries)
+        if place >= len(self.given):
+            raise ValueError(
+                f"the cache holds what {len(self.given)} attentions and other blocks have kept, and there are more: go "
+                "on with the configuration that made it"
+            )
+        self.entries.append(None)
+        return place, self.given[place]
+
+
+def _require_causal(causal: bool) -> None:
+    if not causal:
+        raise ValueError("decoder: a cache needs causal attention, where a token changes nothing before it")
+
+
+def _checked(block: Block, y_TD: Any, x_TD: Tensor) -> Tensor:
+    if not isinstance(y_TD, Tensor) or y_TD.shape != x_TD.shape or y_TD.dtype != x_TD.dtype:
+        found = f"{y_TD.dtype} {list(y_TD.shape)}" if isinstance(y_TD, Tensor) else f"a {type(y_TD).__name__}"
+        name = getattr(block.apply, "__qualname__", repr(block.apply))
+        raise ValueError(f"block {name} makes {found} of {x_TD.dtype} {list(x_TD.shape)}: return rows like those given")
+    return y_TD
