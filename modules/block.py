@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ftrain.kernels.attention import attention
 from ftrain.kernels.backend import reference_kernels
-from ftrain.kernels.documents import Segments
+from ftrain.kernels.documents import Segments, ids_of
+from ftrain.kernels.pack import pack_index, pack_tokens, take_rows
 from ftrain.modules import attention as attention_module
 from ftrain.modules import kv_cache
 from ftrain.modules.attention import AttentionConfig, RopeTable
@@ -50,8 +52,10 @@ class Block:
     - `specs(out_gain)`: its tree of `ParamSpec`s. `out_gain` is what the initial deviation of the last weight of a
       residual branch is to be multiplied by, `1 / sqrt(2 * layers)` in a decoder (Radford et al. 2019).
     - `apply(params, x_TD, at)`: `[T, D]` to `[T, D]` in the same dtype. An MLP or an attention gets normed rows and
-      returns what is added to the residual stream; a layer gets the stream and returns the new one.
-    - `cache`: how it goes on token by token, where that is not by keys and values that `at.attend` reads.
+      returns what is added to the residual stream; a layer gets the stream and returns the new one. Other tokens are
+      read by `at.attend` alone, unless the block has a `cache`.
+    - `cache`: how it goes on token by token, for a block that reads other tokens by itself. Where ranks share a
+      sequence, each runs such a block on the whole pack, and keeps its own rows.
     - `routers`: those of ours that `apply` runs (`ftrain.modules.layers.moe_block`), in their order; a block that
       contains others lists theirs.
 
@@ -87,13 +91,36 @@ class Context:
     biases_LE: Tensor | None = None
     stats: list[RouterStats] = field(default_factory=list)
     _ropes: dict[AttentionConfig, RopeTable | None] = field(default_factory=dict)
+    _whole_packs: list["_WholePack"] = field(default_factory=list)
 
     def run(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
         """The rows that a block makes of rows, with its cache where there is one.
 
         A block that contains others runs them by this. ValueError where the result has another shape or dtype.
         """
+        if block.cache is not None and pack_tokens(len(x_TD)) != len(x_TD):
+            return _checked(block, self._on_the_pack(block, params, x_TD), x_TD)
         return _checked(block, block.apply(params, x_TD, self), x_TD)
+
+    def _on_the_pack(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
+        """Where ranks share a pack, a block that reads other tokens by itself gets all of them, on every rank."""
+        place_P = torch.arange(pack_tokens(len(x_TD)), device=x_TD.device)
+        at = self._whole_packs[0] if self._whole_packs else self._whole_pack(place_P)
+        return block.apply(params, take_rows(x_TD, place_P), at).index_select(0, pack_index(len(x_TD), x_TD.device))
+
+    def _whole_pack(self, place_P: Tensor) -> "_WholePack":
+        """What is known of the tokens of all ranks, gathered once for all layers."""
+        tokens = self.positions.shape[-1]
+
+        def gathered(x: Tensor | None) -> Tensor | None:
+            return None if x is None else take_rows(x.long().reshape(-1, tokens).mT, place_P).mT.squeeze(0)
+
+        positions, segments_P = gathered(self.positions), gathered(_ids(self.segments_T))
+        valid_P = gathered(self.valid_T)
+        assert positions is not None
+        whole = _WholePack(positions, segments_T=segments_P, valid_T=None if valid_P is None else valid_P.bool())
+        self._whole_packs.append(whole)
+        return whole
 
     def attend(
         self,
@@ -139,6 +166,19 @@ class Context:
     def cheaply(self) -> AbstractContextManager[None]:
         """Around anything but experts: reference kernels where tokens are so few that a kernel's call costs most."""
         return nullcontext()
+
+
+class _WholePack(Context):
+    """`Context` of a block that is given the tokens of other ranks too."""
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, **_: Any) -> Tensor:
+        raise ValueError(
+            "a block with a cache of its own calls at.attend where ranks share a sequence: put what it attends with "
+            "into a block without one, and run both by at.run"
+        )
+
+    def record(self, stats: RouterStats) -> None:
+        raise ValueError("a block with a cache of its own has a router, where ranks share a sequence: run it beside")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -236,6 +276,10 @@ class Newest(Context):
             )
         self.entries.append(None)
         return place, self.given[place]
+
+
+def _ids(segments_T: Segments | None) -> Tensor | None:
+    return None if segments_T is None else ids_of(segments_T)
 
 
 def _require_causal(causal: bool) -> None:

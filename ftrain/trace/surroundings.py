@@ -72,6 +72,9 @@ class Surroundings:
             self._function(value)
         elif isinstance(value, nn.Module):
             self._module(value)
+        elif type(value) in (list, tuple) and len(value) <= _MOST:  # of functions, such as a decoder's blocks
+            for inner in value:
+                self._look_at(inner, name)
         elif _root(type(value)) == "ftrain":  # what the trainer makes of a function, such as `accumulate`
             for key, inner in getattr(value, "__dict__", {}).items():
                 self._look_at(inner, key)

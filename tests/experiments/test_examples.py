@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.examples import mlp, module_on_mesh, text
+from experiments.examples import mlp, module_on_mesh, own_block, text
 
 
 @pytest.mark.slow
@@ -23,6 +23,12 @@ def test_a_model_of_a_text_of_ones_own_goes_on_where_it_stopped(tmp_path, capsys
     said = capsys.readouterr().out
     assert "step 60" in said
     assert "step 40" not in said
+
+
+def test_blocks_of_ones_own_learn_and_write():
+    loss, written = own_block.main(own_block.Options(steps=30))
+    assert loss < 1.0
+    assert written.startswith("sat on the")
 
 
 def test_a_module_on_a_mesh_is_that_of_one_device():

@@ -16,13 +16,11 @@ from ftrain.hf.load import load_hf
 from ftrain.hf.save import save_hf
 from ftrain.kernels import random
 from ftrain.modules import decoder, spec
+from ftrain.modules.block import Block, Cache, Context
 from ftrain.modules.decoder import DecoderConfig
 from ftrain.modules.hf_config import hf_config
 from ftrain.modules.hf_names import decoder_names, named
 from ftrain.sharding import Layout, Mesh, Ring, Ulysses
-
-WITH_SEQUENCES = ["mlp", "attention", "layer", "experts"]
-"""Those whose attention is by the primitive."""
 
 
 def model(name: str) -> Model:
@@ -30,7 +28,7 @@ def model(name: str) -> Model:
     return language_model(dataclasses.replace(cfg, layers=max(2, len(cfg.pattern))))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["mlp", "memory", "mixed", "experts beside"])
 def test_recompute_by_layer_changes_no_bit(name: str) -> None:
     made = model(name)
     batch, params = made.batch(1), made.params(torch.float32)
@@ -40,7 +38,7 @@ def test_recompute_by_layer_changes_no_bit(name: str) -> None:
     assert again.lower(params, batch).memory().peak < plain.lower(params, batch).memory().peak
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["mixed", "experts beside"])
 def test_parameters_divided_over_two_ranks(name: str) -> None:
     made = model(name)
     loss, gradients = compare(made, plan_for(made, Mesh(shard=2, kind="virtual")), dtype=torch.float64)
@@ -48,8 +46,9 @@ def test_parameters_divided_over_two_ranks(name: str) -> None:
     assert gradients < 1e-10
 
 
-@pytest.mark.parametrize("how", [Ulysses(), Ring()], ids=str)
-@pytest.mark.parametrize("name", WITH_SEQUENCES)
+@pytest.mark.parametrize(
+    ("name", "how"), [(name, how) for i, name in enumerate(CONFIGS) for how in (Ulysses(), Ring())[i % 2 :]], ids=str
+)
 def test_sequences_divided_too(name: str, how: Ulysses | Ring) -> None:
     made, mesh = model(name), Mesh(shard=2, sequence=2, kind="virtual")
     loss, gradients = compare(made, plan_for(made, mesh, Layout(sequence=how)), dtype=torch.float64)
@@ -67,22 +66,36 @@ def test_experts_divided_over_two_ranks(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixed", "experts beside"])
 def test_a_second_call_does_not_trace(name: str) -> None:
-    cfg, traces = CONFIGS[name], []
-    tx = optim.adamw(1e-3)
+    made, tx = language_model(CONFIGS[name]), optim.adamw(1e-3)
 
     def train_step(state: TrainState, batch: dict) -> tuple:
-        traces.append(1)
-        (loss, _), grads = ftrain.value_and_grad(language_model(cfg).loss, has_aux=True)(state.params, batch)
+        (loss, _), grads = ftrain.value_and_grad(made.loss, has_aux=True)(state.params, batch)
         return state.apply(tx, grads), {"loss": loss}
 
     step = ftrain.jit(train_step, donate="state")
-    state = TrainState.create(language_model(cfg).params(torch.float32), tx)
+    state = TrainState.create(made.params(torch.float32), tx)
     losses = []
     for _ in range(4):
-        state, metrics = step(state, language_model(cfg).batch(1))
+        state, metrics = step(state, made.batch(1))
         losses.append(float(metrics["loss"]))
-    assert len(traces) == 1
+    assert step.traces == 1
     assert losses[-1] < losses[0]
+
+
+STRENGTH = 1.0
+
+
+def test_a_number_that_a_block_reads_is_part_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled = Block(lambda gain: {}, lambda params, x_TD, at: STRENGTH * x_TD)
+    made = language_model(dataclasses.replace(BASE, layers=2, pattern=(decoder.layer_with(BASE, mlp=scaled),)))
+    params, batch = made.params(torch.float64), made.batch(1)
+    step = ftrain.jit(lambda p, b: made.loss(p, b)[0].value())
+    step(params, batch)
+    monkeypatch.setitem(globals(), "STRENGTH", 2.0)
+    with pytest.warns(UserWarning, match="traced again.*STRENGTH"):
+        found = step(params, batch)
+    torch.testing.assert_close(found, made.loss(params, batch)[0].value())
+    assert step.traces == 2
 
 
 def test_what_stays_goes_to_a_folder_and_back(tmp_path) -> None:
@@ -106,6 +119,17 @@ def test_what_stays_goes_to_a_folder_and_back(tmp_path) -> None:
         assert torch.equal(a, b), path
     with pytest.raises(ValueError, match=r"'layers.1.mlp.w_in_DF' has no name"):
         save_hf(params, tmp_path / "all", hf_config(BASE), names)
+
+
+def test_a_block_with_a_cache_attends_in_another_block_where_ranks_share_a_sequence() -> None:
+    def apply(params: dict, x_TD: torch.Tensor, at: Context) -> torch.Tensor:
+        return at.attend(x_TD[:, None], x_TD[:, None], x_TD[:, None]).flatten(1)
+
+    remembers = Cache(lambda params, x_TD, at: (x_TD, None), lambda params, x_BD, state, at: (x_BD, None))
+    own = Block(lambda gain: {}, apply, remembers)
+    made = language_model(dataclasses.replace(BASE, layers=2, pattern=(decoder.layer_with(BASE, attention=own),)))
+    with pytest.raises(ValueError, match=r"calls at\.attend where ranks share a sequence"):
+        compare(made, plan_for(made, Mesh(sequence=2, kind="virtual")), dtype=torch.float64)
 
 
 def test_a_stack_can_be_deeper_or_shorter() -> None:
