@@ -1,23 +1,38 @@
 """Blocks of one's own in a decoder: what they compute, that generation goes on from them, and what is refused.
 
-tests/ftrain/test_own_blocks_in_steps.py has them in compiled steps and on meshes.
+tests/ftrain/step/test_own_blocks_in_steps.py has them in compiled steps and on meshes.
 """
 
 import dataclasses
 
 import pytest
 import torch
-from own_blocks import BASE, CONFIGS, EXPERTS, HEADS, KINDS, D, bilinear, differential, parallel, reference, retention
 
 from ftrain.kernels import random
 from ftrain.kernels.moe import experts_swiglu
-from ftrain.modules import decoder, moe, spec
+from ftrain.modules import decoder, moe, omni, spec
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.block import Block, Context
-from ftrain.modules.generation import decoder_family, generate
+from ftrain.modules.generation import decoder_family, generate, generate_codes, generate_text
 from ftrain.modules.hf_config import decoder_config, hf_config
 from ftrain.modules.hf_names import decoder_names, named
 from ftrain.modules.layers import attention_block, moe_block
+from ftrain.modules.packing import Text, exact_budget, pack
+from tests.helpers import whole_pack
+from tests.helpers.own_blocks import (
+    BASE,
+    CONFIGS,
+    EXPERTS,
+    HEADS,
+    KINDS,
+    D,
+    bilinear,
+    differential,
+    parallel,
+    reference,
+    retention,
+)
+from tests.helpers.tiny_omni import MODEL, documents, image
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 LENGTHS = [7, 1, 5]
@@ -110,6 +125,28 @@ def test_what_is_generated_is_most_likely_under_teacher_forcing(name: str) -> No
         whole = torch.tensor([*prompt, *made])
         scores = decoder.logits(params, _alone(cfg, params, decoder.embed(params, whole)), cfg)
         assert scores.argmax(-1)[len(prompt) - 1 : -1].tolist() == made
+
+
+def test_an_omni_model_has_them_in_its_foundation() -> None:
+    """Losses with every modality, and text and codes as running the whole pack again for each gives them."""
+    usual = MODEL.foundation
+    widths = dataclasses.replace(usual.attention, rope_sections=None, rope_interleaved=False, rope_base=None)
+    layer = decoder.layer_with(usual, attention=attention_block(widths))
+    model = dataclasses.replace(MODEL, foundation=dataclasses.replace(usual, pattern=(None, layer)))
+    params = spec.init(omni.specs(model), random.key(0))
+    params["foundation"]["head"]["w_DV"] *= 20
+    params["decoders"]["draw"]["head_DC"] *= 20
+    prompts = [[Text([1, 2, 3])], [image(0), Text([4])]]
+    assert generate_text(params, prompts, model=model, max_new=4) == whole_pack.text(
+        params, prompts, model=model, max_new=4
+    )
+    options = {"model": model, "decoder": "draw"}
+    assert torch.equal(generate_codes(params, prompts, **options), whole_pack.codes(params, prompts, **options))
+    given = documents()
+    batch = pack(given, budget=exact_budget(given, model=model), model=model).batch
+    terms, stats = omni.loss_terms(params, batch, model=model)
+    assert {"text", "draw", "balance"} <= set(terms)
+    assert stats.router.load_E.shape[0] == usual.layers
 
 
 def test_layers_that_stay_have_their_names_there() -> None:

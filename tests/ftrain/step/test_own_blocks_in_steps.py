@@ -7,8 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from mesh_models import Model, compare, language_model, plan_for
-from own_blocks import BASE, CONFIGS, bilinear
 
 import ftrain
 from ftrain import TrainState, optim, tree
@@ -21,6 +19,8 @@ from ftrain.modules.decoder import DecoderConfig
 from ftrain.modules.hf_config import hf_config
 from ftrain.modules.hf_names import decoder_names, named
 from ftrain.sharding import Layout, Mesh, Ring, Ulysses
+from tests.helpers.mesh_models import Model, compare, language_model, plan_for
+from tests.helpers.own_blocks import BASE, CONFIGS, bilinear
 
 
 def model(name: str) -> Model:
