@@ -58,6 +58,10 @@ def specs(cfg: AttentionConfig, *, out_gain: float = 1.0) -> dict[str, ParamSpec
     """`w_q_DHK [D, H*K]`, `w_k_DGK`, `w_v_DGK`, `w_o_HKD`; as configured `b_q_HK`, `b_k_GK`, `b_v_GK`, `b_o_D`, norms.
 
     `out_gain` scales the initial deviation of `w_o_HKD`, for deep residual stacks.
+
+    >>> cfg = AttentionConfig(64, heads=4, kv_heads=2, head_dim=16)
+    >>> {name: spec.shape for name, spec in specs(cfg).items()}
+    {'w_q_DHK': (64, 64), 'w_k_DGK': (64, 32), 'w_v_DGK': (64, 32), 'w_o_HKD': (64, 64)}
     """
     d, hk, gk = cfg.d_model, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     tree = {
@@ -100,6 +104,15 @@ def apply(
 
     `segments_T`: int64 document ids, equal ids adjacent, or `Documents`; `None` is one document. `rope`: from
     `rope(positions, cfg)`.
+
+    >>> import torch
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = AttentionConfig(64, heads=4, kv_heads=2, head_dim=16)
+    >>> params, positions_T = spec.init(specs(cfg), random.key(0)), torch.arange(5)
+    >>> table = rope(positions_T, cfg)
+    >>> list(apply(params, torch.ones(5, 64), cfg=cfg, segments_T=None, rope=table).shape)
+    [5, 64]
     """
     q_THK, k_TGK, v_TGK = project(params, x_TD, cfg, rope)
     return output(params, within_documents(q_THK, k_TGK, v_TGK, cfg, segments_T))

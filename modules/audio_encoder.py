@@ -83,6 +83,11 @@ def log_mel(wave_S: Tensor, *, rate: int, n_fft: int, hop: int, mels: int) -> Te
 
     Power spectra of Hann windows centred on samples 0, hop, 2 hop, ... (reflected at the ends; the frame centred on the
     end is left out), mel filters, log10 of at least 1e-10, cut at 8 below the clip's loudest, then `(x + 4) / 4`.
+
+    ValueError for more than one channel, or a clip shorter than half a window.
+
+    >>> list(log_mel(torch.zeros(1600), rate=16_000, n_fft=400, hop=160, mels=80).shape)
+    [10, 80]
     """
     if wave_S.ndim != 1 or wave_S.shape[0] <= n_fft // 2 or wave_S.shape[0] < hop:
         raise ValueError(
@@ -97,7 +102,11 @@ def log_mel(wave_S: Tensor, *, rate: int, n_fft: int, hop: int, mels: int) -> Te
 
 
 def clip_features(wave: np.ndarray | Tensor, *, cfg: AudioConfig) -> dict[str, np.ndarray]:
-    """One clip's features: `mel_FM` float32 of its wave `[S]` (mono, at `cfg.rate`), silence filling its last token."""
+    """One clip's features: `mel_FM` float32 of its wave `[S]` (mono, at `cfg.rate`), silence filling its last token.
+
+    >>> clip_features(np.zeros(16_000), cfg=AudioConfig(32, layers=1, heads=2, d_out=64))["mel_FM"].shape
+    (104, 80)
+    """
     wave_S = torch.as_tensor(np.asarray(wave, np.float32))
     token = cfg.rows_per_token * cfg.hop
     short = -wave_S.shape[-1] % token if wave_S.shape[-1] else token

@@ -121,7 +121,12 @@ def needs(sizes: Sequence[Size], budget: Budget) -> Needs:
 
 
 def first_fit(found: Needs) -> tuple[list[int], list[int]]:
-    """Which documents fit beside those already taken, in the given order, and which are left."""
+    """Which documents fit beside those already taken, in the given order, and which are left.
+
+    >>> sizes = [Size(tokens, {}, {}, {}) for tokens in (6, 5, 4)]
+    >>> first_fit(needs(sizes, Budget(10)))
+    ([0, 2], [1])
+    """
     taken, left, free_D = list[int](), list[int](), found.limits_D.copy()
     for number, need_D in enumerate(found.needs_ND):
         if (need_D > free_D).any():
@@ -133,7 +138,11 @@ def first_fit(found: Needs) -> tuple[list[int], list[int]]:
 
 
 def total_budget(sizes: Sequence[Size]) -> Budget:
-    """The smallest budget that holds documents of these sizes."""
+    """The smallest budget that holds documents of these sizes.
+
+    >>> total_budget([Size(5, {"image": 8}, {}, {"image": [8]}), Size(3, {}, {}, {})]).rows
+    {'image': 8}
+    """
     items = _total([{name: len(rows) for name, rows in size.items.items()} for size in sizes])
     return Budget(
         tokens=sum(size.tokens for size in sizes),

@@ -22,6 +22,10 @@ def carry_over(groups: Sequence[Sequence[Size]], budget: Budget) -> list[list[tu
     A group has its own documents, in order, and behind them those of other groups that it has room for: what does not
     fit a group goes to the next that has room, from the first again behind the last. A document for which none has
     room stays in its own, which then exceeds the budget. ValueError for a document that alone exceeds it.
+
+    >>> three = [Size(tokens, {}, {}, {}) for tokens in (6, 5, 4)]
+    >>> carry_over([three, [Size(2, {}, {}, {})]], Budget(10))  # the document of 5 tokens goes to the other group
+    [[(0, 0), (0, 2)], [(1, 0), (0, 1)]]
     """
     found: list[list[tuple[int, int]]] = []
     moving: list[tuple[int, int]] = []
@@ -57,6 +61,9 @@ def deal(sizes: Sequence[Size], budget: Budget, *, packs: int, parts: int = 1) -
     The largest go first, each to the pack with room that is emptiest of what the document needs; attention's work, the
     squares of lengths, counts as one more need. One pack takes them first fit, in the given order. ValueError for a
     document that alone exceeds the budget, or whose items alone exceed the parts.
+
+    >>> deal([Size(tokens, {}, {}, {}) for tokens in (6, 5, 3, 2)], Budget(8), packs=2).packs
+    [[0, 3], [1, 2]]
     """
     names, needs_ND, limits_D = needs(sizes, budget)
     _check_parts(sizes, budget, parts)

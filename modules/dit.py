@@ -130,6 +130,14 @@ def apply(
     `positions_AN`: int64 `[3, N]`. `segments_N`, `text_segments_S`: int64 ids of documents, or `Documents` of both (see
     `ftrain.kernels.documents.aligned_documents`); latents attend to the text of their own document. ValueError where
     text is given to a model without it, or is missing.
+
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = DitConfig(d_in=4, d_model=24, layers=1, heads=2, d_hidden=48)
+    >>> params, x_NP = spec.init(specs(cfg), random.key(0)), torch.ones(5, 4)
+    >>> at_AN = torch.stack([torch.zeros(5, dtype=torch.int64), torch.arange(5), torch.arange(5)])
+    >>> list(apply(params, x_NP, time_N=torch.full((5,), 0.5), positions_AN=at_AN, segments_N=None, cfg=cfg).shape)
+    [5, 4]
     """
     if (text_SC is None) != (cfg.d_text == 0):
         raise ValueError(f"dit: d_text={cfg.d_text}, but text was {'not ' if text_SC is None else ''}given")
@@ -197,7 +205,13 @@ def _plain_norm(x_ND: Tensor, cfg: DitConfig) -> Tensor:
 
 
 def noised(data_NP: Tensor, noise_NP: Tensor, time_N: Tensor) -> Tensor:
-    """The input at time t: `(1 - t) data + t noise`."""
+    """The input at time t: `(1 - t) data + t noise`.
+
+    `data_NP`, `noise_NP`: `[N, P]` in one dtype; `time_N`: `[N]` in [0, 1].
+
+    >>> noised(torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([0.25, 1.0])).tolist()
+    [[0.25], [1.0]]
+    """
     return torch.lerp(data_NP, noise_NP, time_N.to(data_NP.dtype)[:, None])
 
 
@@ -206,6 +220,10 @@ def flow_loss(velocity_NP: Tensor, data_NP: Tensor, noise_NP: Tensor, valid_N: T
 
     Errors are taken and summed in at least float32, whatever the dtypes given. What the other rows hold, NaN included,
     reaches neither the loss nor a gradient. ValueError if `valid_N` is not bool `[N]`.
+
+    >>> data_NP, noise_NP = torch.zeros(2, 3), torch.ones(2, 3)
+    >>> flow_loss(torch.zeros(2, 3), data_NP, noise_NP, torch.tensor([True, False])).value().item()
+    1.0
     """
     wide = functools.reduce(torch.promote_types, (velocity_NP.dtype, data_NP.dtype, noise_NP.dtype), torch.float32)
     error_NP = velocity_NP.to(wide) - (noise_NP.to(wide) - data_NP.to(wide))

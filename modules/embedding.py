@@ -17,5 +17,10 @@ def specs(vocab: int, d_model: int, *, init: Init | None = None) -> dict[str, Pa
 
 
 def apply(params: dict[str, Any], tokens_T: Tensor) -> Tensor:
-    """Rows of the table: token ids `[T]` (integers in `[0, vocab)`) to `[T, D]`."""
+    """Rows of the table: token ids `[T]` (integers in `[0, vocab)`) to `[T, D]`.
+
+    >>> import torch
+    >>> apply({"table_VD": torch.tensor([[0.0, 1.0], [2.0, 3.0]])}, torch.tensor([1, 0])).tolist()
+    [[2.0, 3.0], [0.0, 1.0]]
+    """
     return embedding(tokens_T, params["table_VD"])

@@ -83,7 +83,19 @@ def specs(cfg: StackConfig) -> dict[str, Any]:
 
 
 def apply(params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Segments, cfg: StackConfig) -> Tensor:
-    """`[T, D]` to normalised `[T, D]`; `positions` int64 `[T]`, or `[A, T]` for several axes; each item by itself."""
+    """`[T, D]` to normalised `[T, D]`; `positions` int64 `[T]`, or `[A, T]` for several axes; each item by itself.
+
+    `segments_T`: ids of the items, int64 `[T]`, or `Documents`.
+
+    >>> import torch
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = StackConfig(16, layers=1, heads=2, d_hidden=32)
+    >>> params, place_T = spec.init(specs(cfg), random.key(0)), torch.tensor([0, 1, 0])
+    >>> out_TD = apply(params, torch.eye(3, 16), positions=place_T, segments_T=torch.tensor([0, 0, 1]), cfg=cfg)
+    >>> list(out_TD.shape)
+    [3, 16]
+    """
     table = attention.rope(positions, cfg.attention)
     for layer in params["layers"]:
         normed_TD = norm.apply(layer["norm_attention"], x_TD)

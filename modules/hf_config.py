@@ -67,6 +67,10 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
 
     A missing or null field is what transformers' class of the family takes. Raises `ValueError` naming the field that
     is missing, that contradicts another, that our decoder cannot follow, or that is not known to change nothing.
+
+    >>> from ftrain.modules.decoder import preset
+    >>> decoder_config(hf_config(preset("qwen3-moe-tiny"))) == preset("qwen3-moe-tiny")
+    True
     """
     family = _family(config)
     _refuse_unknown_math(config, family)

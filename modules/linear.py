@@ -13,13 +13,22 @@ from ftrain.modules.spec import Init, ParamSpec, fan_in, zeros
 def specs(
     d_in: int, d_out: int, axes: tuple[str | None, str | None], bias: bool = False, *, init: Init | None = None
 ) -> dict[str, ParamSpec]:
-    """`w [d_in, d_out]` with logical `axes`, and `b [d_out]` where `bias`; `w` starts with deviation `d_in ** -0.5`."""
+    """`w [d_in, d_out]` with logical `axes`, and `b [d_out]` where `bias`; `w` starts with deviation `d_in ** -0.5`.
+
+    >>> sorted(specs(4, 3, ("embed", "mlp"), bias=True))
+    ['b', 'w']
+    """
     weight = ParamSpec((d_in, d_out), axes, init or fan_in(d_in))
     return {"w": weight, "b": ParamSpec((d_out,), axes[1:], zeros())} if bias else {"w": weight}
 
 
 def apply(params: dict[str, Any], x_NI: Tensor) -> Tensor:
-    """`x @ w (+ b)` over the last dim: `[..., d_in]` to `[..., d_out]`."""
+    """`x @ w (+ b)` over the last dim: `[..., d_in]` to `[..., d_out]`.
+
+    >>> import torch
+    >>> apply({"w": torch.ones(2, 3), "b": torch.zeros(3)}, torch.tensor([1.0, 2.0])).tolist()
+    [3.0, 3.0, 3.0]
+    """
     return affine(x_NI, params["w"], params.get("b"))
 
 

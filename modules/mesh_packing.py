@@ -53,6 +53,13 @@ def pack_for_mesh(
     where the packs have no room for all documents they are larger, by as many quarters as it takes, and a jitted step
     is traced for those sizes too. `overflow="leave"` keeps to the budget and says in `left` which documents are not in
     the batch. ValueError if a budget does not divide by `parts`, or for a document that alone exceeds it.
+
+    >>> from ftrain.modules.decoder import preset
+    >>> from ftrain.modules.packing import Text
+    >>> documents = [[Text([5, 6, 7])], [Text([8, 9])], [Text([4])]]
+    >>> packed = pack_for_mesh(documents, budget=Budget(4), model=OmniModel(preset("llama-tiny")), packs=2)
+    >>> packed.batch["tokens_T"].tolist(), packed.left
+    ([5, 6, 7, 0, 8, 9, 4, 0], [])
     """
     if overflow not in ("grow", "leave"):
         raise ValueError(f"overflow={overflow!r} is not 'grow' or 'leave'")

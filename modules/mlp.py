@@ -34,6 +34,9 @@ def specs(cfg: MlpConfig, *, out_gain: float = 1.0) -> dict[str, ParamSpec]:
     """`w_gate_DF` (swiglu only), `w_up_DF`, `w_down_FD`, and with `bias` `b_gate_F`, `b_up_F`, `b_down_D`.
 
     `out_gain` scales the initial deviation of the last weight, for deep residual stacks.
+
+    >>> {name: spec.shape for name, spec in specs(MlpConfig(8, 16, kind="gelu", bias=True)).items()}
+    {'w_up_DF': (8, 16), 'w_down_FD': (16, 8), 'b_up_F': (16,), 'b_down_D': (8,)}
     """
     d, f = cfg.d_model, cfg.d_hidden
     inputs = ("gate", "up") if cfg.kind == "swiglu" else ("up",)
@@ -46,7 +49,15 @@ def specs(cfg: MlpConfig, *, out_gain: float = 1.0) -> dict[str, ParamSpec]:
 
 
 def apply(params: dict[str, Any], x_TD: Tensor, *, cfg: MlpConfig) -> Tensor:
-    """`[T, D]` to `[T, D]`."""
+    """`[T, D]` to `[T, D]`.
+
+    >>> import torch
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = MlpConfig(8, 16)
+    >>> list(apply(spec.init(specs(cfg), random.key(0)), torch.ones(3, 8), cfg=cfg).shape)
+    [3, 8]
+    """
     up_TF = affine(x_TD, params["w_up_DF"], params.get("b_up_F"))
     if cfg.kind == "swiglu":
         hidden_TF = swiglu(affine(x_TD, params["w_gate_DF"], params.get("b_gate_F")), up_TF)

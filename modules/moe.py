@@ -104,6 +104,13 @@ def apply(
 
     `bias_E`: the `router_bias_E` of the balance state, given exactly where the balance is "bias". `valid_T`: bool,
     false for padding, which is computed but not counted.
+
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = MoEConfig(8, 16, experts=4, top_k=2)
+    >>> out_TD, stats = apply(spec.init(specs(cfg), random.key(0)), torch.eye(5, 8), cfg=cfg)
+    >>> list(out_TD.shape), stats.load_E.sum().item(), stats.count.item()
+    ([5, 8], 10.0, 5.0)
     """
     expert_TK, weights_TK, stats = route(params["w_router_DE"], x_TD, cfg=cfg, bias_E=bias_E, valid_T=valid_T)
     stats = stats._replace(dropped=dropped_rows(expert_TK, params["w_gate_EDF"]))
@@ -158,6 +165,10 @@ def aux_loss(stats: RouterStats) -> Mean:
     loss of `pool(stats)` is that of transformers, which treats all layers' tokens as one. As a `Mean` it adds up over
     ranks and micro-batches; the shares `f_e` are constants and are taken over all ranks and micro-batches, which under
     `ftrain.accumulate` costs a forward pass of its own (see there).
+
+    >>> even = RouterStats(torch.full((4,), 6.0), torch.full((4,), 3.0), torch.tensor(12.0), torch.tensor(0.0))
+    >>> aux_loss(even).value().item()  # 12 tokens with two experts each, of four
+    2.0
     """
     shares_E = share(sum_over_batch(stats.load_E), sum_over_batch(stats.count)[..., None])
     experts = stats.load_E.shape[-1]
@@ -173,6 +184,9 @@ def update_bias(bias_E: Tensor, load_E: Tensor, *, rate: float) -> Tensor:
     """The biases after a step: up by `rate` for experts below the mean load, down for those above (Wang et al. 2024).
 
     `load_E`: the step's tokens per expert (of `RouterStats`), this rank's or already summed over ranks.
+
+    >>> update_bias(torch.zeros(3), torch.tensor([9.0, 3.0, 3.0]), rate=0.5).tolist()
+    [-0.5, 0.5, 0.5]
     """
     load_E = sum_over_batch(load_E)
     return bias_E + rate * torch.sign(load_E.mean(-1, keepdim=True) - load_E).to(bias_E.dtype)

@@ -15,7 +15,13 @@ Kind = Literal["rms", "layer"]
 
 
 def specs(d: int, *, kind: Kind = "rms", axis: str | None = "embed") -> dict[str, ParamSpec]:
-    """`weight_D [d]`, ones, and for a layer norm `bias_D [d]`, zeros."""
+    """`weight_D [d]`, ones, and for a layer norm `bias_D [d]`, zeros.
+
+    ValueError for another kind.
+
+    >>> sorted(specs(4, kind="layer"))
+    ['bias_D', 'weight_D']
+    """
     weight = ParamSpec((d,), (axis,), ones())
     if kind == "rms":
         return {"weight_D": weight}
@@ -25,7 +31,12 @@ def specs(d: int, *, kind: Kind = "rms", axis: str | None = "embed") -> dict[str
 
 
 def apply(params: dict[str, Any], x_ND: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """The layer norm where the parameters hold a bias, else the RMS norm (Zhang & Sennrich 2019); same shape as `x`."""
+    """The layer norm where the parameters hold a bias, else the RMS norm (Zhang & Sennrich 2019); same shape as `x`.
+
+    >>> import torch
+    >>> apply({"weight_D": torch.ones(2)}, torch.tensor([[3.0, 4.0]]), eps=0.0).square().mean().item()
+    1.0
+    """
     if "bias_D" in params:
         return layer_norm(x_ND, params["weight_D"], params["bias_D"], eps=eps)
     return rms_norm(x_ND, params["weight_D"], eps=eps)

@@ -110,7 +110,13 @@ def _lookup(parts: Mapping[str, Any], modality: str, kind: str) -> Any:
 
 
 def specs(model: OmniModel) -> dict[str, Tree]:
-    """The whole tree: `foundation`, `encoders.<name>`, `decoders.<name>`."""
+    """The whole tree: `foundation`, `encoders.<name>`, `decoders.<name>`.
+
+    >>> from ftrain.modules.decoder import preset
+    >>> model = OmniModel(preset("llama-tiny"))
+    >>> sorted(specs(model))
+    ['decoders', 'encoders', 'foundation']
+    """
     return {
         "foundation": foundation.specs(model.foundation),
         "encoders": {name: encoder.specs for name, encoder in model.encoders.items()},
@@ -119,7 +125,13 @@ def specs(model: OmniModel) -> dict[str, Tree]:
 
 
 def trainable(model: OmniModel) -> dict[str, Tree]:
-    """A tree of bools shaped as the parameters: False for what lies in a decoder's `frozen` subtrees, else True."""
+    """A tree of bools shaped as the parameters: False for what lies in a decoder's `frozen` subtrees, else True.
+
+    >>> from ftrain.modules.decoder import preset
+    >>> model = OmniModel(preset("llama-tiny"))
+    >>> trainable(model)["foundation"]["norm"]
+    {'weight_D': True}
+    """
     tree = map_with_paths(lambda path, _: True, specs(model))
     for name, decoder in model.decoders.items():
         for child in decoder.frozen:

@@ -63,7 +63,13 @@ class Packed(NamedTuple):
 
 
 def measure(document: Document, *, model: OmniModel) -> Size:
-    """Count a document's tokens, feature rows and targets; ValueError for parts that the model cannot take."""
+    """Count a document's tokens, feature rows and targets; ValueError for parts that the model cannot take.
+
+    >>> from ftrain.modules.decoder import preset
+    >>> model = OmniModel(preset("llama-tiny"))
+    >>> measure([Text([5, 6]), Text([7], train=True)], model=model).tokens
+    3
+    """
     if not document:
         raise ValueError("a document has no parts")
     tokens, rows, targets, items = 0, dict[str, int](), dict[str, int](), dict[str, list[int]]()
@@ -106,7 +112,15 @@ def _check_shape(what: str, shape: tuple[int, ...], row: Row) -> None:
 
 
 def exact_budget(documents: Sequence[Document], *, model: OmniModel) -> Budget:
-    """The smallest budget that holds all of the documents."""
+    """The smallest budget that holds all of the documents.
+
+    ValueError as in `measure`.
+
+    >>> from ftrain.modules.decoder import preset
+    >>> model = OmniModel(preset("llama-tiny"))
+    >>> exact_budget([[Text([5, 6])], [Text([7])]], model=model).tokens
+    3
+    """
     return total_budget([measure(document, model=model) for document in documents])
 
 
@@ -114,6 +128,15 @@ def pack(documents: Sequence[Document], *, budget: Budget, model: OmniModel, abs
     """Take the documents that fit, first fit in the given order, and lay them out (`lay`); the others are `left`.
 
     ValueError for a document that alone exceeds the budget, and for a budget that is not whole tokens.
+
+    >>> from ftrain.modules.decoder import preset
+    >>> model = OmniModel(preset("llama-tiny"))
+    >>> documents = [[Text([5, 6, 7], train=True)], [Text([8] * 9)], [Text([9])]]
+    >>> packed = pack(documents, budget=Budget(10), model=model)
+    >>> packed.taken, packed.left
+    ([0, 2], [1])
+    >>> packed.batch["labels_T"].tolist()
+    [6, 7, -100, -100, -100, -100, -100, -100, -100, -100]
     """
     if not documents:
         raise ValueError("there are no documents to pack")

@@ -17,6 +17,9 @@ def join_packs(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Ids of documents (`Documents`) stay apart; other leaves are put together as they are. ValueError where packs differ
     in their leaves or their tokens.
+
+    >>> join_packs([{"tokens": torch.tensor([1, 2])}, {"tokens": torch.tensor([3, 4])}])["tokens"].tolist()
+    [1, 2, 3, 4]
     """
     return _put_together(packs, torch.cat, join_documents)
 
@@ -25,6 +28,9 @@ def stack_packs(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A batch of M micro-batches for `ftrain.accumulate`: leaves `[T, ...]` become `[M, T, ...]`.
 
     ValueError where micro-batches differ in their leaves or their shapes.
+
+    >>> stack_packs([{"tokens": torch.tensor([1, 2])}, {"tokens": torch.tensor([3, 4])}])["tokens"].tolist()
+    [[1, 2], [3, 4]]
     """
     return _put_together(packs, torch.stack, stack_documents)
 

@@ -115,7 +115,11 @@ class ParamSpec:
 
 
 def leaves_with_paths(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
-    """`(dotted path, leaf)` of every leaf of a tree of specs or parameters, dict keys sorted."""
+    """`(dotted path, leaf)` of every leaf of a tree of specs or parameters, dict keys sorted.
+
+    >>> list(leaves_with_paths({"b": 1, "a": [{"w": 2}]}))
+    [('a.0.w', 2), ('b', 1)]
+    """
     if not isinstance(tree, dict | list):
         yield path, tree
         return
@@ -124,7 +128,11 @@ def leaves_with_paths(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def map_with_paths(function: Callable[[str, Any], Any], tree: Tree, path: str = "") -> Tree:
-    """The same tree with `function(path, leaf)` in the place of each leaf."""
+    """The same tree with `function(path, leaf)` in the place of each leaf.
+
+    >>> map_with_paths(lambda path, leaf: f"{path}={leaf}", {"a": [1, 2]})
+    {'a': ['a.0=1', 'a.1=2']}
+    """
     if isinstance(tree, dict):
         return {key: map_with_paths(function, child, _join(path, key)) for key, child in tree.items()}
     if isinstance(tree, list):
@@ -137,6 +145,11 @@ def init(specs: Tree, key: Tensor, *, device: torch.device | str | None = None) 
 
     A leaf's numbers depend on `key` (int64 `[2]`), its path, shape and initializer alone: not on the device, nor on
     what else is in the tree. ValueError where a leaf is no `ParamSpec` or `key` no key.
+
+    >>> specs = {"layers": [{"w": ParamSpec((2, 3), ("embed", "mlp"), fan_in(2))}]}
+    >>> params = init(specs, random.key(0))
+    >>> list(params["layers"][0]["w"].shape)
+    [2, 3]
     """
     strange = [path for path, spec in leaves_with_paths(specs) if not isinstance(spec, ParamSpec)]
     if strange or not isinstance(key, Tensor):
@@ -160,7 +173,12 @@ def init_leaf(spec: ParamSpec, key: Tensor, path: str, window: random.Window | N
 
 
 def abstract(specs: Tree) -> Tree:
-    """The parameters as meta tensors: shapes and dtypes, no memory."""
+    """The parameters as meta tensors: shapes and dtypes, no memory.
+
+    >>> specs = {"layers": [{"w": ParamSpec((2, 3), ("embed", "mlp"), fan_in(2))}]}
+    >>> abstract(specs)["layers"][0]["w"].device.type
+    'meta'
+    """
     return map_with_paths(lambda _, spec: torch.empty(spec.shape, dtype=spec.dtype, device="meta"), specs)
 
 
@@ -197,12 +215,22 @@ def _put(tree: Tree, part: Tree, path: str) -> Tree:
 
 
 def count(specs: Tree) -> int:
-    """How many numbers the parameters hold together."""
+    """How many numbers the parameters hold together.
+
+    >>> specs = {"layers": [{"w": ParamSpec((2, 3), ("embed", "mlp"), fan_in(2))}]}
+    >>> count(specs)
+    6
+    """
     return sum(spec.elements for _, spec in leaves_with_paths(specs))
 
 
 def bytes(specs: Tree) -> int:
-    """How many bytes the parameters take, each in its own dtype."""
+    """How many bytes the parameters take, each in its own dtype.
+
+    >>> specs = {"layers": [{"w": ParamSpec((2, 3), ("embed", "mlp"), fan_in(2))}]}
+    >>> bytes(specs)
+    24
+    """
     return sum(spec.elements * spec.dtype.itemsize for _, spec in leaves_with_paths(specs))
 
 

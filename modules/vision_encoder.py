@@ -78,6 +78,13 @@ def patchify(image: np.ndarray, *, cfg: VisionConfig) -> dict[str, np.ndarray]:
     `image`: `[H, W, C]`, or a video `[S, H, W, C]`, any numeric dtype, values as the encoder shall see them. H and W
     are filled up with zeros to whole merged squares, S by repeating the last frame. Patches come square by square, so
     that the patches of one token are neighbours.
+
+    ValueError for another shape, or an empty image.
+
+    >>> cfg = VisionConfig(16, layers=1, heads=2, d_out=24, patch=4, channels=1)
+    >>> features = patchify(np.zeros((8, 12, 1)), cfg=cfg)  # filled up to 8 x 16 pixels: two squares of 2 x 2 patches
+    >>> features["patches_NP"].shape, features["positions_N3"][4].tolist()
+    ((8, 16), [0, 0, 2])
     """
     video_SHWC = np.asarray(image, np.float32)
     if video_SHWC.ndim == 3:
@@ -128,6 +135,15 @@ def lm_encode(params: Any, features: Mapping[str, Any], *, cfg: VisionConfig) ->
     `[N / merge**2, d_out]`.
 
     Computes in the dtype of the parameters.
+
+    >>> import torch
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = VisionConfig(16, layers=1, heads=2, d_out=24, patch=4, channels=1)
+    >>> item = {name: torch.from_numpy(x) for name, x in patchify(np.zeros((8, 16, 1)), cfg=cfg).items()}
+    >>> features = {**item, "segments_N": torch.zeros(8, dtype=torch.int64)}
+    >>> list(lm_encode(spec.init(specs(cfg), random.key(0)), features, cfg=cfg).shape)
+    [2, 24]
     """
     patches_NP, positions_N3 = features["patches_NP"], features["positions_N3"]
     if patches_NP.shape[0] % cfg.rows_per_token:

@@ -89,7 +89,18 @@ def specs(cfg: VqConfig) -> dict[str, Any]:
 
 
 def encode(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
-    """Images (float, about [-1, 1]) to codes `[B, N]` int64, level by level and row by row; no gradient."""
+    """Images (float, about [-1, 1]) to codes `[B, N]` int64, level by level and row by row; no gradient.
+
+    ValueError for images of another shape than `[B, channels, size, size]`.
+
+    >>> from ftrain.kernels import random
+    >>> from ftrain.modules import spec
+    >>> cfg = VqConfig(size=8, channels=1, widths=(8, 8), codes=16, d_code=4, groups=4)
+    >>> params = spec.init(specs(cfg), random.key(0))
+    >>> codes_BN = encode(params, torch.zeros(2, 1, 8, 8), cfg=cfg)
+    >>> list(codes_BN.shape), list(decode(params, codes_BN, cfg=cfg).shape)
+    ([2, 16], [2, 1, 8, 8])
+    """
     with torch.no_grad():
         rows_RZ = _latent_rows(params, images_BCHW, cfg)
         return _by_image(_quantize(rows_RZ, _books(params, cfg)).codes_QR, cfg)
@@ -158,7 +169,11 @@ def _quantize(rows_RZ: Tensor, books_QKZ: Tensor) -> _Quantized:
 
 
 def nearest(rows_RZ: Tensor, book_KZ: Tensor) -> Tensor:
-    """The index of the closest entry for each row, `[R]` int64. No gradient."""
+    """The index of the closest entry for each row, `[R]` int64. No gradient.
+
+    >>> nearest(torch.tensor([[0.9], [0.2]]), torch.tensor([[0.0], [1.0]])).tolist()
+    [1, 0]
+    """
     rows_RZ, book_KZ = rows_RZ.detach(), book_KZ.detach()
     # |r - b|^2 without |r|^2, which is the same for all entries.
     return (book_KZ.square().sum(1) - 2 * rows_RZ @ book_KZ.T).argmin(1)

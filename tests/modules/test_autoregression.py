@@ -85,10 +85,12 @@ def test_prompts_are_whatever_the_family_takes() -> None:
 def test_any_of_several_ids_stops() -> None:
     family, params = recurrent()
     free = generate(params, PROMPTS, family=family, max_new=8)
-    ends = [free[0][2], free[1][1]]
-    for ids, whole in zip(generate(params, PROMPTS, family=family, max_new=8, stop=ends), free, strict=True):
-        first = next((i for i, token in enumerate(whole) if token in ends), len(whole))
-        assert ids == whole[:first]
+    one, other = free[0][0], next(token for token in free[1] if token != free[0][0])
+    for ends in ([one, other], [other, one]):
+        for ids, whole in zip(generate(params, PROMPTS, family=family, max_new=8, stop=ends), free, strict=True):
+            first = next((i for i, token in enumerate(whole) if token in ends), len(whole))
+            assert ids == whole[:first]
+            assert len(ids) < 8
 
 
 def test_it_ends_when_all_have_stopped() -> None:
