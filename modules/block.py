@@ -51,9 +51,9 @@ class Block:
 
     - `specs(out_gain)`: its tree of `ParamSpec`s. `out_gain` is what the initial deviation of the last weight of a
       residual branch is to be multiplied by, `1 / sqrt(2 * layers)` in a decoder (Radford et al. 2019).
-    - `apply(params, x_TD, at)`: `[T, D]` to `[T, D]` in the same dtype. An MLP or an attention gets normed rows and
-      returns what is added to the residual stream; a layer gets the stream and returns the new one. Other tokens are
-      read by `at.attend` alone, unless the block has a `cache`.
+    - `apply(params, x_TD, at)`: `[T, D]` to `[T, D]`. An MLP or an attention gets normed rows and returns what is added
+      to the residual stream; a layer gets the stream and returns the new one, in the same dtype. Other tokens are read
+      by `at.attend` alone, unless the block has a `cache`.
     - `cache`: how it goes on token by token, for a block that reads other tokens by itself. Where ranks share a
       sequence, each runs such a block on the whole pack, and keeps its own rows.
     - `routers`: those of ours that `apply` runs (`ftrain.modules.layers.moe_block`), in their order; a block that
@@ -96,7 +96,7 @@ class Context:
     def run(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
         """The rows that a block makes of rows, with its cache where there is one.
 
-        A block that contains others runs them by this. ValueError where the result has another shape or dtype.
+        A block that contains others runs them by this. ValueError where the result has another shape.
         """
         if block.cache is not None and pack_tokens(len(x_TD)) != len(x_TD):
             return _checked(block, self._on_the_pack(block, params, x_TD), x_TD)
@@ -288,8 +288,8 @@ def _require_causal(causal: bool) -> None:
 
 
 def _checked(block: Block, y_TD: Any, x_TD: Tensor) -> Tensor:
-    if not isinstance(y_TD, Tensor) or y_TD.shape != x_TD.shape or y_TD.dtype != x_TD.dtype:
-        found = f"{y_TD.dtype} {list(y_TD.shape)}" if isinstance(y_TD, Tensor) else f"a {type(y_TD).__name__}"
+    if not isinstance(y_TD, Tensor) or y_TD.shape != x_TD.shape:
+        found = f"rows {list(y_TD.shape)}" if isinstance(y_TD, Tensor) else f"a {type(y_TD).__name__}"
         name = getattr(block.apply, "__qualname__", repr(block.apply))
-        raise ValueError(f"block {name} makes {found} of {x_TD.dtype} {list(x_TD.shape)}: return rows like those given")
+        raise ValueError(f"block {name} makes {found} of rows {list(x_TD.shape)}: return rows like those given")
     return y_TD

@@ -216,14 +216,25 @@ def test_a_block_that_returns_something_else_is_named() -> None:
         return torch.cat([x_TD, x_TD], dim=-1)
 
     cfg = dataclasses.replace(BASE, pattern=(decoder.layer_with(BASE, mlp=Block(lambda gain: {}, too_wide)),))
-    with pytest.raises(
-        ValueError, match=r"block .*too_wide makes torch.float64 \[13, 64\] of torch.float64 \[13, 32\]"
-    ):
+    with pytest.raises(ValueError, match=r"block .*too_wide makes rows \[13, 64\] of rows \[13, 32\]"):
+        hidden(cfg, params_of(cfg))
+    both = Block(lambda gain: {}, lambda params, x_TD, at: (x_TD, None))
+    cfg = dataclasses.replace(BASE, pattern=(decoder.layer_with(BASE, mlp=both),))
+    with pytest.raises(ValueError, match=r"makes a tuple of rows"):
         hidden(cfg, params_of(cfg))
     narrow = Block(lambda gain: {}, lambda params, x_TD, at: x_TD.float())
-    cfg = dataclasses.replace(BASE, pattern=(narrow,))
-    with pytest.raises(ValueError, match=r"makes torch.float32 \[13, 32\] of torch.float64"):
+    cfg = dataclasses.replace(BASE, pattern=(None, narrow))
+    with pytest.raises(ValueError, match=r"layer 1 makes torch\.float32 rows of torch\.float64"):
         hidden(cfg, params_of(cfg))
+
+
+def test_an_mlp_may_compute_in_another_dtype() -> None:
+    """As everything does under autocast: what is added to the stream is cast by the sum."""
+    half = Block(lambda gain: {}, lambda params, x_TD, at: x_TD.bfloat16() * 2)
+    cfg = dataclasses.replace(BASE, pattern=(decoder.layer_with(BASE, mlp=half),))
+    assert hidden(cfg, params_of(cfg)).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hidden(BASE, spec.init(decoder.specs(BASE), random.key(0))).dtype == torch.float32
 
 
 def test_routers_that_differ_are_refused() -> None:
