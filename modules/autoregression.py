@@ -90,14 +90,14 @@ def generate_ids(
         raise ValueError(f"max_new={max_new} must be at least 0")
     scores_BV, state = family.prefill(params, prompts, max_new)
     made = [torch.empty(len(scores_BV), 0, dtype=torch.int64, device=scores_BV.device)]
-    stop_S = torch.tensor(stop, dtype=torch.int64, device=scores_BV.device)
+    stop_S = torch.tensor(stop, dtype=torch.int64, device=scores_BV.device) if stop else None
     done_B = torch.zeros(len(scores_BV), dtype=torch.bool, device=scores_BV.device)
     for step in range(max_new):
         if step:
             scores_BV, state = family.extend(params, made[-1][:, 0], state)
         chosen_B = choose(scores_BV, key, step, how)
         made.append(chosen_B[:, None])
-        if not stop:
+        if stop_S is None:
             continue  # nothing to wait for
         done_B |= torch.isin(chosen_B, stop_S)
         if bool(done_B.all()):
