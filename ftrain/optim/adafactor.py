@@ -64,8 +64,8 @@ def adafactor(
         def moments(p: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             if p.ndim < 2:
                 return None, None, torch.zeros_like(p, dtype=state_dtype(p.dtype))
-            row, column = (p.new_zeros(s, dtype=state_dtype(p.dtype)) for s in _factor_shapes(p))
-            return row, column, None
+            zero, last = torch.zeros_like(p, dtype=state_dtype(p.dtype)), p.ndim - 1
+            return mean_over_leaf(zero, [last], p), mean_over_leaf(zero, [last - 1], p), None
 
         return AdafactorState(new_count(params), *tree.map_many(moments, 3, params))
 
@@ -125,11 +125,6 @@ def _map_factored(leaf: Callable[..., tuple], params: Tree, grads: Tree, state: 
         moments = (next(rows), next(columns), None) if p.ndim >= 2 else (None, None, next(wholes))
         results.append(leaf(p, g, *moments))
     return tuple(tree.unflatten(treedef, [result[i] for result in results]) for i in range(4))
-
-
-def _factor_shapes(p: Tensor) -> tuple[list[int], list[int]]:
-    *batch, n, m = p.shape
-    return [*batch, n, 1], [*batch, 1, m]
 
 
 def _rms(x: Tensor, leaf: Tensor) -> Tensor:

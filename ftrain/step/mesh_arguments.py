@@ -39,6 +39,7 @@ class MeshArguments:
         self.plan, self.placements, self.batch = plan, placements, batch
         self.document_ids: set[str] = set()
         self._rules_used = False
+        self._placed: dict[str, Placement] = {}
 
     def in_batch(self, path: str) -> bool:
         """True for a leaf that ranks share out."""
@@ -67,7 +68,7 @@ class MeshArguments:
         if path == COORDINATES:
             return Spread(spreads.everywhere)
         if not self.in_batch(path):
-            return placed(self.placements.of_local(path, tuple(leaf.shape)))
+            return placed(self.placement_of(path, tuple(leaf.shape)))
         rule = self.rule(path)
         if isinstance(rule, Same):
             return SAME
@@ -75,8 +76,23 @@ class MeshArguments:
             return Spread(spreads.everywhere - {"sequence"})
         return Spread(spreads.everywhere)
 
+    def placement_of(self, path: str, shape: tuple[int, ...]) -> Placement:
+        """Where the pieces of a leaf of the arguments are, of which a rank holds `shape`.
+
+        As `avals` saw the whole leaf, for a piece of size 1 may be of a dim of 1 or of a divided one.
+        """
+        seen = self._placed.get(path)
+        if seen is not None and seen.local_shape == shape:
+            return seen
+        return self.placements.of_local(path, shape)
+
     def avals(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
         """A rank's arguments as abstract values, from those of a call."""
+        self._placed = {
+            path: self.placements.of_whole(path, tuple(leaf.shape))
+            for path, leaf in zip(paths, leaves, strict=True)
+            if is_array(leaf) and not self.in_batch(path)
+        }
         if self.plan.mesh.kind == "process":
             require_world(self.plan.mesh)
             return [self._held_aval(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]

@@ -132,7 +132,7 @@ class ShardedStep:
             )
         if not spread.uniform:
             return Placement(shape)
-        placement = self.placements.of_local(path, shape)
+        placement = self.placements.of_constant(path, shape)
         if not placement.splits and shape in self._piece_shapes:
             raise ValueError(
                 f"result {path!r} is a constant of shape {list(shape)} (made at {node.meta.get('site')}), and so is a "
@@ -202,7 +202,7 @@ class ShardedStep:
         """
 
         def placement(path: str, piece: Tensor) -> Placement | None:
-            return None if self.arguments.in_batch(path) else self.placements.of_local(path, tuple(piece.shape))
+            return None if self.arguments.in_batch(path) else self.arguments.placement_of(path, tuple(piece.shape))
 
         held = [
             Held(path, piece, placement(path, piece))

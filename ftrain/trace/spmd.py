@@ -44,6 +44,15 @@ class Placements:
         found = self._alike(path, shape, local=False)
         return found if found is not None else Placement(tuple(shape))
 
+    def of_constant(self, path: str, shape: Sequence[int]) -> Placement:
+        """Where a leaf is that every rank has made alike, by the `shape` that it was made with: whole, if that is the
+        array's or has dims of 1, else a piece.
+        """
+        found = self._alike(path, shape, local=False)
+        if found is not None:
+            return Placement(tuple(shape)) if found.splits else found
+        return self.of_local(path, shape)
+
     def of_local(self, path: str, shape: Sequence[int]) -> Placement:
         """The same for a leaf of which a rank holds `shape`."""
         found = self._alike(path, shape, local=True)

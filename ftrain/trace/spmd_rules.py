@@ -132,12 +132,11 @@ def _piece_of_leaf(trace: ShardedTrace, whole: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _mean_over_leaf(trace: ShardedTrace, x: Tensor, dims: Sequence[int], leaf: Tensor) -> Tensor:
-    placement = trace.placement(leaf)
+    placement = trace.placement_of_piece(x) or trace.placement(leaf)
     with purpose("optimizer"):
         mean = shards.mean_over(x, dims, placement, trace.plan.mesh)
-    gone = {d for d, size in enumerate(x.shape) if d in dims or size == 1}
-    sizes = tuple(1 if d in gone else n for d, n in enumerate(placement.shape))
-    splits = tuple(s for s in placement.splits if s.dim not in gone)
+    sizes = tuple(1 if d in dims else n for d, n in enumerate(placement.shape))
+    splits = tuple(s for s in placement.splits if s.dim not in dims)
     trace.note_piece(mean, Placement(sizes, splits, placement.copies), of=(x, leaf))
     return mean
 

@@ -10,7 +10,7 @@ from ftrain import Mean, optim, tree
 from ftrain.kernels.mean import sum_over_batch
 from ftrain.modules import moe
 from ftrain.modules.moe import MoEConfig
-from ftrain.modules.spec import ParamSpec, ones
+from ftrain.modules.spec import Constant, ParamSpec, ones
 from ftrain.sharding import Capacity, Exact, Layout, Mesh, Plan, Rows
 from tests.helpers.mesh_models import accumulated, compare, dense, mixture, plan_for
 
@@ -201,3 +201,33 @@ def test_rows_that_a_capacity_drops_are_reported(how):
     counted = ftrain.jit(ftrain.forward(dropped), plan=plan, specs=moe.specs(cfg))(params, {"x_TD": x_TD})
     assert beyond > 0
     assert counted == (beyond if isinstance(how, Capacity) else 0)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_state_leaf_with_a_dim_of_one_stays_so_where_a_piece_has_one_too(size):
+    """A rank of three holds [2, 8, 1] of `w`, and [2, 8, 1] is all of its row."""
+    specs = {"w": ParamSpec((2, 8, 3), (None, "mlp", "embed"), Constant(0.5))}
+    plan = Plan(Mesh(shard=size, kind="virtual"), Layout())
+
+    def init(key):
+        params = ftrain.init(specs, key)
+        made = (
+            {"w": torch.zeros(2, 8, 1)},
+            tree.map(torch.zeros_like, params),
+            {"w": params["w"].mean(-1, keepdim=True)},
+        )
+        return {"params": params, "row": made[0], "moment": made[1], "mean": made[2]}
+
+    def step(state, batch):
+        row = tree.map(lambda r, p: r + p.square().mean(-1, keepdim=True), state["row"], state["params"])
+        return {**state, "row": row}
+
+    jitted = ftrain.jit(step, plan=plan, specs=specs)
+    state = jitted.init(init, ftrain.key(0))
+    for _ in range(2):
+        assert {k: tuple(v["w"].shape) for k, v in state.items()} == {
+            "params": (2, 8, 3), "row": (2, 8, 1), "moment": (2, 8, 3), "mean": (2, 8, 1),
+        }  # fmt: skip
+        state = jitted(state, {"x": torch.ones(size)})
+    assert jitted.traces == 1
+    torch.testing.assert_close(state["row"]["w"], torch.full((2, 8, 1), 0.5))
