@@ -1,4 +1,5 @@
-"""One AdamW update of one leaf, in a single pass over memory (Kingma and Ba 2014; Loshchilov and Hutter 2017).
+"""One AdamW update of one leaf, in a single pass over memory (Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter,
+arXiv 1711.05101).
 
 Plain torch reads and writes each tensor of a leaf many times; torch's fused kernel once, but it overwrites its
 arguments. Here it runs on a piece of a leaf at a time, with a scratch piece that stays in cache, so the result is an
@@ -26,8 +27,12 @@ _BACKENDS = {"cpu": "fused"}  # elsewhere compilers fuse the plain form
 
 
 class Scalars(NamedTuple):
-    """What the leaves of one update share, all 0-d: `steps` int64, this update included; `rate` float64; and for the
-    plain form `scale`, `offset` in the dtype of the arithmetic: the step is `m / (offset + scale * sqrt(v))`.
+    """What the leaves of one update share, all 0-d.
+
+    - `steps`: int64, how many updates were made, this one included.
+    - `rate`: float64, the learning rate.
+    - `scale`, `offset`: for the plain form, in the dtype of the arithmetic: the step is `m / (offset + scale *
+      sqrt(v))`.
     """
 
     steps: Tensor
@@ -37,8 +42,13 @@ class Scalars(NamedTuple):
 
 
 def scalars(steps: Tensor, rate: float | Tensor, *, b1: float, b2: float, eps: float, dtype: torch.dtype) -> Scalars:
-    """Rate, sign and bias corrections folded into two numbers, in float64: in float32 `1 - b2^steps` loses four digits
-    at step 1. A rate of 0 becomes 1e-30, to divide by.
+    """The `Scalars` of an update: rate, sign and bias corrections folded into two numbers.
+
+    - `steps`: int64 0-d, how many updates were made, this one included.
+    - `rate`: the learning rate, a float or a 0-d tensor. 0 becomes 1e-30, since it is divided by.
+    - `b1`, `b2`, `eps`: as in `adamw_update`. `dtype`: of `scale` and `offset`.
+
+    The arithmetic is float64: in float32 `1 - b2^steps` loses four digits at step 1.
     """
     exact = steps.to(torch.float64)
     if isinstance(rate, Tensor):
@@ -65,8 +75,22 @@ def adamw_update(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(update, m, v)` with `p + update = p - rate * (m / (sqrt(v) + eps) + weight_decay * p)`, m and v without bias.
 
-    The arithmetic, and the update, have the dtype of `v` (float32 or float64 for "fused"); m keeps its own. "fused" is
-    not differentiable: "auto" takes the plain form where an argument requires a gradient, and off the CPU.
+    - `p`, `g`, `m`, `v`: parameter, gradient, and averages of gradients and of squares, all of one shape. The
+      arithmetic and the update have the dtype of `v` (float32 or float64 for "fused"); m keeps its own.
+    - `at`: the `scalars` of this update, made with the same `b1`, `b2` and `eps`.
+    - `b1`, `b2`: decay of m and of v. `weight_decay`: decoupled from the gradient, 0 for none.
+    - `backend`: "auto", "reference" or "fused" (CPU). "fused" is not differentiable: "auto" takes the plain form where
+      an argument requires a gradient, and off the CPU. ValueError for another name.
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101; equal to `torch.optim.AdamW`.
+
+    >>> import torch
+    >>> from ftrain.kernels.adamw import adamw_update, scalars
+    >>> p, g, zero = torch.ones(2), torch.tensor([0.5, -3.0]), torch.zeros(2)
+    >>> at = scalars(torch.tensor(1), 0.1, b1=0.9, b2=0.999, eps=1e-8, dtype=torch.float32)
+    >>> update, m, v = adamw_update(p, g, zero, zero, at, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    >>> update
+    tensor([-0.1000,  0.1000])
     """
     fits = v.dtype in (torch.float32, torch.float64) and p.is_floating_point()
     frozen = not torch.is_grad_enabled() or not any(x.requires_grad for x in (p, g, m, v, at.rate))
@@ -79,7 +103,7 @@ def adamw_update(
 def adamw_reference(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, at: Scalars, *, b1: float, b2: float, weight_decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of `adamw_update`."""
+    """The definition of `adamw_update`, in plain torch: `(update, m, v)`, all of the shape of `p`."""
     g, p = g.to(v.dtype), p.to(v.dtype)
     m_new = torch.lerp(m.to(v.dtype), g, 1 - b1)
     v_new = torch.addcmul(v * b2, g, g, value=1 - b2)
@@ -109,7 +133,7 @@ def adamw_fused(
     eps: float,
     weight_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(update, m, v)`, piece by piece."""
+    """`(update, m, v)` of `adamw_update` as one op, piece by piece; tensors of one shape, `steps` and `rate` 0-d."""
     update, m_new, v_new = v.new_empty(v.shape), m.new_empty(m.shape), v.new_empty(v.shape)
     step = _Step(steps.to(torch.float32), float(rate), b1, b2, eps, weight_decay)
     for u_n, p_n, g_n, m_n, v_n, to_m_n, to_v_n in _pieces(update, p, g, m, v, m_new, v_new):
@@ -139,9 +163,10 @@ def adamw_in_place(
     weight_decay: float,
     keep: Tensor | None = None,
 ) -> None:
-    """`p += update` and the new averages over the old ones; `p`, `m` and `v` are contiguous and of one dtype.
+    """`p += update` and the new averages over the old ones: `adamw_update`, to the bit, that overwrites its arguments.
 
-    Nothing happens where `keep`, a 0-d bool, is false.
+    `p`, `g`, `m`, `v`: one shape; `p`, `m` and `v` contiguous and of one dtype. `steps`, `rate`: 0-d. Nothing happens
+    where `keep`, a 0-d bool, is false.
     """
     if keep is not None and not keep:
         return

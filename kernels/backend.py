@@ -14,7 +14,14 @@ _lowering_for: ContextVar[str | None] = ContextVar("ftrain_lowering_for", defaul
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Within the block every kernel that is left to `"auto"` runs its plain torch reference."""
+    """Within the block every kernel that is left to `"auto"` runs its plain torch reference.
+
+    >>> import torch
+    >>> from ftrain.kernels.backend import choose_backend, reference_kernels
+    >>> with reference_kernels():
+    ...     choose_backend("auto", torch.device("cpu"), {"cpu": "fast"})
+    'reference'
+    """
     token = _reference_only.set(True)
     try:
         yield
@@ -24,9 +31,10 @@ def reference_kernels() -> Iterator[None]:
 
 @contextmanager
 def lowering_for(kind: str) -> Iterator[None]:
-    """Within the block CPU tensors stand for those on a `kind` of device ("cuda"): kernels choose what they run there.
+    """Within the block CPU tensors stand for tensors on a `kind` of device ("cuda"): kernels choose what they run
+    there.
 
-    For the trace of a program on a torch that lacks the device. What is chosen can be traced, and not run.
+    It serves to trace a program on a torch that lacks the device. What is chosen can be traced, but not run.
     """
     token = _lowering_for.set(kind)
     try:
@@ -36,16 +44,15 @@ def lowering_for(kind: str) -> Iterator[None]:
 
 
 def device_type(at: Tensor | torch.device) -> str:
-    """The type of the device that a tensor is on, e.g. `"cuda"`; under `lowering_for`, of the one that it stands for.
-
-    A kernel asks this wherever the answer decides which ops a trace gets.
+    """The type of the device that a tensor (of any shape) is on, e.g. `"cuda"`; under `lowering_for`, of the one that
+    it stands for. A kernel asks this wherever the answer decides which ops a trace gets.
     """
     kind = at.type if isinstance(at, torch.device) else at.device.type
     return (_lowering_for.get() or kind) if kind == "cpu" else kind
 
 
 def inside_higher_transform() -> bool:
-    """True under `vmap`, `jvp` or a nested `grad`: there only the plain torch reference composes."""
+    """True under `vmap`, `jvp` or a nested `grad` of `torch.func`: there only the plain torch reference composes."""
     if _reference_only.get():
         return True
     stack = _functorch.get_interpreter_stack()
@@ -55,10 +62,16 @@ def inside_higher_transform() -> bool:
 
 
 def choose_backend(backend: str, device: torch.device, available: dict[str, str]) -> str:
-    """Resolve `backend="auto"` to a name.
+    """The name of the implementation to run, resolved from a kernel's `backend` argument.
 
-    `available` maps a device type to its best backend, e.g. `{"cpu": "cpu", "cuda": "flash"}`; a device that is not in
-    it, and any higher-order transform, get `"reference"`. An explicit name must be one that the kernel has.
+    `available` maps a device type to its best implementation, e.g. `{"cpu": "cpu", "cuda": "flash"}`. `"auto"` is that
+    of `device`, and `"reference"` on other devices, under `vmap`, `jvp` and nested `grad`. Any other name must be
+    "reference" or one of `available`; else ValueError lists the names.
+
+    >>> import torch
+    >>> from ftrain.kernels.backend import choose_backend
+    >>> choose_backend("auto", torch.device("cpu"), {"cpu": "fast", "cuda": "flash"})
+    'fast'
     """
     if backend == "auto":
         return "reference" if inside_higher_transform() else available.get(device_type(device), "reference")

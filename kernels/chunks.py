@@ -9,9 +9,16 @@ PIECE = 1 << 18
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching slices of tensors whose dims but the last agree, of at most `PIECE` elements of the first (or a row).
+    """Matching slices of tensors whose dims but the last agree, of at most `PIECE` elements of the first tensor (or one
+    row).
 
     Contiguous tensors are cut between rows of the last dim, others between rows of the first dim, so nothing is copied.
+    An empty first tensor gives no slices.
+
+    >>> import torch
+    >>> from ftrain.kernels.chunks import PIECE, pieces
+    >>> [x.shape for (x,) in pieces(torch.zeros(3, PIECE // 2))]
+    [torch.Size([2, 131072]), torch.Size([1, 131072])]
     """
     first = tensors[0]
     if first.numel() == 0:
@@ -24,7 +31,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def piece_numel(*tensors: Tensor) -> int:
-    """How many elements of the first tensor the largest of `pieces` holds; shapes and strides are enough."""
+    """How many elements of the first tensor the largest slice of `pieces` holds. Only shapes and strides are read."""
     first = tensors[0]
     flat = first.dim() == 1 or all(t.is_contiguous() for t in tensors)
     row = first.shape[-1] if flat else first.numel() // max(1, first.shape[0])

@@ -29,9 +29,12 @@ class Documents:
     """The documents of one pack, or of several packs one after the other, as a node of a batch.
 
     - `ids_T`: int64 `[T]`, the id of each token's document; a change of id starts a new document.
-    - `offsets_N`: int32 `[N + 1]`; document n is tokens `[offsets[n], offsets[n + 1])`. N is a bound: what is missing
-      has length zero. With P packs each has N / P places, so that the documents of a pack are a part of the offsets.
-    - `longest`: no document has more tokens. A number of the trace: another one is another trace.
+    - `offsets_N`: int32 `[N + 1]`; document n is tokens `[offsets[n], offsets[n + 1])`. N is a bound, and the documents
+      that are missing have length zero. With P packs each has N / P entries, so the documents of a pack are a slice.
+    - `longest`: a bound of the tokens of any document. It is part of a trace: another number is another trace.
+
+    `Documents.of` makes it from ids on the host. Attention on CUDA then neither counts documents nor waits for the
+    device.
     """
 
     ids_T: Tensor
@@ -42,11 +45,25 @@ class Documents:
     def of(
         segments_T: Tensor, *, max_documents: int | None = None, longest: int | None = None, packs: int = 1
     ) -> "Documents":
-        """Of ids, int64 `[T]`: of `packs` equal packs that lie one after the other. Reads the ids on the host.
+        """Documents from ids, int64 `[T]`: of `packs` equal packs, one after the other. The ids are read on the host.
 
-        `max_documents`: of one pack; None is the most there are, rounded up to a power of two so that few shapes occur.
-        `longest`: None is the tokens of a pack; a smaller bound spares kernels work that turns out empty. ValueError
-        if a bound is exceeded, if the tokens are not `packs` equal packs, or if a document lies in two of them.
+        - `max_documents`: how many documents a pack may have. None takes the most there are, rounded up to a power of
+          two (at least 8), so that few shapes occur.
+        - `longest`: a bound of the tokens of a document. None takes the tokens of a pack; a smaller bound spares
+          kernels work.
+        - `packs`: how many equal packs the tokens are, one for each data rank of a mesh.
+
+        ValueError if ids are not int64 `[T]`, a bound is exceeded, the tokens are not `packs` equal packs, or a
+        document lies in two packs.
+
+        >>> import torch
+        >>> from ftrain.kernels.documents import Documents
+        >>> documents = Documents.of(torch.tensor([7, 7, 7, 3, 3]), max_documents=3, longest=4)
+        >>> documents.offsets_N
+        tensor([0, 3, 5, 5], dtype=torch.int32)
+        >>> Documents.of(torch.tensor([7, 7, 7, 3, 3]), max_documents=1)
+        Traceback (most recent call last):
+        ValueError: a pack has 2 documents, more than max_documents=1: raise it, or pack fewer documents
         """
         _check_ids(segments_T, packs)
         whole = document_offsets(segments_T.cpu()).to(torch.int64)
@@ -63,13 +80,22 @@ class Documents:
         return Documents(segments_T, offsets_N.to(segments_T.device), bound)
 
     def every(self, stride: int) -> "Documents":
-        """The documents of every `stride`-th token, from the first on."""
+        """The documents of every `stride`-th token, from the first on: for a sequence that was downsampled."""
         offsets_N = torch.div(self.offsets_N + (stride - 1), stride, rounding_mode="floor")
         return Documents(self.ids_T[::stride], offsets_N, -(-self.longest // stride))
 
 
 def join_documents(packs: Sequence[Documents]) -> Documents:
-    """The documents of packs of equal length, one pack after the other; ids are shifted so that they stay apart."""
+    """The documents of packs of equal length, one pack after the other; ids are shifted so that documents stay apart.
+
+    The result has as many tokens as all packs together. Each pack gets as many offsets as the one with the most.
+
+    >>> import torch
+    >>> from ftrain.kernels.documents import Documents, join_documents
+    >>> pack = Documents.of(torch.tensor([0, 0, 1]), max_documents=2)
+    >>> join_documents([pack, pack]).offsets_N
+    tensor([0, 2, 3, 5, 6], dtype=torch.int32)
+    """
     slots = max(len(pack.offsets_N) for pack in packs) - 1
     step = max(int(pack.ids_T.max()) - int(pack.ids_T.min()) for pack in packs) + 1
     length = packs[0].ids_T.shape[0]
@@ -79,7 +105,9 @@ def join_documents(packs: Sequence[Documents]) -> Documents:
 
 
 def stack_documents(packs: Sequence[Documents]) -> Documents:
-    """The documents of packs of equal length in a new first dim, as micro-batches have them."""
+    """The documents of packs of equal length in a new first dim, as micro-batches have them: ids `[P, T]`, offsets `[P,
+    N + 1]` and the largest bound of the packs.
+    """
     slots = max(len(pack.offsets_N) for pack in packs) - 1
     offsets = [_filled_up(pack.offsets_N, slots) for pack in packs]
     return Documents(torch.stack([p.ids_T for p in packs]), torch.stack(offsets), max(p.longest for p in packs))
@@ -93,10 +121,20 @@ def _filled_up(offsets_N: Tensor, slots: int) -> Tensor:
 def aligned_documents(
     segments_T: Tensor, kv_segments_S: Tensor, *, max_documents: int | None = None, packs: int = 1
 ) -> tuple[Documents, Documents]:
-    """`Documents` of queries and of keys in which document n of the one reads document n of the other, from ids.
+    """`Documents` of queries and of keys, in which document n of the one reads document n of the other, from ids.
 
-    A document that only one of them has is empty in the other. `max_documents`, `packs`: as in `Documents.of`, where
-    documents that either has count. ValueError if documents that both have come in different orders.
+    `segments_T`, `kv_segments_S`: int64 ids; documents meet by equal ids. One that only one side has is empty in the
+    other. `max_documents`, `packs`: as in `Documents.of`; documents that either side has count. Both tensors are read
+    on the host.
+
+    ValueError if documents that both have come in different orders, if an id names two documents of keys, and in the
+    cases of `Documents.of`.
+
+    >>> import torch
+    >>> from ftrain.kernels.documents import aligned_documents
+    >>> queries, keys = aligned_documents(torch.tensor([1, 1, 2]), torch.tensor([1, 2, 2, 2]), max_documents=2)
+    >>> queries.offsets_N, keys.offsets_N
+    (tensor([0, 2, 3], dtype=torch.int32), tensor([0, 1, 4], dtype=torch.int32))
     """
     _check_ids(segments_T, packs)
     _check_ids(kv_segments_S, packs)
@@ -112,7 +150,11 @@ def aligned_documents(
 
 
 def aligned_lengths(segments_T: Tensor, kv_segments_S: Tensor) -> list[tuple[int, int]]:
-    """Tokens of each document among queries and among keys, 0 where it is not; in the order that both have."""
+    """Tokens of each document among queries and among keys, 0 where it is absent, in the order that both have.
+
+    ids int64 `[T]` and `[S]`, read on the host. ValueError if an id names two documents of keys, or if documents that
+    both have come in different orders.
+    """
     q, k = _runs(segments_T, segments_T.shape[0]), _runs(kv_segments_S, kv_segments_S.shape[0])
     _require_unique([name for name, _, _ in k], "kv_segments_S")
     place = {name: i for i, (name, _, _) in enumerate(k)}
@@ -142,7 +184,9 @@ Segments = Tensor | Documents
 
 
 def one_document(x_T: Tensor) -> Documents:
-    """The pack of these tokens as one document, on their device; traceable, and right where ranks share a pack."""
+    """The pack of these tokens (`[T, ...]`) as one document, on their device. Traceable; on a mesh it is the whole
+    pack.
+    """
     tokens = pack_tokens(x_T.shape[0])
     offsets_N = torch.arange(2, dtype=torch.int32, device=x_T.device) * tokens
     return Documents(torch.zeros(x_T.shape[0], dtype=torch.int64, device=x_T.device), offsets_N, tokens)
@@ -154,7 +198,7 @@ def ids_of(segments: Segments) -> Tensor:
 
 
 def every(segments: Segments, stride: int) -> Segments:
-    """The documents of every `stride`-th token, from the first on."""
+    """The documents of every `stride`-th token, from the first on, in the form that they were given in."""
     return segments.every(stride) if isinstance(segments, Documents) else segments[::stride]
 
 
@@ -188,13 +232,20 @@ def _of_pack(offsets: Tensor, start: int, end: int) -> list[int]:
 
 
 def document_index(segments_T: Tensor) -> Tensor:
-    """The number of each token's document, counted from 0, int64 `[T]`. Traceable, and works under `vmap`."""
+    """The number of each token's document, counted from 0: int64 `[T]` of ids int64 `[T]`. Traceable, and works under
+    `vmap`.
+
+    >>> import torch
+    >>> from ftrain.kernels.documents import document_index
+    >>> document_index(torch.tensor([7, 7, 3, 3, 7]))
+    tensor([0, 0, 1, 1, 2])
+    """
     change_T = segments_T[1:] != segments_T[:-1]
     return torch.cat([torch.zeros_like(segments_T[:1], dtype=torch.int64), change_T.cumsum(0)])
 
 
 def index_of_offsets(offsets_N: Tensor, tokens: int) -> Tensor:
-    """The same from offsets: the place in `offsets_N` of each of `tokens` tokens' documents. Traceable."""
+    """The number of each token's document from offsets int32 `[N + 1]`: int64 `[tokens]`. Traceable."""
     at_T1 = torch.arange(tokens, device=offsets_N.device)[:, None]
     return (at_T1 >= offsets_N[1:]).sum(1)
 
@@ -202,7 +253,12 @@ def index_of_offsets(offsets_N: Tensor, tokens: int) -> Tensor:
 def document_offsets(segments_T: Tensor) -> Tensor:
     """Cumulative offsets of the documents of a pack, int32 `[N + 1]`: document `n` is tokens `[cu[n], cu[n + 1])`.
 
-    The size depends on the data, so a CUDA device is waited for.
+    `segments_T`: ids, int64 `[T]`. The size depends on the data, so the host waits for a CUDA device.
+
+    >>> import torch
+    >>> from ftrain.kernels.documents import document_offsets
+    >>> document_offsets(torch.tensor([7, 7, 3, 3, 7]))
+    tensor([0, 2, 4, 5], dtype=torch.int32)
     """
     T = segments_T.shape[0]
     change_T = segments_T[1:] != segments_T[:-1]
@@ -222,10 +278,11 @@ class Pair:
 
 
 def document_pairs(segments_T: Tensor | None, kv_segments_S: Tensor | None, T: int, S: int) -> list[Pair]:
-    """The documents of a pack, with their keys. Reads the segments on the host.
+    """The documents of a pack of T queries and S keys, with their keys. The ids are read on the host; None is one
+    document.
 
-    With `kv_segments_S` a document's keys are those with its id; documents without keys are left out. `ValueError` if
-    an id names two documents of queries or of keys, because then it is not said which keys belong to which queries.
+    With `kv_segments_S` a document's keys are those with its id; documents without keys are left out. ValueError if an
+    id names two documents of queries or of keys, because then it is not said which keys belong to which queries.
     """
     if kv_segments_S is None:
         return [Pair(start, length, start, length) for _, start, length in _runs(segments_T, T)]
@@ -237,9 +294,10 @@ def document_pairs(segments_T: Tensor | None, kv_segments_S: Tensor | None, T: i
 
 
 def offset_pairs(offsets_N: Tensor, kv_offsets_N: Tensor | None) -> list[Pair]:
-    """The documents that offsets tell, with their keys: document n of the queries reads document n of the keys.
+    """The documents that offsets int32 `[N + 1]` describe, with their keys: document n of the queries reads document n
+    of the keys (None: the same offsets).
 
-    Documents without queries or without keys are left out. Reads the offsets on the host.
+    Documents without queries or without keys are left out. The offsets are read on the host.
     """
     q = list(pairwise(offsets_N.tolist()))
     k = q if kv_offsets_N is None else list(pairwise(kv_offsets_N.tolist()))
@@ -260,7 +318,7 @@ def _runs(segments_T: Tensor | None, T: int) -> list[tuple[int, int, int]]:
 
 
 def batches(pairs: list[Pair], limit: int = TOKENS_TOGETHER) -> Iterator[list[Pair]]:
-    """Documents of equal lengths, together up to `limit` query or key tokens, longest first."""
+    """Documents of equal lengths in groups of at most `limit` query or key tokens (or one document), longest first."""
     groups: defaultdict[tuple[int, int], list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.q_length, pair.k_length].append(pair)
@@ -271,7 +329,8 @@ def batches(pairs: list[Pair], limit: int = TOKENS_TOGETHER) -> Iterator[list[Pa
 
 
 def rows(starts: list[int], length: int, device: torch.device) -> slice | Tensor:
-    """Which tokens documents of one length are: a slice when they lie one after the other, else an index."""
+    """The tokens of documents of one length: a slice when the documents are adjacent, else an index int64 on `device`.
+    """
     if all(b - a == length for a, b in pairwise(starts)):
         return slice(starts[0], starts[0] + len(starts) * length)
     index = torch.tensor(starts)[:, None] + torch.arange(length)

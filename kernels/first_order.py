@@ -6,11 +6,11 @@ import torch
 
 
 def first_order(op: Callable, kernel: str) -> Callable:
-    """Wrap the opaque backward of `kernel` so that differentiating its result raises.
+    """Wrap the opaque backward of `kernel` so that differentiating its result raises NotImplementedError naming it.
 
-    An opaque op is a constant to autograd: without this a second derivative through it would be silently zero.
-    `torch.autograd.function.once_differentiable` does not do: under `torch.func`, and where the caller allows unused
-    inputs, it is silent too.
+    An opaque op is a constant to autograd: without this a second derivative through it would silently be zero.
+    `torch.autograd.function.once_differentiable` does not suffice: it is silent too under `torch.func`, and where the
+    caller allows unused inputs.
     """
 
     class FirstOrder(torch.autograd.Function):

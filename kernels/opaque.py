@@ -15,10 +15,12 @@ _library = torch.library.Library("ftrain", "FRAGMENT")
 def opaque_op(schema: str, *, fake: Callable, random: bool = False) -> Callable[[Callable], Callable]:
     """Register the decorated function as `torch.ops.ftrain.<name>` and return the op's `default` overload.
 
-    `schema` is the op's signature in the dispatcher's language, e.g. `"scale(Tensor x, float factor) -> Tensor"`.
-    `fake` gets the same arguments with fake tensors and returns empty outputs of the right shapes, dtypes and strides.
-    The op must neither mutate nor alias its inputs, and must give equal results for equal inputs; `random`: but for
-    what it draws from torch's generator.
+    - `schema`: the op's signature in the dispatcher's language, e.g. `"scale(Tensor x, float factor) -> Tensor"`.
+    - `fake`: gets the same arguments with fake tensors and returns empty outputs of the right shapes, dtypes and
+      strides.
+    - `random`: True if the op draws from torch's generator. Otherwise equal inputs must give equal results.
+
+    The op must neither mutate nor alias its inputs unless its schema says so.
     """
     name = schema.split("(", 1)[0]
 

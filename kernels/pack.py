@@ -15,28 +15,43 @@ from ftrain.kernels.primitive import primitive
 
 @primitive("pack_tokens")
 def pack_tokens(tokens: int) -> int:
-    """How many tokens the pack has of which `tokens` are here."""
+    """How many tokens the whole pack has, given how many of them this rank holds."""
     return tokens
 
 
 @primitive("pack_index")
 def pack_index(tokens: int, device: torch.device) -> Tensor:
-    """The place in the pack of each token here, `[T]` int64."""
+    """The index in the pack of each token that this rank holds, `[T]` int64 on `device`."""
     return torch.arange(tokens, device=device)
 
 
 @primitive("following")
 def following(x_T: Tensor) -> Tensor:
-    """For each token the value of the one after it in the pack, `[T, ...]`; the last one's is the first's."""
+    """For each token the value of the next token of the pack, shaped as `x_T` (`[T, ...]`, any dtype).
+
+    The last token gets the value of the first one. Labels for next-token prediction are made with it.
+
+    >>> import torch
+    >>> from ftrain.kernels.pack import following
+    >>> following(torch.tensor([5, 6, 7]))
+    tensor([6, 7, 5])
+    """
     return torch.roll(x_T, -1, 0)
 
 
 @primitive("take")
 def take_rows(x_TD: Tensor, place_N: Tensor) -> Tensor:
-    """The rows of the tokens at these places of the pack, `[N, D]`, differentiable.
+    """The rows of `x_TD` at these indices of the pack, `[N, D]`, in the dtype of `x_TD` and differentiable in it.
 
-    `place_N` int64 in [0, P]; the place P is nowhere and gives zeros, any other is an IndexError on a CPU. Gradients
-    are summed in a fixed order.
+    `place_N`: int64 in [0, P]. Index P stands for no token and gives zeros; any other index outside of the pack is an
+    IndexError on a CPU and a device-side assertion on CUDA. Gradients are summed in a fixed order.
+
+    >>> import torch
+    >>> from ftrain.kernels.pack import take_rows
+    >>> take_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 2, 0]))
+    tensor([[2.],
+            [0.],
+            [1.]])
     """
     tokens = x_TD.shape[0]
     rows_ND = torch.nn.functional.embedding(torch.where(place_N == tokens, 0, place_N), x_TD)
@@ -47,7 +62,8 @@ def take_rows(x_TD: Tensor, place_N: Tensor) -> Tensor:
 def draw_over_batch(draw: Callable[..., Tensor], key: Tensor, shape: tuple[int, ...], *, dim: int = 0) -> Tensor:
     """Random numbers for an array with one entry per token along `dim`: `draw(key, shape)`, e.g. of `random.normal`.
 
-    `shape` is that of the tokens here; on a mesh these are the numbers that one device draws for the same tokens.
+    `key`: int64 `[2]`. `shape`: that of the result, with this rank's tokens along `dim`. On a mesh the numbers are
+    those that one device draws for the same tokens, so a run does not depend on its mesh.
     """
     del dim
     return draw(key, shape)

@@ -18,7 +18,18 @@ _bindings: ContextVar[tuple[Mapping[str, Callable], ...]] = ContextVar("ftrain_b
 
 
 def primitive(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make the decorated function rebindable under `name`; the plain function stays reachable as `.local`."""
+    """Make the decorated function rebindable under `name`; the plain function stays reachable as `.local`.
+
+    >>> from ftrain.kernels.primitive import bind, primitive
+    >>> @primitive("double")
+    ... def double(x):
+    ...     return 2 * x
+    >>> with bind({"double": lambda x: f"2 * {x}, elsewhere"}):
+    ...     double(3)
+    '2 * 3, elsewhere'
+    >>> double(3)
+    6
+    """
 
     def decorate(local: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(local)
@@ -36,7 +47,9 @@ def primitive(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @contextmanager
 def bind(bindings: Mapping[str, Callable]) -> Iterator[None]:
-    """Within the block, calls of the named primitives go to `bindings`; inner blocks win over outer ones."""
+    """Within the block, calls of the primitives named in `bindings` go to its functions; inner blocks win over outer
+    ones.
+    """
     token = _bindings.set((*_bindings.get(), bindings))
     try:
         yield

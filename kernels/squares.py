@@ -17,9 +17,17 @@ _BACKENDS = {"cpu": "loop"}  # elsewhere compilers fuse the plain form
 def sums_of_squares(xs: Sequence[Tensor], dtype: torch.dtype, *, backend: str = "auto") -> Tensor:
     """`[N]` in `dtype` (floating): the sum of all squares of each of the N >= 1 tensors, summed in at least float32.
 
-    "loop" holds whatever `dtype` does; the plain form is infinite where a float32 square is, from 1.8e19 on.
+    - `xs`: floating tensors of any shapes on one device.
+    - `backend`: "auto", "reference" (plain torch) or "loop" (one op for all tensors, CPU). "loop" sums in float64 where
+      the squares exceed float32; the plain form is infinite there, from elements of 1.8e19 on.
 
     "loop" is not differentiable: "auto" takes the plain form where a tensor requires a gradient, and off the CPU.
+    ValueError for another backend.
+
+    >>> import torch
+    >>> from ftrain.kernels.squares import sums_of_squares
+    >>> sums_of_squares([torch.ones(3), torch.full((2, 2), 2.0)], torch.float32)
+    tensor([ 3.0000, 16.0000])
     """
     frozen = not torch.is_grad_enabled() or not any(x.requires_grad for x in xs)
     if choose_backend(backend, xs[0].device, _BACKENDS if frozen else {}) == "reference":
@@ -28,7 +36,7 @@ def sums_of_squares(xs: Sequence[Tensor], dtype: torch.dtype, *, backend: str = 
 
 
 def sums_of_squares_reference(xs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The definition of `sums_of_squares`."""
+    """The definition of `sums_of_squares`: `[N]` in `dtype`, in plain torch."""
     return torch.stack([sum_of_squares(x).to(dtype) for x in xs])
 
 
@@ -37,7 +45,9 @@ def sums_of_squares_reference(xs: Sequence[Tensor], dtype: torch.dtype) -> Tenso
     fake=lambda xs, dtype: xs[0].new_empty(len(xs), dtype=dtype),
 )
 def sums_of_squares_loop(xs: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """One tensor after the other; one whose squares pass the range of float32 again, in float64."""
+    """`sums_of_squares` as one op, one tensor after the other; one whose squares exceed float32 is summed again in
+    float64.
+    """
     sums_N = sums_of_squares_reference(xs, dtype)
     for n in (~sums_N.isfinite()).nonzero().flatten().tolist():
         parts = xs[n].detach().reshape(-1).split(LONGEST_RUN)
@@ -46,10 +56,10 @@ def sums_of_squares_loop(xs: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """The sum of all squares, 0-d, at least float32, in one pass where that is exact enough.
+    """The sum of all squares of a tensor of any shape: 0-d, at least float32, in one pass where that is exact enough.
 
-    `vector_norm` reads once but keeps one running sum per lane (2% low for 1e8 equal float32), so it only runs along
-    a contiguous dim of moderate length; `sum` adds pairwise.
+    `vector_norm` reads once but keeps one running sum per lane (2% low for 1e8 equal float32), so it only runs along a
+    contiguous dim of moderate length; `sum` adds pairwise.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     along = _dim_to_run_along(x)
@@ -67,10 +77,17 @@ def _dim_to_run_along(x: Tensor) -> int | None:
 
 
 def extremes(xs: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """`[N, 2]`: the smallest and the largest number of each of the N >= 1 tensors, none empty; NaN where there is one.
+    """`[N, 2]`: the smallest and the largest number of each of the N >= 1 tensors, NaN where one holds a NaN.
 
-    In the widest dtype of the tensors. "loop" is not differentiable: "auto" takes the plain form where a tensor
-    requires a gradient, and off the CPU.
+    `xs`: tensors of any shapes, none empty, on one device; the result has their widest dtype. `backend`: as in
+    `sums_of_squares`. "loop" is not differentiable: "auto" takes the plain form where a tensor requires a gradient, and
+    off the CPU. ValueError for another backend.
+
+    >>> import torch
+    >>> from ftrain.kernels.squares import extremes
+    >>> extremes([torch.tensor([3.0, -1.0]), torch.tensor([5.0])])
+    tensor([[-1.,  3.],
+            [ 5.,  5.]])
     """
     frozen = not torch.is_grad_enabled() or not any(x.requires_grad for x in xs)
     if choose_backend(backend, xs[0].device, _BACKENDS if frozen else {}) == "reference":
@@ -79,7 +96,7 @@ def extremes(xs: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
 
 
 def extremes_reference(xs: Sequence[Tensor]) -> Tensor:
-    """The definition of `extremes`."""
+    """The definition of `extremes`: `[N, 2]`, in plain torch."""
     wide = _widest(xs)
     return torch.stack([torch.stack(torch.aminmax(x)).to(wide) for x in xs])
 
@@ -89,7 +106,7 @@ def extremes_reference(xs: Sequence[Tensor]) -> Tensor:
     fake=lambda xs: xs[0].new_empty((len(xs), 2), dtype=_widest(xs)),
 )
 def extremes_loop(xs: list[Tensor]) -> Tensor:
-    """One tensor after the other."""
+    """`extremes` as one op, one tensor after the other."""
     return extremes_reference(xs)
 
 

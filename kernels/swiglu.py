@@ -1,4 +1,4 @@
-"""SwiGLU's gate: `silu(gate) * up` (Shazeer, "GLU variants improve transformer", 2020).
+"""SwiGLU's gate: `silu(gate) * up` (Shazeer, "GLU variants improve transformer", arXiv 2002.05202).
 
 Legend: N rows (any leading dims), F hidden features.
 """
@@ -18,7 +18,19 @@ _BACKENDS = {"cpu": "cpu"}
 
 
 def swiglu(gate_NF: Tensor, up_NF: Tensor, *, backend: str = "auto") -> Tensor:
-    """`silu(gate) * up`, elementwise over equal shapes and dtypes; computed in float32 (float64) and rounded once."""
+    """`silu(gate) * up`, elementwise: the hidden layer of a gated MLP, `[N, F]` in the dtype of the inputs.
+
+    - `gate_NF`, `up_NF`: equal shapes (any leading dims) and one floating dtype; else ValueError.
+    - `backend`: "auto", "reference" or "cpu"; ValueError for another name.
+
+    Computed in float32 (float64 for float64) and rounded once. "cpu" is differentiable once, the reference to any
+    order. Source: Shazeer, arXiv 2002.05202.
+
+    >>> import torch
+    >>> from ftrain.kernels.swiglu import swiglu
+    >>> swiglu(torch.tensor([[0.0, 2.0]]), torch.tensor([[5.0, 1.0]]))
+    tensor([[0.0000, 1.7616]])
+    """
     if gate_NF.shape != up_NF.shape or gate_NF.dtype != up_NF.dtype or not gate_NF.is_floating_point():
         raise ValueError(
             f"swiglu: gate {gate_NF.dtype} {list(gate_NF.shape)} and up {up_NF.dtype} {list(up_NF.shape)} "
@@ -30,7 +42,7 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def swiglu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """`swiglu` in plain torch, differentiable to any order."""
+    """`swiglu` in plain torch: `[N, F]`, differentiable to any order."""
     wide = _wide(gate_NF.dtype)
     return (torch.nn.functional.silu(gate_NF.to(wide)) * up_NF.to(wide)).to(gate_NF.dtype)
 

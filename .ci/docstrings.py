@@ -1,0 +1,152 @@
+"""What no linter knows of docstrings here: that public names have one, and that it names errors and shapes.
+
+    python .ci/docstrings.py
+
+Checks the floors, rooms and files in DONE; prints what is missing and exits with 1 if anything is. For every public
+function, class and method (nested functions and what begins with an underscore are private):
+
+- there is a docstring;
+- each exception that its body raises is named in it: by `raise X(...)`, there or in a private function or method of
+  the same module that it calls directly. A class answers for `__init__` and `__post_init__`;
+- if it takes tensors whose names carry no shape suffix, as `x_TD` does, the docstring says a shape.
+
+Modules in EXAMPLES have a doctest at least; tests/test_doctests.py runs them all.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+DONE: tuple[str, ...] = ()
+"""Floors, rooms and files whose docstrings are checked, relative to the root."""
+
+EXAMPLES: tuple[str, ...] = ()
+"""Files whose docstrings hold an example that runs."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+_SUFFIX = re.compile(r"_(?:[a-z]?[A-Z0-9]+|[a-z])$")
+_SHAPE = re.compile(r"\[[^\]\n]*\]|\b0-d\b|\bscalars?\b|\bshapes?\b|\belementwise\b")
+_OF_CLASS = ("__init__", "__post_init__", "__new__")
+
+
+class Public(NamedTuple):
+    """A public name of a module: a function, a method or a class, with the class that it belongs to."""
+
+    name: str
+    node: Function | ast.ClassDef
+    owner: ast.ClassDef | None
+
+
+def files() -> list[Path]:
+    """The Python files of DONE."""
+    found = []
+    for name in DONE:
+        path = ROOT / name
+        if not path.exists():
+            raise SystemExit(f"{name} of DONE is not there (.ci/docstrings.py)")
+        found += [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+    return found
+
+
+def public_names(tree: ast.Module) -> Iterator[Public]:
+    """What a module shows: functions, classes and their methods, in order."""
+    for node in tree.body:
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+            yield Public(node.name, node, None)
+            if isinstance(node, ast.ClassDef):
+                methods = (n for n in node.body if isinstance(n, Function) and not n.name.startswith("_"))
+                yield from (Public(f"{node.name}.{n.name}", n, node) for n in methods)
+
+
+def raised(public: Public, tree: ast.Module) -> set[str]:
+    """Names of the exceptions that it raises itself, or by a private function of the module that it calls."""
+    if isinstance(public.node, ast.ClassDef):
+        bodies = [n for n in public.node.body if isinstance(n, Function) and n.name in _OF_CLASS]
+        owner: ast.ClassDef | None = public.node
+    else:
+        bodies, owner = [public.node], public.owner
+    private = {n.name: n for n in tree.body if isinstance(n, Function) and n.name.startswith("_")}
+    methods = {n.name: n for n in owner.body if isinstance(n, Function)} if owner else {}
+    found = set[str]()
+    for body in bodies:
+        found |= _raised_in(body)
+        for call in (n.func for n in ast.walk(body) if isinstance(n, ast.Call)):
+            if isinstance(call, ast.Name) and call.id in private:
+                found |= _raised_in(private[call.id])
+            elif isinstance(call, ast.Attribute) and call.attr.startswith("_") and _is_self(call.value):
+                found |= _raised_in(methods[call.attr]) if call.attr in methods else set()
+    return found
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _raised_in(body: ast.AST) -> set[str]:
+    """The classes of `raise X(...)` and `raise X`; `raise` alone and `raise error` say no name."""
+    found = set[str]()
+    for node in ast.walk(body):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            what = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            name = what.attr if isinstance(what, ast.Attribute) else what.id if isinstance(what, ast.Name) else ""
+            if name[:1].isupper():
+                found.add(name)
+    return found
+
+
+def unshaped(node: Function | ast.ClassDef) -> list[str]:
+    """Arguments that are tensors and whose names carry no shape."""
+    if isinstance(node, ast.ClassDef):
+        return []
+    given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return [a.arg for a in given if _is_tensor(a.annotation) and not _SUFFIX.search(a.arg)]
+
+
+def _is_tensor(annotation: ast.expr | None) -> bool:
+    """`Tensor`, or `Tensor | None`: not a function or a container of tensors."""
+    if isinstance(annotation, ast.BinOp):
+        return _is_tensor(annotation.left) or _is_tensor(annotation.right)
+    name = annotation.attr if isinstance(annotation, ast.Attribute) else getattr(annotation, "id", "")
+    return name == "Tensor"
+
+
+def missing(path: Path) -> Iterator[str]:
+    """What the public names of a file lack, a line for each."""
+    tree = ast.parse(path.read_text())
+    inside = path.relative_to(ROOT)
+    if not ast.get_docstring(tree):
+        yield f"{inside}:1: the module has no docstring"
+    for public in public_names(tree):
+        at, said = f"{inside}:{public.node.lineno}: {public.name}", ast.get_docstring(public.node)
+        if not said:
+            yield f"{at} has no docstring"
+            continue
+        for name in sorted(raised(public, tree)):
+            if not re.search(rf"\b{name}\b", said):
+                yield f"{at} raises {name} and does not say so"
+        bare = unshaped(public.node)
+        if bare and not _SHAPE.search(said):
+            yield f"{at} does not say the shapes of {', '.join(bare)}"
+
+
+def without_example() -> Iterator[str]:
+    """The files of EXAMPLES that have none."""
+    yield from (f"{name}:1: no example (>>>)" for name in EXAMPLES if ">>> " not in (ROOT / name).read_text())
+
+
+def main() -> int:
+    """Print what is missing; 1 if anything is."""
+    checked = files()
+    wrong = [line for path in checked for line in missing(path)] + list(without_example())
+    print("\n".join(wrong) or f"{len(checked)} files: every public name says its errors and shapes")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
