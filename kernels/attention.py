@@ -12,9 +12,9 @@ from torch import Tensor
 from ftrain.kernels import attention_cpu, attention_cuda
 from ftrain.kernels.attention_cost import FLOPS, WORKSPACE
 from ftrain.kernels.attention_cpu import Rule
-from ftrain.kernels.attention_math import accumulate_dtype
 from ftrain.kernels.backend import choose_backend, device_type
 from ftrain.kernels.documents import Documents, Segments, document_index, index_of_offsets
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.opaque import opaque_op
 from ftrain.kernels.primitive import primitive

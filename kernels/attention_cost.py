@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ftrain.kernels.attention_cpu import Rule, blocks, served_by_aten
 from ftrain.kernels.attention_cuda import served_by_flash
-from ftrain.kernels.attention_math import accumulate_dtype
 from ftrain.kernels.documents import TOKENS_TOGETHER
+from ftrain.kernels.dtypes import accumulate_dtype
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ftrain.kernels import attention_math
-from ftrain.kernels.attention_math import accumulate_dtype
 from ftrain.kernels.documents import TOKENS_TOGETHER, Pair, batches, document_pairs, offset_pairs, rows
+from ftrain.kernels.dtypes import accumulate_dtype
 
 BLOCK = 128
 """Fewest queries that share one masked call."""

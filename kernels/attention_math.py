@@ -6,10 +6,7 @@ B documents, H query heads, G key/value heads, R = H / G, L queries and M keys o
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores and their log-sum-exp are kept in float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ftrain.kernels.dtypes import accumulate_dtype
 
 
 def _scores(q_BHLK: Tensor, k_BGMK: Tensor, causal: bool, mask_LM: Tensor | None, scale: float) -> Tensor:

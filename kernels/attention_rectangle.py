@@ -15,7 +15,7 @@ from torch import Tensor
 from ftrain.kernels import attention_math
 from ftrain.kernels.attention_cpu import BLOCK, inner_dense, served_by_aten
 from ftrain.kernels.attention_cuda import served_by_flash, whole_pack_offsets
-from ftrain.kernels.attention_math import accumulate_dtype
+from ftrain.kernels.dtypes import accumulate_dtype
 
 
 class Band(NamedTuple):

@@ -329,7 +329,8 @@ def batches(pairs: list[Pair], limit: int = TOKENS_TOGETHER) -> Iterator[list[Pa
 
 
 def rows(starts: list[int], length: int, device: torch.device) -> slice | Tensor:
-    """The tokens of documents of one length: a slice when the documents are adjacent, else an index int64 on `device`.
+    """The tokens of documents of one length: a slice when the documents are adjacent, else an index int64 on
+    `device`.
     """
     if all(b - a == length for a, b in pairwise(starts)):
         return slice(starts[0], starts[0] + len(starts) * length)

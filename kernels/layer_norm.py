@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ftrain.kernels.backend import choose_backend, device_type
+from ftrain.kernels.dtypes import accumulate_dtype
 
 # ATen's own layer norm is one node in a trace, one pass over memory on a CPU, and Inductor takes it apart to fuse it.
 _BACKENDS = {"cpu": "aten", "cuda": "aten"}
@@ -30,7 +31,7 @@ def layer_norm(
         return layer_norm_reference(x_ND, weight_D, bias_D, eps=eps)
     if all(p is None or p.dtype == x_ND.dtype for p in (weight_D, bias_D)):
         return torch.nn.functional.layer_norm(x_ND, x_ND.shape[-1:], weight_D, bias_D, eps)
-    wide = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
+    wide = accumulate_dtype(x_ND.dtype)
     weight_D, bias_D = (None if p is None else p.to(wide) for p in (weight_D, bias_D))
     # A CPU mixes narrow rows with wide weights by itself, if all three statistics are wide.
     if device_type(x_ND) == "cpu" and weight_D is not None and bias_D is not None:
@@ -42,7 +43,7 @@ def layer_norm_reference(
     x_ND: Tensor, weight_D: Tensor | None = None, bias_D: Tensor | None = None, *, eps: float = 1e-5
 ) -> Tensor:
     """`layer_norm` in plain torch, differentiable to any order."""
-    wide_ND = x_ND.to(torch.float64 if x_ND.dtype == torch.float64 else torch.float32)
+    wide_ND = x_ND.to(accumulate_dtype(x_ND.dtype))
     centred_ND = wide_ND - wide_ND.mean(-1, keepdim=True)
     y_ND = centred_ND * torch.rsqrt(centred_ND.square().mean(-1, keepdim=True) + eps)
     if weight_D is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ftrain.kernels.backend import choose_backend
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.opaque import opaque_op
 
@@ -95,18 +96,13 @@ def linear_cross_entropy_reference(
     """The definition of `linear_cross_entropy`: all logits at once, any number of derivatives, any transform."""
     valid_T = labels_T != ignore_index
     x_TD = torch.where(valid_T[..., None], x_TD, 0)  # an ignored row may hold NaN, and 0 * NaN is NaN
-    z_TV = (x_TD @ (w_DV.mT if transposed else w_DV)).to(result_dtype(x_TD.dtype))
+    z_TV = (x_TD @ (w_DV.mT if transposed else w_DV)).to(accumulate_dtype(x_TD.dtype))
     if softcap is not None:
         z_TV = softcap * torch.tanh(z_TV / softcap)
     label_T = torch.where(valid_T, labels_T, 0)
     loss_T = z_TV.logsumexp(-1) - z_TV.gather(-1, label_T[..., None])[..., 0]
     factor_T = valid_T.to(z_TV.dtype) if weights_T is None else torch.where(valid_T, weights_T, 0).to(z_TV.dtype)
     return (loss_T * factor_T).sum()
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Options(NamedTuple):
@@ -121,7 +117,7 @@ class Options(NamedTuple):
 @opaque_op(
     "linear_cross_entropy_loss(Tensor x, Tensor w, Tensor labels, Tensor? weights, int ignore_index, float? softcap, "
     "bool transposed, int chunk) -> Tensor",
-    fake=lambda x, *_: x.new_empty((), dtype=result_dtype(x.dtype)),
+    fake=lambda x, *_: x.new_empty((), dtype=accumulate_dtype(x.dtype)),
 )
 def linear_cross_entropy_loss(
     x_TD: Tensor,
@@ -136,7 +132,7 @@ def linear_cross_entropy_loss(
     """The loss alone."""
     w_DV = w_DV.t() if transposed else w_DV
     _check_labels(labels_T, ignore_index, w_DV.shape[1])
-    loss_T = torch.zeros(x_TD.shape[0], dtype=result_dtype(x_TD.dtype), device=x_TD.device)
+    loss_T = torch.zeros(x_TD.shape[0], dtype=accumulate_dtype(x_TD.dtype), device=x_TD.device)
     memory_cV = _memory(x_TD, w_DV, chunk)
     for at in _chunks(labels_T, ignore_index, chunk):
         loss_T[at] = _chunk_loss(x_TD[at], w_DV, _safe(labels_T[at], ignore_index), softcap, memory_cV)
@@ -147,7 +143,7 @@ def linear_cross_entropy_loss(
 def _grads_fake(
     x: Tensor, w: Tensor, labels: Tensor, weights: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_x, need_w, dtype = *rest[-2:], result_dtype(x.dtype)
+    need_x, need_w, dtype = *rest[-2:], accumulate_dtype(x.dtype)
     dx, dw = x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0)
     return x.new_empty((), dtype=dtype), dx, dw, x.new_empty(x.shape[0], dtype=dtype)
 
@@ -170,7 +166,7 @@ def linear_cross_entropy_grads(
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, its gradients by `x` and `w` (empty where not needed), and the unweighted loss of each token `[T]`."""
-    dtype = result_dtype(x_TD.dtype)
+    dtype = accumulate_dtype(x_TD.dtype)
     factor_T = _factors(labels_T, weights_T, ignore_index, dtype)
     loss_T = torch.zeros_like(factor_T)
     dx_TD = torch.zeros(x_TD.shape if need_x else 0, dtype=x_TD.dtype, device=x_TD.device)
@@ -220,7 +216,7 @@ def _memory(x_TD: Tensor, w_DV: Tensor, chunk: int) -> Tensor:
 
 def _logits(x_cD: Tensor, w_DV: Tensor, memory_cV: Tensor) -> Tensor:
     """`[c, V]`, in `memory_cV` if that has their dtype."""
-    return torch.mm(x_cD, w_DV, out=memory_cV[: len(x_cD)]).to(result_dtype(x_cD.dtype))
+    return torch.mm(x_cD, w_DV, out=memory_cV[: len(x_cD)]).to(accumulate_dtype(x_cD.dtype))
 
 
 def _chunk_loss(x_cD: Tensor, w_DV: Tensor, label_c: Tensor, softcap: float | None, memory_cV: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ftrain.kernels.linear_cross_entropy import result_dtype, rows_together
+from ftrain.kernels.dtypes import accumulate_dtype
+from ftrain.kernels.linear_cross_entropy import rows_together
 
 
 def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, slope: bool) -> int:
     """Logits of one chunk, their half precision form, the softcap's slope, and on a CPU the tokens gathered for it."""
-    c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], result_dtype(x.dtype).itemsize
+    c, V, item = min(chunk, x.shape[0]), w.shape[0 if transposed else 1], accumulate_dtype(x.dtype).itemsize
     half = x.element_size() if x.element_size() < item else 0
     rows = c if x.is_cuda else rows_together(c, V, item)
     gathered = 0 if x.is_cuda else c * x.shape[1] * x.element_size()
@@ -22,7 +23,7 @@ def _chunk_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, slope: bool
 def _product_bytes(x: Tensor, w: Tensor, transposed: bool, chunk: int, need_x: bool, need_w: bool) -> int:
     """A chunk's gradient by its logits, in the inputs' dtype, and the larger of its products with weight and tokens."""
     c, D, V = min(chunk, x.shape[0]), x.shape[1], w.shape[0 if transposed else 1]
-    summed_apart = need_w and w.element_size() < result_dtype(x.dtype).itemsize
+    summed_apart = need_w and w.element_size() < accumulate_dtype(x.dtype).itemsize
     largest = max(c * D if need_x else 0, min(c, D) * V if summed_apart else 0)
     return (c * V + largest) * x.element_size()
 
@@ -52,7 +53,7 @@ def _grads_workspace(
     need_x: bool,
     need_w: bool,
 ) -> int:
-    c, item = min(chunk, x.shape[0]), result_dtype(x.dtype).itemsize
+    c, item = min(chunk, x.shape[0]), accumulate_dtype(x.dtype).itemsize
     loop = _chunk_bytes(x, w, transposed, chunk, slope=softcap is not None)
     if x.is_cuda:
         loop = max(loop, _product_bytes(x, w, transposed, chunk, need_x, need_w))
@@ -66,7 +67,7 @@ def _grads_workspace(
 
 def _per_token_bytes(x: Tensor) -> int:
     """Losses, factors, labels and masks of all tokens."""
-    return x.shape[0] * (3 * result_dtype(x.dtype).itemsize + 11)
+    return x.shape[0] * (3 * accumulate_dtype(x.dtype).itemsize + 11)
 
 
 def _flops(x: Tensor, w: Tensor, *_: object) -> int:

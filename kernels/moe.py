@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ftrain.kernels.backend import choose_backend, device_type
 from ftrain.kernels.chunks import PIECE
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.grouped_mm import grouped_mm
 from ftrain.kernels.opaque import opaque_op
@@ -64,7 +65,7 @@ def combine(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch, *, backend:
 
 def combine_reference(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
     """`combine` in plain torch, differentiable to any order."""
-    wide = _wide(rows_ND.dtype)
+    wide = accumulate_dtype(rows_ND.dtype)
     rows_TKD = rows_ND[_inverse(dispatch.order_N)].unflatten(0, tuple(weights_TK.shape))
     return (rows_TKD.to(wide) * weights_TK.to(wide)[..., None]).sum(1).to(rows_ND.dtype)
 
@@ -170,7 +171,7 @@ def _combine_backward_reference(
     dy_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients by gathers alone, so that no sum is made in an order that varies."""
-    wide = _wide(rows_ND.dtype)
+    wide = accumulate_dtype(rows_ND.dtype)
     dy_ND = dy_TD.index_select(0, order_N // weights_TK.shape[1]).to(wide)
     drows_ND = dy_ND * weights_TK.reshape(-1).index_select(0, order_N).to(wide)[:, None]
     dweights_N = (dy_ND * rows_ND.to(wide)).sum(-1).index_select(0, _inverse(order_N))
@@ -181,10 +182,6 @@ def _inverse(order_N: Tensor) -> Tensor:
     """Where each slot went: `inverse[order[n]] = n`."""
     rows_N = torch.arange(order_N.shape[0], device=order_N.device)
     return torch.zeros_like(order_N).scatter(0, order_N, rows_N)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_routing(tokens: int, expert_TK: Tensor) -> None:
@@ -199,7 +196,7 @@ def _combine_cpu(rows_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, ch
     tokens, D = rows_ND.shape[0] // choices, rows_ND.shape[1]
     y_TD = rows_ND.new_empty(tokens, D)
     slot_TK = _inverse(order_N).view(tokens, choices)
-    weights_TK = None if weights_TK is None else weights_TK.to(_wide(rows_ND.dtype))
+    weights_TK = None if weights_TK is None else weights_TK.to(accumulate_dtype(rows_ND.dtype))
     step = max(1, PIECE // max(1, D))
     for t in range(0, tokens, step):
         weights = None if weights_TK is None else weights_TK[t : t + step]
@@ -208,7 +205,7 @@ def _combine_cpu(rows_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, ch
 
 
 def _combine_piece(rows_ND: Tensor, weights_TK: Tensor | None, slot_TK: Tensor, y_TD: Tensor) -> None:
-    total_TD = rows_ND.new_zeros(y_TD.shape, dtype=_wide(rows_ND.dtype))
+    total_TD = rows_ND.new_zeros(y_TD.shape, dtype=accumulate_dtype(rows_ND.dtype))
     for k in range(slot_TK.shape[1]):
         rows_TD = rows_ND.index_select(0, slot_TK[:, k])
         if weights_TK is None:
@@ -221,7 +218,7 @@ def _combine_piece(rows_ND: Tensor, weights_TK: Tensor | None, slot_TK: Tensor, 
 
 def _combine_backward_cpu(dy_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor) -> tuple[Tensor, Tensor]:
     N, D = rows_ND.shape
-    wide = _wide(rows_ND.dtype)
+    wide = accumulate_dtype(rows_ND.dtype)
     drows_ND, dweights_N = torch.empty_like(rows_ND), rows_ND.new_empty(N, dtype=wide)
     weights_N = weights_TK.reshape(-1).to(wide)
     step = max(1, PIECE // max(1, D))
@@ -260,7 +257,7 @@ def _piece(rows: Tensor) -> int:
 
 def _combine_workspace(rows: Tensor, weights: Tensor | None, order: Tensor, choices: int) -> int:
     """Where each slot went, the running sum, and one choice's rows (16-bit: also in float32)."""
-    wide = _wide(rows.dtype)
+    wide = accumulate_dtype(rows.dtype)
     piece = min(_piece(rows), rows.numel() // max(1, choices))
     narrow = 0 if rows.dtype == wide else rows.element_size()
     return 8 * rows.shape[0] + piece * (2 * wide.itemsize + narrow)
@@ -268,7 +265,7 @@ def _combine_workspace(rows: Tensor, weights: Tensor | None, order: Tensor, choi
 
 def _combine_backward_workspace(dy: Tensor, rows: Tensor, weights: Tensor, order: Tensor) -> int:
     """The gradient of the piece's rows and its product with them (16-bit: both factors also in float32)."""
-    wide = _wide(rows.dtype)
+    wide = accumulate_dtype(rows.dtype)
     narrow = 0 if rows.dtype == wide else rows.element_size() + wide.itemsize
     return (2 * wide.itemsize + narrow) * _piece(rows)
 

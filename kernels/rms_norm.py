@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ftrain.kernels.backend import choose_backend
 from ftrain.kernels.chunks import piece_numel, pieces
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.opaque import opaque_op
 
@@ -31,7 +32,7 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor | None = None, *, eps: float = 1e-6,
 
 def rms_norm_reference(x_ND: Tensor, weight_D: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
     """`rms_norm` in plain torch, differentiable to any order."""
-    wide_ND = x_ND.to(_wide(x_ND.dtype))
+    wide_ND = x_ND.to(accumulate_dtype(x_ND.dtype))
     y_ND = wide_ND * torch.rsqrt(wide_ND.square().mean(-1, keepdim=True) + eps)
     if weight_D is not None:
         y_ND = y_ND * weight_D.to(y_ND.dtype)
@@ -60,10 +61,6 @@ class _RmsNorm(torch.autograd.Function):
         return dx_ND, None if weight_D is None else dweight_D, None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _check(x_ND: Tensor, weight_D: Tensor | None) -> None:
     if not x_ND.is_floating_point() or x_ND.dim() == 0:
         raise ValueError(f"rms_norm: x must be floating point with a last dim, got {x_ND.dtype} {list(x_ND.shape)}")
@@ -72,7 +69,7 @@ def _check(x_ND: Tensor, weight_D: Tensor | None) -> None:
 
 
 def _forward_cpu(x_ND: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    wide = _wide(x_ND.dtype)
+    wide = accumulate_dtype(x_ND.dtype)
     y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     rstd_N1 = x_ND.new_empty((*x_ND.shape[:-1], 1), dtype=wide)
     weight_D = None if weight_D is None else weight_D.to(wide)
@@ -124,7 +121,10 @@ def _backward_piece(dy: Tensor, x: Tensor, scale_D: Tensor, rstd: Tensor, dx: Te
 
 _forward = opaque_op(
     "rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
-    fake=lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=_wide(x.dtype))),
+    fake=lambda x, weight, eps: (
+        x.new_empty(x.shape),
+        x.new_empty((*x.shape[:-1], 1), dtype=accumulate_dtype(x.dtype)),
+    ),
 )(_forward_cpu)
 
 _backward = opaque_op(
@@ -139,7 +139,7 @@ _backward_once = first_order(_backward, "rms_norm")
 
 
 def _forward_workspace(x: Tensor, weight: Tensor | None, eps: float) -> int:
-    wide = _wide(x.dtype)
+    wide = accumulate_dtype(x.dtype)
     return 0 if x.dtype == wide else piece_numel(x) * wide.itemsize
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ftrain.kernels.backend import choose_backend
 from ftrain.kernels.chunks import PIECE
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.opaque import opaque_op
 
 # On CUDA the reference: Inductor fuses it with its neighbours, which an opaque op would prevent.
@@ -100,7 +101,7 @@ def rope(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half",
 def rope_reference(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half") -> Tensor:
     """`rope` in plain torch, differentiable to any order."""
     F = cos_TF.shape[-1]
-    wide = _wide(x_THK.dtype)
+    wide = accumulate_dtype(x_THK.dtype)
     cos_T1F, sin_T1F = cos_TF.to(wide)[:, None], sin_TF.to(wide)[:, None]
     turned, rest = x_THK[..., : 2 * F].to(wide), x_THK[..., 2 * F :]
     if layout == "half":
@@ -130,10 +131,6 @@ class _Rope(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:3]):
             raise NotImplementedError("rope has no derivative in its table with this backend; pass backend='reference'")
         return _Rope.apply(dy_THK, *ctx.saved_tensors, ctx.layout, not ctx.inverse), None, None, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _ladder(n: int, base: float, scaling: Llama3Scaling | None, device: torch.device) -> Tensor:
@@ -202,7 +199,7 @@ def _rotate_cpu(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, layout: str, inve
     y_THK = torch.empty_like(x_THK, memory_format=torch.contiguous_format)
     if y_THK.numel() == 0:
         return y_THK
-    F, wide = cos_TF.shape[1], _wide(x_THK.dtype)
+    F, wide = cos_TF.shape[1], accumulate_dtype(x_THK.dtype)
     turn = _turn_half if layout == "half" else _turn_interleaved
     y_THK[..., 2 * F :].copy_(x_THK[..., 2 * F :])
     for t in range(0, x_THK.shape[0], _tokens(x_THK)):
@@ -241,7 +238,7 @@ _rotate = opaque_op(
 
 def _workspace(x: Tensor, cos: Tensor, sin: Tensor, layout: str, inverse: bool) -> int:
     """The piece in float32 and turned, and its angles."""
-    wide, F = _wide(x.dtype), cos.shape[1]
+    wide, F = accumulate_dtype(x.dtype), cos.shape[1]
     tokens = min(x.shape[0], _tokens(x))
     in_place = x.dtype == wide and (layout == "half" or (x.is_contiguous() and x.shape[2] == 2 * F))
     copies = (0 if in_place else 1) + (0 if x.dtype == wide and layout == "half" else 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ftrain.kernels.backend import choose_backend
 from ftrain.kernels.chunks import piece_numel, pieces
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.opaque import opaque_op
 
@@ -43,7 +44,7 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor, *, backend: str = "auto") -> Tensor:
 
 def swiglu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     """`swiglu` in plain torch: `[N, F]`, differentiable to any order."""
-    wide = _wide(gate_NF.dtype)
+    wide = accumulate_dtype(gate_NF.dtype)
     return (torch.nn.functional.silu(gate_NF.to(wide)) * up_NF.to(wide)).to(gate_NF.dtype)
 
 
@@ -63,13 +64,9 @@ class _Swiglu(torch.autograd.Function):
         return _backward_once(dy_NF, *ctx.saved_tensors)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _forward_cpu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     y_NF = torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
-    wide = _wide(gate_NF.dtype)
+    wide = accumulate_dtype(gate_NF.dtype)
     for gate, up, y in pieces(gate_NF, up_NF, y_NF):
         if y.dtype == wide:
             torch.ops.aten.silu.out(gate, out=y).mul_(up)
@@ -81,7 +78,7 @@ def _forward_cpu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 def _backward_cpu(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
     dgate_NF = torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
     dup_NF = torch.empty_like(dgate_NF)
-    wide = _wide(gate_NF.dtype)
+    wide = accumulate_dtype(gate_NF.dtype)
     for dy, gate, up, dgate, dup in pieces(dy_NF, gate_NF, up_NF, dgate_NF, dup_NF):
         _backward_piece(dy.to(wide), gate.to(wide), up, dgate, dup)
     return dgate_NF, dup_NF
@@ -117,13 +114,13 @@ _backward_once = first_order(_backward, "swiglu")
 
 def _forward_workspace(gate: Tensor, up: Tensor) -> int:
     """16-bit inputs: both in float32."""
-    wide = _wide(gate.dtype)
+    wide = accumulate_dtype(gate.dtype)
     return 0 if gate.dtype == wide else 2 * piece_numel(gate, up) * wide.itemsize
 
 
 def _backward_workspace(dy: Tensor, gate: Tensor, up: Tensor) -> int:
     """The sigmoid; for 16-bit inputs, all three in float32."""
-    wide = _wide(gate.dtype)
+    wide = accumulate_dtype(gate.dtype)
     return (1 if gate.dtype == wide else 4) * piece_numel(dy, gate, up) * wide.itemsize
 
 

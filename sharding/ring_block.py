@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ftrain.kernels import attention_cpu, attention_cuda, attention_rectangle
 from ftrain.kernels.attention_cpu import Rule
-from ftrain.kernels.attention_math import accumulate_dtype
 from ftrain.kernels.attention_rectangle import Band
 from ftrain.kernels.documents import document_offsets
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.opaque import opaque_op
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftrain.kernels import attention_cost
 from ftrain.kernels.attention_cpu import BLOCK
-from ftrain.kernels.attention_math import accumulate_dtype
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.sharding.ring_block import Step
 
 
