@@ -43,16 +43,23 @@ def attention(
     - `segments_T`: ids, int64 `[T]`, a change of which starts a new document; or `Documents`, made with the pack, whose
       offsets spare a CUDA device the count and the host the wait; None is one document. Documents never see each other.
     - `kv_segments_S`: the keys are another pack (cross attention, decoding). As ids, a query sees the keys that carry
-      its document's id; a document then has one run of queries and one of keys. As `Documents`, of as many places as
+      its document's id; a document then has one run of queries and one of keys. As `Documents`, with as many offsets as
       those of the queries, document n reads document n. With `causal` the last query stands at the last key. A query
       that sees no key gives zero. Without it S must be T.
     - `window`: a query sees at most the `window` latest keys, its own included (causal), or those less than `window`
-      away (not causal).
+      away (not causal), in tokens.
     - `scale`: of the scores, `K ** -0.5` if None.
     - `backend`: "auto", "reference", "cpu" or "flash" (CUDA; half precision, other dtypes run plain math by document).
 
     Cost grows with the sum of squared document lengths, or with length times window. Differentiable once; `"auto"`
-    takes the reference under `vmap`, `jvp` and nested `grad`. `ValueError` for shapes, dtypes, devices that do not fit.
+    takes the reference under `vmap`, `jvp` and nested `grad`. ValueError for shapes, dtypes, devices and backends that
+    do not fit. Source: Vaswani et al., arXiv 1706.03762; grouped heads of Ainslie et al., arXiv 2305.13245.
+
+    >>> import torch
+    >>> from ftrain.kernels.attention import attention
+    >>> q_THK, k_SGK, v_SGV = torch.ones(3, 2, 4), torch.ones(3, 1, 4), torch.arange(3.0).view(3, 1, 1)
+    >>> attention(q_THK, k_SGK, v_SGV, segments_T=torch.tensor([5, 5, 8]))[:, 0, 0]  # means over what is seen
+    tensor([0.0000, 0.5000, 2.0000])
     """
     _check(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, window)
     chosen = choose_backend(backend, q_THK.device, BACKENDS)
@@ -92,7 +99,9 @@ def attention_reference(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The definition of `attention`: a dense mask, any number of derivatives, any transform."""
+    """The definition of `attention`: `[T, H, V]` with a dense mask `[T, S]`; any number of derivatives, any
+    transform.
+    """
     (T, H, K), (S, G, _) = q_THK.shape, k_SGK.shape
     scale = K**-0.5 if scale is None else scale
     dtype = accumulate_dtype(q_THK.dtype)
@@ -165,10 +174,10 @@ def attention_forward(
     longest: int | None,
     kv_longest: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[T, H, V]` and the scores' log-sum-exp `[H, T]`.
+    """Output `[T, H, V]` and the scores' log-sum-exp `[H, T]` (float32, or float64 for float64), as one opaque op.
 
     `documents`, `kv_documents`: offsets int32 `[N + 1]` where `longest`, `kv_longest` tell a bound of the longest;
-    where that is None, ids int64 `[T]` and `[S]`.
+    where that is None, ids int64 `[T]` and `[S]`. ValueError for offsets that do not end at the pack's tokens (CPU).
     """
     rule = Rule(causal, window, scale, longest, kv_longest)
     if q_THK.is_cuda:
@@ -197,7 +206,10 @@ def attention_backward(
     longest: int | None,
     kv_longest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k`, `v`; the probabilities are made again from the log-sum-exp."""
+    """Gradients of `q`, `k`, `v`, of their shapes and dtypes; the probabilities are recomputed from the log-sum-exp.
+
+    `documents`, `kv_documents`, `longest`, `kv_longest`: offsets int32 `[N + 1]` or ids, as in `attention_forward`.
+    """
     rule = Rule(causal, window, scale, longest, kv_longest)
     tensors = (grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, documents, kv_documents)
     if q_THK.is_cuda:

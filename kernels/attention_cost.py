@@ -20,7 +20,7 @@ from ftrain.kernels.dtypes import accumulate_dtype
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers that all rules need."""
+    """The numbers that all rules need: those of the file's legend."""
 
     T: int
     S: int
@@ -32,6 +32,9 @@ class Sizes:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor) -> "Sizes":
+        """From queries `[T, H, K]`, keys `[S, G, K]` and values `[S, G, V]`; `item` is that of the accumulation
+        dtype.
+        """
         (T, H, K), (S, G, V) = q.shape, v.shape
         return Sizes(T, S, H, G, K, V, accumulate_dtype(q.dtype).itemsize)
 
@@ -52,7 +55,8 @@ class Sizes:
 
     def copied(self, documents: Tensor | None) -> int:
         """How many tokens, counted with all their heads, are copied at once: short documents together, or some heads of
-        a long one."""
+        a long one. `documents`: offsets or ids `[...]`; None is one document.
+        """
         longest = max(self.T, self.S)
         if documents is None:
             return longest * min(self.G, max(1, self.G * TOKENS_TOGETHER // max(longest, 1))) // self.G
@@ -71,7 +75,9 @@ def forward_workspace(
     longest: int | None,
     kv_longest: int | None,
 ) -> int:
-    """Peak bytes of `attention_forward` beyond its outputs."""
+    """Peak bytes of `attention_forward` beyond its outputs, from that op's own arguments, of which only shapes are
+    read.
+    """
     if q.is_cuda and served_by_flash(q, v):
         return 0
     n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
@@ -98,7 +104,9 @@ def backward_workspace(
     longest: int | None,
     kv_longest: int | None,
 ) -> int:
-    """Peak bytes of `attention_backward` beyond its outputs."""
+    """Peak bytes of `attention_backward` beyond its outputs, from that op's own arguments, of which only shapes are
+    read.
+    """
     n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
     if q.is_cuda and served_by_flash(q, v):
         places = 1 if longest is None or documents is None else documents.shape[0] - 1
@@ -120,7 +128,11 @@ def _copies(n: Sizes, q: Tensor, documents: Tensor | None, inputs: int, results:
 
 
 def flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:
-    """float32 sums of dq, a number per query, and gradients of keys per query head before these are added up."""
+    """Peak bytes of flash attention's backward beyond its outputs, for so many documents (or entries for them).
+
+    Float32 sums of dq, a number per query, and gradients of keys per query head before these are added up. `half`:
+    bytes of an element of the inputs.
+    """
     padded = n.T + 128 * documents
     step = 32 if n.K <= 128 else 64
     width = -(-n.K // step) * step
@@ -169,7 +181,12 @@ def _math_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
 
 
 def seen_pairs(T: int, S: int, causal: bool, window: int | None) -> float:
-    """How many pairs of a query and a key meet where documents have at most S keys; causal counts half."""
+    """How many pairs of a query and a key meet where documents have at most S keys; causal counts half.
+
+    >>> from ftrain.kernels.attention_cost import seen_pairs
+    >>> seen_pairs(100, 100, True, None), seen_pairs(100, 100, True, 10)
+    (5000.0, 1000)
+    """
     dense = T * S / 2 if causal else T * S
     return dense if window is None else min(dense, T * min(S, window if causal else 2 * window - 1))
 
@@ -186,7 +203,7 @@ def forward_flops(
     longest: int | None,
     kv_longest: int | None,
 ) -> int:
-    """Two matmuls: scores and output."""
+    """Floating-point operations of `attention_forward`'s two matmuls, scores and output; only shapes are read."""
     n = Sizes.of(q, k, v)
     keys = _most_keys(n, kv_documents, longest, kv_longest)
     return int(2 * n.H * (n.K + n.V) * seen_pairs(n.T, keys, causal, window))
@@ -207,7 +224,10 @@ def backward_flops(
     longest: int | None,
     kv_longest: int | None,
 ) -> int:
-    """Five matmuls: the scores again, and the gradients of probabilities, values, queries and keys."""
+    """Floating-point operations of `attention_backward`'s five matmuls; only shapes are read.
+
+    They are the scores again, and the gradients of probabilities, values, queries and keys.
+    """
     n = Sizes.of(q, k, v)
     keys = _most_keys(n, kv_documents, longest, kv_longest)
     return int(2 * n.H * (3 * n.K + 2 * n.V) * seen_pairs(n.T, keys, causal, window))

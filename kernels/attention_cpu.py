@@ -26,8 +26,9 @@ BLOCK = 128
 class Rule(NamedTuple):
     """Which keys a query sees in a document (whose last query stands at its last key), and the scale of the scores.
 
-    `longest`, `kv_longest`: bounds of the longest document of queries and of keys where documents are told by offsets;
-    None where by ids.
+    - `causal`, `window`, `scale`: as in `ftrain.kernels.attention.attention`.
+    - `longest`, `kv_longest`: bounds of the longest document of queries and of keys, in tokens, where documents are
+      given by offsets; None where by ids.
     """
 
     causal: bool
@@ -37,7 +38,7 @@ class Rule(NamedTuple):
     kv_longest: int | None = None
 
     def trimmed(self, L: int, M: int) -> "Rule":
-        """Without a window that hides nothing in a document of these lengths."""
+        """The rule without a window that hides nothing in a document of L queries and M keys."""
         return self._replace(window=None) if self.window is not None and self.window >= max(L, M) else self
 
 
@@ -53,7 +54,7 @@ class Block:
 
 
 def blocks(L: int, M: int, rule: Rule) -> Iterator[Block]:
-    """Cut a document so that its calls cover what the rule lets through and little more."""
+    """Cut a document of L queries and M keys so that its calls cover what the rule lets through and little more."""
     if rule.window is None and (not rule.causal or L == M):
         yield Block(0, L, 0, M, M - L)
         return
@@ -85,7 +86,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, V]` and the log of the sum of exponentials `[H, T]` (float32, or float64 for float64).
 
-    Half precision is computed in float32: most CPUs are slower in half (6 times with AVX2), and none is more exact.
+    `documents`, `kv_documents`: offsets int32 `[N + 1]` where the rule bounds the longest document, else ids int64;
+    None is one document. They are read on the host. Half precision is computed in float32: most CPUs are slower in half
+    (6 times with AVX2), and none is more exact. ValueError for offsets that do not end at the pack's tokens.
     """
     T, H, _ = q_THK.shape
     q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (q_THK, k_SGK, v_SGV))
@@ -116,7 +119,11 @@ def backward(
     kv_documents: Tensor | None,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, shaped as these."""
+    """Gradients of queries, keys and values, of their shapes and dtypes.
+
+    `documents`, `kv_documents`: offsets int32 `[N + 1]` or ids, as in `forward`; ValueError for offsets that do not end
+    at the pack's tokens.
+    """
     (T, H, _), S = q_THK.shape, k_SGK.shape[0]
     grad_THV, q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (grad_THV, q_THK, k_SGK, v_SGV))
     pairs, dtype = _pairs(documents, kv_documents, T, S, rule), lse_HT.dtype
@@ -169,11 +176,11 @@ class Part:
     g: slice
 
     def queries(self, x_THK: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[B, heads, L, K]`: a view where the documents lie side by side in the right dtype."""
+        """`[B, heads, L, K]`: a view where the documents are adjacent and in the right dtype."""
         return _fold(x_THK[:, self.h][self.at_q], self.L).to(dtype)
 
     def keys(self, x_SGK: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[B, heads, M, K]`, likewise."""
+        """`[B, heads, M, K]`, a view in the same cases."""
         return _fold(x_SGK[:, self.g][self.at_k], self.M).to(dtype)
 
 
@@ -202,7 +209,9 @@ def _fold_lse(lse_HT: Tensor, L: int) -> Tensor:
 
 
 def inner_dense(x: Tensor) -> Tensor:
-    """The kernels step over the last dim by one, and an expanded gradient has steps of zero."""
+    """A tensor of any shape whose last dim has stride 1 and no dim stride 0, as the kernels need; a copy only if it
+    must be.
+    """
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
@@ -253,7 +262,7 @@ def _mask(q: Tensor, rule: Rule, block: Block) -> tuple[bool, Tensor | None]:
 
 
 def served_by_aten(q: Tensor, v: Tensor) -> bool:
-    """True if ATen's flash attention for CPU takes these inputs."""
+    """True if ATen's flash attention for CPU takes these inputs (shapes `[..., K]` and `[..., V]`): it wants V = K."""
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 

@@ -24,7 +24,7 @@ from ftrain.kernels.documents import aligned_lengths, document_offsets
 
 
 class Layout(NamedTuple):
-    """Where the documents of queries and of keys are, int32 `[N + 1]` each, and bounds of the longest."""
+    """Offsets of the documents of queries and of keys, int32 `[N + 1]` each, and bounds of the longest in tokens."""
 
     cu_N: Tensor
     cu_kv_N: Tensor
@@ -33,7 +33,9 @@ class Layout(NamedTuple):
 
 
 def served_by_flash(q_THK: Tensor, v_SGV: Tensor) -> bool:
-    """True if flash attention takes these inputs."""
+    """True if flash attention takes these inputs: float16 or bfloat16, V = K, a multiple of 8 up to 256, no empty
+    pack.
+    """
     K = q_THK.shape[2]
     half = q_THK.dtype in (torch.float16, torch.bfloat16)
     return half and v_SGV.shape[2] == K <= 256 and K % 8 == 0 and q_THK.shape[0] > 0 and v_SGV.shape[0] > 0
@@ -42,7 +44,11 @@ def served_by_flash(q_THK: Tensor, v_SGV: Tensor) -> bool:
 def forward(
     q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, documents: Tensor | None, kv_documents: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """Output `[T, H, V]` and log-sum-exp `[H, T]`."""
+    """Output `[T, H, V]` in the dtype of the queries and log-sum-exp `[H, T]` in float32.
+
+    `documents`, `kv_documents`: offsets int32 `[N + 1]` where the rule bounds the longest document, else ids int64, for
+    which the host waits; None is one document. What flash attention does not take goes to `attention_cpu.forward`.
+    """
     layout = _layout(q_THK, v_SGV, documents, kv_documents, rule)
     if layout is None:
         return attention_cpu.forward(q_THK, k_SGK, v_SGV, documents, kv_documents, rule)
@@ -80,7 +86,10 @@ def backward(
     kv_documents: Tensor | None,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
+    """Gradients of queries, keys and values, of their shapes and dtypes.
+
+    `documents`, `kv_documents`: offsets int32 `[N + 1]` or ids, as in `forward`.
+    """
     layout = _layout(q_THK, v_SGV, documents, kv_documents, rule)
     if layout is None:
         given = (grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, documents, kv_documents)
@@ -187,7 +196,7 @@ def _aligned(segments_T: Tensor, kv_segments_S: Tensor) -> Layout | None:
 
 @lru_cache(maxsize=64)
 def whole_pack_offsets(tokens: int, device: torch.device) -> Tensor:
-    """The offsets of one document that fills the pack, made on the device once."""
+    """The offsets int32 `[2]` of one document that fills the pack, made on the device once."""
     return torch.arange(2, dtype=torch.int32, device=device) * tokens
 
 

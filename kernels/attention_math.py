@@ -26,6 +26,13 @@ def _probabilities(s_BGRLM: Tensor, lse_BGRL: Tensor) -> Tensor:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, L, V]` in the dtype of the queries and the scores' log-sum-exp `[B, H, L]`.
+
+    - `q`, `k`, `v`: `[B, H, L, K]`, `[B, G, M, K]`, `[B, G, M, V]`, one floating dtype.
+    - `causal`: query i sees keys 0 .. i. `mask`: `[L, M]`, added to the scores; -inf hides.
+
+    The arithmetic and the log-sum-exp are float32 (float64 for float64). A query that sees nothing gives zeros.
+    """
     s_BGRLM = _scores(q, k, causal, mask, scale)
     lse_BGRL = s_BGRLM.logsumexp(-1)
     p_BGRLM = _probabilities(s_BGRLM, lse_BGRL)
@@ -44,6 +51,11 @@ def backward(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `q`, `k`, `v`, of their shapes and dtypes.
+
+    - `grad`, `out`: `[B, H, L, V]`. `lse`: `[B, H, L]`, from `forward` over all keys, of which these may be a part.
+    - `q`, `k`, `v`, `causal`, `mask`, `scale`: as in `forward`.
+    """
     dtype, G = lse.dtype, k.shape[1]
     q_BGRLK, grad_BGRLV, out_BGRLV = (x.unflatten(1, (G, -1)).to(dtype) for x in (q, grad, out))
     p_BGRLM = _probabilities(_scores(q, k, causal, mask, scale), lse.unflatten(1, (G, -1)))

@@ -19,14 +19,16 @@ from ftrain.kernels.dtypes import accumulate_dtype
 
 
 class Band(NamedTuple):
-    """Query `i` stands `offset` places after key `i` (negative: before), and sees the keys less than `window` away."""
+    """Query `i` stands `offset` tokens after key `i` (negative: before), and sees the keys less than `window` tokens
+    away.
+    """
 
     offset: int
     window: int | None
     scale: float
 
     def trimmed(self, L: int, M: int) -> "Band":
-        """Without a window that hides nothing of `L` queries and `M` keys."""
+        """The band without a window that hides nothing of `L` queries and `M` keys."""
         farthest = max(abs(self.offset + L - 1), abs(self.offset - M + 1))
         return self._replace(window=None) if self.window is not None and farthest < self.window else self
 
@@ -41,7 +43,10 @@ class Tile(NamedTuple):
 
 
 def forward(q_LHK: Tensor, k_MGK: Tensor, v_MGV: Tensor, band: Band) -> tuple[Tensor, Tensor]:
-    """Output `[L, H, V]` and log-sum-exp `[H, L]`; every query must see a key, and runs must not overlap."""
+    """Output `[L, H, V]` in the dtype of the queries and log-sum-exp `[H, L]` in the accumulation dtype.
+
+    Every query must see a key, and the two runs must not overlap.
+    """
     q_LHK, k_MGK, v_MGV = (inner_dense(x) for x in (q_LHK, k_MGK, v_MGV))
     L, M = q_LHK.shape[0], k_MGK.shape[0]
     band = band.trimmed(L, M)
@@ -69,7 +74,7 @@ def backward(
     lse_HL: Tensor,
     band: Band,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What these keys add to the gradients of queries, keys and values.
+    """What these keys add to the gradients of queries, keys and values, of their shapes and dtypes.
 
     `out_LHV` and `lse_HL` are those of the queries over *all* their keys: the probabilities follow from them.
     """
@@ -92,7 +97,10 @@ def backward(
 
 
 def tiles(L: int, M: int, band: Band, fused: bool) -> Iterator[Tile]:
-    """Cut the queries so that little is computed that the band hides, and, where scores are stored, few at once."""
+    """Cut the queries so that little is computed that the band hides, and, where scores are stored, few at once.
+
+    `fused`: whether a kernel computes a tile without storing its scores.
+    """
     if band.window is None and fused:
         yield Tile(0, L, 0, M)
         return
@@ -107,7 +115,10 @@ def tiles(L: int, M: int, band: Band, fused: bool) -> Iterator[Tile]:
 
 
 def band_mask(tile: Tile, band: Band, like: Tensor) -> Tensor | None:
-    """What is added to the scores of a tile, `[L, M]`: 0 where seen, -inf elsewhere; None if everything is seen."""
+    """What is added to the scores of a tile, `[L, M]`: 0 where seen, -inf elsewhere; None if everything is seen.
+
+    `like`: a tensor of any shape with the mask's dtype and device.
+    """
     window = band._replace(offset=band.offset + tile.i - tile.j).trimmed(tile.L, tile.M).window
     if window is None:
         return None

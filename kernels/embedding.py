@@ -19,10 +19,19 @@ _BACKENDS = {"cpu": "cpu"}
 
 @primitive("embedding")
 def embedding(tokens_T: Tensor, table_VD: Tensor, *, backend: str = "auto") -> Tensor:
-    """`table[token]`, `[T, D]` (`[..., D]` for tokens of any shape, int64 or int32).
+    """`table[token]`: rows of the table, `[T, D]` in its dtype (`[..., D]` for tokens of any shape).
 
-    A token outside [0, V) is a ValueError on a CPU. The gradient of the table is dense, summed in float32 (float64)
-    and in a fixed order.
+    - `tokens_T`: int64 or int32, in [0, V).
+    - `table_VD`: the table; its gradient is dense, summed in float32 (float64) and in a fixed order.
+    - `backend`: "auto", "reference" or "cpu".
+
+    "cpu" is differentiable once, the reference to any order. ValueError for dtypes, shapes and backends that do not
+    fit, and on a CPU for a token outside of the vocabulary (CUDA: a device-side assertion).
+
+    >>> import torch
+    >>> from ftrain.kernels.embedding import embedding
+    >>> embedding(torch.tensor([2, 0]), torch.tensor([[0.0], [1.0], [2.0]])).flatten()
+    tensor([2., 0.])
     """
     if tokens_T.dtype not in (torch.int64, torch.int32) or table_VD.dim() != 2:
         raise ValueError(
@@ -35,16 +44,27 @@ def embedding(tokens_T: Tensor, table_VD: Tensor, *, backend: str = "auto") -> T
 
 
 def embedding_reference(tokens_T: Tensor, table_VD: Tensor) -> Tensor:
-    """`embedding` in plain torch, differentiable to any order."""
+    """`embedding` in plain torch: `[..., D]`, differentiable to any order."""
     return torch.nn.functional.embedding(tokens_T, table_VD)
 
 
 @primitive("merge")
 def merge_rows(x_TD: Tensor, rows_ND: Tensor, index_N: Tensor, *, backend: str = "auto") -> Tensor:
-    """x with `x[index[n]] = rows[n]`: a new tensor `[T, D]`, differentiable in both.
+    """x with `x[index[n]] = rows[n]`: a new tensor `[T, D]`, differentiable in both. Media enter a sequence of tokens
+    by it.
 
-    `index_N` int64 in [0, T]; a row whose index is T is dropped, so a fixed budget of rows can be padded. The others
-    must be distinct (a ValueError on a CPU).
+    - `x_TD`, `rows_ND`: one dtype.
+    - `index_N`: int64 in [0, T]. A row whose index is T is dropped, so a fixed budget of rows can be padded. The others
+      must be distinct.
+    - `backend`: "auto", "reference" or "cpu".
+
+    "cpu" is differentiable once, the reference to any order. ValueError for shapes, dtypes and backends that do not
+    fit, and on a CPU for an index out of range or given twice.
+
+    >>> import torch
+    >>> from ftrain.kernels.embedding import merge_rows
+    >>> merge_rows(torch.zeros(3, 1), torch.tensor([[5.0], [6.0]]), torch.tensor([2, 3])).flatten()
+    tensor([0., 0., 5.])
     """
     _check_merge(x_TD, rows_ND, index_N)
     if choose_backend(backend, x_TD.device, _BACKENDS) == "reference":
@@ -53,7 +73,7 @@ def merge_rows(x_TD: Tensor, rows_ND: Tensor, index_N: Tensor, *, backend: str =
 
 
 def merge_rows_reference(x_TD: Tensor, rows_ND: Tensor, index_N: Tensor) -> Tensor:
-    """`merge_rows` in plain torch, differentiable to any order."""
+    """`merge_rows` in plain torch: `[T, D]`, differentiable to any order."""
     padded = torch.cat([x_TD, x_TD.new_zeros(1, x_TD.shape[1])])
     return padded.index_copy(0, index_N, rows_ND)[:-1]
 

@@ -16,12 +16,22 @@ _BACKENDS = {"cpu": "loop", "cuda": "grouped"}
 
 
 def grouped_mm(x_ND: Tensor, w_EDF: Tensor, offsets_E: Tensor, *, backend: str = "auto") -> Tensor:
-    """`[N, F]`: rows `offsets[e - 1] .. offsets[e]` of x times `w[e]`, accumulated in float32 (float64).
+    """`[N, F]`: rows `offsets[e - 1] .. offsets[e]` of x times `w[e]`, in the dtype of the inputs.
 
-    `offsets_E` int32, ascending, ends at N; groups may be empty, and their weight gradients are zeros.
+    - `x_ND`, `w_EDF`: one floating dtype.
+    - `offsets_E`: int32, ascending, ends at N; groups may be empty, and their weight gradients are zeros.
+    - `backend`: "auto", "reference", "loop" or "grouped". "loop" (any device; on CUDA the host waits for the offsets)
+      is one product per group. "grouped" (CUDA) is `torch._grouped_mm`, one kernel for all groups; where the dtype is
+      not bfloat16 or D or F is no multiple of 8, "loop" runs.
 
-    - `"loop"` (any device; on CUDA the host waits for the offsets): one product per group.
-    - `"grouped"` (CUDA, bfloat16, D and F multiples of 8): `torch._grouped_mm`, one kernel for all groups.
+    Accumulated in float32 (float64). "loop" is differentiable once, the reference to any order. ValueError for shapes,
+    dtypes and backends that do not fit, and for offsets that do not ascend to N ("loop").
+
+    >>> import torch
+    >>> from ftrain.kernels.grouped_mm import grouped_mm
+    >>> w_EDF = torch.tensor([[[1.0]], [[10.0]]])
+    >>> grouped_mm(torch.tensor([[1.0], [2.0], [3.0]]), w_EDF, torch.tensor([1, 3], dtype=torch.int32)).flatten()
+    tensor([ 1., 20., 30.])
     """
     _check(x_ND, w_EDF, offsets_E)
     backend = choose_backend(backend, x_ND.device, _BACKENDS)
@@ -33,7 +43,7 @@ def grouped_mm(x_ND: Tensor, w_EDF: Tensor, offsets_E: Tensor, *, backend: str =
 
 
 def grouped_mm_reference(x_ND: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
-    """`grouped_mm` in plain torch, differentiable to any order: every weight times every row, E times the work."""
+    """`grouped_mm` in plain torch: every weight times every row, E times the work. Differentiable to any order."""
     row_N1 = torch.arange(x_ND.shape[0], device=x_ND.device)[:, None]
     group_N1 = (row_N1 >= offsets_E).sum(1, keepdim=True)
     y_NF = x_ND.new_zeros(x_ND.shape[0], w_EDF.shape[2])

@@ -1,4 +1,4 @@
-"""Layer normalisation over the last dim (Ba, Kiros and Hinton, "Layer normalization", 2016).
+"""Layer normalisation over the last dim (Ba, Kiros and Hinton, arXiv 1607.06450).
 
 Legend: N rows (every leading dim, flattened), D normalised dim.
 """
@@ -21,10 +21,20 @@ def layer_norm(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dim; any leading dims.
+    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dim, in the shape and dtype of x.
 
-    Computed in float32 (float64 for float64) and rounded once, to the dtype of x. Weight and bias may each be None and
-    may be wider than x. `backend="aten"` runs `torch.nn.functional.layer_norm`.
+    - `x_ND`: floating, any leading dims.
+    - `weight_D`, `bias_D`: floating `[D]`, of any width; each may be None.
+    - `eps`: added to the variance (which is biased: divided by D).
+    - `backend`: "auto", "reference" or "aten" (`torch.nn.functional.layer_norm`).
+
+    Computed in float32 (float64 for float64) and rounded once. ValueError for shapes, dtypes and backends that do not
+    fit. Source: Ba, Kiros and Hinton, arXiv 1607.06450.
+
+    >>> import torch
+    >>> from ftrain.kernels.layer_norm import layer_norm
+    >>> layer_norm(torch.tensor([[1.0, 3.0]]), bias_D=torch.tensor([0.0, 10.0]))
+    tensor([[-1.0000, 11.0000]])
     """
     _check(x_ND, weight_D, bias_D)
     if choose_backend(backend, x_ND.device, _BACKENDS) == "reference":
@@ -42,7 +52,7 @@ def layer_norm(
 def layer_norm_reference(
     x_ND: Tensor, weight_D: Tensor | None = None, bias_D: Tensor | None = None, *, eps: float = 1e-5
 ) -> Tensor:
-    """`layer_norm` in plain torch, differentiable to any order."""
+    """`layer_norm` in plain torch: the shape and dtype of x, differentiable to any order."""
     wide_ND = x_ND.to(accumulate_dtype(x_ND.dtype))
     centred_ND = wide_ND - wide_ND.mean(-1, keepdim=True)
     y_ND = centred_ND * torch.rsqrt(centred_ND.square().mean(-1, keepdim=True) + eps)

@@ -1,7 +1,7 @@
 """Mixture of experts without dropping: sort token slots by expert, multiply group by group, put them back.
 
-Tokens are sorted and gathered, never scattered with atomics, so every result and gradient is deterministic
-(as in Gale et al., "MegaBlocks: efficient sparse training with mixture-of-experts", 2023).
+Tokens are sorted and gathered, never scattered with atomics, so every result and gradient is deterministic (as in Gale
+et al., "MegaBlocks", arXiv 2211.15841).
 
 Legend: T tokens, K experts per token, N = T * K rows, E experts, D model, F hidden of an expert.
 """
@@ -25,8 +25,11 @@ _BACKENDS = {"cpu": "sorted", "cuda": "sorted"}
 
 
 class Dispatch(NamedTuple):
-    """Where rows came from. `order_N` int64: row n holds slot `order[n]`, which is choice `order % K` of token
-    `order // K`. `offsets_E` int32: expert e has rows `offsets[e - 1] .. offsets[e]`."""
+    """Where the rows of `moe_dispatch` came from.
+
+    - `order_N`: int64; row n holds slot `order[n]`, which is choice `order % K` of token `order // K`.
+    - `offsets_E`: int32; expert e has rows `offsets[e - 1] .. offsets[e]`.
+    """
 
     order_N: Tensor
     offsets_E: Tensor
@@ -35,9 +38,21 @@ class Dispatch(NamedTuple):
 def moe_dispatch(
     x_TD: Tensor, expert_TK: Tensor, *, num_experts: int, backend: str = "auto"
 ) -> tuple[Tensor, Dispatch]:
-    """Copy each token once for each of its experts, `[N, D]`, sorted by expert and stable by token.
+    """Copy each token once for each of its experts: rows `[N, D]` in the dtype of x, sorted by expert and stable by
+    token.
 
-    `expert_TK` holds integers in [0, num_experts); a token may name an expert twice.
+    - `x_TD`: tokens.
+    - `expert_TK`: integers in [0, num_experts); a token may name an expert twice.
+    - `backend`: "auto", "reference" or "sorted".
+
+    Returns the rows and the `Dispatch` that `combine` needs. Differentiable in x to any order; gradients are summed in
+    a fixed order. ValueError if the experts are not integers `[T, K]`, and for another backend.
+
+    >>> import torch
+    >>> from ftrain.kernels.moe import moe_dispatch
+    >>> rows_ND, dispatch = moe_dispatch(torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]]), num_experts=3)
+    >>> rows_ND.flatten(), dispatch.offsets_E
+    (tensor([2., 1.]), tensor([1, 2, 2], dtype=torch.int32))
     """
     _check_routing(x_TD.shape[0], expert_TK)
     expert_N, order_N = torch.sort(expert_TK.reshape(-1), stable=True)
@@ -52,7 +67,18 @@ def moe_dispatch(
 def combine(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch, *, backend: str = "auto") -> Tensor:
     """The weighted sum of each token's K rows, `[T, D]`, in the order of its choices; the dtype of the rows.
 
-    Sums in float32 (float64 for float64 rows). Differentiable in rows and weights.
+    - `rows_ND`: what the experts made of the rows of `moe_dispatch`.
+    - `weights_TK`: floating, a weight for each choice.
+    - `backend`: "auto", "reference" or "sorted".
+
+    Sums in float32 (float64 for float64 rows). Differentiable once in rows and weights, the reference to any order.
+    ValueError for shapes and backends that do not fit.
+
+    >>> import torch
+    >>> from ftrain.kernels.moe import combine, moe_dispatch
+    >>> rows_ND, dispatch = moe_dispatch(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 0], [0, 1]]), num_experts=2)
+    >>> combine(10 * rows_ND, torch.tensor([[0.5, 0.5], [1.0, 0.0]]), dispatch).flatten()
+    tensor([10., 20.])
     """
     if rows_ND.dim() != 2 or rows_ND.shape[0] != weights_TK.numel() or weights_TK.dim() != 2:
         raise ValueError(
@@ -64,19 +90,22 @@ def combine(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch, *, backend:
 
 
 def combine_reference(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
-    """`combine` in plain torch, differentiable to any order."""
+    """`combine` in plain torch: `[T, D]`, differentiable to any order."""
     wide = accumulate_dtype(rows_ND.dtype)
     rows_TKD = rows_ND[_inverse(dispatch.order_N)].unflatten(0, tuple(weights_TK.shape))
     return (rows_TKD.to(wide) * weights_TK.to(wide)[..., None]).sum(1).to(rows_ND.dtype)
 
 
 def permute_rows(rows_ND: Tensor, order_N: Tensor) -> Tensor:
-    """Row `order[n]` at place n, for a permutation `order`; `restore_rows` is its inverse and its transpose."""
+    """Row `order[n]` at index n: `[N, D]`, for a permutation `order_N` (int64).
+
+    `restore_rows` is its inverse and its transpose, so gradients are gathers too.
+    """
     return _Spread.apply(rows_ND, order_N, 1)
 
 
 def restore_rows(rows_ND: Tensor, order_N: Tensor) -> Tensor:
-    """The rows at the places that they had before `permute_rows`."""
+    """The rows at the indices that they had before `permute_rows`: `[N, D]`, differentiable."""
     return _Collect.apply(rows_ND, order_N, 1)
 
 
@@ -93,7 +122,20 @@ def experts_swiglu(
 ) -> Tensor:
     """Each token's experts, each a SwiGLU MLP, weighted and summed: `[T, D]`. Every token reaches all its experts.
 
-    A plan rebinds this primitive to run the experts on the ranks that hold them.
+    - `x_TD`: tokens, and three weights `[E, D, F]`, `[E, D, F]`, `[E, F, D]`, all of one floating dtype.
+    - `expert_TK`: integers in [0, E). `weights_TK`: floating, a weight for each choice.
+    - `backend`: "auto", "reference", or one of `grouped_mm`: "loop" or "grouped".
+
+    A plan rebinds this primitive to run the experts on the ranks that hold them. ValueError for shapes, dtypes and
+    backends that do not fit. Source: Shazeer et al., arXiv 1701.06538; without dropping as in Gale et al., arXiv
+    2211.15841.
+
+    >>> import torch
+    >>> from ftrain.kernels.moe import experts_swiglu
+    >>> x_TD, one_EDF = torch.ones(2, 3), torch.ones(4, 3, 5)
+    >>> y_TD = experts_swiglu(x_TD, torch.tensor([[0], [3]]), torch.ones(2, 1), one_EDF, one_EDF, torch.zeros(4, 5, 3))
+    >>> y_TD.shape
+    torch.Size([2, 3])
     """
     reference = "reference" if backend == "reference" else "auto"
     rows_ND, dispatch = moe_dispatch(x_TD, expert_TK, num_experts=w_gate_EDF.shape[0], backend=reference)
@@ -106,7 +148,7 @@ def experts_swiglu(
 
 @primitive("moe_dropped")
 def dropped_rows(expert_TK: Tensor, w_gate_EDF: Tensor) -> Tensor:
-    """How many of the T * K rows no expert computes, a float32 scalar: none.
+    """How many of the T * K rows no expert computes, a float32 scalar: zero.
 
     A plan that gives these experts a static capacity rebinds this primitive to count what exceeds it.
     """

@@ -19,13 +19,15 @@ from ftrain.kernels.opaque import opaque_op
 
 @opaque_op("offload_start(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x, device="cpu"))
 def offload_start(x: Tensor) -> Tensor:
-    """Begin to copy `x` (any shape, dense) to the host; the result, on the host, is not there before `offload_wait`."""
+    """Begin to copy `x` (any shape, dense) to the host; the result, on the host, is complete after `offload_wait`."""
     return _copies_of(x.device).out(x) if x.device.type == "cuda" else x.clone()
 
 
 @opaque_op("offload_wait(Tensor(a) host, Tensor x) -> Tensor(a)", fake=lambda host, x: host)
 def offload_wait(host: Tensor, x: Tensor) -> Tensor:
-    """`host`, the copy of `x`, complete: later work on the current stream may write over the memory of `x`."""
+    """`host`, the copy of `x` and of its shape, complete: later work on the current stream may overwrite the memory of
+    `x`.
+    """
     if x.device.type == "cuda":
         _copies_of(x.device).wait(host)
     return host
@@ -36,13 +38,15 @@ def offload_wait(host: Tensor, x: Tensor) -> Tensor:
     fake=lambda host, device: torch.empty_like(host, device=device),
 )
 def fetch_start(host: Tensor, device: torch.device) -> Tensor:
-    """Begin to copy what `offload_wait` gave back to `device`; the result is not there before `fetch_wait`."""
+    """Begin to copy `host`, which `offload_wait` returned (any shape), to `device`; it is complete after
+    `fetch_wait`.
+    """
     return _copies_of(device).back(host, device) if device.type == "cuda" else host.clone()
 
 
 @opaque_op("fetch_wait(Tensor(a) x, Tensor host) -> Tensor(a)", fake=lambda x, host: x)
 def fetch_wait(x: Tensor, host: Tensor) -> Tensor:
-    """`x`, the copy of `host`, complete. The memory of `host` is given back: a tensor is fetched once."""
+    """`x`, the copy of `host` and of its shape, complete. The memory of `host` is freed: a tensor is fetched once."""
     if x.device.type == "cuda":
         copies = _copies_of(x.device)
         copies.wait(x)

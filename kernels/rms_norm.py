@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation over the last dim (Zhang and Sennrich, "Root mean square layer normalization", 2019).
+"""Root-mean-square normalisation over the last dim (Zhang and Sennrich, arXiv 1910.07467).
 
 Legend: N rows (every leading dim, flattened), D normalised dim.
 """
@@ -19,9 +19,20 @@ _BACKENDS = {"cpu": "cpu"}
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor | None = None, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
-    """`x / sqrt(mean(x**2) + eps) * weight` over the last dim; any leading dims, e.g. `[T, D]` or heads `[T, H, K]`.
+    """`x / sqrt(mean(x**2) + eps) * weight` over the last dim, in the shape and dtype of x.
 
-    Computed in float32 (float64 for float64) and rounded once, to the dtype of x. Without a weight only normalises.
+    - `x_ND`: floating, any leading dims, e.g. `[T, D]` or heads `[T, H, K]`.
+    - `weight_D`: floating `[D]`, of any width; None only normalises.
+    - `eps`: added to the mean square.
+    - `backend`: "auto", "reference" or "cpu".
+
+    Computed in float32 (float64 for float64) and rounded once. "cpu" is differentiable once, the reference to any
+    order. ValueError for shapes, dtypes and backends that do not fit. Source: Zhang and Sennrich, arXiv 1910.07467.
+
+    >>> import torch
+    >>> from ftrain.kernels.rms_norm import rms_norm
+    >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 10.0]))
+    tensor([[ 0.8485, 11.3137]])
     """
     _check(x_ND, weight_D)
     if choose_backend(backend, x_ND.device, _BACKENDS) == "reference":
@@ -31,7 +42,7 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor | None = None, *, eps: float = 1e-6,
 
 
 def rms_norm_reference(x_ND: Tensor, weight_D: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-    """`rms_norm` in plain torch, differentiable to any order."""
+    """`rms_norm` in plain torch: the shape and dtype of x, differentiable to any order."""
     wide_ND = x_ND.to(accumulate_dtype(x_ND.dtype))
     y_ND = wide_ND * torch.rsqrt(wide_ND.square().mean(-1, keepdim=True) + eps)
     if weight_D is not None:

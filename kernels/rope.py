@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., "RoFormer", 2021), along one axis of positions or several.
+"""Rotary position embedding (Su et al., "RoFormer", arXiv 2104.09864), along one axis of positions or several.
 
 Legend: T tokens, H heads, K head dim, F frequencies (half of the rotated dims), A axes of positions (time, row, ...).
 """
@@ -23,10 +23,15 @@ _LAYOUTS = ("half", "interleaved")
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Frequencies for texts longer than those of pretraining, which had `original_length` tokens (Llama 3.1, 2024).
+    """Frequencies for texts longer than those of pretraining, which had `original_length` tokens (Llama 3.1, arXiv
+    2407.21783; `rope_scaling` of its Hugging Face configuration).
 
-    Those that turn more than `high_turns` times over the original length stay; those that turn less than `low_turns`
-    times are divided by `factor`; between them the division fades.
+    - `factor`: what slow frequencies are divided by, at least 1.
+    - `low_turns`, `high_turns`: frequencies that turn more than `high_turns` times over the original length stay, those
+      that turn less than `low_turns` times are divided, and between them the division fades.
+    - `original_length`: tokens.
+
+    ValueError for a factor below 1, lengths or turns that are not positive, and `low_turns` not below `high_turns`.
     """
 
     factor: float
@@ -41,7 +46,7 @@ class Llama3Scaling:
             )
 
     def apply(self, ladder_F: Tensor) -> Tensor:
-        """The scaled frequencies, in radians per token."""
+        """The scaled frequencies, `[F]`, in radians per token."""
         turns_F = ladder_F * (self.original_length / (2 * math.pi))
         kept_F = ((turns_F - self.low_turns) / (self.high_turns - self.low_turns)).clamp(0, 1)
         return ladder_F * (kept_F + (1 - kept_F) / self.factor)
@@ -58,16 +63,26 @@ def rope_table(
     scaling: Llama3Scaling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[T, F]` of the angles, F = head_dim / 2; worked out in float64.
+    """Cosines and sines `[T, F]` of the angles in `dtype`, F = head_dim / 2; computed in float64.
 
-    `positions` is `[T]`, or `[A, T]` with `sections`: how many of the F frequencies turn with each axis. Frequency j of
-    n is `base ** (-j / n)`, then scaled.
-
-    - Qwen2-VL (M-RoPE): one ladder of F frequencies, cut into consecutive blocks, one per axis.
+    - `positions`: `[T]`, or `[A, T]` with `sections`; any number dtype.
+    - `head_dim`: K, even. Frequency j of n is `base ** (-j / n)` radians per position, then `scaling` is applied.
+    - `sections`: how many of the F frequencies turn with each axis; they sum to F.
+    - Qwen2-VL (M-RoPE, arXiv 2409.12191): one ladder of F frequencies, cut into consecutive blocks, one per axis.
     - Qwen3-VL (`interleaved`): one ladder; of the first `A * sections[a]` frequencies axis a > 0 owns a, a + A, ...;
       axis 0 owns the rest.
     - ViT in two dims, Wan in three (`per_axis_ladder`): consecutive blocks, each a ladder of its own `sections[a]`
       frequencies that begins at 1.
+
+    ValueError for an odd head dim, and for sections that do not fit the positions, F or each other.
+
+    >>> import torch
+    >>> from ftrain.kernels.rope import rope_table
+    >>> cos_TF, sin_TF = rope_table(torch.arange(3), head_dim=4)
+    >>> sin_TF
+    tensor([[0.0000, 0.0000],
+            [0.8415, 0.0100],
+            [0.9093, 0.0200]])
     """
     if head_dim % 2 or head_dim <= 0:
         raise ValueError(f"rope_table: head_dim={head_dim} must be even and positive")
@@ -86,11 +101,25 @@ def rope_table(
 
 
 def rope(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half", backend: str = "auto") -> Tensor:
-    """Rotate the first 2F dims of each head by its token's angles; dims beyond 2F pass through.
+    """Rotate the first 2F dims of each head by its token's angles: `[T, H, K]` in the dtype of x; dims beyond 2F pass
+    through.
 
-    Frequency j turns the pair of dims `(j, j + F)` with `layout="half"` (Llama, Hugging Face) or `(2j, 2j + 1)` with
-    `layout="interleaved"` (GPT-J, Wan). Computed in float32 (float64 for float64) and rounded once. Not differentiable
-    in the table.
+    - `x_THK`: floating. `cos_TF`, `sin_TF`: of `rope_table`; 2F is at most K.
+    - `layout`: frequency j turns the pair of dims `(j, j + F)` with "half" (Llama, Hugging Face) or `(2j, 2j + 1)` with
+      "interleaved" (GPT-J, Wan).
+    - `backend`: "auto", "reference" or "cpu".
+
+    Computed in float32 (float64 for float64) and rounded once. Differentiable to any order in x; a derivative in the
+    table is a NotImplementedError with "cpu". ValueError for shapes, dtypes, layouts and backends that do not fit.
+    Source: Su et al., arXiv 2104.09864.
+
+    >>> import torch
+    >>> from ftrain.kernels.rope import rope, rope_table
+    >>> cos_TF, sin_TF = rope_table(torch.arange(2), head_dim=2)
+    >>> rope(torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]), cos_TF, sin_TF)
+    tensor([[[1.0000, 0.0000]],
+    <BLANKLINE>
+            [[0.5403, 0.8415]]])
     """
     _check(x_THK, cos_TF, sin_TF, layout)
     if choose_backend(backend, x_THK.device, _BACKENDS) == "reference":
@@ -99,7 +128,7 @@ def rope(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half",
 
 
 def rope_reference(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half") -> Tensor:
-    """`rope` in plain torch, differentiable to any order."""
+    """`rope` in plain torch: `[T, H, K]`, differentiable to any order, in the table too."""
     F = cos_TF.shape[-1]
     wide = accumulate_dtype(x_THK.dtype)
     cos_T1F, sin_T1F = cos_TF.to(wide)[:, None], sin_TF.to(wide)[:, None]

@@ -16,17 +16,24 @@ _BACKENDS = {"cuda": "tensor_cores"}
 
 
 def wide_mm(x_ND: Tensor, w_DF: Tensor, *, backend: str = "auto") -> Tensor:
-    """`x @ w`, `[N, F]`, accumulated and returned in float32 (float64 for float64 x).
+    """`x @ w`, `[N, F]`, accumulated and returned in float32 (float64 for float64 x): scores that must not be rounded.
 
-    - `"reference"`: both are cast to the dtype of the result. On a GPU a float32 product is many times slower than a
+    - `x_ND`, `w_DF`: floating.
+    - `backend`: "auto", "reference" or "tensor_cores".
+    - "reference": both are cast to the dtype of the result. On a GPU a float32 product is many times slower than a
       bfloat16 one, and the backward keeps x in float32.
-    - `"tensor_cores"` (CUDA's "auto" where x and w are bfloat16): x and w as they are. Their products are exact in
+    - "tensor_cores" (CUDA's "auto" where x and w are bfloat16): x and w as they are. Their products are exact in
       float32, so the result differs from the reference by the rounding of float32 sums alone (about 1e-7 of |x| |w|).
       In the backward the gradient is rounded to bfloat16 (2e-3 of each entry), as behind every linear layer in
       bfloat16; sums are in float32, and both gradients have the dtypes of x and w. Differentiable once. Other dtypes,
       float16 among them (its range does not hold a gradient), take the reference.
 
-    ValueError if x and w are not matrices that fit, or not floating.
+    ValueError if x and w are not floating matrices that fit, and for another backend.
+
+    >>> import torch
+    >>> from ftrain.kernels.wide_mm import wide_mm
+    >>> wide_mm(torch.ones(1, 3, dtype=torch.bfloat16), torch.full((3, 1), 0.3, dtype=torch.bfloat16))
+    tensor([[0.9023]])
     """
     _check(x_ND, w_DF)
     chosen = choose_backend(backend, x_ND.device, _BACKENDS)
@@ -36,7 +43,7 @@ def wide_mm(x_ND: Tensor, w_DF: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def wide_mm_reference(x_ND: Tensor, w_DF: Tensor) -> Tensor:
-    """`wide_mm` in plain torch, differentiable to any order."""
+    """`wide_mm` in plain torch: `[N, F]`, differentiable to any order."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     return x_ND.to(wide) @ w_DF.to(wide)
 

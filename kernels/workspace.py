@@ -23,7 +23,7 @@ _FILES = [
         "layer_norm",
         "linear_cross_entropy_cost",
         "moe",
-        "random",
+        "philox",
         "rms_norm",
         "rope",
         "squares",

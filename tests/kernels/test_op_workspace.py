@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ftrain.kernels import embedding, grouped_mm, moe, random, rms_norm, rope, swiglu
+from ftrain.kernels import embedding, grouped_mm, moe, philox, random, rms_norm, rope, swiglu
 
-FILES = (embedding, grouped_mm, moe, random, rms_norm, rope, swiglu)
+FILES = (embedding, grouped_mm, moe, philox, rms_norm, rope, swiglu)
 RULES = {name: rule for file in FILES for name, rule in file.WORKSPACE.items()}
 N, D = 8192, 256
 SLACK = 1 << 16  # statistics of rows and other vectors that no rule counts
