@@ -3,7 +3,7 @@
 # make test-exhaustive   every mesh of up to 16 ranks, of which the suite takes some
 # make test-nullgpu   laws of the CUDA build, on a device that computes nothing; makes an environment of its own; LAWS
 #                     are the files to run, by default all
-# make lint   ruff, mypy, and which way imports point
+# make lint   ruff, mypy, which way imports point, and what docstrings say
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -44,6 +44,7 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python .ci/house.py
+	$(BIN)/python .ci/docstrings.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -55,6 +55,36 @@ def test_what_points_upwards_goes_in_a_circle_or_is_private_is_found():
     assert len(HOUSE["private_names"]([private])) == 1
 
 
+DOCSTRINGS = runpy.run_path(str(ROOT / ".ci" / "docstrings.py"))
+
+
+def test_docstrings_name_errors_and_shapes():
+    assert [line for path in DOCSTRINGS["files"]() for line in DOCSTRINGS["missing"](path)] == []
+    assert list(DOCSTRINGS["without_example"]()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def f(): ...", "f has no docstring"),
+        ("class A:\n '''A.'''\n def f(self): ...", "A.f has no docstring"),
+        ("def f():\n '''Of f.'''\n raise ValueError('x')", "f raises ValueError and does not say so"),
+        ("def f():\n '''Of f.'''\n _g()\ndef _g():\n raise KeyError('x')", "f raises KeyError and does not say so"),
+        ("class A:\n '''A.'''\n def __init__(self):\n  raise OSError('x')", "A raises OSError and does not say so"),
+        ("def f(x: Tensor):\n '''Of x.'''", "f does not say the shapes of x"),
+        ("def f(x_TD: Tensor, at: int):\n '''Of x.'''", ""),
+        ("def f(x: Tensor):\n '''Of x, 0-d. ValueError for less.'''\n raise ValueError('x')", ""),
+        ("def _f(): ...", ""),
+    ],
+)
+def test_what_a_docstring_lacks_is_found(tmp_path, monkeypatch, source, said):
+    monkeypatch.setitem(DOCSTRINGS["missing"].__globals__, "ROOT", tmp_path)
+    file = tmp_path / "a.py"
+    file.write_text(f'"""A module."""\n{source}\n')
+    found = list(DOCSTRINGS["missing"](file))
+    assert [line.partition(": ")[2] for line in found] == ([said] if said else [])
+
+
 def test_importing_ftrain_loads_nothing_else_and_every_name_is_there():
     script = (
         "import sys, ftrain; print([m for m in sys.modules if m.startswith('ftrain.') or m == 'torch'])\n"
