@@ -22,15 +22,15 @@ from ftrain.modules.budget import Budget
 from ftrain.modules.dealing import deal, item_parts
 from ftrain.modules.omni import OmniModel
 from ftrain.modules.packing import Document, Packed, lay, longest_item, measure, padding
-from ftrain.sharding.batch import BatchRule, Offsets, Places, Rows
+from ftrain.sharding.batch import BatchRows, BatchRule, Offsets, TokenIndices
 
 BATCH: Mapping[str, BatchRule] = MappingProxyType(
     {
-        "encoders.*.features.*": Rows(),
+        "encoders.*.features.*": BatchRows(),
         "encoders.*.features.segments_N.offsets_N": Offsets(of="rows"),
-        "encoders.*.index_n": Places(),
-        "decoders.*.target": Rows(),
-        "decoders.*.index_n": Places(),
+        "encoders.*.index_n": TokenIndices(),
+        "decoders.*.target": BatchRows(),
+        "decoders.*.index_n": TokenIndices(),
     }
 )
 """How ranks share the leaves of a packed omni batch; all others have one entry per token. A plan refuses rules that no

@@ -1,22 +1,22 @@
 """Sharding: the mesh, layouts of components, and what each primitive becomes on many ranks. Knows nothing of models."""
 
-from ftrain.sharding.batch import Offsets, Places, Rows, Same, Tokens
-from ftrain.sharding.layout import Capacity, Exact, Hybrid, Layout, Ring, Ulysses
+from ftrain.sharding.batch import BatchRows, Offsets, Replicated, TokenIndices, Tokens
+from ftrain.sharding.layout import CapacityFactor, Dropless, Hybrid, Layout, Ring, Ulysses
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.plan import Plan
 
 __all__ = [
-    "Capacity",
-    "Exact",
+    "BatchRows",
+    "CapacityFactor",
+    "Dropless",
     "Hybrid",
     "Layout",
     "Mesh",
     "Offsets",
-    "Places",
     "Plan",
+    "Replicated",
     "Ring",
-    "Rows",
-    "Same",
+    "TokenIndices",
     "Tokens",
     "Ulysses",
 ]

@@ -21,19 +21,19 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """A leaf whose `dim` is divided evenly among all ranks: features of media, targets of decoders."""
 
     dim: int = 0
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenIndices:
     """Rows of integers that say at which token of the batch a row stands; the number of tokens means: nowhere."""
 
 
 @dataclass(frozen=True)
-class Same:
+class Replicated:
     """A leaf that every rank sees whole."""
 
 
@@ -46,7 +46,7 @@ class Offsets:
     of: Literal["packs", "rows"] = "packs"
 
 
-BatchRule = Tokens | Rows | Places | Same | Offsets
+BatchRule = Tokens | BatchRows | TokenIndices | Replicated | Offsets
 
 
 class TokenOrder(NamedTuple):
@@ -88,7 +88,7 @@ def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: Token
     ValueError names the leaf if it does not divide, or if a row's place is in the pack of another rank.
     """
     data = mesh.replicate * mesh.shard
-    if isinstance(rule, Same):
+    if isinstance(rule, Replicated):
         return leaf
     if isinstance(rule, Offsets):
         by_pack = rule.of == "packs"
@@ -96,7 +96,7 @@ def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: Token
         return _offsets_share(leaf, rule.dim, path, data if by_pack else mesh.size, number)
     if isinstance(rule, Tokens):
         return _token_share(leaf, rule.dim, path, order, data, rank)
-    dim = rule.dim if isinstance(rule, Rows) else 0
+    dim = rule.dim if isinstance(rule, BatchRows) else 0
     if leaf.shape[dim] % mesh.size:
         raise ValueError(
             f"batch leaf {path!r}: {leaf.shape[dim]} rows (dim {dim}) do not divide over {mesh.size} ranks; pad to "
@@ -104,7 +104,7 @@ def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: Token
         )
     length = leaf.shape[dim] // mesh.size
     own = leaf.narrow(dim, rank * length, length)
-    return _in_pack(own, path, tokens, data, rank // mesh.sequence) if isinstance(rule, Places) else own
+    return _in_pack(own, path, tokens, data, rank // mesh.sequence) if isinstance(rule, TokenIndices) else own
 
 
 def require_whole_documents(ids: Tensor, *, path: str, dim: int, mesh: Mesh) -> None:

@@ -17,7 +17,7 @@ from ftrain.kernels.grouped_mm import grouped_mm
 from ftrain.kernels.moe import combine, moe_dispatch, permute_rows, restore_rows
 from ftrain.kernels.swiglu import swiglu
 from ftrain.sharding.collectives import all_to_all, all_to_all_rows
-from ftrain.sharding.layout import Capacity, Exact
+from ftrain.sharding.layout import CapacityFactor, Dropless
 from ftrain.sharding.mesh import Group, Mesh
 from ftrain.sharding.sizes import host_size
 
@@ -32,7 +32,7 @@ def experts_swiglu_sharded(
     w_up_LDF: Tensor,
     w_down_LFD: Tensor,
     *,
-    how: Exact | Capacity,
+    how: Dropless | CapacityFactor,
     mesh: Mesh,
     chunks: int = 1,
     backend: str = "auto",
@@ -47,14 +47,14 @@ def experts_swiglu_sharded(
         raise ValueError(f"expert_chunks={chunks} does not divide the {tokens} tokens of a rank")
     weights = (w_gate_LDF, w_up_LDF, w_down_LFD)
     parts = list(zip(*(t.chunk(chunks) for t in (x_TD, expert_TK, weights_TK)), strict=True))
-    if isinstance(how, Capacity):
-        outs = [_static(x, e, w, weights, mesh=mesh, backend=backend, factor=how.factor) for x, e, w in parts]
+    if isinstance(how, CapacityFactor):
+        outs = [_with_capacity(x, e, w, weights, mesh=mesh, backend=backend, factor=how.factor) for x, e, w in parts]
     else:
-        outs = _exact(parts, weights, mesh=mesh, backend=backend)
+        outs = _dropless(parts, weights, mesh=mesh, backend=backend)
     return outs[0] if chunks == 1 else torch.cat(outs)
 
 
-def _exact(
+def _dropless(
     parts: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Weights, *, mesh: Mesh, backend: str
 ) -> list[Tensor]:
     """Every row is sent; the host reads the sizes of all parts' exchanges at once."""
@@ -95,7 +95,7 @@ def _rows_to_experts(
     return all_to_all_rows(out_RD, receive_n, send_n, rows_ND.shape[0], group, purpose="expert_combine")
 
 
-def _static(
+def _with_capacity(
     x_TD: Tensor,
     expert_TK: Tensor,
     weights_TK: Tensor,
@@ -132,7 +132,7 @@ def _static(
     return combine(rows_ND, weights_TK, dispatch, backend=reference)
 
 
-def dropped_rows_sharded(expert_TK: Tensor, *, experts: int, how: Capacity, chunks: int = 1) -> Tensor:
+def dropped_rows_sharded(expert_TK: Tensor, *, experts: int, how: CapacityFactor, chunks: int = 1) -> Tensor:
     """How many rows of this rank exceed the capacity of their experts, a float32 scalar; no host waits."""
     parts = expert_TK.reshape(chunks, -1)
     load_PE = parts.new_zeros(chunks, experts).scatter_add(1, parts, torch.ones_like(parts))

@@ -29,12 +29,12 @@ class Hybrid:
 
 
 @dataclass(frozen=True)
-class Exact:
+class Dropless:
     """Every token reaches all its experts; the sizes of the exchange are read by the host, once per layer."""
 
 
 @dataclass(frozen=True)
-class Capacity:
+class CapacityFactor:
     """Each rank sends an expert at most `factor` times its fair share of slots; the rest is dropped.
 
     All sizes are static, so the host never waits (GShard, Lepikhin et al. 2020).
@@ -44,7 +44,7 @@ class Capacity:
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
-            raise ValueError(f"Capacity(factor={self.factor}) must be above 0")
+            raise ValueError(f"CapacityFactor(factor={self.factor}) must be above 0")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Layout:
 
     parameters: tuple[str, ...] = ("shard", "sequence")
     sequence: Ulysses | Ring | Hybrid | None = Ulysses()
-    experts: Exact | Capacity | None = Exact()
+    experts: Dropless | CapacityFactor | None = Dropless()
     expert_chunks: int = 1
     dtype: str | None = None
 
@@ -78,7 +78,7 @@ class Layout:
             raise ValueError(f"Layout(parameters={self.parameters}): name each axis once, in the order {known}")
         if self.expert_chunks < 1:
             raise ValueError(f"Layout(expert_chunks={self.expert_chunks}) must be at least 1")
-        for name, kinds in (("sequence", (Ulysses, Ring, Hybrid)), ("experts", (Exact, Capacity))):
+        for name, kinds in (("sequence", (Ulysses, Ring, Hybrid)), ("experts", (Dropless, CapacityFactor))):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kinds):
                 words = ", ".join(f"{k.__name__}({', '.join(f.name for f in fields(k))})" for k in kinds)

@@ -25,7 +25,7 @@ from ftrain.plan.auto import require_ranks
 from ftrain.plan.file import load_plan
 from ftrain.plan.space import Candidate, Facts
 from ftrain.plan.workload import Trial
-from ftrain.sharding import Layout, Mesh, Plan, Rows
+from ftrain.sharding import BatchRows, Layout, Mesh, Plan
 from ftrain.sharding.mesh import Kind
 
 AUTO = "auto"
@@ -151,7 +151,7 @@ class OmniSubject:
             state=tree.map(lambda x: Aval(tuple(x.shape), x.dtype, _CPU), state),
             batch=self.batch(net, candidate),
             specs=specs,
-            rules={**BATCH, "decoders.*.task_n": Rows()},
+            rules={**BATCH, "decoders.*.task_n": BatchRows()},
             components={"encoders": self.parts, "decoders": self.parts},
             precision=Precision(compute=self.compute),
             init=lambda key: training.init_state(net, tx, key),

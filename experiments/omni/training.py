@@ -19,7 +19,7 @@ from ftrain.modules import omni
 from ftrain.modules.decoder import DecoderStats
 from ftrain.modules.mesh_packing import BATCH
 from ftrain.modules.omni import OmniModel
-from ftrain.sharding import Layout, Mesh, Plan, Rows
+from ftrain.sharding import BatchRows, Layout, Mesh, Plan
 
 IGNORE = foundation.IGNORE
 
@@ -121,7 +121,7 @@ def _dropped(stats: DecoderStats) -> Tensor:
 def plan(mesh: Mesh) -> Plan:
     """Encoders and the drawing decoder hold whole items on each rank; the foundation shares sequences and experts."""
     whole = Layout(sequence=None)
-    rules = {**BATCH, "decoders.*.task_n": Rows()}
+    rules = {**BATCH, "decoders.*.task_n": BatchRows()}
     return Plan(mesh, Layout(), batch=rules, components={"encoders": whole, "decoders": whole})
 
 

@@ -4,12 +4,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from ftrain.sharding.batch import BatchRule, Offsets, Places, Rows, Same, Tokens
-from ftrain.sharding.layout import Capacity, Exact, Hybrid, Layout, Ring, Ulysses
+from ftrain.sharding.batch import BatchRows, BatchRule, Offsets, Replicated, TokenIndices, Tokens
+from ftrain.sharding.layout import CapacityFactor, Dropless, Hybrid, Layout, Ring, Ulysses
 
-_SEQUENCE = (Ulysses, Ring, Hybrid)
-_EXPERTS = (Exact, Capacity)
-_RULES = (Tokens, Rows, Places, Same, Offsets)
+# The words of plan files: a file stays readable when a class gets another name.
+_SEQUENCE: Mapping[str, type] = {"ulysses": Ulysses, "ring": Ring, "hybrid": Hybrid}
+_EXPERTS: Mapping[str, type] = {"exact": Dropless, "capacity": CapacityFactor}
+_RULES: Mapping[str, type] = {
+    "tokens": Tokens,
+    "rows": BatchRows,
+    "places": TokenIndices,
+    "same": Replicated,
+    "offsets": Offsets,
+}
+_WORD = {kind: word for words in (_SEQUENCE, _EXPERTS, _RULES) for word, kind in words.items()}
 
 
 def layout_as_dict(layout: Layout) -> dict[str, Any]:
@@ -46,16 +54,15 @@ def rule_from_dict(data: Mapping[str, Any]) -> BatchRule:
 
 
 def _tagged(value: Any) -> dict[str, Any] | None:
-    return None if value is None else {"kind": type(value).__name__.lower(), **asdict(value)}
+    return None if value is None else {"kind": _WORD[type(value)], **asdict(value)}
 
 
-def _untagged(data: Mapping[str, Any] | None, kinds: tuple[type, ...], what: str) -> Any:
+def _untagged(data: Mapping[str, Any] | None, kinds: Mapping[str, type], what: str) -> Any:
     if data is None:
         return None
-    by_name = {kind.__name__.lower(): kind for kind in kinds}
-    kind = by_name.get(str(data.get("kind")))
+    kind = kinds.get(str(data.get("kind")))
     if kind is None:
-        raise ValueError(f"{what} {data.get('kind')!r} is not one of {', '.join(by_name)}")
+        raise ValueError(f"{what} {data.get('kind')!r} is not one of {', '.join(kinds)}")
     given = {name: value for name, value in data.items() if name != "kind"}
     _check_keys(given, {f.name for f in fields(kind)}, f"{what} {data['kind']!r}")
     return kind(**given)

@@ -22,7 +22,7 @@ from ftrain.plan.cluster_links import run_on_paper
 from ftrain.plan.space import Candidate
 from ftrain.plan.workload import Trial
 from ftrain.runtime.execute import choose
-from ftrain.sharding.batch import Places, Rows, share
+from ftrain.sharding.batch import BatchRows, TokenIndices, share
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.plan import Plan
 from ftrain.step.donated import match_donated
@@ -142,7 +142,7 @@ class OnPaper(MeshArguments):
         if argument.placement is not None:
             return Aval(argument.placement.local_shape, leaf.dtype, self._device)
         # places are divided as rows are; what else their rule asks for is a matter of their values
-        rule = Rows() if isinstance(argument.rule, Places) else argument.rule
+        rule = BatchRows() if isinstance(argument.rule, TokenIndices) else argument.rule
         assert rule is not None
         whole = torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
         plan = self.plan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ftrain.sharding.batch import BatchRule, Offsets, Same, Tokens, require_whole_documents, share
+from ftrain.sharding.batch import BatchRule, Offsets, Replicated, Tokens, require_whole_documents, share
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.plan import Plan
 from ftrain.sharding.processes import require_world, to_piece
@@ -70,7 +70,7 @@ class MeshArguments:
         if not self.in_batch(path):
             return placed(self.placement_of(path, tuple(leaf.shape)))
         rule = self.rule(path)
-        if isinstance(rule, Same):
+        if isinstance(rule, Replicated):
             return SAME
         if isinstance(rule, Offsets) and rule.of == "packs":
             return Spread(spreads.everywhere - {"sequence"})

@@ -14,7 +14,7 @@ from ftrain.kernels.random import Window
 from ftrain.modules import spec as specs_of
 from ftrain.sharding import exchange, matrices, shards
 from ftrain.sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
-from ftrain.sharding.layout import Capacity
+from ftrain.sharding.layout import CapacityFactor
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.sequence_attention import pack_documents, sequence_attention
 from ftrain.sharding.spmd import purpose
@@ -83,7 +83,7 @@ def _experts(trace: ShardedTrace, x_TD: Tensor, expert_TK: Tensor, *tensors: Ten
 def _dropped(trace: ShardedTrace, expert_TK: Tensor, w_gate_LDF: Tensor) -> Tensor:
     mesh = trace.plan.mesh
     layout = trace.plan.layout(trace.component(w_gate_LDF))
-    if not isinstance(layout.experts, Capacity) or mesh.expert == 1:
+    if not isinstance(layout.experts, CapacityFactor) or mesh.expert == 1:
         return dropped_rows.local(expert_TK, w_gate_LDF)  # type: ignore[attr-defined]
     experts = w_gate_LDF.shape[0] * mesh.expert
     return dropped_rows_sharded(expert_TK, experts=experts, how=layout.experts, chunks=layout.expert_chunks)

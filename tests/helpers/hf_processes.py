@@ -11,7 +11,7 @@ from ftrain.modules import decoder
 from ftrain.modules.decoder import DecoderConfig
 from ftrain.modules.hf_names import Names, decoder_names
 from ftrain.sharding import Layout, Mesh, Plan
-from ftrain.sharding.layout import Exact
+from ftrain.sharding.layout import Dropless
 from tests.helpers import rank_processes
 
 
@@ -29,7 +29,7 @@ def _fill_and_tell(rank: int, folder: str, cfg: DecoderConfig, mesh: Mesh, found
 
 def _fill(folder: str, cfg: DecoderConfig, mesh: Mesh) -> tuple[bool, int, str]:
     specs, names = decoder.specs(cfg), decoder_names(cfg)
-    step = ftrain.jit(lambda state: state, plan=Plan(mesh, Layout(experts=Exact())), specs=specs)
+    step = ftrain.jit(lambda state: state, plan=Plan(mesh, Layout(experts=Dropless())), specs=specs)
     params = step.init(lambda key: ftrain.init(specs, key), ftrain.key(0))
     fill_hf(params, folder, names)
     # Through the step: what it computes with is what was filled.

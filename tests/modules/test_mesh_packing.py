@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ftrain.modules.budget import Bound, Budget
 from ftrain.modules.mesh_packing import BATCH, pack_for_mesh
-from ftrain.sharding.batch import Places, Rows
+from ftrain.sharding.batch import BatchRows, TokenIndices
 from tests.helpers.tiny_omni import MODEL, documents
 
 BUDGET = Budget(64, rows={"image": 128, "video": 128, "audio": 96}, targets={"draw": 4})
@@ -129,5 +129,5 @@ def test_budgets_that_do_not_divide_are_refused(budget, message):
 
 
 def test_the_rules_name_the_leaves_that_ranks_divide():
-    assert BATCH["encoders.*.features.*"] == Rows()
-    assert BATCH["decoders.*.index_n"] == Places()
+    assert BATCH["encoders.*.features.*"] == BatchRows()
+    assert BATCH["decoders.*.index_n"] == TokenIndices()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ftrain.kernels.documents import Documents
-from ftrain.sharding.batch import Offsets, Places, Rows, Same, TokenOrder, Tokens, join_tokens, share
+from ftrain.sharding.batch import BatchRows, Offsets, Replicated, TokenIndices, TokenOrder, Tokens, join_tokens, share
 from ftrain.sharding.mesh import Mesh
 
 MESH = Mesh(1, 2, 2, kind="virtual")
@@ -37,22 +37,22 @@ def test_the_owner_of_a_place_holds_that_token(order):
 
 def test_rows_go_in_turn_and_places_become_relative_to_the_pack():
     order = TokenOrder(2)
-    assert [s.tolist() for s in shares(torch.arange(8), Rows(), order)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [s.tolist() for s in shares(torch.arange(8), BatchRows(), order)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     places = torch.tensor([0, 7, 3, 16, 8, 15, 16, 9])
-    assert [s.tolist() for s in shares(places, Places(), order)] == [[0, 7], [3, 8], [0, 7], [8, 1]]
-    assert shares(torch.tensor(1.0), Same(), order)[3] == 1.0
+    assert [s.tolist() for s in shares(places, TokenIndices(), order)] == [[0, 7], [3, 8], [0, 7], [8, 1]]
+    assert shares(torch.tensor(1.0), Replicated(), order)[3] == 1.0
 
 
 def test_a_place_in_another_pack_is_refused():
     with pytest.raises(ValueError, match="'x': a row of data rank 0 stands at a token of another rank's pack"):
-        shares(torch.tensor([9, 0, 0, 0]), Places(), TokenOrder(2))
+        shares(torch.tensor([9, 0, 0, 0]), TokenIndices(), TokenOrder(2))
 
 
 def test_what_does_not_divide_is_named_with_the_multiple():
     with pytest.raises(ValueError, match=r"'x' of shape \[10\].*multiple of 2 packs x 4 chunks = 8"):
         shares(torch.arange(10), Tokens(), TokenOrder(2, 2, True))
     with pytest.raises(ValueError, match=r"'x': 6 rows .* do not divide over 4 ranks; pad to 8"):
-        shares(torch.arange(6), Rows(), TokenOrder(2))
+        shares(torch.arange(6), BatchRows(), TokenOrder(2))
 
 
 def test_the_offsets_of_a_pack_count_from_its_start():

@@ -8,7 +8,7 @@ import torch
 from ftrain.graph.torch_private import new_fake_mode, trace_to_graph
 from ftrain.kernels.moe import experts_swiglu
 from ftrain.sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
-from ftrain.sharding.layout import Capacity, Exact
+from ftrain.sharding.layout import CapacityFactor, Dropless
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.sizes import is_size
 from ftrain.sharding.spmd import coordinates, on_mesh
@@ -56,7 +56,7 @@ def whole(x, expert, weight):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("kind", ["even", "one expert", "first half"])
 @pytest.mark.parametrize(
-    ("how", "chunks", "top_k"), [(Exact(), 1, 2), (Exact(), 3, 1), (Capacity(16.0), 2, 3)], ids=str
+    ("how", "chunks", "top_k"), [(Dropless(), 1, 2), (Dropless(), 3, 1), (CapacityFactor(16.0), 2, 3)], ids=str
 )
 def test_values_and_gradients_equal_those_of_one_device(mesh, kind, how, chunks, top_k):
     x, expert, weight = random(T * mesh.size, D), routing(mesh, top_k, kind), random(T * mesh.size, top_k, seed=5)
@@ -75,7 +75,7 @@ def test_values_and_gradients_equal_those_of_one_device(mesh, kind, how, chunks,
 def test_what_exceeds_the_capacity_counts_nothing():
     mesh = MESHES[0]
     x, expert, weight = random(T * 2, D), torch.zeros(T * 2, 1, dtype=torch.int64), random(T * 2, 1, seed=5)
-    results, _ = sharded(mesh, x, expert, weight, Capacity(E * 0.25))
+    results, _ = sharded(mesh, x, expert, weight, CapacityFactor(E * 0.25))
     room = T // 4  # of the only expert that is named, on each rank
     expected = whole(x, expert, weight)
     for rank, result in enumerate(results):
@@ -92,10 +92,10 @@ def test_rows_beyond_the_capacity_are_counted(chunks):
     room = max(1, math.ceil(0.75 * slots / E))
     beyond = sum(max(0, n - room) for part in expert.chunk(chunks) for n in part.flatten().bincount().tolist())
     assert beyond > 0
-    assert dropped_rows_sharded(expert, experts=E, how=Capacity(0.75), chunks=chunks) == beyond
+    assert dropped_rows_sharded(expert, experts=E, how=CapacityFactor(0.75), chunks=chunks) == beyond
 
 
-@pytest.mark.parametrize(("how", "reads"), [(Exact(), 1), (Capacity(2.0), 0)])
+@pytest.mark.parametrize(("how", "reads"), [(Dropless(), 1), (CapacityFactor(2.0), 0)])
 def test_the_host_reads_sizes_once_or_never(how, reads):
     mesh = MESHES[1]
     with new_fake_mode() as mode:
@@ -113,4 +113,4 @@ def test_the_host_reads_sizes_once_or_never(how, reads):
 
 def test_chunks_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="expert_chunks=5 does not divide the 12 tokens"):
-        sharded(MESHES[0], random(24, D), routing(MESHES[0], 1, "even"), random(24, 1), Exact(), 5)
+        sharded(MESHES[0], random(24, D), routing(MESHES[0], 1, "even"), random(24, 1), Dropless(), 5)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ftrain.sharding import Hybrid, Layout, Mesh, Places, Plan, Ring, Rows, Tokens, Ulysses
+from ftrain.sharding import BatchRows, Hybrid, Layout, Mesh, Plan, Ring, TokenIndices, Tokens, Ulysses
 
 
 class Spec(NamedTuple):
@@ -101,21 +101,23 @@ def test_the_order_of_tokens_follows_the_ring():
 
 
 def test_batch_rules_are_found_by_glob():
-    plan = Plan(MESH, batch={"positions_*": Tokens(1), "**.index_n": Places(), "encoders.*.features": Rows()})
+    plan = Plan(
+        MESH, batch={"positions_*": Tokens(1), "**.index_n": TokenIndices(), "encoders.*.features": BatchRows()}
+    )
     assert plan.batch_rule("positions_AT") == Tokens(1)
-    assert plan.batch_rule("encoders.image.index_n") == Places()
-    assert plan.batch_rule("encoders.image.features.segments_N.ids_T") == Rows()
+    assert plan.batch_rule("encoders.image.index_n") == TokenIndices()
+    assert plan.batch_rule("encoders.image.features.segments_N.ids_T") == BatchRows()
     assert plan.batch_rule("tokens_T") == Tokens(0)
 
 
 def test_a_star_is_one_part_and_all_below_it():
-    plan = Plan(MESH, batch={"*": Tokens(1), "encoders.*.index_n": Places()})
+    plan = Plan(MESH, batch={"*": Tokens(1), "encoders.*.index_n": TokenIndices()})
     assert plan.batch_rule("labels") == plan.batch_rule("media.image.rows") == plan.batch_rule("") == Tokens(1)
-    assert plan.batch_rule("encoders.image.index_n") == Places()
+    assert plan.batch_rule("encoders.image.index_n") == TokenIndices()
 
 
 def test_batch_rules_that_tie_or_match_nothing_are_named():
-    plan = Plan(MESH, batch={"image.**": Tokens(1), "**.rows": Rows()})
+    plan = Plan(MESH, batch={"image.**": Tokens(1), "**.rows": BatchRows()})
     with pytest.raises(ValueError, match=r"Plan\(batch=...\): 'image\.\*\*' and '\*\*\.rows' both match 'image\.rows'"):
         plan.batch_rule("image.rows")
     plan.require_batch(["image.pixels", "audio.rows"])

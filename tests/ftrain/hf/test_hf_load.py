@@ -16,7 +16,7 @@ from ftrain.hf.load import stored_dtypes
 from ftrain.modules.hf_names import HfTensor
 from ftrain.modules.spec import ParamSpec, leaves_with_paths, ones
 from ftrain.sharding import Layout, Mesh, Plan
-from ftrain.sharding.layout import Exact
+from ftrain.sharding.layout import Dropless
 
 E_, D, F = 4, 6, 10
 SPECS = {
@@ -79,7 +79,7 @@ def test_the_ranks_of_a_mesh_load_their_pieces_and_together_the_whole(tmp_path: 
     tree = leaves()
     folder = write(tmp_path, tensors(tree), files=2)
     mesh = Mesh(shard=4, expert=2, kind="fake")
-    placements = Plan(mesh, Layout(experts=Exact())).placements(SPECS)
+    placements = Plan(mesh, Layout(experts=Dropless())).placements(SPECS)
     for path, placement in placements.items():
         found = torch.full(placement.shape, float("nan"))
         for rank in range(mesh.size):

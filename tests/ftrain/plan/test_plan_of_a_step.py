@@ -13,7 +13,7 @@ from ftrain.plan.file import PlanFile, load_plan
 from ftrain.plan.search import Options, Space
 from ftrain.plan.space import Candidate
 from ftrain.sharding import Layout, Ring, Ulysses
-from ftrain.sharding.layout import Capacity
+from ftrain.sharding.layout import CapacityFactor
 from ftrain.sharding.link import Link
 from tests.helpers.mesh_models import dense, mixture
 
@@ -63,7 +63,7 @@ def test_the_file_says_what_is_recomputed_unless_the_step_does(tmp_path):
 
 def test_everything_of_a_plan_is_written_and_read(tmp_path):
     components = {
-        "a.*": Layout(("shard",), Ring(zigzag=False), Capacity(2.0), 3, "bfloat16"),
+        "a.*": Layout(("shard",), Ring(zigzag=False), CapacityFactor(2.0), 3, "bfloat16"),
         "b": Layout((), None, None),
     }
     file = replace(FILE, components=components, batch=dict(BATCH))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftrain.sharding import Capacity, Exact, Hybrid, Layout, Mesh, Ring, Ulysses, collectives
+from ftrain.sharding import CapacityFactor, Dropless, Hybrid, Layout, Mesh, Ring, Ulysses, collectives
 from tests.helpers.mesh_models import compare, dense, diffusion, mixture, omni, plan_for
 
 MODELS = {
@@ -72,7 +72,7 @@ def test_the_omni_model_with_every_modality(mesh, how):
     assert gradients < 1e-5
 
 
-@pytest.mark.parametrize("how", [Exact(), Capacity(8.0)], ids=str)
+@pytest.mark.parametrize("how", [Dropless(), CapacityFactor(8.0)], ids=str)
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_ways_to_reach_experts(how, chunks):
     model = MODELS["mixture"]()

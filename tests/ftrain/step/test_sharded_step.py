@@ -11,7 +11,7 @@ from ftrain.kernels.mean import sum_over_batch
 from ftrain.modules import moe
 from ftrain.modules.moe import MoEConfig
 from ftrain.modules.spec import Constant, ParamSpec, ones
-from ftrain.sharding import Capacity, Exact, Layout, Mesh, Plan, Rows
+from ftrain.sharding import CapacityFactor, Dropless, Layout, Mesh, Plan, BatchRows
 from tests.helpers.mesh_models import accumulated, compare, dense, mixture, plan_for
 
 FSDP = [Mesh(1, 2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(1, 8, kind="virtual"), Mesh(4, 1, kind="virtual")]
@@ -133,7 +133,7 @@ def test_a_batch_that_does_not_split_is_named():
 
 @pytest.mark.filterwarnings("ignore:<lambda> is traced again")
 def test_a_batch_rule_that_no_leaf_obeys_is_named():
-    step = ftrain.jit(lambda batch: Mean.of(batch["x"]), plan=Plan(FSDP[1], batch={"images": Rows()}), specs={})
+    step = ftrain.jit(lambda batch: Mean.of(batch["x"]), plan=Plan(FSDP[1], batch={"images": BatchRows()}), specs={})
     with pytest.raises(ValueError, match=r"Plan\(batch=...\): 'images' matches nothing; nearest: 'image'"):
         step({"x": torch.ones(8), "image": torch.ones(4)})
     assert step({"x": torch.ones(8), "images": torch.ones(4)}).count == 8
@@ -184,7 +184,7 @@ def test_rules_that_look_at_whole_arrays(rule, mesh):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")
 
 
-@pytest.mark.parametrize("how", [Exact(), Capacity(0.5)], ids=str)
+@pytest.mark.parametrize("how", [Dropless(), CapacityFactor(0.5)], ids=str)
 def test_rows_that_a_capacity_drops_are_reported(how):
     """Of one device's choices in the first layer, which no capacity has touched yet."""
     cfg = MoEConfig(8, 6, experts=8, top_k=2)
@@ -200,7 +200,7 @@ def test_rows_that_a_capacity_drops_are_reported(how):
     plan = Plan(mesh, Layout(experts=how))
     counted = ftrain.jit(ftrain.forward(dropped), plan=plan, specs=moe.specs(cfg))(params, {"x_TD": x_TD})
     assert beyond > 0
-    assert counted == (beyond if isinstance(how, Capacity) else 0)
+    assert counted == (beyond if isinstance(how, CapacityFactor) else 0)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
