@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
-DONE: tuple[str, ...] = ("kernels",)
+DONE: tuple[str, ...] = ("kernels", "sharding")
 """Floors, rooms and files whose docstrings are checked, relative to the root."""
 
 EXAMPLES: tuple[str, ...] = (
@@ -48,13 +48,26 @@ EXAMPLES: tuple[str, ...] = (
     "kernels/squares.py",
     "kernels/swiglu.py",
     "kernels/wide_mm.py",
+    "sharding/batch.py",
+    "sharding/bits.py",
+    "sharding/experts.py",
+    "sharding/layout.py",
+    "sharding/link.py",
+    "sharding/logical_axes.py",
+    "sharding/mesh.py",
+    "sharding/paths.py",
+    "sharding/placement.py",
+    "sharding/plan.py",
+    "sharding/ring.py",
+    "sharding/spmd.py",
+    "sharding/ulysses.py",
 )
 """Files whose docstrings hold an example that runs."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 _SUFFIX = re.compile(r"_(?:[a-z]?[A-Z0-9]+|[a-z])$")
-_SHAPE = re.compile(r"\[[^\]\n]*\]|\b0-d\b|\bscalars?\b|\bshapes?\b|\belementwise\b")
+_SHAPE = re.compile(r"\[[^\]\n]*\]|\b0-d\b|\bscalars?\b|shapes?\b|\belementwise\b")
 _OF_CLASS = ("__init__", "__post_init__", "__new__")
 
 

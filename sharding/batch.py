@@ -1,4 +1,4 @@
-"""Which rank sees what of a batch: tokens in the order of the sequence axis, rows of media, places of rows.
+"""Which rank sees what of a batch: tokens in the order of the sequence axis, rows of media, indices of rows.
 
 A batch of the whole mesh is one pack after the other, one pack for each data rank (replicate x shard); the ranks of the
 sequence axis share a pack. A pack's tokens are divided into chunks, and its media into equal runs of rows.
@@ -15,7 +15,7 @@ from ftrain.sharding.mesh import Mesh
 
 @dataclass(frozen=True)
 class Tokens:
-    """A leaf with one entry per token along `dim`."""
+    """A leaf with one entry per token along `dim`: token ids `[T]`, positions `[A, T]` with `dim=1`."""
 
     dim: int = 0
 
@@ -29,18 +29,24 @@ class BatchRows:
 
 @dataclass(frozen=True)
 class TokenIndices:
-    """Rows of integers that say at which token of the batch a row stands; the number of tokens means: nowhere."""
+    """int64 rows that hold the index in the batch of the token that a row stands at; the number of tokens means none.
+
+    The rows are divided evenly among all ranks, and a rank sees indices in its own pack.
+    """
 
 
 @dataclass(frozen=True)
 class Replicated:
-    """A leaf that every rank sees whole."""
+    """A leaf that every rank sees whole, such as a 0-d temperature."""
 
 
 @dataclass(frozen=True)
 class Offsets:
-    """Offsets of documents along `dim` (`ftrain.kernels.documents.Documents`), with as many places for each part of the
-    batch: `of` "packs" (each rank sees those of its whole pack), or of "rows" (of its own rows of media)."""
+    """Offsets of documents along `dim` (`ftrain.kernels.documents.Documents`), with as many entries for each part of
+    the batch.
+
+    `of`: "packs" (each rank sees the offsets of its whole pack), or "rows" (those of its own rows of media).
+    """
 
     dim: int = 0
     of: Literal["packs", "rows"] = "packs"
@@ -50,7 +56,13 @@ BatchRule = Tokens | BatchRows | TokenIndices | Replicated | Offsets
 
 
 class TokenOrder(NamedTuple):
-    """How `ranks` share the tokens of a pack: in turn, or with `zigzag` over the `ring` (see `layout.Ring`)."""
+    """How `ranks` share the tokens of a pack: in turn, or with `zigzag` over the `ring` (see
+    `ftrain.sharding.layout.Ring`).
+
+    >>> from ftrain.sharding.batch import TokenOrder
+    >>> TokenOrder(ranks=2, ring=2, zigzag=True).order(8)
+    tensor([0, 1, 6, 7, 2, 3, 4, 5])
+    """
 
     ranks: int = 1
     ring: int = 1
@@ -58,11 +70,11 @@ class TokenOrder(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        """A pack's tokens must divide by this."""
+        """A pack's tokens must be a multiple of this."""
         return 2 * self.ranks if self.zigzag and self.ring > 1 else self.ranks
 
     def order(self, tokens: int) -> Tensor:
-        """The pack's tokens in the order in which ranks hold them, `[tokens]` int64: rank after rank."""
+        """The indices of the pack's tokens in the order in which ranks hold them, `[tokens]` int64: rank after rank."""
         index_T = torch.arange(tokens)
         if not (self.zigzag and self.ring > 1):
             return index_T
@@ -70,7 +82,9 @@ class TokenOrder(NamedTuple):
         return torch.cat([torch.cat([halves[i], halves[2 * self.ring - 1 - i]]) for i in range(self.ring)])
 
     def owner(self, place_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """For places in the pack: the sequence rank that holds each, and where in that rank's tokens."""
+        """For indices int64 `[N]` in a pack of so many tokens: the sequence rank that holds each, and its index in that
+        rank's tokens, both int64 `[N]`.
+        """
         at_N = place_N
         if self.zigzag and self.ring > 1:
             half = tokens // (2 * self.ring)
@@ -83,9 +97,19 @@ class TokenOrder(NamedTuple):
 
 
 def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: TokenOrder, mesh: Mesh, rank: int) -> Tensor:
-    """What `rank` sees of a leaf of the whole mesh's batch; `tokens`: how many the whole batch has.
+    """What `rank` sees of a leaf (of any shape) of the whole mesh's batch, as `rule` says.
 
-    ValueError names the leaf if it does not divide, or if a row's place is in the pack of another rank.
+    - `path`: what a message calls the leaf. `tokens`: how many the whole batch has. `order`: of the sequence axis.
+
+    ValueError names the leaf if it does not divide, if documents lie in two packs, or if a row's token is in the pack
+    of another rank.
+
+    >>> import torch
+    >>> from ftrain.sharding import Mesh, Tokens
+    >>> from ftrain.sharding.batch import TokenOrder, share
+    >>> mesh, order = Mesh(shard=2, sequence=2, kind="virtual"), TokenOrder(ranks=2)
+    >>> share(torch.arange(8), Tokens(), path="tokens", tokens=8, order=order, mesh=mesh, rank=3)
+    tensor([6, 7])
     """
     data = mesh.replicate * mesh.shard
     if isinstance(rule, Replicated):
@@ -108,7 +132,10 @@ def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: Token
 
 
 def require_whole_documents(ids: Tensor, *, path: str, dim: int, mesh: Mesh) -> None:
-    """ValueError if a document of a whole batch, told by ids along `dim`, lies in the packs of two data ranks."""
+    """ValueError if a document of a whole batch lies in the packs of two data ranks.
+
+    `ids`: an id for each token along `dim`, any shape. `path`: what the message calls the leaf.
+    """
     data, tokens = mesh.replicate * mesh.shard, ids.shape[dim]
     if tokens % data:
         return
@@ -124,7 +151,7 @@ def require_whole_documents(ids: Tensor, *, path: str, dim: int, mesh: Mesh) -> 
 
 
 def join_tokens(parts: list[Tensor], dim: int, order: TokenOrder) -> Tensor:
-    """The inverse of `share` for `Tokens`, from the parts of all ranks."""
+    """The inverse of `share` for `Tokens`: the whole leaf from the parts of all ranks, joined along `dim`."""
     packs = []
     for first in range(0, len(parts), order.ranks):
         held = torch.cat(parts[first : first + order.ranks], dim)

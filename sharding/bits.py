@@ -11,11 +11,17 @@ _CHUNK = {"cpu": 2**16, "cuda": 2**22}  # words: small enough to stay in the cac
 
 
 def hash_bits(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of a tensor, a 0-d int64 on its device. Dtype and shape are no part of it.
+    """A 64-bit hash of the bits of a tensor of any shape and dtype: 0-d int64 on its device. Dtype and shape are no
+    part of it.
 
-    Each word of 64 bits is mixed with its place (splitmix64's finalizer), and the results are added, so that the order
+    Each word of 64 bits is mixed with its index (splitmix64's finalizer), and the results are added, so that the order
     of the sum does not matter. One changed word always changes the hash; others collide once in 2^64. NaNs and the two
-    zeros count by their bits. Extra memory: three chunks.
+    zeros count by their bits. Extra memory: three chunks of at most 32 MiB.
+
+    >>> import torch
+    >>> from ftrain.sharding.bits import hash_bits
+    >>> bool(hash_bits(torch.tensor([0.0])) == hash_bits(torch.tensor([-0.0])))
+    False
     """
     words = _words(tensor.detach())
     chunk = _CHUNK.get(words.device.type, 2**20)

@@ -30,9 +30,11 @@ def all_gather(
     dtype: torch.dtype | None = None,
     reduce: torch.dtype | None = None,
 ) -> Tensor:
-    """The ranks' pieces, cast to `dtype`, joined along `dim` in the group's order; transposed by `reduce_scatter`.
+    """The ranks' pieces, cast to `dtype`, joined along `dim` in the group's order; its transpose is `reduce_scatter`.
 
-    `reduce`: the dtype in which gradients are summed (default: the gradient's); the sum has the dtype of `x_N`.
+    - `x_N`: this rank's piece, of any shape, equal on all ranks.
+    - `purpose`: what tables call the message; that of the backward gets ".T" behind.
+    - `reduce`: the dtype in which gradients are summed (default: the gradient's); the sum has the dtype of `x_N`.
     """
     dtype = x_N.dtype if dtype is None else dtype
     return x_N.to(dtype) if group.size == 1 else _AllGather.apply(x_N, group, dim, dtype, reduce, purpose)
@@ -41,29 +43,44 @@ def all_gather(
 def reduce_scatter(
     x_N: Tensor, group: Group, *, purpose: str, dim: int = 0, reduce: torch.dtype | None = None
 ) -> Tensor:
-    """This rank's piece, along `dim`, of the sum over ranks; transposed by `all_gather`. `dim` is divisible by n."""
+    """This rank's piece, along `dim`, of the sum over ranks, in the dtype of `x_N`; its transpose is `all_gather`.
+
+    `x_N`: any shape, equal on all ranks; `dim` is divisible by n. `reduce`: the dtype in which the sum is made.
+    """
     return x_N if group.size == 1 else _ReduceScatter.apply(x_N, group, dim, x_N.dtype, reduce, purpose)
 
 
 def sum_of_parts(x: Tensor, group: Group, *, purpose: str) -> Tensor:
-    """The sum over ranks; the gradient of a part is that of the sum (which every rank uses in the same way)."""
+    """The sum over ranks, of the shape of `x` (any); the gradient of a part is that of the sum, which all ranks use
+    alike.
+    """
     return x if group.size == 1 else _SumOfParts.apply(x, group, purpose)
 
 
 def copy_to_ranks(x: Tensor, group: Group, *, purpose: str, reduce: torch.dtype | None = None) -> Tensor:
-    """x itself, equal on all ranks and used by each on its own data: gradients are summed over ranks."""
+    """x itself (of any shape), equal on all ranks and used by each on its own data: gradients are summed over ranks.
+
+    `reduce`: the dtype in which they are summed (default: the gradient's).
+    """
     return x if group.size == 1 else _CopyToRanks.apply(x, group, reduce, purpose)
 
 
 def all_to_all(x_nN: Tensor, group: Group, *, purpose: str) -> Tensor:
-    """`y[j] = x_of_rank_j[me]`: equal pieces, the leading dim is the group's; its own transpose."""
+    """`y[j] = x_of_rank_j[me]`: equal pieces of shape `[n, ...]`; it is its own transpose.
+
+    ValueError if the leading dim is not the group's size.
+    """
     if x_nN.shape[0] != group.size:
         raise ValueError(f"all_to_all: the leading dim of {list(x_nN.shape)} must be the group's size {group.size}")
     return x_nN if group.size == 1 else _AllToAll.apply(x_nN, group, purpose)
 
 
 def permute(x: Tensor, group: Group, shift: int, *, purpose: str) -> Tensor:
-    """The tensor of the rank `shift` places before this one, around the ring; transposed by `-shift`."""
+    """The tensor of the rank `shift` positions before this one, around the ring, of the shape of `x` (any, equal on all
+    ranks).
+
+    Its transpose is the same with `-shift`.
+    """
     return x if group.size == 1 or shift % group.size == 0 else _Permute.apply(x, group, shift, purpose)
 
 
@@ -73,12 +90,13 @@ def all_to_all_rows(
     """Rows in the order of their destinations, `send[j]` of them to rank j, to rows in the order of their origins.
 
     `send_n`, `receive_n`: int64 `[n]` on the CPU; `rows`: the sum of `receive_n`, an int or a symbolic one.
+    Differentiable.
     """
     return x_ND if group.size == 1 else _AllToAllRows.apply(x_ND, send_n, receive_n, rows, group, purpose)
 
 
 def wait(x: Tensor) -> Tensor:
-    """The result of a started collective."""
+    """The result of a started collective, of the shape of `x`."""
     return _c10d.wait_tensor.default(x)
 
 
@@ -197,7 +215,7 @@ class _AllToAllRows(torch.autograd.Function):
 
 
 def gather_pieces(x: Tensor, group: Group, dim: int, why: str) -> Tensor:
-    """All ranks' pieces joined along `dim`; without autograd."""
+    """All ranks' pieces (of one shape) joined along `dim`; without autograd. `why`: the purpose that tables show."""
     first = x.movedim(dim, 0) if dim else x
     with purpose(why):
         whole = wait(gather_ranks(first.contiguous(), group.size, group.name))
@@ -205,7 +223,9 @@ def gather_pieces(x: Tensor, group: Group, dim: int, why: str) -> Tensor:
 
 
 def scatter_sum(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, why: str) -> Tensor:
-    """This rank's piece along `dim` of the sum, added up, and left, in `reduce`; without autograd."""
+    """This rank's piece along `dim` of the sum of tensors of one shape, summed and returned in `reduce`; without
+    autograd.
+    """
     first = x.movedim(dim, 0) if dim else x
     wide = first.contiguous() if reduce is None else first.to(reduce).contiguous()
     with purpose(why):
@@ -214,7 +234,7 @@ def scatter_sum(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, w
 
 
 def sum_over(x: Tensor, group: Group, reduce: torch.dtype | None, why: str) -> Tensor:
-    """The sum over ranks, added up in `reduce`, in the dtype of `x`; without autograd."""
+    """The sum over ranks of tensors of one shape, summed in `reduce`, in the dtype of `x`; without autograd."""
     wide = x.contiguous() if reduce is None else x.to(reduce).contiguous()
     with purpose(why):
         return wait(_c10d.all_reduce.default(wide, "sum", group.name)).to(x.dtype)
@@ -225,7 +245,7 @@ def sum_over(x: Tensor, group: Group, reduce: torch.dtype | None, why: str) -> T
     fake=lambda x, size, group: x.new_empty(size * x.shape[0], *x.shape[1:]),
 )
 def gather_ranks(x: Tensor, size: int, group: str) -> Tensor:
-    """Start joining the ranks' tensors along their first dim; `wait` for the result.
+    """Start to join the ranks' tensors along their first dim, `[n * x.shape[0], ...]`; `wait` for the result.
 
     The `out` form: torch 2.13's functional gather corrupts the heap on gloo when several are in flight.
     """
@@ -238,7 +258,9 @@ def gather_ranks(x: Tensor, size: int, group: str) -> Tensor:
     fake=lambda x, shift, size, group: x.new_empty(x.shape),
 )
 def shift_ranks(x: Tensor, shift: int, size: int, group: str) -> Tensor:
-    """Start sending `x` `shift` ranks on, and receiving the like; `wait` for the result."""
+    """Start to send `x` (any shape, equal on all ranks) `shift` ranks on, and to receive the like; `wait` for the
+    result.
+    """
     me, flat = rank_in_group(group), x.flatten()
     send, receive = [0] * size, [0] * size
     send[(me + shift) % size] = receive[(me - shift) % size] = flat.shape[0]
@@ -250,7 +272,7 @@ def shift_ranks(x: Tensor, shift: int, size: int, group: str) -> Tensor:
     fake=lambda x, send, receive, rows, group: x.new_empty(rows, *x.shape[1:]),
 )
 def exchange_rows(x_ND: Tensor, send_n: Tensor, receive_n: Tensor, rows: int, group: str) -> Tensor:
-    """Start an uneven exchange of rows; `wait` for the result."""
+    """Start an uneven exchange of rows, `[rows, ...]` come back; `wait` for the result."""
     del rows
     return _c10d.all_to_all_single.default(x_ND, receive_n.tolist(), send_n.tolist(), group)
 

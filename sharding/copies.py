@@ -1,4 +1,4 @@
-"""What processes were given is what they should have been given: copies are equal, shares of a batch are not."""
+"""Checks of what processes were given: copies of a leaf must be equal, shares of a batch must differ."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ftrain.sharding.placement import Placement
 
 
 class Held(NamedTuple):
-    """What this process holds of a leaf; `placement` None: its own share of the batch."""
+    """What this process holds of a leaf; `placement` None means its own share of the batch."""
 
     path: str
     piece: Tensor
@@ -30,7 +30,7 @@ class Copy(NamedTuple):
 def compare_processes(held: Sequence[Held], mesh: Mesh) -> tuple[Copy | None, bool]:
     """The first leaf whose copies differ, and whether all data ranks were given one and the same batch.
 
-    All processes call this together, with the same leaves. Copies are compared by a hash of their bits.
+    All processes call this together, with the same leaves. Copies are compared by a 64-bit hash of their bits.
     """
     copied = [h for h in held if h.placement is None or _has_copies(h.placement, mesh)]
     if not copied:

@@ -1,4 +1,4 @@
-"""Rows between ranks that share a pack: each goes to the rank that holds its token, and nowhere else.
+"""Rows between ranks that share a pack: each row goes to the rank that holds its token, and to no other.
 
 Legend: n ranks of the sequence axis, T tokens of this rank, P = T * n tokens of the pack, N rows here, R rows received,
 D model.
@@ -23,8 +23,12 @@ from ftrain.sharding.spmd import axis_index
 
 
 class Route(NamedTuple):
-    """Where N rows go: `order_N` sorts them by destination, `send_n` and `receive_n` (on the CPU) count them, `total`
-    rows arrive, for the tokens `place_R` of this rank (T: for none).
+    """Where N rows go.
+
+    - `order_N`: int64, sorts the rows by destination.
+    - `send_n`, `receive_n`: int64 on the CPU, how many rows go to and come from each rank.
+    - `total`: the sum of `receive_n`, an int or a symbolic one.
+    - `place_R`: int64, the token of this rank that each received row belongs to; T for none.
     """
 
     group: Group
@@ -36,7 +40,10 @@ class Route(NamedTuple):
 
 
 def route(place_N: Tensor, tokens: int, *, mesh: Mesh, order: TokenOrder) -> Route:
-    """How rows for these places of the pack travel; `tokens` is T. A row for place P stays at home, for no token."""
+    """How rows travel whose tokens have the indices `place_N` (int64) in the pack; `tokens` is T.
+
+    A row with index P stays on its own rank and belongs to no token. Two small exchanges; the host reads the counts.
+    """
     group, pack = mesh.group("sequence"), tokens * mesh.sequence
     nowhere_N = place_N == pack
     rank_N, at_N = order.owner(place_N.clamp(max=pack - 1), pack)
@@ -52,7 +59,10 @@ def route(place_N: Tensor, tokens: int, *, mesh: Mesh, order: TokenOrder) -> Rou
 
 
 def merge_rows_sharded(x_TD: Tensor, rows_ND: Tensor, place_N: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`ftrain.kernels.embedding.merge_rows` into the pack: rows of any rank over the tokens of all, `[T, D]`."""
+    """`ftrain.kernels.embedding.merge_rows` into the pack: rows of any rank over the tokens of all, `[T, D]`.
+
+    Bound to the primitive "merge" by a plan; each index is given by at most one row of the pack.
+    """
     way = route(place_N, x_TD.shape[0], mesh=mesh, order=order)
     sent_ND = permute_rows(rows_ND, way.order_N)
     got_RD = all_to_all_rows(sent_ND, way.send_n, way.receive_n, way.total, way.group, purpose="merge")
@@ -60,7 +70,7 @@ def merge_rows_sharded(x_TD: Tensor, rows_ND: Tensor, place_N: Tensor, *, mesh: 
 
 
 def take_rows_sharded(x_TD: Tensor, place_N: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`ftrain.kernels.pack.take_rows` from the pack: rows of the tokens of all ranks, `[N, D]`."""
+    """`ftrain.kernels.pack.take_rows` from the pack: rows of the tokens of all ranks, `[N, D]`, differentiable."""
     way = route(place_N, x_TD.shape[0], mesh=mesh, order=order)
     asked_RD = take_rows.local(x_TD, way.place_R)  # type: ignore[attr-defined]
     back_ND = all_to_all_rows(asked_RD, way.receive_n, way.send_n, place_N.shape[0], way.group, purpose="take")
@@ -68,8 +78,9 @@ def take_rows_sharded(x_TD: Tensor, place_N: Tensor, *, mesh: Mesh, order: Token
 
 
 def following_sharded(x_T: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`ftrain.kernels.pack.following`, right at the edges of ranks: meant for small rows, since the pack is
-    gathered.
+    """`ftrain.kernels.pack.following` of the pack, this rank's rows: shaped as `x_T`.
+
+    The pack is gathered on each rank, so it is for small rows, such as token ids.
     """
     whole_P = gather_tokens(x_T, mesh, order, purpose="following")
     held_P = from_pack_order(torch.roll(whole_P, -1, 0), order)
@@ -79,7 +90,7 @@ def following_sharded(x_T: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
 
 
 def pack_index_sharded(tokens: int, device: torch.device, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`ftrain.kernels.pack.pack_index` of this rank's tokens."""
+    """`ftrain.kernels.pack.pack_index` of this rank's tokens: int64 `[T]` on `device`."""
     held_P = order.order(tokens * mesh.sequence)
     return held_P.index_select(0, axis_index("sequence") * tokens + torch.arange(tokens)).to(device)
 
@@ -87,8 +98,9 @@ def pack_index_sharded(tokens: int, device: torch.device, *, mesh: Mesh, order: 
 def draw_over_batch_sharded(
     draw: Callable[..., Tensor], key: Tensor, shape: tuple[int, ...], *, dim: int = 0, mesh: Mesh, order: TokenOrder
 ) -> Tensor:
-    """`ftrain.kernels.pack.draw_over_batch`: windows of the numbers of the whole mesh's batch, one for each run of
-    tokens.
+    """`ftrain.kernels.pack.draw_over_batch`: this rank's part of the numbers of the whole mesh's batch, of `shape`.
+
+    `key`: int64 `[2]`. `shape` has this rank's tokens along `dim`. One window is drawn for each run of adjacent tokens.
     """
     tokens = shape[dim]
     whole = tuple(tokens * mesh.size if d == dim else n for d, n in enumerate(shape))

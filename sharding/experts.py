@@ -37,10 +37,15 @@ def experts_swiglu_sharded(
     chunks: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """`ftrain.kernels.moe.experts_swiglu` where the expert axis divides the experts: `[T, D]`.
+    """`ftrain.kernels.moe.experts_swiglu` where the expert axis divides the experts: `[T, D]` in the dtype of x.
 
-    `expert_TK` are numbers of experts of the whole model; the weights are this rank's experts. With `chunks` the tokens
-    go in as many parts, none of which waits for another. ValueError where they do not divide.
+    - `x_TD`, `expert_TK`, `weights_TK`: of this rank's tokens; `expert_TK` are numbers of experts of the whole model.
+    - `w_gate_LDF`, `w_up_LDF`, `w_down_LFD`: the weights of this rank's experts.
+    - `how`: `Dropless()` sends every row, and the host reads the sizes; `CapacityFactor(f)` has static sizes and drops
+      rows.
+    - `chunks`: parts in which tokens go, none of which waits for another.
+
+    ValueError where `chunks` does not divide the tokens.
     """
     tokens = x_TD.shape[0]
     if tokens % chunks:
@@ -133,7 +138,10 @@ def _with_capacity(
 
 
 def dropped_rows_sharded(expert_TK: Tensor, *, experts: int, how: CapacityFactor, chunks: int = 1) -> Tensor:
-    """How many rows of this rank exceed the capacity of their experts, a float32 scalar; no host waits."""
+    """How many rows of this rank exceed the capacity of their experts, a float32 scalar; the host does not wait.
+
+    `experts`: E. `chunks`: as in `experts_swiglu_sharded`, each of which has a capacity of its own.
+    """
     parts = expert_TK.reshape(chunks, -1)
     load_PE = parts.new_zeros(chunks, experts).scatter_add(1, parts, torch.ones_like(parts))
     return (load_PE - _capacity(how.factor, parts.shape[1], experts)).clamp(min=0).sum().float()
@@ -153,7 +161,13 @@ def _mlp(rows_RD: Tensor, weights: Weights, offsets_L: Tensor, backend: str) -> 
 
 
 def expert_bytes(tokens: int, top_k: int, d: int, ranks: int, itemsize: int) -> int:
-    """Bytes that a rank sends for one layer of experts, forward and backward, at even load: there, back, and both
-    transposes, of which 1/n stays at home.
+    """Bytes that a rank sends for one layer of experts, forward and backward, at even load.
+
+    `tokens`: of a rank. `top_k`: experts per token. `d`: model width. Rows go there and back, and both exchanges are
+    transposed; 1/`ranks` of the rows stays on its rank.
+
+    >>> from ftrain.sharding.experts import expert_bytes
+    >>> expert_bytes(tokens=1024, top_k=8, d=2048, ranks=8, itemsize=2)
+    117440512
     """
     return 4 * top_k * tokens * d * itemsize * (ranks - 1) // ranks

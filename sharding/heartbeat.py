@@ -1,4 +1,4 @@
-"""Who is still there: every rank counts up a number in the common store, so that the others can tell a lost one."""
+"""Which ranks are alive: every rank counts a number up in the common store, so that the others can tell a lost one."""
 
 import threading
 import time
@@ -14,7 +14,9 @@ _ASKED = "ftrain/asked who is silent"
 
 
 class Heartbeat:
-    """A thread that counts while this process lives, is not stopped, and this object is held."""
+    """A thread that counts while this process lives, is not stopped, and this object is held; needs
+    torch.distributed.
+    """
 
     def __init__(self) -> None:
         # A store of its own: a wait of the main thread must not hold the beat up.
@@ -29,9 +31,9 @@ class Heartbeat:
         self.stop = weakref.finalize(self, _end, stop, thread)
 
     def silent(self, *, seconds: float = 4 * _PERIOD, patience: float = 10.0) -> list[int]:
-        """The ranks whose count does not move for so long.
+        """The ranks whose count does not move for so many `seconds`.
 
-        Rank 0, with which the store ends, stays until all that still count have asked too, at most `patience` seconds.
+        Rank 0, which holds the store, waits until all that still count have asked too, at most `patience` seconds.
         Where the store is gone already, rank 0 is the silent one.
         """
         try:

@@ -15,23 +15,37 @@ _SENT = {
 
 @dataclass(frozen=True)
 class Link:
-    """`latency` in microseconds per collective and `bandwidth` in bytes/s that a rank sends at."""
+    """What a message costs on one kind of link: the alpha-beta model.
+
+    - `latency`: microseconds per collective.
+    - `bandwidth`: bytes per second that a rank sends.
+
+    >>> from ftrain.sharding.link import Link
+    >>> Link(latency=20.0, bandwidth=50e9).microseconds(1e9)
+    20020.0
+    """
 
     latency: float = 20.0
     bandwidth: float = 50e9
 
     @property
     def bucket_bytes(self) -> int:
-        """The size of a message of which the latency is a twentieth: what small ones are joined to."""
+        """The bytes of a message of which the latency is a twentieth: small messages are joined up to it."""
         return max(1, int(20 * self.latency * 1e-6 * self.bandwidth))
 
     def microseconds(self, sent: float) -> float:
-        """How long a collective takes in which each rank sends so many bytes."""
+        """How long a collective takes, in microseconds, in which each rank sends so many bytes."""
         return self.latency + 1e6 * sent / self.bandwidth
 
 
 def sent_bytes(kind: str, held: int, ranks: int) -> int:
-    """Bytes that a rank sends in a collective to which it brings `held` bytes; kinds are those of
-    `ftrain.runtime.lockstep`.
+    """Bytes that a rank sends in a collective of `ranks` to which it brings `held` bytes, by ring algorithms.
+
+    `kind`: "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "exchange_rows" or "shift_ranks"; KeyError for
+    another.
+
+    >>> from ftrain.sharding.link import sent_bytes
+    >>> sent_bytes("all_gather", 1000, 4), sent_bytes("all_reduce", 1000, 4)
+    (3000, 1500)
     """
     return int(_SENT[kind](ranks) * held)

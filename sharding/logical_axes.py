@@ -36,7 +36,11 @@ LOGICAL_AXES: Mapping[str, str] = MappingProxyType(
 
 
 def check(axes: Iterable[str | None]) -> None:
-    """Raise `ValueError` naming the first unknown axis and the nearest known one; `None` is always allowed."""
+    """ValueError that names the first unknown axis and the nearest known one; None is always allowed.
+
+    >>> from ftrain.sharding.logical_axes import check
+    >>> check(["embed", None, "mlp"])
+    """
     for axis in axes:
         if axis is not None and axis not in LOGICAL_AXES:
             near = difflib.get_close_matches(str(axis), LOGICAL_AXES, n=1, cutoff=0.0)[0]

@@ -54,12 +54,15 @@ def each_matrix(
     dtype: torch.dtype,
     together: int,
 ) -> list[Tensor]:
-    """This rank's pieces of what `work` makes of the whole matrices of some leaves.
+    """This rank's pieces of what `work` makes of the whole matrices of some leaves `[..., I, O]`.
 
-    `work` takes a list of `[..., I, O]` and gives as many of the same shapes, in `dtype`; it treats each matrix by
-    itself, and zeros, with which a batch is filled up, stay zeros. What is sent, and returned where anything is sent,
-    has the narrower of `dtype` and the piece's own. Leaves of one shape go together, so many that every rank has a
-    matrix, of small ones about `together` elements.
+    - `work`: takes a list of `[..., I, O]` and gives as many of the same shapes, in `dtype`; it treats each matrix by
+      itself, and zeros, with which a batch is padded, stay zeros.
+    - `pieces`, `placements`: of the leaves, in one order.
+    - `together`: about how many elements of small matrices are sent at once.
+
+    What is sent, and returned where anything is sent, has the narrower of `dtype` and the piece's own. Leaves of one
+    shape go together, so many that every rank has a matrix.
     """
     kinds: dict[_Kind, list[int]] = {}
     for i, (piece, placement) in enumerate(zip(pieces, placements, strict=True)):

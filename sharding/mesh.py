@@ -25,12 +25,24 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the axes, and what stands behind them.
+    """Sizes of the axes of a run's ranks, and what stands behind them.
 
-    `replicate`: copies of the model (HSDP). `shard`: over which parameters and the batch are split. `sequence`: ranks
-    that share the tokens of one pack. `expert`: slices of the experts; divides `shard * sequence`. `kind`: "process"
-    (one rank per process, torch.distributed), "virtual" (all ranks in lockstep in this process), or "fake" (shapes
-    only: a step can be lowered, not run). ValueError names sizes that do not fit together.
+    - `replicate`: copies of the model (HSDP).
+    - `shard`: ranks over which parameters and the batch are divided (FSDP).
+    - `sequence`: ranks that share the tokens of one pack.
+    - `expert`: slices of the experts, folded over `shard * sequence`, which it divides.
+    - `kind`: "process" (one rank per process, torch.distributed), "virtual" (all ranks in lockstep in this process), or
+      "fake" (shapes only: a step can be lowered, not run).
+
+    ValueError names sizes that do not fit together, and an unknown kind.
+
+    >>> from ftrain import Mesh
+    >>> mesh = Mesh(replicate=2, shard=4, sequence=2, expert=4, kind="virtual")
+    >>> mesh.size, mesh.expert_shard
+    (16, 2)
+    >>> Mesh(shard=4, expert=3)
+    Traceback (most recent call last):
+    ValueError: Mesh: expert=3 does not divide shard * sequence = 4 * 1 = 4; ... may be 1, 2, 4
     """
 
     replicate: int = 1
@@ -63,7 +75,14 @@ class Mesh:
         expert: int = 1,
         kind: Kind = "process",
     ) -> "Mesh":
-        """A mesh of `world` ranks; `shard=None` takes what the other axes leave. ValueError lists what would fit."""
+        """A mesh of `world` ranks; `shard=None` takes what the other axes leave.
+
+        ValueError lists what would fit where the axes do not make up `world`.
+
+        >>> from ftrain import Mesh
+        >>> str(Mesh.over(8, sequence=2, kind="fake"))
+        'replicate 1 x shard 4 x sequence 2, expert 1'
+        """
         rest = replicate * sequence
         if shard is None:
             shard = max(1, world // rest)
@@ -76,7 +95,7 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """How many ranks there are: `replicate * shard * sequence`."""
         return self.replicate * self.shard * self.sequence
 
     @property
@@ -88,7 +107,11 @@ class Mesh:
         return f"replicate {self.replicate} x shard {self.shard} x sequence {self.sequence}, expert {self.expert}"
 
     def axis_size(self, axis: str) -> int:
-        """The size of an axis: one of the base axes, "expert", "expert_shard", "ulysses:N", "ring:N"."""
+        """The size of an axis: one of the base axes, "expert", "expert_shard", "ulysses:N", "ring:N" (N ranks of
+        Ulysses inside).
+
+        ValueError for an axis that the mesh lacks, and an N that does not divide `sequence`.
+        """
         if ":" in axis:
             kind, inner = axis.split(":")
             if kind not in ("ulysses", "ring") or self.sequence % int(inner):
@@ -99,13 +122,25 @@ class Mesh:
         return getattr(self, axis)
 
     def group(self, *axes: str) -> Group:
-        """The group of ranks that differ in `axes`; members are in the order of those axes, the last one fastest."""
+        """The group of ranks that differ in `axes`; members are in the order of those axes, the last one fastest.
+
+        ValueError for an axis that the mesh lacks.
+
+        >>> from ftrain import Mesh
+        >>> Mesh(shard=2, sequence=2).group("shard", "sequence")
+        Group(name='axis_shard+sequence@r1d2s2e1', size=4)
+        """
         size = math.prod(self.axis_size(a) for a in axes)
         sizes = f"r{self.replicate}d{self.shard}s{self.sequence}e{self.expert}"
         return Group(f"axis_{'+'.join(axes)}@{sizes}", size)
 
     def coordinate(self, rank: int, axis: str) -> int:
-        """The position of a rank on an axis."""
+        """The position of a rank on an axis (as in `axis_size`), from 0.
+
+        >>> from ftrain import Mesh
+        >>> [Mesh(shard=2, sequence=2).coordinate(3, axis) for axis in ("replicate", "shard", "sequence")]
+        [0, 1, 1]
+        """
         s, d, r = rank % self.sequence, rank // self.sequence % self.shard, rank // (self.sequence * self.shard)
         f = d * self.sequence + s
         if ":" in axis:
@@ -121,7 +156,13 @@ class Mesh:
         return places[axis]
 
     def members(self, *axes: str) -> tuple[tuple[int, ...], ...]:
-        """All groups of ranks that differ in `axes` only, each in the order of those axes."""
+        """All groups of ranks that differ in `axes` only, each in the order of those axes. ValueError for an unknown
+        axis.
+
+        >>> from ftrain import Mesh
+        >>> Mesh(shard=2, sequence=2).members("shard")
+        ((0, 2), (1, 3))
+        """
         for axis in axes:
             self.axis_size(axis)
         found: dict[tuple[int, ...], list[int]] = {}
@@ -144,7 +185,7 @@ class Mesh:
 
 
 def legal_sizes(world: int) -> str:
-    """The combinations of replicate x shard x sequence that make up `world` ranks, as text."""
+    """The combinations of replicate x shard x sequence that make up `world` ranks, as text; the first 16."""
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     found = [c for c in itertools.product(divisors, repeat=3) if math.prod(c) == world]
     shown = ", ".join("x".join(map(str, c)) for c in found[:16])

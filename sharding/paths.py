@@ -18,16 +18,25 @@ T = TypeVar("T")
 
 
 def match(path: str, glob: str) -> bool:
-    """Does the whole dotted path match?
+    """True if the glob matches the whole dotted path.
 
     `layers.*.w` matches `layers.3.w`; `encoders.**` all below `encoders` (and itself); `**.w_*` every leaf whose last
     part begins with `w_`.
+
+    >>> from ftrain.sharding.paths import match
+    >>> match("layers.3.w", "layers.*.w"), match("layers.3.mlp.w", "layers.*.w"), match("layers.3.mlp.w_up", "**.w_*")
+    (True, False, True)
     """
     return _match(tuple(path.split(".")), tuple(glob.split(".")))
 
 
 def specificity(glob: str) -> tuple[int, int, int]:
-    """How many parts are names, how many are partly so, how many are `*`: of two globs the greater decides."""
+    """How many parts are names, how many are partly so, how many are `*`: of two globs the greater decides.
+
+    >>> from ftrain.sharding.paths import specificity
+    >>> specificity("layers.*.w_*"), specificity("**.w_*")
+    ((1, 1, 1), (0, 1, 0))
+    """
     parts = [part for part in glob.split(".") if part != "**"]
     names = sum(not _is_wild(part) for part in parts)
     stars = sum(part == "*" for part in parts)
@@ -35,17 +44,34 @@ def specificity(glob: str) -> tuple[int, int, int]:
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str | None:
-    """The known name most like `name`, for "did you mean" messages; None where nothing comes close."""
+    """The known name most like `name`, for "did you mean" messages; None where nothing comes close.
+
+    `cutoff`: how alike, from 0 (anything) to 1 (equal), by `difflib.get_close_matches`.
+
+    >>> from ftrain.sharding.paths import nearest
+    >>> nearest("atention", ["attention", "mlp"])
+    'attention'
+    """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
 @dataclass(frozen=True)
 class Rules(Generic[T]):
-    """Globs and what they decide. `of`: what a message calls them, such as "Plan(batch=...)".
+    """Globs over dotted paths and what they decide; the most specific glob that matches decides, and order means
+    nothing.
 
-    `below`: a glob names a node of the tree and decides about all leaves below it, as `glob.**` does. ValueError for a
-    glob with an empty part.
+    - `values`: glob -> value. ValueError for a glob with an empty part.
+    - `of`: what a message calls the rules, such as "Plan(batch=...)".
+    - `below`: a glob names a node of the tree and decides about all leaves below it, as `glob.**` does.
+
+    >>> from ftrain.sharding.paths import Rules
+    >>> rules = Rules({"**": "bfloat16", "layers.*.norm": "float32"})
+    >>> rules.find("layers.3.norm"), rules.find("layers.3.w")
+    ('float32', 'bfloat16')
+    >>> rules.require_used(["layers.0.w"])
+    Traceback (most recent call last):
+    ValueError: rules: 'layers.*.norm' matches nothing; nearest: 'layers.0.w'
     """
 
     values: Mapping[str, T] = field(default_factory=lambda: MappingProxyType({}))
@@ -76,7 +102,7 @@ class Rules(Generic[T]):
         return best[0]
 
     def find(self, path: str, default: T | None = None) -> T | None:
-        """What the rules say about `path`, or the default where they say nothing."""
+        """What the rules say about `path`, or the default where they say nothing. ValueError as in `glob_of`."""
         glob = self.glob_of(path)
         return default if glob is None else self.values[glob]
 

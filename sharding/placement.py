@@ -15,7 +15,7 @@ from ftrain.sharding.spmd import axis_index
 
 
 class Split(NamedTuple):
-    """A dim divided into `size` pieces of equal (the last ones padded) length over `axes`.
+    """A dim divided into `size` pieces of equal length over `axes`; the last ones are padded.
 
     `gathered`: pieces are joined before use (FSDP); else each rank computes with its own (experts).
     """
@@ -28,9 +28,15 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """An array of global `shape`: its `splits`, and the axes along which ranks hold `copies`.
+    """Where an array of global `shape` is: its `splits`, and the axes along which ranks hold `copies`.
 
     A rank's piece is padded with zeros where a dim does not divide evenly, so that all ranks hold equal shapes.
+
+    >>> from ftrain.sharding import Mesh
+    >>> from ftrain.sharding.placement import place
+    >>> placement = place((10, 6), ("embed", "mlp"), mesh=Mesh(shard=4), parameters=("shard",), experts=False)
+    >>> placement.local_shape, placement.windows(Mesh(shard=4), 3)
+    ((3, 6), ((9, 1), (0, 6)))
     """
 
     shape: tuple[int, ...]
@@ -39,7 +45,7 @@ class Placement:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of every rank's piece."""
+        """The shape of every rank's piece, padding included."""
         sizes = list(self.shape)
         for split in self.splits:
             sizes[split.dim] = -(-sizes[split.dim] // split.size)
@@ -65,7 +71,7 @@ class Placement:
         return tuple(found)
 
     def shard(self, whole: Tensor, mesh: Mesh, rank: int) -> Tensor:
-        """The piece of `rank`, padded, in memory of its own."""
+        """The piece of `rank`, padded to `local_shape`, in memory of its own. `whole`: of `shape`, any dtype."""
         piece = whole
         for dim, (start, length) in enumerate(self.windows(mesh, rank)):
             piece = piece.narrow(dim, start, length)
@@ -76,7 +82,7 @@ class Placement:
         return padded
 
     def join(self, pieces: Sequence[Tensor], mesh: Mesh) -> Tensor:
-        """The whole array from the pieces of all ranks (of copies: the first)."""
+        """The whole array, of `shape`, from the pieces of all ranks in order (of copies: the first)."""
         if not self.splits:
             return pieces[0]
         whole = pieces[0].new_empty(self.shape)
@@ -90,7 +96,7 @@ class Placement:
         return whole
 
     def starts(self) -> tuple[int | Tensor, ...]:
-        """The global index of this rank's first element in each dim, in a trace (see `spmd.axis_index`)."""
+        """The global index of this rank's first element in each dim, 0-d int64 in a trace (see `axis_index`)."""
         found: list[int | Tensor] = [0] * len(self.shape)
         for split in self.splits:
             found[split.dim] = axis_index("+".join(split.axes)) * self.local_shape[split.dim]
@@ -98,11 +104,12 @@ class Placement:
 
 
 def place(shape: Sequence[int], axes: Sequence[str | None], *, mesh: Mesh, parameters: tuple[str, ...], experts: bool):
-    """The placement of a parameter whose dims mean `axes`.
+    """The placement of a parameter of `shape` whose dims mean `axes` (words of `ftrain.sharding.logical_axes`).
 
     With `experts` a dim called "expert" is divided over the axis of experts, and the rest over `expert_shard`. The
-    other division takes the first dim that pays (see `_fsdp_dim`), but never one whose meaning is None, nor a stack of
-    layers, which is read layer by layer. Axes of size 1 divide nothing.
+    other division, over the axes `parameters`, takes the first dim that pays, but never one whose meaning is None, nor
+    a stack of layers, which is read layer by layer. Axes of size 1 divide nothing. ValueError where the experts do not
+    divide.
     """
     shape = tuple(shape)
     splits: list[Split] = []
@@ -142,9 +149,10 @@ def use(
     dtype: torch.dtype | None = None,
     reduce: torch.dtype | None = None,
 ) -> Tensor:
-    """The parameter as a rank computes with it, in `dtype` (cast before it is sent).
+    """The parameter as a rank computes with it, of `used_shape`, in `dtype` (cast before it is sent; None: its own).
 
-    Transposed: gradients are summed in `reduce` over the ranks whose data they come from, and divided again.
+    `piece`: this rank's, of `local_shape`. Its transpose sums gradients in `reduce` over the ranks whose data they come
+    from, and divides them again.
     """
     if placement.copies:
         group = mesh.group(*placement.copies)

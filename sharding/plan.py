@@ -14,13 +14,29 @@ from ftrain.sharding.placement import Placement, place
 
 
 class Plan:
-    """How a model runs on a mesh.
+    """How a model runs on a mesh: a layout for each component, and how the batch is divided.
 
-    `components` maps globs over the paths of parameters ("encoders", "foundation.layers.*.moe") to layouts, `batch`
-    maps globs over paths of the batch to how a leaf is divided. A glob names a leaf or a node and holds for all below
-    it; the most specific decides, and a tie is a ValueError (`ftrain.sharding.paths`). Without a match a leaf of the
-    batch has one entry per token in dim 0, but for the offsets of `Documents`, which are those of packs. `link`: what a
-    message costs, by which communication is bucketed and hidden.
+    - `mesh`: the ranks.
+    - `default`: the layout of components that no glob names.
+    - `components`: globs over the paths of parameters ("encoders", "foundation.layers.*.moe") -> `Layout`.
+    - `batch`: globs over the paths of the batch -> a rule (`Tokens`, `BatchRows`, `TokenIndices`, `Replicated`,
+      `Offsets`). Without a match a leaf has one entry per token in dim 0, but for the offsets of `Documents`, which are
+      those of packs.
+    - `link`: what a message costs, by which communication is bucketed and hidden.
+
+    A glob names a leaf or a node and holds for all below it; the most specific decides (`ftrain.sharding.paths`).
+    ValueError for globs as keyword arguments, values that are no `Layout`, hybrids that do not divide the sequence
+    axis, and rings of different sizes.
+
+    >>> from ftrain import Layout, Mesh, Plan
+    >>> from ftrain.modules.spec import ParamSpec, zeros
+    >>> specs = {"w": ParamSpec((64, 10), ("embed", "vocab"), zeros()), "b": ParamSpec((10,), (None,), zeros())}
+    >>> plan = Plan(Mesh(shard=4, kind="virtual"), components={"b": Layout(())})
+    >>> print(plan.describe(specs))
+    parameter  shape     placement                                     a rank's shape  bytes per rank
+    b          [10]      copies over shard                             [10]            40
+    w          [64, 10]  dim 0 over shard+sequence (4)                 [16, 10]        640
+    total                replicate 1 x shard 4 x sequence 1, expert 1                  680
     """
 
     def __init__(
@@ -45,7 +61,10 @@ class Plan:
         _check_heads_free(self)
 
     def layout(self, path: str) -> Layout:
-        """The layout of the component that the parameter, or component, at `path` belongs to."""
+        """The layout of the component that the parameter, or component, at `path` belongs to.
+
+        ValueError where two globs that decide differently are equally specific.
+        """
         return self._layouts.find(path, self.default) or self.default
 
     @cached_property
@@ -60,7 +79,11 @@ class Plan:
         return TokenOrder(ranks)
 
     def placement(self, path: str, spec: Any) -> Placement:
-        """Where the pieces of the parameter are; `spec` has `shape` and `axes`. ValueError names the path."""
+        """Where the pieces of the parameter at `path` are; `spec` has `shape` and `axes` (a
+        `ftrain.modules.spec.ParamSpec`).
+
+        ValueError names the path and the size that does not divide.
+        """
         layout = self.layout(path)
         try:
             return place(
@@ -74,22 +97,32 @@ class Plan:
             raise ValueError(f"{path}: {error}") from None
 
     def placements(self, specs: Any) -> dict[str, Placement]:
-        """The placement of every parameter, by path. A glob that names no parameter is a ValueError."""
+        """The placement of every parameter, by path. `specs`: a tree of `ftrain.modules.spec.ParamSpec`.
+
+        ValueError for a glob of `components` that matches no parameter, a leaf that is no spec, and as in `placement`.
+        """
         leaves = dict(_walk(specs, ""))
         self._layouts.require_used(leaves)
         return {path: self.placement(path, spec) for path, spec in leaves.items()}
 
     def batch_rule(self, path: str) -> BatchRule:
-        """How the batch's leaf at `path` is divided; the most specific glob that matches decides."""
+        """How the batch's leaf at `path` is divided; the most specific glob that matches decides.
+
+        ValueError where two globs that decide differently are equally specific.
+        """
         default: BatchRule = Offsets() if path.rpartition(".")[2] == "offsets_N" else Tokens()
         return self._batch.find(path, default) or default
 
     def require_batch(self, paths: Iterable[str]) -> None:
-        """ValueError that names a glob of `batch` which matches none of these leaves, and the nearest."""
+        """ValueError that names a glob of `batch` which matches none of these paths, and the nearest of them."""
         self._batch.require_used(paths)
 
     def describe(self, specs: Any) -> str:
-        """A table: path, shape, how each dim is divided, a rank's shape and bytes; and the sum."""
+        """A table of all parameters: path, shape, how each dim is divided, a rank's shape and bytes; and the sum of
+        bytes.
+
+        `specs`: a tree of `ftrain.modules.spec.ParamSpec`. ValueError as in `placements`.
+        """
         rows = [("parameter", "shape", "placement", "a rank's shape", "bytes per rank")]
         total = 0
         leaves = dict(_walk(specs, ""))

@@ -23,7 +23,7 @@ def unregister_group(name: str) -> None:
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
-    """The group registered under a name; RuntimeError if there is none."""
+    """The group registered under a name; RuntimeError from torch if there is none."""
     return _c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
@@ -37,7 +37,7 @@ def has_group(name: str) -> bool:
 
 
 def group_timeout() -> Any:
-    """The timeout that the process group was made with: new groups would otherwise wait half an hour."""
+    """The timeout (a `timedelta`) of the default process group: new groups would otherwise wait half an hour."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     return dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
 
@@ -48,7 +48,7 @@ def default_store() -> Any:
 
 
 def rank_in_group(name: str) -> int:
-    """This process's position in a registered group."""
+    """This process's position in a registered group, from 0."""
     return dist.get_rank(resolve_group(name))
 
 
@@ -65,12 +65,12 @@ set_local = DTensor.__dict__["_local_tensor"].__set__
 
 
 def dtensor_like(local: Tensor, spec: Any) -> DTensor:
-    """A DTensor around `local` with the spec of another, unchecked and without a gradient."""
+    """A DTensor around `local` (this rank's shape of it) with the spec of another, unchecked and without a gradient."""
     return DTensor(local, spec, requires_grad=False)
 
 
 def make_dtensor(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> DTensor:
-    """A DTensor around `local`, unchecked and without a gradient."""
+    """A DTensor of global `shape` around `local`, unchecked and without a gradient."""
     strides = torch.empty(shape, device="meta").stride()
     spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(torch.Size(shape), strides, local.dtype))
     return DTensor(local, spec, requires_grad=False)

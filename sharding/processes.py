@@ -43,7 +43,10 @@ def _why_alone() -> str:
 
 
 def same_everywhere(value: T, mesh: Mesh | None) -> T:
-    """What rank 0 of a mesh of processes has, on all ranks: nothing measured may differ between their graphs."""
+    """What rank 0 of a mesh of processes has, on all ranks; `value` itself on any other mesh.
+
+    Nothing measured may differ between the ranks' graphs. `value` is pickled.
+    """
     if mesh is None or mesh.kind != "process" or not dist.is_initialized():
         return value
     box = [value]
@@ -52,7 +55,10 @@ def same_everywhere(value: T, mesh: Mesh | None) -> T:
 
 
 def open_groups(mesh: Mesh, axes: Iterable[tuple[str, ...]]) -> None:
-    """Make and name the process groups over each of `axes`; all ranks call this with the same ones, in one order."""
+    """Make and name the process groups over each of `axes`; all ranks call this with the same ones, in one order.
+
+    ValueError if torch.distributed does not run as many ranks as the mesh has.
+    """
     require_world(mesh)
     for names in axes:
         group = mesh.group(*names)
@@ -70,7 +76,7 @@ class DeviceMeshes:
         self._made: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
 
     def describe(self, placement: Placement) -> tuple[DeviceMesh, list[Any]]:
-        """The DeviceMesh and the DTensor placements of an array."""
+        """The DeviceMesh and the DTensor placements of an array; all ranks call this in one order."""
         base = EXPERT_AXES if any(a.startswith("expert") for s in placement.splits for a in s.axes) else BASE_AXES
         split = {a for s in placement.splits for a in s.axes}
         dims = [(a,) for a in base if a not in split] + [s.axes for s in placement.splits]
@@ -94,7 +100,10 @@ class DeviceMeshes:
 
 
 def to_dtensor(piece: Tensor, placement: Placement, mesh: Mesh, rank: int, meshes: DeviceMeshes) -> Tensor:
-    """The DTensor of which `piece` (padded) is this rank's part; an array without splits stays a plain tensor."""
+    """The DTensor of which `piece` (of the placement's `local_shape`, padded) is this rank's part.
+
+    An array without splits stays a plain tensor.
+    """
     if not placement.splits:
         return piece
     local = piece.detach()  # a tensor of its own: `to_local` may hand it out, and then it is donated
@@ -107,7 +116,11 @@ def to_dtensor(piece: Tensor, placement: Placement, mesh: Mesh, rank: int, meshe
 
 
 def to_piece(leaf: Tensor, placement: Placement) -> Tensor:
-    """This rank's piece, padded: the memory behind a DTensor that `to_dtensor` made, or a padded copy of another's."""
+    """This rank's piece, padded to the placement's `local_shape`: the memory behind a DTensor that `to_dtensor` made,
+    or a padded copy of another's. A plain tensor is returned as it is.
+
+    ValueError for a DTensor of another mesh, whose pieces have other shapes.
+    """
     if not isinstance(leaf, DTensor):
         return leaf
     piece = leaf.__dict__.get(PIECE)

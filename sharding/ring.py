@@ -21,7 +21,10 @@ from ftrain.sharding.spmd import purpose
 
 
 class RingRule(NamedTuple):
-    """The group that forms the ring, how its members hold the pack (zigzag or in turn), and who sees whom."""
+    """The group that forms the ring, how its members hold the pack (zigzag or in turn), and which keys a query sees.
+
+    `causal`, `window`, `scale`: as in `ftrain.kernels.attention.attention`.
+    """
 
     group: Group
     zigzag: bool
@@ -30,6 +33,7 @@ class RingRule(NamedTuple):
     scale: float
 
     def step(self, number: int) -> Step:
+        """The rule of step `number`, from 0: keys come from the member so many positions before."""
         return Step(number, self.group.size, self.zigzag, self.causal, self.window, self.scale)
 
 
@@ -44,9 +48,11 @@ def ring_attention(
 ) -> Tensor:
     """This member's rows `[T, H, V]` of attention over the whole ring's tokens, in the dtype of the queries.
 
-    `me`: its place in the ring, 0-d int64 on the CPU. `host_index_P`: the number of the document that each token of the
-    pack belongs to, rising, in the order of the pack, on the CPU; None for one document.
-    Differentiable once. ValueError if zigzag meets an odd number of tokens.
+    - `me`: its position in the ring, 0-d int64 on the CPU.
+    - `host_index_P`: the number of the document that each token of the pack belongs to, rising, in the order of the
+      pack, int64 on the CPU; None for one document.
+
+    Differentiable once. ValueError if zigzag meets an odd number of tokens. Source: Liu et al., arXiv 2310.01889.
     """
     if rule.zigzag and q_THK.shape[0] % 2:
         raise ValueError(
@@ -116,7 +122,7 @@ _backward = first_order(_gradients, "ring attention")
 
 
 def send_on(x: Tensor, group: Group, why: str) -> Tensor:
-    """What the ring's member before this one has, while this one's `x` goes to the next; without autograd."""
+    """The `x` of the ring's member before this one, while this one's goes to the next; any shape; without autograd."""
     if group.size == 1:
         return x
     with purpose(why):
@@ -124,6 +130,13 @@ def send_on(x: Tensor, group: Group, why: str) -> Tensor:
 
 
 def ring_bytes(T: int, G: int, K: int, V: int, n: int, *, item: int, gradient_item: int) -> tuple[int, int]:
-    """Bytes that a member sends in forward and in backward; `gradient_item`: of the accumulation dtype (4 or 8)."""
+    """Bytes that a member of a ring of n sends in forward and in backward. Sizes are those of the legend.
+
+    `item`: bytes of a number of the keys; `gradient_item`: of the accumulation dtype (4 or 8).
+
+    >>> from ftrain.sharding.ring import ring_bytes
+    >>> ring_bytes(T=1024, G=8, K=128, V=128, n=4, item=2, gradient_item=4)
+    (12582912, 46137344)
+    """
     message = T * G * (K + V)
     return (n - 1) * message * item, (n - 1) * message * item + (n if n > 1 else 0) * message * gradient_item

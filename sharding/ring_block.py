@@ -27,7 +27,7 @@ from ftrain.kernels.opaque import opaque_op
 
 
 class Step(NamedTuple):
-    """What is the same in all of a ring's steps, and which of them it is: keys come from `step` places before."""
+    """What is the same in all of a ring's steps, and which of them it is: keys come from `step` positions before."""
 
     step: int
     ring: int
@@ -46,20 +46,22 @@ class Run(NamedTuple):
 
     @property
     def here(self) -> slice:
+        """The run as a slice of the rank's tokens."""
         return slice(self.at, self.at + self.length)
 
     @property
     def in_pack(self) -> slice:
+        """The run as a slice of the pack's tokens."""
         return slice(self.start, self.start + self.length)
 
     def part(self, first: int, last: int) -> "Run":
-        """The tokens that stand in `[first, last)` of the pack."""
+        """The tokens of the run with indices `[first, last)` in the pack."""
         first, last = max(first, self.start), min(last, self.start + self.length)
         return Run(first, self.at + first - self.start, max(0, last - first))
 
 
 def runs(member: int, T: int, ring: int, zigzag: bool) -> list[Run]:
-    """The tokens of a ring's member, as `TokenOrder` deals them."""
+    """The tokens of a ring's member, as `ftrain.sharding.batch.TokenOrder` deals them: one run, or two in zigzag."""
     if not zigzag:
         return [Run(member * T, 0, T)]
     half = T // 2
@@ -69,7 +71,8 @@ def runs(member: int, T: int, ring: int, zigzag: bool) -> list[Run]:
 def pairs(me: int, T: int, index_P: Tensor | None, how: Step) -> Iterator[tuple[Run, Run]]:
     """The runs of queries and keys that a step brings together, cut to what may see each other; none is empty.
 
-    `index_P`: the pack's document numbers (rising), on the CPU; None is one document.
+    `me`: the rank's position in the ring. `index_P`: the pack's document numbers (rising), int64 on the CPU; None is
+    one document.
     """
     source = (me - how.step) % how.ring
     for q in runs(me, T, how.ring, how.zigzag):
@@ -130,10 +133,10 @@ def ring_forward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the keys seen so far (None in the first step) and these, in the accumulation dtype.
+    """Output `[T, H, V]` and log-sum-exp `[H, T]` over the keys seen so far (None in the first step) and these.
 
-    `me`: this rank's place in the ring, int64 on the CPU; `host_index_P`: the pack's document numbers (rising), on the
-    CPU.
+    Both have the accumulation dtype. `me`: this rank's position in the ring, 0-d int64 on the CPU; `host_index_P`: the
+    pack's document numbers (rising), int64 on the CPU.
     """
     how, (T, H, K) = Step(step, ring, zigzag, causal, window, scale), q_THK.shape
     k_TGK, v_TGV = kv_TGC[..., :K], kv_TGC[..., K:]
@@ -180,7 +183,8 @@ def ring_backward(
 ) -> tuple[Tensor, Tensor]:
     """What this step adds to the gradients of the queries and of the member's keys and values, in the dtype of `lse`.
 
-    `out_THV` and `lse_HT` are those of the whole ring: the probabilities of any block follow from them.
+    `out_THV` and `lse_HT` are those of the whole ring: the probabilities of any block follow from them. `me`: 0-d int64
+    on the CPU.
     """
     how, (T, _, K) = Step(step, ring, zigzag, causal, window, scale), q_THK.shape
     k_TGK, v_TGV = kv_TGC[..., :K], kv_TGC[..., K:]

@@ -21,20 +21,23 @@ def _seen(T: int, how: Step) -> float:
 
 
 def forward_flops(q: Tensor, kv: Tensor, out: object, lse: object, host: object, me: object, *how) -> int:
-    """Two matmuls: scores and output."""
+    """Floating-point operations of `ring_forward`'s two matmuls, scores and output; only shapes are read."""
     return int(2 * q.shape[1] * kv.shape[2] * _seen(q.shape[0], Step(*how)))
 
 
 def backward_flops(
     grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, host: object, me: object, *how
 ) -> int:
-    """Five matmuls: the scores again, and the gradients of probabilities, values, queries and keys."""
+    """Floating-point operations of `ring_backward`'s five matmuls; only shapes are read.
+
+    They are the scores again, and the gradients of probabilities, values, queries and keys.
+    """
     K, V = q.shape[2], grad.shape[2]
     return int(2 * q.shape[1] * (3 * K + 2 * V) * _seen(q.shape[0], Step(*how)))
 
 
 def forward_workspace(q: Tensor, kv: Tensor, out: object, lse: object, host: Tensor | None, me: object, *how) -> int:
-    """A pair's results and what makes them: the bound over the ranks."""
+    """A bound of the bytes that `ring_forward` holds beyond its outputs on any rank; only shapes are read."""
     K = q.shape[2]
     how_, (k, v) = Step(*how), kv.split([K, kv.shape[2] - K], -1)
     T, H, item = q.shape[0], q.shape[1], accumulate_dtype(q.dtype).itemsize
@@ -55,7 +58,7 @@ def backward_workspace(
     me: object,
     *how,
 ) -> int:
-    """A pair's gradients and what makes them: the bound over the ranks."""
+    """A bound of the bytes that `ring_backward` holds beyond its outputs on any rank; only shapes are read."""
     K = q.shape[2]
     how_, (k, v) = Step(*how), kv.split([K, kv.shape[2] - K], -1)
     L = q.shape[0] // 2 if how_.zigzag else q.shape[0]

@@ -24,14 +24,16 @@ from ftrain.sharding.ulysses import check_heads, heads_to_tokens, tokens_to_head
 
 
 class PackDocuments(NamedTuple):
-    """Of a whole pack, in its order: ids `[P]`, and document numbers `[P]` on the CPU."""
+    """The documents of a whole pack, in its order: ids int64 `[P]`, and document numbers int64 `[P]` on the CPU."""
 
     ids_P: Tensor
     host_index_P: Tensor
 
 
 def pack_documents(segments_T: Tensor, *, mesh: Mesh, order: TokenOrder) -> PackDocuments:
-    """Of the pack that this rank's `segments_T` (int64) are a share of: a gather over the sequence axis."""
+    """Document ids and numbers of the whole pack, gathered over the sequence axis. `segments_T`: this rank's ids,
+    int64.
+    """
     ids_P = gather_tokens(segments_T, mesh, order, purpose="segments")
     return PackDocuments(ids_P, document_index(ids_P).to("cpu"))
 
@@ -66,7 +68,8 @@ def sequence_attention(
       gathered, whatever `how` is; with `causal` or a window the queries too, since a rule counts from a document's end.
     - The plain reference (`backend="reference"`, nested gradients) of a ring gathers the whole pack on each rank.
 
-    ValueError names the component and what does not divide.
+    ValueError names the component and what does not divide or fit, and a backend of another device. Sources: Jacobs et
+    al., arXiv 2309.14509; Liu et al., arXiv 2310.01889; Fang and Zhao, arXiv 2405.07719.
     """
     documents_of = documents_of or partial(pack_documents, mesh=mesh, order=order)
     tensors = (q_THK, k_SGK, v_SGV)
@@ -271,7 +274,7 @@ def to_pack_order(x_P: Tensor, order: TokenOrder) -> Tensor:
 
 
 def from_pack_order(x_P: Tensor, order: TokenOrder) -> Tensor:
-    """The inverse of `to_pack_order`."""
+    """From a pack's own order (dim 0) to the order in which ranks hold its tokens: the inverse of `to_pack_order`."""
     held = _held_chunks(order)
     return x_P if held is None else _rearranged(x_P, held)
 

@@ -1,4 +1,4 @@
-"""What an optimizer that looks beyond single numbers needs of leaves that are pieces of arrays. Without autograd.
+"""What an optimizer needs of leaves that are pieces of arrays, where it looks beyond single numbers. Without autograd.
 
 A piece is padded with zeros where a dim does not divide; nothing here counts the padding.
 """
@@ -14,7 +14,7 @@ from ftrain.sharding.placement import Placement
 
 
 def sum_over_shards(values_N: Tensor, placements: Sequence[Placement], mesh: Mesh) -> Tensor:
-    """One number per leaf, summed over the ranks that hold the leaf's pieces; copies are not counted twice."""
+    """One number per leaf, `[N]`, summed over the ranks that hold the leaf's pieces; copies are not counted twice."""
     over = [_axes(p) for p in placements]
     out_N = values_N
     for axes in sorted({a for a in over if a}):
@@ -24,7 +24,9 @@ def sum_over_shards(values_N: Tensor, placements: Sequence[Placement], mesh: Mes
 
 
 def whole_of(piece: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
-    """The array of which `piece` is a part, but for a dim of experts, of which each rank keeps its own."""
+    """The array of which `piece` (of the placement's `local_shape`) is a part; of a dim of experts each rank keeps its
+    own.
+    """
     for split in placement.splits:
         if split.gathered:
             piece = gather_pieces(piece, mesh.group(*split.axes), split.dim, "optimizer_gather")
@@ -33,7 +35,7 @@ def whole_of(piece: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
 
 
 def piece_of(whole: Tensor, placement: Placement) -> Tensor:
-    """This rank's piece of what `whole_of` gives."""
+    """This rank's piece, of the placement's `local_shape`, of what `whole_of` gives (of its `used_shape`)."""
     starts = placement.starts()
     for split in placement.splits:
         if split.gathered:
@@ -48,13 +50,17 @@ def piece_of(whole: Tensor, placement: Placement) -> Tensor:
 
 
 def fill_padding(piece: Tensor, dim: int, start: int | Tensor, size: int, fill: float) -> Tensor:
-    """A piece that begins at `start` of `size` places along `dim`, with `fill` behind the last one."""
+    """A piece (any shape) that begins at index `start` (int or 0-d int64) of `size` along `dim`, its padding set to
+    `fill`.
+    """
     inside = (start + torch.arange(piece.shape[dim]) < size).to(piece.device)
     return torch.where(inside.view([-1 if d == dim else 1 for d in range(piece.dim())]), piece, fill)
 
 
 def mean_over(x: Tensor, dims: Sequence[int], placement: Placement, mesh: Mesh) -> Tensor:
-    """The mean over these dims of the whole array, kept as dims of size 1; `x` lies as `placement` says."""
+    """The mean over these dims of the whole array, kept as dims of size 1; `x` has the shape of the placement's
+    piece.
+    """
     total = x.sum(tuple(dims), keepdim=True)
     count = 1
     for dim in dims:

@@ -13,7 +13,9 @@ from ftrain.kernels.opaque import opaque_op
     fake=lambda x, expected: torch.library.get_ctx().new_dynamic_size(),
 )
 def host_size(x: Tensor, expected: int) -> int:
-    """The value of a 0-d int64 tensor on the CPU, as a size. `expected` is for plans of memory and time."""
+    """The value of a 0-d int64 tensor on the CPU, as a size. `expected`: the number that plans of memory and time count
+    with.
+    """
     del expected
     return int(x)
 

@@ -17,7 +17,7 @@ from ftrain.sharding.mesh import BASE_AXES, Mesh
 
 @dataclass(frozen=True)
 class Spmd:
-    """The mesh of the trace under way, and the input that holds the rank's coordinates."""
+    """The mesh of the trace under way, and the input that holds the rank's coordinates (int64 `[3]`, on the CPU)."""
 
     mesh: Mesh
     coordinates_3: Tensor
@@ -39,12 +39,21 @@ def on_mesh(mesh: Mesh, coordinates_3: Tensor) -> Iterator[None]:
 
 
 def coordinates(mesh: Mesh, rank: int) -> Tensor:
-    """The coordinates of a rank as a graph takes them."""
+    """The coordinates of a rank as a graph takes them: int64 `[3]`, its positions on replicate, shard and sequence.
+
+    >>> from ftrain.sharding import Mesh
+    >>> from ftrain.sharding.spmd import coordinates
+    >>> coordinates(Mesh(shard=2, sequence=2), 3)
+    tensor([0, 1, 1])
+    """
     return torch.tensor([mesh.coordinate(rank, axis) for axis in BASE_AXES], dtype=torch.int64)
 
 
 def axis_index(axis: str) -> Tensor:
-    """Where this rank stands on an axis, a 0-d int64 tensor on the CPU; 0 outside of a trace for a mesh."""
+    """This rank's position on an axis, a 0-d int64 tensor on the CPU; 0 outside of a trace for a mesh.
+
+    `axis`: as in `Mesh.axis_size`, or "data" (replicate x shard), "world", "shard+sequence".
+    """
     spmd = _current.get()
     if spmd is None:
         return torch.zeros((), dtype=torch.int64)
@@ -68,7 +77,9 @@ def axis_index(axis: str) -> Tensor:
 
 @contextmanager
 def purpose(name: str) -> Iterator[None]:
-    """Collectives made within the block serve `name` (fsdp_gather, ulysses, expert_dispatch, ...)."""
+    """Collectives made within the block serve `name` (fsdp_gather, ulysses, expert_dispatch, ...), as tables then
+    show.
+    """
     token = _purpose.set(name)
     try:
         yield
@@ -77,15 +88,15 @@ def purpose(name: str) -> Iterator[None]:
 
 
 def current_purpose() -> str:
-    """What the collectives that are being made are for; empty if nobody said."""
+    """What the collectives that are being made are for; empty where no `purpose` is set."""
     return _purpose.get()
 
 
 @contextmanager
 def filled(share: float) -> Iterator[None]:
-    """Ops made within the block work on batches of which this share is not padding.
+    """Ops made within the block work on batches of which this `share` (0 to 1) is not padding.
 
-    A search asks for it: of a few layers it learns what many take, which fill the batches.
+    The search of layouts asks for it: from a few layers it extrapolates to many, which fill the batches.
     """
     token = _filled.set(share)
     try:
@@ -95,5 +106,5 @@ def filled(share: float) -> Iterator[None]:
 
 
 def current_filled() -> float:
-    """The share of what is being worked on that is not padding."""
+    """The share of what is being worked on that is not padding, 0 to 1."""
     return _filled.get()

@@ -22,7 +22,13 @@ PURPOSE = "ulysses"
 
 
 class Heads(NamedTuple):
-    """How H query heads and G key/value heads are dealt to n ranks, which divide H."""
+    """How H query heads and G key/value heads are dealt to n ranks, which divide H.
+
+    >>> from ftrain.sharding.ulysses import Heads
+    >>> heads = Heads(H=8, G=2, n=4)
+    >>> heads.queries, heads.keys, heads.start(3)
+    (2, 1, 1)
+    """
 
     H: int
     G: int
@@ -62,7 +68,10 @@ class Heads(NamedTuple):
 
 
 def check_heads(H: int, G: int, group: Group, sequence: int, component: str) -> Heads:
-    """The deal of the heads; ValueError with the sizes, and what would fit, if H does not divide by the group."""
+    """The deal of the heads. ValueError with the sizes, and what would fit, if H does not divide by the group.
+
+    `sequence`: the ranks of the sequence axis. `component`: what the message calls it.
+    """
     if H % group.size:
         legal = [u for u in range(2, sequence) if sequence % u == 0 and H % u == 0]
         hybrid = f"Hybrid(ulysses={' or '.join(map(str, legal))}), " if legal else ""
@@ -79,7 +88,7 @@ def tokens_to_heads(
     """This rank's heads of the group's tokens: `[N, h, K]`, `[N, g, K]`, `[N, g, V]`, rank after rank.
 
     Where the local map of query to key heads is not the usual one, k and v are spread to h heads after the exchange.
-    `me`: the rank's place in the group, 0-d int64 on the CPU.
+    `me`: the rank's position in the group, 0-d int64 on the CPU.
     """
     n, h, g, K, V = heads.n, heads.queries, heads.keys, q_THK.shape[2], v_TGV.shape[2]
     parts = (q_THK.unflatten(1, (n, h)), _dealt(k_TGK, heads), _dealt(v_TGV, heads))
@@ -94,7 +103,7 @@ def tokens_to_heads(
 
 
 def heads_to_tokens(out_NhV: Tensor, *, group: Group) -> Tensor:
-    """All heads of this rank's tokens, `[T, H, V]`: the way back."""
+    """All heads of this rank's tokens, `[T, H, V]`: the inverse of `tokens_to_heads` for the output."""
     send_nThV = out_NhV.unflatten(0, (group.size, -1))
     got_nThV = all_to_all(send_nThV, group, purpose=PURPOSE)
     return got_nThV.transpose(0, 1).flatten(1, 2)
@@ -120,7 +129,11 @@ def _local_keys(heads: Heads, me: Tensor) -> Tensor:
 def ulysses_bytes(T: int, H: int, G: int, K: int, V: int, n: int, *, item: int) -> int:
     """Bytes that a rank sends to others in one attention's forward (as many in its backward): qkv there, output back.
 
-    `T`: tokens of a rank; `item`: bytes of a number.
+    `T`: tokens of a rank; `item`: bytes of a number; the other sizes are those of the legend.
+
+    >>> from ftrain.sharding.ulysses import ulysses_bytes
+    >>> ulysses_bytes(T=1024, H=32, G=8, K=128, V=128, n=4, item=2)
+    15728640
     """
     heads = Heads(H, G, n)
     return (n - 1) * T * (heads.queries * (K + V) + heads.keys * (K + V)) * item
