@@ -16,7 +16,8 @@ from ftrain.sharding.paths import match, nearest
 
 __all__ = [
     "NAMESPACE", "Tree", "describe", "diff", "first_difference", "flatten", "flatten_until", "leaves", "map",
-    "map_many", "map_with_path", "match", "nearest", "paths", "require_same", "static", "struct", "unflatten",
+    "map_many", "map_with_path", "match", "nearest", "paths", "require_same", "static", "struct", "typed_shape",
+    "unflatten",
 ]  # fmt: skip
 
 NAMESPACE = "ftrain"
@@ -28,7 +29,17 @@ T = TypeVar("T")
 def static(*, default: Any = dataclasses.MISSING) -> Any:
     """A field of a `@struct` that is not a child but part of the structure: a config, a name, a function.
 
-    Two structs have the same structure only if their static fields are equal; give it a value with `==` and a hash.
+    Two structs have the same structure only if their static fields are equal, so the value needs `==` and a hash.
+    `default`: the field's, if it is not given.
+
+    >>> import torch
+    >>> import ftrain
+    >>> @ftrain.struct
+    ... class Linear:
+    ...     w: torch.Tensor
+    ...     name: str = ftrain.tree.static(default="linear")
+    >>> ftrain.tree.paths(Linear(torch.ones(2)))
+    ['w']
     """
     metadata = {"static": True}
     if default is dataclasses.MISSING:
@@ -42,6 +53,15 @@ def struct(cls: type[T]) -> type[T]:
 
     A struct that is rebuilt from its children does not pass through `__init__` or `__post_init__`: while a tree is
     mapped, children may be anything (a name, a bool, a shape). ValueError for a class that is a dataclass already.
+
+    >>> import torch
+    >>> import ftrain
+    >>> @ftrain.struct
+    ... class Linear:
+    ...     w: torch.Tensor
+    ...     b: torch.Tensor
+    >>> ftrain.tree.map(lambda x: x.shape, Linear(torch.ones(2, 3), torch.ones(3)))
+    Linear(w=torch.Size([2, 3]), b=torch.Size([3]))
     """
     if "__dataclass_fields__" in vars(cls):
         raise ValueError(f"@ftrain.struct makes a dataclass of {cls.__name__} itself: leave @dataclass out")
@@ -78,7 +98,17 @@ _register(Documents)  # which lies on a floor that knows no trees
 
 
 def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
-    """The leaves in order, and the structure that `unflatten` needs to put them back."""
+    """The leaves in order, and the structure that `unflatten` needs to put them back.
+
+    Keys of dicts come in sorted order; None has no leaves.
+
+    >>> from ftrain import tree
+    >>> leaves, structure = tree.flatten({"b": 2, "a": [1, None]})
+    >>> leaves
+    [1, 2]
+    >>> tree.unflatten(structure, [10, 20])
+    {'b': 20, 'a': [10, None]}
+    """
     return optree.tree_flatten(tree, namespace=NAMESPACE)
 
 
@@ -88,31 +118,60 @@ def flatten_until(tree: Tree, kind: type) -> tuple[list[Any], optree.PyTreeSpec]
 
 
 def unflatten(treedef: optree.PyTreeSpec, leaves: Iterable[Any]) -> Tree:
-    """The tree of structure `treedef` with these leaves, which must be as many as it has."""
+    """The tree of structure `treedef` with these leaves. ValueError from optree unless they are as many as it has."""
     return optree.tree_unflatten(treedef, leaves)
 
 
 def leaves(tree: Tree) -> list[Any]:
-    """The leaves in the order of `paths`."""
+    """The leaves in the order of `paths`.
+
+    >>> from ftrain import tree
+    >>> tree.leaves({"b": 2, "a": [1, None]})
+    [1, 2]
+    """
     return flatten(tree)[0]
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`fn(leaf, *leaves of rest)` at every leaf; trees of another structure are a ValueError that names the place."""
+    """`fn(leaf, *leaves of rest)` at every leaf, in a tree shaped as `tree`.
+
+    ValueError that names the place where a tree of `rest` has another structure.
+
+    >>> from ftrain import tree
+    >>> tree.map(lambda a, b: a + b, {"w": 1, "b": [2]}, {"w": 10, "b": [20]})
+    {'w': 11, 'b': [22]}
+    >>> tree.map(lambda a, b: a + b, {"w": 1}, {"w": 10, "b": 20})
+    Traceback (most recent call last):
+    ValueError: the first tree and tree 2 have different structures: 'b' is only in tree 2
+    """
     first, treedef = flatten(tree)
     columns = [first, *(_flatten_as(treedef, other, i) for i, other in enumerate(rest, start=2))]
     return unflatten(treedef, (fn(*row) for row in zip(*columns, strict=True)))
 
 
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """As `map`, with the dotted path of the leaf as first argument: `fn(path, leaf, *leaves of rest)`."""
+    """As `map`, with the dotted path of the leaf as first argument: `fn(path, leaf, *leaves of rest)`.
+
+    ValueError that names the place where a tree of `rest` has another structure.
+
+    >>> from ftrain import tree
+    >>> tree.map_with_path(lambda path, _: path, {"layers": [{"w": 1}]})
+    {'layers': [{'w': 'layers.0.w'}]}
+    """
     first, treedef = flatten(tree)
     columns = [_paths(treedef), first, *(_flatten_as(treedef, other, i) for i, other in enumerate(rest, start=2))]
     return unflatten(treedef, (fn(*row) for row in zip(*columns, strict=True)))
 
 
 def map_many(fn: Callable[..., tuple], outputs: int, tree: Tree, *rest: Tree) -> tuple[Tree, ...]:
-    """As `map` for an `fn` that returns a tuple of `outputs` leaves: that many trees, each shaped as `tree`."""
+    """As `map` for an `fn` that returns a tuple of `outputs` leaves: that many trees, each shaped as `tree`.
+
+    ValueError that names the place where a tree of `rest` has another structure.
+
+    >>> from ftrain import tree
+    >>> tree.map_many(lambda x: (x, -x), 2, {"w": 1, "b": 2})
+    ({'w': 1, 'b': 2}, {'w': -1, 'b': -2})
+    """
     first, treedef = flatten(tree)
     columns = [first, *(_flatten_as(treedef, other, i) for i, other in enumerate(rest, start=2))]
     rows = [fn(*row) for row in zip(*columns, strict=True)]
@@ -120,12 +179,24 @@ def map_many(fn: Callable[..., tuple], outputs: int, tree: Tree, *rest: Tree) ->
 
 
 def paths(tree: Tree) -> list[str]:
-    """The dotted name of every leaf, in order: `params.layers.0.w`. A tree that is one leaf has the name ""."""
+    """The dotted name of every leaf, in order: `params.layers.0.w`. A tree that is one leaf has the name "".
+
+    >>> from ftrain import tree
+    >>> tree.paths({"layers": [{"w": 1}, {"w": 2}], "b": 3})
+    ['b', 'layers.0.w', 'layers.1.w']
+    """
     return _paths(flatten(tree)[1])
 
 
 def require_same(tree: Tree, other: Tree, *, names: tuple[str, str]) -> None:
-    """ValueError unless the two trees have one structure; it names the first place where they part."""
+    """ValueError unless the two trees have one structure; it calls them `names` and names the first place where they
+    differ.
+
+    >>> from ftrain import tree
+    >>> tree.require_same({"w": 1}, {"w": [1]}, names=("state", "checkpoint"))
+    Traceback (most recent call last):
+    ValueError: state and checkpoint have different structures: at 'w': a leaf in state, a list in checkpoint
+    """
     _require_same(flatten(tree)[1], flatten(other)[1], names)
 
 
@@ -133,6 +204,12 @@ def diff(a: Tree, b: Tree, *, limit: int = 20) -> str:
     """How two trees differ, one line per leaf: only in one, or another shape, dtype, device or Python value.
 
     Values of tensors are not read. "" when nothing differs; of more than `limit` differences the rest is counted.
+
+    >>> import torch
+    >>> from ftrain import tree
+    >>> print(tree.diff({"w": torch.ones(2), "b": 1}, {"w": torch.ones(3)}))
+    b: only in the first, 1
+    w: float32[2] cpu against float32[3] cpu
     """
     lines = list(_differences(a, b))
     if not lines:
@@ -145,7 +222,10 @@ def diff(a: Tree, b: Tree, *, limit: int = 20) -> str:
 def first_difference(
     a: optree.PyTreeSpec, b: optree.PyTreeSpec, names: tuple[str, str] = ("the first", "the second"), path: str = ""
 ) -> str | None:
-    """Where and how two structures first part, in words that call them `names`; None when they are equal."""
+    """Where and how two structures first differ, in words that call them `names`; None when they are equal.
+
+    `a`, `b`: structures, as `flatten` returns them. `path`: of their roots, for the words.
+    """
     if a == b:
         return None
     place = repr(path) if path else "the root"
@@ -221,5 +301,11 @@ def describe(leaf: Any) -> str:
 
 
 def typed_shape(tensor: torch.Tensor) -> str:
-    """A tensor's dtype and shape in short: `float32[4, 8]`."""
+    """A tensor's dtype and shape in short, whatever they are: `float32[4, 8]`.
+
+    >>> import torch
+    >>> from ftrain.tree import typed_shape
+    >>> typed_shape(torch.zeros(4, 8, dtype=torch.bfloat16))
+    'bfloat16[4, 8]'
+    """
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

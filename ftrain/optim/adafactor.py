@@ -1,4 +1,4 @@
-"""Adafactor: second moments kept as a row and a column instead of a matrix (Shazeer and Stern 2018).
+"""Adafactor: second moments kept as a row and a column instead of a matrix (Shazeer and Stern, arXiv 1804.04235).
 
 As `torch.optim.Adafactor`: the step is relative to the size of the parameter, at most `learning_rate`, and there is no
 first moment. A leaf of two or more dims is factored over its last two; leading dims are a batch of matrices.
@@ -28,8 +28,12 @@ from ftrain.tree import Tree
 
 
 class AdafactorState(NamedTuple):
-    """`steps`: updates made so far; mean squared gradients: `row` `[..., N, 1]` and `column` `[..., 1, M]` of leaves
-    with two or more dims, `whole` of all others. Each tree has None where it does not apply."""
+    """The state of `adafactor`; each tree has None where it does not apply.
+
+    - `steps`: 0-d int64, updates made so far.
+    - `row`, `column`: mean squared gradients `[..., N, 1]` and `[..., 1, M]` of leaves with two or more dims.
+    - `whole`: mean squared gradients of all other leaves, in their shapes.
+    """
 
     steps: Tensor
     row: Tree
@@ -45,10 +49,31 @@ def adafactor(
     clip: float = 1.0,
     weight_decay: float = 0.0,
 ) -> Transform:
-    """`p <- p - max(eps[1], rms(p)) * min(rate, 1/sqrt(t)) * u / max(1, rms(u) / clip)`, `u = g / sqrt(v)`.
+    """Adafactor: a step relative to the size of each parameter, with factored second moments.
 
-    The average v forgets with `1 - t^beta2_decay`; `eps[0]` bounds sqrt(v) from below (None: the dtype's epsilon).
-    Decay is decoupled: `p <- p - rate * weight_decay * p`. Averages have the leaf's dtype, but at least float32.
+    `p <- p - max(eps[1], rms(p)) * min(rate, 1/sqrt(t)) * u / max(1, rms(u) / clip)`, `u = g / sqrt(v)`, where for a
+    matrix `v = row column / mean(row)` and t counts updates from 1.
+
+    - `learning_rate`: the largest relative step; a number >= 0, a 0-d floating tensor or a schedule.
+    - `beta2_decay`: the average v forgets with `1 - t^beta2_decay`; at most 0.
+    - `eps`: `eps[0]` bounds sqrt(v) from below (None: the dtype's epsilon), `eps[1]` rms(p); both >= 0.
+    - `clip`: the largest root mean square of u, at least 1.
+    - `weight_decay`: decoupled, `p <- p - rate * weight_decay * p`; >= 0.
+
+    Averages have the leaf's dtype, but at least float32. Equal to `torch.optim.Adafactor`. ValueError for values out of
+    range, and at an update for gradients that do not have the parameters' structure and shapes. Source: Shazeer and
+    Stern, arXiv 1804.04235.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> params = {"w": torch.ones(4, 3)}
+    >>> tx = optim.adafactor(0.1)
+    >>> state = tx.init(params)
+    >>> state.row["w"].shape, state.column["w"].shape
+    (torch.Size([4, 1]), torch.Size([1, 3]))
+    >>> updates, state = tx.update({"w": torch.ones(4, 3)}, state, params)
+    >>> round(float(updates["w"][0, 0]), 3)
+    -0.1
     """
     require_rate(learning_rate)
     require_range("clip", clip, 1.0)

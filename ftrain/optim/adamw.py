@@ -1,4 +1,6 @@
-"""AdamW: Adam with weight decay apart from the gradient (Kingma and Ba 2014; Loshchilov and Hutter 2017)."""
+"""AdamW: Adam with weight decay apart from the gradient (Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv
+1711.05101).
+"""
 
 from typing import NamedTuple
 
@@ -24,7 +26,11 @@ from ftrain.tree import Tree
 
 
 class AdamWState(NamedTuple):
-    """`steps`: updates made so far; running averages of the gradient (`mean`) and of its square (`square`)."""
+    """The state of `adamw`.
+
+    - `steps`: 0-d int64, updates made so far.
+    - `mean`, `square`: running averages of the gradient and of its square, in trees shaped as the parameters.
+    """
 
     steps: Tensor
     mean: Tree
@@ -41,12 +47,31 @@ def adamw(
     state_dtype: torch.dtype | None = None,
     mask: Mask = None,
 ) -> Transform:
-    """`p <- p - rate * (m / (sqrt(v) + eps) + weight_decay * p)`, m and v without bias: equal to `torch.optim.AdamW`.
+    """AdamW: Adam with decoupled weight decay.
 
-    `mask` (a tree of bools, or a function from parameters to one) says which leaves decay; None: all.
-    Averages have the parameter's dtype, but never less than float32; `state_dtype` is another dtype for the average of
-    gradients alone, e.g. bfloat16 (the average of squares would stop moving: there 0.999 v rounds to v). The arithmetic
-    of a leaf has the dtype of its average of squares, and the update leaves in it.
+    With g the gradient, t the update's number from 1: `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `p <- p -
+    rate * ((m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p)`.
+
+    - `learning_rate`: a number >= 0, a 0-d floating tensor, or a schedule (see `ftrain.optim.Schedule`).
+    - `b1`, `b2`: decay of the averages, in [0, 1).
+    - `eps`: added to the root of v, outside of it; >= 0.
+    - `weight_decay`: >= 0.
+    - `state_dtype`: another dtype for the average of gradients alone, e.g. bfloat16. The average of squares would stop
+      moving in it: there 0.999 v rounds to v.
+    - `mask`: which leaves decay, a tree of bools or a function from parameters to one; None: all.
+
+    Averages have the parameter's dtype, but at least float32. The arithmetic of a leaf, and its update, have the dtype
+    of its average of squares. Equal to `torch.optim.AdamW`. ValueError for values out of range, and at an update for
+    gradients that do not have the parameters' structure and shapes. Source: Loshchilov and Hutter, arXiv 1711.05101.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> params = {"w": torch.tensor([1.0, -2.0])}
+    >>> tx = optim.adamw(0.1, weight_decay=0.0)
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"w": torch.tensor([0.5, 4.0])}, state, params)
+    >>> optim.apply_updates(params, updates)
+    {'w': tensor([ 0.9000, -2.1000])}
     """
     require_rate(learning_rate)
     require_range("b1", b1, 0.0, 1.0)

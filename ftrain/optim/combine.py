@@ -32,16 +32,25 @@ Labels = Callable[[str], str] | Mapping[str, str] | Sequence[tuple[str, str]] | 
 
 
 class ScheduleState(NamedTuple):
-    """`steps`: updates made so far."""
+    """`steps`: 0-d int64, updates made so far."""
 
     steps: Tensor
 
 
 def chain(*transforms: Transform) -> Transform:
-    """One after the other: each gets the updates of the one before. The state is the tuple of their states.
+    """One transform after the other: each gets the updates of the one before. The state is the tuple of their states.
 
     Leaves that a later one freezes are hidden from those before it: a clip measures and scales only what is trained,
-    and the gradients of the rest are not computed.
+    and the gradients of the rest are not computed. ValueError at an update for a state of another length, and for
+    gradients that do not have the parameters' structure and shapes.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.5))
+    >>> params = {"w": torch.zeros(2)}
+    >>> updates, state = tx.update({"w": torch.tensor([3.0, 4.0])}, tx.init(params), params)
+    >>> updates
+    {'w': tensor([-0.3000, -0.4000])}
     """
 
     def visible(params: Tree) -> list[Tree]:
@@ -76,9 +85,18 @@ def chain(*transforms: Transform) -> Transform:
 def masked(transform: Transform, mask: Mask, *, rest: Literal["pass", "freeze"] | None = None) -> Transform:
     """`transform` on the leaves that `mask` selects; `rest` says what happens to all others.
 
-    `mask`: a tree of bools shaped as the parameters, or a function from parameters to one. `rest`: "freeze", their
-    updates are zero; "pass", they go on unchanged, to a later transform of a chain (as optax does: at the end of a
-    chain these parameters would move by plus their gradient). ValueError where `rest` is not given.
+    - `mask`: a tree of bools shaped as the parameters, or a function from parameters to one.
+    - `rest`: "freeze", their updates are zero; "pass", they go on unchanged, to a later transform of a chain (as optax
+      does: at the end of a chain these parameters would move by plus their gradient).
+
+    ValueError where `rest` is not given, and at an update for a mask that does not have the parameters' structure.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> params = grads = {"w": torch.ones(1), "frozen": torch.ones(1)}
+    >>> tx = optim.masked(optim.sgd(0.1), {"w": True, "frozen": False}, rest="freeze")
+    >>> tx.update(grads, tx.init(params), params)[0]
+    {'w': tensor([-0.1000]), 'frozen': tensor([0.])}
     """
     if rest not in ("pass", "freeze"):
         raise ValueError(
@@ -113,10 +131,20 @@ def masked(transform: Transform, mask: Mask, *, rest: Literal["pass", "freeze"] 
 def multi_transform(transforms: Mapping[str, Transform], labels: Labels) -> Transform:
     """Each leaf to the transform of its label; the state is a dict of their states by label.
 
-    `labels`: globs over dotted paths and their labels (`ftrain.sharding.paths`: the most specific decides), as a
-    mapping or a list of pairs; a function from path to label; or a tree of labels. ValueError for a leaf that no glob
-    matches, a glob that matches no leaf, two that decide differently and are equally specific, or a label without a
-    transform.
+    - `transforms`: label -> transform.
+    - `labels`: globs over dotted paths and their labels (`ftrain.sharding.paths`: the most specific decides), as a
+      mapping or a list of pairs; a function from path to label; or a tree of labels shaped as the parameters.
+
+    ValueError, at `init` or an update, for a leaf that no glob matches, a glob that matches no leaf or is given twice,
+    two that decide differently and are equally specific, or a label without a transform.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> params = grads = {"embed": torch.ones(4, 2), "layers": [{"w": torch.ones(2, 2)}]}
+    >>> tx = optim.multi_transform({"matrices": optim.muon(0.02), "rest": optim.adamw(1e-3)},
+    ...                            {"layers.**": "matrices", "**": "rest"})
+    >>> sorted(tx.init(params))
+    ['matrices', 'rest']
     """
 
     def groups(params: Tree) -> dict[str, Tree]:
@@ -150,7 +178,16 @@ def multi_transform(transforms: Mapping[str, Transform], labels: Labels) -> Tran
 
 
 def label_tree(labels: Labels, params: Tree) -> Tree:
-    """The label of every leaf: strings in a tree shaped as `params`; `multi_transform` says what `labels` may be."""
+    """The label of every leaf: strings in a tree shaped as `params`; `multi_transform` says what `labels` may be.
+
+    ValueError for a leaf without a label, a glob that matches no leaf or is given twice, and labels of another
+    structure.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> optim.label_tree({"**.b": "plain", "**": "decayed"}, {"layer": {"w": torch.ones(2), "b": torch.ones(2)}})
+    {'layer': {'w': 'decayed', 'b': 'plain'}}
+    """
     if callable(labels):
         return tree.map_with_path(lambda path, _: labels(path), params)
     rules = _rules(labels, params)
@@ -172,7 +209,15 @@ def label_tree(labels: Labels, params: Tree) -> Tree:
 
 
 def scale(factor: float) -> Transform:
-    """Multiply every update by `factor`; -rate makes a descent step of a gradient."""
+    """Multiply every update by `factor`; minus a rate makes a descent step of a gradient.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.scale(-0.1)
+    >>> params = grads = {"w": torch.ones(1)}
+    >>> tx.update(grads, tx.init(params), params)[0]
+    {'w': tensor([-0.1000])}
+    """
 
     def update(updates: Tree, state: EmptyState, params: Tree) -> tuple[Tree, EmptyState]:
         require_like(updates, params, name="the updates")
@@ -182,7 +227,10 @@ def scale(factor: float) -> Transform:
 
 
 def scale_by_schedule(schedule: Schedule) -> Transform:
-    """Multiply every update by the schedule's value, which is positive: put `scale(-1.0)` beside it to descend."""
+    """Multiply every update by the schedule's value, which is positive: put `scale(-1.0)` beside it to descend.
+
+    `schedule`: from the count of updates made (0-d int64) to a 0-d float32.
+    """
 
     def update(updates: Tree, state: ScheduleState, params: Tree) -> tuple[Tree, ScheduleState]:
         require_like(updates, params, name="the updates")
@@ -193,7 +241,10 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
 
 
 def add_decayed_weights(weight_decay: float, *, mask: Mask = None) -> Transform:
-    """Add `weight_decay * p` to every update whose leaf `mask` selects (None: all), before it is scaled."""
+    """Add `weight_decay * p` to every update whose leaf `mask` selects (None: all), before it is scaled.
+
+    `mask`: a tree of bools, or a function from parameters to one. ValueError for a decay below 0.
+    """
     require_range("weight_decay", weight_decay, 0.0)
 
     def update(updates: Tree, state: EmptyState, params: Tree) -> tuple[Tree, EmptyState]:

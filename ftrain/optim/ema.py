@@ -11,7 +11,7 @@ from ftrain.tree import Tree
 
 
 class EmaState(NamedTuple):
-    """`steps`: updates made so far; `average` of the parameters, in their shape and at least float32."""
+    """`steps`: 0-d int64, updates made so far; `average` of the parameters, in their shapes and at least float32."""
 
     steps: Tensor
     average: Tree
@@ -20,9 +20,21 @@ class EmaState(NamedTuple):
 def ema(decay: float, *, warmup: bool = False) -> Transform:
     """Track `average <- decay * average + (1 - decay) * p` with p the parameters *after* the update.
 
-    Put it last in a chain: it passes the updates on unchanged and averages what `apply_updates` will make of them.
-    The average starts at the initial parameters; with `warmup` the decay of update t = 1, 2, ... is at most
-    (1 + t) / (10 + t), so that they are soon forgotten.
+    - `decay`: in [0, 1).
+    - `warmup`: the decay of update t = 1, 2, ... is at most (1 + t) / (10 + t), so that initial values are soon
+      forgotten.
+
+    Put it last in a chain: it passes the updates on unchanged and averages what `apply_updates` will make of them. The
+    average starts at the initial parameters. ValueError for a decay out of range. Source: Polyak and Juditsky, 1992,
+    "Acceleration of stochastic approximation by averaging"; the warm-up is TensorFlow's `ExponentialMovingAverage`.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.chain(optim.sgd(1.0), optim.ema(0.75))
+    >>> params = {"w": torch.tensor([4.0])}
+    >>> updates, state = tx.update({"w": torch.tensor([4.0])}, tx.init(params), params)
+    >>> state[-1].average
+    {'w': tensor([3.])}
     """
     require_range("decay", decay, 0.0, 1.0)
 

@@ -1,4 +1,6 @@
-"""Lion: the sign of an interpolated momentum (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms")."""
+"""Lion: the sign of an interpolated momentum (Chen et al., "Symbolic discovery of optimization algorithms", arXiv
+2302.06675).
+"""
 
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from ftrain.tree import Tree
 
 
 class LionState(NamedTuple):
-    """`steps`: updates made so far; `mean` is the running average of gradients."""
+    """`steps`: 0-d int64, updates made so far; `mean`: the running average of gradients, shaped as the parameters."""
 
     steps: Tensor
     mean: Tree
@@ -40,12 +42,28 @@ def lion(
     state_dtype: torch.dtype | None = None,
     mask: Mask = None,
 ) -> Transform:
-    """`p <- p - rate * (sign(b1 m + (1 - b1) g) + weight_decay * p)`, then `m <- b2 m + (1 - b2) g`.
+    """Lion: steps of one size in the direction of a momentum's sign.
 
-    One average per parameter: half of Adam's state. Rates are 3 to 10 times smaller than Adam's, and decays larger.
-    `mask` says which leaves decay; `state_dtype` is the dtype of the average (None: the parameter's, at least float32).
-    A step has one size whatever the gradient's is, so a leaf whose gradient is all zeros (the loss did not use it)
-    stands still, average and decay included.
+    `p <- p - rate * (sign(b1 m + (1 - b1) g) + weight_decay * p)`, then `m <- b2 m + (1 - b2) g`.
+
+    - `learning_rate`: a number >= 0, a 0-d floating tensor or a schedule; 3 to 10 times smaller than Adam's.
+    - `b1`, `b2`: in [0, 1).
+    - `weight_decay`: >= 0, larger than Adam's by as much as the rate is smaller.
+    - `state_dtype`: of the average; None: the parameter's, at least float32.
+    - `mask`: which leaves decay, a tree of bools or a function from parameters to one; None: all.
+
+    One average per parameter: half of Adam's state. A step has one size whatever the gradient's is, so a leaf whose
+    gradient is all zeros (the loss did not use it) stands still, average and decay included. ValueError for values out
+    of range, and at an update for gradients that do not have the parameters' structure and shapes. Source: Chen et al.,
+    arXiv 2302.06675.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.lion(0.1)
+    >>> params = {"w": torch.tensor([1.0, 1.0])}
+    >>> updates, state = tx.update({"w": torch.tensor([1e-3, -50.0])}, tx.init(params), params)
+    >>> updates
+    {'w': tensor([-0.1000,  0.1000])}
     """
     require_rate(learning_rate)
     require_range("b1", b1, 0.0, 1.0)

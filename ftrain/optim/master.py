@@ -1,4 +1,6 @@
-"""Float32 masters of parameters that are kept in fewer bits (Micikevicius et al. 2018, "Mixed precision training")."""
+"""Float32 masters of parameters that are kept in fewer bits (Micikevicius et al., "Mixed precision training", arXiv
+1710.03740).
+"""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +13,9 @@ from ftrain.tree import Tree
 
 
 class MasterState(NamedTuple):
-    """The state of the transform within, and the float32 masters of narrow trained leaves (None for all others)."""
+    """`inner`: the state of the transform within; `masters`: float32 copies of narrow trained leaves, None for all
+    others.
+    """
 
     inner: Any
     masters: Tree
@@ -22,7 +26,17 @@ def master_weights(transform: Transform) -> Transform:
 
     Without masters an update below 1/256 of a bfloat16 parameter rounds to nothing. Gradients are widened before
     `transform` sees them. After the first step masters lead: change them, not the parameters. The price is four bytes
-    per narrow parameter; float32 parameters with `ftrain.Precision(compute="bfloat16")` cost two fewer.
+    per narrow parameter; float32 parameters with `ftrain.Precision(compute="bfloat16")` cost two fewer. ValueError at
+    an update for gradients that do not have the parameters' structure and shapes. Source: Micikevicius et al., arXiv
+    1710.03740.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.master_weights(optim.sgd(1e-3))
+    >>> params = {"w": torch.ones(1, dtype=torch.bfloat16)}
+    >>> updates, state = tx.update({"w": torch.ones(1, dtype=torch.bfloat16)}, tx.init(params), params)
+    >>> optim.apply_updates(params, updates), state.masters
+    ({'w': tensor([1.], dtype=torch.bfloat16)}, {'w': tensor([0.9990])})
     """
 
     def narrow(params: Tree) -> Tree:

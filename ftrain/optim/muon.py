@@ -39,7 +39,9 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; singular values end in 
 
 
 class MuonState(NamedTuple):
-    """`steps`: updates made so far; `momentum` is the running average of gradients."""
+    """`steps`: 0-d int64, updates made so far; `momentum`: the running average of gradients, shaped as the
+    parameters.
+    """
 
     steps: Tensor
     momentum: Tree
@@ -58,17 +60,35 @@ def muon(
     adjust: Adjust = "original",
     mask: Mask = None,
 ) -> Transform:
-    """`p <- p - rate * (factor * orthogonal(m) + weight_decay * p)`: equal to `torch.optim.Muon`, weights transposed.
+    """Muon: momentum whose matrices are orthogonalised. For leaves `[..., I, O]` only.
 
-    factor: `"original"` sqrt(max(1, out/in)); `"match_rms_adamw"` 0.2 sqrt(max(in, out)), with which AdamW's rate and
-    decay can be kept (Liu et al. 2025, arXiv 2502.16982). `ns_steps` Newton-Schulz steps run in `ns_dtype`; None is
-    bfloat16 on CUDA and float32, which CPUs without units for bfloat16 are faster in, elsewhere. For matrices only: any
-    other leaf is a ValueError at `init` that names it; give those to another transform with `multi_transform`. `mask`
-    says which leaves decay. On a mesh the ranks that hold pieces or copies of a leaf divide its matrices, and those of
-    leaves of its shape, among them: each is orthogonalised once.
+    `m <- momentum m + (1 - momentum) g`, `p <- p - rate * (factor * orthogonal(m) + weight_decay * p)`.
 
-    A step has one size whatever the gradient's is, so a leaf whose gradient is all zeros (the loss did not use it)
-    stands still, momentum and decay included, as torch leaves out a parameter without a gradient.
+    - `learning_rate`: a number >= 0, a 0-d floating tensor or a schedule.
+    - `momentum`: in [0, 1). `nesterov`: orthogonalise `momentum m + (1 - momentum) g` instead of m.
+    - `weight_decay`: >= 0. `mask`: which leaves decay, a tree of bools or a function from parameters to one; None: all.
+    - `ns_steps`, `ns_coefficients`, `eps`: of the Newton-Schulz iteration (see `orthogonalize`).
+    - `ns_dtype`: its dtype; None is bfloat16 on CUDA and float32 elsewhere, in which CPUs without units for bfloat16
+      are faster.
+    - `adjust`: the factor. "original" is sqrt(max(1, out/in)); "match_rms_adamw" is 0.2 sqrt(max(in, out)), with which
+      AdamW's rate and decay can be kept (Liu et al., arXiv 2502.16982).
+
+    Equal to `torch.optim.Muon`, weights transposed. On a mesh the ranks that hold pieces or copies of a leaf divide its
+    matrices, and those of leaves of its shape, among them: each is orthogonalised once. A step has one size whatever
+    the gradient's is, so a leaf whose gradient is all zeros (the loss did not use it) stands still, momentum and decay
+    included, as torch leaves out a parameter without a gradient.
+
+    ValueError for values out of range, at `init` for a leaf that is no matrix (give it to another transform with
+    `multi_transform`), and at an update for gradients that do not have the parameters' structure and shapes. Source:
+    Jordan et al., 2024, kellerjordan.github.io/posts/muon.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.muon(0.1, weight_decay=0.0, ns_dtype=torch.float32)
+    >>> params = {"w_IO": torch.zeros(2, 2)}
+    >>> updates, state = tx.update({"w_IO": torch.eye(2)}, tx.init(params), params)
+    >>> bool((updates["w_IO"].diagonal() < -0.06).all())
+    True
     """
     require_rate(learning_rate)
     require_range("momentum", momentum, 0.0, 1.0)
@@ -114,7 +134,9 @@ def muon(
 
 
 def orthogonalize_all(gs: Sequence[Tensor], **options: Any) -> list[Tensor]:
-    """`orthogonalize` of each; small ones of one shape go together, since their ops cost more than their numbers."""
+    """`orthogonalize` of each tensor `[..., I, O]`, in order; small ones of one shape go together, since their ops cost
+    more than their numbers. `options`: those of `orthogonalize`.
+    """
     together: dict[Any, list[int]] = {}
     for i, g in enumerate(gs):
         together.setdefault((g.shape, g.dtype, g.device), []).append(i)
@@ -140,6 +162,17 @@ def orthogonalize(
     """Near `U V^T` of each matrix `U S V^T`: same shape, in `dtype`, singular values in about [0.7, 1.2].
 
     Newton-Schulz: `x <- a x + (b y + c y^2) x`, `y = x x^T`, from x of Frobenius norm 1, on the side where y is small.
+
+    - `g_EIO`: any leading dims.
+    - `steps`: iterations. `coefficients`: a, b, c. `eps`: the smallest norm that is divided by.
+
+    Source: Jordan et al., 2024, kellerjordan.github.io/posts/muon.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> x = optim.orthogonalize(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), dtype=torch.float32)
+    >>> bool((torch.linalg.svdvals(x) - 1).abs().max() < 0.35)
+    True
     """
     a, b, c = coefficients
     # laid out in memory as torch's weights are: matrix products then round as theirs do

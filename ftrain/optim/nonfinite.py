@@ -21,8 +21,11 @@ from ftrain.tree import Tree
 
 
 class SkipState(NamedTuple):
-    """The state of the transform within; how many updates were skipped in all, and how many since the last that was
-    not: 0-d int64."""
+    """The state of `skip_nonfinite`: that of the transform within, and two counts, 0-d int64.
+
+    - `skipped_total`: how many updates were skipped in all.
+    - `skipped_in_a_row`: how many since the last one that was not.
+    """
 
     inner: Any
     skipped_total: Tensor
@@ -32,10 +35,20 @@ class SkipState(NamedTuple):
 def skip_nonfinite(transform: Transform, *, max_consecutive: int | None = None) -> Transform:
     """`transform`, but where a gradient holds a NaN or an infinity the updates are zero and its state stays as it is.
 
+    `max_consecutive`: after so many skips in a row the next update is let through, so that a run which cannot recover
+    is seen to fail (as in optax's `apply_if_finite`); None skips for ever; at least 1, else ValueError.
+
     Put it around everything that keeps state. Values are chosen with `where`, so no NaN passes. Gradients of frozen
-    leaves are not looked at. After `max_consecutive` skips in a row the next update is let through, that a run which
-    cannot recover is seen to fail (as in optax); None skips for ever. The price is one pass to look at the gradients,
-    and a `where` over each update and state leaf, but for those that AdamW writes in place.
+    leaves are not looked at. The price is one pass to look at the gradients, and a `where` over each update and state
+    leaf, but for those that AdamW writes in place.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.skip_nonfinite(optim.adamw(1e-3))
+    >>> params = {"w": torch.ones(1)}
+    >>> updates, state = tx.update({"w": torch.tensor([float("nan")])}, tx.init(params), params)
+    >>> updates, state.skipped_total
+    ({'w': tensor([0.])}, tensor(1))
     """
     if max_consecutive is not None:
         require_range("max_consecutive", max_consecutive, 1)
@@ -61,7 +74,13 @@ def skip_nonfinite(transform: Transform, *, max_consecutive: int | None = None) 
 
 
 def all_finite(gradients: Tree) -> Tensor:
-    """Is every number of every leaf, on every shard, finite? 0-d bool. One pass per leaf: its smallest and largest."""
+    """Is every number of every leaf, on every shard, finite? 0-d bool. One pass per leaf: its smallest and largest.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> bool(optim.all_finite({"w": torch.tensor([1.0, float("inf")])}))
+    False
+    """
     leaves = [g for g in tree.leaves(gradients) if g.numel()]
     if not leaves:
         return torch.ones((), dtype=torch.bool, device=device_of(gradients))

@@ -15,9 +15,14 @@ from ftrain.tree import Tree
 def global_norm(gradients: Tree, *, mask: Mask = None) -> Tensor:
     """The 2-norm of all leaves together, 0-d: float32, or float64 if a leaf is. A tree without leaves has norm 0.
 
-    `mask` says which leaves count (None: all), such as `optim.trainable(tx, params)`.
-    Under a plan, leaves may be shards: the sum of squares of each passes through `sum_over_shards`. The sums of leaves
-    are added in float64: their squares pass the range of float32 long before the norm does.
+    `mask` says which leaves count (None: all), such as `optim.trainable(tx, params)`. On a mesh leaves may be shards:
+    the norm is that of the whole arrays. The sums of leaves are added in float64: their squares exceed float32 long
+    before the norm does. ValueError for a mask of another structure.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> optim.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
+    tensor(5.)
     """
     if mask is not None:
         gradients = select(gradients, decays(mask, gradients))
@@ -42,7 +47,7 @@ def present(gradients: Tree) -> Tree:
 
 @primitive("sum_over_shards")
 def sum_over_shards(values_N: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    """One number per leaf, summed over the ranks that hold that leaf's shards: the identity on one device."""
+    """One number per leaf, `[N]`, summed over the ranks that hold that leaf's shards: the identity on one device."""
     return values_N
 
 

@@ -1,4 +1,4 @@
-"""What users of optax look for first, with optax's arguments and meaning, made of the transforms of this package."""
+"""Names that users of optax look for, with optax's arguments and meaning, made of the transforms of this package."""
 
 from ftrain import tree
 from ftrain.optim.adamw import AdamWState, adamw
@@ -19,12 +19,19 @@ from ftrain.tree import Tree
 
 
 def adam(learning_rate: LearningRate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
-    """Adam without weight decay: `p <- p - rate * m / (sqrt(v) + eps)`, m and v without bias."""
+    """Adam without weight decay: `p <- p - rate * m / (sqrt(v) + eps)`, m and v without bias (Kingma and Ba, arXiv
+    1412.6980).
+
+    `adamw` explains the arguments. ValueError for values out of range.
+    """
     return adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=0.0)
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
-    """Gradients become `m / (sqrt(v) + eps)`: Adam's direction, uphill, to be scaled by `scale_by_learning_rate`."""
+    """Gradients become `m / (sqrt(v) + eps)`: Adam's direction, uphill, to be scaled by `scale_by_learning_rate`.
+
+    `adamw` explains the arguments. ValueError for values out of range.
+    """
     inner = adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=0.0)
 
     def update(grads: Tree, state: AdamWState, params: Tree) -> tuple[Tree, AdamWState]:
@@ -35,7 +42,17 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
 
 
 def scale_by_learning_rate(learning_rate: LearningRate, *, flip_sign: bool = True) -> Transform:
-    """Multiply every update by minus the rate (plus, where `flip_sign` is False): the last of a chain, it descends."""
+    """Multiply every update by minus the rate (plus, where `flip_sign` is False): the last of a chain, it descends.
+
+    `learning_rate`: a number >= 0, a 0-d floating tensor or a schedule; else ValueError.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.chain(optim.scale_by_adam(), optim.scale_by_learning_rate(0.1))
+    >>> params = {"w": torch.ones(1)}
+    >>> tx.update({"w": torch.tensor([5.0])}, tx.init(params), params)[0]
+    {'w': tensor([-0.1000])}
+    """
     require_rate(learning_rate)
     sign = -1.0 if flip_sign else 1.0
 
@@ -48,19 +65,25 @@ def scale_by_learning_rate(learning_rate: LearningRate, *, flip_sign: bool = Tru
 
 
 def constant_schedule(value: float) -> Schedule:
-    """`value` at every count."""
+    """`value` at every count; ValueError for one below 0."""
     return constant(value)
 
 
 def linear_schedule(init_value: float, end_value: float, transition_steps: int, transition_begin: int = 0) -> Schedule:
-    """`init_value` up to count `transition_begin`, then a line to `end_value`, `transition_steps` later, then that."""
+    """`init_value` up to count `transition_begin`, then a line to `end_value`, `transition_steps` later, then that.
+
+    ValueError for values below 0 and less than one step.
+    """
     line = linear(init_value, end_value, steps=transition_steps)
     require_range("transition_begin", transition_begin, 0)
     return join([constant(init_value), line], boundaries=[transition_begin]) if transition_begin else line
 
 
 def cosine_decay_schedule(init_value: float, decay_steps: int, alpha: float = 0.0) -> Schedule:
-    """Half a cosine from `init_value` to `alpha * init_value` at count `decay_steps`."""
+    """Half a cosine from `init_value` to `alpha * init_value` at count `decay_steps`, and that from there on.
+
+    ValueError for values below 0 and less than one step.
+    """
     require_range("alpha", alpha, 0.0)
     return cosine(init_value, alpha * init_value, steps=decay_steps)
 
@@ -70,7 +93,8 @@ def warmup_cosine_decay_schedule(
 ) -> Schedule:
     """A line from `init_value` to `peak_value` in `warmup_steps`, half a cosine to `end_value` at count `decay_steps`.
 
-    As in optax `decay_steps` counts from 0, so it holds the warm-up; ValueError where it is not longer.
+    As in optax `decay_steps` counts from 0, so it holds the warm-up. ValueError where it is not longer, and for values
+    below 0.
     """
     require_range("warmup_steps", warmup_steps, 1)
     if decay_steps <= warmup_steps:
@@ -80,10 +104,13 @@ def warmup_cosine_decay_schedule(
 
 
 def join_schedules(schedules: list[Schedule], boundaries: list[int]) -> Schedule:
-    """Schedules one after the other: piece i+1 begins, at its own count 0, at `boundaries[i]`."""
+    """Schedules one after the other: piece i+1 begins, at its own count 0, at `boundaries[i]`.
+
+    ValueError unless boundaries ascend and are one fewer than the schedules.
+    """
     return join(schedules, boundaries=boundaries)
 
 
 def clip(max_delta: float) -> Transform:
-    """Clamp every update to `[-max_delta, max_delta]`."""
+    """Clamp every number of every update to `[-max_delta, max_delta]`; ValueError for one below 0."""
     return clip_by_value(max_delta)

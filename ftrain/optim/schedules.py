@@ -13,13 +13,28 @@ from ftrain.optim.transform import Schedule, require_range
 
 
 def constant(value: float) -> Schedule:
-    """`value` at every count."""
+    """`value` at every count; a number >= 0, else ValueError.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> optim.constant(3e-4)(torch.tensor(7))
+    tensor(0.0003)
+    """
     require_range("value", value, 0.0)
     return lambda count: torch.full((), value, dtype=torch.float32, device=count.device)
 
 
 def linear(start: float, end: float, *, steps: int) -> Schedule:
-    """From `start` at count 0 in a straight line to `end` at count `steps`, and `end` from there on."""
+    """From `start` at count 0 in a straight line to `end` at count `steps`, and `end` from there on.
+
+    ValueError for values below 0 and less than one step.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> rate = optim.linear(0.0, 1.0, steps=4)
+    >>> [float(rate(torch.tensor(count))) for count in (0, 1, 4, 9)]
+    [0.0, 0.25, 1.0, 1.0]
+    """
     require_range("start", start, 0.0)
     require_range("end", end, 0.0)
     require_range("steps", steps, 1)
@@ -27,7 +42,16 @@ def linear(start: float, end: float, *, steps: int) -> Schedule:
 
 
 def cosine(start: float, end: float, *, steps: int) -> Schedule:
-    """From `start` at count 0 along half a cosine to `end` at count `steps`, and `end` from there on."""
+    """From `start` at count 0 along half a cosine to `end` at count `steps`, and `end` from there on.
+
+    ValueError for values below 0 and less than one step. Source: Loshchilov and Hutter, "SGDR", arXiv 1608.03983.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> rate = optim.cosine(1.0, 0.0, steps=4)
+    >>> [round(float(rate(torch.tensor(count))), 3) for count in (0, 1, 2, 4)]
+    [1.0, 0.854, 0.5, 0.0]
+    """
     require_range("start", start, 0.0)
     require_range("end", end, 0.0)
     require_range("steps", steps, 1)
@@ -35,7 +59,19 @@ def cosine(start: float, end: float, *, steps: int) -> Schedule:
 
 
 def warmup_cosine(peak: float, *, warmup_steps: int, total_steps: int, floor: float = 0.0) -> Schedule:
-    """A straight line from 0 to `peak` in `warmup_steps`, then half a cosine down to `floor` at `total_steps`."""
+    """A straight line from 0 to `peak` in `warmup_steps`, then half a cosine down to `floor` at `total_steps`.
+
+    - `peak`: the highest rate, >= 0. `floor`: the last one, between 0 and `peak`.
+    - `warmup_steps`, `total_steps`: updates, both counted from the start; the first is less than the second.
+
+    ValueError for values out of these ranges.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> rate = optim.warmup_cosine(3e-4, warmup_steps=100, total_steps=1000, floor=3e-5)
+    >>> [round(float(rate(torch.tensor(count))), 6) for count in (0, 50, 100, 1000)]
+    [0.0, 0.00015, 0.0003, 3e-05]
+    """
     require_range("warmup_steps", warmup_steps, 0)
     _require_floor(floor, peak)
     if not warmup_steps < total_steps:
@@ -47,7 +83,19 @@ def warmup_cosine(peak: float, *, warmup_steps: int, total_steps: int, floor: fl
 
 
 def wsd(peak: float, *, warmup_steps: int, stable_steps: int, decay_steps: int, floor: float = 0.0) -> Schedule:
-    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM): a line up from 0, `peak`, and a line down to `floor`."""
+    """Warm-up, stable, decay: a line up from 0 to `peak`, `peak`, and a line down to `floor`.
+
+    - `peak`: the highest rate, >= 0. `floor`: the last one, between 0 and `peak`.
+    - `warmup_steps`, `stable_steps`, `decay_steps`: updates of each part, one after the other; the last is at least 1.
+
+    ValueError for values out of these ranges. Source: Hu et al., "MiniCPM", arXiv 2404.06395.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> rate = optim.wsd(1.0, warmup_steps=2, stable_steps=4, decay_steps=4)
+    >>> [float(rate(torch.tensor(count))) for count in (1, 2, 6, 8, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
     require_range("warmup_steps", warmup_steps, 0)
     require_range("stable_steps", stable_steps, 0)
     require_range("decay_steps", decay_steps, 1)
@@ -60,7 +108,16 @@ def wsd(peak: float, *, warmup_steps: int, stable_steps: int, decay_steps: int, 
 
 
 def join(schedules: list[Schedule], *, boundaries: list[int]) -> Schedule:
-    """Schedules one after the other: piece i+1 begins, at its own count 0, at `boundaries[i]`."""
+    """Schedules one after the other: piece i+1 begins, at its own count 0, at `boundaries[i]`.
+
+    ValueError unless boundaries ascend, are at least 0 and are one fewer than the schedules.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> rate = optim.join([optim.constant(1.0), optim.linear(1.0, 0.0, steps=2)], boundaries=[10])
+    >>> [float(rate(torch.tensor(count))) for count in (9, 11, 12)]
+    [1.0, 0.5, 0.0]
+    """
     if len(schedules) != len(boundaries) + 1:
         raise ValueError(f"{len(schedules)} schedules need {len(schedules) - 1} boundaries, not {len(boundaries)}")
     if any(b > c for b, c in zip([0, *boundaries], boundaries, strict=False)):

@@ -21,14 +21,14 @@ from ftrain.tree import Tree
 
 
 class SGDState(NamedTuple):
-    """`steps`: updates made so far; `momentum` is None without momentum."""
+    """`steps`: 0-d int64, updates made so far; `momentum`: the decaying sum of gradients, None without momentum."""
 
     steps: Tensor
     momentum: Tree
 
 
 class TraceState(NamedTuple):
-    """The decaying sum of all gradients seen."""
+    """`momentum`: the decaying sum of all gradients seen, shaped as the parameters."""
 
     momentum: Tree
 
@@ -36,9 +36,25 @@ class TraceState(NamedTuple):
 def sgd(
     learning_rate: LearningRate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> Transform:
-    """`b <- momentum * b + g`, `p <- p - rate * b` (Nesterov: `g + momentum * b`); the decay is part of `g`.
+    """Stochastic gradient descent, plain, with momentum or with Nesterov's.
 
-    Equal to `torch.optim.SGD` without dampening. Momentum has the parameter's dtype, but never less than float32.
+    `b <- momentum * b + g + weight_decay * p`, `p <- p - rate * b` (Nesterov: `g + momentum * b` in the place of b).
+
+    - `learning_rate`: a number >= 0, a 0-d floating tensor or a schedule.
+    - `momentum`: in [0, 1). `nesterov`: needs a momentum above 0.
+    - `weight_decay`: >= 0; it is part of the gradient, not decoupled.
+
+    Equal to `torch.optim.SGD` without dampening. Momentum has the parameter's dtype, but at least float32. ValueError
+    for values out of range, and at an update for gradients that do not have the parameters' structure and shapes.
+    Source: Sutskever et al., 2013, "On the importance of initialization and momentum in deep learning".
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.sgd(0.1, momentum=0.5)
+    >>> params, grads = {"w": torch.ones(1)}, {"w": torch.ones(1)}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> tx.update(grads, state, params)[0]
+    {'w': tensor([-0.1500])}
     """
     require_rate(learning_rate)
     require_range("momentum", momentum, 0.0, 1.0)
@@ -62,7 +78,17 @@ def sgd(
 
 
 def trace(decay: float, *, nesterov: bool = False) -> Transform:
-    """Momentum alone: gradients become `b <- decay * b + g` (Nesterov: `g + decay * b`), to be scaled further on."""
+    """Momentum alone: gradients become `b <- decay * b + g` (Nesterov: `g + decay * b`), to be scaled further on.
+
+    `decay`: in [0, 1), else ValueError.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.chain(optim.trace(0.9), optim.scale(-0.1))
+    >>> params = grads = {"w": torch.ones(1)}
+    >>> tx.update(grads, tx.init(params), params)[0]
+    {'w': tensor([-0.1000])}
+    """
     require_range("decay", decay, 0.0, 1.0)
 
     def init(params: Tree) -> TraceState:

@@ -22,10 +22,24 @@ Mask = Callable[[Tree], Tree] | Tree | None
 
 
 class Transform(NamedTuple):
-    """`init(params) -> state`, `update(grads, state, params) -> (updates, state)`; what is added is the update.
+    """An optimizer, or a part of one: a pair of pure functions of trees shaped as the parameters.
 
-    `frozen(params)`: a tree of bools, True for leaves whose update is zero whatever the gradient; None: there are none.
-    What comes before such a transform in a chain does not see these leaves, so that their gradients are not computed.
+    - `init(params) -> state`.
+    - `update(grads, state, params) -> (updates, state)`; updates are added to the parameters.
+    - `frozen(params)`: a tree of bools, True for leaves whose update is zero whatever the gradient; None: there are
+      none. What comes before such a transform in a chain does not see these leaves, so that their gradients are not
+      computed.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> signs = optim.Transform(
+    ...     init=lambda params: optim.EmptyState(),
+    ...     update=lambda grads, state, params: ({"w": -0.1 * grads["w"].sign()}, state),
+    ... )
+    >>> params = {"w": torch.ones(1)}
+    >>> updates, state = signs.update({"w": torch.tensor([7.0])}, signs.init(params), params)
+    >>> optim.apply_updates(params, updates)
+    {'w': tensor([0.9000])}
     """
 
     init: Callable[[Tree], Any]
@@ -38,7 +52,10 @@ class EmptyState(NamedTuple):
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """`params + updates`, each leaf in its parameter's dtype: summed in the wider of the two, rounded once."""
+    """`params + updates`, each leaf in its parameter's dtype: summed in the wider of the two, rounded once.
+
+    ValueError unless both trees have one structure and equal shapes; it names the leaf.
+    """
     require_like(updates, params, name="the updates")
     return tree.map(_add, params, updates)
 
@@ -48,12 +65,12 @@ def _add(param: Tensor, update: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`, without a node in the graph when it has that dtype already."""
+    """`x`, of any shape, in `dtype`, without a node in the graph when it has that dtype already."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which running averages of a leaf are kept: its own, but never below float32.
+    """The dtype in which running averages of a leaf are kept: its own, but at least float32.
 
     In bfloat16 0.999 * v rounds back to v, so an average would never forget.
     """
@@ -77,7 +94,15 @@ def device_of(params: Tree) -> torch.device:
 
 
 def trainable(transform: Transform, params: Tree) -> Tree:
-    """Which leaves the transform may move: a tree of bools shaped as `params`, such as a mask for `global_norm`."""
+    """Which leaves the transform may move: a tree of bools shaped as `params`, such as a mask for `global_norm`.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> transforms = {"train": optim.adamw(1e-3), "keep": optim.freeze()}
+    >>> tx = optim.multi_transform(transforms, {"head": "train", "body": "keep"})
+    >>> optim.trainable(tx, {"head": torch.ones(2), "body": torch.ones(2)})
+    {'head': True, 'body': False}
+    """
     if transform.frozen is None:
         return tree.map(lambda _: True, params)
     return tree.map(lambda frozen: not frozen, transform.frozen(params))
@@ -89,19 +114,24 @@ def select(values: Tree, chosen: Tree) -> Tree:
 
 
 def merge(values: Tree, chosen: Tree, part: Tree) -> Tree:
-    """`values` with the chosen leaves taken from `part`, which holds those alone."""
+    """`values` with the chosen leaves taken from `part`, which holds those alone; ValueError if it holds others."""
     tree.require_same(select(values, chosen), part, names=("the selected leaves", "the inner updates"))
     taken = iter(tree.leaves(part))
     return tree.map(lambda value, keep: next(taken) if keep else value, values, chosen)
 
 
 def rate_at(learning_rate: LearningRate, count: Tensor) -> float | Tensor:
-    """The learning rate of the update that comes after `count` others: the number itself, or the schedule's value."""
+    """The learning rate of the update that comes after `count` (0-d int64) others: the number itself, or the schedule's
+    value.
+    """
     return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
 def decays(mask: Mask, params: Tree) -> Tree:
-    """Which leaves a mask selects: a tree of bools shaped as `params`; None selects all."""
+    """Which leaves a mask selects: a tree of bools shaped as `params`; None selects all.
+
+    ValueError for a mask of another structure, or with other values than bools; it names the leaf.
+    """
     if mask is None:
         return tree.map(lambda _: True, params)
     chosen = mask(params) if callable(mask) else mask
@@ -122,7 +152,10 @@ def require_like(updates: Tree, params: Tree, *, name: str = "the gradients") ->
 
 
 def warn_of_rounding(params: Tree, optimizer: str) -> None:
-    """A warning where parameters are narrower than float32: small updates round to nothing there, without a word."""
+    """A warning where parameters are narrower than float32, in which small updates silently round to nothing.
+
+    `optimizer`: what the warning calls it.
+    """
     narrow = [
         (path, p.dtype)
         for path, p in zip(tree.paths(params), tree.leaves(params), strict=True)
@@ -140,8 +173,10 @@ def warn_of_rounding(params: Tree, optimizer: str) -> None:
 
 
 def require_rate(learning_rate: LearningRate) -> None:
-    """ValueError for a rate below zero or not a number. A 0-d tensor may change from call to call, and a schedule is
-    taken as it is."""
+    """ValueError for a rate below zero or not a number, and for a tensor that is not floating and 0-d.
+
+    A 0-d tensor may change from call to call, and a schedule is not checked.
+    """
     if isinstance(learning_rate, Tensor):
         if learning_rate.dim() or not learning_rate.is_floating_point():
             found = f"{learning_rate.dtype} {list(learning_rate.shape)}"
