@@ -1,6 +1,7 @@
 """Laws of the source itself: a class that does too much is cut."""
 
 import ast
+import importlib
 import runpy
 import subprocess
 import sys
@@ -83,6 +84,17 @@ def test_what_a_docstring_lacks_is_found(tmp_path, monkeypatch, source, said):
     file.write_text(f'"""A module."""\n{source}\n')
     found = list(DOCSTRINGS["missing"](file))
     assert [line.partition(": ")[2] for line in found] == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    "package", ["ftrain.kernels", "ftrain.sharding", "ftrain.tree", "ftrain.optim", "ftrain.graph"]
+)
+def test_every_public_name_of_a_package_is_there(package):
+    found = importlib.import_module(package)
+    assert found.__all__ == sorted(found.__all__)
+    assert all(getattr(found, name) is not None for name in found.__all__)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        found.nothing_like_it  # noqa: B018
 
 
 def test_importing_ftrain_loads_nothing_else_and_every_name_is_there():

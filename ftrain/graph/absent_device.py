@@ -22,7 +22,7 @@ from ftrain.kernels.backend import lowering_for
 
 
 def absent_device(devices: Iterable[torch.device]) -> torch.device | None:
-    """The first CUDA device of these on a torch that sees no card; None where all are there."""
+    """The first CUDA device of these on a torch that sees no card; None where all devices are present."""
     found = next((d for d in devices if d.type == "cuda"), None)
     if found is None or torch.cuda.is_available():
         return None
@@ -30,7 +30,7 @@ def absent_device(devices: Iterable[torch.device]) -> torch.device | None:
 
 
 def traceable(device: torch.device) -> torch.device:
-    """Where the fake tensors of a trace are that stand for tensors on a device: on the CPU if it is absent."""
+    """The device of a trace's fake tensors for tensors on `device`: the CPU if it is absent or "meta"."""
     return torch.device("cpu") if device.type == "meta" or absent_device([device]) is not None else device
 
 
@@ -40,7 +40,9 @@ def choosing_for(absent: torch.device | None) -> AbstractContextManager[None]:
 
 
 def put_on(module: fx.GraphModule, device: torch.device) -> None:
-    """Say that all values of a graph, and of the bodies of its loops, are on `device`."""
+    """Declare all values of a graph, and of the bodies of its loops, to be on `device`: fake values and device
+    arguments.
+    """
     for node in module.graph.nodes:
         value = node.meta.get("val")
         for part in value if isinstance(value, list | tuple) else [value]:

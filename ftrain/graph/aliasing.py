@@ -7,7 +7,7 @@ from ftrain.graph.torch_private import storage_id
 
 
 def storage(node: fx.Node) -> int | None:
-    """Identity of the memory of a node's value; None for nodes with several values or none."""
+    """Identity of the memory of a node's value, equal for views of one another; None for several values or none."""
     value = node.meta.get("val")
     return storage_id(value) if isinstance(value, torch.Tensor) else None
 
@@ -15,7 +15,8 @@ def storage(node: fx.Node) -> int | None:
 def readers_by_storage(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
     """For each piece of memory the nodes that read it, directly or through views, in order of the graph.
 
-    A collective that was started reads its input until it is waited for, so its wait counts as a reader too.
+    Keys are those of `storage`. A collective that was started reads its input until it is waited for, so its wait
+    counts as a reader too.
     """
     readers: dict[int | None, list[fx.Node]] = {}
     for node in graph.nodes:

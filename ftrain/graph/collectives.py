@@ -24,7 +24,12 @@ WAIT = _c10d.wait_tensor.default
 
 
 def axes_of_group(name: str) -> tuple[str, ...]:
-    """The axes of a group from its name (see `Mesh.group`)."""
+    """The axes of a group from its name (see `ftrain.sharding.Mesh.group`).
+
+    >>> from ftrain.graph.collectives import axes_of_group
+    >>> axes_of_group("axis_shard+sequence@r1d2s2e1")
+    ('shard', 'sequence')
+    """
     return tuple(name.removeprefix("axis_").split("@")[0].split("+"))
 
 

@@ -8,8 +8,9 @@ from torch import fx
 
 
 def failing_node(module: fx.GraphModule, trace: TracebackType | None) -> fx.Node | None:
-    """The innermost node whose line in the generated code, of the graph or of the body of a loop or a run in it, the
-    error went through; None if it came from elsewhere.
+    """The innermost node that an error came from, by its line in the generated code; None if it came from elsewhere.
+
+    The graph, the bodies of its loops and its fused runs are looked at. `trace`: the error's `__traceback__`.
     """
     graphs = {type(inner).forward.__code__.co_filename: inner for inner in _graphs(module)}
     found = None

@@ -12,7 +12,7 @@ WRITES = "writes"
 
 
 def run_fused(body: Callable, *inputs: Tensor) -> list[Tensor]:
-    """The results of the run of ops on its inputs; some of these may be written over."""
+    """The results of the run of ops on its inputs; memory of those that the node's WRITES lists may be overwritten."""
     return list(body(*inputs))
 
 
@@ -22,7 +22,7 @@ def is_fused(node: fx.Node) -> bool:
 
 
 def fused_body(node: fx.Node) -> fx.GraphModule:
-    """The graph of the run."""
+    """The graph of a fused node's run."""
     name: str = node.args[0].target  # type: ignore[union-attr,assignment]
     assert node.graph.owning_module is not None
     return node.graph.owning_module.get_submodule(name)  # type: ignore[return-value]

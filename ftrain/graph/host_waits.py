@@ -1,6 +1,6 @@
-"""Waits that are no hang: who makes a process wait for its storage says so here, and whoever watches it gives it time.
+"""Waits that are no hang: code that makes a process wait for its storage says so here, and a watchdog gives it time.
 
-A process has one main thread and at most one watch over it, so this is kept once per process.
+A process has one main thread and at most one watchdog, so this is kept once per process.
 """
 
 import threading
@@ -15,7 +15,7 @@ _ended = 0.0
 
 @contextmanager
 def expected_wait(what: str, *, seconds: float) -> Iterator[None]:
-    """Within the block nobody is to think that this process hangs, for `seconds` at most; `what` it waits for."""
+    """Within the block this process may wait for `what`, for `seconds` at most, without being taken for hung."""
     global _ended
     key = id(mark := object())
     with _lock:
@@ -30,8 +30,9 @@ def expected_wait(what: str, *, seconds: float) -> Iterator[None]:
 
 
 def excused_until(grace: float) -> tuple[float, str]:
-    """The time (of `time.monotonic`) up to which a wait is expected, and for what; after the end of one, so many
-    seconds of grace. (0.0, "") where there was none.
+    """The time (of `time.monotonic`, in seconds) up to which a wait is expected, and for what.
+
+    After the end of a wait it is `grace` seconds later, for "". (0.0, "") where there was none.
     """
     with _lock:
         if _open:

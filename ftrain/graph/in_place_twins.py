@@ -1,4 +1,4 @@
-"""Ops and their twins that write the results over what they replace, with the same bits."""
+"""Ops and their in-place twins, which write the results over what they replace, with the same bits."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,9 +11,12 @@ _aten = torch.ops.aten
 
 
 class Twin(NamedTuple):
-    """`op(*args)` writes in place what the pure op returns: result i is added to (`added`) or put over (`written`) the
-    argument of that number; pairs of (result, argument). With one argument more, a 0-d bool, it does so where that is
-    true.
+    """The in-place form of a pure op: `op(*args)` writes what the pure op returns.
+
+    - `added`: pairs (result, argument) by position: the result is added to that argument.
+    - `written`: pairs (result, argument): the result overwrites that argument.
+
+    With one argument more, a 0-d bool, it does so where that is true.
     """
 
     op: Callable

@@ -18,10 +18,14 @@ _FEW = 3  # a list of so few, not called as usual, may be a pair of models rathe
 
 
 def layers_of(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """For each leaf of a member of a list its layer, the path up to the member; `leaves` have something comparable.
+    """For each leaf of a member of a list of layers its layer, the path up to the member; other leaves are left out.
 
-    A list is one if it is called `layers`, or if two members have leaves of the same names and the same values here
-    (shapes and dtypes).
+    `leaves`: path -> something comparable, such as shape and dtype. A list counts if it is called `layers`, or if two
+    of its members have leaves of the same names and the same values here.
+
+    >>> from ftrain.graph.layers import layers_of
+    >>> layers_of({"h.0.attn.w": "f32[4]", "h.1.attn.w": "f32[4]", "embed.w": "f32[9]"})
+    {'h.0.attn.w': 'h.0', 'h.1.attn.w': 'h.1'}
     """
     lists: dict[str, dict[str, set]] = {}
     for path, value in leaves.items():
@@ -59,7 +63,10 @@ def _choose(places: Sequence[tuple[str, str]], lists: Mapping[str, Mapping[str, 
 
 
 def mark_layers(module: fx.GraphModule, leaves: Mapping[str, Any]) -> None:
-    """Note on each node, as `meta["layer"]`, the layer of the parameter that it is about; bodies of loops alike."""
+    """Note on each node, as `meta["layer"]`, the layer of the parameter that it is about; bodies of loops alike.
+
+    `leaves`: as in `layers_of`; the parameter is `meta["path"]`.
+    """
     _mark(module, layers_of(leaves))
 
 
@@ -71,12 +78,12 @@ def _mark(module: fx.GraphModule, layers: Mapping[str, str]) -> None:
 
 
 def layer_of_node(node: fx.Node) -> str:
-    """The path of the member of a list of layers that a node is of; empty for none."""
+    """The path of the member of a list of layers that a node belongs to; empty for none."""
     return node.meta.get("layer", "")
 
 
 def has_layers(module: fx.GraphModule) -> bool:
-    """True if a node of the forward pass is of a layer."""
+    """True if a node of the forward pass belongs to a layer."""
     return any(
         (node.meta.get("phase") == "forward" and layer_of_node(node)) or (is_loop(node) and has_layers(loop_body(node)))
         for node in module.graph.nodes

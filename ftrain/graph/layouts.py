@@ -29,7 +29,7 @@ _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defa
     fake=lambda x, strides: torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device),
 )
 def to_layout(x: Tensor, strides: Sequence[int]) -> Tensor:
-    """A copy of a tensor with these strides."""
+    """A copy of a tensor of any shape with these strides (in elements), as one op."""
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
@@ -42,7 +42,11 @@ class _Plan(NamedTuple):
 
 
 class LayoutCheck:
-    """Checks in a graph that is about to run for the first time, and in the bodies of its loops."""
+    """Checks in a graph that is about to run for the first time, and in the bodies of its loops.
+
+    The graph then raises ValueError where a result has another shape or dtype than its shape rule said; a result with
+    other strides is copied. `settle` ends the check.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         """Puts the checks into the graph."""
@@ -73,11 +77,11 @@ class LayoutCheck:
             inner.settle()
         _copy_results(self._module, self._found)
 
-    def mend(self, module: fx.GraphModule) -> None:
+    def repair(self, module: fx.GraphModule) -> None:
         """Copy the same results in another copy of the graph, as far as it has these nodes."""
         for node in module.graph.nodes:
             if is_loop(node) and node.name in self._inside:
-                self._inside[node.name].mend(loop_body(node))
+                self._inside[node.name].repair(loop_body(node))
         _copy_results(module, self._found)
 
     def _look(self, value: Tensor, name: str) -> Tensor:
@@ -85,7 +89,7 @@ class LayoutCheck:
         if value.shape != plan.value.shape or (value.dtype != plan.value.dtype and not plan.sums):
             raise ValueError(
                 f"{plan.site}: {plan.op} returned {typed_shape(value)} where its shape rule says "
-                f"{typed_shape(plan.value)}: mend the op's fake implementation (register_fake)"
+                f"{typed_shape(plan.value)}: correct the op's fake implementation (register_fake)"
             )
         if lies_as(value, plan.value):
             return value
@@ -142,6 +146,6 @@ def _is_checked(node: fx.Node) -> bool:
 
 
 def lies_as(value: Tensor, planned: Tensor) -> bool:
-    """Equal strides where they matter: not of dims of one element, nor of empty tensors."""
+    """True for equal strides where they matter: not of dims of one element, nor of empty tensors. Shapes are equal."""
     pairs = zip(value.stride(), planned.stride(), planned.shape, strict=True)
     return planned.numel() == 0 or all(a == b or size == 1 for a, b, size in pairs)

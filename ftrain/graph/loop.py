@@ -51,9 +51,18 @@ def loop(
 ) -> list[Tensor]:
     """Like `run_loop`; under a trace it becomes one node that holds the body's graph.
 
-    `xs` have a leading dim of `n`. The carry keeps its shapes and dtypes. Tensors of the enclosing trace that the body
-    closes over become further consts. `preview`: the loop runs a part of the step ahead of it, and leaves torch's
-    generators as they are (under a trace: see `ftrain.trace.preview`).
+    - `xs`: have a leading dim of `n`. `carry`: keeps its shapes and dtypes.
+    - `consts`: the same in every round. Tensors of the enclosing trace that the body closes over become further consts.
+    - `preview`: the loop runs a part of the step ahead of it, and leaves torch's generators as they are (under a trace:
+      see `ftrain.trace.preview`).
+
+    ValueError under a trace for a carry of another shape or dtype, and for a body that closes over a tensor which is
+    not part of the trace.
+
+    >>> import torch
+    >>> from ftrain.graph.loop import loop
+    >>> loop(lambda total, x: [total + x], 3, carry=[torch.zeros(())], xs=[torch.tensor([1.0, 2.0, 4.0])], consts=[])
+    [tensor(7.)]
     """
     if tracing_graph() is None:
         with _generators_as_found([*carry, *xs, *consts]) if preview else nullcontext():
@@ -134,13 +143,15 @@ def with_bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def carried_outputs(node: fx.Node) -> dict[str, int]:
-    """The names of the placeholders of a loop's body that hold its carry, and the outputs that replace them."""
+    """The names of the placeholders of a loop's body that hold its carry, and the index of the output that replaces
+    each.
+    """
     placeholders = [n.name for n in loop_body(node).graph.nodes if n.op == "placeholder"]
     return {name: i for i, name in enumerate(placeholders[: len(node.args[2])])}  # type: ignore[arg-type]
 
 
 def zeros_like_all(tensors: list[Tensor]) -> list[Tensor]:
-    """Accumulators for a list of tensors."""
+    """Accumulators for a list of tensors: contiguous zeros of their shapes, dtypes and devices."""
     return [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
 
 

@@ -1,8 +1,8 @@
 """What an op does beside computing its result: nothing, draw random numbers, write. One answer for every pass.
 
 An op's schema does not say it all: `native_batch_norm` writes its statistics and does not tell, dropout draws from
-torch's generator. What is asked here: may a node be made again (recompute), moved across others (order), left out when
-nobody reads it (clean), fused by a compiler. An op that is not known here may do anything.
+torch's generator. What is asked here: may a node be recomputed, moved across others (order), left out when nobody reads
+it (clean), fused by a compiler. An op that is not known here may do anything.
 """
 
 import enum
@@ -22,8 +22,10 @@ _aten = torch.ops.aten
 class Effect(enum.IntEnum):
     """What an op does beside computing its result; the greater, the less may be done with it.
 
-    `PURE`: nothing, and equal inputs give equal results. `RANDOM`: it draws from torch's generator. `WRITES`: it writes
-    into arguments. `ANYTHING`: not known.
+    - `PURE`: nothing, and equal inputs give equal results.
+    - `RANDOM`: it draws from torch's generator.
+    - `WRITES`: it writes into arguments.
+    - `ANYTHING`: unknown.
     """
 
     PURE = 0
@@ -108,12 +110,19 @@ def effect_of_graph(module: fx.GraphModule) -> Effect:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """True for a node that may be made again, moved wherever its inputs are there, and left out if nobody reads it."""
+    """True for a node that may be recomputed, moved to wherever its inputs exist, and left out if nobody reads it."""
     return effect_of(node) is Effect.PURE
 
 
 def effect_of_op(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Effect:
-    """What an op does with these arguments: dropout of nothing draws nothing."""
+    """What an op does with these arguments: dropout with probability 0 draws nothing.
+
+    >>> import torch
+    >>> from ftrain.graph.op_effects import effect_of_op
+    >>> aten = torch.ops.aten
+    >>> effect_of_op(aten.mul.Tensor, (), {}).name, effect_of_op(aten.mul_.Tensor, (), {}).name
+    ('PURE', 'WRITES')
+    """
     schema = op._schema
     if schema.is_mutable or hidden_writes(op, args, kwargs):
         return Effect.WRITES
@@ -144,7 +153,9 @@ def hidden_writes(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[
 
 
 def argument_reader(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Callable:
-    """A function of an argument's name to its value, its default where it is not given; None if there is none."""
+    """A function from an argument's name to its value, or to its default where it is not given; None if there is
+    none.
+    """
     arguments = op._schema.arguments
     given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}

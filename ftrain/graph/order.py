@@ -1,4 +1,4 @@
-"""Another order of the nodes of a graph."""
+"""The order of the nodes of a graph, set in one place."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,6 +7,6 @@ from torch import fx
 
 
 def reorder(order: Sequence[fx.Node]) -> None:
-    """Let the nodes, all those of one graph, stand in this order."""
+    """Put the nodes, all those of one graph, into this order. Each must come after its inputs, which is not checked."""
     for previous, node in pairwise(order):
         previous.append(node)

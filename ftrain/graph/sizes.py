@@ -33,7 +33,9 @@ def expect_sizes(module: fx.GraphModule) -> None:
 
 
 def unknown_sizes(module: fx.GraphModule) -> tuple[str, ...]:
-    """What makes sizes that are known only when the step runs, and what plans count with: the largest."""
+    """What makes sizes that are known only when the step runs, and what plans count with: the largest. A sentence for
+    each.
+    """
     found = [
         f"{getattr(n.target, '__name__', n.target)} at {n.meta.get('site')}: its size depends on data, counted as "
         f"{n.meta['unknown']}, the largest possible"
@@ -44,7 +46,7 @@ def unknown_sizes(module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def sized(node: fx.Node) -> Any:
-    """The value of a node as plans see it."""
+    """The value of a node as plans see it: with expected sizes in the place of symbols."""
     return node.meta.get("sized", node.meta.get("val"))
 
 

@@ -13,7 +13,7 @@ from ftrain.tree import typed_shape
 
 
 def show_node(node: fx.Node) -> str:
-    """`name: type = op(arguments)`; for an input `name: type`."""
+    """A node in words: `name: type = op(arguments)`; for an input `name: type`."""
     typed = f"{node.name}: {show_value(node.meta.get('val'))}"
     if node.op == "placeholder":
         return typed
@@ -25,7 +25,7 @@ def show_node(node: fx.Node) -> str:
 
 
 def node_notes(node: fx.Node) -> list[str]:
-    """Phase, parameter path and source line, those that are known."""
+    """Phase, parameter path and source line of a node, those that are known."""
     site = short_site(node.meta.get("site"))
     return [note for note in (node.meta.get("phase", ""), node.meta.get("path") or "", site) if note]
 
@@ -52,7 +52,13 @@ def short_site(site: Site | None) -> str:
 
 
 def show_value(value: Any) -> str:
-    """`float32[32, 64]` for a tensor, in parentheses for several."""
+    """`float32[32, 64]` for a tensor, in parentheses for several.
+
+    >>> import torch
+    >>> from ftrain.graph.text import show_value
+    >>> show_value([torch.zeros(2, 3), torch.zeros(())])
+    '(float32[2, 3], float32[])'
+    """
     if isinstance(value, list | tuple):
         return f"({', '.join(map(show_value, value))})"
     if isinstance(value, Tensor):
@@ -70,7 +76,12 @@ def show_argument(value: Any) -> str:
 
 
 def show_bytes(count: float) -> str:
-    """A number of bytes with a binary unit, in three digits or so: `73.7 KiB`."""
+    """A number of bytes with a binary unit, in about three digits.
+
+    >>> from ftrain.graph.text import show_bytes
+    >>> show_bytes(75_500), show_bytes(3 * 2**30)
+    ('73.7 KiB', '3 GiB')
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.3g} {unit}"

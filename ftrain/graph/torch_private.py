@@ -42,7 +42,7 @@ DEVICE_QUERY = torch.ops.prim.device.default
 
 
 def device_of_fake(tensor: Any) -> torch.device:
-    """The device that a fake tensor stands for, without a way through the modes."""
+    """The device that a fake tensor stands for, without a dispatch through the modes."""
     return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
@@ -127,20 +127,20 @@ def emit_node(
 
 
 def unwrap_functional(tensor: Tensor) -> Tensor:
-    """The tensor that `torch.func.functionalize` wraps, with all writes so far applied."""
+    """The tensor, of the same shape, that `torch.func.functionalize` wraps, with all writes so far applied."""
     torch._sync(tensor)
     return torch._C._functorch._unwrap_functional_tensor(tensor, True)
 
 
 def wrap_functional(tensor: Tensor) -> Tensor:
-    """A tensor as the body of the innermost `torch.func.functionalize` sees it."""
+    """A tensor as the body of the innermost `torch.func.functionalize` sees it, of the same shape."""
     level = torch._C._functorch.maybe_current_level()
     assert level is not None, "wrap_functional is for use inside torch.func.functionalize"
     return torch._C._functorch._wrap_functional_tensor(tensor, level)
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """True if the tensor stands for a node of the trace under way."""
+    """True if the tensor, of any shape, stands for a node of the trace under way."""
     from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
     mode = get_proxy_mode()
@@ -148,7 +148,9 @@ def is_tracked(tensor: Tensor) -> bool:
 
 
 def node_of(tensor: Tensor) -> fx.Node | None:
-    """The node of the trace under way that a tensor stands for, seen through the wrappers of `torch.func`; or None."""
+    """The node of the trace under way that a tensor (any shape) stands for, through the wrappers of `torch.func`; or
+    None.
+    """
     from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
     mode = get_proxy_mode()
@@ -159,8 +161,9 @@ def node_of(tensor: Tensor) -> fx.Node | None:
 
 
 def vmapped_dims(tensor: Tensor) -> list[int]:
-    """The dims that `torch.func.vmap` hides of what a tensor wraps, the outermost first: each counts in what is left
-    when those before it are gone.
+    """The dims that `torch.func.vmap` hides of what a tensor (of any shape) wraps, the outermost first.
+
+    Each counts in the shape that is left when those before it are gone.
     """
     dims = list[int]()
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -171,7 +174,9 @@ def vmapped_dims(tensor: Tensor) -> list[int]:
 
 
 def is_constant(tensor: Tensor) -> bool:
-    """True for a tensor of the trace whose number the tracer knows: ops on it alone are computed while tracing."""
+    """True for a tensor (any shape) of the trace whose number the tracer knows: ops on it alone are computed while
+    tracing.
+    """
     from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
     mode = get_proxy_mode()
@@ -226,7 +231,7 @@ def modes_are_active() -> bool:
 
 
 def snapshot(tensor: Tensor) -> Tensor:
-    """A fake tensor on the same memory that no mode has seen: what a graph may keep."""
+    """A fake tensor on the same memory, of the same shape, that no mode has seen: what a graph may keep."""
     with _disable_current_modes():
         return tensor.detach()
 
@@ -277,12 +282,14 @@ def below_autograd() -> Any:
 
 
 def keep_busy(cycles: int) -> None:
-    """Let the current CUDA device do nothing for so many of its clock's cycles, behind what it was given before."""
+    """Keep the current CUDA device idle for so many of its clock's cycles, after the work that it was given before."""
     torch.cuda._sleep(cycles)
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Identity of the memory that a tensor looks at; equal for views of one another, also for fake tensors."""
+    """Identity of the memory that a tensor of any shape looks at; equal for views of one another, also for fake
+    tensors.
+    """
     return tensor.untyped_storage()._cdata
 
 
@@ -332,7 +339,10 @@ def set_memory(tensor: Tensor, other: Tensor) -> None:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often the memory was written to in place, by eager code through any view of it; 0 where nobody counts."""
+    """How often the memory of a tensor (any shape) was written in place by eager code, through any view of it.
+
+    0 for inference tensors, of which torch does not count it.
+    """
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -386,7 +396,7 @@ def compile_with_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tens
 
 
 def value_of(node: fx.Node) -> Any:
-    """The fake value of a node, worked out from those of its inputs: with memory of its own, or its input's view."""
+    """The fake value of a node, computed from those of its inputs: with memory of its own, or its input's view."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     flat = torch.utils._pytree.tree_leaves((args, kwargs, node.meta.get("val")))
     with fake_mode_of([a for a in flat if isinstance(a, FakeTensor)]):

@@ -21,7 +21,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def written_inputs(module: fx.GraphModule) -> set[int]:
-    """The positions of the inputs whose memory some node writes into, directly or through views."""
+    """The positions of the graph's inputs whose memory some node writes into, directly or through views."""
     memory = {storage(w) for node in module.graph.nodes for w in written_arguments(node)}
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     return {i for i, n in enumerate(given) if isinstance(n.meta.get("val"), Tensor) and storage(n) in memory}

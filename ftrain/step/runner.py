@@ -130,7 +130,7 @@ class Runner:
         )
 
     def _mend(self, check: LayoutCheck) -> None:
-        check.mend(self.compiled.graph)
+        check.repair(self.compiled.graph)
         self.compiled.forget_forms()
 
     def _with_donated(
