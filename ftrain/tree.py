@@ -118,7 +118,13 @@ def flatten_until(tree: Tree, kind: type) -> tuple[list[Any], optree.PyTreeSpec]
 
 
 def unflatten(treedef: optree.PyTreeSpec, leaves: Iterable[Any]) -> Tree:
-    """The tree of structure `treedef` with these leaves. ValueError from optree unless they are as many as it has."""
+    """The tree of structure `treedef` with these leaves, which may be anything. ValueError unless they are as many as
+    it has.
+
+    >>> from ftrain import tree
+    >>> tree.unflatten(tree.flatten({"w": 1, "b": [2]})[1], ["bias", "weight"])
+    {'w': 'weight', 'b': ['bias']}
+    """
     return optree.tree_unflatten(treedef, leaves)
 
 

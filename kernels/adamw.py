@@ -103,7 +103,9 @@ def adamw_update(
 def adamw_reference(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, at: Scalars, *, b1: float, b2: float, weight_decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of `adamw_update`, in plain torch: `(update, m, v)`, all of the shape of `p`."""
+    """The definition of `adamw_update`, in plain torch, with its arguments: `(update, m, v)`, all of the shape of
+    `p`.
+    """
     g, p = g.to(v.dtype), p.to(v.dtype)
     m_new = torch.lerp(m.to(v.dtype), g, 1 - b1)
     v_new = torch.addcmul(v * b2, g, g, value=1 - b2)
@@ -133,7 +135,10 @@ def adamw_fused(
     eps: float,
     weight_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(update, m, v)` of `adamw_update` as one op, piece by piece; tensors of one shape, `steps` and `rate` 0-d."""
+    """`(update, m, v)` of `adamw_update` as one op, piece by piece.
+
+    `p`, `g`, `m`, `v`: one shape. `steps`, `rate`: 0-d, of `Scalars`. The numbers are those of `adamw_update`.
+    """
     update, m_new, v_new = v.new_empty(v.shape), m.new_empty(m.shape), v.new_empty(v.shape)
     step = _Step(steps.to(torch.float32), float(rate), b1, b2, eps, weight_decay)
     for u_n, p_n, g_n, m_n, v_n, to_m_n, to_v_n in _pieces(update, p, g, m, v, m_new, v_new):
@@ -165,8 +170,8 @@ def adamw_in_place(
 ) -> None:
     """`p += update` and the new averages over the old ones: `adamw_update`, to the bit, that overwrites its arguments.
 
-    `p`, `g`, `m`, `v`: one shape; `p`, `m` and `v` contiguous and of one dtype. `steps`, `rate`: 0-d. Nothing happens
-    where `keep`, a 0-d bool, is false.
+    `p`, `g`, `m`, `v`: one shape; `p`, `m` and `v` contiguous and of one dtype. `steps`, `rate`: 0-d, of `Scalars`. The
+    numbers are those of `adamw_update`. Nothing happens where `keep`, a 0-d bool, is false.
     """
     if keep is not None and not keep:
         return

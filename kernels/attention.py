@@ -99,8 +99,9 @@ def attention_reference(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The definition of `attention`: `[T, H, V]` with a dense mask `[T, S]`; any number of derivatives, any
-    transform.
+    """The definition of `attention`, with its arguments: `[T, H, V]` in the dtype of the queries.
+
+    A dense mask `[T, S]`; any number of derivatives, any transform. Nothing is checked.
     """
     (T, H, K), (S, G, _) = q_THK.shape, k_SGK.shape
     scale = K**-0.5 if scale is None else scale
@@ -176,8 +177,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, V]` and the scores' log-sum-exp `[H, T]` (float32, or float64 for float64), as one opaque op.
 
-    `documents`, `kv_documents`: offsets int32 `[N + 1]` where `longest`, `kv_longest` tell a bound of the longest;
-    where that is None, ids int64 `[T]` and `[S]`. ValueError for offsets that do not end at the pack's tokens (CPU).
+    `documents`, `kv_documents`: offsets int32 `[N + 1]` where `longest`, `kv_longest` give a bound of the longest;
+    where that is None, ids int64 `[T]` and `[S]`. The other arguments are those of `attention`. ValueError for offsets
+    that do not end at the pack's tokens (CPU).
     """
     rule = Rule(causal, window, scale, longest, kv_longest)
     if q_THK.is_cuda:
@@ -208,7 +210,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `q`, `k`, `v`, of their shapes and dtypes; the probabilities are recomputed from the log-sum-exp.
 
-    `documents`, `kv_documents`, `longest`, `kv_longest`: offsets int32 `[N + 1]` or ids, as in `attention_forward`.
+    `out_THV`, `lse_HT`: what `attention_forward` returned. `grad_THV`: the gradient of the output. The other arguments,
+    among them `documents` and `kv_documents` (offsets int32 `[N + 1]` or ids), are those of `attention_forward`.
     """
     rule = Rule(causal, window, scale, longest, kv_longest)
     tensors = (grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, documents, kv_documents)

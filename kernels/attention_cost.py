@@ -183,6 +183,8 @@ def _math_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
 def seen_pairs(T: int, S: int, causal: bool, window: int | None) -> float:
     """How many pairs of a query and a key meet where documents have at most S keys; causal counts half.
 
+    `T`, `S`: tokens. `window`: as in `attention`, None for none.
+
     >>> from ftrain.kernels.attention_cost import seen_pairs
     >>> seen_pairs(100, 100, True, None), seen_pairs(100, 100, True, 10)
     (5000.0, 1000)

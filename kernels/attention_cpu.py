@@ -69,7 +69,10 @@ def blocks(L: int, M: int, rule: Rule) -> Iterator[Block]:
 
 
 def block_mask(block: Block, rule: Rule, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """What is added to the scores of a block, `[L, M]`: 0 where seen, -inf elsewhere; None if everything is seen."""
+    """What is added to the scores of a block under the rule, `[L, M]` in `dtype` on `device`.
+
+    0 where a key is seen, -inf elsewhere; None if everything is seen.
+    """
     if rule.window is None and not (rule.causal and block.offset < block.M - 1):
         return None
     i_L1 = torch.arange(block.L, device=device)[:, None] + block.offset
@@ -84,7 +87,8 @@ def block_mask(block: Block, rule: Rule, dtype: torch.dtype, device: torch.devic
 def forward(
     q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, documents: Tensor | None, kv_documents: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """Output `[T, H, V]` and the log of the sum of exponentials `[H, T]` (float32, or float64 for float64).
+    """Output `[T, H, V]` in the dtype of the queries and the log of the sum of exponentials `[H, T]` in the
+    accumulation dtype.
 
     `documents`, `kv_documents`: offsets int32 `[N + 1]` where the rule bounds the longest document, else ids int64;
     None is one document. They are read on the host. Half precision is computed in float32: most CPUs are slower in half
@@ -121,8 +125,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, of their shapes and dtypes.
 
-    `documents`, `kv_documents`: offsets int32 `[N + 1]` or ids, as in `forward`; ValueError for offsets that do not end
-    at the pack's tokens.
+    `out_THV`, `lse_HT`: what `forward` returned. `documents`, `kv_documents`, `rule`: as in `forward`, offsets int32
+    `[N + 1]` or ids; ValueError for offsets that do not end at the pack's tokens.
     """
     (T, H, _), S = q_THK.shape, k_SGK.shape[0]
     grad_THV, q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (grad_THV, q_THK, k_SGK, v_SGV))
@@ -176,11 +180,16 @@ class Part:
     g: slice
 
     def queries(self, x_THK: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[B, heads, L, K]`: a view where the documents are adjacent and in the right dtype."""
+        """These documents' rows and heads of `x_THK` (queries, outputs, gradients): `[B, heads, L, K]` in `dtype`.
+
+        A view where the documents are adjacent and in that dtype.
+        """
         return _fold(x_THK[:, self.h][self.at_q], self.L).to(dtype)
 
     def keys(self, x_SGK: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[B, heads, M, K]`, a view in the same cases."""
+        """These documents' rows and heads of `x_SGK` (keys or values): `[B, heads, M, K]` in `dtype`, a view in the
+        same cases.
+        """
         return _fold(x_SGK[:, self.g][self.at_k], self.M).to(dtype)
 
 

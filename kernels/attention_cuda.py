@@ -88,7 +88,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, of their shapes and dtypes.
 
-    `documents`, `kv_documents`: offsets int32 `[N + 1]` or ids, as in `forward`.
+    `out_THV`, `lse_HT`: what `forward` returned. `documents`, `kv_documents`, `rule`: as in `forward`, offsets int32
+    `[N + 1]` or ids.
     """
     layout = _layout(q_THK, v_SGV, documents, kv_documents, rule)
     if layout is None:

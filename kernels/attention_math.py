@@ -29,7 +29,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, 
     """Output `[B, H, L, V]` in the dtype of the queries and the scores' log-sum-exp `[B, H, L]`.
 
     - `q`, `k`, `v`: `[B, H, L, K]`, `[B, G, M, K]`, `[B, G, M, V]`, one floating dtype.
-    - `causal`: query i sees keys 0 .. i. `mask`: `[L, M]`, added to the scores; -inf hides.
+    - `causal`: query i sees keys 0 .. i. `mask`: `[L, M]`, added to the scores; -inf hides. `scale`: of the scores.
 
     The arithmetic and the log-sum-exp are float32 (float64 for float64). A query that sees nothing gives zeros.
     """

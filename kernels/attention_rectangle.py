@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 def forward(q_LHK: Tensor, k_MGK: Tensor, v_MGV: Tensor, band: Band) -> tuple[Tensor, Tensor]:
     """Output `[L, H, V]` in the dtype of the queries and log-sum-exp `[H, L]` in the accumulation dtype.
 
-    Every query must see a key, and the two runs must not overlap.
+    `band`: which keys a query sees; every query must see one, and the two runs must not overlap.
     """
     q_LHK, k_MGK, v_MGV = (inner_dense(x) for x in (q_LHK, k_MGK, v_MGV))
     L, M = q_LHK.shape[0], k_MGK.shape[0]
@@ -97,7 +97,8 @@ def backward(
 
 
 def tiles(L: int, M: int, band: Band, fused: bool) -> Iterator[Tile]:
-    """Cut the queries so that little is computed that the band hides, and, where scores are stored, few at once.
+    """Cut L queries and M keys so that little is computed that the band hides, and, where scores are stored, few at
+    once.
 
     `fused`: whether a kernel computes a tile without storing its scores.
     """

@@ -2,7 +2,7 @@
 
 A pack says it in one of two ways. *Ids*: an int64 tensor with one number per token, a change of which starts a new
 document; kernels then count, and on CUDA the host waits for the count. *`Documents`*: ids and, beside them, offsets
-that were worked out on the host when the pack was made; nothing is counted and nothing waits.
+that were computed on the host when the pack was made; nothing is counted and nothing waits.
 
 T tokens of the queries, S tokens of the keys, N documents, P packs.
 """
@@ -80,7 +80,11 @@ class Documents:
         return Documents(segments_T, offsets_N.to(segments_T.device), bound)
 
     def every(self, stride: int) -> "Documents":
-        """The documents of every `stride`-th token, from the first on: for a sequence that was downsampled."""
+        """The documents of every `stride`-th token, from the first on: for a sequence that was downsampled by that
+        factor.
+
+        `ids_T` and `longest` shrink with the tokens, and there are as many offsets as before.
+        """
         offsets_N = torch.div(self.offsets_N + (stride - 1), stride, rounding_mode="floor")
         return Documents(self.ids_T[::stride], offsets_N, -(-self.longest // stride))
 

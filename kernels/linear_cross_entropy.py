@@ -99,8 +99,9 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """The definition of `linear_cross_entropy`: all logits `[T, V]` at once; any number of derivatives, any
-    transform.
+    """The definition of `linear_cross_entropy`, with its arguments: 0-d, in the accumulation dtype.
+
+    All logits `[T, V]` at once; any number of derivatives, any transform. Nothing is checked.
     """
     valid_T = labels_T != ignore_index
     x_TD = torch.where(valid_T[..., None], x_TD, 0)  # an ignored row may hold NaN, and 0 * NaN is NaN
@@ -137,9 +138,10 @@ def linear_cross_entropy_loss(
     transposed: bool,
     chunk: int,
 ) -> Tensor:
-    """The loss alone, 0-d in the accumulation dtype, as one opaque op; the weight `[V, D]` if `transposed`.
+    """The loss alone, 0-d in the accumulation dtype, as one opaque op; the weight is `[V, D]` if `transposed`.
 
-    ValueError for a label out of range on a CPU.
+    `chunk`: tokens per chunk; the other arguments are those of `linear_cross_entropy`. ValueError for a label out of
+    range on a CPU.
     """
     w_DV = w_DV.t() if transposed else w_DV
     _check_labels(labels_T, ignore_index, w_DV.shape[1])
@@ -178,8 +180,8 @@ def linear_cross_entropy_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, its gradients by `x` and `w` (empty where not needed), and the unweighted loss of each token `[T]`.
 
-    The gradients have the dtypes of `x` and `w`, the losses the accumulation dtype. ValueError for a label out of range
-    on a CPU.
+    The gradients have the shapes and dtypes of `x` and `w`, the losses the accumulation dtype. `chunk`: tokens per
+    chunk; the other arguments are those of `linear_cross_entropy`. ValueError for a label out of range on a CPU.
     """
     dtype = accumulate_dtype(x_TD.dtype)
     factor_T = _factors(labels_T, weights_T, ignore_index, dtype)

@@ -133,9 +133,10 @@ def share(total: Tensor, count: Tensor) -> Tensor:
 
 
 def weighted_sum(terms: Mapping[str, Mean], weights: Mapping[str, float]) -> WeightedSum:
-    """The sum of named means, each times its weight; a term without a weight weighs 1.
+    """The sum of named means, each times its weight: `terms` maps a name to its mean, `weights` a name to a number.
 
-    A weight without a term belongs to a modality that is absent from the batch, and is left out.
+    A term without a weight weighs 1. A weight without a term belongs to a modality that is absent from the batch, and
+    is left out.
 
     >>> import torch
     >>> from ftrain import Mean, weighted_sum

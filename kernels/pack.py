@@ -1,6 +1,7 @@
-"""What a function of one rank's tokens must know of the pack that they are part of; on one device, of the pack itself.
+"""A pack of which a rank holds some tokens: its size, indices, neighbours, rows and random numbers.
 
-A plan rebinds these primitives: the tokens of a pack may be shared by several ranks, in turn or otherwise.
+A plan rebinds these primitives: the tokens of a pack may be shared by several ranks, in consecutive runs or otherwise.
+On one device the pack is the tokens themselves.
 
 Legend: T tokens here, D model, N rows, P tokens of the pack.
 """

@@ -261,7 +261,7 @@ def _draw(
 def _first_index(shape: tuple[int, ...], window: Window, device: torch.device) -> Tensor:
     """The global row-major index of the window's first element, 0-d."""
     if not len(window.start) == len(window.size) == len(shape):
-        raise ValueError(f"window {window} has not one start and one size for each dim of {shape}")
+        raise ValueError(f"window {window} must have one start and one size for each dim of {shape}")
     base = torch.zeros((), dtype=torch.int64, device=device)
     stride = 1
     for start, size, whole in zip(reversed(window.start), reversed(window.size), reversed(shape), strict=True):

@@ -169,7 +169,7 @@ def _ladder(n: int, base: float, scaling: Llama3Scaling | None, device: torch.de
 
 
 def _shared_ladder(position_AT: Tensor, ladder_F: Tensor, sections: tuple[int, ...], interleaved: bool) -> Tensor:
-    """Angles `[T, F]` of one ladder whose frequencies are dealt out to the axes."""
+    """Angles `[T, F]` of one ladder whose frequencies are distributed over the axes."""
     axes = len(sections)
     if not interleaved:
         blocks_F = ladder_F.split(sections)

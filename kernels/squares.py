@@ -1,4 +1,4 @@
-"""What is asked of all gradients at once, as one node of a graph: sums of squares for a global norm, and extremes."""
+"""Questions about all gradients at once, each one node of a graph: sums of squares for a global norm, and extremes."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -45,8 +45,9 @@ def sums_of_squares_reference(xs: Sequence[Tensor], dtype: torch.dtype) -> Tenso
     fake=lambda xs, dtype: xs[0].new_empty(len(xs), dtype=dtype),
 )
 def sums_of_squares_loop(xs: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """`sums_of_squares` as one op, one tensor after the other; one whose squares exceed float32 is summed again in
-    float64.
+    """`sums_of_squares` as one op: `[N]` in `dtype`, one tensor of `xs` after the other.
+
+    One whose squares exceed float32 is summed again in float64.
     """
     sums_N = sums_of_squares_reference(xs, dtype)
     for n in (~sums_N.isfinite()).nonzero().flatten().tolist():
@@ -106,7 +107,7 @@ def extremes_reference(xs: Sequence[Tensor]) -> Tensor:
     fake=lambda xs: xs[0].new_empty((len(xs), 2), dtype=_widest(xs)),
 )
 def extremes_loop(xs: list[Tensor]) -> Tensor:
-    """`extremes` as one op, one tensor after the other."""
+    """`extremes` as one op: `[N, 2]` in the widest dtype of `xs`, one tensor after the other."""
     return extremes_reference(xs)
 
 

@@ -56,7 +56,7 @@ BatchRule = Tokens | BatchRows | TokenIndices | Replicated | Offsets
 
 
 class TokenOrder(NamedTuple):
-    """How `ranks` share the tokens of a pack: in turn, or with `zigzag` over the `ring` (see
+    """How `ranks` share the tokens of a pack: consecutive runs, or with `zigzag` over the `ring` (see
     `ftrain.sharding.layout.Ring`).
 
     >>> from ftrain.sharding.batch import TokenOrder
@@ -97,9 +97,13 @@ class TokenOrder(NamedTuple):
 
 
 def share(leaf: Tensor, rule: BatchRule, *, path: str, tokens: int, order: TokenOrder, mesh: Mesh, rank: int) -> Tensor:
-    """What `rank` sees of a leaf (of any shape) of the whole mesh's batch, as `rule` says.
+    """What `rank` sees of a leaf (of any shape and dtype) of the whole mesh's batch, as `rule` says: a view or a copy.
 
-    - `path`: what a message calls the leaf. `tokens`: how many the whole batch has. `order`: of the sequence axis.
+    - `leaf`: of the whole batch, the packs of all data ranks one after the other.
+    - `path`: what a message calls the leaf.
+    - `tokens`: how many the whole batch has.
+    - `order`: how the sequence axis shares a pack's tokens.
+    - `mesh`, `rank`: the ranks, and the one that is asked for.
 
     ValueError names the leaf if it does not divide, if documents lie in two packs, or if a row's token is in the pack
     of another rank.

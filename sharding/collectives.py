@@ -5,6 +5,10 @@ They are `torch.autograd.Function`s with `setup_context` (`torch.func` refuses a
 What a sum is for decides its transpose: `sum_of_parts` makes one number, the same on all ranks, of each rank's part, so
 a part's gradient is the number's; `copy_to_ranks` is the converse.
 
+Of all of them `group` is the ranks that take part (`ftrain.sharding.Mesh.group`; of the ops its name), and `purpose`,
+or `why`, what tables call the message; that of a backward gets ".T" behind. All ranks of the group call them in one
+order.
+
 Legend: n ranks of the group, N rows.
 """
 
@@ -33,7 +37,7 @@ def all_gather(
     """The ranks' pieces, cast to `dtype`, joined along `dim` in the group's order; its transpose is `reduce_scatter`.
 
     - `x_N`: this rank's piece, of any shape, equal on all ranks.
-    - `purpose`: what tables call the message; that of the backward gets ".T" behind.
+    - `dtype`: None for its own.
     - `reduce`: the dtype in which gradients are summed (default: the gradient's); the sum has the dtype of `x_N`.
     """
     dtype = x_N.dtype if dtype is None else dtype
@@ -87,16 +91,17 @@ def permute(x: Tensor, group: Group, shift: int, *, purpose: str) -> Tensor:
 def all_to_all_rows(
     x_ND: Tensor, send_n: Tensor, receive_n: Tensor, rows: Any, group: Group, *, purpose: str
 ) -> Tensor:
-    """Rows in the order of their destinations, `send[j]` of them to rank j, to rows in the order of their origins.
+    """Rows in the order of their destinations, `send[j]` of them to rank j, to rows in the order of their origins: `[R,
+    D]`.
 
-    `send_n`, `receive_n`: int64 `[n]` on the CPU; `rows`: the sum of `receive_n`, an int or a symbolic one.
-    Differentiable.
+    `send_n`, `receive_n`: int64 `[n]` on the CPU; `rows`: R, the sum of `receive_n`, an int or a symbolic one.
+    Differentiable; the dtype of `x_ND`.
     """
     return x_ND if group.size == 1 else _AllToAllRows.apply(x_ND, send_n, receive_n, rows, group, purpose)
 
 
 def wait(x: Tensor) -> Tensor:
-    """The result of a started collective, of the shape of `x`."""
+    """The result of a started collective, `x` itself, complete on the current stream; its shape and dtype stay."""
     return _c10d.wait_tensor.default(x)
 
 
@@ -215,7 +220,7 @@ class _AllToAllRows(torch.autograd.Function):
 
 
 def gather_pieces(x: Tensor, group: Group, dim: int, why: str) -> Tensor:
-    """All ranks' pieces (of one shape) joined along `dim`; without autograd. `why`: the purpose that tables show."""
+    """All ranks' pieces `x` (of one shape and dtype) joined along `dim`, in the group's order; without autograd."""
     first = x.movedim(dim, 0) if dim else x
     with purpose(why):
         whole = wait(gather_ranks(first.contiguous(), group.size, group.name))
@@ -223,8 +228,9 @@ def gather_pieces(x: Tensor, group: Group, dim: int, why: str) -> Tensor:
 
 
 def scatter_sum(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, why: str) -> Tensor:
-    """This rank's piece along `dim` of the sum of tensors of one shape, summed and returned in `reduce`; without
-    autograd.
+    """This rank's piece along `dim` of the sum of the ranks' `x` (of one shape), summed and returned in `reduce`.
+
+    `reduce` None is the dtype of `x`. Without autograd.
     """
     first = x.movedim(dim, 0) if dim else x
     wide = first.contiguous() if reduce is None else first.to(reduce).contiguous()
@@ -234,7 +240,9 @@ def scatter_sum(x: Tensor, group: Group, dim: int, reduce: torch.dtype | None, w
 
 
 def sum_over(x: Tensor, group: Group, reduce: torch.dtype | None, why: str) -> Tensor:
-    """The sum over ranks of tensors of one shape, summed in `reduce`, in the dtype of `x`; without autograd."""
+    """The sum of the ranks' `x` (of one shape), summed in `reduce` (None: its dtype), in the dtype of `x`; without
+    autograd.
+    """
     wide = x.contiguous() if reduce is None else x.to(reduce).contiguous()
     with purpose(why):
         return wait(_c10d.all_reduce.default(wide, "sum", group.name)).to(x.dtype)
@@ -245,9 +253,10 @@ def sum_over(x: Tensor, group: Group, reduce: torch.dtype | None, why: str) -> T
     fake=lambda x, size, group: x.new_empty(size * x.shape[0], *x.shape[1:]),
 )
 def gather_ranks(x: Tensor, size: int, group: str) -> Tensor:
-    """Start to join the ranks' tensors along their first dim, `[n * x.shape[0], ...]`; `wait` for the result.
+    """Start to join the ranks' tensors (of one shape) along their first dim, `[size * x.shape[0], ...]`; `wait` for the
+    result.
 
-    The `out` form: torch 2.13's functional gather corrupts the heap on gloo when several are in flight.
+    The `out` form: torch 2.13's functional gather corrupts the heap on gloo when several are in flight. `size`: n.
     """
     out = x.new_empty(size * x.shape[0], *x.shape[1:])
     return _c10d.all_gather_into_tensor_out.default(x, size, group, out=out)
@@ -258,8 +267,10 @@ def gather_ranks(x: Tensor, size: int, group: str) -> Tensor:
     fake=lambda x, shift, size, group: x.new_empty(x.shape),
 )
 def shift_ranks(x: Tensor, shift: int, size: int, group: str) -> Tensor:
-    """Start to send `x` (any shape, equal on all ranks) `shift` ranks on, and to receive the like; `wait` for the
+    """Start to send `x` (any shape, equal on all ranks) `shift` ranks on, and to receive as much; `wait` for the
     result.
+
+    `size`: n.
     """
     me, flat = rank_in_group(group), x.flatten()
     send, receive = [0] * size, [0] * size
@@ -272,7 +283,10 @@ def shift_ranks(x: Tensor, shift: int, size: int, group: str) -> Tensor:
     fake=lambda x, send, receive, rows, group: x.new_empty(rows, *x.shape[1:]),
 )
 def exchange_rows(x_ND: Tensor, send_n: Tensor, receive_n: Tensor, rows: int, group: str) -> Tensor:
-    """Start an uneven exchange of rows, `[rows, ...]` come back; `wait` for the result."""
+    """Start an uneven exchange of rows, `send_n[j]` of them to rank j; `[rows, D]` come back; `wait` for the result.
+
+    `send_n`, `receive_n`: int64 `[n]` on the CPU. `rows`: the sum of `receive_n`.
+    """
     del rows
     return _c10d.all_to_all_single.default(x_ND, receive_n.tolist(), send_n.tolist(), group)
 

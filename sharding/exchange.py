@@ -1,5 +1,7 @@
 """Rows between ranks that share a pack: each row goes to the rank that holds its token, and to no other.
 
+`mesh` and `order` are the run's ranks and how those of the sequence axis share a pack's tokens (`Plan.order`).
+
 Legend: n ranks of the sequence axis, T tokens of this rank, P = T * n tokens of the pack, N rows here, R rows received,
 D model.
 """
@@ -61,7 +63,8 @@ def route(place_N: Tensor, tokens: int, *, mesh: Mesh, order: TokenOrder) -> Rou
 def merge_rows_sharded(x_TD: Tensor, rows_ND: Tensor, place_N: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
     """`ftrain.kernels.embedding.merge_rows` into the pack: rows of any rank over the tokens of all, `[T, D]`.
 
-    Bound to the primitive "merge" by a plan; each index is given by at most one row of the pack.
+    `place_N`: int64, the token of the pack that each row replaces; P for none. At most one row of the pack replaces a
+    token. A plan binds the primitive "merge" to it. ValueError on a CPU for an index given twice.
     """
     way = route(place_N, x_TD.shape[0], mesh=mesh, order=order)
     sent_ND = permute_rows(rows_ND, way.order_N)
@@ -70,7 +73,10 @@ def merge_rows_sharded(x_TD: Tensor, rows_ND: Tensor, place_N: Tensor, *, mesh: 
 
 
 def take_rows_sharded(x_TD: Tensor, place_N: Tensor, *, mesh: Mesh, order: TokenOrder) -> Tensor:
-    """`ftrain.kernels.pack.take_rows` from the pack: rows of the tokens of all ranks, `[N, D]`, differentiable."""
+    """`ftrain.kernels.pack.take_rows` from the pack: rows of the tokens of all ranks, `[N, D]`, differentiable.
+
+    `place_N`: int64, indices in the pack; P for none, which gives zeros.
+    """
     way = route(place_N, x_TD.shape[0], mesh=mesh, order=order)
     asked_RD = take_rows.local(x_TD, way.place_R)  # type: ignore[attr-defined]
     back_ND = all_to_all_rows(asked_RD, way.receive_n, way.send_n, place_N.shape[0], way.group, purpose="take")

@@ -62,7 +62,9 @@ class Placement:
 
     @functools.lru_cache(maxsize=1 << 14)  # noqa: B019  # of frozen values, asked for every leaf of every step
     def windows(self, mesh: Mesh, rank: int) -> tuple[tuple[int, int], ...]:
-        """For each dim the first index and the length of the part of the array that `rank` holds, padding left out."""
+        """For each dim the first index and the length of the part of the array that `rank` of `mesh` holds, padding
+        left out.
+        """
         found = [(0, size) for size in self.shape]
         for split in self.splits:
             step = self.local_shape[split.dim]
@@ -71,7 +73,10 @@ class Placement:
         return tuple(found)
 
     def shard(self, whole: Tensor, mesh: Mesh, rank: int) -> Tensor:
-        """The piece of `rank`, padded to `local_shape`, in memory of its own. `whole`: of `shape`, any dtype."""
+        """The piece of `rank` of `mesh`, padded with zeros to `local_shape`, contiguous and in memory of its own.
+
+        `whole`: the array of `shape`, any dtype.
+        """
         piece = whole
         for dim, (start, length) in enumerate(self.windows(mesh, rank)):
             piece = piece.narrow(dim, start, length)
@@ -82,7 +87,10 @@ class Placement:
         return padded
 
     def join(self, pieces: Sequence[Tensor], mesh: Mesh) -> Tensor:
-        """The whole array, of `shape`, from the pieces of all ranks in order (of copies: the first)."""
+        """The whole array, of `shape` and the pieces' dtype, from the pieces of all ranks of `mesh` in order.
+
+        `pieces`: of `local_shape`, padded; of copies the first is taken.
+        """
         if not self.splits:
             return pieces[0]
         whole = pieces[0].new_empty(self.shape)

@@ -65,7 +65,10 @@ set_local = DTensor.__dict__["_local_tensor"].__set__
 
 
 def dtensor_like(local: Tensor, spec: Any) -> DTensor:
-    """A DTensor around `local` (this rank's shape of it) with the spec of another, unchecked and without a gradient."""
+    """A DTensor around `local` (this rank's part, of its local shape), unchecked and without a gradient.
+
+    `spec`: of another DTensor (`spec_of`): its mesh, placements and global shape.
+    """
     return DTensor(local, spec, requires_grad=False)
 
 

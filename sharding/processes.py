@@ -100,9 +100,10 @@ class DeviceMeshes:
 
 
 def to_dtensor(piece: Tensor, placement: Placement, mesh: Mesh, rank: int, meshes: DeviceMeshes) -> Tensor:
-    """The DTensor of which `piece` (of the placement's `local_shape`, padded) is this rank's part.
+    """The DTensor of which `piece` (of the placement's `local_shape`, padded) is the part of `rank`.
 
-    An array without splits stays a plain tensor.
+    `meshes`: the DeviceMeshes of `mesh`, made once. The DTensor holds the piece without its padding, and the padded
+    memory behind it. An array without splits stays a plain tensor.
     """
     if not placement.splits:
         return piece

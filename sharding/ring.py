@@ -21,9 +21,10 @@ from ftrain.sharding.spmd import purpose
 
 
 class RingRule(NamedTuple):
-    """The group that forms the ring, how its members hold the pack (zigzag or in turn), and which keys a query sees.
+    """The group that forms the ring, how its members hold the pack, and which keys a query sees.
 
-    `causal`, `window`, `scale`: as in `ftrain.kernels.attention.attention`.
+    - `zigzag`: each member holds two halves of runs (see `ftrain.sharding.layout.Ring`), not one run.
+    - `causal`, `window`, `scale`: as in `ftrain.kernels.attention.attention`.
     """
 
     group: Group

@@ -133,10 +133,12 @@ def ring_forward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[T, H, V]` and log-sum-exp `[H, T]` over the keys seen so far (None in the first step) and these.
+    """Output `[T, H, V]` and log-sum-exp `[H, T]` over the keys seen so far and these, in the accumulation dtype.
 
-    Both have the accumulation dtype. `me`: this rank's position in the ring, 0-d int64 on the CPU; `host_index_P`: the
-    pack's document numbers (rising), int64 on the CPU.
+    - `kv_TGC`: keys and values, joined, of the member `step` positions before.
+    - `out_THV`, `lse_HT`: over the keys seen so far; None in the first step.
+    - `host_index_P`: the pack's document numbers (rising), int64 on the CPU; None is one document.
+    - `me`: this rank's position in the ring, 0-d int64 on the CPU. The rest are the fields of `Step`.
     """
     how, (T, H, K) = Step(step, ring, zigzag, causal, window, scale), q_THK.shape
     k_TGK, v_TGV = kv_TGC[..., :K], kv_TGC[..., K:]
@@ -183,8 +185,8 @@ def ring_backward(
 ) -> tuple[Tensor, Tensor]:
     """What this step adds to the gradients of the queries and of the member's keys and values, in the dtype of `lse`.
 
-    `out_THV` and `lse_HT` are those of the whole ring: the probabilities of any block follow from them. `me`: 0-d int64
-    on the CPU.
+    `out_THV` and `lse_HT` are those of the whole ring: the probabilities of any block follow from them. The other
+    arguments, `me` (0-d) among them, are those of `ring_forward`.
     """
     how, (T, _, K) = Step(step, ring, zigzag, causal, window, scale), q_THK.shape
     k_TGK, v_TGV = kv_TGC[..., :K], kv_TGC[..., K:]
@@ -207,7 +209,10 @@ def ring_backward(
 
 
 def merge_(out_LHV: Tensor, lse_HL: Tensor, more_LHV: Tensor, more_lse_HL: Tensor) -> None:
-    """Join attention over some keys, in place, with attention over others; `more` must have seen a key per query."""
+    """Join attention over some keys, in place, with attention over others; `more` must have seen a key per query.
+
+    `out_LHV`, `lse_HL`: overwritten, in the accumulation dtype.
+    """
     joined_HL = torch.logaddexp(lse_HL, more_lse_HL)
     out_LHV.mul_((lse_HL - joined_HL).exp_().mT[..., None])
     out_LHV.addcmul_(more_LHV, (more_lse_HL - joined_HL).exp_().mT[..., None].to(out_LHV.dtype))

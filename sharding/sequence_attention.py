@@ -61,7 +61,7 @@ def sequence_attention(
     - `q_THK`, `k_SGK`, `v_SGV`, `segments_T`: this rank's share of the pack, in the `order` of its tokens; the rest as
       in `attention`. Of `Documents` the ids are this rank's share, and the offsets those of the whole pack.
     - `documents_of`: gives `pack_documents` of a tensor of ids; one that remembers spares the gather in all layers but
-      the first. None gathers anew. Ulysses needs no gather where there are `Documents`.
+      the first. None gathers each time. Ulysses needs no gather where there are `Documents`.
     - `how`: Ulysses needs H divisible by its ranks, any G. A ring is exact for every rule, windows included; zigzag is
       in the order of the tokens, and balances causal work. Hybrid is Ulysses among neighbours and a ring across them.
     - With `kv_segments_S` the keys are this rank's share of another pack, in the same order: keys and values are
@@ -263,7 +263,10 @@ def _gather_keys(k_SGK: Tensor, v_SGV: Tensor, mesh: Mesh, order: TokenOrder) ->
 
 
 def gather_tokens(x_T: Tensor, mesh: Mesh, order: TokenOrder, *, purpose: str) -> Tensor:
-    """The whole pack along dim 0, in its order, from the shares of the sequence axis; differentiable."""
+    """The whole pack along dim 0, in its order, from this rank's share `x_T` (`[T, ...]`): `[P, ...]`, differentiable.
+
+    `purpose`: what tables call the message.
+    """
     return to_pack_order(all_gather(x_T, mesh.group("sequence"), purpose=purpose), order)
 
 
@@ -280,7 +283,7 @@ def from_pack_order(x_P: Tensor, order: TokenOrder) -> Tensor:
 
 
 def _held_chunks(order: TokenOrder) -> list[int] | None:
-    """Which chunk of the pack stands at each chunk's place in the order of the ranks; None if they are in turn."""
+    """Which chunk of the pack stands at each chunk's place in the order of the ranks; None if they are consecutive."""
     if not _is_zigzag(order):
         return None
     return [chunk for i in range(order.ring) for chunk in (i, 2 * order.ring - 1 - i)]

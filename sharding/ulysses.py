@@ -22,7 +22,7 @@ PURPOSE = "ulysses"
 
 
 class Heads(NamedTuple):
-    """How H query heads and G key/value heads are dealt to n ranks, which divide H.
+    """How H query heads and G key/value heads are distributed over n ranks, which divide H.
 
     >>> from ftrain.sharding.ulysses import Heads
     >>> heads = Heads(H=8, G=2, n=4)
@@ -68,7 +68,7 @@ class Heads(NamedTuple):
 
 
 def check_heads(H: int, G: int, group: Group, sequence: int, component: str) -> Heads:
-    """The deal of the heads. ValueError with the sizes, and what would fit, if H does not divide by the group.
+    """How the heads are distributed. ValueError with the sizes, and what would fit, if H does not divide by the group.
 
     `sequence`: the ranks of the sequence axis. `component`: what the message calls it.
     """
@@ -110,7 +110,7 @@ def heads_to_tokens(out_NhV: Tensor, *, group: Group) -> Tensor:
 
 
 def _dealt(x_TGK: Tensor, heads: Heads) -> Tensor:
-    """`[T, n, g, K]`: the key/value heads for each rank, views as far as they are evenly dealt."""
+    """`[T, n, g, K]`: the key/value heads for each rank, views as far as they divide evenly."""
     G, n, g = heads.G, heads.n, heads.keys
     if n * g == G:
         return x_TGK.unflatten(1, (n, g))

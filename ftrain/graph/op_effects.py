@@ -36,7 +36,7 @@ class Effect(enum.IntEnum):
 
 OURS = frozenset({"ftrain", "_c10d_functional", "prims"})
 """Namespaces whose ops do what their schemas say: see `ftrain.kernels.opaque`. Collectives are among them: when they
-may be made again is a question of cost."""
+may be recomputed is a question of cost."""
 
 HIDDEN_WRITES = {
     "aten::native_batch_norm": ("training", ("running_mean", "running_var")),
@@ -141,7 +141,11 @@ def effect_of_op(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Effect
 
 
 def hidden_writes(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[fx.Node]:
-    """The arguments that an op writes into though its schema does not say so."""
+    """The arguments that an op writes into though its schema does not say so, as `native_batch_norm` into its
+    statistics.
+
+    `args`, `kwargs`: those of the op, positional and by name; nodes or values.
+    """
     found = HIDDEN_WRITES.get(op._schema.name)
     if found is None or any(a.is_write for a in op._schema.arguments):
         return []
@@ -153,8 +157,9 @@ def hidden_writes(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[
 
 
 def argument_reader(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Callable:
-    """A function from an argument's name to its value, or to its default where it is not given; None if there is
-    none.
+    """A function from an argument's name to its value, or to its default where it is not given; None if there is none.
+
+    `args`, `kwargs`: those of the op, positional and by name.
     """
     arguments = op._schema.arguments
     given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}

@@ -1,4 +1,4 @@
-"""The order of the nodes of a graph, set in one place."""
+"""The order of the nodes of a graph."""
 
 from collections.abc import Sequence
 from itertools import pairwise

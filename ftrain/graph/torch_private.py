@@ -63,9 +63,10 @@ def tracing_graph() -> fx.Graph | None:
 
 
 def trace_to_graph(function: Callable, fakes: list[Any]) -> fx.GraphModule:
-    """Trace a function of flat fake tensors to a graph of ATen ops and opaque ops.
+    """Trace a function of flat fake tensors (`fakes`, its arguments) to a graph of ATen ops and opaque ops.
 
-    An enclosing trace is paused, so a body of a loop can be traced in the middle of another trace.
+    An enclosing trace is paused, so a body of a loop can be traced in the middle of another trace. What torch raises
+    for what it cannot trace passes through: see DATA_DEPENDENT, DYNAMIC_SHAPE and UNSUPPORTED.
     """
     lazily = _use_lazy_graph_module(True)  # source code is made on the first call, not after each pass
     with disable_proxy_modes_tracing(), torch.autograd.set_multithreading_enabled(False), lazily:
@@ -109,7 +110,15 @@ def paused_trace() -> Iterator[None]:
 def emit_node(
     target: Callable, body: fx.GraphModule, name: str, args: tuple, outputs: list[Tensor], meta: dict[str, Any]
 ) -> list[Tensor]:
-    """Append `target(body, *args)` to the trace; `outputs` are fake tensors that now stand for its results."""
+    """Append a node `target(body, *args)` to the trace under way, and let `outputs` (fake tensors) stand for its
+    results.
+
+    - `body`: a graph that the trace's module will hold, under `name` and a number.
+    - `args`: as the target takes them, with tensors of the trace.
+    - `meta`: metadata of all nodes that are made.
+
+    Returns `outputs`. AssertionError outside of a trace.
+    """
     mode = get_proxy_mode()
     assert mode is not None, "emit_node is only for use inside a trace"
     tracer: Any = mode.tracer
@@ -206,7 +215,9 @@ def attention_choices() -> tuple[bool, bool, bool]:
 
 
 def addresses_equal(tensors: Sequence[Tensor], addresses: Sequence[int], slots: Sequence[int]) -> bool:
-    """True if the tensors at these positions lie where they are said to; in C++ where torch was built for CUDA."""
+    """True if `tensors[i]` lies at `addresses[i]` (`data_ptr`) for all i of `slots`; in C++ where torch was built for
+    CUDA.
+    """
     compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
     if compare is not None:
         return compare(tensors, addresses, slots)
@@ -258,7 +269,9 @@ def free_sizes(value: Any) -> set[Any]:
 
 
 def largest_sizes(value: Any, known: Collection[Any]) -> dict[Any, int | None]:
-    """The symbols in a fake value that are not `known`, each with the largest number it can be, if known."""
+    """The symbols in a fake value (a tensor, a number or several) that are not in `known`, each with the largest number
+    it can be; None where that is unknown or 2^40 and more.
+    """
     found: dict[Any, int | None] = {}
     for part in value if isinstance(value, list | tuple) else [value]:
         sizes = part.shape if isinstance(part, Tensor) else [part]

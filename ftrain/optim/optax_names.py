@@ -22,7 +22,14 @@ def adam(learning_rate: LearningRate, b1: float = 0.9, b2: float = 0.999, eps: f
     """Adam without weight decay: `p <- p - rate * m / (sqrt(v) + eps)`, m and v without bias (Kingma and Ba, arXiv
     1412.6980).
 
-    `adamw` explains the arguments. ValueError for values out of range.
+    `learning_rate`, `b1`, `b2`, `eps`: as in `adamw`. ValueError for values out of range.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.adam(0.1)
+    >>> params = {"w": torch.ones(1)}
+    >>> tx.update({"w": torch.tensor([5.0])}, tx.init(params), params)[0]
+    {'w': tensor([-0.1000])}
     """
     return adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=0.0)
 
@@ -30,7 +37,7 @@ def adam(learning_rate: LearningRate, b1: float = 0.9, b2: float = 0.999, eps: f
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
     """Gradients become `m / (sqrt(v) + eps)`: Adam's direction, uphill, to be scaled by `scale_by_learning_rate`.
 
-    `adamw` explains the arguments. ValueError for values out of range.
+    `b1`, `b2`, `eps`: as in `adamw`. ValueError for values out of range.
     """
     inner = adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=0.0)
 
@@ -73,6 +80,12 @@ def linear_schedule(init_value: float, end_value: float, transition_steps: int, 
     """`init_value` up to count `transition_begin`, then a line to `end_value`, `transition_steps` later, then that.
 
     ValueError for values below 0 and less than one step.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> rate = optim.linear_schedule(1.0, 0.0, transition_steps=4, transition_begin=2)
+    >>> [float(rate(torch.tensor(count))) for count in (0, 2, 4, 6)]
+    [1.0, 1.0, 0.5, 0.0]
     """
     line = linear(init_value, end_value, steps=transition_steps)
     require_range("transition_begin", transition_begin, 0)
@@ -95,6 +108,12 @@ def warmup_cosine_decay_schedule(
 
     As in optax `decay_steps` counts from 0, so it holds the warm-up. ValueError where it is not longer, and for values
     below 0.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> rate = optim.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps=2, decay_steps=6)
+    >>> [round(float(rate(torch.tensor(count))), 3) for count in (0, 1, 2, 4, 6)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     require_range("warmup_steps", warmup_steps, 1)
     if decay_steps <= warmup_steps:

@@ -15,7 +15,7 @@ from ftrain.optim.transform import Transform, device_of, merge, new_count, requi
 from ftrain.tree import Tree
 
 _LOST = 16
-"""Bits of a float32 that a bfloat16 has not."""
+"""Bits of a float32 that a bfloat16 lacks."""
 
 
 class RoundingState(NamedTuple):

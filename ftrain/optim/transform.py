@@ -55,6 +55,11 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     """`params + updates`, each leaf in its parameter's dtype: summed in the wider of the two, rounded once.
 
     ValueError unless both trees have one structure and equal shapes; it names the leaf.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> optim.apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([-0.5, 0.0])})
+    {'w': tensor([0.5000, 1.0000])}
     """
     require_like(updates, params, name="the updates")
     return tree.map(_add, params, updates)
@@ -143,7 +148,10 @@ def decays(mask: Mask, params: Tree) -> Tree:
 
 
 def require_like(updates: Tree, params: Tree, *, name: str = "the gradients") -> None:
-    """ValueError unless both trees have one structure and equal shapes; it names the leaf."""
+    """ValueError unless `updates` have the structure of `params` and equal shapes; it names the leaf.
+
+    `name`: what the message calls the updates.
+    """
     tree.require_same(params, updates, names=("the parameters", name))
     for i, (p, u) in enumerate(zip(tree.leaves(params), tree.leaves(updates), strict=True)):
         if p.shape != u.shape:
