@@ -21,7 +21,7 @@ from ftrain.graph.torch_private import shapes_of_result
 from ftrain.kernels.mean import Mean, WeightedSum, count_of, sum_over_batch
 from ftrain.trace.batch_sums import answering, require_constant, whole_sums
 from ftrain.trace.grad import differentiated
-from ftrain.trace.parameter_view import views_of
+from ftrain.trace.parameter_view import compute_views
 
 
 def accumulate(loss_fn: Callable, micro_batches: int, *, has_aux: bool = False) -> "Accumulated":
@@ -56,7 +56,7 @@ class Accumulated:
     def __call__(self, params: Any, batch: Any) -> Any:
         """The loss over all micro-batches, without gradients."""
         leaves, params_tree = tree.flatten(params)
-        leaves = [v(x) for v, x in zip(views_of(leaves), leaves, strict=True)]
+        leaves = [v(x) for v, x in zip(compute_views(leaves), leaves, strict=True)]
         xs, batch_tree = self._leaves(batch)
 
         def loss_of(leaves: list[Tensor], batch: list[Tensor]) -> tuple[Any, Any]:
@@ -89,7 +89,7 @@ class Accumulated:
                 f"the has_aux it was made with ({self.has_aux})"
             )
         xs, batch_tree = self._leaves(args[1])
-        views = views_of(leaves)
+        views = compute_views(leaves)
 
         def loss_of(params: list[Tensor], batch: list[Tensor]) -> tuple[Any, Any]:
             (shown,) = tree.unflatten(treedef, [v(x) for v, x in zip(views, params, strict=True)])

@@ -19,7 +19,7 @@ from ftrain import tree
 from ftrain.graph.source import user_site
 from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.mean import Mean, WeightedSum
-from ftrain.trace.parameter_view import see, views_of
+from ftrain.trace.parameter_view import materialize, compute_views
 from ftrain.trace.provenance import current_provenance
 from ftrain.trace.spmd import current_sharded, note_gradients
 
@@ -58,8 +58,8 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = tree.flatten([args[n] for n in numbers])
         _check_floating(args, numbers)
-        views = views_of(leaves)
-        others = [arg if i in numbers else tree.map(see, arg) for i, arg in enumerate(args)]
+        views = compute_views(leaves)
+        others = [arg if i in numbers else tree.map(materialize, arg) for i, arg in enumerate(args)]
 
         def loss_of_leaves(*new_leaves: Tensor) -> tuple[Any, Any]:
             new_args = list(others)
@@ -94,14 +94,16 @@ def forward(fn: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return fn(*(tree.map(_shown if i in numbers else see, arg) for i, arg in enumerate(args)), **kwargs)
+        return fn(
+            *(tree.map(_materialize if i in numbers else materialize, arg) for i, arg in enumerate(args)), **kwargs
+        )
 
     return wrapped
 
 
-def _shown(leaf: Any) -> Any:
+def _materialize(leaf: Any) -> Any:
     floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return views_of([leaf], differentiated=False)[0](leaf) if floating else see(leaf)
+    return compute_views([leaf], differentiated=False)[0](leaf) if floating else materialize(leaf)
 
 
 def differentiated(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:

@@ -11,11 +11,11 @@ from ftrain.trace.spmd import current_sharded
 View = Callable[[Tensor], Tensor]
 
 
-def views_of(leaves: Sequence[Tensor], *, differentiated: bool = True) -> list[View]:
-    """For each leaf the function that a loss sees it through; also for tensors that stand for the leaf (detached).
+def compute_views(leaves: Sequence[Tensor], *, differentiated: bool = True) -> list[View]:
+    """For each leaf the function that makes of it what a loss computes with: cast to the compute dtype, and gathered.
 
-    ValueError on a mesh for an input of the step that is `differentiated`, and of which the plan does not know what it
-    is.
+    The function also takes tensors that stand for the leaf (detached). ValueError on a mesh for an input of the step
+    that is `differentiated` and whose placement the plan does not know.
     """
     trace = current_sharded()
     for leaf in leaves if trace is not None and differentiated else ():
@@ -23,8 +23,10 @@ def views_of(leaves: Sequence[Tensor], *, differentiated: bool = True) -> list[V
     return [_gathered(leaf) or _cast for leaf in leaves]
 
 
-def see(leaf: Tensor) -> Tensor:
-    """A tensor that is not differentiated as a loss sees it: gathered if it is a piece of an array, never cast."""
+def materialize(leaf: Tensor) -> Tensor:
+    """What a loss computes with for a tensor (any shape) that is not differentiated: gathered if it is a piece, never
+    cast.
+    """
     trace = current_sharded()
     if trace is None or trace.placement_of_piece(leaf) is None:
         return leaf
