@@ -19,7 +19,7 @@ from ftrain import tree
 from ftrain.graph.source import user_site
 from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.mean import Mean, WeightedSum
-from ftrain.trace.parameter_view import materialize, compute_views
+from ftrain.trace.parameter_view import compute_views, materialize
 from ftrain.trace.provenance import current_provenance
 from ftrain.trace.spmd import current_sharded, note_gradients
 
