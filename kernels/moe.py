@@ -100,6 +100,13 @@ def permute_rows(rows_ND: Tensor, order_N: Tensor) -> Tensor:
     """Row `order[n]` at index n: `[N, D]`, for a permutation `order_N` (int64).
 
     `restore_rows` is its inverse and its transpose, so gradients are gathers too.
+
+    >>> import torch
+    >>> from ftrain.kernels.moe import permute_rows, restore_rows
+    >>> order_N = torch.tensor([2, 0, 1])
+    >>> rows_ND = permute_rows(torch.tensor([[0.0], [1.0], [2.0]]), order_N)
+    >>> rows_ND.flatten(), restore_rows(rows_ND, order_N).flatten()
+    (tensor([2., 0., 1.]), tensor([0., 1., 2.]))
     """
     return _Spread.apply(rows_ND, order_N, 1)
 

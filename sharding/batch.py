@@ -22,7 +22,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """A leaf whose `dim` is divided evenly among all ranks: features of media, targets of decoders."""
+    """A leaf whose `dim` is divided evenly among all ranks: features of media, targets of decoders.
+
+    >>> import torch
+    >>> from ftrain.sharding import BatchRows, Mesh
+    >>> from ftrain.sharding.batch import TokenOrder, share
+    >>> mesh = Mesh(shard=2, kind="virtual")
+    >>> share(torch.arange(6), BatchRows(), path="rows", tokens=8, order=TokenOrder(), mesh=mesh, rank=1)
+    tensor([3, 4, 5])
+    """
 
     dim: int = 0
 
@@ -32,6 +40,13 @@ class TokenIndices:
     """int64 rows that hold the index in the batch of the token that a row stands at; the number of tokens means none.
 
     The rows are divided evenly among all ranks, and a rank sees indices in its own pack.
+
+    >>> import torch
+    >>> from ftrain.sharding import Mesh, TokenIndices
+    >>> from ftrain.sharding.batch import TokenOrder, share
+    >>> mesh, index = Mesh(shard=2, kind="virtual"), torch.tensor([0, 8, 5, 7])
+    >>> share(index, TokenIndices(), path="index", tokens=8, order=TokenOrder(), mesh=mesh, rank=1)
+    tensor([1, 3])
     """
 
 

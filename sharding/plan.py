@@ -64,6 +64,11 @@ class Plan:
         """The layout of the component that the parameter, or component, at `path` belongs to.
 
         ValueError where two globs that decide differently are equally specific.
+
+        >>> from ftrain import Layout, Mesh, Plan
+        >>> plan = Plan(Mesh(shard=4, kind="virtual"), components={"layers.*.attention": Layout(("shard",))})
+        >>> plan.layout("layers.3.attention.w_q").parameters, plan.layout("layers.3.mlp.w_up").parameters
+        (('shard',), ('shard', 'sequence'))
         """
         return self._layouts.find(path, self.default) or self.default
 
@@ -109,6 +114,12 @@ class Plan:
         """How the batch's leaf at `path` is divided; the most specific glob that matches decides.
 
         ValueError where two globs that decide differently are equally specific.
+
+        >>> from ftrain import Mesh, Plan
+        >>> from ftrain.sharding import BatchRows
+        >>> plan = Plan(Mesh(shard=4, kind="virtual"), batch={"images": BatchRows()})
+        >>> plan.batch_rule("images.pixels"), plan.batch_rule("tokens")
+        (BatchRows(dim=0), Tokens(dim=0))
         """
         default: BatchRule = Offsets() if path.rpartition(".")[2] == "offsets_N" else Tokens()
         return self._batch.find(path, default) or default

@@ -230,6 +230,14 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
     """Multiply every update by the schedule's value, which is positive: put `scale(-1.0)` beside it to descend.
 
     `schedule`: from the count of updates made (0-d int64) to a 0-d float32.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.chain(optim.scale_by_schedule(optim.linear(0.0, 1.0, steps=2)), optim.scale(-1.0))
+    >>> params = grads = {"w": torch.ones(1)}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> tx.update(grads, state, params)[0]
+    {'w': tensor([-0.5000])}
     """
 
     def update(updates: Tree, state: ScheduleState, params: Tree) -> tuple[Tree, ScheduleState]:
@@ -244,6 +252,13 @@ def add_decayed_weights(weight_decay: float, *, mask: Mask = None) -> Transform:
     """Add `weight_decay * p` to every update whose leaf `mask` selects (None: all), before it is scaled.
 
     `mask`: a tree of bools, or a function from parameters to one. ValueError for a decay below 0.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.chain(optim.add_decayed_weights(0.5), optim.scale(-0.1))
+    >>> params = grads = {"w": torch.ones(1)}
+    >>> tx.update(grads, tx.init(params), params)[0]
+    {'w': tensor([-0.1500])}
     """
     require_range("weight_decay", weight_decay, 0.0)
 
@@ -262,6 +277,13 @@ def freeze() -> Transform:
     """Zero updates, whatever the gradients (NaN included): for groups of a `multi_transform` that must not move.
 
     The zeros are not made from the gradients, so the backward that only these would need is not part of the step.
+
+    >>> import torch
+    >>> from ftrain import optim
+    >>> tx = optim.freeze()
+    >>> params = {"w": torch.ones(1)}
+    >>> tx.update({"w": torch.tensor([float("nan")])}, tx.init(params), params)[0]
+    {'w': tensor([0.])}
     """
 
     def update(updates: Tree, state: EmptyState, params: Tree) -> tuple[Tree, EmptyState]:
