@@ -6,7 +6,8 @@ import torch
 
 
 def first_order(op: Callable, kernel: str) -> Callable:
-    """Wrap the opaque backward of `kernel` so that differentiating its result raises NotImplementedError naming it.
+    """Wrap the opaque backward `op` of `kernel`: the same function, but differentiating its result raises
+    NotImplementedError naming the kernel.
 
     An opaque op is a constant to autograd: without this a second derivative through it would silently be zero.
     `torch.autograd.function.once_differentiable` does not suffice: it is silent too under `torch.func`, and where the

@@ -76,7 +76,10 @@ class DeviceMeshes:
         self._made: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
 
     def describe(self, placement: Placement) -> tuple[DeviceMesh, list[Any]]:
-        """The DeviceMesh and the DTensor placements of an array; all ranks call this in one order."""
+        """The DeviceMesh and the list of DTensor placements of an array placed as `placement` says.
+
+        A mesh is made at the first call for it, in which all ranks take part: they call this in one order.
+        """
         base = EXPERT_AXES if any(a.startswith("expert") for s in placement.splits for a in s.axes) else BASE_AXES
         split = {a for s in placement.splits for a in s.axes}
         dims = [(a,) for a in base if a not in split] + [s.axes for s in placement.splits]

@@ -60,6 +60,7 @@ def sequence_attention(
 
     - `q_THK`, `k_SGK`, `v_SGV`, `segments_T`: this rank's share of the pack, in the `order` of its tokens; the rest as
       in `attention`. Of `Documents` the ids are this rank's share, and the offsets those of the whole pack.
+    - `mesh`: the ranks, of which those of the sequence axis take part. `component`: what a message calls the attention.
     - `documents_of`: gives `pack_documents` of a tensor of ids; one that remembers spares the gather in all layers but
       the first. None gathers each time. Ulysses needs no gather where there are `Documents`.
     - `how`: Ulysses needs H divisible by its ranks, any G. A ring is exact for every rule, windows included; zigzag is
@@ -271,13 +272,13 @@ def gather_tokens(x_T: Tensor, mesh: Mesh, order: TokenOrder, *, purpose: str) -
 
 
 def to_pack_order(x_P: Tensor, order: TokenOrder) -> Tensor:
-    """From the order in which ranks hold a pack's tokens (dim 0) to the pack's own."""
+    """`x_P` (`[P, ...]`, any dtype) from the order in which ranks hold a pack's tokens to the pack's own order."""
     held = _held_chunks(order)
     return x_P if held is None else _rearranged(x_P, [held.index(chunk) for chunk in range(len(held))])
 
 
 def from_pack_order(x_P: Tensor, order: TokenOrder) -> Tensor:
-    """From a pack's own order (dim 0) to the order in which ranks hold its tokens: the inverse of `to_pack_order`."""
+    """`x_P` (`[P, ...]`, any dtype) from the pack's own order to that in which ranks hold its tokens."""
     held = _held_chunks(order)
     return x_P if held is None else _rearranged(x_P, held)
 

@@ -58,8 +58,9 @@ def fill_padding(piece: Tensor, dim: int, start: int | Tensor, size: int, fill: 
 
 
 def mean_over(x: Tensor, dims: Sequence[int], placement: Placement, mesh: Mesh) -> Tensor:
-    """The mean over these dims of the whole array, kept as dims of size 1; `x` has the shape of the placement's
-    piece.
+    """The mean over these dims of the whole array, kept as dims of size 1, in the dtype of `x`.
+
+    `x`: this rank's piece, of the placement's `local_shape`, padded with zeros. `mesh`: of the placement.
     """
     total = x.sum(tuple(dims), keepdim=True)
     count = 1

@@ -45,7 +45,10 @@ def is_users(file: str) -> bool:
 
 
 def user_site() -> Site | None:
-    """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit."""
+    """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit.
+
+    None where no frame is the user's.
+    """
     here: FrameType | None = sys._getframe(1)
     while here is not None:
         if not _is_machinery(here.f_code.co_filename):

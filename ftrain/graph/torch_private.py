@@ -388,10 +388,11 @@ def fake_mode_of(fakes: list[Any]) -> FakeTensorMode:
 
 
 def compile_with_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
-    """Compile a graph of functional ops and final `copy_`s to inputs; shapes, and strides of results, are the trace's.
+    """Compile a graph of functional ops and final `copy_`s to inputs; returns a function of the graph's inputs.
 
-    The graph goes to Inductor below AOTAutograd, which has nothing to do for it and whose wrapper costs more per call
-    than a launch. Inductor then lacks the decompositions that AOTAutograd applies: they are traced through here.
+    It returns the graph's outputs, a list, with the shapes and strides of the trace. The graph goes to Inductor below
+    AOTAutograd, which has nothing to do for it and whose wrapper costs more per call than a launch. Inductor then lacks
+    the decompositions that AOTAutograd applies: they are traced through here.
     """
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
