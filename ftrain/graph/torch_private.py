@@ -337,7 +337,7 @@ def references(tensors: Sequence[Tensor]) -> tuple[list[int], References]:
 
 
 def weak_reference(tensor: Tensor) -> Any:
-    """Keeps the identity of a tensor's memory from being used again, and not the memory."""
+    """Keeps the identity of the memory of a tensor of any shape from being used again, and not the memory."""
     return StorageWeakRef(tensor.untyped_storage())
 
 

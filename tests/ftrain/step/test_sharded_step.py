@@ -11,7 +11,7 @@ from ftrain.kernels.mean import sum_over_batch
 from ftrain.modules import moe
 from ftrain.modules.moe import MoEConfig
 from ftrain.modules.spec import Constant, ParamSpec, ones
-from ftrain.sharding import CapacityFactor, Dropless, Layout, Mesh, Plan, BatchRows
+from ftrain.sharding import BatchRows, CapacityFactor, Dropless, Layout, Mesh, Plan
 from tests.helpers.mesh_models import accumulated, compare, dense, mixture, plan_for
 
 FSDP = [Mesh(1, 2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(1, 8, kind="virtual"), Mesh(4, 1, kind="virtual")]
