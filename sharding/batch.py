@@ -70,6 +70,16 @@ class Offsets:
 BatchRule = Tokens | BatchRows | TokenIndices | Replicated | Offsets
 
 
+def default_rule(path: str) -> BatchRule:
+    """The rule of a leaf of which nobody says one: offsets of `Documents` are those of packs, a random `key` is the
+    same everywhere, all else has one entry per token.
+    """
+    name = path.rpartition(".")[2]
+    if name == "offsets_N":
+        return Offsets()
+    return Same() if name == "key" else Tokens()
+
+
 class TokenOrder(NamedTuple):
     """How `ranks` share the tokens of a pack: consecutive runs, or with `zigzag` over the `ring` (see
     `ftrain.sharding.layout.Ring`).

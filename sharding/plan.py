@@ -5,7 +5,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Never
 
-from ftrain.sharding.batch import BatchRule, Offsets, TokenOrder, Tokens
+from ftrain.sharding.batch import BatchRule, TokenOrder, default_rule
 from ftrain.sharding.layout import Hybrid, Layout, Ring
 from ftrain.sharding.link import Link
 from ftrain.sharding.mesh import Mesh
@@ -21,7 +21,7 @@ class Plan:
     - `components`: globs over the paths of parameters ("encoders", "foundation.layers.*.moe") -> `Layout`.
     - `batch`: globs over the paths of the batch -> a rule (`Tokens`, `BatchRows`, `TokenIndices`, `Replicated`,
       `Offsets`). Without a match a leaf has one entry per token in dim 0, but for the offsets of `Documents`, which are
-      those of packs.
+      those of packs, and for what is called `key`, which all ranks see.
     - `link`: what a message costs, by which communication is bucketed and hidden.
 
     A glob names a leaf or a node and holds for all below it; the most specific decides (`ftrain.sharding.paths`).
@@ -121,8 +121,7 @@ class Plan:
         >>> plan.batch_rule("images.pixels"), plan.batch_rule("tokens")
         (BatchRows(dim=0), Tokens(dim=0))
         """
-        default: BatchRule = Offsets() if path.rpartition(".")[2] == "offsets_N" else Tokens()
-        return self._batch.find(path, default) or default
+        return self._batch.find(path) or default_rule(path)
 
     def require_batch(self, paths: Iterable[str]) -> None:
         """ValueError that names a glob of `batch` which matches none of these paths, and the nearest of them."""

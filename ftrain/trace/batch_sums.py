@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from ftrain.graph.loop import loop, zeros_like_all
-from ftrain.graph.torch_private import node_of, shapes_of_result
+from ftrain.graph.torch_private import node_of
 from ftrain.kernels.mean import sum_over_batch
 from ftrain.kernels.primitive import bind
 from ftrain.trace.provenance import sources
@@ -49,13 +49,14 @@ def answering(known: Mapping[int, Tensor]) -> Iterator[Questions]:
         yield questions
 
 
-def whole_sums(run: Run, micro_batches: int, leaves: list[Tensor], xs: list[Tensor]) -> list[Tensor]:
+def whole_sums(
+    run: Run, micro_batches: int, leaves: list[Tensor], xs: list[Tensor], shapes: Sequence[Tensor]
+) -> list[Tensor]:
     """The sums over the whole batch (and all ranks) that `run` asks for, in order, as constants.
 
-    `xs`: the leaves of the batch, each with a leading dim of `micro_batches`. ValueError if micro-batches ask for other
-    sums than the first.
+    `xs`: the leaves of the batch, each with a leading dim of `micro_batches`; `shapes`: of the sums that the first
+    micro-batch asks for. ValueError if others ask for other sums.
     """
-    shapes = shapes_of_result(lambda: _ask(run, leaves, [x[0] for x in xs], {}).asked)
     known: dict[int, Tensor] = {}
     while len(known) < len(shapes):
         missing = [i for i in range(len(shapes)) if i not in known]

@@ -70,11 +70,17 @@ def functionalize(
 
 
 def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
-    """What a loop's body calls its inputs: the step's leaves by their paths, other tensors by their nodes."""
+    """What a loop's body calls its inputs: the step's leaves, and parts of them, by their paths, other tensors by their
+    nodes."""
     placeholders = [n for n in loop.graph.nodes if n.op == "placeholder"]
     known = dict(zip(placeholders, input_paths, strict=True))
     given = [n for group in loop.args[2:] for n in group]  # type: ignore[union-attr]
-    return [known.get(n, f"a loop's input {n}") for n in given]
+    return [known.get(_divided(n), f"a loop's input {n}") for n in given]
+
+
+def _divided(node: fx.Node) -> fx.Node:
+    """What was divided into parts where a node is that."""
+    return node.args[0] if node.target is torch.ops.aten.view.default else node  # type: ignore[return-value]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ftrain.modules.mesh_packing import BATCH, pack_for_mesh
 from ftrain.modules.moe import MoEConfig
 from ftrain.modules.packing import Budget
 from ftrain.modules.spec import Normal, map_with_paths
-from ftrain.sharding import Layout, Mesh, Offsets, Plan, Tokens
+from ftrain.sharding import Layout, Mesh, Plan, Tokens
 from tests.helpers.tiny_omni import MODEL as OMNI
 from tests.helpers.tiny_omni import documents
 
@@ -173,20 +173,9 @@ def plan_for(model: Model, mesh: Mesh, *args: Layout, components: Mapping[str, L
 
 
 def accumulated(model: Model, micro_batches: int) -> Model:
-    """The same model over micro-batches; leaves of the batch have their number as first dim."""
-
-    def step_batch(packs: int) -> dict[str, Any]:
-        batches = [model.batch(packs) for _ in range(micro_batches)]
-        return tree.map(lambda *leaves: torch.stack(leaves), *batches)
-
-    loss = ftrain.accumulate(model.loss, micro_batches, has_aux=True)
-    told = any(path.endswith("offsets_N") for path in tree.paths(model.batch(1)))
-    rules = {
-        "*": Tokens(1),
-        **({"**.offsets_N": Offsets(1)} if told else {}),
-        **{glob: replace(rule, dim=rule.dim + 1) for glob, rule in model.rules.items()},
-    }
-    return Model(model.specs, loss, step_batch, rules)
+    """The same model over micro-batches: its batch for so many packs has as many for each data rank."""
+    loss = ftrain.accumulate(model.loss, micro_batches, has_aux=True, batch=model.rules)
+    return replace(model, loss=loss, batch=lambda packs: model.batch(packs * micro_batches))
 
 
 __all__ = ["Model", "accumulated", "compare", "dense", "diffusion", "language_model", "mixture", "omni", "plan_for"]

@@ -47,7 +47,7 @@ def test_the_loss_of_joined_packs_is_that_of_each():
 
 
 def test_the_loss_of_micro_batches_is_that_of_each():
-    step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, micro_batches=4)))
+    step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, micro_batches=4, stacked=True)))
     torch.testing.assert_close(step(PARAMS, stack_packs(PACKS))[0], one_by_one())
 
 

@@ -147,12 +147,12 @@ def test_planned_peak_is_the_measured_peak(name, remat):
 def test_planned_peak_with_micro_batches(donate):
     loss, params, (x, y) = STEPS["mlp"]()
     batch = (x.reshape(4, 16, 64), y.reshape(4, 16, 64))
-    assert_planned(jit(momentum_step(accumulate(loss, 4)), donate=donate), momentum_state(params), batch)
+    assert_planned(jit(momentum_step(accumulate(loss, 4, stacked=True)), donate=donate), momentum_state(params), batch)
 
 
 def test_micro_batches_hold_one_sum_of_gradients():
     params, (x, y) = stack_params(8, 64), stack_batch(8, 64)
-    step = jit(momentum_step(accumulate(stack_loss, 4)), donate="state")
+    step = jit(momentum_step(accumulate(stack_loss, 4, stacked=True)), donate="state")
     batch = (x.reshape(4, 2, 64), y.reshape(4, 2, 64))
     gradients = sum(leaf.nbytes for layer in params["layers"] for leaf in layer.values())
     assert step.lower(momentum_state(params), batch).memory().peak < 1.5 * gradients

@@ -38,7 +38,7 @@ GRAPHS = {
     **{f"random {seed}": (lambda seed=seed: random_planner(seed).module) for seed in range(6)},
     **{f"offloaded {seed}": (lambda seed=seed: offloaded(seed)) for seed in range(3)},
     **{f"block {name}": (lambda name=name: planner_of(BLOCKS[name]).module) for name in BLOCKS},
-    "loop": lambda: jit(value_and_grad(accumulate(wide_loss, 4))).lower(STATE["params"], MICRO).graph,
+    "loop": lambda: jit(value_and_grad(accumulate(wide_loss, 4, stacked=True))).lower(STATE["params"], MICRO).graph,
     "offload in place": lambda: jit(momentum_step(wide_loss), donate="state", remat=ALL).lower(STATE, BATCH).executed,
     "dense on a mesh": lambda: lowered_on_mesh(dense(), link=SLOW).graph,
     "mixture on a mesh": lambda: lowered_on_mesh(mixture(), link=SLOW).graph,

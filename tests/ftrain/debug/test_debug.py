@@ -75,7 +75,7 @@ def test_arguments_that_are_not_finite_are_named(step, value):
 
 
 def test_the_round_of_a_loop_is_told():
-    step = momentum_step(accumulate(lambda p, x: Mean.of((x @ p["w"]).log()), 3))
+    step = momentum_step(accumulate(lambda p, x: Mean.of((x @ p["w"]).log()), 3, stacked=True))
     state, _ = make()
     batch = torch.ones(3, 2, 4)
     batch[2, 1] = 0

@@ -33,7 +33,7 @@ def test_in_the_body_of_a_loop_too():
     def loss(w, batch):
         return ftrain.Mean(F.mse_loss((batch @ w).transpose(1, 2), y, reduction="sum"), torch.tensor(1.0))
 
-    step = ftrain.value_and_grad(ftrain.accumulate(loss, 2))
+    step = ftrain.value_and_grad(ftrain.accumulate(loss, 2, stacked=True))
     batch = torch.stack([x, -x])
     jitted = ftrain.jit(step)
     for _ in range(2):

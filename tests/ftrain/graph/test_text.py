@@ -30,7 +30,7 @@ def test_a_line_says_what_runs_and_where_it_comes_from():
 
 def test_bodies_of_loops_are_indented():
     x, y = stack_batch()
-    lines = text_of(accumulate(stack_loss, 2), (x.reshape(2, 4, 16), y.reshape(2, 4, 16)))
+    lines = text_of(accumulate(stack_loss, 2, stacked=True), (x.reshape(2, 4, 16), y.reshape(2, 4, 16)))
     loops = [i for i, line in enumerate(lines) if " = loop(2, " in line]
     assert len(loops) == 2
     assert all(lines[i + 1].startswith("    arg0_1: ") for i in loops)

@@ -26,7 +26,7 @@ def test_results_are_equal_to_the_bit(loss, micro_batches):
     params = stack_params() if loss is stack_loss else wide_params()
     batch = stack_batch()
     if micro_batches:
-        loss, batch = accumulate(loss, 2), tuple(x.reshape(2, 4, 16) for x in batch)
+        loss, batch = accumulate(loss, 2, stacked=True), tuple(x.reshape(2, 4, 16) for x in batch)
     results = [jit(momentum_step(loss), donate="state", remat=p)(momentum_state(params), batch) for p in POLICIES]
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[0], results[2])

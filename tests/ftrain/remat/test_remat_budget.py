@@ -70,7 +70,7 @@ def test_an_impossible_budget_names_the_smallest_one_and_what_stands_in_the_way(
 
 
 def test_the_smallest_budget_is_that_of_the_whole_step_also_where_a_loop_stands_in_the_way():
-    loss, batch = accumulate(wide_loss, 4), tuple(x.reshape(4, 64, 16) for x in BATCH)
+    loss, batch = accumulate(wide_loss, 4, stacked=True), tuple(x.reshape(4, 64, 16) for x in BATCH)
     with pytest.raises(ImpossibleBudget) as refusal:
         lowered(Remat(budget="1KB"), loss=loss, batch=batch)
     smallest = refusal.value.smallest
@@ -96,7 +96,7 @@ def test_paths_are_kept_or_computed_again():
 
 def test_micro_batches_fit_too():
     batch = tuple(x.reshape(4, 64, 16) for x in stack_batch(256))
-    loss = accumulate(wide_loss, 4)
+    loss = accumulate(wide_loss, 4, stacked=True)
     none = lowered("none", loss=loss, batch=batch).memory()
     remat = Remat(budget=int(none.inputs + 0.6 * none.peak))
     assert lowered(remat, loss=loss, batch=batch).memory().total <= remat.budget

@@ -76,7 +76,7 @@ def test_a_step_without_ops_has_a_report(tmp_path):
 def test_the_timeline_is_the_plan_by_kind(micro_batches):
     loss, (x, y) = stack_loss, stack_batch()
     if micro_batches:
-        loss, x, y = accumulate(stack_loss, 2), x.reshape(2, 4, 16), y.reshape(2, 4, 16)
+        loss, x, y = accumulate(stack_loss, 2, stacked=True), x.reshape(2, 4, 16), y.reshape(2, 4, 16)
     compiled = jit(momentum_step(loss), donate="state").lower(momentum_state(stack_params()), (x, y))
     samples = memory_timeline(compiled.executed)
     assert max(s.total for s in samples) == compiled.memory().peak

@@ -24,7 +24,7 @@ def halves():
 
 def steps():
     state, batch = momentum_state(stack_params()), stack_batch(8)
-    micro = momentum_step(accumulate(stack_loss, 2))
+    micro = momentum_step(accumulate(stack_loss, 2, stacked=True))
     model = mixture()
     params, data = ftrain.init(model.specs, ftrain.key(0)), model.batch(2)
     by_price = ftrain.Remat(us_per_mb=1e6)
@@ -113,7 +113,7 @@ def test_a_pass_is_left_out_by_name(monkeypatch):
 
 
 def test_the_runner_goes_into_the_bodies_of_loops():
-    step = ftrain.jit(momentum_step(accumulate(stack_loss, 2)), donate="state")
+    step = ftrain.jit(momentum_step(accumulate(stack_loss, 2, stacked=True)), donate="state")
     compiled = step.lower(momentum_state(stack_params()), halves())
     module = copy_graph(compiled.graph)
     seen = []

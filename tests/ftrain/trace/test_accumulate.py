@@ -18,7 +18,7 @@ from tests.helpers.momentum_steps import momentum_state, momentum_step, stack_ba
 either_way = pytest.mark.parametrize("run", [lambda f: f, jit], ids=["eager", "jit"])
 
 
-def split(batch, n):
+def stack(batch, n):
     return tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
 
 
@@ -49,9 +49,17 @@ def test_micro_batches_with_unequal_counts_equal_one_batch(run, n):
     params, batch = stack_params(), masked_batch()
     expected = value_and_grad(masked_losses, has_aux=True)(params, batch)
     loss = accumulate(masked_losses, n, has_aux=True)
-    assert_close(run(value_and_grad(loss, has_aux=True))(params, split(batch, n)), expected)
-    assert_close(run(lambda p, b: loss(p, b)[0].value())(params, split(batch, n)), expected[0][0])
-    assert_close(run(grad(loss, has_aux=True))(params, split(batch, n))[0], expected[1])
+    assert_close(run(value_and_grad(loss, has_aux=True))(params, batch), expected)
+    assert_close(run(lambda p, b: loss(p, b)[0].value())(params, batch), expected[0][0])
+    assert_close(run(grad(loss, has_aux=True))(params, batch)[0], expected[1])
+
+
+@either_way
+def test_micro_batches_may_be_stacked_already(run):
+    params, batch = stack_params(), masked_batch()
+    expected = value_and_grad(masked_losses, has_aux=True)(params, batch)
+    loss = accumulate(masked_losses, 3, has_aux=True, stacked=True)
+    assert_close(run(value_and_grad(loss, has_aux=True))(params, stack(batch, 3)), expected)
 
 
 def balanced_loss(params, x):
@@ -69,8 +77,8 @@ def test_sums_over_the_batch_are_those_of_the_whole_batch(run, n):
     params, x = {"w": torch.randn(3, 3, dtype=torch.float64)}, torch.randn(8, 3, dtype=torch.float64)
     x = x + torch.arange(8)[:, None]  # micro-batches that differ
     loss = accumulate(balanced_loss, n)
-    assert_close(run(value_and_grad(loss))(params, split(x, n)), value_and_grad(balanced_loss)(params, x))
-    assert_close(run(lambda p, b: loss(p, b).value())(params, split(x, n)), balanced_loss(params, x).value())
+    assert_close(run(value_and_grad(loss))(params, x), value_and_grad(balanced_loss)(params, x))
+    assert_close(run(lambda p, b: loss(p, b).value())(params, x), balanced_loss(params, x).value())
 
 
 @either_way
@@ -78,18 +86,18 @@ def test_sums_over_the_batch_are_those_of_the_whole_batch(run, n):
 def test_the_balance_loss_of_experts_is_that_of_the_whole_batch(run, score):
     cfg = moe.MoEConfig(8, 6, experts=4, top_k=2, score=score)
     params = init(moe.specs(cfg), key(1))
-    x = torch.randn(4, 8, 8) + 2 * torch.randn(4, 1, 8)
+    x = torch.randn(32, 8) + 2 * torch.randn(4, 8).repeat_interleave(8, 0)
 
     def loss(params, x):
         out, stats = moe.apply(params, x, cfg=cfg)
         return weighted_sum({"out": Mean.of(out.square()), "balance": moe.aux_loss(stats)}, {"balance": 0.1})
 
-    expected = value_and_grad(loss)(params, x.flatten(0, 1))
+    expected = value_and_grad(loss)(params, x)
     assert_close(run(value_and_grad(accumulate(loss, 4)))(params, x), expected)
 
 
 def test_sums_cost_a_loop_only_where_they_are_asked_for():
-    params, x = {"w": torch.randn(3, 3)}, torch.randn(4, 2, 3)
+    params, x = {"w": torch.randn(3, 3)}, torch.randn(8, 3)
     loops = {}
     for name, loss in (("plain", stack_free_loss), ("sums", balanced_loss)):
         graph = jit(grad(accumulate(loss, 4))).lower(params, x).graph
@@ -108,7 +116,7 @@ def test_a_sum_that_depends_on_the_parameters_is_refused(run):
         return Mean(sum_over_batch((x @ params["w"]).sum()).square(), torch.tensor(1))
 
     with pytest.raises(ValueError, match=r"call 1 of sum_over_batch.*depends on the parameters.*detach it"):
-        run(grad(accumulate(loss, 2)))({"w": torch.ones(3, 3)}, torch.ones(2, 4, 3))
+        run(grad(accumulate(loss, 2)))({"w": torch.ones(3, 3)}, torch.ones(8, 3))
 
 
 @either_way
@@ -118,7 +126,7 @@ def test_all_rows_masked_is_harmless(run):
         return Mean(((x @ params["w"]).sum(-1) * mask).sum(), mask.sum())
 
     value, grads = run(value_and_grad(accumulate(loss, 2)))(
-        {"w": torch.ones(3, 3)}, (torch.ones(2, 4, 3), torch.zeros(2, 4))
+        {"w": torch.ones(3, 3)}, (torch.ones(8, 3), torch.zeros(8))
     )
     assert value.item() == 0
     assert grads["w"].abs().sum() == 0
@@ -132,7 +140,7 @@ def test_the_graph_does_not_grow_with_the_number():
     counts = set()
     for n in (2, 8):
         step = jit(momentum_step(accumulate(stack_loss, n)), donate="state")
-        compiled = step.lower(momentum_state(stack_params()), split(stack_batch(8), n))
+        compiled = step.lower(momentum_state(stack_params()), stack_batch(8))
         counts.add(nodes_in(compiled.graph))
     assert len(counts) == 1
 
@@ -140,7 +148,7 @@ def test_the_graph_does_not_grow_with_the_number():
 def test_counting_computes_no_layers():
     params, batch = stack_params(), masked_batch()
     step = jit(value_and_grad(accumulate(masked_losses, 3, has_aux=True), has_aux=True))
-    counting, computing = [n for n in step.lower(params, split(batch, 3)).graph.graph.nodes if is_loop(n)]
+    counting, computing = [n for n in step.lower(params, batch).graph.graph.nodes if is_loop(n)]
     assert graph_cost(loop_body(counting)).flops == 0
     assert graph_cost(loop_body(computing)).flops > 0
 
@@ -148,7 +156,7 @@ def test_counting_computes_no_layers():
 def test_flops_are_those_of_one_batch():
     params, batch = stack_params(), stack_batch(8)
     whole = jit(grad(stack_loss)).lower(params, batch).cost().flops
-    parts = jit(grad(accumulate(stack_loss, 4))).lower(params, split(batch, 4)).cost().flops
+    parts = jit(grad(accumulate(stack_loss, 4))).lower(params, batch).cost().flops
     assert parts == whole
 
 
@@ -162,8 +170,8 @@ def test_losses_may_close_over_tensors_of_the_step(run):
 
         return value_and_grad(accumulate(loss, 2))(params, batch)
 
-    arguments = {"w": torch.randn(3, 3)}, torch.randn(2, 4, 3), torch.tensor(1.5)
-    expected = value_and_grad(lambda p, b: Mean.of((b @ p["w"] * 3).square()))(arguments[0], arguments[1].flatten(0, 1))
+    arguments = {"w": torch.randn(3, 3)}, torch.randn(8, 3), torch.tensor(1.5)
+    expected = value_and_grad(lambda p, b: Mean.of((b @ p["w"] * 3).square()))(arguments[0], arguments[1])
     assert_close(run(step)(*arguments), expected)
 
 
@@ -174,8 +182,8 @@ def test_losses_may_write_into_temporaries(run):
         hidden += 1
         return Mean.of(hidden.square_())
 
-    params, x = {"w": torch.randn(3, 3)}, torch.randn(2, 4, 3)
-    expected = value_and_grad(lambda p, x: Mean.of((x @ p["w"] + 1).square()))(params, x.flatten(0, 1))
+    params, x = {"w": torch.randn(3, 3)}, torch.randn(8, 3)
+    expected = value_and_grad(lambda p, x: Mean.of((x @ p["w"] + 1).square()))(params, x)
     assert_close(run(value_and_grad(accumulate(loss, 2)))(params, x), expected)
 
 
@@ -186,7 +194,7 @@ def test_a_step_around_a_loop_may_write_into_temporaries():
         total += grads["w"]
         return total
 
-    params, x = {"w": torch.randn(3, 3)}, torch.randn(2, 4, 3)
+    params, x = {"w": torch.randn(3, 3)}, torch.randn(8, 3)
     compiled = jit(step).lower(params, x)
     assert sum(is_loop(n) for n in compiled.graph.graph.nodes) == 2
     assert_close(jit(step)(params, x), step(params, x))
@@ -199,7 +207,7 @@ def test_writing_into_the_batch_names_the_leaf():
 
     with pytest.raises(ValueError, match=r"writes into its input 'batch\.x'.*test_accumulate\.py"):
         jit(lambda params, batch: grad(accumulate(loss, 2))(params, batch))(
-            {"w": torch.ones(3, 3)}, {"x": torch.ones(2, 4, 3)}
+            {"w": torch.ones(3, 3)}, {"x": torch.ones(8, 3)}
         )
 
 
@@ -209,7 +217,11 @@ def test_writing_into_the_batch_names_the_leaf():
         (lambda: accumulate(stack_loss, 0), "micro_batches must be at least 1, not 0"),
         (
             lambda: grad(accumulate(stack_loss, 3))(stack_params(), stack_batch(8)),
-            r"over 3 micro-batches: batch leaf '0' has shape \(8, 16\); its first dim must be 3",
+            r"over 3 micro-batches: batch leaf '0' of shape \[8, 16\] does not divide: dim 0 must be a multiple of 3",
+        ),
+        (
+            lambda: grad(accumulate(stack_loss, 3, stacked=True))(stack_params(), stack_batch(8)),
+            r"over 3 stacked micro-batches: batch leaf '0' has shape \(8, 16\); its first dim must be 3",
         ),
         (lambda: grad(accumulate(lambda p, b: b.sum(), 2))({"w": torch.ones(1)}, torch.ones(2, 3)), "must be a Mean"),
         (lambda: grad(accumulate(stack_loss, 2), argnums=1)(stack_params(), stack_batch(2)), "in its first argument"),

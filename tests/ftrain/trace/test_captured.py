@@ -126,7 +126,7 @@ def test_one_that_became_the_state_is_not_written_over():
 
 def test_a_loop_and_what_follows_it_read_the_same_one():
     table = torch.linspace(0, 1, 3)
-    loss = ftrain.accumulate(lambda w, x: ftrain.Mean((x * w * table).sum(), torch.tensor(2.0)), 2)
+    loss = ftrain.accumulate(lambda w, x: ftrain.Mean((x * w * table).sum(), torch.tensor(2.0)), 2, stacked=True)
 
     def step(w, x):
         value, grads = ftrain.value_and_grad(loss)(w, x)

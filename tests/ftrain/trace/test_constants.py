@@ -24,7 +24,7 @@ def test_a_captured_tensor_is_the_same_after_every_call(view, micro_batches):
         flat = (w * x).square()
         return ftrain.Mean((flat * view(scale)).sum(), torch.tensor(9.0))
 
-    plain = ftrain.value_and_grad(ftrain.accumulate(loss, micro_batches) if micro_batches else loss)
+    plain = ftrain.value_and_grad(ftrain.accumulate(loss, micro_batches, stacked=True) if micro_batches else loss)
     x = torch.randn(3, 9, dtype=torch.float64) if micro_batches else torch.randn(9, dtype=torch.float64)
     w, before = torch.randn(9, dtype=torch.float64), scale.clone()
     expected, step = plain(w, x), ftrain.jit(plain)

@@ -80,7 +80,7 @@ def test_a_loop_over_turned_rows_is_refused():
     def loss(w, x):
         return ftrain.Mean.of(F.dropout(x, 0.5) @ w)
 
-    step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, 2)))
+    step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, 2, stacked=True)))
     w, x = torch.randn(5), torch.randn(2, 5, 4).transpose(1, 2)
     step(w, x.contiguous())
     with pytest.raises(ValueError, match=r"aten.bernoulli.* along the memory.*leaf 'batch' with strides"):

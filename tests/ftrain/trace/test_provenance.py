@@ -29,7 +29,7 @@ def step(state, x):
 
 
 def accumulated_step(state, x):
-    return value_and_grad(accumulate(loss, 2))(state, x)
+    return value_and_grad(accumulate(loss, 2, stacked=True))(state, x)
 
 
 LINE = loss.__code__.co_firstlineno

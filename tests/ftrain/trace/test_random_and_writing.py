@@ -145,7 +145,7 @@ def test_micro_batches_draw_as_in_eager_code(options):
         return ftrain.Mean(y.square().sum(), torch.tensor(float(ROWS))), {"mean": statistics[0]}
 
     def step(w, x):
-        (value, aux), grads = ftrain.value_and_grad(ftrain.accumulate(loss, 3, has_aux=True), has_aux=True)(w, x)
+        (value, aux), grads = ftrain.value_and_grad(ftrain.accumulate(loss, 3, has_aux=True, stacked=True), has_aux=True)(w, x)
         return w - 0.1 * grads, (value, aux)
 
     def twice(run):
@@ -190,7 +190,7 @@ def test_micro_batches_draw_as_in_a_plain_loop(wrap):
     p = {"w": torch.randn(WIDTH, WIDTH)}
     results = []
     for run in (
-        wrap(ftrain.value_and_grad(ftrain.accumulate(noisy_loss, 3, has_aux=True), has_aux=True)),
+        wrap(ftrain.value_and_grad(ftrain.accumulate(noisy_loss, 3, has_aux=True, stacked=True), has_aux=True)),
         in_a_plain_loop(noisy_loss),
     ):
         torch.manual_seed(5)
@@ -212,7 +212,7 @@ def randomly_balanced(p, x):
 @pytest.mark.parametrize("loss", [randomly_masked, randomly_balanced])
 def test_counts_that_are_random_are_refused_in_a_step(loss):
     p, x = torch.randn(WIDTH, WIDTH), torch.randn(3, ROWS, WIDTH)
-    step = ftrain.value_and_grad(ftrain.accumulate(loss, 3))
+    step = ftrain.value_and_grad(ftrain.accumulate(loss, 3, stacked=True))
     with pytest.raises(
         ValueError, match=r"test_random_and_writing.py:\d+.*depends on random numbers.*ftrain.bernoulli"
     ):
@@ -222,7 +222,7 @@ def test_counts_that_are_random_are_refused_in_a_step(loss):
 def test_counts_that_are_random_are_those_of_the_loss_in_eager_code():
     p, x = torch.randn(WIDTH, WIDTH), torch.randn(3, ROWS, WIDTH)
     torch.manual_seed(5)
-    value, _ = ftrain.value_and_grad(ftrain.accumulate(randomly_masked, 3))(p, x)
+    value, _ = ftrain.value_and_grad(ftrain.accumulate(randomly_masked, 3, stacked=True))(p, x)
     torch.manual_seed(5)
     found = [randomly_masked(p, row) for row in x]
     torch.testing.assert_close(value, sum(m.total for m in found) / sum(m.count for m in found))

@@ -140,7 +140,7 @@ def test_a_failing_op_in_a_loop_names_the_users_line():
     def loss(w, at):
         return ftrain.Mean(w[at].square().sum(), torch.tensor(2.0))
 
-    step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, 2)))
+    step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, 2, stacked=True)))
     with pytest.raises(IndexError, match=r"test_refusals.py:\d+ \(loss\): .*w\[at\]"):
         step(torch.randn(4, 3), torch.tensor([[0, 1], [2, 9]]))
 

@@ -1,0 +1,292 @@
+"""A batch divided into micro-batches, by the rules that say how ranks share it (`ftrain.sharding.batch`).
+
+A whole batch is one pack after the other, `micro_batches` of them for each data rank: micro-batches are to time what
+data ranks are to space. So a batch that is packed for micro-batches is a batch for the loss as it is, too, shared out by
+the same rules. Where the ranks of a sequence axis share a data rank's packs, each holds a run of all of them and needs
+its run of every single one; then the leaves of the batch are exchanged among these ranks first.
+
+m micro-batches, P tokens of a data rank's packs together, T tokens of a pack, t of them on this rank, S ranks of the
+sequence axis, N rows or documents.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ftrain import tree
+from ftrain.kernels.documents import Documents
+from ftrain.kernels.opaque import opaque_op
+from ftrain.kernels.pack import draw_over_batch, pack_tokens
+from ftrain.kernels.primitive import bind
+from ftrain.kernels.random import Window
+from ftrain.sharding.batch import BatchRule, Offsets, Places, Rows, Same, Tokens, default_rule
+from ftrain.sharding.collectives import gather_pieces
+from ftrain.sharding.exchange import draw_over_batch_sharded
+from ftrain.sharding.paths import Rules
+from ftrain.sharding.sequence_attention import from_pack_order, to_pack_order
+from ftrain.sharding.spmd import axis_index
+from ftrain.trace.spmd import ShardedTrace, current_sharded
+
+
+class MicroBatches(NamedTuple):
+    """Leaves with a leading dim of micro-batches, and the micro-batch that one element of each of them makes."""
+
+    leaves: list[Tensor]
+    put: Callable[[list[Tensor]], Any]
+
+
+def stacked(batch: Any, count: int) -> MicroBatches:
+    """Of a batch whose leaves have a leading dim of micro-batches already. ValueError names one that has not."""
+    for path, leaf in zip(tree.paths(batch), tree.leaves(batch), strict=True):
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != count:
+            shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                f"accumulate over {count} stacked micro-batches: batch leaf {path!r} has shape {shape}; its first dim "
+                f"must be {count} (without stacked=True the batch is divided here)"
+            )
+    leaves, treedef = tree.flatten(batch)
+    return MicroBatches(leaves, partial(tree.unflatten, treedef))
+
+
+def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxyType({})) -> MicroBatches:
+    """A batch, or a rank's share of one, divided by these rules, else those of the plan of the trace under way, else:
+    0-d leaves and keys are the same everywhere, others are divided along dim 0.
+
+    ValueError names a leaf that does not divide; an error of the same kind, when the step runs on a CPU (on CUDA: an
+    assertion on the device), names one in which a document would be cut.
+    """
+    trace = current_sharded()
+    own = Rules(dict(rules), "accumulate(batch=...)", below=True)
+    paths, leaves = tree.paths(batch), tree.leaves(batch)
+    own.require_used(paths)
+    found = [_rule(path, leaf, own, trace) for path, leaf in zip(paths, leaves, strict=True)]
+    cut = _Division(count, _tokens(leaves, found), trace)
+    made = [cut.leaf(path, leaf, rule) for path, leaf, rule in zip(paths, leaves, found, strict=True)]
+    treedef = tree.flatten(_with_bound(batch, cut.tokens // count * cut.ranks))[1]
+    divided = [x for x, rule in zip(made, found, strict=True) if not isinstance(rule, Same)]
+
+    def put(parts: list[Tensor]) -> Any:
+        of = iter(parts)
+        whole = [x if isinstance(rule, Same) else next(of) for x, rule in zip(made, found, strict=True)]
+        return tree.unflatten(treedef, whole)
+
+    if not divided:
+        raise ValueError(f"accumulate over {count} micro-batches: no leaf of the batch is divided")
+    return MicroBatches(divided, put)
+
+
+def _rule(path: str, leaf: Any, own: Rules[BatchRule], trace: ShardedTrace | None) -> BatchRule:
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        return Same()
+    found = own.find(path)
+    if found is not None:
+        return found
+    if trace is None:
+        return default_rule(path)
+    return trace.plan.batch_rule(trace.batch_path(leaf) or path)
+
+
+def _tokens(leaves: Sequence[Any], rules: Sequence[BatchRule]) -> int:
+    """How many tokens a rank has: by the first leaf that has one entry per token."""
+    sizes = (x.shape[r.dim] for x, r in zip(leaves, rules, strict=True) if isinstance(r, Tokens) and x.dim() > r.dim)
+    return int(next(sizes, 0))
+
+
+def _with_bound(batch: Any, tokens: int) -> Any:
+    """The batch with documents of at most so many tokens, which is all that a micro-batch has."""
+    nodes, treedef = tree.flatten_until(batch, Documents)
+    bounded = [
+        replace(x, longest=min(x.longest, tokens)) if isinstance(x, Documents) and tokens else x for x in nodes
+    ]
+    return tree.unflatten(treedef, bounded)
+
+
+class _Division:
+    """How the leaves of a rank's batch become micro-batches. `tokens`: that this rank has; `ranks`: S."""
+
+    def __init__(self, count: int, tokens: int, trace: ShardedTrace | None) -> None:
+        self.count, self.tokens = count, tokens
+        self.mesh = None if trace is None or trace.plan.mesh.sequence == 1 else trace.plan.mesh
+        self.order = None if trace is None else trace.plan.order
+        self.ranks = 1 if self.mesh is None else self.mesh.sequence
+
+    def leaf(self, path: str, leaf: Any, rule: BatchRule) -> Any:
+        """The leaf with a leading dim of micro-batches; as it is by the rule `Same`."""
+        if isinstance(rule, Same):
+            return leaf
+        if isinstance(rule, Offsets):
+            return self._offsets(leaf, rule)
+        if isinstance(rule, Places):
+            self._require_divides(path, leaf, 0)
+            whole = self._gathered(leaf, 0) if self.mesh is not None else leaf
+            places_MN = _micro_places(whole, self.count, self.tokens * self.ranks, path)
+            return places_MN if self.mesh is None else self._own_rows(places_MN)
+        self._require_divides(path, leaf, rule.dim)
+        tells = _tells_documents(path, leaf)
+        if self.mesh is None:
+            whole = _whole_documents(leaf, self.count, rule.dim, path) if tells else leaf
+            return _first(whole.unflatten(rule.dim, (self.count, -1)), rule.dim)
+        return self._exchanged(path, leaf, rule, tells=tells)
+
+    def _require_divides(self, path: str, leaf: Tensor, dim: int) -> None:
+        size = leaf.shape[dim] if leaf.dim() > dim else 0
+        if leaf.dim() <= dim or size % self.count:
+            share = "a rank's share of " if current_sharded() is not None else ""
+            raise ValueError(
+                f"accumulate over {self.count} micro-batches: {share}batch leaf {path!r} of shape {list(leaf.shape)} "
+                f"does not divide: dim {dim} must be a multiple of {self.count}; pack to such a budget, or say how the "
+                "leaf is divided, as accumulate(..., batch={"
+                f"{path!r}: Tokens(dim) or Same()}})"
+            )
+
+    def _exchanged(self, path: str, leaf: Tensor, rule: Tokens | Rows, *, tells: bool) -> Tensor:
+        """This rank's run of each of the packs, of which the ranks of the sequence axis hold a run of all."""
+        whole = self._gathered(_first(leaf, rule.dim), 0)
+        zigzag = isinstance(rule, Tokens)
+        assert self.order is not None
+        if zigzag:
+            chunks = self.count * self.order.chunks
+            if whole.shape[0] % chunks:
+                raise ValueError(
+                    f"accumulate over {self.count} micro-batches: batch leaf {path!r} has {whole.shape[0]} tokens for "
+                    f"each data rank, which do not divide into {self.count} packs x {self.order.chunks} chunks"
+                )
+            whole = to_pack_order(whole, self.order)
+        if tells:
+            whole = _whole_documents(whole, self.count, 0, path)
+        parts_MN = whole.unflatten(0, (self.count, -1))
+        if zigzag:
+            parts_MN = from_pack_order(parts_MN.movedim(1, 0), self.order).movedim(0, 1)
+        own_MN = self._own_rows(parts_MN)
+        return own_MN if rule.dim == 0 else own_MN.movedim(1, rule.dim + 1).contiguous()
+
+    def _own_rows(self, parts_MN: Tensor) -> Tensor:
+        """This rank's run of the second dim."""
+        size = parts_MN.shape[1] // self.ranks
+        mine_n = axis_index("sequence") * size + torch.arange(size)
+        return parts_MN.index_select(1, mine_n.to(parts_MN.device))
+
+    def _gathered(self, leaf: Tensor, dim: int) -> Tensor:
+        assert self.mesh is not None
+        group = self.mesh.group("sequence")
+        if leaf.dtype == torch.bool:  # which not every backend sends
+            return gather_pieces(leaf.to(torch.uint8), group, dim, "micro_batches").to(torch.bool)
+        return gather_pieces(leaf, group, dim, "micro_batches")
+
+    def _offsets(self, offsets: Tensor, rule: Offsets) -> Tensor:
+        """Offsets of each micro-batch, with as many places as all have: those of other documents have length zero."""
+        if rule.dim:
+            raise ValueError(f"accumulate divides offsets of documents along dim 0, not {rule.dim}")
+        dtype, end, parts_m = offsets.dtype, offsets[-1:], torch.arange(self.count, device=offsets.device)
+        if rule.of == "rows" and self.mesh is not None:
+            # those of all rows of the pack; of its parts, number j * S + s is micro-batch j's on rank s
+            starts_S1 = torch.arange(self.ranks, device=offsets.device)[:, None] * end
+            offsets = (self._gathered(offsets[None], 0) + starts_S1).flatten()
+            parts_m = parts_m * self.ranks + axis_index("sequence").to(offsets.device)
+        step = torch.div(end, self.count, rounding_mode="floor")
+        inside = (offsets - parts_m[:, None] * step).clamp(min=0).minimum(step)
+        return inside.to(dtype)
+
+
+def _first(x: Tensor, dim: int) -> Tensor:
+    """With this dim as the first; for dim 0 the tensor itself, else a copy that lies so."""
+    return x if dim == 0 else x.movedim(dim, 0).contiguous()
+
+
+def _tells_documents(path: str, leaf: Tensor) -> bool:
+    """Whether a leaf says by ids where documents are: in `Documents`, or under the usual name."""
+    name = path.rpartition(".")[2]
+    return leaf.dtype == torch.int64 and (name == "ids_T" or name.startswith("segments"))
+
+
+@contextmanager
+def drawing_as_one_batch(number: Tensor | None, count: int) -> Iterator[list[bool]]:
+    """Within the block `draw_over_batch` gives micro-batch `number` of `count` the numbers that its rows have in the
+    whole batch; the list that it yields is not empty once something was drawn. None: of the first.
+    """
+    drawn: list[bool] = []
+
+    def draw(draw: Callable[..., Tensor], key: Tensor, shape: tuple[int, ...], *, dim: int = 0) -> Tensor:
+        drawn.append(True)
+        tokens = pack_tokens(shape[dim])
+
+        def windowed(key: Tensor, whole: tuple[int, ...], window: Window | None = None) -> Tensor:
+            window = window or Window((0,) * len(whole), whole)
+            first = window.start[dim]
+            at = first + (first // tokens * (count - 1) + (0 if number is None else number)) * tokens
+            start = tuple(at if d == dim else s for d, s in enumerate(window.start))
+            shape = tuple(n * count if d == dim else n for d, n in enumerate(whole))
+            return draw(key, shape, window=Window(start, window.size))
+
+        return _outer_draw()(windowed, key, shape, dim=dim)
+
+    with bind({"draw_over_batch": draw}):
+        yield drawn
+
+
+def _outer_draw() -> Callable[..., Tensor]:
+    """`draw_over_batch` as it is around the loop: on a mesh a rank's window of the numbers, else all of them."""
+    trace = current_sharded()
+    if trace is None or trace.plan.mesh.size == 1:
+        return draw_over_batch.local  # type: ignore[attr-defined]
+    return partial(draw_over_batch_sharded, mesh=trace.plan.mesh, order=trace.plan.order)
+
+
+@opaque_op(
+    "whole_documents(Tensor ids, int parts, int dim, str leaf) -> Tensor",
+    fake=lambda ids, parts, dim, leaf: ids.new_empty(ids.shape),
+)
+def _whole_documents(ids: Tensor, parts: int, dim: int, leaf: str) -> Tensor:
+    """A copy of the ids of documents; ValueError (on CUDA: an assertion on the device) where two of `parts` equal parts
+    along `dim` share a document.
+    """
+    rows = ids.movedim(dim, 0)
+    border_m = torch.arange(1, parts, device=ids.device) * (rows.shape[0] // parts)
+    same_m = (rows.index_select(0, border_m) == rows.index_select(0, border_m - 1)).reshape(parts - 1, -1).all(1)
+    advice = (
+        f"it would be cut in two. A batch is one pack after the other, {parts} for each data rank: pack documents so "
+        "that none lies in two (ftrain.modules.mesh_packing.pack_for_mesh(packs=micro-batches x data ranks), "
+        "ftrain.modules.packs.join_packs), or, if two documents share the id, give one another"
+    )
+    what = f"accumulate over {parts} micro-batches: batch leaf {leaf!r}: a document"
+    if ids.is_cuda:
+        torch._assert_async(~same_m.any(), f"{what} goes on where another micro-batch begins: {advice}")
+    elif bool(same_m.any()):
+        number = int(same_m.nonzero()[0, 0]) + 1
+        border = number * (rows.shape[0] // parts)
+        raise ValueError(
+            f"{what} (id {rows[border].flatten()[0]}) goes on over token {border}, where micro-batch {number} begins: "
+            f"{advice}"
+        )
+    return ids.clone(memory_format=torch.contiguous_format)
+
+
+@opaque_op(
+    "micro_places(Tensor place, int parts, int tokens, str leaf) -> Tensor",
+    fake=lambda place, parts, tokens, leaf: place.new_empty(parts, place.shape[0] // parts),
+)
+def _micro_places(place_N: Tensor, parts: int, tokens: int, leaf: str) -> Tensor:
+    """Places among `tokens` tokens as those of each of `parts` equal parts, `[parts, N / parts]`; nowhere stays so.
+
+    ValueError (on CUDA: an assertion on the device) for a row that stands at a token of another part.
+    """
+    length = tokens // parts
+    place_MN = place_N.unflatten(0, (parts, -1))
+    local_MN = place_MN - torch.arange(parts, device=place_N.device)[:, None] * length
+    nowhere_MN = place_MN == tokens
+    wrong = (~nowhere_MN & ((local_MN < 0) | (local_MN >= length))).any()
+    words = (
+        f"accumulate over {parts} micro-batches: batch leaf {leaf!r}: a row stands at a token of another micro-batch; "
+        "a pack's rows and its tokens must be in the same part of the batch (ftrain.modules.mesh_packing)"
+    )
+    if place_N.is_cuda:
+        torch._assert_async(~wrong, words)
+    elif bool(wrong):
+        raise ValueError(words)
+    return torch.where(nowhere_MN, length, local_MN)
