@@ -8,8 +8,10 @@ shard x sequence: of the `shard * sequence` ranks of a replica, number `f = d * 
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Literal, NamedTuple
+
+from ftrain.sharding.foreign_axes import require_own_axes
 
 Kind = Literal["process", "virtual", "fake"]
 BASE_AXES = ("replicate", "shard", "sequence")
@@ -34,6 +36,7 @@ class Mesh:
     - `kind`: "process" (one rank per process, torch.distributed), "virtual" (all ranks in lockstep in this process), or
       "fake" (shapes only: a step can be lowered, not run).
 
+    The other parameters are axes of other trainers: any size but 1 is a ValueError that says what to take here.
     ValueError names sizes that do not fit together, and an unknown kind.
 
     >>> from ftrain import Mesh
@@ -50,8 +53,21 @@ class Mesh:
     sequence: int = 1
     expert: int = 1
     kind: Kind = "process"
+    _: KW_ONLY
+    tensor: InitVar[int] = 1
+    pipeline: InitVar[int] = 1
+    tp: InitVar[int] = 1
+    pp: InitVar[int] = 1
+    cp: InitVar[int] = 1
+    ep: InitVar[int] = 1
+    dp: InitVar[int] = 1
+    fsdp: InitVar[int] = 1
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, tensor: int, pipeline: int, tp: int, pp: int, cp: int, ep: int, dp: int, fsdp: int
+    ) -> None:
+        foreign = {"tensor": tensor, "pipeline": pipeline, "tp": tp, "pp": pp, "cp": cp, "ep": ep}
+        require_own_axes({**foreign, "dp": dp, "fsdp": fsdp})
         for axis in (*BASE_AXES, "expert"):
             size = getattr(self, axis)
             if not isinstance(size, int) or size < 1:

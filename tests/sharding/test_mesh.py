@@ -1,5 +1,6 @@
 """The mesh: groups partition the ranks, and sizes that do not fit are refused with those that would."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -73,3 +74,28 @@ def test_sizes_and_kinds_are_checked(arguments, message):
 def test_an_unknown_axis_is_named():
     with pytest.raises(ValueError, match="no axis 'tensor'; it has replicate, shard, sequence, expert"):
         Mesh(1, 2).group("tensor")
+
+
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [
+        ("tensor", "no tensor parallelism here, by design: divide parameters with shard .*sequence.*expert.*offload"),
+        ("tp", "no tensor parallelism here"),
+        ("pipeline", "no pipeline parallelism here, by design: .*shard.*expert.*offload.*micro-batches"),
+        ("pp", "no pipeline parallelism here"),
+        ("cp", "called sequence here"),
+        ("ep", "called expert here"),
+        ("dp", "called shard here where ranks divide the parameters too, and replicate"),
+        ("fsdp", "called shard here"),
+    ],
+)
+def test_axes_of_other_trainers_are_refused_with_what_to_take(axis, words):
+    with pytest.raises(ValueError, match=rf"^Mesh\({axis}=2\): .*{words}"):
+        Mesh(**{axis: 2})
+    assert Mesh(shard=2, **{axis: 1}) == Mesh(shard=2)
+
+
+def test_a_mistyped_axis_is_pythons_own_error_and_replace_keeps_a_mesh():
+    with pytest.raises(TypeError, match="shards"):
+        Mesh(shards=2)
+    assert dataclasses.replace(Mesh(shard=2), sequence=2) == Mesh(shard=2, sequence=2)
