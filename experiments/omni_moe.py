@@ -20,15 +20,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from experiments.mesh import MeshFlags, any_rank, asked_of_ranks, is_main, of_main, open_mesh
-from experiments.omni import figures, job, run_folder
+from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, is_main, of_main, open_mesh
+from experiments.omni import figures, job
+from ftrain.run import folder as run_folder
 from experiments.omni.evaluation import GOALS, Evaluator, summary
 from experiments.omni.job import Job
-from experiments.omni.late import Done, Issued, LateReader
+from ftrain.run.late import Done, Issued, LateReader
 from experiments.omni.planning import mesh_flags, plan_for_search
 from experiments.omni.progress import Report, SteadyConsole, accuracy_table
-from experiments.omni.run_folder import RunFolder
-from experiments.omni.saves import Saves
+from ftrain.run.folder import RunFolder
+from ftrain.run.saves import Saves
 from experiments.omni.survival import Guard, SurvivalFlags, spared_output
 from experiments.omni.training import schedule
 from ftrain import TrainState, tree

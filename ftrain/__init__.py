@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 if TYPE_CHECKING:
-    from ftrain import checkpoint, debug, hf, optim, tree
+    from ftrain import checkpoint, debug, hf, optim, run, tree
     from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
     from ftrain.kernels.random import (
         bernoulli,
@@ -62,13 +62,13 @@ _PLACES = {
     "ftrain.tree": ("struct",),
 }  # fmt: skip
 _PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
-_ROOMS = ("checkpoint", "debug", "hf", "kernels", "modules", "optim", "sharding", "tree")
+_ROOMS = ("checkpoint", "debug", "hf", "kernels", "modules", "optim", "run", "sharding", "tree")
 
 __all__ = [
     "AutoPlan", "Aval", "Layout", "Mean", "Mesh", "OutOfMemory", "Plan", "Precision", "Remat", "SavedPlan", "Step",
     "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits", "categorical", "checkpoint", "debug",
     "disable_jit", "explain_oom", "fold_in", "forward", "grad", "hf", "init", "jit", "key", "normal", "optim",
-    "permutation", "profile_nodes", "randint", "split", "struct", "tree", "truncated_normal", "uniform",
+    "permutation", "profile_nodes", "randint", "run", "split", "struct", "tree", "truncated_normal", "uniform",
     "value_and_grad", "weighted_sum",
 ]  # fmt: skip
 

@@ -37,7 +37,7 @@ def _why_alone() -> str:
     if started is not None:
         return (
             f": torchrun started {started}, but torch.distributed is not initialised; call "
-            "torch.distributed.init_process_group() first (experiments.mesh.open_mesh does)"
+            "torch.distributed.init_process_group() first (ftrain.run.session does)"
         )
     return ": run under torchrun, or take Mesh(..., kind='virtual') for all ranks in this one process"
 

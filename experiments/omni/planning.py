@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments.decoder_plan import active_weights
-from experiments.mesh import MeshFlags
+from ftrain.run.ranks import MeshFlags
 from experiments.omni import model as sizes
 from experiments.omni import training
 from experiments.omni.language import tokenizer

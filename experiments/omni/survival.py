@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.mesh import is_main, of_main
+from ftrain.run.ranks import is_main, of_main
 from experiments.omni.batches import Batches
-from experiments.omni.run_folder import read_metrics
+from ftrain.run.folder import read_metrics
 from ftrain.checkpoint import Checkpointer
 from ftrain.files.outside import check, number, record, whole
 from ftrain.resilience.anomalies import BadSteps, History, Spikes, Verdict, judge, why_bad

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from experiments.mesh import MeshFlags, any_rank, is_main, of_main, open_mesh
+from ftrain.run.ranks import MeshFlags, any_rank, is_main, of_main, open_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from experiments.omni import run_folder
-from experiments.omni.run_folder import RunFolder
+from ftrain.run import folder as run_folder
+from ftrain.run.folder import RunFolder
 from experiments.omni_moe import Options, main
 from ftrain import checkpoint
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mesh import MeshFlags
+from ftrain.run.ranks import MeshFlags
 from experiments.omni import planning, training
 from experiments.omni.planning import OmniSubject, laid_out, mesh_flags
 from experiments.omni_moe import Options, main

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.omni import run_folder
-from experiments.omni.run_folder import RunFolder
+from ftrain.run import folder as run_folder
+from ftrain.run.folder import RunFolder
 
 
 def test_a_run_leaves_its_config_its_metrics_and_its_summary(tmp_path):

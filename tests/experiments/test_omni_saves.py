@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.omni import row_log, run_folder
+from ftrain.run import folder as run_folder
+from ftrain.run import row_log
 from experiments.omni.progress import Report, SteadyConsole
-from experiments.omni.row_log import RowLog
-from experiments.omni.run_folder import RunFolder
-from experiments.omni.saves import NotSaved, Saves
+from ftrain.run.row_log import RowLog
+from ftrain.run.folder import RunFolder
+from ftrain.run.saves import NotSaved, Saves
 from experiments.omni.survival import Guard, spared_output
 from ftrain.checkpoint import Checkpointer
 from ftrain.checkpoint import checkpointer as checkpointer_module
@@ -37,7 +38,7 @@ def disk(monkeypatch):
         write(*args, **kwargs)
 
     monkeypatch.setattr(checkpointer_module, "write_checkpoint", failing)
-    monkeypatch.setattr("experiments.omni.saves._PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("ftrain.run.saves._PAUSES", (0.0, 0.0, 0.0))
     return state
 
 
@@ -128,7 +129,7 @@ def test_the_same_run_started_twice_is_refused_before_it_touches_anything(tmp_pa
         first.log({"step": step, "loss": 1.0})
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     second = (
-        "import sys; from pathlib import Path; from experiments.omni.run_folder import RunFolder\n"
+        "import sys; from pathlib import Path; from ftrain.run.folder import RunFolder\n"
         "RunFolder.resume(Path(sys.argv[1]), step=1)"
     )
     made = subprocess.run([sys.executable, "-c", second, str(run)], cwd=ROOT, capture_output=True, text=True)

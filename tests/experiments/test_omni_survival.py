@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.omni import run_folder
+from ftrain.run import folder as run_folder
 from experiments.omni.batches import Batches
-from experiments.omni.run_folder import RunFolder
+from ftrain.run.folder import RunFolder
 from experiments.omni.survival import Guard, SurvivalFlags
 from experiments.omni_moe import Options, main
 from ftrain import checkpoint, tree

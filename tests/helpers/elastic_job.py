@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ftrain
-from experiments.mesh import MeshFlags, is_main, open_mesh
+from ftrain.run.ranks import MeshFlags, is_main, open_mesh
 from ftrain import optim, tree
 from ftrain.checkpoint import Checkpointer, Ranks
 from ftrain.modules import decoder, spec

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.omni.row_log import RowLog
+from ftrain.run.row_log import RowLog
 from ftrain.checkpoint.durable import is_leftover, write_text
 from ftrain.checkpoint.lock import NAME as LOCK
 from ftrain.checkpoint.lock import WriterLock
@@ -23,7 +23,7 @@ from ftrain.files.outside import JSON_BYTES, anything, check, mapped, parse, rec
 METRICS, CONFIG, SUMMARY = "metrics.jsonl", "config.json", "summary.json"
 _METRICS_BYTES = 2**31
 _ROW = record({"step": whole()}, others=True)
-_log = logging.getLogger("experiments.omni")
+_log = logging.getLogger("ftrain.run")
 
 
 def default_path(experiment: str, *, root: Path = Path("runs"), now: datetime | None = None) -> Path:

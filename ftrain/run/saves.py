@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.mesh import any_rank
-from experiments.omni.run_folder import RunFolder
+from ftrain.run.ranks import any_rank
+from ftrain.run.folder import RunFolder
 from ftrain.checkpoint import Checkpointer, SaveFailed
 from ftrain.resilience.signals import EXIT_NOT_SAVED
 

@@ -5,7 +5,7 @@ import logging
 import os
 from pathlib import Path
 
-_log = logging.getLogger("experiments.omni")
+_log = logging.getLogger("ftrain.run")
 
 
 class RowLog:

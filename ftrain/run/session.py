@@ -1,0 +1,208 @@
+"""All that a script needs to train on its ranks, in one block: the same file alone and under torchrun.
+
+    with ftrain.run.session(shard=8) as run:
+        plan = run.plan()
+        step = ftrain.jit(train_step, plan=plan, specs=specs, donate="state")
+        checkpoints = run.checkpointer("runs/1", specs=specs)
+        ...
+        for n in run.steps(done, 1000):
+            state, metrics = step(state, run.share(batch_at(n)))
+
+What is opened is closed in the reverse order, whether the block ends, raises on one rank or is asked to stop by a signal.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType, MappingProxyType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from ftrain import tree
+from ftrain.checkpoint import Checkpointer, Ranks, Retention
+from ftrain.checkpoint.retention import KEEP_ALL
+from ftrain.resilience.signals import EXIT_RESUMABLE, SIGNALS, StopRequest
+from ftrain.resilience.watchdog import Watchdog
+from ftrain.run.fellows import Fellows
+from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, open_mesh
+from ftrain.sharding import Layout, Mesh, Plan
+from ftrain.sharding.batch import BatchRule
+from ftrain.step.mesh_arguments import MeshArguments
+from ftrain.trace.spmd import Placements
+
+
+class Run:
+    """This process within a run; made by `session`.
+
+    `mesh`: of the run; `rank` and `world`: which of how many processes this is; `is_first`: whether it is the one that
+    prints and writes; `device`: what it computes on; `stopping`: whether a signal has reached any rank; `is_last`:
+    whether the step of `steps` under way is the last one, since it is, or since the run is stopping.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device, opened: ExitStack, watchdog: Watchdog | None) -> None:
+        self.mesh, self.device = mesh, device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.stopping = self.is_last = False
+        self._opened, self._watchdog = opened, watchdog
+        self._plans: list[Plan] = []
+        self._stop, self._stepping = StopRequest(), False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def print(self, *values: Any) -> None:
+        """`print`, on one rank."""
+        if self.is_first:
+            print(*values, flush=True)
+
+    def plan(
+        self,
+        default: Layout = Layout(),  # noqa: B008  # frozen
+        *,
+        components: Mapping[str, Layout] = MappingProxyType({}),
+        batch: Mapping[str, BatchRule] = MappingProxyType({}),
+    ) -> Plan:
+        """`ftrain.Plan` of the run's mesh."""
+        plan = Plan(self.mesh, default, components=components, batch=batch)
+        self._plans.append(plan)
+        return plan
+
+    def share(self, batch: Any, *, plan: Plan | None = None) -> Any:
+        """What this process is given of the whole mesh's batch, on `device`; all of it where it is the only one.
+
+        `plan`: by whose rules it is divided; default: the one that `run.plan` made (a plan without rules before), a
+        ValueError where it made several.
+        """
+        if plan is None:
+            if len(self._plans) > 1:
+                raise ValueError(f"run.share: run.plan made {len(self._plans)} plans; say which: share(batch, plan=...)")
+            plan = self._plans[0] if self._plans else Plan(self.mesh)
+        leaves, treedef = tree.flatten(batch)
+        own = MeshArguments(plan, Placements(plan), "batch").share(tree.paths(batch), leaves)
+        moved = [leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in own]
+        return tree.unflatten(treedef, moved)
+
+    def checkpointer(
+        self, folder: str | Path, *, keep: Retention = KEEP_ALL, specs: Any = None, background: bool = True
+    ) -> Checkpointer:
+        """An `ftrain.checkpoint.Checkpointer` of all ranks, closed (its last save waited for) at the end of the block."""
+        made = Checkpointer(folder, keep=keep, specs=specs, background=background, ranks=Ranks.of_run())
+        return self._opened.enter_context(made)
+
+    def steps(self, done: int, last: int) -> Iterator[int]:
+        """The numbers of the steps from `done + 1` to `last`; fewer where a signal asks the run to stop.
+
+        SIGTERM, SIGINT or SIGUSR1 on any rank lets all of them go through one more step, for which `is_last` is True:
+        save there. Each step that ends is told to the watchdog. All ranks iterate alike.
+        """
+        asked = lambda: any_rank(self._stop.requested)  # noqa: E731  # answered at once before the first step
+        self._stepping = True
+        try:
+            for number in range(done + 1, last + 1):
+                self.stopping = self.stopping or asked()
+                self.is_last = self.stopping or number == last
+                asked = asked_of_ranks(lambda: self._stop.requested)
+                yield number
+                if self._watchdog is not None:
+                    self._watchdog.step_ended(number)
+                if self.stopping:
+                    return
+        finally:
+            self._stepping = self.is_last = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: between steps a request, anywhere else the end of the block."""
+        self._stop.receive(number, frame)
+        if not self._stepping:
+            raise SystemExit(EXIT_RESUMABLE)
+
+
+@contextmanager
+def session(
+    *,
+    replicate: int = 1,
+    shard: int | None = None,
+    sequence: int = 1,
+    expert: int = 1,
+    kind: Literal["process", "virtual"] = "process",
+    device: torch.device | str | None = None,
+    timeout: float = 600.0,
+    stacks: str | Path | None = None,
+    hang_seconds: float = 300.0,
+) -> Iterator[Run]:
+    """Within the block the ranks of this run work together; what is yielded is this process's `Run`.
+
+    Under torchrun each process is a rank; alone, this process is the only one, or with `kind="virtual"` all of them in
+    lockstep. When the block ends, all ranks leave it together. Where one raises, it keeps its error, and the others end
+    with its message and exit code 1, wherever they wait. A signal ends `run.steps` on all ranks, and the block then
+    exits with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at once. After a failure saves that were
+    under way may be lost; the last whole one is there.
+
+    Args:
+        replicate, shard, sequence, expert: sizes of the mesh (`ftrain.Mesh`); `shard=None` takes all the ranks that the
+            others leave.
+        kind: "virtual" is for one process alone.
+        device: what each process computes on; default: its CUDA device where there is one, else the CPU.
+        timeout: seconds after which a collective that has not ended stops the run.
+        stacks: a folder: when no step of `run.steps` ends for `hang_seconds`, all ranks write their stacks into it, and
+            the run ends with code 76. None: nothing watches.
+        hang_seconds: see `stacks`; the first step, which is compiled, has half an hour.
+
+    Raises:
+        ValueError: sizes that are not those of the processes, with what would fit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError("ftrain.run.session takes signals, which Python gives to the main thread alone: enter it there")
+    where = _device(device)
+    flags = MeshFlags(replicate=replicate, shard=shard, sequence=sequence, expert=expert, timeout=timeout)
+    with _mesh(flags, kind, where) as mesh, ExitStack() as opened:
+        fellows = Fellows()
+        before: dict[signal.Signals, Any] = {}
+        try:
+            watchdog = opened.enter_context(Watchdog(Path(stacks), seconds=hang_seconds)) if stacks else None
+            run = Run(mesh, where, opened, watchdog)
+            before = {number: signal.signal(number, run._receive) for number in SIGNALS}
+            yield run
+            interrupted = run.stopping and any_rank(run._stop.signal == signal.SIGINT)
+            opened.close()
+            fellows.finished()
+        except BaseException as error:
+            fellows.failed(error)
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if run.stopping:
+        raise SystemExit(0 if interrupted else EXIT_RESUMABLE)
+
+
+@contextmanager
+def _mesh(flags: MeshFlags, kind: str, device: torch.device) -> Iterator[Mesh]:
+    if kind not in ("process", "virtual"):
+        raise ValueError(f"session(kind={kind!r}) is not one of 'process', 'virtual'")
+    ranks = flags.replicate * (flags.shard or 1) * flags.sequence
+    if "RANK" in os.environ:
+        if kind == "virtual":
+            raise ValueError("session(kind='virtual') runs all ranks in one process, and torchrun started several")
+    elif kind == "process" and ranks > 1:
+        raise ValueError(
+            f"a session of {ranks} ranks needs as many processes: start the script with torchrun --nproc-per-node "
+            f"{ranks}, or take session(..., kind='virtual') for all of them in lockstep in this one"
+        )
+    with open_mesh(flags, device) as mesh:
+        yield mesh if mesh is not None else Mesh(expert=flags.expert, kind=kind)  # type: ignore[arg-type]
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return found

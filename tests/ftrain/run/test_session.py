@@ -1,0 +1,137 @@
+"""A script's block on its ranks: alone, in lockstep and under torchrun; it ends for all of them, and says why."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ftrain
+from ftrain import Mean, TrainState, checkpoint, optim
+from ftrain.modules import spec
+from ftrain.sharding import Same
+
+ROOT = Path(__file__).resolve().parents[3]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def trained(folder, *, last=3, **sizes):
+    """The parameters after so many steps, of which those before were saved in the folder."""
+    params, tx = {"w": torch.eye(4, dtype=torch.float64)}, optim.adamw(1e-1)
+
+    def train_step(state, batch):
+        loss, grads = ftrain.value_and_grad(lambda p, b: Mean.of((b["x"] @ p["w"] - b["x"]).square()))(
+            state.params, batch
+        )
+        return state.apply(tx, grads), loss
+
+    with ftrain.run.session(device="cpu", **sizes) as run:
+        step = ftrain.jit(train_step, plan=run.plan(), specs=spec.of(params), donate="state")
+        state = TrainState.create(step.shard(params, name="state.params"), tx)
+        saves = run.checkpointer(folder, specs=spec.of(params))
+        done = saves.latest() or 0
+        if done:
+            state = saves.restore(state, done)
+        for n in run.steps(done, last):
+            x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) + n
+            state, _ = step(state, run.share({"x": x}))
+            if run.is_last:
+                saves.save(state, n)
+    return state.params["w"]
+
+
+def test_alone_and_in_lockstep_the_same_block_gives_the_same(tmp_path):
+    whole = trained(tmp_path / "whole", last=4)
+    trained(tmp_path / "run", last=2, shard=2, kind="virtual")
+    torch.testing.assert_close(trained(tmp_path / "run", last=4), whole, rtol=1e-12, atol=1e-12)
+    assert checkpoint.latest(tmp_path / "run") == 4
+
+
+def test_what_stands_after_the_block_is_as_before():
+    handler = signal.getsignal(signal.SIGTERM)
+    with ftrain.run.session(device="cpu") as run:
+        assert signal.getsignal(signal.SIGTERM) != handler
+        assert (run.is_first, run.world, run.mesh.size) == (True, 1, 1)
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_signal_between_steps_lets_one_more_step_save_and_then_ends_the_block(tmp_path):
+    seen = []
+    with pytest.raises(SystemExit) as ended, ftrain.run.session(device="cpu") as run:
+        for n in run.steps(0, 10):
+            seen.append((n, run.is_last))
+            if n == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 75
+    assert seen == [(1, False), (2, False), (3, True)]
+
+
+def test_a_signal_outside_of_the_steps_ends_the_block_and_closes_what_it_opened(tmp_path):
+    with pytest.raises(SystemExit) as ended, ftrain.run.session(device="cpu") as run:
+        saves = run.checkpointer(tmp_path / "run")
+        saves.save({"x": torch.ones(3)}, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert ended.value.code == 75
+    assert checkpoint.latest(tmp_path / "run") == 1
+
+
+def test_mistakes_say_what_to_do(monkeypatch):
+    with pytest.raises(ValueError, match=r"4 ranks .* torchrun --nproc-per-node 4, or .*kind='virtual'"):
+        with ftrain.run.session(shard=4):
+            pass
+    with ftrain.run.session(device="cpu") as run:
+        run.plan()
+        run.plan(batch={"key": Same()})
+        with pytest.raises(ValueError, match=r"made 2 plans; say which"):
+            run.share({"x": torch.ones(2)})
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="torchrun started several"), ftrain.run.session(kind="virtual"):
+        pass
+
+
+FAILS = """
+import sys, time, torch, torch.distributed as dist, ftrain
+with ftrain.run.session(device="cpu", timeout=120) as run:
+    if run.rank == 1:
+        raise KeyError("no such digit")
+    if sys.argv[1] == "collective":
+        dist.all_reduce(torch.ones(()))
+    else:
+        time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("waits", ["collective", "sleep"])
+def test_when_one_rank_fails_the_others_end_with_its_message(tmp_path, waits):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    began = time.monotonic()
+    job = subprocess.run([*TORCHRUN, str(script), waits], env=ENV, capture_output=True, text=True, timeout=100)
+    assert job.returncode == 1
+    assert "rank 0 ends: rank 1 failed with KeyError: 'no such digit'" in job.stderr
+    assert time.monotonic() - began < 60
+
+
+WAITS = """
+import time, ftrain
+with ftrain.run.session(device="cpu", timeout=120) as run:
+    if run.rank == 1:
+        time.sleep(4)
+    print("rank", run.rank, "is done", flush=True)
+print("rank", run.rank, "left", flush=True)
+"""
+
+
+def test_ranks_leave_the_block_together(tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    job = subprocess.run([*TORCHRUN, str(script)], env=ENV, capture_output=True, text=True, timeout=100)
+    assert job.returncode == 0, job.stderr[-3000:]
+    lines = job.stdout.split("\n")
+    assert max(lines.index(f"rank {r} is done") for r in (0, 1)) < min(lines.index(f"rank {r} left") for r in (0, 1))
