@@ -21,18 +21,19 @@ import tyro
 from rich.console import Console
 
 from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, is_main, of_main, open_mesh
-from experiments.omni import figures, job
+from experiments.omni import figures, job, run_length
 from ftrain.run import folder as run_folder
 from experiments.omni.evaluation import GOALS, Evaluator, summary
 from experiments.omni.job import Job
 from ftrain.run.late import Done, Issued, LateReader
 from experiments.omni.planning import mesh_flags, plan_for_search
+from experiments.omni.run_length import Length
 from experiments.omni.progress import Report, SteadyConsole, accuracy_table
 from ftrain.run.folder import RunFolder
 from ftrain.run.saves import Saves
 from experiments.omni.survival import Guard, SurvivalFlags, spared_output
 from experiments.omni.training import schedule
-from ftrain import TrainState, tree
+from ftrain import TrainState, checkpoint, tree
 from ftrain.analysis.cuda_allocator import prefer_expandable_segments
 from ftrain.analysis.flops import Cost
 from ftrain.analysis.hardware import peak_flops
@@ -58,8 +59,10 @@ class Options:
 
     size: Literal["tiny", "small", "medium", "30b-a3b"] = "tiny"
     """Widths and depths; tiny is made for two CPU cores."""
-    steps: int = 1100
-    """Training steps."""
+    steps: int | None = None
+    """Training steps; default 1100, or as many as the run has that goes on. More of them make it longer."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate after its warm-up: down to the end of the run, or not at all, whatever its length."""
     tokenizer_steps: int = 300
     """Steps of the image tokenizer, which is trained first and then frozen."""
     seed: int = 0
@@ -100,14 +103,15 @@ class Options:
             ("held_out", 1),
             ("threads", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine has no CUDA device")
 
 
 # What must be the same for a resumed run to give the numbers of an uninterrupted one.
-_FIXED = ("size", "steps", "tokenizer_steps", "seed")
+_FIXED = ("size", "decay", "tokenizer_steps", "seed")
 
 
 def main(options: Options) -> int:
@@ -122,13 +126,16 @@ def main(options: Options) -> int:
 
 
 def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
-    path, resumed = of_main(_choose_folder(options))
-    run = RunFolder.create(path, _config(options, device, mesh)) if not resumed and is_main() else None
-    report = Report(options.steps, console=_console())
+    path, resumed, length = of_main(_choose_folder(options))
+    config = _config(options, length, device, mesh)
+    run = RunFolder.create(path, config) if not resumed and is_main() else None
+    report = Report(length.steps, console=_console())
     report.say(f"run folder: {path}")
     work = job.make(
         size=options.size,
-        steps=options.steps,
+        steps=length.steps,
+        earlier=length.earlier,
+        decay=options.decay,
         tokenizer_steps=options.tokenizer_steps,
         seed=options.seed,
         device=device,
@@ -139,6 +146,8 @@ def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
         plan=options.plan,
         say=report.say,
     )
+    if length.longer:
+        report.say(run_length.made_longer(length, work.config))
     ranks = Ranks.of_run() if mesh is not None and mesh.kind == "process" else None
     specs = omni.specs(work.model)
     with Checkpointer(path / "checkpoints", keep=Retention(last=2), ranks=ranks, specs=specs) as checkpoints:
@@ -146,11 +155,13 @@ def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
         state = _state_after(done, work, checkpoints, report)
         if is_main():
             run = run or RunFolder.resume(path, step=done)
+            if length.longer:
+                run.configure({**run_folder.read_config(path), "steps": length.steps, "earlier": length.earlier})
         with run or nullcontext(), interruptible() as stop:
-            guard = Guard(options.survival.policy(), path, done=done, last=options.steps)
+            guard = Guard(options.survival.policy(), path, done=done, last=length.steps)
             saves = Saves(checkpoints, run, say=report.say, most_failed=options.survival.failed_saves)
             with options.survival.watchdog(path) as watchdog:
-                training = _Training(work, options, run, checkpoints, saves, stop, guard, watchdog)
+                training = _Training(work, options, length.steps, run, checkpoints, saves, stop, guard, watchdog)
                 state, done = _train(training, state, done)
             code = 0 if saves.held else EXIT_NOT_SAVED
             if any_rank(stop.requested):
@@ -171,32 +182,33 @@ def _console() -> Console:
     return SteadyConsole(quiet=not is_main())
 
 
-def _choose_folder(options: Options) -> tuple[Path, bool]:
-    """The run's folder, and whether a run in it goes on."""
+def _choose_folder(options: Options) -> tuple[Path, bool, Length]:
+    """The run's folder, whether a run in it goes on, and how long the run is."""
     if options.resume not in ("auto", "none"):
         path = Path(options.resume)
         if options.out is not None and options.out != path:
             raise ValueError(f"--resume {path} and --out {options.out} name two folders: give one")
-        _check_same(options, path)
-        return path, True
+        return path, True, _goes_on(options, path)
     path = options.out or run_folder.default_path(EXPERIMENT)
     if options.resume == "auto" and options.out is not None and (path / run_folder.CONFIG).is_file():
-        _check_same(options, path)
-        return path, True
-    return path, False
+        return path, True, _goes_on(options, path)
+    return path, False, Length(run_length.DEFAULT if options.steps is None else options.steps)
 
 
-def _check_same(options: Options, path: Path) -> None:
+def _goes_on(options: Options, path: Path) -> Length:
     before = run_folder.read_config(path)
     for name in _FIXED:
-        if before.get(name) != getattr(options, name):
+        had = before.get(name, "cosine" if name == "decay" else None)
+        if had != getattr(options, name):
             raise ValueError(
-                f"the run in {path} has --{name} {before.get(name)}, not {getattr(options, name)}: a resumed run keeps "
-                "its size, steps, tokenizer steps and seed; give the same, or another --out"
+                f"the run in {path} has --{name.replace('_', '-')} {had}, not {getattr(options, name)}: a resumed run "
+                "keeps its size, decay, tokenizer steps and seed; give the same, or another --out"
             )
+    done = checkpoint.latest(path / "checkpoints") or 0
+    return run_length.continued(before, options.steps, done=done, run=path)
 
 
-def _config(options: Options, device: torch.device, mesh: Mesh | None) -> dict[str, Any]:
+def _config(options: Options, length: Length, device: torch.device, mesh: Mesh | None) -> dict[str, Any]:
     values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     sizes = None if mesh is None else {a: getattr(mesh, a) for a in ("replicate", "shard", "sequence", "expert")}
     precision = precision_on(device, options.precision).compute
@@ -206,15 +218,16 @@ def _config(options: Options, device: torch.device, mesh: Mesh | None) -> dict[s
         "resolved_mesh": sizes,
         "torch": torch.__version__,
     }
-    return {**values, **found, "replay": "experiments.omni.replay"}
+    return {**values, **found, "steps": length.steps, "replay": "experiments.omni.replay"}
 
 
 @dataclass(frozen=True)
 class _Training:
-    """What the loop works with; one rank has the `files`."""
+    """What the loop works with; one rank has the `files`. `steps`: of the whole run."""
 
     work: Job
     options: Options
+    steps: int
     files: RunFolder | None
     checkpoints: Checkpointer
     saves: Saves
@@ -225,7 +238,7 @@ class _Training:
 
 def _train(t: _Training, state: TrainState, done: int) -> tuple[TrainState, int]:
     """Train to the end or until asked to stop, undoing bad steps; the last step done is saved. Ranks stop together."""
-    report = Report(t.options.steps, console=_console())
+    report = Report(t.steps, console=_console())
     while True:
         state, done, verdict = _train_on(t, state, done)
         if verdict is Verdict.GO_ON:
@@ -243,9 +256,9 @@ def _train_on(t: _Training, state: TrainState, done: int) -> tuple[TrainState, i
     Each step is judged and logged when the next one is under way, but for one that is saved, which is judged before.
     """
     options, prices = t.options, None
-    with Report(options.steps, first=done, console=_console()) as report:
+    with Report(t.steps, first=done, console=_console()) as report:
         late = LateReader(lambda step: _judged(t, step, prices, report))
-        for number, whole_batch in enumerate(t.guard.batches(t.work.batches, done, options.steps), start=done + 1):
+        for number, whole_batch in enumerate(t.guard.batches(t.work.batches, done, t.steps), start=done + 1):
             batch = t.work.step.share(whole_batch)
             prices = prices or _prices(t, state, batch)
             stop_asked = asked_of_ranks(lambda: t.stop.requested)
@@ -258,7 +271,7 @@ def _train_on(t: _Training, state: TrainState, done: int) -> tuple[TrainState, i
             if options.survival.check_replicas and number % options.survival.check_replicas == 0:
                 check_replicas(state)
             stopping = stop_asked()
-            last = stopping or number == options.steps
+            last = stopping or number == t.steps
             wanted = not last and t.saves.wanted(number)
             if last or wanted or _due(options, number):
                 verdict = late.flush()

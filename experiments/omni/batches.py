@@ -38,7 +38,7 @@ class Batches:
 
     `budget` is that of one pack, of which a batch has `packs`, each with its media in `parts`
     (`ftrain.modules.mesh_packing`). It should be the `fitting_budget` of the same numbers; where it has no room for a
-    step's examples, that batch has larger arrays. `steps`: of the run (see `Choice`).
+    step's examples, that batch has larger arrays.
     """
 
     mixture: Mixture
@@ -49,13 +49,12 @@ class Batches:
     device: torch.device
     packs: int = 1
     parts: int = 1
-    steps: int | None = None
 
     @cached_property
     def choice(self) -> Choice:
         """Which examples each step trains on: by what a step of one pack has room for, whatever the packs are."""
         whole = fitting_budget(self.mixture, self.model, documents=self.documents)
-        return Choice(self.mixture, self.model, documents=self.documents, budget=whole, steps=self.steps)
+        return Choice(self.mixture, self.model, documents=self.documents, budget=whole)
 
     def at(self, step: int) -> dict[str, Any]:
         """The batch of a step, with `task_T`: the number of each token's task in `tasks`, -1 on padding."""

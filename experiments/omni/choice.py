@@ -1,11 +1,13 @@
-"""Which examples a step trains on: a pure function of the step and the data, the same on every layout.
+"""Which examples a step trains on: a pure function of the step and the data, the same on every layout and in a run of
+any length.
 
 Step `s` has `documents` examples of its own, those numbered from `s * documents`. The few that its budget has no room
 for are carried over to other steps of its window of `WINDOW` steps (`ftrain.modules.dealing.carry_over`), so that
 arrays keep their sizes and each example is trained on once. That is decided by the budget of a whole step, before
 anything is dealt to packs: a run may go on on another number of ranks and sees what it would have seen. A window stands
 alone, so that any step can be had without those before it. An example that no step of its window has room for stays in
-its own.
+its own. A run that ends within a window leaves a few of its examples to the window's other steps, which the run trains
+on when it is made longer.
 """
 
 from collections.abc import Sequence
@@ -38,14 +40,10 @@ class _Own(NamedTuple):
 class Choice:
     """What each step trains on. Keeps the examples of the window that was last asked for, and of `prepare`d steps."""
 
-    def __init__(
-        self, mixture: Mixture, model: OmniModel, *, documents: int, budget: Budget, steps: int | None = None
-    ) -> None:
-        """`budget`: of a whole step of so many `documents`. `steps`: of the run, whose last window ends with it, so
-        that it leaves out no example; None: it goes on and on.
-        """
+    def __init__(self, mixture: Mixture, model: OmniModel, *, documents: int, budget: Budget) -> None:
+        """`budget`: of a whole step of so many `documents`."""
         self._mixture, self._model, self._documents = mixture, model, documents
-        self._budget, self._steps = budget, steps
+        self._budget = budget
         self._made: dict[int, _Own] = {}
         self._carried: tuple[range, list[list[tuple[int, int]]]] = (range(0), [])
 
@@ -53,7 +51,7 @@ class Choice:
         """The examples of a step (from 0): its own in their order, then those that are carried over to it."""
         window, groups = self._carried
         if step not in window:
-            window = window_of(step, self._steps)
+            window = window_of(step)
             self._made = {s: made for s, made in self._made.items() if s >= window.start}
             groups = carry_over([self._own(s).sizes for s in window], self._budget)
             self._carried = window, groups
@@ -75,14 +73,7 @@ class Choice:
         return [measure(example.document, model=self._model) for example in examples]
 
 
-def window_of(step: int, steps: int | None) -> range:
-    """The steps among which examples are carried over. A run of `steps` steps is divided into whole windows, the last
-    of which is longer by what is left; steps behind its end (of a run that skips batches) have windows of their own.
-    """
-    if steps is None or step >= steps:
-        base = steps or 0
-        first = base + (step - base) // WINDOW * WINDOW
-        return range(first, first + WINDOW)
-    last = max(1, steps // WINDOW) - 1
-    number = min(step // WINDOW, last)
-    return range(number * WINDOW, steps if number == last else (number + 1) * WINDOW)
+def window_of(step: int) -> range:
+    """The steps among which the examples of a step are carried over."""
+    first = step // WINDOW * WINDOW
+    return range(first, first + WINDOW)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -81,11 +81,13 @@ def make(
     precision: Precision,
     mesh: Mesh | None = None,
     plan: str | None = None,
+    earlier: tuple[tuple[int, int], ...] = (),
+    decay: Literal["cosine", "constant"] = "cosine",
     say: Callable[[str], None],
 ) -> Job:
     """Read the data, build the model of this size, and jit its step on the ranks of a mesh.
 
-    `plan`: "auto" or a plan file, by which the ranks then share the work; it also says what is recomputed. ValueError
+    `steps`, `earlier` and `decay`: see `TrainConfig`. `plan`: "auto" or a plan file, by which the ranks then share the work; it also says what is recomputed. ValueError
     if the state cannot fit the device.
     """
     began = time.monotonic()
@@ -110,9 +112,8 @@ def make(
         device=device,
         packs=packs,
         parts=parts,
-        steps=steps,
     )
-    config = TrainConfig(steps=steps)
+    config = TrainConfig(steps=steps, earlier=earlier, decay=decay)
     tx = training.transform(config)
     step = ftrain.jit(
         training.train_step(net, tx, names, training.loss_weights(names)),

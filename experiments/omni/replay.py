@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from experiments.omni import job
+from experiments.omni import job, run_length
 from ftrain import Precision
 from ftrain.resilience.replay import Replayable
 from ftrain.sharding import Mesh
@@ -24,6 +24,8 @@ def replayable(config: Mapping[str, Any]) -> Replayable:
     made = job.make(
         size=config["size"],
         steps=config["steps"],
+        earlier=run_length.earlier_of(config),
+        decay=config.get("decay", "cosine"),
         tokenizer_steps=config["tokenizer_steps"],
         seed=config["seed"],
         device=torch.device(config["resolved_device"]),

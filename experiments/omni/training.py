@@ -5,7 +5,7 @@ Legend: T tokens of the pack, D model width, n codes.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +26,15 @@ IGNORE = foundation.IGNORE
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`learning_rate` is the peak, reached after `warmup_steps`; the cosine ends at `floor` of it after `steps`."""
+    """`learning_rate` is the peak, reached after `warmup_steps`; the cosine ends at `floor` of it after `steps`.
+
+    `earlier`: of a run that was made longer, in order: up to how many updates it had how many steps. `decay` "constant"
+    stays at the peak, and does not depend on the length.
+    """
 
     steps: int
+    earlier: tuple[tuple[int, int], ...] = ()
+    decay: Literal["cosine", "constant"] = "cosine"
     learning_rate: float = 2e-3
     warmup_steps: int = 60
     floor: float = 0.02
@@ -46,10 +52,24 @@ def loss_weights(tasks: tuple[str, ...]) -> dict[str, float]:
 
 
 def schedule(cfg: TrainConfig) -> optim.Schedule:
-    """Warm-up and cosine, over `cfg.steps`."""
-    warmup = min(cfg.warmup_steps, cfg.steps // 5)
-    floor = cfg.floor * cfg.learning_rate
-    return optim.warmup_cosine(cfg.learning_rate, warmup_steps=warmup, total_steps=cfg.steps, floor=floor)
+    """Warm-up and cosine over the run; one that was made longer goes by its new length from there on."""
+    if cfg.decay == "constant":
+        return optim.join([optim.linear(0.0, cfg.learning_rate, steps=cfg.warmup_steps),
+                           optim.constant(cfg.learning_rate)], boundaries=[cfg.warmup_steps])  # fmt: skip
+    now, before = _of_length(cfg, cfg.steps), [(until, _of_length(cfg, steps)) for until, steps in cfg.earlier]
+
+    def at(count: Tensor) -> Tensor:
+        value = now(count)
+        for until, piece in reversed(before):
+            value = torch.where(count < until, piece(count), value)
+        return value
+
+    return at
+
+
+def _of_length(cfg: TrainConfig, steps: int) -> optim.Schedule:
+    floor, warmup = cfg.floor * cfg.learning_rate, min(cfg.warmup_steps, steps // 5)
+    return optim.warmup_cosine(cfg.learning_rate, warmup_steps=warmup, total_steps=steps, floor=floor)
 
 
 def transform(cfg: TrainConfig) -> optim.Transform:

@@ -91,6 +91,10 @@ class RunFolder:
             lock.release()
             raise
 
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Put another config in the place of the run's, as when it is made longer."""
+        write_json(self.path / CONFIG, config)
+
     def go_back(self, step: int) -> None:
         """Drop the metrics of the steps after `step`, which are run again."""
         self._metrics.close()

@@ -35,11 +35,11 @@ def mixture() -> tuple[tasks.Mixture, omni.OmniModel]:
     return tasks.Mixture(data, 0), omni_model.omni_model("tiny", data.words, audio=True)
 
 
-def feed(packs: int = 1, parts: int = 1, *, documents: int = 128, steps: int | None = STEPS) -> Batches:
+def feed(packs: int = 1, parts: int = 1, *, documents: int = 128) -> Batches:
     mix, net = mixture()
     budget = fitting_budget(mix, net, documents=documents, packs=packs, parts=parts)
     names = tasks.possible(mix.sources)
-    return Batches(mix, net, names, documents, budget, torch.device("cpu"), packs=packs, parts=parts, steps=steps)
+    return Batches(mix, net, names, documents, budget, torch.device("cpu"), packs=packs, parts=parts)
 
 
 def numbers(batches: Batches, step: int) -> list[int]:
@@ -74,17 +74,17 @@ def documents_of(batch: dict) -> list[tuple[int, ...]]:
     return sorted(tuple(torch.cat(parts).tolist()) for parts in zip(*columns, strict=True))
 
 
-@pytest.mark.parametrize(("steps", "documents"), [(STEPS, 128), (19, 16), (3, 8)])
-def test_a_run_trains_on_each_example_once(steps: int, documents: int) -> None:
+@pytest.mark.parametrize(("steps", "documents"), [(4 * WINDOW, 128), (WINDOW, 16), (2 * WINDOW, 8)])
+def test_a_run_of_whole_windows_trains_on_each_example_once(steps: int, documents: int) -> None:
     """A step has its own examples but for a few, which are in another step of its window."""
-    run = feed(documents=documents, steps=steps)
+    run = feed(documents=documents)
     seen = [numbers(run, step) for step in range(steps)]
     assert sorted(number for step in seen for number in step) == list(range(steps * documents))
     moved = [
         (number // documents, step) for step, held in enumerate(seen) for number in held if number // documents != step
     ]
     assert 0 < len(moved) < 0.1 * steps * documents
-    assert all(home in window_of(step, steps) for home, step in moved)
+    assert all(home in window_of(step) for home, step in moved)
 
 
 def test_any_step_can_be_had_without_those_before_it() -> None:
@@ -103,12 +103,10 @@ def test_a_resumed_run_is_sent_the_batches_of_a_whole_one() -> None:
         assert all(torch.equal(a, b) for a, b in zip(tree.leaves(batch), tree.leaves(alone.at(step)), strict=True))
 
 
-def test_windows_divide_a_run_and_go_on_behind_it() -> None:
-    for steps in (1, WINDOW - 1, WINDOW, 2 * WINDOW + 3, None):
-        windows = [window_of(step, steps) for step in range(4 * WINDOW)]
-        assert all(step in window for step, window in enumerate(windows))
-        assert all(windows[s] == window for window in windows for s in window if s < len(windows))
-        assert steps is None or window_of(steps - 1, steps).stop == steps
+def test_windows_divide_a_run_of_any_length() -> None:
+    windows = [window_of(step) for step in range(4 * WINDOW)]
+    assert all(step in window for step, window in enumerate(windows))
+    assert all(windows[s] == window for window in windows for s in window)
 
 
 def test_a_budget_that_is_too_small_grows_and_loses_nothing() -> None:

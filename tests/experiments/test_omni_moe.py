@@ -105,8 +105,33 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_what_decides_its_numbers(tmp_path: Path) -> None:
-    run_folder.RunFolder.create(
-        tmp_path / "run", {"size": "tiny", "steps": 5, "tokenizer_steps": 300, "seed": 0}
-    ).close()
-    with pytest.raises(ValueError, match="has --steps 5, not 6"):
-        main(Options(out=tmp_path / "run", steps=6))
+    kept = {"size": "tiny", "steps": 7, "tokenizer_steps": 300, "seed": 0}
+    run_folder.RunFolder.create(tmp_path / "run", kept).close()
+    with pytest.raises(ValueError, match="has --seed 0, not 1"):
+        main(Options(out=tmp_path / "run", seed=1))
+
+
+def test_a_run_made_shorter_is_refused_on_the_command_line(tmp_path: Path) -> None:
+    kept = {"size": "tiny", "steps": 7, "tokenizer_steps": 300, "seed": 0}
+    run_folder.RunFolder.create(tmp_path / "run", kept).close()
+    done = run("--out", str(tmp_path / "run"), "--steps", "6")
+    assert done.returncode == 1
+    assert "has --steps 7, not 6: a run that goes on may be made longer, never shorter" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_made_longer_is_the_longer_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """To the bit, where the learning rate does not depend on the length; 20 steps are not whole windows of its data."""
+    options: dict[str, Any] = {"tokenizer_steps": 10, "checkpoint_every": 0, "held_out": 1, "decay": "constant"}
+    assert main(Options(out=tmp_path / "run", steps=20, **options)) == 0
+    assert main(Options(out=tmp_path / "run", steps=40, **options)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the run is made longer after step 20, from 20 to 40 steps: its data go on" in said
+    assert main(Options(out=tmp_path / "whole", steps=40, **options)) == 0
+    longer, whole = (
+        [{k: v for k, v in row.items() if k.startswith(("loss", "lr", "grad"))} for row in run_folder.read_metrics(run)]
+        for run in (tmp_path / "run", tmp_path / "whole")
+    )
+    assert longer == whole
+    assert run_folder.read_config(tmp_path / "run")["steps"] == 40
