@@ -15,7 +15,6 @@ from ftrain.modules import decoder, moe
 from ftrain.modules.decoder import DecoderConfig
 from ftrain.plan.space import Candidate, Facts
 from ftrain.plan.workload import Trial
-from ftrain.sharding import Tokens
 
 _CPU = torch.device("cpu")
 _LEAVES = ("tokens_T", "positions_T", "segments_T", "labels_T")
@@ -93,15 +92,13 @@ class DecoderSubject:
 
         specs = decoder.specs(cfg)
         whole = self.tokens * self.packs
-        shape = (micro, whole // micro) if micro > 1 else (whole,)
-        batch = {name: Aval(shape, torch.int64, _CPU) for name in _LEAVES if segmented or name != "segments_T"}
-        rules = {"*": Tokens(1)} if micro > 1 else {}
+        batch = {name: Aval((whole,), torch.int64, _CPU) for name in _LEAVES if segmented or name != "segments_T"}
 
         def init(key: Any) -> TrainState:
             return TrainState.create(ftrain.init(specs, key), tx)
 
         precision = Precision(compute=self.compute)
-        return Trial(step, abstract_state(specs, tx), batch, specs, rules, precision=precision, init=init)
+        return Trial(step, abstract_state(specs, tx), batch, specs, {}, precision=precision, init=init)
 
 
 def plain_loss(scores_TV: Tensor, labels_T: Tensor) -> Mean:

@@ -20,17 +20,12 @@ import torch
 import tyro
 from rich.console import Console
 
-from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, is_main, of_main, open_mesh
 from experiments.omni import figures, job, run_length
-from ftrain.run import folder as run_folder
 from experiments.omni.evaluation import GOALS, Evaluator, summary
 from experiments.omni.job import Job
-from ftrain.run.late import Done, Issued, LateReader
 from experiments.omni.planning import mesh_flags, plan_for_search
-from experiments.omni.run_length import Length
 from experiments.omni.progress import Report, SteadyConsole, accuracy_table
-from ftrain.run.folder import RunFolder
-from ftrain.run.saves import Saves
+from experiments.omni.run_length import Length
 from experiments.omni.survival import Guard, SurvivalFlags, spared_output
 from experiments.omni.training import schedule
 from ftrain import TrainState, checkpoint, tree
@@ -43,6 +38,11 @@ from ftrain.resilience.anomalies import Verdict
 from ftrain.resilience.replicas import check_replicas
 from ftrain.resilience.signals import EXIT_NOT_FINITE, EXIT_NOT_SAVED, EXIT_RESUMABLE, StopRequest, interruptible
 from ftrain.resilience.watchdog import Watchdog
+from ftrain.run import folder as run_folder
+from ftrain.run.folder import RunFolder
+from ftrain.run.late import Done, Issued, LateReader
+from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, is_main, of_main, open_mesh, refuse_foreign_flags
+from ftrain.run.saves import Saves
 from ftrain.runtime.host_copy import HostCopy
 from ftrain.sharding import Mesh
 from ftrain.trace.precision import Choice, precision_on
@@ -368,6 +368,7 @@ def _finish(work: Job, state: TrainState, options: Options, run: RunFolder, repo
 
 if __name__ == "__main__":
     try:
+        refuse_foreign_flags(sys.argv[1:])
         sys.exit(main(tyro.cli(Options)))
     except ValueError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -34,9 +34,8 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
 """By the name of the axis elsewhere: why it is refused, and what to take."""
 
 
-def require_own_axes(sizes: Mapping[str, int], *, flags: bool = False) -> None:
-    """ValueError for the first of these sizes of foreign axes that is not 1. `flags`: they were given as `--name`."""
+def require_own_axes(sizes: Mapping[str, int]) -> None:
+    """ValueError for the first of these sizes of foreign axes that is not 1."""
     for name, size in sizes.items():
         if size != 1:
-            given = f"--{name} {size}" if flags else f"Mesh({name}={size!r})"
-            raise ValueError(f"{given}: {FOREIGN[name]}")
+            raise ValueError(f"Mesh({name}={size!r}): {FOREIGN[name]}")

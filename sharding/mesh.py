@@ -63,9 +63,7 @@ class Mesh:
     dp: InitVar[int] = 1
     fsdp: InitVar[int] = 1
 
-    def __post_init__(
-        self, tensor: int, pipeline: int, tp: int, pp: int, cp: int, ep: int, dp: int, fsdp: int
-    ) -> None:
+    def __post_init__(self, tensor: int, pipeline: int, tp: int, pp: int, cp: int, ep: int, dp: int, fsdp: int) -> None:
         foreign = {"tensor": tensor, "pipeline": pipeline, "tp": tp, "pp": pp, "cp": cp, "ep": ep}
         require_own_axes({**foreign, "dp": dp, "fsdp": fsdp})
         for axis in (*BASE_AXES, "expert"):

@@ -1,7 +1,7 @@
 """One script, alone and on many ranks: it goes on from its last checkpoint, on as many ranks as there are then.
 
-    python -m experiments.examples.on_many_ranks RUN STEPS
-    torchrun --nproc-per-node 2 -m experiments.examples.on_many_ranks RUN STEPS
+python -m experiments.examples.on_many_ranks RUN STEPS
+torchrun --nproc-per-node 2 -m experiments.examples.on_many_ranks RUN STEPS
 """
 
 import sys

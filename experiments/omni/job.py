@@ -87,8 +87,8 @@ def make(
 ) -> Job:
     """Read the data, build the model of this size, and jit its step on the ranks of a mesh.
 
-    `steps`, `earlier` and `decay`: see `TrainConfig`. `plan`: "auto" or a plan file, by which the ranks then share the work; it also says what is recomputed. ValueError
-    if the state cannot fit the device.
+    `steps`, `earlier` and `decay`: see `TrainConfig`. `plan`: "auto" or a plan file, by which the ranks then share the
+    work; it also says what is recomputed. ValueError if the state cannot fit the device.
     """
     began = time.monotonic()
     readers = model.readers(size)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments.decoder_plan import active_weights
-from ftrain.run.ranks import MeshFlags
 from experiments.omni import model as sizes
 from experiments.omni import training
 from experiments.omni.language import tokenizer
@@ -25,6 +24,7 @@ from ftrain.plan.auto import require_ranks
 from ftrain.plan.file import load_plan
 from ftrain.plan.space import Candidate, Facts
 from ftrain.plan.workload import Trial
+from ftrain.run.ranks import MeshFlags
 from ftrain.sharding import BatchRows, Layout, Mesh, Plan
 from ftrain.sharding.mesh import Kind
 

@@ -1,7 +1,7 @@
 """How long a run is: one that goes on may be made longer, and never shorter.
 
-The order of its data does not depend on the length (`choice`). A learning rate that does goes by the new length from the
-step on at which the run was made longer; `config.json` keeps the earlier lengths, so that any step can be replayed.
+The order of its data does not depend on the length (`choice`). A learning rate that does goes by the new length from
+the step on at which the run was made longer; `config.json` keeps the earlier lengths, so that any step can be replayed.
 """
 
 from collections.abc import Mapping

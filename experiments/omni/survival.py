@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftrain.run.ranks import is_main, of_main
 from experiments.omni.batches import Batches
-from ftrain.run.folder import read_metrics
 from ftrain.checkpoint import Checkpointer
 from ftrain.files.outside import check, number, record, whole
 from ftrain.resilience.anomalies import BadSteps, History, Spikes, Verdict, judge, why_bad
@@ -18,6 +16,8 @@ from ftrain.resilience.failure_dump import FailureDump, write_failure_dump
 from ftrain.resilience.rollback import carry_out, plan_rollback
 from ftrain.resilience.skipped import read_skipped
 from ftrain.resilience.watchdog import Watchdog
+from ftrain.run.folder import read_metrics
+from ftrain.run.ranks import is_main, of_main
 
 _JUDGED = record(
     {"step": whole(1), "loss": number(finite=False), "grad_norm": number(finite=False)},

@@ -1,7 +1,7 @@
 """Ranks end together: when one fails, the others say why and end too, wherever they wait.
 
-A rank that fails leaves a message in the common store, and stays until the others have read it. In each of them a thread
-looks for one; since the main thread may wait in C++ for the rank that failed, the thread ends the process.
+A rank that fails leaves a message in the common store, and stays until the others have read it. In each of them a
+thread looks for one; since the main thread may wait in C++ for the rank that failed, the thread ends the process.
 """
 
 import os

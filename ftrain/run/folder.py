@@ -13,12 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ftrain.run.row_log import RowLog
 from ftrain.checkpoint.durable import is_leftover, write_text
 from ftrain.checkpoint.lock import NAME as LOCK
 from ftrain.checkpoint.lock import WriterLock
 from ftrain.files.beneath import Folder
 from ftrain.files.outside import JSON_BYTES, anything, check, mapped, parse, record, whole
+from ftrain.run.row_log import RowLog
 
 METRICS, CONFIG, SUMMARY = "metrics.jsonl", "config.json", "summary.json"
 _METRICS_BYTES = 2**31

@@ -1,7 +1,7 @@
 """The ranks of a run: one process alone, all ranks in lockstep in one process, or one process each under torchrun."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ftrain.runtime.host_copy import HostCopy
 from ftrain.sharding import Mesh
+from ftrain.sharding.foreign_axes import FOREIGN
 
 T = TypeVar("T")
 
@@ -30,6 +31,14 @@ class MeshFlags:
     """Slices of the experts, folded over shard x sequence."""
     timeout: float = 600.0
     """Seconds after which a collective that has not ended stops the run."""
+
+
+def refuse_foreign_flags(arguments: Sequence[str]) -> None:
+    """ValueError for a flag of a command line that is an axis of other trainers, with what to take here."""
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--")
+        if argument.startswith("--") and name in FOREIGN:
+            raise ValueError(f"--{name}: {FOREIGN[name]}")
 
 
 @contextmanager

@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ftrain.run.ranks import any_rank
-from ftrain.run.folder import RunFolder
 from ftrain.checkpoint import Checkpointer, SaveFailed
 from ftrain.resilience.signals import EXIT_NOT_SAVED
+from ftrain.run.folder import RunFolder
+from ftrain.run.ranks import any_rank
 
 _LOOKED_AT_EVERY = 10
 _PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0)

@@ -8,7 +8,7 @@
         for n in run.steps(done, 1000):
             state, metrics = step(state, run.share(batch_at(n)))
 
-What is opened is closed in the reverse order, whether the block ends, raises on one rank or is asked to stop by a signal.
+What is opened is closed in the reverse order, whether the block ends, raises on one rank or is stopped by a signal.
 """
 
 import os
@@ -83,7 +83,9 @@ class Run:
         """
         if plan is None:
             if len(self._plans) > 1:
-                raise ValueError(f"run.share: run.plan made {len(self._plans)} plans; say which: share(batch, plan=...)")
+                raise ValueError(
+                    f"run.share: run.plan made {len(self._plans)} plans; say which: share(batch, plan=...)"
+                )
             plan = self._plans[0] if self._plans else Plan(self.mesh)
         leaves, treedef = tree.flatten(batch)
         own = MeshArguments(plan, Placements(plan), "batch").share(tree.paths(batch), leaves)
@@ -93,7 +95,7 @@ class Run:
     def checkpointer(
         self, folder: str | Path, *, keep: Retention = KEEP_ALL, specs: Any = None, background: bool = True
     ) -> Checkpointer:
-        """An `ftrain.checkpoint.Checkpointer` of all ranks, closed (its last save waited for) at the end of the block."""
+        """A `Checkpointer` of all ranks, closed (its last save waited for) at the end of the block."""
         made = Checkpointer(folder, keep=keep, specs=specs, background=background, ranks=Ranks.of_run())
         return self._opened.enter_context(made)
 
@@ -160,7 +162,9 @@ def session(
         ValueError: sizes that are not those of the processes, with what would fit.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise ValueError("ftrain.run.session takes signals, which Python gives to the main thread alone: enter it there")
+        raise ValueError(
+            "ftrain.run.session takes signals, which Python gives to the main thread alone: enter it there"
+        )
     where = _device(device)
     flags = MeshFlags(replicate=replicate, shard=shard, sequence=sequence, expert=expert, timeout=timeout)
     with _mesh(flags, kind, where) as mesh, ExitStack() as opened:

@@ -78,9 +78,9 @@ def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
     return [known.get(_divided(n), f"a loop's input {n}") for n in given]
 
 
-def _divided(node: fx.Node) -> fx.Node:
+def _divided(node: Any) -> Any:
     """What was divided into parts where a node is that."""
-    return node.args[0] if node.target is torch.ops.aten.view.default else node  # type: ignore[return-value]
+    return node.args[0] if node.target is torch.ops.aten.view.default else node
 
 
 @contextmanager

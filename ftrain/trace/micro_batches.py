@@ -1,9 +1,9 @@
 """A batch divided into micro-batches, by the rules that say how ranks share it (`ftrain.sharding.batch`).
 
 A whole batch is one pack after the other, `micro_batches` of them for each data rank: micro-batches are to time what
-data ranks are to space. So a batch that is packed for micro-batches is a batch for the loss as it is, too, shared out by
-the same rules. Where the ranks of a sequence axis share a data rank's packs, each holds a run of all of them and needs
-its run of every single one; then the leaves of the batch are exchanged among these ranks first.
+data ranks are to space. So a batch that is packed for micro-batches is a batch for the loss as it is, too, shared out
+by the same rules. Where the ranks of a sequence axis share a data rank's packs, each holds a run of all of them and
+needs its run of every single one; then the leaves of the batch are exchanged among these ranks first.
 
 m micro-batches, P tokens of a data rank's packs together, T tokens of a pack, t of them on this rank, S ranks of the
 sequence axis, N rows or documents.
@@ -101,9 +101,7 @@ def _tokens(leaves: Sequence[Any], rules: Sequence[BatchRule]) -> int:
 def _with_bound(batch: Any, tokens: int) -> Any:
     """The batch with documents of at most so many tokens, which is all that a micro-batch has."""
     nodes, treedef = tree.flatten_until(batch, Documents)
-    bounded = [
-        replace(x, longest=min(x.longest, tokens)) if isinstance(x, Documents) and tokens else x for x in nodes
-    ]
+    bounded = [replace(x, longest=min(x.longest, tokens)) if isinstance(x, Documents) and tokens else x for x in nodes]
     return tree.unflatten(treedef, bounded)
 
 

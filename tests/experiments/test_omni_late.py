@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import ftrain
-from ftrain.run.ranks import asked_of_ranks
-from ftrain.run.late import Done, Issued, LateReader
 from experiments.omni.survival import Guard
 from ftrain.resilience.anomalies import BadSteps, Verdict
 from ftrain.resilience.failure_dump import read_batch, read_failure_dump
+from ftrain.run.late import Done, Issued, LateReader
+from ftrain.run.ranks import asked_of_ranks
 from ftrain.runtime.host_copy import HostCopy
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ftrain.run import folder as run_folder
-from ftrain.run.folder import RunFolder
 from experiments.omni_moe import Options, main
 from ftrain import checkpoint
+from ftrain.run import folder as run_folder
+from ftrain.run.folder import RunFolder
 
 SHORT = {"steps": 6, "tokenizer_steps": 10, "checkpoint_every": 3, "held_out": 2}
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(("--stepz", "3"), "--stepz"), (("--steps", "0"), "--steps must be at least 1")]
+    ("arguments", "message"),
+    [
+        (("--stepz", "3"), "--stepz"),
+        (("--steps", "0"), "--steps must be at least 1"),
+        (
+            ("--tp", "2"),
+            "omni_moe.py: --tp: there is no tensor parallelism here, by design: divide parameters with shard",
+        ),
+        (("--steps", "1", "--pp=2"), "omni_moe.py: --pp: there is no pipeline parallelism here, by design"),
+        (("--fsdp", "8"), "omni_moe.py: --fsdp: fully sharded data parallelism is called shard here"),
+    ],
 )
 def test_a_wrong_option_is_one_clear_error(arguments: tuple[str, ...], message: str) -> None:
     done = run(*arguments)

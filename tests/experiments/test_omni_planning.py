@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from ftrain.run.ranks import MeshFlags
 from experiments.omni import planning, training
 from experiments.omni.planning import OmniSubject, laid_out, mesh_flags
 from experiments.omni_moe import Options, main
@@ -18,6 +17,7 @@ from ftrain.plan.cost import count, price
 from ftrain.plan.file import PlanFile, load_plan
 from ftrain.plan.lowering import draft
 from ftrain.plan.space import Candidate
+from ftrain.run.ranks import MeshFlags
 from ftrain.sharding import Layout, Mesh, Ulysses
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -42,7 +42,9 @@ def test_the_learning_rate_is_that_of_the_new_length_from_there_on_and_before_as
     assert rates(longer, 200, 300, 399) == rates(whole, 200, 300, 399)
     assert rates(longer, 199)[0] < rates(longer, 200)[0] / 10
     twice = TrainConfig(steps=400, earlier=((100, 150), (200, 200)))
-    assert rates(twice, 99, 150, 250) == [rates(c, n)[0] for c, n in ((TrainConfig(150), 99), (short, 150), (whole, 250))]
+    assert rates(twice, 99, 150, 250) == [
+        rates(c, n)[0] for c, n in ((TrainConfig(150), 99), (short, 150), (whole, 250))
+    ]
 
 
 def test_a_constant_rate_does_not_depend_on_the_length() -> None:

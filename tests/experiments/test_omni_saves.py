@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftrain.run import folder as run_folder
-from ftrain.run import row_log
 from experiments.omni.progress import Report, SteadyConsole
-from ftrain.run.row_log import RowLog
-from ftrain.run.folder import RunFolder
-from ftrain.run.saves import NotSaved, Saves
 from experiments.omni.survival import Guard, spared_output
 from ftrain.checkpoint import Checkpointer
 from ftrain.checkpoint import checkpointer as checkpointer_module
 from ftrain.resilience.anomalies import BadSteps, Verdict
 from ftrain.resilience.signals import EXIT_NOT_SAVED
+from ftrain.run import folder as run_folder
+from ftrain.run import row_log
+from ftrain.run.folder import RunFolder
+from ftrain.run.row_log import RowLog
+from ftrain.run.saves import NotSaved, Saves
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = {"w": torch.zeros(3)}

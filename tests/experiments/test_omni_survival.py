@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftrain.run import folder as run_folder
 from experiments.omni.batches import Batches
-from ftrain.run.folder import RunFolder
 from experiments.omni.survival import Guard, SurvivalFlags
 from experiments.omni_moe import Options, main
 from ftrain import checkpoint, tree
@@ -19,6 +17,8 @@ from ftrain.resilience.anomalies import BadSteps, Verdict
 from ftrain.resilience.failure_dump import read_failure_dump
 from ftrain.resilience.skipped import read_skipped
 from tests.helpers.rank_processes import exit_codes
+from ftrain.run import folder as run_folder
+from ftrain.run.folder import RunFolder
 
 
 class Source:

@@ -4,16 +4,14 @@ import functools
 
 import pytest
 import torch
-from mesh_models import dense, diffusion, language_model, mixture, omni, plan_for
-from tiny_omni import MODEL as OMNI
+from mesh_models import dense, diffusion, mixture, omni, plan_for
+from rank_processes import run as run_processes
 
 import ftrain
 from ftrain import Layout, Mean, Mesh, Plan, tree
 from ftrain.kernels.documents import Documents
 from ftrain.kernels.pack import draw_over_batch
-from ftrain.modules import decoder
-from ftrain.modules import omni as omni_model
-from ftrain.modules.packs import join_packs
+from ftrain.modules import spec
 from ftrain.sharding import Hybrid, Places, Ring, Rows, Same, Tokens
 from ftrain.trace.micro_batches import divide
 
@@ -99,3 +97,100 @@ def test_a_batch_of_images_and_labels_is_divided_along_dim_0(run):
     expected = ftrain.value_and_grad(counted)(params, batch)
     found = run(ftrain.value_and_grad(ftrain.accumulate(counted, 4)))(params, batch)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_random_key_is_the_same_everywhere_and_rows_draw_what_they_draw_in_the_whole_batch():
+    """On one device and on a mesh of both kinds of axes: noise that is drawn for rows is that of the whole batch."""
+
+    def loss(params, batch):
+        noise = draw_over_batch(ftrain.normal, batch["key"], tuple(batch["x"].shape)).to(torch.float64)
+        return Mean.of(((batch["x"] + noise) @ params["w"]).square())
+
+    random = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(6, 3, dtype=torch.float64, generator=random)}
+    batch = {"x": torch.randn(16, 6, dtype=torch.float64, generator=random), "key": ftrain.key(7)}
+    expected = ftrain.value_and_grad(loss)(params, batch)
+    step = ftrain.value_and_grad(ftrain.accumulate(loss, 2))
+    found = [step(params, batch), ftrain.jit(step)(params, batch)]
+    for mesh in (Mesh(shard=2, kind="virtual"), Mesh(shard=2, sequence=2, kind="virtual")):
+        plan = Plan(mesh, Layout(sequence=Ring()) if mesh.sequence > 1 else Layout())
+        specs = {"params": spec.of(params)}
+        found.append(ftrain.jit(lambda params, batch: step(params, batch), plan=plan, specs=specs)(params, batch))
+    for result in found:
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def tokens_of(lengths):
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return {"x": torch.arange(float(len(ids))), "segments": ids}
+
+
+@either_way
+def test_a_division_that_would_cut_a_document_is_refused_with_the_way_out(run):
+    step = run(ftrain.value_and_grad(ftrain.accumulate(lambda p, b: Mean.of(b["x"] * p * b["segments"]), 2)))
+    w = torch.ones(())
+    step(w, tokens_of([3, 5, 4, 4]))
+    words = r"batch leaf 'segments': a document \(id 1\) goes on over token 8, where micro-batch 1 begins: .*join_packs"
+    with pytest.raises(ValueError, match=words):
+        step(w, tokens_of([3, 9, 4]))
+
+
+def test_documents_made_without_their_packs_are_divided_too():
+    """Offsets need no places of their own for each micro-batch: those of other documents have length zero."""
+    ids = torch.arange(4).repeat_interleave(torch.tensor([3, 5, 6, 2]))
+    parts = divide({"segments": Documents.of(ids)}, 2)
+    first, second = (parts.put([leaf[i] for leaf in parts.leaves])["segments"] for i in range(2))
+    assert first.offsets_N.tolist() == [0, 3, 8, 8, 8, 8, 8, 8, 8]
+    assert second.offsets_N.tolist() == [0, 0, 0, 6, 8, 8, 8, 8, 8]
+    assert (first.longest, first.offsets_N.dtype) == (8, torch.int32)
+
+
+def test_rows_of_media_go_with_the_tokens_of_their_documents():
+    batch = {"x": torch.arange(8), "media": {"rows": torch.arange(4), "index_n": torch.tensor([1, 8, 8, 7])}}
+    rules = {"media.rows": Rows(), "media.index_n": Places()}
+    parts = divide(batch, 2, rules)
+    first, second = (parts.put([leaf[i] for leaf in parts.leaves]) for i in range(2))
+    assert (first["media"]["index_n"].tolist(), second["media"]["index_n"].tolist()) == ([1, 4], [4, 3])
+    assert second["media"]["rows"].tolist() == [2, 3]
+    batch["media"]["index_n"] = torch.tensor([1, 6, 8, 7])
+    with pytest.raises(ValueError, match=r"'media.index_n': a row stands at a token of another micro-batch"):
+        divide(batch, 2, rules)
+
+
+def test_rules_of_the_loss_come_before_the_default_and_must_match():
+    batch = {"table": torch.arange(3), "x": torch.arange(8).reshape(2, 4)}
+    parts = divide(batch, 2, {"table": Same(), "x": Tokens(1)})
+    assert parts.put([leaf[1] for leaf in parts.leaves])["x"].tolist() == [[2, 3], [6, 7]]
+    with pytest.raises(ValueError, match=r"batch leaf 'table' of shape \[3\] does not divide: dim 0 .* multiple of 2"):
+        divide(batch, 2)
+    with pytest.raises(ValueError, match=r"accumulate\(batch=...\): 'tabel' matches nothing"):
+        divide(batch, 2, {"tabel": Same()})
+    with pytest.raises(ValueError, match="no leaf of the batch is divided"):
+        divide({"key": ftrain.key(0)}, 2)
+
+
+def on_processes(rank, found):
+    """Training and evaluation take one share of one batch, by one plan."""
+    model, micro = dense(layers=1), 2
+    params, batch = model.params(torch.float64), model.batch(2 * micro)
+    loss = ftrain.accumulate(model.loss, micro, has_aux=True)
+    for mesh in (Mesh(shard=2), Mesh(sequence=2)):
+        plan = plan_for(model, mesh)
+        train = ftrain.jit(gradients(model, loss), plan=plan, specs=model.specs)
+        evaluate = ftrain.jit(
+            lambda params, batch: ftrain.forward(model.loss)(params, batch)[0], plan=plan, specs=model.specs
+        )
+        own, held = train.share(batch), train.shard(params, name="params")
+        value, grads = train(held, own)
+        result = (value, train.whole(grads)), evaluate(held, own).value()
+        if rank == 0:
+            found[str(mesh)] = result
+
+
+def test_processes_train_and_evaluate_on_one_share_of_a_batch():
+    model = dense(layers=1)
+    params, batch = model.params(torch.float64), model.batch(4)
+    expected = gradients(model)(params, batch)
+    for (value, grads), evaluated in run_processes(on_processes, 2).values():
+        assert_equal((value, grads), expected)
+        torch.testing.assert_close(evaluated, expected[0], rtol=1e-12, atol=1e-12)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 import ftrain
-from ftrain.run.ranks import MeshFlags, is_main, open_mesh
 from ftrain import optim, tree
 from ftrain.checkpoint import Checkpointer, Ranks
 from ftrain.modules import decoder, spec
+from ftrain.run.ranks import MeshFlags, is_main, open_mesh
 from ftrain.sharding import Mesh, Plan
 
 STEPS, WAITS = 6, (3, 5)

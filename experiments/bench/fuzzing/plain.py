@@ -23,8 +23,9 @@ class Micro:
     has_aux: bool
 
 
-def plain_accumulate(loss: Callable, micro_batches: int, *, has_aux: bool = False) -> Micro:
-    """As `ftrain.accumulate`."""
+def plain_accumulate(loss: Callable, micro_batches: int, *, has_aux: bool = False, stacked: bool) -> Micro:
+    """As `ftrain.accumulate` of `stacked` micro-batches."""
+    assert stacked
     return Micro(loss, micro_batches, has_aux)
 
 

@@ -84,7 +84,7 @@ def _loss(loss: Loss) -> list[str]:
     body.append(f"return {loss.result.text.format(*loss.result.ins)}{', ' + aux if aux else ''}")
     function = f"loss{loss.name}"
     if loss.micro_batches > 1:
-        function = f"accumulate({function}, {loss.micro_batches}{', has_aux=True' if aux else ''})"
+        function = f"accumulate({function}, {loss.micro_batches}{', has_aux=True' if aux else ''}, stacked=True)"
     many = f", argnums={tuple(range(len(names)))}" if len(names) > 1 else ""
     left = f"({loss.value}, aux{loss.name}), {loss.gradient}" if aux else f"{loss.value}, {loss.gradient}"
     call = f"value_and_grad({function}{many}{', has_aux=True' if aux else ''})"

@@ -52,7 +52,9 @@ def test_rounds_of_a_loop_count():
     state = momentum_state(stack_params(3))
     whole = jit(momentum_step(stack_loss)).lower(state, (x, y)).cost()
     split = (
-        jit(momentum_step(accumulate(stack_loss, 4, stacked=True))).lower(state, (x.reshape(4, 2, 16), y.reshape(4, 2, 16))).cost()
+        jit(momentum_step(accumulate(stack_loss, 4, stacked=True)))
+        .lower(state, (x.reshape(4, 2, 16), y.reshape(4, 2, 16)))
+        .cost()
     )
     assert split.flops == whole.flops
 

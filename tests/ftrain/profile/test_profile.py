@@ -39,7 +39,9 @@ def test_every_op_is_timed_and_nothing_changes():
 def test_nodes_of_loops_are_added_up():
     state, (x, y) = momentum_state(stack_params()), stack_batch()
     batch = (x.reshape(4, 2, 16), y.reshape(4, 2, 16))
-    names = [t.name for t in profile_nodes(momentum_step(accumulate(stack_loss, 4, stacked=True)), state, batch, repeats=1)]
+    names = [
+        t.name for t in profile_nodes(momentum_step(accumulate(stack_loss, 4, stacked=True)), state, batch, repeats=1)
+    ]
     assert len(names) == len(set(names))
     assert sum(".mm" in name for name in names) == 3 + 5
 

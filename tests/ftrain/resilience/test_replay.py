@@ -144,7 +144,10 @@ def test_a_step_that_the_run_has_not_come_to(tmp_path, capsys):
         (None, r"is not the folder of a run \(it has no config.json\)"),
         ({}, "config.json has no 'replay'"),
         ({"replay": "json"}, r"config.json names the module 'json', which is not one of experiments\.\*"),
-        ({"replay": "experiments.decoder_plan"}, r"experiments.decoder_plan, which .*config.json names, has no function replayable"),
+        (
+            {"replay": "experiments.decoder_plan"},
+            r"experiments.decoder_plan, which .*config.json names, has no function replayable",
+        ),
         ({"replay": "experiments"}, "'experiments', which is not one of"),
         ({"replay": "experiments..mesh"}, "'experiments..mesh', which is not one of"),
         ([1], "config.json: the value is a list, not an object"),

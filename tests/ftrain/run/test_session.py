@@ -60,31 +60,57 @@ def test_what_stands_after_the_block_is_as_before():
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_a_signal_between_steps_lets_one_more_step_save_and_then_ends_the_block(tmp_path):
+def test_a_signal_between_steps_lets_one_more_step_save_and_then_ends_the_block():
     seen = []
-    with pytest.raises(SystemExit) as ended, ftrain.run.session(device="cpu") as run:
-        for n in run.steps(0, 10):
-            seen.append((n, run.is_last))
-            if n == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+
+    def script():
+        with ftrain.run.session(device="cpu") as run:
+            for n in run.steps(0, 10):
+                seen.append((n, run.is_last))
+                if n == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        script()
     assert ended.value.code == 75
     assert seen == [(1, False), (2, False), (3, True)]
 
 
 def test_a_signal_outside_of_the_steps_ends_the_block_and_closes_what_it_opened(tmp_path):
-    with pytest.raises(SystemExit) as ended, ftrain.run.session(device="cpu") as run:
-        saves = run.checkpointer(tmp_path / "run")
-        saves.save({"x": torch.ones(3)}, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+    def script():
+        with ftrain.run.session(device="cpu") as run:
+            saves = run.checkpointer(tmp_path / "run")
+            saves.save({"x": torch.ones(3)}, 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as ended:
+        script()
     assert ended.value.code == 75
     assert checkpoint.latest(tmp_path / "run") == 1
 
 
+def test_when_no_step_ends_the_stacks_are_written(tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS.format(stacks=str(tmp_path / "stacks")))
+    job = subprocess.run([sys.executable, str(script)], env=ENV, capture_output=True, text=True, timeout=100)
+    assert job.returncode == 76, job.stderr[-3000:]
+    assert "time.sleep(60)" in (tmp_path / "stacks" / "rank_0.txt").read_text()
+
+
+HANGS = """
+import time, ftrain
+with ftrain.run.session(device="cpu", stacks={stacks!r}, hang_seconds=1.0) as run:
+    for n in run.steps(0, 3):
+        if n == 2:
+            time.sleep(60)
+"""
+
+
 def test_mistakes_say_what_to_do(monkeypatch):
-    with pytest.raises(ValueError, match=r"4 ranks .* torchrun --nproc-per-node 4, or .*kind='virtual'"):
-        with ftrain.run.session(shard=4):
-            pass
+    words = r"4 ranks .* torchrun --nproc-per-node 4, or .*kind='virtual'"
+    with pytest.raises(ValueError, match=words), ftrain.run.session(shard=4):
+        pass
     with ftrain.run.session(device="cpu") as run:
         run.plan()
         run.plan(batch={"key": Same()})

@@ -125,9 +125,7 @@ def test_all_rows_masked_is_harmless(run):
         x, mask = batch
         return Mean(((x @ params["w"]).sum(-1) * mask).sum(), mask.sum())
 
-    value, grads = run(value_and_grad(accumulate(loss, 2)))(
-        {"w": torch.ones(3, 3)}, (torch.ones(8, 3), torch.zeros(8))
-    )
+    value, grads = run(value_and_grad(accumulate(loss, 2)))({"w": torch.ones(3, 3)}, (torch.ones(8, 3), torch.zeros(8)))
     assert value.item() == 0
     assert grads["w"].abs().sum() == 0
 

@@ -145,7 +145,9 @@ def test_micro_batches_draw_as_in_eager_code(options):
         return ftrain.Mean(y.square().sum(), torch.tensor(float(ROWS))), {"mean": statistics[0]}
 
     def step(w, x):
-        (value, aux), grads = ftrain.value_and_grad(ftrain.accumulate(loss, 3, has_aux=True, stacked=True), has_aux=True)(w, x)
+        (value, aux), grads = ftrain.value_and_grad(
+            ftrain.accumulate(loss, 3, has_aux=True, stacked=True), has_aux=True
+        )(w, x)
         return w - 0.1 * grads, (value, aux)
 
     def twice(run):
