@@ -364,6 +364,13 @@ def new_fake_like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """An assertion on a 0-d bool tensor that a CUDA device makes itself, so that the host does not wait; a RuntimeError
+    on a CPU.
+    """
+    torch._assert_async(condition, message)
+
+
 def shapes_of_result(function: Callable[[], Any]) -> Any:
     """Call a function for the shapes of its result: inside a trace nothing is recorded, outside nothing computed."""
     if tracing_graph() is not None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.graph.torch_private import assert_on_device
 from ftrain.kernels.documents import Documents
 from ftrain.kernels.opaque import opaque_op
 from ftrain.kernels.pack import draw_over_batch, pack_tokens
@@ -119,7 +120,7 @@ class _Division:
         if isinstance(rule, Same):
             return leaf
         if isinstance(rule, Offsets):
-            return self._offsets(leaf, rule)
+            return self._offsets(path, leaf, rule)
         if isinstance(rule, Places):
             self._require_divides(path, leaf, 0)
             whole = self._gathered(leaf, 0) if self.mesh is not None else leaf
@@ -177,19 +178,18 @@ class _Division:
             return gather_pieces(leaf.to(torch.uint8), group, dim, "micro_batches").to(torch.bool)
         return gather_pieces(leaf, group, dim, "micro_batches")
 
-    def _offsets(self, offsets: Tensor, rule: Offsets) -> Tensor:
+    def _offsets(self, path: str, offsets: Tensor, rule: Offsets) -> Tensor:
         """Offsets of each micro-batch, with as many places as all have: those of other documents have length zero."""
         if rule.dim:
-            raise ValueError(f"accumulate divides offsets of documents along dim 0, not {rule.dim}")
-        dtype, end, parts_m = offsets.dtype, offsets[-1:], torch.arange(self.count, device=offsets.device)
-        if rule.of == "rows" and self.mesh is not None:
-            # those of all rows of the pack; of its parts, number j * S + s is micro-batch j's on rank s
-            starts_S1 = torch.arange(self.ranks, device=offsets.device)[:, None] * end
-            offsets = (self._gathered(offsets[None], 0) + starts_S1).flatten()
-            parts_m = parts_m * self.ranks + axis_index("sequence").to(offsets.device)
-        step = torch.div(end, self.count, rounding_mode="floor")
-        inside = (offsets - parts_m[:, None] * step).clamp(min=0).minimum(step)
-        return inside.to(dtype)
+            raise ValueError(f"accumulate divides offsets of documents along dim 0, not {rule.dim}: {path!r}")
+        parts_m = torch.arange(self.count, device=offsets.device)
+        if rule.of == "packs" or self.mesh is None:
+            return _micro_offsets(offsets, parts_m, self.count, path)
+        # those of all rows of the pack; of its parts, number j * S + s is micro-batch j's on rank s
+        starts_S1 = torch.arange(self.ranks, device=offsets.device)[:, None] * offsets[-1:]
+        whole = (self._gathered(offsets[None], 0) + starts_S1).flatten().to(offsets.dtype)
+        own_m = parts_m * self.ranks + axis_index("sequence").to(offsets.device)
+        return _micro_offsets(whole, own_m, self.count * self.ranks, path)
 
 
 def _first(x: Tensor, dim: int) -> Tensor:
@@ -247,22 +247,38 @@ def _whole_documents(ids: Tensor, parts: int, dim: int, leaf: str) -> Tensor:
     rows = ids.movedim(dim, 0)
     border_m = torch.arange(1, parts, device=ids.device) * (rows.shape[0] // parts)
     same_m = (rows.index_select(0, border_m) == rows.index_select(0, border_m - 1)).reshape(parts - 1, -1).all(1)
-    advice = (
-        f"it would be cut in two. A batch is one pack after the other, {parts} for each data rank: pack documents so "
-        "that none lies in two (ftrain.modules.mesh_packing.pack_for_mesh(packs=micro-batches x data ranks), "
-        "ftrain.modules.packs.join_packs), or, if two documents share the id, give one another"
-    )
-    what = f"accumulate over {parts} micro-batches: batch leaf {leaf!r}: a document"
-    if ids.is_cuda:
-        torch._assert_async(~same_m.any(), f"{what} goes on where another micro-batch begins: {advice}")
-    elif bool(same_m.any()):
-        number = int(same_m.nonzero()[0, 0]) + 1
-        border = number * (rows.shape[0] // parts)
-        raise ValueError(
-            f"{what} (id {rows[border].flatten()[0]}) goes on over token {border}, where micro-batch {number} begins: "
-            f"{advice}"
-        )
+    _require_whole(~same_m, border_m, leaf)
     return ids.clone(memory_format=torch.contiguous_format)
+
+
+@opaque_op(
+    "micro_offsets(Tensor offsets, Tensor which, int parts, str leaf) -> Tensor",
+    fake=lambda offsets, which, parts, leaf: offsets.new_empty(which.shape[0], offsets.shape[0]),
+)
+def _micro_offsets(offsets_N: Tensor, which_m: Tensor, parts: int, leaf: str) -> Tensor:
+    """The offsets of documents as those of some of `parts` equal parts, `[m, N]`, counted from the start of each;
+    documents of other parts have length zero. ValueError (on CUDA: an assertion on the device) for one in two parts.
+    """
+    step = torch.div(offsets_N[-1], parts, rounding_mode="floor")
+    border_m = torch.arange(1, parts, device=offsets_N.device) * step
+    _require_whole((offsets_N == border_m[:, None]).any(1), border_m, leaf)
+    return (offsets_N - which_m[:, None] * step).clamp(min=0).minimum(step).to(offsets_N.dtype)
+
+
+def _require_whole(whole_m: Tensor, border_m: Tensor, leaf: str) -> None:
+    """An error where a document goes on over a border between parts; on CUDA the device makes it, the host goes on."""
+    parts = len(whole_m) + 1
+    advice = (
+        "it would be cut in two. A batch is one pack after the other, one for each micro-batch of each data rank: pack "
+        "documents so that none lies in two (ftrain.modules.mesh_packing.pack_for_mesh(packs=micro-batches x data "
+        "ranks), ftrain.modules.packs.join_packs), or, if two documents share the id, give one another"
+    )
+    what = f"accumulate: batch leaf {leaf!r}, divided in {parts}: a document goes on"
+    if whole_m.is_cuda:
+        assert_on_device(whole_m.all(), f"{what} where another part begins: {advice}")
+    elif not bool(whole_m.all()):
+        border = int(border_m[int((~whole_m).nonzero()[0, 0])])
+        raise ValueError(f"{what} over token {border}, where another part begins: {advice}")
 
 
 @opaque_op(
@@ -284,7 +300,7 @@ def _micro_places(place_N: Tensor, parts: int, tokens: int, leaf: str) -> Tensor
         "a pack's rows and its tokens must be in the same part of the batch (ftrain.modules.mesh_packing)"
     )
     if place_N.is_cuda:
-        torch._assert_async(~wrong, words)
+        assert_on_device(~wrong, words)
     elif bool(wrong):
         raise ValueError(words)
     return torch.where(nowhere_MN, length, local_MN)

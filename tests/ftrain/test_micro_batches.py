@@ -130,7 +130,7 @@ def test_a_division_that_would_cut_a_document_is_refused_with_the_way_out(run):
     step = run(ftrain.value_and_grad(ftrain.accumulate(lambda p, b: Mean.of(b["x"] * p * b["segments"]), 2)))
     w = torch.ones(())
     step(w, tokens_of([3, 5, 4, 4]))
-    words = r"batch leaf 'segments': a document \(id 1\) goes on over token 8, where micro-batch 1 begins: .*join_packs"
+    words = r"batch leaf 'segments', divided in 2: a document goes on over token 8, where another part begins: .*join_packs"
     with pytest.raises(ValueError, match=words):
         step(w, tokens_of([3, 9, 4]))
 
@@ -143,6 +143,18 @@ def test_documents_made_without_their_packs_are_divided_too():
     assert first.offsets_N.tolist() == [0, 3, 8, 8, 8, 8, 8, 8, 8]
     assert second.offsets_N.tolist() == [0, 0, 0, 6, 8, 8, 8, 8, 8]
     assert (first.longest, first.offsets_N.dtype) == (8, torch.int32)
+    with pytest.raises(ValueError, match=r"batch leaf 'segments.*', divided in 2: a document goes on over token 8"):
+        divide({"segments": Documents.of(torch.zeros(16, dtype=torch.int64))}, 2)
+
+
+def test_a_cut_is_found_by_offsets_where_nobody_reads_the_ids():
+    def loss(params, batch):
+        return Mean.of(batch["x"] * params * batch["segments"].offsets_N.sum())
+
+    step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, 2)))
+    batch = {"x": torch.ones(8), "segments": Documents.of(torch.arange(8) // 5)}
+    with pytest.raises(ValueError, match=r"batch leaf 'segments\..*', divided in 2: a document goes on over"):
+        step(torch.ones(()), batch)
 
 
 def test_rows_of_media_go_with_the_tokens_of_their_documents():

@@ -350,3 +350,9 @@ def test_a_real_draw_moves_the_generator_within_a_trace():
     graphs.append(tracing(lambda x: private.real_draw() or x * 2, (3,)))
     assert names(graphs[0]) == ["mul"]
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_assertion_of_the_device_says_what_is_wrong():
+    private.assert_on_device(torch.tensor(True), "never said")
+    with pytest.raises(RuntimeError, match="cut in two"):
+        private.assert_on_device(torch.tensor(False), "cut in two")
