@@ -32,7 +32,7 @@ from ftrain.sharding.exchange import draw_over_batch_sharded
 from ftrain.sharding.paths import Rules
 from ftrain.sharding.sequence_attention import from_pack_order, to_pack_order
 from ftrain.sharding.spmd import axis_index
-from ftrain.trace.spmd import ShardedTrace, current_sharded
+from ftrain.trace.spmd import ShardedTrace, batch_path, current_sharded
 
 
 class MicroBatches(NamedTuple):
@@ -90,7 +90,7 @@ def _rule(path: str, leaf: Any, own: Rules[BatchRule], trace: ShardedTrace | Non
         return found
     if trace is None:
         return default_rule(path)
-    return trace.plan.batch_rule(trace.batch_path(leaf) or path)
+    return trace.plan.batch_rule(batch_path(trace, leaf) or path)
 
 
 def _tokens(leaves: Sequence[Any], rules: Sequence[BatchRule]) -> int:

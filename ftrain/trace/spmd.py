@@ -121,12 +121,6 @@ class ShardedTrace:
         nodes = [node_of(ids) for ids in segments if isinstance(ids, Tensor)]
         self._document_ids.update(self._batch[node] for node in nodes if node in self._batch)
 
-    def batch_path(self, tensor: Tensor) -> str | None:
-        """The path within the batch of the leaf that a tensor is; None where it is no leaf of it."""
-        node = node_of(tensor)
-        found = None if node is None else self._batch.get(node)
-        return None if found is None else found.partition(".")[2]
-
     def note_use(self, tensor: Tensor, path: str, placement: Placement) -> None:
         """Remember that a tensor is a parameter as a rank computes with it: gathered, but for a dim of experts."""
         node = node_of(tensor)
@@ -221,6 +215,13 @@ class ShardedTrace:
         if node not in self._packs:
             self._packs[node] = make()
         return self._packs[node]
+
+
+def batch_path(trace: ShardedTrace, tensor: Tensor) -> str | None:
+    """The path within the batch of the leaf that a tensor is; None where it is no leaf of it."""
+    node = node_of(tensor)
+    found = None if node is None else trace._batch.get(node)
+    return None if found is None else found.partition(".")[2]
 
 
 _current: ContextVar[ShardedTrace | None] = ContextVar("ftrain_sharded_trace", default=None)
