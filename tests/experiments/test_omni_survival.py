@@ -16,9 +16,9 @@ from ftrain.cli.main import main as ftrain_command
 from ftrain.resilience.anomalies import BadSteps, Verdict
 from ftrain.resilience.failure_dump import read_failure_dump
 from ftrain.resilience.skipped import read_skipped
-from tests.helpers.rank_processes import exit_codes
 from ftrain.run import folder as run_folder
 from ftrain.run.folder import RunFolder
+from tests.helpers.rank_processes import exit_codes
 
 
 class Source:

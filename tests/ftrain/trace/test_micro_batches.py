@@ -4,8 +4,6 @@ import functools
 
 import pytest
 import torch
-from mesh_models import dense, diffusion, mixture, omni, plan_for
-from rank_processes import run as run_processes
 
 import ftrain
 from ftrain import Layout, Mean, Mesh, Plan, tree
@@ -14,6 +12,8 @@ from ftrain.kernels.pack import draw_over_batch
 from ftrain.modules import spec
 from ftrain.sharding import Hybrid, Places, Ring, Rows, Same, Tokens
 from ftrain.trace.micro_batches import divide
+from tests.helpers.mesh_models import dense, diffusion, mixture, omni, plan_for
+from tests.helpers.rank_processes import run as run_processes
 
 either_way = pytest.mark.parametrize("run", [lambda f: f, ftrain.jit], ids=["eager", "jit"])
 MODELS = {"dense": dense(), "mixture": mixture(), "omni": omni(), "diffusion": diffusion()}
@@ -130,7 +130,9 @@ def test_a_division_that_would_cut_a_document_is_refused_with_the_way_out(run):
     step = run(ftrain.value_and_grad(ftrain.accumulate(lambda p, b: Mean.of(b["x"] * p * b["segments"]), 2)))
     w = torch.ones(())
     step(w, tokens_of([3, 5, 4, 4]))
-    words = r"batch leaf 'segments', divided in 2: a document goes on over token 8, where another part begins: .*join_packs"
+    words = (
+        r"batch leaf 'segments', divided in 2: a document goes on over token 8, where another part begins: .*join_packs"
+    )
     with pytest.raises(ValueError, match=words):
         step(w, tokens_of([3, 9, 4]))
 
