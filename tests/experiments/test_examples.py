@@ -55,16 +55,16 @@ def test_a_run_on_two_ranks_is_stopped_and_goes_on_on_one(tmp_path, capsys):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     module = ["-m", "experiments.examples.on_many_ranks", str(tmp_path / "run"), "100000"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([*command, *module], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     said = ""
-    try:
-        for line in job.stdout:
-            said += line
-            if line.startswith("step 5 "):
-                job.send_signal(signal.SIGTERM)
-        job.wait(timeout=60)
-    finally:
-        job.kill()
+    with subprocess.Popen([*command, *module], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as job:
+        try:
+            for line in job.stdout:
+                said += line
+                if line.startswith("step 5 "):
+                    job.send_signal(signal.SIGTERM)
+            job.wait(timeout=60)
+        finally:
+            job.kill()
     done = checkpoint.latest(tmp_path / "run")
     assert done is not None
     assert done == max(losses(said)) >= 5
