@@ -77,7 +77,7 @@ def default_rule(path: str) -> BatchRule:
     name = path.rpartition(".")[2]
     if name == "offsets_N":
         return Offsets()
-    return Same() if name == "key" else Tokens()
+    return Replicated() if name == "key" else Tokens()
 
 
 class TokenOrder(NamedTuple):

@@ -26,7 +26,7 @@ from ftrain.kernels.opaque import opaque_op
 from ftrain.kernels.pack import draw_over_batch, pack_tokens
 from ftrain.kernels.primitive import bind
 from ftrain.kernels.random import Window
-from ftrain.sharding.batch import BatchRule, Offsets, Places, Rows, Same, Tokens, default_rule
+from ftrain.sharding.batch import BatchRows, BatchRule, Offsets, Replicated, TokenIndices, Tokens, default_rule
 from ftrain.sharding.collectives import gather_pieces
 from ftrain.sharding.exchange import draw_over_batch_sharded
 from ftrain.sharding.paths import Rules
@@ -70,11 +70,11 @@ def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxy
     cut = _Division(count, _tokens(leaves, found), trace)
     made = [cut.leaf(path, leaf, rule) for path, leaf, rule in zip(paths, leaves, found, strict=True)]
     treedef = tree.flatten(_with_bound(batch, cut.tokens // count * cut.ranks))[1]
-    divided = [x for x, rule in zip(made, found, strict=True) if not isinstance(rule, Same)]
+    divided = [x for x, rule in zip(made, found, strict=True) if not isinstance(rule, Replicated)]
 
     def put(parts: list[Tensor]) -> Any:
         of = iter(parts)
-        whole = [x if isinstance(rule, Same) else next(of) for x, rule in zip(made, found, strict=True)]
+        whole = [x if isinstance(rule, Replicated) else next(of) for x, rule in zip(made, found, strict=True)]
         return tree.unflatten(treedef, whole)
 
     if not divided:
@@ -84,7 +84,7 @@ def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxy
 
 def _rule(path: str, leaf: Any, own: Rules[BatchRule], trace: ShardedTrace | None) -> BatchRule:
     if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-        return Same()
+        return Replicated()
     found = own.find(path)
     if found is not None:
         return found
@@ -116,12 +116,12 @@ class _Division:
         self.ranks = 1 if self.mesh is None else self.mesh.sequence
 
     def leaf(self, path: str, leaf: Any, rule: BatchRule) -> Any:
-        """The leaf with a leading dim of micro-batches; as it is by the rule `Same`."""
-        if isinstance(rule, Same):
+        """The leaf with a leading dim of micro-batches; as it is by the rule `Replicated`."""
+        if isinstance(rule, Replicated):
             return leaf
         if isinstance(rule, Offsets):
             return self._offsets(path, leaf, rule)
-        if isinstance(rule, Places):
+        if isinstance(rule, TokenIndices):
             self._require_divides(path, leaf, 0)
             whole = self._gathered(leaf, 0) if self.mesh is not None else leaf
             places_MN = _micro_places(whole, self.count, self.tokens * self.ranks, path)
@@ -141,10 +141,10 @@ class _Division:
                 f"accumulate over {self.count} micro-batches: {share}batch leaf {path!r} of shape {list(leaf.shape)} "
                 f"does not divide: dim {dim} must be a multiple of {self.count}; pack to such a budget, or say how the "
                 "leaf is divided, as accumulate(..., batch={"
-                f"{path!r}: Tokens(dim) or Same()}})"
+                f"{path!r}: Tokens(dim) or Replicated()}})"
             )
 
-    def _exchanged(self, path: str, leaf: Tensor, rule: Tokens | Rows, *, tells: bool) -> Tensor:
+    def _exchanged(self, path: str, leaf: Tensor, rule: Tokens | BatchRows, *, tells: bool) -> Tensor:
         """This rank's run of each of the packs, of which the ranks of the sequence axis hold a run of all."""
         whole = self._gathered(_first(leaf, rule.dim), 0)
         zigzag = isinstance(rule, Tokens)

@@ -13,7 +13,7 @@ import torch
 import ftrain
 from ftrain import Mean, TrainState, checkpoint, optim
 from ftrain.modules import spec
-from ftrain.sharding import Same
+from ftrain.sharding import Replicated
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -113,7 +113,7 @@ def test_mistakes_say_what_to_do(monkeypatch):
         pass
     with ftrain.run.session(device="cpu") as run:
         run.plan()
-        run.plan(batch={"key": Same()})
+        run.plan(batch={"key": Replicated()})
         with pytest.raises(ValueError, match=r"made 2 plans; say which"):
             run.share({"x": torch.ones(2)})
     monkeypatch.setenv("RANK", "0")

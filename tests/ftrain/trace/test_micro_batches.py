@@ -10,7 +10,7 @@ from ftrain import Layout, Mean, Mesh, Plan, tree
 from ftrain.kernels.documents import Documents
 from ftrain.kernels.pack import draw_over_batch
 from ftrain.modules import spec
-from ftrain.sharding import Hybrid, Places, Ring, Rows, Same, Tokens
+from ftrain.sharding import BatchRows, Hybrid, Replicated, Ring, TokenIndices, Tokens
 from ftrain.trace.micro_batches import divide
 from tests.helpers.mesh_models import dense, diffusion, mixture, omni, plan_for
 from tests.helpers.rank_processes import run as run_processes
@@ -161,7 +161,7 @@ def test_a_cut_is_found_by_offsets_where_nobody_reads_the_ids():
 
 def test_rows_of_media_go_with_the_tokens_of_their_documents():
     batch = {"x": torch.arange(8), "media": {"rows": torch.arange(4), "index_n": torch.tensor([1, 8, 8, 7])}}
-    rules = {"media.rows": Rows(), "media.index_n": Places()}
+    rules = {"media.rows": BatchRows(), "media.index_n": TokenIndices()}
     parts = divide(batch, 2, rules)
     first, second = (parts.put([leaf[i] for leaf in parts.leaves]) for i in range(2))
     assert (first["media"]["index_n"].tolist(), second["media"]["index_n"].tolist()) == ([1, 4], [4, 3])
@@ -173,12 +173,12 @@ def test_rows_of_media_go_with_the_tokens_of_their_documents():
 
 def test_rules_of_the_loss_come_before_the_default_and_must_match():
     batch = {"table": torch.arange(3), "x": torch.arange(8).reshape(2, 4)}
-    parts = divide(batch, 2, {"table": Same(), "x": Tokens(1)})
+    parts = divide(batch, 2, {"table": Replicated(), "x": Tokens(1)})
     assert parts.put([leaf[1] for leaf in parts.leaves])["x"].tolist() == [[2, 3], [6, 7]]
     with pytest.raises(ValueError, match=r"batch leaf 'table' of shape \[3\] does not divide: dim 0 .* multiple of 2"):
         divide(batch, 2)
     with pytest.raises(ValueError, match=r"accumulate\(batch=...\): 'tabel' matches nothing"):
-        divide(batch, 2, {"tabel": Same()})
+        divide(batch, 2, {"tabel": Replicated()})
     with pytest.raises(ValueError, match="no leaf of the batch is divided"):
         divide({"key": ftrain.key(0)}, 2)
 
