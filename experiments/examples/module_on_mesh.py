@@ -32,7 +32,7 @@ def trained(plan: Plan | None, steps: int) -> tuple[Any, list[float]]:
     """The parameters after so many steps, and the loss of each."""
     torch.manual_seed(0)
     module = Net().double()
-    params = {name: leaf.detach() for name, leaf in module.named_parameters()}
+    params = {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
     tx = optim.adamw(1e-2)
 
     def loss_fn(params: Any, batch: Any) -> Mean:
