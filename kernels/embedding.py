@@ -4,6 +4,7 @@ Legend: T tokens, V vocabulary, D model, N rows to put in.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,13 +85,13 @@ class _Embedding(torch.autograd.Function):
         return _lookup(tokens_T, table_VD)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         tokens_T, table_VD = inputs
         ctx.vocabulary = table_VD.shape[0]
         ctx.save_for_backward(tokens_T)
 
     @staticmethod
-    def backward(ctx, dy_TD: Tensor):
+    def backward(ctx: Any, dy_TD: Tensor) -> Any:
         (tokens_T,) = ctx.saved_tensors
         return None, _lookup_backward_once(dy_TD, tokens_T, ctx.vocabulary)
 
@@ -101,11 +102,11 @@ class _Merge(torch.autograd.Function):
         return _merge(x_TD, rows_ND, index_N)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx, dy_TD: Tensor):
+    def backward(ctx: Any, dy_TD: Tensor) -> Any:
         return *_merge_backward_once(dy_TD, *ctx.saved_tensors), None
 
 

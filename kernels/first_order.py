@@ -1,6 +1,7 @@
 """Backwards that can run but not be differentiated again."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,15 +17,15 @@ def first_order(op: Callable, kernel: str) -> Callable:
 
     class FirstOrder(torch.autograd.Function):
         @staticmethod
-        def forward(*args):
+        def forward(*args: Any) -> Any:
             return op(*args)
 
         @staticmethod
-        def setup_context(ctx, inputs, output) -> None:
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             ctx.set_materialize_grads(False)
 
         @staticmethod
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads: Any) -> Any:
             raise NotImplementedError(f"{kernel} has no second derivative with this backend; pass backend='reference'")
 
     return FirstOrder.apply

@@ -4,6 +4,7 @@ Legend: N rows, E groups (experts), D and F the inner and outer features of the 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,11 @@ class _Loop(torch.autograd.Function):
         return _forward(x_ND, w_EDF, offsets_E)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, dy_NF: Tensor):
+    def backward(ctx: Any, dy_NF: Tensor) -> Any:
         x_ND, w_EDF, offsets_E = ctx.saved_tensors
         dx_ND = _backward_x_once(dy_NF, w_EDF, offsets_E) if ctx.needs_input_grad[0] else None
         dw_EDF = _backward_w_once(dy_NF, x_ND, offsets_E) if ctx.needs_input_grad[1] else None
@@ -75,11 +76,11 @@ class _Grouped(torch.autograd.Function):
         return torch._grouped_mm(x_ND, w_EDF, offs=offsets_E)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, dy_NF: Tensor):
+    def backward(ctx: Any, dy_NF: Tensor) -> Any:
         x_ND, w_EDF, offsets_E = ctx.saved_tensors
         dy_NF = dy_NF.contiguous()  # an expanded gradient (stride 0) is refused
         dx_ND = dw_EDF = None

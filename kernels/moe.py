@@ -7,7 +7,7 @@ Legend: T tokens, K experts per token, N = T * K rows, E experts, D model, F hid
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -170,12 +170,12 @@ class _Spread(torch.autograd.Function):
         return x_TD.index_select(0, order_N // choices)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, order_N, ctx.choices = inputs
         ctx.save_for_backward(order_N)
 
     @staticmethod
-    def backward(ctx, drows_ND: Tensor):
+    def backward(ctx: Any, drows_ND: Tensor) -> Any:
         return _Collect.apply(drows_ND, *ctx.saved_tensors, ctx.choices), None, None
 
 
@@ -189,12 +189,12 @@ class _Collect(torch.autograd.Function):
         return rows_ND.index_select(0, _inverse(order_N)).unflatten(0, (-1, choices)).sum(1)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, order_N, ctx.choices = inputs
         ctx.save_for_backward(order_N)
 
     @staticmethod
-    def backward(ctx, dx_TD: Tensor):
+    def backward(ctx: Any, dx_TD: Tensor) -> Any:
         return _Spread.apply(dx_TD, *ctx.saved_tensors, ctx.choices), None, None
 
 
@@ -206,11 +206,11 @@ class _Combine(torch.autograd.Function):
         return combine_reference(rows_ND, weights_TK, Dispatch(order_N, order_N))
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, dy_TD: Tensor):
+    def backward(ctx: Any, dy_TD: Tensor) -> Any:
         rows_ND, weights_TK, order_N = ctx.saved_tensors
         backward = _combine_backward_once if device_type(rows_ND) == "cpu" else _combine_backward_reference
         return *backward(dy_TD, rows_ND, weights_TK, order_N), None

@@ -8,7 +8,7 @@ Legend: R runs (contiguous pieces of the global index), L numbers per run.
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -207,7 +207,7 @@ def numbers_of_words(words_RL: Tensor, kind: str, dtype: torch.dtype, bound: flo
     return (z.clamp(-bound, bound) if bound else z).to(dtype)
 
 
-def _philox_fake(key, base, shape, size, kind, dtype, bound):
+def _philox_fake(key: Tensor, base: Any, shape: Any, size: Any, kind: Any, dtype: Any, bound: Any) -> Tensor:
     return key.new_empty(size, dtype=dtype)
 
 

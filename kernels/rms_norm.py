@@ -4,6 +4,7 @@ Legend: N rows (every leading dim, flattened), D normalised dim.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class _RmsNorm(torch.autograd.Function):
         return _forward(x_ND, weight_D, eps)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x_ND, weight_D, _ = inputs
         _, rstd_N1 = output
         ctx.mark_non_differentiable(rstd_N1)
@@ -64,7 +65,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx.save_for_backward(x_ND, weight_D, rstd_N1)
 
     @staticmethod
-    def backward(ctx, dy_ND: Tensor | None, _):
+    def backward(ctx: Any, dy_ND: Tensor | None, _: Any) -> Any:
         if dy_ND is None:
             return None, None, None
         x_ND, weight_D, rstd_N1 = ctx.saved_tensors

@@ -6,6 +6,7 @@ Legend: T tokens, H heads, K head dim, F frequencies (half of the rotated dims),
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,12 +152,12 @@ class _Rope(torch.autograd.Function):
         return _rotate(x_THK, cos_TF, sin_TF, layout, inverse)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, cos_TF, sin_TF, ctx.layout, ctx.inverse = inputs
         ctx.save_for_backward(cos_TF, sin_TF)
 
     @staticmethod
-    def backward(ctx, dy_THK: Tensor):
+    def backward(ctx: Any, dy_THK: Tensor) -> Any:
         if any(ctx.needs_input_grad[1:3]):
             raise NotImplementedError("rope has no derivative in its table with this backend; pass backend='reference'")
         return _Rope.apply(dy_THK, *ctx.saved_tensors, ctx.layout, not ctx.inverse), None, None, None, None

@@ -4,6 +4,7 @@ Legend: N rows (any leading dims), F hidden features.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +57,11 @@ class _Swiglu(torch.autograd.Function):
         return _forward(gate_NF, up_NF)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, dy_NF: Tensor):
+    def backward(ctx: Any, dy_NF: Tensor) -> Any:
         return _backward_once(dy_NF, *ctx.saved_tensors)
 
 

@@ -4,6 +4,7 @@ Legend: N rows, D and F the inner and outer features of the weight.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +55,11 @@ class _WideMm(torch.autograd.Function):
         return _product(x_ND, w_DF)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, dy_NF: Tensor):
+    def backward(ctx: Any, dy_NF: Tensor) -> Any:
         x_ND, w_DF = ctx.saved_tensors
         dy_NF = dy_NF.to(x_ND.dtype)
         dx_ND = dy_NF @ w_DF.t() if ctx.needs_input_grad[0] else None

@@ -116,7 +116,7 @@ class _AllGather(torch.autograd.Function):
         ctx.dtype = x.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         back = _ReduceScatter.apply(grad, ctx.group, ctx.dim, ctx.dtype, ctx.reduce, _transposed(ctx.why))
         return back, None, None, None, None, None
 
@@ -132,7 +132,7 @@ class _ReduceScatter(torch.autograd.Function):
         ctx.dtype = x.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         back = _AllGather.apply(grad, ctx.group, ctx.dim, ctx.dtype, ctx.reduce, _transposed(ctx.why))
         return back, None, None, None, None, None
 
@@ -147,7 +147,7 @@ class _SumOfParts(torch.autograd.Function):
         _, *ctx.how = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return _CopyToRanks.apply(grad, ctx.how[0], None, _transposed(ctx.how[1])), None, None
 
 
@@ -161,7 +161,7 @@ class _CopyToRanks(torch.autograd.Function):
         _, *ctx.how = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         group, reduce, why = ctx.how
         wide = grad if reduce is None else grad.to(reduce)
         return _SumOfParts.apply(wide, group, _transposed(why)).to(grad.dtype), None, None, None
@@ -180,7 +180,7 @@ class _AllToAll(torch.autograd.Function):
         _, *ctx.how = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return _AllToAll.apply(grad, ctx.how[0], _transposed(ctx.how[1])), None, None
 
 
@@ -195,7 +195,7 @@ class _Permute(torch.autograd.Function):
         _, *ctx.how = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         group, shift, why = ctx.how
         return _Permute.apply(grad, group, -shift, _transposed(why)), None, None, None
 
@@ -213,7 +213,7 @@ class _AllToAllRows(torch.autograd.Function):
         ctx.save_for_backward(send_n, receive_n)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         send_n, receive_n = ctx.saved_tensors
         back = _AllToAllRows.apply(grad, receive_n, send_n, ctx.sent, ctx.group, _transposed(ctx.why))
         return back, None, None, None, None, None

@@ -111,7 +111,9 @@ class Placement:
         return tuple(found)
 
 
-def place(shape: Sequence[int], axes: Sequence[str | None], *, mesh: Mesh, parameters: tuple[str, ...], experts: bool):
+def place(
+    shape: Sequence[int], axes: Sequence[str | None], *, mesh: Mesh, parameters: tuple[str, ...], experts: bool
+) -> Placement:
     """The placement of a parameter of `shape` whose dims mean `axes` (words of `ftrain.sharding.logical_axes`).
 
     With `experts` a dim called "expert" is divided over the axis of experts, and the rest over `expert_shard`. The

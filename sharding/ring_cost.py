@@ -4,6 +4,7 @@ T tokens of a rank, L of a run, H query heads, G key/value heads, K head dim, V 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,13 @@ def _seen(T: int, how: Step) -> float:
     return dense / 2 if how.causal and (how.zigzag or how.step == 0) else dense
 
 
-def forward_flops(q: Tensor, kv: Tensor, out: object, lse: object, host: object, me: object, *how) -> int:
+def forward_flops(q: Tensor, kv: Tensor, out: object, lse: object, host: object, me: object, *how: Any) -> int:
     """Floating-point operations of `ring_forward`'s two matmuls, scores and output; only shapes are read."""
     return int(2 * q.shape[1] * kv.shape[2] * _seen(q.shape[0], Step(*how)))
 
 
 def backward_flops(
-    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, host: object, me: object, *how
+    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, host: object, me: object, *how: Any
 ) -> int:
     """Floating-point operations of `ring_backward`'s five matmuls; only shapes are read.
 
@@ -36,7 +37,9 @@ def backward_flops(
     return int(2 * q.shape[1] * (3 * K + 2 * V) * _seen(q.shape[0], Step(*how)))
 
 
-def forward_workspace(q: Tensor, kv: Tensor, out: object, lse: object, host: Tensor | None, me: object, *how) -> int:
+def forward_workspace(
+    q: Tensor, kv: Tensor, out: object, lse: object, host: Tensor | None, me: object, *how: Any
+) -> int:
     """A bound of the bytes that `ring_forward` holds beyond its outputs on any rank; only shapes are read."""
     K = q.shape[2]
     how_, (k, v) = Step(*how), kv.split([K, kv.shape[2] - K], -1)
@@ -56,7 +59,7 @@ def backward_workspace(
     lse: Tensor,
     host: Tensor | None,
     me: object,
-    *how,
+    *how: Any,
 ) -> int:
     """A bound of the bytes that `ring_backward` holds beyond its outputs on any rank; only shapes are read."""
     K = q.shape[2]
