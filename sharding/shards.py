@@ -3,6 +3,7 @@
 A piece is padded with zeros where a dim does not divide; nothing here counts the padding.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,13 +24,13 @@ def sum_over_shards(values_N: Tensor, placements: Sequence[Placement], mesh: Mes
     return out_N
 
 
-def whole_of(piece: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
+def whole_of(piece: Tensor, placement: Placement, mesh: Mesh, *, why: str = "optimizer_gather") -> Tensor:
     """The array of which `piece` (of the placement's `local_shape`) is a part; of a dim of experts each rank keeps its
-    own.
+    own. `why`: the purpose of its collectives.
     """
     for split in placement.splits:
         if split.gathered:
-            piece = gather_pieces(piece, mesh.group(*split.axes), split.dim, "optimizer_gather")
+            piece = gather_pieces(piece, mesh.group(*split.axes), split.dim, why)
             piece = piece.narrow(split.dim, 0, placement.shape[split.dim])
     return piece
 
@@ -54,7 +55,18 @@ def fill_padding(piece: Tensor, dim: int, start: int | Tensor, size: int, fill: 
     `fill`.
     """
     inside = (start + torch.arange(piece.shape[dim]) < size).to(piece.device)
-    return torch.where(inside.view([-1 if d == dim else 1 for d in range(piece.dim())]), piece, fill)
+    return torch.where(
+        inside.view([-1 if d == dim else 1 for d in range(piece.dim())]), piece, _number(fill, piece.dtype)
+    )
+
+
+def _number(fill: float, dtype: torch.dtype) -> float | int | bool:
+    """A number that a dtype holds, so that filling changes no dtype: its least or largest for an infinity."""
+    if dtype == torch.bool:
+        return fill > 0
+    if dtype.is_floating_point or dtype.is_complex:
+        return fill
+    return int(fill) if math.isfinite(fill) else torch.iinfo(dtype).max if fill > 0 else torch.iinfo(dtype).min
 
 
 def mean_over(x: Tensor, dims: Sequence[int], placement: Placement, mesh: Mesh) -> Tensor:

@@ -1,5 +1,6 @@
 """Every private torch name that the trainer uses, with one canary test each: an upgrade of torch has one place."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -76,6 +77,17 @@ def trace_to_graph(function: Callable, fakes: list[Any]) -> fx.GraphModule:
             _error_on_data_dependent_ops=False,
             _disable_torch_fn_metadata_mode=True,
         )(*fakes)
+
+
+@contextmanager
+def quiet_shape_rules() -> Iterator[None]:
+    """Within the block a shape rule that fails raises, as always, and writes no traceback to the log."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

@@ -84,9 +84,10 @@ class ShardedStep:
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             trace.note_coordinates(coordinates_3)
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)), in_words_of_a_mesh(self.plan.mesh.size):
-                with ArraySizes(trace):
+                with ArraySizes(trace) as sizes:
                     result = fn(*own)
-                return reduce_means(result, trace)
+                sizes.arrays.require_no_lost_writes(result)
+                return reduce_means(sizes.arrays.results(result, self.placements.of_whole), trace)
 
         local.__name__ = getattr(fn, "__name__", "step")
         return local

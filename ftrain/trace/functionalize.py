@@ -1,6 +1,6 @@
 """Replace in-place ops by pure ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +97,12 @@ def _overlaps_in_our_words(n: fx.Node) -> Iterator[None]:
         ) from error
 
 
+def _hand_on(old: fx.Node, new: fx.Node, keys: Sequence[str]) -> None:
+    for key in keys:
+        if key in old.meta:
+            new.meta.setdefault(key, old.meta[key])
+
+
 class _KeepMeta(fx.Interpreter):
     """Run a graph under another trace and hand each node's provenance to the nodes it leaves there."""
 
@@ -126,10 +132,11 @@ class _KeepMeta(fx.Interpreter):
         if n in self._writing:
             self._refuse_writes_to_captured(n)
         if graph is not None:
-            for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False):
-                for key in ("site", "phase", "sequence", "purpose", "filled", "spread", "spread_if_clean", FILLS_LIKE):
-                    if key in n.meta:
-                        node.meta.setdefault(key, n.meta[key])
+            left = [node for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False)]
+            for node in left:
+                _hand_on(n, node, ("site", "phase", "sequence", "purpose", "filled", FILLS_LIKE))
+            if left:  # the others are views of what was written, taken again
+                _hand_on(n, next((m for m in left if m.target == n.target), left[0]), ("spread", "spread_if_clean"))
         return out
 
     def _refuse_writes_to_captured(self, n: fx.Node) -> None:

@@ -8,9 +8,10 @@ all of a piece. So within a step's trace, for the lines that a user writes:
 - `x.shape`, `x.size()`, `x.numel()`, `x.nbytes` and `len(x)` of a piece are the array's (`DividedSize`);
 - given as a size to what makes a tensor (`torch.zeros(g.shape)`, `row.expand(g.shape)`) they make a piece, which is
   remembered as one;
-- sizes given to `view`, `reshape` and `unflatten` are meant for the array: the piece is viewed likewise, or the line is
-  refused where a divided dim does not stay whole;
-- an index that takes a part of a divided dim is refused, as are `narrow` and `select`.
+- sizes given to `view`, `reshape` and `unflatten` are meant for the array: the piece is viewed likewise, or gathered
+  where a divided dim does not stay whole;
+- for an index that takes a part of a divided dim the piece is gathered, as for `narrow` and `select`;
+- any other function runs on pieces if it can, else on whole arrays (`ftrain.trace.whole_arrays`).
 
 Everywhere else a size is the array's number. Code of torch, of this trainer and of kernels reads the sizes of pieces,
 and inside a loss parameters are whole. Leaves of the batch are each rank's share, of no array: their sizes are the
@@ -18,10 +19,13 @@ share's, as a count that goes into a `Mean` has to be. What no function of torch
 `x.stride()` is, and so is what is read by `torch.ops.aten` or by numpy.
 """
 
+import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -32,11 +36,15 @@ from torch.overrides import TorchFunctionMode
 from ftrain.graph.source import is_users
 from ftrain.graph.torch_private import node_of, vmapped_dims
 from ftrain.sharding.placement import Placement
+from ftrain.trace import piece_reductions
 from ftrain.trace.divided_size import DividedSize, of_pieces, placement_of_sizes, shape_of, whole
+from ftrain.trace.list_ops import one_by_one
+from ftrain.trace.piece_reductions import REDUCTIONS
 from ftrain.trace.piece_views import cut_dim, reshaped
 from ftrain.trace.provenance import current_provenance
 from ftrain.trace.spmd import ShardedTrace
 from ftrain.trace.spread import SAME, Spread, share_ranks
+from ftrain.trace.whole_arrays import WholeArrays
 
 _METHODS = (Tensor.__len__.__code__.co_filename, torch.functional.__file__, torch.overrides.__file__)
 """Functions of Python ask the mode (`len(x)`, `broadcast_tensors`): their files, and torch's between them."""
@@ -55,6 +63,7 @@ class ArraySizes(TorchFunctionMode):
     def __init__(self, trace: ShardedTrace) -> None:
         super().__init__()
         self._trace = trace
+        self.arrays = WholeArrays(trace)
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -62,13 +71,36 @@ class ArraySizes(TorchFunctionMode):
         """Run the function with sizes of pieces, or answer or refuse it."""
         kwargs = kwargs or {}
         caller = _caller(sys._getframe(1))
-        if is_users(caller.f_code.co_filename):
+        if _reads_arrays(caller.f_code.co_filename):
             if func in _QUERIES:
                 placement = self._placement(args[0])
                 return func(*args, **kwargs) if placement is None else _QUERIES[func](placement, *args, **kwargs)
             if func in _VIEWS:
                 return _VIEWS[func](self, func, args, kwargs, f"{caller.f_code.co_filename}:{caller.f_lineno}")
+            return self._call(func, whole(args), whole(kwargs))
         return func(*whole(args), **whole(kwargs))
+
+    def _call(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A function that is no view."""
+        if not self.arrays.divided((args, kwargs)):
+            return func(*args, **kwargs)
+        each = one_by_one(func, args, kwargs)
+        if each is not None:
+            results = [self._call(*one) for one in each]
+            return args[0] if func.__name__.endswith("_") else results
+        return self.arrays.call(func, args, kwargs, instead=self._of_its_parts(func))
+
+    def _of_its_parts(self, func: Callable) -> Callable | None:
+        """The same by functions that can be done on pieces, which this mode has to see."""
+        parts = REDUCTIONS.get(func)
+        if parts is None:
+            return None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return parts(*args, **kwargs)
+
+        return run
 
     def _placement(self, tensor: Any) -> Placement | None:
         """Where the array is that a tensor is a piece of; None for what is no piece, and for parameters in a loss."""
@@ -123,6 +155,10 @@ class ArraySizes(TorchFunctionMode):
         self._note(expanded, placement, of=[source], uniform=self._spread(source).uniform)
         return expanded
 
+    def _rows(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+        """Row after row."""
+        return iter(self.arrays.call(Tensor.unbind, args, kwargs))
+
     def _broadcast(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """Each tensor expanded to the size of all."""
         tensors = args[0] if len(args) == 1 and not isinstance(args[0], Tensor) else args
@@ -153,18 +189,21 @@ class ArraySizes(TorchFunctionMode):
         return self._viewed("view", args[0], [*placement.shape[:dim], *parts, *placement.shape[dim + 1 :]], line)
 
     def _viewed(self, name: str, source: Tensor, sizes: Sequence[int], line: str) -> Any:
-        view, placement = getattr(source, name), self._placement(source)
+        view, placement = getattr(Tensor, name), self._placement(source)
         if placement is None:  # whole on every rank, or a rank's own
-            return view(of_pieces(sizes) if _is_own(self._spread(source)) else list(map(int, sizes)))
+            return view(source, of_pieces(sizes) if _is_own(self._spread(source)) else list(map(int, sizes)))
         after, lost = reshaped(placement, sizes)
         if any(split.gathered for split in lost):
+            gathered = self.arrays.on_whole(view, (source, list(map(int, sizes))), {})
+            if gathered is not None:
+                return gathered
             raise ValueError(
                 f"{name} at {line}: a rank holds {list(source.shape)} of an array of {list(placement.shape)}, and as "
                 f"{list(after.shape)} its divided dim {lost[0].dim} does not stay whole: {_WAY_OUT}"
             )
         if lost:
-            return view(of_pieces(sizes))
-        viewed = view(after.local_shape)
+            return view(source, of_pieces(sizes))
+        viewed = view(source, after.local_shape)
         if self._trace.placement_of_piece(viewed) != after:
             self._note(viewed, after, of=[source], uniform=self._spread(source).uniform)
         return viewed
@@ -189,8 +228,13 @@ class ArraySizes(TorchFunctionMode):
         placement = self._placement(args[0])
         dim = None if placement is None else cut_dim(placement, args[1])
         if placement is not None and dim is not None:
+            if func is Tensor.__setitem__:
+                if self.arrays.write_item(func, args[0], whole(args[1]), args[2]):
+                    return None
+            elif (part := self.arrays.on_whole(func, whole(args), whole(kwargs))) is not None:
+                return part
             raise _cut("an index (slice or select)", line, args[0], placement, dim)
-        return func(*whole(args), **whole(kwargs))
+        return self.arrays.call(func, whole(args), whole(kwargs))
 
     def _narrow(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """A part of a dim: all of a divided one, or refused."""
@@ -203,6 +247,9 @@ class ArraySizes(TorchFunctionMode):
         dim %= len(placement.shape)
         size = placement.shape[dim]
         if given.get("length") != size or given["start"] not in (0, -size):
+            part = self.arrays.on_whole(func, whole(args), whole(kwargs))
+            if part is not None:
+                return part
             raise _cut(f"{func.__name__} (a slice)", line, args[0], placement, dim)
         return args[0].view(args[0].shape) if "copy" not in func.__name__ else args[0].clone()
 
@@ -245,6 +292,7 @@ _VIEWS: Mapping[Callable, Callable] = {
     **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), ArraySizes._index),
     **dict.fromkeys((Tensor.narrow, torch.narrow, Tensor.narrow_copy, torch.narrow_copy), ArraySizes._narrow),
     **dict.fromkeys((Tensor.select, torch.select), ArraySizes._narrow),
+    Tensor.__iter__: ArraySizes._rows,
 }
 
 
@@ -280,6 +328,15 @@ def _cut(what: str, line: str, piece: Tensor, placement: Placement, dim: int) ->
         f"{what} at {line} takes a part of dim {dim} of an array of {list(placement.shape)}, of which a rank holds "
         f"{list(piece.shape)}: {_WAY_OUT}"
     )
+
+
+@functools.cache
+def _reads_arrays(file: str) -> bool:
+    """True for code that is meant for whole arrays: a user's, and torch's own that is written in Python."""
+    return is_users(file) or file == piece_reductions.__file__ or file.startswith(_LIBRARY)
+
+
+_LIBRARY = tuple(str(Path(torch.__file__).parent / name) + os.sep for name in ("nn", "optim"))
 
 
 def _caller(frame: FrameType) -> FrameType:

@@ -146,6 +146,13 @@ class ShardedTrace:
         cause = next((c for c in causes if c is not None), None)
         self._note(tensor, path, replace(placed(placement), uniform=uniform, cause=cause))
 
+    def note_if_clean(self, tensor: Tensor, spread: Spread) -> None:
+        """Remember how a tensor is spread, if nothing that it was computed from was wrong."""
+        node = node_of(tensor)
+        if node is not None:
+            node.meta["spread_if_clean"] = spread
+            self.spreads.forget(node)
+
     def note_gradient(self, tensor: Tensor, leaf: Tensor) -> None:
         """Remember that a gradient lies as its leaf does, if nothing that it was computed from was wrong."""
         node, of = node_of(tensor), node_of(leaf)

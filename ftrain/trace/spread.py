@@ -17,14 +17,30 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ftrain.graph.loop import is_loop, loop_body
-from ftrain.graph.op_effects import Effect, argument_reader, effect_of
-from ftrain.sharding.collectives import exchange_rows, gather_ranks, shift_ranks
+from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.sharding.collectives import gather_ranks
 from ftrain.sharding.mesh import BASE_AXES, Mesh
 from ftrain.sharding.placement import Placement, Split
-from ftrain.trace.spread_views import moved
+from ftrain.trace.spread_ops import (
+    ALONG,
+    CONSTANTS,
+    PRODUCTS,
+    REDUCTIONS,
+    SCATTERS,
+    coordinates_of,
+    group_of,
+    is_elementwise,
+    is_number,
+    is_view,
+    norm_order,
+    reduced_dims,
+    takes_statistics,
+    tensor_of,
+)
+from ftrain.trace.spread_views import keeps_divided, moved
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 _FOLDED = frozenset({"shard", "sequence"})
@@ -70,36 +86,6 @@ class Fix(NamedTuple):
     dims: frozenset[int]
 
 
-_REDUCTIONS: dict[Any, str] = {
-    _aten.sum.default: "sum", _aten.sum.dim_IntList: "sum", _aten.mean.default: "mean", _aten.mean.dim: "mean",
-    _aten.amax.default: "max", _aten.amin.default: "min", _aten.max.default: "max", _aten.min.default: "min",
-    _aten.all.default: "all", _aten.all.dim: "all", _aten.all.dims: "all", _aten.any.default: "any",
-    _aten.any.dim: "any", _aten.any.dims: "any",
-    _aten.linalg_vector_norm.default: "norm", _aten.norm.Scalar: "norm", _aten.norm.ScalarOpt_dim: "norm",
-}  # fmt: skip
-_ALONG: dict[Any, int] = {
-    _aten._softmax.default: 1, _aten._log_softmax.default: 1, _aten.cumsum.default: 1, _aten.cumprod.default: 1,
-    _aten.sort.default: 1, _aten.sort.stable: 2, _aten.topk.default: 2, _aten.flip.default: 1,
-}  # fmt: skip
-_ROWS, _BATCHES = ({0: 0}, {1: 1}), ({0: 0, 1: 1}, {0: 0, 2: 2})
-# where the factors begin, and which dims of each factor are dims of the result
-_PRODUCTS: dict[Any, tuple[int, tuple[dict[int, int], dict[int, int]]]] = {
-    _aten.mm.default: (0, _ROWS), _aten.addmm.default: (1, _ROWS),
-    _aten.bmm.default: (0, _BATCHES), _aten.baddbmm.default: (1, _BATCHES),
-}  # fmt: skip
-_CONSTANTS = {
-    _aten.full.default, _aten.full_like.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.zeros.default,
-    _aten.ones.default, _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default,
-    _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default, _aten.scalar_tensor.default,
-}  # fmt: skip
-_ELEMENTWISE = {
-    _aten._to_copy.default, _aten.clone.default, _aten.copy_.default, _aten.copy.default, _aten.lift_fresh_copy.default,
-    _aten.detach.default, _aten.alias.default, _aten.contiguous.default, _aten.to.dtype, _aten.fill_.Scalar,
-    _aten.zero_.default,
-}  # fmt: skip
-_OURS_ELEMENTWISE = ("ftrain::adamw", "ftrain::offload")
-
-
 class Spreads:
     """The spreads of a graph's nodes, worked out in the graph's order and remembered; `fixes` that they count on."""
 
@@ -129,6 +115,16 @@ class Spreads:
         """Work it out again: something has been noted of it, and nothing has been asked of what follows from it."""
         if node in self._known:
             self._known[node] = self._work_out(node)
+
+    def rewind(self, node: fx.Node) -> None:
+        """Nothing after this node has been asked for: what comes there will be another."""
+        after = node.next
+        while after.op != "root":
+            self._known.pop(after, None)
+            self.fixes.pop(after, None)
+            after = after.next
+        if self._latest.get(node.graph) not in self._known:
+            self._latest[node.graph] = node
 
     def of_loop(self, node: fx.Node, carry: list[Spread] | None = None) -> list[Spread]:
         """Of each of a loop's results: those that the body gives back as long as they come in so."""
@@ -166,7 +162,7 @@ class Spreads:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             return self.of_loop(source)[node.args[1]] if is_loop(source) else self._known[source]  # type: ignore[index]
-        group = _group_of(node)
+        group = group_of(node)
         if group is not None:
             return replace(self._of_collective(node, group, parents), cause=cause)
         if node.meta.get("purpose"):  # part of what moves pieces: told when it is done
@@ -184,56 +180,58 @@ class Spreads:
 
     def _of_plain(self, node: fx.Node, parents: list[Spread]) -> Spread:
         target = node.target
-        if target in _CONSTANTS:
+        if target in CONSTANTS:
             return self._constant(node, parents)
         if effect_of(node) is Effect.RANDOM:
             return Spread(self.everywhere, cause=node if self.everywhere else None)
         if target is torch.ops.ftrain.philox.default:
-            value = _value(node)
+            value = tensor_of(node)
             return Spread(drawn=node.args[1] is None and value is not None and value.numel() > 1)
         axes = frozenset[str]().union(*(p.axes for p in parents))
-        if axes and _takes_statistics(node):
+        if axes and takes_statistics(node):
             return Spread(axes, cause=node)
         if any(p.batch for p in parents):
-            alone = _is_elementwise(target) or _is_view(target) or _keeps_batches(node)
+            alone = is_elementwise(target) or is_view(target) or _keeps_batches(node)
             return Spread(axes, batch=True) if alone else Spread(axes, cause=node)
         if not any(p.placement is not None for p in parents):
-            keeps = _is_elementwise(target) or getattr(target, "is_view", False)
-            alike = all(p.uniform or _is_number(n) for p, n in zip(parents, node.all_input_nodes, strict=True))
+            keeps = is_elementwise(target) or getattr(target, "is_view", False)
+            alike = all(p.uniform or is_number(n) for p, n in zip(parents, node.all_input_nodes, strict=True))
             uniform = any(p.uniform for p in parents) and not axes and alike and keeps
-            drawn = any(p.drawn for p in parents) and (keeps or _is_view(target))
+            drawn = any(p.drawn for p in parents) and (keeps or is_view(target))
             if axes and drawn and self._rows_were_drawn(node):
                 return Spread(axes, cause=node)
             return Spread(axes, uniform=uniform, drawn=drawn and not axes)
         if any(p.axes and p.placement is None for p in parents):
             return Spread(axes, cause=_mixing(node, parents))
-        if _is_elementwise(target):
+        if is_elementwise(target):
             return self._together(node, axes)
         view = moved(node, [self._known.get(n, SAME).placement for n in node.all_input_nodes])
         if view is not None:
             return placed(view)
-        if _is_view(target) and not any(s.gathered for p in parents if p.placement for s in p.placement.splits):
+        if is_view(target) and not any(s.gathered for p in parents if p.placement for s in p.placement.splits):
             return Spread(axes, batch=True)
-        if target in _REDUCTIONS:
+        if target in REDUCTIONS:
             return self._reduced(node, parents[0])
-        if target in _ALONG:
+        if target in ALONG:
             return self._along(node, parents[0], axes)
+        if target in SCATTERS:
+            return self._scattered(node, axes)
         return self._of_product(node, axes) or Spread(axes, cause=node)
 
     def _constant(self, node: fx.Node, parents: list[Spread]) -> Spread:
         """Of numbers that are all equal: of the shape of a piece they are a piece of as large an array."""
-        value = _value(node)
+        value = tensor_of(node)
         for source, spread in zip(node.all_input_nodes, parents, strict=True):
-            like = _value(source)
+            like = tensor_of(source)
             if spread.placement is not None and like is not None and value is not None and like.shape == value.shape:
                 return Spread(spread.axes, spread.placement, uniform=True)
         return _UNIFORM
 
     def _rows_were_drawn(self, node: fx.Node) -> bool:
         """True where numbers drawn for a shape meet a rank's own row by row, and not each row alike."""
-        value = _value(node)
+        value = tensor_of(node)
         for source in node.all_input_nodes:
-            own = _value(source)
+            own = tensor_of(source)
             drawn = self._known[source].drawn and own is not None and value is not None
             if drawn and own.dim() == value.dim() and own.dim() > 0 and own.shape[0] > 1:  # type: ignore[union-attr]
                 return True
@@ -241,12 +239,12 @@ class Spreads:
 
     def _together(self, node: fx.Node, axes: frozenset[str]) -> Spread:
         """Of an op that works number by number, with the usual broadcasting."""
-        value = _value(node)
+        value = tensor_of(node)
         if value is None:
             return Spread(axes, cause=node)
         sizes, splits, copies = list(value.shape), dict[int, Split](), tuple[str, ...]()
         for source in node.all_input_nodes:
-            spread, own = self._known[source], _value(source)
+            spread, own = self._known[source], tensor_of(source)
             if own is None or spread.placement is None:
                 continue
             copies = spread.placement.copies
@@ -257,7 +255,7 @@ class Spreads:
                     return Spread(axes, cause=node)
                 sizes[dim] = spread.placement.shape[split.dim]
         for source in node.all_input_nodes:
-            spread, own = self._known[source], _value(source)
+            spread, own = self._known[source], tensor_of(source)
             if own is None:
                 continue
             held = {s.dim + len(sizes) - own.dim() for s in spread.placement.splits} if spread.placement else set()
@@ -271,10 +269,10 @@ class Spreads:
         return placed(Placement(tuple(sizes), tuple(splits[d] for d in sorted(splits)), copies))
 
     def _reduced(self, node: fx.Node, source: Spread) -> Spread:
-        placement, value = source.placement, _value(node.args[0])
+        placement, value = source.placement, tensor_of(node.args[0])
         if placement is None or value is None:
             return Spread(source.axes, cause=node)
-        (dims, keep), how = _reduced_dims(node, value.dim()), _REDUCTIONS[node.target]
+        (dims, keep), how = reduced_dims(node, value.dim()), REDUCTIONS[node.target]
         over = [s for s in placement.splits if s.dim in dims]
         left = [s for s in placement.splits if s.dim not in dims]
         if over:
@@ -290,20 +288,37 @@ class Spreads:
 
     def _along(self, node: fx.Node, source: Spread, axes: frozenset[str]) -> Spread:
         """Of an op that works along one dim, and number by number along the others."""
-        at = _ALONG[node.target]
+        at = ALONG[node.target]
         given: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim", -1)
-        value = _value(node.args[0])
+        value = tensor_of(node)
         if source.placement is None or value is None:
             return Spread(axes, cause=node)
         dims = {d % max(1, value.dim()) for d in (given if isinstance(given, list | tuple) else [given])}
-        return Spread(axes, cause=node) if any(s.dim in dims for s in source.placement.splits) else source
+        if any(s.dim in dims for s in source.placement.splits):
+            return Spread(axes, cause=node)
+        sizes = [value.shape[d] if d in dims else n for d, n in enumerate(source.placement.shape)]
+        return placed(replace(source.placement, shape=tuple(sizes)))
+
+    def _scattered(self, node: fx.Node, axes: frozenset[str]) -> Spread:
+        """Of an array in a part of which, along a dim that stays whole, another was written that lies alike."""
+        into, written = (self._known[n] for n in node.args[:2])  # type: ignore[index]
+        if into.placement is None or not keeps_divided(node, into.placement, first=2):
+            return Spread(axes, cause=node)
+        given: Any = node.args[2] if len(node.args) > 2 else 0
+        dim = given % len(into.placement.shape)
+        gone = node.target is _aten.select_scatter.default
+        if gone and any(s.dim == dim for s in into.placement.splits):
+            return Spread(axes, cause=node)
+        splits = tuple(s._replace(dim=s.dim - int(gone and s.dim > dim)) for s in into.placement.splits)
+        alike = written.placement is not None and written.placement.splits == splits
+        return placed(into.placement) if alike or written.uniform else Spread(axes, cause=node)
 
     def _of_product(self, node: fx.Node, axes: frozenset[str]) -> Spread | None:
         """Of a product of matrices where no divided dim is summed over: batches, and rows or columns."""
-        value, splits, copies = _value(node), dict[int, Split](), tuple[str, ...]()
-        if node.target not in _PRODUCTS or value is None:
+        value, splits, copies = tensor_of(node), dict[int, Split](), tuple[str, ...]()
+        if node.target not in PRODUCTS or value is None:
             return None
-        added, kept = _PRODUCTS[node.target]
+        added, kept = PRODUCTS[node.target]
         factors = node.args[added : added + 2]
         sizes = list(value.shape)
         for source, dims in zip(factors, kept, strict=True):
@@ -324,31 +339,14 @@ class Spreads:
         return spread if plus.uniform or plus == spread else None
 
 
-def coordinates_of(graph: fx.Graph) -> fx.Node | None:
-    """The input that tells a rank's place; None in the body of a loop."""
-    return next((n for n in graph.nodes if n.op == "placeholder" and n.meta.get("coordinates")), None)
-
-
-def _is_elementwise(target: Any) -> bool:
-    if target in _ELEMENTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
-        return True
-    schema = getattr(target, "_schema", None)
-    return schema is not None and schema.name.startswith(_OURS_ELEMENTWISE)
-
-
-def _is_view(target: Any) -> bool:
-    joins = (_aten.cat.default, _aten.stack.default, _aten._unsafe_view.default)
-    return target in joins or bool(getattr(target, "is_view", False))
-
-
 def _keeps_batches(node: fx.Node) -> bool:
     """True for products of batches, and reductions of what is not along dim 0."""
     if node.target in (_aten.bmm.default, _aten.baddbmm.default):
         return True
-    value = _value(node.args[0]) if node.args else None
-    if node.target not in _REDUCTIONS or value is None:
+    value = tensor_of(node.args[0]) if node.args else None
+    if node.target not in REDUCTIONS or value is None:
         return False
-    return 0 not in _reduced_dims(node, value.dim())[0]
+    return 0 not in reduced_dims(node, value.dim())[0]
 
 
 def _mixing(node: fx.Node, parents: Sequence[Spread]) -> fx.Node | None:
@@ -356,17 +354,6 @@ def _mixing(node: fx.Node, parents: Sequence[Spread]) -> fx.Node | None:
     pieces = (p.placement for p in parents if p.placement is not None and not p.uniform)
     splits = (s for placement in pieces for s in placement.splits)
     return node if any(split.gathered for split in splits) else None
-
-
-def _group_of(node: fx.Node) -> str | None:
-    """The group of a collective; None for any other op."""
-    known = (
-        _c10d.all_reduce.default, _c10d.reduce_scatter_tensor.default, _c10d.all_to_all_single.default, gather_ranks,
-        shift_ranks, exchange_rows,
-    )  # fmt: skip
-    if node.target not in known:
-        return None
-    return next(str(a) for a in reversed(node.args) if isinstance(a, str) and a.startswith("axis_"))
 
 
 def _without(axes: frozenset[str], group: frozenset[str]) -> frozenset[str]:
@@ -404,52 +391,6 @@ def _either(a: Spread, b: Spread) -> Spread:
     placement = a.placement if same else None
     joined = Spread(a.axes | b.axes, placement, a.uniform and b.uniform, a.batch and b.batch, a.drawn or b.drawn)
     return replace(joined, cause=cause)
-
-
-def _value(node: Any) -> Tensor | None:
-    """The tensor of a node, or the first of several."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    value = value[0] if isinstance(value, list | tuple) and value else value
-    return value if isinstance(value, Tensor) else None
-
-
-def _takes_statistics(node: fx.Node) -> bool:
-    """True for a batch norm that takes the mean of its batch: of a rank's share, that of no batch on one device.
-
-    torch's instance norm is a batch norm of one row that holds the channels of all, and mixes none.
-    """
-    name = getattr(getattr(node.target, "_schema", None), "name", "")
-    if name not in ("aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::cudnn_batch_norm",
-                    "aten::miopen_batch_norm", "aten::_batch_norm_with_update"):  # fmt: skip
-        return False
-    source, value = node.args[0].all_input_nodes, _value(node.args[0])  # type: ignore[union-attr]
-    before = _value(source[0]) if len(source) == 1 else None
-    if before is not None and value is not None and before.dim() == value.dim() > 2:
-        folded = (1, before.shape[0] * before.shape[1], *before.shape[2:])
-        if _is_view(node.args[0].target) and tuple(value.shape) == folded:  # type: ignore[union-attr]
-            return False
-    training = argument_reader(node.target, node.args, node.kwargs)("training")  # type: ignore[arg-type]
-    return training is None or bool(training)
-
-
-def _is_number(node: fx.Node) -> bool:
-    value = _value(node)
-    return value is not None and value.dim() == 0
-
-
-def _reduced_dims(node: fx.Node, rank: int) -> tuple[set[int], bool]:
-    """Which dims an op reduces, and whether they stay as dims of size 1."""
-    value = argument_reader(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-    dims = value("dim")
-    every = dims is None or (isinstance(dims, list | tuple) and not dims)
-    listed = range(rank) if every else [dims] if isinstance(dims, int) else dims
-    return {d % max(1, rank) for d in listed}, bool(value("keepdim"))
-
-
-def norm_order(node: fx.Node) -> float:
-    """The p of a p-norm."""
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("ord", 2)
-    return 2 if given is None else float(given)  # type: ignore[arg-type]
 
 
 def tainted(nodes: Iterable[fx.Node], of: Callable[[fx.Node], Spread]) -> fx.Node | None:

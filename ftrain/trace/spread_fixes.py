@@ -13,7 +13,8 @@ from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.placement import Placement, Split
 from ftrain.sharding.shards import fill_padding
 from ftrain.sharding.spmd import on_mesh
-from ftrain.trace.spread import Fix, coordinates_of, norm_order
+from ftrain.trace.spread import Fix
+from ftrain.trace.spread_ops import coordinates_of, norm_order
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 

@@ -29,7 +29,7 @@ def moved(node: fx.Node, placements: Sequence[Placement | None]) -> Placement | 
         return _one_of_parts(node, placements[0], before)
     if not isinstance(value, Tensor):
         return None
-    if node.target is _aten.slice.Tensor and not _keeps_divided(node, placements[0]):
+    if node.target is _aten.slice.Tensor and not keeps_divided(node, placements[0]):
         return None
     origin = _origin(node, before, value)
     return None if origin is None else _follow(placements[0], before, value, origin)
@@ -76,9 +76,14 @@ def _origin(node: fx.Node, before: Tensor, after: Tensor) -> list[int | None] | 
     return None
 
 
-def _keeps_divided(node: fx.Node, placement: Placement) -> bool:
-    """False for a slice that takes a part of an array's divided dim: of a piece it may take all."""
-    given: list[Any] = [*node.args, None, None, None, None][1:5]
+def keeps_divided(node: fx.Node, placement: Placement, *, first: int = 1) -> bool:
+    """False for a slice that takes a part of an array's divided dim: of a piece it may take all.
+
+    `first`: the place of the dim among the op's arguments.
+    """
+    if node.target is _aten.select_scatter.default:
+        return True
+    given: list[Any] = [*node.args, None, None, None, None][first : first + 4]
     dim, start, end, step = (usual if value is None else value for value, usual in zip(given, _WHOLE, strict=True))
     dim %= len(placement.shape)
     if all(split.dim != dim for split in placement.splits):

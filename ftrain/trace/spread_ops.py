@@ -1,0 +1,117 @@
+"""What single ops do with pieces: which work number by number, reduce dims, work along one, multiply matrices.
+
+Tables by op, and what they need of a node's arguments.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ftrain.graph.op_effects import argument_reader
+from ftrain.sharding.collectives import exchange_rows, gather_ranks, shift_ranks
+
+_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
+REDUCTIONS: dict[Any, str] = {
+    _aten.sum.default: "sum", _aten.sum.dim_IntList: "sum", _aten.mean.default: "mean", _aten.mean.dim: "mean",
+    _aten.amax.default: "max", _aten.amin.default: "min", _aten.max.default: "max", _aten.min.default: "min",
+    _aten.all.default: "all", _aten.all.dim: "all", _aten.all.dims: "all", _aten.any.default: "any",
+    _aten.any.dim: "any", _aten.any.dims: "any",
+    _aten.linalg_vector_norm.default: "norm", _aten.norm.Scalar: "norm", _aten.norm.ScalarOpt_dim: "norm",
+}  # fmt: skip
+ALONG: dict[Any, int] = {
+    _aten._softmax.default: 1, _aten._log_softmax.default: 1, _aten.cumsum.default: 1, _aten.cumprod.default: 1,
+    _aten.sort.default: 1, _aten.sort.stable: 2, _aten.topk.default: 2, _aten.flip.default: 1,
+}  # fmt: skip
+SCATTERS = {_aten.select_scatter.default, _aten.slice_scatter.default}
+_ROWS, _BATCHES = ({0: 0}, {1: 1}), ({0: 0, 1: 1}, {0: 0, 2: 2})
+# where the factors begin, and which dims of each factor are dims of the result
+PRODUCTS: dict[Any, tuple[int, tuple[dict[int, int], dict[int, int]]]] = {
+    _aten.mm.default: (0, _ROWS), _aten.addmm.default: (1, _ROWS),
+    _aten.bmm.default: (0, _BATCHES), _aten.baddbmm.default: (1, _BATCHES),
+}  # fmt: skip
+CONSTANTS = {
+    _aten.full.default, _aten.full_like.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.zeros.default,
+    _aten.ones.default, _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default,
+    _aten.zero.default, _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default, _aten.scalar_tensor.default,
+}  # fmt: skip
+_ELEMENTWISE = {
+    _aten._to_copy.default, _aten.clone.default, _aten.copy_.default, _aten.copy.default, _aten.lift_fresh_copy.default,
+    _aten.detach.default, _aten.alias.default, _aten.contiguous.default, _aten.to.dtype, _aten.fill_.Scalar,
+    _aten.zero_.default, _aten.fill.Scalar, _aten.fill.Tensor,
+}  # fmt: skip
+_OURS_ELEMENTWISE = ("ftrain::adamw", "ftrain::offload")
+
+
+def coordinates_of(graph: fx.Graph) -> fx.Node | None:
+    """The input that tells a rank's place; None in the body of a loop."""
+    return next((n for n in graph.nodes if n.op == "placeholder" and n.meta.get("coordinates")), None)
+
+
+def is_elementwise(target: Any) -> bool:
+    if target in _ELEMENTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
+        return True
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.name.startswith(_OURS_ELEMENTWISE)
+
+
+def is_view(target: Any) -> bool:
+    joins = (_aten.cat.default, _aten.stack.default, _aten._unsafe_view.default)
+    return target in joins or bool(getattr(target, "is_view", False))
+
+
+def group_of(node: fx.Node) -> str | None:
+    """The group of a collective; None for any other op."""
+    known = (
+        _c10d.all_reduce.default, _c10d.reduce_scatter_tensor.default, _c10d.all_to_all_single.default, gather_ranks,
+        shift_ranks, exchange_rows,
+    )  # fmt: skip
+    if node.target not in known:
+        return None
+    return next(str(a) for a in reversed(node.args) if isinstance(a, str) and a.startswith("axis_"))
+
+
+def tensor_of(node: Any) -> Tensor | None:
+    """The tensor of a node, or the first of several."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    return value if isinstance(value, Tensor) else None
+
+
+def takes_statistics(node: fx.Node) -> bool:
+    """True for a batch norm that takes the mean of its batch: of a rank's share, that of no batch on one device.
+
+    torch's instance norm is a batch norm of one row that holds the channels of all, and mixes none.
+    """
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if name not in ("aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::cudnn_batch_norm",
+                    "aten::miopen_batch_norm", "aten::_batch_norm_with_update"):  # fmt: skip
+        return False
+    source, value = node.args[0].all_input_nodes, tensor_of(node.args[0])  # type: ignore[union-attr]
+    before = tensor_of(source[0]) if len(source) == 1 else None
+    if before is not None and value is not None and before.dim() == value.dim() > 2:
+        folded = (1, before.shape[0] * before.shape[1], *before.shape[2:])
+        if is_view(node.args[0].target) and tuple(value.shape) == folded:  # type: ignore[union-attr]
+            return False
+    training = argument_reader(node.target, node.args, node.kwargs)("training")  # type: ignore[arg-type]
+    return training is None or bool(training)
+
+
+def is_number(node: fx.Node) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.dim() == 0
+
+
+def reduced_dims(node: fx.Node, rank: int) -> tuple[set[int], bool]:
+    """Which dims an op reduces, and whether they stay as dims of size 1."""
+    value = argument_reader(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    dims = value("dim")
+    every = dims is None or (isinstance(dims, list | tuple) and not dims)
+    listed = range(rank) if every else [dims] if isinstance(dims, int) else dims
+    return {d % max(1, rank) for d in listed}, bool(value("keepdim"))
+
+
+def norm_order(node: fx.Node) -> float:
+    """The p of a p-norm."""
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("ord", 2)
+    return 2 if given is None else float(given)  # type: ignore[arg-type]

@@ -1,0 +1,362 @@
+"""Ops in a user's own update that a rank cannot do on its piece: done on the whole array instead.
+
+A function of torch that a user's line calls is first run on the pieces. Where the spread of its result says that it
+read a piece as if it were the array, or where its sizes do not fit, it is run again:
+
+1. with what is whole on every rank cut to pieces, if that is enough (`piece - whole`, number by number);
+2. else with every piece gathered. The result is then whole on every rank, as it is on one device, and is cut again
+   where it meets pieces, or where the step returns it as a leaf that is divided.
+
+Neither changes a number: a gathered array is the array. So this is right for every op that is a function of its
+arguments; what draws random numbers stays as it is. A view of a gathered array is a view of a copy: a later write into
+it, or into what it was taken of, would not be seen by the other, and is refused (`require_no_lost_writes`).
+"""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ftrain import tree
+from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.graph.source import user_site
+from ftrain.graph.torch_private import functional_transform, node_of, quiet_shape_rules, storage_id, tracing_graph
+from ftrain.sharding.placement import Placement, Split
+from ftrain.sharding.shards import piece_of, whole_of
+from ftrain.trace.provenance import current_provenance
+from ftrain.trace.spmd import ShardedTrace
+from ftrain.trace.spread import SAME, Spread, placed
+
+PURPOSE = "whole_array"
+"""What the gathers made here are for, in tables of bytes by purpose."""
+LARGE = 64 * 2**20
+"""Bytes of a gathered array from which on a warning names the line."""
+_MISFITS = (RuntimeError, IndexError, ValueError, TypeError)
+
+
+class _ViewOfCopy(NamedTuple):
+    """A view of a gathered array: since which node there is one, the memory of the piece and of the copy, the line."""
+
+    since: fx.Node
+    source: int
+    copy: int
+    line: str
+
+
+class WholeArrays:
+    """Runs functions of torch on pieces, or on whole arrays where they have to be. `trace`: the one under way."""
+
+    def __init__(self, trace: ShardedTrace) -> None:
+        self._trace = trace
+        self._views = list[_ViewOfCopy]()
+        self._gathered: dict[fx.Node, tuple[Tensor, fx.Node]] = {}
+
+    def call(
+        self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], *, instead: Callable | None = None
+    ) -> Any:
+        """What `func` gives on one device: a piece of it, or all of it on every rank. `instead`: the same of several ops
+        that can be done on pieces.
+        """
+        pieces = [] if functional_transform() else [t for t in _tensors((args, kwargs)) if self.placement(t)]
+        if not pieces:
+            return func(*args, **kwargs)
+        if writes(func, kwargs):
+            args, kwargs = self._fitting(args, kwargs)
+            return func(*args, **kwargs)
+        as_it_is = not reads_sizes(func)
+        found = self._try(func, args, kwargs) if as_it_is else None
+        if found is None and instead is not None:
+            found = self._try(instead, args, kwargs)
+        if found is None and as_it_is:
+            cut = self._cut_others(args, kwargs, pieces)
+            found = None if cut is None else self._try(func, *cut)
+        if found is None:
+            found = self._try_on_whole(func, args, kwargs)
+        return func(*args, **kwargs) if found is None else found[0]
+
+    def on_whole(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What `func` gives of whole arrays in the place of pieces; None if they cannot be gathered."""
+        gathered = self._gather_all(args, kwargs)
+        if gathered is None:
+            return None
+        result = func(*gathered[0], **gathered[1])
+        self._note_views(result, args, kwargs, gathered)
+        return result
+
+    def divided(self, values: Any) -> bool:
+        """True if there is a piece of an array among arguments."""
+        return not functional_transform() and any(self.placement(t) for t in _tensors(values))
+
+    def placement(self, tensor: Any) -> Placement | None:
+        """Where the array is of which a tensor is a piece; None for what is no piece."""
+        found = self._trace.placement_of_piece(tensor)
+        if found is None or tensor.requires_grad or not found.splits:
+            return None
+        return found if self._may_gather(found) else None
+
+    def whole(self, tensor: Tensor, *, fresh: bool = False) -> Tensor:
+        """The array that a tensor is a piece of, on every rank; `fresh`: in memory that nobody else sees."""
+        node, placement = node_of(tensor), self.placement(tensor)
+        if node is None or placement is None:
+            return tensor.clone() if fresh else tensor
+        known = self._gathered.get(node)
+        if known is None or fresh or any(True for _ in _writes_since(known[1])):
+            self._warn_of_size(tensor, placement)
+            gathered = whole_of(tensor, _all_gathered(placement), self._trace.plan.mesh, why=PURPOSE).contiguous()
+            at = node_of(gathered)
+            if fresh or at is None:
+                return gathered
+            known = self._gathered[node] = gathered, at
+        return known[0]
+
+    def piece(self, whole: Tensor, placement: Placement) -> Tensor:
+        """A rank's piece of what all ranks hold whole."""
+        cut = piece_of(whole, _all_gathered(placement))
+        self._trace.note_if_clean(cut, placed(placement))
+        return cut
+
+    def write_item(self, func: Callable, target: Tensor, index: Any, value: Any) -> bool:
+        """`target[index] = value` of the array that `target` is a piece of; False if it cannot be gathered."""
+        placement = self.placement(target)
+        if placement is None or functional_transform():
+            return False
+        whole = self.whole(target, fresh=True)
+        func(whole, _map(self.whole, index), _map(self.whole, value))
+        target.copy_(self.piece(whole, placement))
+        return True
+
+    def results(self, result: Any, where: Callable[[str, Sequence[int]], Placement]) -> Any:
+        """A step's result, in which a whole array that a leaf is divided as is cut to a rank's piece.
+
+        `where`: of a path and a whole shape, where such a leaf is.
+        """
+        if not self._gathered:
+            return result
+        leaves, treedef = tree.flatten(result)
+        cut = [self._result(path, leaf, where) for path, leaf in zip(tree.paths(result), leaves, strict=True)]
+        return tree.unflatten(treedef, cut)
+
+    def require_no_lost_writes(self, result: Any) -> None:
+        """ValueError, with both lines, for a write that a view of a gathered array would have had to show.
+
+        `result`: what the step gives back.
+        """
+        returned = {storage_id(t) for t in _tensors(tree.leaves(result))}
+        for view in self._views:
+            for written, other in ((view.source, view.copy), (view.copy, view.source)):
+                write = next((n for n, memory in _writes_since(view.since) if memory == written), None)
+                if write is not None and (other in returned or _is_read_after(write, other)):
+                    raise ValueError(
+                        f"{write.meta.get('site')}: writes into a tensor of which {view.line} takes a view across a dim "
+                        "that is divided among ranks: the view is of a gathered copy, so make a new value, e.g. "
+                        "x = x.mul(...), or take the view after the write"
+                    )
+
+    def _result(self, path: str, leaf: Any, where: Callable[[str, Sequence[int]], Placement]) -> Any:
+        if not isinstance(leaf, Tensor) or self._spread(leaf) != SAME:
+            return leaf
+        placement = where(path, leaf.shape)
+        return self.piece(leaf, placement) if placement.splits and placement.shape == tuple(leaf.shape) else leaf
+
+    def _may_gather(self, placement: Placement) -> bool:
+        provenance = current_provenance()
+        in_loss = provenance is not None and provenance.phase != "step"
+        return not in_loss or all(split.gathered for split in placement.splits)
+
+    def _try_on_whole(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
+        gathered = self._gather_all(args, kwargs)
+        found = None if gathered is None else self._try(func, *gathered)
+        if gathered is not None and found is not None:
+            self._note_views(found[0], args, kwargs, gathered)
+        return found
+
+    def _try(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
+        """The result, if it is what one device computes; else None, and the trace is as it was."""
+        graph = tracing_graph()
+        before = None if graph is None else _last(graph)
+        try:
+            with quiet_shape_rules():
+                result = func(*args, **kwargs)
+            cause = self._cause(result)
+            if cause is None or effect_of(cause) is Effect.RANDOM or self._cause((args, kwargs)) is not None:
+                return (result,)
+        except _MISFITS:
+            result = None
+        del result
+        if before is not None:
+            self._forget_after(before)
+        return None
+
+    def _forget_after(self, node: fx.Node) -> None:
+        """Take the nodes of a try off the trace."""
+        last = _last(node.graph)
+        if any(True for _ in _writes_since(node)):
+            return
+        self._trace.spreads.rewind(node)
+        while last is not node:
+            before = last.prev
+            node.graph.erase_node(last)
+            last = before
+
+    def _gather_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        if not self.divided((args, kwargs)):
+            return None
+        return _map(self.whole, args), _map(self.whole, kwargs)
+
+    def _cut_others(self, args: Any, kwargs: Any, pieces: Sequence[Tensor]) -> tuple[Any, Any] | None:
+        """The arguments with what is whole on every rank cut as the largest piece is; None if there is nothing."""
+        model = max(filter(None, map(self.placement, pieces)), key=lambda p: len(p.shape))
+        cut = False
+
+        def fitting(tensor: Tensor) -> Tensor:
+            nonlocal cut
+            part = self._part(tensor, model)
+            cut = cut or part is not None
+            return tensor if part is None else self.piece(tensor, part)
+
+        changed = _map(fitting, args), _map(fitting, kwargs)
+        return changed if cut else None
+
+    def _part(self, tensor: Tensor, model: Placement) -> Placement | None:
+        """How a whole array is divided that meets a divided one number by number; None if nothing of it is."""
+        spread = self._spread(tensor)
+        if spread.axes or spread.placement is not None or tensor.requires_grad:
+            return None
+        shift = len(model.shape) - tensor.dim()
+        splits = list[Split]()
+        for split in model.splits:
+            at = split.dim - shift
+            if at >= 0 and tensor.shape[at] == model.shape[split.dim] > 1:
+                splits.append(split._replace(dim=at))
+        return Placement(tuple(tensor.shape), tuple(splits), model.copies) if splits else None
+
+    def _fitting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Arguments of a write: like what is written into, which cannot be run twice."""
+        target = args[0] if args else None
+        model = self.placement(target) if isinstance(target, Tensor) else None
+        if model is not None:
+            return self._cut_others(args, kwargs, [target]) or (args, kwargs)  # type: ignore[list-item]
+        if isinstance(target, Tensor) and self._spread(target).placement is None:
+            return (target, *_map(self.whole, args[1:])), _map(self.whole, kwargs)
+        return args, kwargs
+
+    def _spread(self, tensor: Tensor) -> Spread:
+        node = node_of(tensor)
+        return SAME if node is None else self._trace.spreads.of(node)
+
+    def _cause(self, values: Any) -> fx.Node | None:
+        return next((c for t in _tensors(values) if (c := self._spread(t).cause) is not None), None)
+
+    def _note_views(self, result: Any, args: Any, kwargs: Any, gathered: tuple[Any, Any]) -> None:
+        """Remember which memory a result looks at that is a copy of a piece's."""
+        looked_at = {storage_id(t) for t in _tensors(result)}
+        for before, after in zip(_tensors((args, kwargs)), _tensors(gathered), strict=True):
+            node = node_of(after)
+            if after is not before and storage_id(after) in looked_at and node is not None:
+                view = _ViewOfCopy(_last(node.graph), storage_id(before), storage_id(after), str(user_site()))
+                self._views.append(view)
+
+    def _warn_of_size(self, tensor: Tensor, placement: Placement) -> None:
+        size = torch.Size(placement.shape).numel() * tensor.itemsize
+        if size > LARGE:
+            warnings.warn(
+                f"{user_site()}: gathers an array of {list(placement.shape)} ({size / 2**20:.0f} MiB) on every rank, as "
+                "what it does cannot be done on pieces; compiled.bytes_moved() has such bytes as "
+                f"{PURPOSE!r}",
+                stacklevel=2,
+            )
+
+
+@functools.cache
+def reads_sizes(func: Callable) -> bool:
+    """True for a function that torch wrote in Python and that computes with sizes: those of a piece are not the array's."""
+    return _reads_sizes(func, 3)
+
+
+_SIZES = frozenset({"size", "shape", "numel", "nelement", "len"})
+_ASKS_DIMS_ALONE = frozenset({torch.norm, Tensor.norm})
+_LIBRARY = str(Path(torch.__file__).parent)
+
+
+def _reads_sizes(func: Any, depth: int) -> bool:
+    if func in _ASKS_DIMS_ALONE or not isinstance(func, types.FunctionType):
+        return False
+    if not func.__code__.co_filename.startswith(_LIBRARY):
+        return False
+    names = set(func.__code__.co_names)
+    if names & _SIZES:
+        return True
+    called = (func.__globals__.get(name, getattr(torch, name, None)) for name in names)
+    return depth > 0 and any(isinstance(f, types.FunctionType) and _reads_sizes(f, depth - 1) for f in called)
+
+
+def writes(func: Callable, kwargs: Mapping[str, Any]) -> bool:
+    """True for a function that writes into an argument, as far as its name tells."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    operator = name.startswith("__i") and name not in ("__iter__", "__invert__", "__index__", "__int__")
+    return in_place or operator or name == "__setitem__" or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+
+
+def _all_gathered(placement: Placement) -> Placement:
+    return replace(placement, splits=tuple(split._replace(gathered=True) for split in placement.splits))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Arguments with each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(_map(change, item) for item in value)
+    return {key: _map(change, item) for key, item in value.items()} if type(value) is dict else value
+
+
+def _last(graph: fx.Graph) -> fx.Node:
+    """The latest node of a graph under way."""
+    return next(iter(reversed(graph.nodes)))
+
+
+def _memory(node: Any) -> int | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return storage_id(value) if isinstance(value, Tensor) else None
+
+
+def _writes_since(node: fx.Node) -> Iterator[tuple[fx.Node, int | None]]:
+    """The writes after a node, each with the memory that it writes into."""
+    node = node.next
+    while node.op != "root":
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+            for argument in schema.arguments:
+                value = given.get(argument.name)
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for written in value if isinstance(value, list | tuple) else [value]:
+                        yield node, _memory(written)
+        node = node.next
+
+
+def _is_read_after(node: fx.Node, memory: int) -> bool:
+    node = node.next
+    while node.op != "root":
+        if any(_memory(read) == memory for read in node.all_input_nodes):
+            return True
+        node = node.next
+    return False
