@@ -227,14 +227,16 @@ class ArraySizes(TorchFunctionMode):
         """What is read or written at an index."""
         placement = self._placement(args[0])
         dim = None if placement is None else cut_dim(placement, args[1])
-        if placement is not None and dim is not None:
-            if func is Tensor.__setitem__:
-                if self.arrays.write_item(func, args[0], whole(args[1]), args[2]):
-                    return None
-            elif (part := self.arrays.on_whole(func, whole(args), whole(kwargs))) is not None:
-                return part
-            raise _cut("an index (slice or select)", line, args[0], placement, dim)
-        return self.arrays.call(func, whole(args), whole(kwargs))
+        if placement is None or (dim is None and not _has_tensors(args[1])):
+            return self.arrays.call(func, whole(args), whole(kwargs))
+        if func is Tensor.__setitem__:
+            if self.arrays.write_item(func, args[0], whole(args[1]), args[2]):
+                return None
+        elif (part := self.arrays.on_whole(func, whole(args), whole(kwargs))) is not None:
+            return part
+        if dim is None:
+            return func(*whole(args), **whole(kwargs))
+        raise _cut("an index (slice or select)", line, args[0], placement, dim)
 
     def _narrow(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """A part of a dim: all of a divided one, or refused."""
@@ -252,6 +254,11 @@ class ArraySizes(TorchFunctionMode):
                 return part
             raise _cut(f"{func.__name__} (a slice)", line, args[0], placement, dim)
         return args[0].view(args[0].shape) if "copy" not in func.__name__ else args[0].clone()
+
+
+def _has_tensors(index: Any) -> bool:
+    """True for an index by tensors or lists, whose numbers are places of the array."""
+    return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def _is_own(spread: Spread) -> bool:

@@ -86,9 +86,10 @@ def in_words_of_a_mesh(ranks: int) -> Iterator[None]:
         if ranks == 1 or _reason(error) is not None or not any(word in str(error) for word in _SIZES):
             raise
         raise Untraceable(
-            f"{_where(error.__traceback__)}: {_first_line(error)}. On a mesh of {ranks} ranks a leaf of the state is "
-            "one rank's piece outside of losses: pass it to value_and_grad or ftrain.forward as an argument, gather it "
-            "(ftrain.optim.shards.whole_leaf), or keep it whole with Layout(parameters=())"
+            f"{_where(error.__traceback__)}: {_first_line(error)}. On a mesh of {ranks} ranks the batch is one rank's "
+            "share of it, and a leaf of the state is one rank's piece outside of losses: pass it to value_and_grad or "
+            "ftrain.forward as an argument, gather it (ftrain.optim.shards.whole_leaf), or keep it whole with "
+            "Layout(parameters=())"
         ) from error
 
 

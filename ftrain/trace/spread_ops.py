@@ -33,7 +33,8 @@ PRODUCTS: dict[Any, tuple[int, tuple[dict[int, int], dict[int, int]]]] = {
 CONSTANTS = {
     _aten.full.default, _aten.full_like.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.zeros.default,
     _aten.ones.default, _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default,
-    _aten.zero.default, _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default, _aten.scalar_tensor.default,
+    _aten.zero.default, _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default,
+    _aten.scalar_tensor.default,
 }  # fmt: skip
 _ELEMENTWISE = {
     _aten._to_copy.default, _aten.clone.default, _aten.copy_.default, _aten.copy.default, _aten.lift_fresh_copy.default,

@@ -60,8 +60,9 @@ class WholeArrays:
     def call(
         self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], *, instead: Callable | None = None
     ) -> Any:
-        """What `func` gives on one device: a piece of it, or all of it on every rank. `instead`: the same of several ops
-        that can be done on pieces.
+        """What `func` gives on one device: a piece of it, or all of it on every rank.
+
+        `instead`: the same of several ops that can be done on pieces.
         """
         pieces = [] if functional_transform() else [t for t in _tensors((args, kwargs)) if self.placement(t)]
         if not pieces:
@@ -69,9 +70,9 @@ class WholeArrays:
         if writes(func, kwargs):
             args, kwargs = self._fitting(args, kwargs)
             return func(*args, **kwargs)
-        as_it_is = not reads_sizes(func)
+        as_it_is = not reads_sizes(func) and not _in_a_loss()
         found = self._try(func, args, kwargs) if as_it_is else None
-        if found is None and instead is not None:
+        if found is None and instead is not None and not _in_a_loss():
             found = self._try(instead, args, kwargs)
         if found is None and as_it_is:
             cut = self._cut_others(args, kwargs, pieces)
@@ -126,10 +127,27 @@ class WholeArrays:
         placement = self.placement(target)
         if placement is None or functional_transform():
             return False
-        whole = self.whole(target, fresh=True)
-        func(whole, _map(self.whole, index), _map(self.whole, value))
+        whole = self._written_copy(target, value)
+        if whole is None:
+            whole = self.whole(target, fresh=True)
+            func(whole, _map(self.whole, index), _map(self.whole, value))
         target.copy_(self.piece(whole, placement))
         return True
+
+    def _written_copy(self, target: Tensor, value: Any) -> Tensor | None:
+        """The gathered copy of `target`, if `value` is a view of it that was written into: `target[:2] += 1` sets what
+        it has read. All writes into the copy reach the target now, so they are not lost.
+        """
+        known = self._gathered.get(node_of(target))  # type: ignore[arg-type]
+        if known is None or not isinstance(value, Tensor) or storage_id(value) != storage_id(known[0]):
+            return None
+        if any(memory == storage_id(target) for _, memory in _writes_since(known[1])):
+            return None
+        graph = tracing_graph()
+        assert graph is not None
+        copy, at = storage_id(known[0]), _last(graph)
+        self._views = [v._replace(since=at) if v.copy == copy else v for v in self._views]
+        return known[0]
 
     def results(self, result: Any, where: Callable[[str, Sequence[int]], Placement]) -> Any:
         """A step's result, in which a whole array that a leaf is divided as is cut to a rank's piece.
@@ -153,8 +171,8 @@ class WholeArrays:
                 write = next((n for n, memory in _writes_since(view.since) if memory == written), None)
                 if write is not None and (other in returned or _is_read_after(write, other)):
                     raise ValueError(
-                        f"{write.meta.get('site')}: writes into a tensor of which {view.line} takes a view across a dim "
-                        "that is divided among ranks: the view is of a gathered copy, so make a new value, e.g. "
+                        f"{write.meta.get('site')}: writes into a tensor of which {view.line} takes a view across a "
+                        "dim that is divided among ranks: the view is of a gathered copy, so make a new value, e.g. "
                         "x = x.mul(...), or take the view after the write"
                     )
 
@@ -165,9 +183,7 @@ class WholeArrays:
         return self.piece(leaf, placement) if placement.splits and placement.shape == tuple(leaf.shape) else leaf
 
     def _may_gather(self, placement: Placement) -> bool:
-        provenance = current_provenance()
-        in_loss = provenance is not None and provenance.phase != "step"
-        return not in_loss or all(split.gathered for split in placement.splits)
+        return not _in_a_loss() or all(split.gathered for split in placement.splits)
 
     def _try_on_whole(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         gathered = self._gather_all(args, kwargs)
@@ -266,16 +282,21 @@ class WholeArrays:
         size = torch.Size(placement.shape).numel() * tensor.itemsize
         if size > LARGE:
             warnings.warn(
-                f"{user_site()}: gathers an array of {list(placement.shape)} ({size / 2**20:.0f} MiB) on every rank, as "
-                "what it does cannot be done on pieces; compiled.bytes_moved() has such bytes as "
-                f"{PURPOSE!r}",
+                f"{user_site()}: gathers an array of {list(placement.shape)} ({size / 2**20:.0f} MiB) on every rank, "
+                f"as what it does cannot be done on pieces; compiled.bytes_moved() has such bytes as {PURPOSE!r}",
                 stacklevel=2,
             )
 
 
+def _in_a_loss() -> bool:
+    """True where parameters are whole, so that a piece which the loss closes over is gathered at once."""
+    provenance = current_provenance()
+    return provenance is not None and provenance.phase != "step"
+
+
 @functools.cache
 def reads_sizes(func: Callable) -> bool:
-    """True for a function that torch wrote in Python and that computes with sizes: those of a piece are not the array's."""
+    """True for a function that torch wrote in Python and that computes with sizes: those of a piece are wrong."""
     return _reads_sizes(func, 3)
 
 
