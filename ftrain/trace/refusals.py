@@ -33,6 +33,20 @@ _SIZE = (
     "has a result whose size depends on data ({what}), which cannot be traced: mask instead of selecting, or compute "
     "it before the step and pass it as an argument"
 )
+_PLACE = (
+    "takes the place that a tensor tells as a number of Python ({what}), which a traced step does not have: read with "
+    "x.index_select(dim, t.view(1)), write with x.index_copy(dim, t.view(1), value) or "
+    "torch.where(torch.arange(n) == t, value, x)"
+)
+_BOUND = (
+    "slices up to a place that a tensor tells ({what}), so that the size would depend on data: keep the size and mask, "
+    "e.g. torch.where(torch.arange(n) < t, x, 0)"
+)
+_CTC = (
+    "calls ctc_loss, whose kernels have no shape rule that a trace can use: write its forward recursion with torch ops "
+    "(logsumexp over the states, frame by frame), or make it an op of your own that has one (torch.library.custom_op "
+    "with register_fake and register_autograd)"
+)
 _OPERATOR = (
     "calls {what}, a higher-order operator, which a traced step cannot hold: for torch.cond take torch.where, for "
     "loops (while_loop, scan, map) a Python loop or ftrain.accumulate"
@@ -50,16 +64,36 @@ class Untraceable(ValueError):
 
 
 class NoExchange(TorchFunctionMode):
-    """Within the block `x.data = y` is `Untraceable`: no op is called, and the trace would go on with the old `x`."""
+    """Within the block `x.data = y` is `Untraceable`: no op is called, and the trace would go on with the old `x`.
+
+    So is an index that is a tensor and would have to be a number, in words of its own.
+    """
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _SET_DATA:
             site = user_site()
             what = "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
             raise Untraceable(f"{site}: the step {_EXCHANGED.format(what=what or 'x.data = y')}")
-        return func(*args, **(kwargs or {}))
+        if func not in _INDEXING:
+            return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except DATA_DEPENDENT as error:
+            site = user_site()
+            what = "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
+            words = _BOUND if any(map(_is_bounded_by_a_tensor, _parts(args[1]))) else _PLACE
+            raise Untraceable(f"{site}: the step {words.format(what=what or 'x[t]')}") from error
 
 
+def _parts(index: Any) -> tuple:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _is_bounded_by_a_tensor(part: Any) -> bool:
+    return isinstance(part, slice) and any(isinstance(n, Tensor) for n in (part.start, part.stop, part.step))
+
+
+_INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -110,8 +144,12 @@ def require_dense(module: fx.GraphModule) -> None:
 
 def _reason(error: Exception) -> str | None:
     words = str(error)
-    if isinstance(error, DATA_DEPENDENT):
+    if isinstance(error, Untraceable):
+        return None
+    if isinstance(error, DATA_DEPENDENT) or "FakeTensor.__format__" in words:
         return _NUMBER.format(what=_asked(error) or "float(loss), an `if` on it, an assert")
+    if isinstance(error, DYNAMIC_SHAPE) and "ctc_loss" in words:
+        return _CTC
     if isinstance(error, DYNAMIC_SHAPE):
         return _SIZE.format(what=_first_argument(error))
     if "numpy() is not supported for tensor subclasses" in words:

@@ -23,8 +23,17 @@ REFUSED = {
     "compiled": (lambda w, b: compiled(b @ w).sum(), "torch.compile made.*plain function"),
     "ctc": (
         lambda w, b: F.ctc_loss((b @ w)[:, None].log_softmax(-1), rows[None, 1:], rows[1:] * 4, rows[1:]),
-        "size depends on data",
+        "calls ctc_loss, .*forward recursion.*custom_op",
     ),
+    "a column": (
+        lambda w, b: (b @ w)[:, rows[1] + b.argmax()].sum(),
+        r"place that a tensor tells.*index_select.*index_copy",
+    ),
+    "a slice": (lambda w, b: (b @ w)[: b.argmax()].sum(), r"slices up to a place .*torch.where\(torch.arange"),
+    "a format": (lambda w, b: print(f"{(b @ w).sum():.2f}") or (b @ w).sum(), "number in a tensor"),
+    "int": (lambda w, b: (b @ w).sum() * int(b.argmax()), "number in a tensor .*torch.where"),
+    "range": (lambda w, b: sum((b @ w).sum() for _ in range(b.argmax())), "number in a tensor"),
+    "any": (lambda w, b: (b @ w).sum() if (b > 0).any() else b.sum(), "number in a tensor .*torch.where"),
     "istft": (
         lambda w, b: torch.istft(
             torch.stft((b @ w).flatten(), 8, return_complex=True, window=torch.ones(8)), 8, window=torch.ones(8)
@@ -43,6 +52,19 @@ def test_a_sentence_with_the_line(loss, words):
     assert not re.search("docs.google|TORCH_LOGS|dynamo|u0", said)
     line = int(re.search(r"test_refusals.py:(\d+)", said).group(1))
     assert loss.__code__.co_firstlineno <= line <= loss.__code__.co_firstlineno + 3
+
+
+def test_a_column_that_a_tensor_tells_is_written():
+    def step(k, x, t):
+        k = k.clone()
+        k[:, t] = x
+        return k
+
+    given = torch.zeros(3, 5), torch.ones(3), torch.tensor(2)
+    with pytest.raises(ValueError, match=r"test_refusals.py:\d+ \(step\): the step .*k\[:, t\] = x.*index_copy.*where"):
+        ftrain.jit(step)(*given)
+    written = ftrain.jit(lambda k, x, t: k.index_copy(1, t.view(1), x[:, None]))(*given)
+    torch.testing.assert_close(written, step(*given))
 
 
 def exchanged(x):
