@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_spread import both, updated
+from test_spread import SPECS, arguments, both, updated
 
+import ftrain
 from ftrain import tree
-from ftrain.sharding import Mesh
+from ftrain.sharding import Layout, Mesh, Plan
+from ftrain.trace import whole_arrays
 
 MESHES = [Mesh(shard=2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(shard=3, kind="virtual")]  # one is padded
 
@@ -222,3 +224,50 @@ def test_ops_that_read_across_a_divided_dim(name, mesh):
     one, many = both(updated(of_piece(OPS[name])), mesh)
     for path, a, b in zip(tree.paths(one), tree.leaves(one), tree.leaves(many), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12, equal_nan=True, msg=lambda m, p=path: f"{p}: {m}")
+
+
+def test_a_whole_result_comes_back_as_the_piece_that_its_leaf_is():
+    """So the state of the next step lies as that of this one."""
+    state, batch = arguments()
+    step = ftrain.jit(updated(lambda w, g: (w - g).sort(0).values), plan=Plan(MESHES[0], Layout()), specs=SPECS)
+    compiled = step.lower(state, batch)
+    assert [p.local_shape for p in compiled.placements] == [(4,), (2, 8)]
+
+
+def test_gathers_are_counted_by_purpose():
+    state, batch = arguments()
+    step = ftrain.jit(updated(lambda w, g: w - g.sort(0).values), plan=Plan(MESHES[0], Layout()), specs=SPECS)
+    assert whole_arrays.PURPOSE in str(step.lower(state, batch).bytes_moved())
+
+
+def test_reductions_gather_nothing():
+    state, batch = arguments()
+    of_all = lambda g: g.std() + g.var(0).sum() + g.logsumexp(0).sum() + F.mse_loss(g, 2 * g)  # noqa: E731
+    lists = lambda w, g: torch._foreach_sub([w], torch._foreach_mul([g], torch._foreach_norm([g])))[0]  # noqa: E731
+    step = updated(lambda w, g: lists(w, g) * of_all(g) + g.softmax(0))
+    compiled = ftrain.jit(step, plan=Plan(MESHES[0], Layout()), specs=SPECS).lower(state, batch)
+    assert whole_arrays.PURPOSE not in str(compiled.bytes_moved())
+
+
+def test_a_large_gather_is_said_with_its_line(monkeypatch):
+    monkeypatch.setattr(whole_arrays, "LARGE", 8)
+    with pytest.warns(UserWarning, match=r"test_whole_arrays.py:\d+ .*gathers an array of \[4, 8\] .*'whole_array'"):
+        both(updated(lambda w, g: w - g.sort(0).values), MESHES[0])
+
+
+def test_what_a_node_is_noted_as_is_not_said_of_views_that_are_taken_again():
+    """A write makes the views beneath it anew, in front of the next op that reads them."""
+
+    def step(state, batch):
+        g = state["w"].flip(0).clone()
+        part = g[:, :4]
+        g.mul_(2.0)
+        return {"w": state["w"] - g, "part": part.sum(), "rows": g[:2].clone()}
+
+    one, many = both(step, MESHES[0])
+    torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
+
+
+def test_padding_changes_no_dtype():
+    one, many = both(updated(lambda w, g: ((g > 0).sum(0), (100 * g).long().amax(0), (g > 0).all(0))), MESHES[2])
+    torch.testing.assert_close(many, one)

@@ -1,5 +1,6 @@
 """A canary for each private torch name: after an upgrade of torch, what fails here is to be mended in private.py."""
 
+import logging
 import operator
 
 import pytest
@@ -356,3 +357,14 @@ def test_an_assertion_of_the_device_says_what_is_wrong():
     private.assert_on_device(torch.tensor(True), "never said")
     with pytest.raises(RuntimeError, match="cut in two"):
         private.assert_on_device(torch.tensor(False), "cut in two")
+
+
+def test_a_shape_rule_that_fails_writes_no_traceback_where_it_is_tried(caplog):
+    def failing():
+        with private.new_fake_mode(), pytest.raises(RuntimeError):
+            torch.empty(3) + torch.empty(4)
+
+    with caplog.at_level(logging.ERROR, logger="torch._subclasses.fake_tensor"), private.quiet_shape_rules():
+        failing()
+    assert not caplog.records
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
