@@ -127,16 +127,15 @@ class WholeArrays:
         placement = self.placement(target)
         if placement is None or functional_transform():
             return False
-        whole = self._written_copy(target, value)
-        if whole is None:
-            whole = self.whole(target, fresh=True)
-            func(whole, _map(self.whole, index), _map(self.whole, value))
+        copy = self._written_copy(target, value)
+        whole = self.whole(target, fresh=True) if copy is None else copy.clone()
+        func(whole, _map(self.whole, index), _map(self.whole, value))
         target.copy_(self.piece(whole, placement))
         return True
 
     def _written_copy(self, target: Tensor, value: Any) -> Tensor | None:
-        """The gathered copy of `target`, if `value` is a view of it that was written into: `target[:2] += 1` sets what
-        it has read. All writes into the copy reach the target now, so they are not lost.
+        """The gathered copy of `target`, if `value` is a view of it: `target[:2] += 1` writes into what it then sets.
+        All writes into the copy reach the target now, so they are not lost.
         """
         known = self._gathered.get(node_of(target))  # type: ignore[arg-type]
         if known is None or not isinstance(value, Tensor) or storage_id(value) != storage_id(known[0]):
@@ -215,10 +214,14 @@ class WholeArrays:
         if any(True for _ in _writes_since(node)):
             return
         self._trace.spreads.rewind(node)
+        erased = set[fx.Node]()
         while last is not node:
             before = last.prev
             node.graph.erase_node(last)
+            erased.add(last)
             last = before
+        self._gathered = {n: known for n, known in self._gathered.items() if not {n, known[1]} & erased}
+        self._views = [view for view in self._views if view.since not in erased]
 
     def _gather_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         if not self.divided((args, kwargs)):
