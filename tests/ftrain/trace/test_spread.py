@@ -58,7 +58,7 @@ RIGHT = {
     "mean over a dim": lambda w, g: w - 0.1 * (g - g.mean(0, keepdim=True)),
     "sum over the other": lambda w, g: w - 0.1 * g / (1 + g.square().sum(-1, keepdim=True)),
     "a moment": lambda w, g: torch.lerp(w, torch.zeros_like(w), 0.1) - 0.1 * g.sign(),
-    "transposed and back": lambda w, g: (w.T - 0.1 * g.T.contiguous()).T,
+    "transposed and back": lambda w, g: (w.t() - 0.1 * g.t().contiguous()).t(),
     "in place": lambda w, g: w.clone().sub_(g.clone().mul_(0.1)).add_(1.0),
     "a product with what is whole": lambda w, g: w - g if w.dim() < 2 else w - (g.sum() * torch.eye(8).sum()) * g,
 }  # fmt: skip
