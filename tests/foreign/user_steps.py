@@ -162,7 +162,7 @@ UPDATES: dict[str, Update] = {
     "weight standardisation": standardised,
     "by the deviation of all": lambda w, g, m: w - 0.1 * g / (g.std() + 1e-8),
     "median clip": lambda w, g, m: w - g.clamp(-g.abs().median(), g.abs().median()),
-    "quantile clip": lambda w, g, m: w - g.clamp(max=torch.quantile(g.abs(), 0.9)),
+    "order statistic clip": lambda w, g, m: w - g.clamp(max=g.abs().flatten().kthvalue(3).values),
     "histogram": lambda w, g, m: w - g * (torch.histc(g, 8, -1.0, 1.0) / g.numel()).max(),
     "noise of a key": lambda w, g, m: w - g + 0.1 * ftrain.normal(ftrain.key(3), tuple(w.shape)).to(w.dtype),
     "polar": matrices(lambda w, g, m: w - torch.linalg.svd(g, full_matrices=False)[0][:, :4].sum()),

@@ -169,8 +169,6 @@ OPS = {
         x.kthvalue(2, 0).values,
         x.median(0).values,
         x.median(),
-        x.quantile(0.3),
-        x.quantile(0.3, dim=0),
         x.abs().view(-1).topk(5).values.min(),
     ],
     "matrices": lambda x: [
