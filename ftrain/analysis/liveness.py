@@ -15,7 +15,7 @@ class LiveTensor(NamedTuple):
     bytes: int
     node: str
     path: str
-    site: str
+    source: str
     phase: str
 
 
@@ -95,4 +95,4 @@ def input_bytes(module: fx.GraphModule) -> int:
 
 def _describe(owner: fx.Node, size: int) -> LiveTensor:
     meta = owner.meta
-    return LiveTensor(size, owner.name, meta.get("path") or "", str(meta.get("site") or ""), meta.get("phase", ""))
+    return LiveTensor(size, owner.name, meta.get("path") or "", str(meta.get("source") or ""), meta.get("phase", ""))

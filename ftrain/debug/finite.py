@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ftrain import tree
 from ftrain.graph.collectives import COLLECTIVES, WAIT
-from ftrain.graph.text import op_name, short_site, show_node, show_value
+from ftrain.graph.text import op_name, short_source, show_node, show_value
 from ftrain.runtime.interpret import Iteration, Op, interpret, interpret_ranks
 from ftrain.sharding.mesh import BASE_AXES, Mesh
 from ftrain.step.api import Step, make_step
@@ -37,7 +37,7 @@ class Finding:
     """The first value that is not finite.
 
     `kind` "NaN" or "infinity"; `node`, `op`, `phase`, `path` (of the parameter that the node is about; of the leaf
-    itself if an argument is not finite: then `op` is "input"), `site` (file:line); `count` of `size` elements are not
+    itself if an argument is not finite: then `op` is "input"), `source` (file:line); `count` of `size` elements are not
     finite; `inputs` of the op; `iterations` of the loops that the node is inside of; `rank`: of a virtual mesh, and
     its place on the axes.
     """
@@ -47,7 +47,7 @@ class Finding:
     op: str
     phase: str
     path: str
-    site: str
+    source: str
     count: int
     size: int
     line: str
@@ -60,7 +60,7 @@ class Finding:
         where += f", on {self.rank}" if self.rank else ""
         if self.op == "input":
             return f"argument leaf {self.path!r} holds {self.kind} in {self.count} of {self.size} elements: {self.line}"
-        head = f"first {self.kind} in the {self.phase} phase at {self.site or 'an unknown line'}{where}"
+        head = f"first {self.kind} in the {self.phase} phase at {self.source or 'an unknown line'}{where}"
         about = f", about {self.path}" if self.path else ""
         rows = [f"  {r.name}{f' ({r.path})' if r.path else ''}: {r.type}, {_describe(r)}" for r in self.inputs]
         made = f"{self.line}\n  made {self.kind} in {self.count} of {self.size} elements{about}"
@@ -171,7 +171,7 @@ def _finding(
         op=op_name(node),
         phase=meta.get("phase", ""),
         path=meta.get("path") or "",
-        site=short_site(meta.get("site")),
+        source=short_source(meta.get("source")),
         count=count,
         size=value.numel(),
         line=show_node(node),

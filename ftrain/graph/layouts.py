@@ -35,7 +35,7 @@ def to_layout(x: Tensor, strides: Sequence[int]) -> Tensor:
 
 class _Plan(NamedTuple):
     op: str
-    site: str
+    source: str
     value: Tensor
     sums: bool
     """Whether it is what torch's attention on a CPU keeps for its backward: of float64 older rules say float32."""
@@ -57,8 +57,8 @@ class LayoutCheck:
         setattr(module, _CHECK, _Function(self._look))
         for node in list(module.graph.nodes):
             if _is_checked(node):
-                site = str(node.meta.get("site"))
-                self._plans[node.name] = _Plan(str(node.target), site, node.meta["val"], _is_sums(node))
+                source = str(node.meta.get("source"))
+                self._plans[node.name] = _Plan(str(node.target), source, node.meta["val"], _is_sums(node))
                 with module.graph.inserting_after(node):
                     check = module.graph.call_module(_CHECK, (node, node.name))
                 node.replace_all_uses_with(check, delete_user_cb=lambda user, check=check: user is not check)
@@ -88,7 +88,7 @@ class LayoutCheck:
         plan = self._plans[name]
         if value.shape != plan.value.shape or (value.dtype != plan.value.dtype and not plan.sums):
             raise ValueError(
-                f"{plan.site}: {plan.op} returned {typed_shape(value)} where its shape rule says "
+                f"{plan.source}: {plan.op} returned {typed_shape(value)} where its shape rule says "
                 f"{typed_shape(plan.value)}: correct the op's fake implementation (register_fake)"
             )
         if lies_as(value, plan.value):

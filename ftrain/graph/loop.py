@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, fx
 
-from ftrain.graph.source import user_site
+from ftrain.graph.source import user_source
 from ftrain.graph.torch_private import (
     FakeTensor,
     emit_node,
@@ -75,7 +75,7 @@ def loop(
     captured = _lift_captured(graph)
     with paused_trace():
         outputs = [new_fake_like(t) for t in carry]
-    meta = {"phase": "loop", "body": graph, "site": user_site(), _PREVIEW: preview}
+    meta = {"phase": "loop", "body": graph, "source": user_source(), _PREVIEW: preview}
     return emit_node(run_loop, graph, "loop", (n, list(carry), list(xs), [*consts, *captured]), outputs, meta)
 
 

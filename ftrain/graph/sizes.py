@@ -37,7 +37,7 @@ def unknown_sizes(module: fx.GraphModule) -> tuple[str, ...]:
     each.
     """
     found = [
-        f"{getattr(n.target, '__name__', n.target)} at {n.meta.get('site')}: its size depends on data, counted as "
+        f"{getattr(n.target, '__name__', n.target)} at {n.meta.get('source')}: its size depends on data, counted as "
         f"{n.meta['unknown']}, the largest possible"
         for n in module.graph.nodes
         if "unknown" in n.meta

@@ -18,7 +18,7 @@ _MACHINERY = (
 )
 
 
-class Site(NamedTuple):
+class SourceLine(NamedTuple):
     """A line of the user's code."""
 
     file: str
@@ -44,7 +44,7 @@ def is_users(file: str) -> bool:
     return not _is_machinery(file)
 
 
-def user_site() -> Site | None:
+def user_source() -> SourceLine | None:
     """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit.
 
     None where no frame is the user's.
@@ -52,6 +52,6 @@ def user_site() -> Site | None:
     here: FrameType | None = sys._getframe(1)
     while here is not None:
         if not _is_machinery(here.f_code.co_filename):
-            return Site(here.f_code.co_filename, here.f_lineno, here.f_code.co_name)
+            return SourceLine(here.f_code.co_filename, here.f_lineno, here.f_code.co_name)
         here = here.f_back
     return None

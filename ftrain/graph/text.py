@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from ftrain.graph.fused import is_fused
 from ftrain.graph.loop import is_loop
-from ftrain.graph.source import Site
+from ftrain.graph.source import SourceLine
 from ftrain.tree import typed_shape
 
 
@@ -26,8 +26,8 @@ def show_node(node: fx.Node) -> str:
 
 def node_notes(node: fx.Node) -> list[str]:
     """Phase, parameter path and source line of a node, those that are known."""
-    site = short_site(node.meta.get("site"))
-    return [note for note in (node.meta.get("phase", ""), node.meta.get("path") or "", site) if note]
+    source = short_source(node.meta.get("source"))
+    return [note for note in (node.meta.get("phase", ""), node.meta.get("path") or "", source) if note]
 
 
 def op_name(node: fx.Node) -> str:
@@ -41,14 +41,14 @@ def op_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def short_site(site: Site | None) -> str:
+def short_source(source: SourceLine | None) -> str:
     """`file:line` with the file relative to the working directory, or its last two parts if it lies elsewhere."""
-    if site is None:
+    if source is None:
         return ""
-    path = Path(site.file)
+    path = Path(source.file)
     here = Path.cwd()
     short = path.relative_to(here) if path.is_relative_to(here) else Path(*path.parts[-2:])
-    return f"{short}:{site.line}"
+    return f"{short}:{source.line}"
 
 
 def show_value(value: Any) -> str:

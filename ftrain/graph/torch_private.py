@@ -52,7 +52,7 @@ def move_fake(tensor: FakeTensor, device: torch.device) -> None:
     tensor.fake_device = device
 
 
-def autograd_sequence() -> int:
+def next_seq_nr() -> int:
     """The number that autograd will give to the next forward op on this thread."""
     return torch.autograd._get_sequence_nr()
 

@@ -40,7 +40,7 @@ def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: boo
         last = max([new, *readers.get(storage(old), ())], key=position.__getitem__)
         with graph.inserting_after(last):
             write = graph.call_function(_aten.copy_.default, (old, new))
-        write.meta.update(val=old.meta["val"], phase="step", path=old.meta.get("path"), site=new.meta.get("site"))
+        write.meta.update(val=old.meta["val"], phase="step", path=old.meta.get("path"), source=new.meta.get("source"))
     dropped = set() if keep_outputs else set(donated.values())
     output.args = ([r for i, r in enumerate(results) if i not in dropped],)
     graph.lint()

@@ -23,11 +23,11 @@ def spread_paths(module: fx.GraphModule, first_argument: str) -> None:
         leaves = [n for n in state if n.op == "placeholder"]
         best = leaves or state or known
         path = max(best, key=order.__getitem__).meta["path"] if best else ""
-        sequence = node.meta.get("sequence")
+        seq_nr = node.meta.get("seq_nr")
         if node.meta.get("phase") == "forward":
-            forward.setdefault(sequence, path)
+            forward.setdefault(seq_nr, path)
         elif node.meta.get("phase") == "backward":
-            path = forward.get(sequence) or path
+            path = forward.get(seq_nr) or path
         if path:
             node.meta["path"] = path
         if is_loop(node):

@@ -11,7 +11,7 @@ from torch import fx
 from ftrain.analysis.op_times import OpTimes, op_key
 from ftrain.graph.collectives import COLLECTIVES, WAIT
 from ftrain.graph.loop import is_loop, loop_body
-from ftrain.graph.text import op_name, short_site
+from ftrain.graph.text import op_name, short_source
 from ftrain.graph.torch_private import keep_busy
 from ftrain.kernels.offload import fetch_start, fetch_wait, offload_start, offload_wait
 from ftrain.runtime.interpret import Iteration, interpret
@@ -29,7 +29,7 @@ class NodeTime(NamedTuple):
     name: str
     op: str
     path: str
-    site: str
+    source: str
     microseconds: float
     phase: str
 
@@ -94,7 +94,7 @@ def _run_once(module: fx.GraphModule, inputs: list[Any], measure: Callable) -> d
             name=name,
             op=op_name(node),
             path=meta.get("path") or "",
-            site=short_site(meta.get("site")),
+            source=short_source(meta.get("source")),
             microseconds=before + microseconds,
             phase=meta.get("phase", ""),
         )

@@ -10,7 +10,7 @@ from ftrain.analysis.liveness import input_bytes, plan_memory
 from ftrain.analysis.op_times import OpTimes
 from ftrain.analysis.pieces import storages_of
 from ftrain.graph.loop import carried_outputs, copy_graph, is_loop, loop_body, with_bodies
-from ftrain.graph.text import op_name, short_site, show_bytes
+from ftrain.graph.text import op_name, short_source, show_bytes
 from ftrain.remat.local_search import Choice
 from ftrain.remat.offload import HostLink, host_link
 from ftrain.remat.planner import OverBudget, Planner, budget_bytes, write_choice
@@ -26,7 +26,7 @@ class BookRow(NamedTuple):
     """
 
     path: str
-    site: str
+    source: str
     op: str
     shape: tuple[int, ...]
     bytes: int
@@ -184,8 +184,8 @@ def _row(node: fx.Node) -> BookRow:
     decision, price = node.meta["decision"]
     size = int(storages_of(node)[0][1])
     shape = tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
-    path, site = node.meta.get("path") or "", short_site(node.meta.get("site"))
-    return BookRow(path, site, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision)
+    path, source = node.meta.get("path") or "", short_source(node.meta.get("source"))
+    return BookRow(path, source, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision)
 
 
 def book_table(rows: list[BookRow], limit: int = 200) -> str:
@@ -194,7 +194,7 @@ def book_table(rows: list[BookRow], limit: int = 200) -> str:
     for r in rows[:limit]:
         lines.append(
             f"{r.decision:10} {r.us_per_mb:10.1f} {r.bytes / 1e6:9.3f} {r.microseconds:10.1f}  "
-            f"{r.op}{list(r.shape)} {r.path} ({r.site})"
+            f"{r.op}{list(r.shape)} {r.path} ({r.source})"
         )
     if len(rows) > limit:
         lines.append(f"... and {len(rows) - limit} more")
@@ -219,7 +219,7 @@ def _chain(planner: Planner, recomputed: frozenset[int], v: int) -> set[int]:
 
 def _refusal(module: fx.GraphModule, remat: Remat, budget: int, inputs: int, error: OverBudget) -> ImpossibleBudget:
     meta = error.node.meta
-    where = f"{op_name(error.node)} {meta.get('path') or ''} ({short_site(meta.get('site'))})"
+    where = f"{op_name(error.node)} {meta.get('path') or ''} ({short_source(meta.get('source'))})"
     return ImpossibleBudget(
         f"Remat(budget={remat.budget!r}) is {show_bytes(budget)}, of which the arguments take {show_bytes(inputs)}; "
         f"with all that is worth it recomputed the step needs {show_bytes(inputs + error.smallest)}, at {where}: "

@@ -260,7 +260,7 @@ def write_plan(model: PeakModel, recomputed: Collection[int], places: Mapping[in
 def _call(op: Callable, args: tuple, source: fx.Node, *, phase: str) -> fx.Node:
     node = source.graph.call_function(op, args)
     meta = source.meta
-    node.meta.update(path=meta.get("path"), site=meta.get("site"), phase=phase, purpose="offload")
+    node.meta.update(path=meta.get("path"), source=meta.get("source"), phase=phase, purpose="offload")
     node.meta["offloaded"] = source.name
     node.meta["val"] = value_of(node)
     return node

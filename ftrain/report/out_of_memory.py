@@ -10,7 +10,7 @@ from ftrain.analysis.cuda_allocator import allocator_state
 from ftrain.analysis.liveness import MemoryPlan
 from ftrain.analysis.op_times import OpTimes
 from ftrain.graph.failing_node import failing_node
-from ftrain.graph.text import op_name, short_site, show_bytes
+from ftrain.graph.text import op_name, short_source, show_bytes
 from ftrain.remat.fit import ImpossibleBudget
 from ftrain.remat.policy import Remat
 from ftrain.report.step_data import Described, StepData
@@ -63,7 +63,7 @@ def explain_oom(step: Described, *, at: str | None = None) -> str:
         f"planned: {show_bytes(plan.total)} in all, {show_bytes(plan.inputs)} of it arguments{_reserved(plan)}; at the "
         f"peak ({plan.peak_node}) the largest are"
     )
-    lines += [f"  {show_bytes(t.bytes):>10}  {t.node} {t.path} ({t.site}, {t.phase})" for t in plan.top[:_SHOWN]]
+    lines += [f"  {show_bytes(t.bytes):>10}  {t.node} {t.path} ({t.source}, {t.phase})" for t in plan.top[:_SHOWN]]
     if data.alone:
         lines.append("budgets that would fit:")
         lines += _offers(data, held)
@@ -81,8 +81,8 @@ def _reserved(plan: MemoryPlan) -> str:
 
 def _where(module: fx.GraphModule, at: str, held: int) -> str:
     node = next(n for n in module.graph.nodes if n.name == at)
-    site, path = short_site(node.meta.get("site")), node.meta.get("path") or "no parameter"
-    return f"It failed at {op_name(node)} ({at}, {path}, {site}), where up to {show_bytes(held)} had fitted."
+    source, path = short_source(node.meta.get("source")), node.meta.get("path") or "no parameter"
+    return f"It failed at {op_name(node)} ({at}, {path}, {source}), where up to {show_bytes(held)} had fitted."
 
 
 def _offers(step: StepData, held: int) -> list[str]:

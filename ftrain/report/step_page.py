@@ -11,7 +11,7 @@ from torch import fx
 from ftrain.analysis.flops import NodeCost, graph_cost
 from ftrain.analysis.memory_timeline import inputs_by_argument, memory_timeline
 from ftrain.graph.loop import is_loop, loop_body
-from ftrain.graph.text import op_name, short_site, show_bytes, show_node, show_value
+from ftrain.graph.text import op_name, short_source, show_bytes, show_node, show_value
 from ftrain.remat.fit import decisions
 from ftrain.remat.policy import Remat
 from ftrain.report.page import Card, Cell, Table, page
@@ -61,7 +61,7 @@ def recompute_sections(step: StepData) -> list[tuple[str, str]]:
             (r.microseconds, f"{r.microseconds:,.1f}"),
             f"{r.op}{list(r.shape)}",
             r.path,
-            r.site,
+            r.source,
         ]
         for r in found
     ]
@@ -108,11 +108,11 @@ def peak_table(step: StepData, limit: int = 60) -> Table:
         node = nodes[tensor.node]
         share = tensor.bytes / max(memory.peak, 1)
         value = show_value(node.meta.get("val"))
-        site = short_site(node.meta.get("site"))
+        source = short_source(node.meta.get("source"))
         rows.append(
             [(tensor.bytes, show_bytes(tensor.bytes)), (share, f"{share:.1%}"), tensor.node, value, tensor.phase]
         )
-        rows[-1] += [tensor.path, site]
+        rows[-1] += [tensor.path, source]
     return Table(["bytes", "share", "made by", "type", "phase", "parameter", "source"], rows)
 
 
@@ -162,7 +162,7 @@ def graph_table(module: fx.GraphModule) -> Table:
         total = alive.get((" ".join(loops), node.name))
         indent = "\u2003" * len(loops)
         rows.append([indent + show_node(node), node.meta.get("phase", ""), node.meta.get("path") or ""])
-        rows[-1] += [short_site(node.meta.get("site")), (total or 0, "" if total is None else show_bytes(total))]
+        rows[-1] += [short_source(node.meta.get("source")), (total or 0, "" if total is None else show_bytes(total))]
     return Table(["node", "phase", "parameter", "source", "alive"], rows, searchable=True, mono=True)
 
 

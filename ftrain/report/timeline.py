@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from ftrain.analysis.memory_timeline import KINDS, Sample
-from ftrain.graph.text import op_name, short_site, show_bytes
+from ftrain.graph.text import op_name, short_source, show_bytes
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 1160, 320, 76, 12, 24
 MOST_POINTS = 2000
@@ -109,7 +109,7 @@ def _tooltip(sample: Sample, base: int) -> str:
         sample.loop and f"in {sample.loop}",
         node.meta.get("phase"),
         node.meta.get("path"),
-        short_site(node.meta.get("site")),
+        short_source(node.meta.get("source")),
     ]
     where = ", ".join(str(f) for f in facts if f)
     total = f"{show_bytes(base + sample.total)} in all, {show_bytes(sample.total)} above inputs"

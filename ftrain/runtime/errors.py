@@ -14,9 +14,9 @@ def name_line(error: Exception, module: fx.GraphModule) -> None:
     The error stays what it is; nothing is added where the node is not known.
     """
     node = failing_node(module, error.__traceback__)
-    site = None if node is None else node.meta.get("site")
-    if node is None or site is None:
+    source = None if node is None else node.meta.get("source")
+    if node is None or source is None:
         return
-    source = linecache.getline(site.file, site.line).strip()
+    text = linecache.getline(source.file, source.line).strip()
     first, *others = error.args or ("",)
-    error.args = (f"{first}\nin {op_name(node)}, of {site}: {source}", *others)
+    error.args = (f"{first}\nin {op_name(node)}, of {source}: {text}", *others)

@@ -9,7 +9,7 @@ from torch import fx
 
 from ftrain.graph.collectives import COLLECTIVES, WAIT, axes_of_group
 from ftrain.graph.failing_node import failing_node
-from ftrain.graph.text import short_site
+from ftrain.graph.text import short_source
 from ftrain.sharding.heartbeat import Heartbeat
 
 
@@ -48,4 +48,4 @@ def describe(node: fx.Node) -> str:
     parts = [COLLECTIVES[node.target], f"({meta.get('purpose') or 'no purpose'})", f"over {axes}"]
     if meta.get("path"):
         parts.append(f"for {meta['path']}")
-    return " ".join([*parts, f"[{short_site(meta.get('site'))}]"])
+    return " ".join([*parts, f"[{short_source(meta.get('source'))}]"])

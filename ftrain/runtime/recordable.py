@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.graph.loop import is_loop, loop_body
-from ftrain.graph.text import op_name, short_site
+from ftrain.graph.text import op_name, short_source
 from ftrain.graph.writes import written_inputs
 
 _ADVICE = "take backend='inductor'"
@@ -32,8 +32,8 @@ def require_recordable(module: fx.GraphModule) -> None:
 
 def described(node: fx.Node) -> str:
     """The node's op, parameter path and source line, those that are known."""
-    path, site = node.meta.get("path"), short_site(node.meta.get("site"))
-    return f"{op_name(node) or node.op} ({node.name}{f', {path}' if path else ''}){f' at {site}' if site else ''}"
+    path, source = node.meta.get("path"), short_source(node.meta.get("source"))
+    return f"{op_name(node) or node.op} ({node.name}{f', {path}' if path else ''}){f' at {source}' if source else ''}"
 
 
 def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:

@@ -128,7 +128,7 @@ class ShardedStep:
         if spread.axes:
             raise ValueError(
                 f"result {path!r} must be the same on all ranks, and was computed from one rank's data (the last op is "
-                f"at {node.meta.get('site')}): return it as a Mean(total, count), or add it up with "
+                f"at {node.meta.get('source')}): return it as a Mean(total, count), or add it up with "
                 "ftrain.kernels.mean.sum_over_batch"
             )
         if not spread.uniform:
@@ -136,8 +136,8 @@ class ShardedStep:
         placement = self.placements.of_constant(path, shape)
         if not placement.splits and shape in self._piece_shapes:
             raise ValueError(
-                f"result {path!r} is a constant of shape {list(shape)} (made at {node.meta.get('site')}), and so is a "
-                "rank's piece of an array: make it like its leaf (torch.zeros_like(leaf)), or keep it in another shape"
+                f"result {path!r} is a constant of shape {list(shape)} (made at {node.meta.get('source')}), and so is "
+                "a rank's piece of an array: make it like its leaf (torch.zeros_like(leaf)), or keep another shape"
             )
         return placement
 
@@ -257,13 +257,13 @@ def _misread(path: str, cause: fx.Node) -> str:
     name = str(cause.target).removeprefix("aten.").removesuffix(".default")
     if effect_of(cause) is Effect.RANDOM:
         return (
-            f"result {path!r} is not what one device computes: {name} at {cause.meta.get('site')} draws with torch's "
+            f"result {path!r} is not what one device computes: {name} at {cause.meta.get('source')} draws with torch's "
             "own generator, on each rank other numbers: draw with a key (ftrain.kernels.pack.draw_over_batch for "
             "rows of the batch), or leave it out on a mesh (module.eval(), p=0)"
         )
     return (
-        f"result {path!r} is not what one device computes: {name} at {cause.meta.get('site')} reads a whole array, and "
-        "a rank holds a piece of it. Inside of a loss, pass the array to value_and_grad or ftrain.forward as an "
+        f"result {path!r} is not what one device computes: {name} at {cause.meta.get('source')} reads a whole array, "
+        "and a rank holds a piece of it. Inside of a loss, pass the array to value_and_grad or ftrain.forward as an "
         "argument; numbers for rows of the batch come from ftrain.kernels.pack.draw_over_batch; in an update of your "
         "own, gather it (ftrain.optim.shards.whole_leaf, piece_of_leaf), or keep it whole on every rank with "
         "Layout(parameters=())"

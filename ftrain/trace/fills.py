@@ -92,6 +92,6 @@ def _lies_in_rows(value: Tensor) -> bool:
 def _require_numbers(node: fx.Node, eager: Tensor) -> None:
     if not has_static_layout(eager):
         raise ValueError(
-            f"{node.meta.get('site')}: the step draws random numbers into a tensor whose size depends on data and "
+            f"{node.meta.get('source')}: the step draws random numbers into a tensor whose size depends on data and "
             "which is not contiguous: draw into a contiguous one, e.g. torch.rand(x.shape)"
         )

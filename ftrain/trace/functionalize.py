@@ -60,7 +60,7 @@ def functionalize(
     names = [n.name for n in pure.graph.nodes if n.op == "placeholder"]
     for node in mutating_nodes(pure):
         path = input_paths[names.index(node.args[0].name)]  # type: ignore[union-attr]
-        lines = sorted({str(n.meta.get("site")) for n in culprits})
+        lines = sorted({str(n.meta.get("source")) for n in culprits})
         raise ValueError(
             f"the step writes into its input {path!r} (in-place ops at {'; '.join(lines)}): a step is pure, so make a "
             "new value, e.g. x = x + y, and return it"
@@ -92,8 +92,8 @@ def _overlaps_in_our_words(n: fx.Node) -> Iterator[None]:
         if "internal overlap" not in str(error):
             raise
         raise ValueError(
-            f"{n.meta.get('site')}: the step writes into a view whose elements share memory ({n.target}), so that what "
-            "is written depends on the order: write into a copy, e.g. x.unfold(...).clone(), or make a new value"
+            f"{n.meta.get('source')}: the step writes into a view whose elements share memory ({n.target}), so that "
+            "what is written depends on the order: write into a copy, e.g. x.unfold(...).clone(), or make a new value"
         ) from error
 
 
@@ -134,7 +134,7 @@ class _KeepMeta(fx.Interpreter):
         if graph is not None:
             left = [node for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False)]
             for node in left:
-                _hand_on(n, node, ("site", "phase", "sequence", "purpose", "filled", FILLS_LIKE))
+                _hand_on(n, node, ("source", "phase", "seq_nr", "purpose", "filled", FILLS_LIKE))
             if left:  # the others are views of what was written, taken again
                 _hand_on(n, next((m for m in left if m.target == n.target), left[0]), ("spread", "spread_if_clean"))
         return out
@@ -144,9 +144,9 @@ class _KeepMeta(fx.Interpreter):
             if unwrap_functional(wrapped) is not value:
                 name = self._name_of_captured(value)
                 raise ValueError(
-                    f"the step writes into {name}, which it captures, at {n.meta.get('site')}: a step is pure, so keep "
-                    "it in the state (of a module: torch.func.functional_call with copies of the buffers), and return "
-                    "its new value"
+                    f"the step writes into {name}, which it captures, at {n.meta.get('source')}: a step is pure, so "
+                    "keep it in the state (of a module: torch.func.functional_call with copies of the buffers), and "
+                    "return its new value"
                 )
 
     def _emit_loop(self, n: fx.Node) -> list[torch.Tensor]:

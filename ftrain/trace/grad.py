@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from ftrain import tree
-from ftrain.graph.source import user_site
+from ftrain.graph.source import user_source
 from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.mean import Mean, WeightedSum
 from ftrain.trace.parameter_view import compute_views, materialize
@@ -135,7 +135,7 @@ def _require_mean(loss: Any) -> None:
     sharded = current_sharded()
     if sharded is not None and sharded.plan.mesh.size > 1 and not isinstance(loss, Mean | WeightedSum):
         raise ValueError(
-            f"{user_site()}: on a mesh of ranks a loss must say what it is a mean of: return Mean(total, count) or a "
+            f"{user_source()}: on a mesh of ranks a loss must say what it is a mean of: return Mean(total, count) or a "
             "WeightedSum"
         )
 
@@ -167,8 +167,8 @@ def _by_func(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
 
     if torch.is_inference_mode_enabled() and not _differentiates_in_inference_mode():
         raise ValueError(
-            f"{user_site()}: under torch.inference_mode this torch's gradients are zeros: take them outside of it, or "
-            "jit the step"
+            f"{user_source()}: under torch.inference_mode this torch's gradients are zeros: take them outside of it, "
+            "or jit the step"
         )
     numbers = tuple(range(len(leaves)))
     grads, (value, aux_leaves) = torch.func.grad_and_value(flat, argnums=numbers, has_aux=True)(*leaves)

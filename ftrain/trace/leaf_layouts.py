@@ -86,7 +86,7 @@ class LeafLayouts:
         slots = [n for n in node.graph.nodes if n.op == "placeholder"]
         leaf = next(n for n in _ancestors(node, found) if n.op == "placeholder")
         raise ValueError(
-            f"{culprit.meta.get('site')}: {culprit.target} goes along the memory of its argument, which follows leaf "
+            f"{culprit.meta.get('source')}: {culprit.target} goes along the memory of its argument, which follows leaf "
             f"{self._paths[slots.index(leaf)]!r} with strides {tuple(found[leaf].stride())}, while the step is traced "
             "for leaves that lie row by row, so that its numbers would be others: pass leaf.contiguous(), or take an "
             "op of a given shape, e.g. torch.rand(x.shape)"

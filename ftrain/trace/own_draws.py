@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftrain.graph.source import user_site
+from ftrain.graph.source import user_source
 from ftrain.graph.torch_private import real_draw, real_state
 
 
@@ -57,14 +57,14 @@ class TorchDraws:
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Generator):
                 raise ValueError(
-                    f"{user_site()}: {func} draws from a torch.Generator, which a traced step cannot hold: its numbers "
-                    "would come from torch's default generator. Draw with a key (ftrain.uniform, ftrain.normal), leave "
-                    "generator= out, or draw before the step and pass the numbers as tensors"
+                    f"{user_source()}: {func} draws from a torch.Generator, which a traced step cannot hold: its "
+                    "numbers would come from torch's default generator. Draw with a key (ftrain.uniform, "
+                    "ftrain.normal), leave generator= out, or draw before the step and pass the numbers as tensors"
                 )
         if self.other_state():
             raise ValueError(
-                f"{user_site()}: before {func} the step has changed the state of torch's generator ({_SEEDING}), which "
-                "a traced step would do once: seed outside of the step, or draw with a key (ftrain.uniform, "
+                f"{user_source()}: before {func} the step has changed the state of torch's generator ({_SEEDING}), "
+                "which a traced step would do once: seed outside of the step, or draw with a key (ftrain.uniform, "
                 "ftrain.normal)"
             )
         real_draw()

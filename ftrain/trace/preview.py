@@ -22,7 +22,7 @@ def keep_draws_for_the_step(loop: fx.Node) -> None:
     drawing = [n for n in body.graph.nodes if effect_of(n) is Effect.RANDOM]
     if drawing:
         raise ValueError(
-            f"{drawing[0].meta.get('site')}: a count of an accumulated loss, or what it sums over the batch, depends "
+            f"{drawing[0].meta.get('source')}: a count of an accumulated loss, or what it sums over the batch, depends "
             "on random numbers of torch's generator. They are summed before the loss itself is run, which draws other "
             "numbers: draw from a key (ftrain.bernoulli), or before the step, as a part of the batch"
         )

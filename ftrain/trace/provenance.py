@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftrain.graph.source import Site, user_site
-from ftrain.graph.torch_private import DEVICE_QUERY, autograd_sequence, device_of_fake, tracing_graph
+from ftrain.graph.source import SourceLine, user_source
+from ftrain.graph.torch_private import DEVICE_QUERY, device_of_fake, next_seq_nr, tracing_graph
 from ftrain.sharding.spmd import current_filled, current_purpose
 from ftrain.trace.origins import Origins
 from ftrain.trace.own_draws import TorchDraws
@@ -35,9 +35,9 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 class Provenance(TorchDispatchMode):
-    """Mark new nodes with `meta["site"]`, `meta["phase"]` ("forward", "backward", "step") and `meta["sequence"]`.
+    """Mark new nodes with `meta["source"]`, `meta["phase"]` ("forward", "backward", "step") and `meta["seq_nr"]`.
 
-    The sequence is a number that a forward op shares with the nodes of its backward. Collectives, and what is made
+    The seq_nr is a number that a forward op shares with the nodes of its backward. Collectives, and what is made
     along with them, also get `meta["purpose"]` (see `ftrain.sharding.spmd.purpose`), what works on partly empty batches
     `meta["filled"]` (`ftrain.sharding.spmd.filled`).
     """
@@ -52,8 +52,8 @@ class Provenance(TorchDispatchMode):
         """Leaves that losses would have trained though they were not asked to."""
         self.origins = Origins()
         """Which of them have numbers that every call brings anew."""
-        self._unseen = UnseenWrites(self.made, user_site)
-        self._site_of_sequence: dict[int, Site | None] = {}
+        self._unseen = UnseenWrites(self.made, user_source)
+        self._source_of_seq_nr: dict[int, SourceLine | None] = {}
         self._transposed: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,25 +70,25 @@ class Provenance(TorchDispatchMode):
             if isinstance(made, Tensor):
                 self.made.append(weakref.ref(made))
         if graph is not None and len(graph.nodes) > before:
-            sequence, site = self._origin()
+            seq_nr, source = self._origin()
             purpose, filled = current_purpose(), current_filled()
             new = [node for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False)]
             self.origins.note(func, new[::-1], out)
             for node in new:
-                node.meta.update(site=site, phase=self.phase, sequence=sequence)
+                node.meta.update(source=source, phase=self.phase, seq_nr=seq_nr)
                 if purpose:
                     node.meta["purpose"] = purpose
                 if filled != 1:
                     node.meta["filled"] = filled
         return out
 
-    def _origin(self) -> tuple[int, Site | None]:
+    def _origin(self) -> tuple[int, SourceLine | None]:
         """The number of the forward op that is computed or transposed, and its line."""
         if self._transposed is not None:
-            return self._transposed, self._site_of_sequence.get(self._transposed)
-        sequence, site = autograd_sequence() - 1, user_site()
-        self._site_of_sequence.setdefault(sequence, site)  # later ops without gradients see the same number
-        return sequence, site
+            return self._transposed, self._source_of_seq_nr.get(self._transposed)
+        seq_nr, source = next_seq_nr() - 1, user_source()
+        self._source_of_seq_nr.setdefault(seq_nr, source)  # later ops without gradients see the same number
+        return seq_nr, source
 
     @contextmanager
     def in_phase(self, phase: str) -> Iterator[None]:
@@ -118,8 +118,8 @@ class Provenance(TorchDispatchMode):
             node.register_prehook(lambda grads, number=number: self._enter(number))
             stack.extend(parent for parent, _ in node.next_functions)
 
-    def _enter(self, sequence: int) -> None:
-        self._transposed = sequence
+    def _enter(self, seq_nr: int) -> None:
+        self._transposed = seq_nr
 
 
 _current: ContextVar[Provenance | None] = ContextVar("ftrain_provenance", default=None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from ftrain.graph.source import Site, is_users, user_site
+from ftrain.graph.source import SourceLine, is_users, user_source
 from ftrain.graph.torch_private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED
 
 _NUMBER = (
@@ -71,18 +71,18 @@ class NoExchange(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _SET_DATA:
-            site = user_site()
-            what = "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
-            raise Untraceable(f"{site}: the step {_EXCHANGED.format(what=what or 'x.data = y')}")
+            source = user_source()
+            what = "" if source is None else linecache.getline(source.file, source.line).strip()[:80]
+            raise Untraceable(f"{source}: the step {_EXCHANGED.format(what=what or 'x.data = y')}")
         if func not in _INDEXING:
             return func(*args, **(kwargs or {}))
         try:
             return func(*args, **(kwargs or {}))
         except DATA_DEPENDENT as error:
-            site = user_site()
-            what = "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
+            source = user_source()
+            what = "" if source is None else linecache.getline(source.file, source.line).strip()[:80]
             words = _BOUND if any(map(_is_bounded_by_a_tensor, _parts(args[1]))) else _PLACE
-            raise Untraceable(f"{site}: the step {words.format(what=what or 'x[t]')}") from error
+            raise Untraceable(f"{source}: the step {words.format(what=what or 'x[t]')}") from error
 
 
 def _parts(index: Any) -> tuple:
@@ -139,7 +139,7 @@ def require_dense(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.layout is not torch.strided:
-            raise Untraceable(f"{node.meta.get('site')}: the step {_SPARSE}")
+            raise Untraceable(f"{node.meta.get('source')}: the step {_SPARSE}")
 
 
 def _reason(error: Exception) -> str | None:
@@ -171,8 +171,8 @@ def _reason(error: Exception) -> str | None:
 
 def _asked(error: Exception) -> str:
     """The line that asked, as it stands in the user's file."""
-    site = _site(error.__traceback__)
-    return "" if site is None else linecache.getline(site.file, site.line).strip()[:80]
+    source = _source(error.__traceback__)
+    return "" if source is None else linecache.getline(source.file, source.line).strip()[:80]
 
 
 def _first_argument(error: Exception) -> str:
@@ -184,16 +184,16 @@ def _between(words: str, before: str, after: str) -> str:
 
 
 def _where(trace: TracebackType | None) -> str:
-    site = _site(trace)
-    return "an unknown line" if site is None else str(site)
+    source = _source(trace)
+    return "an unknown line" if source is None else str(source)
 
 
-def _site(trace: TracebackType | None) -> Site | None:
+def _source(trace: TracebackType | None) -> SourceLine | None:
     """The innermost line of the user's code that an error went through."""
     found = None
     while trace is not None:
         code = trace.tb_frame.f_code
         if is_users(code.co_filename):
-            found = Site(code.co_filename, trace.tb_lineno, code.co_name)
+            found = SourceLine(code.co_filename, trace.tb_lineno, code.co_name)
         trace = trace.tb_next
     return found

@@ -102,4 +102,4 @@ def _finish(fix: Fix, mesh: Mesh) -> None:
 
 
 def _provenance(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k in ("site", "phase", "sequence", "path")}
+    return {k: v for k, v in node.meta.items() if k in ("source", "phase", "seq_nr", "path")}

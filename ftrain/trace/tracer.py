@@ -203,5 +203,5 @@ def _check_constants(module: fx.GraphModule) -> None:
         value = getattr(module, str(node.target), None) if node.op == "get_attr" else None
         if isinstance(value, FakeTensor):
             raise ValueError(
-                f"{node.meta.get('site')}: the step uses a tensor of another trace; pass it as an argument"
+                f"{node.meta.get('source')}: the step uses a tensor of another trace; pass it as an argument"
             )

@@ -17,10 +17,10 @@ from ftrain.graph.torch_private import storage_id
 
 
 class UnseenWrites:
-    """Looks at the ops of losses before they run. `made`: the tensors of the trace, `site`: tells the user's line."""
+    """Looks at the ops of losses before they run. `made`: the tensors of the trace, `source`: tells the user's line."""
 
-    def __init__(self, made: Sequence[weakref.ref[Tensor]], site: Callable[[], object]) -> None:
-        self._made, self._site = made, site
+    def __init__(self, made: Sequence[weakref.ref[Tensor]], source: Callable[[], object]) -> None:
+        self._made, self._source = made, source
         self._reshaped: dict[int, tuple[str, torch.UntypedStorage]] = {}
         """By the identity of memory, held so that it stays one: where the shape of what looks at it was changed."""
 
@@ -42,11 +42,11 @@ class UnseenWrites:
         seen = self._has_views(written)
         if seen and written.requires_grad:
             raise ValueError(
-                f"{self._site()}: {name} changes the shape of a tensor within a loss while there are views of it, "
+                f"{self._source()}: {name} changes the shape of a tensor within a loss while there are views of it, "
                 f"which would get a wrong gradient: make a new tensor{_instead(name)}, or take the views afterwards"
             )
         if seen or written._is_view():
-            self._reshaped[storage_id(written)] = f"{name} at {self._site()}", written.untyped_storage()
+            self._reshaped[storage_id(written)] = f"{name} at {self._source()}", written.untyped_storage()
 
     def _has_views(self, base: Tensor) -> bool:
         return any(x is not None and x._base is base for x in (ref() for ref in self._made))
@@ -57,8 +57,8 @@ class UnseenWrites:
         before = self._reshaped.get(storage_id(tensors[0])) if tensors else None
         if before is not None and any(x.requires_grad for x in tensors):
             raise ValueError(
-                f"{self._site()}: {_name(op)} writes within a loss into a tensor that has views, one of which had its "
-                f"shape changed in place ({before[0]}), so that gradients would be wrong: make a new value"
+                f"{self._source()}: {_name(op)} writes within a loss into a tensor that has views, one of which had "
+                f"its shape changed in place ({before[0]}), so that gradients would be wrong: make a new value"
                 f"{_instead(_name(op))}"
             )
 
@@ -67,7 +67,7 @@ class UnseenWrites:
         if any(isinstance(x, Tensor) and x.requires_grad for x in flat):
             name = _name(op)
             raise ValueError(
-                f"{self._site()}: torch.{name} writes into a list of tensors within a loss, and views of them would "
+                f"{self._source()}: torch.{name} writes into a list of tensors within a loss, and views of them would "
                 f"get a wrong gradient: write them one by one (x.{name.removeprefix('_foreach_')}(...)), or take "
                 f"torch.{name.removesuffix('_')}, which writes nothing"
             )

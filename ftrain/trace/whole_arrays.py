@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from ftrain import tree
 from ftrain.graph.op_effects import Effect, effect_of
-from ftrain.graph.source import user_site
+from ftrain.graph.source import user_source
 from ftrain.graph.torch_private import functional_transform, node_of, quiet_shape_rules, storage_id, tracing_graph
 from ftrain.sharding.placement import Placement, Split
 from ftrain.sharding.shards import piece_of, whole_of
@@ -170,7 +170,7 @@ class WholeArrays:
                 write = next((n for n, memory in _writes_since(view.since) if memory == written), None)
                 if write is not None and (other in returned or _is_read_after(write, other)):
                     raise ValueError(
-                        f"{write.meta.get('site')}: writes into a tensor of which {view.line} takes a view across a "
+                        f"{write.meta.get('source')}: writes into a tensor of which {view.line} takes a view across a "
                         "dim that is divided among ranks: the view is of a gathered copy, so make a new value, e.g. "
                         "x = x.mul(...), or take the view after the write"
                     )
@@ -278,14 +278,14 @@ class WholeArrays:
         for before, after in zip(_tensors((args, kwargs)), _tensors(gathered), strict=True):
             node = node_of(after)
             if after is not before and storage_id(after) in looked_at and node is not None:
-                view = _ViewOfCopy(_last(node.graph), storage_id(before), storage_id(after), str(user_site()))
+                view = _ViewOfCopy(_last(node.graph), storage_id(before), storage_id(after), str(user_source()))
                 self._views.append(view)
 
     def _warn_of_size(self, tensor: Tensor, placement: Placement) -> None:
         size = torch.Size(placement.shape).numel() * tensor.itemsize
         if size > LARGE:
             warnings.warn(
-                f"{user_site()}: gathers an array of {list(placement.shape)} ({size / 2**20:.0f} MiB) on every rank, "
+                f"{user_source()}: gathers an array of {list(placement.shape)} ({size / 2**20:.0f} MiB) on every rank, "
                 f"as what it does cannot be done on pieces; compiled.bytes_moved() has such bytes as {PURPOSE!r}",
                 stacklevel=2,
             )

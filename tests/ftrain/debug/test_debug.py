@@ -38,7 +38,7 @@ def test_the_first_culprit_is_named(step, value, kind):
     assert (found.kind, found.op, found.phase, found.path) == (kind, "log", "forward", "state.params.scale")
     assert (found.count, found.size) == (1, 3)
     line = loss.__code__.co_firstlineno + 4
-    assert found.site.endswith(f"test_debug.py:{line}")
+    assert found.source.endswith(f"test_debug.py:{line}")
     (given,) = found.inputs
     assert (given.finite, given.low, given.high) == (True, value, 3.0)
     for word in (kind, "log(", "state.params.scale", f"test_debug.py:{line}", f"[{value:.4g}, 3]"):
@@ -52,7 +52,7 @@ def test_a_culprit_in_the_backward_pass_is_led_to_its_forward_line():
     state, _ = make((0.0, 1.0, 2.0))
     found = check_finite(momentum_step(root), state, torch.ones(5, 4))
     assert (found.kind, found.phase) == ("infinity", "backward")
-    assert found.site.endswith(f"test_debug.py:{root.__code__.co_firstlineno + 1}")
+    assert found.source.endswith(f"test_debug.py:{root.__code__.co_firstlineno + 1}")
 
 
 def test_nothing_of_the_arguments_changes():

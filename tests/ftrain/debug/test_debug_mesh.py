@@ -45,7 +45,7 @@ def test_the_rank_whose_share_went_wrong_is_named():
     assert (found.count, found.size) == (1, 2), "of the rows of one rank"
     assert found.rank == "rank 2 (replicate 1, shard 0, sequence 0)"
     assert "on rank 2 (replicate 1, shard 0, sequence 0)" in str(found)
-    assert found.site.endswith(f"test_debug_mesh.py:{log_loss.__code__.co_firstlineno + 1}")
+    assert found.source.endswith(f"test_debug_mesh.py:{log_loss.__code__.co_firstlineno + 1}")
 
 
 def test_an_overflow_of_the_sum_over_ranks_is_found_at_its_collective():

@@ -70,17 +70,6 @@ def test_passes_know_that_it_draws():
     assert [n.target.name() for n in graph.nodes if effect_of(n) is Effect.RANDOM] == ["ftrain::fill_normal"]
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="graphs of older versions of torch hold no generators")
-def test_a_generator_that_is_given():
-    draw = torch.Generator()
-    results = []
-    for wrap in (ftrain.jit, lambda f: f):
-        draw.manual_seed(3)
-        step = wrap(lambda x: torch.empty_like(x.T).normal_(generator=draw) * x.T)
-        results.append((step(torch.ones(3, 4)), torch.rand(2, generator=draw)))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-
-
 def test_contiguous_memory_needs_no_op_of_ours():
     graph = ftrain.jit(lambda x: F.dropout(x, 0.5)).lower(torch.ones(3, 4)).graph.graph
     assert [n.target.name() for n in graph.nodes if effect_of(n) is Effect.RANDOM] == ["aten::bernoulli.p"]

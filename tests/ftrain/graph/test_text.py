@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftrain.graph.source import Site
-from ftrain.graph.text import short_site, show_bytes, show_value
+from ftrain.graph.source import SourceLine
+from ftrain.graph.text import short_source, show_bytes, show_value
 from ftrain.plan.jit import jit
 from ftrain.trace.accumulate import accumulate
 from tests.helpers.momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
@@ -51,6 +51,6 @@ def test_bytes_are_short(count, shown):
 
 def test_values_and_sites_are_short():
     assert show_value((torch.ones(2, 3), torch.tensor(1))) == "(float32[2, 3], int64[])"
-    assert short_site(Site(str(Path.cwd() / "a" / "b.py"), 3, "f")) == "a/b.py:3"
-    assert short_site(Site("/somewhere/else/a/b.py", 3, "f")) == "a/b.py:3"
-    assert short_site(None) == ""
+    assert short_source(SourceLine(str(Path.cwd() / "a" / "b.py"), 3, "f")) == "a/b.py:3"
+    assert short_source(SourceLine("/somewhere/else/a/b.py", 3, "f")) == "a/b.py:3"
+    assert short_source(None) == ""

@@ -32,7 +32,7 @@ def test_every_op_is_timed_and_nothing_changes():
     assert all(t.microseconds > 0 for t in times)
     first = next(t for t in times if t.op == "mm")
     assert (first.path, first.phase) == ("state.params.layers.0.w", "forward")
-    assert "momentum_steps.py:" in first.site
+    assert "momentum_steps.py:" in first.source
     assert_same_bits(state, before)
 
 

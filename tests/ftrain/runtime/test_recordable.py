@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx
 
-from ftrain.graph.source import Site
+from ftrain.graph.source import SourceLine
 from ftrain.graph.torch_private import FakeTensor, new_fake_mode
 from ftrain.graph.writes import written_inputs
 from ftrain.runtime.recordable import require_recordable
@@ -28,7 +28,7 @@ def graph_of(*ops, devices=("cuda", "cpu")):
             nodes[-1].meta.update(val=fake((4,), device), path=f"state.x{i}")
         for target, value, *inputs in ops:
             nodes.append(graph.call_function(target, tuple(nodes[i] for i in inputs)))
-            nodes[-1].meta.update(site=Site("model.py", 7, "loss"), path="state.x0")
+            nodes[-1].meta.update(source=SourceLine("model.py", 7, "loss"), path="state.x0")
             if value is not None:
                 nodes[-1].meta["val"] = fake(*value)
     graph.output(nodes[-1])

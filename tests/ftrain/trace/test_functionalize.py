@@ -46,12 +46,12 @@ def test_a_graph_without_writes_is_returned_as_it_is():
 def test_nodes_keep_what_is_known_of_them():
     module = graph_of(lambda x: [(x * 2).add_(1)], torch.ones(2))
     for node in module.graph.nodes:
-        node.meta.update(site=f"line of {node.name}", phase="forward", sequence=3)
+        node.meta.update(source=f"line of {node.name}", phase="forward", seq_nr=3)
     pure = functionalize(module, ["x"])
     assert ops_of(pure) == ["mul", "add"]
     meta = [n.meta for n in pure.graph.nodes if n.op == "call_function"]
-    assert [m["site"] for m in meta] == ["line of mul", "line of add_"]
-    assert all((m["phase"], m["sequence"]) == ("forward", 3) for m in meta)
+    assert [m["source"] for m in meta] == ["line of mul", "line of add_"]
+    assert all((m["phase"], m["seq_nr"]) == ("forward", 3) for m in meta)
 
 
 @pytest.mark.parametrize("write", [lambda y: y.add_(1), lambda y: y[0].zero_(), lambda y: y.t().mul_(2)])

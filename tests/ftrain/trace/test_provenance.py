@@ -51,8 +51,8 @@ def the(nodes, op, phase, count=1):
 
 
 def place(node):
-    assert node.meta["site"].file == __file__
-    return node.meta["site"].line - LINE, node.meta["path"]
+    assert node.meta["source"].file == __file__
+    return node.meta["source"].line - LINE, node.meta["path"]
 
 
 def test_forward_nodes(nodes):
@@ -76,15 +76,15 @@ def test_updates_are_of_the_step():
     nodes = jit(step).lower(STATE, torch.randn(5, 3)).graph.graph.nodes
     updates = [n for n in nodes if n.meta.get("phase") == "step" and n.name.startswith("sub")]
     assert {n.meta["path"] for n in updates} == {"state.first", "state.norm", "state.second"}
-    lines = {n.meta["site"].line for n in updates}
+    lines = {n.meta["source"].line for n in updates}
     assert lines == {step.__code__.co_firstlineno + 2}
 
 
 def test_every_op_of_the_forward_pass_has_a_line(nodes):
     for node in nodes:
         if node.op == "call_function" and node.meta["phase"] in ("forward", "backward"):
-            assert node.meta["site"] is not None, node.name
-            assert node.meta["site"].file == __file__, node.name
+            assert node.meta["source"] is not None, node.name
+            assert node.meta["source"].file == __file__, node.name
 
 
 def test_lines_survive_the_removal_of_writes():
@@ -94,8 +94,8 @@ def test_lines_survive_the_removal_of_writes():
         return y
 
     (add,) = [n for n in jit(writes).lower(torch.ones(3)).graph.graph.nodes if n.name.startswith("add")]
-    assert add.meta["site"].line == writes.__code__.co_firstlineno + 2
-    assert add.meta["site"].function == "writes"
+    assert add.meta["source"].line == writes.__code__.co_firstlineno + 2
+    assert add.meta["source"].function == "writes"
 
 
 def test_parameters_survive_the_removal_of_writes():
