@@ -20,7 +20,7 @@ def factors(dtype=NARROW, device="cpu"):
 
 
 def off(found, wanted):
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
 def run(call, inputs):
