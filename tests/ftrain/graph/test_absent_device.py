@@ -28,7 +28,8 @@ MODELS = {"dense": dense, "experts": lambda: language_model(EXPERTS), "DiT": dif
 NO_PRODUCTS = {
     "adamw_fused", "adamw_in_place", "combine", "combine_backward", "embedding", "embedding_backward", "exchange_rows",
     "extremes", "fetch_start", "fetch_wait", "gather_ranks", "host_size", "merge_rows", "merge_rows_backward",
-    "micro_offsets", "micro_places", "whole_documents", "offload_start", "offload_wait", "philox", "philox_key", "rms_norm", "rms_norm_backward", "rope", "shift_ranks",
+    "micro_offsets", "micro_places", "whole_documents", "offload_start",
+    "offload_wait", "philox", "philox_key", "rms_norm", "rms_norm_backward", "rope", "shift_ranks",
     "sums_of_squares", "swiglu", "swiglu_backward", "batch_norm_cudnn", "batch_norm_miopen", "to_layout",
     "fill_bernoulli", "fill_bernoulli_each", "fill_cauchy", "fill_exponential", "fill_geometric", "fill_log_normal",
     "fill_normal", "fill_random", "fill_random_below", "fill_random_between", "fill_uniform",
@@ -105,7 +106,7 @@ def test_every_product_of_a_lowered_program_has_flops(name):
 
 
 def test_every_op_of_ours_has_flops_or_no_products():
-    """A new op is in one of two lists, or this fails. Ops exist when the module that makes them is imported: all are."""
+    """A new op is in one of two lists, or this fails. Ops exist once the module that makes them is imported."""
     for module in pkgutil.walk_packages(ftrain.__path__, "ftrain."):
         importlib.import_module(module.name)
     ours = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("ftrain::")}
