@@ -1,6 +1,6 @@
 """How the arguments of a step are divided among the ranks of a mesh: the state by placements, the batch by rules."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftrain.sharding.batch import BatchRule, Offsets, Replicated, Tokens, require_whole_documents, share
+from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.plan import Plan
 from ftrain.sharding.processes import require_world, to_piece
@@ -144,7 +145,7 @@ class MeshArguments:
         names = [f"{self.batch}.{path}" if path else self.batch for path in paths]
         self.require_rules_used(names)
         arguments = [self.argument(path, leaf) for path, leaf in zip(names, leaves, strict=True)]
-        self._require_whole_documents(arguments, leaves)
+        _require_whole_documents(arguments, leaves, self.document_ids, self.plan.mesh)
         tokens = _tokens(arguments, leaves)
         return [
             _share(self.plan, leaf, a, tokens, rank).contiguous() if isinstance(leaf, Tensor) else leaf
@@ -154,7 +155,7 @@ class MeshArguments:
     def divided(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[list[Tensor]]:
         """What the graph of every rank takes, from the whole leaves of a call; each in memory of its own."""
         arguments = [self.argument(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-        self._require_whole_documents(arguments, leaves)
+        _require_whole_documents(arguments, leaves, self.document_ids, self.plan.mesh)
         tokens = _tokens(arguments, leaves)
         ranks = []
         for rank in range(self.plan.mesh.size):
@@ -169,14 +170,19 @@ class MeshArguments:
             return argument.placement.shard(leaf, self.plan.mesh, rank)
         return _share(self.plan, leaf, argument, tokens, rank).clone(memory_format=torch.contiguous_format)
 
-    def _require_whole_documents(self, arguments: Sequence[Argument], leaves: Sequence[Any]) -> None:
-        """Of leaves that tell documents by ids: those that attention has read, and those of the usual name."""
-        for argument, leaf in zip(arguments, leaves, strict=True):
-            rule, name = argument.rule, argument.path.rpartition(".")[2]
-            if not isinstance(rule, Tokens) or not isinstance(leaf, Tensor) or leaf.dim() <= rule.dim:
-                continue
-            if argument.path in self.document_ids or (name.startswith("segments") and leaf.dtype == torch.int64):
-                require_whole_documents(leaf, path=argument.path, dim=rule.dim, mesh=self.plan.mesh)
+
+def _require_whole_documents(
+    arguments: Sequence[Argument], leaves: Sequence[Any], document_ids: Collection[str], mesh: Mesh
+) -> None:
+    """Of leaves that tell documents by ids: those at `document_ids`, which attention has read, and those of the usual
+    name.
+    """
+    for argument, leaf in zip(arguments, leaves, strict=True):
+        rule, name = argument.rule, argument.path.rpartition(".")[2]
+        if not isinstance(rule, Tokens) or not isinstance(leaf, Tensor) or leaf.dim() <= rule.dim:
+            continue
+        if argument.path in document_ids or (name.startswith("segments") and leaf.dtype == torch.int64):
+            require_whole_documents(leaf, path=argument.path, dim=rule.dim, mesh=mesh)
 
 
 def _within(batch: str, path: str) -> str:

@@ -41,7 +41,8 @@ def make_pipe(path):
 
 def make_socket(path):
     os.chdir(path.parent)  # the name of a socket is at most 108 characters long
-    socket.socket(socket.AF_UNIX).bind(path.name)
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(path.name)
 
 
 @pytest.mark.parametrize(

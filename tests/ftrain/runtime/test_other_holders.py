@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from rank_processes import run
 from torch import nn
 
 import ftrain
@@ -15,6 +14,7 @@ from ftrain.modules.spec import Constant, ParamSpec
 from ftrain.runtime.argument_memory import ArgumentMemory
 from ftrain.runtime.other_holders import OtherHolders
 from ftrain.sharding import Mesh, Plan
+from tests.helpers.rank_processes import run
 
 KEPT = {
     "detach": lambda w: w.detach(),
