@@ -18,6 +18,7 @@ from ftrain.graph.torch_private import (
 )
 from ftrain.trace.fills import FILLS_LIKE, fill_as_eager, note_fill
 from ftrain.trace.open_writes import open_writes
+from ftrain.trace.overlapping_writes import settle_overlapping_writes
 from ftrain.trace.preview import keep_draws_for_the_step
 
 
@@ -50,6 +51,7 @@ def functionalize(
     culprits = mutating_nodes(module)
     if not culprits:
         return module
+    settle_overlapping_writes(culprits)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta["val"] for n in placeholders]
     for node in culprits:

@@ -51,22 +51,13 @@ _PURE = {"aten::cudnn_batch_norm": (batch_norm_cudnn, 4), "aten::miopen_batch_no
 
 
 def open_writes(module: fx.GraphModule) -> None:
-    """Put ops whose writes can be seen in the place of those that hide them. No value changes.
-
-    ValueError, with the line, for statistics whose elements share memory: what stands there depends on the order.
-    """
+    """Put ops whose writes can be seen in the place of those that hide them. No value changes."""
     for node in list(module.graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         written = hidden_writes(node.target, node.args, node.kwargs)
         if not written:
             continue
-        if any(_shares_elements(old.meta["val"]) for old in written):
-            raise ValueError(
-                f"{node.meta.get('source')}: {node.target} writes its statistics into a view whose elements share "
-                "memory (such as the gradient of a sum), so that what is written depends on the order: give it a copy "
-                "(x.clone())"
-            )
         name = node.target._schema.name
         if name in _OPEN:
             node.target = _OPEN[name]
@@ -85,7 +76,3 @@ def open_writes(module: fx.GraphModule) -> None:
             copy.meta.update(node.meta, val=old.meta["val"])
     module.graph.lint()
     module.recompile()
-
-
-def _shares_elements(x: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
