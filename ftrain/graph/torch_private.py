@@ -201,6 +201,8 @@ def is_constant(tensor: Tensor) -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
     mode = get_proxy_mode()
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
     return slot is not None and slot.constant is not None
 

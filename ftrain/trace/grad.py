@@ -19,9 +19,9 @@ from ftrain import tree
 from ftrain.graph.source import user_source
 from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.mean import Mean, WeightedSum
-from ftrain.trace.parameter_view import compute_views, materialize
+from ftrain.trace.parameter_view import compute_views, materialize, sum_inner_gradients
 from ftrain.trace.provenance import current_provenance
-from ftrain.trace.spmd import current_sharded, note_gradients
+from ftrain.trace.spmd import current_sharded, ending, note_gradients
 
 _depth: ContextVar[int] = ContextVar("ftrain_grad_depth", default=0)
 
@@ -58,7 +58,8 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = tree.flatten([args[n] for n in numbers])
         _check_floating(args, numbers)
-        views = compute_views(leaves)
+        inner = _depth.get() > 0
+        views = compute_views(leaves, inner=inner)
         others = [arg if i in numbers else tree.map(materialize, arg) for i, arg in enumerate(args)]
 
         def loss_of_leaves(*new_leaves: Tensor) -> tuple[Any, Any]:
@@ -76,6 +77,8 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
             result = _Differentiated(*differentiate(args, kwargs, numbers, leaves, treedef, has_aux))
         else:
             result = differentiated(loss_of_leaves, leaves)
+        if inner:
+            result = result._replace(grads=sum_inner_gradients(leaves, result.grads))
         note_gradients(leaves, result.grads)
         grads = tree.unflatten(treedef, result.grads)
         value = (result.value, result.aux) if has_aux else result.value
@@ -123,7 +126,8 @@ def differentiated(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Different
 def loss_value(loss: Any) -> Tensor:
     """The number of a loss: a scalar tensor as it is, a `Mean` or `WeightedSum` by its `value()`."""
     if isinstance(loss, Mean | WeightedSum):
-        return loss.value()
+        with ending():
+            return loss.value()
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the loss must be a scalar tensor, a Mean or a WeightedSum, not {what}: return loss.sum()?")

@@ -6,21 +6,42 @@ from torch import Tensor
 
 from ftrain.sharding.placement import use
 from ftrain.trace.precision import compute_dtype, reduce_dtype
-from ftrain.trace.spmd import current_sharded
+from ftrain.trace.spmd import current_sharded, sum_over_mesh
 
 View = Callable[[Tensor], Tensor]
 
 
-def compute_views(leaves: Sequence[Tensor], *, differentiated: bool = True) -> list[View]:
+def compute_views(leaves: Sequence[Tensor], *, differentiated: bool = True, inner: bool = False) -> list[View]:
     """For each leaf the function that makes of it what a loss computes with: cast to the compute dtype, and gathered.
 
-    The function also takes tensors that stand for the leaf (detached). ValueError on a mesh for an input of the step
-    that is `differentiated` and whose placement the plan does not know.
+    The function also takes tensors that stand for the leaf (detached). `inner`: within another loss, where what all
+    ranks have is used as it is, and `sum_inner_gradients` sums its gradients. ValueError on a mesh for an input of the
+    step that is `differentiated` and whose placement the plan does not know.
     """
     trace = current_sharded()
     for leaf in leaves if trace is not None and differentiated else ():
         trace.require_known(leaf)  # type: ignore[union-attr]
-    return [_gathered(leaf) or _cast for leaf in leaves]
+    return [_cast if inner and _is_shared(leaf) else _gathered(leaf) or _cast for leaf in leaves]
+
+
+def sum_inner_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients (of the leaves' shapes) that a loss takes within itself, of the whole batch.
+
+    A rank has its rows' part of the gradient of what all ranks share: the parts are summed, and each rank goes on with
+    the sum. What is a rank's own, such as rows of the batch, has its own gradient.
+    """
+    trace = current_sharded()
+    if trace is None or trace.plan.mesh.size == 1:
+        return list(gradients)
+    mesh = trace.plan.mesh
+    return [sum_over_mesh(g, mesh) if _is_shared(leaf) else g for leaf, g in zip(leaves, gradients, strict=True)]
+
+
+def _is_shared(leaf: Tensor) -> bool:
+    """True for what is whole and equal on every rank."""
+    trace = current_sharded()
+    found = None if trace is None else trace.array_of(leaf)
+    return found is not None and not found[1].splits
 
 
 def materialize(leaf: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from ftrain import tree
-from ftrain.graph.torch_private import is_constant, node_of
+from ftrain.graph.torch_private import functional_transform, is_constant, node_of
 from ftrain.kernels.mean import Mean
-from ftrain.sharding.collectives import sum_of_parts
+from ftrain.sharding.collectives import copy_to_ranks, sum_of_parts
 from ftrain.sharding.mesh import BASE_AXES, Mesh
 from ftrain.sharding.paths import nearest
 from ftrain.sharding.placement import Placement
@@ -232,6 +232,7 @@ def batch_path(trace: ShardedTrace, tensor: Tensor) -> str | None:
 
 
 _current: ContextVar[ShardedTrace | None] = ContextVar("ftrain_sharded_trace", default=None)
+_ending: ContextVar[bool] = ContextVar("ftrain_ending", default=False)
 
 
 def current_sharded() -> ShardedTrace | None:
@@ -273,7 +274,24 @@ def reduce_means(result: Any, trace: ShardedTrace) -> Any:
 
 
 def sum_over_mesh(x: Tensor, mesh: Mesh) -> Tensor:
-    """The sum over all ranks; the gradient of a part is that of the sum."""
+    """The sum of `x` (any shape) over all ranks, equal on each.
+
+    Its gradient is summed over the ranks too, for each goes on with the sum on its own rows; but not for the value of a
+    loss (`ending`), from which all ranks differentiate alike.
+    """
     if is_constant(x):  # or the tracer would run the collective now
         x = x + axis_index("replicate").to(x.dtype) * 0
-    return sum_of_parts(x, mesh.group(*BASE_AXES), purpose="loss")
+    group = mesh.group(*BASE_AXES)
+    total = sum_of_parts(x, group, purpose="loss")
+    followed = x.requires_grad or functional_transform()
+    return total if _ending.get() or not followed else copy_to_ranks(total, group, purpose="loss")
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Within the block sums over the mesh are those of a loss's value, which nothing on a rank goes on with."""
+    token = _ending.set(True)
+    try:
+        yield
+    finally:
+        _ending.reset(token)
