@@ -235,7 +235,7 @@ class _Scheduler:
         without counting on what dies among them, since a message reads its input until it has been sent.
         """
         memory = self._memory
-        allowed = max(memory.most(*nodes), memory.live + memory.makes(*nodes)) <= self._bound
+        allowed = max(memory.peak_of(*nodes), memory.live + memory.allocated_by(*nodes)) <= self._bound
         self.was_refused |= not allowed
         return allowed
 
