@@ -92,7 +92,7 @@ class Runner:
             self._shared_memory.require_none(tensors, contiguous=contiguous)
             inputs = self._apart(tensors, beside, contiguous=contiguous)
         elif not contiguous:
-            inputs = self.compiled.traced.in_rows(tensors)
+            inputs = self.compiled.traced.contiguous(tensors)
         try:
             with as_a_program():
                 outputs = self._program(inputs)
@@ -108,7 +108,7 @@ class Runner:
     def _apart(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
         """The graph's inputs, of which the donated lie in memory that nobody else holds."""
         loans, self._loans = self._loans, []
-        inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
+        inputs = tensors if contiguous else self.compiled.traced.contiguous(tensors)
         copies = {slot for slot in self.compiled.donation.slots if inputs[slot] is not tensors[slot]}
         return self._holders.apart(inputs, copies=copies, loans=loans, beside=beside)
 
