@@ -26,7 +26,7 @@ from ftrain.trace.own_draws import no_draws_of_python
 from ftrain.trace.precision import Precision, computing_in
 from ftrain.trace.provenance import recording
 from ftrain.trace.recurrent import train_recurrent
-from ftrain.trace.refusals import NoExchange, in_our_words, require_dense
+from ftrain.trace.refusals import RefuseUnseen, explain_refusals, require_dense
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
                 choosing_for(absent),
             ):
                 fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
-                with in_our_words(), NoExchange(), reads:
+                with explain_refusals(), RefuseUnseen(), reads:
                     module = trace_to_graph(flat, fakes)
         except BaseException:
             modules.restore()
