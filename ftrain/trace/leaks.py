@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ftrain.graph.torch_private import FakeTensor
-from ftrain.trace.surroundings import is_plain, shown
+from ftrain.trace.surroundings import comparable, is_plain
 
 Made = list["weakref.ref[Tensor]"]
 
@@ -83,7 +83,7 @@ class Modules:
             now = vars(module)
             for name, value in attributes.items():
                 before, after = inside.get(name, value), now.get(name)
-                if name not in _REGISTRIES and _are_plain(before, after) and shown(before) != shown(after):
+                if name not in _REGISTRIES and _are_plain(before, after) and comparable(before) != comparable(after):
                     found.append((module, name))
         return found
 
