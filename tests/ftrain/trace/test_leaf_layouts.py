@@ -52,7 +52,7 @@ def test_what_goes_along_memory_is_refused_with_leaf_and_line(fill):
         return fill(state["turned"])
 
     x = LEAVES["columns"]()
-    words = r"test_leaf_layouts.py:\d+ .*depends on the memory layout.*'state.turned' with strides \(1, 4\).*contiguous\(\)"
+    words = r"test_leaf_layouts.py:\d+ .*depends on the memory.*'state.turned' with strides \(1, 4\).*contiguous\(\)"
     with pytest.raises(ValueError, match=words):
         ftrain.jit(step)({"turned": x})
     rows = {"turned": x.contiguous()}
