@@ -66,10 +66,10 @@ def allocator_state(device: torch.device) -> str:
     most = torch.cuda.max_memory_allocated(device)
     text = (
         f"the card has {_gib(total)}, {_gib(free)} of it free; torch's allocator has reserved {_gib(reserved)} and "
-        f"handed out {_gib(allocated)} (at most {_gib(most)}): {_gib(reserved - allocated)} lie in pieces that fit no "
-        "request"
+        f"handed out {_gib(allocated)} (at most {_gib(most)}): {_gib(reserved - allocated)} are in parts of blocks "
+        "that fit no request"
     )
-    return text if has_expandable_segments() else f"{text}. Fewer do with {NAMES[0]}={SETTING}"
+    return text if has_expandable_segments() else f"{text}. There are fewer with {NAMES[0]}={SETTING}"
 
 
 def _gib(size: int) -> str:

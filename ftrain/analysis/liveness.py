@@ -70,7 +70,7 @@ class MemoryPlan:
 
 
 def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
-    """The memory plan of a graph in its current order.
+    """The memory plan of a graph in its current order, without `libraries` and `reserved_share`.
 
     `round_to`: the granularity of the allocator in bytes (512 on CUDA, 1 on a CPU).
     """

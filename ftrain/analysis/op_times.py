@@ -176,7 +176,7 @@ def _cached(file: Path) -> dict[str, float]:
     try:
         return read_times(file) if file.exists() else {}
     except (ValueError, RecursionError) as error:
-        _log.warning("%s: times are estimated instead; remove the file, and measure anew", error)
+        _log.warning("%s: times are estimated instead; remove the file and measure again", error)
         return {}
 
 

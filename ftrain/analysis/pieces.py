@@ -167,7 +167,7 @@ class Pieces:
         return first, last
 
     def sum_live(self, sizes: np.ndarray) -> np.ndarray:
-        """By node, in the graph's order: the sum of `sizes` (by piece) over the pieces live while it runs."""
+        """By node, in the graph's order: the sum of `sizes`, int64 by piece, over the pieces live while it runs."""
         return sweep(*self.spans, sizes, len(self.nodes))
 
     @cached_property

@@ -14,13 +14,15 @@ _aten = torch.ops.aten
 
 
 def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: bool = False) -> None:
-    """Insert `copy_(old, new)` for every donated leaf, directly after the last reader of the old value, in place.
+    """Insert `copy_(old, new)` for every donated leaf, in place, at the first position where it is safe.
+
+    That is after the new value and after the last reader of the old value.
 
     - `donated`: by the name of a placeholder, the position of the output that replaces it; both have the same shape
       and dtype. These outputs are dropped, because the new values are in the arguments.
     - `keep_outputs`: the outputs stay, as the placeholders.
 
-    A new value that is an input, a view, or also another output is copied first. So is any other output that shares
+    A new value that shares memory with an input or another output is copied first. So is any other output that shares
     memory with a donated leaf. No value changes. In the same way, bodies of loops write into their carry.
     """
     graph = module.graph

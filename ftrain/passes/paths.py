@@ -13,6 +13,8 @@ def assign_paths(module: fx.GraphModule, first_argument: str) -> None:
     - A node that reads leaves of the first argument gets the path of the last such leaf.
     - A backward node gets the path of its forward op.
     - Any other node gets the path of its latest input that has one; paths in the first argument win over others.
+
+    Bodies of loops are treated in the same way, with the paths of the loop's inputs.
     """
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     forward: dict[int, str] = {}

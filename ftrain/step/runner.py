@@ -23,7 +23,7 @@ from ftrain.runtime.other_holders import Beside, OtherHolders
 from ftrain.runtime.shared_memory import SharedMemory
 from ftrain.step.artifact import Compiled
 from ftrain.step.pipeline import EXECUTED, run_passes
-from ftrain.trace.ambient import as_a_program
+from ftrain.trace.ambient import program_modes
 from ftrain.trace.captured import captured_tensors
 
 
@@ -94,7 +94,7 @@ class Runner:
         elif not contiguous:
             inputs = self.compiled.traced.contiguous(tensors)
         try:
-            with as_a_program():
+            with program_modes():
                 outputs = self._program(inputs)
         except Exception as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):

@@ -49,19 +49,19 @@ AMBIENT_NAMES = (
 """The names of the entries of `ambient()`, for messages."""
 
 
-def within_another() -> bool:
+def inside_transform_or_trace() -> bool:
     """True inside a transform of `torch.func` or another trace, where a jitted function runs as the plain function."""
     return functional_transform() or modes_are_active()
 
 
 @contextmanager
-def as_a_step() -> Iterator[None]:
+def tracing_modes() -> Iterator[None]:
     """Within the block inference mode is off and gradients are on, as a trace needs them."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
-def as_a_program() -> Any:
+def program_modes() -> Any:
     """A context in which a program runs: inference mode and autocast are off."""
     if torch.is_inference_mode_enabled() or any_autocast():
         return _plain()

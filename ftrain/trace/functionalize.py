@@ -19,7 +19,7 @@ from ftrain.graph.torch_private import (
 from ftrain.trace.fills import FILLS_LIKE, fill_as_eager, note_fill
 from ftrain.trace.open_writes import open_writes
 from ftrain.trace.overlapping_writes import settle_overlapping_writes
-from ftrain.trace.preview import keep_draws_for_the_step
+from ftrain.trace.preview import strip_preview
 
 
 def mutating_nodes(module: fx.GraphModule) -> list[fx.Node]:
@@ -49,7 +49,7 @@ def functionalize(
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
         paths = _paths_in_body(loop, input_paths)
         setattr(module, loop.args[0].target, functionalize(loop_body(loop), paths, name_of_captured=name_of_captured))
-        keep_draws_for_the_step(loop)
+        strip_preview(loop)
     open_writes(module)
     culprits = mutating_nodes(module)
     if not culprits:
@@ -83,7 +83,7 @@ def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
 
 
 def _divided(node: Any) -> Any:
-    """The node that a view into micro-batches was taken of; any other node itself."""
+    """The base of a view that divides it into micro-batches; any other node itself."""
     return node.args[0] if node.target is torch.ops.aten.view.default else node
 
 

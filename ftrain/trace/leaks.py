@@ -31,7 +31,7 @@ _DEPTH = 4
 
 
 @contextmanager
-def modules_as_found() -> Iterator["Modules"]:
+def recording_modules() -> Iterator["Modules"]:
     """Within the block, records the attributes of each module before its first forward; yields the record."""
     modules = Modules()
     handle = register_module_forward_pre_hook(lambda module, _: modules.note(module))
@@ -148,8 +148,8 @@ def _fakes(value: Any, depth: int) -> Iterator[Tensor]:
 def _state(module: nn.Module, name: str, which: str, *, what: str = "a new tensor") -> str:
     return (
         f"the step puts {what} in the place of {name!r} of a {type(module).__name__}, {which}: a jitted step runs its "
-        "Python once, so the module would stay as it was. Take it as a part of the state (torch.func.functional_call "
-        "gives a module its buffers) and return its new value"
+        "Python once, so the module would not change at later calls. Pass it as a part of the state "
+        "(torch.func.functional_call gives a module its buffers) and return its new value"
     )
 
 
@@ -190,8 +190,8 @@ def require_tree_leaf(path: str, leaf: Any) -> None:
         )
     if _reaches_fake(leaf, _DEPTH, set()):
         raise ValueError(
-            f"result {path!r} is a {type(leaf).__module__}.{type(leaf).__name__}, which is no tree and holds tensors: "
-            "return a dict, list, tuple, NamedTuple or ftrain.struct of tensors"
+            f"result {path!r} is a {type(leaf).__module__}.{type(leaf).__name__}, which is not a tree but holds "
+            "tensors: return a dict, list, tuple, NamedTuple or ftrain.struct of tensors"
         )
 
 

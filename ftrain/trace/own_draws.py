@@ -29,9 +29,9 @@ def no_draws_of_python() -> Iterator["TorchDraws"]:
     before, draws = _states(), TorchDraws()
     try:
         yield draws
-        seeded = draws.other_state()
+        seeded = draws.state_was_changed()
     finally:
-        draws.put_back()
+        draws.restore()
     names = [name for name, a, b in zip(_NAMES, before, _states(), strict=True) if a != b]
     if seeded:
         names.append(_SEEDING)
@@ -51,7 +51,7 @@ class TorchDraws:
         real_draw()  # to detect that the step seeds with the seed in use
         self._expected = real_state()
 
-    def look(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def check(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Check an op before it runs.
 
         ValueError, with the user's line, for a random op with a `torch.Generator`, and for one after the step has
@@ -66,7 +66,7 @@ class TorchDraws:
                     "numbers would come from torch's default generator. Draw with a key (ftrain.uniform, "
                     "ftrain.normal), leave generator= out, or draw before the step and pass the numbers as tensors"
                 )
-        if self.other_state():
+        if self.state_was_changed():
             raise ValueError(
                 f"{user_source()}: before {func} the step has changed the state of torch's generator ({_SEEDING}), "
                 "which a traced step would do once: seed outside of the step, or draw with a key (ftrain.uniform, "
@@ -75,11 +75,11 @@ class TorchDraws:
         real_draw()
         self._expected = real_state()
 
-    def other_state(self) -> bool:
+    def state_was_changed(self) -> bool:
         """True if the step has changed the state of the default generator other than by random ops."""
         return real_state() != self._expected
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore the state that the default generator had before the trace."""
         torch.set_rng_state(self._found)
 

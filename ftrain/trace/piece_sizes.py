@@ -240,7 +240,7 @@ class ArraySizes(TorchFunctionMode):
         raise _cut("an index (slice or select)", line, args[0], placement, dim)
 
     def _narrow(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """`narrow` and `select`; a part of a divided dim is taken of the gathered array."""
+        """`narrow` and `select`; a part of a divided dim is read from the gathered array."""
         given = dict(zip(("dim", "start", "length"), args[1:], strict=False)) | dict(kwargs)
         given.setdefault("start", given.pop("index", None))
         placement, dim = self._placement(args[0]), given["dim"]

@@ -9,7 +9,7 @@ from ftrain.graph.loop import is_preview, loop_body
 from ftrain.graph.op_effects import Effect, effect_of
 
 
-def keep_draws_for_the_step(loop: fx.Node) -> None:
+def strip_preview(loop: fx.Node) -> None:
     """Remove all nodes from the body of a preview loop that its results do not need, random and unknown ops included.
 
     Other loops stay unchanged. ValueError, with the user's line, if the results need random numbers of torch's

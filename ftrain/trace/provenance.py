@@ -63,9 +63,9 @@ class Provenance(TorchDispatchMode):
         if func is DEVICE_QUERY:
             return device_of_fake(args[0])
         if self.phase != "backward":
-            self._unseen.look(func, args)
+            self._unseen.check(func, args)
         if self._draws is not None:
-            self._draws.look(func, args, kwargs or {})
+            self._draws.check(func, args, kwargs or {})
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
         out = func(*args, **(kwargs or {}))

@@ -75,7 +75,10 @@ class Placements:
         return Placement(whole, kept, model.copies)
 
     def nearest(self, path: str) -> str:
-        """The parameter whose path is most similar to the end of `path`, as the end of an error message."""
+        """The end of an error message that names the parameter with the path most similar to the end of `path`.
+
+        Empty if no parameter is known.
+        """
         names = {".".join(k.split(".")[-2:]): k for k in self.known}
         near = nearest(".".join(path.split(".")[-2:]), names, cutoff=0.0)
         return "" if near is None else f"; the nearest it knows is {names[near]!r}"
@@ -85,8 +88,8 @@ class Placements:
         before = self.known.setdefault(path, placement)
         if before != placement:
             raise ValueError(
-                f"two parameters are called {path!r} and lie differently ({before} and {placement}): put the models "
-                "under names of their own in one tree of specs"
+                f"two parameters have the path {path!r} and different placements ({before} and {placement}): put the "
+                "models under names of their own in one tree of specs"
             )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
-_MOST = 64  # entries of a container that are looked at
+_MOST = 64  # entries of a container that is compared by value
 _MISSING = object()
 _LIBRARIES = {"ftrain", "torch", "numpy", "optree", *sys.stdlib_module_names} - {"__main__"}
 
@@ -54,7 +54,7 @@ class Surroundings:
         """The current values, in comparable and hashable form."""
         return (*[read() for _, read in self._watched], *map(_is_training, self._training))
 
-    def also(self, changed: Iterable[tuple[nn.Module, str]]) -> None:
+    def watch_attributes(self, changed: Iterable[tuple[nn.Module, str]]) -> None:
         """Watch these attributes too (module and name), which a trace has changed."""
         for module, key in changed:
             if (id(module), key) not in self._also:
@@ -167,7 +167,7 @@ def _is_of_a_library(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """True for a simple value, and for a short list, tuple or dict."""
+    """True for None, a bool, number, str or bytes, and for a list, tuple or dict of at most 64 entries."""
     return type(value) in _SIMPLE or (type(value) in (list, tuple, dict) and len(value) <= _MOST)
 
 

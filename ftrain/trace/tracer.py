@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 from ftrain import tree
 from ftrain.graph.absent_device import absent_device, choosing_for, put_on, traceable
 from ftrain.graph.torch_private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
-from ftrain.trace.ambient import as_a_step
+from ftrain.trace.ambient import tracing_modes
 from ftrain.trace.captured import captured_name, captured_tensors, require_untrained
 from ftrain.trace.constants import share_memory_of_constants
 from ftrain.trace.functionalize import functionalize
 from ftrain.trace.layout_reads import LayoutReads
 from ftrain.trace.leaf_layouts import LeafLayouts
-from ftrain.trace.leaks import modules_as_found, require_none_left, require_tree_leaf
+from ftrain.trace.leaks import recording_modules, require_none_left, require_tree_leaf
 from ftrain.trace.own_draws import no_draws_of_python
 from ftrain.trace.precision import Precision, computing_in
 from ftrain.trace.provenance import recording
@@ -143,10 +143,10 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     absent = absent_device(a.device for a in avals)
-    with modules_as_found() as modules, no_draws_of_python() as draws:
+    with recording_modules() as modules, no_draws_of_python() as draws:
         try:
             with (
-                as_a_step(),
+                tracing_modes(),
                 new_fake_mode(),
                 recording(draws) as provenance,
                 computing_in(precision),

@@ -28,18 +28,18 @@ class UnseenWrites:
         self._reshaped: dict[int, tuple[str, torch.UntypedStorage]] = {}
         """By identity of memory, where a view of it got another shape; the storage is held to keep the identity."""
 
-    def look(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    def check(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
         """ValueError, with the user's line, if `op(*args)` would make a gradient wrong."""
         if not op._schema.is_mutable:
             return
         if _writes_a_list(op):
             self._refuse_a_list(op, args)
         elif torch.Tag.inplace_view in op.tags:
-            self._look_at_new_shape(op, args[0])
+            self._check_new_shape(op, args[0])
         elif self._reshaped:
-            self._look_at_write(op, args)
+            self._check_write(op, args)
 
-    def _look_at_new_shape(self, op: torch._ops.OpOverload, written: Tensor) -> None:
+    def _check_new_shape(self, op: torch._ops.OpOverload, written: Tensor) -> None:
         name = _name(op)
         if name == "detach_":
             return
@@ -55,7 +55,7 @@ class UnseenWrites:
     def _has_views(self, base: Tensor) -> bool:
         return any(x is not None and x._base is base for x in (ref() for ref in self._made))
 
-    def _look_at_write(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    def _check_write(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
         """ValueError for a write with a gradient into memory of which a view has got another shape."""
         tensors = [x for x in args if isinstance(x, Tensor)]
         before = self._reshaped.get(storage_id(tensors[0])) if tensors else None

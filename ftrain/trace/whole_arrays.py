@@ -9,7 +9,7 @@ a piece as if it were the array), or if sizes do not match, it runs again:
 
 Neither changes a number, because a gathered array equals the array. This holds for every op that is a function of its
 arguments; ops that draw random numbers are not run again. A view of a gathered array is a view of a copy. A later write
-into the view, or into the tensor that it was taken of, would not reach the other, and is refused
+into the view, or into its base, would not reach the other, and is refused
 (`require_no_lost_writes`).
 """
 
