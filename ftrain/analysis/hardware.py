@@ -108,7 +108,9 @@ def device_bytes(device: torch.device) -> int:
 
 def _require_card(device: torch.device) -> None:
     if not torch.cuda.is_available():
-        raise ValueError(f"this machine has no {device} with a known memory: give a budget in bytes, e.g. '60GiB'")
+        raise ValueError(
+            f"this machine has no {device}, so its memory is not known: give a budget in bytes, e.g. '60GiB'"
+        )
 
 
 def _wait(device: torch.device) -> None:

@@ -40,7 +40,7 @@ _PLACE = (
 )
 _BOUND = (
     "slices with a tensor as a bound ({what}), so that the size would depend on data: keep the size and mask, e.g. "
-    " torch.where(torch.arange(n) < t, x, 0)"
+    "torch.where(torch.arange(n) < t, x, 0)"
 )
 _CTC = (
     "calls ctc_loss, whose kernels have no shape rule that a trace can use: write its forward recursion with torch ops "
