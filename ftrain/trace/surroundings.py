@@ -29,18 +29,7 @@ class Watched(NamedTuple):
 
 
 class Surroundings:
-    """The values that a function reads besides its arguments. `now()` is a part of the key of its traces.
-
-    >>> from ftrain.trace.surroundings import Surroundings
-    >>> def step(x):
-    ...     return x * scale
-    >>> scale = 2.0
-    >>> around = Surroundings(step)
-    >>> before = around.now()
-    >>> scale = 3.0
-    >>> around.names, around.now() == before
-    (['scale'], False)
-    """
+    """The values that a function reads besides its arguments. `now()` is a part of the key of its traces."""
 
     def __init__(self, fn: Callable) -> None:
         self._held: list[Any] = []  # so that no other object gets their identities
