@@ -22,7 +22,16 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
-DONE: tuple[str, ...] = ("kernels", "sharding", "ftrain/tree.py", "ftrain/optim", "ftrain/graph")
+DONE: tuple[str, ...] = (
+    "kernels",
+    "sharding",
+    "ftrain/tree.py",
+    "ftrain/optim",
+    "ftrain/graph",
+    "ftrain/trace",
+    "ftrain/analysis",
+    "ftrain/passes",
+)
 """Floors, rooms and files whose docstrings are checked, relative to the root."""
 
 EXAMPLES: tuple[str, ...] = (
@@ -81,6 +90,17 @@ EXAMPLES: tuple[str, ...] = (
     "ftrain/graph/loop.py",
     "ftrain/graph/op_effects.py",
     "ftrain/graph/text.py",
+    "ftrain/analysis/cluster.py",
+    "ftrain/analysis/hardware.py",
+    "ftrain/analysis/meter.py",
+    "ftrain/analysis/op_times.py",
+    "ftrain/analysis/pieces.py",
+    "ftrain/trace/accumulate.py",
+    "ftrain/trace/captured.py",
+    "ftrain/trace/grad.py",
+    "ftrain/trace/precision.py",
+    "ftrain/trace/surroundings.py",
+    "ftrain/trace/tracer.py",
     "ftrain/tree.py",
 )
 """Files whose docstrings hold an example that runs."""

@@ -87,8 +87,12 @@ def test_what_a_docstring_lacks_is_found(tmp_path, monkeypatch, source, said):
 
 
 @pytest.mark.parametrize(
-    "package", ["ftrain.kernels", "ftrain.sharding", "ftrain.tree", "ftrain.optim", "ftrain.graph"]
-)
+    "package",
+    [
+        "ftrain.kernels", "ftrain.sharding", "ftrain.tree", "ftrain.optim", "ftrain.graph", "ftrain.trace",
+        "ftrain.analysis", "ftrain.passes",
+    ],
+)  # fmt: skip
 def test_every_public_name_of_a_package_is_there(package):
     found = importlib.import_module(package)
     assert found.__all__ == sorted(found.__all__)

@@ -194,7 +194,7 @@ def _slowed(cfg: DecoderConfig, sizes: dict[str, int], layout: Layout, load: flo
         seconds = time.perf_counter() - began
     ftrain.profile_nodes(step, state, mine, remember=True)
     compiled = step.lower(state, mine)
-    sent, messages = sum(compiled.bytes_moved().values()), len(compiled.schedule().flights)
+    sent, messages = sum(compiled.bytes_moved().values()), len(compiled.schedule().messages)
     latency = 100e-6
     box = [SlowLink(latency, sent / max(1e-3, load * seconds - messages * latency))]
     dist.broadcast_object_list(box, src=0)

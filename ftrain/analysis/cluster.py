@@ -1,10 +1,10 @@
-"""Clusters: what their devices compute, hold and send, and what a collective over some axes of a mesh costs there.
+"""Clusters of GPUs: their compute, memory and links, and how long a collective over axes of a mesh takes on them.
 
-A collective's price is `latency + bytes / bandwidth` (alpha-beta). Which links it uses follows from where the members
-of a group are: rank i is GPU `i % gpus_per_node` of node `i // gpus_per_node`, so an axis inside a node uses NVLink and
-one across nodes the network.
+A collective takes `latency + bytes / bandwidth` (the alpha-beta model). Its links follow from the places of its ranks:
+rank i is GPU `i % gpus_per_node` of node `i // gpus_per_node`. A group inside one node uses NVLink, a group across
+nodes uses the network.
 
-Peak figures are those of the vendors' data sheets; `Efficiency` says which share of them a step reaches.
+Peak figures come from the vendors' data sheets. `Efficiency` holds the share of each peak that a step reaches.
 """
 
 import difflib
@@ -24,18 +24,25 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peak figures that a step reaches, and what costs time or memory beside its ops.
+    """The shares of the peak figures that a step reaches, and its overheads in time and memory.
 
-    `matmul`, `attention`, `grouped`: of FLOP/s, of dense products, of attention kernels and of products of groups of
-    rows (experts). `bandwidth`: of the memory's. `nvlink`, `network`: of the links'. `launch`: microseconds that a
-    kernel takes beyond its work. `fragmentation`: memory that the allocator reserves over what is alive at the peak.
-    `compute_while_sending`: how much slower compute is while a message is under way, since collectives take SMs and
-    memory bandwidth.
+    - `matmul`, `attention`, `grouped`: shares of the peak FLOP/s, in (0, 1], of dense products, of attention kernels
+      and of grouped products (experts).
+    - `bandwidth`, `nvlink`, `network`: shares of the peak bytes/s, in (0, 1], of memory and of the two links.
+    - `launch`: microseconds that a kernel takes beyond its work.
+    - `fragmentation`: bytes that the allocator reserves for each byte in use at the peak; at least 1.
+    - `compute_while_sending`: factor, at least 1, by which compute is slower while a message is under way, because
+      collectives take SMs and memory bandwidth.
 
-    `matmul` and `network` are fitted on two published rows (see experiments/bench/plan_vs_published.py): programs whose
-    ops are not joined by a compiler. The others are what is commonly measured: FlashAttention-2 reaches 35-40 % of an
-    H100's peak forward and backward (Shah et al. 2024, figure 5), nccl-tests about 80 % of NVLink's data sheet for
-    large messages.
+    `matmul` and `network` are fitted on two published rows (see experiments/bench/plan_vs_published.py) of programs
+    whose ops no compiler fuses. The others are commonly measured values: FlashAttention-2 reaches 35-40 % of an H100's
+    peak forward and backward (Shah et al. 2024, figure 5), and nccl-tests reach about 80 % of NVLink's data sheet for
+    large messages. ValueError for a share outside of (0, 1] and for a factor below 1.
+
+    >>> from ftrain.analysis.cluster import Efficiency
+    >>> Efficiency(matmul=1.2)
+    Traceback (most recent call last):
+    ValueError: Efficiency(matmul=1.2): a share of the peak is in (0, 1]
     """
 
     matmul: float = 0.44
@@ -57,7 +64,7 @@ class Efficiency:
 
 
 class Span(NamedTuple):
-    """Where a group's members are: how many in all, on how many nodes, and the most on one node."""
+    """Where the ranks of a group are: their number, the number of nodes they are on, and the most ranks on one node."""
 
     ranks: int
     nodes: int
@@ -68,11 +75,15 @@ class Span(NamedTuple):
 class Cluster:
     """Nodes of equal GPUs.
 
-    `flops`: dense FLOP/s by dtype. `memory`: bytes of a GPU that a process can use. `memory_bandwidth`: bytes/s.
-    `nvlink`, `network`: bytes/s that one GPU sends, in one direction, within its node and out of it.
-    `nvlink_latency`, `network_latency`: microseconds of a collective within a node, and for each doubling of nodes.
-    `device_type`: "cuda" or "cpu", whose kernels' workspaces count. `measured`: microseconds of single ops, over the
-    roofline (see `ftrain.analysis.op_times.op_key`).
+    - `gpus_per_node`: GPUs of one node.
+    - `flops`: dense peak FLOP/s of one GPU, by dtype.
+    - `memory`: bytes of a GPU that a process can use. `memory_bandwidth`: bytes/s.
+    - `nvlink`, `network`: bytes/s that one GPU sends in one direction, within its node and to other nodes.
+    - `nvlink_latency`: microseconds of a collective within a node. `network_latency`: microseconds added for each
+      doubling of the number of nodes.
+    - `efficiency`: the shares of these peaks that a step reaches.
+    - `device_type`: "cuda" or "cpu"; it selects the kernels whose workspaces count.
+    - `measured`: microseconds of single ops by `ftrain.analysis.op_times.op_key`; they replace the roofline.
     """
 
     name: str
@@ -90,27 +101,28 @@ class Cluster:
 
     @property
     def bf16(self) -> float:
-        """Peak FLOP/s in bfloat16: what MFU is a share of."""
+        """Peak FLOP/s in bfloat16, the denominator of MFU."""
         return self.flops[torch.bfloat16]
 
     def span(self, mesh: Mesh, axes: tuple[str, ...]) -> Span:
-        """Where the ranks are that differ in `axes`; of several groups, the one over most nodes."""
+        """Where the ranks of a group over `axes` are. Of several such groups, that of the group over most nodes."""
         return _span(mesh, axes, self.gpus_per_node)
 
     def microseconds(self, kind: str, sent: float, mesh: Mesh, axes: tuple[str, ...]) -> float:
-        """How long a collective takes in which each rank sends `sent` bytes; kinds are those of
-        `ftrain.sharding.link`.
+        """Microseconds of a collective over `axes` in which each rank sends `sent` bytes.
+
+        `kind`: the collective, one of those of `ftrain.sharding.link`, e.g. "all_gather".
         """
         span = self.span(mesh, axes)
         return self._latency(span) + 1e6 * sent / self._bandwidth(kind, span)
 
     def link(self, mesh: Mesh, axes: tuple[str, ...] = ("shard", "sequence")) -> Link:
-        """The link that a gather over `axes` sees: by it small messages are joined and collectives are started."""
+        """Latency and bandwidth of a gather over `axes`. The passes bucket and overlap read them."""
         span = self.span(mesh, axes)
         return Link(self._latency(span), self._bandwidth("all_gather", span))
 
     def speed(self) -> Speed:
-        """A GPU as `OpTimes` takes it."""
+        """The speed of one GPU, in the form that `OpTimes` reads."""
         e = self.efficiency
         return Speed(
             self.name,
@@ -122,18 +134,22 @@ class Cluster:
         )
 
     def with_efficiency(self, **shares: float) -> "Cluster":
-        """The same cluster with other constants."""
+        """The same cluster with some fields of its `Efficiency` replaced, given by name.
+
+        ValueError for a value out of range, TypeError for a name that `Efficiency` does not have.
+        """
         return replace(self, efficiency=replace(self.efficiency, **shares))
 
     def _latency(self, span: Span) -> float:
         return self.nvlink_latency + self.network_latency * max(0, span.nodes - 1).bit_length()
 
     def _bandwidth(self, kind: str, span: Span) -> float:
-        """Bytes/s that a rank sends at.
+        """Bytes/s at which a rank sends.
 
-        Within a node NVLink. Across nodes a ring's traffic leaves a node by the adapters of all its members, so it is
-        as fast as these together, or as NVLink; in an all-to-all each rank sends on its own adapter what is for other
-        nodes; a shift waits for the rank whose neighbour is on another node.
+        Within a node that is NVLink. Across nodes the traffic of a ring leaves a node through the adapters of all its
+        members, so the ring is as fast as these together, or as NVLink if that is slower. In an all-to-all each rank
+        sends through its own adapter what other nodes receive. A shift waits for the rank whose neighbour is on another
+        node.
         """
         nvlink, network = self.nvlink * self.efficiency.nvlink, self.network * self.efficiency.network
         if span.nodes == 1:
@@ -190,7 +206,18 @@ CLUSTERS = {"a100": a100, "h100": h100, "h200": h200, "b200": b200}
 
 
 def cluster(name: str) -> Cluster:
-    """A cluster by the name of its GPU: "a100", "h100", "h200" or "b200"."""
+    """The cluster of nodes with this GPU: "a100", "h100", "h200" or "b200".
+
+    ValueError for another name, with the nearest one.
+
+    >>> from ftrain.analysis.cluster import cluster
+    >>> from ftrain.sharding import Mesh
+    >>> h100 = cluster("h100")
+    >>> f"{h100.bf16 / 1e12:.0f} TFLOP/s"
+    '989 TFLOP/s'
+    >>> round(h100.microseconds("all_gather", 1e8, Mesh(shard=8), ("shard",)))
+    290
+    """
     if name not in CLUSTERS:
         near = difflib.get_close_matches(name, CLUSTERS, n=1, cutoff=0.0)[0]
         raise ValueError(f"no cluster is called {name!r}; nearest: {near!r}; known: {', '.join(CLUSTERS)}")

@@ -1,4 +1,4 @@
-"""What a graph sends: bytes per collective and per purpose, as one rank sees it."""
+"""The bytes that one rank sends: by collective and by purpose."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,10 @@ from ftrain.sharding.mesh import Mesh
 
 
 def node_sends(node: fx.Node, mesh: Mesh) -> int:
-    """Bytes that a rank sends in the collective of a node; sizes that depend on data are the expected ones."""
+    """Bytes that one rank of `mesh` sends in the collective of a node.
+
+    Sizes that depend on data count with their expected value (`ftrain.graph.sizes`).
+    """
     value = sized(node.args[0])  # type: ignore[arg-type]
     assert isinstance(value, Tensor)
     ranks = math.prod(mesh.axis_size(a) for a in axes_of_group(str(node.args[-1])))
@@ -23,9 +26,9 @@ def node_sends(node: fx.Node, mesh: Mesh) -> int:
 def bytes_moved(
     module: fx.GraphModule, mesh: Mesh, *, count: Callable[[fx.Node, Mesh], float] = node_sends
 ) -> dict[str, int]:
-    """Bytes that a rank sends in one run, by purpose; a loop's body counts as often as it runs.
+    """Bytes that one rank sends in one run of the graph, by the purpose of the collective, sorted by purpose.
 
-    `count` tells those of one collective.
+    The body of a loop counts once for each iteration. `count`: bytes of one collective, by default `node_sends`.
     """
     found: dict[str, float] = {}
     for node in module.graph.nodes:

@@ -1,7 +1,7 @@
-"""What the ops of a graph cost on a cluster's GPU, from their shapes: time by a roofline, and bytes of workspace.
+"""Time (by a roofline) and workspace of a graph's ops on a cluster's GPU, computed from shapes.
 
-A search lowers for a card that need not be here (see `ftrain.graph.absent_device`), and the rules are those of its
-kernels.
+The layout search plans for GPUs that this machine need not have (see `ftrain.graph.absent_device`). So these rules
+describe the kernels of the GPU, not those of this machine.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ _GROUPED = ("ftrain::grouped_mm", "aten::_grouped_mm")
 
 
 class DeviceTimes(OpTimes):
-    """Microseconds of ops on one GPU of a cluster, of batches for the share that is not padding.
+    """Microseconds of ops on one GPU of a cluster. The time of an op on padded batches is scaled by the filled share.
 
-    `attention_share`: of the pairs of a query and a key that the ops are taken to compute, those that meet in one
-    document: the rules see whole packs, and a rank that holds several packs sees them as one.
+    `attention_share`: the share of query-key pairs that lie within one document. The FLOP rules count all pairs of a
+    rank's tokens, also between packs.
     """
 
     def __init__(self, cluster: Cluster, *, attention_share: float = 1.0) -> None:
@@ -36,9 +36,9 @@ class DeviceTimes(OpTimes):
         self._known: dict[fx.Node, float] = {}
 
     def microseconds(self, node: fx.Node) -> float:
-        """How long a node computes; a loop takes all its rounds, a collective and its wait nothing.
+        """Microseconds of compute of a node. A loop takes all its iterations; a collective and its wait take 0.
 
-        A run of fused ops takes as long as reading what it needs and writing what others need of it.
+        A run of fused ops takes the time to read its inputs and write its outputs.
         """
         if node.op != "call_function" or node.target in COLLECTIVES or node.target is WAIT or is_view(node):
             return 0.0
@@ -67,14 +67,15 @@ class DeviceTimes(OpTimes):
 
 
 def workspace_on(device_type: str) -> Callable[[fx.Node], int]:
-    """What tells the workspace of an op on a GPU ("cuda") or on a CPU."""
+    """The function from a node to its op's workspace in bytes, for `device_type` "cuda" or "cpu"."""
     return op_workspace if device_type == "cpu" else device_workspace
 
 
 def device_workspace(node: fx.Node) -> int:
-    """Bytes that the op of a node allocates on a GPU beyond its outputs while it runs; of a loop none of its own.
+    """Bytes that the op of a node allocates on a GPU beyond its outputs while it runs; 0 for a loop.
 
-    The rules of the memory plan; blocks of a ring are taken to be FlashAttention's, whose backward alone needs some.
+    The rules are those of the memory plan. Ring attention is assumed to run FlashAttention on its blocks, which
+    needs workspace only in the backward.
     """
     name = _op_name(node)
     if not name.startswith("ftrain::ring_"):
@@ -89,7 +90,7 @@ def device_workspace(node: fx.Node) -> int:
 
 
 def _product_dtype(node: fx.Node) -> torch.dtype:
-    """The dtype that a product computes in: the narrowest of its matrices'."""
+    """The dtype in which a product computes: the narrowest floating dtype of its matrices."""
     values = [sized(n) for n in node.all_input_nodes]
     wide = [v.dtype for v in values if isinstance(v, Tensor) and v.dim() > 1 and v.dtype.is_floating_point]
     return min(wide, key=lambda dtype: dtype.itemsize, default=torch.float32)

@@ -1,4 +1,4 @@
-"""What a graph costs: floating point operations and bytes moved, per node."""
+"""FLOPs and bytes moved, by node and for a whole graph."""
 
 import operator
 import re
@@ -33,7 +33,7 @@ def _recurrent(x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Any, **__: Any) ->
     return 2 * x.numel() // x.shape[-1] * (w_in.numel() + w_hidden.numel())
 
 
-# Of ATen's ops that torch's own registry leaves out, and of ours in their place.
+# FLOPs of ATen's ops that torch's registry leaves out, and of our ops that replace them.
 _ATEN: dict[str, Callable[..., int]] = {
     "aten::mv": lambda a, x, **_: 2 * a.numel(),
     "aten::addmv": lambda bias, a, x, **_: 2 * a.numel(),
@@ -52,7 +52,11 @@ _ATEN: dict[str, Callable[..., int]] = {
 
 
 class NodeCost(NamedTuple):
-    """FLOPs (a multiply-add is two) and bytes read and written by one node; `recomputed`: a copy for the backward."""
+    """The cost of one node in one run of the graph; the node of a loop's body counts for all iterations.
+
+    `name`, `op`: the node's name and its target. `phase`: "forward", "backward" or "step". `path`: the parameter's.
+    `flops`: a multiply-add is two. `bytes`: read and written. `recomputed`: the node is a copy for the backward.
+    """
 
     name: str
     op: str
@@ -65,10 +69,13 @@ class NodeCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """`flops` and `bytes` of one run; `by_phase` FLOPs of forward, backward and step; `nodes` in order of the graph.
+    """The cost of one run of a graph.
 
-    `unpriced`: ops that compute products by their name and have no rule; their FLOPs are missing in the sums.
-    `unknown`: the sizes that depend on data, which are counted as the largest that they can be.
+    - `flops`, `bytes`: sums over all nodes. `by_phase`: FLOPs of "forward", "backward" and "step".
+    - `nodes`: the cost of each node, in the order of the graph.
+    - `unpriced`: ops whose name says that they compute products and that have no FLOP rule. Their FLOPs are missing
+      in the sums.
+    - `unknown`: sizes that depend on data; each counts with its largest possible value.
     """
 
     flops: int
@@ -80,16 +87,16 @@ class Cost:
 
     @property
     def model_flops(self) -> int:
-        """FLOPs of the model's forward and backward, each once: without recompute, and without the optimizer.
+        """FLOPs of forward and backward, without recompute and without the optimizer.
 
-        What a utilisation is measured by (Chowdhery et al. 2022, "PaLM", appendix B): it falls where recompute takes
-        time.
+        The numerator of model FLOPs utilization, which falls where recompute takes time (Chowdhery et al. 2022, "PaLM",
+        appendix B).
         """
         return sum(n.flops for n in self.nodes if n.phase in ("forward", "backward") and not n.recomputed)
 
 
 def graph_cost(module: fx.GraphModule) -> Cost:
-    """Add up all nodes; a loop's body counts as often as it runs."""
+    """The cost of one run of a graph. The body of a loop counts once for each iteration."""
     nodes = list(_node_costs(module, 1))
     by_phase: dict[str, int] = {}
     for node in nodes:
@@ -99,7 +106,7 @@ def graph_cost(module: fx.GraphModule) -> Cost:
 
 
 def _unpriced(module: fx.GraphModule) -> set[str]:
-    """The ops of a graph that are products by their name and have no rule."""
+    """Names of the graph's ops that `is_product` and not `has_flops`, bodies of loops included."""
     found: set[str] = set()
     for node in module.graph.nodes:
         if is_loop(node):
@@ -110,12 +117,12 @@ def _unpriced(module: fx.GraphModule) -> set[str]:
 
 
 def is_product(op: torch._ops.OpOverload) -> bool:
-    """True for an op that by its name multiplies matrices: a product, a convolution, attention, a recurrent layer."""
+    """True if an op's name says that it multiplies matrices: a product, a convolution, attention, a recurrent layer."""
     return any(_PRODUCT.fullmatch(word) for word in op._schema.name.split("::")[1].split("_"))
 
 
 def has_flops(op: torch._ops.OpOverload) -> bool:
-    """True if there is a rule for the FLOPs of an op."""
+    """True if an op has a FLOP rule."""
     name = op._schema.name
     return name in FLOPS or name in _ATEN or op.overloadpacket in flop_registry
 
@@ -145,12 +152,12 @@ def _node_costs(module: fx.GraphModule, times: int) -> list[NodeCost]:
 
 
 def node_traffic(node: fx.Node) -> int:
-    """Bytes that a node reads and writes; a view moves none."""
+    """Bytes that a node reads and writes: all its inputs and outputs, and 0 for a view."""
     return 0 if is_view(node) else sum(_bytes(sized(n)) for n in [node, *node.all_input_nodes])
 
 
 def is_view(node: fx.Node) -> bool:
-    """True for an op whose result looks at the memory of its argument, and for parts of a tuple."""
+    """True for an op whose result shares its argument's memory, and for `getitem` of a tuple."""
     target = node.target
     return target in (torch.ops.aten._unsafe_view.default, operator.getitem) or (
         isinstance(target, torch._ops.OpOverload) and target.is_view
@@ -158,7 +165,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def node_flops(node: fx.Node) -> int:
-    """FLOPs of matrix-like ops (products, convolutions, attention); elementwise ops count as zero."""
+    """FLOPs of a product, convolution, attention or recurrent layer; 0 for elementwise ops and for loops."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return 0

@@ -1,4 +1,4 @@
-"""What the device at hand can do, measured rather than looked up, but for its link to the host."""
+"""The speed and memory of this machine's devices. Speeds are measured, except that of the link to the host."""
 
 import os
 import statistics
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-# Bytes/s of copies between pinned memory and the card, each direction, by a part of the card's name; the first that
-# fits counts. The interfaces are those of NVIDIA's data sheets (PCIe 5 x16: 63 GB/s, PCIe 4 x16: 31.5, PCIe 3 x16:
-# 15.8, NVLink-C2C of a GH200: 450). Of PCIe copies get 76% to 87% (headers of packets, flow control), about 55 of 63;
-# of C2C 78% is counted on. A machine may have fewer lanes or share them: then give Remat(offload=...) a number.
+# Bytes/s of copies between pinned memory and the card, in each direction, by a part of the card's name; the first
+# match counts. The interfaces are those of NVIDIA's data sheets (PCIe 5 x16: 63 GB/s, PCIe 4 x16: 31.5, PCIe 3 x16:
+# 15.8, NVLink-C2C of a GH200: 450). Copies reach 76% to 87% of PCIe (packet headers, flow control); for C2C we assume
+# 78%. A machine may have fewer lanes or share them: then give Remat(offload=...) a number.
 _HOST_LINKS = {
     "GH200": 350e9, "H100": 55e9, "H200": 55e9, "H20": 55e9, "B200": 55e9,
     "A100": 25e9, "A800": 25e9, "A10": 25e9, "A40": 25e9, "L4": 25e9, "L40": 25e9, "RTX 30": 25e9, "RTX 40": 25e9,
@@ -21,10 +21,15 @@ _ROUNDS = 9
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a matrix product that is large enough to be compute bound: the median of a few rounds.
+    """FLOP/s of a compute-bound matrix product on `device` in `dtype`, measured: the median of a few rounds.
 
-    The denominator of MFU. Factors are random numbers: of ones a GPU makes products up to 13% faster, since fewer bits
-    change. On CUDA the side is larger, so that the tensor cores are busy; at most 384 MiB are taken.
+    The denominator of MFU. The matrices hold random numbers, because a GPU multiplies ones up to 13% faster (fewer bits
+    flip). On CUDA the matrices are larger, to keep the tensor cores busy; they take at most 384 MiB.
+
+    >>> import torch
+    >>> from ftrain.analysis.hardware import peak_flops
+    >>> peak_flops(torch.device("cpu")) > 1e8
+    True
     """
     side = _SIDE if device.type == "cpu" else (8 if dtype.itemsize <= 2 else 4) * _SIDE
     generator = torch.Generator(device).manual_seed(0)
@@ -34,9 +39,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> floa
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s that a copy of a tensor too large for caches reads and writes: the median of a few rounds.
+    """Bytes/s, read plus written, of a copy too large for the caches, measured: the median of a few rounds.
 
-    On CUDA 512 MiB are taken: a state may lie there already.
+    It takes 512 MiB on CUDA (small beside a training state that may be there already) and 128 MiB on a CPU.
+
+    >>> import torch
+    >>> from ftrain.analysis.hardware import copy_bandwidth
+    >>> copy_bandwidth(torch.device("cpu")) > 1e7
+    True
     """
     source = torch.ones((64 if device.type == "cuda" else 16) << 20, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -44,7 +54,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, *, repeats: int = 1) -> float:
-    """The median over rounds of so many `repeats`, for one of them; a round that warms up is left out."""
+    """Seconds of one `work()`: the median over rounds of `repeats` calls each, after one round to warm up."""
 
     def one_round() -> float:
         _wait(device)
@@ -59,7 +69,7 @@ def _seconds(work: Callable[[], object], device: torch.device, *, repeats: int =
 
 
 def host_bandwidth(device: torch.device) -> float | None:
-    """Bytes/s of a card's link to pinned memory of the host, each direction; None on a CPU, and of cards not listed."""
+    """Bytes/s between a card and pinned host memory, in each direction; None for a CPU and for cards not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -67,9 +77,10 @@ def host_bandwidth(device: torch.device) -> float | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: of the card, with what torch's allocator keeps unused, or of the machine.
+    """Bytes that can still be allocated on a device.
 
-    ValueError of a card that is not here.
+    For a card: its free memory and what torch's allocator has reserved and not handed out. For a CPU: the free memory
+    of the machine. ValueError if `device` is a card and this machine has none.
     """
     if device.type == "cuda":
         _require_card(device)
@@ -79,7 +90,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def device_bytes(device: torch.device) -> int:
-    """All memory of the card, or of the machine. ValueError of a card that is not here."""
+    """Bytes of all memory of a card, or of the machine for a CPU.
+
+    ValueError if `device` is a card and this machine has none.
+
+    >>> import torch
+    >>> from ftrain.analysis.hardware import device_bytes, free_bytes
+    >>> cpu = torch.device("cpu")
+    >>> 0 < free_bytes(cpu) <= device_bytes(cpu)
+    True
+    """
     if device.type == "cuda":
         _require_card(device)
         return torch.cuda.get_device_properties(device).total_memory
@@ -88,7 +108,9 @@ def device_bytes(device: torch.device) -> int:
 
 def _require_card(device: torch.device) -> None:
     if not torch.cuda.is_available():
-        raise ValueError(f"there is no {device} here whose memory could be asked: give a budget in bytes, e.g. '60GiB'")
+        raise ValueError(
+            f"this machine has no {device}, so its memory is not known: give a budget in bytes, e.g. '60GiB'"
+        )
 
 
 def _wait(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The memory plan: the bytes that a step needs, from the graph alone (see `ftrain.analysis.pieces` for the rules)."""
+"""The memory plan: the bytes that a step needs, computed from the graph by the rules of `ftrain.analysis.pieces`."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +10,11 @@ from ftrain.graph.sizes import unknown_sizes
 
 
 class LiveTensor(NamedTuple):
-    """A tensor alive at the peak: bytes, the node that made it, its parameter path, source line and phase."""
+    """A tensor in memory at the peak.
+
+    `bytes`: its size. `node`: the name of the node that allocates it. `path`: the path of the parameter that the node
+    belongs to. `source`: the user's line. `phase`: "forward", "backward" or "step".
+    """
 
     bytes: int
     node: str
@@ -21,15 +25,19 @@ class LiveTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes over the run of a graph.
+    """The memory, in bytes, of one run of a graph.
 
-    `inputs`: the arguments, alive throughout (state and batch). `peak`: the most alive at once beyond them, workspace
-    of ops included. `timeline`: (node name, bytes alive beyond the inputs while it runs). `top`: what is alive at the
-    peak, largest first; where the peak is in a loop, also what its body holds then. `host`: the most bytes at once that
-    offloaded tensors take on the host; no part of the others. `libraries`: what libraries keep of the device's
-    allocator from their first use on (cuBLAS's workspace), in none of the others. `reserved_share`: bytes that the
-    allocator takes of the device for each that it hands out, an estimate (see `ftrain.analysis.cuda_allocator`); on a
-    CPU 1. `unknown`: the sizes that depend on data, which are counted as the largest that they can be.
+    - `inputs`: the arguments (state and batch), in memory throughout.
+    - `peak`: the most bytes beyond the inputs at any time, workspace of ops included. `peak_node`: the name of the
+      node that runs then; empty if `peak` is 0.
+    - `timeline`: pairs of a node's name and the bytes beyond the inputs while it runs, in the order of the graph.
+    - `top`: the tensors in memory at the peak, largest first; if the peak is in a loop, also those of its body.
+    - `host`: the most bytes of offloaded tensors on the host at any time. Not part of the other fields.
+    - `libraries`: bytes that libraries keep from the device's allocator after their first use (cuBLAS's workspace).
+      Not part of the other fields.
+    - `reserved_share`: bytes that the allocator reserves for each byte that it hands out, an estimate (see
+      `ftrain.analysis.cuda_allocator`); 1 on a CPU.
+    - `unknown`: sizes that depend on data; each counts with its largest possible value.
     """
 
     inputs: int
@@ -44,25 +52,28 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Inputs and peak together: what a budget bounds."""
+        """Bytes of inputs and peak together. A budget limits this sum."""
         return self.inputs + self.peak
 
     @property
     def allocated(self) -> int:
-        """What the allocator hands out at the peak: the total and what libraries keep."""
+        """Bytes that the allocator hands out at the peak: the total and what libraries keep."""
         return self.total + self.libraries
 
     @property
     def reserved(self) -> int:
-        """What the allocator will have taken of the device, by `reserved_share`: an estimate.
+        """An estimate, by `reserved_share`, of the bytes that the allocator reserves on the device.
 
-        A process takes more: CUDA's context (about half a GiB) and NCCL's buffers are not the allocator's.
+        A process needs more: CUDA's context (about half a GiB) and NCCL's buffers do not come from this allocator.
         """
         return round(self.reserved_share * self.allocated)
 
 
 def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
-    """Walk the graph; `round_to` is the allocator's granularity in bytes (512 on CUDA, 1 for CPU storages)."""
+    """The memory plan of a graph in its current order, without `libraries` and `reserved_share`.
+
+    `round_to`: the granularity of the allocator in bytes (512 on CUDA, 1 on a CPU).
+    """
     pieces = Pieces.of(module, round_to=round_to)
     totals = zip(pieces.nodes, pieces.total.tolist(), strict=True)
     at = int(pieces.total.argmax()) if pieces.peak else None
@@ -72,22 +83,22 @@ def plan_memory(module: fx.GraphModule, *, round_to: int = 1) -> MemoryPlan:
         peak_node="" if at is None else pieces.nodes[at].name,
         timeline=[(node.name, total) for node, total in totals if node.op != "placeholder"],
         top=sorted(_top(pieces), reverse=True),
-        host=int(pieces.away.max(initial=0)),
+        host=int(pieces.live_on_host.max(initial=0)),
         unknown=unknown_sizes(module),
     )
 
 
 def _top(pieces: Pieces) -> list[LiveTensor]:
-    """What is alive at the peak, in the body of a loop too where that is the peak's node."""
+    """The tensors in memory at the peak; if a loop is the peak's node, also those of its body."""
     if not pieces.peak:
         return []
     at = int(pieces.total.argmax())
     inner = _top(pieces.bodies[at]) if at in pieces.bodies else []
-    return [_describe(pieces.owners[p], int(pieces.sizes[p])) for p in pieces.alive_at(at)] + inner
+    return [_describe(pieces.owners[p], int(pieces.sizes[p])) for p in pieces.live_at(at)] + inner
 
 
 def input_bytes(module: fx.GraphModule) -> int:
-    """Bytes of the arguments, and of tensors that the step captures."""
+    """Bytes of the arguments and of the tensors that the step captures."""
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     captured = {s: size for n in module.graph.nodes if n.op == "get_attr" for s, size in storages_of(n)}
     return sum(size for n in given for _, size in storages_of(n)) + sum(captured.values())

@@ -1,4 +1,4 @@
-"""Bytes alive over the run of a step, by what they are: the picture behind the memory plan."""
+"""The memory of a step over time, by kind: activations, gradients, and so on."""
 
 from typing import NamedTuple
 
@@ -8,15 +8,18 @@ from torch import fx
 from ftrain.analysis.pieces import Pieces
 
 KINDS = ("activations", "gradients and backward", "update", "gathered parameters", "workspace")
+"""The kinds of memory, in the order of `Sample.bytes`."""
 _KIND_OF_PHASE = {"forward": KINDS[0], "backward": KINDS[1]}
 
 
 class Sample(NamedTuple):
-    """Bytes alive beyond the inputs while a node runs.
+    """The bytes in memory beyond the inputs while one node runs.
 
-    `loop`: the loop it is inside of, if any (one round is shown). `bytes`, in the order of `KINDS`: made by the forward
-    pass, by the backward pass (what it computes again included), by the rest of the step (optimizer, accumulators), by
-    gathers of parameters, and workspace of the op itself. `host`: what offloaded tensors take on the host.
+    - `node`: the node. `loop`: the names of the loops around it, outermost first; empty outside of loops.
+    - `bytes`: by kind, in the order of `KINDS`: memory allocated by the forward pass, by the backward pass (recompute
+      included), by the rest of the step (optimizer, accumulators) and by gathers of parameters, and the workspace of
+      the op itself.
+    - `host`: bytes of offloaded tensors on the host.
     """
 
     node: fx.Node
@@ -26,23 +29,26 @@ class Sample(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All kinds together."""
+        """Bytes of all kinds together, without `host`."""
         return sum(self.bytes)
 
 
 def memory_timeline(module: fx.GraphModule, *, round_to: int = 1) -> list[Sample]:
-    """One sample per node in the order in which they run; of a loop, one round of its body on top of the rest."""
+    """One sample per node, in the order of the graph; a loop gives the samples of one iteration of its body.
+
+    `round_to`: the granularity of the allocator in bytes (512 on CUDA, 1 on a CPU).
+    """
     return _samples(Pieces.of(module, round_to=round_to))
 
 
 def _samples(pieces: Pieces) -> list[Sample]:
     kinds = [kind_of(owner) for owner in pieces.owners]
-    alive = [pieces.alive(np.where(np.array(kinds) == kind, pieces.device, 0)) for kind in KINDS]
+    live = [pieces.sum_live(np.where(np.array(kinds) == kind, pieces.device, 0)) for kind in KINDS]
     samples: list[Sample] = []
     for i, node in enumerate(pieces.nodes):
         if node.op in ("placeholder", "get_attr"):
             continue
-        base, host = tuple(int(of_kind[i]) for of_kind in alive), int(pieces.away[i])
+        base, host = tuple(int(of_kind[i]) for of_kind in live), int(pieces.live_on_host[i])
         if i in pieces.bodies:
             body = _samples(pieces.bodies[i])
             outside = host - max((inner.host for inner in body), default=0)
@@ -55,16 +61,17 @@ def _samples(pieces: Pieces) -> list[Sample]:
 
 
 def kind_of(owner: fx.Node) -> str:
-    """Which of `KINDS` a piece of memory counts as, by the purpose or the phase of the node that made it."""
+    """The kind, one of `KINDS`, of the memory that a node allocates, by the node's purpose or phase."""
     if owner.meta.get("purpose") == "fsdp_gather":
         return KINDS[3]
     return _KIND_OF_PHASE.get(owner.meta.get("phase", ""), KINDS[2])
 
 
 def inputs_by_argument(module: fx.GraphModule) -> dict[str, int]:
-    """Bytes of the arguments by the first two names of their paths: `state.params`, `state.opt_state`, `batch`.
+    """Bytes of the arguments, by argument, largest first; the first argument is split into its members.
 
-    Only the step's first argument is divided further; a member that is one leaf counts under the argument itself.
+    Keys are e.g. `state.params`, `state.opt_state` and `batch`. A member of the first argument that is a single leaf
+    counts under the argument itself.
     """
     groups: dict[str, int] = {}
     first = ""

@@ -1,4 +1,4 @@
-"""Measured memory: how many bytes a call really had alive at its peak, as the allocator saw it."""
+"""Measured memory: the peak bytes of a call, from the counters and events of the allocator."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,9 +8,9 @@ from torch.autograd.profiler import profile
 
 
 class PeakBytes(NamedTuple):
-    """Bytes above what was alive before the call: the most at once (`peak`), and what is left after it (`kept`).
+    """Bytes allocated by a call, beyond those allocated before it.
 
-    `kept` counts the call's result (while the meter holds it) and whatever else the call did not free.
+    `peak`: the most at any time. `kept`: those left after the call: its result, and whatever else it did not free.
     """
 
     peak: int
@@ -18,8 +18,8 @@ class PeakBytes(NamedTuple):
 
 
 class CardBytes(NamedTuple):
-    """`PeakBytes` on CUDA, and what the card gave for them: the most that torch's allocator had `reserved` during the
-    call beyond what it had handed out before. Blocks that were cached before the call count.
+    """`PeakBytes` on CUDA, and `reserved`: the most bytes that the allocator had reserved during the call, beyond
+    those that were allocated before it. Blocks that were cached before the call count.
     """
 
     peak: int
@@ -28,12 +28,17 @@ class CardBytes(NamedTuple):
 
 
 def measure_peak(function: Callable[[], Any]) -> PeakBytes:
-    """Call `function()` once and measure the bytes that it allocates beyond those alive before.
+    """Call `function()` once and measure the bytes that it allocates.
 
-    On CUDA (when the process has used it) from the caching allocator's own counters; else from the CPU allocator's
-    events, so that what an op allocates for itself while it runs is counted. Buffers that libraries take past torch's
-    allocator (oneDNN and MKL scratch, the stack) are not seen. Frees of older tensors do not lower the peak. Call the
-    function once before, so that tracing and first-call caches are not measured.
+    If the process uses CUDA, the counters of the caching allocator are read; else the events of the CPU allocator.
+    Workspace of ops counts. Memory that libraries take past torch's allocator (scratch of oneDNN and MKL, the stack)
+    does not. Call the function once before, so that tracing and caches of the first call are not measured.
+
+    >>> import torch
+    >>> from ftrain.analysis.meter import measure_peak
+    >>> x = torch.ones(1000)  # 4,000 bytes
+    >>> measure_peak(lambda: (x + x).exp())
+    PeakBytes(peak=8000, kept=4000)
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return PeakBytes(*measure_card(function)[:2])
@@ -46,7 +51,10 @@ def measure_peak(function: Callable[[], Any]) -> PeakBytes:
 
 
 def allocation_deltas(function: Callable[[], Any]) -> list[int]:
-    """The CPU allocator's events of one call in order of time: bytes taken (positive) and given back (negative)."""
+    """The CPU allocator's events during one call of `function()`, in order of time, in bytes.
+
+    Allocations are positive, frees negative. The result of the call is not freed.
+    """
     with profile(use_kineto=True, profile_memory=True) as recorded:
         result = function()
     del result
@@ -54,16 +62,16 @@ def allocation_deltas(function: Callable[[], Any]) -> list[int]:
 
 
 def _memory_events(recorded: Any) -> list[Any]:
-    """The profiler's raw memory events: private, so this is the one place that knows them."""
+    """The profiler's raw memory events. They are private to torch; only this function reads them."""
     events = recorded.kineto_results.events()
     return sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
 
 
 def measure_card(function: Callable[[], Any]) -> CardBytes:
-    """Call `function()` once and measure what it allocates on the current CUDA device, and what is reserved for it.
+    """Call `function()` once and measure the bytes that it allocates and reserves on the current CUDA device.
 
-    Call it once before, as for `measure_peak`. To leave out blocks that other work left in the cache, call
-    `torch.cuda.empty_cache()` before.
+    Call the function once before, as for `measure_peak`. To exclude blocks that other work left in the allocator's
+    cache, call `torch.cuda.empty_cache()` first.
     """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""What each opaque op of all floors costs beyond its shapes; see `ftrain.kernels.workspace` for what a rule is."""
+"""Workspace and FLOP rules of the opaque ops of kernels and sharding; `ftrain.kernels.workspace` defines a rule."""
 
 from collections.abc import Callable
 
@@ -6,4 +6,6 @@ from ftrain.kernels import workspace
 from ftrain.sharding import ring_cost
 
 WORKSPACE: dict[str, Callable[..., int]] = {**workspace.WORKSPACE, **ring_cost.WORKSPACE}
+"""By the name of an op, the function from its arguments to the bytes of its workspace."""
 FLOPS: dict[str, Callable[..., int]] = {**workspace.FLOPS, **ring_cost.FLOPS}
+"""By the name of an op, the function from its arguments to its FLOPs."""

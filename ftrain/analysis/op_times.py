@@ -1,4 +1,4 @@
-"""How long a node takes, before it is run: measured on this device where it was, else by a roofline."""
+"""The time of a node before it runs: as measured on this device earlier, else estimated by a roofline."""
 
 import json
 import logging
@@ -28,9 +28,13 @@ _log = logging.getLogger("ftrain.analysis.op_times")
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does at most: FLOP/s of matrix products by dtype, bytes/s of its memory, and of copies to the host.
+    """The peak speed of a device.
 
-    `launch`: microseconds that an op costs beyond its work. `efficiency`: the share of the peak that large ops reach.
+    - `name`: names the file of measured times.
+    - `flops`: FLOP/s of matrix products, by dtype; float32 must be there.
+    - `bandwidth`: bytes/s of its memory. `host_link`: bytes/s of copies from or to the host.
+    - `launch`: microseconds that an op takes beyond its work.
+    - `efficiency`: the share of `flops` that large ops reach.
     """
 
     name: str
@@ -41,12 +45,12 @@ class Speed:
     efficiency: float = 0.7
 
     def flops_of(self, dtype: torch.dtype) -> float:
-        """FLOP/s in a dtype; of one that is not listed, those of float32."""
+        """FLOP/s in `dtype`; those of float32 if `dtype` is not listed."""
         return self.flops.get(dtype, self.flops[torch.float32])
 
 
-# NVIDIA's data sheet of the H100 SXM; of its memory's 3.35 TB/s kernels reach about 80%.
-_CARD_ON_PAPER = Speed(
+# NVIDIA's data sheet of the H100 SXM; kernels reach about 80% of its memory's 3.35 TB/s.
+_ABSENT_CARD = Speed(
     "h100-data-sheet",
     {torch.bfloat16: 989.4e12, torch.float16: 989.4e12, torch.float32: 67e12},
     bandwidth=2.7e12,
@@ -57,9 +61,17 @@ _CARD_ON_PAPER = Speed(
 
 @cache
 def speed_of(device: torch.device) -> Speed:
-    """The device at hand, measured once (a fraction of a second); a card that is not here is an H100 on paper."""
+    """The speed of a device of this machine, measured at the first call (a fraction of a second).
+
+    A card that this machine does not have is taken to be an H100, with the figures of its data sheet.
+
+    >>> import torch
+    >>> from ftrain.analysis.op_times import speed_of
+    >>> speed_of(torch.device("cpu")).flops_of(torch.float32) > 1e8
+    True
+    """
     if absent_device([device]) is not None:
-        return _CARD_ON_PAPER
+        return _ABSENT_CARD
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     flops = {dtype: peak_flops(device, dtype) for dtype in dtypes}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
@@ -69,16 +81,30 @@ def speed_of(device: torch.device) -> Speed:
 
 @dataclass
 class OpTimes:
-    """Microseconds of ops by what they are given: `measured` (by op, shapes and dtypes) over a roofline."""
+    """Microseconds of ops on a device: measured ones where there are any, else estimates by a roofline.
+
+    `speed`: the device, for the roofline. `measured`: microseconds by `op_key`.
+
+    >>> import torch
+    >>> import ftrain
+    >>> from ftrain.analysis.op_times import OpTimes, Speed
+    >>> speed = Speed("example", {torch.float32: 1e12}, bandwidth=1e11, host_link=1e10, launch=1.0, efficiency=0.5)
+    >>> x = ftrain.Aval((1000, 1000), torch.float32, torch.device("cpu"))
+    >>> graph = ftrain.jit(lambda a: a @ a, backend="aten").lower(x).graph
+    >>> round(sum(OpTimes(speed).microseconds(node) for node in graph.graph.nodes))  # 2e9 FLOPs at 5e11 a second
+    4001
+    """
 
     speed: Speed
     measured: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def on(device: torch.device, mesh: Mesh | None = None) -> "OpTimes":
-        """For the device at hand, with what was measured on it before (`FTRAIN_CACHE`, default ~/.cache/ftrain).
+        """Times on a device of this machine, with what `save` has kept of it.
 
-        On a mesh of processes all take rank 0's: graphs that are planned by times must be the same on all ranks.
+        The file is in the folder `FTRAIN_CACHE`, by default ~/.cache/ftrain. A file that cannot be read is ignored with
+        a warning in the log. On a mesh of processes all ranks get rank 0's times, because all ranks must plan the same
+        graph.
         """
         speed = speed_of(device)
         file = cache_file(speed.name)
@@ -86,7 +112,10 @@ class OpTimes:
         return same_everywhere(times, mesh)
 
     def save(self) -> Path:
-        """Write what was measured beside that of other devices; the file is replaced at once."""
+        """Write the measured times to the cache file of the device, atomically, and return its path.
+
+        OSError if the folder cannot be written.
+        """
         file = cache_file(self.speed.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = file.with_suffix(f".{os.getpid()}")
@@ -95,7 +124,7 @@ class OpTimes:
         return file
 
     def microseconds(self, node: fx.Node) -> float:
-        """How long a node takes; a loop takes all its rounds, a copy from or to the host no more than its launch."""
+        """Microseconds of a node. A loop takes all its iterations, a copy from or to the host only its launch."""
         if node.op != "call_function" or is_view(node):
             return 0.0
         if node.target in (offload_start, fetch_start):
@@ -114,9 +143,9 @@ class OpTimes:
 
 
 def read_times(file: Path) -> dict[str, float]:
-    """Microseconds by `op_key` as `OpTimes.save` writes them; of this device or brought from another.
+    """Read a file that `OpTimes.save` wrote, on this machine or another: microseconds by `op_key`.
 
-    ValueError if there is no such file, or it is not a table of such times.
+    ValueError if the file cannot be read or does not hold such times.
     """
     try:
         found = json.loads(file.read_text())
@@ -130,24 +159,24 @@ def read_times(file: Path) -> dict[str, float]:
 
 
 def op_key(node: fx.Node) -> str:
-    """What a node's time depends on: its op, and the shapes and dtypes that it reads and writes."""
+    """The key of a node's measured time: its op, and the shapes and dtypes of its result and inputs."""
     values = [sized(n) for n in [node, *node.all_input_nodes]]
     return "|".join([op_name(node), *map(_show, values)])
 
 
 def cache_file(device: str) -> Path:
-    """Where the times of a device are kept."""
+    """The file with the measured times of the device of this name."""
     named = os.environ.get("FTRAIN_CACHE")
     folder = Path(named) if named else Path.home() / ".cache" / "ftrain"
     return folder / f"op-times-{''.join(c if c.isalnum() else '-' for c in device)}.json"
 
 
 def _cached(file: Path) -> dict[str, float]:
-    """What a file of the cache holds: of one that cannot be read nothing, which is said."""
+    """The times in a cache file; none, with a warning in the log, if it cannot be read."""
     try:
         return read_times(file) if file.exists() else {}
     except (ValueError, RecursionError) as error:
-        _log.warning("%s: times are estimated instead; remove the file, and measure anew", error)
+        _log.warning("%s: times are estimated instead; remove the file and measure again", error)
         return {}
 
 

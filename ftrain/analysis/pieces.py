@@ -1,10 +1,12 @@
-"""The pieces of memory of a graph: which node makes each, which nodes look at it, and what counts.
+"""The pieces of memory of a graph: which node allocates each piece, which nodes use it, and which pieces count.
 
-All rules of a memory plan are here. A piece is a storage: views share one. It is alive from the first node that looks
-at it to the last, since the generated program drops a variable right after its last use; results live to the end. What
-an op allocates for itself while it runs is its workspace; that of a loop is what a round of its body needs.
+This file holds all rules of the memory plan. A piece is a storage; views share it. A piece is live from the first node
+that uses it to the last, because the generated program drops each variable right after its last use. Results stay live
+to the end. The memory that an op allocates only while it runs is its workspace; the workspace of a loop is the peak of
+one iteration of its body.
 
-Two ways to ask: `sweep` for an order that is known as a whole, `Walk` for one that is made node by node. They agree.
+There are two ways to sum the live bytes, with equal results: `sweep` for a complete order, `Walk` for an order that is
+built node by node.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,18 +29,20 @@ from ftrain.graph.torch_private import storage_id
 from ftrain.kernels.offload import offload_start, offload_wait
 
 Workspace = Callable[[fx.Node], int]
+"""From a node to the bytes of its op's workspace."""
 NOT_DONATED: Mapping[str, int] = MappingProxyType({})
+"""No donated placeholders."""
 
 
 def storages_of(node: fx.Node) -> list[tuple[int, int]]:
-    """Identity and bytes of each piece of memory that a node's value looks at."""
+    """Identity and bytes of each storage that a node's value uses: one pair per tensor of the value."""
     value, with_sizes = node.meta.get("val"), sized(node)
     pairs = zip(*([v] if not isinstance(v, list | tuple) else v for v in (value, with_sizes)), strict=True)
     return [(storage_id(v), int(s.untyped_storage().nbytes())) for v, s in pairs if isinstance(v, Tensor)]
 
 
 def op_workspace(node: fx.Node) -> int:
-    """Bytes that the op of a node allocates beyond its outputs while it runs; of a loop none of its own."""
+    """Bytes that the op of a node allocates beyond its outputs while it runs; 0 for a loop."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), sized)
@@ -47,7 +51,15 @@ def op_workspace(node: fx.Node) -> int:
 
 
 def sweep(first: np.ndarray, last: np.ndarray, sizes: np.ndarray, moments: int) -> np.ndarray:
-    """The sum at each of so many moments of the sizes of what is alive, each piece from `first` to `last` inclusive."""
+    """The bytes live at each of `moments` moments, int64 `[moments]`.
+
+    `first`, `last`, `sizes`: by piece, the first and last moment (inclusive) at which it is live, and its bytes.
+
+    >>> import numpy as np
+    >>> from ftrain.analysis.pieces import sweep
+    >>> sweep(np.array([0, 1]), np.array([1, 2]), np.array([10, 5]), 4).tolist()
+    [10, 15, 5, 0]
+    """
     change = np.zeros(moments + 2, np.int64)
     np.add.at(change, first, sizes)
     np.add.at(change, last + 1, -sizes)
@@ -56,13 +68,22 @@ def sweep(first: np.ndarray, last: np.ndarray, sizes: np.ndarray, moments: int) 
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of memory of one graph, by number.
+    """The pieces of memory of one graph. Pieces and nodes are identified by their number.
 
-    By piece: `owners`, the node that makes it; `sizes`, bytes as the allocator rounds them; `device`, those of them
-    that count (arguments, captured tensors and what is written over donated ones do not, nor what is on the host);
-    `host`, bytes that an offloaded tensor takes there; `results`, the pieces that outlive the graph. By node, output
-    left out: `made`, the pieces of each tensor of its value; `touched`, those it makes or reads; `workspace`, bytes.
-    `bodies`: the pieces of loops' bodies, by number of the node.
+    By piece, int64 arrays except `owners` and `results`:
+
+    - `owners`: the node that allocates it.
+    - `sizes`: its bytes, rounded as the allocator does.
+    - `device`: the bytes that count. 0 for arguments, captured tensors, memory of donated arguments that is reused, and
+      tensors on the host.
+    - `host`: the bytes that an offloaded tensor takes on the host.
+    - `results`: the pieces that outlive the graph.
+
+    By node, in the order of the graph, without the output:
+
+    - `nodes`: the node. `made`: the piece of each tensor of its value. `touched`: the pieces that it makes or reads.
+    - `workspace`: bytes.
+    - `bodies`: the pieces of a loop's body, by the number of the loop's node.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -87,9 +108,10 @@ class Pieces:
     ) -> Self:
         """The pieces of a graph.
 
-        `round_to`: the allocator's granularity in bytes. `workspace`: what tells the workspace of an op (loops are
-        walked). `donated`: names of placeholders with the outputs that `passes.donate` will write over them, whose
-        memory is then not counted; of a graph that has these writes none.
+        - `round_to`: the granularity of the allocator in bytes.
+        - `workspace`: the workspace of an op. It is not called for loops, whose bodies are analyzed.
+        - `donated`: by the name of a placeholder, the position of the output that `passes.donate` will write over it.
+          Memory of these outputs does not count. Empty for a graph that has these writes already.
         """
         nodes = tuple(n for n in module.graph.nodes if n.op != "output")
         numbers: dict[int, int] = {}
@@ -135,7 +157,7 @@ class Pieces:
 
     @cached_property
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """By piece, the first and the last node that look at it in the graph's order; a result's last is the output."""
+        """By piece, the first and the last node that use it, in the graph's order; for a result, the output is last."""
         first, last = np.zeros(len(self.owners), np.int64), np.zeros(len(self.owners), np.int64)
         for i in range(len(self.nodes) - 1, -1, -1):
             first[list(self.touched[i])] = i
@@ -144,39 +166,39 @@ class Pieces:
         last[list(self.results)] = len(self.nodes)
         return first, last
 
-    def alive(self, sizes: np.ndarray) -> np.ndarray:
-        """By node, in the graph's order, the sum of the sizes (by piece) of what is alive while it runs."""
+    def sum_live(self, sizes: np.ndarray) -> np.ndarray:
+        """By node, in the graph's order: the sum of `sizes`, int64 by piece, over the pieces live while it runs."""
         return sweep(*self.spans, sizes, len(self.nodes))
 
     @cached_property
     def live(self) -> np.ndarray:
-        """By node, in the graph's order: bytes alive beyond the arguments while it runs, without its workspace."""
-        return self.alive(self.device)
+        """By node, in the graph's order: live bytes beyond the arguments while it runs, without its workspace."""
+        return self.sum_live(self.device)
 
     @property
     def total(self) -> np.ndarray:
-        """By node, in the graph's order: bytes alive beyond the arguments while it runs, workspace included."""
+        """By node, in the graph's order: live bytes beyond the arguments while it runs, workspace included."""
         return self.live + self.workspace
 
     @property
     def peak(self) -> int:
-        """The most bytes alive at once beyond the arguments."""
+        """The most live bytes beyond the arguments at any node, workspace included."""
         return int(self.total.max(initial=0))
 
     @cached_property
-    def away(self) -> np.ndarray:
-        """By node: bytes that offloaded tensors take on the host, of a loop with a round of its body."""
-        inner = [self.bodies[i].away.max(initial=0) if i in self.bodies else 0 for i in range(len(self.nodes))]
-        return self.alive(self.host) + np.array(inner, np.int64)
+    def live_on_host(self) -> np.ndarray:
+        """By node: bytes of offloaded tensors on the host while it runs; a loop includes one iteration of its body."""
+        inner = [self.bodies[i].live_on_host.max(initial=0) if i in self.bodies else 0 for i in range(len(self.nodes))]
+        return self.sum_live(self.host) + np.array(inner, np.int64)
 
-    def alive_at(self, node: int) -> list[int]:
-        """The pieces that count and are alive while a node runs in the graph's order."""
+    def live_at(self, node: int) -> list[int]:
+        """The pieces that count and are live while a node runs, in the graph's order."""
         first, last = self.spans
         return np.flatnonzero((first <= node) & (node <= last) & (self.device > 0)).tolist()
 
 
 class Walk:
-    """Bytes alive as the nodes of a graph are run in an order that is made on the way; each may run once."""
+    """Live bytes while the nodes of a graph run in an order that is built node by node. Each node may run once."""
 
     def __init__(self, pieces: Pieces) -> None:
         self._bytes: list[int] = pieces.device.tolist()
@@ -190,22 +212,22 @@ class Walk:
             self._total[p] += 1
         self._left = dict(enumerate(self._total))
         self.live = 0
-        """Bytes alive now, between two nodes."""
+        """Bytes live now, between two nodes."""
         self.peak = 0
-        """The most alive at once so far, workspaces included."""
+        """The most live bytes so far, workspaces included."""
 
     def run(self, node: int) -> None:
-        """Note that a node has run."""
+        """Run a node: update `live` and `peak`."""
         most, self.live = self._run(node, self.live, self._left)
         self.peak = max(self.peak, most)
 
-    def makes(self, *nodes: int) -> int:
-        """Bytes that these nodes make that nothing has made yet."""
+    def allocated_by(self, *nodes: int) -> int:
+        """Bytes of the pieces that these nodes allocate, if they run next."""
         touched = {p for i in nodes for p in self._touched[i]}
         return sum(self._bytes[p] for p in touched if self._left[p] == self._total[p])
 
-    def most(self, *nodes: int) -> int:
-        """The most bytes alive at once, workspaces included, if these nodes are run next, one after the other."""
+    def peak_of(self, *nodes: int) -> int:
+        """The most live bytes, workspaces included, while these nodes run next, one after the other."""
         left = {p: self._left[p] for i in nodes for p in self._touched[i]}
         most, live = 0, self.live
         for i in nodes:
@@ -214,7 +236,7 @@ class Walk:
         return most
 
     def _run(self, i: int, live: int, left: dict[int, int]) -> tuple[int, int]:
-        """Bytes alive while a node runs, and after it; `left` counts the nodes that are yet to look at each piece."""
+        """Live bytes while a node runs, and after it. `left`: by piece, the number of nodes that will still use it."""
         touched = self._touched[i]
         live += sum(self._bytes[p] for p in touched if left[p] == self._total[p])
         during = live + self._workspace[i]
@@ -235,8 +257,9 @@ def _workspace_of(node: fx.Node, workspace: Workspace) -> int:
 
 
 def _written_over(module: fx.GraphModule, donated: Mapping[str, int]) -> set[int]:
-    """Memory of new values that will be made in the place of the old ones: of the update, not of forward or backward,
-    whose values are copied there.
+    """Memory of outputs that will be computed in place of a donated placeholder.
+
+    These are outputs of the update. Outputs of forward and backward are computed elsewhere and copied.
     """
     results = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
     new = [results[i] for i in donated.values()]
@@ -245,7 +268,7 @@ def _written_over(module: fx.GraphModule, donated: Mapping[str, int]) -> set[int
 
 
 def _of_twins(module: fx.GraphModule, made: set[fx.Node]) -> set[int]:
-    """Memory of what ops with a twin in place, and the sums and choices behind them, will never make."""
+    """Memory that is never allocated, because in-place twins replace ops and the sums and selections after them."""
     found: set[int] = set()
     for node in module.graph.nodes if made else ():
         if node.target not in TWINS:

@@ -1,9 +1,9 @@
-"""A rank's program run on paper: a stream of compute, and one of messages on each link.
+"""A simulator of the time of one rank's program: a compute stream, and a stream of messages on each link.
 
-Compute runs one node after the other in the order of the graph. A collective starts when compute reaches it and its
-link is done with what was sent before; compute goes on, and stands still at the wait if the message is not there. A
-loop waits until all links are idle and runs its rounds one after the other. What links there are, which a collective
-uses, how long it takes there, and how much messages slow compute down, are arguments (`Links`).
+The compute stream runs one node after the other in the order of the graph. A collective starts when compute has reached
+it and its link has finished all earlier messages. Compute then continues, and stalls at the wait until the message has
+arrived. A loop starts when all links are idle and runs its iterations one after the other. The links, the time of each
+message and the slowdown of compute by messages are an argument (`Links`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,22 +21,26 @@ from ftrain.sharding.mesh import Mesh
 
 
 class Links(Protocol):
-    """The links of a rank: their `names`, and by how much compute is slower while a message is under way (1: not)."""
+    """The links of a rank, as the simulator reads them."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> tuple[str, ...]:
+        """The names of the links."""
+        ...
 
     @property
-    def slowdown(self) -> float: ...
+    def slowdown(self) -> float:
+        """The factor by which compute is slower while a message is under way; 1 for none."""
+        ...
 
     def message(self, node: fx.Node) -> tuple[str, float]:
-        """The link that the collective of a node uses, and the microseconds that it takes there."""
+        """The name of the link that the collective of a node uses, and the microseconds that it takes there."""
         ...
 
 
 @dataclass(frozen=True)
 class OneLink:
-    """One link for all messages, which are sent whole, padding included, and cost compute nothing."""
+    """One link for all messages of a `mesh`. Messages include padding and do not slow compute down."""
 
     mesh: Mesh
     link: Link
@@ -44,14 +48,18 @@ class OneLink:
     slowdown: float = 1.0
 
     def message(self, node: fx.Node) -> tuple[str, float]:
-        """Microseconds by the bytes that a rank sends."""
+        """The link, and the microseconds of the bytes that a rank sends in the collective of a node."""
         return self.names[0], self.link.microseconds(node_sends(node, self.mesh))
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Microseconds of a step: from first to last op, of compute, of communication, of the part of it during which
-    compute stands still, and of communication by link: a step is as long as each of them is busy.
+    """The time of a step, in microseconds.
+
+    - `step`: from the start of the first op to the end of the last.
+    - `compute`, `communication`: sums over ops and over messages.
+    - `exposed`: the part of communication during which compute stalls.
+    - `links`: communication by the name of the link.
     """
 
     step: float
@@ -62,9 +70,11 @@ class Tally:
 
 
 class Sent(NamedTuple):
-    """One collective: microseconds on the clock when it starts, ends and is waited for, and that compute then stands
-    still; `ran`: all nodes that compute, with their microseconds, of which those in `beside` ran between its start and
-    its wait.
+    """One simulated collective; times are microseconds from the start of the step.
+
+    - `start`, `end`: when the message starts and ends on its link. `awaited`: when compute reaches its wait.
+    - `stall`: microseconds that compute then stalls.
+    - `ran`: all compute nodes in order, with their microseconds. `beside`: the slice of `ran` between start and wait.
     """
 
     node: fx.Node
@@ -77,7 +87,10 @@ class Sent(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a program comes to, and its collectives in the order in which they start; of a loop those of one round."""
+    """The result of a simulation: the times, and the collectives in order of their start.
+
+    `sent` holds the collectives of one iteration of a loop.
+    """
 
     tally: Tally
     sent: tuple[Sent, ...]
@@ -85,8 +98,12 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What each node of a graph costs, in whatever order they run: microseconds of its compute, the link and the
-    microseconds of its message, and of a loop one round.
+    """The costs of a graph's nodes, which do not depend on their order.
+
+    - `compute`: microseconds of each compute node; of a loop, all its iterations.
+    - `messages`: link and microseconds of each collective.
+    - `rounds`: the simulation of one iteration of each loop.
+    - `links`: the links of the rank.
     """
 
     compute: Mapping[fx.Node, float]
@@ -96,7 +113,7 @@ class Costs:
 
     @classmethod
     def of(cls, module: fx.GraphModule, times: OpTimes, links: Links) -> Self:
-        """The costs of a graph's nodes; bodies of loops are run in the order that they have now."""
+        """The costs of a graph's nodes by `times` and `links`; bodies of loops are simulated in their current order."""
         nodes = module.graph.nodes
         messages = {n: links.message(n) for n in nodes if n.target in COLLECTIVES}
         rounds = {n: simulate(loop_body(n), cls.of(loop_body(n), times, links)) for n in nodes if is_loop(n)}
@@ -113,26 +130,29 @@ def _count(loop: fx.Node) -> int:
 
 
 class Streams:
-    """The clock of compute, and what each link has sent, after some nodes of a graph have run."""
+    """The state of a simulation: the clock of compute and the messages of each link, after some nodes have run."""
 
     def __init__(self, costs: Costs) -> None:
         self._costs, self._slower = costs, costs.links.slowdown
         self.clock = 0.0
-        """Microseconds when compute is free for the next node."""
+        """The time, in microseconds, at which compute can run the next node."""
         self._free = dict.fromkeys(costs.links.names, 0.0)
         self._ends: dict[fx.Node, float] = {}
 
     @property
     def sent(self) -> float:
-        """Microseconds when all links are idle."""
+        """The time, in microseconds, from which all links are idle."""
         return max(self._free.values())
 
     def was_sent(self, collective: fx.Node) -> bool:
-        """True if the message of a collective is there or under way."""
+        """True if the message of a collective has been started."""
         return collective in self._ends
 
     def until(self, node: fx.Node) -> float:
-        """When compute is free again if a node runs next; a wait lasts until its message is there."""
+        """The time, in microseconds, at which compute is free again if a node runs next.
+
+        A wait ends when its message has arrived.
+        """
         costs = self._costs
         if node.target is WAIT:
             return max(self.clock, self._ends.get(node.args[0], 0.0))  # type: ignore[arg-type]
@@ -143,7 +163,7 @@ class Streams:
         return self.clock + (took + slowed * (self._slower - 1))
 
     def run(self, node: fx.Node) -> tuple[float, float]:
-        """Run a node next; when it starts and ends, of a collective on its link, of all others on compute."""
+        """Run a node next. Return when it starts and ends: a collective on its link, any other node on compute."""
         if node in self._costs.messages:
             link, took = self._costs.messages[node]
             start = max(self.clock, self._free[link])
@@ -154,7 +174,7 @@ class Streams:
 
 
 def simulate(module: fx.GraphModule, costs: Costs) -> Run:
-    """Run a graph on paper in the order that it has now; `costs` are those of its nodes."""
+    """Simulate a graph in its current order. `costs`: those of its nodes, by `Costs.of`."""
     streams = Streams(costs)
     exposed = 0.0
     busy = dict.fromkeys(costs.links.names, 0.0)

@@ -1,8 +1,7 @@
-"""What ATen's CPU ops allocate beyond their outputs while they run, as far as it can matter to a peak.
+"""The workspace of ATen's CPU ops: the memory that they allocate beyond their outputs while they run.
 
-Each rule was read off the allocator's events, op by op (torch 2.11 to 2.13; test_workspace.py measures again). Scalars,
-per-row buffers and index conversions of a few KiB are left out. What few ops need on CUDA is in
-`workspace_cuda.py`.
+Each rule was measured from the allocator's events, op by op (torch 2.11 to 2.13; test_workspace.py measures again).
+Scalars, per-row buffers and index conversions of a few KiB are left out. The rules for CUDA are in `workspace_cuda.py`.
 """
 
 import functools
@@ -18,13 +17,16 @@ from ftrain.analysis.workspace_cuda import cuda_workspace
 
 
 def aten_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """Bytes that `op(*args, **kwargs)` allocates for itself at most, where its tensors are; they may be fake."""
+    """At most how many bytes of workspace `op(*args, **kwargs)` allocates, on CUDA or CPU. Tensors may be fake."""
     devices = {t.device.type for t in _tensors(args)}
     return cuda_workspace(op, args, kwargs) if devices == {"cuda"} else cpu_workspace(op, args, kwargs)
 
 
 def cpu_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """Bytes that `op(*args, **kwargs)` allocates for itself at most; tensors may be fake. 0 off the CPU."""
+    """At most how many bytes of workspace `op(*args, **kwargs)` allocates on a CPU; 0 if a tensor is elsewhere.
+
+    Tensors may be fake.
+    """
     tensors = _tensors((*args, *kwargs.values()))
     if not tensors or any(t.device.type != "cpu" for t in tensors):
         return 0
@@ -40,7 +42,7 @@ def _tensors(values: tuple) -> list[Tensor]:
 
 
 def nbytes(x: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Bytes of a contiguous tensor of this shape, in its own or another dtype."""
+    """Bytes of a contiguous tensor with the shape of `x`, in `dtype` or in its own."""
     return x.numel() * (dtype or x.dtype).itemsize
 
 
@@ -101,7 +103,9 @@ def _softmax_backward(grad: Tensor, y: Tensor, *rest: Any) -> int:
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> int:
-    """oneDNN's erf version wants rows: operands are copied, and so is a result that follows a transposed gradient."""
+    """oneDNN's erf version needs contiguous rows: operands are copied, and so is a result laid out as a transposed
+    gradient.
+    """
     if approximate != "none" or grad.dtype != torch.float32 or grad.stride() == x.stride():
         return 0
     steps = [s for s in grad.stride() if s]
@@ -174,7 +178,7 @@ def _embedding_backward(grad: Tensor, indices: Tensor, *rest: Any) -> int:
 
 
 def _upsample(x: Tensor, *rest: Any, **_: Any) -> int:
-    """Of several channels: input and output once more with channels last."""
+    """With several channels, input and output are copied to the channels-last format."""
     size = rest[0] if rest else None
     if x.shape[1] == 1 or not size:
         return 0
@@ -221,6 +225,7 @@ def _attention_backward(
     return torch.get_num_threads() * per_thread + _copy_if_strided(grad_BHTK.transpose(1, 2))
 
 
+# By the name of an op, the function from its arguments to the bytes of its workspace.
 RULES: Mapping[str, Callable[..., int]] = {
     "aten::sum": _sum,
     "aten::prod": _sum,

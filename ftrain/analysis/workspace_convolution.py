@@ -1,8 +1,8 @@
-"""What a convolution allocates on the CPU beyond its outputs.
+"""The workspace of a convolution on the CPU.
 
-oneDNN works on channels in blocks: operands and results exist a second time, reordered and padded to whole blocks. The
-plain implementation that ATen falls back to unfolds its input into columns. Which of the two runs is ATen's rule
-(`use_mkldnn` in Convolution.cpp).
+oneDNN works on blocks of channels: it keeps copies of operands and results that are reordered and padded to whole
+blocks. ATen's plain implementation unfolds its input into columns. Which of the two runs follows ATen's rule
+(`use_mkldnn` in ATen/native/Convolution.cpp).
 """
 
 import math
@@ -23,7 +23,11 @@ def convolution_workspace(
     output_padding: Sequence[int],
     groups: int,
 ) -> int:
-    """Bytes beyond the output, for `aten::convolution`."""
+    """Bytes that `aten::convolution` allocates beyond its output.
+
+    `x`: `[N, C, *space]`. `w`: `[C_out, C / groups, *kernel]`, transposed `[C, C_out / groups, *kernel]`. `bias`:
+    `[C_out]`. Other arguments as in ATen; tensors may be fake.
+    """
     y = torch.ops.aten.convolution.default(
         x.new_empty(x.shape, device="meta"),
         w.new_empty(w.shape, device="meta"),
@@ -58,7 +62,12 @@ def convolution_backward_workspace(
     groups: int,
     output_mask: Sequence[bool],
 ) -> int:
-    """Bytes beyond the three gradients, for `aten::convolution_backward`: the larger of its two phases."""
+    """Bytes that `aten::convolution_backward` allocates beyond the three gradients.
+
+    It is the larger of its two phases: the gradient of `x` is computed first, then that of `w`. `x` and `w` have the
+    shapes of `convolution_workspace`, `grad_y` that of the output. `output_mask`: which of the gradients of x, w and
+    bias are computed.
+    """
     if not _uses_onednn(x, w, stride, dilation, groups):
         return 0 if transposed else _columns(x, w, grad_y, stride, padding)
     if _channels_last(x) or _channels_last(w):
@@ -90,19 +99,19 @@ def _uses_onednn(x: Tensor, w: Tensor, stride: Sequence[int], dilation: Sequence
 
 
 def _channels_last(x: Tensor) -> bool:
-    """oneDNN takes such tensors as they are; then only weights are reordered."""
+    """True for channels-last tensors, which oneDNN reads without a copy; then only weights are reordered."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _columns(x: Tensor, w: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:
-    """The input unfolded: every output position's window; not needed by a 1x1 kernel."""
+    """Bytes of the unfolded input, one window per output position; 0 for a 1x1 kernel."""
     if math.prod(w.shape[2:]) == 1 and not _steps(stride) and not any(padding):
         return 0
     return x.shape[0] * math.prod(w.shape[1:]) * math.prod(y.shape[2:]) * x.dtype.itemsize
 
 
 def _scattered(result: Tensor, stride: Sequence[int]) -> int:
-    """The result of a convolution's transpose: blocked and plain, or, with strides, three times plain."""
+    """Bytes for the result of a transposed convolution: a blocked and a plain copy, or three plain with strides."""
     return 3 * _bytes(result) if _steps(stride) else _blocked(result) + _bytes(result)
 
 

@@ -1,10 +1,10 @@
-"""What ATen's ops allocate on CUDA beyond their outputs, as far as it can matter to a peak: sums over many rows.
+"""The workspace of ATen's reductions on CUDA.
 
-A reduction whose results lie side by side (the gradient of a bias: a sum over tokens) is divided among blocks of
-threads, and each block leaves what it found in a buffer in global memory; ATen sizes that buffer by results x blocks x
-threads. Here is its choice of blocks (setReduceConfig and global_memory_size in ATen/native/cuda/Reduce.cuh, torch
-2.11), for A100 and H100, which differ in the number of multiprocessors alone. Sums along rows need kilobytes, and are
-left out, as is what cuDNN and cuBLAS take, which is theirs.
+A reduction over rows, whose results are adjacent in memory (the gradient of a bias: a sum over tokens), is divided
+among blocks of threads. Each block writes partial results to a buffer in global memory of results x blocks x threads
+entries. This file repeats ATen's choice of blocks (setReduceConfig and global_memory_size in
+ATen/native/cuda/Reduce.cuh, torch 2.11) for A100 and H100, which differ only in the number of multiprocessors.
+Reductions along rows need only kilobytes and are left out. So are the workspaces of cuDNN and cuBLAS.
 """
 
 import math
@@ -17,19 +17,22 @@ from torch import Tensor
 _MAX_THREADS = 512  # of a block that reduces
 _WARP = 32
 _THREADS_PER_MULTIPROCESSOR = 2048
-_MULTIPROCESSORS = 132  # of an H100, where no card is at hand
-_FEWEST_VALUES, _MOST_VALUES = 16, 256  # that one thread is given
-_VECTOR = 4  # results that a thread makes at once
+_MULTIPROCESSORS = 132  # of an H100, on a machine without a card
+_FEWEST_VALUES, _MOST_VALUES = 16, 256  # values that one thread reduces
+_VECTOR = 4  # results that one thread computes together
 
 
 def cuda_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """Bytes that `op(*args, **kwargs)` allocates for itself on CUDA; tensors may be fake."""
+    """Bytes of workspace that `op(*args, **kwargs)` allocates on CUDA. Tensors may be fake."""
     rule = RULES.get(op._schema.name)
     return int(rule(*args, **kwargs)) if rule is not None else 0
 
 
 def reduction_bytes(x: Tensor, dims: Sequence[int] | None, item: int) -> int:
-    """The buffer of a reduction of `x` over `dims` (None or empty: all), whose partial results take `item` bytes."""
+    """Bytes of the buffer of a reduction of `x`, of any shape, over `dims`; 0 if it needs none.
+
+    `dims`: None or empty for all. `item`: bytes of a partial result.
+    """
     reduced = {d % x.dim() for d in dims} if dims else set(range(x.dim()))
     kept = [d for d in range(x.dim()) if d not in reduced and x.shape[d] > 1]
     inside = [d for d in reduced if x.shape[d] > 1]
@@ -52,19 +55,19 @@ def reduction_bytes(x: Tensor, dims: Sequence[int] | None, item: int) -> int:
 
 
 def _vector(x: Tensor, kept: Sequence[int]) -> int:
-    """How many results a thread makes at once: as many as divide the row of results, if they lie side by side."""
+    """How many results one thread computes together: up to 4 that divide the row of results, if that is contiguous."""
     fastest = min(kept, key=x.stride)
     if x.stride(fastest) != 1:
         return 1
     row = 1
     for d in sorted(kept, key=x.stride):
-        if x.stride(d) == row:  # ATen looks at dims that can be one as one
+        if x.stride(d) == row:  # ATen merges dims that can be viewed as one
             row *= x.shape[d]
     return math.gcd(_VECTOR, row, *(x.stride(d) for d in range(x.dim()) if x.shape[d] > 1 and x.stride(d) > 1))
 
 
 def _block(wide: int, high: int, most: int) -> tuple[int, int]:
-    """Threads of a block over results and over values."""
+    """The threads of a block: over results, and over values."""
     wide, high = (min(most, 1 << (max(n, 1).bit_length() - 1)) for n in (wide, high))
     height = min(high, most // min(wide, _WARP))
     return min(wide, most // height), height
@@ -92,6 +95,7 @@ def _extreme(x: Tensor, dims: Sequence[int] | None = None, *rest: Any, **_: Any)
     return reduction_bytes(x, dims, x.dtype.itemsize)
 
 
+# By the name of an op, the function from its arguments to the bytes of its workspace.
 RULES: Mapping[str, Callable[..., int]] = {
     "aten::sum": _summed,
     "aten::mean": _summed,

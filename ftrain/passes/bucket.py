@@ -1,4 +1,4 @@
-"""Small collectives joined: one message in place of many, where the same ranks exchange the same dtype soon after."""
+"""Join small collectives of the same group and dtype into one larger message (bucketing)."""
 
 import heapq
 from collections.abc import Callable, Sequence
@@ -19,15 +19,17 @@ _NEAR = 400  # nodes between the first and the last of a bucket
 
 
 def bucket(module: fx.GraphModule, *, limit: int) -> None:
-    """Join gathers, reduce-scatters and all-reduces of one group, dtype and phase into messages of at most `limit`
-    bytes (of a gather what it makes, of a sum what goes in). Values do not change by a bit.
+    """Join gathers, reduce-scatters and all-reduces of one group, dtype and phase into larger messages, in place.
+
+    `limit`: the largest size of a joined message in bytes (the output of a gather, the input of a sum). No value
+    changes by a bit.
     """
     for kind, join in ((GATHER, _join_gathers), (SCATTER, _join_scatters), (REDUCE, _join_reduces)):
         priority = {n: float(i) for i, n in enumerate(module.graph.nodes)}
         buckets = _buckets(module, kind, priority, limit)
         for members in buckets:
             made = join(module.graph, members)
-            # A gather is needed by the first of its readers, a sum is there when the last of its parts is.
+            # The first reader needs the gather; a sum can start when the last of its inputs exists.
             at = priority[members[0]] if kind is GATHER else priority[members[-1]]
             priority.update({n: at + (i + 1) / (len(made) + 2) for i, n in enumerate(made)})
         if buckets:
@@ -35,17 +37,17 @@ def bucket(module: fx.GraphModule, *, limit: int) -> None:
 
 
 def _buckets(module: fx.GraphModule, kind: Any, priority: dict[fx.Node, float], limit: int) -> list[list[fx.Node]]:
-    """Runs of collectives of one kind that may be one message: none is computed from another."""
+    """Groups of collectives of one kind that can be one message, because none is computed from another."""
     open_buckets: dict[tuple, list[fx.Node]] = {}
     closed: list[list[fx.Node]] = []
-    behind: dict[fx.Node, set[fx.Node]] = {}  # for each node the members of open buckets that it is computed from
+    behind: dict[fx.Node, set[fx.Node]] = {}  # by node, the members of open buckets that it is computed from
     for node in module.graph.nodes:
         sources = set().union(*(behind.get(p, set()) for p in node.all_input_nodes))
         if node.target is kind:
-            value = _brought(node)
+            value = _input_of(node)
             key = (node.args[1:], value.dtype, node.meta.get("phase"))
             members = open_buckets.setdefault(key, [])
-            size = sum(map(_held, [*members, node]))
+            size = sum(map(_message_bytes, [*members, node]))
             far = bool(members) and priority[node] - priority[members[0]] > _NEAR
             if members and (size > limit or far or sources & set(members)):
                 closed.append(members)
@@ -57,14 +59,14 @@ def _buckets(module: fx.GraphModule, kind: Any, priority: dict[fx.Node, float], 
     return [members for members in [*closed, *open_buckets.values()] if len(members) > 1]
 
 
-def _brought(node: fx.Node) -> Any:
-    """What a rank brings to a collective."""
+def _input_of(node: fx.Node) -> Any:
+    """The fake tensor that a rank sends in a collective."""
     return node.args[0].meta["val"]  # type: ignore[union-attr]
 
 
-def _held(node: fx.Node) -> int:
-    """Bytes that a message is, or becomes: of a gather what it makes, of a sum what goes in."""
-    return max(_brought(node).nbytes, node.meta["val"].nbytes)
+def _message_bytes(node: fx.Node) -> int:
+    """The size of a message in bytes: the output of a gather, the input of a sum."""
+    return max(_input_of(node).nbytes, node.meta["val"].nbytes)
 
 
 def _join_gathers(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
@@ -75,7 +77,7 @@ def _join_gathers(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
     whole = make(_aten.view.default, (gathered, [ranks, -1]))
     at = 0
     for member in members:
-        length, shape = _brought(member).numel(), list(member.meta["val"].shape)
+        length, shape = _input_of(member).numel(), list(member.meta["val"].shape)
         piece = make(_aten.slice.Tensor, (whole, 1, at, at + length))
         _replace(member, make(_aten.clone.default, (make(_aten.reshape.default, (piece, shape)),)))
         at += length
@@ -97,7 +99,7 @@ def _join_reduces(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _hand_out(make: "_Maker", flat: fx.Node, members: Sequence[fx.Node]) -> list[fx.Node]:
-    """Give each member's readers their part of one flat result, in memory of its own."""
+    """Replace each member by a copy of its part of the flat result."""
     at = 0
     for member in members:
         shape = list(member.meta["val"].shape)
@@ -109,7 +111,7 @@ def _hand_out(make: "_Maker", flat: fx.Node, members: Sequence[fx.Node]) -> list
 
 
 class _Maker:
-    """Nodes with the provenance of `like`, made after it; where they end up is decided by `_sort`."""
+    """Creates nodes with the provenance of `like`, at the end of the graph; `_sort` moves them."""
 
     def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
         self._graph, self._like = graph, like
@@ -133,17 +135,17 @@ class _Maker:
 
 
 def _replace(member: fx.Node, new: fx.Node) -> None:
-    """Let readers of a collective's waits read `new`, and take the collective out."""
+    """Let the readers of a collective's waits read `new`, and erase the collective and its waits."""
     for wait in list(member.users):
         assert wait.target is WAIT, "a started collective is only waited for"
         wait.replace_all_uses_with(new)
-        new.meta["val"] = wait.meta["val"]  # views made of it look at this memory
+        new.meta["val"] = wait.meta["val"]  # later views share this memory
         wait.graph.erase_node(wait)
     member.graph.erase_node(member)
 
 
 def _sort(module: fx.GraphModule, priority: dict[fx.Node, float]) -> None:
-    """Put the nodes in the order of their priorities, as far as each comes after what it reads."""
+    """Sort the nodes topologically; among the nodes that are ready, the lowest priority comes first."""
     graph = module.graph
     nodes = [n for n in graph.nodes if n.op != "output"]
     missing = {n: len(n.all_input_nodes) for n in nodes}

@@ -1,4 +1,4 @@
-"""Remove nodes that compute nothing."""
+"""Remove dead nodes and identities."""
 
 import torch
 from torch import fx
@@ -11,7 +11,10 @@ _SAME_SHAPE = {_aten.view.default, _aten.expand.default, _aten._unsafe_view.defa
 
 
 def clean(module: fx.GraphModule) -> None:
-    """Drop dead nodes, and ops that return their input: `detach`, views to the same shape. No value changes."""
+    """Remove dead nodes, and ops that return their input (`detach`, views to the same shape), in place.
+
+    No value changes. Ops with effects stay.
+    """
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -29,5 +32,5 @@ def _keeps_layout(node: fx.Node) -> bool:
 
 
 def _is_effect(node: fx.Node) -> bool:
-    """What stays though nobody reads it: later random numbers would be others without it."""
+    """True for nodes that stay even without readers, e.g. random ops: later random numbers depend on them."""
     return node.op in ("placeholder", "output") or not is_pure(node)

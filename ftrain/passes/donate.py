@@ -1,4 +1,4 @@
-"""Write new state over old: a step holds one copy of its state, not two."""
+"""Donation: write the new state over the old, so that a step holds one copy of its state and not two."""
 
 import operator
 from collections import Counter
@@ -8,18 +8,22 @@ from torch import fx
 
 from ftrain.graph.aliasing import readers_by_storage, storage
 from ftrain.graph.loop import carried_outputs, is_loop, loop_body
-from ftrain.passes.out_form import fits_over, has_out_form, write_over
+from ftrain.passes.out_form import can_write_over, has_out_form, write_over
 
 _aten = torch.ops.aten
 
 
 def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: bool = False) -> None:
-    """Insert `copy_(old, new)` for every donated leaf, as early as the old value's last reader allows.
+    """Insert `copy_(old, new)` for every donated leaf, in place, at the first position where it is safe.
 
-    `donated` maps names of placeholders to positions of outputs with the same shape and dtype. These outputs are
-    dropped, since the new values are in the arguments (with `keep_outputs` they become the placeholders themselves). A
-    new value that is itself another input, a view, or a second use of the same node is copied first, and so is another
-    output that looks at a donated leaf. Values do not change. Bodies of loops write into their carry.
+    That is after the new value and after the last reader of the old value.
+
+    - `donated`: by the name of a placeholder, the position of the output that replaces it; both have the same shape
+      and dtype. These outputs are dropped, because the new values are in the arguments.
+    - `keep_outputs`: the outputs stay, as the placeholders.
+
+    A new value that shares memory with an input or another output is copied first. So is any other output that shares
+    memory with a donated leaf. No value changes. In the same way, bodies of loops write into their carry.
     """
     graph = module.graph
     for loop in [n for n in graph.nodes if is_loop(n)]:
@@ -48,7 +52,7 @@ def donate(module: fx.GraphModule, donated: dict[str, int], *, keep_outputs: boo
 
 
 def _copy_shared_values(graph: fx.Graph, donated: dict[str, int]) -> None:
-    """Copy new values that are inputs, or that share memory with another result, before anything is written."""
+    """Copy new values that are inputs or share memory with another result, before the first write."""
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
@@ -58,7 +62,7 @@ def _copy_shared_values(graph: fx.Graph, donated: dict[str, int]) -> None:
         new = results[index]
         if new is placeholders[name]:
             continue
-        # another result that is this value, or looks at its memory, must not see the leaf's next value
+        # a result with the same memory must not see the next value of the leaf
         if storage(new) in inputs or results_in[storage(new)] > 1:
             with graph.inserting_after(_after_placeholders(graph, new)):
                 results[index] = _copy_of(graph, new)
@@ -66,7 +70,7 @@ def _copy_shared_values(graph: fx.Graph, donated: dict[str, int]) -> None:
 
 
 def _copy_kept_views(graph: fx.Graph, donated: dict[str, int]) -> None:
-    """Copy outputs that stay and look at memory that will be overwritten."""
+    """Copy the outputs that stay and share memory with a donated leaf."""
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     overwritten = {storage(n) for n in graph.nodes if n.op == "placeholder" and n.name in donated}
@@ -83,16 +87,16 @@ def _after_placeholders(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def write_in_place(module: fx.GraphModule) -> None:
-    """Turn `copy_(old, op(...))` into `op(..., out=old)` where the op is elementwise; no value changes.
+    """Replace `copy_(old, op(...))` by `op(..., out=old)` where `op` has an out form, in place of the graph.
 
-    Later readers of the new value read the old leaf's memory instead. Copies in runs that a compiler fuses stay there.
+    Later readers of the new value read the memory of the old leaf. No value changes. Copies inside of fused runs stay.
     """
     graph = module.graph
     readers = readers_by_storage(graph)
     position = {n: i for i, n in enumerate(graph.nodes)}
     for write in [n for n in graph.nodes if n.target is _aten.copy_.default]:
         old, new = write.args
-        if not has_out_form(new) or not fits_over(new, old):
+        if not has_out_form(new) or not can_write_over(new, old):
             continue
         if any(position[new] < position[r] < position[write] for r in readers[storage(old)]):
             continue
@@ -104,7 +108,7 @@ def write_in_place(module: fx.GraphModule) -> None:
 
 
 def carry_in_place(module: fx.GraphModule) -> None:
-    """Let a loop write into the first carry it is given, instead of a copy, where no other node looks at that memory.
+    """Let a loop write into its initial carry instead of a copy, where no other node uses that memory.
 
     No value changes.
     """

@@ -1,4 +1,4 @@
-"""Gradients are summed over ranks as soon as they exist, so that whole ones live briefly."""
+"""Sum gradients over ranks as soon as they exist, so that unsharded gradients are live only briefly."""
 
 import torch
 from torch import fx
@@ -18,11 +18,11 @@ _MOVES = (
 
 
 def sum_early(module: fx.GraphModule) -> None:
-    """Move each sum of a gradient over ranks, with the casts and copies before it, up to where the gradient is there.
+    """Move each sum of a gradient over ranks, with its casts, copies and wait, to directly after the gradient.
 
-    The trace gathers parameters where the loss begins, so autograd, which goes back from the last op to the first, sums
-    all gradients at the end of the backward: they would all be in memory at once, whole. Waits move along. Other nodes
-    keep their order, and no value changes.
+    The trace gathers all parameters at the start of the loss. Autograd runs in reverse order, so it sums all gradients
+    at the end of the backward, and all unsharded gradients would be in memory together. The other nodes keep their
+    order. No value changes.
     """
     chain = sum_chains(module)
     if not chain:
@@ -47,7 +47,7 @@ def sum_early(module: fx.GraphModule) -> None:
 
 
 def sum_chains(module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that sum gradients over ranks, their waits, and what brings a gradient into the form that is sent."""
+    """The nodes that sum gradients over ranks, their waits, and the casts and copies that prepare a gradient for it."""
     chain: set[fx.Node] = set()
     for node in module.graph.nodes:
         if node.target not in _SUMS or node.meta.get("phase") != "backward" or node.meta["purpose"] not in _PURPOSES:

@@ -1,4 +1,4 @@
-"""Run each leaf's update as soon as its gradient exists, so that gradients and temporaries live briefly."""
+"""Run each leaf's update as soon as its gradient exists, so that gradients and temporaries are live only briefly."""
 
 from torch import fx
 
@@ -9,13 +9,14 @@ from ftrain.graph.order import reorder
 
 
 def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
-    """Reorder the pure nodes of phase "step" by the output they serve; all others keep their order.
+    """Reorder the pure nodes of phase "step" by output; all other nodes keep their order.
 
-    `donated` maps the names of placeholders to the positions of the outputs that replace them. An optimizer written
-    with tree maps computes all first moments, then all second moments, ...: whole trees of temporaries. Here the chain
-    of one output is emitted whole, at the first place where all forward and backward nodes that it reads are done and
-    the old value of its leaf has been read for the last time. Data dependences are kept, so no value changes. Bodies of
-    loops add to their carry as early.
+    `donated`: by the name of a placeholder, the position of the output that replaces it.
+
+    An optimizer written with tree maps computes all first moments, then all second moments, and so on: whole trees of
+    temporaries. This pass emits all nodes of one output together, at the first place where the forward and backward
+    nodes that they read are done and the old value of the leaf has been read for the last time. Data dependencies are
+    kept, so no value changes. Bodies of loops are treated in the same way.
     """
     graph = module.graph
     nodes = list(graph.nodes)
@@ -53,7 +54,7 @@ def update_early(module: fx.GraphModule, donated: dict[str, int]) -> None:
 
 
 def _ready(nodes: list[fx.Node], placed: set[fx.Node], position: dict[fx.Node, int]) -> dict[fx.Node, int]:
-    """For each node the last position among the placed nodes that it is computed from; its own if it is placed."""
+    """By node, the last position among the placed nodes that it is computed from; its own if it is placed."""
     ready: dict[fx.Node, int] = {}
     for node in nodes:
         ready[node] = position[node] if node in placed else max((ready[n] for n in node.all_input_nodes), default=-1)
@@ -65,7 +66,7 @@ def _results(output: fx.Node) -> list[fx.Node]:
 
 
 def _emit(roots: list[fx.Node], position: dict[fx.Node, int], order: list[fx.Node], done: set[fx.Node]) -> None:
-    """Append `roots` and what they are computed from to `order`, as far as it is not done, in the order of before."""
+    """Append to `order`, in their old order, those of `roots` and the nodes they need that are not in `done`."""
     found: set[fx.Node] = set()
     stack = list(roots)
     while stack:

@@ -1,9 +1,9 @@
-"""Runs of elementwise ops and reductions become one node each; all else stays where it is.
+"""Fusion: replace each run of neighbouring elementwise ops and reductions by one node; other nodes stay in place.
 
-A compiler that is given a whole graph orders it anew: it moves what is recomputed to where it was first computed and
-keeps it, and the memory plan is lost. Given only runs of neighbours it can fuse all that is worth fusing, while what
-lies between (products, attention, collectives, updates in place) keeps its order, and every tensor its life. Equal
-runs, such as those of a model's layers, share one body and are compiled once.
+A compiler that gets the whole graph reorders it: it moves recomputed nodes to where the value was first computed and
+keeps the value, so the memory plan no longer holds. A compiler that gets only runs of neighbours can still fuse what is
+worth fusing, while the nodes between the runs (products, attention, collectives, in-place updates) keep their order
+and every tensor its lifetime. Equal runs, such as those of a model's layers, share one body, which is compiled once.
 """
 
 import operator
@@ -35,17 +35,17 @@ VIEWS = {
     _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default, _aten.slice.Tensor,
     _aten.select.int, _aten.alias.default, _aten.detach.default,
 }  # fmt: skip
-"""Ops that compute nothing: a run looks through them, and those that others need stay outside."""
+"""Views. A run reads through them; views that other nodes need stay outside of the run."""
 _COPY = _aten.copy_.default
 _LEAST_BYTES_ON_CPU = 1 << 18
 
 
 def fuse_runs(module: fx.GraphModule) -> None:
-    """Replace each run of ops by a call of `run_fused`. Values do not change.
+    """Replace each run of fusible ops by one call of `run_fused`, in place. No value changes.
 
-    Two ops belong to one run if no other op lies between them and one uses the other, through views or directly.
-    Scalars are fused with scalars alone: they tie together what has nothing else in common, such as the updates of all
-    parameters. `copy_` to memory that the run reads belongs to it.
+    Two ops are in one run if no other op is between them and one uses the other, directly or through views. Scalars
+    are fused only with scalars, because they would join ops that are otherwise unrelated, such as the updates of all
+    parameters. A `copy_` to memory that a run reads is part of the run.
     """
     bodies: dict[Any, str] = {}
     for nodes in list(_stretches(list(module.graph.nodes))):
@@ -61,17 +61,17 @@ def fuse_runs(module: fx.GraphModule) -> None:
 
 
 def _stretches(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Neighbours that can be fused or are views, all scalars or none."""
+    """Maximal sequences of neighbours that are fusible or views, all scalars or none."""
     found: list[fx.Node] = []
     scalar = False
     for node in nodes:
         if node.op == "get_attr":
             continue
-        fits = has_static_layout(node.meta.get("val")) and (node.target in VIEWS or _is_compute(node))
-        if found and (not fits or _is_scalar(node) != scalar):
+        fusible = has_static_layout(node.meta.get("val")) and (node.target in VIEWS or _is_compute(node))
+        if found and (not fusible or _is_scalar(node) != scalar):
             yield found
             found = []
-        if fits:
+        if fusible:
             scalar = _is_scalar(node)
             found.append(node)
     if found:
@@ -93,7 +93,7 @@ def _is_scalar(node: fx.Node) -> bool:
 
 
 def _connected(nodes: list[fx.Node], stretch: set[fx.Node]) -> list[list[fx.Node]]:
-    """The ops of a stretch (its views left out) in groups that share no value and no memory that is written."""
+    """The ops of a stretch without its views, in groups that share no value and no memory that is written."""
     leader: dict[Any, Any] = {}
 
     def find(x: Any) -> Any:
@@ -117,13 +117,13 @@ def _connected(nodes: list[fx.Node], stretch: set[fx.Node]) -> list[list[fx.Node
 
 
 def _is_worth_it(run: list[fx.Node]) -> bool:
-    """Several ops; on a CPU, where a call costs as much as a small op, also enough bytes."""
+    """True for several ops; on a CPU, where a call costs as much as a small op, only with enough bytes."""
     ops = [n.meta["val"] for n in run if n.target is not _COPY]
     return len(ops) > 1 and (ops[0].device.type != "cpu" or sum(v.nbytes for v in ops) >= _LEAST_BYTES_ON_CPU)
 
 
 def _sources(node: fx.Node, stretch: set[fx.Node]) -> Iterator[fx.Node]:
-    """What an op reads, seen through the views of its stretch."""
+    """The nodes that an op reads; a view of its stretch is replaced by its base."""
     for source in node.all_input_nodes:
         while source in stretch and source.target in VIEWS:
             source = source.all_input_nodes[0]
@@ -131,7 +131,7 @@ def _sources(node: fx.Node, stretch: set[fx.Node]) -> Iterator[fx.Node]:
 
 
 def _writes_are_plain(run: list[fx.Node], stretch: set[fx.Node]) -> bool:
-    """Memory that is written comes in as one input, not also as another view of it."""
+    """True if each written memory is one input of the run, and not also another view of it."""
     members = set(run)
     given: dict[int | None, set[fx.Node]] = {}
     for node in run:
@@ -143,9 +143,9 @@ def _writes_are_plain(run: list[fx.Node], stretch: set[fx.Node]) -> bool:
 
 
 def _replace(module: fx.GraphModule, run: list[fx.Node], stretch: set[fx.Node], bodies: dict[Any, str]) -> None:
-    """Put the run into a body of its own, and call that where the run's last op was.
+    """Copy the run into a body, and call the body after the run's last op.
 
-    What needed the run's values reads the call's; the run's own ops are left for `_erase`.
+    Users of the run's values then read the results of the call. `_erase` removes the ops of the run.
     """
     graph, members = module.graph, set(run)
     results = [n for n in run if _is_needed(n, members, stretch)]
@@ -170,7 +170,7 @@ def _replace(module: fx.GraphModule, run: list[fx.Node], stretch: set[fx.Node], 
 
 
 def _is_needed(node: fx.Node, members: set[fx.Node], stretch: set[fx.Node]) -> bool:
-    """Whether anything outside the run uses the node, directly or through views."""
+    """True if a node outside of the run uses this node, directly or through views."""
     for user in node.users:
         if user in stretch and user.target in VIEWS:
             if _is_needed(user, members, stretch):
@@ -181,7 +181,7 @@ def _is_needed(node: fx.Node, members: set[fx.Node], stretch: set[fx.Node]) -> b
 
 
 def _move_views(results: list[fx.Node], stretch: set[fx.Node]) -> None:
-    """Views of the results, and views of these, come after the last result."""
+    """Move the views of the results, and views of these, to directly after the last result."""
     if not results:
         return
     at, bases = results[-1], list(results)
@@ -193,9 +193,9 @@ def _move_views(results: list[fx.Node], stretch: set[fx.Node]) -> None:
 
 
 def _erase(nodes: list[fx.Node], replaced: set[fx.Node]) -> None:
-    """Erase the ops of a stretch that were replaced, and the views that nobody but these looked at.
+    """Erase the replaced ops of a stretch, and the views that only these used.
 
-    From the last to the first, so that each is unused by then: ops and views may depend on one another in any order.
+    The order is from the last to the first, so that each node is unused when it is erased.
     """
     for node in reversed(nodes):
         if node in replaced or (replaced and node.target in VIEWS and not node.users):
@@ -203,7 +203,7 @@ def _erase(nodes: list[fx.Node], replaced: set[fx.Node]) -> None:
 
 
 def _body(run: list[fx.Node], results: list[fx.Node], stretch: set[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
-    """The run as a graph, and its inputs; views of the stretch that it looks through are made within."""
+    """The run as a graph of its own, and its inputs; the graph includes the views through which the run reads."""
     body, members = fx.Graph(), set(run)
     env: dict[fx.Node, fx.Node] = {}
     inputs = list(dict.fromkeys(s for node in run for s in _sources(node, stretch) if s not in members))
@@ -223,7 +223,7 @@ def _body(run: list[fx.Node], results: list[fx.Node], stretch: set[fx.Node]) -> 
 
 
 def _signature(body: fx.Graph) -> str:
-    """Equal for bodies that compute the same of inputs with the same layouts."""
+    """A key that is equal for bodies with equal ops and input layouts."""
     number = {n: f"%{i}" for i, n in enumerate(body.nodes)}
 
     def described(node: fx.Node) -> Any:

@@ -1,4 +1,4 @@
-"""A collective's result and what its wait returns are one piece of memory."""
+"""Make the memory plan count the result of a collective once: the wait returns the same memory."""
 
 from torch import fx
 
@@ -6,9 +6,9 @@ from ftrain.graph.collectives import WAIT
 
 
 def join_waits(module: fx.GraphModule) -> None:
-    """Give the start of each collective the value of its wait, so that a memory plan counts its result once.
+    """Set the fake value of each collective to that of its wait, in place.
 
-    A fake wait makes a new tensor, a real one returns its argument.
+    A fake wait returns a new tensor, but a real wait returns its argument.
     """
     for node in module.graph.nodes:
         if node.target is WAIT:

@@ -1,4 +1,4 @@
-"""Elementwise ops that can write their result over one of their inputs."""
+"""Elementwise ops with an out form, which can write their result over one of their inputs."""
 
 import torch
 from torch import fx
@@ -7,7 +7,7 @@ from ftrain.graph.aliasing import storage
 
 _aten = torch.ops.aten
 
-# Each op and its overload that takes `out`.
+# By op, its overload with the argument `out`.
 _OUT_FORM = {
     _aten.add.Tensor: _aten.add.out,
     _aten.sub.Tensor: _aten.sub.out,
@@ -26,12 +26,15 @@ _OUT_FORM = {
 
 
 def has_out_form(node: fx.Node) -> bool:
-    """True for an op that `write_over` can turn."""
+    """True for a node that `write_over` can replace."""
     return node.target in _OUT_FORM
 
 
-def fits_over(new: fx.Node, old: fx.Node) -> bool:
-    """The op's result has the layout of `old`, and whatever it reads of that memory is `old` itself."""
+def can_write_over(new: fx.Node, old: fx.Node) -> bool:
+    """True if the result of `new` may be written into `old`.
+
+    Both must be contiguous with one static shape and dtype, and `new` must not read `old`'s memory through a view.
+    """
     result, leaf = new.meta["val"], old.meta["val"]
     if not all(isinstance(size, int) for size in (*result.shape, *leaf.shape)):
         return False
@@ -44,7 +47,10 @@ def fits_over(new: fx.Node, old: fx.Node) -> bool:
 
 
 def write_over(new: fx.Node, old: fx.Node) -> fx.Node:
-    """Replace the op `new` by its form that writes into `old`, and return that node; its value is now old's memory."""
+    """Replace the node `new` by its out form that writes into `old`, and return that node.
+
+    KeyError if `has_out_form(new)` is False.
+    """
     with new.graph.inserting_after(new):
         fused = new.graph.call_function(_OUT_FORM[new.target], new.args, {**new.kwargs, "out": old})  # type: ignore[index]
     fused.meta.update(new.meta, val=old.meta["val"])

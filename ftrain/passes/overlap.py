@@ -1,13 +1,13 @@
-"""One pass for all overlap: collectives start early and are waited for late, within a bound of memory.
+"""Overlap of communication and compute: start collectives early and wait for them late, within a bound of memory.
 
-The graph is run on paper, on two streams: compute, one node after the other, and communication, one collective after
-the other. Whenever the link is idle, the next collectives in the graph's order are looked at, and the first whose
-inputs can be had at once is started. Where compute would have to wait, nodes that need not wait are taken first. That
-gives, without special cases, prefetch of parameters in forward and backward, exchanges of attention under the
-projections that do not need them, and experts' exchanges under shared experts and other parts of the tokens.
+This is list scheduling on a simulation with two streams: compute, one node after the other, and communication, one
+collective after the other. When the link is idle, the pass looks at the next collectives in the graph's order, and
+starts the first whose inputs can be computed at once. Where compute would stall at a wait, nodes that need not wait run
+first. Without special cases this prefetches parameters in forward and backward, hides the exchanges of attention behind
+independent projections, and hides the exchanges of experts behind shared experts and other chunks of tokens.
 
-How far ahead messages may get is bounded by the memory that the step leaves free. More is not always better (a large
-gather that is not urgent keeps the link from what is), so a few bounds are tried, and the fastest order is taken.
+Free memory bounds how many messages may start early. A larger bound is not always faster, because a large gather that
+is not urgent blocks the link. So the pass tries a few bounds and takes the fastest order.
 """
 
 import heapq
@@ -27,15 +27,20 @@ from ftrain.graph.order import reorder
 from ftrain.sharding.link import Link
 from ftrain.sharding.mesh import Mesh
 
-_AHEAD = 12  # collectives that are looked at when the link is idle
-_WINDOW = 400  # how far ahead, in nodes, compute is fetched from to fill a wait
-_CLOSURE = 24  # nodes that may be run early to have a collective's inputs
-_TRIED = (0, 1, 4, 16)  # times the two largest results of collectives: the memory to be ahead by
+_AHEAD = 12  # collectives to consider when the link is idle
+_WINDOW = 400  # nodes after a wait from which compute is taken to fill it
+_CLOSURE = 24  # nodes that may run early to compute a collective's inputs
+_TRIED = (0, 1, 4, 16)  # bounds beyond the peak, in multiples of the two largest results of collectives
 
 
-class Flight(NamedTuple):
-    """One collective: what it is for, the parameter path, bytes that a rank sends; microseconds on the clock of the
-    run on paper when it starts, ends, and is waited for; and how long compute then stands still.
+class Message(NamedTuple):
+    """One collective of a simulated step.
+
+    - `name`: its node. `purpose`: e.g. "fsdp_gather". `path`: the parameter's. `bytes`: those that one rank sends.
+    - `start`, `end`, `awaited`: the times, in microseconds from the start of the step, at which the message starts and
+      ends, and at which compute reaches its wait.
+    - `exposed`: microseconds that compute then stalls.
+    - `overlaps`: the compute that ran most between start and wait, by purpose, path or name.
     """
 
     name: str
@@ -46,28 +51,30 @@ class Flight(NamedTuple):
     end: float
     awaited: float
     exposed: float
-    over: str
+    overlaps: str
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All collectives of a step in order of their start (of a loop those of its first round); microseconds of compute,
-    of communication, and of the part of it during which compute stands still, with all rounds of loops.
+    """The simulated schedule of a step.
+
+    - `messages`: all collectives in order of their start; of a loop those of its first iteration.
+    - `compute`, `communication`: microseconds, with all iterations of loops.
+    - `exposed`: the part of `communication` during which compute stalls.
     """
 
-    flights: list[Flight]
+    messages: list[Message]
     compute: float
     communication: float
     exposed: float
 
     def table(self) -> str:
-        """A line per collective, and the sums."""
+        """A text table with a line per collective, and the sums."""
         lines = [f"{'start us':>10} {'us':>9} {'exposed':>9} {'MB':>9}  {'purpose':18} overlaps"]
-        for f in self.flights:
-            took, mb = f.end - f.start, f.bytes / 1e6
-            lines.append(
-                f"{f.start:10.1f} {took:9.1f} {f.exposed:9.1f} {mb:9.3f}  {f.purpose:18} {f.over or '-'}  ({f.path})"
-            )
+        for m in self.messages:
+            took, mb = m.end - m.start, m.bytes / 1e6
+            numbers = f"{m.start:10.1f} {took:9.1f} {m.exposed:9.1f} {mb:9.3f}"
+            lines.append(f"{numbers}  {m.purpose:18} {m.overlaps or '-'}  ({m.path})")
         lines.append(
             f"compute {self.compute:.0f} us, communication {self.communication:.0f} us, exposed {self.exposed:.0f} us"
         )
@@ -84,13 +91,16 @@ def overlap(
     score: Callable[[fx.GraphModule], float] | None = None,
     donated: Mapping[str, int] = NOT_DONATED,
 ) -> None:
-    """Reorder the graph so that communication hides behind compute; no value changes.
+    """Reorder the graph, in place, so that communication overlaps with compute. No value changes.
 
-    `within`: bytes beyond the arguments that the step may take; what the graph leaves of them is what messages may be
-    ahead by: several bounds up to that are tried, and the fastest order by `score` (default: the run on paper with
-    `link` for all messages) is taken, so that more bytes never give a longer step. None: one bound, a tenth of the
-    graph's peak, or the two largest results of collectives. `donated`: the outputs that will be written over
-    placeholders (see `Pieces.of`). Bodies of loops are treated alike.
+    - `times`: microseconds of ops. `link`: the one link of all messages.
+    - `within`: bytes beyond the arguments that the step may use. Several bounds up to it are tried, and the fastest
+      order is taken, so a larger budget never gives a slower step. None: one bound is used, the graph's peak plus a
+      tenth of it or the two largest results of collectives, whichever is more.
+    - `score`: microseconds of a graph, to compare orders; by default the simulation with `link`.
+    - `donated`: the outputs that will be written over placeholders (see `Pieces.of`).
+
+    Bodies of loops are reordered in the same way.
     """
     pieces = Pieces.of(module, donated=donated)
     for i, node in enumerate(pieces.nodes):
@@ -99,7 +109,7 @@ def overlap(
             overlap(loop_body(node), mesh, times=times, link=link, within=inner, score=score)
     if not any(n.target in COLLECTIVES for n in module.graph.nodes):
         return
-    if pieces.bodies:  # which have another order now
+    if pieces.bodies:  # their order has changed
         pieces = Pieces.of(module, donated=donated)
     costs = Costs.of(module, times, OneLink(mesh, link))
     peak = pieces.peak
@@ -108,7 +118,7 @@ def overlap(
     if within is None:
         reorder(_Scheduler(module, pieces, costs, peak + max(peak // 10, two)).run())
     else:
-        # what is tried of a smaller budget is tried of every larger one
+        # every bound that is tried with a smaller budget is also tried with a larger one
         bounds = [peak + n * two for n in _TRIED if n == 0 or n * two <= within - peak]
         reorder(_fastest(module, pieces, costs, bounds, score or (lambda m: simulate(m, costs).tally.step)))
     module.graph.lint()
@@ -122,7 +132,7 @@ def _fastest(
     bounds: Sequence[int],
     score: Callable[[fx.GraphModule], float],
 ) -> list[fx.Node]:
-    """The order of the bound that gives the shortest step; of bounds that refuse nothing one is tried."""
+    """The order of the bound with the fastest step. Bounds that are larger than any order needs are not tried."""
     best, least = list(module.graph.nodes), float("inf")
     for bound in bounds:
         scheduler = _Scheduler(module, pieces, costs, bound)
@@ -137,34 +147,34 @@ def _fastest(
 
 
 def simulate_schedule(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, link: Link) -> Schedule:
-    """Run the graph on paper in the order that it has, with one link for all messages."""
+    """Simulate a graph in its current order, with one `link` for all messages and `times` for all ops."""
     found = simulate(module, Costs.of(module, times, OneLink(mesh, link)))
-    tally, flights = found.tally, [_flight(message, mesh) for message in found.sent]
-    return Schedule(flights, tally.compute, tally.communication, tally.exposed)
+    tally, messages = found.tally, [_message(sent, mesh) for sent in found.sent]
+    return Schedule(messages, tally.compute, tally.communication, tally.exposed)
 
 
-def _flight(message: Sent, mesh: Mesh) -> Flight:
+def _message(sent: Sent, mesh: Mesh) -> Message:
     beside: dict[str, float] = {}
-    for node, took in message.ran[message.beside]:
+    for node, took in sent.ran[sent.beside]:
         label = f"{node.meta.get('purpose') or node.meta.get('path') or node.name}"
         beside[label] = beside.get(label, 0.0) + took
     most = sorted(beside.items(), key=lambda item: -item[1])[:2]
-    meta = message.node.meta
-    return Flight(
-        name=message.node.name,
+    meta = sent.node.meta
+    return Message(
+        name=sent.node.name,
         purpose=meta.get("purpose", ""),
         path=meta.get("path") or "",
-        bytes=node_sends(message.node, mesh),
-        start=message.start,
-        end=message.end,
-        awaited=message.awaited,
-        exposed=message.stall,
-        over=", ".join(name for name, _ in most),
+        bytes=node_sends(sent.node, mesh),
+        start=sent.start,
+        end=sent.end,
+        awaited=sent.awaited,
+        exposed=sent.stall,
+        overlaps=", ".join(name for name, _ in most),
     )
 
 
 class _Scheduler:
-    """List scheduling in the graph's own order, but for what fills waits and what the idle link can start."""
+    """List scheduling in the graph's order, except for nodes that fill waits and collectives for the idle link."""
 
     def __init__(self, module: fx.GraphModule, pieces: Pieces, costs: Costs, bound: int) -> None:
         self._nodes, self._output = pieces.nodes, module.graph.output_node()
@@ -173,14 +183,14 @@ class _Scheduler:
         self._missing = [len(n.all_input_nodes) for n in self._nodes]
         self._starts = [i for i, n in enumerate(self._nodes) if n.target in COLLECTIVES]
         self.was_refused = False
-        """Whether a larger bound of memory would have given another order."""
+        """True if a larger bound of memory would have given another order."""
         self._ready: list[int] = []
         self._done = [False] * len(self._nodes)
         self._order: list[fx.Node] = []
         self._next = 0
 
     def run(self) -> list[fx.Node]:
-        """The new order, the output last."""
+        """The new order of all nodes, with the output last."""
         for i, count in enumerate(self._missing):
             if count == 0:
                 heapq.heappush(self._ready, i)
@@ -189,15 +199,15 @@ class _Scheduler:
                 self._emit(i)
         while len(self._order) < len(self._nodes):
             chosen = self._nodes[self._choose()]
-            # The link must not fall idle while this node runs: nothing can be started before its end. A loop waits for
-            # whatever is under way.
+            # The link must not become idle while this node runs, because nothing can start before the node ends. A loop
+            # waits for all messages under way.
             while not is_loop(chosen) and self._streams.sent <= self._streams.until(chosen) and self._start_one():
                 pass
             self._emit(self._choose())
         return [*self._order, self._output]
 
     def _choose(self) -> int:
-        """The first ready node; if it would wait, one further on that need not, or whose message comes first."""
+        """The first ready node. If it would wait: a later node that need not, else the wait that ends first."""
         while self._done[self._ready[0]]:
             heapq.heappop(self._ready)
         first = self._ready[0]
@@ -213,7 +223,7 @@ class _Scheduler:
         return self._nodes[i].target is WAIT and self._streams.until(self._nodes[i]) > self._streams.clock
 
     def _start_one(self) -> bool:
-        """Start the first of the next collectives whose inputs are there, or can be made from what is there."""
+        """Start the first of the next collectives whose inputs exist or can be computed. False if there is none."""
         while self._next < len(self._starts) and self._done[self._starts[self._next]]:
             self._next += 1
         seen = 0
@@ -231,16 +241,18 @@ class _Scheduler:
         return False
 
     def _allows(self, *nodes: int) -> bool:
-        """True if these nodes may run now: with their workspaces they keep within the bound, and what they make does
-        without counting on what dies among them, since a message reads its input until it has been sent.
+        """True if these nodes may run now within the bound of memory.
+
+        Their peak, workspaces included, must be within it. So must all that they allocate, without the memory that is
+        freed meanwhile, because a message reads its input until it has been sent.
         """
         memory = self._memory
-        allowed = max(memory.most(*nodes), memory.live + memory.makes(*nodes)) <= self._bound
+        allowed = max(memory.peak_of(*nodes), memory.live + memory.allocated_by(*nodes)) <= self._bound
         self.was_refused |= not allowed
         return allowed
 
     def _closure(self, i: int) -> list[int] | None:
-        """The nodes to run for a collective's inputs, in order; None if they are many, or would wait."""
+        """The nodes that compute a collective's inputs, in order; None if they are too many, or one would wait."""
         needed: set[int] = set()
         stack = [self._index[p] for p in self._nodes[i].all_input_nodes]
         while stack:

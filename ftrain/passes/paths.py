@@ -1,16 +1,20 @@
-"""Which parameter each node is about: the paths that reports, policies of recompute and layers go by."""
+"""The parameter that each node belongs to, as a path: for reports, recompute policies and layers."""
 
 from torch import fx
 
 from ftrain.graph.loop import is_loop, loop_body
 
 
-def spread_paths(module: fx.GraphModule, first_argument: str) -> None:
-    """Give every node the path of the parameter that it is about.
+def assign_paths(module: fx.GraphModule, first_argument: str) -> None:
+    """Set `meta["path"]` of every node to the path of the parameter that it belongs to, in place.
 
-    A node that reads leaves of the step's first argument (its state or parameters) has the last such leaf's path; a
-    backward node has its forward op's; any other inherits from the latest of its inputs that has one, which is where
-    the computation stands. Leaves of other arguments only name nodes that know nothing better.
+    `first_argument`: the name of the step's first argument, whose leaves are its state or parameters.
+
+    - A node that reads leaves of the first argument gets the path of the last such leaf.
+    - A backward node gets the path of its forward op.
+    - Any other node gets the path of its latest input that has one; paths in the first argument win over others.
+
+    Bodies of loops are treated in the same way, with the paths of the loop's inputs.
     """
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     forward: dict[int, str] = {}
@@ -41,4 +45,4 @@ def _spread_into(node: fx.Node, first_argument: str) -> None:
     for inner, outer in zip(placeholders, flat, strict=True):
         if isinstance(outer, fx.Node) and outer.meta.get("path"):
             inner.meta["path"] = outer.meta["path"]
-    spread_paths(body, first_argument)
+    assign_paths(body, first_argument)

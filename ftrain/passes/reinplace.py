@@ -1,4 +1,4 @@
-"""Ops with a twin that writes its results over the state that they replace."""
+"""Replace ops by in-place twins, which write their results over the state that they replace."""
 
 import operator
 from typing import NamedTuple
@@ -13,19 +13,19 @@ _aten = torch.ops.aten
 
 
 class _Write(NamedTuple):
-    """A copy over an argument of the op, the nodes from the op's result to it, and what chooses between both."""
+    """A copy over an argument of the op, the nodes between the op's result and the copy, and the condition if any."""
 
     copy: fx.Node
     between: list[fx.Node]
     keep: fx.Node | None
 
 
-def use_twins(module: fx.GraphModule) -> None:
-    """Replace an op, the sums of its results with its arguments, and the copies over these by the op's twin.
+def reinplace(module: fx.GraphModule) -> None:
+    """Replace an op, the sums of its results with its arguments, and the copies over these by its in-place twin.
 
-    Results may be chosen by one condition, `where(keep, result, old)`, or `where(keep, result, 0)` before a sum. Only
-    where every such result goes over its argument, nothing else reads the old values after the op, and dtypes are one.
-    Twins give the same bits.
+    The results may be selected by one condition: `where(keep, result, old)`, or `where(keep, result, 0)` before a sum.
+    An op is replaced only if every such result is copied over its argument, no other node reads the old values after
+    the op, and all dtypes are equal. Twins (`ftrain.graph.in_place_twins`) compute the same bits.
     """
     graph = module.graph
     pure = [n for n in graph.nodes if n.op == "call_function" and n.target in TWINS]
@@ -56,7 +56,7 @@ def use_twins(module: fx.GraphModule) -> None:
 
 
 def _writes(node: fx.Node, twin: Twin) -> list[_Write] | None:
-    """The copies over the twin's arguments, one for each; None if a result is used in another way or not at all."""
+    """The copies over the twin's arguments, one for each; None if a result is unused or used in another way."""
     results = {n.args[1]: n for n in node.users if n.target is operator.getitem}
     if len(results) != len(node.users):
         return None
@@ -67,7 +67,7 @@ def _writes(node: fx.Node, twin: Twin) -> list[_Write] | None:
 
 
 def _write_of(new: fx.Node | None, old: object, *, added: bool) -> _Write | None:
-    """How a result of the op gets over the argument `old`."""
+    """The copy of a result of the op over the argument `old`; None if there is none."""
     between: list[fx.Node] = []
     keep = None
     only = _only_user(new)
@@ -107,7 +107,7 @@ def _is_write(node: fx.Node, old: object, new: fx.Node) -> bool:
 def _may_write(
     node: fx.Node, writes: list[_Write], readers: dict[int | None, list[fx.Node]], position: dict[fx.Node, int]
 ) -> bool:
-    """No other argument looks at the memory that is written, nobody else reads it until the copies, and it fits."""
+    """True if the op, and nodes before the copies, do not read the written memory otherwise, and all layouts match."""
     leaves: list[fx.Node] = [w.copy.args[0] for w in writes]  # type: ignore[misc]
     values = [leaf.meta["val"] for leaf in leaves]
     if len({v.dtype for v in values}) != 1 or not all(v.is_contiguous() for v in values):

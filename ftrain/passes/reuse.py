@@ -1,4 +1,4 @@
-"""Elementwise ops write over an input that nobody needs after them, instead of into new memory."""
+"""Let elementwise ops write over an input that has no later reader, instead of into new memory."""
 
 from collections import Counter
 
@@ -7,11 +7,11 @@ from torch import fx
 
 from ftrain.graph.aliasing import storage
 from ftrain.graph.collectives import WAIT
-from ftrain.passes.out_form import fits_over, has_out_form, write_over
+from ftrain.passes.out_form import can_write_over, has_out_form, write_over
 
 
 def reuse_memory(module: fx.GraphModule) -> None:
-    """Turn `op(x, ...)` into `op(x, ..., out=x)` where x is a temporary that dies there; no value changes.
+    """Replace `op(x, ...)` by `op(x, ..., out=x)` where x is a temporary without later readers. No value changes.
 
     New memory costs a page fault for every 4 KiB, often more than the op itself.
     """
@@ -22,7 +22,7 @@ def reuse_memory(module: fx.GraphModule) -> None:
         mine = storage(node)
         if not has_out_form(node) or viewers[mine] > 1 or mine not in last:
             continue
-        old = next((n for n in node.all_input_nodes if _dies(n, node, last, given) and fits_over(node, n)), None)
+        old = next((n for n in node.all_input_nodes if _dies(n, node, last, given) and can_write_over(node, n)), None)
         if old is not None:
             last[storage(old)] = last[mine]
             viewers[storage(old)] += 1
@@ -32,9 +32,9 @@ def reuse_memory(module: fx.GraphModule) -> None:
 
 
 def _last_readers(graph: fx.Graph) -> dict[int | None, fx.Node]:
-    """For each piece of memory the last node that reads it, directly or through a view; the output is the very last.
+    """By piece of memory, the last node that reads it, directly or through a view.
 
-    A collective reads until its wait.
+    The output is the last reader of results. A collective reads its input until its wait.
     """
     last: dict[int | None, fx.Node] = {}
     for node in graph.nodes:
@@ -46,9 +46,9 @@ def _last_readers(graph: fx.Graph) -> dict[int | None, fx.Node]:
 
 
 def _dies(old: fx.Node, reader: fx.Node, last: dict[int | None, fx.Node], given: set[int | None]) -> bool:
-    """`old` is a whole piece of memory that the graph made, and `reader` is the last to look at it."""
+    """True if `old` is a whole piece of memory allocated by the graph, and `reader` is its last reader."""
     value = old.meta.get("val")
     if not isinstance(value, torch.Tensor) or storage(old) in given or last.get(storage(old)) is not reader:
         return False
-    size, count = value.untyped_storage().nbytes(), value.numel()  # symbolic where a size is known only when it runs
+    size, count = value.untyped_storage().nbytes(), value.numel()  # symbolic if a size depends on data
     return isinstance(size, int) and isinstance(count, int) and size == count * value.element_size()

@@ -1,4 +1,4 @@
-"""Gathers of parameters where they are needed, just before first use, and which nodes they are."""
+"""Move gathers of parameters to directly before their first use."""
 
 import torch
 from torch import fx
@@ -9,10 +9,10 @@ from ftrain.sharding.collectives import gather_ranks
 
 
 def sink_gathers(module: fx.GraphModule) -> None:
-    """Move each gather of a parameter, with the casts and copies around it, down to just before its first use.
+    """Move each gather of a parameter, with the casts and copies around it, to directly before its first use.
 
-    The trace gathers all parameters where the loss begins, so that all would be in memory at once. Other nodes keep
-    their order, and no value changes.
+    The trace gathers all parameters at the start of the loss, so all would be in memory together. The other nodes keep
+    their order. No value changes.
     """
     chain = gather_chains(module)
     if not chain:
@@ -32,9 +32,11 @@ def sink_gathers(module: fx.GraphModule) -> None:
 
 
 def gather_chains(module: fx.GraphModule) -> set[fx.Node]:
-    """The forward nodes that do nothing but make whole parameters of pieces: gathers, what leads to them from the
-    arguments alone, and views, casts and waits of what they give. Where the backward makes them again, no parameter is
-    held in whole between its uses (ZeRO stage 3).
+    """The forward nodes that only assemble whole parameters from their shards.
+
+    These are the gathers, the nodes that lead to them from an argument alone, and views, casts and waits of their
+    results. If the backward recomputes these nodes, no whole parameter stays in memory between its uses (ZeRO stage 3,
+    Rajbhandari et al., arXiv 1910.02054).
     """
     pure: set[fx.Node] = set()  # computed from one argument alone, by one node from the other
     for node in module.graph.nodes:
@@ -57,7 +59,7 @@ def gather_chains(module: fx.GraphModule) -> set[fx.Node]:
 
 
 def _is_part(node: fx.Node) -> bool:
-    """A wait, a view, a copy or a cast: what `placement.use` puts after a gather; not what a loss computes."""
+    """True for a wait, a view, a copy or a cast, as `placement.use` puts after a gather; not for ops of the loss."""
     target = node.target
     if target is gather_ranks or target is torch.ops._c10d_functional.wait_tensor.default:
         return True
@@ -67,7 +69,7 @@ def _is_part(node: fx.Node) -> bool:
 
 
 def _needed(node: fx.Node, chain: set[fx.Node], done: set[fx.Node]) -> list[fx.Node]:
-    """What of the chains `node` reads and was not emitted yet, in order."""
+    """The nodes of the chains that `node` needs and that are not in `done`, in order."""
     found: list[fx.Node] = []
     stack = [n for n in node.all_input_nodes if n in chain and n not in done]
     while stack:

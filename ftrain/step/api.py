@@ -24,7 +24,7 @@ from ftrain.step.plan_source import Chooser
 from ftrain.step.runner import Runner
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options, TraceCache
-from ftrain.trace.ambient import within_another
+from ftrain.trace.ambient import inside_transform_or_trace
 from ftrain.trace.precision import Precision, computing_in
 from ftrain.trace.tracer import argument_paths, is_array
 
@@ -94,7 +94,7 @@ class Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the step on real tensors."""
         args = _bound(self._fn, self._parameters, args, kwargs)
-        if _disabled.get() or within_another():
+        if _disabled.get() or inside_transform_or_trace():
             return _plain(self._fn, args, self._placed, self._traces.options.precision)
         sharded = self._layout(args)
         leaves, treedef = tree.flatten(args)

@@ -31,8 +31,8 @@ from ftrain.passes.early_updates import update_early
 from ftrain.passes.fuse import fuse_runs
 from ftrain.passes.join_waits import join_waits
 from ftrain.passes.overlap import overlap
-from ftrain.passes.paths import spread_paths
-from ftrain.passes.reinplace import use_twins
+from ftrain.passes.paths import assign_paths
+from ftrain.passes.reinplace import reinplace
 from ftrain.passes.reuse import reuse_memory
 from ftrain.passes.sink_gathers import gather_chains, sink_gathers
 from ftrain.remat.fit import fit
@@ -227,7 +227,7 @@ PREPARED = (
     Pass("expect_sizes", _each(expect_sizes), bodies=True, needed=True),
     Pass("sink_gathers", _each(sink_gathers), when=_on_mesh, bodies=True),
     Pass("sum_early", _each(sum_early), when=_on_mesh, bodies=True),
-    Pass("spread_paths", lambda m, s: spread_paths(m, s.state), needed=True),
+    Pass("assign_paths", lambda m, s: assign_paths(m, s.state), needed=True),
     Pass("mark_layers", lambda m, s: mark_layers(m, s.leaves), needed=True),
     Pass("require_matches", lambda m, s: require_matches(m, s.remat), needed=True),
     Pass("recompute_by_policy", lambda m, s: rematerialize(m, s.remat, gathers=gather_chains(m)), bodies=True),
@@ -239,7 +239,7 @@ HIDDEN = (Pass("overlap", _overlap, when=lambda s: s.mesh is not None and s.hide
 DONATED = (Pass("donate", lambda m, s: donate(m, dict(s.donated)), needed=True),)
 FUSED = (Pass("fuse_runs", _each(fuse_runs), when=_compiles, bodies=True),)
 EXECUTED = (
-    Pass("use_twins", _each(use_twins), bodies=True),
+    Pass("reinplace", _each(reinplace), bodies=True),
     *FUSED,
     Pass("write_in_place", _each(write_in_place), bodies=True),
     Pass("carry_in_place", _each(carry_in_place), bodies=True),

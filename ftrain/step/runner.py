@@ -23,7 +23,7 @@ from ftrain.runtime.other_holders import Beside, OtherHolders
 from ftrain.runtime.shared_memory import SharedMemory
 from ftrain.step.artifact import Compiled
 from ftrain.step.pipeline import EXECUTED, run_passes
-from ftrain.trace.ambient import as_a_program
+from ftrain.trace.ambient import program_modes
 from ftrain.trace.captured import captured_tensors
 
 
@@ -92,9 +92,9 @@ class Runner:
             self._shared_memory.require_none(tensors, contiguous=contiguous)
             inputs = self._apart(tensors, beside, contiguous=contiguous)
         elif not contiguous:
-            inputs = self.compiled.traced.in_rows(tensors)
+            inputs = self.compiled.traced.contiguous(tensors)
         try:
-            with as_a_program():
+            with program_modes():
                 outputs = self._program(inputs)
         except Exception as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
@@ -108,7 +108,7 @@ class Runner:
     def _apart(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
         """The graph's inputs, of which the donated lie in memory that nobody else holds."""
         loans, self._loans = self._loans, []
-        inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
+        inputs = tensors if contiguous else self.compiled.traced.contiguous(tensors)
         copies = {slot for slot in self.compiled.donation.slots if inputs[slot] is not tensors[slot]}
         return self._holders.apart(inputs, copies=copies, loans=loans, beside=beside)
 

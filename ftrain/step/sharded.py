@@ -32,7 +32,7 @@ from ftrain.step.mesh_call import MeshCall
 from ftrain.step.process_arrays import ProcessArrays
 from ftrain.step.runner import Runner
 from ftrain.trace.piece_sizes import ArraySizes
-from ftrain.trace.refusals import in_words_of_a_mesh
+from ftrain.trace.refusals import explain_mesh_sizes
 from ftrain.trace.spmd import Placements, ShardedTrace, reduce_means, tracing_rank
 from ftrain.trace.spmd_rules import bindings
 from ftrain.trace.spread import Spread, Spreads
@@ -83,7 +83,7 @@ class ShardedStep:
             everywhere = self.arguments.spread(COORDINATES, coordinates_3, trace.spreads)
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             trace.note_coordinates(coordinates_3)
-            with tracing_rank(trace, coordinates_3), bind(bindings(trace)), in_words_of_a_mesh(self.plan.mesh.size):
+            with tracing_rank(trace, coordinates_3), bind(bindings(trace)), explain_mesh_sizes(self.plan.mesh.size):
                 with ArraySizes(trace) as sizes:
                     result = fn(*own)
                 sizes.arrays.require_no_lost_writes(result)

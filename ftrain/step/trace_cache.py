@@ -69,7 +69,7 @@ class TraceCache:
                 self._explain(kind, around)
             found = self._runners[key] = Runner(self._compile(args, paths, leaves, treedef, sharded, around))
             assert self._surroundings is not None
-            self._surroundings.also(found.compiled.traced.changed)
+            self._surroundings.watch_attributes(found.compiled.traced.changed)
             self._kinds[found] = kind
             self._drop_oldest()
         return found

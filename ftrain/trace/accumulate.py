@@ -1,11 +1,12 @@
-"""Gradients over micro-batches that equal those of one big batch, from a graph that does not grow with their number.
+"""Gradient accumulation: gradients over micro-batches that equal those of the whole batch.
 
-A mean of means is wrong when counts differ. So the counts of all micro-batches are summed first: a loop over the
-counting part of the loss alone, which after dead-code elimination reads labels and computes nothing else. Then a second
-loop differentiates each micro-batch's totals, weighed by the whole batch's counts, and adds up.
+A mean of means is wrong if counts differ. So a first loop sums the counts of all micro-batches. After dead-code
+elimination it reads only labels. A second loop differentiates the totals of each micro-batch, weighted by the counts of
+the whole batch, and adds the gradients up. Both loops are single nodes of the graph, whose size does not depend on the
+number of micro-batches.
 
 A loss may itself sum over the batch (`ftrain.kernels.mean.sum_over_batch`, as `ftrain.modules.moe.aux_loss` does for
-the load of experts): what it gets is the sum over all micro-batches, made first (`trace.batch_sums`).
+the load of experts). `ftrain.trace.batch_sums` computes these sums over all micro-batches before the two loops.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from ftrain.graph.loop import loop, zeros_like_all
 from ftrain.graph.torch_private import shapes_of_result
 from ftrain.kernels.mean import Mean, WeightedSum, count_of, sum_over_batch
 from ftrain.sharding.batch import BatchRule
-from ftrain.trace.batch_sums import answering, require_constant, whole_sums
+from ftrain.trace.batch_sums import require_constant, supplying_sums, whole_sums
 from ftrain.trace.grad import differentiated
 from ftrain.trace.micro_batches import MicroBatches, divide, drawing_as_one_batch, stacked
 from ftrain.trace.parameter_view import compute_views
@@ -36,33 +37,51 @@ def accumulate(
     batch: Mapping[str, BatchRule] = MappingProxyType({}),
     stacked: bool = False,
 ) -> "Accumulated":
-    """`loss_fn(params, batch)` over `micro_batches` parts of the batch, one after the other; called as `loss_fn` is.
+    """Evaluate `loss_fn(params, batch)` over `micro_batches` parts of the batch, one after the other.
 
-    Give the result to `grad` or `value_and_grad` (with the same `has_aux`) in place of `loss_fn`, and the same batch:
-    it is divided here. A batch of rows (images and labels) is divided along dim 0; a batch of tokens is one pack of
-    documents after the other, `micro_batches` of them, or on a mesh so many for each data rank
-    (`ftrain.modules.mesh_packing.pack_for_mesh(packs=...)`, `ftrain.modules.packs.join_packs`). So one batch, one plan
-    and one `share` serve training and evaluation.
+    Pass the result, which is called as `loss_fn` is, to `grad` or `value_and_grad` in place of `loss_fn`, with the same
+    `has_aux`. The batch stays the same, because it is divided here.
 
-    `batch`: how leaves are divided, by globs over their paths, as in `Plan(batch=...)`, whose rules hold where these
-    say nothing (`ftrain.modules.mesh_packing.BATCH` are those of packs with media). Without any, 0-d leaves and what is
-    called `key` are the same for each micro-batch, all else is divided along dim 0. ValueError names a leaf that does
-    not divide, and, when the step runs, one in which a document would be cut (on CUDA an assertion on the device).
-    `stacked`: leaves of the batch have a leading dim of micro-batches already (`ftrain.modules.packs.stack_packs`).
+    - `loss_fn`: returns a `Mean` or a `WeightedSum` whose counts do not depend on the parameters; with `has_aux`, a
+      pair of it and a tree of tensors `aux`. Leaves of `aux` are summed over the micro-batches, so return sums and
+      counts (`Mean`s) there.
+    - `micro_batches`: their number, at least 1.
+    - `batch`: rules by which leaves are divided, by globs over their paths, as in `Plan(batch=...)`. A leaf without a
+      rule follows the plan. Without a plan, 0-d leaves and a leaf `key` are the same for every micro-batch and all
+      others are divided along dim 0. `ftrain.modules.mesh_packing.BATCH` are the rules of packs with media.
+    - `stacked`: the leaves of the batch have a leading dim of `micro_batches` already (see
+      `ftrain.modules.packs.stack_packs`).
 
-    The loss must be a `Mean` or a `WeightedSum`, whose counts do not depend on the parameters. Leaves of `aux` are
-    summed over the micro-batches, so return sums and counts (`Mean`s) there.
+    A batch of rows (images and labels) is divided along dim 0. A batch of tokens consists of `micro_batches` packs of
+    documents, one after the other; on a mesh, of as many for each data rank
+    (`ftrain.modules.mesh_packing.pack_for_mesh(packs=...)`, `ftrain.modules.packs.join_packs`).
 
-    Value and gradient are those of one big batch for every loss that is a sum over rows divided by counts, also where a
-    constant in it is itself a sum over the batch taken with `sum_over_batch`. Such sums cost a further loop over as
-    much of the loss as they need: for the balance loss of experts a forward pass of the whole stack (about a third of
-    the step; a balance by "bias" costs none). One whose terms depend on the parameters is a ValueError. Whatever else
-    looks across the batch without `sum_over_batch` (batch norm, a contrast of rows) sees one micro-batch.
+    The value and the gradient equal those of the whole batch for every loss that is a sum over rows divided by counts,
+    also if it contains constants computed by `sum_over_batch`. Such sums cost another loop over the part of the loss
+    that they need: for the balance loss of experts a forward pass of the whole model (about a third of the step; a
+    balance by "bias" costs nothing). An op that reads across rows without `sum_over_batch` (batch norm, a contrastive
+    loss) sees one micro-batch.
 
-    Random numbers from a key: `ftrain.kernels.pack.draw_over_batch` gives every micro-batch those that its rows have in
-    the whole batch; what is drawn from the key alone is the same in each, as it is on each rank of a mesh. Numbers of
-    torch's generator are those of a plain loop over the micro-batches; in a jitted step counts and sums over the batch
-    must not depend on them (a ValueError).
+    Random numbers from a key: with `ftrain.kernels.pack.draw_over_batch` every row gets the numbers that it has in the
+    whole batch. Numbers drawn from the key alone are the same in every micro-batch, as on every rank of a mesh. Numbers
+    of torch's generator are those of a plain loop over the micro-batches.
+
+    ValueError for fewer than 1 micro-batch, and for `stacked` together with `batch`. At a call also for a loss of
+    another type, a leaf that does not divide, a sum over the batch that depends on the parameters, and, in a jitted
+    step, counts or sums that depend on torch's generator. When the step runs: a document that would be cut in two is a
+    ValueError on a CPU, and an assertion on the device on CUDA.
+
+    >>> import torch
+    >>> import ftrain
+    >>> def loss(params, batch):
+    ...     errors = (batch["x"] * params["w"] - batch["y"]).square()
+    ...     return ftrain.Mean(errors.sum(), torch.tensor(float(errors.numel())))
+    >>> params = {"w": torch.tensor(2.0)}
+    >>> batch = {"x": torch.arange(4.0), "y": torch.ones(4)}
+    >>> ftrain.value_and_grad(loss)(params, batch)
+    (tensor(9.), {'w': tensor(11.)})
+    >>> ftrain.value_and_grad(ftrain.accumulate(loss, micro_batches=2))(params, batch)
+    (tensor(9.), {'w': tensor(11.)})
     """
     if micro_batches < 1:
         raise ValueError(f"accumulate: micro_batches must be at least 1, not {micro_batches}")
@@ -73,7 +92,7 @@ def accumulate(
 
 @dataclass(frozen=True)
 class Accumulated:
-    """A loss over micro-batches; see `accumulate`."""
+    """A loss over micro-batches, made by `accumulate`, which explains its fields."""
 
     loss_fn: Callable
     micro_batches: int
@@ -82,7 +101,10 @@ class Accumulated:
     stacked: bool
 
     def __call__(self, params: Any, batch: Any) -> Any:
-        """The loss over all micro-batches, without gradients."""
+        """The loss (a `Mean` or `WeightedSum`; with `has_aux`, a pair with aux) over all micro-batches.
+
+        ValueError as for `accumulate`.
+        """
         leaves, params_tree = tree.flatten(params)
         leaves = [v(x) for v, x in zip(compute_views(leaves), leaves, strict=True)]
         call = self._over(batch, leaves, lambda leaves: tree.unflatten(params_tree, leaves))
@@ -93,7 +115,7 @@ class Accumulated:
 
         def body(*flat: Tensor) -> list[Tensor]:
             consts = list(flat[k + m :])
-            with answering(dict(enumerate(consts[len(leaves) :]))):
+            with supplying_sums(dict(enumerate(consts[len(leaves) :]))):
                 loss, aux = call.loss_of(consts[: len(leaves)], list(flat[k : k + m]))
             new = [*_totals(loss), *_counts(loss), *tree.flatten(aux)[0]]
             return [c + x for c, x in zip(flat[:k], new, strict=True)]
@@ -105,7 +127,12 @@ class Accumulated:
     def value_and_grad(
         self, args: tuple, kwargs: dict, numbers: tuple[int, ...], leaves: list[Tensor], treedef: Any, has_aux: bool
     ) -> tuple[Tensor, Any, list[Tensor]]:
-        """Value, aux and flat gradients with respect to the parameters; called by `ftrain.value_and_grad`."""
+        """Value (0-d), aux and gradients (one per leaf, of its shape) with respect to the parameters.
+
+        `ftrain.value_and_grad` calls this with the loss's `args` and `kwargs`, the positions of the differentiated
+        arguments, their leaves and tree, and its `has_aux`. ValueError if the loss is not called as
+        `loss(params, batch)`, is differentiated in another argument, or has another `has_aux`.
+        """
         if numbers != (0,) or len(args) != 2 or kwargs or has_aux != self.has_aux:
             raise ValueError(
                 "an accumulated loss is called as loss(params, batch), differentiated in its first argument, and with "
@@ -113,19 +140,19 @@ class Accumulated:
             )
         views = compute_views(leaves)
 
-        def shown(params: list[Tensor]) -> Any:
+        def params_of(params: list[Tensor]) -> Any:
             (found,) = tree.unflatten(treedef, [v(x) for v, x in zip(views, params, strict=True)])
             return found
 
-        call = self._over(args[1], leaves, shown)
+        call = self._over(args[1], leaves, params_of)
         whole = call.sums()
         return _sum_gradients(call, _sum_counts(call, whole), whole)
 
     def _over(self, batch: Any, leaves: list[Tensor], params_of: Callable[[list[Tensor]], Any]) -> "_Call":
-        """The loss on this batch; one look at it, for shapes, tells what it needs."""
+        """The loss on this batch, after one run on fake tensors that finds its shapes and sums."""
         parts = stacked(batch, self.micro_batches) if self.stacked else divide(batch, self.micro_batches, self.batch)
         call = _Call(self, parts, params_of, leaves)
-        return call.looked_at()
+        return call.probed()
 
     def _call(self, params: Any, batch: Any) -> tuple[Any, Any]:
         out = self.loss_fn(params, batch)
@@ -134,9 +161,11 @@ class Accumulated:
 
 @dataclass(frozen=True)
 class _Call:
-    """An accumulated loss with the batch of a call. `xs`: what each micro-batch gets an element of: the leaves of the
-    batch, and its number where random numbers are drawn for rows; `shapes`: of the loss and of aux; `asked`: of the
-    sums over the batch.
+    """An accumulated loss with the batch of a call.
+
+    - `xs`: tensors with a leading dim of micro-batches: the leaves of the batch, and the number of the micro-batch if
+      random numbers are drawn by row (`numbered`).
+    - `shapes`: fake tensors of the loss and of aux. `requested`: fake tensors of the sums over the batch.
     """
 
     loss: Accumulated
@@ -145,7 +174,7 @@ class _Call:
     leaves: list[Tensor]
     numbered: bool = False
     shapes: tuple[Any, Any] = (None, None)
-    asked: tuple[Tensor, ...] = ()
+    requested: tuple[Tensor, ...] = ()
 
     @property
     def count(self) -> int:
@@ -166,20 +195,20 @@ class _Call:
             found = self.loss._call(self.params_of(leaves), self.parts.put(batch))
         return found, bool(drawn)
 
-    def looked_at(self) -> "_Call":
-        """The same with what a run on the first micro-batch's shapes tells."""
+    def probed(self) -> "_Call":
+        """The same call, with the results of a run on fake tensors of the first micro-batch."""
 
-        def look() -> tuple[Any, bool, list[Tensor]]:
-            with answering({}) as questions:
+        def probe() -> tuple[Any, bool, list[Tensor]]:
+            with supplying_sums({}) as sums:
                 shapes, drawn = self._drawing(self.leaves, [x[0] for x in self.parts.leaves])
-            return shapes, drawn, questions.asked
+            return shapes, drawn, sums.requested
 
-        shapes, drawn, asked = shapes_of_result(look)
-        return replace(self, numbered=drawn, shapes=shapes, asked=tuple(asked))
+        shapes, drawn, requested = shapes_of_result(probe)
+        return replace(self, numbered=drawn, shapes=shapes, requested=tuple(requested))
 
     def sums(self) -> list[Tensor]:
-        """What the loss sums over the whole batch."""
-        return whole_sums(self.loss_of, self.count, self.leaves, self.xs, self.asked)
+        """The sums over the whole batch that the loss requests."""
+        return whole_sums(self.loss_of, self.count, self.leaves, self.xs, self.requested)
 
 
 def _sum_counts(call: _Call, whole: list[Tensor]) -> list[Tensor]:
@@ -189,7 +218,7 @@ def _sum_counts(call: _Call, whole: list[Tensor]) -> list[Tensor]:
 
     def body(*flat: Tensor) -> list[Tensor]:
         batch, consts = list(flat[k : k + m]), flat[k + m :]
-        with answering(dict(enumerate(consts[n:]))):
+        with supplying_sums(dict(enumerate(consts[n:]))):
             counted, _ = call.loss_of(list(consts[:n]), batch)
         return [a + b.detach() for a, b in zip(flat[:k], _counts(counted), strict=True)]
 
@@ -209,9 +238,9 @@ def _sum_gradients(call: _Call, counts: list[Tensor], whole: list[Tensor]) -> tu
         all_counts, all_sums = list(consts[n : n + c]), dict(enumerate(consts[n + c :]))
 
         def weighed(*params: Tensor) -> tuple[Tensor, list[Tensor]]:
-            with answering(all_sums) as questions:
+            with supplying_sums(all_sums) as sums:
                 loss, aux = call.loss_of(list(params), batch)
-            require_constant(questions, len(all_sums))
+            require_constant(sums, len(all_sums))
             return _weigh(loss, all_counts), tree.flatten(aux)[0]
 
         value, aux, grads = differentiated(weighed, list(consts[:n]))

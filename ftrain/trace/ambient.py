@@ -1,7 +1,8 @@
-"""What lies around a call and not in its arguments: modes that change what a step computes.
+"""Global modes of torch that change what a step computes: default dtype, default device, autocast, and so on.
 
-A trace is made under the modes of its call and they are part of its key; the program then runs with none of them, since
-the graph holds what they did. Gradients and inference mode are set alike at both ends: a step takes its own gradients.
+A trace runs under the modes of its call, and they are part of the key of the trace. The program then runs without them,
+because the graph holds their effects. Gradient mode and inference mode are set to fixed values for both, because a step
+computes its own gradients.
 """
 
 from collections.abc import Iterator
@@ -24,10 +25,10 @@ _CPU = torch.device("cpu")
 
 
 def ambient() -> tuple:
-    """What must be equal for a trace to fit a call, beside the arguments."""
+    """The modes that are part of a trace's key, in the order of `AMBIENT_NAMES`."""
     return (
         torch.get_default_dtype(),
-        torch.get_default_device() if functions_are_watched() else _CPU,  # asking takes longer than all else here
+        torch.get_default_device() if functions_are_watched() else _CPU,  # this query is slow
         torch.are_deterministic_algorithms_enabled(),
         attention_choices(),
         _autocast() if any_autocast() else None,
@@ -45,22 +46,23 @@ AMBIENT_NAMES = (
     "the choice of attention kernels",
     "autocast",
 )
+"""The names of the entries of `ambient()`, for messages."""
 
 
-def within_another() -> bool:
-    """True inside a transform of `torch.func` or another trace: a jitted function is then the plain one."""
+def inside_transform_or_trace() -> bool:
+    """True inside a transform of `torch.func` or another trace, where a jitted function runs as the plain function."""
     return functional_transform() or modes_are_active()
 
 
 @contextmanager
-def as_a_step() -> Iterator[None]:
-    """Within the block the function is traced as a step: outside of inference mode, with gradients."""
+def tracing_modes() -> Iterator[None]:
+    """Within the block inference mode is off and gradients are on, as a trace needs them."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
-def as_a_program() -> Any:
-    """A context for the run of a program: outside of inference mode and autocast."""
+def program_modes() -> Any:
+    """A context in which a program runs: inference mode and autocast are off."""
     if torch.is_inference_mode_enabled() or any_autocast():
         return _plain()
     return nullcontext()

@@ -1,9 +1,9 @@
-"""What a loss sums over the whole batch (`ftrain.kernels.mean.sum_over_batch`), where it sees one micro-batch at a
-time.
+"""Sums over the whole batch (`ftrain.kernels.mean.sum_over_batch`) in a loss that runs on one micro-batch at a time.
 
-The shares of a balance loss, say, are those of all tokens, but micro-batch 0 knows only its own. So the sums are made
-first: a loop runs as much of the loss as they need, without a backward, and adds up what it asks for. Then each
-micro-batch gets the whole sums. A sum whose terms are computed from another sum waits for the next such loop.
+For example, the shares in a balance loss are those of all tokens, but a micro-batch has only its own. So the sums are
+computed first: a loop runs the part of the loss that they need, without a backward, and adds up the terms that the loss
+passes to `sum_over_batch`. Then every micro-batch gets the whole sums. A sum whose terms depend on another sum is
+computed in the next such loop.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,51 +18,60 @@ from ftrain.kernels.primitive import bind
 from ftrain.trace.provenance import sources
 
 Run = Callable[[list[Tensor], list[Tensor]], object]
-"""The loss, from flat parameters and a flat micro-batch; its result is not looked at here."""
+"""The loss, from flat parameters and a flat micro-batch; this file ignores its result."""
 
 
-class Questions:
-    """The sums that a loss asked for, in order, and which of them were computed from a sum that is not known yet."""
+class RequestedSums:
+    """Records the terms that a loss passes to `sum_over_batch`, and supplies the sums that are computed already.
 
-    def __init__(self, known: Mapping[int, Tensor]) -> None:
-        self.asked: list[Tensor] = []
-        self.too_early: set[int] = set()
-        self._known, self._unknown = known, list[Tensor]()
+    `computed`: sums by the number of the call, from 0.
+    """
 
-    def answer(self, x: Tensor) -> Tensor:
-        """The sum over the whole batch where it is known, else a stand-in of its shape."""
-        number = len(self.asked)
-        self.asked.append(x)
-        if number in self._known:
-            return self._known[number]
-        if _computed_from(x, self._unknown):
-            self.too_early.add(number)
-        self._unknown.append(x.clone())
-        return self._unknown[-1]
+    def __init__(self, computed: Mapping[int, Tensor]) -> None:
+        self.requested: list[Tensor] = []
+        """The term of each call, in order."""
+        self.dependent: set[int] = set()
+        """Numbers of the calls whose terms depend on a sum that is not computed yet."""
+        self._computed, self._stand_ins = computed, list[Tensor]()
+
+    def supply(self, x: Tensor) -> Tensor:
+        """The sum over the whole batch for the term `x` of the next call, or, if not computed yet, a copy of `x`.
+
+        `x` has any shape; the result has the same.
+        """
+        number = len(self.requested)
+        self.requested.append(x)
+        if number in self._computed:
+            return self._computed[number]
+        if _computed_from(x, self._stand_ins):
+            self.dependent.add(number)
+        self._stand_ins.append(x.clone())
+        return self._stand_ins[-1]
 
 
 @contextmanager
-def answering(known: Mapping[int, Tensor]) -> Iterator[Questions]:
-    """Within the block the i-th `sum_over_batch` gives `known[i]`."""
-    questions = Questions(known)
-    with bind({"sum_over_batch": questions.answer}):
-        yield questions
+def supplying_sums(computed: Mapping[int, Tensor]) -> Iterator[RequestedSums]:
+    """Within the block, call number i of `sum_over_batch` returns `computed[i]`; yields the record of all calls."""
+    sums = RequestedSums(computed)
+    with bind({"sum_over_batch": sums.supply}):
+        yield sums
 
 
 def whole_sums(
     run: Run, micro_batches: int, leaves: list[Tensor], xs: list[Tensor], shapes: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The sums over the whole batch (and all ranks) that `run` asks for, in order, as constants.
+    """The sums over the whole batch (and all ranks) that `run` requests, in order, as constants.
 
-    `xs`: the leaves of the batch, each with a leading dim of `micro_batches`; `shapes`: of the sums that the first
-    micro-batch asks for. ValueError if others ask for other sums.
+    - `leaves`: the flat parameters.
+    - `xs`: the leaves of the batch, each with a leading dim of `micro_batches`.
+    - `shapes`: tensors with the shapes and dtypes of the sums that the first micro-batch requests.
     """
-    known: dict[int, Tensor] = {}
-    while len(known) < len(shapes):
-        missing = [i for i in range(len(shapes)) if i not in known]
-        sums, ready = _add_up(run, micro_batches, leaves, xs, known, [shapes[i] for i in missing], missing)
-        known |= {i: sum_over_batch(total) for i, total in zip(missing, sums, strict=True) if i in ready}
-    return [known[i] for i in range(len(shapes))]
+    computed: dict[int, Tensor] = {}
+    while len(computed) < len(shapes):
+        missing = [i for i in range(len(shapes)) if i not in computed]
+        sums, ready = _add_up(run, micro_batches, leaves, xs, computed, [shapes[i] for i in missing], missing)
+        computed |= {i: sum_over_batch(total) for i, total in zip(missing, sums, strict=True) if i in ready}
+    return [computed[i] for i in range(len(shapes))]
 
 
 def _add_up(
@@ -70,39 +79,37 @@ def _add_up(
     micro_batches: int,
     leaves: list[Tensor],
     xs: list[Tensor],
-    known: Mapping[int, Tensor],
+    computed: Mapping[int, Tensor],
     shapes: Sequence[Tensor],
     missing: Sequence[int],
 ) -> tuple[list[Tensor], set[int]]:
-    """The missing sums over the micro-batches, and the numbers of those that are right."""
+    """The missing sums over the micro-batches, and the numbers of those that depend on no other missing sum."""
     ready: set[int] = set(missing)
     k, m, n = len(missing), len(xs), len(leaves)
 
     def body(*flat: Tensor) -> list[Tensor]:
         batch, consts = list(flat[k : k + m]), flat[k + m :]
-        questions = _ask(run, list(consts[:n]), batch, dict(zip(known, consts[n:], strict=True)))
-        ready.difference_update(questions.too_early)
-        return [c + questions.asked[i].detach() for c, i in zip(flat[:k], missing, strict=True)]
+        with supplying_sums(dict(zip(computed, consts[n:], strict=True))) as sums:
+            run(list(consts[:n]), batch)
+        ready.difference_update(sums.dependent)
+        return [c + sums.requested[i].detach() for c, i in zip(flat[:k], missing, strict=True)]
 
-    start, consts = zeros_like_all(list(shapes)), [*leaves, *known.values()]
+    start, consts = zeros_like_all(list(shapes)), [*leaves, *computed.values()]
     sums = loop(body, micro_batches, carry=start, xs=xs, consts=consts, preview=True)
     return sums, ready
 
 
-def _ask(run: Run, leaves: list[Tensor], batch: list[Tensor], known: Mapping[int, Tensor]) -> Questions:
-    with answering(known) as questions:
-        run(leaves, batch)
-    return questions
+def require_constant(sums: RequestedSums, count: int) -> None:
+    """ValueError if a term depends on the parameters, because its gradient would need all micro-batches at once.
 
-
-def require_constant(questions: Questions, count: int) -> None:
-    """ValueError where what was summed depends on the parameters: its gradient would need all micro-batches at once."""
-    if len(questions.asked) != count:
+    ValueError too if `sums` does not hold `count` calls, as in the first run.
+    """
+    if len(sums.requested) != count:
         raise ValueError(
             f"accumulate: the loss called sum_over_batch {count} times for the first micro-batch and "
-            f"{len(questions.asked)} times with gradients: it must do the same every time"
+            f"{len(sums.requested)} times with gradients: it must do the same every time"
         )
-    for number, x in enumerate(questions.asked):
+    for number, x in enumerate(sums.requested):
         if x.requires_grad:
             raise ValueError(
                 f"accumulate: call {number + 1} of sum_over_batch (or of .value()) in the loss sums a tensor "
@@ -112,7 +119,7 @@ def require_constant(questions: Questions, count: int) -> None:
 
 
 def _computed_from(x: Tensor, others: Sequence[Tensor]) -> bool:
-    """Whether `x` was computed from one of `others`; outside of a trace nobody knows, and it is taken to be."""
+    """True if `x` depends on one of `others`. Outside of a trace dependence is not known, so it is assumed."""
     start, found = node_of(x), {node_of(other) for other in others}
     if start is None or None in found:
         return bool(others)

@@ -1,7 +1,8 @@
-"""Tensors that a step reads though they are not among its arguments: what the user calls them, and what is refused.
+"""Captured tensors: tensors that a step reads and that are not among its arguments.
 
-A closure, a global, the weights of a module that was not given to `functional_call`. They are constants of the graph:
-read at every call, alive as long as the step, never written and never trained.
+Examples are variables of a closure, globals, and the weights of a module that is called without `functional_call`.
+They are constants of the graph: they are read at every call, stay in memory as long as the step, and may not be written
+or trained.
 """
 
 import functools
@@ -20,7 +21,7 @@ _DEPTH = 5
 
 
 def captured_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
-    """The constants of a graph and of the bodies of its loops, each once, by the name of its first node."""
+    """The captured tensors of a graph and of the bodies of its loops, each once, by the name of its first node."""
     found: dict[int, tuple[str, Tensor]] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -34,13 +35,22 @@ def captured_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def captured_name(function: Callable, tensor: Tensor) -> str:
-    """What the user calls a tensor that a function reaches: `model.1.running_mean`; else its type and shape."""
+    """The user's name of a tensor that a function reaches, with its type and shape, for messages.
+
+    Without a name only the type and shape.
+
+    >>> import torch
+    >>> from ftrain.trace.captured import captured_name
+    >>> w = torch.ones(2, 3)
+    >>> captured_name(lambda x: w @ x, w)
+    "'w' (float32[2, 3])"
+    """
     name = next((name for name, value in _reachable(function, "", _DEPTH, set()) if value is tensor), "")
     return f"{name!r} ({typed_shape(tensor)})" if name else f"a tensor ({typed_shape(tensor)})"
 
 
 def _reachable(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors reached from a value through closures, globals, modules, attributes and containers, with their names."""
+    """The tensors reached from a value through closures, globals, modules, attributes and containers, with names."""
     if isinstance(value, Tensor):
         yield name, value
         return
@@ -48,7 +58,7 @@ def _reachable(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tu
         return
     seen.add(id(value))
     for part, inner in _parts(value):
-        part = "" if isinstance(inner, FunctionType) else part  # what it captures has names of its own
+        part = "" if isinstance(inner, FunctionType) else part  # its captured variables have names of their own
         yield from _reachable(inner, f"{name}.{part}" if name and part else name or part, depth - 1, seen)
 
 
@@ -94,15 +104,16 @@ def _global_names(code: CodeType) -> list[str]:
 
 
 def require_untrained(function: Callable, trained: list[Tensor]) -> None:
-    """ValueError for tensors outside the arguments into which the gradient of a loss would have flowed.
+    """ValueError for captured tensors that require a gradient, because the step would not train them.
 
-    `trained`: the leaves that autograd found behind the loss beside the parameters it was asked for.
+    `trained`: the leaves of the loss's autograd graph, of any shape, that are not among the differentiated parameters.
+    `function`: the step, to name the tensor.
     """
     for tensor in trained:
         if not isinstance(tensor, FakeTensor):
             raise ValueError(
-                f"the loss reads {captured_name(function, tensor)}, which wants a gradient and is not among the "
-                "arguments that are differentiated: it would stay as it is. To train it keep it in the parameters (of "
-                "a module: torch.func.functional_call); a teacher or a frozen part has .requires_grad_(False), or is "
-                "run under torch.no_grad()"
+                f"the loss reads {captured_name(function, tensor)}, which requires a gradient and is not among the "
+                "arguments that are differentiated, so it would not be trained. To train it, keep it in the parameters "
+                "(of a module: torch.func.functional_call). For a teacher or a frozen part, call "
+                ".requires_grad_(False) or use torch.no_grad()"
             )

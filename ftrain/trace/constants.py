@@ -1,7 +1,7 @@
-"""Captured tensors: what a graph says of their memory is what is true of it.
+"""Make the fake values of captured tensors share memory as the real tensors do.
 
-Passes go by the memory of fake values: nothing may be written over a captured tensor, nor over a view of one. But a
-trace gives each place that reads a captured tensor memory of its own, and views of it yet another.
+Passes read from the memory of fake values which nodes share memory, so that nothing is written over a captured tensor
+or a view of one. But a trace gives each node that reads a captured tensor a fake value with memory of its own.
 """
 
 import operator
@@ -14,9 +14,9 @@ from ftrain.graph.torch_private import FakeTensor, fake_mode_of, storage_id, val
 
 
 def share_memory_of_constants(module: fx.GraphModule) -> None:
-    """Let the fake values of captured tensors, and of their views, share memory as the real ones do.
+    """Give the fake values of captured tensors, and of their views, the shared memory of the real ones, in place.
 
-    Bodies of loops are treated alike. No value changes.
+    Bodies of loops are treated in the same way. No value changes.
     """
     fakes = [n.meta["val"] for n in module.graph.nodes if isinstance(n.meta.get("val"), FakeTensor)]
     memory: dict[int, Tensor] = {}
@@ -42,7 +42,7 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
 
 
 def _fake_of(constant: Tensor, memory: dict[int, Tensor]) -> Tensor:
-    """A fake tensor that lies in the fake memory of its storage as the constant does in the real one."""
+    """A fake tensor with the constant's shape, strides and offset in the fake memory of the constant's storage."""
     storage = constant.untyped_storage()
     key = storage_id(constant)
     if key not in memory:
@@ -53,7 +53,7 @@ def _fake_of(constant: Tensor, memory: dict[int, Tensor]) -> Tensor:
 
 
 def _looks_at(node: fx.Node, moved: set[fx.Node]) -> bool:
-    """True for a view of what has got other memory, and for a part of several such."""
+    """True for a view of a node whose fake value was replaced, and for a `getitem` of one."""
     if node.op != "call_function" or not any(n in moved for n in node.all_input_nodes):
         return False
     if node.target is operator.getitem:

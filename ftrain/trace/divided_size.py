@@ -1,5 +1,7 @@
-"""The size of a divided dim, as a user's own update reads it: a number that is the array's, and a piece's when torch
-makes or views a tensor of that size.
+"""The size of a divided dim in a user's own update on a mesh.
+
+As a number it is the size of the whole array. When torch creates or views a tensor with it, it is the size of this
+rank's piece.
 """
 
 from collections.abc import Sequence
@@ -11,10 +13,10 @@ from ftrain.sharding.placement import Placement, Split
 
 
 class DividedSize(int):
-    """The whole array's size along a dim: so Python counts, compares and computes with it as on one device.
+    """The size of a whole array along a divided dim. As an int it behaves as on one device.
 
-    `piece`: the size of every rank's piece. `split`: how the dim is divided (of the array's dims it was dim
-    `split.dim`). `copies`: the axes along which ranks hold copies of the array.
+    `piece`: the size of every rank's piece. `split`: how the dim is divided; `split.dim` is its number in the array.
+    `copies`: the mesh axes along which ranks hold copies of the array.
     """
 
     piece: int
@@ -26,12 +28,12 @@ class DividedSize(int):
         size.piece, size.split, size.copies = piece, split, copies
         return size
 
-    def __getnewargs__(self) -> tuple:  # a copy is divided too
+    def __getnewargs__(self) -> tuple:  # so that a copy is a DividedSize too
         return int(self), self.piece, self.split, self.copies
 
 
 def shape_of(placement: Placement) -> torch.Size:
-    """The shape of an array, of which ranks hold pieces."""
+    """The shape of the whole array, with a `DividedSize` for each divided dim."""
     sizes, held = list(placement.shape), placement.local_shape
     for split in placement.splits:
         sizes[split.dim] = DividedSize(sizes[split.dim], held[split.dim], split, placement.copies)
@@ -39,7 +41,7 @@ def shape_of(placement: Placement) -> torch.Size:
 
 
 def whole(value: Any) -> Any:
-    """An argument of a torch function, with plain numbers, those of arrays, in place of `DividedSize`s."""
+    """An argument of a torch function with each `DividedSize` replaced by the plain size of the whole array."""
     if isinstance(value, DividedSize):
         return int(value)
     if isinstance(value, slice):
@@ -50,12 +52,12 @@ def whole(value: Any) -> Any:
 
 
 def of_pieces(sizes: Sequence[int]) -> list[int]:
-    """The sizes of a piece."""
+    """The sizes with each `DividedSize` replaced by the size of a piece."""
     return [size.piece if isinstance(size, DividedSize) else size for size in sizes]
 
 
 def placement_of_sizes(sizes: Sequence[int]) -> Placement:
-    """Where an array of these sizes is: divided like the arrays whose sizes they are."""
+    """The placement of an array of these sizes: each `DividedSize` dim is divided as in the array it came from."""
     divided = {dim: size for dim, size in enumerate(sizes) if isinstance(size, DividedSize)}
     splits = tuple(size.split._replace(dim=dim) for dim, size in divided.items())
     copies = next((size.copies for size in divided.values()), ())

@@ -1,8 +1,8 @@
-"""Random fills of a tensor that is no plain row of numbers: the numbers go where eager code puts them.
+"""Random in-place fills of tensors that are not contiguous: each element gets the number that eager code gives it.
 
-`x.bernoulli_()` draws along `x`'s memory: a transposed tensor, or a slice, gets its numbers in another order, and from
-another routine, than a contiguous one. The pure forms of torch's fills know nothing of that. Where it matters they
-become ops that fill new memory of the same strides.
+`x.bernoulli_()` fills `x` in the order of its memory, so a transposed tensor or a slice gets its numbers in another
+order, and from another routine, than a contiguous one. The pure forms of torch's fills ignore strides. Where it
+matters, this file replaces them by ops that fill new memory with the same strides.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ from ftrain.kernels.opaque import opaque_op
 _aten = torch.ops.aten
 
 FILLS_LIKE = "fills_like"
-"""The key of a node's meta: the tensor that eager code fills there, as the trace saw it."""
+"""The key of a node's meta that holds the fake tensor that eager code fills there."""
 
 
 def _fill(name: str, arguments: str, fill: Callable) -> Callable:
-    """An op `(x, strides, *arguments)` that runs `fill` on new memory of these strides, with `x`'s shape and dtype."""
+    """An op `(x, strides, *arguments)` that fills a new tensor with `x`'s shape and dtype and these strides."""
 
     def new(x: Tensor, strides: Sequence[int], *arguments: Any, generator: torch.Generator | None = None) -> Tensor:
         return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
@@ -52,14 +52,18 @@ _UNNAMEABLE = getattr(_aten.random, "from")
 
 
 def note_fill(node: fx.Node) -> None:
-    """Before an in-place op becomes pure: remember in what memory it works."""
+    """Record the tensor that an in-place op writes, in `meta`. To be called before functionalization."""
     written = node.args[0] if node.args else None
     if isinstance(written, fx.Node) and isinstance(written.meta.get("val"), Tensor):
         node.meta[FILLS_LIKE] = written.meta["val"]
 
 
 def fill_as_eager(module: fx.GraphModule) -> None:
-    """When in-place ops are pure: random fills of what does not lie row by row become ops that draw as eager code."""
+    """Replace, in place, random fills of tensors that are not contiguous by ops that draw as eager code does.
+
+    To be called after functionalization, on nodes marked by `note_fill`. ValueError, with the user's line, for such a
+    tensor whose size depends on data.
+    """
     for node in list(module.graph.nodes):
         eager = node.meta.pop(FILLS_LIKE, None)
         fill = _FILLS.get(node.target)

@@ -1,4 +1,4 @@
-"""Replace in-place ops by pure ones."""
+"""Functionalization: replace in-place ops by pure ones."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ from ftrain.graph.torch_private import (
 from ftrain.trace.fills import FILLS_LIKE, fill_as_eager, note_fill
 from ftrain.trace.open_writes import open_writes
 from ftrain.trace.overlapping_writes import settle_overlapping_writes
-from ftrain.trace.preview import keep_draws_for_the_step
+from ftrain.trace.preview import strip_preview
 
 
 def mutating_nodes(module: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose op writes into one of its arguments."""
+    """The nodes whose op writes into one of its arguments, by its schema."""
     return [
         n
         for n in module.graph.nodes
@@ -37,16 +37,19 @@ def functionalize(
     *,
     name_of_captured: Callable[[torch.Tensor], str] = lambda _: "a tensor",
 ) -> fx.GraphModule:
-    """The same graph without in-place ops: writes into temporaries become values, at no change of any bit.
+    """The same graph without in-place ops: writes into temporaries become new values. No bit changes.
 
-    A write that reaches an argument of the step, or a tensor that the step captures, is a ValueError that names the
-    leaf and the line: steps are pure. `name_of_captured`: what the user calls a captured tensor. A graph without
-    in-place ops is returned as it is. Bodies of loops are treated alike.
+    - `input_paths`: the paths of the placeholders, for messages.
+    - `name_of_captured`: the user's name of a captured tensor, for messages.
+
+    A graph without in-place ops is returned itself. Bodies of loops are treated in the same way. ValueError, with the
+    user's line, for a write that reaches an argument of the step or a captured tensor (steps are pure), and for a write
+    through a view whose elements share memory.
     """
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
         paths = _paths_in_body(loop, input_paths)
         setattr(module, loop.args[0].target, functionalize(loop_body(loop), paths, name_of_captured=name_of_captured))
-        keep_draws_for_the_step(loop)
+        strip_preview(loop)
     open_writes(module)
     culprits = mutating_nodes(module)
     if not culprits:
@@ -72,8 +75,7 @@ def functionalize(
 
 
 def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
-    """What a loop's body calls its inputs: the step's leaves, and parts of them, by their paths, other tensors by their
-    nodes."""
+    """The names of the inputs of a loop's body: paths for leaves of the step and parts of them, else nodes."""
     placeholders = [n for n in loop.graph.nodes if n.op == "placeholder"]
     known = dict(zip(placeholders, input_paths, strict=True))
     given = [n for group in loop.args[2:] for n in group]  # type: ignore[union-attr]
@@ -81,13 +83,13 @@ def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
 
 
 def _divided(node: Any) -> Any:
-    """What was divided into parts where a node is that."""
+    """The base of a view that divides it into micro-batches; any other node itself."""
     return node.args[0] if node.target is torch.ops.aten.view.default else node
 
 
 @contextmanager
-def _overlaps_in_our_words(n: fx.Node) -> Iterator[None]:
-    """ValueError for a write through a view that shows an element of memory at several places."""
+def _explain_overlaps(n: fx.Node) -> Iterator[None]:
+    """ValueError for a write through a view whose elements share memory."""
     try:
         yield
     except RuntimeError as error:
@@ -106,11 +108,11 @@ def _hand_on(old: fx.Node, new: fx.Node, keys: Sequence[str]) -> None:
 
 
 class _KeepMeta(fx.Interpreter):
-    """Run a graph under another trace and hand each node's provenance to the nodes it leaves there."""
+    """Run a graph under another trace, and copy each node's provenance to the nodes that it creates there."""
 
     def __init__(self, module: fx.GraphModule, name_of_captured: Callable[[torch.Tensor], str]) -> None:
         super().__init__(module)
-        self.extra_traceback = False  # errors say what they have to say
+        self.extra_traceback = False  # our errors name the user's line already
         self._name_of_captured = name_of_captured
         self._captured: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._writing = set(mutating_nodes(module))
@@ -119,7 +121,7 @@ class _KeepMeta(fx.Interpreter):
         return self.run(*args)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A captured tensor is wrapped too: else what is computed from it alone would stay open to writes."""
+        """Wrap captured tensors too, or values computed only from them would not be functionalized."""
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, torch.Tensor):
             return value
@@ -129,7 +131,7 @@ class _KeepMeta(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
-        with _overlaps_in_our_words(n):
+        with _explain_overlaps(n):
             out = self._emit_loop(n) if is_loop(n) else super().run_node(n)
         if n in self._writing:
             self._refuse_writes_to_captured(n)
@@ -137,7 +139,7 @@ class _KeepMeta(fx.Interpreter):
             left = [node for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False)]
             for node in left:
                 _hand_on(n, node, ("source", "phase", "seq_nr", "purpose", "filled", FILLS_LIKE))
-            if left:  # the others are views of what was written, taken again
+            if left:  # the others regenerate views of the written tensor
                 _hand_on(n, next((m for m in left if m.target == n.target), left[0]), ("spread", "spread_if_clean"))
         return out
 
@@ -152,7 +154,7 @@ class _KeepMeta(fx.Interpreter):
                 )
 
     def _emit_loop(self, n: fx.Node) -> list[torch.Tensor]:
-        """A loop stays one node: running it here would unroll it."""
+        """Emit a loop as one node; running it would unroll it."""
         (body, rounds, *tensors), _ = self.fetch_args_kwargs_from_env(n)
         groups = [[unwrap_functional(t) for t in group] for group in tensors]
         outputs = emit_node(n.target, body, n.name, (rounds, *groups), list(n.meta["val"]), {})  # type: ignore[arg-type]

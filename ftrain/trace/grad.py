@@ -1,8 +1,9 @@
 """`grad` and `value_and_grad`: derivatives of losses that are scalars, `Mean`s or weighted sums of them.
 
-They mean what `torch.func`'s mean, and compose with `torch.func.vmap`, `jvp` and each other. At the bottom of a traced
-step the same numbers come from `torch.autograd.grad` on detached leaves: its backward is not itself differentiated, so
-the graph holds only what a training step needs, and each of its nodes can be led back to the forward op it transposes.
+They behave as those of `torch.func`, and compose with `torch.func.vmap`, `jvp` and each other. The outermost gradient
+of a traced step is computed by `torch.autograd.grad` on detached leaves, with the same numbers. Its backward is not
+itself differentiated, so the graph holds only what a training step needs, and each backward node can be traced to its
+forward op.
 """
 
 import functools
@@ -33,7 +34,15 @@ class _Differentiated(NamedTuple):
 
 
 def grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """The gradient of `fn` with respect to its arguments `argnums`; with `has_aux`, `(gradient, aux)`."""
+    """A function that returns the gradient of `fn`; with `has_aux`, `(gradient, aux)`.
+
+    Arguments and errors are those of `value_and_grad`.
+
+    >>> import torch
+    >>> import ftrain
+    >>> ftrain.grad(lambda params: (params["w"] ** 2).sum())({"w": torch.tensor([1.0, 3.0])})
+    {'w': tensor([2., 6.])}
+    """
     with_value = value_and_grad(fn, argnums, has_aux)
 
     @functools.wraps(fn)
@@ -45,12 +54,27 @@ def grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
 
 
 def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)`.
+    """A function of the same arguments as `fn` that returns `(value, gradient)`.
 
-    `fn` returns a scalar tensor, a `Mean` or a `WeightedSum` (with `has_aux`, a pair of it and any tree of tensors);
-    the value is its number. The gradient has the tree of the argument (a tuple of trees for a tuple of `argnums`);
-    leaves that the loss does not use have zero gradients. Every leaf must be floating: others are a ValueError that
-    names the path. For an accumulated loss (`ftrain.accumulate`) the micro-batches are run one after the other.
+    - `fn`: the loss. It returns a scalar tensor, a `Mean` or a `WeightedSum`; with `has_aux`, a pair of it and any tree
+      `aux`. For `ftrain.accumulate(...)` the micro-batches run one after the other.
+    - `argnums`: the position of the argument to differentiate, or a tuple of positions.
+    - `has_aux`: the result is `((value, aux), gradient)`.
+
+    The value is a 0-d tensor. The gradient has the structure, shapes and dtypes of the argument (for a tuple of
+    `argnums`, a tuple of these). Leaves that the loss does not use get zeros. Float32 leaves reach `fn` in the compute
+    dtype of the step (`ftrain.Precision`), and on a mesh gathered.
+
+    ValueError for a leaf that is not floating (by its path), for a loss of another type, for a plain tensor as loss on
+    a mesh of several ranks, for a leaf without a known placement on a mesh, and under `torch.inference_mode` with torch
+    before 2.12.
+
+    >>> import torch
+    >>> import ftrain
+    >>> def loss(params, x):
+    ...     return (params["w"] * x).sum()
+    >>> ftrain.value_and_grad(loss)({"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 4.0]))
+    (tensor(11.), {'w': tensor([3., 4.])})
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
@@ -64,8 +88,8 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
 
         def loss_of_leaves(*new_leaves: Tensor) -> tuple[Any, Any]:
             new_args = list(others)
-            shown = [view(leaf) for view, leaf in zip(views, new_leaves, strict=True)]
-            for n, value in zip(numbers, tree.unflatten(treedef, shown), strict=True):
+            computed = [view(leaf) for view, leaf in zip(views, new_leaves, strict=True)]
+            for n, value in zip(numbers, tree.unflatten(treedef, computed), strict=True):
                 new_args[n] = value
             out = fn(*new_args, **kwargs)
             loss, aux = out if has_aux else (out, None)
@@ -88,10 +112,17 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
 
 
 def forward(fn: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
-    """`fn` run forward alone, with arguments as `value_and_grad` shows them: for evaluation, teachers, generation.
+    """`fn`, not differentiated, on the arguments that `value_and_grad` gives it: for evaluation, teachers, generation.
 
-    Arguments `argnums` are cast to the compute dtype; on a mesh all that are divided are gathered at first use, as
-    training does. Without a mesh and a precision this is `fn`.
+    Float32 leaves of the arguments `argnums` (a position, or a tuple of them) are cast to the step's compute dtype. On
+    a mesh all sharded leaves are gathered at first use, as in training. Without a mesh and a precision, the result
+    behaves as `fn`.
+
+    >>> import torch
+    >>> import ftrain
+    >>> step = ftrain.jit(ftrain.forward(lambda params, x: params["w"] * x), precision="bf16")
+    >>> step({"w": torch.tensor(2.0)}, torch.tensor(3.0, dtype=torch.bfloat16))
+    tensor(6., dtype=torch.bfloat16)
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
@@ -110,12 +141,16 @@ def _materialize(leaf: Any) -> Any:
 
 
 def differentiated(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
-    """Value, aux and gradients of a function of flat leaves that returns `(loss, aux)`."""
-    bottom = current_provenance() is not None and _depth.get() == 0 and not _inside_transform()
-    bottom = bottom and not any(leaf.requires_grad for leaf in leaves)
+    """Value (0-d), aux and gradients (of the leaves' shapes) of a function of flat leaves that returns `(loss, aux)`.
+
+    ValueError if the loss is not a scalar tensor, a `Mean` or a `WeightedSum`, and under `torch.inference_mode` with
+    torch before 2.12.
+    """
+    is_outermost = current_provenance() is not None and _depth.get() == 0 and not _inside_transform()
+    is_outermost = is_outermost and not any(leaf.requires_grad for leaf in leaves)
     token = _depth.set(_depth.get() + 1)
     try:
-        if bottom:
+        if is_outermost:
             return _by_autograd(loss_of_leaves, leaves)
         with reference_kernels() if _depth.get() > 1 else nullcontext():
             return _by_func(loss_of_leaves, leaves)
@@ -124,7 +159,10 @@ def differentiated(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Different
 
 
 def loss_value(loss: Any) -> Tensor:
-    """The number of a loss: a scalar tensor as it is, a `Mean` or `WeightedSum` by its `value()`."""
+    """The 0-d value of a loss: a scalar tensor itself, or the `value()` of a `Mean` or `WeightedSum`.
+
+    ValueError for anything else.
+    """
     if isinstance(loss, Mean | WeightedSum):
         with ending():
             return loss.value()
@@ -135,7 +173,7 @@ def loss_value(loss: Any) -> Tensor:
 
 
 def _require_mean(loss: Any) -> None:
-    """On a mesh a plain number would be one rank's: no gradient of the whole batch follows from it."""
+    """ValueError for a plain tensor on a mesh: it is the loss of one rank, not of the whole batch."""
     sharded = current_sharded()
     if sharded is not None and sharded.plan.mesh.size > 1 and not isinstance(loss, Mean | WeightedSum):
         raise ValueError(
@@ -181,7 +219,7 @@ def _by_func(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
 
 @functools.cache
 def _differentiates_in_inference_mode() -> bool:
-    """False on torch before 2.12, whose transforms give zeros there and say nothing."""
+    """False on torch before 2.12, whose transforms silently return zeros there."""
     with torch.inference_mode():
         return bool(torch.func.grad(lambda x: x * x)(torch.ones(())) == 2)
 
@@ -191,7 +229,7 @@ def _inside_transform() -> bool:
 
 
 def _detach(leaf: Any) -> Any:
-    """A leaf of aux as `torch.func` returns it: what depends on the parameters without its history, else itself."""
+    """A leaf of aux as `torch.func` returns it: detached if it depends on the parameters."""
     return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 

@@ -1,7 +1,8 @@
-"""What a step's Python reads of how tensors lie in memory: `x.stride()`, `x.is_contiguous()`.
+"""Records where a step's Python code reads the memory layout of a tensor: `x.stride()`, `x.is_contiguous()`.
 
-A trace takes leaves as contiguous, so that a branch on one that lies otherwise would take another way than eager code.
-What was read, and on which line, is remembered, to be asked again for leaves that lie otherwise.
+A trace assumes contiguous leaves. If the user's code branches on the layout of a leaf that is not contiguous, the trace
+may take another branch than eager code. So each query is recorded with its line and answer, and
+`ftrain.trace.leaf_layouts` repeats it for leaves that are not contiguous.
 """
 
 import sys
@@ -19,8 +20,11 @@ from ftrain.graph.torch_private import node_of, tracing_graph
 
 @dataclass(frozen=True)
 class LayoutRead:
-    """A question about a tensor's memory on a line of the user's, and the trace's answer; `node`: the tensor, None for
-    one within a loop.
+    """A query of a tensor's layout on a line of the user's code.
+
+    - `ask`: repeats the query on another tensor. `answer`: its result in the trace.
+    - `what`: the user's line and the method, for messages.
+    - `node`: the node of the tensor; None for a tensor inside of a loop.
     """
 
     ask: Callable[[Tensor], Any]
@@ -30,7 +34,10 @@ class LayoutRead:
 
 
 class LayoutReads(TorchFunctionMode):
-    """Within the block what the user's lines read of layouts is noted. `graph`: what the tensors read are made by."""
+    """A mode that records, within its block, the layout queries of the user's code.
+
+    `found`: the queries. `graph`: after `settle`, a copy of the part of the graph that computes the queried tensors.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +45,7 @@ class LayoutReads(TorchFunctionMode):
         self.graph: fx.Graph | None = None
 
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        """Run the function; note it if it is one of the questions."""
+        """Run the function, and record it if it is a layout query."""
         answer = func(*args, **(kwargs or {}))
         if func in _QUESTIONS and args:
             frame = sys._getframe(1)
@@ -49,7 +56,7 @@ class LayoutReads(TorchFunctionMode):
         return answer
 
     def settle(self) -> None:
-        """The function has run: keep what the tensors are made by, of the graph under way."""
+        """Copy the part of the current graph that computes the queried tensors. To be called when the step has run."""
         graph = tracing_graph()
         nodes = [r.node for r in self.found if r.node is not None and r.node.graph is graph]
         if not nodes or graph is None:
@@ -67,8 +74,9 @@ def _ask(func: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Any:
 
 
 def part_of(graph: fx.Graph, nodes: Sequence[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of the part of a graph that these nodes are computed by, with all of its placeholders, and of what each
-    node of it is the copy.
+    """A copy of the part of a graph that computes these nodes, with all placeholders of the graph.
+
+    Returned with it: the copy of each copied node.
     """
     wanted, left = set(nodes), list(nodes)
     while left:

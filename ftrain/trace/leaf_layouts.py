@@ -1,10 +1,10 @@
-"""Leaves that do not lie row by row, where a step's numbers depend on how they lie.
+"""Refuses leaves that are not contiguous where the results of a step depend on their memory layout.
 
-A trace takes leaves as contiguous, and the program is given contiguous copies of those that are not. Their numbers are
-the same, but not what is read along memory: `x.as_strided` reads other elements, and `torch.rand_like(x)`, dropout of
-`x`, or of what is computed from it elementwise, put their random numbers elsewhere. So for leaves that lie otherwise
-the layouts of the trace are worked out again, on shapes alone, and a call for which such an op would see another one is
-refused, as is one for which the step's Python would read another one (`ftrain.trace.layout_reads`).
+A trace assumes contiguous leaves, and the program gets contiguous copies of the others. Their values are the same, but
+some ops depend on the layout: `x.as_strided` reads other elements, and `torch.rand_like(x)` or dropout of `x` (or of
+values computed elementwise from `x`) give elements other random numbers. So for leaves that are not contiguous, the
+layouts in the graph are computed again on fake tensors. A call is refused if such an op would get another layout than
+in the trace, or if the user's Python code would read another layout (`ftrain.trace.layout_reads`).
 """
 
 from collections.abc import Sequence
@@ -26,17 +26,20 @@ _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 
 
 class LeafLayouts:
-    """Knows which ops of a graph see how its leaves lie in memory."""
+    """Checks leaves against the ops of one graph, and the user's code, that depend on memory layouts."""
 
     def __init__(self, module: fx.GraphModule, paths: Sequence[str], reads: LayoutReads) -> None:
-        """`module`: a functional graph whose placeholders have these paths; `reads`: what Python read in the trace."""
+        """`module`: a functional graph; `paths`: of its placeholders; `reads`: the layout queries of the trace."""
         self._paths, self._reads = list(paths), reads
-        nodes = [n for n in module.graph.nodes if _sees_memory(n)]
+        nodes = [n for n in module.graph.nodes if _depends_on_layout(n)]
         self._graph = part_of(module.graph, nodes)[0] if nodes else None
         self._judged: set[tuple] = set()
 
-    def require_alike(self, leaves: Sequence[Tensor]) -> None:
-        """ValueError, with leaf and line, for leaves with which a step of eager PyTorch would have other numbers."""
+    def require_same_results(self, leaves: Sequence[Tensor]) -> None:
+        """ValueError, with leaf and line, for leaves with which the step would compute other values in eager code.
+
+        `leaves`: one tensor per placeholder, of its shape. Each combination of strides is checked once.
+        """
         if self._graph is None and not self._reads.found:
             return
         strides = tuple(None if leaf.is_contiguous() else leaf.stride() for leaf in leaves)
@@ -44,11 +47,11 @@ class LeafLayouts:
             return
         if self._graph is not None:
             self._judge(self._graph, strides)
-        self._ask_again(strides)
+        self._repeat_reads(strides)
         self._judged.add(strides)
 
-    def _ask_again(self, strides: tuple) -> None:
-        """ValueError where Python would read something else of leaves that lie like this."""
+    def _repeat_reads(self, strides: tuple) -> None:
+        """ValueError if the user's code would read other layouts with leaves of these strides."""
         found = {} if self._reads.graph is None else self._judge(self._reads.graph, strides, refuse=False)
         for read in self._reads.found:
             value = found.get(read.node) if read.node is not None else None
@@ -58,13 +61,13 @@ class LeafLayouts:
                     slots = [n for n in self._reads.graph.nodes if n.op == "placeholder"]
                     at = slots.index(next(n for n in (read.node, *_ancestors(read.node, found)) if n in slots))
                 raise ValueError(
-                    f"{read.what} reads how a tensor lies in memory, which follows leaf {self._paths[at]!r} with "
-                    f"strides {strides[at]}, while the step is traced for leaves that lie row by row, so that it would "
-                    "go another way: pass leaf.contiguous()"
+                    f"{read.what} reads the memory layout of a tensor, which depends on leaf {self._paths[at]!r} with "
+                    f"strides {strides[at]}, while the step is traced for contiguous leaves, so that it could take "
+                    "another branch: pass leaf.contiguous()"
                 )
 
     def _judge(self, graph: fx.Graph, strides: tuple, *, refuse: bool = True) -> dict[fx.Node, Any]:
-        """The values that lie otherwise than in the trace; `refuse`: ValueError for an op that sees it."""
+        """The values whose layout differs from the trace. `refuse`: ValueError for an op that depends on it."""
         slots = [n for n in graph.nodes if n.op == "placeholder"]
         found: dict[fx.Node, Any] = {}
         for node, stride in zip(slots, strides, strict=True):
@@ -74,10 +77,10 @@ class LeafLayouts:
             for node in graph.nodes:
                 if node.op != "call_function" or not any(n in found for n in node.all_input_nodes):
                     continue
-                value = _worked_out(node, found)
-                if value is not None and not _alike(value, node.meta["val"]):
+                value = _recomputed(node, found)
+                if value is not None and not _same_layout(value, node.meta["val"]):
                     found[node] = value
-                culprit = _first_that_sees(node, node, found) if refuse else None
+                culprit = _first_that_depends(node, node, found) if refuse else None
                 if culprit is not None:
                     self._refuse(node, culprit, found)
         return found
@@ -86,31 +89,31 @@ class LeafLayouts:
         slots = [n for n in node.graph.nodes if n.op == "placeholder"]
         leaf = next(n for n in _ancestors(node, found) if n.op == "placeholder")
         raise ValueError(
-            f"{culprit.meta.get('source')}: {culprit.target} goes along the memory of its argument, which follows leaf "
-            f"{self._paths[slots.index(leaf)]!r} with strides {tuple(found[leaf].stride())}, while the step is traced "
-            "for leaves that lie row by row, so that its numbers would be others: pass leaf.contiguous(), or take an "
-            "op of a given shape, e.g. torch.rand(x.shape)"
+            f"{culprit.meta.get('source')}: {culprit.target} depends on the memory layout of its argument, and so on "
+            f"leaf {self._paths[slots.index(leaf)]!r} with strides {tuple(found[leaf].stride())}, while the step is "
+            "traced for contiguous leaves, so that its numbers would differ: pass leaf.contiguous(), or use an op that "
+            "takes a shape, e.g. torch.rand(x.shape)"
         )
 
 
-def _sees_memory(node: fx.Node) -> bool:
-    """True for an op whose numbers depend on how its argument lies in memory."""
+def _depends_on_layout(node: fx.Node) -> bool:
+    """True for an op whose values depend on the memory layout of its argument."""
     if is_loop(node):
-        return any(map(_sees_memory, loop_body(node).graph.nodes))
-    if node.kwargs.get("memory_format") is torch.contiguous_format:  # the numbers go by its rows
+        return any(map(_depends_on_layout, loop_body(node).graph.nodes))
+    if node.kwargs.get("memory_format") is torch.contiguous_format:  # the result is contiguous in any case
         return False
     return node.op == "call_function" and (node.target in _BY_STRIDES or effect_of(node) is Effect.RANDOM)
 
 
-def _first_that_sees(op: fx.Node, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
-    """`op`, or an op in it if it is a loop, if its numbers are others as the values found lie that `node` reads.
+def _first_that_depends(op: fx.Node, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
+    """`op`, or an op in its body if it is a loop, if its values change with the layouts in `found` that `node` reads.
 
-    Random numbers go by the order of dims in memory: what lies between rows does not count.
+    Random numbers depend only on the order of dims in memory, not on gaps between rows.
     """
     if is_loop(op):
-        inner = (_first_that_sees(n, node, found) for n in loop_body(op).graph.nodes)
+        inner = (_first_that_depends(n, node, found) for n in loop_body(op).graph.nodes)
         return next((n for n in inner if n is not None), None)
-    if not _sees_memory(op):
+    if not _depends_on_layout(op):
         return None
     read = [n for n in (*node.all_input_nodes, node) if n in found]
     pairs = [p for n in read for p in zip(_tensors(found[n]), _tensors(n.meta["val"]), strict=True)]
@@ -135,8 +138,8 @@ def _ancestors(node: fx.Node, among: dict[fx.Node, Any]) -> list[fx.Node]:
     return found
 
 
-def _worked_out(node: fx.Node, found: dict[fx.Node, Any]) -> Any:
-    """The value of a node whose inputs lie otherwise; None where its layout does not follow from theirs."""
+def _recomputed(node: fx.Node, found: dict[fx.Node, Any]) -> Any:
+    """The fake value of a node with the layouts in `found`; None if its layout does not follow from theirs."""
     if is_loop(node) or not all(map(has_static_layout, _tensors(node.meta["val"]))):
         return None
     target = _aten.reshape.default if node.target in _VIEWS else node.target
@@ -144,7 +147,7 @@ def _worked_out(node: fx.Node, found: dict[fx.Node, Any]) -> Any:
     return target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _alike(value: Any, traced: Any) -> bool:
+def _same_layout(value: Any, traced: Any) -> bool:
     return all(lies_as(a, b) for a, b in zip(_tensors(value), _tensors(traced), strict=True))
 
 

@@ -1,9 +1,11 @@
-"""Nothing of a trace outlives it: a tensor without data that a module, a list or a cache kept would fail much later.
+"""Finds tensors of a trace that outlive it, and state that a step keeps in modules.
 
-Tensors of a trace are remembered weakly. Those that are alive when it has ended were kept by the step: what modules
-cached in their attributes is undone, since the graph does not need it and the next eager call makes it anew; anything
-else is refused by name, as is what a module keeps that each call computes anew. Numbers, flags and short containers of
-them that a step changes are told to who keeps traces: with other values there is another trace.
+Tensors of a trace are fake: they have no data, so one that a module, a list or a cache keeps would fail much later. The
+trace holds weak references to its tensors. A tensor that still exists after the trace was kept by the step. If a module
+cached it in an attribute, the attribute is restored, because the graph does not need it and the next eager call
+computes it again. Any other owner is refused by name, as is a module that keeps a result of this call (a state).
+Attributes with plain values (numbers, flags, short containers of them) that a step changes become part of the key of
+its traces: other values need another trace.
 """
 
 import gc
@@ -17,20 +19,20 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ftrain.graph.torch_private import FakeTensor
-from ftrain.trace.surroundings import is_plain, shown
+from ftrain.trace.surroundings import comparable, is_plain
 
 Made = list["weakref.ref[Tensor]"]
 
 _CONTAINERS = (dict, list, set)
 _SWAPPED = ("_parameters", "_buffers")
 _REGISTRIES = frozenset(vars(nn.Module()))
-"""What torch itself keeps in every module."""
+"""The attributes that torch itself keeps in every module."""
 _DEPTH = 4
 
 
 @contextmanager
-def modules_as_found() -> Iterator["Modules"]:
-    """Notes the attributes of each module before its first forward within the block."""
+def recording_modules() -> Iterator["Modules"]:
+    """Within the block, records the attributes of each module before its first forward; yields the record."""
     modules = Modules()
     handle = register_module_forward_pre_hook(lambda module, _: modules.note(module))
     try:
@@ -40,22 +42,24 @@ def modules_as_found() -> Iterator["Modules"]:
 
 
 class Modules:
-    """The attributes of modules as they were found."""
+    """The attributes that modules had before the trace."""
 
     def __init__(self) -> None:
         self._found: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def note(self, module: nn.Module) -> None:
-        """Remember the attributes of a module, if they are not yet."""
+        """Record the attributes of a module, unless they are recorded already."""
         if module not in self._found:
             attributes = {k: v for k, v in vars(module).items() if not _holds_fake(v, 2)}
             inside = {k: type(v)(v) for k, v in attributes.items() if type(v) in _CONTAINERS and k != "_modules"}
             self._found[module] = attributes, inside
 
     def require_no_state(self, read: Iterable[Tensor], is_fixed: Callable[[Tensor], bool]) -> None:
-        """ValueError for what a module keeps of this call: the next one would not find it. A tensor that was computed
-        from the step's arguments (`is_fixed` is False), also in a container; any tensor in the place of one that the
-        step has `read`; more items of a list than the next call would compare. Caches of fixed numbers are no state.
+        """ValueError if a module keeps a result of this call, because the next call of the program would not update it.
+
+        Refused are, in an attribute: a tensor computed from the step's arguments (`is_fixed` is False), also in a
+        container; a new tensor in place of a captured one (`read`); and a list that grows and is too long to be part of
+        a trace's key. A cache of values that are the same at every call is not refused. Modules are restored first.
         """
         known = {id(tensor) for tensor in read}
         for module, (attributes, inside) in self._found.items():
@@ -63,7 +67,7 @@ class Modules:
             now = {**vars(module), **vars(module).get("_buffers", {})}
             for name, value in now.items():
                 if name in _REGISTRIES or (name == "_flat_weights" and isinstance(module, nn.RNNBase)):
-                    continue  # torch keeps them as the parameters are, also while functional_call swaps these
+                    continue  # torch keeps these consistent with the parameters, also within functional_call
                 old = before.get(name)
                 replaced = isinstance(value, FakeTensor) and isinstance(old, Tensor) and id(old) in known
                 if replaced or not all(map(is_fixed, _fakes(value, 2))):
@@ -73,18 +77,18 @@ class Modules:
                     raise ValueError(_state(module, name, "a list that grows", what="items"))
 
     def changed(self) -> list[tuple[nn.Module, str]]:
-        """The attributes of plain values that the step has changed: a trace with the old values is not for the new."""
+        """The attributes with plain values that the step has changed, as pairs of module and name."""
         found = []
         for module, (attributes, inside) in self._found.items():
             now = vars(module)
             for name, value in attributes.items():
                 before, after = inside.get(name, value), now.get(name)
-                if name not in _REGISTRIES and _are_plain(before, after) and shown(before) != shown(after):
+                if name not in _REGISTRIES and _are_plain(before, after) and comparable(before) != comparable(after):
                     found.append((module, name))
         return found
 
     def restore(self) -> None:
-        """Give the modules that hold a tensor of a trace the attributes that they were found with."""
+        """Restore the recorded attributes of each module that holds a tensor of a trace."""
         for module, (attributes, inside) in self._found.items():
             now = vars(module)
             if not any(_holds_fake(v, 2) for v in now.values()):
@@ -101,12 +105,12 @@ class Modules:
 
 
 def _without_fakes(tensors: dict[str, Any]) -> None:
-    """What was set while `functional_call` had put its own in place: nothing was there before."""
+    """Set tensors of a trace to None, which were assigned while `functional_call` had swapped the parameters."""
     tensors.update({k: None for k, v in tensors.items() if isinstance(v, FakeTensor)})
 
 
 def _same_items(container: Any, items: Any) -> bool:
-    """True for the same objects; tensors are not compared by value."""
+    """True if both hold the same objects; tensors are not compared by value."""
     if isinstance(container, set):
         return set(map(id, container)) == set(map(id, items))
     if isinstance(container, dict):
@@ -124,7 +128,7 @@ def _are_plain(*values: Any) -> bool:
 
 
 def _grows_unseen(value: list, before: Any) -> bool:
-    """True for a list that was changed, whose items are not compared at the next call."""
+    """True for a changed list that is not plain, so that the next call does not compare its items."""
     return not is_plain(value) and not _holds_fake(value, 2) and not _same_items(value, before)
 
 
@@ -133,7 +137,7 @@ def _holds_fake(value: Any, depth: int) -> bool:
 
 
 def _fakes(value: Any, depth: int) -> Iterator[Tensor]:
-    """The tensors of a trace in a value, or in containers in containers."""
+    """The tensors of a trace in a value and in its nested containers, to this depth."""
     if isinstance(value, FakeTensor):
         yield value
     elif depth > 0 and type(value) in (dict, list, tuple, set):
@@ -144,19 +148,22 @@ def _fakes(value: Any, depth: int) -> Iterator[Tensor]:
 def _state(module: nn.Module, name: str, which: str, *, what: str = "a new tensor") -> str:
     return (
         f"the step puts {what} in the place of {name!r} of a {type(module).__name__}, {which}: a jitted step runs its "
-        "Python once, so the module would stay as it was. Take it as a part of the state (torch.func.functional_call "
-        "gives a module its buffers) and return its new value"
+        "Python once, so the module would not change at later calls. Pass it as a part of the state "
+        "(torch.func.functional_call gives a module its buffers) and return its new value"
     )
 
 
 def require_none_left(made: Made, modules: Modules) -> None:
-    """ValueError that says who keeps a tensor of a trace that has ended; modules are restored first."""
-    if not _alive(made):
+    """ValueError if a tensor of an ended trace still has an owner, which the message names.
+
+    `made`: weak references to the tensors of the trace. `modules` are restored first.
+    """
+    if not _remaining(made):
         return
     modules.restore()
-    if _alive(made):
+    if _remaining(made):
         gc.collect()
-    left = _alive(made)
+    left = _remaining(made)
     while left:
         where = _holder(left[0], [left])
         if where:
@@ -165,23 +172,26 @@ def require_none_left(made: Made, modules: Modules) -> None:
                 "nothing may keep them. Return it as a part of the result, or make it before the step and pass it as "
                 "an argument"
             )
-        del left[0]  # autograd's own, which no Python reaches
+        del left[0]  # held by autograd, out of reach for Python code
 
 
-def _alive(made: Made) -> list[Tensor]:
+def _remaining(made: Made) -> list[Tensor]:
     return [t for ref in made if (t := ref()) is not None]
 
 
 def require_tree_leaf(path: str, leaf: Any) -> None:
-    """ValueError for a result that is no tensor and holds one, or that is a number which only a run would know."""
+    """ValueError for a leaf of the result that is not a tensor but holds one, or is a number that depends on data.
+
+    `path`: the leaf's, for the message.
+    """
     if type(leaf).__name__ in ("SymInt", "SymFloat", "SymBool"):
         raise ValueError(
             f"result {path!r} is a number that depends on data (.item(), or a size): return the tensor instead"
         )
     if _reaches_fake(leaf, _DEPTH, set()):
         raise ValueError(
-            f"result {path!r} is a {type(leaf).__module__}.{type(leaf).__name__}, which is no tree and holds tensors: "
-            "return a dict, list, tuple, NamedTuple or ftrain.struct of tensors"
+            f"result {path!r} is a {type(leaf).__module__}.{type(leaf).__name__}, which is not a tree but holds "
+            "tensors: return a dict, list, tuple, NamedTuple or ftrain.struct of tensors"
         )
 
 
@@ -196,8 +206,8 @@ def _reaches_fake(value: Any, depth: int, seen: set[int]) -> bool:
 
 
 def _holder(value: Any, ignored: list[Any], depth: int = _DEPTH) -> str:
-    """What refers to an object, in words: an attribute, a global, an item of something; empty if nothing does."""
-    # no closures here: their cells would be among what refers to the object
+    """The owner of an object in words: an attribute, a global, an item of a container; empty if there is none."""
+    # no closures in this function: their cells would refer to the object too
     found = ""
     owners = gc.get_referrers(value)
     for owner in owners:

@@ -1,4 +1,4 @@
-"""`torch._foreach_*`: what they do to each tensor of a list, where the tensors are pieces of arrays."""
+"""Splits `torch._foreach_*` functions into one call per tensor, for lists with pieces of arrays."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,10 @@ _NAMES = {"norm": torch.linalg.vector_norm, "max": torch.amax, "copy_": Tensor.c
 def one_by_one(
     func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[tuple[Callable, tuple, dict[str, Any]]] | None:
-    """For each tensor of the lists the function and its arguments; None for a function that takes no lists."""
+    """For each tensor of the lists, the function of one tensor with its arguments.
+
+    None if `func` is not a `torch._foreach_*` function, or has no form for one tensor.
+    """
     name = getattr(func, "__name__", "")
     if not name.startswith(_PREFIX) or not args or not isinstance(args[0], list | tuple):
         return None
@@ -34,7 +37,7 @@ def one_by_one(
 
 
 def _single(function: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Callable, tuple, dict]:
-    """Scalars of `addcmul` and `addcdiv` stand among the arguments of a list's op, and are named for one tensor."""
+    """One call. A positional scalar of `addcmul` and `addcdiv` becomes the keyword `value`."""
     if name.rstrip("_") in ("addcmul", "addcdiv") and len(args) > 3:
         return function, args[:3], {**kwargs, "value": args[3]}
     return function, args, kwargs

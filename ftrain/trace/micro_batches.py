@@ -1,12 +1,12 @@
-"""A batch divided into micro-batches, by the rules that say how ranks share it (`ftrain.sharding.batch`).
+"""Divides a batch into micro-batches, by the rules that also divide it among ranks (`ftrain.sharding.batch`).
 
-A whole batch is one pack after the other, `micro_batches` of them for each data rank: micro-batches are to time what
-data ranks are to space. So a batch that is packed for micro-batches is a batch for the loss as it is, too, shared out
-by the same rules. Where the ranks of a sequence axis share a data rank's packs, each holds a run of all of them and
-needs its run of every single one; then the leaves of the batch are exchanged among these ranks first.
+A whole batch consists of packs, one after the other: `micro_batches` of them for each data rank. So a batch that is
+packed for micro-batches is also a valid batch for the plain loss. On a mesh with a sequence axis, the ranks of this
+axis share the packs of a data rank: each holds a contiguous part of all packs together, but needs its part of every
+single pack. Then these ranks first exchange the leaves of the batch.
 
-m micro-batches, P tokens of a data rank's packs together, T tokens of a pack, t of them on this rank, S ranks of the
-sequence axis, N rows or documents.
+Shapes: m micro-batches, P tokens of all packs of a data rank, T tokens of a pack, t of them on this rank, S ranks of
+the sequence axis, N rows or documents.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,14 +36,17 @@ from ftrain.trace.spmd import ShardedTrace, batch_path, current_sharded
 
 
 class MicroBatches(NamedTuple):
-    """Leaves with a leading dim of micro-batches, and the micro-batch that one element of each of them makes."""
+    """`leaves`: tensors with a leading dim of micro-batches. `put`: from one element of each to one micro-batch."""
 
     leaves: list[Tensor]
     put: Callable[[list[Tensor]], Any]
 
 
 def stacked(batch: Any, count: int) -> MicroBatches:
-    """Of a batch whose leaves have a leading dim of micro-batches already. ValueError names one that has not."""
+    """The micro-batches of a batch whose leaves have a leading dim of `count` already.
+
+    ValueError, with the path, for a leaf that does not.
+    """
     for path, leaf in zip(tree.paths(batch), tree.leaves(batch), strict=True):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != count:
             shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -56,11 +59,14 @@ def stacked(batch: Any, count: int) -> MicroBatches:
 
 
 def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxyType({})) -> MicroBatches:
-    """A batch, or a rank's share of one, divided by these rules, else those of the plan of the trace under way, else:
-    0-d leaves and keys are the same everywhere, others are divided along dim 0.
+    """Divide a batch, or a rank's share of one, into `count` micro-batches.
 
-    ValueError names a leaf that does not divide; an error of the same kind, when the step runs on a CPU (on CUDA: an
-    assertion on the device), names one in which a document would be cut.
+    A leaf follows the first rule that exists: in `rules` (by globs over paths), in the plan of the current trace, or
+    the default: 0-d leaves and keys are the same in every micro-batch, others are divided along dim 0.
+
+    ValueError, with the path, for a leaf that does not divide, for a rule that matches no leaf, and for a batch without
+    a divided leaf. When the step runs, a document that would be cut in two is a ValueError on a CPU, and an assertion
+    on the device on CUDA.
     """
     trace = current_sharded()
     own = Rules(dict(rules), "accumulate(batch=...)", below=True)
@@ -94,20 +100,20 @@ def _rule(path: str, leaf: Any, own: Rules[BatchRule], trace: ShardedTrace | Non
 
 
 def _tokens(leaves: Sequence[Any], rules: Sequence[BatchRule]) -> int:
-    """How many tokens a rank has: by the first leaf that has one entry per token."""
+    """The number of tokens of a rank, from the first leaf with one entry per token; 0 if there is none."""
     sizes = (x.shape[r.dim] for x, r in zip(leaves, rules, strict=True) if isinstance(r, Tokens) and x.dim() > r.dim)
     return int(next(sizes, 0))
 
 
 def _with_bound(batch: Any, tokens: int) -> Any:
-    """The batch with documents of at most so many tokens, which is all that a micro-batch has."""
+    """The batch with the bound on documents' lengths lowered to `tokens`, the tokens of a micro-batch."""
     nodes, treedef = tree.flatten_until(batch, Documents)
     bounded = [replace(x, longest=min(x.longest, tokens)) if isinstance(x, Documents) and tokens else x for x in nodes]
     return tree.unflatten(treedef, bounded)
 
 
 class _Division:
-    """How the leaves of a rank's batch become micro-batches. `tokens`: that this rank has; `ranks`: S."""
+    """Divides the leaves of a rank's batch. `count`: m. `tokens`: the tokens of this rank. `ranks`: S."""
 
     def __init__(self, count: int, tokens: int, trace: ShardedTrace | None) -> None:
         self.count, self.tokens = count, tokens
@@ -116,7 +122,10 @@ class _Division:
         self.ranks = 1 if self.mesh is None else self.mesh.sequence
 
     def leaf(self, path: str, leaf: Any, rule: BatchRule) -> Any:
-        """The leaf with a leading dim of micro-batches; as it is by the rule `Replicated`."""
+        """The leaf with a leading dim of micro-batches; by the rule `Replicated`, the leaf itself.
+
+        ValueError, with the path, if the leaf does not divide by its rule.
+        """
         if isinstance(rule, Replicated):
             return leaf
         if isinstance(rule, Offsets):
@@ -145,7 +154,7 @@ class _Division:
             )
 
     def _exchanged(self, path: str, leaf: Tensor, rule: Tokens | BatchRows, *, tells: bool) -> Tensor:
-        """This rank's run of each of the packs, of which the ranks of the sequence axis hold a run of all."""
+        """This rank's part of every single pack, exchanged among the ranks of the sequence axis."""
         whole = self._gathered(_first(leaf, rule.dim), 0)
         zigzag = isinstance(rule, Tokens)
         assert self.order is not None
@@ -166,7 +175,7 @@ class _Division:
         return own_MN if rule.dim == 0 else own_MN.movedim(1, rule.dim + 1).contiguous()
 
     def _own_rows(self, parts_MN: Tensor) -> Tensor:
-        """This rank's run of the second dim."""
+        """This rank's part of the second dim."""
         size = parts_MN.shape[1] // self.ranks
         mine_n = axis_index("sequence") * size + torch.arange(size)
         return parts_MN.index_select(1, mine_n.to(parts_MN.device))
@@ -174,18 +183,18 @@ class _Division:
     def _gathered(self, leaf: Tensor, dim: int) -> Tensor:
         assert self.mesh is not None
         group = self.mesh.group("sequence")
-        if leaf.dtype == torch.bool:  # which not every backend sends
+        if leaf.dtype == torch.bool:  # not every backend sends bools
             return gather_pieces(leaf.to(torch.uint8), group, dim, "micro_batches").to(torch.bool)
         return gather_pieces(leaf, group, dim, "micro_batches")
 
     def _offsets(self, path: str, offsets: Tensor, rule: Offsets) -> Tensor:
-        """Offsets of each micro-batch, with as many places as all have: those of other documents have length zero."""
+        """The offsets of each micro-batch, `[m, N]`; documents of other micro-batches have length zero."""
         if rule.dim:
             raise ValueError(f"accumulate divides offsets of documents along dim 0, not {rule.dim}: {path!r}")
         parts_m = torch.arange(self.count, device=offsets.device)
         if rule.of == "packs" or self.mesh is None:
             return _micro_offsets(offsets, parts_m, self.count, path)
-        # those of all rows of the pack; of its parts, number j * S + s is micro-batch j's on rank s
+        # offsets of all rows of the pack; part j * S + s belongs to micro-batch j on rank s
         starts_S1 = torch.arange(self.ranks, device=offsets.device)[:, None] * offsets[-1:]
         whole = (self._gathered(offsets[None], 0) + starts_S1).flatten().to(offsets.dtype)
         own_m = parts_m * self.ranks + axis_index("sequence").to(offsets.device)
@@ -193,20 +202,21 @@ class _Division:
 
 
 def _first(x: Tensor, dim: int) -> Tensor:
-    """With this dim as the first; for dim 0 the tensor itself, else a copy that lies so."""
+    """The tensor with dim `dim` moved to the front, contiguous; for dim 0 the tensor itself."""
     return x if dim == 0 else x.movedim(dim, 0).contiguous()
 
 
 def _tells_documents(path: str, leaf: Tensor) -> bool:
-    """Whether a leaf says by ids where documents are: in `Documents`, or under the usual name."""
+    """True if a leaf holds ids of documents: as a part of `Documents`, or by its name."""
     name = path.rpartition(".")[2]
     return leaf.dtype == torch.int64 and (name == "ids_T" or name.startswith("segments"))
 
 
 @contextmanager
 def drawing_as_one_batch(number: Tensor | None, count: int) -> Iterator[list[bool]]:
-    """Within the block `draw_over_batch` gives micro-batch `number` of `count` the numbers that its rows have in the
-    whole batch; the list that it yields is not empty once something was drawn. None: of the first.
+    """Within the block, `draw_over_batch` gives the rows of a micro-batch their numbers in the whole batch.
+
+    `number`: the micro-batch's, 0-d int64, of `count`; None for the first. The yielded list is not empty after a draw.
     """
     drawn: list[bool] = []
 
@@ -229,7 +239,7 @@ def drawing_as_one_batch(number: Tensor | None, count: int) -> Iterator[list[boo
 
 
 def _outer_draw() -> Callable[..., Tensor]:
-    """`draw_over_batch` as it is around the loop: on a mesh a rank's window of the numbers, else all of them."""
+    """`draw_over_batch` outside of the loop: on a mesh it draws a rank's window of the numbers, else all of them."""
     trace = current_sharded()
     if trace is None or trace.plan.mesh.size == 1:
         return draw_over_batch.local  # type: ignore[attr-defined]
@@ -241,8 +251,9 @@ def _outer_draw() -> Callable[..., Tensor]:
     fake=lambda ids, parts, dim, leaf: ids.new_empty(ids.shape),
 )
 def _whole_documents(ids: Tensor, parts: int, dim: int, leaf: str) -> Tensor:
-    """A copy of the ids of documents; ValueError (on CUDA: an assertion on the device) where two of `parts` equal parts
-    along `dim` share a document.
+    """A copy of the ids of documents.
+
+    ValueError (on CUDA: an assertion on the device) if two of `parts` equal parts along `dim` share a document.
     """
     rows = ids.movedim(dim, 0)
     border_m = torch.arange(1, parts, device=ids.device) * (rows.shape[0] // parts)
@@ -256,8 +267,10 @@ def _whole_documents(ids: Tensor, parts: int, dim: int, leaf: str) -> Tensor:
     fake=lambda offsets, which, parts, leaf: offsets.new_empty(which.shape[0], offsets.shape[0]),
 )
 def _micro_offsets(offsets_N: Tensor, which_m: Tensor, parts: int, leaf: str) -> Tensor:
-    """The offsets of documents as those of some of `parts` equal parts, `[m, N]`, counted from the start of each;
-    documents of other parts have length zero. ValueError (on CUDA: an assertion on the device) for one in two parts.
+    """The offsets of documents in the parts `which_m` of `parts` equal parts, `[m, N]`, from the start of each part.
+
+    Documents of other parts have length zero. ValueError (on CUDA: an assertion on the device) for a document in two
+    parts.
     """
     step = torch.div(offsets_N[-1], parts, rounding_mode="floor")
     border_m = torch.arange(1, parts, device=offsets_N.device) * step
@@ -266,7 +279,7 @@ def _micro_offsets(offsets_N: Tensor, which_m: Tensor, parts: int, leaf: str) ->
 
 
 def _require_whole(whole_m: Tensor, border_m: Tensor, leaf: str) -> None:
-    """An error where a document goes on over a border between parts; on CUDA the device makes it, the host goes on."""
+    """ValueError for a document that crosses a border between parts; on CUDA an assertion on the device."""
     parts = len(whole_m) + 1
     advice = (
         "it would be cut in two. A batch is one pack after the other, one for each micro-batch of each data rank: pack "
@@ -286,9 +299,10 @@ def _require_whole(whole_m: Tensor, border_m: Tensor, leaf: str) -> None:
     fake=lambda place, parts, tokens, leaf: place.new_empty(parts, place.shape[0] // parts),
 )
 def _micro_places(place_N: Tensor, parts: int, tokens: int, leaf: str) -> Tensor:
-    """Places among `tokens` tokens as those of each of `parts` equal parts, `[parts, N / parts]`; nowhere stays so.
+    """Token indices within each of `parts` equal parts, `[parts, N / parts]`, from indices in all `tokens`.
 
-    ValueError (on CUDA: an assertion on the device) for a row that stands at a token of another part.
+    The index `tokens` (no token) becomes the length of a part. ValueError (on CUDA: an assertion on the device) for a
+    row whose token is in another part.
     """
     length = tokens // parts
     place_MN = place_N.unflatten(0, (parts, -1))
@@ -296,7 +310,7 @@ def _micro_places(place_N: Tensor, parts: int, tokens: int, leaf: str) -> Tensor
     nowhere_MN = place_MN == tokens
     wrong = (~nowhere_MN & ((local_MN < 0) | (local_MN >= length))).any()
     words = (
-        f"accumulate over {parts} micro-batches: batch leaf {leaf!r}: a row stands at a token of another micro-batch; "
+        f"accumulate over {parts} micro-batches: batch leaf {leaf!r}: a row is at a token of another micro-batch; "
         "a pack's rows and its tokens must be in the same part of the batch (ftrain.modules.mesh_packing)"
     )
     if place_N.is_cuda:

@@ -1,6 +1,6 @@
-"""Batch norms whose schemas hide that they write their statistics, as ops that say so.
+"""Batch norms whose schemas hide that they write their statistics: make these writes explicit in the graph.
 
-`op_effects.HIDDEN_WRITES` lists them. Once the writes stand in the graph, functionalization turns them into values.
+`ftrain.graph.op_effects.HIDDEN_WRITES` lists them. Functionalization can then replace the writes by values.
 """
 
 import operator
@@ -27,7 +27,10 @@ def _fake_cudnn(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     fake=_fake_cudnn,
 )
 def batch_norm_cudnn(x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """cuDNN's batch norm; the new statistics are its last two results."""
+    """cuDNN's batch norm without writes; the new statistics are its last two results.
+
+    `x`: `[N, C, *space]`; `weight`, `bias`, `mean`, `var`: `[C]`.
+    """
     new = mean.clone(), var.clone()
     return (*_aten.cudnn_batch_norm.default(x, weight, bias, *new, *rest), *new)
 
@@ -41,7 +44,10 @@ def _fake_miopen(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     fake=_fake_miopen,
 )
 def batch_norm_miopen(x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """MIOpen's batch norm; the new statistics are its last two results."""
+    """MIOpen's batch norm without writes; the new statistics are its last two results.
+
+    `x`: `[N, C, *space]`; `weight`, `bias`, `mean`, `var`: `[C]`.
+    """
     new = mean.clone(), var.clone()
     return (*_aten.miopen_batch_norm.default(x, weight, bias, *new, *rest), *new)
 
@@ -51,7 +57,7 @@ _PURE = {"aten::cudnn_batch_norm": (batch_norm_cudnn, 4), "aten::miopen_batch_no
 
 
 def open_writes(module: fx.GraphModule) -> None:
-    """Put ops whose writes can be seen in the place of those that hide them. No value changes."""
+    """Replace ops with hidden writes by ops with explicit writes, in place. No value changes."""
     for node in list(module.graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
             continue

@@ -1,7 +1,7 @@
-"""Which tensors of a trace have numbers that every call brings anew, and which are the same at every call.
+"""Tells tensors of a trace that depend on the arguments or on random numbers from those that every call repeats.
 
-A module that keeps `torch.arange(n)` has a cache, which the graph makes anew without harm; one that keeps what it has
-computed from the step's arguments, or has drawn, has a state.
+A module that keeps `torch.arange(n)` has a cache, which the graph can compute again. A module that keeps a value
+computed from the step's arguments, or drawn at random, has a state.
 """
 
 import weakref
@@ -15,16 +15,16 @@ from ftrain.graph.torch_private import storage_id
 
 
 class Origins:
-    """Follows the arguments of a step, and its random numbers, through the ops of a trace."""
+    """Tracks, through the ops of a trace, the tensors that depend on the step's arguments or on random numbers."""
 
     def __init__(self) -> None:
         self._nodes: set[fx.Node] = set()
         self._tensors: dict[int, weakref.ref[Tensor]] = {}
         self._written: dict[int, Any] = {}
-        """Memory that such numbers were written into, held so that its identity stays one."""
+        """By identity, storages into which such values were written; held so that the identity is not reused."""
 
     def note(self, op: Any, nodes: Sequence[fx.Node], out: Any) -> None:
-        """An op has left these nodes in the graph, the first first, and returned `out`."""
+        """Record that `op` has created these nodes, in this order, and returned `out`."""
         random = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
         for node in nodes:
             if random or any(n.op == "placeholder" or n in self._nodes for n in node.all_input_nodes):
@@ -39,6 +39,6 @@ class Origins:
                     self._written[storage_id(tensor)] = tensor.untyped_storage()
 
     def is_fixed(self, tensor: Tensor) -> bool:
-        """True for a tensor whose numbers are the same at every call."""
+        """True for a tensor, of any shape, whose values are the same at every call."""
         found = self._tensors.get(id(tensor))
         return (found is None or found() is not tensor) and storage_id(tensor) not in self._written

@@ -1,6 +1,6 @@
-"""Writes into tensors whose elements share memory, such as the gradient of a sum, which is one number seen many times.
+"""Refuses writes into tensors whose elements share memory, such as the gradient of a sum (one expanded number).
 
-Eager PyTorch refuses them when they run, and shape rules alone do not, so that a trace would go on with other numbers.
+Eager PyTorch refuses them at run time. Shape rules do not, so a trace would compute other numbers.
 """
 
 from collections.abc import Iterable
@@ -12,12 +12,14 @@ from ftrain.graph.writes import written_arguments
 
 _aten = torch.ops.aten
 _FILLS = {_aten.zero_.default, _aten.fill_.Scalar}
-"""Ops that write one number everywhere, which eager PyTorch does in such memory too."""
+"""Ops that write one number everywhere. Eager PyTorch runs them on such memory too."""
 
 
 def settle_overlapping_writes(nodes: Iterable[fx.Node]) -> None:
-    """Look at nodes that write. Fills are made to write each place of the memory once; other ops are a ValueError with
-    the line.
+    """Change, in place, fills of such tensors so that they write each element of the memory once.
+
+    `nodes`: those whose ops write into an argument. ValueError, with the user's line, for any other op that writes into
+    such a tensor.
     """
     for node in nodes:
         for old in written_arguments(node):
@@ -34,14 +36,14 @@ def settle_overlapping_writes(nodes: Iterable[fx.Node]) -> None:
 
 
 def _shared_dims(x: object) -> list[int]:
-    """The dims along which all elements are one."""
+    """The dims along which all elements share one place of memory (stride 0)."""
     if not isinstance(x, Tensor):
         return []
     return [dim for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)) if size > 1 and not stride]
 
 
 def _fill_once(node: fx.Node, old: fx.Node, dims: list[int]) -> None:
-    """Let a fill write into the first element along each of the dims alone."""
+    """Let a fill write only into the first element along each of the dims."""
     graph, part = node.graph, old
     for dim in reversed(dims):
         with graph.inserting_before(node):

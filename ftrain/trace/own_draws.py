@@ -1,9 +1,10 @@
-"""Generators that a trace must leave as they are: a step runs its Python once, and what that draws is a constant.
+"""Refuses random numbers that a trace would turn into constants.
 
-Under a trace torch's own draws are nodes of the graph, which take their numbers from the default generator at each run.
-So a generator of the step's own would not be asked, and what the step does to the default one between two draws (seed
-it, or put back an earlier state, as `fork_rng` does) would be forgotten: both are refused. To see the latter, every
-draw of a trace moves the default generator of the CPU on, and the trace puts it back.
+A step runs its Python code once, so numbers drawn with `random` or numpy are constants of the trace. Torch's own random
+ops are nodes of the graph, which draw from the default generator at each run. A generator of the step's own would
+not be used, and a change of the default generator's state between two draws (seeding it, or restoring an earlier
+state, as `fork_rng` does) would be lost. All of these are refused. To detect a change of state, every random op of a
+trace advances the default generator of the CPU; the trace restores it at its end.
 """
 
 import random
@@ -20,15 +21,17 @@ from ftrain.graph.torch_private import real_draw, real_state
 
 @contextmanager
 def no_draws_of_python() -> Iterator["TorchDraws"]:
-    """Within the block the function is traced; yields what is to be shown its ops. ValueError if it has drawn with
-    `random` or numpy, has seeded torch or put back a state of its generator: that is as it was after the block.
+    """Check the code within the block, which traces a function; yields the object that must see its ops.
+
+    ValueError at the end of the block if the code has drawn with `random` or numpy, or has changed the state of torch's
+    generator. The default generator is restored in any case.
     """
     before, draws = _states(), TorchDraws()
     try:
         yield draws
-        seeded = draws.other_state()
+        seeded = draws.state_was_changed()
     finally:
-        draws.put_back()
+        draws.restore()
     names = [name for name, a, b in zip(_NAMES, before, _states(), strict=True) if a != b]
     if seeded:
         names.append(_SEEDING)
@@ -41,16 +44,18 @@ def no_draws_of_python() -> Iterator["TorchDraws"]:
 
 
 class TorchDraws:
-    """Looks at the ops of a trace that draw with torch."""
+    """Checks the random ops of a trace."""
 
     def __init__(self) -> None:
         self._found = torch.get_rng_state()
-        real_draw()  # so that seeding with the seed that is in use shows
+        real_draw()  # to detect that the step seeds with the seed in use
         self._expected = real_state()
 
-    def look(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """ValueError, with the line, for an op that is given a generator, or draws after the step has changed the state
-        of the default one.
+    def check(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Check an op before it runs.
+
+        ValueError, with the user's line, for a random op with a `torch.Generator`, and for one after the step has
+        changed the state of the default generator.
         """
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return
@@ -61,7 +66,7 @@ class TorchDraws:
                     "numbers would come from torch's default generator. Draw with a key (ftrain.uniform, "
                     "ftrain.normal), leave generator= out, or draw before the step and pass the numbers as tensors"
                 )
-        if self.other_state():
+        if self.state_was_changed():
             raise ValueError(
                 f"{user_source()}: before {func} the step has changed the state of torch's generator ({_SEEDING}), "
                 "which a traced step would do once: seed outside of the step, or draw with a key (ftrain.uniform, "
@@ -70,12 +75,12 @@ class TorchDraws:
         real_draw()
         self._expected = real_state()
 
-    def other_state(self) -> bool:
-        """True if the default generator is not where the draws have brought it."""
+    def state_was_changed(self) -> bool:
+        """True if the step has changed the state of the default generator other than by random ops."""
         return real_state() != self._expected
 
-    def put_back(self) -> None:
-        """Give the default generator the state that it was found with."""
+    def restore(self) -> None:
+        """Restore the state that the default generator had before the trace."""
         torch.set_rng_state(self._found)
 
 

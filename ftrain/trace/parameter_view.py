@@ -1,4 +1,4 @@
-"""How a loss sees parameters: cast to the compute dtype, and on a mesh gathered from their pieces."""
+"""The parameters that a loss computes with: cast to the compute dtype, and on a mesh gathered from their pieces."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,14 +9,15 @@ from ftrain.trace.precision import compute_dtype, reduce_dtype
 from ftrain.trace.spmd import current_sharded, sum_over_mesh
 
 View = Callable[[Tensor], Tensor]
+"""From a leaf, or a tensor in its place, to the tensor that a loss computes with."""
 
 
 def compute_views(leaves: Sequence[Tensor], *, differentiated: bool = True, inner: bool = False) -> list[View]:
-    """For each leaf the function that makes of it what a loss computes with: cast to the compute dtype, and gathered.
+    """For each leaf, of any shape, the function that casts it to the compute dtype and, on a mesh, gathers it.
 
-    The function also takes tensors that stand for the leaf (detached). `inner`: within another loss, where what all
-    ranks have is used as it is, and `sum_inner_gradients` sums its gradients. ValueError on a mesh for an input of the
-    step that is `differentiated` and whose placement the plan does not know.
+    The function also takes a tensor in place of the leaf, e.g. its detached copy. `inner`: within another loss, where
+    what all ranks have is used as it is, and `sum_inner_gradients` sums its gradients. ValueError on a mesh, if the
+    leaves are `differentiated`, for an input of the step whose placement the plan does not know.
     """
     trace = current_sharded()
     for leaf in leaves if trace is not None and differentiated else ():
@@ -45,8 +46,9 @@ def _is_shared(leaf: Tensor) -> bool:
 
 
 def materialize(leaf: Tensor) -> Tensor:
-    """What a loss computes with for a tensor (any shape) that is not differentiated: gathered if it is a piece, never
-    cast.
+    """The tensor that a loss computes with for a leaf, of any shape, that is not differentiated.
+
+    It is gathered if it is a piece of an array, and never cast.
     """
     trace = current_sharded()
     if trace is None or trace.placement_of_piece(leaf) is None:
@@ -60,7 +62,7 @@ def _cast(x: Tensor) -> Tensor:
 
 
 def _gathered(leaf: Tensor, *, cast: bool = True) -> View | None:
-    """None without a mesh, and for a tensor that is a rank's own: its gradient is the rank's own too."""
+    """The view that gathers a piece; None without a mesh, and for a tensor that only this rank has."""
     trace = current_sharded()
     found = None if trace is None else trace.array_of(leaf)
     if trace is None or found is None:

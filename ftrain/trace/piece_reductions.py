@@ -1,7 +1,8 @@
-"""Reductions that torch has as one op, as sums, means and extremes, which are finished over the ranks that hold the
-other pieces: so no array has to be gathered for them.
+"""Torch's composite reductions on a piece of a divided array, written as sums, means and extremes.
 
-Two passes where one would lose digits: a variance is the mean square of what is left of the mean.
+Sums, means and extremes of pieces can be finished over the ranks that hold the other pieces, so these reductions need
+no gathered array. A variance takes two passes, the mean first, because one pass would lose digits. In all functions the
+input is a rank's piece, of any shape, and arguments, result and dtypes are those of torch's function.
 """
 
 import math
@@ -18,28 +19,28 @@ _Dims = int | Sequence[int] | None
 def var(
     x: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: float | None = None
 ) -> Tensor:
-    """`torch.var`, of real numbers."""
+    """`torch.var` of a real tensor of any shape."""
     return _var_mean(x, dim, unbiased, keepdim, correction)[0]
 
 
 def std(
     x: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: float | None = None
 ) -> Tensor:
-    """`torch.std`, of real numbers."""
+    """`torch.std` of a real tensor of any shape."""
     return _var_mean(x, dim, unbiased, keepdim, correction)[0].sqrt()
 
 
 def var_mean(
     x: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`torch.var_mean`, of real numbers."""
+    """`torch.var_mean` of a real tensor of any shape."""
     return _var_mean(x, dim, unbiased, keepdim, correction)
 
 
 def std_mean(
     x: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`torch.std_mean`, of real numbers."""
+    """`torch.std_mean` of a real tensor of any shape."""
     variance, mean = _var_mean(x, dim, unbiased, keepdim, correction)
     return variance.sqrt(), mean
 
@@ -69,18 +70,18 @@ def _dims(x: Tensor, dim: _Dims) -> list[int]:
 
 
 def count_nonzero(x: Tensor, dim: _Dims = None) -> Tensor:
-    """`torch.count_nonzero`."""
+    """`torch.count_nonzero` of a tensor of any shape."""
     return (x != 0).sum(_dims(x, dim))
 
 
 def aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
-    """`torch.aminmax`."""
+    """`torch.aminmax` of a tensor of any shape."""
     dims = _dims(x, dim)
     return torch.return_types.aminmax((x.amin(dims, keepdim), x.amax(dims, keepdim)))
 
 
 def logsumexp(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
-    """`torch.logsumexp`."""
+    """`torch.logsumexp` of a tensor of any shape; integers are converted to the default dtype."""
     dims = _dims(x, dim)
     x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
     largest = _finite(x.amax(dims, keepdim=True))
@@ -89,14 +90,14 @@ def logsumexp(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Ten
 
 
 def softmax(x: Tensor, dim: int, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-    """`torch.softmax`, in a numerically safe order."""
+    """`torch.softmax` of a tensor of any shape; the maximum is subtracted first."""
     x = x if _dtype(args, dtype) is None else x.to(_dtype(args, dtype))
     powers = (x - x.amax(dim, keepdim=True)).exp()
     return powers / powers.sum(dim, keepdim=True)
 
 
 def log_softmax(x: Tensor, dim: int, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-    """`torch.log_softmax`."""
+    """`torch.log_softmax` of a tensor of any shape."""
     x = x if _dtype(args, dtype) is None else x.to(_dtype(args, dtype))
     below = x - x.amax(dim, keepdim=True)
     return below - below.exp().sum(dim, keepdim=True).log()
@@ -107,24 +108,24 @@ def _dtype(args: Sequence[Any], dtype: torch.dtype | None) -> torch.dtype | None
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Of a row that is infinite everywhere nothing may be taken off: it would be a NaN."""
+    """`x` with infinities replaced by 0: to subtract an infinite maximum would give NaN."""
     return torch.where(x.isinf(), torch.zeros_like(x), x)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """`torch.dot`."""
+    """`torch.dot` of two `[N]`. RuntimeError, as torch's, for other shapes."""
     if x.dim() != 1 or x.shape != y.shape:
         raise RuntimeError(f"dot: two vectors of one size are needed, not {list(x.shape)} and {list(y.shape)}")
     return (x * y).sum()
 
 
 def vdot(x: Tensor, y: Tensor) -> Tensor:
-    """`torch.vdot`."""
+    """`torch.vdot` of two `[N]`. RuntimeError, as torch's, for other shapes."""
     return dot(x.conj(), y)
 
 
 def trace(x: Tensor) -> Tensor:
-    """`torch.trace`."""
+    """`torch.trace` of `[M, N]`."""
     rows, columns = (torch.arange(n, device=x.device) for n in map(int, x.shape))
     on_diagonal = rows[:, None] == columns[None]
     return torch.where(on_diagonal, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum()
@@ -153,7 +154,7 @@ def _smooth(e: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, **how: Any) -> Tensor:
-    """`F.huber_loss`."""
+    """`F.huber_loss` of two tensors of one shape."""
     return _loss(_huber)(input, target, reduction=reduction, delta=delta, **how)
 
 
@@ -165,7 +166,7 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    """`F.smooth_l1_loss`."""
+    """`F.smooth_l1_loss` of two tensors of one shape."""
     return _loss(_smooth)(input, target, reduction=reduction, beta=beta)
 
 
@@ -182,4 +183,4 @@ REDUCTIONS: Mapping[Callable, Callable] = {
     F.mse_loss: _loss(torch.square), F.l1_loss: _loss(torch.abs), F.huber_loss: huber_loss,
     F.smooth_l1_loss: smooth_l1_loss,
 }  # fmt: skip
-"""By torch's function the one that does the same on pieces."""
+"""By torch's function, the function of this file that replaces it on pieces."""

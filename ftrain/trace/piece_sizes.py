@@ -1,22 +1,21 @@
-"""Sizes in a user's own update on a mesh: they are those of the whole array, as on one device, though a rank's tensors
-are pieces.
+"""Sizes in a user's own update on a mesh: the user's code reads those of whole arrays, while a rank holds pieces.
 
-What Python does with a size leaves nothing in the graph: `g.sum() / g.shape[0]` would divide a sum that is finished
-over the ranks by one rank's number, `g.view(-1, 2)` could take blocks that one device does not, and `g[:2]` could be
-all of a piece. So within a step's trace, for the lines that a user writes:
+Python computes with sizes outside of the graph. With the sizes of pieces, `g.sum() / g.shape[0]` would divide a sum
+over all ranks by the size of one piece, `g.view(-1, 2)` could form other blocks than on one device, and `g[:2]` could
+be all of a piece. So within the trace of a step, on lines of the user's code:
 
-- `x.shape`, `x.size()`, `x.numel()`, `x.nbytes` and `len(x)` of a piece are the array's (`DividedSize`);
-- given as a size to what makes a tensor (`torch.zeros(g.shape)`, `row.expand(g.shape)`) they make a piece, which is
-  remembered as one;
-- sizes given to `view`, `reshape` and `unflatten` are meant for the array: the piece is viewed likewise, or gathered
-  where a divided dim does not stay whole;
-- for an index that takes a part of a divided dim the piece is gathered, as for `narrow` and `select`;
-- any other function runs on pieces if it can, else on whole arrays (`ftrain.trace.whole_arrays`).
+- `x.shape`, `x.size()`, `x.numel()`, `x.nbytes` and `len(x)` of a piece are those of the array (`DividedSize`).
+- A function that creates or expands a tensor with such a size (`torch.zeros(g.shape)`, `row.expand(g.shape)`) creates a
+  piece, and the trace records its placement.
+- The sizes for `view`, `reshape` and `unflatten` are those of the array. The piece is viewed accordingly, or gathered
+  if the view cuts or merges a divided dim.
+- An index that takes a part of a divided dim gathers the piece. So do `narrow` and `select`.
+- Any other function runs on pieces if possible, else on whole arrays (`ftrain.trace.whole_arrays`).
 
-Everywhere else a size is the array's number. Code of torch, of this trainer and of kernels reads the sizes of pieces,
-and inside a loss parameters are whole. Leaves of the batch are each rank's share, of no array: their sizes are the
-share's, as a count that goes into a `Mean` has to be. What no function of torch is called for stays a piece's:
-`x.stride()` is, and so is what is read by `torch.ops.aten` or by numpy.
+Any other use of such a size is the plain number of the array. Code of torch, of ftrain and of kernels reads the sizes
+of pieces, and inside of a loss parameters are whole. Leaves of the batch are a rank's share and no pieces of an array:
+their sizes are those of the share, as the counts in a `Mean` must be. Reads that call no function of torch return the
+values of the piece: `x.stride()`, calls of `torch.ops.aten`, and numpy.
 """
 
 import functools
@@ -47,7 +46,7 @@ from ftrain.trace.spread import SAME, Spread, share_ranks
 from ftrain.trace.whole_arrays import WholeArrays
 
 _METHODS = (Tensor.__len__.__code__.co_filename, torch.functional.__file__, torch.overrides.__file__)
-"""Functions of Python ask the mode (`len(x)`, `broadcast_tensors`): their files, and torch's between them."""
+"""Files of Python functions that call the mode themselves (`len(x)`, `broadcast_tensors`); they are no callers."""
 
 _WAY_OUT = (
     "gather it (ftrain.optim.shards.whole_leaf, piece_of_leaf), or keep it whole on every rank with "
@@ -56,8 +55,10 @@ _WAY_OUT = (
 
 
 class ArraySizes(TorchFunctionMode):
-    """Within the block sizes that the user's code reads are those of arrays; ValueError, with the line, for a view that
-    a rank cannot take of its piece. `trace`: the one for a rank that is under way.
+    """A mode in which the user's code reads the sizes of whole arrays.
+
+    `trace`: the current trace for a rank. `arrays`: runs functions on whole arrays. Within its block, ValueError with
+    the user's line for a view, an index or a slice that needs a gathered array where none can be gathered.
     """
 
     def __init__(self, trace: ShardedTrace) -> None:
@@ -68,7 +69,7 @@ class ArraySizes(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the function with sizes of pieces, or answer or refuse it."""
+        """Return the size of the array for a query; run any other function on pieces or arrays, or refuse it."""
         kwargs = kwargs or {}
         caller = _caller(sys._getframe(1))
         if _reads_arrays(caller.f_code.co_filename):
@@ -81,7 +82,7 @@ class ArraySizes(TorchFunctionMode):
         return func(*whole(args), **whole(kwargs))
 
     def _call(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """A function that is no view."""
+        """Run a function that is no view."""
         if not self.arrays.divided((args, kwargs)):
             return func(*args, **kwargs)
         each = one_by_one(func, args, kwargs)
@@ -91,7 +92,7 @@ class ArraySizes(TorchFunctionMode):
         return self.arrays.call(func, args, kwargs, instead=self._of_its_parts(func))
 
     def _of_its_parts(self, func: Callable) -> Callable | None:
-        """The same by functions that can be done on pieces, which this mode has to see."""
+        """The replacement of a composite reduction by functions that work on pieces, run under this mode."""
         parts = REDUCTIONS.get(func)
         if parts is None:
             return None
@@ -103,7 +104,7 @@ class ArraySizes(TorchFunctionMode):
         return run
 
     def _placement(self, tensor: Any) -> Placement | None:
-        """Where the array is that a tensor is a piece of; None for what is no piece, and for parameters in a loss."""
+        """The placement of the array that a tensor is a piece of; None for no piece and for parameters in a loss."""
         if not isinstance(tensor, Tensor) or tensor.requires_grad:
             return None
         placement = self._trace.placement_of_piece(tensor)
@@ -117,7 +118,7 @@ class ArraySizes(TorchFunctionMode):
         return placement if placement.splits else None
 
     def _make(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """A tensor of given sizes: a piece, if they are an array's. Dims that share ranks have no pieces."""
+        """Create a tensor: a piece if its sizes are those of a divided array, unless two dims share ranks."""
         first = 1 if args and isinstance(args[0], Tensor) else 0
         sizes, rest, options = _sizes(args[first:], kwargs, "size", filled=func in _FILLED)
         placement = placement_of_sizes(sizes)
@@ -129,7 +130,7 @@ class ArraySizes(TorchFunctionMode):
         return made
 
     def _expand(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """A tensor repeated along dims of size 1: what is alike on all ranks becomes a piece."""
+        """Expand a tensor along dims of size 1; a tensor that is equal on all ranks becomes a piece."""
         del func
         source, (sizes, _, _) = args[0], _sizes(args[1:], kwargs, "size", "shape", "other")
         sizes = self._sizes_of(sizes)
@@ -156,11 +157,11 @@ class ArraySizes(TorchFunctionMode):
         return expanded
 
     def _rows(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """Row after row."""
+        """Iterate over rows."""
         return iter(self.arrays.call(Tensor.unbind, args, kwargs))
 
     def _broadcast(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """Each tensor expanded to the size of all."""
+        """`torch.broadcast_tensors`."""
         tensors = args[0] if len(args) == 1 and not isinstance(args[0], Tensor) else args
         sizes = list[int]()
         for tensor in tensors:
@@ -171,7 +172,7 @@ class ArraySizes(TorchFunctionMode):
         return [self._expand(func, (tensor, sizes), kwargs, line) for tensor in tensors]
 
     def _view(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """Of a piece what the array is viewed as."""
+        """View a piece with the sizes of the array."""
         if _is_dtype(args[1:], kwargs):
             return func(*args, **kwargs)
         sizes, _, _ = _sizes(args[1:], kwargs, "size", "shape", "other")
@@ -179,7 +180,7 @@ class ArraySizes(TorchFunctionMode):
         return self._viewed(name, args[0], self._sizes_of(sizes), line)
 
     def _unflatten(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """The same for one dim that becomes several."""
+        """Split one dim into several."""
         given = dict(zip(("dim", "sizes"), args[1:], strict=False)) | dict(kwargs)
         placement, dim = self._placement(args[0]), given["dim"]
         if placement is None or not isinstance(dim, int):
@@ -213,18 +214,18 @@ class ArraySizes(TorchFunctionMode):
         return SAME if node is None else self._trace.spreads.of(node)
 
     def _note(self, made: Tensor, placement: Placement, *, of: Sequence[Tensor] = (), uniform: bool) -> None:
-        if not vmapped_dims(made):  # what is wrapped has more dims
+        if not vmapped_dims(made):  # a wrapped tensor has more dims
             self._trace.note_piece(made, placement, of=of, uniform=uniform)
 
     def _sizes_of(self, sizes: Any) -> Sequence[int]:
-        """Sizes that are given as such, or by a tensor that has them."""
+        """The sizes, or those of a tensor that is given instead."""
         if not isinstance(sizes, Tensor):
             return sizes
         placement = self._placement(sizes)
         return sizes.shape if placement is None else shape_of(placement)
 
     def _index(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """What is read or written at an index."""
+        """Read or write at an index."""
         placement = self._placement(args[0])
         dim = None if placement is None else cut_dim(placement, args[1])
         if placement is None or (dim is None and not _has_tensors(args[1])):
@@ -239,7 +240,7 @@ class ArraySizes(TorchFunctionMode):
         raise _cut("an index (slice or select)", line, args[0], placement, dim)
 
     def _narrow(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
-        """A part of a dim: all of a divided one, or refused."""
+        """`narrow` and `select`; a part of a divided dim is read from the gathered array."""
         given = dict(zip(("dim", "start", "length"), args[1:], strict=False)) | dict(kwargs)
         given.setdefault("start", given.pop("index", None))
         placement, dim = self._placement(args[0]), given["dim"]
@@ -257,12 +258,12 @@ class ArraySizes(TorchFunctionMode):
 
 
 def _has_tensors(index: Any) -> bool:
-    """True for an index by tensors or lists, whose numbers are places of the array."""
+    """True for an index with tensors or lists, whose numbers are positions in the array."""
     return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def _is_own(spread: Spread) -> bool:
-    """True for what may differ between ranks and is a piece of no array."""
+    """True for a value that may differ between ranks and is no piece of an array."""
     return spread.placement is None and (bool(spread.axes) or spread.batch)
 
 
@@ -306,7 +307,7 @@ _VIEWS: Mapping[Callable, Callable] = {
 def _sizes(
     args: Sequence[Any], kwargs: Mapping[str, Any], *names: str, filled: bool = False
 ) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
-    """The sizes among the arguments of a function, which may stand one by one; the arguments after them; the others."""
+    """The sizes among a function's arguments, the positional arguments after them, and the other keyword arguments."""
     for name in names:
         if name in kwargs:
             return kwargs[name], args, {key: value for key, value in kwargs.items() if key != name}
@@ -320,7 +321,7 @@ def _is_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _known(count: int, parts: list[int]) -> list[int]:
-    """The sizes that a dim is cut into, with what -1 stands for."""
+    """The sizes that a dim is split into, with -1 replaced by its value."""
     others = math.prod(part for part in parts if part != -1)
     return [count // others if part == -1 and others else part for part in parts]
 
@@ -339,7 +340,7 @@ def _cut(what: str, line: str, piece: Tensor, placement: Placement, dim: int) ->
 
 @functools.cache
 def _reads_arrays(file: str) -> bool:
-    """True for code that is meant for whole arrays: a user's, and torch's own that is written in Python."""
+    """True for code that is written for whole arrays: the user's, and Python code of torch.nn and torch.optim."""
     return is_users(file) or file == piece_reductions.__file__ or file.startswith(_LIBRARY)
 
 
@@ -347,7 +348,7 @@ _LIBRARY = tuple(str(Path(torch.__file__).parent / name) + os.sep for name in ("
 
 
 def _caller(frame: FrameType) -> FrameType:
-    """The frame that called the function."""
+    """The frame that called the function, without the files of `_METHODS`."""
     while frame.f_back is not None and frame.f_code.co_filename in _METHODS:
         frame = frame.f_back
     return frame

@@ -1,4 +1,4 @@
-"""What indices and sizes that are meant for a whole array mean for a rank's piece of it: the same, or nothing."""
+"""Applies sizes and indices for a whole array to a rank's piece, where they mean the same for the piece."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from ftrain.sharding.placement import Placement, Split
 
 
 def reshaped(placement: Placement, sizes: Sequence[int]) -> tuple[Placement, tuple[Split, ...]]:
-    """Where an array is when it is viewed with other sizes, one of which may be -1; and the splits that do not stay:
-    a divided dim stays where one of its size has as many numbers before it.
+    """The placement of an array after a view with other sizes, and the splits that the view does not keep.
+
+    A divided dim is kept if the view has a dim of its size with as many elements before it. One of `sizes` may be -1.
     """
     sizes = _without_unknown(math.prod(placement.shape), sizes)
     places = {(math.prod(sizes[:dim]), size): dim for dim, size in enumerate(sizes)}
@@ -30,9 +31,9 @@ def _without_unknown(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 def cut_dim(placement: Placement, index: Any) -> int | None:
-    """The first divided dim of which an index of the array takes a part; None where it means the same for a piece.
+    """The first divided dim of which `index` takes only a part; None if the index means the same for a piece.
 
-    Tensors and lists as indices are ops that the graph shows, so they are not asked for.
+    Index tensors and lists count as full dims here: they become ops of the graph, which are checked there.
     """
     parts = index if isinstance(index, tuple) else (index,)
     divided = {split.dim for split in placement.splits}
@@ -44,7 +45,7 @@ def cut_dim(placement: Placement, index: Any) -> int | None:
 
 
 def _dims_of(parts: Sequence[Any], rank: int) -> list[int | None]:
-    """For each part of an index the first dim that it takes."""
+    """For each part of an index, the first dim that it indexes; None if it indexes none."""
     taken = [_dims_taken(part) for part in parts]
     left = rank - sum(taken)
     dims, at = list[int | None](), 0

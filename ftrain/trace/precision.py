@@ -1,4 +1,4 @@
-"""In which dtype a step computes: masters stay as they are, the loss sees them cast."""
+"""The dtypes in which a step computes: master parameters keep their dtype, and the loss gets them cast."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch import Tensor
 from ftrain import tree
 
 Choice = Literal["auto", "float32", "bfloat16"]
-"""What a command line offers; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+"""The choices of a command line; "auto" is bfloat16 on CUDA and float32 elsewhere."""
 
 
 _SHORT = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "fp16": "float16", "half": "float16"}
@@ -21,11 +21,23 @@ _KNOWN = ("float32", "bfloat16", "float64")
 
 @dataclass(frozen=True)
 class Precision:
-    """`compute`: the dtype in which `value_and_grad` shows float32 parameters to the loss; `reduce`: of gradient sums.
+    """The dtypes of compute and of gradient sums in a step.
 
-    The cast is part of the differentiated function, so gradients arrive in the masters' dtype. Each is "bfloat16",
-    "float32" or "float64", or "bf16", "fp32", "fp64", or torch's dtype. ValueError for any other: float16 needs a
-    scaled loss and float8 scaled products, and neither is here.
+    - `compute`: the dtype to which `value_and_grad` casts float32 parameters for the loss. The cast is part of the
+      differentiated function, so gradients have the dtype of the parameters.
+    - `reduce`: the dtype in which gradients are summed over ranks.
+
+    Each is "bfloat16", "float32" or "float64", a short name ("bf16", "fp32", "fp64"), or a torch dtype; the attribute
+    holds the full name. ValueError for any other: float16 needs loss scaling and float8 needs scaled products, which
+    ftrain does not have.
+
+    >>> import torch
+    >>> import ftrain
+    >>> precision = ftrain.Precision("bf16")
+    >>> precision
+    Precision(compute='bfloat16', reduce='float32')
+    >>> precision.cast({"w": torch.ones(2), "steps": torch.tensor(3)})
+    {'w': tensor([1., 1.], dtype=torch.bfloat16), 'steps': tensor(3)}
     """
 
     compute: str = "float32"
@@ -37,7 +49,10 @@ class Precision:
 
     @staticmethod
     def of(value: "Precision | str | torch.dtype | None") -> "Precision | None":
-        """A `Precision` as it is, or one that computes in a dtype or in the dtype of a name; ValueError for others."""
+        """A `Precision` from a dtype or its name; a `Precision` and None are returned as they are.
+
+        ValueError for a dtype in which a step cannot compute.
+        """
         if value is None or isinstance(value, Precision):
             return value
         return Precision(compute=_dtype_name(value, "precision"))
@@ -48,15 +63,15 @@ class Precision:
         return getattr(torch, self.compute)
 
     def cast(self, params: Any) -> Any:
-        """Parameters as losses see them: float32 leaves in the compute dtype, others as they are.
+        """The tree with float32 leaves cast to the compute dtype; other leaves are the same.
 
-        For what runs outside of a step, such as generation; inside of one see `ftrain.forward`.
+        For code outside of a step, such as generation. Inside of a step use `ftrain.forward`.
         """
         return tree.map(lambda leaf: leaf.to(self.dtype) if leaf.dtype == torch.float32 else leaf, params)
 
 
 def precision_on(device: torch.device, choice: str = "auto") -> Precision:
-    """The precision that a command line chose, for a run on `device`. ValueError if it is not one of `Choice`."""
+    """The precision of a run on `device` for a command line's `choice`, one of `Choice`; ValueError for another."""
     if choice not in get_args(Choice):
         raise ValueError(f"--precision {choice!r} is not one of {', '.join(get_args(Choice))}")
     by_device = "bfloat16" if device.type == "cuda" else "float32"
@@ -68,7 +83,7 @@ _current: ContextVar[Precision | None] = ContextVar("ftrain_precision", default=
 
 @contextmanager
 def computing_in(precision: Precision | None) -> Iterator[None]:
-    """Within the block parameters are shown to losses in `precision.compute`."""
+    """Within the block `precision` is that of the step under way; None for that of the parameters."""
     token = _current.set(precision)
     try:
         yield
@@ -77,7 +92,7 @@ def computing_in(precision: Precision | None) -> Iterator[None]:
 
 
 def compute_dtype(leaf: Tensor) -> torch.dtype:
-    """The dtype in which a loss sees a parameter: of float32 leaves the compute dtype, of others their own."""
+    """The dtype that a loss gets for a parameter of any shape: the compute dtype for float32, else its own."""
     precision = _current.get()
     if precision is None or leaf.dtype != torch.float32:
         return leaf.dtype
@@ -85,7 +100,7 @@ def compute_dtype(leaf: Tensor) -> torch.dtype:
 
 
 def reduce_dtype() -> torch.dtype | None:
-    """The dtype in which gradients are summed over ranks; None is the gradient's own."""
+    """The dtype in which gradients are summed over ranks; None for the gradient's own."""
     precision = _current.get()
     return None if precision is None else getattr(torch, precision.reduce)
 
@@ -98,10 +113,10 @@ def _dtype_name(value: str | torch.dtype, of: str) -> str:
         return name
     if name == "float16":
         raise ValueError(
-            f"{of}: float16 ends at 65,504 and at 6e-8, so gradients are lost without a scaled loss, which is not "
-            "here: take 'bfloat16', which has the range of float32"
+            f"{of}: float16 holds magnitudes from 6e-8 to 65,504, so gradients are lost without loss scaling, which "
+            "ftrain does not have: use 'bfloat16', which has the range of float32"
         )
     if isinstance(name, str) and name.startswith("float8"):
-        raise ValueError(f"{of}: {name} needs scaled products, which are not here: take 'bfloat16'")
+        raise ValueError(f"{of}: {name} needs scaled products, which ftrain does not have: use 'bfloat16'")
     known = ", ".join(repr(k) for k in _KNOWN)
-    raise ValueError(f"{of}: {value!r} is not one of {known}, or torch's dtype, as in ftrain.Precision('bfloat16')")
+    raise ValueError(f"{of}: {value!r} is not one of {known}, or the torch dtype, as in ftrain.Precision('bfloat16')")

@@ -1,6 +1,6 @@
-"""Loops that run a part of a step ahead of it draw no random numbers: those are the step's own.
+"""Preview loops, which run a part of a step ahead of it, must not draw random numbers.
 
-`accumulate` counts before it differentiates. What the step draws later must be what it would draw without that loop.
+`accumulate` counts before it differentiates. The later draws of the step must not depend on that first loop.
 """
 
 from torch import fx
@@ -9,10 +9,11 @@ from ftrain.graph.loop import is_preview, loop_body
 from ftrain.graph.op_effects import Effect, effect_of
 
 
-def keep_draws_for_the_step(loop: fx.Node) -> None:
-    """Take out of a preview's body what its results do not need, also what draws numbers or is not known.
+def strip_preview(loop: fx.Node) -> None:
+    """Remove all nodes from the body of a preview loop that its results do not need, random and unknown ops included.
 
-    ValueError where the results need random numbers: the step would draw others.
+    Other loops stay unchanged. ValueError, with the user's line, if the results need random numbers of torch's
+    generator: the step would draw others.
     """
     if not is_preview(loop):
         return
@@ -23,6 +24,6 @@ def keep_draws_for_the_step(loop: fx.Node) -> None:
     if drawing:
         raise ValueError(
             f"{drawing[0].meta.get('source')}: a count of an accumulated loss, or what it sums over the batch, depends "
-            "on random numbers of torch's generator. They are summed before the loss itself is run, which draws other "
+            "on random numbers of torch's generator. They are summed before the loss runs, which draws other "
             "numbers: draw from a key (ftrain.bernoulli), or before the step, as a part of the batch"
         )

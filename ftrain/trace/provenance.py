@@ -1,8 +1,8 @@
-"""Where a node of the graph came from: source line, phase, and for a backward node the forward op it transposes.
+"""The provenance of nodes: source line, phase, and for a backward node its forward op.
 
-While a step is traced, a dispatch mode stands above the tracer and marks every node that an op leaves in the graph.
-Autograd numbers forward ops (`sequence_nr`) and keeps the number on their backward nodes; a prehook on each backward
-node tells the mode which forward op is being transposed.
+During a trace, a dispatch mode above the tracer marks every node that an op creates. Autograd numbers forward ops
+(`sequence_nr`) and keeps the number on their backward nodes. A prehook on each backward node tells the mode which
+forward op is being differentiated.
 """
 
 import weakref
@@ -24,7 +24,7 @@ from ftrain.trace.unseen_writes import UnseenWrites
 
 
 def sources(node: fx.Node) -> Iterator[fx.Node]:
-    """A node, and all that it was computed from, the nearest first; also of a graph under way."""
+    """A node and all nodes that it was computed from, nearest first. The graph may still be under construction."""
     queue, seen = deque([node]), {node}
     while queue:
         current = queue.popleft()
@@ -35,11 +35,14 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 class Provenance(TorchDispatchMode):
-    """Mark new nodes with `meta["source"]`, `meta["phase"]` ("forward", "backward", "step") and `meta["seq_nr"]`.
+    """A dispatch mode that marks new nodes with their provenance in `meta`.
 
-    The seq_nr is a number that a forward op shares with the nodes of its backward. Collectives, and what is made
-    along with them, also get `meta["purpose"]` (see `ftrain.sharding.spmd.purpose`), what works on partly empty batches
-    `meta["filled"]` (`ftrain.sharding.spmd.filled`).
+    - `source`: the user's line. `phase`: "forward", "backward" or "step".
+    - `seq_nr`: a number that a forward op shares with the nodes of its backward.
+    - `purpose`: of collectives and the nodes around them (see `ftrain.sharding.spmd.purpose`).
+    - `filled`: the filled share of a padded batch (see `ftrain.sharding.spmd.filled`).
+
+    `draws`, if given, checks the random ops of the trace. The mode also raises the ValueErrors of `UnseenWrites`.
     """
 
     def __init__(self, draws: TorchDraws | None = None) -> None:
@@ -47,11 +50,11 @@ class Provenance(TorchDispatchMode):
         self._draws = draws
         self.phase = "step"
         self.made: list[weakref.ref[Tensor]] = []
-        """The tensors of the trace, as long as somebody holds them."""
+        """Weak references to the tensors of the trace."""
         self.trained: list[Tensor] = []
-        """Leaves that losses would have trained though they were not asked to."""
+        """Leaves of losses that require a gradient and are not differentiated."""
         self.origins = Origins()
-        """Which of them have numbers that every call brings anew."""
+        """Tells which tensors depend on the arguments or on random numbers."""
         self._unseen = UnseenWrites(self.made, user_source)
         self._source_of_seq_nr: dict[int, SourceLine | None] = {}
         self._transposed: int | None = None
@@ -60,9 +63,9 @@ class Provenance(TorchDispatchMode):
         if func is DEVICE_QUERY:
             return device_of_fake(args[0])
         if self.phase != "backward":
-            self._unseen.look(func, args)
+            self._unseen.check(func, args)
         if self._draws is not None:
-            self._draws.look(func, args, kwargs or {})
+            self._draws.check(func, args, kwargs or {})
         graph = tracing_graph()
         before = len(graph.nodes) if graph is not None else 0
         out = func(*args, **(kwargs or {}))
@@ -83,16 +86,16 @@ class Provenance(TorchDispatchMode):
         return out
 
     def _origin(self) -> tuple[int, SourceLine | None]:
-        """The number of the forward op that is computed or transposed, and its line."""
+        """The number and the line of the forward op that is computed or differentiated now."""
         if self._transposed is not None:
             return self._transposed, self._source_of_seq_nr.get(self._transposed)
         seq_nr, source = next_seq_nr() - 1, user_source()
-        self._source_of_seq_nr.setdefault(seq_nr, source)  # later ops without gradients see the same number
+        self._source_of_seq_nr.setdefault(seq_nr, source)  # later ops without gradients have the same number
         return seq_nr, source
 
     @contextmanager
     def in_phase(self, phase: str) -> Iterator[None]:
-        """Nodes made within the block belong to `phase`."""
+        """Nodes created within the block belong to `phase`."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -100,9 +103,9 @@ class Provenance(TorchDispatchMode):
             self.phase, self._transposed = before, None
 
     def watch_backward(self, loss: Tensor, leaves: Sequence[Tensor] = ()) -> None:
-        """Make the backward of `loss` tell which forward op each of its nodes transposes.
+        """Register prehooks on the backward of `loss` (0-d) that report the forward op of each backward node.
 
-        Tensors behind the loss that want a gradient and are not among `leaves` go to `trained`.
+        Leaves of the loss, of any shape, that require a gradient and are not among `leaves` are added to `trained`.
         """
         asked = set(map(id, leaves))
         seen, stack = set(), [loss.grad_fn]
@@ -126,13 +129,13 @@ _current: ContextVar[Provenance | None] = ContextVar("ftrain_provenance", defaul
 
 
 def current_provenance() -> Provenance | None:
-    """The mode of the trace under way, or None in eager code."""
+    """The mode of the current trace; None in eager code."""
     return _current.get()
 
 
 @contextmanager
 def recording(draws: TorchDraws | None = None) -> Iterator[Provenance]:
-    """Record provenance for the trace made within the block, and show `draws`, if there are any, its ops."""
+    """Record the provenance of the trace within the block; `draws`, if given, checks its random ops."""
     mode = Provenance(draws)
     token = _current.set(mode)
     try:

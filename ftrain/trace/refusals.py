@@ -1,4 +1,4 @@
-"""What a trace cannot do, in one sentence: the user's line, and the way out. Torch's own words stay as the cause."""
+"""Errors for code that a trace cannot hold: one sentence with the user's line and a fix. Torch's error is the cause."""
 
 import linecache
 from collections.abc import Callable, Iterator
@@ -14,33 +14,33 @@ from ftrain.graph.source import SourceLine, is_users, user_source
 from ftrain.graph.torch_private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED
 
 _NUMBER = (
-    "asks for the number in a tensor ({what}), which a traced step does not have: choose with torch.where, return it "
-    "as a part of the result, or debug with ftrain.disable_jit()"
+    "reads the number in a tensor ({what}), which a traced step does not have: choose with torch.where, return it as a "
+    "part of the result, or debug with ftrain.disable_jit()"
 )
 _NUMPY = (
-    "hands a tensor to numpy ({what}), which has no numbers while a step is traced: take the torch function of that "
-    "name, compute it before the step and pass it as an argument, or debug with ftrain.disable_jit()"
+    "passes a tensor to numpy ({what}), but tensors have no values while a step is traced: use the torch function of "
+    "that name, compute it before the step and pass it as an argument, or debug with ftrain.disable_jit()"
 )
 _EXCHANGED = (
-    "exchanges the memory under a tensor ({what}), of which a trace is not told: make a new value, e.g. x = y, or "
-    "write into it with x.copy_(y)"
+    "exchanges the memory of a tensor ({what}), which a trace cannot see: make a new value, e.g. x = y, or write into "
+    "it with x.copy_(y)"
 )
 _STORAGE = (
-    "works on a tensor's storage ({what}), of which a trace is not told: write into the tensor, e.g. x.copy_(y), or "
-    "make a new value"
+    "uses a tensor's storage ({what}), which a trace cannot see: write into the tensor, e.g. x.copy_(y), or make a new "
+    "value"
 )
 _SIZE = (
     "has a result whose size depends on data ({what}), which cannot be traced: mask instead of selecting, or compute "
     "it before the step and pass it as an argument"
 )
 _PLACE = (
-    "takes the place that a tensor tells as a number of Python ({what}), which a traced step does not have: read with "
+    "uses a tensor's value as a Python index ({what}), which a traced step does not have: read with "
     "x.index_select(dim, t.view(1)), write with x.index_copy(dim, t.view(1), value) or "
     "torch.where(torch.arange(n) == t, value, x)"
 )
 _BOUND = (
-    "slices up to a place that a tensor tells ({what}), so that the size would depend on data: keep the size and mask, "
-    "e.g. torch.where(torch.arange(n) < t, x, 0)"
+    "slices with a tensor as a bound ({what}), so that the size would depend on data: keep the size and mask, e.g. "
+    "torch.where(torch.arange(n) < t, x, 0)"
 )
 _CTC = (
     "calls ctc_loss, whose kernels have no shape rule that a trace can use: write its forward recursion with torch ops "
@@ -48,25 +48,25 @@ _CTC = (
     "with register_fake and register_autograd)"
 )
 _OPERATOR = (
-    "calls {what}, a higher-order operator, which a traced step cannot hold: for torch.cond take torch.where, for "
+    "calls {what}, a higher-order operator, which a traced step cannot hold: for torch.cond use torch.where, for "
     "loops (while_loop, scan, map) a Python loop or ftrain.accumulate"
 )
 _COMPILED = (
     "calls a function that torch.compile made, which cannot be traced: call the plain function (a compiled module's "
     "_orig_mod); ftrain.jit(backend='inductor') compiles the whole step"
 )
-_SPARSE = "uses a sparse tensor, which a traced step cannot hold: take sparse=False, or to_dense()"
+_SPARSE = "uses a sparse tensor, which a traced step cannot hold: use sparse=False, or to_dense()"
 _UNKNOWN_OP = "calls {what}, for which torch has no shape rule, so it cannot be traced: register one (register_fake)"
 
 
 class Untraceable(ValueError):
-    """A step does what no trace can hold; the message names the line and the way out."""
+    """The error for a step that a trace cannot hold; the message names the user's line and a fix."""
 
 
-class NoExchange(TorchFunctionMode):
-    """Within the block `x.data = y` is `Untraceable`: no op is called, and the trace would go on with the old `x`.
+class RefuseUnseen(TorchFunctionMode):
+    """A mode in which `x.data = y` raises `Untraceable`, because it calls no op and the trace would keep the old `x`.
 
-    So is an index that is a tensor and would have to be a number, in words of its own.
+    An index or a slice bound that is a tensor, where Python needs a number, raises `Untraceable` too.
     """
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,8 +98,8 @@ _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 @contextmanager
-def in_our_words() -> Iterator[None]:
-    """Within the block torch's errors about what cannot be traced become `Untraceable`."""
+def explain_refusals() -> Iterator[None]:
+    """Within the block, errors of torch about code that cannot be traced become `Untraceable`."""
     try:
         yield
     except Exception as error:
@@ -110,9 +110,10 @@ def in_our_words() -> Iterator[None]:
 
 
 @contextmanager
-def in_words_of_a_mesh(ranks: int) -> Iterator[None]:
-    """Within the block sizes that do not fit, of a step for one of many ranks, are told with the line and the reason:
-    outside of losses a leaf is a rank's piece.
+def explain_mesh_sizes(ranks: int) -> Iterator[None]:
+    """Within the block, which traces a step for one of `ranks` ranks, errors about sizes become `Untraceable`.
+
+    The message says that outside of losses a leaf is one rank's piece. With one rank errors stay as they are.
     """
     try:
         yield
@@ -135,7 +136,7 @@ def _first_line(error: Exception) -> str:
 
 
 def require_dense(module: fx.GraphModule) -> None:
-    """Untraceable for a sparse tensor anywhere in a graph."""
+    """Raises Untraceable if a node of the graph has a sparse tensor."""
     for node in module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.layout is not torch.strided:
@@ -170,7 +171,7 @@ def _reason(error: Exception) -> str | None:
 
 
 def _asked(error: Exception) -> str:
-    """The line that asked, as it stands in the user's file."""
+    """The text of the user's line that an error went through."""
     source = _source(error.__traceback__)
     return "" if source is None else linecache.getline(source.file, source.line).strip()[:80]
 
@@ -189,7 +190,7 @@ def _where(trace: TracebackType | None) -> str:
 
 
 def _source(trace: TracebackType | None) -> SourceLine | None:
-    """The innermost line of the user's code that an error went through."""
+    """The innermost line of the user's code that an error went through; None if there is none."""
     found = None
     while trace is not None:
         code = trace.tb_frame.f_code

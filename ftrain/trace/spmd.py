@@ -1,8 +1,8 @@
-"""A trace for one rank of a mesh: which tensors are pieces of what.
+"""The trace for one rank of a mesh: of which arrays its tensors are pieces.
 
-Where a leaf of the state is, is a choice: one whose path ends with a parameter's, and whose dims are the parameter's or
-1, lies where the parameter lies (moments, averages); any other is whole on every rank. What is computed from leaves
-follows from the ops (`ftrain.trace.spread`).
+A leaf of the state whose path ends with that of a parameter, and whose dims are the parameter's or 1, is divided as the
+parameter is (moments, averages). Any other leaf is whole on every rank. For values computed from leaves, the ops
+determine it (`ftrain.trace.spread`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,25 +28,29 @@ from ftrain.trace.spread import Spread, Spreads, placed
 
 
 class Placements:
-    """Where the pieces of parameters are, by path, and of every other leaf of a state by its likeness to one."""
+    """The placements of parameters by path, and of other leaves of a state by the parameter that they belong to.
+
+    `plan`: the plan of the mesh. `known`: placements of parameters by path.
+    """
 
     def __init__(self, plan: Plan, known: dict[str, Placement] | None = None) -> None:
         self.plan = plan
         self.known = dict(known or {})
 
     def parameter(self, path: str) -> str | None:
-        """The longest known parameter path that `path` ends with."""
+        """The longest path of a parameter that `path` ends with; None if there is none."""
         parts = path.split(".")
         return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in self.known), None)
 
     def of_whole(self, path: str, shape: Sequence[int]) -> Placement:
-        """Where the pieces of a leaf are whose global shape is `shape`."""
+        """The placement of a leaf with this path and global `shape`."""
         found = self._alike(path, shape, local=False)
         return found if found is not None else Placement(tuple(shape))
 
     def of_constant(self, path: str, shape: Sequence[int]) -> Placement:
-        """Where a leaf is that every rank has made alike, by the `shape` that it was made with: whole, if that is the
-        array's or has dims of 1, else a piece.
+        """The placement of a leaf that every rank has created with equal values and this `shape`.
+
+        It is whole if `shape` is that of the array or has dims of 1, else a piece.
         """
         found = self._alike(path, shape, local=False)
         if found is not None:
@@ -54,7 +58,7 @@ class Placements:
         return self.of_local(path, shape)
 
     def of_local(self, path: str, shape: Sequence[int]) -> Placement:
-        """The same for a leaf of which a rank holds `shape`."""
+        """The placement of a leaf with this path, of which a rank holds a piece of this `shape`."""
         found = self._alike(path, shape, local=True)
         return found if found is not None else Placement(tuple(shape))
 
@@ -71,23 +75,29 @@ class Placements:
         return Placement(whole, kept, model.copies)
 
     def nearest(self, path: str) -> str:
-        """The known parameter whose name is most like the end of a path, as words of an error."""
+        """The end of an error message that names the parameter with the path most similar to the end of `path`.
+
+        Empty if no parameter is known.
+        """
         names = {".".join(k.split(".")[-2:]): k for k in self.known}
         near = nearest(".".join(path.split(".")[-2:]), names, cutoff=0.0)
         return "" if near is None else f"; the nearest it knows is {names[near]!r}"
 
     def learn(self, path: str, placement: Placement) -> None:
-        """Note where a parameter is; ValueError if another one of that name is elsewhere."""
+        """Record the placement of a parameter. ValueError if another placement is recorded for its path."""
         before = self.known.setdefault(path, placement)
         if before != placement:
             raise ValueError(
-                f"two parameters are called {path!r} and lie differently ({before} and {placement}): put the models "
-                "under names of their own in one tree of specs"
+                f"two parameters have the path {path!r} and different placements ({before} and {placement}): put the "
+                "models under names of their own in one tree of specs"
             )
 
 
 class ShardedTrace:
-    """What one trace for a rank knows: how its tensors are spread, and which component they belong to."""
+    """The state of one trace for a rank: how its tensors are spread, and to which parameters they belong.
+
+    `document_ids`: the set to which `note_documents` adds paths of the batch.
+    """
 
     def __init__(self, placements: Placements, *, document_ids: set[str]) -> None:
         self.placements, self.plan = placements, placements.plan
@@ -98,7 +108,10 @@ class ShardedTrace:
         self._strangers: dict[fx.Node, str] = {}
 
     def note_input(self, tensor: Tensor, path: str, spread: Spread, *, parameter: bool, batch: bool) -> None:
-        """Remember how an input of the step is spread; `parameter`: whether the plan knows the array at `path`."""
+        """Record how an input of the step, `tensor` of any shape, is spread.
+
+        `parameter`: the plan knows the array at `path`. `batch`: the input is a leaf of the batch.
+        """
         node = node_of(tensor)
         if node is None:
             return
@@ -111,18 +124,18 @@ class ShardedTrace:
             self._strangers[node] = path
 
     def note_coordinates(self, coordinates_3: Tensor) -> None:
-        """Remember which input tells a rank's place."""
+        """Record the input that holds the rank's mesh coordinates, int64 `[3]`."""
         node = node_of(coordinates_3)
         if node is not None:
             node.meta["coordinates"] = True
 
     def note_documents(self, *segments: Any) -> None:
-        """Remember the leaves of the batch by whose ids attention tells documents apart."""
+        """Record the leaves of the batch that attention reads as ids of documents."""
         nodes = [node_of(ids) for ids in segments if isinstance(ids, Tensor)]
         self._document_ids.update(self._batch[node] for node in nodes if node in self._batch)
 
     def note_use(self, tensor: Tensor, path: str, placement: Placement) -> None:
-        """Remember that a tensor is a parameter as a rank computes with it: gathered, but for a dim of experts."""
+        """Record that a tensor, of any shape, is a parameter as a rank computes with it: gathered, except experts."""
         node = node_of(tensor)
         if node is not None:
             splits = tuple(s for s in placement.splits if not s.gathered)
@@ -138,8 +151,9 @@ class ShardedTrace:
         of: Sequence[Tensor] = (),
         uniform: bool = False,
     ) -> None:
-        """Remember where a tensor's pieces are, which its ops do not tell; it was made rightly `of` these. `uniform`:
-        it is one number at every place.
+        """Record that a tensor, of the placement's local shape, is a piece, where its ops do not determine it.
+
+        `path`: the parameter's. `of`: the tensors that it was computed from. `uniform`: all elements are one number.
         """
         nodes = [node for node in map(node_of, of) if node is not None]
         causes = (self.spreads.of(node).cause for node in nodes)
@@ -147,14 +161,14 @@ class ShardedTrace:
         self._note(tensor, path, replace(placed(placement), uniform=uniform, cause=cause))
 
     def note_if_clean(self, tensor: Tensor, spread: Spread) -> None:
-        """Remember how a tensor is spread, if nothing that it was computed from was wrong."""
+        """Record how a tensor, of any shape, is spread, if no value that it was computed from has a cause."""
         node = node_of(tensor)
         if node is not None:
             node.meta["spread_if_clean"] = spread
             self.spreads.forget(node)
 
     def note_gradient(self, tensor: Tensor, leaf: Tensor) -> None:
-        """Remember that a gradient lies as its leaf does, if nothing that it was computed from was wrong."""
+        """Record that a gradient is divided as its leaf of the same shape, if no value behind it has a cause."""
         node, of = node_of(tensor), node_of(leaf)
         if node is None or of is None:
             return
@@ -171,7 +185,7 @@ class ShardedTrace:
                 self._paths.setdefault(node, path)
 
     def array_of(self, tensor: Any) -> tuple[str, Placement] | None:
-        """The path (or "") and placement of the array that a tensor is a piece or a copy of; None for a rank's own."""
+        """Path (or "") and placement of the array that a tensor is a piece or copy of; None for a rank's own value."""
         node = node_of(tensor) if isinstance(tensor, Tensor) else None
         if node is None:
             return None
@@ -184,7 +198,7 @@ class ShardedTrace:
         return path, Placement(tuple(tensor.shape), (), tuple(a for a in BASE_AXES if a in self.spreads.everywhere))
 
     def require_known(self, tensor: Any) -> None:
-        """ValueError for an input of the step of which the plan does not know what it is."""
+        """ValueError, with its path, for an input of the step whose placement the plan does not know."""
         node = node_of(tensor) if isinstance(tensor, Tensor) else None
         if node in self._strangers and self.plan.mesh.size > 1:
             path = self._strangers[node]
@@ -195,12 +209,12 @@ class ShardedTrace:
             )
 
     def placement_of_piece(self, tensor: Any) -> Placement | None:
-        """Where the array is that a tensor is a piece of; None for what is no piece."""
+        """The placement of the array that a tensor is a piece of; None for no piece."""
         node = node_of(tensor) if isinstance(tensor, Tensor) else None
         return None if node is None else self.spreads.of(node).placement
 
     def component(self, *tensors: Tensor) -> str:
-        """The path of the parameter that these tensors come from, the nearest one; empty if from none."""
+        """The path of the nearest parameter that these tensors, of any shapes, were computed from; empty for none."""
         found = next((f for f in map(self._nearest_path, tensors) if f), "")
         return self.placements.parameter(found) or found
 
@@ -209,13 +223,13 @@ class ShardedTrace:
         return next((self._paths[n] for n in sources(start) if n in self._paths), "") if start is not None else ""
 
     def placement(self, leaf: Tensor) -> Placement:
-        """Where the pieces of a leaf, or of what was computed from it, are."""
+        """The placement of a leaf, or of a value computed from it, of any shape; whole if it is no piece."""
         node = node_of(leaf)
         found = None if node is None else self.spreads.of(node).placement
         return found if found is not None else Placement(tuple(leaf.shape))
 
     def pack(self, segments_T: Tensor, make: Callable[[], Any]) -> Any:
-        """What is made once for each tensor of segments: the segments of the whole pack."""
+        """The result of `make()`, called once for each tensor of segments: the segments of the whole pack."""
         node = node_of(segments_T)
         if node is None:
             return make()
@@ -225,7 +239,7 @@ class ShardedTrace:
 
 
 def batch_path(trace: ShardedTrace, tensor: Tensor) -> str | None:
-    """The path within the batch of the leaf that a tensor is; None where it is no leaf of it."""
+    """The path within the batch of a tensor, of any shape, that is a leaf of it; None for any other tensor."""
     node = node_of(tensor)
     found = None if node is None else trace._batch.get(node)
     return None if found is None else found.partition(".")[2]
@@ -236,13 +250,13 @@ _ending: ContextVar[bool] = ContextVar("ftrain_ending", default=False)
 
 
 def current_sharded() -> ShardedTrace | None:
-    """The trace for a rank that is under way, or None."""
+    """The current trace for a rank, or None."""
     return _current.get()
 
 
 @contextmanager
 def tracing_rank(trace: ShardedTrace, coordinates_3: Tensor) -> Iterator[None]:
-    """Within the block `value_and_grad` gathers parameters, and `axis_index` reads these coordinates."""
+    """Within the block `value_and_grad` gathers parameters, and `axis_index` reads `coordinates_3`, int64 `[3]`."""
     token = _current.set(trace)
     try:
         with on_mesh(trace.plan.mesh, coordinates_3):
@@ -252,7 +266,7 @@ def tracing_rank(trace: ShardedTrace, coordinates_3: Tensor) -> Iterator[None]:
 
 
 def note_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Remember that the gradient of a leaf lies where the leaf does."""
+    """Record that each gradient is divided as its leaf. Without a trace for a rank it does nothing."""
     trace = current_sharded()
     if trace is None:
         return
@@ -261,7 +275,7 @@ def note_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> Non
 
 
 def reduce_means(result: Any, trace: ShardedTrace) -> Any:
-    """Every `Mean` in a step's result summed over the mesh, all in one exchange."""
+    """The step's result with every `Mean` summed over the mesh, by one collective for all of them."""
     leaves, treedef = tree.flatten_until(result, Mean)
     means = [m for m in leaves if isinstance(m, Mean)]
     if not means or trace.plan.mesh.size == 1:
@@ -279,7 +293,7 @@ def sum_over_mesh(x: Tensor, mesh: Mesh) -> Tensor:
     Its gradient is summed over the ranks too, for each goes on with the sum on its own rows; but not for the value of a
     loss (`ending`), from which all ranks differentiate alike.
     """
-    if is_constant(x):  # or the tracer would run the collective now
+    if is_constant(x):  # the tracer would run a collective of constants at once
         x = x + axis_index("replicate").to(x.dtype) * 0
     group = mesh.group(*BASE_AXES)
     total = sum_of_parts(x, group, purpose="loss")

@@ -1,4 +1,4 @@
-"""What the primitives of all floors become on a rank of a mesh."""
+"""The sharded forms of the primitives (`ftrain.kernels.primitive`), as one rank of a mesh computes them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +22,11 @@ from ftrain.trace.spmd import ShardedTrace, sum_over_mesh
 
 
 def bindings(trace: ShardedTrace) -> dict[str, Callable]:
-    """The primitives of all floors, as a rank of the mesh computes them."""
+    """By the name of a primitive, the function that computes it on the rank that `trace` is for.
+
+    Pass the result to `ftrain.kernels.primitive.bind`. Each function has the arguments, shapes and errors of its
+    primitive.
+    """
     mesh, order = trace.plan.mesh, trace.plan.order
     rows: dict[str, Callable] = {
         "sum_over_batch": lambda x: sum_over_mesh(x, mesh),
@@ -90,8 +94,8 @@ def _dropped(trace: ShardedTrace, expert_TK: Tensor, w_gate_LDF: Tensor) -> Tens
 
 
 def _parameter(trace: ShardedTrace, spec: specs_of.ParamSpec, key: Tensor, path: str, window: Any = None) -> Tensor:
-    """This rank's piece of a new parameter: only the numbers that it holds are made."""
-    assert window is None, "a window is what a plan gives"
+    """This rank's piece of a new parameter. Only the random numbers of the piece are drawn."""
+    assert window is None, "the plan chooses the window"
     placement = trace.plan.placement(path, spec)
     trace.placements.learn(path, placement)
     starts = placement.starts()

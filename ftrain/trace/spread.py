@@ -1,15 +1,18 @@
-"""How the value of each node of a rank's graph is spread over the mesh: equal on all ranks, a piece of an array, or a
-rank's own.
+"""How the value of each node of a rank's graph is spread over the mesh: equal on all ranks, a piece of an array, or
+local to the rank.
 
-A graph for one rank holds local tensors, and nothing in an op says what they are parts of. Here every node gets a
-`Spread`, from those of the graph's inputs, op by op: what is computed from pieces number by number is a piece of the
-same array; a sum over a divided dim is only a part of the array's sum, so it is either summed over the ranks as well
-(`Fix`) or is tainted: it remembers the op, and a result that depends on it is refused with the user's line. What a
-collective returns is equal over its ranks. The same question is answered for tensors of a trace under way, so that a
-loss can be differentiated at parameters that the step itself has computed.
+The graph of one rank holds local tensors, and no op says of which arrays they are pieces. This file computes a `Spread`
+for every node, op by op, from the spreads of the graph's inputs:
 
-Legend: "piece" a rank's part of an array (`ftrain.sharding.placement.Placement`), "own" differs between ranks, of no
-array.
+- The result of an elementwise op on pieces is a piece of an array of the same shape.
+- The result of a collective is equal on its ranks.
+- A reduction over a divided dim gives only a part of the array's result. Either it is finished over the ranks (`Fix`),
+  or its spread records the op as `cause`, and a result of the step that depends on it is refused with the user's line.
+
+It also works during a trace, so that a loss can be differentiated at parameters that the step itself has computed.
+
+Terms: a "piece" is a rank's part of an array (`ftrain.sharding.placement.Placement`). A value of a rank's "own" differs
+between ranks and is no piece of an array.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,11 +52,16 @@ _EXPERTS = frozenset({"expert", "expert_shard"})
 
 @dataclass(frozen=True)
 class Spread:
-    """`axes`: along which ranks may hold different values. `placement`: of which array the value is a piece, or None.
-    `uniform`: one number at every place, so that it is a piece of whatever it meets. `batch`: matrices of experts, of
-    which each rank has others, along dim 0 (stacked with more of their kind, so that they are no one array's). `drawn`:
-    numbers of a key for a shape, equal on all ranks, so not those of a whole batch's rows. `cause`: an op that read one
-    rank's piece as if it were the array; what depends on it is not what one device computes.
+    """How one value is spread over the mesh. The default is equal on all ranks.
+
+    - `axes`: the mesh axes along which ranks may hold different values.
+    - `placement`: the array of which the value is a piece, and how it is divided; None for no piece.
+    - `uniform`: all elements are one number, so the value counts as a piece of any array that it is combined with.
+    - `batch`: a stack along dim 0 of matrices (of experts) that differ between ranks and are no piece of one array.
+    - `drawn`: random numbers drawn from a key for a shape. They are equal on all ranks, so they are not the numbers
+      that the rows of a whole batch would get.
+    - `cause`: an op that read one rank's piece as if it were the whole array, so that the value differs from that of
+      one device; None if there is none.
     """
 
     axes: frozenset[str] = frozenset()
@@ -69,25 +77,31 @@ _UNIFORM = Spread(uniform=True)
 
 
 def placed(placement: Placement) -> Spread:
-    """Of what lies so: a piece, or, where nothing is divided, equal on all ranks."""
+    """The spread of a value with this placement: a piece, or equal on all ranks if no dim is divided."""
     axes = frozenset(axis for split in placement.splits for axis in split.axes)
     return Spread(axes, placement) if axes else SAME
 
 
 class Fix(NamedTuple):
-    """A reduction over divided dims: what is to be done over the ranks that hold the other pieces, and of which array
-    (`placement`) its input is a piece: `over` are the divided dims that it reduces, `dims` all of them.
+    """A reduction over divided dims that must be finished over the ranks with the other pieces.
+
+    - `node`: the reduction. `how`: "sum", "mean", "max", "min", "all", "any" or "norm".
+    - `placement`: the array of which its input is a piece.
+    - `over`: the divided dims that it reduces. `dims`: all dims that it reduces.
     """
 
     node: fx.Node
-    how: str  # "sum", "mean", "max", "min", "all", "any", "norm"
+    how: str
     placement: Placement
     over: tuple[Split, ...]
     dims: frozenset[int]
 
 
 class Spreads:
-    """The spreads of a graph's nodes, worked out in the graph's order and remembered; `fixes` that they count on."""
+    """Computes and caches the spreads of graphs' nodes on `mesh`, in the order of each graph.
+
+    `everywhere`: the mesh axes with more than one rank. `fixes`: by node, the fixes that the spreads rely on.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -97,7 +111,7 @@ class Spreads:
         self._latest: dict[fx.Graph, fx.Node] = {}
 
     def of(self, node: fx.Node) -> Spread:
-        """The spread of a node; of a graph under way too."""
+        """The spread of a node. The graph may still be under construction."""
         graph = node.graph
         while node not in self._known:
             latest = self._latest.get(graph)
@@ -107,17 +121,17 @@ class Spreads:
         return self._known[node]
 
     def give(self, node: fx.Node, spread: Spread) -> None:
-        """What an input's spread is, or what is known of a node beyond its op."""
+        """Set the spread of a node, for inputs and for nodes whose op does not determine it."""
         node.meta["spread"] = spread
         self.forget(node)
 
     def forget(self, node: fx.Node) -> None:
-        """Work it out again: something has been noted of it, and nothing has been asked of what follows from it."""
+        """Compute the spread of a node again, after a note in its `meta`. Nodes that depend on it are not updated."""
         if node in self._known:
             self._known[node] = self._work_out(node)
 
     def rewind(self, node: fx.Node) -> None:
-        """Nothing after this node has been asked for: what comes there will be another."""
+        """Drop the spreads and fixes of all nodes after this one, because the trace will replace these nodes."""
         after = node.next
         while after.op != "root":
             self._known.pop(after, None)
@@ -127,7 +141,10 @@ class Spreads:
             self._latest[node.graph] = node
 
     def of_loop(self, node: fx.Node, carry: list[Spread] | None = None) -> list[Spread]:
-        """Of each of a loop's results: those that the body gives back as long as they come in so."""
+        """The spread of each result of a loop: a fixed point of the loop's body.
+
+        `carry`: the spreads of the carry to begin with; None for those of the loop's inputs.
+        """
         inputs, xs, consts = (list(group) for group in node.args[2:])  # type: ignore[arg-type]
         given = carry if carry is not None else [self.of(n) for n in inputs]
         rows = [_without_first_dim(self.of(x)) for x in xs]
@@ -155,7 +172,7 @@ class Spreads:
 
     def _of_op(self, node: fx.Node) -> Spread:
         if is_loop(node):
-            return SAME  # its results are told one by one
+            return SAME  # the spread of each result is computed at its getitem
         parents = [self._known[n] for n in node.all_input_nodes]
         cause = next((p.cause for p in parents if p.cause is not None), None)
         if getattr(node.target, "__name__", "") == "getitem" and node.op == "call_function":
@@ -165,7 +182,7 @@ class Spreads:
         group = group_of(node)
         if group is not None:
             return replace(self._of_collective(node, group, parents), cause=cause)
-        if node.meta.get("purpose"):  # part of what moves pieces: told when it is done
+        if node.meta.get("purpose"):  # an inner node of a collective; its result has a note
             return Spread(frozenset[str]().union(*(p.axes for p in parents)), cause=cause)
         found = self._of_plain(node, parents)
         return found if cause is None else replace(found, cause=cause)
@@ -219,7 +236,7 @@ class Spreads:
         return self._of_product(node, axes) or Spread(axes, cause=node)
 
     def _constant(self, node: fx.Node, parents: list[Spread]) -> Spread:
-        """Of numbers that are all equal: of the shape of a piece they are a piece of as large an array."""
+        """A tensor of one number. With the shape of a piece, it counts as a piece of such an array."""
         value = tensor_of(node)
         for source, spread in zip(node.all_input_nodes, parents, strict=True):
             like = tensor_of(source)
@@ -228,7 +245,7 @@ class Spreads:
         return _UNIFORM
 
     def _rows_were_drawn(self, node: fx.Node) -> bool:
-        """True where numbers drawn for a shape meet a rank's own row by row, and not each row alike."""
+        """True if numbers drawn for a shape are combined with a rank's own rows, with other numbers for each row."""
         value = tensor_of(node)
         for source in node.all_input_nodes:
             own = tensor_of(source)
@@ -238,7 +255,7 @@ class Spreads:
         return False
 
     def _together(self, node: fx.Node, axes: frozenset[str]) -> Spread:
-        """Of an op that works number by number, with the usual broadcasting."""
+        """The spread of an elementwise op, with broadcasting."""
         value = tensor_of(node)
         if value is None:
             return Spread(axes, cause=node)
@@ -287,7 +304,7 @@ class Spreads:
         return placed(Placement(sizes, splits, copies))
 
     def _along(self, node: fx.Node, source: Spread, axes: frozenset[str]) -> Spread:
-        """Of an op that works along one dim, and number by number along the others."""
+        """The spread of an op that works along one dim and treats the other dims as batch dims."""
         at = ALONG[node.target]
         given: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim", -1)
         value = tensor_of(node)
@@ -300,7 +317,7 @@ class Spreads:
         return placed(replace(source.placement, shape=tuple(sizes)))
 
     def _scattered(self, node: fx.Node, axes: frozenset[str]) -> Spread:
-        """Of an array in a part of which, along a dim that stays whole, another was written that lies alike."""
+        """The spread of an array after a write into a part of an undivided dim, of an array that is divided equally."""
         into, written = (self._known[n] for n in node.args[:2])  # type: ignore[index]
         if into.placement is None or not keeps_divided(node, into.placement, first=2):
             return Spread(axes, cause=node)
@@ -314,7 +331,7 @@ class Spreads:
         return placed(into.placement) if alike or written.uniform else Spread(axes, cause=node)
 
     def _of_product(self, node: fx.Node, axes: frozenset[str]) -> Spread | None:
-        """Of a product of matrices where no divided dim is summed over: batches, and rows or columns."""
+        """The spread of a matrix product; None if it sums over a divided dim."""
         value, splits, copies = tensor_of(node), dict[int, Split](), tuple[str, ...]()
         if node.target not in PRODUCTS or value is None:
             return None
@@ -340,7 +357,7 @@ class Spreads:
 
 
 def _keeps_batches(node: fx.Node) -> bool:
-    """True for products of batches, and reductions of what is not along dim 0."""
+    """True for batched products, and for reductions that keep dim 0."""
     if node.target in (_aten.bmm.default, _aten.baddbmm.default):
         return True
     value = tensor_of(node.args[0]) if node.args else None
@@ -350,14 +367,17 @@ def _keeps_batches(node: fx.Node) -> bool:
 
 
 def _mixing(node: fx.Node, parents: Sequence[Spread]) -> fx.Node | None:
-    """The node, if it brings a piece of a parameter that ought to be gathered together with a rank's own data."""
+    """The node, if it combines a piece of a parameter, which must be gathered first, with a rank's own data."""
     pieces = (p.placement for p in parents if p.placement is not None and not p.uniform)
     splits = (s for placement in pieces for s in placement.splits)
     return node if any(split.gathered for split in splits) else None
 
 
 def _without(axes: frozenset[str], group: frozenset[str]) -> frozenset[str]:
-    """The axes along which a value still differs when it is equal over a group; experts are folded over two axes."""
+    """The axes along which a value still differs if it is equal over `group`.
+
+    The expert axes are the shard and sequence axes, divided in another way.
+    """
     if group & _EXPERTS and axes & _FOLDED:
         axes = (axes - _FOLDED) | _EXPERTS
     if group & _FOLDED and axes & _EXPERTS:
@@ -366,13 +386,13 @@ def _without(axes: frozenset[str], group: frozenset[str]) -> frozenset[str]:
 
 
 def share_ranks(splits: Iterable[Split]) -> bool:
-    """True where two dims are divided among the same ranks: each holds a block of the diagonal, and nobody the rest."""
+    """True if two dims are divided among the same ranks, which then hold only the blocks on the diagonal."""
     axes = [axis for split in splits for axis in split.axes]
     return len(set(axes)) < len(axes) or not (_FOLDED.isdisjoint(axes) or _EXPERTS.isdisjoint(axes))
 
 
 def _without_first_dim(spread: Spread) -> Spread:
-    """Of one row of what is stacked along dim 0."""
+    """The spread of one row along dim 0."""
     placement = spread.placement
     if placement is None:
         return spread
@@ -381,7 +401,7 @@ def _without_first_dim(spread: Spread) -> Spread:
 
 
 def _either(a: Spread, b: Spread) -> Spread:
-    """What is sure of a value that is one or the other."""
+    """The spread of a value that has one of two spreads: what holds for both."""
     cause = a.cause or b.cause
     if a.uniform and not b.uniform:
         return replace(b, cause=cause)
@@ -394,5 +414,5 @@ def _either(a: Spread, b: Spread) -> Spread:
 
 
 def tainted(nodes: Iterable[fx.Node], of: Callable[[fx.Node], Spread]) -> fx.Node | None:
-    """The first of these nodes that depends on one rank's piece taken for an array."""
+    """The first of `nodes` whose spread has a cause; None if there is none. `of`: the spread of a node."""
     return next((n for n in nodes if of(n).cause is not None), None)

@@ -1,4 +1,4 @@
-"""Reductions over divided dims, finished over the ranks that hold the other pieces."""
+"""Finish reductions over divided dims over the ranks that hold the other pieces."""
 
 import math
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 
 
 def finish_reductions(fixes: list[Fix], mesh: Mesh) -> None:
-    """Make a number of the whole array out of what each of these nodes makes of one rank's piece; in place.
+    """Insert after each of these reductions the collectives that make its result that of the whole array, in place.
 
-    Where pieces are padded, the padding is first replaced by what changes nothing (0, or an infinity).
+    Padding of pieces is first replaced by the neutral element of the reduction (0, 1 or an infinity).
     """
     for fix in fixes:
         uneven = [s for s in fix.over if fix.placement.shape[s.dim] % s.size]
@@ -61,7 +61,7 @@ def _mask(fix: Fix, uneven: Sequence[Split], mesh: Mesh) -> None:
 def _inside(
     x: Tensor, coordinates_3: Tensor, placement: Placement, uneven: Sequence[Split], mesh: Mesh, neutral: float
 ) -> Tensor:
-    """The piece with `neutral` in the place of padding."""
+    """The piece `x`, of the placement's local shape, with its padding replaced by `neutral`."""
     with on_mesh(mesh, coordinates_3):
         for split in uneven:
             start = placement.starts()[split.dim]

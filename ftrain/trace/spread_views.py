@@ -1,4 +1,4 @@
-"""Where the pieces of an array's views are: permuted, sliced, joined, reshaped."""
+"""The placements of views of divided arrays: permuted, sliced, joined and reshaped."""
 
 import math
 import sys
@@ -14,8 +14,9 @@ _aten = torch.ops.aten
 
 
 def moved(node: fx.Node, placements: Sequence[Placement | None]) -> Placement | None:
-    """The placement of a view's result from that of what it looks at; None where a divided dim does not stay whole, or
-    if the op is no view. `placements`: of the op's inputs, in order.
+    """The placement of a view's result. None if a divided dim is cut or merged, or if the op is no view.
+
+    `placements`: those of the op's inputs, in order.
     """
     source, value = node.args[0] if node.args else None, node.meta.get("val")
     if node.target in (_aten.cat.default, _aten.stack.default):
@@ -35,12 +36,12 @@ def moved(node: fx.Node, placements: Sequence[Placement | None]) -> Placement | 
     return None if origin is None else _follow(placements[0], before, value, origin)
 
 
-_WHOLE = (0, 0, sys.maxsize, 1)  # a slice's dim, start, end and step, where they are not said
+_WHOLE = (0, 0, sys.maxsize, 1)  # the defaults of a slice's dim, start, end and step
 _SPLITTERS = {_aten.split.Tensor, _aten.split_with_sizes.default, _aten.unbind.int}
 
 
 def _origin(node: fx.Node, before: Tensor, after: Tensor) -> list[int | None] | None:
-    """For each dim of the result the dim of the source that it is, None for a new one; None for another op."""
+    """For each dim of the result, the same dim of the source, or None for a new dim; None for an unknown op."""
     rank, target = before.dim(), node.target
 
     def arg(i: int, default: Any = None) -> Any:
@@ -77,9 +78,9 @@ def _origin(node: fx.Node, before: Tensor, after: Tensor) -> list[int | None] | 
 
 
 def keeps_divided(node: fx.Node, placement: Placement, *, first: int = 1) -> bool:
-    """False for a slice that takes a part of an array's divided dim: of a piece it may take all.
+    """False for a slice that takes a part of a divided dim of the array. On the piece it may look like a full slice.
 
-    `first`: the place of the dim among the op's arguments.
+    `first`: the position of the dim among the op's arguments.
     """
     if node.target is _aten.select_scatter.default:
         return True
@@ -92,7 +93,7 @@ def keeps_divided(node: fx.Node, placement: Placement, *, first: int = 1) -> boo
 
 
 def _reshaped(before: Sequence[int], after: Sequence[int]) -> list[int | None]:
-    """The dims that stay as they are: equal sizes with equally many numbers before them."""
+    """For each dim after a reshape, the dim before with equal size and as many elements before it; else None."""
     places = {}
     for d, size in enumerate(before):
         places[math.prod(before[:d]), size] = d
@@ -100,7 +101,7 @@ def _reshaped(before: Sequence[int], after: Sequence[int]) -> list[int | None]:
 
 
 def _follow(placement: Placement, before: Tensor, after: Tensor, origin: list[int | None]) -> Placement | None:
-    """None if a divided dim is gone, or not told apart, or was of size 1 and became another."""
+    """The placement after a view with these origins; None if a divided dim is lost, ambiguous, or changes its size."""
     splits = list[Split]()
     for split in placement.splits:
         if origin.count(split.dim) != 1:  # a piece of size 1 is like a new dim
@@ -118,7 +119,7 @@ def _follow(placement: Placement, before: Tensor, after: Tensor, origin: list[in
 
 
 def _joined(node: fx.Node, placements: Sequence[Placement | None]) -> Placement | None:
-    """Of arrays that lie alike, joined along a dim that is not divided."""
+    """The placement of `cat` or `stack` of arrays that are divided equally, along an undivided dim; else None."""
     parts = list(node.args[0])  # type: ignore[arg-type]
     first, value = placements[0], node.meta.get("val")
     if first is None or not isinstance(value, Tensor) or any(p is None for p in placements):
@@ -138,7 +139,7 @@ def _joined(node: fx.Node, placements: Sequence[Placement | None]) -> Placement 
 
 
 def _one_of_parts(node: fx.Node, placement: Placement, before: Tensor) -> Placement | None:
-    """Of each part of what is cut along a dim that is not divided; parts of other sizes have no one placement."""
+    """The placement of each part after a split along an undivided dim; None for parts of different sizes."""
     unbound = node.target is _aten.unbind.int
     place = 1 if unbound else 2
     given: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)

@@ -1,8 +1,8 @@
-"""What a function reads beside its arguments and beside tensors: numbers in closures, globals, modules, options.
+"""The values that a function reads besides its arguments and tensors: in closures, globals, modules and options.
 
-A jitted function runs its Python once, so such values are constants of the trace, as numbers among the arguments are:
-another value must trace again. Which ones there are is read off the code: names of globals and of attributes that it
-loads, cells that it closes over, and the same of the functions and modules that it finds there.
+A jitted function runs its Python code once, so such values are constants of the trace, like numbers among the
+arguments: another value needs another trace. They are found from the code: the names of the globals and attributes that
+it loads, the variables that it closes over, and the same of the functions and modules found there.
 """
 
 import math
@@ -16,23 +16,23 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
-_MOST = 64  # entries of a container that are looked at
+_MOST = 64  # entries of a container that is compared by value
 _MISSING = object()
 _LIBRARIES = {"ftrain", "torch", "numpy", "optree", *sys.stdlib_module_names} - {"__main__"}
 
 
 class Watched(NamedTuple):
-    """A value that code reads: what it is called, and how to get it now."""
+    """A value that code reads: its name for messages, and a function that reads it now, in comparable form."""
 
     name: str
     read: Callable[[], Any]
 
 
 class Surroundings:
-    """The values around a function; `now()` is what must be equal for a trace to fit."""
+    """The values that a function reads besides its arguments. `now()` is a part of the key of its traces."""
 
     def __init__(self, fn: Callable) -> None:
-        self._held: list[Any] = []  # so that identities stay those of these objects
+        self._held: list[Any] = []  # so that no other object gets their identities
         self._seen: set[int] = set()
         self._also: set[tuple[int, str]] = set()
         self._watched: list[Watched] = []
@@ -40,11 +40,11 @@ class Surroundings:
         self._look_at(fn, getattr(fn, "__name__", type(fn).__name__))
 
     def now(self) -> tuple:
-        """The values as they are, comparable and hashable."""
+        """The current values, in comparable and hashable form."""
         return (*[read() for _, read in self._watched], *map(_is_training, self._training))
 
-    def also(self, changed: Iterable[tuple[nn.Module, str]]) -> None:
-        """Watch these attributes too: a trace has changed them."""
+    def watch_attributes(self, changed: Iterable[tuple[nn.Module, str]]) -> None:
+        """Watch these attributes too (module and name), which a trace has changed."""
         for module, key in changed:
             if (id(module), key) not in self._also:
                 self._also.add((id(module), key))
@@ -53,12 +53,12 @@ class Surroundings:
 
     @property
     def names(self) -> list[str]:
-        """What each of the values of `now` is called."""
+        """The name of each value of `now`, for messages."""
         modules = [f"training of a {type(module).__name__}" for module in self._training]
         return [*(w.name for w in self._watched), *modules]
 
     def _look_at(self, value: Any, name: str) -> None:
-        """Watch what is read by way of this function, module or object."""
+        """Watch the values that are read through this function, module or object."""
         if id(value) in self._seen or isinstance(value, Tensor | type | types.ModuleType | types.BuiltinFunctionType):
             return
         self._seen.add(id(value))
@@ -72,16 +72,16 @@ class Surroundings:
             self._function(value)
         elif isinstance(value, nn.Module):
             self._module(value)
-        elif type(value) in (list, tuple) and len(value) <= _MOST:  # of functions, such as a decoder's blocks
+        elif type(value) in (list, tuple) and len(value) <= _MOST:  # functions in a list, such as a decoder's blocks
             for inner in value:
                 self._look_at(inner, name)
-        elif _root(type(value)) == "ftrain":  # what the trainer makes of a function, such as `accumulate`
+        elif _root(type(value)) == "ftrain":  # a function wrapped by the trainer, e.g. by `accumulate`
             for key, inner in getattr(value, "__dict__", {}).items():
                 self._look_at(inner, key)
 
     def _function(self, fn: types.FunctionType) -> None:
         cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-        if _root(fn) in _LIBRARIES:  # only what it was given can change
+        if _root(fn) in _LIBRARIES:  # only its closure can change
             for name, cell in cells:
                 self._look_at(_content(cell), name)
             return
@@ -96,7 +96,7 @@ class Surroundings:
         if isinstance(value, types.ModuleType | types.BuiltinFunctionType) or _is_of_a_library(value):
             return
         self._held.append(value)
-        self._watched.append(Watched(name, lambda: shown(read())))
+        self._watched.append(Watched(name, lambda: comparable(read())))
         self._look_at(value, name)
         if not isinstance(value, (nn.Module, types.FunctionType, types.MethodType, Tensor, *_SIMPLE)):
             self._attributes(value, loaded, name)
@@ -134,43 +134,48 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _attribute(value: Any, key: str) -> Any:
-    return shown(getattr(value, key, _MISSING))
+    return comparable(getattr(value, key, _MISSING))
 
 
 def _loaded(code: types.CodeType) -> set[str]:
-    """The names of globals and attributes that code loads, that of functions within it included."""
+    """The names of globals and attributes that code loads, nested functions included."""
     return set(code.co_names).union(*(_loaded(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
 def _root(value: Any) -> str:
-    """The top-level package that a function or a class is of."""
+    """The top-level package of a function or a class."""
     module = getattr(value, "__module__", None)
     return module.partition(".")[0] if isinstance(module, str) else ""
 
 
 def _is_of_a_library(value: Any) -> bool:
-    """True for a function or a class that no user changes, and that was given nothing."""
+    """True for a function without closure, or a class, of a library, which no user changes."""
     if isinstance(value, types.FunctionType):
         return _root(value) in _LIBRARIES and not value.__closure__
     return isinstance(value, type) and _root(value) in _LIBRARIES
 
 
 def is_plain(value: Any) -> bool:
-    """True for a simple value, and for a short list, tuple or dict."""
+    """True for None, a bool, number, str or bytes, and for a list, tuple or dict of at most 64 entries."""
     return type(value) in _SIMPLE or (type(value) in (list, tuple, dict) and len(value) <= _MOST)
 
 
-def shown(value: Any) -> Any:
-    """What is compared of a value: simple ones by value, short containers of these by content, others by identity."""
+def comparable(value: Any) -> Any:
+    """The form of a value that is compared: simple values and short containers by value, other objects by identity.
+
+    >>> from ftrain.trace.surroundings import comparable
+    >>> comparable([1, 2.0]) == comparable([1, 2.0]), comparable([1]) == comparable([True])
+    (True, False)
+    """
     kind = type(value)
     if kind is float and math.isnan(value):
         return "nan"
     if kind in _SIMPLE:
         return (kind, value)
     if kind in (list, tuple) and len(value) <= _MOST:
-        return (kind, *map(shown, value))
+        return (kind, *map(comparable, value))
     if kind is dict and len(value) <= _MOST:
-        return (kind, *((k, shown(v)) for k, v in _items(value)))
+        return (kind, *((k, comparable(v)) for k, v in _items(value)))
     return id(value)
 
 

@@ -1,7 +1,7 @@
-"""From a pure function and the shapes of its arguments to one flat graph of ATen ops.
+"""The tracer: from a pure function and the shapes of its arguments to one flat graph of ATen ops.
 
-The trace sees shapes alone: every tensor leaf becomes a fake tensor of its own (so two leaves that share memory stay
-two), runs through the function once, and leaves a node per op: forward, backward and optimizer update alike.
+Every tensor leaf of the arguments becomes a fake tensor of its own, also if two leaves share memory. The function runs
+once on these fake tensors, and each op, of forward, backward and optimizer update, becomes a node.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,23 +15,35 @@ from torch import Tensor, fx, nn
 from ftrain import tree
 from ftrain.graph.absent_device import absent_device, choosing_for, put_on, traceable
 from ftrain.graph.torch_private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
-from ftrain.trace.ambient import as_a_step
+from ftrain.trace.ambient import tracing_modes
 from ftrain.trace.captured import captured_name, captured_tensors, require_untrained
 from ftrain.trace.constants import share_memory_of_constants
 from ftrain.trace.functionalize import functionalize
 from ftrain.trace.layout_reads import LayoutReads
 from ftrain.trace.leaf_layouts import LeafLayouts
-from ftrain.trace.leaks import modules_as_found, require_none_left, require_tree_leaf
+from ftrain.trace.leaks import recording_modules, require_none_left, require_tree_leaf
 from ftrain.trace.own_draws import no_draws_of_python
 from ftrain.trace.precision import Precision, computing_in
 from ftrain.trace.provenance import recording
 from ftrain.trace.recurrent import train_recurrent
-from ftrain.trace.refusals import NoExchange, in_our_words, require_dense
+from ftrain.trace.refusals import RefuseUnseen, explain_refusals, require_dense
 
 
 @dataclass(frozen=True)
 class Aval:
-    """What a trace knows of a tensor; also stands for one where a step is lowered without data."""
+    """An abstract value: the shape, dtype and device of a tensor, without data.
+
+    A trace reads only this of a tensor. In place of a tensor, an `Aval` lowers a step without data.
+
+    >>> import torch
+    >>> import ftrain
+    >>> print(ftrain.Aval.of(torch.zeros(2, 3)))
+    float32[2,3]
+    >>> step = ftrain.jit(lambda x: (x * 2).sum())
+    >>> compiled = step.lower(ftrain.Aval((1024, 1024), torch.float32, torch.device("cpu")))
+    >>> compiled.memory().inputs  # bytes
+    4194304
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,7 +51,7 @@ class Aval:
 
     @staticmethod
     def of(leaf: Any) -> "Aval":
-        """The abstract value of a tensor or of something that has `shape` and `dtype`."""
+        """The abstract value of a tensor, or of an object with `shape` and `dtype`; the device is a CPU by default."""
         device = getattr(leaf, "device", None) or torch.device("cpu")
         return Aval(tuple(leaf.shape), leaf.dtype, torch.device(device))
 
@@ -49,7 +61,13 @@ class Aval:
 
 @dataclass
 class Traced:
-    """A flat graph: one placeholder per tensor leaf of the arguments, one output per tensor leaf of the result."""
+    """A trace: a flat graph with one placeholder per tensor leaf of the arguments and one output per tensor result.
+
+    - `module`: the graph.
+    - `input_paths`, `input_avals`: path and abstract value of each placeholder.
+    - `output_paths`: path of each output. `output_tree`: the structure of the function's result.
+    - `static_outputs`: leaves of the result that are not tensors, by their position among all leaves.
+    """
 
     module: fx.GraphModule
     input_paths: list[str]
@@ -58,22 +76,22 @@ class Traced:
     output_tree: Any
     static_outputs: dict[int, Any]
     changed: list[tuple[nn.Module, str]]
-    """Attributes of modules, plain values, that the function has changed."""
+    """Attributes of modules with plain values that the function has changed: the module and the name."""
     layouts: LeafLayouts
-    """Refuses leaves whose layout in memory the step's numbers depend on."""
+    """Refuses leaves that are not contiguous where the results depend on it."""
     name_of: Callable[[Tensor], str] = lambda _: "a tensor"
-    """What the user calls a tensor that the function captures."""
+    """The user's name of a captured tensor, for messages."""
 
-    def in_rows(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """The leaves as the graph takes them: copies of those that are not contiguous.
+    def contiguous(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The leaves as contiguous tensors, in the order of `input_paths`; those that are not contiguous are copied.
 
-        ValueError, with leaf and line, where the step's numbers depend on how one lies in memory.
+        ValueError, with leaf and line, if the results depend on the layout of a leaf that is not contiguous.
         """
-        self.layouts.require_alike(leaves)
+        self.layouts.require_same_results(leaves)
         return [leaf.contiguous() for leaf in leaves]
 
     def assemble(self, tensors: Sequence[Tensor]) -> Any:
-        """The result's tree, from the graph's flat outputs and the leaves that are not tensors."""
+        """The function's result, from the flat outputs of the graph and the leaves that are not tensors."""
         if self.static_outputs:
             remaining = iter(tensors)
             count = len(tensors) + len(self.static_outputs)
@@ -82,21 +100,30 @@ class Traced:
 
 
 def is_array(leaf: Any) -> bool:
-    """True for what a trace takes as data: tensors and abstract values; numbers and strings are constants."""
+    """True for leaves that are data: tensors and abstract values. Others (numbers, strings) are constants."""
     return isinstance(leaf, Tensor | Aval)
 
 
 def signature_of(leaf: Any) -> Any:
-    """What must be equal for a trace to fit: a tensor's abstract value, or the type and value of a constant."""
+    """The part of a trace's key for a leaf: the abstract value of a tensor, or the type and value of a constant."""
     return Aval.of(leaf) if is_array(leaf) else (type(leaf), leaf)
 
 
 def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: Precision | None = None) -> Traced:
-    """Trace `function(*args)`; `names` are the names of its arguments, the first components of leaf paths.
+    """Trace `function(*args)` to a flat graph.
 
-    Leaves may be tensors (real, meta or fake) or `Aval`s; only their shapes, dtypes and devices are read. Leaves that
-    are not tensors are constants of the trace. For a CUDA device that is not here the graph is that of a machine with
-    a card, as far as `ftrain.graph.absent_device` can tell.
+    - `args`: trees whose leaves are tensors (real, meta or fake) or `Aval`s, of which only shape, dtype and device are
+      read, or other values, which are constants of the trace.
+    - `names`: the names of the arguments, the first parts of the leaves' paths.
+    - `precision`: the dtypes of compute and of gradient sums; None leaves both to the parameters.
+
+    For a CUDA device that this machine does not have, the graph is that of a machine with a card (see
+    `ftrain.graph.absent_device`).
+
+    ValueError, most often with the user's line, for code that a trace cannot hold (`ftrain.trace.refusals`): a
+    branch on a tensor's values, a write into an argument or a captured tensor, a captured tensor that requires a
+    gradient, numbers drawn with Python's or numpy's generators, a tensor of the trace kept outside of the result, and
+    a tensor of another trace.
     """
     leaves, treedef = tree.flatten(args)
     paths = argument_paths(args, names)
@@ -116,17 +143,17 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     absent = absent_device(a.device for a in avals)
-    with modules_as_found() as modules, no_draws_of_python() as draws:
+    with recording_modules() as modules, no_draws_of_python() as draws:
         try:
             with (
-                as_a_step(),
+                tracing_modes(),
                 new_fake_mode(),
                 recording(draws) as provenance,
                 computing_in(precision),
                 choosing_for(absent),
             ):
                 fakes = [torch.empty(a.shape, dtype=a.dtype, device=traceable(a.device)) for a in avals]
-                with in_our_words(), NoExchange(), reads:
+                with explain_refusals(), RefuseUnseen(), reads:
                     module = trace_to_graph(flat, fakes)
         except BaseException:
             modules.restore()
@@ -160,7 +187,7 @@ def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: P
 
 
 class _Result(NamedTuple):
-    """What a function returned, without its tensors: structure, paths of the leaves, and those that are constants."""
+    """A function's result without its tensors: structure, paths of the leaves, and the leaves that are constants."""
 
     tree: Any
     paths: list[str]
@@ -175,7 +202,12 @@ class _Result(NamedTuple):
 
 
 def argument_paths(args: tuple, names: Sequence[str]) -> list[str]:
-    """Dotted paths of all leaves of the arguments, each starting with its argument's name."""
+    """Dotted paths of all leaves of the arguments, each beginning with the name of its argument.
+
+    >>> from ftrain.trace.tracer import argument_paths
+    >>> argument_paths(({"w": 1, "b": 2}, 3), ["params", "x"])
+    ['params.b', 'params.w', 'x']
+    """
     return [
         ".".join(p for p in (name, path) if p)
         for name, arg in zip(names, args, strict=True)
@@ -192,7 +224,7 @@ def _name_placeholders(graph: fx.Graph, paths: list[str]) -> None:
 
 
 def _own_constants(module: fx.GraphModule) -> None:
-    """The values of captured tensors become the graph's own: one that the step returns is a tensor of the trace."""
+    """Copy the fake values of captured tensors, because those that the step returns belong to the ended trace."""
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor):
             node.meta["val"] = snapshot(node.meta["val"])

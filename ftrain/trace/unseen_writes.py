@@ -1,8 +1,9 @@
-"""In-place ops of a loss whose derivative torch would get wrong in a trace: refused, with the line and the way out.
+"""Refuses in-place ops of a loss for which torch would compute a wrong derivative in a trace.
 
-After a write, autograd takes each view of what was written again from its base, to know the view's derivative. Under a
-trace it does so by calling the op that made the view once more. That op sees the base's new shape: after `h.t_()` the
-view `v = h[:2]`, taken before, would get the derivative of columns. Nor is autograd told of writes into lists.
+After a write into a tensor, autograd regenerates each view of it from its base, to know the view's derivative. Under a
+trace it calls the op that created the view again, and this op gets the base with its new shape: after `h.t_()`, a view
+`v = h[:2]` that was taken before would get the derivative of columns. Also, autograd does not see writes into lists of
+tensors.
 """
 
 import functools
@@ -17,25 +18,28 @@ from ftrain.graph.torch_private import storage_id
 
 
 class UnseenWrites:
-    """Looks at the ops of losses before they run. `made`: the tensors of the trace, `source`: tells the user's line."""
+    """Checks the ops of losses before they run.
+
+    `made`: weak references to the tensors of the trace. `source`: returns the user's current line.
+    """
 
     def __init__(self, made: Sequence[weakref.ref[Tensor]], source: Callable[[], object]) -> None:
         self._made, self._source = made, source
         self._reshaped: dict[int, tuple[str, torch.UntypedStorage]] = {}
-        """By the identity of memory, held so that it stays one: where the shape of what looks at it was changed."""
+        """By identity of memory, where a view of it got another shape; the storage is held to keep the identity."""
 
-    def look(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
-        """ValueError for an op after which, or by which, a gradient would be wrong."""
+    def check(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+        """ValueError, with the user's line, if `op(*args)` would make a gradient wrong."""
         if not op._schema.is_mutable:
             return
         if _writes_a_list(op):
             self._refuse_a_list(op, args)
         elif torch.Tag.inplace_view in op.tags:
-            self._look_at_new_shape(op, args[0])
+            self._check_new_shape(op, args[0])
         elif self._reshaped:
-            self._look_at_write(op, args)
+            self._check_write(op, args)
 
-    def _look_at_new_shape(self, op: torch._ops.OpOverload, written: Tensor) -> None:
+    def _check_new_shape(self, op: torch._ops.OpOverload, written: Tensor) -> None:
         name = _name(op)
         if name == "detach_":
             return
@@ -51,8 +55,8 @@ class UnseenWrites:
     def _has_views(self, base: Tensor) -> bool:
         return any(x is not None and x._base is base for x in (ref() for ref in self._made))
 
-    def _look_at_write(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
-        """A write with a gradient through a view whose shape has changed, or into what is beneath one."""
+    def _check_write(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+        """ValueError for a write with a gradient into memory of which a view has got another shape."""
         tensors = [x for x in args if isinstance(x, Tensor)]
         before = self._reshaped.get(storage_id(tensors[0])) if tensors else None
         if before is not None and any(x.requires_grad for x in tensors):
@@ -85,6 +89,6 @@ def _name(op: torch._ops.OpOverload) -> str:
 
 
 def _instead(name: str) -> str:
-    """What to write in the place of an in-place op, where there is such a method."""
+    """The fix for an in-place op in words: its pure method, if there is one."""
     pure = name.removesuffix("_")
     return f", e.g. x = x.{pure}(...)" if hasattr(Tensor, pure) else ""

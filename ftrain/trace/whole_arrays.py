@@ -1,15 +1,16 @@
-"""Ops in a user's own update that a rank cannot do on its piece: done on the whole array instead.
+"""Runs ops of a user's own update on whole arrays if a rank cannot compute them on its pieces.
 
-A function of torch that a user's line calls is first run on the pieces. Where the spread of its result says that it
-read a piece as if it were the array, or where its sizes do not fit, it is run again:
+A function of torch that a user's line calls first runs on the pieces. If the spread of its result has a cause (it read
+a piece as if it were the array), or if sizes do not match, it runs again:
 
-1. with what is whole on every rank cut to pieces, if that is enough (`piece - whole`, number by number);
-2. else with every piece gathered. The result is then whole on every rank, as it is on one device, and is cut again
-   where it meets pieces, or where the step returns it as a leaf that is divided.
+1. with the tensors that are whole on every rank cut to pieces, if that suffices (`piece - whole`, elementwise);
+2. else with every piece gathered. The result is then whole on every rank, as on one device. It is cut again where it is
+   combined with pieces, and where the step returns it as a divided leaf.
 
-Neither changes a number: a gathered array is the array. So this is right for every op that is a function of its
-arguments; what draws random numbers stays as it is. A view of a gathered array is a view of a copy: a later write into
-it, or into what it was taken of, would not be seen by the other, and is refused (`require_no_lost_writes`).
+Neither changes a number, because a gathered array equals the array. This holds for every op that is a function of its
+arguments; ops that draw random numbers are not run again. A view of a gathered array is a view of a copy. A later write
+into the view, or into its base, would not reach the other, and is refused
+(`require_no_lost_writes`).
 """
 
 import functools
@@ -34,14 +35,14 @@ from ftrain.trace.spmd import ShardedTrace
 from ftrain.trace.spread import SAME, Spread, placed
 
 PURPOSE = "whole_array"
-"""What the gathers made here are for, in tables of bytes by purpose."""
+"""The purpose of the gathers of this file, in tables of bytes by purpose."""
 LARGE = 64 * 2**20
-"""Bytes of a gathered array from which on a warning names the line."""
+"""A gather of more bytes than this gives a warning with the user's line."""
 _MISFITS = (RuntimeError, IndexError, ValueError, TypeError)
 
 
 class _ViewOfCopy(NamedTuple):
-    """A view of a gathered array: since which node there is one, the memory of the piece and of the copy, the line."""
+    """A view of a gathered array: the last node before it, the memory of the piece and of the copy, the user's line."""
 
     since: fx.Node
     source: int
@@ -50,7 +51,7 @@ class _ViewOfCopy(NamedTuple):
 
 
 class WholeArrays:
-    """Runs functions of torch on pieces, or on whole arrays where they have to be. `trace`: the one under way."""
+    """Runs functions of torch on pieces, or on whole arrays if necessary. `trace`: the current trace for a rank."""
 
     def __init__(self, trace: ShardedTrace) -> None:
         self._trace = trace
@@ -60,9 +61,9 @@ class WholeArrays:
     def call(
         self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], *, instead: Callable | None = None
     ) -> Any:
-        """What `func` gives on one device: a piece of it, or all of it on every rank.
+        """The result of `func` on one device: as a piece, or whole on every rank.
 
-        `instead`: the same of several ops that can be done on pieces.
+        `instead`: a function with the same result that is composed of ops that work on pieces.
         """
         pieces = [] if functional_transform() else [t for t in _tensors((args, kwargs)) if self.placement(t)]
         if not pieces:
@@ -82,7 +83,7 @@ class WholeArrays:
         return func(*args, **kwargs) if found is None else found[0]
 
     def on_whole(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What `func` gives of whole arrays in the place of pieces; None if they cannot be gathered."""
+        """The result of `func` with all pieces gathered; None if they cannot be gathered."""
         gathered = self._gather_all(args, kwargs)
         if gathered is None:
             return None
@@ -91,18 +92,21 @@ class WholeArrays:
         return result
 
     def divided(self, values: Any) -> bool:
-        """True if there is a piece of an array among arguments."""
+        """True if `values`, a tree of arguments, contains a piece of an array."""
         return not functional_transform() and any(self.placement(t) for t in _tensors(values))
 
     def placement(self, tensor: Any) -> Placement | None:
-        """Where the array is of which a tensor is a piece; None for what is no piece."""
+        """The placement of the array that a tensor is a piece of; None if it is no piece or must not be gathered."""
         found = self._trace.placement_of_piece(tensor)
         if found is None or tensor.requires_grad or not found.splits:
             return None
         return found if self._may_gather(found) else None
 
     def whole(self, tensor: Tensor, *, fresh: bool = False) -> Tensor:
-        """The array that a tensor is a piece of, on every rank; `fresh`: in memory that nobody else sees."""
+        """The whole array, of its placement's shape, of which `tensor` is a piece; another tensor is returned itself.
+
+        An array is gathered once, unless something was written since. `fresh`: the result has memory of its own.
+        """
         node, placement = node_of(tensor), self.placement(tensor)
         if node is None or placement is None:
             return tensor.clone() if fresh else tensor
@@ -117,13 +121,16 @@ class WholeArrays:
         return known[0]
 
     def piece(self, whole: Tensor, placement: Placement) -> Tensor:
-        """A rank's piece of what all ranks hold whole."""
+        """A rank's piece, of the placement's local shape, of an array that all ranks hold whole."""
         cut = piece_of(whole, _all_gathered(placement))
         self._trace.note_if_clean(cut, placed(placement))
         return cut
 
     def write_item(self, func: Callable, target: Tensor, index: Any, value: Any) -> bool:
-        """`target[index] = value` of the array that `target` is a piece of; False if it cannot be gathered."""
+        """Compute `target[index] = value` on the whole array that `target`, of any shape, is a piece of.
+
+        False, without a write, if the array cannot be gathered.
+        """
         placement = self.placement(target)
         if placement is None or functional_transform():
             return False
@@ -134,8 +141,10 @@ class WholeArrays:
         return True
 
     def _written_copy(self, target: Tensor, value: Any) -> Tensor | None:
-        """The gathered copy of `target`, if `value` is a view of it: `target[:2] += 1` writes into what it then sets.
-        All writes into the copy reach the target now, so they are not lost.
+        """The gathered copy of `target`, if `value` is a view of it, else None.
+
+        `target[:2] += 1` writes into a view and then sets it. All writes into the copy reach the target by this
+        assignment, so they are not lost.
         """
         known = self._gathered.get(node_of(target))  # type: ignore[arg-type]
         if known is None or not isinstance(value, Tensor) or storage_id(value) != storage_id(known[0]):
@@ -149,9 +158,9 @@ class WholeArrays:
         return known[0]
 
     def results(self, result: Any, where: Callable[[str, Sequence[int]], Placement]) -> Any:
-        """A step's result, in which a whole array that a leaf is divided as is cut to a rank's piece.
+        """The step's result, in which whole arrays that are divided leaves of the state are cut to this rank's piece.
 
-        `where`: of a path and a whole shape, where such a leaf is.
+        `where`: from a leaf's path and whole shape to its placement.
         """
         if not self._gathered:
             return result
@@ -160,9 +169,9 @@ class WholeArrays:
         return tree.unflatten(treedef, cut)
 
     def require_no_lost_writes(self, result: Any) -> None:
-        """ValueError, with both lines, for a write that a view of a gathered array would have had to show.
+        """ValueError, with both lines, for a write that must reach a view of a gathered array, or come from one.
 
-        `result`: what the step gives back.
+        `result`: the step's result.
         """
         returned = {storage_id(t) for t in _tensors(tree.leaves(result))}
         for view in self._views:
@@ -192,7 +201,7 @@ class WholeArrays:
         return found
 
     def _try(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
-        """The result, if it is what one device computes; else None, and the trace is as it was."""
+        """The result, if it equals that of one device; else None, and the nodes of this run are removed."""
         graph = tracing_graph()
         before = None if graph is None else _last(graph)
         try:
@@ -209,7 +218,7 @@ class WholeArrays:
         return None
 
     def _forget_after(self, node: fx.Node) -> None:
-        """Take the nodes of a try off the trace."""
+        """Remove all nodes after `node` from the trace, unless one of them writes."""
         last = _last(node.graph)
         if any(True for _ in _writes_since(node)):
             return
@@ -229,7 +238,7 @@ class WholeArrays:
         return _map(self.whole, args), _map(self.whole, kwargs)
 
     def _cut_others(self, args: Any, kwargs: Any, pieces: Sequence[Tensor]) -> tuple[Any, Any] | None:
-        """The arguments with what is whole on every rank cut as the largest piece is; None if there is nothing."""
+        """The arguments with whole tensors cut as the piece with most dims is divided; None if none can be cut."""
         model = max(filter(None, map(self.placement, pieces)), key=lambda p: len(p.shape))
         cut = False
 
@@ -243,7 +252,7 @@ class WholeArrays:
         return changed if cut else None
 
     def _part(self, tensor: Tensor, model: Placement) -> Placement | None:
-        """How a whole array is divided that meets a divided one number by number; None if nothing of it is."""
+        """The placement of a whole tensor that is combined elementwise with an array like `model`; None if uncut."""
         spread = self._spread(tensor)
         if spread.axes or spread.placement is not None or tensor.requires_grad:
             return None
@@ -256,7 +265,7 @@ class WholeArrays:
         return Placement(tuple(tensor.shape), tuple(splits), model.copies) if splits else None
 
     def _fitting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Arguments of a write: like what is written into, which cannot be run twice."""
+        """The arguments of a write, cut or gathered to match its target. A write cannot run twice."""
         target = args[0] if args else None
         model = self.placement(target) if isinstance(target, Tensor) else None
         if model is not None:
@@ -273,7 +282,7 @@ class WholeArrays:
         return next((c for t in _tensors(values) if (c := self._spread(t).cause) is not None), None)
 
     def _note_views(self, result: Any, args: Any, kwargs: Any, gathered: tuple[Any, Any]) -> None:
-        """Remember which memory a result looks at that is a copy of a piece's."""
+        """Record that a result is a view of the gathered copy of a piece."""
         looked_at = {storage_id(t) for t in _tensors(result)}
         for before, after in zip(_tensors((args, kwargs)), _tensors(gathered), strict=True):
             node = node_of(after)
@@ -292,14 +301,14 @@ class WholeArrays:
 
 
 def _in_a_loss() -> bool:
-    """True where parameters are whole, so that a piece which the loss closes over is gathered at once."""
+    """True within a loss, where only pieces of parameters that are gathered for the loss may be gathered."""
     provenance = current_provenance()
     return provenance is not None and provenance.phase != "step"
 
 
 @functools.cache
 def reads_sizes(func: Callable) -> bool:
-    """True for a function that torch wrote in Python and that computes with sizes: those of a piece are wrong."""
+    """True for a Python function of torch that computes with sizes, so that the sizes of a piece would be wrong."""
     return _reads_sizes(func, 3)
 
 
@@ -321,7 +330,7 @@ def _reads_sizes(func: Any, depth: int) -> bool:
 
 
 def writes(func: Callable, kwargs: Mapping[str, Any]) -> bool:
-    """True for a function that writes into an argument, as far as its name tells."""
+    """True for a function that writes into an argument, judged by its name and keyword arguments."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     operator = name.startswith("__i") and name not in ("__iter__", "__invert__", "__index__", "__int__")
@@ -344,7 +353,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Arguments with each tensor changed."""
+    """A tree of arguments with `change` applied to each tensor."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (list, tuple):
@@ -353,7 +362,7 @@ def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _last(graph: fx.Graph) -> fx.Node:
-    """The latest node of a graph under way."""
+    """The last node of a graph under construction."""
     return next(iter(reversed(graph.nodes)))
 
 
@@ -363,7 +372,7 @@ def _memory(node: Any) -> int | None:
 
 
 def _writes_since(node: fx.Node) -> Iterator[tuple[fx.Node, int | None]]:
-    """The writes after a node, each with the memory that it writes into."""
+    """The nodes after a node that write, each with the memory that it writes into."""
     node = node.next
     while node.op != "root":
         schema = getattr(node.target, "_schema", None)

@@ -83,9 +83,9 @@ def test_an_order_made_node_by_node_has_the_peak_of_its_memory_plan(module, seed
     pieces, walk = Pieces.of(module), Walk(Pieces.of(module))
     expected = Pieces.of(in_order(module, order))
     for at, i in enumerate(order):
-        most, alive = walk.most(i), expected.live[at] + pieces.workspace[i]
+        most, alive = walk.peak_of(i), expected.live[at] + pieces.workspace[i]
         assert alive == most
-        assert walk.most(*order[at : at + 5]) == expected.total[at : at + 5].max()
+        assert walk.peak_of(*order[at : at + 5]) == expected.total[at : at + 5].max()
         walk.run(i)
     assert walk.peak == plan_memory(in_order(module, order)).peak
     assert walk.live == sum(pieces.device[list(pieces.results)])

@@ -98,8 +98,8 @@ def test_a_schedule_tells_what_a_message_overlaps():
     program.wait(message)
     program.graph.output([program.x])
     module = fx.GraphModule({}, program.graph)
-    (flight,) = simulate_schedule(module, MESH, times=program.times, link=LINK).flights
-    assert (flight.bytes, flight.over, flight.exposed) == (SENT, "layer", 0)
+    (message,) = simulate_schedule(module, MESH, times=program.times, link=LINK).messages
+    assert (message.bytes, message.overlaps, message.exposed) == (SENT, "layer", 0)
 
 
 @pytest.mark.parametrize("hidden", [True, False])

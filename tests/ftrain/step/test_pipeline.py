@@ -100,12 +100,12 @@ def test_a_pass_is_left_out_by_name(monkeypatch):
     step = ftrain.jit(momentum_step(stack_loss), donate="state")
     args = momentum_state(stack_params()), stack_batch(8)
     usual = step.lower(*args)
-    monkeypatch.setenv(DISABLE, "update_early, use_twins,write_in_place,reuse_memory")
+    monkeypatch.setenv(DISABLE, "update_early, reinplace,write_in_place,reuse_memory")
     without = ftrain.jit(momentum_step(stack_loss), donate="state").lower(*args)
     assert {r.name for r in usual.passes} - {r.name for r in without.passes} == {"update_early"}
     assert without.memory().peak > usual.memory().peak
-    monkeypatch.setenv(DISABLE, "spread_paths")
-    with pytest.raises(ValueError, match=r"FTRAIN_DISABLE_PASSES names 'spread_paths'.*cannot be left out"):
+    monkeypatch.setenv(DISABLE, "assign_paths")
+    with pytest.raises(ValueError, match=r"FTRAIN_DISABLE_PASSES names 'assign_paths'.*cannot be left out"):
         ftrain.jit(lambda x: x.sin()).lower(torch.ones(3))
     monkeypatch.setenv(DISABLE, "inline")
     with pytest.raises(ValueError, match=r"names 'inline', which is no pass; passes are join_waits, clean"):

@@ -52,7 +52,7 @@ def test_a_write_names_the_tensor_and_the_line():
 def test_weights_that_want_a_gradient_are_refused():
     head, x = nn.Linear(4, 4), torch.randn(2, 4)
     step = ftrain.value_and_grad(lambda w, x: head(x @ w).square().mean())
-    with pytest.raises(ValueError, match=r"reads 'head.(weight|bias)'.*wants a gradient.*functional_call"):
+    with pytest.raises(ValueError, match=r"reads 'head.(weight|bias)'.*requires a gradient.*functional_call"):
         ftrain.jit(step)(torch.eye(4), x)
     expected = step(torch.eye(4), x)
     head.requires_grad_(False)

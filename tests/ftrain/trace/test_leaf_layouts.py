@@ -1,4 +1,4 @@
-"""Leaves that do not lie row by row: equal to eager code, or refused where numbers depend on how they lie."""
+"""Leaves that are not contiguous: equal to eager code, or refused where the results depend on the layout."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_what_goes_along_memory_is_refused_with_leaf_and_line(fill):
         return fill(state["turned"])
 
     x = LEAVES["columns"]()
-    words = r"test_leaf_layouts.py:\d+ .*along the memory.*leaf 'state.turned' with strides \(1, 4\).*contiguous\(\)"
+    words = r"test_leaf_layouts.py:\d+ .*depends on the memory.*'state.turned' with strides \(1, 4\).*contiguous\(\)"
     with pytest.raises(ValueError, match=words):
         ftrain.jit(step)({"turned": x})
     rows = {"turned": x.contiguous()}
@@ -70,7 +70,7 @@ def test_the_layout_of_each_call_counts():
     rows = torch.randn(4, 5)
     step(rows)
     step(torch.randn(8, 5)[::2])
-    with pytest.raises(ValueError, match=r"follows leaf 'x' with strides \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"depends on the memory layout.*leaf 'x' with strides \(1, 4\)"):
         step(torch.randn(5, 4).t())
     assert step.traces == 1
     assert torch.equal(drawn(step, rows), drawn(torch.rand_like, rows))
@@ -83,7 +83,7 @@ def test_a_loop_over_turned_rows_is_refused():
     step = ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, 2, stacked=True)))
     w, x = torch.randn(5), torch.randn(2, 5, 4).transpose(1, 2)
     step(w, x.contiguous())
-    with pytest.raises(ValueError, match=r"aten.bernoulli.* along the memory.*leaf 'batch' with strides"):
+    with pytest.raises(ValueError, match=r"aten.bernoulli.* depends on the memory layout.*leaf 'batch' with strides"):
         step(w, x)
 
 
@@ -107,7 +107,7 @@ READS = {
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_what_python_reads_of_a_layout_is_right_or_refused(read):
     step, x = ftrain.jit(read), torch.randn(5, 4, dtype=torch.float64).t()
-    words = r"test_leaf_layouts.py:\d+ .*reads how a tensor lies.*leaf 'x' with strides \(1, 4\).*leaf.contiguous\(\)"
+    words = r"test_leaf_layouts.py:\d+ .*reads the memory layout.*leaf 'x' with strides \(1, 4\).*leaf.contiguous\(\)"
     for _ in range(2):
         with pytest.raises(ValueError, match=words):
             step(x)
@@ -120,7 +120,7 @@ def test_a_memory_format_is_read_too():
 
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     assert torch.equal(ftrain.jit(read)(x), read(x))
-    with pytest.raises(ValueError, match=r"is_contiguous\(\) reads how a tensor lies"):
+    with pytest.raises(ValueError, match=r"is_contiguous\(\) reads the memory layout of a tensor"):
         ftrain.jit(read)(x.to(memory_format=torch.channels_last))
 
 

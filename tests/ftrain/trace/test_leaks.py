@@ -110,7 +110,7 @@ class Output:
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        (lambda x: {"out": Output(x * 2)}, "result 'out' is a .*Output, which is no tree and holds tensors"),
+        (lambda x: {"out": Output(x * 2)}, "result 'out' is a .*Output, which is not a tree but holds tensors"),
         (lambda x: (x, x.sum().item()), "result '1' is a number that depends on data"),
         (lambda x: (x, (x > 0).nonzero().shape[0]), "result '1' is a number that depends on data"),
     ],
@@ -231,7 +231,7 @@ def lengthens_a_long_list(module, x):
 )
 def test_a_module_that_keeps_what_a_call_computes_is_refused(how, name):
     module = Keeps(how)
-    with pytest.raises(ValueError, match=rf"in the place of '{name}' of a Keeps, .*Take it as a part of the state"):
+    with pytest.raises(ValueError, match=rf"in the place of '{name}' of a Keeps, .*Pass it as a part of the state"):
         ftrain.jit(lambda x: module(x).sum())(torch.ones(3))
     assert module.prev is None
     assert not any(isinstance(x, torch.Tensor) for x in [*module.log, *module.by_name.values()])

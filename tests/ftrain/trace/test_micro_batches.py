@@ -167,7 +167,7 @@ def test_rows_of_media_go_with_the_tokens_of_their_documents():
     assert (first["media"]["index_n"].tolist(), second["media"]["index_n"].tolist()) == ([1, 4], [4, 3])
     assert second["media"]["rows"].tolist() == [2, 3]
     batch["media"]["index_n"] = torch.tensor([1, 6, 8, 7])
-    with pytest.raises(ValueError, match=r"'media.index_n': a row stands at a token of another micro-batch"):
+    with pytest.raises(ValueError, match=r"'media.index_n': a row is at a token of another micro-batch"):
         divide(batch, 2, rules)
 
 

@@ -38,10 +38,10 @@ def test_a_dtype_has_several_spellings(spelled):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("float16", "float16 ends at 65,504.*without a scaled loss.*take 'bfloat16'"),
-        (torch.half, "float16 ends at 65,504"),
-        ("fp16", "float16 ends at 65,504"),
-        ("float8_e4m3fn", "float8_e4m3fn needs scaled products, which are not here: take 'bfloat16'"),
+        ("float16", "float16 holds magnitudes .*to 65,504.*without loss scaling.*use 'bfloat16'"),
+        (torch.half, "float16 holds magnitudes .*to 65,504"),
+        ("fp16", "float16 holds magnitudes .*to 65,504"),
+        ("float8_e4m3fn", "float8_e4m3fn needs scaled products, .*use 'bfloat16'"),
         (torch.float8_e5m2, "float8_e5m2 needs scaled products"),
         ("int32", r"'int32' is not one of 'float32', 'bfloat16', 'float64'.*Precision\('bfloat16'\)"),
         (torch.int64, "is not one of"),

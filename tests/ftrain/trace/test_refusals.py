@@ -27,9 +27,9 @@ REFUSED = {
     ),
     "a column": (
         lambda w, b: (b @ w)[:, rows[1] + b.argmax()].sum(),
-        r"place that a tensor tells.*index_select.*index_copy",
+        r"tensor's value as a Python index.*index_select.*index_copy",
     ),
-    "a slice": (lambda w, b: (b @ w)[: b.argmax()].sum(), r"slices up to a place .*torch.where\(torch.arange"),
+    "a slice": (lambda w, b: (b @ w)[: b.argmax()].sum(), r"slices with a tensor .*torch.where\(torch.arange"),
     "a format": (lambda w, b: print(f"{(b @ w).sum():.2f}") or (b @ w).sum(), "number in a tensor"),
     "int": (lambda w, b: (b @ w).sum() * int(b.argmax()), "number in a tensor .*torch.where"),
     "range": (lambda w, b: sum((b @ w).sum() for _ in range(b.argmax())), "number in a tensor"),
@@ -110,12 +110,12 @@ def overlapping_argument(x):
 
 
 UNSEEN = {
-    exchanged: r"exchanges the memory under a tensor \(h.data = x\).*x.copy_\(y\)",
-    exchanged_argument: r"exchanges the memory under a tensor \(x.data = torch.ones.*x.copy_\(y\)",
-    swapped: r"exchanges the memory under a tensor \(torch.utils.swap_tensors.*make a new value",
-    filled: r"works on a tensor's storage \(h.untyped_storage\(\).*make a new value",
-    through_numpy: r"hands a tensor to numpy \(return x \* float\(x.numpy.*take the torch function",
-    by_a_numpy_function: r"hands a tensor to numpy .*take the torch function",
+    exchanged: r"exchanges the memory of a tensor \(h.data = x\).*x.copy_\(y\)",
+    exchanged_argument: r"exchanges the memory of a tensor \(x.data = torch.ones.*x.copy_\(y\)",
+    swapped: r"exchanges the memory of a tensor \(torch.utils.swap_tensors.*make a new value",
+    filled: r"uses a tensor's storage \(h.untyped_storage\(\).*make a new value",
+    through_numpy: r"passes a tensor to numpy \(return x \* float\(x.numpy.*use the torch function",
+    by_a_numpy_function: r"passes a tensor to numpy .*use the torch function",
     overlapping: r"writes into a view whose elements share memory .*clone",
     overlapping_argument: r"writes into a view whose elements share memory .*clone",
 }
