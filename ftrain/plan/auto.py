@@ -18,7 +18,7 @@ from ftrain.remat.policy import parse_budget
 from ftrain.sharding.batch import BatchRule
 from ftrain.sharding.layout import Layout
 from ftrain.sharding.mesh import Kind
-from ftrain.step.plan_source import Choice, Wanted
+from ftrain.step.plan_source import PlanChoice, PlanRequest
 
 _START_UP = Options(traced=8, processes=1, space=Space(rings=False), memory=1.0, seconds=60.0)
 
@@ -33,13 +33,13 @@ class SavedPlan:
     file: str | Path
     kind: Kind = "process"
 
-    def choose(self, wanted: Wanted) -> Choice:
+    def choose(self, request: PlanRequest) -> PlanChoice:
         """The file's plan. ValueError if there is none, if it is for another number of ranks than this run has, or for
         a model with other components.
         """
         found = load_plan(self.file)
         require_ranks(found, self.file, self.kind)
-        return choice_of(found, self.kind, specs=wanted.specs, source=str(self.file))
+        return choice_of(found, self.kind, specs=request.specs, source=str(self.file))
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class AutoPlan:
     components: Mapping[str, Layout] = field(default_factory=lambda: MappingProxyType({}))
     options: Options = _START_UP
 
-    def choose(self, wanted: Wanted) -> Choice:
+    def choose(self, request: PlanRequest) -> PlanChoice:
         """Search. ValueError where the step's arguments are not known yet, and where no layout fits."""
         ranks = self.ranks or world_size()
         if self.kind == "process" and ranks != world_size():
             raise ValueError(f"AutoPlan(ranks={ranks}): this run has {world_size()} processes; start {ranks}")
-        if wanted.arguments is None or (self.kind == "process" and ranks > 1 and not wanted.whole):
+        if request.arguments is None or (self.kind == "process" and ranks > 1 and not request.whole):
             raise ValueError(
                 "plan='auto' is chosen by the shapes of a step's arguments: call step.choose(state, batch) before the "
                 "step is used, with those of the whole mesh (ftrain.Aval or meta tensors will do)"
             )
-        subject = StepSubject(wanted, packs=self.packs or ranks, rules=self.batch, components=self.components)
+        subject = StepSubject(request, packs=self.packs or ranks, rules=self.batch, components=self.components)
         found = search_here(subject, ranks, memory=self.memory, options=self.options)
-        return choice_of(found, self.kind, specs=wanted.specs, source="plan='auto'")
+        return choice_of(found, self.kind, specs=request.specs, source="plan='auto'")
 
 
 def search_here(subject: Subject, ranks: int, *, memory: int | str = "95%", options: Options = _START_UP) -> PlanFile:
@@ -98,10 +98,10 @@ def require_ranks(found: PlanFile, file: str | Path, kind: Kind) -> None:
         )
 
 
-def choice_of(found: PlanFile, kind: Kind, *, specs: Any, source: str) -> Choice:
+def choice_of(found: PlanFile, kind: Kind, *, specs: Any, source: str) -> PlanChoice:
     """The plan for `ftrain.jit`. ValueError if it names components that no parameter of `specs` is in."""
     if found.candidate.ranks == 1:
-        return Choice(None, found.candidate.recompute)
+        return PlanChoice(None, found.candidate.recompute)
     plan = found.plan(kind=kind)
     if specs is None and plan.components:
         raise ValueError(f"{source} has layouts of {', '.join(plan.components)}: give ftrain.jit the model's specs=...")
@@ -109,7 +109,7 @@ def choice_of(found: PlanFile, kind: Kind, *, specs: Any, source: str) -> Choice
         plan.placements({} if specs is None else specs)
     except ValueError as error:
         raise ValueError(f"{source}, made for {found.subject!r}, does not fit this model: {error}") from None
-    return Choice(plan, found.candidate.recompute)
+    return PlanChoice(plan, found.candidate.recompute)
 
 
 def _best(subject: Subject, ranks: int, machine: Cluster, options: Options) -> PlanFile:

@@ -11,7 +11,7 @@ from ftrain.plan.auto import AutoPlan, SavedPlan
 from ftrain.remat.policy import Remat
 from ftrain.sharding.plan import Plan
 from ftrain.step.api import make_step
-from ftrain.step.plan_source import Chooser
+from ftrain.step.plan_source import PlanSource
 from ftrain.trace.precision import Precision
 
 
@@ -22,7 +22,7 @@ def jit(
     backend: str = "auto",
     remat: Remat | str | None = None,
     precision: Precision | str | torch.dtype | None = None,
-    plan: Plan | Chooser | str | Path | None = None,
+    plan: Plan | PlanSource | str | Path | None = None,
     specs: Any = None,
     batch: str = "batch",
     overlap: bool = True,
@@ -77,7 +77,7 @@ def jit(
     )
 
 
-def _found(plan: Plan | Chooser | str | Path | None) -> Plan | Chooser | None:
+def _found(plan: Plan | PlanSource | str | Path | None) -> Plan | PlanSource | None:
     """The plan, or what chooses one, that a name stands for. ValueError for a string that is neither "auto" nor the
     file of a plan, and for what is no plan.
     """

@@ -20,7 +20,7 @@ from ftrain.sharding.layout import Layout
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.plan import Plan
 from ftrain.step.api import make_step
-from ftrain.step.plan_source import Wanted
+from ftrain.step.plan_source import PlanRequest
 from ftrain.trace.tracer import Aval, is_array
 
 _ATTENTION = "ftrain::attention_forward"
@@ -31,30 +31,30 @@ _CPU = torch.device("cpu")
 class StepSubject:
     """A `Subject` of a step of two arguments, state and batch, with the whole model in every trace.
 
-    `wanted.arguments`: of the whole mesh; `packs` in the batch; `rules`, `components`: as in `ftrain.sharding.Plan`.
+    `request.arguments`: of the whole mesh; `packs` in the batch; `rules`, `components`: as in `ftrain.sharding.Plan`.
     Each pack is taken to be one document that attends to what came before: packs of short documents take less than
     predicted.
     """
 
     def __init__(
-        self, wanted: Wanted, *, packs: int, rules: Mapping[str, BatchRule], components: Mapping[str, Layout]
+        self, request: PlanRequest, *, packs: int, rules: Mapping[str, BatchRule], components: Mapping[str, Layout]
     ) -> None:
-        if len(wanted.names) != 2 or wanted.names[1] != wanted.batch or wanted.arguments is None:
+        if len(request.names) != 2 or request.names[1] != request.batch or request.arguments is None:
             raise ValueError(
-                f"plan='auto' searches steps of a state and a {wanted.batch!r}, in this order; "
-                f"{_name(wanted)} takes {', '.join(wanted.names)}: give a ftrain.sharding.Plan"
+                f"plan='auto' searches steps of a state and a {request.batch!r}, in this order; "
+                f"{_name(request)} takes {', '.join(request.names)}: give a ftrain.sharding.Plan"
             )
-        if wanted.specs is None:
+        if request.specs is None:
             raise ValueError("plan='auto' must know the parameters: give ftrain.jit the model's specs=...")
         if packs < 1:
             raise ValueError(f"AutoPlan(packs={packs}): a step has at least one pack")
-        self._wanted, self._packs, self._rules, self._components = wanted, packs, rules, components
-        self._state, self._batch = (tree.map(_abstract, a) for a in wanted.arguments)
+        self._request, self._packs, self._rules, self._components = request, packs, rules, components
+        self._state, self._batch = (tree.map(_abstract, a) for a in request.arguments)
 
     @property
     def name(self) -> str:
         """The step's name."""
-        return _name(self._wanted)
+        return _name(self._request)
 
     @property
     def stacks(self) -> Mapping[str, int]:
@@ -63,16 +63,16 @@ class StepSubject:
 
     def make(self, depths: Mapping[str, int], candidate: Candidate) -> Trial:
         """The step as it is."""
-        step = self._wanted.step
+        step = self._request.step
         return Trial(
             lambda state, batch: step(state, batch),
             self._state,
             self._batch,
-            self._wanted.specs,
+            self._request.specs,
             self._rules,
             self._components,
-            precision=self._wanted.precision,
-            donate=self._wanted.donates,
+            precision=self._request.precision,
+            donate=self._request.donates,
         )
 
     @cached_property
@@ -84,12 +84,12 @@ class StepSubject:
                 f"a batch of {whole} tokens does not divide into {self._packs} packs; give AutoPlan(packs=)"
             )
         tokens = whole // self._packs
-        step = make_step(self._wanted.step, precision=self._wanted.precision, backend="aten")
+        step = make_step(self._request.step, precision=self._request.precision, backend="aten")
         nodes = list(_nodes(step.lower(self._state, self._batch).graph))
         heads = [h for h in map(_heads, nodes) if h is not None and self._shares(h.path)]
         products = sum(f for n, f in nodes if not _op(n).startswith("ftrain::attention_"))
         attention = sum(f for n, f in nodes if _op(n).startswith("ftrain::attention_"))
-        sizes = [s for s in tree.leaves(self._wanted.specs) if "expert" in s.axes]
+        sizes = [s for s in tree.leaves(self._request.specs) if "expert" in s.axes]
         experts = math.gcd(*(s.shape[s.axes.index("expert")] for s in sizes))
         slots = [sized(n.args[0]).shape[0] for n, _ in nodes if _op(n) in _GROUPED]
         return Facts(
@@ -121,7 +121,7 @@ class StepSubject:
         plan = Plan(Mesh(kind="fake"), components=self._components)
         names = path.split(".")
         tails = [".".join(names[i:]) for i in range(len(names))]
-        known = set(tree.paths(self._wanted.specs))
+        known = set(tree.paths(self._request.specs))
         return plan.layout(next((t for t in tails if t in known), path)).sequence is not None
 
 
@@ -159,5 +159,5 @@ def _abstract(leaf: Any) -> Any:
     return Aval(tuple(leaf.shape), leaf.dtype, _CPU) if is_array(leaf) else leaf
 
 
-def _name(wanted: Wanted) -> str:
-    return getattr(wanted.step, "__name__", type(wanted.step).__name__)
+def _name(request: PlanRequest) -> str:
+    return getattr(request.step, "__name__", type(request.step).__name__)

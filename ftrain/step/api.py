@@ -20,7 +20,7 @@ from ftrain.sharding.plan import Plan
 from ftrain.step.artifact import Compiled
 from ftrain.step.compile import name_of
 from ftrain.step.deferred_plan import DeferredPlan, require_batch
-from ftrain.step.plan_source import Chooser
+from ftrain.step.plan_source import PlanSource
 from ftrain.step.runner import Runner
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options, TraceCache
@@ -48,7 +48,7 @@ def make_step(
     backend: str = "auto",
     remat: Remat | str | None = None,
     precision: Precision | str | torch.dtype | None = None,
-    plan: Plan | Chooser | None = None,
+    plan: Plan | PlanSource | None = None,
     specs: Any = None,
     batch: str = "batch",
     overlap: bool = True,

@@ -7,7 +7,7 @@ from typing import Any
 from ftrain.remat.policy import Remat
 from ftrain.sharding.plan import Plan
 from ftrain.step.compile import name_of
-from ftrain.step.plan_source import Chooser, Wanted
+from ftrain.step.plan_source import PlanSource, PlanRequest
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options
 
@@ -19,7 +19,7 @@ class DeferredPlan:
     `remat`: None to take what the choice says.
     """
 
-    chooser: Chooser
+    source: PlanSource
     specs: Any
     batch: str
     overlap: bool
@@ -33,7 +33,7 @@ class DeferredPlan:
         `args`: those of a call, with these names, if there are any; `whole`: they are known to be of the whole mesh.
         ValueError for a plan of several ranks where none of the names is the batch's.
         """
-        wanted = Wanted(
+        request = PlanRequest(
             step=fn,
             specs=self.specs,
             batch=self.batch,
@@ -43,7 +43,7 @@ class DeferredPlan:
             arguments=args,
             whole=whole,
         )
-        plan, remat = self.chooser.choose(wanted)
+        plan, remat = self.source.choose(request)
         sharded = None
         if plan is not None:
             require_batch(fn, names, self.batch, plan)

@@ -13,7 +13,7 @@ from ftrain.trace.precision import Precision
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlanRequest:
     """For which step a plan is chosen.
 
     `specs`: of its parameters. `batch`: the name of the argument that ranks share out, `names` those of all. `donates`:
@@ -31,16 +31,16 @@ class Wanted:
     whole: bool
 
 
-class Choice(NamedTuple):
+class PlanChoice(NamedTuple):
     """A plan, None for a single rank, and what the step recomputes."""
 
     plan: Plan | None
     remat: Remat
 
 
-class Chooser(Protocol):
+class PlanSource(Protocol):
     """A way to come by a plan: `ftrain.SavedPlan`, `ftrain.AutoPlan`."""
 
-    def choose(self, wanted: Wanted) -> Choice:
+    def choose(self, request: PlanRequest) -> PlanChoice:
         """The plan for a step. ValueError says what does not fit, or what is not known yet."""
         ...
