@@ -23,7 +23,7 @@ from ftrain.plan.page import write_page
 from ftrain.plan.search import Options, search
 from ftrain.plan.space import Space, divisors
 from ftrain.plan.table import print_result
-from ftrain.plan.workload import Subject
+from ftrain.plan.workload import Workload
 
 FUNCTION = "plan_for_search"
 _TOKENS = 32 * 1024  # of a GPU in a step, by default
@@ -77,11 +77,11 @@ def _run(options: PlanOptions) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, quiet=not is_first())
     tokens = tokens_of(options.tokens)
     packs = options.packs or default_packs(options.gpus, tokens)
-    load = partial(load_subject, options.experiment, tokens, packs, options.size)
-    subject, machine = load(), _machine(options)
+    load = partial(load_workload, options.experiment, tokens, packs, options.size)
+    workload, machine = load(), _machine(options)
     say = partial(console.print, style="dim")
-    result = of_first(lambda: search(subject, options.gpus, machine, _options_of(options), load=load, say=say))
-    title = f"{subject.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
+    result = of_first(lambda: search(workload, options.gpus, machine, _options_of(options), load=load, say=say))
+    title = f"{workload.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
     print_result(result, title=title, console=console)
     if options.html is not None and is_first():
         console.print(f"wrote {write_page(result, options.html, title=title, cluster=machine)}")
@@ -89,10 +89,10 @@ def _run(options: PlanOptions) -> int:
         console.print("no layout fits: take fewer --packs or --tokens, or more GPUs")
         return 1
     if options.apply is not None and is_first():
-        best = PlanFile.of(result.prices[0], subject, machine)
+        best = PlanFile.of(result.prices[0], workload, machine)
         console.print(f"wrote {best.save(options.apply)}: {best.candidate}")
     if options.check:
-        check_best(result.prices[: options.check], subject, console=console)
+        check_best(result.prices[: options.check], workload, console=console)
     return 0
 
 
@@ -111,7 +111,7 @@ def default_packs(gpus: int, tokens: int) -> int:
     return max((n for n in divisors(gpus) if n * tokens <= gpus * _TOKENS), default=1)
 
 
-def load_subject(file: Path, tokens: int, packs: int, size: str | None = None) -> Subject:
+def load_workload(file: Path, tokens: int, packs: int, size: str | None = None) -> Workload:
     """What the experiment in `file` offers to a search. ValueError if it has no `plan_for_search`, or no sizes."""
     file = Path(file).resolve()
     if not file.exists():
@@ -119,7 +119,7 @@ def load_subject(file: Path, tokens: int, packs: int, size: str | None = None) -
     make = getattr(_module(file), FUNCTION, None)
     if make is None:
         raise ValueError(
-            f"{file} has no function {FUNCTION}(*, tokens, packs): it returns a ftrain.plan.workload.Subject"
+            f"{file} has no function {FUNCTION}(*, tokens, packs): it returns a ftrain.plan.workload.Workload"
         )
     found: Callable[..., Any] = make
     if size is None:

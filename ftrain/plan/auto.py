@@ -12,8 +12,8 @@ from ftrain.plan.file import PlanFile, load_plan
 from ftrain.plan.local_machine import of_first, this_device, this_machine, world_size
 from ftrain.plan.search import Options, search
 from ftrain.plan.space import Space, grouped
-from ftrain.plan.step_workload import StepSubject
-from ftrain.plan.workload import Subject
+from ftrain.plan.step_workload import StepWorkload
+from ftrain.plan.workload import Workload
 from ftrain.remat.policy import parse_budget
 from ftrain.sharding.batch import BatchRule
 from ftrain.sharding.layout import Layout
@@ -70,13 +70,13 @@ class AutoPlan:
                 "plan='auto' is chosen by the shapes of a step's arguments: call step.choose(state, batch) before the "
                 "step is used, with those of the whole mesh (ftrain.Aval or meta tensors will do)"
             )
-        subject = StepSubject(request, packs=self.packs or ranks, rules=self.batch, components=self.components)
-        found = search_here(subject, ranks, memory=self.memory, options=self.options)
+        workload = StepWorkload(request, packs=self.packs or ranks, rules=self.batch, components=self.components)
+        found = search_here(workload, ranks, memory=self.memory, options=self.options)
         return choice_of(found, self.kind, specs=request.specs, source="plan='auto'")
 
 
-def search_here(subject: Subject, ranks: int, *, memory: int | str = "95%", options: Options = _START_UP) -> PlanFile:
-    """The best layout of a subject's step on the devices at hand; in a run of several processes all get rank 0's.
+def search_here(workload: Workload, ranks: int, *, memory: int | str = "95%", options: Options = _START_UP) -> PlanFile:
+    """The best layout of a workload's step on the devices at hand; in a run of several processes all get rank 0's.
 
     ValueError if none fits into `memory`.
     """
@@ -85,7 +85,7 @@ def search_here(subject: Subject, ranks: int, *, memory: int | str = "95%", opti
         raise ValueError(f"memory={memory!r}: give bytes, '60GiB' or '70%'")
     machine = this_machine(this_device(), memory=None if isinstance(budget, float) else float(budget))
     limited = replace(options, memory=budget if isinstance(budget, float) else 1.0)
-    return of_first(lambda: _best(subject, ranks, machine, limited))
+    return of_first(lambda: _best(workload, ranks, machine, limited))
 
 
 def require_ranks(found: PlanFile, file: str | Path, kind: Kind) -> None:
@@ -108,14 +108,14 @@ def choice_of(found: PlanFile, kind: Kind, *, specs: Any, source: str) -> PlanCh
     try:
         plan.placements({} if specs is None else specs)
     except ValueError as error:
-        raise ValueError(f"{source}, made for {found.subject!r}, does not fit this model: {error}") from None
+        raise ValueError(f"{source}, made for {found.workload!r}, does not fit this model: {error}") from None
     return PlanChoice(plan, found.candidate.recompute)
 
 
-def _best(subject: Subject, ranks: int, machine: Cluster, options: Options) -> PlanFile:
-    result = search(subject, ranks, machine, options)
+def _best(workload: Workload, ranks: int, machine: Cluster, options: Options) -> PlanFile:
+    result = search(workload, ranks, machine, options)
     if result.prices:
-        return PlanFile.of(result.prices[0], subject, machine)
+        return PlanFile.of(result.prices[0], workload, machine)
     reasons = "; ".join(f"{r.number} x {r.reason}" for r in grouped(result.rejected))
     limit = show_bytes(int(options.memory * machine.memory))
-    raise ValueError(f"no layout of {subject.name} on {ranks} ranks fits into {limit} of a rank: {reasons}")
+    raise ValueError(f"no layout of {workload.name} on {ranks} ranks fits into {limit} of a rank: {reasons}")

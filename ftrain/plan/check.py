@@ -25,7 +25,7 @@ from ftrain.kernels.random import key
 from ftrain.plan.cost import Price, price
 from ftrain.plan.local_machine import this_device, this_machine, world_size
 from ftrain.plan.space import Candidate
-from ftrain.plan.workload import Subject
+from ftrain.plan.workload import Workload
 from ftrain.profile.nodes import profile_nodes
 from ftrain.step.api import Step, make_step
 
@@ -45,7 +45,7 @@ class Checked(NamedTuple):
     peak: float
 
 
-def check_best(prices: Sequence[Price], subject: Subject, *, console: Console) -> list[Checked]:
+def check_best(prices: Sequence[Price], workload: Workload, *, console: Console) -> list[Checked]:
     """Run each layout for a few steps and print the table; on several ranks all call this, within `processes`.
 
     ValueError if a layout is not for this run's number of ranks.
@@ -59,7 +59,7 @@ def check_best(prices: Sequence[Price], subject: Subject, *, console: Console) -
                 f"(torchrun --nproc-per-node {p.candidate.ranks} -m ftrain.cli.main plan ...)"
             )
     device = this_device()
-    found = [check(p.candidate, subject, device) for p in prices]
+    found = [check(p.candidate, workload, device) for p in prices]
     console.print(table_of(found, speed_of(device).name))
     return found
 
@@ -91,24 +91,26 @@ def processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def check(candidate: Candidate, subject: Subject, device: torch.device) -> Checked:
+def check(candidate: Candidate, workload: Workload, device: torch.device) -> Checked:
     """Predict and measure one layout, on a fresh state and a batch of zeros; the ops' times are remembered."""
-    trial = subject.make(subject.stacks, candidate)
-    if trial.init is None:
-        raise ValueError(f"--check: {subject.name} does not say how its state is made: give its Trial an `init`")
+    work = workload.make(workload.stacks, candidate)
+    if work.init is None:
+        raise ValueError(
+            f"--check: {workload.name} does not say how to make its state: give its WorkloadStep an `init`"
+        )
     many = candidate.ranks > 1
     step = make_step(
-        trial.step,
-        plan=trial.plan(candidate, kind="process") if many else None,
-        specs=trial.specs if many else None,
+        work.step,
+        plan=work.plan(candidate, kind="process") if many else None,
+        specs=work.specs if many else None,
         remat=candidate.recompute,
-        precision=trial.precision,
-        donate="state" if trial.donate else None,
+        precision=work.precision,
+        donate="state" if work.donate else None,
     )
-    state = step.init(trial.init, key(0, device=device))
-    batch = step.share(tree.map(lambda a: torch.zeros(a.shape, dtype=a.dtype, device=device), trial.batch))
+    state = step.init(work.init, key(0, device=device))
+    batch = step.share(tree.map(lambda a: torch.zeros(a.shape, dtype=a.dtype, device=device), work.batch))
     profile_nodes(step, state, batch, repeats=2, remember=True)
-    predicted = price(subject, candidate, this_machine(device))
+    predicted = price(workload, candidate, this_machine(device))
     seconds, peak = measured(step, state, batch, device)
     return Checked(candidate, predicted.seconds, _most(seconds), predicted.peak, _most(peak))
 

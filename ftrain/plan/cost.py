@@ -19,8 +19,8 @@ from ftrain.plan.cluster_links import filled_sends, run_on_paper
 from ftrain.plan.contributors import Contributor, contributors
 from ftrain.plan.liveness_by_region import Moment, moments_of
 from ftrain.plan.lowering import Draft, draft
-from ftrain.plan.space import Candidate, Facts
-from ftrain.plan.workload import Subject
+from ftrain.plan.space import Candidate, ModelShape
+from ftrain.plan.workload import Workload
 
 K = TypeVar("K")
 MEMORY = 0.95  # of a GPU's, that a step may use
@@ -75,67 +75,67 @@ class Layer:
 
 
 def price(
-    subject: Subject,
+    workload: Workload,
     candidate: Candidate,
     cluster: Cluster,
     minor: Mapping[str, Layer] | None = None,
     *,
     memory: float = MEMORY,
 ) -> Price:
-    """Price a layout. ValueError where the subject's step does not fit it.
+    """Price a layout. ValueError where the workload's step does not fit it.
 
     `minor`: a layer of each of the shorter stacks, if it is known (see `minor_layers`). What the whole step leaves of
     this share of a GPU's `memory` is what messages may be ahead by.
     """
-    few, main = depths(subject), main_stack(subject)
-    deeper = [name for name, layers in subject.stacks.items() if layers > few[name]]
+    few, main = depths(workload), main_stack(workload)
+    deeper = [name for name, layers in workload.stacks.items() if layers > few[name]]
     traced = [name for name in deeper if name == main or minor is None]
-    drafts = {name: _draft(subject, _one_more(few, name), candidate, cluster) for name in ("", *traced)}
+    drafts = {name: _draft(workload, _one_more(few, name), candidate, cluster) for name in ("", *traced)}
     whole = plain_terms(drafts[""])
     for name in deeper:
         layer = Layer(plain_terms(drafts[""]), plain_terms(drafts[name])) if name in drafts else (minor or {})[name]
-        whole = extend(whole, layer, subject.stacks[name] - few[name])
+        whole = extend(whole, layer, workload.stacks[name] - few[name])
     spare = memory * cluster.memory / cluster.efficiency.fragmentation - whole.inputs - _most(whole)
     found = {name: count(d, spare=max(0.0, spare)) for name, d in drafts.items()}
     whole = found[""]
     for name in deeper:
         layer = Layer(found[""], found[name]) if name in found else (minor or {})[name]
-        whole = extend(whole, layer, subject.stacks[name] - few[name])
-    return priced(whole, candidate, subject.facts, cluster)
+        whole = extend(whole, layer, workload.stacks[name] - few[name])
+    return priced(whole, candidate, workload.model_shape, cluster)
 
 
-def minor_layers(subject: Subject, candidate: Candidate, cluster: Cluster) -> dict[str, Layer]:
+def minor_layers(workload: Workload, candidate: Candidate, cluster: Cluster) -> dict[str, Layer]:
     """A layer of each stack but the longest, on one layout.
 
     Layouts with as many ranks and the same recompute share it: media are divided over all ranks alike.
     """
-    few, main = depths(subject), main_stack(subject)
-    names = [name for name, layers in subject.stacks.items() if name != main and layers > few[name]]
+    few, main = depths(workload), main_stack(workload)
+    names = [name for name, layers in workload.stacks.items() if name != main and layers > few[name]]
     if not names:
         return {}
-    base = count(_draft(subject, few, candidate, cluster), spare=None)
-    more = {name: count(_draft(subject, _one_more(few, name), candidate, cluster), spare=None) for name in names}
+    base = count(_draft(workload, few, candidate, cluster), spare=None)
+    more = {name: count(_draft(workload, _one_more(few, name), candidate, cluster), spare=None) for name in names}
     return {name: Layer(base, terms) for name, terms in more.items()}
 
 
-def main_stack(subject: Subject) -> str | None:
+def main_stack(workload: Workload) -> str | None:
     """The stack of most layers."""
-    return max(subject.stacks, key=lambda name: subject.stacks[name], default=None)
+    return max(workload.stacks, key=lambda name: workload.stacks[name], default=None)
 
 
-def depths(subject: Subject) -> dict[str, int]:
+def depths(workload: Workload) -> dict[str, int]:
     """How many layers of each stack are traced: of the longest few, of others one."""
-    main = main_stack(subject)
-    return {name: min(FEW if name == main else 1, layers) for name, layers in subject.stacks.items()}
+    main = main_stack(workload)
+    return {name: min(FEW if name == main else 1, layers) for name, layers in workload.stacks.items()}
 
 
 def _one_more(few: Mapping[str, int], name: str) -> dict[str, int]:
     return {stack: layers + (stack == name) for stack, layers in few.items()}
 
 
-def _draft(subject: Subject, depths: Mapping[str, int], candidate: Candidate, cluster: Cluster) -> Draft:
-    share = 1 / candidate.packs_at_once(subject.facts)
-    return draft(subject.make(depths, candidate), candidate, cluster, attention_share=share)
+def _draft(workload: Workload, depths: Mapping[str, int], candidate: Candidate, cluster: Cluster) -> Draft:
+    share = 1 / candidate.packs_at_once(workload.model_shape)
+    return draft(workload.make(depths, candidate), candidate, cluster, attention_share=share)
 
 
 def plain_terms(draft: Draft) -> Terms:
@@ -187,12 +187,12 @@ def extend(whole: Terms, layer: Layer, layers: int) -> Terms:
     return Terms(tally, sent, line(whole.inputs, base.inputs, more.inputs), plain, moments, ops)
 
 
-def priced(whole: Terms, candidate: Candidate, facts: Facts, cluster: Cluster) -> Price:
+def priced(whole: Terms, candidate: Candidate, model: ModelShape, cluster: Cluster) -> Price:
     """What the terms of a whole model mean in tokens per second and shares of the peak."""
     # where links are always busy the schedules of a few layers tell too little of what a layer more waits
     seconds = max(whole.tally.step, whole.tally.compute, *whole.tally.links.values()) / 1e6
-    rate = facts.tokens * facts.packs / candidate.ranks / seconds
-    seen = facts.attention_flops / 2 if facts.causal else facts.attention_flops
+    rate = model.tokens * model.packs / candidate.ranks / seconds
+    seen = model.attention_flops / 2 if model.causal else model.attention_flops
     return Price(
         candidate=candidate,
         seconds=seconds,
@@ -203,8 +203,8 @@ def priced(whole: Terms, candidate: Candidate, facts: Facts, cluster: Cluster) -
         state=whole.inputs,
         peak=cluster.efficiency.fragmentation * (whole.inputs + _most(whole)),
         tokens_per_second=rate,
-        mfu=rate * (facts.weight_flops + seen) / cluster.bf16,
-        mfu_full=rate * (facts.weight_flops + facts.attention_flops) / cluster.bf16,
+        mfu=rate * (model.weight_flops + seen) / cluster.bf16,
+        mfu_full=rate * (model.weight_flops + model.attention_flops) / cluster.bf16,
         ops=whole.ops,
     )
 

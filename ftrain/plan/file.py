@@ -25,7 +25,7 @@ from ftrain.files.outside import (
 from ftrain.plan.cost import Price
 from ftrain.plan.layout_data import layout_as_dict, layout_from_dict, rule_as_dict, rule_from_dict
 from ftrain.plan.space import Candidate, as_dict, from_dict
-from ftrain.plan.workload import Subject
+from ftrain.plan.workload import Workload
 from ftrain.sharding.batch import BatchRule
 from ftrain.sharding.layout import Layout
 from ftrain.sharding.link import Link
@@ -105,7 +105,7 @@ class PlanFile:
     its step, `candidate.micro_batches` what its loss accumulates over.
     """
 
-    subject: str
+    workload: str
     cluster: str
     tokens: int
     packs: int
@@ -116,10 +116,10 @@ class PlanFile:
     predicted: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @staticmethod
-    def of(price: Price, subject: Subject, cluster: Cluster) -> "PlanFile":
-        """The file of a priced layout of a subject on a cluster."""
+    def of(price: Price, workload: Workload, cluster: Cluster) -> "PlanFile":
+        """The file of a priced layout of a workload on a cluster."""
         candidate = price.candidate
-        trial = subject.make(dict.fromkeys(subject.stacks, 1), candidate)
+        work = workload.make(dict.fromkeys(workload.stacks, 1), candidate)
         predicted = {
             "seconds": price.seconds,
             "tokens_per_second_per_gpu": price.tokens_per_second,
@@ -128,13 +128,13 @@ class PlanFile:
             "exposed_seconds": price.exposed,
         }
         return PlanFile(
-            subject=subject.name,
+            workload=workload.name,
             cluster=cluster.name,
-            tokens=subject.facts.tokens,
-            packs=subject.facts.packs,
+            tokens=workload.model_shape.tokens,
+            packs=workload.model_shape.packs,
             candidate=candidate,
-            components=dict(trial.components),
-            batch=dict(trial.rules),
+            components=dict(work.components),
+            batch=dict(work.rules),
             link=cluster.link(candidate.mesh()),
             predicted=predicted,
         )
@@ -149,7 +149,7 @@ class PlanFile:
         file = Path(file)
         data = {
             "version": _VERSION,
-            "subject": self.subject,
+            "subject": self.workload,
             "cluster": self.cluster,
             "tokens": self.tokens,
             "packs": self.packs,
@@ -185,7 +185,7 @@ def load_plan(file: str | Path) -> PlanFile:
 
 def _from_data(data: dict[str, Any]) -> PlanFile:
     return PlanFile(
-        subject=data["subject"],
+        workload=data["subject"],
         cluster=data["cluster"],
         tokens=data["tokens"],
         packs=data["packs"],

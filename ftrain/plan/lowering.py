@@ -20,7 +20,7 @@ from ftrain.graph.collectives import groups_of
 from ftrain.graph.loop import copy_graph
 from ftrain.plan.cluster_links import run_on_paper
 from ftrain.plan.space import Candidate
-from ftrain.plan.workload import Trial
+from ftrain.plan.workload import WorkloadStep
 from ftrain.runtime.execute import choose
 from ftrain.sharding.batch import BatchRows, TokenIndices, share
 from ftrain.sharding.mesh import Mesh
@@ -70,37 +70,37 @@ class Draft:
         def within(module: fx.GraphModule) -> int | None:
             return None if spare is None else Pieces.of(module, donated=setting.donated).peak + int(spare)
 
-        def score(trial: fx.GraphModule) -> float:
-            return run_on_paper(trial, mesh, times=times, cluster=self.cluster).step
+        def score(candidate: fx.GraphModule) -> float:
+            return run_on_paper(candidate, mesh, times=times, cluster=self.cluster).step
 
         module = _run(self.module, HIDDEN, replace(setting, within=within, score=score))
         final = _run(module, (*DONATED, *EXECUTED), setting)
         return Lowered(_run(module, FUSED, setting), final, self.plain, mesh, times)
 
 
-def lower(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Lowered:
+def lower(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Lowered:
     """Trace the step for one rank of a layout and run the passes; nothing is allocated.
 
     ValueError as `ftrain.jit` raises it, where the step does not fit the layout. `attention_share`: see `DeviceTimes`.
     """
-    return draft(trial, candidate, cluster, attention_share=attention_share).hide(spare=None)
+    return draft(work, candidate, cluster, attention_share=attention_share).hide(spare=None)
 
 
-def draft(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Draft:
+def draft(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Draft:
     """As `lower`, but for communication, which is not hidden yet."""
     times = DeviceTimes(cluster, attention_share=attention_share)
     mesh, device = candidate.mesh(), torch.device(cluster.device_type, 0)
-    base = trial.plan(candidate)
+    base = work.plan(candidate)
     plan = Plan(base.mesh, base.default, batch=base.batch, link=cluster.link(mesh), components=base.components)
-    sharded = ShardedStep(plan, specs=trial.specs, arguments=partial(OnPaper, device=device))
-    leaves, treedef = tree.flatten((trial.state, trial.batch))
-    paths = argument_paths((trial.state, trial.batch), ("state", "batch"))
+    sharded = ShardedStep(plan, specs=work.specs, arguments=partial(OnPaper, device=device))
+    leaves, treedef = tree.flatten((work.state, work.batch))
+    paths = argument_paths((work.state, work.batch), ("state", "batch"))
     args = sharded.local_arguments(paths, leaves, treedef)
     traced = trace(
-        sharded.local_function(trial.step, paths), args, ("state", "batch", COORDINATES), precision=trial.precision
+        sharded.local_function(work.step, paths), args, ("state", "batch", COORDINATES), precision=work.precision
     )
     sharded.settle(traced)
-    donated = match_donated(traced, args[0], "state").by_name(traced.module) if trial.donate else {}
+    donated = match_donated(traced, args[0], "state").by_name(traced.module) if work.donate else {}
     setting = Setting(
         leaves=dict(zip(traced.input_paths, traced.input_avals, strict=True)),
         state="state",

@@ -7,7 +7,7 @@ from ftrain.analysis.cluster import CLUSTERS
 from ftrain.graph.text import show_bytes
 from ftrain.plan.cost import Price
 from ftrain.plan.estimate import Estimate
-from ftrain.plan.space import Candidate, Facts, Rejected
+from ftrain.plan.space import Candidate, ModelShape, Rejected
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Outcomes:
         reason = f"needs more than the {self.shown} of a GPU for its state and what it keeps"
         self.rejected.append(Rejected(str(candidate), 1, reason, needs=needs, candidate=candidate))
 
-    def enter(self, candidate: Candidate, guess: Estimate, outcome: Price | str, facts: Facts) -> None:
+    def enter(self, candidate: Candidate, guess: Estimate, outcome: Price | str, model: ModelShape) -> None:
         """Note what came of tracing a layout: its price, or why it cannot be lowered."""
         if isinstance(outcome, str):
             self.rejected.append(Rejected(str(candidate), 1, outcome))
@@ -44,7 +44,7 @@ class Outcomes:
             reason = f"traced, it needs more than the {self.shown} of a GPU"
             self.rejected.append(Rejected(str(candidate), 1, reason, needs=outcome.peak, candidate=candidate))
             if outcome.peak > 1.1 * self.limit:
-                self.too_large.append((candidate, guess, candidate.local_tokens(facts)))
+                self.too_large.append((candidate, guess, candidate.local_tokens(model)))
         else:
             self.prices.append(outcome)
 
@@ -52,9 +52,9 @@ class Outcomes:
         """Bytes that a layout is likely to need, from what traces of its like did."""
         return guess.memory * self.beyond.get(candidate.remat, 1.0)
 
-    def hopeless(self, candidate: Candidate, guess: Estimate, facts: Facts) -> bool:
+    def hopeless(self, candidate: Candidate, guess: Estimate, model: ModelShape) -> bool:
         """True, and noted, for a layout that holds no less than one that was far too large, and recomputes no more."""
-        tokens = candidate.local_tokens(facts)
+        tokens = candidate.local_tokens(model)
         for other, needed, held in self.too_large:
             if other.remat == candidate.remat and tokens >= held and guess.memory >= 0.9 * needed.memory:
                 reason = f"holds no less than {other}, which needs more than the {self.shown} of a GPU"

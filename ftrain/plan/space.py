@@ -14,7 +14,7 @@ Attention = Ulysses | Ring | Hybrid
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelShape:
     """What decides whether a layout is legal, and the least it costs.
 
     - `tokens`: of a pack, which is what the ranks of the sequence axis share; the longest document fits in one.
@@ -75,13 +75,13 @@ class Candidate:
         """The mesh of its plan."""
         return Mesh(self.replicate, self.shard, self.sequence, self.expert, kind)  # type: ignore[arg-type]
 
-    def packs_at_once(self, facts: Facts) -> int:
+    def packs_at_once(self, model: ModelShape) -> int:
         """How many packs a data rank computes in one micro-batch."""
-        return facts.packs // (self.replicate * self.shard * self.micro_batches)
+        return model.packs // (self.replicate * self.shard * self.micro_batches)
 
-    def local_tokens(self, facts: Facts) -> int:
+    def local_tokens(self, model: ModelShape) -> int:
         """Tokens of one rank in one micro-batch."""
-        return facts.tokens * self.packs_at_once(facts) // self.sequence
+        return model.tokens * self.packs_at_once(model) // self.sequence
 
     def __str__(self) -> str:
         how = "" if self.attention is None else f" {attention_name(self.attention)}"
@@ -120,7 +120,7 @@ class Space:
     most_micro: int = 64
 
 
-def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Candidate], list[Rejected]]:
+def layouts(ranks: int, model: ModelShape, space: Space = Space()) -> tuple[list[Candidate], list[Rejected]]:
     """Every legal layout of a step on `ranks` ranks, and those that are not, with reasons.
 
     Two layouts differ if their programs do: axes of size 1 have no variants.
@@ -137,14 +137,14 @@ def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Cand
         sequence = ranks // (replicate * shard)
         axes = f"replicate {replicate} x shard {shard} x sequence {sequence}"
         data = replicate * shard
-        ways, bad_ways = attention_ways(sequence, facts, rings=space.rings)
-        experts, bad_experts = expert_sizes(shard * sequence, facts.experts)
-        most = min(space.most_micro, facts.most_micro)
-        micros = [m for m in divisors(facts.packs // data) if m <= most] if facts.packs % data == 0 else []
+        ways, bad_ways = attention_ways(sequence, model, rings=space.rings)
+        experts, bad_experts = expert_sizes(shard * sequence, model.experts)
+        most = min(space.most_micro, model.most_micro)
+        micros = [m for m in divisors(model.packs // data) if m <= most] if model.packs % data == 0 else []
         each = len(space.remats)
         if not micros:
             count = len(ways) * len(experts) * each
-            rejected.append(Rejected(axes, count, _no_packs(facts.packs, data), f"a multiple of {data} packs"))
+            rejected.append(Rejected(axes, count, _no_packs(model.packs, data), f"a multiple of {data} packs"))
             continue
         outer = len(micros) * each
         rejected += [Rejected(f"{axes} {name}", len(experts) * outer, why, fits) for name, why, fits in bad_ways]
@@ -156,7 +156,7 @@ def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Cand
 
 
 def attention_ways(
-    sequence: int, facts: Facts, *, rings: bool = True
+    sequence: int, model: ModelShape, *, rings: bool = True
 ) -> tuple[list[Attention | None], list[tuple[str, str, str]]]:
     """How attention can see a pack that `sequence` ranks share; and names of ways that do not fit, with reasons and
     what would fit.
@@ -169,7 +169,7 @@ def attention_ways(
     good: list[Attention | None] = []
     bad = []
     for way in ways:
-        why = _why_not(way, sequence, facts)
+        why = _why_not(way, sequence, model)
         if why is None:
             good.append(way)
         else:
@@ -177,18 +177,18 @@ def attention_ways(
     return good, bad
 
 
-def _why_not(way: Attention, sequence: int, facts: Facts) -> tuple[str, str] | None:
+def _why_not(way: Attention, sequence: int, model: ModelShape) -> tuple[str, str] | None:
     """Why a way does not fit, and what would."""
     inner = _inner(way, sequence)
-    if facts.heads % inner:
-        sizes = [n for n in divisors(sequence) if facts.heads % n == 0]
+    if model.heads % inner:
+        sizes = [n for n in divisors(sequence) if model.heads % n == 0]
         fits = f"ring attention, or Ulysses of {_words(sizes)} within a ring"
-        return f"{facts.heads} query heads do not divide over {inner} ranks of Ulysses", fits
+        return f"{model.heads} query heads do not divide over {inner} ranks of Ulysses", fits
     zigzag = sequence // inner > 1
     chunks = 2 * sequence if zigzag else sequence
-    if facts.tokens % chunks:
+    if model.tokens % chunks:
         fits = f"packs of a multiple of {chunks} tokens"
-        return f"a pack of {facts.tokens} tokens does not divide into {chunks} chunks", fits
+        return f"a pack of {model.tokens} tokens does not divide into {chunks} chunks", fits
     return None
 
 

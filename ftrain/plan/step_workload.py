@@ -1,4 +1,4 @@
-"""A user's own step as a search sees it: the facts are read off its graph on one device."""
+"""A user's own step as a search sees it: its `ModelShape` is read off its graph on one device."""
 
 import math
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from ftrain import tree
 from ftrain.analysis.flops import node_flops
 from ftrain.graph.loop import is_loop, loop_body
 from ftrain.graph.sizes import sized
-from ftrain.plan.space import Candidate, Facts
-from ftrain.plan.workload import Trial
+from ftrain.plan.space import Candidate, ModelShape
+from ftrain.plan.workload import WorkloadStep
 from ftrain.sharding.batch import BatchRule, Tokens
 from ftrain.sharding.layout import Layout
 from ftrain.sharding.mesh import Mesh
@@ -28,8 +28,8 @@ _GROUPED = ("ftrain::grouped_mm", "aten::_grouped_mm")
 _CPU = torch.device("cpu")
 
 
-class StepSubject:
-    """A `Subject` of a step of two arguments, state and batch, with the whole model in every trace.
+class StepWorkload:
+    """A `Workload` of a step of two arguments, state and batch, with the whole model in every trace.
 
     `request.arguments`: of the whole mesh; `packs` in the batch; `rules`, `components`: as in `ftrain.sharding.Plan`.
     Each pack is taken to be one document that attends to what came before: packs of short documents take less than
@@ -61,10 +61,10 @@ class StepSubject:
         """None: nothing is known of how the step is built."""
         return MappingProxyType({})
 
-    def make(self, depths: Mapping[str, int], candidate: Candidate) -> Trial:
+    def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
         """The step as it is."""
         step = self._request.step
-        return Trial(
+        return WorkloadStep(
             lambda state, batch: step(state, batch),
             self._state,
             self._batch,
@@ -76,7 +76,7 @@ class StepSubject:
         )
 
     @cached_property
-    def facts(self) -> Facts:
+    def model_shape(self) -> ModelShape:
         """Read off a trace on one device. ValueError if the batch does not divide into its packs."""
         whole = self._tokens()
         if whole % self._packs:
@@ -92,7 +92,7 @@ class StepSubject:
         sizes = [s for s in tree.leaves(self._request.specs) if "expert" in s.axes]
         experts = math.gcd(*(s.shape[s.axes.index("expert")] for s in sizes))
         slots = [sized(n.args[0]).shape[0] for n, _ in nodes if _op(n) in _GROUPED]
-        return Facts(
+        return ModelShape(
             tokens=tokens,
             packs=self._packs,
             layers=max(1, len(heads)),

@@ -1,11 +1,11 @@
-"""What a search needs of an experiment: the facts that decide which layouts are legal, and its step at any depth."""
+"""What a search needs of an experiment: the shape of the model, and its step at any depth."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from ftrain.plan.space import Candidate, Facts
+from ftrain.plan.space import Candidate, ModelShape
 from ftrain.sharding.batch import BatchRule
 from ftrain.sharding.layout import Layout
 from ftrain.sharding.plan import Plan
@@ -13,7 +13,7 @@ from ftrain.trace.precision import Precision
 
 
 @dataclass(frozen=True)
-class Trial:
+class WorkloadStep:
     """A step to lower: `step(state, batch)`, its arguments so called, with abstract `state` and `batch` (of the whole
     mesh), as `ftrain.jit` takes them; `specs` of the parameters; `rules` and `components` of its plan. `init` makes a
     state from a key: only `ftrain plan --check` needs it.
@@ -35,7 +35,7 @@ class Trial:
         return Plan(mesh, candidate.layout, batch=self.rules, components=self.components)
 
 
-class Subject(Protocol):
+class Workload(Protocol):
     """A model and its step, as an experiment's `plan_for_search(tokens=..., packs=...)` returns it.
 
     `stacks`: the number of layers of each stack of equal layers, by name. `make(depths, candidate)`: the step with so
@@ -49,7 +49,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def facts(self) -> Facts:
+    def model_shape(self) -> ModelShape:
         """What decides which layouts are legal."""
         ...
 
@@ -58,6 +58,6 @@ class Subject(Protocol):
         """Layers of each stack."""
         ...
 
-    def make(self, depths: Mapping[str, int], candidate: Candidate) -> Trial:
+    def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
         """The step to lower."""
         ...

@@ -7,7 +7,7 @@ from typing import Any
 from ftrain.remat.policy import Remat
 from ftrain.sharding.plan import Plan
 from ftrain.step.compile import name_of
-from ftrain.step.plan_source import PlanSource, PlanRequest
+from ftrain.step.plan_source import PlanRequest, PlanSource
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options
 
