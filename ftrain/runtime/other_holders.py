@@ -20,7 +20,7 @@ from torch import Tensor
 from ftrain.graph.text import show_bytes
 from ftrain.graph.torch_private import References, references, storage_id, storage_ids, weak_reference
 from ftrain.runtime.argument_memory import ArgumentMemory
-from ftrain.runtime.borrow import Loan
+from ftrain.runtime.borrow import Borrow
 from ftrain.runtime.donation import empty_all_on
 
 Beside = Callable[[int], int | None]
@@ -66,25 +66,25 @@ class OtherHolders:
         inputs: list[Tensor],
         *,
         copies: Collection[int] = (),
-        loans: Iterable[Loan] = (),
+        borrows: Iterable[Borrow] = (),
         beside: Beside = _nothing_beside,
     ) -> list[Tensor]:
         """The inputs, with copies of the donated ones whose memory somebody else holds; warns, once, of these.
 
-        `copies`: slots of inputs that are copies already; `loans`: of leaves that are read at the moment.
+        `copies`: slots of inputs that are copies already; `borrows`: of leaves that are read at the moment.
         """
         at = [i for i, slot in enumerate(self._slots) if slot not in copies]
         foreign = {i for i in at if self._is_foreign(inputs[self._slots[i]], i) or beside(self._slots[i]) is None}
         candidates = [i for i in at if i not in foreign]
-        held = self._held(inputs, candidates, loans, beside)
+        held = self._held(inputs, candidates, borrows, beside)
         if held and empty_all_on(set(storage_ids([inputs[self._slots[i]] for i in held]))):
             self.old_are_kept = True
-            held = self._held(inputs, held, loans, beside)
+            held = self._held(inputs, held, borrows, beside)
         if held and not self._warned:
             self._warned = True
             self._warn([self._slots[i] for i in held], inputs)
         if not foreign and not held:
-            if len(at) == len(self._slots) and not [*loans]:
+            if len(at) == len(self._slots) and not [*borrows]:
                 self._learn(inputs, beside)
             return inputs
         copied = {self._slots[i] for i in (*foreign, *held)}
@@ -96,21 +96,23 @@ class OtherHolders:
             return False
         return not x.untyped_storage().resizable() or x._base is not None
 
-    def _held(self, inputs: Sequence[Tensor], at: Sequence[int], loans: Iterable[Loan], beside: Beside) -> list[int]:
+    def _held(
+        self, inputs: Sequence[Tensor], at: Sequence[int], borrows: Iterable[Borrow], beside: Beside
+    ) -> list[int]:
         tensors = [inputs[self._slots[i]] for i in at]
         with ExitStack() as stack:
-            read = [storage_id(x) for loan in set(loans) for x in stack.enter_context(loan.as_it_is())]
+            read = [storage_id(x) for borrow in set(borrows) for x in stack.enter_context(borrow.held_open())]
             found = references(tensors)[1]
         expected = self._expected_of(inputs, at, beside)
-        by_loans = dict.fromkeys(read, 0)
+        by_borrows = dict.fromkeys(read, 0)
         for memory in read:
-            by_loans[memory] += 1
+            by_borrows[memory] += 1
         return [
             i
             for i, x, here, alone in zip(
                 at, tensors, zip(*found, strict=True), zip(*expected, strict=True), strict=True
             )
-            if (here[0] - by_loans.get(storage_id(x), 0), *here[1:]) != alone
+            if (here[0] - by_borrows.get(storage_id(x), 0), *here[1:]) != alone
         ]
 
     def _expected_of(self, inputs: Sequence[Tensor], at: Sequence[int], beside: Beside) -> References:

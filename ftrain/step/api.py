@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.remat.policy import Remat
-from ftrain.runtime.borrow import taken_back
+from ftrain.runtime.borrow import plain_leaves
 from ftrain.runtime.execute import require_backend
 from ftrain.sharding.plan import Plan
 from ftrain.step.artifact import Compiled
@@ -110,11 +110,11 @@ class Step:
     def _run(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None, around: tuple) -> Any:
         """A call whose arguments need a closer look."""
         runner = self._traces.latest
-        with taken_back(leaves) as loans:
+        with plain_leaves(leaves) as borrows:
             matches = runner is not None and sharded is None
             if runner is None or not matches or not runner.compiled.signature.matches(leaves, treedef, around):
                 runner = self._traces.latest = self._traces.find(args, leaves, treedef, sharded)
-            runner.expect(loans)
+            runner.wait_for(borrows)
             return runner.run(leaves) if sharded is None else sharded.run(runner, leaves, treedef)
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:

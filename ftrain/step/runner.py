@@ -13,7 +13,7 @@ from ftrain.graph.loop import copy_graph
 from ftrain.graph.writes import written_inputs
 from ftrain.report.out_of_memory import explained, is_out_of_memory
 from ftrain.runtime.argument_memory import ArgumentMemory
-from ftrain.runtime.borrow import Fence, Loan
+from ftrain.runtime.borrow import Borrow, Fence
 from ftrain.runtime.donation import empty, give_away
 from ftrain.runtime.errors import name_line
 from ftrain.runtime.execute import Program, compile_graph, waiting
@@ -36,21 +36,21 @@ class Runner:
         self._running: fx.GraphModule | None = None
         self._wants_gradients = False
         self._fence = Fence()
-        self._loans: list[Loan] = []
+        self._borrows: list[Borrow] = []
         self._arguments: ArgumentMemory | None = None
 
-    def expect(self, loans: Mapping[int, Loan]) -> None:
+    def wait_for(self, borrows: Mapping[int, Borrow]) -> None:
         """Of the leaves of the next call these are still read by somebody: by their positions in its arguments.
 
         The program waits for those that it writes over, before its first write; the others are waited for here.
         """
-        if loans:
+        if borrows:
             donated = set(self.compiled.donated_leaves)
-            for slot, loan in loans.items():
+            for slot, borrow in borrows.items():
                 if slot not in donated:
-                    loan.wait()
-            self._loans = [loan for slot, loan in loans.items() if slot in donated]
-            self._fence.expect(self._loans)
+                    borrow.wait()
+            self._borrows = [borrow for slot, borrow in borrows.items() if slot in donated]
+            self._fence.add(self._borrows)
 
     def run(self, leaves: list[Any], *, known: bool = False) -> Any:
         """Run on the flat leaves of real arguments and return the result's tree; `known`: the signature has matched
@@ -107,10 +107,10 @@ class Runner:
 
     def _apart(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
         """The graph's inputs, of which the donated lie in memory that nobody else holds."""
-        loans, self._loans = self._loans, []
+        borrows, self._borrows = self._borrows, []
         inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
         copies = {slot for slot in self.compiled.donation.slots if inputs[slot] is not tensors[slot]}
-        return self._holders.apart(inputs, copies=copies, loans=loans, beside=beside)
+        return self._holders.apart(inputs, copies=copies, borrows=borrows, beside=beside)
 
     def _start(self, tensors: list[Any]) -> Program:
         for path, leaf in zip(self.compiled.traced.input_paths, tensors, strict=True):
