@@ -100,9 +100,9 @@ class Step:
         leaves, treedef = tree.flatten(args)
         runner, around = self._traces.latest, self._traces.around()
         if runner is not None and sharded is None and runner.compiled.signature.matches_fast(leaves, treedef, around):
-            return runner.run(leaves, known=True)
+            return runner.run(leaves, guard_passed=True)
         if runner is not None and sharded is not None:
-            inputs = sharded.known(runner, leaves, treedef, around)
+            inputs = sharded.matches_fast(runner, leaves, treedef, around)
             if inputs is not None:
                 return sharded.run(runner, leaves, treedef, inputs)
         return self._run(args, leaves, treedef, sharded, around)

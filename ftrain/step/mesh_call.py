@@ -51,11 +51,11 @@ class MeshCall:
     def learn(self, leaves: Sequence[Any], treedef: Any, inputs: Sequence[Any]) -> None:
         """Arguments like these are run: `inputs` of the rank's graph, its coordinates last."""
         divided = [i for i, leaf in enumerate(leaves) if type(leaf) is DTensor]
-        known = all(leaves[i].__dict__.get(PIECE) is inputs[i] for i in divided)
-        self._treedef, self._divided = treedef if known else None, divided
+        reusable = all(leaves[i].__dict__.get(PIECE) is inputs[i] for i in divided)
+        self._treedef, self._divided = treedef if reusable else None, divided
         self._specs = [spec_of(leaves[i]) for i in divided]
         self._spares.clear()
-        if known:
+        if reusable:
             signature = self._compiled.signature
             signature.learn(signature.tensors(list(inputs)))
 
@@ -90,9 +90,9 @@ class MeshCall:
                 continue
             new, spares[at] = spares.get(at), old
             local = local_of(old)
-            _spoil(old, path)
+            _invalidate(old, path)
             if getrefcount(local) > 2:
-                local = _spoiled(local, path)
+                local = _invalidated(local, path)
             # held by this variable and the argument alone, and without attributes of the user's
             if new is None or getrefcount(new) > 2 or len(new.__dict__) > 1:
                 new = dtensor_like(local, spec_of(old))
@@ -106,14 +106,14 @@ class MeshCall:
     def _renewed(self, leaf: Any, piece: Tensor, path: str, placement: Placement) -> Tensor:
         """The new value of a leaf that is whole, or whose piece is no memory of ours."""
         if type(leaf) is DTensor:
-            _spoiled(local_of(leaf), path)
-            _spoil(leaf, path)
+            _invalidated(local_of(leaf), path)
+            _invalidate(leaf, path)
             return self._wrap(piece, placement)
         (fresh,) = give_away([leaf], [path])
         return fresh if piece is leaf else piece
 
 
-def _spoil(array: DTensor, path: str) -> None:
+def _invalidate(array: DTensor, path: str) -> None:
     """Take its memory from a DTensor, and make every use of it an error."""
     set_local(array, _NOTHING)
     array.__dict__.pop(PIECE, None)
@@ -121,7 +121,7 @@ def _spoil(array: DTensor, path: str) -> None:
     array.__class__ = DonatedDTensor
 
 
-def _spoiled(local: Tensor, path: str) -> Tensor:
+def _invalidated(local: Tensor, path: str) -> Tensor:
     """Spoil what `to_local` has handed out, and return another tensor on its memory."""
     (fresh,) = give_away([local], [path])
     return fresh

@@ -52,18 +52,18 @@ class Runner:
             self._borrows = [borrow for slot, borrow in borrows.items() if slot in donated]
             self._fence.add(self._borrows)
 
-    def run(self, leaves: list[Any], *, known: bool = False) -> Any:
-        """Run on the flat leaves of real arguments and return the result's tree; `known`: the signature has matched
+    def run(self, leaves: list[Any], *, guard_passed: bool = False) -> Any:
+        """Run on the flat leaves of real arguments and return the result's tree; `guard_passed`: the signature has matched
         them fast.
         """
         signature = self.compiled.signature
         tensors = signature.tensors(leaves)
-        if not known:
+        if not guard_passed:
             self._wants_gradients = any(getattr(x, "requires_grad", False) for x in tensors)
             if self._program is not None:
                 signature.learn(tensors)
-        inputs, outputs = self.run_flat(tensors, contiguous=known)
-        results = self._with_donated(tensors, inputs, outputs, known=known)
+        inputs, outputs = self.run_flat(tensors, guard_passed=guard_passed)
+        results = self._with_donated(tensors, inputs, outputs, guard_passed=guard_passed)
         if self._wants_gradients and torch.is_grad_enabled():
             results = self._refusing(results)
         return self.compiled.traced.assemble(results)
@@ -75,18 +75,18 @@ class Runner:
         return [x if i in kept else next(others) for i, x in enumerate(results)]
 
     def run_flat(
-        self, tensors: list[Tensor], *, contiguous: bool = False, beside: Beside = lambda _: 0
+        self, tensors: list[Tensor], *, guard_passed: bool = False, beside: Beside = lambda _: 0
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run on the tensors of real arguments. Returns the graph's inputs, of which the donated hold new values then
         (copies where the tensors were not contiguous, or somebody else holds their memory), and its outputs: the
         results that are not donated.
 
-        `contiguous`: the tensors are known to be; `beside`: see `OtherHolders`.
+        `guard_passed`: the guard has matched these tensors, so all are contiguous; `beside`: see `OtherHolders`.
         """
         donation = self.compiled.donation
         if self._program is None:
             self._program = self._start(tensors)
-        contiguous = contiguous or all(map(Tensor.is_contiguous, tensors))
+        contiguous = guard_passed or all(map(Tensor.is_contiguous, tensors))
         inputs = tensors
         if donation.outputs and not (contiguous and self._holders.none(tensors)):
             self._shared_memory.require_none(tensors, contiguous=contiguous)
@@ -134,14 +134,14 @@ class Runner:
         self.compiled.forget_forms()
 
     def _with_donated(
-        self, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], *, known: bool
+        self, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], *, guard_passed: bool
     ) -> list[Tensor]:
         donation = self.compiled.donation
         if not donation.outputs:
             return outputs
         slots = donation.slots
         fresh = give_away([tensors[slot] for slot in slots], donation.paths)
-        if not known or self._holders.old_are_kept:
+        if not guard_passed or self._holders.old_are_kept:
             empty(tensors[slot] for slot in slots if inputs[slot] is tensors[slot])
         if inputs is not tensors:
             fresh = [x if inputs[slot] is tensors[slot] else inputs[slot] for slot, x in zip(slots, fresh, strict=True)]

@@ -77,9 +77,9 @@ class ShardedStep:
             for path, leaf in zip(paths, tree.leaves(own), strict=True):
                 if isinstance(leaf, Tensor):
                     batch = self.arguments.in_batch(path)
-                    known = not batch and self.placements.parameter(path) is not None
+                    is_parameter = not batch and self.placements.parameter(path) is not None
                     spread = self.arguments.spread(path, leaf, trace.spreads)
-                    trace.note_input(leaf, path, spread, parameter=known, batch=batch)
+                    trace.note_input(leaf, path, spread, parameter=is_parameter, batch=batch)
             everywhere = self.arguments.spread(COORDINATES, coordinates_3, trace.spreads)
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             trace.note_coordinates(coordinates_3)
@@ -141,20 +141,20 @@ class ShardedStep:
             )
         return placement
 
-    def known(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
+    def matches_fast(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
         """The inputs of this process's graph, if the arguments are like those of the last call; None otherwise."""
         call = self._calls.get(runner)
         return None if call is None else call.inputs(leaves, treedef, around)
 
     def run(self, runner: Runner, leaves: list[Any], treedef: Any, inputs: list[Any] | None = None) -> Any:
-        """Run the compiled step on the leaves of a call's arguments; `inputs`: what `known` said."""
+        """Run the compiled step on the leaves of a call's arguments; `inputs`: what `matches_fast` returned."""
         kind = self.plan.mesh.kind
         if kind == "fake":
             raise ValueError("a fake mesh has shapes only: lower the step, or run it on a virtual or process mesh")
         if kind == "virtual":
             return runner.compiled.traced.assemble(self._run_virtual(runner, leaves))
         if inputs is not None:
-            return self._run_process(runner, leaves, inputs, contiguous=True)
+            return self._run_process(runner, leaves, inputs, guard_passed=True)
         inputs = self.flat_inputs(runner, leaves)
         self._calls[runner].learn(leaves, treedef, inputs)
         return self._run_process(runner, leaves, inputs)
@@ -183,7 +183,7 @@ class ShardedStep:
             self._calls[runner] = MeshCall(compiled, self.arrays.wrap, inputs[-1])
         return inputs
 
-    def _run_process(self, runner: Runner, leaves: list[Any], inputs: list[Any], *, contiguous: bool = False) -> Any:
+    def _run_process(self, runner: Runner, leaves: list[Any], inputs: list[Any], *, guard_passed: bool = False) -> Any:
         compiled = runner.compiled
         if runner not in self._compared and self.plan.mesh.size > 1:
             self._compared.add(runner)
@@ -191,7 +191,7 @@ class ShardedStep:
         with naming_lost_ranks(lambda: runner.running, self._heartbeat):
             tensors, places = compiled.signature.tensors(inputs), compiled.signature.slots
             used, outputs = runner.run_flat(
-                tensors, contiguous=contiguous, beside=lambda slot: _references(leaves[places[slot]], tensors[slot])
+                tensors, guard_passed=guard_passed, beside=lambda slot: _references(leaves[places[slot]], tensors[slot])
             )
         results = self._calls[runner].results(leaves, used, outputs)
         return compiled.traced.assemble(results)
