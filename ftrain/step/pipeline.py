@@ -32,7 +32,7 @@ from ftrain.passes.fuse import fuse_runs
 from ftrain.passes.join_waits import join_waits
 from ftrain.passes.overlap import overlap
 from ftrain.passes.paths import spread_paths
-from ftrain.passes.reinplace import use_twins
+from ftrain.passes.reinplace import reinplace
 from ftrain.passes.reuse import reuse_memory
 from ftrain.passes.sink_gathers import gather_chains, sink_gathers
 from ftrain.remat.fit import fit
@@ -239,7 +239,7 @@ HIDDEN = (Pass("overlap", _overlap, when=lambda s: s.mesh is not None and s.hide
 DONATED = (Pass("donate", lambda m, s: donate(m, dict(s.donated)), needed=True),)
 FUSED = (Pass("fuse_runs", _each(fuse_runs), when=_compiles, bodies=True),)
 EXECUTED = (
-    Pass("use_twins", _each(use_twins), bodies=True),
+    Pass("reinplace", _each(reinplace), bodies=True),
     *FUSED,
     Pass("write_in_place", _each(write_in_place), bodies=True),
     Pass("carry_in_place", _each(carry_in_place), bodies=True),

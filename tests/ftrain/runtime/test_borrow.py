@@ -1,4 +1,4 @@
-"""Borrowed leaves: eager code waits for the reader, a jitted step reads at once and writes when the borrow has ended."""
+"""Borrowed leaves: eager code waits for the reader, a jitted step reads at once and waits before it writes."""
 
 import threading
 import time

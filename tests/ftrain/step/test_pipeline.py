@@ -100,7 +100,7 @@ def test_a_pass_is_left_out_by_name(monkeypatch):
     step = ftrain.jit(momentum_step(stack_loss), donate="state")
     args = momentum_state(stack_params()), stack_batch(8)
     usual = step.lower(*args)
-    monkeypatch.setenv(DISABLE, "update_early, use_twins,write_in_place,reuse_memory")
+    monkeypatch.setenv(DISABLE, "update_early, reinplace,write_in_place,reuse_memory")
     without = ftrain.jit(momentum_step(stack_loss), donate="state").lower(*args)
     assert {r.name for r in usual.passes} - {r.name for r in without.passes} == {"update_early"}
     assert without.memory().peak > usual.memory().peak
