@@ -56,9 +56,9 @@ def check_passes(step: Step | Callable, *args: Any) -> list[PassCheck]:
     if mesh is not None and mesh.kind == "process":
         raise ValueError(f"passes are not checked on a mesh of processes: take Mesh({mesh}, kind='virtual')")
     watch = _Watch(compiled, step.rank_inputs(*args))
-    again = compiled.again(observe=watch.look)
-    setting = replace(again.setting, backend="aten")
-    run_passes(copy_graph(again.graph), INTERPRETED, setting, observe=watch.look)
+    recompiled = compiled.recompile(observe=watch.look)
+    setting = replace(recompiled.setting, backend="aten")
+    run_passes(copy_graph(recompiled.graph), INTERPRETED, setting, observe=watch.look)
     return watch.found
 
 

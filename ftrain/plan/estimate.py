@@ -78,19 +78,21 @@ def weights_on(kinds: Sequence[Kind], plan: Plan) -> Weights:
 def estimate(candidate: Candidate, weights: Weights, model: ModelShape, cluster: Cluster) -> Estimate:
     """Seconds and bytes of a layout, roughly."""
     mesh, micro = candidate.mesh(), candidate.micro_batches
-    again = _made_again(candidate.remat)
+    recomputed = _recomputed_share(candidate.remat)
     tokens = candidate.local_tokens(model)
     shares = cluster.efficiency
     attention = model.attention_flops / (2 if model.causal else 1)
     products = model.weight_flops / shares.matmul + attention / shares.attention
-    compute = tokens * products * (1 + again / 3) / cluster.bf16
+    compute = tokens * products * (1 + recomputed / 3) / cluster.bf16
     parameters = 1e-6 * sum(n * _parameter_microseconds(p, mesh, cluster) for p, n in weights.placements)
-    exchanges = 1e-6 * model.layers * (1 + again / 2) * _layer_microseconds(candidate, mesh, tokens, model, cluster)
+    exchanges = (
+        1e-6 * model.layers * (1 + recomputed / 2) * _layer_microseconds(candidate, mesh, tokens, model, cluster)
+    )
     seconds = micro * (max(compute, parameters) + exchanges)
     return Estimate(seconds, weights.state + _kept(candidate, tokens, model, micro, weights))
 
 
-def _made_again(remat: str | float) -> float:
+def _recomputed_share(remat: str | float) -> float:
     """The share of the forward that is computed twice."""
     if isinstance(remat, str):
         return 0.0 if remat == "none" else 1.0

@@ -82,9 +82,9 @@ class Recomputable:
             node = nodes[i]
             tilt = 1 + _TILT * depth[layer_of_node(node)]
             size = self._bytes_to_keep(node, held)
-            again = None if self._stays(node) else self.microseconds[i] * tilt
+            recompute = None if self._stays(node) else self.microseconds[i] * tilt
             reads = tuple(place[index[p]] for p in node.all_input_nodes if index[p] in place)
-            items.append(Item(reads, 0 if size is None and again is None else size, again))
+            items.append(Item(reads, 0 if size is None and recompute is None else size, recompute))
         wanted = [place[index[p]] for n in nodes if not is_forward(n) for p in n.all_input_nodes if index[p] in place]
         return numbers, items, sorted(set(wanted))
 

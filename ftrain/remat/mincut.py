@@ -57,11 +57,11 @@ def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: flo
     edges: dict[tuple[int, int], float] = {(0, have(v)): np.inf for v in wanted}
     for v, item in enumerate(items):
         keep = item.keeps_for(us_per_mb)
-        again = np.inf if item.microseconds is None else item.microseconds
-        if np.isinf(keep) and np.isinf(again):
+        recompute = np.inf if item.microseconds is None else item.microseconds
+        if np.isinf(keep) and np.isinf(recompute):
             raise ValueError(f"item {v} can neither be kept nor recomputed")
         edges[have(v), make(v)] = keep
-        edges[make(v), 1] = again
+        edges[make(v), 1] = recompute
         for u in item.reads:
             edges[make(v), have(u)] = np.inf
     reached = _source_side(edges, 2 + 2 * len(items))

@@ -87,9 +87,9 @@ class Planner:
         if self.offloads is not None and may_go:
             away = {v: self.offloads.price_alone(v) for v in may_go}
             items = [replace(i, away=away.get(v)) for v, i in zip(numbers, items, strict=True)]
-        kept, again = cheapest_kept(items, wanted, us_per_mb)
+        kept, recomputed = cheapest_kept(items, wanted, us_per_mb)
         offloaded = {self._token(numbers[v]) for v in kept if items[v].is_offloaded(us_per_mb)}
-        return self._priced(frozenset({numbers[v] for v in again} | offloaded))
+        return self._priced(frozenset({numbers[v] for v in recomputed} | offloaded))
 
     def within(self, peak: int) -> Choice:
         """The cheapest choice found whose simulated peak is at most `peak`; ValueError names the smallest possible."""
@@ -193,11 +193,11 @@ class Planner:
         wanted = frozenset({v for v in recomputed if v < count} - offloaded | views)
         needed = self.offloads.needed(offloaded, wanted)
         used = _read_by_recompute(self.model.steps, wanted)
-        again = sum(self.choices.microseconds[v] for v in sorted(used))
+        microseconds = sum(self.choices.microseconds[v] for v in sorted(used))
         tokens = used | {self._token(v) for v in needed}
 
         def choice(table: CopySchedule) -> Choice:
-            return Choice(tokens, self.model.peak(used, table.places)[0], again + table.total, table)
+            return Choice(tokens, self.model.peak(used, table.places)[0], microseconds + table.total, table)
 
         found = choice(self.offloads.schedule(needed))
         if within is None or found.peak <= within:

@@ -180,10 +180,10 @@ def recomputed_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
     recomputed = set()
     for node in forward:
         choice = remat.choice_at(node.meta.get("path") or "")
-        again = remat.policy != "none" and not _is_kept(node, layer_of, remat.policy)
+        by_policy = remat.policy != "none" and not _is_kept(node, layer_of, remat.policy)
         if must_keep(node) or choice in ("keep", "offload"):
             continue
-        if again or choice == "recompute":
+        if by_policy or choice == "recompute":
             recomputed.add(node)
     return recomputed
 

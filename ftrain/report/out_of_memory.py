@@ -95,7 +95,7 @@ def _offers(step: StepData, held: int) -> list[str]:
         return [f"  not known: the device is too full to measure what recompute costs ({second})"]
     before = _microseconds(step.graph, times)
     try:
-        step.again(Remat(budget=1))
+        step.recompile(Remat(budget=1))
     except ImpossibleBudget as refusal:
         smallest, why = refusal.smallest, str(refusal)
     if smallest >= held:
@@ -103,7 +103,7 @@ def _offers(step: StepData, held: int) -> list[str]:
     lines = []
     for share in _SHARES:
         budget = smallest + int(share * (held - smallest))
-        more = _microseconds(step.again(Remat(budget=budget)).graph, times) - before
+        more = _microseconds(step.recompile(Remat(budget=budget)).graph, times) - before
         lines.append(
             f"  Remat(budget={budget}) = {show_bytes(budget)}: {more / 1e3:+.1f} ms a step ({more / before:+.1%})"
         )

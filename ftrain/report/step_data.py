@@ -16,7 +16,7 @@ from ftrain.trace.tracer import Traced
 class StepData:
     """`graph`: after the passes; `executed`: as it runs on `device` under `backend`. `written`: how many leaves of the
     arguments the new state is written over. `alone`: False on one of several processes. `seconds_to_compile`: of
-    tracing and planning. `again(remat)`: of the same step with another choice of what to recompute.
+    tracing and planning. `recompile(remat)`: of the same step with another choice of what to recompute.
     """
 
     name: str
@@ -29,7 +29,7 @@ class StepData:
     device: torch.device
     alone: bool
     seconds_to_compile: float
-    again: Callable[[Remat], "StepData"]
+    recompile: Callable[[Remat], "StepData"]
 
 
 class Described(Protocol):

@@ -52,7 +52,7 @@ def recompute_sections(step: StepData) -> list[tuple[str, str]]:
     found = decisions(step.graph)
     if not found:
         return []
-    before = step.again(Remat("none")).executed
+    before = step.recompile(Remat("none")).executed
     rows: list[list[Cell]] = [
         [
             r.decision,

@@ -31,7 +31,7 @@ class Compiled:
 
     `graph`: after all passes but those that bring it to the form that runs (see `executed`). `setting`: what the passes
     were told. `signature`: the arguments it is for. `donation`: the leaves that the new state is written over.
-    `placements`: on a mesh, where the pieces of each result are. `passes`: what each did. `again(remat=...,
+    `placements`: on a mesh, where the pieces of each result are. `passes`: what each did. `recompile(remat=...,
     observe=...)`: the same step made ready again.
     """
 
@@ -44,7 +44,7 @@ class Compiled:
     placements: Sequence[Placement]
     passes: Sequence[PassRun]
     seconds_to_compile: float
-    again: Callable[..., "Compiled"] = field(repr=False)
+    recompile: Callable[..., "Compiled"] = field(repr=False)
     _forms: dict[str, fx.GraphModule] = field(default_factory=dict, repr=False)
 
     @property
@@ -107,7 +107,7 @@ class Compiled:
             device=self.setting.device,
             alone=mesh is None or mesh.kind != "process" or mesh.size == 1,
             seconds_to_compile=self.seconds_to_compile,
-            again=lambda remat: self.again(remat=remat).data(),
+            recompile=lambda remat: self.recompile(remat=remat).data(),
         )
 
     def schedule(self, link: Link | None = None) -> Schedule:

@@ -46,7 +46,7 @@ def compile_step(
     `ftrain.step.pipeline`.
     """
     started = time.perf_counter()
-    again = partial(
+    recompile = partial(
         compile_step, fn, tree.map(_abstract, args), names, donate=donate, backend=backend, remat=remat,
         precision=precision, around=around, mesh=mesh, settle=settle, link=link, hide_communication=hide_communication,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def compile_step(
         placements=placements,
         passes=runs,
         seconds_to_compile=time.perf_counter() - started,
-        again=again,
+        recompile=recompile,
     )
 
 

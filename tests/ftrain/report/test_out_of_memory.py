@@ -74,7 +74,7 @@ def test_the_plan_can_be_asked_before():
     assert len(budgets) == 3
     for budget in budgets:
         assert budget < compiled.memory().total
-        assert compiled.again(remat=ftrain.Remat(budget=budget)).memory().total <= budget
+        assert compiled.recompile(remat=ftrain.Remat(budget=budget)).memory().total <= budget
 
 
 def test_what_no_budget_can_free_is_said():
