@@ -18,7 +18,7 @@ from ftrain.analysis.cluster import Cluster, cluster
 from ftrain.analysis.op_times import read_times
 from ftrain.plan.check import check_best, processes
 from ftrain.plan.file import PlanFile
-from ftrain.plan.local_machine import is_first, of_first
+from ftrain.plan.local_machine import from_rank_zero, is_first
 from ftrain.plan.page import write_page
 from ftrain.plan.search import Options, search
 from ftrain.plan.space import Space, divisors
@@ -80,7 +80,7 @@ def _run(options: PlanOptions) -> int:
     load = partial(load_workload, options.experiment, tokens, packs, options.size)
     workload, machine = load(), _machine(options)
     say = partial(console.print, style="dim")
-    result = of_first(lambda: search(workload, options.gpus, machine, _options_of(options), load=load, say=say))
+    result = from_rank_zero(lambda: search(workload, options.gpus, machine, _options_of(options), load=load, say=say))
     title = f"{workload.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
     print_result(result, title=title, console=console)
     if options.html is not None and is_first():

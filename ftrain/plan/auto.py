@@ -9,7 +9,7 @@ from typing import Any
 from ftrain.analysis.cluster import Cluster
 from ftrain.graph.text import show_bytes
 from ftrain.plan.file import PlanFile, load_plan
-from ftrain.plan.local_machine import of_first, this_device, this_machine, world_size
+from ftrain.plan.local_machine import from_rank_zero, local_cluster, local_device, world_size
 from ftrain.plan.search import Options, search
 from ftrain.plan.space import Space, grouped
 from ftrain.plan.step_workload import StepWorkload
@@ -71,11 +71,13 @@ class AutoPlan:
                 "step is used, with those of the whole mesh (ftrain.Aval or meta tensors will do)"
             )
         workload = StepWorkload(request, packs=self.packs or ranks, rules=self.batch, components=self.components)
-        found = search_here(workload, ranks, memory=self.memory, options=self.options)
+        found = search_local_machine(workload, ranks, memory=self.memory, options=self.options)
         return choice_of(found, self.kind, specs=request.specs, source="plan='auto'")
 
 
-def search_here(workload: Workload, ranks: int, *, memory: int | str = "95%", options: Options = _START_UP) -> PlanFile:
+def search_local_machine(
+    workload: Workload, ranks: int, *, memory: int | str = "95%", options: Options = _START_UP
+) -> PlanFile:
     """The best layout of a workload's step on the devices at hand; in a run of several processes all get rank 0's.
 
     ValueError if none fits into `memory`.
@@ -83,9 +85,9 @@ def search_here(workload: Workload, ranks: int, *, memory: int | str = "95%", op
     budget = parse_budget(memory)
     if isinstance(budget, str):
         raise ValueError(f"memory={memory!r}: give bytes, '60GiB' or '70%'")
-    machine = this_machine(this_device(), memory=None if isinstance(budget, float) else float(budget))
+    machine = local_cluster(local_device(), memory=None if isinstance(budget, float) else float(budget))
     limited = replace(options, memory=budget if isinstance(budget, float) else 1.0)
-    return of_first(lambda: _best(workload, ranks, machine, limited))
+    return from_rank_zero(lambda: _best(workload, ranks, machine, limited))
 
 
 def require_ranks(found: PlanFile, file: str | Path, kind: Kind) -> None:

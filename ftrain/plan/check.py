@@ -23,7 +23,7 @@ from ftrain.analysis.meter import measure_peak
 from ftrain.analysis.op_times import speed_of
 from ftrain.kernels.random import key
 from ftrain.plan.cost import Price, price
-from ftrain.plan.local_machine import this_device, this_machine, world_size
+from ftrain.plan.local_machine import local_cluster, local_device, world_size
 from ftrain.plan.space import Candidate
 from ftrain.plan.workload import Workload
 from ftrain.profile.nodes import profile_nodes
@@ -58,7 +58,7 @@ def check_best(prices: Sequence[Price], workload: Workload, *, console: Console)
                 f"{p.candidate.ranks}: search with --gpus {world}, or start {p.candidate.ranks} with torchrun "
                 f"(torchrun --nproc-per-node {p.candidate.ranks} -m ftrain.cli.main plan ...)"
             )
-    device = this_device()
+    device = local_device()
     found = [check(p.candidate, workload, device) for p in prices]
     console.print(table_of(found, speed_of(device).name))
     return found
@@ -110,7 +110,7 @@ def check(candidate: Candidate, workload: Workload, device: torch.device) -> Che
     state = step.init(work.init, key(0, device=device))
     batch = step.share(tree.map(lambda a: torch.zeros(a.shape, dtype=a.dtype, device=device), work.batch))
     profile_nodes(step, state, batch, repeats=2, remember=True)
-    predicted = price(workload, candidate, this_machine(device))
+    predicted = price(workload, candidate, local_cluster(device))
     seconds, peak = measured(step, state, batch, device)
     return Checked(candidate, predicted.seconds, _most(seconds), predicted.peak, _most(peak))
 

@@ -38,7 +38,7 @@ class ClusterLinks:
         return self.names[span.nodes > 1], collective_microseconds(node, self.mesh, self.cluster)
 
 
-def run_on_paper(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, cluster: Cluster) -> Tally:
+def simulate_on_cluster(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, cluster: Cluster) -> Tally:
     """What a graph comes to on a cluster in the order that it has."""
     return simulate(module, Costs.of(module, times, ClusterLinks(mesh, cluster))).tally
 

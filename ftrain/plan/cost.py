@@ -15,9 +15,9 @@ from ftrain.analysis.communication import bytes_moved
 from ftrain.analysis.device_ops import workspace_on
 from ftrain.analysis.liveness import input_bytes
 from ftrain.analysis.simulate import Tally
-from ftrain.plan.cluster_links import filled_sends, run_on_paper
+from ftrain.plan.cluster_links import filled_sends, simulate_on_cluster
 from ftrain.plan.contributors import Contributor, contributors
-from ftrain.plan.liveness_by_region import Moment, moments_of
+from ftrain.plan.liveness_by_region import Region, peak_by_region
 from ftrain.plan.lowering import Draft, draft
 from ftrain.plan.space import Candidate, ModelShape
 from ftrain.plan.workload import Workload
@@ -30,15 +30,15 @@ FEW = 2  # layers: with fewer the first and the last would be one
 @dataclass(frozen=True)
 class Terms:
     """What was counted in one graph: times, bytes sent by purpose, bytes of the arguments, and the most bytes alive
-    beyond them at each kind of moment, without (`plain`) and with (`moments`) communication hidden behind compute;
+    beyond them at each kind of moment, without (`plain`) and with (`peaks`) communication hidden behind compute;
     `ops`: microseconds of each kind of op.
     """
 
     tally: Tally
     sent: Mapping[str, float]
     inputs: float
-    plain: Mapping[Moment, float]
-    moments: Mapping[Moment, float]
+    plain: Mapping[Region, float]
+    peaks: Mapping[Region, float]
     ops: Mapping[Contributor, float] = field(default_factory=dict)
 
 
@@ -140,20 +140,20 @@ def _draft(workload: Workload, depths: Mapping[str, int], candidate: Candidate, 
 
 def plain_terms(draft: Draft) -> Terms:
     """Memory alone, without communication hidden."""
-    plain = moments_of(draft.plain, workspace=workspace_on(draft.cluster.device_type))
+    plain = peak_by_region(draft.plain, workspace=workspace_on(draft.cluster.device_type))
     return Terms(Tally(0.0, 0.0, 0.0, 0.0), {}, input_bytes(draft.plain), plain, plain)
 
 
 def count(draft: Draft, *, spare: float | None) -> Terms:
     """Hide the communication of a step with so many bytes to spare, and count."""
     lowered, cluster = draft.hide(spare=spare), draft.cluster
-    tally = run_on_paper(lowered.ordered, lowered.mesh, times=lowered.times, cluster=cluster)
+    tally = simulate_on_cluster(lowered.ordered, lowered.mesh, times=lowered.times, cluster=cluster)
     sent: dict[str, float] = dict(bytes_moved(lowered.ordered, lowered.mesh, count=filled_sends))
     workspace = workspace_on(cluster.device_type)
-    moments = moments_of(lowered.final, workspace=workspace)
-    plain = moments if lowered.final is lowered.plain else moments_of(lowered.plain, workspace=workspace)
+    peaks = peak_by_region(lowered.final, workspace=workspace)
+    plain = peaks if lowered.final is lowered.plain else peak_by_region(lowered.plain, workspace=workspace)
     ops = contributors(lowered.ordered, lowered.times)
-    return Terms(tally, sent, input_bytes(lowered.plain), plain, moments, ops)
+    return Terms(tally, sent, input_bytes(lowered.plain), plain, peaks, ops)
 
 
 def extend(whole: Terms, layer: Layer, layers: int) -> Terms:
@@ -180,11 +180,11 @@ def extend(whole: Terms, layer: Layer, layers: int) -> Terms:
     plain = {k: line(w, base.plain.get(k, 0.0), more.plain.get(k, 0.0)) for k, w in whole.plain.items()
              if (k in base.plain) == (k in more.plain)}  # fmt: skip
     ahead = {
-        k: max((t.moments[k] - t.plain[k] for t in (whole, more) if k in t.moments and k in t.plain), default=0.0)
+        k: max((t.peaks[k] - t.plain[k] for t in (whole, more) if k in t.peaks and k in t.plain), default=0.0)
         for k in plain
     }
-    moments = {k: plain[k] + ahead[k] for k in plain}
-    return Terms(tally, sent, line(whole.inputs, base.inputs, more.inputs), plain, moments, ops)
+    peaks = {k: plain[k] + ahead[k] for k in plain}
+    return Terms(tally, sent, line(whole.inputs, base.inputs, more.inputs), plain, peaks, ops)
 
 
 def priced(whole: Terms, candidate: Candidate, model: ModelShape, cluster: Cluster) -> Price:
@@ -211,4 +211,4 @@ def priced(whole: Terms, candidate: Candidate, model: ModelShape, cluster: Clust
 
 def _most(terms: Terms) -> float:
     """Bytes beyond the arguments at the peak."""
-    return max((*terms.plain.values(), *terms.moments.values()), default=0.0)
+    return max((*terms.plain.values(), *terms.peaks.values()), default=0.0)

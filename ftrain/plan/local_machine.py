@@ -23,14 +23,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def this_device() -> torch.device:
+def local_device() -> torch.device:
     """The accelerator of this process, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def this_machine(device: torch.device, *, memory: float | None = None) -> Cluster:
+def local_cluster(device: torch.device, *, memory: float | None = None) -> Cluster:
     """The device at hand as a cluster of one node, by measured peaks, of which large ops are taken to reach most.
 
     `memory`: bytes of a rank that a step may use; default all that the device has, which on a CPU the ranks of this
@@ -55,7 +55,7 @@ def this_machine(device: torch.device, *, memory: float | None = None) -> Cluste
         device_type=device.type,
         measured=OpTimes.on(device).measured,
     )
-    return of_first(lambda: cluster)
+    return from_rank_zero(lambda: cluster)
 
 
 def is_first() -> bool:
@@ -63,7 +63,7 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def of_first(make: Callable[[], T]) -> T:
+def from_rank_zero(make: Callable[[], T]) -> T:
     """What `make()` gives on rank 0, on all ranks, of which the others wait; a ValueError too."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return make()

@@ -18,7 +18,7 @@ from ftrain.analysis.op_times import OpTimes
 from ftrain.analysis.pieces import Pieces
 from ftrain.graph.collectives import groups_of
 from ftrain.graph.loop import copy_graph
-from ftrain.plan.cluster_links import run_on_paper
+from ftrain.plan.cluster_links import simulate_on_cluster
 from ftrain.plan.space import Candidate
 from ftrain.plan.workload import WorkloadStep
 from ftrain.runtime.execute import choose
@@ -71,7 +71,7 @@ class Draft:
             return None if spare is None else Pieces.of(module, donated=setting.donated).peak + int(spare)
 
         def score(candidate: fx.GraphModule) -> float:
-            return run_on_paper(candidate, mesh, times=times, cluster=self.cluster).step
+            return simulate_on_cluster(candidate, mesh, times=times, cluster=self.cluster).step
 
         module = _run(self.module, HIDDEN, replace(setting, within=within, score=score))
         final = _run(module, (*DONATED, *EXECUTED), setting)
@@ -92,7 +92,7 @@ def draft(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attenti
     mesh, device = candidate.mesh(), torch.device(cluster.device_type, 0)
     base = work.plan(candidate)
     plan = Plan(base.mesh, base.default, batch=base.batch, link=cluster.link(mesh), components=base.components)
-    sharded = ShardedStep(plan, specs=work.specs, arguments=partial(OnPaper, device=device))
+    sharded = ShardedStep(plan, specs=work.specs, arguments=partial(FakeMeshArguments, device=device))
     leaves, treedef = tree.flatten((work.state, work.batch))
     paths = argument_paths((work.state, work.batch), ("state", "batch"))
     args = sharded.local_arguments(paths, leaves, treedef)
@@ -121,7 +121,7 @@ def _run(module: fx.GraphModule, passes: Sequence[Pass], setting: Setting) -> fx
     return run_passes(copy_graph(module), passes, setting)
 
 
-class OnPaper(MeshArguments):
+class FakeMeshArguments(MeshArguments):
     """The arguments of a step on a fake mesh, whose batch is shapes alone, however large it is.
 
     All of them stand for arguments on `device`, which need not be here.

@@ -52,7 +52,7 @@ class Recomputable:
             found.setdefault(owner[v], set()).add(v)
         return [frozenset(nodes) for nodes in found.values()]
 
-    def said_of(self, v: int) -> str | None:
+    def path_choice(self, v: int) -> str | None:
         """ "keep", "recompute" or "offload" where paths say so."""
         return self.remat.choice_at(self.model.nodes[v].meta.get("path") or "")
 

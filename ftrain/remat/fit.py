@@ -19,7 +19,7 @@ from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.processes import same_everywhere
 
 
-class BookRow(NamedTuple):
+class DecisionRow(NamedTuple):
     """A forward tensor that the backward needs: its bytes, what having it again takes (making it with all that it is
     made from and that is not kept; of an offloaded one what its copies do not hide), microseconds per MB freed, and the
     decision: "keep", "recompute" or "offload".
@@ -66,7 +66,7 @@ def fit(
     finished_peak: Callable[[fx.GraphModule], int],
 ) -> fx.GraphModule:
     """A copy of `module` in which the backward recomputes, or fetches from the host, what the budget, the exchange
-    rate or the paths ask for; what was decided stands on the nodes (see `decisions`).
+    rate or the paths ask for; what was parts stands on the nodes (see `decisions`).
 
     `finished_peak` gives the peak beyond the arguments of a copy after all later passes: the budget is checked on
     that, and where the simulation was too hopeful the plan is made tighter. ImpossibleBudget names the smallest that
@@ -152,9 +152,9 @@ def _apply(
 
 
 def _tag(planner: Planner, choice: Choice) -> None:
-    """Note on each tensor that the backward reads what was decided."""
+    """Note on each tensor that the backward reads what was parts."""
     nodes, steps = planner.model.nodes, planner.model.steps
-    recomputed, offloaded = planner.decided(choice)
+    recomputed, offloaded = planner.parts(choice)
     away = choice.table.microseconds if choice.table is not None else {}
     read = (
         {u for s in steps if not s.forward for u in s.reads}
@@ -172,23 +172,23 @@ def _tag(planner: Planner, choice: Choice) -> None:
             nodes[v].meta["decision"] = Decision(decision, price)
 
 
-def decisions(module: fx.GraphModule) -> list[BookRow]:
-    """What was decided for each tensor that the backward reads, dearest microsecond per MB first; of a graph, and the
+def decisions(module: fx.GraphModule) -> list[DecisionRow]:
+    """What was parts for each tensor that the backward reads, dearest microsecond per MB first; of a graph, and the
     bodies of its loops, that `fit` made.
     """
     tagged = (n for graph in with_bodies(module) for n in graph.graph.nodes if "decision" in n.meta and is_forward(n))
     return sorted(map(_row, tagged), key=lambda r: -r.us_per_mb)
 
 
-def _row(node: fx.Node) -> BookRow:
+def _row(node: fx.Node) -> DecisionRow:
     decision, price = node.meta["decision"]
     size = int(storages_of(node)[0][1])
     shape = tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
     path, source = node.meta.get("path") or "", short_source(node.meta.get("source"))
-    return BookRow(path, source, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision)
+    return DecisionRow(path, source, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision)
 
 
-def book_table(rows: list[BookRow], limit: int = 200) -> str:
+def decision_table(rows: list[DecisionRow], limit: int = 200) -> str:
     """The decisions as text, and what it adds up to."""
     lines = [f"{'decision':10} {'us/MB':>10} {'MB':>9} {'us':>10}  tensor"]
     for r in rows[:limit]:

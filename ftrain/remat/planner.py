@@ -77,7 +77,7 @@ class Planner:
             return
         whole = self._cut(us_per_mb, self._may_offload)
         yield whole
-        offloaded = sorted(self.decided(whole)[1] & self._may_offload)
+        offloaded = sorted(self.parts(whole)[1] & self._may_offload)
         room = self.offloads.room(offloaded)
         for share in _SHARES_OF_LINK if room < 1 else ():
             yield self._cut(us_per_mb, _spread(offloaded, share * room))
@@ -111,12 +111,12 @@ class Planner:
             starts
         )
         if found.peak > peak:
-            recomputed, _ = self.decided(found)
+            recomputed, _ = self.parts(found)
             places = found.table.places if found.table is not None else {}
             raise OverBudget(found.peak, self.model.nodes[self.model.peak(recomputed, places)[1]], found)
         return found
 
-    def decided(self, choice: Choice) -> tuple[frozenset[int], frozenset[int]]:
+    def parts(self, choice: Choice) -> tuple[frozenset[int], frozenset[int]]:
         """The nodes that a choice recomputes, and those that it offloads."""
         count = len(self.model.nodes)
         return frozenset(v for v in choice.recomputed if v < count), frozenset(
@@ -132,14 +132,14 @@ class Planner:
         """The nodes whose price decides whether they are offloaded."""
         if self.offloads is None or self.remat.offload is None:
             return frozenset()
-        return frozenset(v for v in self.offloads.views if self.choices.said_of(v) is None)
+        return frozenset(v for v in self.offloads.views if self.choices.path_choice(v) is None)
 
     @cached_property
     def _must_offload(self) -> frozenset[int]:
         """The nodes that are offloaded by their path."""
         if self.offloads is None:
             return frozenset()
-        return frozenset(v for v in self.offloads.views if self.choices.said_of(v) == "offload")
+        return frozenset(v for v in self.offloads.views if self.choices.path_choice(v) == "offload")
 
     @cached_property
     def _offload_choices(self) -> list[tuple[int, float, int]]:
@@ -207,7 +207,7 @@ class Planner:
 
 def write_choice(planner: Planner, choice: Choice) -> None:
     """Write the copies of a choice into the graph; no value changes."""
-    write_plan(planner.model, planner.decided(choice)[0], choice.table.places if choice.table is not None else {})
+    write_plan(planner.model, planner.parts(choice)[0], choice.table.places if choice.table is not None else {})
 
 
 def _read_by_recompute(steps: Sequence[Step], recomputed: frozenset[int]) -> frozenset[int]:

@@ -87,7 +87,7 @@ class Remat:
 
     @property
     def gathers_again(self) -> bool:
-        """True if every gather is repeated in the backward, whatever else is decided."""
+        """True if every gather is repeated in the backward, whatever else is parts."""
         return self.gathered == "again" or (self.gathered is None and not self.by_price)
 
     @property
@@ -135,7 +135,7 @@ def parse_budget(budget: int | str) -> int | float | str:
 def rematerialize(module: fx.GraphModule, remat: Remat, *, gathers: Collection[fx.Node] = ()) -> None:
     """Give the backward copies of the forward nodes that the policy does not keep, each made just before first use.
 
-    `gathers`: the nodes that make whole parameters. They are decided on together with the rest, so that what a layer
+    `gathers`: the nodes that make whole parameters. They are parts on together with the rest, so that what a layer
     computes again and its backward read the same ones. The same ops on the same inputs: results are equal to the bit.
     """
     recomputed, whole = recomputed_by_policy(module, remat), set(gathers)

@@ -28,7 +28,7 @@ from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.checkpoint.retention import KEEP_ALL
 from ftrain.resilience.signals import EXIT_RESUMABLE, SIGNALS, StopRequest
 from ftrain.resilience.watchdog import Watchdog
-from ftrain.run.fellows import Fellows
+from ftrain.run.peers import PeerRanks
 from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, open_mesh
 from ftrain.sharding import Layout, Mesh, Plan
 from ftrain.sharding.batch import BatchRule
@@ -168,7 +168,7 @@ def session(
     where = _device(device)
     flags = MeshFlags(replicate=replicate, shard=shard, sequence=sequence, expert=expert, timeout=timeout)
     with _mesh(flags, kind, where) as mesh, ExitStack() as opened:
-        fellows = Fellows()
+        peers = PeerRanks()
         before: dict[signal.Signals, Any] = {}
         try:
             watchdog = opened.enter_context(Watchdog(Path(stacks), seconds=hang_seconds)) if stacks else None
@@ -177,9 +177,9 @@ def session(
             yield run
             interrupted = run.stopping and any_rank(run._stop.signal == signal.SIGINT)
             opened.close()
-            fellows.finished()
+            peers.finished()
         except BaseException as error:
-            fellows.failed(error)
+            peers.failed(error)
             raise
         finally:
             for number, handler in before.items():

@@ -38,9 +38,9 @@ def cudagraph_program(module: fx.GraphModule, program: Program, arguments: Argum
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     paths = [n.meta.get("path", n.name) for n in given]
     device = next(n.meta["val"].device for n in given if n.meta["val"].device.type == "cuda")
-    card = Card(module, device)
+    recorder = CudaRecorder(module, device)
     memory = ArgumentMemory(written_inputs(module)) if arguments is None else arguments
-    return Recorded(program, card.run, card.record, memory, paths)
+    return Recorded(program, recorder.run, recorder.record, memory, paths)
 
 
 class Recorded:
@@ -89,7 +89,7 @@ class Recorded:
         self._record = self._record_of(self._program, self._memory.settle(inputs))
 
 
-class Card:
+class CudaRecorder:
     """What runs and records on a CUDA device."""
 
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:

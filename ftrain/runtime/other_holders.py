@@ -54,14 +54,14 @@ class OtherHolders:
         self.old_are_kept = False
         """Somebody keeps donated leaves: they should be emptied, for finding them later takes long."""
 
-    def none(self, inputs: Sequence[Tensor]) -> bool:
+    def known_unshared(self, inputs: Sequence[Tensor]) -> bool:
         """True if the donated inputs lie in memory that was looked at before and has no other holder: so none of them
         shares memory with another either. False where a closer look is needed.
         """
         ids, found = references([inputs[slot] for slot in self._slots])
         return ids == self._known and found == self._expected and self._changes == self._changes_now()
 
-    def apart(
+    def copy_shared(
         self,
         inputs: list[Tensor],
         *,

@@ -13,7 +13,7 @@ from ftrain.analysis.liveness import MemoryPlan, plan_memory
 from ftrain.analysis.op_times import OpTimes
 from ftrain.graph.loop import copy_graph
 from ftrain.passes.overlap import Schedule, simulate_schedule
-from ftrain.remat.fit import book_table, decisions
+from ftrain.remat.fit import decision_table, decisions
 from ftrain.report.graph_text import graph_text
 from ftrain.report.step_data import StepData
 from ftrain.report.step_page import write_report
@@ -126,7 +126,7 @@ class Compiled:
         whether it is kept; a sentence for a step without a budget.
         """
         rows = decisions(self.graph)
-        return book_table(rows) if rows else "nothing is recomputed for a budget (see Remat)"
+        return decision_table(rows) if rows else "nothing is recomputed for a budget (see Remat)"
 
     def pass_table(self) -> str:
         """What each pass did: milliseconds, ops that there are more and fewer of, whether nodes changed places."""

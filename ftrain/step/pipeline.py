@@ -99,12 +99,12 @@ class PassRun:
 
     name: str
     seconds: float
-    more: Mapping[str, int]
-    fewer: Mapping[str, int]
+    added: Mapping[str, int]
+    removed: Mapping[str, int]
     reordered: bool
 
     def __str__(self) -> str:
-        changes = [f"+{n} {op}" for op, n in self.more.items()] + [f"-{n} {op}" for op, n in self.fewer.items()]
+        changes = [f"+{n} {op}" for op, n in self.added.items()] + [f"-{n} {op}" for op, n in self.removed.items()]
         changes += ["other order"] if self.reordered else []
         return f"{self.name:22} {self.seconds * 1e3:9.1f} ms  {', '.join(changes) or 'no change'}"
 
@@ -125,7 +125,7 @@ def run_passes(
 
     `runs`: is given an entry for each.
     """
-    before = _Look(module) if runs is not None else None
+    before = _GraphOps(module) if runs is not None else None
     for each in passes:
         if each.name in setting.disabled or not each.when(setting):
             continue
@@ -133,7 +133,7 @@ def run_passes(
         module = _run(module, each, setting)
         seconds = time.perf_counter() - started
         if runs is not None and before is not None:
-            after = _Look(module)
+            after = _GraphOps(module)
             runs.append(before.compared(each.name, seconds, after))
             before = after
         if observe is not None:
@@ -149,13 +149,13 @@ def _run(module: fx.GraphModule, each: Pass, setting: Setting) -> fx.GraphModule
     return each.run(module, setting) or module
 
 
-class _Look:
+class _GraphOps:
     """The ops of a graph and of the bodies of its loops, in order."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self._nodes = [(n.name, op_name(n)) for g in with_bodies(module) for n in g.graph.nodes]
 
-    def compared(self, name: str, seconds: float, after: "_Look") -> PassRun:
+    def compared(self, name: str, seconds: float, after: "_GraphOps") -> PassRun:
         ops, later = (Counter(op for _, op in look._nodes) for look in (self, after))
         both = {n for n, _ in self._nodes} & {n for n, _ in after._nodes}
         order, new_order = ([n for n, _ in look._nodes if n in both] for look in (self, after))

@@ -88,9 +88,9 @@ class Runner:
             self._program = self._start(tensors)
         contiguous = guard_passed or all(map(Tensor.is_contiguous, tensors))
         inputs = tensors
-        if donation.outputs and not (contiguous and self._holders.none(tensors)):
+        if donation.outputs and not (contiguous and self._holders.known_unshared(tensors)):
             self._shared_memory.require_none(tensors, contiguous=contiguous)
-            inputs = self._apart(tensors, beside, contiguous=contiguous)
+            inputs = self._copy_shared(tensors, beside, contiguous=contiguous)
         elif not contiguous:
             inputs = self.compiled.traced.in_rows(tensors)
         try:
@@ -105,12 +105,12 @@ class Runner:
             raise
         return inputs, outputs
 
-    def _apart(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
+    def _copy_shared(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
         """The graph's inputs, of which the donated lie in memory that nobody else holds."""
         borrows, self._borrows = self._borrows, []
         inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
         copies = {slot for slot in self.compiled.donation.slots if inputs[slot] is not tensors[slot]}
-        return self._holders.apart(inputs, copies=copies, borrows=borrows, beside=beside)
+        return self._holders.copy_shared(inputs, copies=copies, borrows=borrows, beside=beside)
 
     def _start(self, tensors: list[Any]) -> Program:
         for path, leaf in zip(self.compiled.traced.input_paths, tensors, strict=True):
@@ -125,11 +125,11 @@ class Runner:
             self._running,
             setting.backend,
             before_write=self._fence.wait,
-            checked=self._mend,
+            checked=self._repair,
             arguments=self._arguments,
         )
 
-    def _mend(self, check: LayoutCheck) -> None:
+    def _repair(self, check: LayoutCheck) -> None:
         check.repair(self.compiled.graph)
         self.compiled.forget_forms()
 

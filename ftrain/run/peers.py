@@ -18,7 +18,7 @@ _PERIOD, _GRACE, _PATIENCE = 0.25, 1.0, 5.0
 _FAILED, _HEARD, _DONE = "ftrain/run/failed", "ftrain/run/heard", "ftrain/run/done"
 
 
-class Fellows:
+class PeerRanks:
     """The ranks of torch.distributed, each of which has one of these; alone where that is not initialised."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Fellows:
             return
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="ftrain fellows", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="ftrain peers", daemon=True)
         self._thread.start()
 
     def failed(self, error: BaseException) -> None:
