@@ -33,8 +33,8 @@ class Spare:
             self.buffer(path, tensor).zero_()
 
     def borrow(self, leaves: Leaves, state: Mapping[str, Any]) -> "Snapshot":
-        """Borrow the leaves of a state, given as `leaves` and as the objects that its owner has; what cannot be borrowed is
-        cloned. Whoever calls this must see to it that `Snapshot.take` runs, or end the borrow.
+        """Borrow the leaves of a state, given as `leaves` and as the objects that its owner has; what cannot be
+        borrowed is cloned. The caller must run `Snapshot.take` or end the borrow.
         """
         self._buffers = {path: buffer for path, buffer in self._buffers.items() if path in leaves.tensors}
         return Snapshot(self, leaves, {path: leaf for path, leaf in state.items() if borrowable(leaf)})

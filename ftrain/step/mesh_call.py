@@ -1,8 +1,10 @@
-"""Calls of a step on a mesh of processes after the first: the arguments are taken at a look, as on one device.
+"""The fast path of a step on a mesh of processes: from the second call on, one guard checks the arguments, as on one
+device.
 
-A state is a tree of DTensors, and making one takes longer than everything else that a call does for a leaf. So a step
-that writes its new state over the old keeps two DTensors for each such leaf: the one that came in is spoiled, without
-memory, and the other handed out with it, in turn. One that somebody still holds is left to him, and a new one made.
+A state is a tree of DTensors, and making a DTensor takes longer than everything else that a call does for a leaf. So a
+step that donates its state keeps two DTensors for each donated leaf and alternates between them: the one that came in
+is invalidated and loses its memory, the other is returned with it. A DTensor that somebody else still holds is left
+alone, and a new one is made.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +30,8 @@ _DTENSOR = {DTensor}
 class MeshCall:
     """What a rank remembers of the last call of a compiled step.
 
-    `wrap(piece, placement)` makes the DTensor of a piece; `coordinates_3`: the rank's, the last input of its graph.
+    `wrap(piece, placement)` makes the DTensor of a padded piece. `coordinates_3`: int64[3], the rank's coordinates, the
+    last input of its graph.
     """
 
     def __init__(self, compiled: Compiled, wrap: Callable[[Tensor, Placement], Tensor], coordinates_3: Tensor) -> None:
@@ -49,7 +52,10 @@ class MeshCall:
         self._spares: dict[int, DTensor] = {}
 
     def learn(self, leaves: Sequence[Any], treedef: Any, inputs: Sequence[Any]) -> None:
-        """Arguments like these are run: `inputs` of the rank's graph, its coordinates last."""
+        """Remember the arguments of this call, so that the next call with arguments like these takes the fast path.
+
+        `inputs`: of the rank's graph, with its coordinates last.
+        """
         divided = [i for i, leaf in enumerate(leaves) if type(leaf) is DTensor]
         reusable = all(leaves[i].__dict__.get(PIECE) is inputs[i] for i in divided)
         self._treedef, self._divided = treedef if reusable else None, divided
@@ -77,8 +83,8 @@ class MeshCall:
         return inputs if signature.matches_fast(inputs, signature.treedef, around) else None
 
     def results(self, leaves: list[Any], inputs: list[Any], outputs: list[Tensor]) -> list[Tensor]:
-        """The tensors of the result in order, from the graph's outputs and its inputs, of which the donated hold the
-        new state; the leaves that these came from are spoiled.
+        """The tensors of the result in order, from the graph's outputs and its inputs, whose donated members hold the
+        new state. The leaves that these came from are invalidated.
         """
         others = [self._wrap(*pair) for pair in zip(outputs, self._kept, strict=True)]
         spares = self._spares
@@ -93,7 +99,7 @@ class MeshCall:
             _invalidate(old, path)
             if getrefcount(local) > 2:
                 local = _invalidated(local, path)
-            # held by this variable and the argument alone, and without attributes of the user's
+            # 2 references: this variable and getrefcount's argument; a second attribute is one that the user set
             if new is None or getrefcount(new) > 2 or len(new.__dict__) > 1:
                 new = dtensor_like(local, spec_of(old))
             else:
@@ -104,7 +110,7 @@ class MeshCall:
         return self._compiled.donation.ordered(donated, others)
 
     def _renewed(self, leaf: Any, piece: Tensor, path: str, placement: Placement) -> Tensor:
-        """The new value of a leaf that is whole, or whose piece is no memory of ours."""
+        """The new value of a leaf that is whole, or whose piece is memory that no step has made."""
         if type(leaf) is DTensor:
             _invalidated(local_of(leaf), path)
             _invalidate(leaf, path)
@@ -122,6 +128,6 @@ def _invalidate(array: DTensor, path: str) -> None:
 
 
 def _invalidated(local: Tensor, path: str) -> Tensor:
-    """Spoil what `to_local` has handed out, and return another tensor on its memory."""
+    """Invalidate a tensor that `to_local` has returned to the user, and return another tensor on its memory."""
     (fresh,) = give_away([local], [path])
     return fresh

@@ -1,4 +1,4 @@
-"""The program of a compiled step, with what it keeps from one run to the next."""
+"""The program of a compiled step, and what it keeps from one run to the next."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -28,7 +28,7 @@ from ftrain.trace.captured import captured_tensors
 
 
 class Runner:
-    """Runs a compiled step on real tensors; the program is made at the first run."""
+    """Runs a compiled step on real tensors. The program is made at the first run."""
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
@@ -40,9 +40,9 @@ class Runner:
         self._arguments: ArgumentMemory | None = None
 
     def wait_for(self, borrows: Mapping[int, Borrow]) -> None:
-        """Of the leaves of the next call these are still read by somebody: by their positions in its arguments.
+        """Note the borrowed leaves of the next call, by their positions in its arguments.
 
-        The program waits for those that it writes over, before its first write; the others are waited for here.
+        The program waits for the donated ones just before its first write; this method waits for the others.
         """
         if borrows:
             donated = set(self.compiled.donated_leaves)
@@ -53,8 +53,11 @@ class Runner:
             self._fence.add(self._borrows)
 
     def run(self, leaves: list[Any], *, guard_passed: bool = False) -> Any:
-        """Run on the flat leaves of real arguments and return the result's tree; `guard_passed`: the signature has matched
-        them fast.
+        """Run on the flat leaves of real arguments and return the tree of the result.
+
+        `guard_passed`: `Signature.matches_fast` was True for these leaves, so all are contiguous and like those of the
+        call before. ValueError for leaves without data and for donated leaves that share memory; `OutOfMemory` where an
+        allocation fails.
         """
         signature = self.compiled.signature
         tensors = signature.tensors(leaves)
@@ -69,7 +72,7 @@ class Runner:
         return self.compiled.traced.assemble(results)
 
     def _refusing(self, results: list[Tensor]) -> list[Tensor]:
-        """The results, but for a new state in the memory of the old, refuse a backward from outside."""
+        """Make results refuse a backward from outside, except for a new state in the memory of the old one."""
         kept = set(self.compiled.donation.outputs.values())
         others = iter(refusing([x for i, x in enumerate(results) if i not in kept], self.compiled.name))
         return [x if i in kept else next(others) for i, x in enumerate(results)]
@@ -77,11 +80,15 @@ class Runner:
     def run_flat(
         self, tensors: list[Tensor], *, guard_passed: bool = False, beside: Beside = lambda _: 0
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run on the tensors of real arguments. Returns the graph's inputs, of which the donated hold new values then
-        (copies where the tensors were not contiguous, or somebody else holds their memory), and its outputs: the
-        results that are not donated.
+        """Run on the tensors of real arguments, in the shapes of the trace.
 
-        `guard_passed`: the guard has matched these tensors, so all are contiguous; `beside`: see `OtherHolders`.
+        Returns the graph's inputs and its outputs. The donated inputs hold the new state then; they are copies where a
+        tensor was not contiguous or where somebody else holds its memory. The outputs are the results that are not
+        donated.
+
+        `guard_passed`: as in `run`. `beside`: see `OtherHolders`. ValueError for leaves without data and for donated
+        leaves that share memory. An `OutOfMemory` explains an allocation that failed; any other error gets the user's
+        line added.
         """
         donation = self.compiled.donation
         if self._program is None:
@@ -106,7 +113,7 @@ class Runner:
         return inputs, outputs
 
     def _copy_shared(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
-        """The graph's inputs, of which the donated lie in memory that nobody else holds."""
+        """The graph's inputs, with copies of the donated ones whose memory somebody else holds."""
         borrows, self._borrows = self._borrows, []
         inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
         copies = {slot for slot in self.compiled.donation.slots if inputs[slot] is not tensors[slot]}
@@ -148,7 +155,10 @@ class Runner:
         return donation.ordered(fresh, outputs)
 
     def run_ranks(self, ranks: list[list[Tensor]]) -> list[list[Tensor]]:
-        """Run all ranks of a virtual mesh in lockstep, on and to flat tensors; donated ones are written over."""
+        """Run all ranks of a virtual mesh in lockstep.
+
+        Takes and returns the flat tensors of each rank; donated inputs are written over.
+        """
         self._fence.wait()
         outputs = self._lockstep(ranks)
         donation = self.compiled.donation
@@ -166,11 +176,11 @@ class Runner:
 
     @property
     def running(self) -> fx.GraphModule:
-        """The graph whose generated code is run; before the first run the step's own."""
+        """The graph whose generated code runs; before the first run the step's own graph."""
         return self.compiled.graph if self._running is None else self._running
 
     def use_program(self, program: Program) -> None:
-        """Run another program for the same graph from now on, e.g. one that measures."""
+        """Replace the program of this graph from now on, e.g. by one that measures."""
         self._program = waiting(program, self._fence.wait)
 
     @cached_property

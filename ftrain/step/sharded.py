@@ -1,7 +1,7 @@
-"""A step on a mesh: the function that is traced for a rank, how it is run, and how results come back.
+"""A step on a mesh: the function that is traced for a rank, how it runs, and how results come back.
 
-On a *virtual* mesh a call takes and returns whole arrays: they are divided, all ranks run in lockstep, the pieces are
-joined again. On a *process* mesh a call takes and returns what this process holds: leaves of the state as DTensors, its
+On a *virtual* mesh a call takes and returns whole arrays: they are divided, all ranks run in lockstep, and the pieces
+are joined. On a *process* mesh a call takes and returns what this process holds: leaves of the state as DTensors, its
 own share of the batch as plain tensors.
 """
 
@@ -41,8 +41,10 @@ from ftrain.trace.tracer import Aval, Traced
 
 
 class ShardedStep:
-    """What a jitted function needs of its plan. `batch`: the name of the argument that ranks share out; `arguments`:
-    how they are divided.
+    """What a jitted function needs of its plan.
+
+    `specs`: tree of `ParamSpec`s, by whose paths placements are found. `batch`: the name of the argument that ranks
+    divide. `overlap`: whether communication is hidden behind compute. `arguments`: the class that divides arguments.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class ShardedStep:
         self._heartbeat: Heartbeat | None = None
 
     def local_function(self, fn: Callable, paths: Sequence[str]) -> Callable:
-        """`fn` as a rank runs it, with the rank's coordinates as last argument; `Mean`s of its result are summed.
+        """`fn` as one rank runs it, with the rank's coordinates (int64[3]) as last argument. `Mean`s in its result are
+        summed over ranks.
 
         `paths`: of the leaves of its arguments. ValueError for a rule of the plan that matches no leaf of the first
         batch.
@@ -98,10 +101,10 @@ class ShardedStep:
         return (*tree.unflatten(treedef, own), Aval((3,), torch.int64, torch.device("cpu")))
 
     def settle(self, traced: Traced) -> list[Placement]:
-        """Finish reductions over divided dims, and tell where each result's pieces are.
+        """Finish reductions over divided dims in the trace, and return where the pieces of each result are.
 
-        ValueError, with the line, for a result that is not the same as one device's: what differs between ranks, or
-        was computed from one rank's piece of an array.
+        ValueError, with the user's line, for a result that is not what one device computes: it differs between ranks,
+        or was computed from one rank's piece of an array.
         """
         mesh = self.plan.mesh
         spreads = Spreads(mesh)
@@ -147,7 +150,11 @@ class ShardedStep:
         return None if call is None else call.inputs(leaves, treedef, around)
 
     def run(self, runner: Runner, leaves: list[Any], treedef: Any, inputs: list[Any] | None = None) -> Any:
-        """Run the compiled step on the leaves of a call's arguments; `inputs`: what `matches_fast` returned."""
+        """Run the compiled step on the leaves of a call's arguments, and return the tree of the result.
+
+        `inputs`: what `matches_fast` returned. ValueError on a fake mesh, for arguments that do not divide, for donated
+        leaves that share memory, and for copies that differ between ranks. RuntimeError where a rank is lost.
+        """
         kind = self.plan.mesh.kind
         if kind == "fake":
             raise ValueError("a fake mesh has shapes only: lower the step, or run it on a virtual or process mesh")
@@ -169,7 +176,11 @@ class ShardedStep:
         return [self._join(*column) for column in columns]
 
     def flat_inputs(self, runner: Runner, leaves: list[Any]) -> list[Any]:
-        """What this process's graph takes for the leaves of a call's arguments; its groups are open after this."""
+        """The inputs of this process's graph for the leaves of a call's arguments. The process groups that the graph
+        uses are opened.
+
+        ValueError on a mesh that is not of processes, and for a whole leaf that should be a DTensor.
+        """
         mesh, compiled = self.plan.mesh, runner.compiled
         if mesh.kind != "process":
             raise ValueError(f"on a {mesh.kind} mesh no process runs a graph of its own; use a mesh of processes")
@@ -197,9 +208,10 @@ class ShardedStep:
         return compiled.traced.assemble(results)
 
     def _compare(self, paths: Sequence[str], own: Sequence[Any]) -> None:
-        """Before the first run: copies of the state's leaves are equal, and not all ranks have one batch.
+        """Before the first run: check that copies of the state's leaves are equal on all ranks, and that not all ranks
+        have one batch.
 
-        ValueError names the leaf and two ranks; a batch that is everywhere the same is a warning.
+        ValueError names the leaf and two ranks. A batch that is the same everywhere is a warning.
         """
 
         def placement(path: str, piece: Tensor) -> Placement | None:
@@ -225,7 +237,7 @@ class ShardedStep:
             )
 
     def _join(self, path: str, placement: Placement, pieces: Sequence[Tensor]) -> Tensor:
-        """The whole leaf of the result at `path` from all ranks' pieces; replicas are compared."""
+        """The whole leaf of the result at `path`, from the pieces of all ranks; copies are compared."""
         self._require_copies(path, placement, pieces)
         return placement.join(pieces, self.plan.mesh)
 
@@ -243,7 +255,9 @@ class ShardedStep:
 
 
 def _references(leaf: Any, piece: Tensor) -> int | None:
-    """How often a DTensor refers to the memory of its padded piece; None for one that no step has made."""
+    """How many references a DTensor holds to the memory of its padded piece. None for a DTensor that no step has
+    made.
+    """
     if not isinstance(leaf, DTensor):
         return 0
     if leaf.__dict__.get(PIECE) is not piece:
@@ -253,7 +267,7 @@ def _references(leaf: Any, piece: Tensor) -> int | None:
 
 
 def _misread(path: str, cause: fx.Node) -> str:
-    """Why a result that depends on one rank's piece is refused."""
+    """The message for a result that depends on one rank's piece."""
     name = str(cause.target).removeprefix("aten.").removesuffix(".default")
     if effect_of(cause) is Effect.RANDOM:
         return (

@@ -49,7 +49,7 @@ def test_the_cut_is_as_cheap_as_the_best_of_all_sets(graph):
 
 
 def test_a_cheap_chain_is_followed_to_what_is_kept():
-    """Two 40 MB tensors, one made recomputed in 180 us and one in 4,000: at 10 us per MB only the first is (VeOmni's)."""
+    """Two 40 MB tensors, one recomputed in 180 us, one in 4,000: at 10 us per MB only the first is (VeOmni's)."""
     items = [Item((), 0, None), Item((0,), 40 * MB, 180.0), Item((1,), 40 * MB, 4000.0)]
     assert cheapest_kept(items, {1, 2}, 10.0) == ({0, 2}, {1})
     assert cheapest_kept(items, {1, 2}, 1.0) == ({1, 2}, set())
