@@ -1,12 +1,13 @@
-"""Leaves whose memory a reader in the background still needs: every use waits for it, a step only before it writes.
+"""Leaves whose memory a background reader still needs: eager code waits for the reader, a step waits only before it
+writes.
 
-A save copies the state behind the next step. That step reads the same leaves, and writes its new state over them when
-its gradients are there: the copy has the time between. So the leaves are *borrowed*: their objects change their class, as
-those of donated leaves do, and whatever eager code does with one first waits until the reader is done. A jitted step
-takes borrowed leaves as they are and waits just before the first op that writes over one.
+A save copies the state while the next step runs. That step reads the same leaves first, and writes its new state over
+them once its gradients exist; the copy has the time between. So the reader *borrows* the leaves: the class of each leaf
+object changes, as it does for donated leaves, and eager code that uses one first waits until the reader is done. A
+jitted step takes borrowed leaves as they are, and waits just before the first op that writes over one.
 
-Other tensor objects on the same memory, made before the borrow, are not watched. Those that the reader reads by belong to
-the borrow: a step must tell them from what a user keeps (see `ftrain.runtime.other_holders`).
+Other tensor objects on the same memory, made before the borrow, are not watched. The reader's own tensors belong to the
+borrow: a step must tell them from what a user keeps (see `ftrain.runtime.other_holders`).
 """
 
 import threading
@@ -21,15 +22,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 LEAST_BYTES = 2**16
-"""Smaller leaves are not worth a borrow, and steps write over them early (counters): copy them."""
+"""Smaller leaves are not worth borrowing, and steps write over them early (counters): copy them."""
 
 
 class Borrow:
-    """Leaves that are borrowed from now on until `end`; `waited` are the seconds that others have waited for that."""
+    """Leaves that are borrowed from now on until `end`. `waited`: seconds that others have waited for the end."""
 
     def __init__(self, leaves: Iterable[Tensor], reads: dict[str, Tensor] | None = None) -> None:
-        """`leaves`: those for which `borrowable` holds; `reads`: the reader's own tensors on their memory, which nobody
-        else holds. The end of the borrow empties the dict.
+        """`leaves`: tensors for which `borrowable` is True. `reads`: the reader's own tensors on their memory, which
+        nobody else holds; the dict is emptied at the end of the borrow.
         """
         self.waited = 0.0
         self._reads = {} if reads is None else reads
@@ -41,7 +42,7 @@ class Borrow:
             leaf.__class__ = _BORROWED[type(leaf)]
 
     def end(self) -> None:
-        """The reader is done: the leaves are what they were, and who waits goes on. From any thread, any number of
+        """End the borrow: the leaves get their classes back, and whoever waits goes on. From any thread, any number of
         times.
         """
         leaves, self._leaves = self._leaves, []
@@ -68,7 +69,7 @@ class Borrow:
 
 
 def borrowable(leaf: Any) -> bool:
-    """True for plain tensors, parameters and DTensors (which are not borrowed already) of `LEAST_BYTES` and more."""
+    """True for plain tensors, parameters and DTensors of at least `LEAST_BYTES` that are not borrowed already."""
     if type(leaf) is DTensor:
         return leaf.to_local().nbytes >= LEAST_BYTES
     return type(leaf) in _BORROWED and leaf.nbytes >= LEAST_BYTES
@@ -76,9 +77,9 @@ def borrowable(leaf: Any) -> bool:
 
 @contextmanager
 def plain_leaves(leaves: Sequence[Any]) -> Iterator[Mapping[int, Borrow]]:
-    """Within the block the leaves are plain again; yields the borrows of those that were borrowed, by position.
+    """Within the block the borrowed leaves have their classes back; yields the borrows of these leaves by position.
 
-    They may be read, and written when their borrow has ended. That is waited for when the block is left.
+    They may be read at once, and written when their borrow has ended. The end of the block waits for that.
     """
     borrows = {i: borrow for i, leaf in enumerate(leaves) if (borrow := _borrow_of(leaf)) is not None}
     for i in borrows:
@@ -91,23 +92,23 @@ def plain_leaves(leaves: Sequence[Any]) -> Iterator[Mapping[int, Borrow]]:
 
 
 class Fence:
-    """What a program calls before it first writes into its arguments."""
+    """Holds a program back before it first writes into its arguments."""
 
     def __init__(self) -> None:
         self._borrows: set[Borrow] = set()
 
     def add(self, borrows: Iterable[Borrow]) -> None:
-        """Loans that must have ended before the next write."""
+        """Add borrows that must have ended before the next write."""
         self._borrows |= set(borrows)
 
     def wait(self) -> None:
-        """Return when they have ended."""
+        """Return when all of them have ended."""
         while self._borrows:
             self._borrows.pop().wait()
 
 
 def _first_wait(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """Any use of a borrowed leaf: wait for the end of the borrow, then do what was asked for."""
+    """Any use of a borrowed leaf: wait for the end of the borrow, then run `func`."""
     for given in torch.utils._pytree.tree_leaves((args, kwargs or {})):
         if (borrow := _borrow_of(given)) is not None:
             borrow.wait()
@@ -115,19 +116,19 @@ def _first_wait(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> An
 
 
 class BorrowedTensor(Tensor):
-    """What a tensor object is while it is borrowed."""
+    """The class of a tensor object while it is borrowed."""
 
     __torch_function__ = staticmethod(_first_wait)
 
 
 class BorrowedParameter(Parameter):
-    """What a parameter is while it is borrowed."""
+    """The class of a parameter while it is borrowed."""
 
     __torch_function__ = staticmethod(_first_wait)
 
 
 class BorrowedDTensor(DTensor):
-    """What a DTensor is while it is borrowed."""
+    """The class of a DTensor while it is borrowed."""
 
     __slots__ = ()
     __torch_function__ = staticmethod(_first_wait)

@@ -1,4 +1,4 @@
-"""What of a graph a CUDA graph cannot hold: it replays what the card did, and nothing that the host did."""
+"""What a CUDA graph cannot hold: it replays the work of the device, and nothing that the host did."""
 
 from collections.abc import Iterator
 
@@ -13,9 +13,10 @@ _ADVICE = "take backend='inductor'"
 
 
 def require_recordable(module: fx.GraphModule) -> None:
-    """ValueError for the first node that makes the host wait for the card or copy what it has, before anything runs.
+    """ValueError for the first node that makes the host wait for the device or copies between them; checked before
+    anything runs.
 
-    Ops whose insides are hidden may wait all the same; a capture finds these.
+    Opaque ops may wait all the same; the capture finds these.
     """
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     for slot in sorted(written_inputs(module)):
@@ -31,7 +32,7 @@ def require_recordable(module: fx.GraphModule) -> None:
 
 
 def described(node: fx.Node) -> str:
-    """The node's op, parameter path and source line, those that are known."""
+    """A node's op, parameter path and source line, those that are known."""
     path, source = node.meta.get("path"), short_source(node.meta.get("source"))
     return f"{op_name(node) or node.op} ({node.name}{f', {path}' if path else ''}){f' at {source}' if source else ''}"
 
