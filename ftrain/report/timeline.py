@@ -13,7 +13,11 @@ _MUTED = ("input0", "input1", "input2", "input3")
 
 
 def timeline_figure(samples: Sequence[Sample], inputs: Mapping[str, int]) -> str:
-    """An HTML figure: inputs as bands at the bottom, what the step makes stacked upon them, node by node."""
+    """An HTML figure of bytes alive: inputs as bands at the bottom, what the step allocates stacked upon them, node by
+    node.
+
+    `samples`: one per node; `inputs`: bytes by argument.
+    """
     if not samples:
         return "<p>The graph has no ops.</p>"
     bands = _merge_small(inputs)
