@@ -104,7 +104,9 @@ class Pass:
 
 @dataclass(frozen=True)
 class PassRun:
-    """What a pass did: `seconds`, how many ops of each kind it `added` and `removed`, and whether it `reordered` nodes."""
+    """What a pass did: its `seconds`, how many ops of each kind it `added` and `removed`, and whether it `reordered`
+    nodes.
+    """
 
     name: str
     seconds: float
