@@ -1,4 +1,4 @@
-"""Which layout a step runs with: the one of a plan file, or the best that a search at start-up finds."""
+"""The layout that a step runs with: the one of a plan file, or the best that a search at start-up finds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ _START_UP = Options(traced=8, processes=1, space=Space(rings=False), memory=1.0,
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """The plan of a file that `ftrain plan --apply` wrote.
+    """The plan of a file that `ftrain plan --apply` wrote, for `ftrain.jit(plan=...)`.
 
     `kind`: of its mesh; "virtual" runs all its ranks in lockstep in this process.
     """
@@ -34,8 +34,8 @@ class SavedPlan:
     kind: Kind = "process"
 
     def choose(self, request: PlanRequest) -> PlanChoice:
-        """The file's plan. ValueError if there is none, if it is for another number of ranks than this run has, or for
-        a model with other components.
+        """The file's plan. ValueError if there is no such file, if it is for another number of ranks than this run has,
+        or for a model with other components.
         """
         found = load_plan(self.file)
         require_ranks(found, self.file, self.kind)
@@ -44,12 +44,16 @@ class SavedPlan:
 
 @dataclass(frozen=True)
 class AutoPlan:
-    """A search at start-up, for the devices at hand, of the layout with which a step takes least time.
+    """A search at start-up, for the devices of this run, of the layout with which a step takes least time; for
+    `ftrain.jit(plan=...)`.
 
-    `ranks`: default those of this run. `kind`: of the mesh. `packs` in a step's batch, of which each data rank gets as
-    many; default one per rank. `memory`: the most that a rank may hold at once: bytes, "60GiB" or "70%" of the device.
-    `batch`, `components`: as in `ftrain.sharding.Plan`. `options` of the search. Micro-batches are the step's own
-    business.
+    - `ranks`: default those of this run. `kind`: of the mesh.
+    - `packs`: in a step's batch, the same number for each data rank; default one per rank.
+    - `memory`: the most that a rank may hold at once: bytes, "60GiB" or "70%" of the device.
+    - `batch`, `components`: as in `ftrain.sharding.Plan`.
+    - `options`: of the search.
+
+    Micro-batches are not searched: the step's own loss divides its batch.
     """
 
     ranks: int | None = None
@@ -61,7 +65,9 @@ class AutoPlan:
     options: Options = _START_UP
 
     def choose(self, request: PlanRequest) -> PlanChoice:
-        """Search. ValueError where the step's arguments are not known yet, and where no layout fits."""
+        """Search for the plan. ValueError where the step's arguments are not known yet, where this run has another
+        number of processes, and where no layout fits.
+        """
         ranks = self.ranks or world_size()
         if self.kind == "process" and ranks != world_size():
             raise ValueError(f"AutoPlan(ranks={ranks}): this run has {world_size()} processes; start {ranks}")
@@ -78,9 +84,10 @@ class AutoPlan:
 def search_local_machine(
     workload: Workload, ranks: int, *, memory: int | str = "95%", options: Options = _START_UP
 ) -> PlanFile:
-    """The best layout of a workload's step on the devices at hand; in a run of several processes all get rank 0's.
+    """The best layout of a workload's step on the devices of this run; in a run of several processes all get rank 0's.
 
-    ValueError if none fits into `memory`.
+    `ranks`: how many; `memory`: the most that a rank may hold, as in `AutoPlan`. ValueError if no layout fits into it,
+    and for a `memory` of another form.
     """
     budget = parse_budget(memory)
     if isinstance(budget, str):
@@ -91,7 +98,7 @@ def search_local_machine(
 
 
 def require_ranks(found: PlanFile, file: str | Path, kind: Kind) -> None:
-    """ValueError if a plan for processes is not for as many as this run has."""
+    """ValueError if a plan for processes is for another number of ranks than this run has. `file`: for the message."""
     world, ranks = world_size(), found.candidate.ranks
     if kind == "process" and ranks != world:
         raise ValueError(
@@ -101,7 +108,11 @@ def require_ranks(found: PlanFile, file: str | Path, kind: Kind) -> None:
 
 
 def choice_of(found: PlanFile, kind: Kind, *, specs: Any, source: str) -> PlanChoice:
-    """The plan for `ftrain.jit`. ValueError if it names components that no parameter of `specs` is in."""
+    """The plan of a plan file for `ftrain.jit`, on a mesh of this kind. `source`: where it is from, for messages.
+
+    ValueError if the plan names components that no parameter of `specs` belongs to, or if it has components and `specs`
+    is None.
+    """
     if found.candidate.ranks == 1:
         return PlanChoice(None, found.candidate.recompute)
     plan = found.plan(kind=kind)

@@ -1,7 +1,7 @@
-"""`ftrain plan --check`: the best layouts run for a few steps on the devices at hand, beside what was predicted.
+"""`ftrain plan --check`: the best layouts run for a few steps on the devices of this run, beside what was predicted.
 
-The prediction is made again for these devices: by the time of each op measured by itself there (`profile_nodes`), and
-of messages between these ranks. One process per rank: started by torchrun, or alone for a single rank.
+The prediction is repeated for these devices, with the time of each op measured by itself (`profile_nodes`) and of
+messages between these ranks. One process per rank: started by torchrun, or alone for a single rank.
 """
 
 import os
@@ -34,8 +34,8 @@ _TIMEOUT = timedelta(seconds=1800)  # while one rank searches the others wait
 
 
 class Checked(NamedTuple):
-    """A layout's seconds of a step and peak bytes of a rank, predicted for this machine and measured on it: of all
-    ranks the slowest and the fullest.
+    """A layout's seconds per step and peak bytes of a rank, predicted for this machine and measured on it. Of all ranks
+    the slowest and the fullest count.
     """
 
     candidate: Candidate
@@ -46,9 +46,10 @@ class Checked(NamedTuple):
 
 
 def check_best(prices: Sequence[Price], workload: Workload, *, console: Console) -> list[Checked]:
-    """Run each layout for a few steps and print the table; on several ranks all call this, within `processes`.
+    """Run each layout for a few steps and print the table; on several ranks all call this, within `processes`. Returns
+    a `Checked` per layout.
 
-    ValueError if a layout is not for this run's number of ranks.
+    ValueError if a layout is not for this run's number of ranks, or the workload does not say how to make its state.
     """
     world = world_size()
     for p in prices:
@@ -65,7 +66,7 @@ def check_best(prices: Sequence[Price], workload: Workload, *, console: Console)
 
 
 def table_of(found: Sequence[Checked], machine: str) -> Table:
-    """Predicted beside measured."""
+    """The table of predicted beside measured values. `machine`: its name."""
     table = Table(title=f"predicted for {machine} and measured on it", title_justify="left")
     for name in ("layout", "step ms, predicted", "measured", "ratio", "peak GiB, predicted", "measured", "ratio"):
         table.add_column(name, justify="left" if name == "layout" else "right")
@@ -78,7 +79,9 @@ def table_of(found: Sequence[Checked], machine: str) -> Table:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """The process group of a run that torchrun started; nothing where there is one already, or a single rank."""
+    """Within the block the process group of a run that torchrun started is open. Does nothing where there is one
+    already, or for a single rank.
+    """
     if dist.is_initialized() or world_size() == 1:
         yield
         return
@@ -92,7 +95,10 @@ def processes() -> Iterator[None]:
 
 
 def check(candidate: Candidate, workload: Workload, device: torch.device) -> Checked:
-    """Predict and measure one layout, on a fresh state and a batch of zeros; the ops' times are remembered."""
+    """Predict and measure one layout, on a fresh state and a batch of zeros. The ops' times are remembered on disk.
+
+    ValueError if the workload does not say how to make its state.
+    """
     work = workload.make(workload.stacks, candidate)
     if work.init is None:
         raise ValueError(
@@ -133,7 +139,7 @@ def measured(step: Step, state: object, batch: object, device: torch.device) -> 
 
 
 def _most(value: float) -> float:
-    """The largest of all ranks."""
+    """The largest value of all ranks."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

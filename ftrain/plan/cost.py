@@ -1,9 +1,10 @@
-"""The price of one layout: time, bytes sent and memory of a step, from a trace of a few layers.
+"""The price of one layout: time, bytes sent and memory of a step, from traces of a few layers.
 
-Equal layers cost the same, so a step is lowered with few layers in each stack and once more with one layer more: the
-difference is the price of a layer, and a sum over all layers the price of the whole. For memory that is done moment by
-moment: what is alive in, say, the first layer's backward grows with the number of layers too, and the peak is the
-highest of all moments so extended. What hiding communication adds is taken as it is with few layers.
+Equal layers cost the same. So a step is lowered with few layers in each stack, and once more with one more layer: the
+difference is the price of a layer, and a sum over all layers gives the price of the whole model. For memory this is
+done by region: what is alive in, say, the first layer's backward grows with the number of layers too, and the peak is
+the highest of all regions after extrapolation. The memory that hiding communication adds is taken as it is with few
+layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,15 +24,19 @@ from ftrain.plan.space import Candidate, ModelShape
 from ftrain.plan.workload import Workload
 
 K = TypeVar("K")
-MEMORY = 0.95  # of a GPU's, that a step may use
-FEW = 2  # layers: with fewer the first and the last would be one
+MEMORY = 0.95  # share of a GPU's memory that a step may use
+FEW = 2  # layers: with one, the first would be the last
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What was counted in one graph: times, bytes sent by purpose, bytes of the arguments, and the most bytes alive
-    beyond them at each kind of moment, without (`plain`) and with (`peaks`) communication hidden behind compute;
-    `ops`: microseconds of each kind of op.
+    """What was counted in one graph.
+
+    - `tally`: simulated microseconds. `sent`: bytes that a rank sends, by purpose.
+    - `inputs`: bytes of the arguments.
+    - `plain`, `peaks`: the most bytes alive beyond the arguments in each region, without and with communication hidden
+      behind compute.
+    - `ops`: microseconds of each kind of op.
     """
 
     tally: Tally
@@ -46,10 +51,12 @@ class Terms:
 class Price:
     """What a step of a layout takes on a cluster.
 
-    `seconds` of a step; `compute`, `communication` and `exposed` (communication that compute waits for), seconds;
-    `sent`: bytes that a rank sends, by purpose; `state`: bytes of a rank's arguments; `peak`: of all memory, with what
-    the allocator adds; `tokens_per_second` of one GPU; `mfu` of the model's FLOPs with causal attention counted as half
-    and `mfu_full` with all of it counted; `ops`: microseconds of compute by kind of op.
+    - `seconds`: of a step; `compute`, `communication`, `exposed` (communication that compute waits for): seconds of it.
+    - `sent`: bytes that a rank sends, by purpose.
+    - `state`: bytes of a rank's arguments; `peak`: bytes of all memory, with what the allocator adds.
+    - `tokens_per_second`: of one GPU.
+    - `mfu`: model FLOPs utilization with causal attention counted as half; `mfu_full`: with all of it counted.
+    - `ops`: microseconds of compute by kind of op.
     """
 
     candidate: Candidate
@@ -68,7 +75,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer more adds: two graphs that differ in it."""
+    """What one more layer adds: two graphs that differ in it."""
 
     base: Terms
     more: Terms
@@ -82,10 +89,10 @@ def price(
     *,
     memory: float = MEMORY,
 ) -> Price:
-    """Price a layout. ValueError where the workload's step does not fit it.
+    """The price of a layout. ValueError where the workload's step does not fit it.
 
-    `minor`: a layer of each of the shorter stacks, if it is known (see `minor_layers`). What the whole step leaves of
-    this share of a GPU's `memory` is what messages may be ahead by.
+    `minor`: a layer of each of the shorter stacks, if it is known (see `minor_layers`). `memory`: the share of a GPU's
+    memory that a step may use; what the whole step leaves of it is what prefetched messages may take.
     """
     few, main = depths(workload), main_stack(workload)
     deeper = [name for name, layers in workload.stacks.items() if layers > few[name]]
@@ -105,9 +112,10 @@ def price(
 
 
 def minor_layers(workload: Workload, candidate: Candidate, cluster: Cluster) -> dict[str, Layer]:
-    """A layer of each stack but the longest, on one layout.
+    """A layer of each stack except the longest, on one layout.
 
-    Layouts with as many ranks and the same recompute share it: media are divided over all ranks alike.
+    Layouts with as many ranks and the same recompute share it: media are divided over all ranks alike. ValueError where
+    the workload's step does not fit the layout.
     """
     few, main = depths(workload), main_stack(workload)
     names = [name for name, layers in workload.stacks.items() if name != main and layers > few[name]]
@@ -119,12 +127,12 @@ def minor_layers(workload: Workload, candidate: Candidate, cluster: Cluster) -> 
 
 
 def main_stack(workload: Workload) -> str | None:
-    """The stack of most layers."""
+    """The stack with most layers; None without stacks."""
     return max(workload.stacks, key=lambda name: workload.stacks[name], default=None)
 
 
 def depths(workload: Workload) -> dict[str, int]:
-    """How many layers of each stack are traced: of the longest few, of others one."""
+    """How many layers of each stack are traced: `FEW` of the longest, one of others."""
     main = main_stack(workload)
     return {name: min(FEW if name == main else 1, layers) for name, layers in workload.stacks.items()}
 
@@ -145,7 +153,7 @@ def plain_terms(draft: Draft) -> Terms:
 
 
 def count(draft: Draft, *, spare: float | None) -> Terms:
-    """Hide the communication of a step with so many bytes to spare, and count."""
+    """Hide the communication of a step with so many bytes to spare (None: no bound), and count."""
     lowered, cluster = draft.hide(spare=spare), draft.cluster
     tally = simulate_on_cluster(lowered.ordered, lowered.mesh, times=lowered.times, cluster=cluster)
     sent: dict[str, float] = dict(bytes_moved(lowered.ordered, lowered.mesh, count=filled_sends))
@@ -157,7 +165,7 @@ def count(draft: Draft, *, spare: float | None) -> Terms:
 
 
 def extend(whole: Terms, layer: Layer, layers: int) -> Terms:
-    """`whole` with so many layers more."""
+    """`whole` with so many more layers."""
     base, more = layer.base, layer.more
 
     def line(a: float, few: float, one_more: float) -> float:
@@ -170,7 +178,7 @@ def extend(whole: Terms, layer: Layer, layers: int) -> Terms:
         keys = dict.fromkeys([*whole, *more])
         return {k: line(whole.get(k, 0.0), base.get(k, 0.0), more.get(k, 0.0)) for k in keys}
 
-    # a layer more never hides what was exposed without it: where less waits, the schedule only found another order
+    # One more layer never hides what was exposed without it: where less waits, the schedule only found another order.
     exposed = whole.tally.exposed + layers * max(0.0, more.tally.exposed - base.tally.exposed)
     step = time(lambda t: t.step - t.exposed) + exposed
     links = each(whole.tally.links, base.tally.links, more.tally.links)
@@ -188,8 +196,8 @@ def extend(whole: Terms, layer: Layer, layers: int) -> Terms:
 
 
 def priced(whole: Terms, candidate: Candidate, model: ModelShape, cluster: Cluster) -> Price:
-    """What the terms of a whole model mean in tokens per second and shares of the peak."""
-    # where links are always busy the schedules of a few layers tell too little of what a layer more waits
+    """The price from the terms of a whole model: tokens per second, shares of the GPU's peak FLOPs, bytes."""
+    # Where links are always busy, schedules of a few layers underestimate what one more layer waits.
     seconds = max(whole.tally.step, whole.tally.compute, *whole.tally.links.values()) / 1e6
     rate = model.tokens * model.packs / candidate.ranks / seconds
     seen = model.attention_flops / 2 if model.causal else model.attention_flops

@@ -1,4 +1,4 @@
-"""What a layout costs at least, without a trace: which ones are worth tracing, and which cannot fit.
+"""A lower bound of what a layout costs, without a trace: which layouts are worth tracing, and which cannot fit.
 
 Time: products at the cluster's efficiency, and messages of parameters, attention and experts by formula. Memory: the
 state of a rank, and what recompute must keep. Both leave out much that a trace counts; only the order is used.
@@ -28,7 +28,7 @@ _PRODUCTS = 20.0  # us/MB: what a product costs on an H100 for its result
 
 
 class Kind(NamedTuple):
-    """Parameters of one shape and meaning: how many there are, and the bytes of training state per element of one."""
+    """Parameters of one shape and meaning: an example, their number, and the bytes of training state per element."""
 
     spec: ParamSpec
     path: str
@@ -37,7 +37,9 @@ class Kind(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters on one mesh: where each of a kind is, and how many there are; and the bytes of a rank's state."""
+    """Parameters on one mesh: the placement of each kind and the number of such parameters, and the bytes of a rank's
+    state.
+    """
 
     placements: tuple[tuple[Placement, int], ...]
     state: float
@@ -45,14 +47,16 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step and bytes of memory, at least, or nearly so."""
+    """Seconds of a step and bytes of memory, approximately at least."""
 
     seconds: float
     memory: float
 
 
 def kinds_of(workload: Workload, candidate: Candidate) -> list[Kind]:
-    """The model's parameters by kind: the same for every layout, of which one is given to make the step."""
+    """The model's parameters by kind. They are the same for every layout; `candidate` is only needed to make the
+    step.
+    """
     work = workload.make(workload.stacks, candidate)
     specs = dict(zip(tree.paths(work.specs), tree.leaves(work.specs), strict=True))
     state = dict.fromkeys(specs, 0)
@@ -76,7 +80,7 @@ def weights_on(kinds: Sequence[Kind], plan: Plan) -> Weights:
 
 
 def estimate(candidate: Candidate, weights: Weights, model: ModelShape, cluster: Cluster) -> Estimate:
-    """Seconds and bytes of a layout, roughly."""
+    """A rough lower bound of seconds and bytes of a layout."""
     mesh, micro = candidate.mesh(), candidate.micro_batches
     recomputed = _recomputed_share(candidate.remat)
     tokens = candidate.local_tokens(model)
@@ -100,7 +104,9 @@ def _recomputed_share(remat: str | float) -> float:
 
 
 def _parameter_microseconds(placement: Placement, mesh: Mesh, cluster: Cluster) -> float:
-    """Gathers for forward and backward in bfloat16 and a reduce-scatter in float32; sums over copies; no latency."""
+    """Gathers for forward and backward in bfloat16 and a reduce-scatter in float32; sums over copies; no latency.
+    Microseconds.
+    """
     found = 0.0
     piece = math.prod(placement.local_shape)
     for split in placement.splits:
@@ -116,7 +122,7 @@ def _parameter_microseconds(placement: Placement, mesh: Mesh, cluster: Cluster) 
 
 
 def _layer_microseconds(candidate: Candidate, mesh: Mesh, tokens: int, model: ModelShape, cluster: Cluster) -> float:
-    """Exchanges of attention and experts of one layer, forward and backward."""
+    """Microseconds of the exchanges of attention and experts of one layer, forward and backward."""
     found = 0.0
     way, K = candidate.attention, model.head_dim
     if way is not None:
@@ -136,7 +142,9 @@ def _layer_microseconds(candidate: Candidate, mesh: Mesh, tokens: int, model: Mo
 
 
 def _kept(candidate: Candidate, tokens: int, model: ModelShape, micro: int, weights: Weights) -> float:
-    """Residuals between layers; without recompute what products give and read; with micro-batches sums of gradients."""
+    """Bytes of residuals between layers; without recompute, of what products read and return; with micro-batches, of
+    sums of gradients.
+    """
     per_token = model.layers * model.d_model * _HALF
     products = model.weight_flops / 6 / model.layers / model.d_model**2  # each as wide as the model, in one layer
     read = 6 + 2 * model.top_k  # norms, attention's q, k, v and result; what experts are sent and give back
@@ -150,7 +158,7 @@ def _bytes_only(kind: str, sent: float, mesh: Mesh, axes: tuple[str, ...], clust
 
 
 def _owner(path: str, parameters: Container[str]) -> str | None:
-    """The parameter whose path a leaf's path ends in."""
+    """The parameter whose path is the end of a leaf's path."""
     parts = path.split(".")
     names = (".".join(parts[i:]) for i in range(len(parts)))
     return next((name for name in names if name in parameters), None)

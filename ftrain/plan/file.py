@@ -1,4 +1,7 @@
-"""plan.json: a layout chosen by a search, with all that `ftrain.jit` needs of it, written and read back."""
+"""Plan files: a layout chosen by a search, with all that `ftrain.jit` needs of it, written and read back.
+
+The keys of a file keep their words when a name of the code changes: "subject" is the workload.
+"""
 
 import json
 from collections.abc import Mapping
@@ -43,7 +46,9 @@ def _maybe(shape: Shape) -> Shape:
 
 
 def _by_glob(item: Shape) -> Shape:
-    """Of an object by globs, which are matched against every path: long ones take for ever."""
+    """An object whose keys are globs. Each glob is matched against every path, so long ones would take too much
+    time.
+    """
 
     def shape(value: Any, at: str) -> None:
         mapped(item)(value, at)
@@ -100,9 +105,12 @@ _PLAN = record(
 class PlanFile:
     """A layout, for whom it was chosen, and what was predicted of it.
 
-    `tokens` of a pack and `packs` of a step, which decide the batch's shapes; `components`, `batch` and `link`: as in
-    `ftrain.sharding.Plan`; `predicted`: tokens/s of one GPU, peak bytes, ... `candidate.recompute` is the `Remat` of
-    its step, `candidate.micro_batches` what its loss accumulates over.
+    - `workload`, `cluster`: their names.
+    - `tokens` of a pack and `packs` of a step, which decide the batch's shapes.
+    - `candidate`: the layout. Its `recompute` is the `Remat` of the step, its `micro_batches` what the loss accumulates
+      over.
+    - `components`, `batch`, `link`: as in `ftrain.sharding.Plan`.
+    - `predicted`: tokens/s of one GPU, peak bytes, seconds of a step, ...
     """
 
     workload: str
@@ -140,12 +148,14 @@ class PlanFile:
         )
 
     def plan(self, *, kind: Kind = "process") -> Plan:
-        """The plan for `ftrain.jit`."""
+        """The plan for `ftrain.jit`, on a mesh of this kind. ValueError where the layout fits no mesh."""
         mesh, layout = self.candidate.mesh(kind), self.candidate.layout
         return Plan(mesh, layout, batch=self.batch, link=self.link, components=self.components)
 
     def save(self, file: str | Path) -> Path:
-        """Write the file; one of this name is replaced at once."""
+        """Write the file and return its path. A file of this name is replaced at once; OSError where it cannot be
+        written.
+        """
         file = Path(file)
         data = {
             "version": _VERSION,
@@ -166,7 +176,9 @@ class PlanFile:
 
 
 def load_plan(file: str | Path) -> PlanFile:
-    """Read what `PlanFile.save` wrote. ValueError names the file, and what is missing or not known in it."""
+    """Read what `PlanFile.save` wrote. ValueError names the file, and what is missing, unknown or out of range in
+    it.
+    """
     file = Path(file)
     try:
         data = read_json(file, limit=_FILE_BYTES)

@@ -1,4 +1,7 @@
-"""What is alive at each kind of moment of a graph, in terms that graphs of any depth share."""
+"""Bytes alive in each region of a graph, where regions are named so that graphs of any depth share them.
+
+A region is a phase and a place: the stack of a parameter path, with its layer as "first", "last" or "inner".
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,9 +18,9 @@ _NUMBERED = re.compile(r"(.*?\blayers\.)(\d+)(?=\.|$)")
 
 
 def live_bytes(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> Iterator[tuple[fx.Node, int]]:
-    """Each op, of loops' bodies too, with the bytes alive beyond the arguments while it runs on a GPU.
+    """Each op, those of loop bodies too, with the bytes alive beyond the arguments while it runs on a GPU.
 
-    The memory plan with the workspaces of a GPU's kernels, or those that `workspace` tells.
+    `workspace`: bytes that each op allocates while it runs; default: those of a GPU's kernels.
     """
     return _live_bytes(Pieces.of(module, round_to=_BLOCK, workspace=workspace), 0)
 
@@ -32,11 +35,7 @@ def _live_bytes(pieces: Pieces, outer: int) -> Iterator[tuple[fx.Node, int]]:
 
 
 def peak_by_region(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> dict[Region, float]:
-    """The most bytes alive beyond the arguments at each kind of moment.
-
-    A kind is known in graphs of any depth: the phase, and the stack of the parameter's path with the layer as "first",
-    "last" or "inner".
-    """
+    """The most bytes alive beyond the arguments in each region: (phase, place). `workspace`: as in `live_bytes`."""
     found: dict[Region, float] = {}
     last = _last_layers(module)
     for node, live in live_bytes(module, workspace=workspace):
@@ -46,7 +45,7 @@ def peak_by_region(module: fx.GraphModule, *, workspace: Workspace = device_work
 
 
 def _last_layers(module: fx.GraphModule) -> dict[str, int]:
-    """The highest number of a layer of each stack, by the path before the number; bodies of loops included."""
+    """The highest layer number of each stack, by the path before the number; bodies of loops included."""
     found: dict[str, int] = {}
     for node in module.graph.nodes:
         if is_loop(node):

@@ -17,7 +17,9 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1160, 380, 76, 24, 16, 40
 
 
 def write_page(result: Result, file: str | Path, *, title: str, cluster: Cluster) -> Path:
-    """Write the page. A result without a layout that fits has no picture."""
+    """Write the page and return its path. Without a layout that fits it has no picture. OSError where it cannot be
+    written.
+    """
     file = Path(file)
     cards = []
     if result.prices:
@@ -106,7 +108,7 @@ def _dot(text: str, x: float, y: float, *, fill: str = "none") -> str:
 
 
 def _legend() -> str:
-    """What the dots are, in the upper right corner."""
+    """What the dots mean, in the upper right corner."""
     kinds = (
         ("no other is better in both", "var(--accent)"),
         ("priced from its graph, and fits", "var(--input0)"),

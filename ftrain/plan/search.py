@@ -1,4 +1,4 @@
-"""The search: every legal layout estimated, the most promising traced and priced, all of them ranked or refused."""
+"""The search: every legal layout is estimated, the most promising are traced and priced, all are ranked or rejected."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +20,17 @@ from ftrain.plan.workload import Workload
 LoadWorkload = Callable[[], Workload]
 Guessed = tuple[Candidate, Estimate]
 Minor = dict[str | float, dict[str, Layer] | None]  # by the way to recompute
-_WAVE = 1  # layouts that each process traces before it is looked at what came of them
+_WAVE = 1  # layouts that each process traces before the rest is ranked anew
 
 
 @dataclass(frozen=True)
 class Options:
-    """`traced`: how many layouts are traced. `processes`: that trace at the same time. `space`: what is tried.
+    """How much to search.
 
-    `memory`: the share of a GPU's memory that a step may use. `seconds`: after these no further layouts are traced.
+    - `traced`: how many layouts are traced. `processes`: how many processes trace at the same time.
+    - `space`: the choices that are tried.
+    - `memory`: the share of a GPU's memory that a step may use.
+    - `seconds`: after these no further layouts are traced.
     """
 
     traced: int = 40
@@ -39,9 +42,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """`prices`: of traced layouts that fit, fastest first. `untraced`: legal layouts that were only estimated, fastest
-    first. `rejected`: what cannot run, with reasons; each layout is in one of the three. `bounds`: seconds that the
-    traced layouts take at least.
+    """What a search found; each layout is in one of the three lists.
+
+    - `prices`: of traced layouts that fit, fastest first.
+    - `untraced`: legal layouts that were only estimated, fastest first.
+    - `rejected`: layouts that cannot run, with reasons.
+    - `bounds`: a lower bound of the seconds of each traced layout.
     """
 
     prices: list[Price]
@@ -61,8 +67,8 @@ def search(
 ) -> Result:
     """Search the layouts of a workload's step on `ranks` GPUs of a cluster.
 
-    `load` makes the workload again in another process (a picklable function); without it all is traced in this one.
-    `say` is told how far it is. ValueError if no layout is legal.
+    `load`: makes the workload in another process (a picklable function); without it this process traces all. `say`:
+    called with lines about the progress. ValueError if no layout is legal.
     """
     found, rejected = layouts(ranks, workload.model_shape, options.space)
     if not found:
@@ -115,7 +121,9 @@ def _estimates(workload: Workload, candidates: Sequence[Candidate], cluster: Clu
 
 
 def _first_of_each_kind(ranked: Sequence[Guessed], number: int) -> list[Guessed]:
-    """Fastest first, but half of the first `number` are the first of a kind, which estimates alone may misjudge."""
+    """Fastest first, except that half of the first `number` are the first of a kind, which estimates alone may
+    misjudge.
+    """
     kinds: dict[tuple, Guessed] = {}
     for item in ranked:
         kinds.setdefault((item[0].sequence, item[0].remat, item[0].expert > 1), item)
@@ -141,7 +149,7 @@ def _learn_minor(
     pool: ProcessPoolExecutor | None,
     load: LoadWorkload | None,
 ) -> None:
-    """Price a layer of the shorter stacks under each way to recompute that is not yet known."""
+    """Price a layer of the shorter stacks for each way to recompute that has no price yet."""
     new = {c.remat: c for c in chosen if c.remat not in minor and len(workload.stacks) > 1}
     if pool is None or load is None:
         minor.update({remat: _minor_of(workload, c, cluster) for remat, c in new.items()})
@@ -182,7 +190,7 @@ def _attempt_loaded(
 def _attempt(
     workload: Workload, candidate: Candidate, cluster: Cluster, minor: Mapping[str, Layer] | None, memory: float
 ) -> Price | str:
-    """The price, or why the step cannot be lowered: the first line of what the trace says."""
+    """The price, or why the step cannot be lowered: the first line of the error."""
     try:
         return price(workload, candidate, cluster, minor, memory=memory)
     except (ValueError, RuntimeError) as error:
@@ -194,7 +202,7 @@ def _minor_loaded(load: LoadWorkload, candidate: Candidate, cluster: Cluster) ->
 
 
 def _minor_of(workload: Workload, candidate: Candidate, cluster: Cluster) -> dict[str, Layer] | None:
-    """None where the step cannot be lowered on this layout: each is then priced by itself."""
+    """None where the step cannot be lowered on this layout: each layout is then priced by itself."""
     try:
         return minor_layers(workload, candidate, cluster)
     except (ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""A user's own step as a search sees it: its `ModelShape` is read off its graph on one device."""
+"""A user's own step as a workload: its `ModelShape` is read off its graph on one device."""
 
 import math
 from collections.abc import Mapping
@@ -29,11 +29,13 @@ _CPU = torch.device("cpu")
 
 
 class StepWorkload:
-    """A `Workload` of a step of two arguments, state and batch, with the whole model in every trace.
+    """The `Workload` of a step of two arguments, state and batch, with the whole model in every trace.
 
-    `request.arguments`: of the whole mesh; `packs` in the batch; `rules`, `components`: as in `ftrain.sharding.Plan`.
-    Each pack is taken to be one document that attends to what came before: packs of short documents take less than
-    predicted.
+    - `request`: its `arguments` are those of the whole mesh.
+    - `packs`: in the batch. `rules`, `components`: as in `ftrain.sharding.Plan`.
+
+    Each pack is taken to be one document with causal attention: packs of short documents take less than predicted.
+    ValueError for other arguments, without specs, and for less than one pack.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class StepWorkload:
 
     @property
     def stacks(self) -> Mapping[str, int]:
-        """None: nothing is known of how the step is built."""
+        """Empty: how the step is built is unknown."""
         return MappingProxyType({})
 
     def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
@@ -77,7 +79,9 @@ class StepWorkload:
 
     @cached_property
     def model_shape(self) -> ModelShape:
-        """Read off a trace on one device. ValueError if the batch does not divide into its packs."""
+        """Read off a trace on one device. ValueError if the batch does not divide into its packs, or no leaf of it has
+        one entry per token.
+        """
         whole = self._tokens()
         if whole % self._packs:
             raise ValueError(
@@ -108,7 +112,7 @@ class StepWorkload:
         )
 
     def _tokens(self) -> int:
-        """Of the whole batch: the length of the first leaf that has one entry per token."""
+        """Tokens of the whole batch: the length of the first leaf that has one entry per token."""
         plan = Plan(Mesh(kind="fake"), batch=self._rules)
         for path, leaf in zip(tree.paths(self._batch), tree.leaves(self._batch), strict=True):
             rule = plan.batch_rule(path)
@@ -117,7 +121,7 @@ class StepWorkload:
         raise ValueError(f"plan='auto': no leaf of the batch of {self.name} has one entry per token")
 
     def _shares(self, path: str) -> bool:
-        """Whether attention at a path sees a pack that ranks share."""
+        """True if attention at this path sees a pack that ranks share."""
         plan = Plan(Mesh(kind="fake"), components=self._components)
         names = path.split(".")
         tails = [".".join(names[i:]) for i in range(len(names))]
@@ -143,7 +147,7 @@ def _heads(counted: tuple[fx.Node, float]) -> _Heads | None:
 
 
 def _nodes(module: fx.GraphModule, times: int = 1) -> Any:
-    """Each op with its FLOPs; those of loops' bodies as often as they run."""
+    """Each op with its FLOPs; an op in a loop with those of all iterations."""
     for node in module.graph.nodes:
         if is_loop(node):
             yield from _nodes(loop_body(node), times * int(node.args[1]))
