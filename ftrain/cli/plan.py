@@ -46,13 +46,13 @@ class PlanOptions:
     tokens: str = "8K"
     """Tokens of a pack: the longest document. K and M are 1024 and 1024^2."""
     packs: int | None = None
-    """Packs in a step, over all GPUs; default: one per GPU, or of long packs so many that a GPU has 32K tokens."""
+    """Packs in a step, over all GPUs; default: one per GPU, fewer where packs are longer than 32K tokens."""
     size: str | None = None
-    """Of the model, where the experiment has several: what its plan_for_search(size=...) takes."""
+    """Size of the model, where the experiment has several: the argument of its plan_for_search(size=...)."""
     traced: int = 24
     """How many of the most promising layouts are traced and priced exactly."""
     seconds: float = 150.0
-    """After so many seconds no more layouts are traced."""
+    """Seconds after which no more layouts are traced."""
     processes: int = 2
     """Processes that trace."""
     remat: tuple[str, ...] = field(default=("none", "4", "100"))
@@ -60,15 +60,17 @@ class PlanOptions:
     rings: bool = True
     """Also try ring attention and hybrids."""
     html: Path | None = None
-    """Where the page with the Pareto front goes."""
+    """Write an HTML page with the Pareto front to this file."""
     apply: Path | None = None
     """Write the best layout as a plan to this file."""
     check: int = 0
-    """Run so many of the best layouts of this machine's size on its devices, and compare."""
+    """Run this many of the best layouts on the devices of this machine, and compare with the prediction."""
 
 
 def run(options: PlanOptions) -> int:
-    """The command; 1 if no layout fits. With `--check` under torchrun one rank searches, prints and writes."""
+    """The command; 1 if no layout fits. With `--check` under torchrun one rank searches, prints and writes. ValueError
+    for options that do not fit, and where no layout is legal.
+    """
     with processes() if options.check else nullcontext():
         return _run(options)
 
@@ -107,12 +109,19 @@ def _options_of(options: PlanOptions) -> Options:
 
 
 def default_packs(gpus: int, tokens: int) -> int:
-    """The most packs that divide evenly among so many GPUs and give each at most 32K tokens; at least one."""
+    """The most packs that divide evenly among so many GPUs and give each at most 32K tokens; at least one.
+
+    >>> from ftrain.cli.plan import default_packs
+    >>> default_packs(8, 8 * 1024), default_packs(8, 64 * 1024)
+    (8, 4)
+    """
     return max((n for n in divisors(gpus) if n * tokens <= gpus * _TOKENS), default=1)
 
 
 def load_workload(file: Path, tokens: int, packs: int, size: str | None = None) -> Workload:
-    """What the experiment in `file` offers to a search. ValueError if it has no `plan_for_search`, or no sizes."""
+    """The `Workload` that the experiment in `file` offers to a search. ValueError if there is no such file, if it has
+    no `plan_for_search`, or if it has no sizes and `size` is given.
+    """
     file = Path(file).resolve()
     if not file.exists():
         raise ValueError(f"{file}: there is no such experiment")
@@ -130,7 +139,12 @@ def load_workload(file: Path, tokens: int, packs: int, size: str | None = None) 
 
 
 def tokens_of(text: str) -> int:
-    """A number with an optional K or M, of 1024: "160K" is 163,840."""
+    """A number of tokens, with an optional K or M for 1024 and 1024^2. ValueError for another text.
+
+    >>> from ftrain.cli.plan import tokens_of
+    >>> tokens_of("160K")
+    163840
+    """
     found = re.fullmatch(r"(\d+)([KM]?)", text.strip().upper())
     if found is None:
         raise ValueError(f"--tokens {text!r}: give a number, with K or M for 1024 and 1024^2")
@@ -147,7 +161,7 @@ def _remat(text: str) -> str | float:
 
 
 def _module(file: Path) -> Any:
-    """The experiment as a module, by its import name: its folder's, where that is a package."""
+    """The experiment as a module, by its import name: within its package, if its folder is one."""
     parts = [file.stem]
     folder = file.parent
     while (folder / "__init__.py").exists():

@@ -1,7 +1,7 @@
-"""Ranks end together: when one fails, the others say why and end too, wherever they wait.
+"""Ranks end together: when one fails, the others print why and end too, wherever they wait.
 
-A rank that fails leaves a message in the common store, and stays until the others have read it. In each of them a
-thread looks for one; since the main thread may wait in C++ for the rank that failed, the thread ends the process.
+A rank that fails leaves a message in the common store, and stays until the others have read it. Each of them has a
+thread that looks for one. The main thread may wait in C++ for the rank that failed, so the thread ends the process.
 """
 
 import os
@@ -19,7 +19,7 @@ _FAILED, _HEARD, _DONE = "ftrain/run/failed", "ftrain/run/heard", "ftrain/run/do
 
 
 class PeerRanks:
-    """The ranks of torch.distributed, each of which has one of these; alone where that is not initialised."""
+    """The other ranks of torch.distributed; each rank makes one of these. Without process group there are none."""
 
     def __init__(self) -> None:
         self._alone = not dist.is_initialized() or dist.get_world_size() == 1
@@ -31,8 +31,8 @@ class PeerRanks:
         self._thread.start()
 
     def failed(self, error: BaseException) -> None:
-        """Tell the others that this rank ends with this error, unless another one has said so before; returns when they
-        have heard it, or after some seconds.
+        """Tell the others that this rank ends with this error, unless another one has reported an error before. Returns
+        when they have read it, or after some seconds.
         """
         self._stop_listening()
         if self._alone:
@@ -50,7 +50,7 @@ class PeerRanks:
             return  # the store went with the run
 
     def finished(self) -> None:
-        """Return when all ranks have come here; one that fails before ends this one."""
+        """Return when all ranks have come here. A rank that fails before ends this one."""
         if self._alone:
             return
         store = default_store().clone()
