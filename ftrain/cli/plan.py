@@ -109,7 +109,8 @@ def _options_of(options: PlanOptions) -> Options:
 
 
 def default_packs(gpus: int, tokens: int) -> int:
-    """The most packs that divide evenly among so many GPUs and give each at most 32K tokens; at least one.
+    """The most packs that divide evenly among `gpus` GPUs and give each at most 32K tokens; at least one. `tokens`: of
+    a pack.
 
     >>> from ftrain.cli.plan import default_packs
     >>> default_packs(8, 8 * 1024), default_packs(8, 64 * 1024)

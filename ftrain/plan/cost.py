@@ -153,7 +153,7 @@ def plain_terms(draft: Draft) -> Terms:
 
 
 def count(draft: Draft, *, spare: float | None) -> Terms:
-    """Hide the communication of a step with so many bytes to spare (None: no bound), and count."""
+    """Hide the communication of a step, with `spare` bytes of memory for it (see `Draft.hide`), and count."""
     lowered, cluster = draft.hide(spare=spare), draft.cluster
     tally = simulate_on_cluster(lowered.ordered, lowered.mesh, times=lowered.times, cluster=cluster)
     sent: dict[str, float] = dict(bytes_moved(lowered.ordered, lowered.mesh, count=filled_sends))

@@ -1,4 +1,4 @@
-"""Rows that are appended to a file while a run goes on, and never end the run: they wait while a disk is full."""
+"""Rows that are appended to a file during a run. A full disk does not end the run: rows wait in memory."""
 
 import contextlib
 import logging

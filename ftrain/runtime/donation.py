@@ -59,9 +59,9 @@ def give_away(leaves: list[Tensor], paths: list[str]) -> list[Tensor]:
     return fresh
 
 
-def empty(spoiled: Iterable[Tensor]) -> None:
+def empty(donated: Iterable[Tensor]) -> None:
     """Release the memory of donated leaves, so that only the new state holds it."""
-    for leaf in spoiled:
+    for leaf in donated:
         set_memory(leaf, _NOTHING)
 
 

@@ -199,7 +199,7 @@ def _yield_loop(*args: Any, **kwargs: Any) -> Any:
 
 
 def _done(x: Tensor) -> Tensor:
-    """A wait: in lockstep the exchange is finished when its result is handed out."""
+    """A wait: in lockstep the exchange has finished when its result arrives."""
     return x
 
 

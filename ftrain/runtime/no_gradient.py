@@ -14,7 +14,7 @@ def refusing(results: Sequence[Tensor], name: str) -> list[Tensor]:
     Used where arguments require gradients. Results without a history would be constants for `loss.backward()`, and in a
     sum with another loss nobody would notice. `name`: of the step, for the message.
     """
-    # The only thing behind the results, so that a state that goes round in steps drags no history along.
+    # The only history of the results, so that a state which runs through many steps does not accumulate any.
     anchor = torch.zeros((), requires_grad=True)
     return [_Refusing.apply(x, anchor, name) if x.is_floating_point() else x for x in results]
 

@@ -24,13 +24,13 @@ from ftrain.runtime.argument_memory import ArgumentMemory
 from ftrain.runtime.borrow import Borrow
 from ftrain.runtime.donation import empty_all_on
 
-Beside = Callable[[int], int | None]
+OwnReferences = Callable[[int], int | None]
 """From the position of an input to the number of further references of the trainer's own to its memory, e.g. by a
 DTensor around a padded piece; None where the input came from elsewhere, so that the number is unknown.
 """
 
 
-def _nothing_beside(slot: int) -> int | None:
+def _no_own_references(slot: int) -> int | None:
     return 0
 
 
@@ -68,26 +68,28 @@ class OtherHolders:
         *,
         copies: Collection[int] = (),
         borrows: Iterable[Borrow] = (),
-        beside: Beside = _nothing_beside,
+        own_references: OwnReferences = _no_own_references,
     ) -> list[Tensor]:
         """The inputs, with copies of the donated ones whose memory somebody else holds. Warns about these once.
 
-        `copies`: positions of inputs that are copies already. `borrows`: of leaves that are being read. `beside`: see
-        `Beside`.
+        `copies`: positions of inputs that are copies already. `borrows`: of leaves that are being read. `own_references`: see
+        `OwnReferences`.
         """
         at = [i for i, slot in enumerate(self._slots) if slot not in copies]
-        foreign = {i for i in at if self._is_foreign(inputs[self._slots[i]], i) or beside(self._slots[i]) is None}
+        foreign = {
+            i for i in at if self._is_foreign(inputs[self._slots[i]], i) or own_references(self._slots[i]) is None
+        }
         candidates = [i for i in at if i not in foreign]
-        held = self._held(inputs, candidates, borrows, beside)
+        held = self._held(inputs, candidates, borrows, own_references)
         if held and empty_all_on(set(storage_ids([inputs[self._slots[i]] for i in held]))):
             self.old_are_kept = True
-            held = self._held(inputs, held, borrows, beside)
+            held = self._held(inputs, held, borrows, own_references)
         if held and not self._warned:
             self._warned = True
             self._warn([self._slots[i] for i in held], inputs)
         if not foreign and not held:
             if len(at) == len(self._slots) and not [*borrows]:
-                self._learn(inputs, beside)
+                self._learn(inputs, own_references)
             return inputs
         copied = {self._slots[i] for i in (*foreign, *held)}
         return [x.clone() if slot in copied else x for slot, x in enumerate(inputs)]
@@ -101,13 +103,13 @@ class OtherHolders:
         return not x.untyped_storage().resizable() or x._base is not None
 
     def _held(
-        self, inputs: Sequence[Tensor], at: Sequence[int], borrows: Iterable[Borrow], beside: Beside
+        self, inputs: Sequence[Tensor], at: Sequence[int], borrows: Iterable[Borrow], own_references: OwnReferences
     ) -> list[int]:
         tensors = [inputs[self._slots[i]] for i in at]
         with ExitStack() as stack:
             read = [storage_id(x) for borrow in set(borrows) for x in stack.enter_context(borrow.held_open())]
             found = references(tensors)[1]
-        expected = self._expected_of(inputs, at, beside)
+        expected = self._expected_of(inputs, at, own_references)
         by_borrows = dict.fromkeys(read, 0)
         for memory in read:
             by_borrows[memory] += 1
@@ -119,25 +121,25 @@ class OtherHolders:
             if (here[0] - by_borrows.get(storage_id(x), 0), *here[1:]) != alone
         ]
 
-    def _expected_of(self, inputs: Sequence[Tensor], at: Sequence[int], beside: Beside) -> References:
+    def _expected_of(self, inputs: Sequence[Tensor], at: Sequence[int], own_references: OwnReferences) -> References:
         """The reference counts if nobody else holds the inputs."""
         memory, objects, handles = self._alone
         return References(
-            [memory[i] + self._ours(inputs, self._slots[i], beside) for i in at],
+            [memory[i] + self._ours(inputs, self._slots[i], own_references) for i in at],
             [objects[i] for i in at],
             [handles[i] for i in at],
         )
 
-    def _ours(self, inputs: Sequence[Tensor], slot: int, beside: Beside) -> int:
+    def _ours(self, inputs: Sequence[Tensor], slot: int, own_references: OwnReferences) -> int:
         """How many references of the trainer's own there are to the memory of an input, beside the input itself."""
         kept = self._arguments is not None and self._arguments.holds(slot, inputs[slot])
-        return int(kept) + (beside(slot) or 0)
+        return int(kept) + (own_references(slot) or 0)
 
-    def _learn(self, inputs: Sequence[Tensor], beside: Beside) -> None:
+    def _learn(self, inputs: Sequence[Tensor], own_references: OwnReferences) -> None:
         tensors = [inputs[slot] for slot in self._slots]
         self._anchors = [*map(weak_reference, tensors)]
         self._known = storage_ids(tensors)
-        self._expected = self._expected_of(inputs, range(len(tensors)), beside)
+        self._expected = self._expected_of(inputs, range(len(tensors)), own_references)
         self._changes = self._changes_now()
 
     def _changes_now(self) -> int:

@@ -1,4 +1,4 @@
-"""A step compiled for given shapes: the graph after its passes, and what can be said of it before it runs."""
+"""A compiled step: the graph after its passes, and what is known about it before it runs (memory, cost, schedule)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

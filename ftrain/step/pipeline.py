@@ -58,7 +58,7 @@ class Setting:
     - `device`; `backend`: as `ftrain.runtime.execute.choose` resolves it; `remat`: as in `ftrain.jit`.
     - `times`: returns how long ops take; called only where a pass needs it.
     - `mesh`, `link`: None and the default without a mesh. `hides`: whether communication is hidden behind compute.
-    - `within(graph)`: bytes beyond the arguments that hiding communication may use; None: no bound of its own.
+    - `within(graph)`: bytes beyond the arguments that hiding communication may use; None: the default bound of `overlap`.
     - `score`: see `ftrain.passes.overlap.overlap`.
     - `disabled`: names of passes to leave out, by default those in `FTRAIN_DISABLE_PASSES`. ValueError where one of
       these is no pass, or one that later passes need.

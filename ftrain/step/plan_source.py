@@ -1,4 +1,4 @@
-"""How `ftrain.jit` gets a plan that is given by name: what is asked for, and what is returned.
+"""How `ftrain.jit` gets a plan that is given by name: the request, and what comes back.
 
 The search lowers steps, so it stands on `ftrain.jit`. This module holds the part that `jit` must know of it.
 """

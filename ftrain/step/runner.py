@@ -19,7 +19,7 @@ from ftrain.runtime.errors import name_line
 from ftrain.runtime.execute import Program, compile_graph, waiting
 from ftrain.runtime.lockstep import lockstep_program
 from ftrain.runtime.no_gradient import refusing
-from ftrain.runtime.other_holders import Beside, OtherHolders
+from ftrain.runtime.other_holders import OwnReferences, OtherHolders
 from ftrain.runtime.shared_memory import SharedMemory
 from ftrain.step.artifact import Compiled
 from ftrain.step.pipeline import EXECUTED, run_passes
@@ -78,7 +78,7 @@ class Runner:
         return [x if i in kept else next(others) for i, x in enumerate(results)]
 
     def run_flat(
-        self, tensors: list[Tensor], *, guard_passed: bool = False, beside: Beside = lambda _: 0
+        self, tensors: list[Tensor], *, guard_passed: bool = False, own_references: OwnReferences = lambda _: 0
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run on the tensors of real arguments, in the shapes of the trace.
 
@@ -86,7 +86,7 @@ class Runner:
         tensor was not contiguous or where somebody else holds its memory. The outputs are the results that are not
         donated.
 
-        `guard_passed`: as in `run`. `beside`: see `OtherHolders`. ValueError for leaves without data and for donated
+        `guard_passed`: as in `run`. `own_references`: see `OtherHolders`. ValueError for leaves without data and for donated
         leaves that share memory. An `OutOfMemory` explains an allocation that failed; any other error gets the user's
         line added.
         """
@@ -97,7 +97,7 @@ class Runner:
         inputs = tensors
         if donation.outputs and not (contiguous and self._holders.known_unshared(tensors)):
             self._shared_memory.require_none(tensors, contiguous=contiguous)
-            inputs = self._copy_shared(tensors, beside, contiguous=contiguous)
+            inputs = self._copy_shared(tensors, own_references, contiguous=contiguous)
         elif not contiguous:
             inputs = self.compiled.traced.in_rows(tensors)
         try:
@@ -112,12 +112,12 @@ class Runner:
             raise
         return inputs, outputs
 
-    def _copy_shared(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
+    def _copy_shared(self, tensors: list[Tensor], own_references: OwnReferences, *, contiguous: bool) -> list[Tensor]:
         """The graph's inputs, with copies of the donated ones whose memory somebody else holds."""
         borrows, self._borrows = self._borrows, []
         inputs = tensors if contiguous else self.compiled.traced.in_rows(tensors)
         copies = {slot for slot in self.compiled.donation.slots if inputs[slot] is not tensors[slot]}
-        return self._holders.copy_shared(inputs, copies=copies, borrows=borrows, beside=beside)
+        return self._holders.copy_shared(inputs, copies=copies, borrows=borrows, own_references=own_references)
 
     def _start(self, tensors: list[Any]) -> Program:
         for path, leaf in zip(self.compiled.traced.input_paths, tensors, strict=True):

@@ -202,7 +202,9 @@ class ShardedStep:
         with naming_lost_ranks(lambda: runner.running, self._heartbeat):
             tensors, places = compiled.signature.tensors(inputs), compiled.signature.slots
             used, outputs = runner.run_flat(
-                tensors, guard_passed=guard_passed, beside=lambda slot: _references(leaves[places[slot]], tensors[slot])
+                tensors,
+                guard_passed=guard_passed,
+                own_references=lambda slot: _references(leaves[places[slot]], tensors[slot]),
             )
         results = self._calls[runner].results(leaves, used, outputs)
         return compiled.traced.assemble(results)

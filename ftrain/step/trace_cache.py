@@ -136,7 +136,9 @@ class TraceCache:
         changes = [
             f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]
         ]
-        changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
+        changes += [f"{p}: is new" for p in now if p not in before] + [
+            f"{p}: is absent" for p in before if p not in now
+        ]
         assert self._surroundings is not None
         names = [*(f"{name} around the call" for name in AMBIENT_NAMES), *self._surroundings.names]
         was = self.latest.compiled.signature.around
@@ -166,7 +168,7 @@ def _require_data(paths: Sequence[str], leaves: Sequence[Any]) -> None:
         if not is_array(leaf) and not isinstance(leaf, int | float | str | bool | complex | torch.dtype):
             way_out = "convert arrays with torch.as_tensor"
             if dataclasses.is_dataclass(leaf):
-                way_out = "decorate its class with @ftrain.struct in the place of @dataclass"
+                way_out = "decorate its class with @ftrain.struct instead of @dataclass"
             raise ValueError(
                 f"leaf {path!r} is {type(leaf).__module__}.{type(leaf).__name__}; a step takes trees of tensors, "
                 f"numbers and strings: {way_out}"

@@ -374,7 +374,7 @@ class Plain:
 
 
 def test_a_dataclass_that_is_no_struct_is_told_what_to_be():
-    with pytest.raises(ValueError, match=r"leaf 'state' is .*Plain; .*@ftrain.struct in the place of @dataclass"):
+    with pytest.raises(ValueError, match=r"leaf 'state' is .*Plain; .*@ftrain.struct instead of @dataclass"):
         ftrain.jit(lambda state: state.w + 1)(Plain(torch.ones(1)))
 
 
