@@ -72,8 +72,8 @@ class OtherHolders:
     ) -> list[Tensor]:
         """The inputs, with copies of the donated ones whose memory somebody else holds. Warns about these once.
 
-        `copies`: positions of inputs that are copies already. `borrows`: of leaves that are being read. `own_references`: see
-        `OwnReferences`.
+        `copies`: positions of inputs that are copies already. `borrows`: of leaves that are being read.
+        `own_references`: see `OwnReferences`.
         """
         at = [i for i, slot in enumerate(self._slots) if slot not in copies]
         foreign = {

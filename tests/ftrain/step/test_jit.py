@@ -204,7 +204,7 @@ def test_a_retrace_says_what_changed_and_once():
     [
         ({"a": torch.ones(3, dtype=torch.float64)}, r"x\.a: was float32\[3\], is float64\[3\]"),
         ({"a": torch.ones(3), "b": torch.ones(1)}, r"x\.b: is new"),
-        ({}, r"x\.a: is gone"),
+        ({}, r"x\.a: is absent"),
     ],
 )
 def test_a_retrace_names_dtypes_and_leaves(changed, words):
