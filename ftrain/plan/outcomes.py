@@ -35,7 +35,9 @@ class Outcomes:
         self.rejected.append(Rejected(str(candidate), 1, reason, needs=needs, candidate=candidate))
 
     def enter(self, candidate: Candidate, guess: Estimate, outcome: Price | str, model: ModelShape) -> None:
-        """Note the outcome of tracing a layout: its price, or why it cannot be lowered. `guess`: its estimate."""
+        """Note the outcome of tracing `candidate`: its price, or a text that says why it cannot be lowered. `guess`:
+        its estimate; `model`: whose step it is a layout of.
+        """
         if isinstance(outcome, str):
             self.rejected.append(Rejected(str(candidate), 1, outcome))
             return

@@ -17,8 +17,10 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1160, 380, 76, 24, 16, 40
 
 
 def write_page(result: Result, file: str | Path, *, title: str, cluster: Cluster) -> Path:
-    """Write the page and return its path. Without a layout that fits it has no picture. OSError where it cannot be
-    written.
+    """Write the page of a search's `result` and return its path. Without a layout that fits it has no picture.
+
+    `title`: the heading. `cluster`: the one that was searched, for its name and memory. OSError where the file cannot
+    be written.
     """
     file = Path(file)
     cards = []

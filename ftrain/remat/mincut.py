@@ -39,12 +39,16 @@ class Item:
     away: float | None = None
 
     def keeps_for(self, us_per_mb: float) -> float:
-        """Microseconds that having it in the backward costs if it is not recomputed, at this price of memory."""
+        """Microseconds that having it in the backward costs if it is not recomputed, where memory costs `us_per_mb`
+        microseconds per MB.
+        """
         here = np.inf if self.bytes is None else self.bytes / 1e6 * us_per_mb
         return here if self.away is None else min(here, self.away)
 
     def is_offloaded(self, us_per_mb: float) -> bool:
-        """True if keeping it costs less on the host, at this price of memory."""
+        """True if keeping it costs less on the host, where memory of the device costs `us_per_mb` microseconds per
+        MB.
+        """
         return self.away is not None and self.bytes is not None and self.away < self.bytes / 1e6 * us_per_mb
 
 

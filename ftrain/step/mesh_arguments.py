@@ -50,7 +50,9 @@ class MeshArguments:
         return path == self.batch or path.startswith(self.batch + ".")
 
     def rule(self, path: str) -> BatchRule:
-        """The rule that divides the batch leaf at `path`."""
+        """The rule that divides the batch leaf at `path`. ValueError where two equally specific globs of the plan
+        decide differently.
+        """
         return self.plan.batch_rule(_within(self.batch, path))
 
     def require_rules_used(self, paths: Sequence[str]) -> None:

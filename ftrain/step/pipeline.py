@@ -58,7 +58,7 @@ class Setting:
     - `device`; `backend`: as `ftrain.runtime.execute.choose` resolves it; `remat`: as in `ftrain.jit`.
     - `times`: returns how long ops take; called only where a pass needs it.
     - `mesh`, `link`: None and the default without a mesh. `hides`: whether communication is hidden behind compute.
-    - `within(graph)`: bytes beyond the arguments that hiding communication may use; None: the default bound of `overlap`.
+    - `within(graph)`: bytes beyond the arguments that hiding communication may use; None: the default of `overlap`.
     - `score`: see `ftrain.passes.overlap.overlap`.
     - `disabled`: names of passes to leave out, by default those in `FTRAIN_DISABLE_PASSES`. ValueError where one of
       these is no pass, or one that later passes need.
@@ -133,9 +133,10 @@ def run_passes(
     runs: list[PassRun] | None = None,
     observe: Observe | None = None,
 ) -> fx.GraphModule:
-    """Run the passes that the setting asks for, and return the graph after them.
+    """Run those of `passes` that the setting asks for, in order, and return the graph after them. `module` is changed.
 
-    `runs`: a list to which an entry for each pass is appended. `observe`: called after each pass.
+    `runs`: a list to which an entry for each pass is appended. `observe`: called after each pass. ValueError where a
+    pass refuses the step: a budget that cannot be met, a glob of `Remat.paths` that matches nothing.
     """
     before = _GraphOps(module) if runs is not None else None
     for each in passes:

@@ -19,7 +19,7 @@ from ftrain.runtime.errors import name_line
 from ftrain.runtime.execute import Program, compile_graph, waiting
 from ftrain.runtime.lockstep import lockstep_program
 from ftrain.runtime.no_gradient import refusing
-from ftrain.runtime.other_holders import OwnReferences, OtherHolders
+from ftrain.runtime.other_holders import OtherHolders, OwnReferences
 from ftrain.runtime.shared_memory import SharedMemory
 from ftrain.step.artifact import Compiled
 from ftrain.step.pipeline import EXECUTED, run_passes
@@ -86,9 +86,10 @@ class Runner:
         tensor was not contiguous or where somebody else holds its memory. The outputs are the results that are not
         donated.
 
-        `guard_passed`: as in `run`. `own_references`: see `OtherHolders`. ValueError for leaves without data and for donated
-        leaves that share memory. An `OutOfMemory` explains an allocation that failed; any other error gets the user's
-        line added.
+        - `guard_passed`: as in `run`. `own_references`: see `OtherHolders`.
+
+        ValueError for leaves without data and for donated leaves that share memory. An `OutOfMemory` explains an
+        allocation that failed; any other error gets the user's line added.
         """
         donation = self.compiled.donation
         if self._program is None:
