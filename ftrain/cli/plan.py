@@ -120,8 +120,11 @@ def default_packs(gpus: int, tokens: int) -> int:
 
 
 def load_workload(file: Path, tokens: int, packs: int, size: str | None = None) -> Workload:
-    """The `Workload` that the experiment in `file` offers to a search. ValueError if there is no such file, if it has
-    no `plan_for_search`, or if it has no sizes and `size` is given.
+    """The `Workload` that the experiment in `file` offers to a search, for packs of `tokens` tokens, `packs` of them in
+    a step.
+
+    `size`: of the model, where the experiment has several. ValueError if there is no such file, if it has no
+    `plan_for_search`, or if that takes no `size` and one is given.
     """
     file = Path(file).resolve()
     if not file.exists():

@@ -98,7 +98,9 @@ def search_local_machine(
 
 
 def require_ranks(found: PlanFile, file: str | Path, kind: Kind) -> None:
-    """ValueError if a plan for processes is for another number of ranks than this run has. `file`: for the message."""
+    """ValueError if the plan `found` is for a mesh of processes (`kind`) with another number of ranks than this run
+    has. `file`: for the message.
+    """
     world, ranks = world_size(), found.candidate.ranks
     if kind == "process" and ranks != world:
         raise ValueError(

@@ -46,8 +46,8 @@ class Checked(NamedTuple):
 
 
 def check_best(prices: Sequence[Price], workload: Workload, *, console: Console) -> list[Checked]:
-    """Run each layout for a few steps and print the table; on several ranks all call this, within `processes`. Returns
-    a `Checked` per layout.
+    """Run the layout of each of `prices` for a few steps and print the table to `console`; on several ranks all call
+    this, within `processes`. Returns a `Checked` per layout.
 
     ValueError if a layout is not for this run's number of ranks, or the workload does not say how to make its state.
     """
@@ -95,7 +95,8 @@ def processes() -> Iterator[None]:
 
 
 def check(candidate: Candidate, workload: Workload, device: torch.device) -> Checked:
-    """Predict and measure one layout, on a fresh state and a batch of zeros. The ops' times are remembered on disk.
+    """Predict and measure the layout `candidate` on `device`, with a fresh state and a batch of zeros. The ops' times
+    are remembered on disk.
 
     ValueError if the workload does not say how to make its state.
     """
@@ -122,7 +123,10 @@ def check(candidate: Candidate, workload: Workload, device: torch.device) -> Che
 
 
 def measured(step: Step, state: object, batch: object, device: torch.device) -> tuple[float, float]:
-    """The median seconds of a step on this rank, and the most bytes that it holds, arguments included."""
+    """The median seconds of a step on this rank, and the most bytes that it holds, arguments included.
+
+    `state` and `batch`: its arguments; the state is consumed. `device`: where they are.
+    """
     state, _ = step(state, batch)
     seconds = []
     for _ in range(_STEPS):

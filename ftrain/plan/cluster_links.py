@@ -39,14 +39,16 @@ class ClusterLinks:
 
 
 def simulate_on_cluster(module: fx.GraphModule, mesh: Mesh, *, times: OpTimes, cluster: Cluster) -> Tally:
-    """Simulate a graph on a cluster in the order that it has: microseconds of the step, of compute and of
-    communication.
+    """Simulate the graph `module` of a rank of `mesh` on a cluster, in the order that it has: microseconds of the step,
+    of compute and of communication. `times`: of ops.
     """
     return simulate(module, Costs.of(module, times, ClusterLinks(mesh, cluster))).tally
 
 
 def collective_microseconds(node: fx.Node, mesh: Mesh, cluster: Cluster) -> float:
-    """Microseconds of the collective of a node on the links of its group; of a batch, the share that is not padding."""
+    """Microseconds of the collective of `node` on the links of `cluster` between the ranks of its group of `mesh`; of a
+    batch, the share that is not padding.
+    """
     axes = axes_of_group(str(node.args[-1]))
     whole = cluster.microseconds(COLLECTIVES[node.target], node_sends(node, mesh), mesh, axes)
     return node.meta.get("filled", 1.0) * whole

@@ -23,7 +23,9 @@ class Contributor(NamedTuple):
 
 
 def contributors(module: fx.GraphModule, times: OpTimes) -> dict[Contributor, float]:
-    """Microseconds of compute of each contributor; an op in a loop counts as often as it runs."""
+    """Microseconds of compute of each contributor in the graph `module`, by the `times` of its ops. An op in a loop
+    counts as often as it runs.
+    """
     found: dict[Contributor, float] = {}
     for node in module.graph.nodes:
         if is_loop(node):

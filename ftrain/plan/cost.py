@@ -89,7 +89,8 @@ def price(
     *,
     memory: float = MEMORY,
 ) -> Price:
-    """The price of a layout. ValueError where the workload's step does not fit it.
+    """The price of the layout `candidate` of a workload on a cluster. ValueError where the workload's step does not fit
+    it.
 
     `minor`: a layer of each of the shorter stacks, if it is known (see `minor_layers`). `memory`: the share of a GPU's
     memory that a step may use; what the whole step leaves of it is what prefetched messages may take.
@@ -112,7 +113,7 @@ def price(
 
 
 def minor_layers(workload: Workload, candidate: Candidate, cluster: Cluster) -> dict[str, Layer]:
-    """A layer of each stack except the longest, on one layout.
+    """A layer of each stack except the longest, by stack, priced on the layout `candidate` of a cluster.
 
     Layouts with as many ranks and the same recompute share it: media are divided over all ranks alike. ValueError where
     the workload's step does not fit the layout.
@@ -196,7 +197,9 @@ def extend(whole: Terms, layer: Layer, layers: int) -> Terms:
 
 
 def priced(whole: Terms, candidate: Candidate, model: ModelShape, cluster: Cluster) -> Price:
-    """The price from the terms of a whole model: tokens per second, shares of the GPU's peak FLOPs, bytes."""
+    """The price of the layout `candidate` on a cluster, from the terms of the `whole` model: tokens per second, shares
+    of the GPU's peak FLOPs, bytes.
+    """
     # Where links are always busy, schedules of a few layers underestimate what one more layer waits.
     seconds = max(whole.tally.step, whole.tally.compute, *whole.tally.links.values()) / 1e6
     rate = model.tokens * model.packs / candidate.ranks / seconds

@@ -80,7 +80,9 @@ def weights_on(kinds: Sequence[Kind], plan: Plan) -> Weights:
 
 
 def estimate(candidate: Candidate, weights: Weights, model: ModelShape, cluster: Cluster) -> Estimate:
-    """A rough lower bound of seconds and bytes of a layout."""
+    """A rough lower bound of the seconds and bytes of the layout `candidate` on a cluster. `weights`: on its mesh;
+    `model`: whose step it is.
+    """
     mesh, micro = candidate.mesh(), candidate.micro_batches
     recomputed = _recomputed_share(candidate.remat)
     tokens = candidate.local_tokens(model)

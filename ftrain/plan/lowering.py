@@ -82,7 +82,8 @@ class Draft:
 
 
 def lower(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Lowered:
-    """Trace the step for one rank of a layout and run the passes; nothing is allocated.
+    """Trace the step `work` for one rank of the layout `candidate` on a cluster, and run the passes; nothing is
+    allocated.
 
     `attention_share`: see `DeviceTimes`. ValueError, as `ftrain.jit` raises it, where the step does not fit the layout.
     """
@@ -90,7 +91,7 @@ def lower(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attenti
 
 
 def draft(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Draft:
-    """As `lower`, with communication that is not hidden yet."""
+    """As `lower`, with the same arguments and errors, but communication is not hidden yet."""
     times = DeviceTimes(cluster, attention_share=attention_share)
     mesh, device = candidate.mesh(), torch.device(cluster.device_type, 0)
     base = work.plan(candidate)
@@ -125,9 +126,10 @@ def _run(module: fx.GraphModule, passes: Sequence[Pass], setting: Setting) -> fx
 
 
 class FakeMeshArguments(MeshArguments):
-    """The arguments of a step on a fake mesh, whose batch is shapes alone, however large it is.
+    """The arguments of a step with a plan on a fake mesh, whose batch is shapes alone, however large it is.
 
-    All of them stand for arguments on `device`, which need not exist on this machine.
+    All of them stand for arguments on `device`, which need not exist on this machine; the rest is as in
+    `MeshArguments`.
     """
 
     def __init__(self, plan: Plan, placements: Placements, batch: str, *, device: torch.device) -> None:
@@ -135,7 +137,9 @@ class FakeMeshArguments(MeshArguments):
         self._device = device
 
     def avals(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
-        """A rank's arguments as abstract values. ValueError for a leaf that does not divide."""
+        """A rank's arguments as abstract values, from `leaves` with their `paths`. ValueError for a leaf that does not
+        divide.
+        """
         arguments = [self.argument(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         return [self._aval(a, leaf) for a, leaf in zip(arguments, leaves, strict=True)]
 

@@ -52,12 +52,12 @@ class Outcomes:
             self.prices.append(outcome)
 
     def expected(self, candidate: Candidate, guess: Estimate) -> float:
-        """Bytes that a layout is likely to need, from traces of similar ones."""
+        """Bytes that `candidate` is likely to need: its estimate `guess`, corrected by traces of similar layouts."""
         return guess.memory * self.beyond.get(candidate.remat, 1.0)
 
     def hopeless(self, candidate: Candidate, guess: Estimate, model: ModelShape) -> bool:
-        """True for a layout that holds no less than one that was far too large, and recomputes no more; it is then
-        rejected.
+        """True for a `candidate` that holds no less than a layout that was far too large, and recomputes no more; it is
+        then rejected. `guess`: its estimate; `model`: whose step it is.
         """
         tokens = candidate.local_tokens(model)
         for other, needed, held in self.too_large:

@@ -64,9 +64,10 @@ def pareto(prices: Sequence[Price]) -> list[Price]:
 
 
 def front_figure(prices: Sequence[Price], untraced: Sequence[tuple[Candidate, Estimate]] = ()) -> str:
-    """An HTML figure: a dot per layout that fits, peak memory to the right, throughput up, the Pareto front as a line.
+    """An HTML figure: a dot for each of `prices`, peak memory to the right, throughput up, the Pareto front as a line.
 
-    Layouts that were only estimated are rings, at the least memory and the most throughput that they can have.
+    Layouts that were only estimated (`untraced`) are rings, at the least memory and the most throughput that they can
+    have.
     """
     if not prices:
         return "<p>No layout fits.</p>"

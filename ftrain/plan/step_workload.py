@@ -64,7 +64,7 @@ class StepWorkload:
         return MappingProxyType({})
 
     def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
-        """The step as it is."""
+        """The step as it is: `depths` and `candidate` change nothing, since the whole model is in every trace."""
         step = self._request.step
         return WorkloadStep(
             lambda state, batch: step(state, batch),

@@ -13,8 +13,8 @@ COLUMNS = ("#", "layout", "tok/s/GPU", "MFU", "non-causal", "peak GiB", "exposed
 
 
 def print_result(result: Result, *, title: str, rows: int = 20, console: Console | None = None) -> None:
-    """Print the ranked layouts, why the best is far from its bound if it is, how many were only estimated, and the
-    rejected ones by reason.
+    """Print a search's `result` under `title`: the ranked layouts, why the best is far from its bound if it is, how
+    many were only estimated, and the rejected ones by reason.
 
     `rows`: the most layouts to print. `console`: default stdout.
     """

@@ -58,8 +58,8 @@ class Workload(Protocol):
         ...
 
     def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
-        """The step with so many layers in each stack (any number from 1), for the batch and the micro-batches of a
-        layout.
+        """The step with as many layers in each stack as `depths` says (at least 1), for the batch and the micro-batches
+        of the layout `candidate`.
 
         It must only build functions and abstract values: nothing is allocated.
         """

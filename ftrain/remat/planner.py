@@ -261,8 +261,8 @@ def budget_bytes(remat: Remat, device: torch.device, inputs: int) -> int:
 
 
 def bytes_within(module: fx.GraphModule, remat: Remat, device: torch.device, mesh: Mesh | None) -> int | None:
-    """Bytes beyond the arguments that recompute and overlap share: the budget of recompute; without one, what is free
-    on the GPU. All ranks get the same number.
+    """Bytes beyond the arguments of the graph `module` that recompute and overlap share: the budget of `remat`; without
+    one, what is free on the GPU `device`. All ranks of `mesh` get the same number.
 
     None on a CPU without a budget, since ranks share its memory.
     """

@@ -147,8 +147,8 @@ def parse_budget(budget: int | str) -> int | float | str:
 
 
 def rematerialize(module: fx.GraphModule, remat: Remat, *, gathers: Collection[fx.Node] = ()) -> None:
-    """Replace what the backward reads of the forward nodes that the policy does not keep by copies, each just before
-    its first use.
+    """Recompute in the backward of the graph `module` what `remat` does not keep: its readers there read copies, each
+    just before its first use.
 
     `gathers`: the nodes that make whole parameters. They are decided together with the rest, so that what a layer
     recomputes and its backward read the same copies. The same ops run on the same inputs: results are equal to the bit.
@@ -187,7 +187,7 @@ def _forward_paths(module: fx.GraphModule) -> set[str]:
 
 
 def recomputed_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
-    """The forward nodes that the policy and the globs over paths recompute."""
+    """The forward nodes of the graph `module` that the policy and the globs over paths of `remat` recompute."""
     if remat.policy == "none" and not remat.paths:
         return set()
     forward = [n for n in module.graph.nodes if is_forward(n)]

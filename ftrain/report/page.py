@@ -52,8 +52,9 @@ def _cell(cell: Cell) -> str:
 def page(
     name: str, subtitle: str, shapes: Sequence[str], cards: Sequence[Card], sections: Sequence[tuple[str, str]]
 ) -> str:
-    """The whole page as HTML. `sections`: titles and HTML; every other text is escaped here. `shapes`: a line per input
-    tensor.
+    """The whole page as HTML. Every text is escaped here, except for the HTML of `sections`, pairs of (title, HTML).
+
+    `name` and `subtitle`: the heading. `cards`: figures at the top. `shapes`: a line per input tensor.
     """
     tiles = "".join(
         f"<div class=card><h3>{escape(c.title)}</h3><b>{escape(c.value)}</b><p>{escape(c.note)}</p></div>"

@@ -170,7 +170,9 @@ def graph_table(module: fx.GraphModule) -> Table:
 
 
 def walk(module: fx.GraphModule, inside: tuple[str, ...] = ()) -> Iterable[tuple[fx.Node, tuple[str, ...]]]:
-    """All nodes except outputs, each with the loops that enclose it; the body of a loop follows its node."""
+    """All nodes of the graph except outputs, each with the names of the loops that enclose it (those of `inside`
+    first). The body of a loop follows its node.
+    """
     for node in module.graph.nodes:
         if node.op == "output":
             continue

@@ -43,7 +43,8 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def open_mesh(flags: MeshFlags, device: torch.device) -> Iterator[Mesh | None]:
-    """The mesh of this run, or None for a single rank. Under torchrun its process group lives as long as the block.
+    """The mesh of this run with the sizes of `flags`, or None for a single rank. Under torchrun its process group, for
+    `device`, lives as long as the block.
 
     Without torchrun, sizes above 1 give a virtual mesh: all ranks in lockstep in this process. ValueError lists the
     sizes that fit.

@@ -47,8 +47,8 @@ class Saves:
         return 0 < self._again <= step
 
     def save(self, state: Any, step: int, *, good: bool = True) -> None:
-        """Save while the next steps run. A save that has failed is retried after a later step, each time after twice as
-        many.
+        """Save `state` as that after `step`, while the next steps run; `good`: as in `Checkpointer.save`. A save that
+        has failed is retried after a later step, each time after twice as many.
 
         Raises NotSaved if too many saves in a row have failed, and ValueError as `Checkpointer.save` does.
         """
@@ -62,8 +62,8 @@ class Saves:
             self._again = step + 2 ** min(self._failed, 8)
 
     def save_now(self, state: Any, step: int, *, good: bool = True) -> None:
-        """Save and wait for it, as after the last step; retried for some seconds. Afterwards `held` says whether it is
-        stored. ValueError as for `save`.
+        """Save as `save` does and wait for it, as after the last step; retried for some seconds. Afterwards `held` says
+        whether it is stored. ValueError as for `save`.
         """
         self._again, self.held = 0, False
         for pause in _PAUSES:

@@ -71,7 +71,9 @@ class Run:
         components: Mapping[str, Layout] = MappingProxyType({}),
         batch: Mapping[str, BatchRule] = MappingProxyType({}),
     ) -> Plan:
-        """A `ftrain.Plan` of the run's mesh; the arguments are those of `Plan`."""
+        """A `ftrain.Plan` of the run's mesh. `default`, `components` and `batch` are those of `Plan`, and so are the
+        errors.
+        """
         plan = Plan(self.mesh, default, components=components, batch=batch)
         self._plans.append(plan)
         return plan
@@ -96,8 +98,8 @@ class Run:
     def checkpointer(
         self, folder: str | Path, *, keep: Retention = KEEP_ALL, specs: Any = None, background: bool = True
     ) -> Checkpointer:
-        """A `Checkpointer` of all ranks, which is closed at the end of the block after its last save. The arguments are
-        those of `Checkpointer`, and so are the errors.
+        """A `Checkpointer` of all ranks for `folder`, which is closed at the end of the block after its last save.
+        `keep`, `specs` and `background` are those of `Checkpointer`, and so are the errors.
         """
         made = Checkpointer(folder, keep=keep, specs=specs, background=background, ranks=Ranks.of_run())
         return self._opened.enter_context(made)

@@ -101,7 +101,8 @@ class CudaRecorder:
         self._side = torch.cuda.Stream(device)
 
     def run(self, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run on the side stream, between the work of the current stream before and after it.
+        """Run `program` on its flat `inputs` on the side stream, between the work of the current stream before and
+        after it.
 
         Only later runs reuse the memory of the side stream, and they wait for the current stream first.
         """
@@ -113,7 +114,8 @@ class CudaRecorder:
         return results
 
     def record(self, program: Program, inputs: Sequence[Tensor]) -> Record:
-        """Capture the program; nothing is computed. ValueError names the node at which that is impossible.
+        """Capture `program` on its flat `inputs`; nothing is computed. ValueError names the node at which that is
+        impossible.
 
         Other threads may go on using CUDA: a data loader, a snapshot, NCCL's watchdog.
         """

@@ -30,7 +30,8 @@ class Request(NamedTuple):
 
 
 def lockstep_program(module: fx.GraphModule, mesh: Mesh) -> Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]:
-    """A function from the flat inputs of every rank to the flat outputs of every rank.
+    """The graph `module` for all ranks of a mesh: a function from the flat inputs of every rank to the flat outputs of
+    every rank.
 
     The function raises a RuntimeError if ranks stand at different collectives, which a pass that depends on the rank
     would cause.
@@ -65,7 +66,8 @@ def _drive(ranks: list[RankGenerator], groups: "GroupTable") -> list[list[Tensor
 
 
 def exchange(requests: list[Request | None], groups: "GroupTable") -> list[Any]:
-    """The result for each rank of the collective at which all ranks stand.
+    """The result for each rank of the collective at which all ranks stand. `requests`: one per rank, None for a rank
+    that has ended. `groups`: of the mesh.
 
     RuntimeError if they stand at different ones, or some have ended. ValueError for an all_reduce other than sum, max
     and min.

@@ -64,11 +64,11 @@ def make_step(
     batch: str = "batch",
     overlap: bool = True,
 ) -> "Step":
-    """A jitted function.
+    """`fn` as a jitted function.
 
-    The arguments are those of `ftrain.jit`, except for `plan`: a `Plan`, an object whose `choose` returns one (see
-    `PlanSource`), or None for a single rank. ValueError for an unknown backend, for `donate` that names no argument,
-    and for a plan of several ranks where no argument is called `batch`.
+    The other arguments are those of `ftrain.jit`, except for `plan`: a `Plan`, an object whose `choose` returns one
+    (see `PlanSource`), or None for a single rank. ValueError for an unknown backend, for `donate` that names no
+    argument, and for a plan of several ranks where no argument is called `batch`.
     """
     require_backend(backend)
     given = None if remat is None else Remat.of(remat)

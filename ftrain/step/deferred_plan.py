@@ -30,8 +30,8 @@ class DeferredPlan:
     ) -> tuple[ShardedStep | None, Remat]:
         """Choose the plan. Returns the step on its mesh, None for a single rank, and what the step recomputes.
 
-        `args`: those of a call, with these `names`, or None; `whole`: they are known to be of the whole mesh.
-        ValueError for a plan of several ranks where none of the names is the batch's.
+        `fn` with its `options`: of the step. `args`: those of a call, with these `names`, or None; `whole`: they are
+        known to be of the whole mesh. ValueError for a plan of several ranks where none of the names is the batch's.
         """
         request = PlanRequest(
             step=fn,
@@ -52,8 +52,8 @@ class DeferredPlan:
 
 
 def require_batch(fn: Callable, names: Sequence[str], batch: str, plan: Plan) -> None:
-    """ValueError for a step of several arguments, none of which is called `batch`, on a plan of several ranks: no
-    argument would be divided among the ranks.
+    """ValueError for a step `fn` of several arguments (`names`), none of which is called `batch`, on a plan of several
+    ranks: no argument would be divided among the ranks.
     """
     if plan.mesh.size > 1 and len(names) > 1 and batch not in names:
         raise ValueError(

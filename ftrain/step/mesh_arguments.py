@@ -99,8 +99,8 @@ class MeshArguments:
         return self.placements.of_local(path, shape)
 
     def avals(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
-        """A rank's arguments as abstract values, from those of a call. ValueError for a whole leaf on a mesh of
-        processes that should be divided.
+        """A rank's arguments as abstract values, from the `leaves` of a call and their `paths`. ValueError for a whole
+        leaf on a mesh of processes that should be divided.
         """
         self._placed = {
             path: self.placements.of_whole(path, tuple(leaf.shape))

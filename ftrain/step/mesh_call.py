@@ -54,7 +54,7 @@ class MeshCall:
     def learn(self, leaves: Sequence[Any], treedef: Any, inputs: Sequence[Any]) -> None:
         """Remember the arguments of this call, so that the next call with arguments like these takes the fast path.
 
-        `inputs`: of the rank's graph, with its coordinates last.
+        `leaves` with `treedef`: of the call's arguments. `inputs`: of the rank's graph, with its coordinates last.
         """
         divided = [i for i, leaf in enumerate(leaves) if type(leaf) is DTensor]
         reusable = all(leaves[i].__dict__.get(PIECE) is inputs[i] for i in divided)
@@ -66,7 +66,10 @@ class MeshCall:
             signature.learn(signature.tensors(list(inputs)))
 
     def inputs(self, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
-        """The inputs of the rank's graph, its coordinates last; None where the arguments need a closer look."""
+        """The inputs of the rank's graph, its coordinates last; None where the arguments need a closer look.
+
+        `leaves` with `treedef`: of a call's arguments. `around`: see `TraceCache.around`.
+        """
         if self._treedef is None or treedef != self._treedef:
             return None
         arrays = [leaves[i] for i in self._divided]
@@ -83,8 +86,10 @@ class MeshCall:
         return inputs if signature.matches_fast(inputs, signature.treedef, around) else None
 
     def results(self, leaves: list[Any], inputs: list[Any], outputs: list[Tensor]) -> list[Tensor]:
-        """The tensors of the result in order, from the graph's outputs and its inputs, whose donated members hold the
-        new state. The leaves that these came from are invalidated.
+        """The tensors of the result in order. The leaves that they came from are invalidated.
+
+        `leaves`: of the call's arguments. `inputs`: of the rank's graph, whose donated members hold the new state.
+        `outputs`: of the graph.
         """
         others = [self._wrap(*pair) for pair in zip(outputs, self._kept, strict=True)]
         spares = self._spares

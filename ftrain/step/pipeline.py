@@ -216,7 +216,9 @@ def _recompute_by_price(module: fx.GraphModule, setting: Setting) -> fx.GraphMod
 
 
 def finished_peak(module: fx.GraphModule, setting: Setting) -> int:
-    """Bytes beyond the arguments at the peak of a prepared graph in the form that runs. The graph is changed."""
+    """Bytes beyond the arguments at the peak of a prepared graph `module` in the form that runs, by the passes of
+    `setting`. The graph is changed.
+    """
     return plan_memory(run_passes(module, (*DONATED, *EXECUTED), setting), round_to=setting.granularity).peak
 
 

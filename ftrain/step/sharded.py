@@ -96,7 +96,9 @@ class ShardedStep:
         return local
 
     def local_arguments(self, paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> tuple:
-        """A rank's arguments as abstract values, its coordinates last, from those of a call."""
+        """A rank's arguments as abstract values, its coordinates last, from the `leaves` of a call with their `paths`
+        and `treedef`. ValueError for a whole leaf on a mesh of processes that should be divided.
+        """
         own = self.arguments.avals(paths, leaves)
         return (*tree.unflatten(treedef, own), Aval((3,), torch.int64, torch.device("cpu")))
 
@@ -145,15 +147,20 @@ class ShardedStep:
         return placement
 
     def matches_fast(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
-        """The inputs of this process's graph, if the arguments are like those of the last call; None otherwise."""
+        """The inputs of this process's graph, if the arguments are like those of the last call of `runner`; None
+        otherwise.
+
+        `leaves` with `treedef`: of a call's arguments. `around`: see `TraceCache.around`.
+        """
         call = self._calls.get(runner)
         return None if call is None else call.inputs(leaves, treedef, around)
 
     def run(self, runner: Runner, leaves: list[Any], treedef: Any, inputs: list[Any] | None = None) -> Any:
-        """Run the compiled step on the leaves of a call's arguments, and return the tree of the result.
+        """Run a compiled step, and return the tree of the result.
 
-        `inputs`: what `matches_fast` returned. ValueError on a fake mesh, for arguments that do not divide, for donated
-        leaves that share memory, and for copies that differ between ranks. RuntimeError where a rank is lost.
+        `leaves` with `treedef`: of a call's arguments. `inputs`: what `matches_fast` returned for them. ValueError on a
+        fake mesh, for arguments that do not divide, for donated leaves that share memory, and for copies that differ
+        between ranks. RuntimeError where a rank is lost.
         """
         kind = self.plan.mesh.kind
         if kind == "fake":

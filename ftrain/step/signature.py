@@ -37,8 +37,8 @@ class Signature:
         self._guard: Callable[..., bool] | None = None
 
     def matches(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
-        """True if arguments with these leaves and this structure can run as they are, in a call with these
-        surroundings.
+        """True if arguments with these `leaves` and this structure (`treedef`) can run as they are, in a call with the
+        surroundings `around` (see `TraceCache.around`).
         """
         if treedef != self.treedef or around != self.around or not self._same_statics(leaves):
             return False
@@ -51,7 +51,9 @@ class Signature:
         )
 
     def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
-        """True if arguments like these were learned before: they match, and all tensors are contiguous."""
+        """True if arguments like these were learned before: they match, and all tensors are contiguous. Arguments as
+        for `matches`.
+        """
         if self._guard is None or around != self.around or treedef != self.treedef or not self._same_statics(leaves):
             return False
         return self._guard(*self.tensors(leaves))

@@ -34,7 +34,9 @@ class TrainState:
 
     @staticmethod
     def create(params: Any, tx: Transform, *, extra: Any = ()) -> "TrainState":
-        """A state at step 0 with a fresh optimizer state, on the device of the first parameter."""
+        """A state at step 0: the tree `params` with a fresh optimizer state of `tx`, on the device of its first leaf.
+        `extra`: as in `TrainState`.
+        """
         device = tree.flatten(params)[0][0].device
         return TrainState(params, tx.init(params), torch.zeros((), dtype=torch.int64, device=device), extra)
 

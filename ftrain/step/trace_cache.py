@@ -39,7 +39,10 @@ class Options:
 
 
 class TraceCache:
-    """Finds the trace for a call's arguments, or makes it. `parameters`: names of the function's arguments."""
+    """Finds the trace for a call's arguments, or makes it.
+
+    `fn`: the plain function; `parameters`: the names of its arguments; `options`: of `ftrain.jit`.
+    """
 
     def __init__(self, fn: Callable, parameters: Sequence[str], options: Options) -> None:
         self.options = options
