@@ -86,7 +86,7 @@ class Recorded:
             names = ", ".join(repr(self._paths[slot]) for slot in moved[:4])
             warnings.warn(
                 f"a CUDA graph was captured four times in {self._calls} calls, since {names} changed: each costs as "
-                "much as a step without a graph. A number that changes belongs on the card; or take backend='inductor'",
+                "much as a step without a graph. A number that changes belongs on the GPU; or take backend='inductor'",
                 stacklevel=2,
             )
         self._record = self._record_of(self._program, self._memory.settle(inputs))
@@ -141,7 +141,7 @@ class CudaRecorder:
         for e in causes:
             traceback.clear_frames(e.__traceback__)  # they hold memory of the failed graph
         return (
-            f"backend='cudagraph': {where} cannot be captured: {text}. Likely the host waits for the card there, or "
+            f"backend='cudagraph': {where} cannot be captured: {text}. Likely the host waits for the GPU there, or "
             "copies memory that is not pinned: change that line, or take backend='inductor'. This call has changed "
             "none of its arguments, but after a failed capture CUDA may refuse further work in this process: start it "
             "again from a checkpoint"

@@ -23,7 +23,7 @@ def require_recordable(module: fx.GraphModule) -> None:
         if _device(given[slot]) == "cpu":
             raise ValueError(
                 f"backend='cudagraph': leaf {given[slot].meta.get('path', given[slot].name)!r} is on the CPU and the "
-                f"step writes its new value over it, which a replay would not do: move it to the card, or {_ADVICE}"
+                f"step writes its new value over it, which a replay would not do: move it to the GPU, or {_ADVICE}"
             )
     for node in _all_nodes(module):
         reason = _reason(node)
@@ -49,16 +49,16 @@ def _reason(node: fx.Node) -> str:
         return ""
     given = {_device(n) for n in node.all_input_nodes}
     if node.target is torch.ops.aten._local_scalar_dense.default and given != {"cpu"}:
-        return "makes the host wait for a number of the card"
+        return "makes the host wait for a number from the GPU"
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ""
     if any(not isinstance(size, int) for size in value.shape):
         return f"has a size that depends on data ({tuple(value.shape)}), for which the host waits"
     if value.device.type == "cpu" and "cuda" in given:
-        return "copies from the card to the CPU"
+        return "copies from the GPU to the CPU"
     if value.device.type == "cuda" and node.target is torch.ops.aten._to_copy.default and given == {"cpu"}:
-        return "copies from the CPU to the card: give the step a tensor that is on the card"
+        return "copies from the CPU to the GPU: give the step a tensor that is on the GPU"
     return ""
 
 
