@@ -26,7 +26,7 @@ from ftrain.plan.table import print_result
 from ftrain.plan.workload import Workload
 
 FUNCTION = "plan_for_search"
-_TOKENS = 32 * 1024  # of a GPU in a step, by default
+_TOKENS = 32 * 1024  # tokens per GPU and step, by default
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 

@@ -16,7 +16,7 @@ from ftrain.sharding.mesh import BASE_AXES, Mesh
 from ftrain.step.api import Step, make_step
 from ftrain.trace.tracer import is_array
 
-# What they leave in memory, or the infinity they write, is not a result of computing.
+# Uninitialized memory of the first, and infinities that the second write, are not results of a computation.
 _UNWRITTEN = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
 _CONSTANTS = {"full", "full_like", "new_full", "fill", "masked_fill", "scalar_tensor", "constant_pad_nd", "where"}
 

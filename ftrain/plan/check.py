@@ -1,4 +1,5 @@
-"""`ftrain plan --check`: the best layouts run for a few steps on the devices of this run, beside what was predicted.
+"""`ftrain plan --check`: the best layouts run for a few steps on the devices of this run, and prediction is compared
+with measurement.
 
 The prediction is repeated for these devices, with the time of each op measured by itself (`profile_nodes`) and of
 messages between these ranks. One process per rank: started by torchrun, or alone for a single rank.
@@ -66,7 +67,7 @@ def check_best(prices: Sequence[Price], workload: Workload, *, console: Console)
 
 
 def table_of(found: Sequence[Checked], machine: str) -> Table:
-    """The table of predicted beside measured values. `machine`: its name."""
+    """The table of predicted and measured values. `machine`: its name."""
     table = Table(title=f"predicted for {machine} and measured on it", title_justify="left")
     for name in ("layout", "step ms, predicted", "measured", "ratio", "peak GiB, predicted", "measured", "ratio"):
         table.add_column(name, justify="left" if name == "layout" else "right")
@@ -143,7 +144,7 @@ def measured(step: Step, state: object, batch: object, device: torch.device) -> 
 
 
 def _most(value: float) -> float:
-    """The largest value of all ranks."""
+    """The largest value of all ranks. All ranks call this together."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -25,7 +25,7 @@ from ftrain.plan.workload import Workload
 
 K = TypeVar("K")
 MEMORY = 0.95  # share of a GPU's memory that a step may use
-FEW = 2  # layers: with one, the first would be the last
+FEW = 2  # traced layers of the longest stack: with one, the first would be the last
 
 
 @dataclass(frozen=True)

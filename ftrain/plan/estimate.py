@@ -24,7 +24,7 @@ from ftrain.sharding.plan import Plan
 from ftrain.sharding.ulysses import ulysses_bytes
 
 _HALF = 2  # bytes of a number in bfloat16
-_PRODUCTS = 20.0  # us/MB: what a product costs on an H100 for its result
+_PRODUCTS = 20.0  # microseconds that a product takes on an H100 per MB of its result
 
 
 class Kind(NamedTuple):
@@ -135,7 +135,7 @@ def _layer_microseconds(candidate: Candidate, mesh: Mesh, tokens: int, model: Mo
             found += cluster.microseconds("all_to_all", sent, mesh, (f"ulysses:{inner}",))
         if ring > 1:
             keys = 2 * tokens * inner * max(1, model.kv_heads // inner) * K * _HALF
-            hidden = 3  # keys and values in the forward, again with their gradients in the backward
+            hidden = 3  # keys and values in the forward, and with their gradients in the backward
             found += 0.5 * cluster.microseconds("shift_ranks", hidden * keys * (ring - 1), mesh, (f"ring:{inner}",))
     if candidate.expert > 1:
         sent = expert_bytes(tokens, model.top_k, model.d_model, candidate.expert, _HALF)
@@ -149,7 +149,7 @@ def _kept(candidate: Candidate, tokens: int, model: ModelShape, micro: int, weig
     """
     per_token = model.layers * model.d_model * _HALF
     products = model.weight_flops / 6 / model.layers / model.d_model**2  # each as wide as the model, in one layer
-    read = 6 + 2 * model.top_k  # norms, attention's q, k, v and result; what experts are sent and give back
+    read = 6 + 2 * model.top_k  # norms, attention's q, k, v and result; inputs and results of experts
     times = products + read if candidate.remat == "none" else 1.0
     pieces = sum(n * math.prod(p.local_shape) for p, n in weights.placements)
     return times * tokens * per_token + (4 * pieces if micro > 1 else 0)

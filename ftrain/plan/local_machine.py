@@ -14,8 +14,8 @@ from ftrain.analysis.op_times import OpTimes, speed_of
 
 T = TypeVar("T")
 _ROUNDS = 5
-_LARGE = 1 << 22  # elements of a message that is all bandwidth
-_ALONE = (10.0, 5e9)  # microseconds and bytes/s of links that a run of one process does not have
+_LARGE = 1 << 22  # elements of a message whose time is bandwidth alone
+_ALONE = (10.0, 5e9)  # microseconds and bytes/s for a run of one process, which has no links to measure
 
 
 def world_size() -> int:

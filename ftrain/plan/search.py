@@ -99,7 +99,7 @@ def search(
                 outcomes.enter(candidate, guess, outcome, workload.model_shape)
                 say(f"{candidate}: {outcome if isinstance(outcome, str) else _figures(outcome)}")
             rest = [item for item in rest if not outcomes.hopeless(*item, workload.model_shape)]
-            rest.sort(key=lambda item: outcomes.expected(*item) > limit)  # stable: the fastest of each first
+            rest.sort(key=lambda item: outcomes.expected(*item) > limit)  # stable: the fastest of each group stay first
     rest.sort(key=lambda item: item[1].seconds)
     bounds = {c: e.seconds for c, e in fitting}
     prices = sorted(outcomes.prices, key=lambda p: p.seconds)

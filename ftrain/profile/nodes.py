@@ -19,8 +19,8 @@ from ftrain.step.api import Step, make_step
 
 _COPIES = (offload_start, offload_wait, fetch_start, fetch_wait)
 _INSIDE = 10  # runs of a short op between two events
-_SHORT = 500.0  # microseconds from which an op is timed by itself
-_CYCLES_OF_LAUNCHES = 1_000_000  # about half a millisecond: the host gives the device _INSIDE ops meanwhile
+_SHORT = 500.0  # microseconds above which an op is timed by a single run
+_CYCLES_OF_LAUNCHES = 1_000_000  # about half a millisecond, in which the host launches _INSIDE ops
 
 
 class NodeTime(NamedTuple):

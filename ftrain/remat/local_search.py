@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ftrain.remat.offload import CopySchedule
 
 _STARTS = 5
-_SWEEPS = 40  # over all ops, that a search takes at least
+_SWEEPS = 40  # sweeps over all ops that a descent needs; larger graphs only take single tensors back
 
 
 class Choice(NamedTuple):

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-_UNITS = 1 << 28  # what all finite capacities together are scaled to: the solver counts in 32-bit integers
+_UNITS = 1 << 28  # the scaled sum of all finite capacities: the solver counts in 32-bit integers
 _INFINITE = (1 << 31) - 1
 
 

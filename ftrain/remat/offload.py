@@ -28,8 +28,8 @@ from ftrain.kernels.offload import fetch_start, fetch_wait, offload_start, offlo
 from ftrain.remat.peak import CopySlots, PeakModel
 from ftrain.remat.policy import Remat, is_forward, recompute
 
-_USUAL_BANDWIDTH = 25e9  # where copies are placed by the path of a tensor and the link is not known
-_CALLS = 4  # ops of an offloaded tensor, each of which costs a launch
+_USUAL_BANDWIDTH = 25e9  # bytes/s of PCIe 4 x16: for tensors that paths offload where the link is unknown
+_CALLS = 4  # ops per offloaded tensor, each of which costs a launch
 
 
 @dataclass(frozen=True)

@@ -213,11 +213,11 @@ def recompute(
     """
     copies: dict[fx.Node, fx.Node] = dict(fetched or {})
     position = {n: i for i, n in enumerate(module.graph.nodes) if n in recomputed or n in copies}
-    moved: dict[fx.Node, set[int]] = {}  # nodes whose value is new, and the memory that it was before
+    moved: dict[fx.Node, set[int]] = {}  # nodes whose value has other memory now, and the memory it had before
     for node in list(module.graph.nodes):
         if is_forward(node) or node.op in ("placeholder", "get_attr", "output"):
             continue
-        if node.target is torch.ops.aten.sym_size.int:  # without a phase, and read by the forward
+        if node.target is torch.ops.aten.sym_size.int:  # has no phase, and the forward reads it
             continue
         before = set().union(*(moved[n] for n in node.all_input_nodes if n in moved))
         for source in node.all_input_nodes:

@@ -16,7 +16,7 @@ from ftrain.remat.policy import Remat
 from ftrain.report.step_data import Described, StepData
 
 _CPU_REFUSAL = re.compile(r"can't allocate memory|not enough memory")
-_SHARES = (0.95, 0.5, 0.1)  # of the way from the smallest possible budget to what fitted
+_SHARES = (0.95, 0.5, 0.1)  # budgets to offer, as shares of the way from the smallest possible one to what fitted
 _SHOWN = 8
 
 

@@ -24,7 +24,7 @@ def timeline_figure(samples: Sequence[Sample], inputs: Mapping[str, int]) -> str
     base = sum(bands.values())
     shown = thin_out(samples)
     top = base + max(s.total for s in shown)
-    # Where the inputs would leave the step's own memory a thin line, they are cut off below.
+    # If the inputs are so large that the step's own memory would be a thin line, the axis begins within the inputs.
     floor = 0 if base <= 3 * max(top - base, 1) else base - (top - base) // 4
     scale = _Scale(len(shown), floor, max(top - floor, 1))
     areas, height = [], 0

@@ -47,7 +47,7 @@ class PeerRanks:
             while store.add(_HEARD, 0) < self._world - 1 and time.monotonic() < deadline:
                 time.sleep(_PERIOD / 5)
         except (RuntimeError, dist.DistError):
-            return  # the store went with the run
+            return  # the store ended with the run
 
     def finished(self) -> None:
         """Return when all ranks have come here. A rank that fails before ends this one."""
@@ -59,7 +59,7 @@ class PeerRanks:
             while store.add(_DONE, 0) < self._world:
                 time.sleep(_PERIOD / 5)
         except (RuntimeError, dist.DistError):
-            pass  # rank 0, which has the store, saw all of them and went
+            pass  # rank 0, which holds the store, has seen all ranks and ended
         self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -73,12 +73,12 @@ class PeerRanks:
             while not self._end.wait(_PERIOD):
                 if store.check([_FAILED]):
                     words = store.get(_FAILED).decode()
-                    if not self._end.wait(_GRACE):  # an error of this rank's own says more
+                    if not self._end.wait(_GRACE):  # a rank's own error says more: give it time to arrive
                         store.add(_HEARD, 1)
                         self._leave(words)
                     return
         except (RuntimeError, dist.DistError):
-            return  # the store went with the run
+            return  # the store ended with the run
 
     def _leave(self, words: str) -> Any:
         sys.stdout.flush()

@@ -131,7 +131,7 @@ class OtherHolders:
         )
 
     def _ours(self, inputs: Sequence[Tensor], slot: int, own_references: OwnReferences) -> int:
-        """How many references of the trainer's own there are to the memory of an input, beside the input itself."""
+        """How many further references of the trainer's own there are to the memory of an input."""
         kept = self._arguments is not None and self._arguments.holds(slot, inputs[slot])
         return int(kept) + (own_references(slot) or 0)
 

@@ -16,5 +16,5 @@ def guard_like(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     The examples are not kept. The function raises a TypeError for another number of tensors.
     """
     shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    # the stub lacks the outer of the two lists
+    # The type stub has lists of ints where lists of lists are right.
     return TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ class MeshCall:
         donation, placements = compiled.donation, compiled.placements
         written = set(donation.outputs.values())
         self._kept = [p for i, p in enumerate(placements) if i not in written]
-        # of each donated leaf: its place among the leaves and the inputs, its path, and where its pieces are
+        # For each donated leaf: its position among the leaves and among the inputs, its path, its placement.
         self._donated = [
             (at, slot, path, placements[output])
             for at, (slot, output), path in zip(
