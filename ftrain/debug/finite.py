@@ -59,7 +59,7 @@ class Finding:
     rank: str = ""
 
     def __str__(self) -> str:
-        where = "".join(f", in round {i.round} of {i.loop}" for i in self.iterations)
+        where = "".join(f", in iteration {i.number} of {i.loop}" for i in self.iterations)
         where += f", on {self.rank}" if self.rank else ""
         if self.op == "input":
             return f"argument leaf {self.path!r} holds {self.kind} in {self.count} of {self.size} elements: {self.line}"

@@ -28,7 +28,7 @@ from ftrain.kernels.offload import fetch_start, fetch_wait, offload_start, offlo
 from ftrain.remat.peak import CopySlots, PeakModel
 from ftrain.remat.policy import Remat, is_forward, recompute
 
-_USUAL_BANDWIDTH = 25e9  # bytes/s of PCIe 4 x16: for tensors that paths offload where the link is unknown
+_USUAL_BANDWIDTH = 25e9  # bytes/s, assumed for tensors that paths offload where the link is unknown
 _CALLS = 4  # ops per offloaded tensor, each of which costs a launch
 
 

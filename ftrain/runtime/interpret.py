@@ -18,10 +18,10 @@ from ftrain.sharding.mesh import Mesh
 
 
 class Iteration(NamedTuple):
-    """The enclosing loop and its iteration index, from 0."""
+    """An iteration of an enclosing loop: the name of its node, and the number of the iteration, from 0."""
 
     loop: str
-    round: int
+    number: int
 
 
 class Op(NamedTuple):
