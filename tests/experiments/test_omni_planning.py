@@ -25,7 +25,7 @@ H100 = cluster("h100")
 CANDIDATE = Candidate(1, 2, 2, 2, Ulysses(), 1, "layer")
 
 
-def test_the_experiment_offers_its_subject_in_every_size():
+def test_the_experiment_offers_its_workload_in_every_size():
     workload = load_workload(ROOT / "experiments/omni_moe.py", 160 * 1024, 16, "30b-a3b")
     assert (workload.name, workload.model_shape.experts, workload.stacks["foundation"]) == ("omni MoE 30b-a3b", 128, 48)
     assert load_workload(ROOT / "experiments/omni_moe.py", 1024, 4, "tiny").model_shape.layers == 3
@@ -43,7 +43,7 @@ def test_a_layout_is_priced_and_nothing_is_allocated():
 
     peak = measure_peak(counted).peak
     assert found[0].inputs > 1e8
-    assert max(found[0].moments.values()) > 1e9
+    assert max(found[0].peaks.values()) > 1e9
     assert peak < 1e6
 
 
