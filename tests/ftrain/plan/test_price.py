@@ -104,7 +104,7 @@ def test_extension_is_a_line(layers, start, each, other):
         return Terms(Tally(t, t, other, 0.0), {"x": t}, t, plain, {kind: size + 1 for kind, size in plain.items()})
 
     found, expected = extend(line(2), Layer(line(2), line(3)), layers), line(2 + layers)
-    assert found.moments == pytest.approx(expected.moments, rel=1e-6, abs=1e-3)
+    assert found.peaks == pytest.approx(expected.peaks, rel=1e-6, abs=1e-3)
     assert found.inputs == pytest.approx(expected.inputs, rel=1e-6, abs=1e-3)
     assert found.tally.step == pytest.approx(expected.tally.step, rel=1e-6, abs=1e-3)
 
