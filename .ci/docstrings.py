@@ -31,6 +31,15 @@ DONE: tuple[str, ...] = (
     "ftrain/trace",
     "ftrain/analysis",
     "ftrain/passes",
+    "ftrain/step",
+    "ftrain/runtime",
+    "ftrain/remat",
+    "ftrain/report",
+    "ftrain/debug",
+    "ftrain/profile",
+    "ftrain/plan",
+    "ftrain/run",
+    "ftrain/cli",
 )
 """Floors, rooms and files whose docstrings are checked, relative to the root."""
 
@@ -101,6 +110,21 @@ EXAMPLES: tuple[str, ...] = (
     "ftrain/trace/precision.py",
     "ftrain/trace/surroundings.py",
     "ftrain/trace/tracer.py",
+    "ftrain/step/api.py",
+    "ftrain/step/artifact.py",
+    "ftrain/step/state.py",
+    "ftrain/runtime/host_copy.py",
+    "ftrain/remat/mincut.py",
+    "ftrain/remat/policy.py",
+    "ftrain/report/out_of_memory.py",
+    "ftrain/report/step_page.py",
+    "ftrain/debug/finite.py",
+    "ftrain/debug/pass_check.py",
+    "ftrain/profile/nodes.py",
+    "ftrain/plan/jit.py",
+    "ftrain/plan/space.py",
+    "ftrain/run/session.py",
+    "ftrain/cli/plan.py",
     "ftrain/tree.py",
 )
 """Files whose docstrings hold an example that runs."""

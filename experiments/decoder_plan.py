@@ -13,20 +13,20 @@ import ftrain
 from ftrain import Aval, Mean, Precision, TrainState, optim, tree
 from ftrain.modules import decoder, moe
 from ftrain.modules.decoder import DecoderConfig
-from ftrain.plan.space import Candidate, Facts
-from ftrain.plan.workload import Trial
+from ftrain.plan.space import Candidate, ModelShape
+from ftrain.plan.workload import WorkloadStep
 
 _CPU = torch.device("cpu")
 _LEAVES = ("tokens_T", "positions_T", "segments_T", "labels_T")
 
 
-def plan_for_search(*, tokens: int, packs: int) -> "DecoderSubject":
+def plan_for_search(*, tokens: int, packs: int) -> "DecoderWorkload":
     """Qwen3-30B-A3B, `packs` packs of `tokens` tokens a step."""
-    return DecoderSubject("Qwen3-30B-A3B", decoder.preset("30b-a3b"), tokens=tokens, packs=packs)
+    return DecoderWorkload("Qwen3-30B-A3B", decoder.preset("30b-a3b"), tokens=tokens, packs=packs)
 
 
 @dataclass(frozen=True)
-class DecoderSubject:
+class DecoderWorkload:
     """A decoder trained with AdamW and clipping in bfloat16 over float32 masters, next-token loss over packs.
 
     `segmented`: packs hold several documents; without, each pack is one..
@@ -46,12 +46,12 @@ class DecoderSubject:
         return {"layers": self.cfg.layers}
 
     @cached_property
-    def facts(self) -> Facts:
+    def model_shape(self) -> ModelShape:
         """What decides which layouts are legal, and the model's FLOPs per token (6 per active weight but for the token
         table; 12 x tokens x heads x head dim x layers of attention).
         """
         cfg, heads = self.cfg, self.cfg.attention
-        return Facts(
+        return ModelShape(
             tokens=self.tokens,
             packs=self.packs,
             layers=cfg.layers,
@@ -65,7 +65,7 @@ class DecoderSubject:
             top_k=cfg.moe.top_k if cfg.moe else 0,
         )
 
-    def make(self, depths: Mapping[str, int], candidate: Candidate) -> Trial:
+    def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
         """The training step of a decoder of `depths["layers"]` layers."""
         cfg, micro = replace(self.cfg, layers=depths["layers"]), candidate.micro_batches
         tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
@@ -98,7 +98,7 @@ class DecoderSubject:
             return TrainState.create(ftrain.init(specs, key), tx)
 
         precision = Precision(compute=self.compute)
-        return Trial(step, abstract_state(specs, tx), batch, specs, {}, precision=precision, init=init)
+        return WorkloadStep(step, abstract_state(specs, tx), batch, specs, {}, precision=precision, init=init)
 
 
 def plain_loss(scores_TV: Tensor, labels_T: Tensor) -> Mean:

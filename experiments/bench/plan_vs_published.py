@@ -17,7 +17,7 @@ import tyro
 
 from experiments.bench.peers import WITH_ALL_TO_ALL, Fsdp2
 from experiments.bench.table import Row, publish, row
-from experiments.decoder_plan import DecoderSubject
+from experiments.decoder_plan import DecoderWorkload
 from ftrain.analysis.cluster import GIB, Cluster, cluster
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.decoder import DecoderConfig, preset
@@ -134,8 +134,8 @@ def main(options: Options) -> int:
 def predict(run: Published) -> Price:
     """The run's layout on its GPUs, as ftrain would run it."""
     cfg, tokens, packs = models()[run.model], run.tokens, run.packs
-    subject = DecoderSubject(run.name, cfg, tokens=tokens, packs=packs, segmented=False, whole_logits=run.titan)
-    return price(subject, run.layout, run.cluster)
+    workload = DecoderWorkload(run.name, cfg, tokens=tokens, packs=packs, segmented=False, whole_logits=run.titan)
+    return price(workload, run.layout, run.cluster)
 
 
 def held(run: Published, p: Price) -> float:

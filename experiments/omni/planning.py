@@ -22,8 +22,8 @@ from ftrain.modules.mesh_packing import BATCH
 from ftrain.modules.omni import OmniModel
 from ftrain.plan.auto import require_ranks
 from ftrain.plan.file import load_plan
-from ftrain.plan.space import Candidate, Facts
-from ftrain.plan.workload import Trial
+from ftrain.plan.space import Candidate, ModelShape
+from ftrain.plan.workload import WorkloadStep
 from ftrain.run.ranks import MeshFlags
 from ftrain.sharding import BatchRows, Layout, Mesh, Plan
 from ftrain.sharding.mesh import Kind
@@ -38,9 +38,9 @@ _DRAWN = 0.125
 _DOCUMENTS = 64  # places for documents, or for items of a modality, in a pack
 
 
-def plan_for_search(*, tokens: int, packs: int, size: str = "30b-a3b") -> "OmniSubject":
+def plan_for_search(*, tokens: int, packs: int, size: str = "30b-a3b") -> "OmniWorkload":
     """What `ftrain plan` searches: `packs` packs of `tokens` tokens a step."""
-    return OmniSubject(size, tokens=tokens, packs=packs)
+    return OmniWorkload(size, tokens=tokens, packs=packs)
 
 
 class Laid(NamedTuple):
@@ -90,7 +90,7 @@ def _packs_and_parts(mesh: Mesh) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class OmniSubject:
+class OmniWorkload:
     """The omni MoE of a size with the experiment's own step and optimizer, in bfloat16 over float32 masters.
 
     A quarter of a pack's tokens come from encoders, each of which reads as many rows, and an eighth are codes of
@@ -119,12 +119,12 @@ class OmniSubject:
         return {"foundation": sizes.foundation(self.size, 1).layers, "encoders": sizes.parts(self.size).encoder_layers}
 
     @cached_property
-    def facts(self) -> Facts:
+    def model_shape(self) -> ModelShape:
         """As of the foundation, with the encoders' products."""
         base = self.model.foundation
         heads = base.attention
         encoders = sum(6.0 * spec.count(e.specs) for e in self.model.encoders.values()) * _rows(self.model)
-        return Facts(
+        return ModelShape(
             tokens=self.tokens,
             packs=self.packs,
             layers=base.layers,
@@ -139,14 +139,14 @@ class OmniSubject:
             most_micro=1,
         )
 
-    def make(self, depths: Mapping[str, int], candidate: Candidate) -> Trial:
+    def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
         """The step with so many layers in the foundation and in each encoder."""
         net = self.shallow(depths)
         tx = training.transform(TrainConfig(steps=1000))
         balance = foundation.balance_specs(net.foundation)
         specs = omni.specs(net)
         state = TrainState.create(spec.abstract(specs), tx, extra={"balance": spec.abstract(balance)})
-        return Trial(
+        return WorkloadStep(
             step=training.train_step(net, tx, _TASKS, training.loss_weights(_TASKS)),
             state=tree.map(lambda x: Aval(tuple(x.shape), x.dtype, _CPU), state),
             batch=self.batch(net, candidate),

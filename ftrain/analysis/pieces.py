@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ftrain.analysis.op_rules import WORKSPACE
 from ftrain.analysis.workspace import aten_workspace
 from ftrain.graph.aliasing import storage
-from ftrain.graph.in_place_twins import PASSED_ON, TWINS
+from ftrain.graph.in_place_ops import IN_PLACE_OPS, PASSED_ON
 from ftrain.graph.loop import is_loop, loop_body
 from ftrain.graph.sizes import sized
 from ftrain.graph.torch_private import storage_id
@@ -264,14 +264,14 @@ def _written_over(module: fx.GraphModule, donated: Mapping[str, int]) -> set[int
     results = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
     new = [results[i] for i in donated.values()]
     made = {n for n in new if isinstance(n, fx.Node) and n.meta.get("phase") == "step"}
-    return {s for n in made if (s := storage(n)) is not None} | _of_twins(module, made)
+    return {s for n in made if (s := storage(n)) is not None} | _never_made(module, made)
 
 
-def _of_twins(module: fx.GraphModule, made: set[fx.Node]) -> set[int]:
-    """Memory that is never allocated, because in-place twins replace ops and the sums and selections after them."""
+def _never_made(module: fx.GraphModule, made: set[fx.Node]) -> set[int]:
+    """Memory that ops with an in-place form, and the sums and choices behind them, will never allocate."""
     found: set[int] = set()
     for node in module.graph.nodes if made else ():
-        if node.target not in TWINS:
+        if node.target not in IN_PLACE_OPS:
             continue
         chains = [_chain_of(result) for result in node.users]
         if all(chain[-1] in made for chain in chains):

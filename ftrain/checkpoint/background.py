@@ -12,7 +12,7 @@ from ftrain.checkpoint.leaves import Leaves
 from ftrain.checkpoint.snapshot import Spare
 from ftrain.checkpoint.store import Store
 from ftrain.graph.host_waits import expected_wait
-from ftrain.runtime.borrow import Loan
+from ftrain.runtime.borrow import Borrow
 
 _log = logging.getLogger("ftrain.checkpoint")
 PATIENCE = 1800.0
@@ -29,7 +29,7 @@ class BackgroundWriter:
         """`store`: where the writes go, for messages."""
         self._store = store
         self._spare = Spare()
-        self._loan: Loan | None = None
+        self._borrow: Borrow | None = None
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
 
@@ -44,24 +44,24 @@ class BackgroundWriter:
     @property
     def waited(self) -> float:
         """Seconds for which steps or other code have waited for the copy of their state, in the last save."""
-        return 0.0 if self._loan is None else self._loan.waited
+        return 0.0 if self._borrow is None else self._borrow.waited
 
     def forget_waits(self) -> None:
         """Count `waited` from 0 again."""
-        self._loan = None
+        self._borrow = None
 
     def run(self, step: int, leaves: Leaves, write: Write) -> None:
         """Write now, from the leaves' own memory; what goes wrong is raised by `wait`."""
         self._guarded(step, lambda: leaves, write)
 
     def start(self, step: int, leaves: Leaves, state: Mapping[str, Any], write: Write) -> None:
-        """Write in a thread, from a copy: the leaves of `state` (see `Spare.lend`) are lent until it is made.
+        """Write in a thread, from a copy: the leaves of `state` (see `Spare.borrow`) are borrowed until it is made.
 
         Raises:
             RuntimeError: no thread can be started.
         """
-        snapshot = self._spare.lend(leaves, state)
-        self._loan = snapshot.loan
+        snapshot = self._spare.borrow(leaves, state)
+        self._borrow = snapshot.borrow
         self._thread = threading.Thread(
             target=self._guarded, args=(step, snapshot.take, write), name=f"checkpoint step {step}"
         )
@@ -69,7 +69,7 @@ class BackgroundWriter:
             self._thread.start()
         except RuntimeError:
             self._thread = None
-            snapshot.loan.end()
+            snapshot.borrow.end()
             raise
 
     @property
@@ -124,7 +124,7 @@ def save_failed(store: Store, step: int, cause: BaseException) -> SaveFailed:
 
 
 def _taken(take: Callable[[], Leaves]) -> "Future[Leaves]":
-    """The leaves, or what went wrong: the loan ends before other ranks are heard, and they hear of an error."""
+    """The leaves, or what went wrong: the borrow ends before other ranks are heard, and they hear of an error."""
     found: Future[Leaves] = Future()
     try:
         found.set_result(take())

@@ -1,6 +1,6 @@
 """Copies of a state in spare memory, so that a save can be written while the next steps change the state.
 
-The copy itself goes on behind the next step too: the leaves are lent (see `ftrain.runtime.borrow`) until they are
+The copy itself goes on behind the next step too: the leaves are borrowed (see `ftrain.runtime.borrow`) until they are
 copied. A `fork` would snapshot without a copy, but its child may not use the threads that tensorstore and OpenMP had in
 the parent, every page that the step then writes costs a fault and a copy, and CUDA memory is not part of it.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ftrain.checkpoint.leaves import Leaves
 from ftrain.graph.torch_private import version_of
-from ftrain.runtime.borrow import Loan, lendable
+from ftrain.runtime.borrow import Borrow, borrowable
 
 
 class Spare:
@@ -32,12 +32,12 @@ class Spare:
         for path, tensor in leaves.tensors.items():
             self.buffer(path, tensor).zero_()
 
-    def lend(self, leaves: Leaves, state: Mapping[str, Any]) -> "Snapshot":
-        """Lend the leaves of a state, given as `leaves` and as the objects that its owner has; what cannot be lent is
-        cloned. Whoever calls this must see to it that `Snapshot.take` runs, or end the loan.
+    def borrow(self, leaves: Leaves, state: Mapping[str, Any]) -> "Snapshot":
+        """Borrow the leaves of a state, given as `leaves` and as the objects that its owner has; what cannot be
+        borrowed is cloned. The caller must run `Snapshot.take` or end the borrow.
         """
         self._buffers = {path: buffer for path, buffer in self._buffers.items() if path in leaves.tensors}
-        return Snapshot(self, leaves, {path: leaf for path, leaf in state.items() if lendable(leaf)})
+        return Snapshot(self, leaves, {path: leaf for path, leaf in state.items() if borrowable(leaf)})
 
     def buffer(self, path: str, tensor: Tensor) -> Tensor:
         """The spare memory of a leaf."""
@@ -50,24 +50,24 @@ class Spare:
 
 
 class Snapshot:
-    """A copy that is under way, for as long as the `loan`."""
+    """A copy that is under way, for as long as the `borrow`."""
 
-    def __init__(self, spare: Spare, leaves: Leaves, lent: Mapping[str, Tensor]) -> None:
-        """Lend the leaves whose objects are `lent`; clone the others, which are small."""
-        sources = {path: t if path in lent else t.clone() for path, t in leaves.tensors.items()}
+    def __init__(self, spare: Spare, leaves: Leaves, borrowed: Mapping[str, Tensor]) -> None:
+        """Borrow the leaves whose objects are `borrowed`; clone the others, which are small."""
+        sources = {path: t if path in borrowed else t.clone() for path, t in leaves.tensors.items()}
         self._spare, self._leaves = spare, Leaves(sources, dict(leaves.scalars), dict(leaves.layouts))
-        self._versions = {path: version_of(sources[path]) for path in lent}
+        self._versions = {path: version_of(sources[path]) for path in borrowed}
         devices = {tensor.device for tensor in sources.values()}
         self._written = {d: torch.cuda.current_stream(d).record_event() for d in devices if d.type == "cuda"}
-        self.loan = Loan(lent.values(), sources)
+        self.borrow = Borrow(borrowed.values(), sources)
 
     def take(self) -> Leaves:
-        """Copy all leaves and end the loan; for another thread. The copies are valid until the next `Spare.lend`.
+        """Copy all leaves and end the borrow; for another thread. The copies are valid until the next `Spare.borrow`.
 
         Raises:
             ValueError: a leaf was written to meanwhile, through another tensor on its memory; it is named.
         """
-        leaves, sources = self._leaves, dict(self._leaves.tensors)  # the loan may be ended by somebody else
+        leaves, sources = self._leaves, dict(self._leaves.tensors)  # the borrow may be ended by somebody else
         try:
             copies = self._copied(sources)
             for path, version in self._versions.items():
@@ -78,7 +78,7 @@ class Snapshot:
                     )
         finally:
             sources.clear()
-            self.loan.end()
+            self.borrow.end()
             self._leaves = Leaves({}, {})  # the state's memory belongs to its owner again
         return Leaves(copies, leaves.scalars, leaves.layouts)
 

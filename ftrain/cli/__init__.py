@@ -1,1 +1,3 @@
-"""The command line: a file a subcommand."""
+"""The command line, one file per subcommand. `ftrain.cli.main.main` is the entry point."""
+
+__all__ = ["main", "plan", "replay"]

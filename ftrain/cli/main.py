@@ -20,10 +20,10 @@ SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit code: 0, or 2 after a line about what the user can mend.
+    """Run one subcommand and return the exit code: 0, or 2 after a line about what the user can fix.
 
-    `arguments`: default those of the process. Options that are unknown or malformed end the process, as `--help` does.
-    CUDA's allocator gets expandable segments, unless the environment sets it.
+    `arguments`: default those of the process. Unknown or malformed options end the process with SystemExit, as `--help`
+    does. CUDA's allocator gets expandable segments, unless the environment sets it.
     """
     prefer_expandable_segments()
     _see_experiments()
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _see_experiments() -> None:
-    """The experiments of a checkout, which are not installed, are found beside the package."""
+    """Make the experiments of a checkout importable; they are not installed."""
     root = Path(__file__).resolve().parents[2]
     if (root / "experiments" / "__init__.py").is_file() and str(root) not in sys.path:
         sys.path.append(str(root))

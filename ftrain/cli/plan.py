@@ -18,15 +18,15 @@ from ftrain.analysis.cluster import Cluster, cluster
 from ftrain.analysis.op_times import read_times
 from ftrain.plan.check import check_best, processes
 from ftrain.plan.file import PlanFile
-from ftrain.plan.local_machine import is_first, of_first
+from ftrain.plan.local_machine import from_rank_zero, is_first
 from ftrain.plan.page import write_page
 from ftrain.plan.search import Options, search
 from ftrain.plan.space import Space, divisors
 from ftrain.plan.table import print_result
-from ftrain.plan.workload import Subject
+from ftrain.plan.workload import Workload
 
 FUNCTION = "plan_for_search"
-_TOKENS = 32 * 1024  # of a GPU in a step, by default
+_TOKENS = 32 * 1024  # tokens per GPU and step, by default
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -46,13 +46,13 @@ class PlanOptions:
     tokens: str = "8K"
     """Tokens of a pack: the longest document. K and M are 1024 and 1024^2."""
     packs: int | None = None
-    """Packs in a step, over all GPUs; default: one per GPU, or of long packs so many that a GPU has 32K tokens."""
+    """Packs in a step, over all GPUs; default: one per GPU, fewer where packs are longer than 32K tokens."""
     size: str | None = None
-    """Of the model, where the experiment has several: what its plan_for_search(size=...) takes."""
+    """Size of the model, where the experiment has several: the argument of its plan_for_search(size=...)."""
     traced: int = 24
     """How many of the most promising layouts are traced and priced exactly."""
     seconds: float = 150.0
-    """After so many seconds no more layouts are traced."""
+    """Seconds after which no more layouts are traced."""
     processes: int = 2
     """Processes that trace."""
     remat: tuple[str, ...] = field(default=("none", "4", "100"))
@@ -60,15 +60,17 @@ class PlanOptions:
     rings: bool = True
     """Also try ring attention and hybrids."""
     html: Path | None = None
-    """Where the page with the Pareto front goes."""
+    """Write an HTML page with the Pareto front to this file."""
     apply: Path | None = None
     """Write the best layout as a plan to this file."""
     check: int = 0
-    """Run so many of the best layouts of this machine's size on its devices, and compare."""
+    """Run this many of the best layouts on the devices of this machine, and compare with the prediction."""
 
 
 def run(options: PlanOptions) -> int:
-    """The command; 1 if no layout fits. With `--check` under torchrun one rank searches, prints and writes."""
+    """The command; 1 if no layout fits. With `--check` under torchrun one rank searches, prints and writes. ValueError
+    for options that do not fit, and where no layout is legal.
+    """
     with processes() if options.check else nullcontext():
         return _run(options)
 
@@ -77,11 +79,11 @@ def _run(options: PlanOptions) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, quiet=not is_first())
     tokens = tokens_of(options.tokens)
     packs = options.packs or default_packs(options.gpus, tokens)
-    load = partial(load_subject, options.experiment, tokens, packs, options.size)
-    subject, machine = load(), _machine(options)
+    load = partial(load_workload, options.experiment, tokens, packs, options.size)
+    workload, machine = load(), _machine(options)
     say = partial(console.print, style="dim")
-    result = of_first(lambda: search(subject, options.gpus, machine, _options_of(options), load=load, say=say))
-    title = f"{subject.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
+    result = from_rank_zero(lambda: search(workload, options.gpus, machine, _options_of(options), load=load, say=say))
+    title = f"{workload.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
     print_result(result, title=title, console=console)
     if options.html is not None and is_first():
         console.print(f"wrote {write_page(result, options.html, title=title, cluster=machine)}")
@@ -89,10 +91,10 @@ def _run(options: PlanOptions) -> int:
         console.print("no layout fits: take fewer --packs or --tokens, or more GPUs")
         return 1
     if options.apply is not None and is_first():
-        best = PlanFile.of(result.prices[0], subject, machine)
+        best = PlanFile.of(result.prices[0], workload, machine)
         console.print(f"wrote {best.save(options.apply)}: {best.candidate}")
     if options.check:
-        check_best(result.prices[: options.check], subject, console=console)
+        check_best(result.prices[: options.check], workload, console=console)
     return 0
 
 
@@ -107,19 +109,30 @@ def _options_of(options: PlanOptions) -> Options:
 
 
 def default_packs(gpus: int, tokens: int) -> int:
-    """The most packs that divide evenly among so many GPUs and give each at most 32K tokens; at least one."""
+    """The most packs that divide evenly among `gpus` GPUs and give each at most 32K tokens; at least one. `tokens`: of
+    a pack.
+
+    >>> from ftrain.cli.plan import default_packs
+    >>> default_packs(8, 8 * 1024), default_packs(8, 64 * 1024)
+    (8, 4)
+    """
     return max((n for n in divisors(gpus) if n * tokens <= gpus * _TOKENS), default=1)
 
 
-def load_subject(file: Path, tokens: int, packs: int, size: str | None = None) -> Subject:
-    """What the experiment in `file` offers to a search. ValueError if it has no `plan_for_search`, or no sizes."""
+def load_workload(file: Path, tokens: int, packs: int, size: str | None = None) -> Workload:
+    """The `Workload` that the experiment in `file` offers to a search, for packs of `tokens` tokens, `packs` of them in
+    a step.
+
+    `size`: of the model, where the experiment has several. ValueError if there is no such file, if it has no
+    `plan_for_search`, or if that takes no `size` and one is given.
+    """
     file = Path(file).resolve()
     if not file.exists():
         raise ValueError(f"{file}: there is no such experiment")
     make = getattr(_module(file), FUNCTION, None)
     if make is None:
         raise ValueError(
-            f"{file} has no function {FUNCTION}(*, tokens, packs): it returns a ftrain.plan.workload.Subject"
+            f"{file} has no function {FUNCTION}(*, tokens, packs): it returns a ftrain.plan.workload.Workload"
         )
     found: Callable[..., Any] = make
     if size is None:
@@ -130,7 +143,12 @@ def load_subject(file: Path, tokens: int, packs: int, size: str | None = None) -
 
 
 def tokens_of(text: str) -> int:
-    """A number with an optional K or M, of 1024: "160K" is 163,840."""
+    """A number of tokens, with an optional K or M for 1024 and 1024^2. ValueError for another text.
+
+    >>> from ftrain.cli.plan import tokens_of
+    >>> tokens_of("160K")
+    163840
+    """
     found = re.fullmatch(r"(\d+)([KM]?)", text.strip().upper())
     if found is None:
         raise ValueError(f"--tokens {text!r}: give a number, with K or M for 1024 and 1024^2")
@@ -147,7 +165,7 @@ def _remat(text: str) -> str | float:
 
 
 def _module(file: Path) -> Any:
-    """The experiment as a module, by its import name: its folder's, where that is a package."""
+    """The experiment as a module, by its import name: within its package, if its folder is one."""
     parts = [file.stem]
     folder = file.parent
     while (folder / "__init__.py").exists():

@@ -1,4 +1,4 @@
-"""`ftrain replay`: run a step of a run again, and look for what went wrong in it."""
+"""`ftrain replay`: run a step of a run again, and find what went wrong in it."""
 
 import math
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ class Replay:
     run: tyro.conf.Positional[Path]
     """The folder of the run."""
     step: int
-    """The step to come to."""
+    """The step to replay."""
     check: bool = False
     """Run that step node by node and name the first one that made a NaN or an infinity: op, parameter, source line."""
     kept: bool = False
-    """Of a step that was bad, and run again without its batch: as it was run again."""
+    """For a step that was bad and then ran again without its batch: replay the second run, which was kept."""
     experiment: str | None = None
     """The module that made the run, as my.experiment: its code is run. Default: what the run's config.json names, if
     that is one of experiments.*"""
 
 
 def run(options: Replay) -> int:
-    """The subcommand; the exit code. Raises `ValueError` for a folder or a step that cannot be replayed."""
+    """The subcommand; returns the exit code. ValueError for a folder or a step that cannot be replayed."""
     made = load_run(options.run, options.experiment)
     same, found, loss = True, None, 0.0
     for event in replay(made, options.run, options.step, check=options.check, kept=options.kept):
@@ -47,4 +47,4 @@ def run(options: Replay) -> int:
 def _sound(step: int, loss: float) -> str:
     if math.isfinite(loss):
         return f"step {step}: every node's values are finite"
-    return f"step {step}: no node has computed a NaN or an infinity, so a fill or a where has made the loss {loss}"
+    return f"step {step}: no node computed a NaN or an infinity, so a fill or a where made the loss {loss}"

@@ -1,4 +1,4 @@
-"""Where a NaN or an infinity was born: the step's graph, run node by node until a value is not finite."""
+"""Where a NaN or an infinity comes from: the step's graph, run node by node until a value is not finite."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,13 +16,15 @@ from ftrain.sharding.mesh import BASE_AXES, Mesh
 from ftrain.step.api import Step, make_step
 from ftrain.trace.tracer import is_array
 
-# What they leave in memory, or the infinity they write, is not a result of computing.
+# Uninitialized memory of the first, and infinities that the second write, are not results of a computation.
 _UNWRITTEN = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
 _CONSTANTS = {"full", "full_like", "new_full", "fill", "masked_fill", "scalar_tensor", "constant_pad_nd", "where"}
 
 
 class Range(NamedTuple):
-    """An input of the culprit: its node, parameter path, type, and the least and greatest of its finite values."""
+    """An input of the op that made a bad value: its node, parameter path, type, whether all its values are finite, and
+    the least and greatest of the finite ones.
+    """
 
     name: str
     path: str
@@ -36,10 +38,11 @@ class Range(NamedTuple):
 class Finding:
     """The first value that is not finite.
 
-    `kind` "NaN" or "infinity"; `node`, `op`, `phase`, `path` (of the parameter that the node is about; of the leaf
-    itself if an argument is not finite: then `op` is "input"), `source` (file:line); `count` of `size` elements are not
-    finite; `inputs` of the op; `iterations` of the loops that the node is inside of; `rank`: of a virtual mesh, and
-    its place on the axes.
+    - `kind`: "NaN" or "infinity"; `count` of `size` elements are not finite.
+    - `node`, `op`, `phase`, `line`: the node that computed it. If an argument is not finite, `op` is "input".
+    - `path`: of the parameter that the node is about, or of the argument leaf. `source`: file:line.
+    - `inputs`: of the op, with the ranges of their values. `iterations`: of the loops that enclose the node.
+    - `rank`: of a virtual mesh, with its coordinates; empty elsewhere.
     """
 
     kind: str
@@ -56,7 +59,7 @@ class Finding:
     rank: str = ""
 
     def __str__(self) -> str:
-        where = "".join(f", in round {i.round} of {i.loop}" for i in self.iterations)
+        where = "".join(f", in iteration {i.number} of {i.loop}" for i in self.iterations)
         where += f", on {self.rank}" if self.rank else ""
         if self.op == "input":
             return f"argument leaf {self.path!r} holds {self.kind} in {self.count} of {self.size} elements: {self.line}"
@@ -70,13 +73,19 @@ class Finding:
 def check_finite(step: Step | Callable, *args: Any) -> Finding | None:
     """Run the step's graph node by node and return the first node that made a NaN or an infinity; None if none did.
 
-    `step` is jitted or a plain function; `args` are as for a call of it. Nothing of the arguments is modified: donated
-    leaves are copied first. A NaN counts always. An infinity counts unless it is meant: written by a fill or `where`
-    (as masks do), or handed on from an input that already held one. An argument leaf that holds either is found before
-    anything is run. Print the finding for one paragraph with op, parameter path, source line and ranges of the inputs.
+    `step` is jitted or a plain function; `args` are as for a call of it. The arguments are not modified: donated leaves
+    are copied first. A NaN always counts. An infinity counts unless it is meant: written by a fill or `where` (as masks
+    do), or passed on from an input that already held one. An argument leaf that holds either is found before anything
+    runs. Printed, the finding is a paragraph with op, parameter path, source line and the ranges of the inputs.
 
-    On a virtual mesh all ranks run side by side, collectives included, and the finding names the rank. On a mesh of
-    processes all call this together; each runs to the end, and returns what its own rank met.
+    On a virtual mesh all ranks run in lockstep, collectives included, and the finding names the rank. On a mesh of
+    processes all call this together; each runs to the end, and returns what its own rank found. ValueError as for
+    `Step.lower`.
+
+    >>> import torch, ftrain
+    >>> finding = ftrain.debug.check_finite(lambda x: (x - 1).log().sum(), torch.tensor([0.0, 3.0]))
+    >>> finding.kind, finding.op, finding.count
+    ('NaN', 'log', 1)
     """
     step = step if isinstance(step, Step) else make_step(step)
     compiled = step.lower(*args)
@@ -118,7 +127,7 @@ def _first(module: fx.GraphModule, inputs: Sequence[Tensor], *, to_the_end: bool
 
 
 def _on_its_way(node: fx.Node) -> bool:
-    """A message whose memory is written when it has been waited for."""
+    """True for a collective whose result is written only when its wait has run."""
     return any(user.target is WAIT for user in node.users)
 
 
@@ -142,7 +151,7 @@ def _show_rank(mesh: Mesh, rank: int) -> str:
 
 
 def _finding_in(op: Op, value: Any, *, inherited: bool) -> Finding | None:
-    """What is wrong with the value of an op; `inherited`: it was given an infinity."""
+    """What is wrong with the value of an op, if anything; `inherited`: it read an infinity."""
     name = op_name(op.node).split(".")[0]
     if name in _UNWRITTEN:
         return None

@@ -1,4 +1,4 @@
-"""Each pass is to keep every value to the bit: here a step is run after each of them, and results are compared."""
+"""Each pass must keep every value to the bit: a step runs after each of them, and results are compared."""
 
 import difflib
 from collections.abc import Callable
@@ -22,9 +22,11 @@ from ftrain.step.pipeline import DONATED, INTERPRETED, run_passes
 
 @dataclass(frozen=True)
 class PassCheck:
-    """What a pass did to a step. `changed`: paths of the results whose bits are no longer those of the trace.
-    `difference`: of the graph's text, a unified diff; empty where the pass changed nothing. `peaks`: bytes beside the
-    arguments at the peak of the graph before and after it, by the memory plan.
+    """What a pass did to a step.
+
+    - `changed`: paths of the results whose bits differ from those of the trace.
+    - `difference`: a unified diff of the graph's text; empty where the pass changed nothing.
+    - `peaks`: bytes beyond the arguments at the peak of the graph before and after the pass, by the memory plan.
     """
 
     name: str
@@ -42,13 +44,17 @@ class PassCheck:
 
 
 def check_passes(step: Step | Callable, *args: Any) -> list[PassCheck]:
-    """Run the step after each of its passes on these arguments, and compare all results with those of its trace.
+    """Run the step after each of its passes on these arguments, and compare all results with those of its trace, to the
+    bit.
 
-    Each graph is also checked by `torch.fx`'s `lint`, which raises where nodes do not stand in order.
+    `step` is jitted or a plain function; `args` are as for a call of it, and are not modified. Random numbers are drawn
+    from the same seed each time. On a virtual mesh all ranks run. Returns an entry per pass. ValueError on a mesh of
+    processes; RuntimeError, from the `lint` of `torch.fx`, where nodes are not in order.
 
-    `step` is jitted or a plain function; `args` are as for a call of it, and nothing of them is modified. Random
-    numbers are drawn from the same seed each time. On a virtual mesh all ranks run. ValueError on a mesh of processes:
-    a virtual one of the same sizes runs the same graph.
+    >>> import torch, ftrain
+    >>> checks = ftrain.debug.check_passes(ftrain.grad(lambda w: (w * w).sum()), torch.ones(3))
+    >>> [check.name for check in checks if check.changed]
+    []
     """
     step = step if isinstance(step, Step) else make_step(step)
     compiled = step.lower(*args)
@@ -56,14 +62,14 @@ def check_passes(step: Step | Callable, *args: Any) -> list[PassCheck]:
     if mesh is not None and mesh.kind == "process":
         raise ValueError(f"passes are not checked on a mesh of processes: take Mesh({mesh}, kind='virtual')")
     watch = _Watch(compiled, step.rank_inputs(*args))
-    again = compiled.again(observe=watch.look)
-    setting = replace(again.setting, backend="aten")
-    run_passes(copy_graph(again.graph), INTERPRETED, setting, observe=watch.look)
+    recompiled = compiled.recompile(observe=watch.look)
+    setting = replace(recompiled.setting, backend="aten")
+    run_passes(copy_graph(recompiled.graph), INTERPRETED, setting, observe=watch.look)
     return watch.found
 
 
 class _Watch:
-    """Told of each pass: runs the graph after it, and compares."""
+    """Called after each pass: runs the graph and compares the results."""
 
     def __init__(self, compiled: Compiled, ranks: list[list[Tensor]]) -> None:
         self._compiled, self._ranks = compiled, ranks
@@ -113,7 +119,7 @@ class _Watch:
 
 
 def _peak(module: fx.GraphModule) -> int:
-    """Bytes beside the arguments at the peak; sizes that depend on data count as what plans expect of them."""
+    """Bytes beyond the arguments at the peak; sizes that depend on data count with their expected value."""
     module = copy_graph(module)
     for each in with_bodies(module):
         expect_sizes(each)

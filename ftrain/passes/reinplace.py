@@ -1,4 +1,4 @@
-"""Replace ops by in-place twins, which write their results over the state that they replace."""
+"""Pure ops become their in-place forms, which write over the state that the results replace."""
 
 import operator
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from ftrain.graph.aliasing import readers_by_storage, storage
-from ftrain.graph.in_place_twins import TWINS, Twin
+from ftrain.graph.in_place_ops import IN_PLACE_OPS, InPlaceOp
 
 _aten = torch.ops.aten
 
@@ -21,27 +21,27 @@ class _Write(NamedTuple):
 
 
 def reinplace(module: fx.GraphModule) -> None:
-    """Replace an op, the sums of its results with its arguments, and the copies over these by its in-place twin.
+    """Replace an op, the sums of its results with its arguments, and the copies over these by the op's in-place form.
 
-    The results may be selected by one condition: `where(keep, result, old)`, or `where(keep, result, 0)` before a sum.
-    An op is replaced only if every such result is copied over its argument, no other node reads the old values after
-    the op, and all dtypes are equal. Twins (`ftrain.graph.in_place_twins`) compute the same bits.
+    Results may be chosen by one condition, `where(keep, result, old)`, or `where(keep, result, 0)` before a sum. Only
+    where every such result goes over its argument, nothing else reads the old values after the op, and dtypes are one.
+    In-place forms give the same bits.
     """
     graph = module.graph
-    pure = [n for n in graph.nodes if n.op == "call_function" and n.target in TWINS]
+    pure = [n for n in graph.nodes if n.op == "call_function" and n.target in IN_PLACE_OPS]
     if not pure:
         return
     readers = readers_by_storage(graph)
     position = {n: i for i, n in enumerate(graph.nodes)}
     for node in pure:
-        writes = _writes(node, TWINS[node.target])
+        writes = _writes(node, IN_PLACE_OPS[node.target])
         if writes is None or not _may_write(node, writes, readers, position):
             continue
         keep = writes[0].keep
         args = node.args if keep is None else (*node.args, keep)
         with graph.inserting_before(node if keep is None else writes[0].between[-1]):
-            twin = graph.call_function(TWINS[node.target].op, args, node.kwargs)
-        twin.meta.update(node.meta, val=None)
+            in_place = graph.call_function(IN_PLACE_OPS[node.target].op, args, node.kwargs)
+        in_place.meta.update(node.meta, val=None)
         for write in writes:
             old, new = write.copy.all_input_nodes
             graph.erase_node(write.copy)
@@ -55,13 +55,13 @@ def reinplace(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _writes(node: fx.Node, twin: Twin) -> list[_Write] | None:
-    """The copies over the twin's arguments, one for each; None if a result is unused or used in another way."""
+def _writes(node: fx.Node, in_place: InPlaceOp) -> list[_Write] | None:
+    """The copies over the op's arguments, one for each; None if a result is used in another way or not at all."""
     results = {n.args[1]: n for n in node.users if n.target is operator.getitem}
     if len(results) != len(node.users):
         return None
-    pairs = (*twin.added, *twin.written)
-    found = [_write_of(results.get(i), node.args[a], added=(i, a) in twin.added) for i, a in pairs]
+    pairs = (*in_place.added, *in_place.written)
+    found = [_write_of(results.get(i), node.args[a], added=(i, a) in in_place.added) for i, a in pairs]
     writes = [w for w in found if w is not None]
     return writes if len(writes) == len(pairs) and len({w.keep for w in writes}) == 1 else None
 

@@ -1,7 +1,8 @@
-"""`ftrain plan --check`: the best layouts run for a few steps on the devices at hand, beside what was predicted.
+"""`ftrain plan --check`: the best layouts run for a few steps on the devices of this run, and prediction is compared
+with measurement.
 
-The prediction is made again for these devices: by the time of each op measured by itself there (`profile_nodes`), and
-of messages between these ranks. One process per rank: started by torchrun, or alone for a single rank.
+The prediction is repeated for these devices, with the time of each op measured by itself (`profile_nodes`) and of
+messages between these ranks. One process per rank: started by torchrun, or alone for a single rank.
 """
 
 import os
@@ -23,9 +24,9 @@ from ftrain.analysis.meter import measure_peak
 from ftrain.analysis.op_times import speed_of
 from ftrain.kernels.random import key
 from ftrain.plan.cost import Price, price
-from ftrain.plan.local_machine import this_device, this_machine, world_size
+from ftrain.plan.local_machine import local_cluster, local_device, world_size
 from ftrain.plan.space import Candidate
-from ftrain.plan.workload import Subject
+from ftrain.plan.workload import Workload
 from ftrain.profile.nodes import profile_nodes
 from ftrain.step.api import Step, make_step
 
@@ -34,8 +35,8 @@ _TIMEOUT = timedelta(seconds=1800)  # while one rank searches the others wait
 
 
 class Checked(NamedTuple):
-    """A layout's seconds of a step and peak bytes of a rank, predicted for this machine and measured on it: of all
-    ranks the slowest and the fullest.
+    """A layout's seconds per step and peak bytes of a rank, predicted for this machine and measured on it. Of all ranks
+    the slowest and the fullest count.
     """
 
     candidate: Candidate
@@ -45,10 +46,11 @@ class Checked(NamedTuple):
     peak: float
 
 
-def check_best(prices: Sequence[Price], subject: Subject, *, console: Console) -> list[Checked]:
-    """Run each layout for a few steps and print the table; on several ranks all call this, within `processes`.
+def check_best(prices: Sequence[Price], workload: Workload, *, console: Console) -> list[Checked]:
+    """Run the layout of each of `prices` for a few steps and print the table to `console`; on several ranks all call
+    this, within `processes`. Returns a `Checked` per layout.
 
-    ValueError if a layout is not for this run's number of ranks.
+    ValueError if a layout is not for this run's number of ranks, or the workload does not say how to make its state.
     """
     world = world_size()
     for p in prices:
@@ -58,14 +60,14 @@ def check_best(prices: Sequence[Price], subject: Subject, *, console: Console) -
                 f"{p.candidate.ranks}: search with --gpus {world}, or start {p.candidate.ranks} with torchrun "
                 f"(torchrun --nproc-per-node {p.candidate.ranks} -m ftrain.cli.main plan ...)"
             )
-    device = this_device()
-    found = [check(p.candidate, subject, device) for p in prices]
+    device = local_device()
+    found = [check(p.candidate, workload, device) for p in prices]
     console.print(table_of(found, speed_of(device).name))
     return found
 
 
 def table_of(found: Sequence[Checked], machine: str) -> Table:
-    """Predicted beside measured."""
+    """The table of predicted and measured values. `machine`: its name."""
     table = Table(title=f"predicted for {machine} and measured on it", title_justify="left")
     for name in ("layout", "step ms, predicted", "measured", "ratio", "peak GiB, predicted", "measured", "ratio"):
         table.add_column(name, justify="left" if name == "layout" else "right")
@@ -78,7 +80,9 @@ def table_of(found: Sequence[Checked], machine: str) -> Table:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """The process group of a run that torchrun started; nothing where there is one already, or a single rank."""
+    """Within the block the process group of a run that torchrun started is open. Does nothing where there is one
+    already, or for a single rank.
+    """
     if dist.is_initialized() or world_size() == 1:
         yield
         return
@@ -91,30 +95,39 @@ def processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def check(candidate: Candidate, subject: Subject, device: torch.device) -> Checked:
-    """Predict and measure one layout, on a fresh state and a batch of zeros; the ops' times are remembered."""
-    trial = subject.make(subject.stacks, candidate)
-    if trial.init is None:
-        raise ValueError(f"--check: {subject.name} does not say how its state is made: give its Trial an `init`")
+def check(candidate: Candidate, workload: Workload, device: torch.device) -> Checked:
+    """Predict and measure the layout `candidate` on `device`, with a fresh state and a batch of zeros. The ops' times
+    are remembered on disk.
+
+    ValueError if the workload does not say how to make its state.
+    """
+    work = workload.make(workload.stacks, candidate)
+    if work.init is None:
+        raise ValueError(
+            f"--check: {workload.name} does not say how to make its state: give its WorkloadStep an `init`"
+        )
     many = candidate.ranks > 1
     step = make_step(
-        trial.step,
-        plan=trial.plan(candidate, kind="process") if many else None,
-        specs=trial.specs if many else None,
+        work.step,
+        plan=work.plan(candidate, kind="process") if many else None,
+        specs=work.specs if many else None,
         remat=candidate.recompute,
-        precision=trial.precision,
-        donate="state" if trial.donate else None,
+        precision=work.precision,
+        donate="state" if work.donate else None,
     )
-    state = step.init(trial.init, key(0, device=device))
-    batch = step.share(tree.map(lambda a: torch.zeros(a.shape, dtype=a.dtype, device=device), trial.batch))
+    state = step.init(work.init, key(0, device=device))
+    batch = step.share(tree.map(lambda a: torch.zeros(a.shape, dtype=a.dtype, device=device), work.batch))
     profile_nodes(step, state, batch, repeats=2, remember=True)
-    predicted = price(subject, candidate, this_machine(device))
+    predicted = price(workload, candidate, local_cluster(device))
     seconds, peak = measured(step, state, batch, device)
     return Checked(candidate, predicted.seconds, _most(seconds), predicted.peak, _most(peak))
 
 
 def measured(step: Step, state: object, batch: object, device: torch.device) -> tuple[float, float]:
-    """The median seconds of a step on this rank, and the most bytes that it holds, arguments included."""
+    """The median seconds of a step on this rank, and the most bytes that it holds, arguments included.
+
+    `state` and `batch`: its arguments; the state is consumed. `device`: where they are.
+    """
     state, _ = step(state, batch)
     seconds = []
     for _ in range(_STEPS):
@@ -131,7 +144,7 @@ def measured(step: Step, state: object, batch: object, device: torch.device) -> 
 
 
 def _most(value: float) -> float:
-    """The largest of all ranks."""
+    """The largest value of all ranks. All ranks call this together."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -1,4 +1,4 @@
-"""Which ops the time of a step goes to, in terms that graphs of any depth share, and the words for it."""
+"""Which ops the time of a step goes to, in terms that graphs of any depth share, and the text that explains it."""
 
 import re
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from ftrain.graph.loop import is_loop, loop_body
 from ftrain.graph.text import op_name
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
-FAR = 1.5  # times its bound: a step of so long is explained
+FAR = 1.5  # a step that takes so many times its bound is explained
 
 
 class Contributor(NamedTuple):
-    """An op of a phase on the parameters of one part of all layers: their path as far as that, without numbers."""
+    """An op of a phase on the parameters of one part of all layers. `path`: up to that part, without layer numbers."""
 
     op: str
     path: str
@@ -23,7 +23,9 @@ class Contributor(NamedTuple):
 
 
 def contributors(module: fx.GraphModule, times: OpTimes) -> dict[Contributor, float]:
-    """Microseconds of compute of each; an op in a loop counts as often as it runs."""
+    """Microseconds of compute of each contributor in the graph `module`, by the `times` of its ops. An op in a loop
+    counts as often as it runs.
+    """
     found: dict[Contributor, float] = {}
     for node in module.graph.nodes:
         if is_loop(node):
@@ -38,16 +40,18 @@ def contributors(module: fx.GraphModule, times: OpTimes) -> dict[Contributor, fl
 
 
 def _part(path: str) -> str:
-    """`a.layers.3.attention.w_q` is of `a.layers.*.attention`; a path without numbers stays whole."""
+    """`a.layers.3.attention.w_q` belongs to `a.layers.*.attention`; a path without numbers stays whole."""
     names = _NUMBER.sub(".*", path).split(".")
     last = max((i for i, name in enumerate(names) if name == "*"), default=len(names))
     return ".".join(names[: last + 2])
 
 
 def why(seconds: float, bound: float, exposed: float, ops: Mapping[Contributor, float], *, rows: int = 8) -> str:
-    """What a step of `seconds` that ought to take `bound` spends its time on; empty if it is not `FAR` from there.
+    """What a step of `seconds` spends its time on, if its lower bound is `bound` seconds; empty if it takes less than
+    `FAR` times that.
 
-    `ops`: microseconds of each; `exposed`: seconds of messages that compute waits for.
+    `ops`: microseconds of each contributor, of which the largest `rows` are listed; `exposed`: seconds of messages that
+    compute waits for.
     """
     if seconds < FAR * bound:
         return ""

@@ -1,4 +1,7 @@
-"""plan.json: a layout chosen by a search, with all that `ftrain.jit` needs of it, written and read back."""
+"""Plan files: a layout chosen by a search, with all that `ftrain.jit` needs of it, written and read back.
+
+The keys of a file keep their words when a name of the code changes: "subject" is the workload.
+"""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +28,7 @@ from ftrain.files.outside import (
 from ftrain.plan.cost import Price
 from ftrain.plan.layout_data import layout_as_dict, layout_from_dict, rule_as_dict, rule_from_dict
 from ftrain.plan.space import Candidate, as_dict, from_dict
-from ftrain.plan.workload import Subject
+from ftrain.plan.workload import Workload
 from ftrain.sharding.batch import BatchRule
 from ftrain.sharding.layout import Layout
 from ftrain.sharding.link import Link
@@ -43,7 +46,9 @@ def _maybe(shape: Shape) -> Shape:
 
 
 def _by_glob(item: Shape) -> Shape:
-    """Of an object by globs, which are matched against every path: long ones take for ever."""
+    """An object whose keys are globs. Each glob is matched against every path, so long ones would take too much
+    time.
+    """
 
     def shape(value: Any, at: str) -> None:
         mapped(item)(value, at)
@@ -100,12 +105,15 @@ _PLAN = record(
 class PlanFile:
     """A layout, for whom it was chosen, and what was predicted of it.
 
-    `tokens` of a pack and `packs` of a step, which decide the batch's shapes; `components`, `batch` and `link`: as in
-    `ftrain.sharding.Plan`; `predicted`: tokens/s of one GPU, peak bytes, ... `candidate.recompute` is the `Remat` of
-    its step, `candidate.micro_batches` what its loss accumulates over.
+    - `workload`, `cluster`: their names.
+    - `tokens` of a pack and `packs` of a step, which decide the batch's shapes.
+    - `candidate`: the layout. Its `recompute` is the `Remat` of the step, its `micro_batches` what the loss accumulates
+      over.
+    - `components`, `batch`, `link`: as in `ftrain.sharding.Plan`.
+    - `predicted`: tokens/s of one GPU, peak bytes, seconds of a step, ...
     """
 
-    subject: str
+    workload: str
     cluster: str
     tokens: int
     packs: int
@@ -116,10 +124,10 @@ class PlanFile:
     predicted: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @staticmethod
-    def of(price: Price, subject: Subject, cluster: Cluster) -> "PlanFile":
-        """The file of a priced layout of a subject on a cluster."""
+    def of(price: Price, workload: Workload, cluster: Cluster) -> "PlanFile":
+        """The file of a priced layout of a workload on a cluster."""
         candidate = price.candidate
-        trial = subject.make(dict.fromkeys(subject.stacks, 1), candidate)
+        work = workload.make(dict.fromkeys(workload.stacks, 1), candidate)
         predicted = {
             "seconds": price.seconds,
             "tokens_per_second_per_gpu": price.tokens_per_second,
@@ -128,28 +136,30 @@ class PlanFile:
             "exposed_seconds": price.exposed,
         }
         return PlanFile(
-            subject=subject.name,
+            workload=workload.name,
             cluster=cluster.name,
-            tokens=subject.facts.tokens,
-            packs=subject.facts.packs,
+            tokens=workload.model_shape.tokens,
+            packs=workload.model_shape.packs,
             candidate=candidate,
-            components=dict(trial.components),
-            batch=dict(trial.rules),
+            components=dict(work.components),
+            batch=dict(work.rules),
             link=cluster.link(candidate.mesh()),
             predicted=predicted,
         )
 
     def plan(self, *, kind: Kind = "process") -> Plan:
-        """The plan for `ftrain.jit`."""
+        """The plan for `ftrain.jit`, on a mesh of this kind. ValueError where the layout fits no mesh."""
         mesh, layout = self.candidate.mesh(kind), self.candidate.layout
         return Plan(mesh, layout, batch=self.batch, link=self.link, components=self.components)
 
     def save(self, file: str | Path) -> Path:
-        """Write the file; one of this name is replaced at once."""
+        """Write the file and return its path. A file of this name is replaced at once; OSError where it cannot be
+        written.
+        """
         file = Path(file)
         data = {
             "version": _VERSION,
-            "subject": self.subject,
+            "subject": self.workload,
             "cluster": self.cluster,
             "tokens": self.tokens,
             "packs": self.packs,
@@ -166,7 +176,9 @@ class PlanFile:
 
 
 def load_plan(file: str | Path) -> PlanFile:
-    """Read what `PlanFile.save` wrote. ValueError names the file, and what is missing or not known in it."""
+    """Read what `PlanFile.save` wrote. ValueError names the file, and what is missing, unknown or out of range in
+    it.
+    """
     file = Path(file)
     try:
         data = read_json(file, limit=_FILE_BYTES)
@@ -185,7 +197,7 @@ def load_plan(file: str | Path) -> PlanFile:
 
 def _from_data(data: dict[str, Any]) -> PlanFile:
     return PlanFile(
-        subject=data["subject"],
+        workload=data["subject"],
         cluster=data["cluster"],
         tokens=data["tokens"],
         packs=data["packs"],

@@ -1,4 +1,4 @@
-"""`ftrain.jit`: a pure step, traced once per shapes into one graph, then run."""
+"""`ftrain.jit`: a pure step, traced once per kind of arguments into one graph, then run."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from ftrain.plan.auto import AutoPlan, SavedPlan
 from ftrain.remat.policy import Remat
 from ftrain.sharding.plan import Plan
 from ftrain.step.api import make_step
-from ftrain.step.plan_source import Chooser
+from ftrain.step.plan_source import PlanSource
 from ftrain.trace.precision import Precision
 
 
@@ -22,35 +22,49 @@ def jit(
     backend: str = "auto",
     remat: Remat | str | None = None,
     precision: Precision | str | torch.dtype | None = None,
-    plan: Plan | Chooser | str | Path | None = None,
+    plan: Plan | PlanSource | str | Path | None = None,
     specs: Any = None,
     batch: str = "batch",
     overlap: bool = True,
 ) -> Any:
-    """Make a step of a pure function of trees of tensors; usable as a decorator, with or without options.
+    """Make a step of a pure function of trees of tensors. Usable as a decorator, with or without options; returns a
+    `ftrain.Step`.
 
     - `donate`: the name of an argument whose memory the step may write its new value into. The result, or one member of
-      a tuple result, must have the argument's tree, shapes and dtypes. The old leaves are spoiled: using one again is
-      a ValueError that names it. What somebody else keeps of a leaf (a view, `detach()`, `numpy()`, a module's
-      parameter) keeps its numbers: such a leaf is copied first, with one warning that names it. Memory from outside of
-      torch (`torch.from_numpy`, a mapped file), and a leaf that is a view, are copied the first time. Not seen are bare
-      addresses, and other libraries on CUDA memory by `__cuda_array_interface__`.
+      a tuple result, must have the argument's tree, shapes and dtypes. The old leaves are invalidated: using one
+      afterwards is a ValueError that names it. What somebody else keeps of a leaf (a view, `detach()`, `numpy()`, a
+      module's parameter) keeps its numbers: such a leaf is copied first, with one warning that names it. Memory that
+      torch did not allocate (`torch.from_numpy`, a mapped file), and a leaf that is a view, are copied the first time.
+      Bare addresses, and other libraries that use CUDA memory through `__cuda_array_interface__`, are not seen.
     - `backend`: "aten" (the graph as Python), "inductor", "cudagraph", or "auto": aten on CPU, inductor on CUDA.
-    - `remat`: what the backward computes again instead of keeping; see `Remat`. Default: nothing, or what a plan says
-      that is given by name.
-    - `precision`: in which dtype losses see the parameters; see `Precision`. A name or a dtype is the compute dtype.
+    - `remat`: what the backward recomputes instead of keeping; see `Remat`. Default: nothing, or what a plan says that
+      is given by name.
+    - `precision`: the dtype in which losses see the parameters; see `Precision`. A name or a dtype is the compute
+      dtype.
     - `plan`: the mesh that the step runs on, and how; see `ftrain.sharding.Plan`. Or a file that `ftrain plan --apply`
       wrote, or "auto", which searches at start-up (see `ftrain.SavedPlan`, `ftrain.AutoPlan`).
-    - `specs`: the tree of `ParamSpec`s of the model, by whose paths leaves of the state are found; not needed where the
-      state comes from this step's `init`. `batch`: the name of the argument that the ranks divide among them.
-      `overlap`: reorder the graph so that communication hides behind compute; values are the same without.
+    - `specs`: the tree of `ParamSpec`s of the model, by whose paths leaves of the state are found. Not needed where the
+      state comes from this step's `init`.
+    - `batch`: the name of the argument that the ranks divide among them.
+    - `overlap`: reorder the graph so that communication hides behind compute. Values do not change.
 
-    Leaves that are not tensors (numbers, strings) are constants of the trace; another value traces again. So do other
-    shapes, dtypes or devices, modes around the call (autocast, the default dtype and device), and what the function's
-    Python reads beside its arguments (numbers in closures, globals and options, whether a module trains); from the
-    second trace on a warning says what changed, and how. A step holds at most 8 traces, and drops the oldest with a
+    Leaves that are not tensors (numbers, strings) are constants of the trace: another value causes another trace. So do
+    other shapes, dtypes or devices, modes around the call (autocast, the default dtype and device), and what the
+    function's Python reads beside its arguments (numbers in closures, globals and options, whether a module trains).
+    The second trace warns about what changed, and how. A step holds at most 8 traces, and drops the oldest with a
     warning. Inside a transform of `torch.func`, another jitted function or a trace of another kind, a jitted function
     is the plain one.
+
+    ValueError for an unknown backend, for `donate` that names no argument, for a `plan` that is none, and for a plan of
+    several ranks where no argument is called `batch`. What a trace refuses is a ValueError of the first call.
+
+    >>> import torch, ftrain
+    >>> @ftrain.jit(donate="state")
+    ... def step(state, batch):
+    ...     loss, grads = ftrain.value_and_grad(lambda w: ((w - batch) ** 2).sum())(state)
+    ...     return state - 0.5 * grads, loss
+    >>> step(torch.zeros(2), torch.tensor([1.0, 3.0]))
+    (tensor([1., 3.]), tensor(10.))
     """
     if fn is None:
         return functools.partial(
@@ -77,8 +91,8 @@ def jit(
     )
 
 
-def _found(plan: Plan | Chooser | str | Path | None) -> Plan | Chooser | None:
-    """The plan, or what chooses one, that a name stands for. ValueError for a string that is neither "auto" nor the
+def _found(plan: Plan | PlanSource | str | Path | None) -> Plan | PlanSource | None:
+    """The plan, or what chooses one, for the value of `plan`. ValueError for a string that is neither "auto" nor the
     file of a plan, and for what is no plan.
     """
     spellings = (

@@ -32,7 +32,7 @@ def layout_as_dict(layout: Layout) -> dict[str, Any]:
 
 
 def layout_from_dict(data: Mapping[str, Any]) -> Layout:
-    """The layout that `layout_as_dict` wrote. ValueError names a key or a kind that is not known."""
+    """The layout that `layout_as_dict` wrote. ValueError names a key or a kind that is unknown."""
     _check_keys(data, {f.name for f in fields(Layout)}, "a layout")
     return Layout(
         parameters=tuple(data["parameters"]),
@@ -44,12 +44,12 @@ def layout_from_dict(data: Mapping[str, Any]) -> Layout:
 
 
 def rule_as_dict(rule: BatchRule) -> dict[str, Any]:
-    """How a leaf of the batch is divided, as plain data; `rule_from_dict` reads it."""
+    """The rule that divides a batch leaf, as plain data; `rule_from_dict` reads it."""
     return _tagged(rule) or {}
 
 
 def rule_from_dict(data: Mapping[str, Any]) -> BatchRule:
-    """The rule that `rule_as_dict` wrote. ValueError names a kind that is not known."""
+    """The rule that `rule_as_dict` wrote. ValueError names a kind or a key that is unknown."""
     return _untagged(data, _RULES, "batch rule")
 
 

@@ -1,4 +1,7 @@
-"""What is alive at each kind of moment of a graph, in terms that graphs of any depth share."""
+"""Bytes alive in each region of a graph, where regions are named so that graphs of any depth share them.
+
+A region is a phase and a place: the stack of a parameter path, with its layer as "first", "last" or "inner".
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,44 +12,40 @@ from ftrain.analysis.device_ops import device_workspace
 from ftrain.analysis.pieces import Pieces, Workspace
 from ftrain.graph.loop import is_loop, loop_body
 
-Moment = tuple[str, str]
+Region = tuple[str, str]
 _BLOCK = 512  # bytes to which CUDA's allocator rounds
 _NUMBERED = re.compile(r"(.*?\blayers\.)(\d+)(?=\.|$)")
 
 
-def alive(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> Iterator[tuple[fx.Node, int]]:
-    """Each op, of loops' bodies too, with the bytes alive beyond the arguments while it runs on a GPU.
+def live_bytes(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> Iterator[tuple[fx.Node, int]]:
+    """Each op, those of loop bodies too, with the bytes alive beyond the arguments while it runs on a GPU.
 
-    The memory plan with the workspaces of a GPU's kernels, or those that `workspace` tells.
+    `workspace`: bytes that each op allocates while it runs; default: those of a GPU's kernels.
     """
-    return _alive(Pieces.of(module, round_to=_BLOCK, workspace=workspace), 0)
+    return _live_bytes(Pieces.of(module, round_to=_BLOCK, workspace=workspace), 0)
 
 
-def _alive(pieces: Pieces, outer: int) -> Iterator[tuple[fx.Node, int]]:
+def _live_bytes(pieces: Pieces, outer: int) -> Iterator[tuple[fx.Node, int]]:
     live = (outer + pieces.live).tolist()
     for i, node in enumerate(pieces.nodes):
         if i in pieces.bodies:
-            yield from _alive(pieces.bodies[i], live[i])
+            yield from _live_bytes(pieces.bodies[i], live[i])
         elif node.op == "call_function":
             yield node, live[i] + int(pieces.workspace[i])
 
 
-def moments_of(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> dict[Moment, float]:
-    """The most bytes alive beyond the arguments at each kind of moment.
-
-    A kind is known in graphs of any depth: the phase, and the stack of the parameter's path with the layer as "first",
-    "last" or "inner".
-    """
-    found: dict[Moment, float] = {}
+def peak_by_region(module: fx.GraphModule, *, workspace: Workspace = device_workspace) -> dict[Region, float]:
+    """The most bytes alive beyond the arguments in each region: (phase, place). `workspace`: as in `live_bytes`."""
+    found: dict[Region, float] = {}
     last = _last_layers(module)
-    for node, live in alive(module, workspace=workspace):
+    for node, live in live_bytes(module, workspace=workspace):
         kind = (node.meta.get("phase") or "", _place(node.meta.get("path") or "", last))
         found[kind] = max(found.get(kind, 0.0), live)
     return found
 
 
 def _last_layers(module: fx.GraphModule) -> dict[str, int]:
-    """The highest number of a layer of each stack, by the path before the number; bodies of loops included."""
+    """The highest layer number of each stack, by the path before the number; bodies of loops included."""
     found: dict[str, int] = {}
     for node in module.graph.nodes:
         if is_loop(node):

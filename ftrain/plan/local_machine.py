@@ -1,4 +1,4 @@
-"""The devices at hand as a cluster: what they are measured to compute, hold and send."""
+"""The devices of this run as a cluster: what they compute, hold and send, as measured."""
 
 import os
 import time
@@ -14,28 +14,29 @@ from ftrain.analysis.op_times import OpTimes, speed_of
 
 T = TypeVar("T")
 _ROUNDS = 5
-_LARGE = 1 << 22  # elements of a message that is all bandwidth
-_ALONE = (10.0, 5e9)  # microseconds and bytes/s of links that a run of one process does not have
+_LARGE = 1 << 22  # elements of a message whose time is bandwidth alone
+_ALONE = (10.0, 5e9)  # microseconds and bytes/s for a run of one process, which has no links to measure
 
 
 def world_size() -> int:
-    """How many ranks this run has: of its process group, else what torchrun says, else one."""
+    """The number of ranks of this run: of its process group, else what torchrun says, else one."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def this_device() -> torch.device:
+def local_device() -> torch.device:
     """The accelerator of this process, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def this_machine(device: torch.device, *, memory: float | None = None) -> Cluster:
-    """The device at hand as a cluster of one node, by measured peaks, of which large ops are taken to reach most.
+def local_cluster(device: torch.device, *, memory: float | None = None) -> Cluster:
+    """The device of this process as a cluster of one node, by measured peaks, of which large ops are taken to reach
+    most.
 
     `memory`: bytes of a rank that a step may use; default all that the device has, which on a CPU the ranks of this
-    machine share. In a run of several processes all must call this at the same time, since the link between them is
-    measured; each then has rank 0's figures.
+    machine share. In a run of several processes all call this together, since the link between them is measured; each
+    then gets rank 0's figures.
     """
     speed = speed_of(device)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
@@ -55,16 +56,18 @@ def this_machine(device: torch.device, *, memory: float | None = None) -> Cluste
         device_type=device.type,
         measured=OpTimes.on(device).measured,
     )
-    return of_first(lambda: cluster)
+    return from_rank_zero(lambda: cluster)
 
 
 def is_first() -> bool:
-    """True on one rank of a run."""
+    """True on rank 0 of a run."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def of_first(make: Callable[[], T]) -> T:
-    """What `make()` gives on rank 0, on all ranks, of which the others wait; a ValueError too."""
+def from_rank_zero(make: Callable[[], T]) -> T:
+    """The result of `make()` on rank 0, on all ranks, which call this together. A ValueError of rank 0 is raised on
+    all.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return make()
     box: list[Any] = [None, None]
@@ -80,7 +83,9 @@ def of_first(make: Callable[[], T]) -> T:
 
 
 def measured_link(device: torch.device) -> tuple[float, float]:
-    """Microseconds of a small sum over all ranks, and bytes/s that a rank sends in a large one."""
+    """Microseconds of a small sum over all ranks, and bytes/s that a rank sends in a large one. Ranks call this
+    together.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return _ALONE
     ranks = dist.get_world_size()
@@ -101,7 +106,9 @@ def _sum_seconds(array: torch.Tensor) -> float:
 
 
 def _efficiency(device: torch.device, launch: float) -> Efficiency:
-    """A CPU's ops run one after the other on one kind of core; on a GPU attention reaches less than dense products."""
+    """Shares of the measured peaks that ops reach. A CPU's ops run on one kind of core; on a GPU attention reaches less
+    than dense products.
+    """
     attention, grouped = (0.9, 0.9) if device.type == "cpu" else (0.5, 0.7)
     return Efficiency(
         matmul=0.9,

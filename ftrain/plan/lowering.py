@@ -1,6 +1,6 @@
 """The program that `ftrain.jit` would make of a step for a cluster's GPUs, without one: graph, schedule, donation.
 
-`ftrain.jit` plans by the times of the device at hand. Here the same passes run by the times of the cluster.
+`ftrain.jit` plans with the times of the device it runs on. Here the same passes run with the times of the cluster.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from ftrain.analysis.op_times import OpTimes
 from ftrain.analysis.pieces import Pieces
 from ftrain.graph.collectives import groups_of
 from ftrain.graph.loop import copy_graph
-from ftrain.plan.cluster_links import run_on_paper
+from ftrain.plan.cluster_links import simulate_on_cluster
 from ftrain.plan.space import Candidate
-from ftrain.plan.workload import Trial
+from ftrain.plan.workload import WorkloadStep
 from ftrain.runtime.execute import choose
 from ftrain.sharding.batch import BatchRows, TokenIndices, share
 from ftrain.sharding.mesh import Mesh
@@ -35,12 +35,15 @@ from ftrain.trace.tracer import Aval, argument_paths, is_array, trace
 
 @dataclass(frozen=True)
 class Lowered:
-    """One rank's program. `ordered`: the graph in the order in which it runs, communication hidden behind compute; what
-    the backend fuses is one node each. `final`: the same with its writes in place. `plain`: that without communication
-    hidden.
+    """One rank's program.
 
-    What is alive in `plain` grows by the same bytes with each layer; how far ahead `final` gets depends on the layers
-    that there are.
+    - `ordered`: the graph in the order in which it runs, communication hidden behind compute; what the backend fuses is
+      one node each.
+    - `final`: the same with its writes in place. `plain`: that without communication hidden.
+    - `times`: of ops on the cluster.
+
+    What is alive in `plain` grows by the same bytes with each layer. How far ahead messages in `final` start depends on
+    the number of layers.
     """
 
     ordered: fx.GraphModule
@@ -61,7 +64,7 @@ class Draft:
     cluster: Cluster
 
     def hide(self, *, spare: float | None) -> Lowered:
-        """Hide communication with so many bytes to spare (None: as `overlap` takes them by default)."""
+        """Hide communication, with `spare` bytes of memory for it; None: as much as `overlap` takes by default."""
         setting, times, mesh = self.setting, self.times, self.setting.mesh
         assert mesh is not None
         if not groups_of(self.module):
@@ -70,37 +73,38 @@ class Draft:
         def within(module: fx.GraphModule) -> int | None:
             return None if spare is None else Pieces.of(module, donated=setting.donated).peak + int(spare)
 
-        def score(trial: fx.GraphModule) -> float:
-            return run_on_paper(trial, mesh, times=times, cluster=self.cluster).step
+        def score(candidate: fx.GraphModule) -> float:
+            return simulate_on_cluster(candidate, mesh, times=times, cluster=self.cluster).step
 
         module = _run(self.module, HIDDEN, replace(setting, within=within, score=score))
         final = _run(module, (*DONATED, *EXECUTED), setting)
         return Lowered(_run(module, FUSED, setting), final, self.plain, mesh, times)
 
 
-def lower(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Lowered:
-    """Trace the step for one rank of a layout and run the passes; nothing is allocated.
+def lower(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Lowered:
+    """Trace the step `work` for one rank of the layout `candidate` on a cluster, and run the passes; nothing is
+    allocated.
 
-    ValueError as `ftrain.jit` raises it, where the step does not fit the layout. `attention_share`: see `DeviceTimes`.
+    `attention_share`: see `DeviceTimes`. ValueError, as `ftrain.jit` raises it, where the step does not fit the layout.
     """
-    return draft(trial, candidate, cluster, attention_share=attention_share).hide(spare=None)
+    return draft(work, candidate, cluster, attention_share=attention_share).hide(spare=None)
 
 
-def draft(trial: Trial, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Draft:
-    """As `lower`, but for communication, which is not hidden yet."""
+def draft(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Draft:
+    """As `lower`, with the same arguments and errors, but communication is not hidden yet."""
     times = DeviceTimes(cluster, attention_share=attention_share)
     mesh, device = candidate.mesh(), torch.device(cluster.device_type, 0)
-    base = trial.plan(candidate)
+    base = work.plan(candidate)
     plan = Plan(base.mesh, base.default, batch=base.batch, link=cluster.link(mesh), components=base.components)
-    sharded = ShardedStep(plan, specs=trial.specs, arguments=partial(OnPaper, device=device))
-    leaves, treedef = tree.flatten((trial.state, trial.batch))
-    paths = argument_paths((trial.state, trial.batch), ("state", "batch"))
+    sharded = ShardedStep(plan, specs=work.specs, arguments=partial(FakeMeshArguments, device=device))
+    leaves, treedef = tree.flatten((work.state, work.batch))
+    paths = argument_paths((work.state, work.batch), ("state", "batch"))
     args = sharded.local_arguments(paths, leaves, treedef)
     traced = trace(
-        sharded.local_function(trial.step, paths), args, ("state", "batch", COORDINATES), precision=trial.precision
+        sharded.local_function(work.step, paths), args, ("state", "batch", COORDINATES), precision=work.precision
     )
     sharded.settle(traced)
-    donated = match_donated(traced, args[0], "state").by_name(traced.module) if trial.donate else {}
+    donated = match_donated(traced, args[0], "state").by_name(traced.module) if work.donate else {}
     setting = Setting(
         leaves=dict(zip(traced.input_paths, traced.input_avals, strict=True)),
         state="state",
@@ -121,10 +125,11 @@ def _run(module: fx.GraphModule, passes: Sequence[Pass], setting: Setting) -> fx
     return run_passes(copy_graph(module), passes, setting)
 
 
-class OnPaper(MeshArguments):
-    """The arguments of a step on a fake mesh, whose batch is shapes alone, however large it is.
+class FakeMeshArguments(MeshArguments):
+    """The arguments of a step with a plan on a fake mesh, whose batch is shapes alone, however large it is.
 
-    All of them stand for arguments on `device`, which need not be here.
+    All of them stand for arguments on `device`, which need not exist on this machine; the rest is as in
+    `MeshArguments`.
     """
 
     def __init__(self, plan: Plan, placements: Placements, batch: str, *, device: torch.device) -> None:
@@ -132,7 +137,9 @@ class OnPaper(MeshArguments):
         self._device = device
 
     def avals(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
-        """A rank's arguments as abstract values."""
+        """A rank's arguments as abstract values, from `leaves` with their `paths`. ValueError for a leaf that does not
+        divide.
+        """
         arguments = [self.argument(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         return [self._aval(a, leaf) for a, leaf in zip(arguments, leaves, strict=True)]
 
@@ -141,7 +148,7 @@ class OnPaper(MeshArguments):
             return leaf
         if argument.placement is not None:
             return Aval(argument.placement.local_shape, leaf.dtype, self._device)
-        # places are divided as rows are; what else their rule asks for is a matter of their values
+        # token indices are divided as rows are; the rest of their rule depends on values, which are not here
         rule = BatchRows() if isinstance(argument.rule, TokenIndices) else argument.rule
         assert rule is not None
         whole = torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")

@@ -1,4 +1,4 @@
-"""What a search finds of its layouts: prices of those that fit, and why others do not, with what would fit instead."""
+"""What a search finds: prices of layouts that fit, and why others do not, with what would fit instead."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,14 +7,15 @@ from ftrain.analysis.cluster import CLUSTERS
 from ftrain.graph.text import show_bytes
 from ftrain.plan.cost import Price
 from ftrain.plan.estimate import Estimate
-from ftrain.plan.space import Candidate, Facts, Rejected
+from ftrain.plan.space import Candidate, ModelShape, Rejected
 
 
 @dataclass
 class Outcomes:
-    """What was found: prices that fit into `limit` bytes of a GPU, rejections, and the layouts that were far too large.
+    """What was found so far: `prices` that fit into `limit` bytes of a GPU, `rejected` layouts, and those that were far
+    `too_large`.
 
-    `beyond`: for each way to recompute, by which factor traced memory was above its estimate, at least.
+    `beyond`: for each way to recompute, the least factor by which traced memory exceeded its estimate.
     """
 
     limit: float
@@ -25,16 +26,18 @@ class Outcomes:
 
     @property
     def shown(self) -> str:
-        """The limit for people."""
+        """The limit in words."""
         return show_bytes(int(self.limit))
 
     def refuse_before_trace(self, candidate: Candidate, needs: float) -> None:
-        """Note a layout whose estimate alone is more than the limit."""
+        """Note a layout whose estimate (`needs`, bytes) alone exceeds the limit."""
         reason = f"needs more than the {self.shown} of a GPU for its state and what it keeps"
         self.rejected.append(Rejected(str(candidate), 1, reason, needs=needs, candidate=candidate))
 
-    def enter(self, candidate: Candidate, guess: Estimate, outcome: Price | str, facts: Facts) -> None:
-        """Note what came of tracing a layout: its price, or why it cannot be lowered."""
+    def enter(self, candidate: Candidate, guess: Estimate, outcome: Price | str, model: ModelShape) -> None:
+        """Note the outcome of tracing `candidate`: its price, or a text that says why it cannot be lowered. `guess`:
+        its estimate; `model`: whose step it is a layout of.
+        """
         if isinstance(outcome, str):
             self.rejected.append(Rejected(str(candidate), 1, outcome))
             return
@@ -44,17 +47,19 @@ class Outcomes:
             reason = f"traced, it needs more than the {self.shown} of a GPU"
             self.rejected.append(Rejected(str(candidate), 1, reason, needs=outcome.peak, candidate=candidate))
             if outcome.peak > 1.1 * self.limit:
-                self.too_large.append((candidate, guess, candidate.local_tokens(facts)))
+                self.too_large.append((candidate, guess, candidate.local_tokens(model)))
         else:
             self.prices.append(outcome)
 
     def expected(self, candidate: Candidate, guess: Estimate) -> float:
-        """Bytes that a layout is likely to need, from what traces of its like did."""
+        """Bytes that `candidate` is likely to need: its estimate `guess`, corrected by traces of similar layouts."""
         return guess.memory * self.beyond.get(candidate.remat, 1.0)
 
-    def hopeless(self, candidate: Candidate, guess: Estimate, facts: Facts) -> bool:
-        """True, and noted, for a layout that holds no less than one that was far too large, and recomputes no more."""
-        tokens = candidate.local_tokens(facts)
+    def hopeless(self, candidate: Candidate, guess: Estimate, model: ModelShape) -> bool:
+        """True for a `candidate` that holds no less than a layout that was far too large, and recomputes no more; it is
+        then rejected. `guess`: its estimate; `model`: whose step it is.
+        """
+        tokens = candidate.local_tokens(model)
         for other, needed, held in self.too_large:
             if other.remat == candidate.remat and tokens >= held and guess.memory >= 0.9 * needed.memory:
                 reason = f"holds no less than {other}, which needs more than the {self.shown} of a GPU"
@@ -65,7 +70,8 @@ class Outcomes:
 
 
 def with_ways_out(rejected: Sequence[Rejected], prices: Sequence[Price], share: float) -> list[Rejected]:
-    """The same rejections; those for memory say which layout of `prices` is nearest to them, or which GPU holds them.
+    """The same rejections; those for memory name the layout of `prices` that is nearest to them, or a GPU that holds
+    them.
 
     `share`: of a GPU's memory, what a step may use.
     """
@@ -82,5 +88,5 @@ def _way_out(rejected: Rejected, prices: Sequence[Price], share: float) -> str:
 
 
 def _alike(one: Candidate, other: Candidate | None) -> int:
-    """In how many of their choices two layouts agree."""
+    """The number of choices in which two layouts agree."""
     return sum(getattr(one, name) == getattr(other, name) for name in Candidate.__dataclass_fields__)

@@ -17,7 +17,11 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1160, 380, 76, 24, 16, 40
 
 
 def write_page(result: Result, file: str | Path, *, title: str, cluster: Cluster) -> Path:
-    """Write the page. A result without a layout that fits has no picture."""
+    """Write the page of a search's `result` and return its path. Without a layout that fits it has no picture.
+
+    `title`: the heading. `cluster`: the one that was searched, for its name and memory. OSError where the file cannot
+    be written.
+    """
     file = Path(file)
     cards = []
     if result.prices:
@@ -60,9 +64,10 @@ def pareto(prices: Sequence[Price]) -> list[Price]:
 
 
 def front_figure(prices: Sequence[Price], untraced: Sequence[tuple[Candidate, Estimate]] = ()) -> str:
-    """An HTML figure: a dot per layout that fits, peak memory to the right, throughput up, the Pareto front as a line.
+    """An HTML figure: a dot for each of `prices`, peak memory to the right, throughput up, the Pareto front as a line.
 
-    Layouts that were only estimated are rings, at the least memory and the most throughput that they can have.
+    Layouts that were only estimated (`untraced`) are rings, at the least memory and the most throughput that they can
+    have.
     """
     if not prices:
         return "<p>No layout fits.</p>"
@@ -106,7 +111,7 @@ def _dot(text: str, x: float, y: float, *, fill: str = "none") -> str:
 
 
 def _legend() -> str:
-    """What the dots are, in the upper right corner."""
+    """What the dots mean, in the upper right corner."""
     kinds = (
         ("no other is better in both", "var(--accent)"),
         ("priced from its graph, and fits", "var(--input0)"),

@@ -1,4 +1,4 @@
-"""Every way to lay a step over a number of ranks: which are legal, and why the others are not."""
+"""Every layout of a step over a number of ranks: which are legal, and why the others are not."""
 
 import itertools
 import math
@@ -14,15 +14,15 @@ Attention = Ulysses | Ring | Hybrid
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What decides whether a layout is legal, and the least it costs.
+class ModelShape:
+    """The sizes of a model and its step that decide whether a layout is legal, and the least it costs.
 
-    - `tokens`: of a pack, which is what the ranks of the sequence axis share; the longest document fits in one.
+    - `tokens`: of a pack, which the ranks of the sequence axis share; the longest document fits in one.
     - `packs`: of a step, over all ranks: every layout does the same work.
     - `layers`, `d_model`, `heads`, `kv_heads`, `head_dim`; `experts` and `top_k`, 0 without experts.
-    - `weight_flops`: of the forward and backward of one token in products with weights: 6 per weight used.
-    - `attention_flops`: of the forward and backward of one token in attention, if it saw its whole pack (not causal).
-    - `causal`: whether attention is, on the whole: the kernels then do half of these.
+    - `weight_flops`: FLOPs of the forward and backward of one token in products with weights: 6 per weight used.
+    - `attention_flops`: FLOPs of the forward and backward of one token in attention over its whole pack, not causal.
+    - `causal`: whether most attention is causal: kernels then compute half of these.
     - `most_micro`: into how many micro-batches the step can be divided.
     """
 
@@ -45,7 +45,7 @@ class Facts:
 class Candidate:
     """One layout: sizes of the mesh, how attention sees the pack, micro-batches, and what is recomputed.
 
-    `attention` None where the sequence axis is 1. `remat`: "none", "layer" (see `Remat`), or microseconds per MB.
+    `attention`: None where the sequence axis is 1. `remat`: "none", "layer" (see `Remat`), or microseconds per MB.
     """
 
     replicate: int
@@ -58,7 +58,7 @@ class Candidate:
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
         return self.replicate * self.shard * self.sequence
 
     @property
@@ -72,16 +72,16 @@ class Candidate:
         return Remat(self.remat) if isinstance(self.remat, str) else Remat(us_per_mb=float(self.remat))
 
     def mesh(self, kind: Kind | str = "fake") -> Mesh:
-        """The mesh of its plan."""
+        """The mesh of its plan. ValueError for sizes that make no mesh."""
         return Mesh(self.replicate, self.shard, self.sequence, self.expert, kind)  # type: ignore[arg-type]
 
-    def packs_at_once(self, facts: Facts) -> int:
+    def packs_at_once(self, model: ModelShape) -> int:
         """How many packs a data rank computes in one micro-batch."""
-        return facts.packs // (self.replicate * self.shard * self.micro_batches)
+        return model.packs // (self.replicate * self.shard * self.micro_batches)
 
-    def local_tokens(self, facts: Facts) -> int:
+    def local_tokens(self, model: ModelShape) -> int:
         """Tokens of one rank in one micro-batch."""
-        return facts.tokens * self.packs_at_once(facts) // self.sequence
+        return model.tokens * self.packs_at_once(model) // self.sequence
 
     def __str__(self) -> str:
         how = "" if self.attention is None else f" {attention_name(self.attention)}"
@@ -92,10 +92,10 @@ class Candidate:
 
 
 class Rejected(NamedTuple):
-    """Layouts that cannot run: what they have in common, how many there are, why, and what would fit.
+    """Layouts that cannot run: what they have in common, their number, the reason, and what would fit.
 
-    `needs`: bytes of a GPU that the least of them takes at least; 0 where memory is not the reason. `candidate`: that
-    one, where there is one.
+    `needs`: bytes of a GPU that the smallest of them takes at least; 0 where memory is not the reason. `candidate`:
+    that layout, where there is one.
     """
 
     what: str
@@ -108,11 +108,12 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What is tried.
+    """The choices that are tried.
 
-    `remats`: see `Candidate`; at 4 us/MB an H100 makes elementwise ops again and keeps products, at 100 it makes
-    products again too, but not attention over long packs; so does "layer", which gathers parameters once more. `rings`:
-    also ring attention and hybrids of both; `most_micro`: the most micro-batches.
+    - `remats`: see `Candidate`. At 4 us/MB an H100 recomputes elementwise ops and keeps products; at 100 it recomputes
+      products too, but not attention over long packs. "layer" recomputes all of these and gathers parameters once more.
+    - `rings`: also ring attention and hybrids of both.
+    - `most_micro`: the most micro-batches.
     """
 
     remats: tuple[str | float, ...] = ("none", 4.0, 100.0)
@@ -120,10 +121,11 @@ class Space:
     most_micro: int = 64
 
 
-def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Candidate], list[Rejected]]:
-    """Every legal layout of a step on `ranks` ranks, and those that are not, with reasons.
+def layouts(ranks: int, model: ModelShape, space: Space = Space()) -> tuple[list[Candidate], list[Rejected]]:
+    """Every legal layout of a step on `ranks` ranks, and the others with reasons.
 
-    Two layouts differ if their programs do: axes of size 1 have no variants.
+    Two layouts differ if their programs do: axes of size 1 have no variants. ValueError for less than one rank, and for
+    a space without a way to recompute.
     """
     if ranks < 1:
         raise ValueError(f"layouts for {ranks} ranks: there must be at least 1")
@@ -137,14 +139,14 @@ def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Cand
         sequence = ranks // (replicate * shard)
         axes = f"replicate {replicate} x shard {shard} x sequence {sequence}"
         data = replicate * shard
-        ways, bad_ways = attention_ways(sequence, facts, rings=space.rings)
-        experts, bad_experts = expert_sizes(shard * sequence, facts.experts)
-        most = min(space.most_micro, facts.most_micro)
-        micros = [m for m in divisors(facts.packs // data) if m <= most] if facts.packs % data == 0 else []
+        ways, bad_ways = attention_ways(sequence, model, rings=space.rings)
+        experts, bad_experts = expert_sizes(shard * sequence, model.experts)
+        most = min(space.most_micro, model.most_micro)
+        micros = [m for m in divisors(model.packs // data) if m <= most] if model.packs % data == 0 else []
         each = len(space.remats)
         if not micros:
             count = len(ways) * len(experts) * each
-            rejected.append(Rejected(axes, count, _no_packs(facts.packs, data), f"a multiple of {data} packs"))
+            rejected.append(Rejected(axes, count, _no_packs(model.packs, data), f"a multiple of {data} packs"))
             continue
         outer = len(micros) * each
         rejected += [Rejected(f"{axes} {name}", len(experts) * outer, why, fits) for name, why, fits in bad_ways]
@@ -156,10 +158,10 @@ def layouts(ranks: int, facts: Facts, space: Space = Space()) -> tuple[list[Cand
 
 
 def attention_ways(
-    sequence: int, facts: Facts, *, rings: bool = True
+    sequence: int, model: ModelShape, *, rings: bool = True
 ) -> tuple[list[Attention | None], list[tuple[str, str, str]]]:
-    """How attention can see a pack that `sequence` ranks share; and names of ways that do not fit, with reasons and
-    what would fit.
+    """How attention can see a pack that `sequence` ranks share; `rings`: include ring attention. Second result: (name,
+    reason, what would fit) of the ways that do not fit the `model`.
     """
     if sequence == 1:
         return [None], []
@@ -169,7 +171,7 @@ def attention_ways(
     good: list[Attention | None] = []
     bad = []
     for way in ways:
-        why = _why_not(way, sequence, facts)
+        why = _why_not(way, sequence, model)
         if why is None:
             good.append(way)
         else:
@@ -177,29 +179,31 @@ def attention_ways(
     return good, bad
 
 
-def _why_not(way: Attention, sequence: int, facts: Facts) -> tuple[str, str] | None:
-    """Why a way does not fit, and what would."""
+def _why_not(way: Attention, sequence: int, model: ModelShape) -> tuple[str, str] | None:
+    """Why a way does not fit, and what would; None if it fits."""
     inner = _inner(way, sequence)
-    if facts.heads % inner:
-        sizes = [n for n in divisors(sequence) if facts.heads % n == 0]
+    if model.heads % inner:
+        sizes = [n for n in divisors(sequence) if model.heads % n == 0]
         fits = f"ring attention, or Ulysses of {_words(sizes)} within a ring"
-        return f"{facts.heads} query heads do not divide over {inner} ranks of Ulysses", fits
+        return f"{model.heads} query heads do not divide over {inner} ranks of Ulysses", fits
     zigzag = sequence // inner > 1
     chunks = 2 * sequence if zigzag else sequence
-    if facts.tokens % chunks:
+    if model.tokens % chunks:
         fits = f"packs of a multiple of {chunks} tokens"
-        return f"a pack of {facts.tokens} tokens does not divide into {chunks} chunks", fits
+        return f"a pack of {model.tokens} tokens does not divide into {chunks} chunks", fits
     return None
 
 
 def _words(numbers: Sequence[int]) -> str:
-    """`1, 2 or 4`."""
+    """Numbers in words: `1, 2 or 4`."""
     *rest, last = map(str, numbers)
     return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def expert_sizes(ranks: int, experts: int) -> tuple[list[int], list[tuple[int, str]]]:
-    """Over how many of the `ranks` of a replica the experts can be divided; and sizes that do not fit."""
+    """The numbers of ranks, of the `ranks` of a replica, over which the experts divide; and (number, reason) of those
+    over which they do not.
+    """
     if experts == 0:
         return [1], []
     sizes = divisors(ranks)
@@ -208,18 +212,18 @@ def expert_sizes(ranks: int, experts: int) -> tuple[list[int], list[tuple[int, s
 
 
 def divisors(n: int) -> list[int]:
-    """All, ascending; none of 0."""
+    """All divisors, ascending; none of 0."""
     low = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
     return sorted({*low, *(n // i for i in low)})
 
 
 def attention_name(way: Attention) -> str:
-    """A short name: "ulysses", "ring", "hybrid 4" (Ulysses of 4 within the ring)."""
+    """A short name: "ulysses", "ring", "hybrid 4" (Ulysses over 4 ranks within the ring)."""
     return {Ulysses: "ulysses", Ring: "ring"}.get(type(way)) or f"hybrid {_inner(way, 0)}"
 
 
 def remat_name(remat: str | float) -> str:
-    """A short name."""
+    """A short name: "none", "layer", "4 us/MB"."""
     return remat if isinstance(remat, str) else f"{remat:g} us/MB"
 
 
@@ -230,7 +234,13 @@ def as_dict(candidate: Candidate) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Candidate:
-    """A layout from plain data. ValueError names a key or an attention that is not known."""
+    """The layout that `as_dict` wrote. ValueError names a key or an attention that is unknown.
+
+    >>> from ftrain.plan.space import Candidate, as_dict, from_dict
+    >>> layout = Candidate(replicate=1, shard=8, sequence=1, expert=1, attention=None, micro_batches=1, remat="none")
+    >>> from_dict(as_dict(layout)) == layout, layout.ranks
+    (True, 8)
+    """
     names = set(Candidate.__dataclass_fields__)
     if set(data) != names:
         raise ValueError(f"a layout has the keys {sorted(names)}; got {sorted(data)}")
@@ -250,7 +260,7 @@ def _attention_of(name: str | None) -> Attention | None:
 
 
 def _inner(way: Attention, sequence: int) -> int:
-    """Ranks of the Ulysses within."""
+    """Ranks of the Ulysses group."""
     if isinstance(way, Hybrid):
         return way.ulysses
     return sequence if isinstance(way, Ulysses) else 1
@@ -263,7 +273,7 @@ def _no_packs(packs: int, data: int) -> str:
 
 
 def grouped(rejected: Sequence[Rejected]) -> Iterator[Rejected]:
-    """Rejections with one reason joined, most numerous first; of those for memory the least is named."""
+    """Rejections with one reason joined, most numerous first; of those for memory the smallest is named."""
     by_reason: dict[str, list[Rejected]] = {}
     for r in rejected:
         by_reason.setdefault(r.reason, []).append(r)

@@ -1,4 +1,4 @@
-"""A user's own step as a search sees it: the facts are read off its graph on one device."""
+"""A user's own step as a workload: its `ModelShape` is read off its graph on one device."""
 
 import math
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from ftrain import tree
 from ftrain.analysis.flops import node_flops
 from ftrain.graph.loop import is_loop, loop_body
 from ftrain.graph.sizes import sized
-from ftrain.plan.space import Candidate, Facts
-from ftrain.plan.workload import Trial
+from ftrain.plan.space import Candidate, ModelShape
+from ftrain.plan.workload import WorkloadStep
 from ftrain.sharding.batch import BatchRule, Tokens
 from ftrain.sharding.layout import Layout
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.plan import Plan
 from ftrain.step.api import make_step
-from ftrain.step.plan_source import Wanted
+from ftrain.step.plan_source import PlanRequest
 from ftrain.trace.tracer import Aval, is_array
 
 _ATTENTION = "ftrain::attention_forward"
@@ -28,71 +28,75 @@ _GROUPED = ("ftrain::grouped_mm", "aten::_grouped_mm")
 _CPU = torch.device("cpu")
 
 
-class StepSubject:
-    """A `Subject` of a step of two arguments, state and batch, with the whole model in every trace.
+class StepWorkload:
+    """The `Workload` of a step of two arguments, state and batch, with the whole model in every trace.
 
-    `wanted.arguments`: of the whole mesh; `packs` in the batch; `rules`, `components`: as in `ftrain.sharding.Plan`.
-    Each pack is taken to be one document that attends to what came before: packs of short documents take less than
-    predicted.
+    - `request`: its `arguments` are those of the whole mesh.
+    - `packs`: in the batch. `rules`, `components`: as in `ftrain.sharding.Plan`.
+
+    Each pack is taken to be one document with causal attention: packs of short documents take less than predicted.
+    ValueError for other arguments, without specs, and for less than one pack.
     """
 
     def __init__(
-        self, wanted: Wanted, *, packs: int, rules: Mapping[str, BatchRule], components: Mapping[str, Layout]
+        self, request: PlanRequest, *, packs: int, rules: Mapping[str, BatchRule], components: Mapping[str, Layout]
     ) -> None:
-        if len(wanted.names) != 2 or wanted.names[1] != wanted.batch or wanted.arguments is None:
+        if len(request.names) != 2 or request.names[1] != request.batch or request.arguments is None:
             raise ValueError(
-                f"plan='auto' searches steps of a state and a {wanted.batch!r}, in this order; "
-                f"{_name(wanted)} takes {', '.join(wanted.names)}: give a ftrain.sharding.Plan"
+                f"plan='auto' searches steps of a state and a {request.batch!r}, in this order; "
+                f"{_name(request)} takes {', '.join(request.names)}: give a ftrain.sharding.Plan"
             )
-        if wanted.specs is None:
+        if request.specs is None:
             raise ValueError("plan='auto' must know the parameters: give ftrain.jit the model's specs=...")
         if packs < 1:
             raise ValueError(f"AutoPlan(packs={packs}): a step has at least one pack")
-        self._wanted, self._packs, self._rules, self._components = wanted, packs, rules, components
-        self._state, self._batch = (tree.map(_abstract, a) for a in wanted.arguments)
+        self._request, self._packs, self._rules, self._components = request, packs, rules, components
+        self._state, self._batch = (tree.map(_abstract, a) for a in request.arguments)
 
     @property
     def name(self) -> str:
         """The step's name."""
-        return _name(self._wanted)
+        return _name(self._request)
 
     @property
     def stacks(self) -> Mapping[str, int]:
-        """None: nothing is known of how the step is built."""
+        """Empty: how the step is built is unknown."""
         return MappingProxyType({})
 
-    def make(self, depths: Mapping[str, int], candidate: Candidate) -> Trial:
-        """The step as it is."""
-        step = self._wanted.step
-        return Trial(
+    def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
+        """The step as it is: `depths` and `candidate` change nothing, since the whole model is in every trace."""
+        step = self._request.step
+        return WorkloadStep(
             lambda state, batch: step(state, batch),
             self._state,
             self._batch,
-            self._wanted.specs,
+            self._request.specs,
             self._rules,
             self._components,
-            precision=self._wanted.precision,
-            donate=self._wanted.donates,
+            precision=self._request.precision,
+            donate=self._request.donates,
         )
 
     @cached_property
-    def facts(self) -> Facts:
-        """Read off a trace on one device. ValueError if the batch does not divide into its packs."""
+    def model_shape(self) -> ModelShape:
+        """Read off a trace on one device. ValueError if the batch does not divide into its packs, or no leaf of it has
+        one entry per token.
+        """
         whole = self._tokens()
         if whole % self._packs:
             raise ValueError(
                 f"a batch of {whole} tokens does not divide into {self._packs} packs; give AutoPlan(packs=)"
             )
         tokens = whole // self._packs
-        step = make_step(self._wanted.step, precision=self._wanted.precision, backend="aten")
+        step = make_step(self._request.step, precision=self._request.precision, backend="aten")
         nodes = list(_nodes(step.lower(self._state, self._batch).graph))
         heads = [h for h in map(_heads, nodes) if h is not None and self._shares(h.path)]
         products = sum(f for n, f in nodes if not _op(n).startswith("ftrain::attention_"))
         attention = sum(f for n, f in nodes if _op(n).startswith("ftrain::attention_"))
-        sizes = [s for s in tree.leaves(self._wanted.specs) if "expert" in s.axes]
+        sizes = [s for s in tree.leaves(self._request.specs) if "expert" in s.axes]
         experts = math.gcd(*(s.shape[s.axes.index("expert")] for s in sizes))
         slots = [sized(n.args[0]).shape[0] for n, _ in nodes if _op(n) in _GROUPED]
-        return Facts(
+        return ModelShape(
             tokens=tokens,
             packs=self._packs,
             layers=max(1, len(heads)),
@@ -108,7 +112,7 @@ class StepSubject:
         )
 
     def _tokens(self) -> int:
-        """Of the whole batch: the length of the first leaf that has one entry per token."""
+        """Tokens of the whole batch: the length of the first leaf that has one entry per token."""
         plan = Plan(Mesh(kind="fake"), batch=self._rules)
         for path, leaf in zip(tree.paths(self._batch), tree.leaves(self._batch), strict=True):
             rule = plan.batch_rule(path)
@@ -117,11 +121,11 @@ class StepSubject:
         raise ValueError(f"plan='auto': no leaf of the batch of {self.name} has one entry per token")
 
     def _shares(self, path: str) -> bool:
-        """Whether attention at a path sees a pack that ranks share."""
+        """True if attention at this path sees a pack that ranks share."""
         plan = Plan(Mesh(kind="fake"), components=self._components)
         names = path.split(".")
         tails = [".".join(names[i:]) for i in range(len(names))]
-        known = set(tree.paths(self._wanted.specs))
+        known = set(tree.paths(self._request.specs))
         return plan.layout(next((t for t in tails if t in known), path)).sequence is not None
 
 
@@ -143,7 +147,7 @@ def _heads(counted: tuple[fx.Node, float]) -> _Heads | None:
 
 
 def _nodes(module: fx.GraphModule, times: int = 1) -> Any:
-    """Each op with its FLOPs; those of loops' bodies as often as they run."""
+    """Each op with its FLOPs; an op in a loop with those of all iterations."""
     for node in module.graph.nodes:
         if is_loop(node):
             yield from _nodes(loop_body(node), times * int(node.args[1]))
@@ -159,5 +163,5 @@ def _abstract(leaf: Any) -> Any:
     return Aval(tuple(leaf.shape), leaf.dtype, _CPU) if is_array(leaf) else leaf
 
 
-def _name(wanted: Wanted) -> str:
-    return getattr(wanted.step, "__name__", type(wanted.step).__name__)
+def _name(request: PlanRequest) -> str:
+    return getattr(request.step, "__name__", type(request.step).__name__)

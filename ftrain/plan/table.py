@@ -1,4 +1,4 @@
-"""The result of a search for the terminal."""
+"""The result of a search as a table for the terminal."""
 
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +13,10 @@ COLUMNS = ("#", "layout", "tok/s/GPU", "MFU", "non-causal", "peak GiB", "exposed
 
 
 def print_result(result: Result, *, title: str, rows: int = 20, console: Console | None = None) -> None:
-    """The ranked layouts, why the best is far from its bound if it is, how many were only estimated, and the rejected
-    ones by reason.
+    """Print a search's `result` under `title`: the ranked layouts, why the best is far from its bound if it is, how
+    many were only estimated, and the rejected ones by reason.
+
+    `rows`: the most layouts to print. `console`: default stdout.
     """
     console = console or Console()
     table = Table(title=title, title_justify="left")
@@ -45,7 +47,7 @@ def print_result(result: Result, *, title: str, rows: int = 20, console: Console
 
 
 def cells(price: Price) -> list[str]:
-    """A price as the texts of `COLUMNS` but the first."""
+    """A price as the texts of `COLUMNS`, without the first."""
     return [
         str(price.candidate),
         f"{price.tokens_per_second:,.0f}",

@@ -1,4 +1,4 @@
-"""How long each node of a step takes, with the parameter path and source line it came from."""
+"""How long each node of a step takes, with the parameter path and source line that it comes from."""
 
 import statistics
 import time
@@ -19,12 +19,14 @@ from ftrain.step.api import Step, make_step
 
 _COPIES = (offload_start, offload_wait, fetch_start, fetch_wait)
 _INSIDE = 10  # runs of a short op between two events
-_SHORT = 500.0  # microseconds from which an op is timed by itself
-_CYCLES_OF_LAUNCHES = 1_000_000  # about half a millisecond: the host gives the device _INSIDE ops meanwhile
+_SHORT = 500.0  # microseconds above which an op is timed by a single run
+_CYCLES_OF_LAUNCHES = 1_000_000  # about half a millisecond, in which the host launches _INSIDE ops
 
 
 class NodeTime(NamedTuple):
-    """Time of one node of the graph, in microseconds per run; of a node in a loop, all rounds together."""
+    """Time of one node of the graph, in microseconds per run of the step; of a node in a loop, the sum over all
+    iterations.
+    """
 
     name: str
     op: str
@@ -35,15 +37,21 @@ class NodeTime(NamedTuple):
 
 
 def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember: bool = False) -> list[NodeTime]:
-    """Time the ATen ops of a step one by one, in order of the graph: the least of `repeats` runs each.
+    """Time the ATen ops of a step one by one, in order of the graph: the least of `repeats` runs each, in microseconds.
 
     `step` is jitted or a plain function; `args` are as for a call of it, and are not modified. Nodes in the body of a
     loop are named `loop.node`. On CUDA a time is that of the device's work without its launch: the sum is above the
-    time of a step that overlaps ops, and below that of a step that waits for its launches. On a mesh of processes all
-    ranks call this together, and a wait's time is that of its message.
+    time of a step that overlaps ops, and below that of a step that waits for launches. On a mesh of processes all ranks
+    call this together, and the time of a wait is that of its message.
 
-    `remember`: keep the time of each distinct op, shapes and dtypes for this device on disk (`FTRAIN_CACHE`): steps
-    lowered from now on weigh recompute and overlap by them instead of by a roofline.
+    `remember`: keep the time of each distinct op, shapes and dtypes for this device on disk (`FTRAIN_CACHE`). Steps
+    that are lowered later weigh recompute and overlap by these times instead of by a roofline.
+
+    ValueError for `repeats` below 1, and on a virtual or fake mesh, where no process runs a graph of its own.
+
+    >>> import torch, ftrain
+    >>> [(t.op, t.microseconds > 0) for t in ftrain.profile_nodes(lambda a: a @ a, torch.ones(64, 64), repeats=1)]
+    [('mm', True)]
     """
     if repeats < 1:
         raise ValueError(f"profile_nodes: repeats must be at least 1, not {repeats}")
@@ -55,7 +63,7 @@ def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember:
 
 
 def _least(module: fx.GraphModule, inputs: list[torch.Tensor], repeats: int) -> dict[str, NodeTime]:
-    """The least time of each node, after a run that warms up."""
+    """The least time of each node, after a warm-up run."""
     cuda = any(x.device.type == "cuda" for x in inputs)
     measure = _CudaClock() if cuda else _time_on_cpu
     _run_once(module, inputs, measure)
@@ -64,7 +72,9 @@ def _least(module: fx.GraphModule, inputs: list[torch.Tensor], repeats: int) -> 
 
 
 def _remember(found: dict[str, NodeTime], module: fx.GraphModule, device: torch.device) -> None:
-    """Merge into the device's file. Not of collectives and waits: they take what the other ranks take."""
+    """Merge the times into the device's file. Collectives and waits are left out: their time is that of the other
+    ranks.
+    """
     by_key: dict[str, list[float]] = {}
     for name, node, rounds in _nodes(module):
         if name in found and node.target is not WAIT and node.target not in COLLECTIVES:
@@ -75,7 +85,7 @@ def _remember(found: dict[str, NodeTime], module: fx.GraphModule, device: torch.
 
 
 def _nodes(module: fx.GraphModule, inside: str = "", rounds: int = 1) -> Iterator[tuple[str, fx.Node, int]]:
-    """All nodes, those of loops by `loop.node`, with how often each is run."""
+    """All nodes, those of loops by `loop.node`, with how often each runs."""
     for node in module.graph.nodes:
         yield inside + node.name, node, rounds
         if is_loop(node):
@@ -111,9 +121,11 @@ def _time_on_cpu(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[An
 
 
 class _CudaClock:
-    """Times what the device does, not the host's launches: these go on while the device is kept busy with nothing.
+    """Times the work of the device without the host's launches: these go on while the device is kept busy with empty
+    cycles.
 
-    A short op is run several times between two events, and what two events with nothing between them tell is taken off.
+    A short op runs several times between two events, and the time of two events with nothing between them is
+    subtracted.
     """
 
     def __init__(self) -> None:
@@ -144,7 +156,9 @@ def _run(node: fx.Node, args: tuple, kwargs: dict[str, Any], times: int) -> None
 
 
 def _may_run_again(node: fx.Node) -> bool:
-    """Not what writes into its arguments, nor messages and copies to the host, of which one alone is under way."""
+    """False for ops that write into their arguments, and for messages and copies to the host, which run once at a
+    time.
+    """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False

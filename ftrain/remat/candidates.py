@@ -1,4 +1,4 @@
-"""What a plan of recompute chooses among: the forward ops of a graph, the microseconds of each, and what it frees."""
+"""The choices of a recompute plan: the forward ops of a graph, the microseconds each takes, and the bytes it frees."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ _TILT = 0.004  # equal layers tie at one rate; a small slope over depth lets a r
 
 @dataclass
 class Recomputable:
-    """Of one graph, whose nodes are known by their number in `model.nodes`."""
+    """What may be recomputed of one graph. Nodes are known by their number in `model.nodes`."""
 
     module: fx.GraphModule
     model: PeakModel
@@ -28,12 +28,12 @@ class Recomputable:
 
     @cached_property
     def microseconds(self) -> dict[int, float]:
-        """How long each forward node takes."""
+        """How long each forward node takes, in microseconds."""
         return {i: self.times.microseconds(n) for i, n in enumerate(self.model.nodes) if is_forward(n)}
 
     @cached_property
     def candidates(self) -> list[tuple[int, float, int]]:
-        """The nodes that may be recomputed, with microseconds and bytes."""
+        """The nodes that may be recomputed: number, microseconds, bytes."""
         steps, nodes = self.model.steps, self.model.nodes
         return [
             (v, us, sum(size for _, size in steps[v].storages))
@@ -43,7 +43,7 @@ class Recomputable:
 
     @cached_property
     def ops(self) -> list[frozenset[int]]:
-        """The nodes that may be recomputed by op: each with its views and the parts of its result."""
+        """The nodes that may be recomputed, grouped by op: each with its views and the parts of its result."""
         owner: dict[int, int] = {}
         found: dict[int, set[int]] = {}
         for v, us, _ in self.candidates:
@@ -52,13 +52,15 @@ class Recomputable:
             found.setdefault(owner[v], set()).add(v)
         return [frozenset(nodes) for nodes in found.values()]
 
-    def said_of(self, v: int) -> str | None:
-        """ "keep", "recompute" or "offload" where paths say so."""
+    def path_choice(self, v: int) -> str | None:
+        """ "keep", "recompute" or "offload" where `Remat.paths` decide; None elsewhere."""
         return self.remat.choice_at(self.model.nodes[v].meta.get("path") or "")
 
     @cached_property
     def rates(self) -> tuple[float, float]:
-        """The lowest and highest exchange rates that could matter, microseconds per MB; crumbs are left out."""
+        """The lowest and highest exchange rates that could matter, in microseconds per MB. Tiny tensors are left
+        out.
+        """
         _, items, _ = self.items
         whole = sum(i.bytes or 0 for i in items)
         rates = [
@@ -70,7 +72,9 @@ class Recomputable:
 
     @cached_property
     def items(self) -> tuple[list[int], list[Item], list[int]]:
-        """The forward nodes as items of a cut, and those that the backward reads."""
+        """The forward nodes as items of a minimum cut: their numbers, the items, and the items that the backward
+        reads.
+        """
         nodes, index = self.model.nodes, self.model.index
         numbers = [i for i, n in enumerate(nodes) if is_forward(n)]
         place = {i: v for v, i in enumerate(numbers)}
@@ -82,15 +86,15 @@ class Recomputable:
             node = nodes[i]
             tilt = 1 + _TILT * depth[layer_of_node(node)]
             size = self._bytes_to_keep(node, held)
-            again = None if self._stays(node) else self.microseconds[i] * tilt
+            recompute = None if self._stays(node) else self.microseconds[i] * tilt
             reads = tuple(place[index[p]] for p in node.all_input_nodes if index[p] in place)
-            items.append(Item(reads, 0 if size is None and again is None else size, again))
+            items.append(Item(reads, 0 if size is None and recompute is None else size, recompute))
         wanted = [place[index[p]] for n in nodes if not is_forward(n) for p in n.all_input_nodes if index[p] in place]
         return numbers, items, sorted(set(wanted))
 
     @cached_property
     def _held_anyway(self) -> set[int]:
-        """Memory that is there in the backward whatever is chosen: arguments and results."""
+        """Memory that is alive in the backward whatever is chosen: arguments and results."""
         outputs = [n for n in self.module.graph.output_node().all_input_nodes if is_forward(n)]
         inputs = [n for n in self.model.nodes if n.op in ("placeholder", "get_attr")]
         return {s for n in [*outputs, *inputs] for s, _ in storages_of(n)}
@@ -109,7 +113,9 @@ class Recomputable:
         return int(storages_of(node)[0][1])
 
     def _stays(self, node: fx.Node) -> bool:
-        """What is never recomputed: loops, sizes, what a layer hands to another one, and what a path says to keep."""
+        """True for what is never recomputed: loops, sizes, what a layer hands to another one, and what a path says to
+        keep.
+        """
         choice = self.remat.choice_at(node.meta.get("path") or "")
         if must_keep(node) or choice == "keep":
             return True

@@ -1,4 +1,4 @@
-"""Make a step fit a budget, and list what that cost: which tensors are kept, which recomputed, and why."""
+"""Make a step fit a budget, and list what that costs: which tensors are kept, which recomputed, and at which price."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,10 +19,14 @@ from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.processes import same_everywhere
 
 
-class BookRow(NamedTuple):
-    """A forward tensor that the backward needs: its bytes, what having it again takes (making it with all that it is
-    made from and that is not kept; of an offloaded one what its copies do not hide), microseconds per MB freed, and the
-    decision: "keep", "recompute" or "offload".
+class DecisionRow(NamedTuple):
+    """A forward tensor that the backward needs, and what was decided about it.
+
+    - `bytes`: of the tensor.
+    - `microseconds`: to have it in the backward if it is not kept: recomputing it with all that it is made from and
+      that is not kept, or the part of its copies from and to the host that does not hide behind compute.
+    - `us_per_mb`: microseconds per MB freed.
+    - `decision`: "keep", "recompute" or "offload".
     """
 
     path: str
@@ -35,12 +39,12 @@ class BookRow(NamedTuple):
     decision: str
 
 
-_TRIES = 4  # a simulated peak is near that of the finished graph, so two or three are enough
+_TRIES = 4  # the simulated peak is near that of the finished graph, so two or three are enough
 
 
 class Decision(NamedTuple):
-    """On a node of the forward pass, as `meta["decision"]`: "keep", "recompute" or "offload", and the microseconds that
-    having its value again takes.
+    """`meta["decision"]` of a forward node: "keep", "recompute" or "offload", and the microseconds to have its value in
+    the backward if it is not kept.
     """
 
     decision: str
@@ -48,7 +52,7 @@ class Decision(NamedTuple):
 
 
 class ImpossibleBudget(ValueError):
-    """No plan keeps the budget; `smallest` bytes, arguments included, would do."""
+    """No plan fits the budget. `smallest`: a budget in bytes, arguments included, that fits."""
 
     def __init__(self, message: str, smallest: int) -> None:
         super().__init__(message)
@@ -65,12 +69,16 @@ def fit(
     mesh: Mesh | None,
     finished_peak: Callable[[fx.GraphModule], int],
 ) -> fx.GraphModule:
-    """A copy of `module` in which the backward recomputes, or fetches from the host, what the budget, the exchange
-    rate or the paths ask for; what was decided stands on the nodes (see `decisions`).
+    """A copy of `module` in which the backward recomputes, or fetches from the host, what the budget, the exchange rate
+    or the paths ask for. The decisions are on the nodes (see `decisions`).
 
-    `finished_peak` gives the peak beyond the arguments of a copy after all later passes: the budget is checked on
-    that, and where the simulation was too hopeful the plan is made tighter. ImpossibleBudget names the smallest that
-    fits and what stands in the way.
+    - `donated`: from the name of a placeholder to the output that is written over it.
+    - `times`: of ops on `device`. `mesh`: whose ranks must all choose the same.
+    - `finished_peak(graph)`: bytes beyond the arguments at the peak after all later passes; it may change the graph.
+      The budget is checked on that, and where the simulation was too low the plan is made tighter.
+
+    Raises ImpossibleBudget, a ValueError, with the smallest budget that fits and the op at its peak; ValueError where
+    the later passes exceed the budget after several tries.
     """
     round_to = 512 if device.type == "cuda" else 1
     link = host_link(remat, device)
@@ -94,7 +102,7 @@ def fit(
                 return trial
             target -= excess
         raise ValueError(
-            f"Remat(budget={remat.budget!r}): after all passes {show_bytes(excess)} above it; raise the budget"
+            f"Remat(budget={remat.budget!r}): {show_bytes(excess)} above it after all passes; raise the budget"
         )
 
     found = within(budget - inputs)
@@ -104,7 +112,9 @@ def fit(
 
 
 def _smallest(over: OverBudget, within: Callable[[int], fx.GraphModule | OverBudget]) -> OverBudget:
-    """What is said to fit, made to fit: a loop's finished body may take more than was simulated."""
+    """Check that the budget which is said to fit does fit: the finished body of a loop may take more than was
+    simulated.
+    """
     for _ in range(_TRIES):
         found = within(over.smallest)
         if not isinstance(found, OverBudget) or found.smallest <= over.smallest:
@@ -122,9 +132,10 @@ def _apply(
     target: int | None,
     link: HostLink | None,
 ) -> OverBudget | None:
-    """Choose for the graph and the bodies of its loops, and write the copies; `target`: bytes beyond the arguments.
+    """Choose for the graph and the bodies of its loops, and write the copies. `target`: bytes beyond the arguments,
+    None without a budget.
 
-    Where the target cannot be kept, the smallest choice is written, and what it takes of the whole graph is returned.
+    Where the target cannot be reached, the smallest choice is written, and what the whole graph then takes is returned.
     """
     over = []
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
@@ -152,9 +163,9 @@ def _apply(
 
 
 def _tag(planner: Planner, choice: Choice) -> None:
-    """Note on each tensor that the backward reads what was decided."""
+    """Put the decision on each tensor that the backward reads."""
     nodes, steps = planner.model.nodes, planner.model.steps
-    recomputed, offloaded = planner.decided(choice)
+    recomputed, offloaded = planner.parts(choice)
     away = choice.table.microseconds if choice.table is not None else {}
     read = (
         {u for s in steps if not s.forward for u in s.reads}
@@ -172,24 +183,24 @@ def _tag(planner: Planner, choice: Choice) -> None:
             nodes[v].meta["decision"] = Decision(decision, price)
 
 
-def decisions(module: fx.GraphModule) -> list[BookRow]:
-    """What was decided for each tensor that the backward reads, dearest microsecond per MB first; of a graph, and the
-    bodies of its loops, that `fit` made.
+def decisions(module: fx.GraphModule) -> list[DecisionRow]:
+    """The decision for each tensor that the backward reads, most microseconds per MB first. For a graph that `fit`
+    made, and the bodies of its loops.
     """
     tagged = (n for graph in with_bodies(module) for n in graph.graph.nodes if "decision" in n.meta and is_forward(n))
     return sorted(map(_row, tagged), key=lambda r: -r.us_per_mb)
 
 
-def _row(node: fx.Node) -> BookRow:
+def _row(node: fx.Node) -> DecisionRow:
     decision, price = node.meta["decision"]
     size = int(storages_of(node)[0][1])
     shape = tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
     path, source = node.meta.get("path") or "", short_source(node.meta.get("source"))
-    return BookRow(path, source, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision)
+    return DecisionRow(path, source, op_name(node), shape, size, price, price / max(size / 1e6, 1e-9), decision)
 
 
-def book_table(rows: list[BookRow], limit: int = 200) -> str:
-    """The decisions as text, and what it adds up to."""
+def decision_table(rows: list[DecisionRow], limit: int = 200) -> str:
+    """The decisions as text, at most `limit` rows, and their sums."""
     lines = [f"{'decision':10} {'us/MB':>10} {'MB':>9} {'us':>10}  tensor"]
     for r in rows[:limit]:
         lines.append(
@@ -206,7 +217,7 @@ def book_table(rows: list[BookRow], limit: int = 200) -> str:
 
 
 def _chain(planner: Planner, recomputed: frozenset[int], v: int) -> set[int]:
-    """What must run to have `v` again, given what is kept."""
+    """What must run to recompute `v`, given what is kept."""
     found: set[int] = set()
     stack = [v]
     while stack:
@@ -222,7 +233,7 @@ def _refusal(module: fx.GraphModule, remat: Remat, budget: int, inputs: int, err
     where = f"{op_name(error.node)} {meta.get('path') or ''} ({short_source(meta.get('source'))})"
     return ImpossibleBudget(
         f"Remat(budget={remat.budget!r}) is {show_bytes(budget)}, of which the arguments take {show_bytes(inputs)}; "
-        f"with all that is worth it recomputed the step needs {show_bytes(inputs + error.smallest)}, at {where}: "
+        f"with recompute the step needs at least {show_bytes(inputs + error.smallest)}, at {where}: "
         f"a budget of {inputs + error.smallest} bytes fits; fewer tokens per batch or more micro-batches need less",
         inputs + error.smallest,
     )

@@ -1,8 +1,8 @@
-"""Local search on sets of recomputed tensors: what a cut at one rate does not see, since it adds bytes up.
+"""Local search on sets of recomputed tensors: it sees what a cut at one rate does not, since a cut adds bytes up.
 
-The peak is where the sum is largest *at one time*: keeping a tensor that is gone by then costs nothing, and a rate that
-takes all of a kind frees too much. From a few starts single ops with their views are put in or taken out, then
-exchanged, while that brings the peak below the budget, or the price down.
+The peak is where the sum is largest *at one time*. Keeping a tensor that is dead by then costs nothing, and a rate that
+recomputes all tensors of a kind frees too much. From a few starts, single ops with their views are added or removed,
+then exchanged, as long as that brings the peak below the budget or the price down.
 """
 
 import itertools
@@ -12,14 +12,14 @@ from typing import NamedTuple
 from ftrain.remat.offload import CopySchedule
 
 _STARTS = 5
-_SWEEPS = 40  # over all ops, that a search takes at least
+_SWEEPS = 40  # sweeps over all ops that a descent needs; larger graphs only take single tensors back
 
 
 class Choice(NamedTuple):
-    """A set of nodes to recompute: its peak in bytes beyond the arguments, and its price in microseconds.
+    """A set of nodes to recompute, its `peak` in bytes beyond the arguments, and its price in `microseconds`.
 
-    A number of `recomputed` past the nodes of the graph stands for offloading the node that far from their count.
-    `table`: when the copies of these run.
+    A number in `recomputed` that is not below the number of nodes stands for offloading: of the node whose number it is
+    minus that of nodes. `table`: when the copies of these run.
     """
 
     recomputed: frozenset[int]
@@ -29,10 +29,13 @@ class Choice(NamedTuple):
 
 
 class Search:
-    """Moves on choices; `tries` is a count of priced sets, not a time: all ranks must choose alike.
+    """Moves from choice to choice.
 
-    `price` makes a choice of a set; `candidates` are the nodes that may be recomputed, with their microseconds and
-    bytes; `ops`: these nodes by op, each with its views, which are recomputed or kept together.
+    - `price(set)`: makes a choice of a set of nodes.
+    - `candidates`: the nodes that may be recomputed: number, microseconds, bytes.
+    - `ops`: these nodes by op, each with its views, which are recomputed or kept together.
+    - `peak`: the budget, bytes beyond the arguments.
+    - `tries`: how many sets may be priced. A count and not a time, since all ranks must choose alike.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Search:
         return max(0, choice.peak - self._peak), choice.microseconds, sorted(choice.recomputed)
 
     def _descended(self, choice: Choice) -> Choice:
-        """The steepest way down, by single ops or else by two at once; takes at most half of the tries."""
+        """Steepest descent by single ops, or else by two at once; uses at most half of the tries."""
         least = self._tries // 2
         while self._tries > least:
             better = self._steepest(choice, (_turned(choice.recomputed, op) for op in self._ops))
@@ -95,7 +98,9 @@ class Search:
         return best
 
     def _taken_back(self, choice: Choice) -> Choice:
-        """Of a large graph: keep after all what may be kept, dearest first, if it is not far above the room left."""
+        """For a large graph: keep single tensors after all, the most expensive first, while the choice stays within the
+        budget.
+        """
         for v in sorted(choice.recomputed, key=lambda v: (-self._microseconds.get(v, 0.0), v)):
             if self._tries <= 0 or self._microseconds.get(v, 0.0) <= 0:
                 break
@@ -107,5 +112,5 @@ class Search:
 
 
 def _turned(recomputed: frozenset[int], op: frozenset[int]) -> frozenset[int]:
-    """With the op recomputed if it was kept, else with it kept."""
+    """The set with the op recomputed if it was kept, else with it kept."""
     return recomputed - op if op & recomputed else recomputed | op

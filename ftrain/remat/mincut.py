@@ -1,11 +1,11 @@
 """Which tensors to keep for the backward pass, at a given price of memory: one minimum cut of the forward graph.
 
-For a price of `us_per_mb` microseconds per MB kept, every forward tensor that the backward reads is either kept, which
-costs its bytes (or, where that is cheaper, a copy to the host and back), or recomputed, which costs its time and needs
-all that it is made from, kept or recomputed in turn. So the price of recomputing a tensor is that of the cheapest
-chain from what is kept: chains, not single nodes, are what is chosen. This is a project selection problem (Picard
-1976), solved exactly by one minimum cut. Node v has two places in the network: `have v` (its value is available in the
-backward) and `make v` (it is computed again):
+At a price of `us_per_mb` microseconds per MB kept, every forward tensor that the backward reads is either kept or
+recomputed. Keeping it costs its bytes, or, where that is cheaper, a copy to the host and back. Recomputing it costs its
+time, and all that it is made from must be kept or recomputed in turn. So the price of recomputing a tensor is that of
+the cheapest chain from what is kept: chains, not single nodes, are chosen. This is a project selection problem (Picard,
+Maximal closure of a graph, 1976), solved exactly by one minimum cut. Node v has two vertices in the network: `have v`
+(its value is available in the backward) and `make v` (it is recomputed):
 
     source -> have v   infinite, if the backward reads v
     have v -> make v   bytes of v * price, or its price on the host: cut when v is kept, here or there
@@ -20,17 +20,17 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-_UNITS = 1 << 28  # what all finite capacities together are scaled to: the solver counts in 32-bit integers
+_UNITS = 1 << 28  # the scaled sum of all finite capacities: the solver counts in 32-bit integers
 _INFINITE = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
 class Item:
-    """One forward node: `reads` are the items it is computed from.
+    """One forward node. `reads`: the items it is computed from.
 
-    `bytes`: what keeping it costs; None if it cannot be kept by itself (a view, a tuple). `microseconds`: what making
-    it again costs; None if it must not be (a kept layer boundary, a loop). `away`: microseconds that keeping it on the
-    host costs instead; None if it cannot be there.
+    - `bytes`: what keeping it takes; None if it cannot be kept by itself (a view, a tuple).
+    - `microseconds`: to recompute it; None if it must not be recomputed (a kept layer boundary, a loop).
+    - `away`: microseconds that keeping it on the host costs; None if it cannot be there.
     """
 
     reads: tuple[int, ...]
@@ -39,29 +39,39 @@ class Item:
     away: float | None = None
 
     def keeps_for(self, us_per_mb: float) -> float:
-        """What having it in the backward costs if it is not recomputed."""
+        """Microseconds that having it in the backward costs if it is not recomputed, where memory costs `us_per_mb`
+        microseconds per MB.
+        """
         here = np.inf if self.bytes is None else self.bytes / 1e6 * us_per_mb
         return here if self.away is None else min(here, self.away)
 
     def is_offloaded(self, us_per_mb: float) -> bool:
-        """True if keeping it costs less on the host."""
+        """True if keeping it costs less on the host, where memory of the device costs `us_per_mb` microseconds per
+        MB.
+        """
         return self.away is not None and self.bytes is not None and self.away < self.bytes / 1e6 * us_per_mb
 
 
 def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: float) -> tuple[set[int], set[int]]:
-    """The items to keep and those to recompute, at least total cost, so that all `wanted` are available.
+    """The items to keep and those to recompute, at least total cost, so that all `wanted` are available in the
+    backward.
 
-    ValueError if an item can neither be kept nor recomputed.
+    `us_per_mb`: microseconds per MB kept. ValueError if an item can neither be kept nor recomputed.
+
+    >>> from ftrain.remat.mincut import Item, cheapest_kept
+    >>> items = [Item((), 0, None), Item((0,), 40_000_000, 180.0), Item((1,), 40_000_000, 4000.0)]
+    >>> cheapest_kept(items, {1, 2}, us_per_mb=10.0)  # 40 MB are worth 400 us
+    ({0, 2}, {1})
     """
     have, make = (lambda v: 2 + 2 * v), (lambda v: 3 + 2 * v)
     edges: dict[tuple[int, int], float] = {(0, have(v)): np.inf for v in wanted}
     for v, item in enumerate(items):
         keep = item.keeps_for(us_per_mb)
-        again = np.inf if item.microseconds is None else item.microseconds
-        if np.isinf(keep) and np.isinf(again):
+        recompute = np.inf if item.microseconds is None else item.microseconds
+        if np.isinf(keep) and np.isinf(recompute):
             raise ValueError(f"item {v} can neither be kept nor recomputed")
         edges[have(v), make(v)] = keep
-        edges[make(v), 1] = again
+        edges[make(v), 1] = recompute
         for u in item.reads:
             edges[make(v), have(u)] = np.inf
     reached = _source_side(edges, 2 + 2 * len(items))
@@ -70,7 +80,7 @@ def cheapest_kept(items: Sequence[Item], wanted: Collection[int], us_per_mb: flo
 
 
 def _source_side(edges: Mapping[tuple[int, int], float], size: int) -> set[int]:
-    """The nodes that the source reaches once the maximum flow from 0 to 1 is subtracted."""
+    """The vertices that the source reaches once the maximum flow from 0 to 1 is subtracted."""
     if not edges:
         return {0}
     finite = [c for c in edges.values() if np.isfinite(c)]

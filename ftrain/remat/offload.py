@@ -1,9 +1,9 @@
 """Offload: forward tensors that wait for the backward in pinned memory of the host.
 
-A copy is four nodes (`ftrain.kernels.offload`): start and wait in the forward, start and wait in the backward. Where
-they stand is worked out on paper: the ops of the graph on one clock, the copies of each direction one after the other
-on the link. A tensor leaves the device when its copy has had the time to finish, and starts back as late as it may
-without being waited for. What compute still has to wait is the price. Whole storages go; views are recomputed.
+A copy is four nodes (`ftrain.kernels.offload`): start and wait in the forward, start and wait in the backward. Their
+places are simulated: the ops of the graph on one clock, the copies of each direction one after the other on the link. A
+tensor leaves the device when its copy has had the time to finish, and its copy back starts as late as it can without a
+wait. What compute still waits for is the price. Whole storages are offloaded; views are recomputed.
 """
 
 from bisect import bisect_left, bisect_right
@@ -28,24 +28,26 @@ from ftrain.kernels.offload import fetch_start, fetch_wait, offload_start, offlo
 from ftrain.remat.peak import CopySlots, PeakModel
 from ftrain.remat.policy import Remat, is_forward, recompute
 
-_USUAL_BANDWIDTH = 25e9  # where copies are placed by the path of a tensor and the link is not known
-_CALLS = 4  # ops of an offloaded tensor, each of which costs a launch
+_USUAL_BANDWIDTH = 25e9  # bytes/s, assumed for tensors that paths offload where the link is unknown
+_CALLS = 4  # ops per offloaded tensor, each of which costs a launch
 
 
 @dataclass(frozen=True)
 class HostLink:
-    """The link to the host: bytes per second in each direction, and microseconds that a copy takes beyond its bytes."""
+    """The link to the host: `bandwidth` in bytes per second of each direction, and `latency`, the microseconds that a
+    copy takes beyond its bytes.
+    """
 
     bandwidth: float
     latency: float = 10.0
 
     def microseconds(self, size: int) -> float:
-        """How long a copy of so many bytes takes."""
+        """How long a copy of `size` bytes takes, in microseconds."""
         return self.latency + 1e6 * size / self.bandwidth
 
 
 def host_link(remat: Remat, device: torch.device) -> HostLink | None:
-    """The link to plan with: as given, else as known of the device; None where nothing is to be offloaded."""
+    """The link to plan with: as given, else as known of the device; None where nothing is offloaded."""
     if isinstance(remat.offload, float | int):
         return HostLink(float(remat.offload))
     known = host_bandwidth(device) if remat.offload == "auto" or remat.offloads_paths else None
@@ -55,7 +57,7 @@ def host_link(remat: Remat, device: torch.device) -> HostLink | None:
 
 
 class CopySchedule(NamedTuple):
-    """Where the copies of a set of offloaded nodes stand, and microseconds that they add to the step, by node."""
+    """Where the copies of a set of offloaded nodes are placed, and the microseconds that each node adds to the step."""
 
     places: dict[int, CopySlots]
     microseconds: dict[int, float]
@@ -77,7 +79,7 @@ class OffloadPlanner:
 
     @cached_property
     def views(self) -> dict[int, tuple[int, ...]]:
-        """The nodes that may be offloaded, in order, each with the later forward nodes that look at its memory."""
+        """The nodes that may be offloaded, in order, each with the later forward nodes that are views of its memory."""
         held = [n for n in self.module.graph.nodes if n.op in ("placeholder", "get_attr")]
         held += self.module.graph.output_node().all_input_nodes
         taken = {s for n in held for s, _ in storages_of(n)}
@@ -114,15 +116,18 @@ class OffloadPlanner:
         return self.launches() + max(0.0, takes - before) + max(0.0, takes - after)
 
     def room(self, offloaded: Collection[int]) -> float:
-        """The time of the shorter pass over that which the copies of these nodes take in each direction."""
+        """The time of the shorter pass divided by the time that copies of these nodes take in one direction; below 1
+        the link is the bottleneck.
+        """
         takes = sum(self.link.microseconds(self.bytes(v)) for v in offloaded)
         passes = (self._clock[self._backward_start], self._clock[-1] - self._clock[self._backward_start])
         return min(passes) / takes if takes else float("inf")
 
     def needed(self, offloaded: Collection[int], recomputed: Collection[int]) -> dict[int, int]:
-        """For each offloaded node that the backward needs the first node that does, by itself or for a copy it reads.
+        """For each offloaded node that the backward needs, the first node that needs it, by itself or for a recomputed
+        node.
 
-        Left out are those that something needs before the backward begins.
+        Nodes that something needs before the backward begins are left out.
         """
         needed: dict[int, int] = {}
         seen: set[int] = set()
@@ -143,8 +148,8 @@ class OffloadPlanner:
     def schedule(self, needed: Mapping[int, int], *, tight: bool = False) -> CopySchedule:
         """When the copies of the nodes of `needed` run.
 
-        `tight`: leave the device after the last forward reader and come back just before the first need, whatever
-        compute then waits; else copies hide behind compute as far as there is any.
+        `tight`: leave the device right after the last forward reader and come back just before the first need, however
+        long compute then waits. Otherwise copies hide behind compute as far as they can.
         """
         clock, turn = self._clock, self._backward_start
         stored: dict[int, tuple[int, int]] = {}
@@ -165,7 +170,7 @@ class OffloadPlanner:
         return CopySchedule(places, self._prices(places))
 
     def _prices(self, places: Mapping[int, CopySlots]) -> dict[int, float]:
-        """Run the copies beside the ops: how long each is waited for, and its launches."""
+        """Simulate the copies beside the ops: microseconds that each is waited for, and its launches."""
         prices = dict.fromkeys(places, self.launches())
         free, ends, late = [0.0, 0.0], dict[tuple[int, int], float](), 0.0
         for event in _events(places):
@@ -186,13 +191,13 @@ class OffloadPlanner:
 
     @cached_property
     def _backward_start(self) -> int:
-        """The node that the backward begins with."""
+        """The first node of the backward."""
         nodes = self.model.nodes
         return next((v for v, n in enumerate(nodes) if n.meta.get("phase") == "backward"), len(nodes))
 
     @cached_property
     def _last_reader(self) -> dict[int, int]:
-        """The last forward node that reads an offloaded one, itself or a view."""
+        """The last forward node that reads an offloaded one, itself or a view of it."""
         owner = {u: v for v, views in self.views.items() for u in (v, *views)}
         last = {v: v for v in self.views}
         for u, step in enumerate(self.model.steps):
@@ -203,7 +208,7 @@ class OffloadPlanner:
         return last
 
     def _run_end(self, v: int) -> int:
-        """The last of the elementwise ops and views that follow a node: a compiler makes one kernel of these."""
+        """The last of the elementwise ops and views that follow a node: a compiler makes one kernel of them."""
         nodes = self.model.nodes
         while v + 1 < min(self._backward_start, len(nodes)) and _is_light(nodes[v + 1]):
             v += 1
@@ -216,7 +221,7 @@ class OffloadPlanner:
 
 
 class _Event(NamedTuple):
-    """Something to do with the copies of a node after another node: 0 start out, 1 wait, 2 start back, 3 wait."""
+    """Something that happens to the copies of a node after another node: 0 start out, 1 wait, 2 start back, 3 wait."""
 
     after: int
     kind: int
@@ -233,9 +238,8 @@ def _events(places: Mapping[int, CopySlots]) -> list[_Event]:
 
 
 def write_plan(model: PeakModel, recomputed: Collection[int], places: Mapping[int, CopySlots]) -> None:
-    """Write the copies of a plan into the graph of `model`: those of offloaded tensors and of recomputed ones.
-
-    No value changes.
+    """Write the copies of a plan into the graph of `model`: of offloaded tensors (`places`) and of recomputed nodes. No
+    value changes.
     """
     nodes = model.nodes
     module, output = nodes[0].graph.owning_module, nodes[0].graph.output_node()
@@ -273,7 +277,9 @@ def _is_light(node: fx.Node) -> bool:
 
 
 def _is_whole(value: Tensor) -> bool:
-    """Of known size, not empty, and all of its memory, without gaps: what a copy with the same strides takes along."""
+    """True for a tensor of known size that is not empty and fills its memory without gaps, so that a copy with the same
+    strides holds all of it.
+    """
     if not all(isinstance(n, int) and n > 0 for n in (*value.shape, *value.stride())):
         return False
     dims = sorted((stride, size) for size, stride in zip(value.shape, value.stride(), strict=True) if size != 1)

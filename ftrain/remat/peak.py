@@ -1,8 +1,8 @@
-"""The peak of a graph for many sets of recomputed nodes, without making the graphs.
+"""The peak of a graph for many sets of recomputed nodes, without building the graphs.
 
-Walks the order that `remat.recompute` would give (copies just before their first use in the backward) over plain
-integers. Which memory counts is what `pieces.Pieces` says of the graph as it is; what is of its own is which life of a
-piece a copy or a tensor from the host begins, since that graph is never made. `liveness.plan_memory` of it agrees.
+Walks the order that `remat.policy.recompute` would give (copies just before their first use in the backward) over plain
+integers. Which memory counts is what `pieces.Pieces` says of the original graph. Added here is only which copy of a
+piece a recomputed node or a tensor from the host begins. `liveness.plan_memory` of the real graph agrees.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,8 +16,8 @@ from ftrain.analysis.pieces import Pieces, sweep
 
 
 class Step(NamedTuple):
-    """A node: the nodes it reads, its pieces of memory (number, bytes), and for each piece the read that it is a view
-    of, as (place among the reads, place among that node's pieces), or None.
+    """A node: the nodes it reads, its pieces of memory (number, bytes), whether it is a forward op, and for each piece
+    the read that it is a view of, as (position among the reads, position among that node's pieces), or None.
     """
 
     reads: tuple[int, ...]
@@ -27,9 +27,10 @@ class Step(NamedTuple):
 
 
 class CopySlots(NamedTuple):
-    """Where the copies of an offloaded node stand, by numbers of nodes: the copy to the host starts right after `start`
-    and is waited for right after `wait`, the copy back starts right before `fetch` and is waited for right before
-    `arrive`.
+    """Where the copies of an offloaded node are placed, by numbers of nodes.
+
+    The copy to the host starts right after `start` and is waited for right after `wait`. The copy back starts right
+    before `fetch` and is waited for right before `arrive`.
     """
 
     start: int
@@ -43,10 +44,11 @@ _NOWHERE: Mapping[int, CopySlots] = MappingProxyType({})
 
 
 class PeakModel:
-    """The nodes of a graph as numbers. `donated` maps names of placeholders to the outputs written over them.
+    """The nodes of a graph as numbers. `donated`: from names of placeholders to the outputs written over them;
+    `round_to`: bytes to which sizes are rounded.
 
-    A forward node runs at most twice, so a piece of memory has at most two lives: `2 piece`, and `2 piece + 1` of the
-    copy. A view lives in its argument's.
+    A forward node runs at most twice, so a piece of memory has at most two lives: number `2 piece` of the original, and
+    `2 piece + 1` of the copy. A view shares the life of its argument.
     """
 
     def __init__(self, module: fx.GraphModule, donated: dict[str, int], *, round_to: int = 1) -> None:
@@ -75,8 +77,8 @@ class PeakModel:
         return Step(reads, storages, forward, tuple(first.get(piece) for piece, _ in storages))
 
     def peak(self, recomputed: Collection[int], places: Mapping[int, CopySlots] = _NOWHERE) -> tuple[int, int]:
-        """Bytes at the peak, and the node it is at, if the forward nodes `recomputed` are made twice and those of
-        `places` come back from the host. An offloaded node is fetched before it is first needed.
+        """Bytes at the peak beyond the arguments, and the node where it is, if the nodes `recomputed` run twice and
+        those of `places` come back from the host. An offloaded node is fetched before it is first needed.
         """
         runs: list[int] = []
         last = [-1] * len(self._bytes)
@@ -143,7 +145,9 @@ class PeakModel:
 
 
 def _by_node(places: Mapping[int, CopySlots]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """The offloaded nodes by the node after which the device drops them, and by that before which it fetches them."""
+    """The offloaded nodes by the node after which the device drops them, and by the node before which it fetches
+    them.
+    """
     left: dict[int, list[int]] = {}
     fetched: dict[int, list[int]] = {}
     for u, place in places.items():

@@ -1,4 +1,4 @@
-"""Recompute: what the backward pass recomputes instead of keeping it from the forward pass."""
+"""Recompute: what the backward pass computes a second time instead of keeping it from the forward pass."""
 
 import functools
 import operator
@@ -20,22 +20,29 @@ from ftrain.sharding.paths import Rules
 
 @dataclass(frozen=True)
 class Remat:
-    """What the backward computes again.
+    """What the backward recomputes, fetches from the host or gathers a second time.
 
-    - `policy`: "none" keeps every tensor that the backward reads; "layer" keeps, of each member of a list of layers
+    - `policy`: "none" keeps every tensor that the backward reads. "layer" keeps, of each member of a list of layers
       (subtrees of parameters that are alike, whatever the list's name; see `ftrain.graph.layers`), only what it hands
-      to others; "all" does so outside of layers too.
+      to others. "all" does so outside of layers too.
     - `budget`: the most bytes that the step may hold at once, its arguments included: a number, "60GiB", "70%" of the
-      device's memory, or "fit" (what is free now). What saves most bytes per microsecond of recompute is recomputed
-      first, and no more than needed (see `remat.planner`). Takes the place of a policy.
-    - `us_per_mb`: recompute all that costs fewer microseconds per MB freed than this, in the place of a budget.
-    - `gathered`: on a mesh, whether parameters are gathered "again" for the backward (ZeRO stage 3) or whole ones are
-      "keep"t from the forward; None is "again" under a policy, and under a budget whichever pays.
-    - `offload`: under a budget or an exchange rate tensors may also wait on the host, at the price of the part of their
-      copies that does not hide behind compute: "auto" by the link that the device is known to have (a CPU has none, and
-      nothing is offloaded), or the link's bytes per second. None: only what `paths` name.
-    - `paths`: globs over parameter paths (see `ftrain.sharding.paths`; each may begin anywhere in a path, and is about
-      all below what it names) to "keep", "recompute" or "offload", over whatever the rest decides.
+      device's memory, or "fit" (what is free now). What frees most bytes per microsecond of recompute is recomputed
+      first, and no more than needed (see `remat.planner`). Replaces a policy.
+    - `us_per_mb`: recompute all that costs fewer microseconds per MB freed than this. Replaces a budget.
+    - `gathered`: on a mesh, whether parameters are gathered "again" for the backward (ZeRO stage 3), or the whole ones
+      of the forward are kept ("keep"). None is "again" under a policy, and under a budget whichever pays.
+    - `offload`: under a budget or an exchange rate, tensors may also wait on the host, at the price of the part of
+      their copies that does not hide behind compute. "auto" takes the link that the device is known to have (a CPU has
+      none, so nothing is offloaded); a number is the link's bytes per second. None: only what `paths` name.
+    - `paths`: globs over parameter paths (see `ftrain.sharding.paths`; each may begin anywhere in a path, and covers
+      all below what it names) to "keep", "recompute" or "offload". They override the rest.
+
+    ValueError for an unknown choice, for several of policy, budget and `us_per_mb`, and for `offload` that decides
+    nothing.
+
+    >>> from ftrain import Remat
+    >>> Remat(budget="60GiB", paths={"layers.*.mlp": "recompute"}).choice_at("model.layers.3.mlp.w")
+    'recompute'
     """
 
     policy: str = "none"
@@ -82,7 +89,7 @@ class Remat:
 
     @staticmethod
     def of(value: "Remat | str") -> "Remat":
-        """A `Remat` as it is, or by the name of its policy."""
+        """A `Remat` as it is, or the one with this policy. ValueError for an unknown policy."""
         return value if isinstance(value, Remat) else Remat(value)
 
     @property
@@ -101,7 +108,9 @@ class Remat:
         return "offload" in self.paths.values()
 
     def choice_at(self, path: str) -> str | None:
-        """ "keep", "recompute" or "offload" where `paths` say so; the most specific glob decides."""
+        """ "keep", "recompute" or "offload" where `paths` decide about this parameter path, by the most specific glob;
+        else None. ValueError where two globs are equally specific and decide differently.
+        """
         return self._rules.find(path) if self.paths else None
 
     @functools.cached_property
@@ -117,7 +126,12 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 
 
 
 def parse_budget(budget: int | str) -> int | float | str:
-    """Bytes as an int, a share of the device as a float in (0, 1], or "fit"."""
+    """Bytes as an int, a share of the device as a float in (0, 1], or "fit". ValueError for other spellings.
+
+    >>> from ftrain.remat.policy import parse_budget
+    >>> parse_budget("2KiB"), parse_budget("70%"), parse_budget("fit")
+    (2048, 0.7, 'fit')
+    """
     if isinstance(budget, int):
         return budget
     text = budget.strip().upper().replace(" ", "")
@@ -133,10 +147,11 @@ def parse_budget(budget: int | str) -> int | float | str:
 
 
 def rematerialize(module: fx.GraphModule, remat: Remat, *, gathers: Collection[fx.Node] = ()) -> None:
-    """Give the backward copies of the forward nodes that the policy does not keep, each made just before first use.
+    """Recompute in the backward of the graph `module` what `remat` does not keep: its readers there read copies, each
+    just before its first use.
 
-    `gathers`: the nodes that make whole parameters. They are decided on together with the rest, so that what a layer
-    computes again and its backward read the same ones. The same ops on the same inputs: results are equal to the bit.
+    `gathers`: the nodes that make whole parameters. They are decided together with the rest, so that what a layer
+    recomputes and its backward read the same copies. The same ops run on the same inputs: results are equal to the bit.
     """
     recomputed, whole = recomputed_by_policy(module, remat), set(gathers)
     if remat.gathers_again:
@@ -148,8 +163,8 @@ def rematerialize(module: fx.GraphModule, remat: Remat, *, gathers: Collection[f
 
 
 def require_matches(module: fx.GraphModule, remat: Remat) -> None:
-    """ValueError that names a glob of `remat.paths` which no op of the forward pass is about; a warning where "layer"
-    finds no layers.
+    """ValueError that names a glob of `remat.paths` which matches no parameter of the forward pass. A warning where
+    "layer" finds no layers.
     """
     paths = _forward_paths(module)
     if remat.policy == "layer" and paths and not has_layers(module):
@@ -172,7 +187,7 @@ def _forward_paths(module: fx.GraphModule) -> set[str]:
 
 
 def recomputed_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
-    """The forward nodes that a policy, and the globs over paths, recompute."""
+    """The forward nodes of the graph `module` that the policy and the globs over paths of `remat` recompute."""
     if remat.policy == "none" and not remat.paths:
         return set()
     forward = [n for n in module.graph.nodes if is_forward(n)]
@@ -180,10 +195,10 @@ def recomputed_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
     recomputed = set()
     for node in forward:
         choice = remat.choice_at(node.meta.get("path") or "")
-        again = remat.policy != "none" and not _is_kept(node, layer_of, remat.policy)
+        by_policy = remat.policy != "none" and not _is_kept(node, layer_of, remat.policy)
         if must_keep(node) or choice in ("keep", "offload"):
             continue
-        if again or choice == "recompute":
+        if by_policy or choice == "recompute":
             recomputed.add(node)
     return recomputed
 
@@ -191,18 +206,18 @@ def recomputed_by_policy(module: fx.GraphModule, remat: Remat) -> set[fx.Node]:
 def recompute(
     module: fx.GraphModule, recomputed: Collection[fx.Node], fetched: Mapping[fx.Node, fx.Node] | None = None
 ) -> None:
-    """Give the backward copies of the forward nodes `recomputed`, each made just before its first use.
+    """Give the backward copies of the forward nodes `recomputed`, each just before its first use.
 
-    Copies read copies of what is recomputed, and what is kept as it is. `fetched`: forward nodes that have
-    a copy already, and that copy.
+    Copies read copies of what is recomputed, and the originals of what is kept. `fetched`: from forward nodes to copies
+    of them that exist already.
     """
     copies: dict[fx.Node, fx.Node] = dict(fetched or {})
     position = {n: i for i, n in enumerate(module.graph.nodes) if n in recomputed or n in copies}
-    moved: dict[fx.Node, set[int]] = {}  # nodes whose value is new, and the memory that it was before
+    moved: dict[fx.Node, set[int]] = {}  # nodes whose value has other memory now, and the memory it had before
     for node in list(module.graph.nodes):
         if is_forward(node) or node.op in ("placeholder", "get_attr", "output"):
             continue
-        if node.target is torch.ops.aten.sym_size.int:  # without a phase, and read by the forward
+        if node.target is torch.ops.aten.sym_size.int:  # has no phase, and the forward reads it
             continue
         before = set().union(*(moved[n] for n in node.all_input_nodes if n in moved))
         for source in node.all_input_nodes:
@@ -217,9 +232,11 @@ def recompute(
 
 
 def must_keep(node: fx.Node) -> bool:
-    """True for what is never recomputed: loops, sizes and what has a new size that depends on data, which must stay the
-    same numbers, and ops that do more than compute (`op_effects`): dropout would draw another mask, batch norm move its
-    statistics twice. Parts of a tuple are kept with it.
+    """True for what is never recomputed.
+
+    These are loops, sizes, what has a new size that depends on data (the copy must have the same), and ops that do more
+    than compute (`op_effects`): dropout would draw another mask, batch norm would update its statistics twice. Parts of
+    a tuple are kept with the tuple.
     """
     if node.op == "call_function" and node.target is operator.getitem:
         source = node.args[0]
@@ -240,7 +257,7 @@ def is_forward(node: fx.Node) -> bool:
 
 
 def _is_kept(node: fx.Node, layer_of: dict[fx.Node, str], policy: str) -> bool:
-    """A node of no layer (under "layer"), a loop, or a tensor that another layer reads."""
+    """True for a node outside of layers (under "layer"), and for a tensor that another layer reads."""
     mine = layer_of[node]
     if policy == "layer" and not mine:
         return True
@@ -250,7 +267,7 @@ def _is_kept(node: fx.Node, layer_of: dict[fx.Node, str], policy: str) -> bool:
 
 
 def _memory(node: fx.Node) -> set[int]:
-    """Identities of the memory that a node's value looks at."""
+    """Identities of the memory of a node's value."""
     value = node.meta.get("val")
     return {storage_id(v) for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor)}
 
@@ -263,7 +280,7 @@ def _recompute(
     *,
     before: fx.Node,
 ) -> fx.Node:
-    """A copy of `node` for the backward, with copies of whatever it reads that is not kept (is not in `position`)."""
+    """A copy of `node` for the backward, with copies of all nodes in `position` that it is computed from."""
     chain: set[fx.Node] = set()
     stack = [node]
     while stack:

@@ -1,4 +1,4 @@
-"""A graph as text: one line per node, with where it comes from and how much memory is alive."""
+"""A graph as text: one line per node, with where it comes from and how many bytes are alive."""
 
 from collections.abc import Iterator
 
@@ -15,8 +15,7 @@ def graph_text(module: fx.GraphModule) -> str:
     """The graph, a line per node, in the order in which it runs.
 
     `name: dtype[shape] = op(arguments)`, then after `#` the phase, the parameter path, the source line and the bytes
-    alive beyond the inputs while the node runs. The body of a loop, and of ops that are fused,
-    follows its node, indented.
+    alive beyond the inputs while the node runs. The body of a loop and of fused ops follows its node, indented.
     """
     unknown = [f"# {line}" for line in unknown_sizes(module)]
     return "\n".join([*unknown, *_lines(module, "")])

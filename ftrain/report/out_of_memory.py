@@ -16,24 +16,24 @@ from ftrain.remat.policy import Remat
 from ftrain.report.step_data import Described, StepData
 
 _CPU_REFUSAL = re.compile(r"can't allocate memory|not enough memory")
-_SHARES = (0.95, 0.5, 0.1)  # of the way from the smallest possible budget to what fitted
+_SHARES = (0.95, 0.5, 0.1)  # budgets to offer, as shares of the way from the smallest possible one to what fitted
 _SHOWN = 8
 
 
 class OutOfMemory(RuntimeError):
-    """An allocation of a step failed; the message is `explain_oom`'s."""
+    """An allocation of a step failed. The message is that of `explain_oom`."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """True for a refusal of torch's allocators, on CUDA or on CPU."""
+    """True for an error of torch's allocators, on CUDA or on CPU."""
     return isinstance(error, torch.OutOfMemoryError) or _CPU_REFUSAL.search(str(error)) is not None
 
 
 def explained(step: Described, error: RuntimeError, *, device: torch.device, running: fx.GraphModule) -> OutOfMemory:
-    """The error to raise in the place of an allocator's; the memory that the failed run held is given back first.
+    """The error to raise instead of the allocator's. The memory that the failed run held is released first.
 
-    `running`: the graph whose generated code failed on the device.
-    Whatever goes wrong while it is explained is said after it: the first error is never lost to a second.
+    `running`: the graph whose generated code failed on `device`. If the explanation itself fails, the message says so
+    after the first error, which is never lost.
     """
     lines = [f"{step.name or 'the step'} ran out of memory: {error}", allocator_state(device)]
     try:
@@ -41,16 +41,25 @@ def explained(step: Described, error: RuntimeError, *, device: torch.device, run
         traceback.clear_frames(error.__traceback__)
         lines.append(explain_oom(step, at=None if node is None else node.name))
     except Exception as second:
-        lines.append(f"it could not be explained: {type(second).__name__}: {second}")
+        lines.append(f"the explanation failed: {type(second).__name__}: {second}")
     return OutOfMemory("\n".join(line for line in lines if line))
 
 
 def explain_oom(step: Described, *, at: str | None = None) -> str:
-    """What holds a step's memory at its peak, and three budgets below what fitted, with the price of each.
+    """What holds a step's memory at its peak, and three budgets below what fitted, with the price of each, as text.
 
-    `at`: the node whose allocation failed: all that the plan holds before it did fit. Without it budgets are below the
-    plan's peak. A price is recompute per step, from times measured on this device or a roofline. On one of several
-    processes budgets are not tried: ranks agree on prices, and the others of a failed run stand in a collective.
+    - `step`: what `Step.lower` returns.
+    - `at`: the node whose allocation failed. What the plan holds before this node did fit, so budgets are below that.
+      Without it, budgets are below the plan's peak.
+
+    A price is the recompute per step in milliseconds, from times measured on this device or a roofline. On one of
+    several processes budgets are not tried: ranks agree on prices, and the others of a failed run wait in a collective.
+
+    >>> import torch, ftrain
+    >>> compiled = ftrain.jit(ftrain.grad(lambda w: (w @ w).relu().sum())).lower(torch.zeros(64, 64))
+    >>> print(ftrain.explain_oom(compiled))
+    The plan, before it runs:
+    planned: ...
     """
     data = step.data()
     plan = data.memory
@@ -92,10 +101,10 @@ def _offers(step: StepData, held: int) -> list[str]:
     except RuntimeError as second:
         if not is_out_of_memory(second):
             raise
-        return [f"  not known: the device is too full to measure what recompute costs ({second})"]
+        return [f"  unknown: the device is too full to measure what recompute costs ({second})"]
     before = _microseconds(step.graph, times)
     try:
-        step.again(Remat(budget=1))
+        step.recompile(Remat(budget=1))
     except ImpossibleBudget as refusal:
         smallest, why = refusal.smallest, str(refusal)
     if smallest >= held:
@@ -103,7 +112,7 @@ def _offers(step: StepData, held: int) -> list[str]:
     lines = []
     for share in _SHARES:
         budget = smallest + int(share * (held - smallest))
-        more = _microseconds(step.again(Remat(budget=budget)).graph, times) - before
+        more = _microseconds(step.recompile(Remat(budget=budget)).graph, times) - before
         lines.append(
             f"  Remat(budget={budget}) = {show_bytes(budget)}: {more / 1e3:+.1f} ms a step ({more / before:+.1%})"
         )

@@ -9,7 +9,7 @@ Cell = str | tuple[float, str]  # a text, or a number to sort by and how it is s
 
 
 class Card(NamedTuple):
-    """A figure at the top: what it is, its value, and a note below."""
+    """A figure at the top of a page: what it is, its value, and a note below."""
 
     title: str
     value: str
@@ -18,7 +18,9 @@ class Card(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose columns sort at a click; `searchable` ones have a field that filters rows."""
+    """A table whose columns sort on a click. `searchable` tables have a field that filters rows; `mono`: in a
+    fixed-width font.
+    """
 
     columns: list[str]
     rows: list[list[Cell]]
@@ -50,7 +52,10 @@ def _cell(cell: Cell) -> str:
 def page(
     name: str, subtitle: str, shapes: Sequence[str], cards: Sequence[Card], sections: Sequence[tuple[str, str]]
 ) -> str:
-    """The whole page. `sections` are titles and HTML; every other text is escaped here."""
+    """The whole page as HTML. Every text is escaped here, except for the HTML of `sections`, pairs of (title, HTML).
+
+    `name` and `subtitle`: the heading. `cards`: figures at the top. `shapes`: a line per input tensor.
+    """
     tiles = "".join(
         f"<div class=card><h3>{escape(c.title)}</h3><b>{escape(c.value)}</b><p>{escape(c.note)}</p></div>"
         for c in cards

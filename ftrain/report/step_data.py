@@ -1,4 +1,4 @@
-"""What reports and explanations read of a step that is ready to run."""
+"""What reports and explanations read of a compiled step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +14,13 @@ from ftrain.trace.tracer import Traced
 
 @dataclass(frozen=True)
 class StepData:
-    """`graph`: after the passes; `executed`: as it runs on `device` under `backend`. `written`: how many leaves of the
-    arguments the new state is written over. `alone`: False on one of several processes. `seconds_to_compile`: of
-    tracing and planning. `again(remat)`: of the same step with another choice of what to recompute.
+    """A compiled step, for reports.
+
+    - `graph`: after the passes; `executed`: as it runs on `device` under `backend`.
+    - `memory`: the memory plan. `written`: how many argument leaves the new state is written over.
+    - `alone`: False on one of several processes.
+    - `seconds_to_compile`: of tracing and planning.
+    - `recompile(remat)`: the data of the same step with another choice of what to recompute.
     """
 
     name: str
@@ -29,15 +33,15 @@ class StepData:
     device: torch.device
     alone: bool
     seconds_to_compile: float
-    again: Callable[[Remat], "StepData"]
+    recompile: Callable[[Remat], "StepData"]
 
 
 class Described(Protocol):
-    """A step that tells of itself; `ftrain.step.artifact.Compiled` is one."""
+    """A step that describes itself, such as `ftrain.step.artifact.Compiled`."""
 
     @property
     def name(self) -> str:
-        """Of its function."""
+        """The name of its function."""
 
     def data(self) -> StepData:
         """What reports and explanations read of it."""

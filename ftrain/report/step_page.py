@@ -1,4 +1,4 @@
-"""The report of a compiled step: one HTML page for a person, with nothing to fetch from elsewhere."""
+"""The report of a compiled step: one self-contained HTML page."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -22,7 +22,8 @@ from ftrain.report.timeline import timeline_figure
 def write_report(step: StepData, file: str | Path, *, title: str = "") -> Path:
     """Write the page: totals, memory over the run, tensors at the peak, costs by op and component, the graph.
 
-    Makes the folders that are missing; returns the path of the file. `title`: see `report_html`.
+    Makes missing folders; returns the path of the file. `title`: see `report_html`. OSError where the file cannot be
+    written.
     """
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +32,7 @@ def write_report(step: StepData, file: str | Path, *, title: str = "") -> Path:
 
 
 def report_html(step: StepData, *, title: str = "") -> str:
-    """The page as a string. Its heading is `title`, or the step's name without one."""
+    """The page as a string. Its heading is `title`; default: the step's name."""
     memory, cost = step.memory, graph_cost(step.graph)
     samples = memory_timeline(step.executed)
     sections = [
@@ -48,11 +49,13 @@ def report_html(step: StepData, *, title: str = "") -> str:
 
 
 def recompute_sections(step: StepData) -> list[tuple[str, str]]:
-    """For a step with a budget: the memory that it would take without recompute, and the table of decisions."""
+    """For a step with a budget: the memory that it would take without recompute, and the table of decisions. Sections
+    are (title, HTML).
+    """
     found = decisions(step.graph)
     if not found:
         return []
-    before = step.again(Remat("none")).executed
+    before = step.recompile(Remat("none")).executed
     rows: list[list[Cell]] = [
         [
             r.decision,
@@ -65,15 +68,15 @@ def recompute_sections(step: StepData) -> list[tuple[str, str]]:
         ]
         for r in found
     ]
-    table = Table(["decision", "us per MB", "bytes", "us to have again", "tensor", "parameter", "source"], rows)
+    columns = ["decision", "us per MB", "bytes", "us to recompute or fetch", "tensor", "parameter", "source"]
     return [
         ("Memory with nothing recomputed", timeline_figure(memory_timeline(before), inputs_by_argument(before))),
-        ("Recompute by return on investment", table.html()),
+        ("Recompute by return on investment", Table(columns, rows).html()),
     ]
 
 
 def subtitle(step: StepData) -> str:
-    """The arguments in short: the leaves of the state are counted, those of the batch shown."""
+    """The arguments in short: the number of leaves of the state, and the leaves of the batch."""
     first = step.traced.input_paths[0].split(".")[0] if step.traced.input_paths else ""
     avals = list(zip(step.traced.input_paths, step.traced.input_avals, strict=True))
     rest = [f"{p} {a}" for p, a in avals if p.split(".")[0] != first]
@@ -100,7 +103,7 @@ def cards(step: StepData) -> list[Card]:
 
 
 def peak_table(step: StepData, limit: int = 60) -> Table:
-    """What is alive at the peak, largest first."""
+    """What is alive at the peak, largest first, at most `limit` rows."""
     memory = step.memory
     nodes = {n.name: n for n in all_nodes(step.executed)}
     rows: list[list[Cell]] = []
@@ -117,7 +120,7 @@ def peak_table(step: StepData, limit: int = 60) -> Table:
 
 
 class Group(NamedTuple):
-    """Nodes added up: how many, FLOPs by phase and in all, bytes read and written."""
+    """The sum over some nodes: their number, FLOPs by phase and in all, bytes read and written."""
 
     nodes: int = 0
     forward: int = 0
@@ -126,14 +129,14 @@ class Group(NamedTuple):
     bytes: int = 0
 
     def add(self, node: NodeCost) -> "Group":
-        """With one more node."""
+        """The sum with one more node."""
         forward = self.forward + node.flops * (node.phase == "forward")
         backward = self.backward + node.flops * (node.phase == "backward")
         return Group(self.nodes + 1, forward, backward, self.flops + node.flops, self.bytes + node.bytes)
 
 
 def group_table(label: str, nodes: Iterable[NodeCost], key: Callable[[NodeCost], str]) -> Table:
-    """Costs of nodes that share a key; most FLOPs first, then most bytes."""
+    """Costs of nodes summed by a key; most FLOPs first, then most bytes. `label`: the heading of the key's column."""
     groups: dict[str, Group] = {}
     for node in nodes:
         groups[key(node)] = groups.get(key(node), Group()).add(node)
@@ -155,7 +158,7 @@ def group_table(label: str, nodes: Iterable[NodeCost], key: Callable[[NodeCost],
 
 
 def graph_table(module: fx.GraphModule) -> Table:
-    """Every node, in the order in which they run."""
+    """Every node, in the order in which they run, with the bytes alive."""
     alive = {(s.loop, s.node.name): s.total for s in memory_timeline(module)}
     rows: list[list[Cell]] = []
     for node, loops in walk(module):
@@ -167,7 +170,9 @@ def graph_table(module: fx.GraphModule) -> Table:
 
 
 def walk(module: fx.GraphModule, inside: tuple[str, ...] = ()) -> Iterable[tuple[fx.Node, tuple[str, ...]]]:
-    """All nodes but outputs, each with the loops it is inside of; the body of a loop follows its node."""
+    """All nodes of the graph except outputs, each with the names of the loops that enclose it (those of `inside`
+    first). The body of a loop follows its node.
+    """
     for node in module.graph.nodes:
         if node.op == "output":
             continue
@@ -182,9 +187,11 @@ def all_nodes(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def component(path: str) -> str:
-    """The part of the model that a parameter path belongs to: layers together, the leaf's name left out.
+    """The part of the model that a parameter path belongs to: layers together, without the leaf's name.
 
-    `state.params.foundation.layers.3.moe.w_EDF` is of `foundation.layers.*.moe`.
+    >>> from ftrain.report.step_page import component
+    >>> component("state.params.foundation.layers.3.moe.w_EDF")
+    'foundation.layers.*.moe'
     """
     parts = ["*" if re.fullmatch(r"\d+", p) else p for p in path.split(".")]
     if len(parts) > 2 and parts[1] in ("params", "opt_state"):
@@ -193,7 +200,12 @@ def component(path: str) -> str:
 
 
 def show_flops(count: float) -> str:
-    """FLOPs with a decimal unit: `2.1 GFLOP`; a dash for none."""
+    """FLOPs with a decimal unit; a dash for none.
+
+    >>> from ftrain.report.step_page import show_flops
+    >>> show_flops(2_100_000_000)
+    '2.1 GFLOP'
+    """
     if not count:
         return "–"
     for unit in ("", "k", "M", "G", "T"):

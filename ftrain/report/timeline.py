@@ -13,14 +13,18 @@ _MUTED = ("input0", "input1", "input2", "input3")
 
 
 def timeline_figure(samples: Sequence[Sample], inputs: Mapping[str, int]) -> str:
-    """An HTML figure: inputs as bands at the bottom, what the step makes stacked upon them, node by node."""
+    """An HTML figure of bytes alive: inputs as bands at the bottom, what the step allocates stacked upon them, node by
+    node.
+
+    `samples`: one per node; `inputs`: bytes by argument.
+    """
     if not samples:
         return "<p>The graph has no ops.</p>"
     bands = _merge_small(inputs)
     base = sum(bands.values())
     shown = thin_out(samples)
     top = base + max(s.total for s in shown)
-    # Where the inputs would leave the step's own memory a thin line, they are cut off below.
+    # If the inputs are so large that the step's own memory would be a thin line, the axis begins within the inputs.
     floor = 0 if base <= 3 * max(top - base, 1) else base - (top - base) // 4
     scale = _Scale(len(shown), floor, max(top - floor, 1))
     areas, height = [], 0

@@ -1,8 +1,8 @@
 """The folder of a run: `runs/<experiment>/<time>/` with its config, its metrics step by step, and its final table.
 
-Whatever is there after a crash is whole: `config.json` and `summary.json` are renamed into place, and of
-`metrics.jsonl` at most the last line is torn, which resuming drops. One process writes: it holds a lock from before its
-first write to its end.
+After a crash every file is whole: `config.json` and `summary.json` are renamed into place, and of `metrics.jsonl` at
+most the last line is torn, which resuming drops. One process writes: it holds a lock from before its first write to its
+end.
 """
 
 import json
@@ -27,7 +27,7 @@ _log = logging.getLogger("ftrain.run")
 
 
 def default_path(experiment: str, *, root: Path = Path("runs"), now: datetime | None = None) -> Path:
-    """`root/experiment/<time>`, the time in seconds; with `-2`, `-3`, ... behind it where another run began then."""
+    """`root/experiment/<time>`, the time in seconds; with `-2`, `-3`, ... appended where another run has this path."""
     name = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
     path, number = root / experiment / name, 1
     while path.exists():
@@ -43,8 +43,9 @@ def latest(experiment: str, *, root: Path = Path("runs")) -> Path | None:
 
 
 class RunFolder:
-    """One run's files, and the right to write them, which no second process has. Use `create` or `resume`; `path` is
-    the folder.
+    """One run's files, and the right to write them, which no second process has. Use `create` or `resume`.
+
+    `path`: the folder.
     """
 
     def __init__(self, path: Path, lock: WriterLock) -> None:
@@ -54,7 +55,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
-        """A new run with this config; ValueError if the folder holds anything, is in use, or cannot be written."""
+        """A new run with this config. ValueError if the folder holds anything, is in use, or cannot be written."""
         _require_empty(path)
         lock = _locked(path)
         try:
@@ -67,8 +68,8 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, *, step: int) -> "RunFolder":
-        """Go on with a run whose state is that after `step`: metrics of later steps are dropped, for they come again;
-        rows that are missing before are said.
+        """Continue a run whose state is that after `step`. Metrics of later steps are dropped, since these steps run
+        again; missing rows of earlier steps are logged as a warning.
 
         ValueError if the folder is not a run's, another process writes it, or its metrics up to `step` cannot be read.
         """
@@ -92,25 +93,27 @@ class RunFolder:
             raise
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """Put another config in the place of the run's, as when it is made longer."""
+        """Replace the run's config, e.g. when the run is extended."""
         write_json(self.path / CONFIG, config)
 
     def go_back(self, step: int) -> None:
-        """Drop the metrics of the steps after `step`, which are run again."""
+        """Drop the metrics of the steps after `step`, which run again. ValueError if the metrics cannot be read."""
         self._metrics.close()
         _drop_after(self.path, step)
         self._metrics = RowLog(self.path / METRICS)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one step's metrics, an object with `step`; it is in the file when this returns, or waits until the
-        disk takes it.
+        """Append one step's metrics, a JSON object with an int `step`. The row is in the file when this returns, or
+        waits in memory until the disk takes it.
+
+        ValueError for a row without an int `step`.
         """
         if not isinstance(row.get("step"), int):
             raise ValueError(f"metrics need an int `step`, got {row.get('step')!r} among {sorted(row)}")
         self._metrics.append(_line(row))
 
     def sync(self) -> None:
-        """Have the metrics on the disk: before a checkpoint that lies behind them."""
+        """Flush the metrics to the disk: before a checkpoint of a later step."""
         self._metrics.sync()
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
@@ -118,7 +121,7 @@ class RunFolder:
         write_json(self.path / SUMMARY, summary)
 
     def close(self) -> None:
-        """Close the metrics, and let others write."""
+        """Close the metrics, and release the lock."""
         self._metrics.close()
         self._lock.release()
 
@@ -130,7 +133,7 @@ class RunFolder:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config of the run in the folder `path`."""
+    """The config of the run in the folder `path`. ValueError if there is none, or if it is no JSON object."""
     try:
         with Folder(path) as folder:
             config = parse(folder.read(CONFIG, limit=JSON_BYTES), str(path / CONFIG))
@@ -140,17 +143,21 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The metrics in the folder `path`, step by step; a torn last line is left out, any other is a ValueError."""
+    """The metrics in the folder `path`, step by step. A torn last line is left out; any other malformed line is a
+    ValueError.
+    """
     return [row for row, _ in _rows(path)]
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that at every moment the file is the old one or the new one, whole."""
+    """Write JSON so that at every moment the file is the old one or the new one, whole. OSError where it cannot be
+    written.
+    """
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _rows(path: Path) -> list[tuple[dict[str, Any], int]]:
-    """The metrics, and where in the file the line of each ends."""
+    """The metrics, each with the offset at which its line ends."""
     file = path / METRICS
     try:
         with Folder(path) as folder:
@@ -171,8 +178,8 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], int]]:
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the rows of later steps and a torn last line; those that stay. Needs no space where the rows are in order,
-    as a run writes them.
+    """Drop the rows of later steps and a torn last line; returns the others. Needs no space where rows are in order, as
+    a run writes them.
     """
     rows = _rows(path)
     kept = [(row, end) for row, end in rows if row["step"] <= step]
@@ -199,8 +206,8 @@ def _require_empty(path: Path) -> None:
 
 
 def _locked(path: Path) -> WriterLock:
-    """Make the folder and take the right to write into it, before anything in it is touched; ValueError that names it
-    if that fails, or if another process has it.
+    """Make the folder and take its lock before anything in it is touched. ValueError names the folder if that fails, or
+    if another process has the lock.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

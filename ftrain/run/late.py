@@ -1,4 +1,4 @@
-"""A step is judged when the next one has been given to the device, so that the device never waits for the host."""
+"""The metrics of a step are judged after the next step was issued, so that the device never waits for the host."""
 
 import time
 from collections.abc import Callable
@@ -11,8 +11,11 @@ from ftrain.runtime.host_copy import HostCopy
 
 @dataclass(frozen=True)
 class Issued:
-    """Step `number`, which the device has been given: its whole `batch`, its `metrics` on their way to the host, and
-    when giving it `began` and `ended` (`time.perf_counter`; without a device to wait for, the step is then done)."""
+    """A step that the device was given.
+
+    `batch`: its whole batch; `metrics`: on their way to the host; `began` and `ended`: when it was issued
+    (`time.perf_counter`, seconds). Without a device to wait for, the step is done at `ended`.
+    """
 
     number: int
     batch: Any
@@ -23,7 +26,7 @@ class Issued:
 
 @dataclass(frozen=True)
 class Done:
-    """A step whose metrics are here; `seconds`: that it took, without the time it waited for the one before."""
+    """A step whose metrics are on the host. `seconds`: that it took, without the time it waited for the step before."""
 
     number: int
     batch: Any
@@ -32,20 +35,21 @@ class Done:
 
 
 class LateReader:
-    """Has every step judged, in order, each after the next was given.
+    """Has every step judged, in order, each after the next one was issued. `judge` decides what follows from its
+    metrics.
 
-    What follows from a verdict comes one step late: a step that was given after a bad one is never read, and no trace
-    of it is left when the run goes back.
+    A verdict therefore comes one step late: a step that was issued after a bad one is never read, and it leaves no
+    trace when the run goes back.
     """
 
     def __init__(self, judge: Callable[[Done], Verdict]) -> None:
         self._judge, self._read_at = judge, 0.0
         self._last: Issued | None = None
         self.read: int | None = None
-        """The last step that was judged."""
+        """The number of the last step that was judged."""
 
     def issued(self, step: Issued) -> Verdict:
-        """Note a step that was just given, and judge the one before it, if that is still to be judged."""
+        """Note a step that was just issued, and judge the one before it if that was not judged yet."""
         before, self._last = self._last, step
         return Verdict.GO_ON if before is None else self._look(before)
 

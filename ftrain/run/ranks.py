@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MeshFlags:
-    """How many ranks there are, and what each axis divides."""
+    """The sizes of a run's mesh, as flags of a command line."""
 
     replicate: int = 1
     """Copies of the model, each divided over the other axes (HSDP)."""
@@ -34,7 +34,7 @@ class MeshFlags:
 
 
 def refuse_foreign_flags(arguments: Sequence[str]) -> None:
-    """ValueError for a flag of a command line that is an axis of other trainers, with what to take here."""
+    """ValueError for a flag that names an axis of other trainers, with what to use here."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
         if argument.startswith("--") and name in FOREIGN:
@@ -43,7 +43,8 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def open_mesh(flags: MeshFlags, device: torch.device) -> Iterator[Mesh | None]:
-    """The mesh of this run, or None for a single rank. Under torchrun its process group lives as long as the block.
+    """The mesh of this run with the sizes of `flags`, or None for a single rank. Under torchrun its process group, for
+    `device`, lives as long as the block.
 
     Without torchrun, sizes above 1 give a virtual mesh: all ranks in lockstep in this process. ValueError lists the
     sizes that fit.
@@ -73,7 +74,7 @@ def open_mesh(flags: MeshFlags, device: torch.device) -> Iterator[Mesh | None]:
 
 
 def _store(world: int, timeout: timedelta) -> dist.Store:
-    """The store that torchrun names, apart for each attempt on one node.
+    """The store that torchrun names, separate for each attempt on one node.
 
     After a restart torchrun hands out the store of the attempt before, and ranks would look for dead ones. On many
     nodes attempts are not counted alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a store of its own.
@@ -98,7 +99,9 @@ def is_main() -> bool:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on all ranks if it is on one: a signal that reached one process stops all of them after the same step."""
+    """True on all ranks if `flag` is True on one, so that a signal that reached one process stops all after the same
+    step. All ranks call this together.
+    """
     if not dist.is_initialized():
         return flag
     found = torch.tensor(int(flag))
@@ -109,10 +112,10 @@ def any_rank(flag: bool) -> bool:
 
 
 def asked_of_ranks(flag: Callable[[], bool]) -> Callable[[], bool]:
-    """What `any_rank` says of the flag, read by calling the result.
+    """The answer of `any_rank` for the flag, as a function that reads it. All ranks call this together.
 
-    On CUDA the question is queued here, and reading the answer waits for none of the work that the device is given in
-    between; elsewhere the flag is looked at when the answer is read.
+    On CUDA the question is queued here, and reading the answer waits for none of the work that is issued in between.
+    Elsewhere the flag is read when the answer is.
     """
     if not (dist.is_initialized() and dist.get_backend() == "nccl"):
         return lambda: any_rank(flag())
@@ -123,7 +126,9 @@ def asked_of_ranks(flag: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def of_main(value: T) -> T:
-    """What the main process has, on every process: for choices that hang on the clock or on files."""
+    """The main process's value, on every process: for choices that depend on the clock or on files. All ranks call this
+    together.
+    """
     if not dist.is_initialized():
         return value
     box = [value]

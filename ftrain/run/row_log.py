@@ -1,4 +1,4 @@
-"""Rows of numbers that are appended to a file while a run goes on, and never end it: a full disk makes them wait."""
+"""Rows that are appended to a file during a run. A full disk does not end the run: rows wait in memory."""
 
 import contextlib
 import logging
@@ -12,19 +12,19 @@ class RowLog:
     """Lines of a file, appended whole. What cannot be written is kept, and written with a later line."""
 
     def __init__(self, file: Path) -> None:
-        """Go on at the end of the file, which is made if need be. OSError."""
+        """Continue at the end of the file, which is created if it does not exist. OSError where that fails."""
         self._file = file
         self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._end = os.fstat(self._descriptor).st_size
         self._waiting: list[bytes] = []
 
     def append(self, line: str) -> None:
-        """Append a line; it is in the file when this returns, unless the disk refuses it."""
+        """Append a line. It is in the file when this returns, unless the disk refuses it."""
         self._waiting.append(line.encode())
         self._write()
 
     def sync(self) -> None:
-        """Have all lines on the disk, as far as it takes them."""
+        """Flush all lines to the disk, as far as it takes them."""
         self._write()
         try:
             os.fsync(self._descriptor)
@@ -32,7 +32,7 @@ class RowLog:
             self._say(error)
 
     def close(self) -> None:
-        """Write what waits, if that can be, and close the file."""
+        """Write what waits, if possible, and close the file; lines that are lost are logged."""
         self._write()
         if self._waiting:
             _log.warning("%s lacks its last %d lines, which the disk did not take", self._file, len(self._waiting))

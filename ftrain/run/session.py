@@ -28,7 +28,7 @@ from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.checkpoint.retention import KEEP_ALL
 from ftrain.resilience.signals import EXIT_RESUMABLE, SIGNALS, StopRequest
 from ftrain.resilience.watchdog import Watchdog
-from ftrain.run.fellows import Fellows
+from ftrain.run.peers import PeerRanks
 from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, open_mesh
 from ftrain.sharding import Layout, Mesh, Plan
 from ftrain.sharding.batch import BatchRule
@@ -39,9 +39,10 @@ from ftrain.trace.spmd import Placements
 class Run:
     """This process within a run; made by `session`.
 
-    `mesh`: of the run; `rank` and `world`: which of how many processes this is; `is_first`: whether it is the one that
-    prints and writes; `device`: what it computes on; `stopping`: whether a signal has reached any rank; `is_last`:
-    whether the step of `steps` under way is the last one, since it is, or since the run is stopping.
+    - `mesh`: of the run. `device`: of this process.
+    - `rank` and `world`: which of how many processes this is. `is_first`: whether it is the one that prints and writes.
+    - `stopping`: whether a signal has reached any rank.
+    - `is_last`: whether the current step of `steps` is the last one, by its number or since the run is stopping.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device, opened: ExitStack, watchdog: Watchdog | None) -> None:
@@ -59,7 +60,7 @@ class Run:
         return self.rank == 0
 
     def print(self, *values: Any) -> None:
-        """`print`, on one rank."""
+        """`print`, on rank 0 only."""
         if self.is_first:
             print(*values, flush=True)
 
@@ -70,16 +71,18 @@ class Run:
         components: Mapping[str, Layout] = MappingProxyType({}),
         batch: Mapping[str, BatchRule] = MappingProxyType({}),
     ) -> Plan:
-        """`ftrain.Plan` of the run's mesh."""
+        """A `ftrain.Plan` of the run's mesh. `default`, `components` and `batch` are those of `Plan`, and so are the
+        errors.
+        """
         plan = Plan(self.mesh, default, components=components, batch=batch)
         self._plans.append(plan)
         return plan
 
     def share(self, batch: Any, *, plan: Plan | None = None) -> Any:
-        """What this process is given of the whole mesh's batch, on `device`; all of it where it is the only one.
+        """This process's share of the whole mesh's batch, on `device`; all of it where it is the only process.
 
-        `plan`: by whose rules it is divided; default: the one that `run.plan` made (a plan without rules before), a
-        ValueError where it made several.
+        `plan`: by whose rules the batch is divided. Default: the one that `run.plan` made, or a plan without rules
+        before. ValueError where it made several, and for a batch that does not divide.
         """
         if plan is None:
             if len(self._plans) > 1:
@@ -95,17 +98,19 @@ class Run:
     def checkpointer(
         self, folder: str | Path, *, keep: Retention = KEEP_ALL, specs: Any = None, background: bool = True
     ) -> Checkpointer:
-        """A `Checkpointer` of all ranks, closed (its last save waited for) at the end of the block."""
+        """A `Checkpointer` of all ranks for `folder`, which is closed at the end of the block after its last save.
+        `keep`, `specs` and `background` are those of `Checkpointer`, and so are the errors.
+        """
         made = Checkpointer(folder, keep=keep, specs=specs, background=background, ranks=Ranks.of_run())
         return self._opened.enter_context(made)
 
     def steps(self, done: int, last: int) -> Iterator[int]:
         """The numbers of the steps from `done + 1` to `last`; fewer where a signal asks the run to stop.
 
-        SIGTERM, SIGINT or SIGUSR1 on any rank lets all of them go through one more step, for which `is_last` is True:
-        save there. Each step that ends is told to the watchdog. All ranks iterate alike.
+        SIGTERM, SIGINT or SIGUSR1 on any rank lets all of them run one more step, for which `is_last` is True: save
+        there. The watchdog is told when a step ends. All ranks iterate alike.
         """
-        asked = lambda: any_rank(self._stop.requested)  # noqa: E731  # answered at once before the first step
+        asked = lambda: any_rank(self._stop.requested)  # noqa: E731  # before the first step the answer is read at once
         self._stepping = True
         try:
             for number in range(done + 1, last + 1):
@@ -140,35 +145,39 @@ def session(
     stacks: str | Path | None = None,
     hang_seconds: float = 300.0,
 ) -> Iterator[Run]:
-    """Within the block the ranks of this run work together; what is yielded is this process's `Run`.
+    """Within the block the ranks of this run work together; yields this process's `Run`.
 
-    Under torchrun each process is a rank; alone, this process is the only one, or with `kind="virtual"` all of them in
+    Under torchrun each process is a rank. Alone, this process is the only one, or with `kind="virtual"` all of them in
     lockstep. When the block ends, all ranks leave it together. Where one raises, it keeps its error, and the others end
     with its message and exit code 1, wherever they wait. A signal ends `run.steps` on all ranks, and the block then
-    exits with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at once. After a failure saves that were
-    under way may be lost; the last whole one is there.
+    raises SystemExit with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at once. After a failure,
+    saves that were in progress may be lost; the last complete one is kept.
 
-    Args:
-        replicate, shard, sequence, expert: sizes of the mesh (`ftrain.Mesh`); `shard=None` takes all the ranks that the
-            others leave.
-        kind: "virtual" is for one process alone.
-        device: what each process computes on; default: its CUDA device where there is one, else the CPU.
-        timeout: seconds after which a collective that has not ended stops the run.
-        stacks: a folder: when no step of `run.steps` ends for `hang_seconds`, all ranks write their stacks into it, and
-            the run ends with code 76. None: nothing watches.
-        hang_seconds: see `stacks`; the first step, which is compiled, has half an hour.
+    - `replicate`, `shard`, `sequence`, `expert`: sizes of the mesh (`ftrain.Mesh`); `shard=None` takes all the ranks
+      that the others leave.
+    - `kind`: "virtual" is for one process alone.
+    - `device`: of each process; default: its CUDA device where there is one, else the CPU.
+    - `timeout`: seconds after which a collective that has not ended stops the run.
+    - `stacks`: a folder. When no step of `run.steps` ends for `hang_seconds`, all ranks write their stacks into it, and
+      the run ends with code 76. None: nothing watches.
+    - `hang_seconds`: see `stacks`; the first step, which is compiled, has half an hour.
 
-    Raises:
-        ValueError: sizes that are not those of the processes, with what would fit.
+    ValueError for sizes that do not fit the number of processes, with what would fit, for an unknown `kind`, and
+    outside of the main thread.
+
+    >>> import ftrain
+    >>> with ftrain.run.session(shard=2, kind="virtual") as run:
+    ...     print(run.world, run.mesh.size, list(run.steps(0, 3)))
+    1 2 [1, 2, 3]
     """
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(
-            "ftrain.run.session takes signals, which Python gives to the main thread alone: enter it there"
+            "ftrain.run.session handles signals, which Python delivers to the main thread alone: enter it there"
         )
     where = _device(device)
     flags = MeshFlags(replicate=replicate, shard=shard, sequence=sequence, expert=expert, timeout=timeout)
     with _mesh(flags, kind, where) as mesh, ExitStack() as opened:
-        fellows = Fellows()
+        peers = PeerRanks()
         before: dict[signal.Signals, Any] = {}
         try:
             watchdog = opened.enter_context(Watchdog(Path(stacks), seconds=hang_seconds)) if stacks else None
@@ -177,9 +186,9 @@ def session(
             yield run
             interrupted = run.stopping and any_rank(run._stop.signal == signal.SIGINT)
             opened.close()
-            fellows.finished()
+            peers.finished()
         except BaseException as error:
-            fellows.failed(error)
+            peers.failed(error)
             raise
         finally:
             for number, handler in before.items():

@@ -1,8 +1,8 @@
 """Where a recorded program finds its arguments: it works on fixed addresses, and a call's tensors may be anywhere.
 
-What stays at its address (a donated state, frozen weights) is used where it is. What moves (a batch) is copied into
-memory of the program's own before a run, and back after it if the program writes over it. What lies on another device,
-the host, is part of the record: its *value* must be the recorded one.
+An argument that stays at its address (a donated state, frozen weights) is used in place. One that moves (a batch) is
+copied into memory of the program before a run, and back after it if the program writes over it. An argument on another
+device, such as the host, is part of the record: its *value* must be the recorded one.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,23 +12,25 @@ from torch import Tensor
 
 from ftrain.graph.torch_private import storage_id
 
-_STANDS = 3
-"""An argument that stood at an address for so many calls is expected to stand at its next one."""
+_STAYS = 3
+"""An argument that stayed at an address for so many calls is expected to stay at its next one."""
 
 
 class ArgumentMemory:
     """The memory of a program's arguments, by their positions.
 
-    Memory that is used in place is kept alive: no other tensor can come to lie at its address, and tensors of the
-    caller are never written over but by the program itself.
+    Memory that is used in place is kept alive, so that no other tensor can take its address. Only the program itself
+    writes over tensors of the caller.
     """
 
     def __init__(self, written: Collection[int], *, device_type: str = "cuda") -> None:
-        """`written`: the arguments that the program writes over; `device_type`: where the recorded work is done."""
+        """`written`: positions of the arguments that the program writes over. `device_type`: of the device that is
+        recorded.
+        """
         self._written, self._device_type = frozenset(written), device_type
         self._calls = 0
         self.changes = 0
-        """How often it may have changed which memory is kept alive."""
+        """A counter that grows whenever the memory that is kept alive may have changed."""
         self._held: list[Tensor] = []
         self._since: list[int] = []
         self._own: set[int] = set()
@@ -37,25 +39,25 @@ class ArgumentMemory:
         self._values: list[int] = []
 
     def holds(self, slot: int, x: Tensor) -> bool:
-        """True if `x` lies in the memory of an argument that is kept alive here."""
+        """True if `x`, of any shape, lies in the memory of argument `slot` that is kept alive here."""
         return bool(self._held) and self._held[slot] is not x and storage_id(self._held[slot]) == storage_id(x)
 
     def watch(self, inputs: Sequence[Tensor]) -> None:
-        """Note where the arguments of a call lie that is not a replay; before the program runs."""
+        """Note the addresses of the arguments of a call that is not a replay, before the program runs."""
         if not self._held:
             self.changes += 1
             self._held = [x.detach() for x in inputs]
-            self._since = [-_STANDS] * len(inputs)
+            self._since = [-_STAYS] * len(inputs)
         for slot, x in enumerate(inputs):
             if x.data_ptr() != self._held[slot].data_ptr():
                 self.changes += 1
                 self._held[slot] = x.detach()
-                if slot not in self._written:  # what is written comes back at the same address: it is a state
+                if slot not in self._written:  # a state comes back at the same address
                     self._since[slot] = self._calls
         self._calls += 1
 
     def settle(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors to record the program with, from this call on; those of an earlier record are let go."""
+        """Choose the tensors to record the program with, from this call on. Those of an earlier record are released."""
         self.changes += 1
         for slot, x in enumerate(inputs):
             if x.device.type != self._device_type:
@@ -69,8 +71,8 @@ class ArgumentMemory:
         return list(self._held)
 
     def _move(self, slot: int, x: Tensor) -> None:
-        """Use an argument where it is now, or in memory of its own if it did not stand long where it was."""
-        if self._calls - self._since[slot] >= _STANDS:
+        """Use an argument at its new address, or in memory of its own if it did not stay long at the old one."""
+        if self._calls - self._since[slot] >= _STAYS:
             self._held[slot] = x.detach()
         else:
             self._held[slot] = torch.empty_like(x)
@@ -78,7 +80,9 @@ class ArgumentMemory:
         self._since[slot] = self._calls
 
     def moved(self, inputs: Sequence[Tensor]) -> list[int]:
-        """The arguments for which the record is not right any more: in another place, or another value of the host."""
+        """Positions of the arguments for which the record no longer holds: at another address, or with another value on
+        the host.
+        """
         if [inputs[i].data_ptr() for i in self._in_place] == self._addresses:
             away = []
         else:
@@ -86,13 +90,13 @@ class ArgumentMemory:
         return away + [i for i in self._values if not _same_bits(inputs[i], self._held[i])]
 
     def load(self, inputs: Sequence[Tensor]) -> None:
-        """Bring a call's arguments to where the program reads them; before each replay."""
+        """Copy a call's arguments to where the program reads them, before each replay."""
         self._calls += 1
         for slot in self._own:
             self._held[slot].copy_(inputs[slot])
 
     def store(self, inputs: Sequence[Tensor]) -> None:
-        """Bring what the program has written to the caller's memory; after each replay."""
+        """Copy what the program has written to the caller's memory, after each replay."""
         for slot in self._own & self._written:
             inputs[slot].copy_(self._held[slot])
 

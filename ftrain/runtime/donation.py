@@ -1,4 +1,4 @@
-"""A donated leaf: its memory has gone to the step's result, and using it again is an error that names it."""
+"""Donated leaves: their memory belongs to the step's result, and using such a leaf is an error that names it."""
 
 import gc
 from collections.abc import Collection, Iterable
@@ -15,11 +15,11 @@ DONATED_PATH = "_donated_path"
 
 
 class DonatedTensor(Tensor):
-    """What a tensor object becomes when its memory was given to a step."""
+    """The class of a tensor object after its memory was given to a step."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse every use."""
+        """Refuse every use: ValueError that names the leaf."""
         given = torch.utils._pytree.tree_leaves((args, kwargs or {}))
         names = [path_of(a) for a in given if is_donated(a)]
         raise ValueError(
@@ -29,7 +29,7 @@ class DonatedTensor(Tensor):
 
 
 class DonatedDTensor(DTensor):
-    """What a DTensor object becomes when the memory of its piece was given to a step."""
+    """The class of a DTensor object after the memory of its piece was given to a step."""
 
     __slots__ = ()
     __torch_function__ = DonatedTensor.__torch_function__
@@ -41,17 +41,17 @@ class DonatedDTensor(DTensor):
 
 
 def is_donated(leaf: Any) -> bool:
-    """True for what was donated to a step."""
+    """True for a leaf that was donated to a step."""
     return isinstance(leaf, DonatedTensor | DonatedDTensor)
 
 
 def path_of(leaf: Any) -> str:
-    """The name that the leaf had in the arguments of the step that took it."""
+    """The path of a donated leaf in the arguments of the step that took it."""
     return leaf.__dict__.get(DONATED_PATH, "?")
 
 
 def give_away(leaves: list[Tensor], paths: list[str]) -> list[Tensor]:
-    """Return new tensors on the memory of the leaves and spoil the old objects. Every step pays this for each leaf."""
+    """New tensors on the memory of the leaves; the old objects are invalidated. Every step does this for each leaf."""
     fresh = [leaf.data for leaf in leaves]
     for leaf, path in zip(leaves, paths, strict=True):
         leaf.__dict__[DONATED_PATH] = path
@@ -59,14 +59,16 @@ def give_away(leaves: list[Tensor], paths: list[str]) -> list[Tensor]:
     return fresh
 
 
-def empty(spoiled: Iterable[Tensor]) -> None:
-    """Take their memory from donated leaves, which need it no more: so it counts as held by the new state alone."""
-    for leaf in spoiled:
+def empty(donated: Iterable[Tensor]) -> None:
+    """Release the memory of donated leaves, so that only the new state holds it."""
+    for leaf in donated:
         set_memory(leaf, _NOTHING)
 
 
 def empty_all_on(memory: Collection[int]) -> bool:
-    """`empty` all donated leaves anywhere that look at memory of these identities, a long search; True if any did."""
+    """Call `empty` on all donated leaves of the process that hold memory with these identities. A slow search through
+    all objects; returns True if it found any.
+    """
     with plain_functions():
         donated = [x for x in gc.get_objects() if type(x) is DonatedTensor]
         found = [x for x in donated if storage_id(x) in memory and references([x])[1].handles == [1]]

@@ -1,4 +1,4 @@
-"""An op that fails when it is run: the error says which line of the user's code it came from."""
+"""Errors inside a graph's program: their message gets the line of the user's code that the op came from."""
 
 import linecache
 
@@ -9,9 +9,9 @@ from ftrain.graph.text import op_name
 
 
 def name_line(error: Exception, module: fx.GraphModule) -> None:
-    """Add the user's line and the op to the message of an error that came out of a graph's program.
+    """Add the op and the user's line to the message of an error from a graph's program.
 
-    The error stays what it is; nothing is added where the node is not known.
+    The error keeps its class. Nothing is added where the node is not known.
     """
     node = failing_node(module, error.__traceback__)
     source = None if node is None else node.meta.get("source")

@@ -1,4 +1,4 @@
-"""Ways to run a graph: as Python over ATen, through Inductor, as a CUDA graph.
+"""Backends: a graph as Python over ATen, through Inductor, or as a CUDA graph.
 
 Each takes a graph and returns a function from the list of flat inputs to the list of flat outputs.
 """
@@ -22,7 +22,7 @@ Program = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def require_backend(backend: str) -> None:
-    """ValueError that names the backends for what is none."""
+    """ValueError that lists the backends, for a name that is none of them."""
     known = ("auto", "aten", "inductor", "cudagraph")
     if backend not in known:
         hint = "; to run a step eagerly: with ftrain.disable_jit()" if backend == "eager" else ""
@@ -30,7 +30,9 @@ def require_backend(backend: str) -> None:
 
 
 def choose(backend: str, device: torch.device) -> str:
-    """Resolve "auto": the interpreter of ATen ops on CPU, Inductor on CUDA."""
+    """Resolve "auto": "aten" on CPU, "inductor" on CUDA. ValueError for an unknown backend, and for "cudagraph" on a
+    device that is not CUDA.
+    """
     require_backend(backend)
     if backend == "cudagraph" and device.type != "cuda":
         raise ValueError(f"backend='cudagraph' needs arguments on a CUDA device; these are on {device}")
@@ -47,15 +49,19 @@ def compile_graph(
     checked: Callable[[LayoutCheck], None] = lambda _: None,
     arguments: ArgumentMemory | None = None,
 ) -> Program:
-    """Make the program; `module` is the graph in the form that runs (`pipeline.EXECUTED`), and becomes its own.
+    """Make the program of a graph in the form that runs (`pipeline.EXECUTED`); `module` is changed and must not be used
+    elsewhere.
 
-    The program calls `before_write` before it writes over an input of `LEAST_BYTES` or more: as late as it can. Its
-    first run compares real layouts with planned ones, and tells `checked` what it found. `arguments`: where a CUDA
-    graph is to keep its arguments.
+    - `backend`: resolved by `choose`.
+    - `before_write`: called as late as possible before the program writes over an input of `LEAST_BYTES` or more.
+    - `checked`: called once, after the first run, with the comparison of real and planned layouts.
+    - `arguments`: where a CUDA graph keeps its arguments.
+
+    ValueError for a graph that a CUDA graph cannot hold.
     """
     if backend != "aten":
         _compile_runs(module)
-    if backend == "cudagraph":  # in a record there are no calls
+    if backend == "cudagraph":  # a record holds no Python calls
         return _FirstRun(
             module,
             lambda: waiting(python_program(module), before_write),
@@ -67,7 +73,7 @@ def compile_graph(
 
 
 class _FirstRun:
-    """A program whose first run looks at the layouts of all results."""
+    """A program whose first run compares the layouts of all results with the plan."""
 
     def __init__(
         self,
@@ -76,7 +82,7 @@ class _FirstRun:
         later: Callable[[], Program],
         checked: Callable[[LayoutCheck], None],
     ) -> None:
-        """`first` and `later` make programs of the module as it then is."""
+        """`first` and `later` make programs of the module as it is when they are called."""
         self._first, self._later, self._checked = first, later, checked
         self._check = LayoutCheck(module)
         self._program: Program | None = None
@@ -92,7 +98,7 @@ class _FirstRun:
 
 
 def waiting(program: Program, before: Callable[[], None]) -> Program:
-    """The program, with a call of `before` first."""
+    """The program, with a call of `before` ahead of each run."""
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
         before()
@@ -113,7 +119,7 @@ def python_program(module: fx.GraphModule) -> Program:
 
 
 def _compile_runs(module: fx.GraphModule) -> None:
-    """Put what Inductor makes of each body of fused ops in its place; equal bodies are one and compiled once."""
+    """Replace each body of fused ops by what Inductor compiles; equal bodies are one submodule and compiled once."""
     done: set[str] = set()
     for node in module.graph.nodes:
         if is_loop(node):
@@ -140,7 +146,7 @@ def _call_before_writes(module: fx.GraphModule, function: Callable[[], None]) ->
 
 
 class _Compiled(torch.nn.Module):
-    """A compiled function in the place of a submodule."""
+    """A compiled function as a submodule."""
 
     def __init__(self, function: Callable) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Values of a step on their way to the host, so that the host may give the device the next step before it reads them.
+"""Values of a step on their way to the host, so that the host can issue the next step before it reads them.
 
     state, metrics = step(state, batch)
     coming = HostCopy(metrics)
     state, metrics = step(state, next_batch)
     loss = float(coming.read()["loss"])  # of the first step; the second is under way
 
-`float(metrics["loss"])` in the last line would wait for the second step too: a copy is queued behind all that the
-device was given before it.
+`float(metrics["loss"])` in the last line would wait for the second step too, since a copy is queued behind all work
+that the device was given before it.
 """
 
 from typing import Any
@@ -18,10 +18,16 @@ from ftrain import tree
 
 
 class HostCopy:
-    """A copy of the tensors of a tree as they are when the device comes to this point, whatever it is given later.
+    """A copy of the tensors of a tree, of any shapes and dtypes, with the values they have at this point of the
+    device's queue.
 
-    On CUDA the copies are queued here, into pinned memory, and nothing is waited for; the tensors may be written over
-    by what is queued after. Tensors on the host are taken as they are.
+    On CUDA the copies are queued into pinned memory and nothing waits; work that is queued later may overwrite the
+    tensors. Tensors on the host are not copied.
+
+    >>> import torch
+    >>> from ftrain.runtime.host_copy import HostCopy
+    >>> HostCopy({"loss": torch.tensor(2.5), "step": 3}).read()
+    {'loss': tensor(2.5000), 'step': 3}
     """
 
     def __init__(self, values: Any) -> None:
@@ -36,7 +42,7 @@ class HostCopy:
         return bool(self._copied)
 
     def read(self) -> Any:
-        """The tree with tensors on the host, for which it is waited, and for nothing that was queued later."""
+        """The tree with its tensors on the host. Waits for the copies, and for nothing that was queued later."""
         for event in self._copied:
             event.synchronize()
         return tree.unflatten(self._treedef, self._leaves)

@@ -1,6 +1,6 @@
-"""Run a graph node by node, bodies of loops included, on one rank or on all ranks of a mesh side by side.
+"""Run a graph node by node, bodies of loops included, on one rank or on all ranks of a mesh in lockstep.
 
-The profile and the hunt for NaNs are made of it.
+`ftrain.profile` and `ftrain.debug` are built on it.
 """
 
 from collections import defaultdict
@@ -18,14 +18,16 @@ from ftrain.sharding.mesh import Mesh
 
 
 class Iteration(NamedTuple):
-    """Inside of which loop, and in its how-manieth round (from 0) a node runs."""
+    """An iteration of an enclosing loop: the name of its node, and the number of the iteration, from 0."""
 
     loop: str
-    round: int
+    number: int
 
 
 class Op(NamedTuple):
-    """An op to compute: its node, the loops it is `inside` of (outermost first), and the values of its arguments."""
+    """An op to compute: its node, the loops that enclose it (`inside`, outermost first), and the values of its
+    arguments.
+    """
 
     node: fx.Node
     inside: tuple[Iteration, ...]
@@ -39,9 +41,11 @@ Walk = Generator[Op, Any, list[Any]]
 
 
 def interpret(module: fx.GraphModule, inputs: Sequence[Tensor], visit: Visit) -> list[Any]:
-    """Run the graph; `visit(node, iterations, args, kwargs)` computes the value of every op and returns it.
+    """Run the graph on its flat inputs and return its flat outputs.
 
-    `iterations` says which loops the node is inside of, outermost first. Values are dropped after their last use.
+    `visit(node, iterations, args, kwargs)` computes the value of every op and returns it; `iterations` are the loops
+    that enclose the node, outermost first. Values are dropped after their last use. AssertionError for a graph without
+    output.
     """
     with torch.no_grad(), below_autograd():
         walk, value = _walk(module, inputs, ()), None
@@ -54,9 +58,10 @@ def interpret(module: fx.GraphModule, inputs: Sequence[Tensor], visit: Visit) ->
 
 
 def interpret_ranks(module: fx.GraphModule, ranks: Sequence[Sequence[Tensor]], mesh: Mesh, look: Look) -> None:
-    """Run the graph for all ranks of a virtual mesh, each node on every rank before the next one.
+    """Run the graph for all ranks of a virtual mesh, each node on every rank before the next node.
 
-    `look(ops, values)` is called after each node, with an op and a value for each rank.
+    `ranks`: the flat inputs of each rank. `look(ops, values)` is called after each node, with one op and one value per
+    rank. RuntimeError if ranks stand at different collectives; AssertionError for a graph without output.
     """
     groups = GroupTable(mesh)
     with torch.no_grad(), below_autograd():
@@ -77,7 +82,7 @@ def _of_all_ranks(ops: Sequence[Op], groups: GroupTable) -> list[Any]:
 
 
 def _advance(walks: Sequence[Walk], values: Sequence[Any]) -> list[Op]:
-    """The next op of every rank; none at the end, which all ranks come to together."""
+    """The next op of every rank; empty at the end, which all ranks reach together."""
     found = []
     for walk, value in zip(walks, values, strict=True):
         try:
@@ -112,7 +117,7 @@ def _walk(module: fx.GraphModule, inputs: Sequence[Any], inside: tuple[Iteration
 
 
 def _dropped_after(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node those that it is the last to read (itself if nobody reads it)."""
+    """For each node, the nodes of which it is the last reader (itself if nobody reads it)."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         last[node] = node

@@ -1,8 +1,8 @@
-"""All ranks of a mesh in one process: the graph is run for every rank in turn, from one collective to the next.
+"""All ranks of a mesh in one process: the graph runs for every rank in turn, from one collective to the next.
 
 The graph's Python becomes a generator that yields at each collective. The driver advances the generators of all ranks
-to their next yield, does the exchange on their tensors, and hands each its part. Nothing else of the graph changes, so
-what is tested is what runs. Sums over ranks are made in the order of the group.
+to their next yield, exchanges their tensors, and sends each rank its part. Nothing else of the graph changes, so tests
+run the same code as processes do. Sums over ranks are computed in the order of the group.
 """
 
 import functools
@@ -23,16 +23,18 @@ RankGenerator = Generator["Request", Any, list[Tensor]]
 
 
 class Request(NamedTuple):
-    """A collective that a rank stands at: the op's name and its arguments."""
+    """A collective that a rank waits at: the op's name and its arguments."""
 
     op: str
     args: tuple
 
 
 def lockstep_program(module: fx.GraphModule, mesh: Mesh) -> Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]:
-    """A function from the flat inputs of every rank to the flat outputs of every rank.
+    """The graph `module` for all ranks of a mesh: a function from the flat inputs of every rank to the flat outputs of
+    every rank.
 
-    RuntimeError if ranks stand at different collectives, which a pass that depends on the rank would cause.
+    The function raises a RuntimeError if ranks stand at different collectives, which a pass that depends on the rank
+    would cause.
     """
     start = _generator_of(module)
     groups = GroupTable(mesh)
@@ -64,7 +66,12 @@ def _drive(ranks: list[RankGenerator], groups: "GroupTable") -> list[list[Tensor
 
 
 def exchange(requests: list[Request | None], groups: "GroupTable") -> list[Any]:
-    """What each rank gets from the collective that all ranks stand at."""
+    """The result for each rank of the collective at which all ranks stand. `requests`: one per rank, None for a rank
+    that has ended. `groups`: of the mesh.
+
+    RuntimeError if they stand at different ones, or some have ended. ValueError for an all_reduce other than sum, max
+    and min.
+    """
     ops = {None if r is None else (r.op, r.args[-1]) for r in requests}
     if len(ops) != 1 or None in ops:
         raise RuntimeError(f"ranks stand at different collectives: {sorted(map(str, ops))}")
@@ -78,13 +85,14 @@ def exchange(requests: list[Request | None], groups: "GroupTable") -> list[Any]:
 
 
 class GroupTable:
-    """From the name of a group, as graphs have it, to the members of all groups of that name."""
+    """From the name of a process group in graphs to the ranks of all groups of that name."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._found: dict[str, tuple[tuple[int, ...], ...]] = {}
 
     def members(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each group of this name, in the order of the group."""
         if name not in self._found:
             self._found[name] = self._mesh.members(*axes_of_group(name))
         return self._found[name]
@@ -155,7 +163,7 @@ _EXCHANGES: dict[str, Callable[[list[tuple]], list[Tensor]]] = {
 
 
 def _generator_of(module: fx.GraphModule) -> Callable[..., RankGenerator]:
-    """The graph's function with a yield at each collective and each loop."""
+    """The graph's function as a generator, with a yield at each collective and each loop."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     own = SimpleNamespace(**{str(n.target): getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"})
@@ -180,7 +188,7 @@ def _generator_of(module: fx.GraphModule) -> Callable[..., RankGenerator]:
 
 
 def _name(source: Any, target: Callable) -> str:
-    """What the generated source calls a function of this file; a name that never occurs if it does not."""
+    """The name of a function of this file in the generated source; a name that never occurs if it is not used there."""
     return next((name for name, value in source.globals.items() if value is target), "\0")
 
 
@@ -193,7 +201,7 @@ def _yield_loop(*args: Any, **kwargs: Any) -> Any:
 
 
 def _done(x: Tensor) -> Tensor:
-    """A wait: in lockstep the exchange is over when it is handed out."""
+    """A wait: in lockstep the exchange has finished when its result arrives."""
     return x
 
 
@@ -210,7 +218,7 @@ def _lockstep_loop(
     *,
     copy: list[bool] | None = None,
 ) -> Generator[Request, Any, list[Tensor]]:
-    """As `run_loop`, in lockstep with the other ranks."""
+    """`run_loop` in lockstep with the other ranks."""
     carry = [c.clone() if must else c for c, must in zip(carry, copy or [True] * len(carry), strict=True)]
     for i in range(n):
         carry = list((yield from body(*carry, *[x[i] for x in xs], *consts)))

@@ -1,4 +1,4 @@
-"""A run that lost a rank: which rank, and at which collective the others stood."""
+"""A run that lost a rank: which rank, and at which collective the others stand."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +15,11 @@ from ftrain.sharding.heartbeat import Heartbeat
 
 @contextmanager
 def naming_lost_ranks(running: Callable[[], fx.GraphModule], heartbeat: Heartbeat | None) -> Iterator[None]:
-    """Within the block an error of torch.distributed is raised again, naming the collective and the silent ranks.
+    """Within the block an error of torch.distributed at a collective becomes a RuntimeError that names the collective,
+    the ranks that no longer answer, and the cause.
 
-    `running`: gives the graph whose program is run in the block.
+    `running`: returns the graph whose program runs in the block. `heartbeat`: tells which ranks answer. Other errors
+    pass unchanged.
     """
     try:
         yield
@@ -34,7 +36,7 @@ def naming_lost_ranks(running: Callable[[], fx.GraphModule], heartbeat: Heartbea
 
 
 def failing_collective(graph: fx.GraphModule, trace: TracebackType | None) -> fx.Node | None:
-    """The collective of the graph whose line in the generated code the error went through."""
+    """The collective of `graph` at which an error with this traceback was raised; None if it was none."""
     found = failing_node(graph, trace)
     if found is not None and found.target is WAIT:
         found = found.all_input_nodes[0]
@@ -42,7 +44,7 @@ def failing_collective(graph: fx.GraphModule, trace: TracebackType | None) -> fx
 
 
 def describe(node: fx.Node) -> str:
-    """A collective in words: kind, purpose, parameter path, axes, source line."""
+    """A collective in words: kind, purpose, axes, parameter path, source line."""
     meta = node.meta
     axes = " x ".join(axes_of_group(str(node.args[-1])))
     parts = [COLLECTIVES[node.target], f"({meta.get('purpose') or 'no purpose'})", f"over {axes}"]

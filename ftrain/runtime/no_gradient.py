@@ -1,4 +1,4 @@
-"""Results of a step that cannot be differentiated from outside, and say so instead of leaving a gradient out."""
+"""Results of a step refuse to be differentiated from outside, so that no gradient is silently left out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +8,13 @@ from torch import Tensor
 
 
 def refusing(results: Sequence[Tensor], name: str) -> list[Tensor]:
-    """The same tensors, of which the floating ones want a gradient and whose backward is a ValueError.
+    """The same tensors, of any shapes; those of floating dtype require a gradient, and their backward raises a
+    ValueError.
 
-    For results of arguments that want gradients: without a history they would be constants to `loss.backward()`, and in
-    a sum with another loss nobody would notice.
+    Used where arguments require gradients. Results without a history would be constants for `loss.backward()`, and in a
+    sum with another loss nobody would notice. `name`: of the step, for the message.
     """
-    # The only thing behind the results, so that a state that goes round in steps drags no history along.
+    # The only history of the results, so that a state which runs through many steps does not accumulate any.
     anchor = torch.zeros((), requires_grad=True)
     return [_Refusing.apply(x, anchor, name) if x.is_floating_point() else x for x in results]
 

@@ -1,4 +1,4 @@
-"""What of a graph a CUDA graph cannot hold: it replays what the card did, and nothing that the host did."""
+"""What a CUDA graph cannot hold: it replays the work of the device, and nothing that the host did."""
 
 from collections.abc import Iterator
 
@@ -13,16 +13,17 @@ _ADVICE = "take backend='inductor'"
 
 
 def require_recordable(module: fx.GraphModule) -> None:
-    """ValueError for the first node that makes the host wait for the card or copy what it has, before anything runs.
+    """ValueError for the first node that makes the host wait for the device or copies between them; checked before
+    anything runs.
 
-    Ops whose insides are hidden may wait all the same; a capture finds these.
+    Opaque ops may wait all the same; the capture finds these.
     """
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     for slot in sorted(written_inputs(module)):
         if _device(given[slot]) == "cpu":
             raise ValueError(
                 f"backend='cudagraph': leaf {given[slot].meta.get('path', given[slot].name)!r} is on the CPU and the "
-                f"step writes its new value over it, which a replay would not do: move it to the card, or {_ADVICE}"
+                f"step writes its new value over it, which a replay would not do: move it to the GPU, or {_ADVICE}"
             )
     for node in _all_nodes(module):
         reason = _reason(node)
@@ -31,7 +32,7 @@ def require_recordable(module: fx.GraphModule) -> None:
 
 
 def described(node: fx.Node) -> str:
-    """The node's op, parameter path and source line, those that are known."""
+    """A node's op, parameter path and source line, those that are known."""
     path, source = node.meta.get("path"), short_source(node.meta.get("source"))
     return f"{op_name(node) or node.op} ({node.name}{f', {path}' if path else ''}){f' at {source}' if source else ''}"
 
@@ -48,16 +49,16 @@ def _reason(node: fx.Node) -> str:
         return ""
     given = {_device(n) for n in node.all_input_nodes}
     if node.target is torch.ops.aten._local_scalar_dense.default and given != {"cpu"}:
-        return "makes the host wait for a number of the card"
+        return "makes the host wait for a number from the GPU"
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ""
     if any(not isinstance(size, int) for size in value.shape):
         return f"has a size that depends on data ({tuple(value.shape)}), for which the host waits"
     if value.device.type == "cpu" and "cuda" in given:
-        return "copies from the card to the CPU"
+        return "copies from the GPU to the CPU"
     if value.device.type == "cuda" and node.target is torch.ops.aten._to_copy.default and given == {"cpu"}:
-        return "copies from the CPU to the card: give the step a tensor that is on the card"
+        return "copies from the CPU to the GPU: give the step a tensor that is on the GPU"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Memory that a step writes over must be looked at by one leaf alone; asked at every call, for leaves change."""
+"""Memory that a step writes over must belong to one leaf alone. This is checked at every call, since leaves change."""
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +10,9 @@ from ftrain.graph.torch_private import addresses_equal
 
 
 class _Span(NamedTuple):
-    """The bytes that a tensor looks at, and which it is: a slot of the arguments, or -1 - the number of a captured."""
+    """The bytes that a tensor covers, and which tensor it is: its position in the arguments, or -1 - the number of a
+    captured one.
+    """
 
     start: int
     end: int
@@ -23,11 +25,13 @@ _NOTHING = _Span(-1, -1, 0)
 class SharedMemory:
     """Looks for other tensors on the memory of donated leaves.
 
-    In the steady state every leaf but the batch is where it was, and a comparison of addresses says so.
+    In the steady state every leaf except the batch is at its old address, and a comparison of addresses is enough.
     """
 
     def __init__(self, paths: Sequence[str], donated: Collection[int], captured: Mapping[str, Tensor]) -> None:
-        """`paths` name the leaves, `donated` are the positions of those written over; `captured` have names too."""
+        """`paths`: of the leaves; `donated`: positions of those written over. `captured`: tensors that the step
+        captures, by name.
+        """
         self._paths, self._donated = paths, frozenset(donated)
         self._slots = sorted(self._donated)
         self._others = [slot for slot in range(len(paths)) if slot not in self._donated]
@@ -36,9 +40,9 @@ class SharedMemory:
         self._written: list[_Span] = []
 
     def require_none(self, leaves: Sequence[Tensor], *, contiguous: bool) -> None:
-        """ValueError that names two tensors on the same memory of which the step writes over one.
+        """ValueError that names two tensors on the same memory, of which the step writes over one.
 
-        `contiguous`: all leaves are known to be.
+        `leaves`: of any shapes. `contiguous`: all of them are known to be contiguous.
         """
         if contiguous and self._last and addresses_equal(leaves, self._last, self._slots):
             moved = [i for i in self._others if leaves[i].data_ptr() != self._last[i]]
@@ -63,7 +67,7 @@ class SharedMemory:
         self._written = [s for s in spans if s.slot in self._donated]
 
     def _look_at(self, spans: Iterable[_Span]) -> None:
-        """Compare tensors that are not written over with those that are, which stand where they stood."""
+        """Compare tensors that are not written over with those that are, which are at their old addresses."""
         for span in spans:
             at = bisect_right(self._written, span.end - 1, key=_start)
             if at and self._written[at - 1].end > span.start:

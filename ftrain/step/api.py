@@ -1,4 +1,4 @@
-"""A jitted function: a pure step, traced once per shapes into one graph, then run."""
+"""A jitted function: a pure step that is traced once per kind of arguments into one graph, then run."""
 
 import functools
 import inspect
@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.remat.policy import Remat
-from ftrain.runtime.borrow import taken_back
+from ftrain.runtime.borrow import plain_leaves
 from ftrain.runtime.execute import require_backend
 from ftrain.sharding.plan import Plan
 from ftrain.step.artifact import Compiled
 from ftrain.step.compile import name_of
 from ftrain.step.deferred_plan import DeferredPlan, require_batch
-from ftrain.step.plan_source import Chooser
+from ftrain.step.plan_source import PlanSource
 from ftrain.step.runner import Runner
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options, TraceCache
@@ -33,7 +33,18 @@ _disabled: ContextVar[bool] = ContextVar("ftrain_disable_jit", default=False)
 
 @contextmanager
 def disable_jit() -> Iterator[None]:
-    """Within the block jitted steps run eagerly, op by op, for a debugger; nothing is donated."""
+    """Within the block jitted steps run eagerly, op by op, for a debugger. Nothing is donated.
+
+    A step with a plan of several processes raises a ValueError when it is called in the block: without jit it would see
+    the pieces of one process.
+
+    >>> import torch, ftrain
+    >>> step = ftrain.jit(lambda x: print("in Python") or x + 1)
+    >>> with ftrain.disable_jit():
+    ...     step(torch.zeros(2))
+    in Python
+    tensor([1., 1.])
+    """
     token = _disabled.set(True)
     try:
         yield
@@ -48,12 +59,17 @@ def make_step(
     backend: str = "auto",
     remat: Remat | str | None = None,
     precision: Precision | str | torch.dtype | None = None,
-    plan: Plan | Chooser | None = None,
+    plan: Plan | PlanSource | None = None,
     specs: Any = None,
     batch: str = "batch",
     overlap: bool = True,
 ) -> "Step":
-    """A jitted function; the arguments are those of `ftrain.jit`, but a plan is one, or comes from an object."""
+    """`fn` as a jitted function.
+
+    The other arguments are those of `ftrain.jit`, except for `plan`: a `Plan`, an object whose `choose` returns one
+    (see `PlanSource`), or None for a single rank. ValueError for an unknown backend, for `donate` that names no
+    argument, and for a plan of several ranks where no argument is called `batch`.
+    """
     require_backend(backend)
     given = None if remat is None else Remat.of(remat)
     options = Options(_position(fn, donate), backend, given or Remat(), Precision.of(precision))
@@ -74,7 +90,7 @@ def _position(fn: Callable, donate: str | None) -> int | None:
 
 
 class Step:
-    """A jitted function: call it, or `lower` it to look at what a call would run."""
+    """A jitted function, made by `ftrain.jit`: call it, or `lower` it to look at what a call would run."""
 
     def __init__(
         self,
@@ -84,7 +100,9 @@ class Step:
         sharded: ShardedStep | None = None,
         deferred: DeferredPlan | None = None,
     ) -> None:
-        """`deferred`: a plan that is chosen when the step is first used."""
+        """`fn` with the options of `ftrain.jit`; `sharded`: its plan; `deferred`: a plan that is chosen when the step
+        is first used.
+        """
         functools.update_wrapper(self, fn)
         self._fn = fn
         self._parameters = _positional_names(fn)
@@ -92,7 +110,12 @@ class Step:
         self._placed, self._deferred = sharded, deferred
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the step on real tensors."""
+        """Run the step on real tensors and return the tree that the function returns.
+
+        Inside `disable_jit`, a transform of `torch.func` or another trace the plain function is called. ValueError for
+        an argument that does not exist, for a leaf that was donated to an earlier call or holds no data, and for all
+        that a trace refuses, with the user's line.
+        """
         args = _bound(self._fn, self._parameters, args, kwargs)
         if _disabled.get() or inside_transform_or_trace():
             return _plain(self._fn, args, self._placed, self._traces.options.precision)
@@ -100,9 +123,9 @@ class Step:
         leaves, treedef = tree.flatten(args)
         runner, around = self._traces.latest, self._traces.around()
         if runner is not None and sharded is None and runner.compiled.signature.matches_fast(leaves, treedef, around):
-            return runner.run(leaves, known=True)
+            return runner.run(leaves, guard_passed=True)
         if runner is not None and sharded is not None:
-            inputs = sharded.known(runner, leaves, treedef, around)
+            inputs = sharded.matches_fast(runner, leaves, treedef, around)
             if inputs is not None:
                 return sharded.run(runner, leaves, treedef, inputs)
         return self._run(args, leaves, treedef, sharded, around)
@@ -110,33 +133,45 @@ class Step:
     def _run(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None, around: tuple) -> Any:
         """A call whose arguments need a closer look."""
         runner = self._traces.latest
-        with taken_back(leaves) as loans:
+        with plain_leaves(leaves) as borrows:
             matches = runner is not None and sharded is None
             if runner is None or not matches or not runner.compiled.signature.matches(leaves, treedef, around):
                 runner = self._traces.latest = self._traces.find(args, leaves, treedef, sharded)
-            runner.expect(loans)
+            runner.wait_for(borrows)
             return runner.run(leaves) if sharded is None else sharded.run(runner, leaves, treedef)
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
-        """Trace and plan for these arguments without running; leaves may be `Aval`s, meta or fake tensors."""
+        """Trace and plan for these arguments without running. Leaves may be real tensors, `ftrain.Aval`s, meta or fake
+        tensors: shapes, dtypes and devices are enough. ValueError as for a call.
+
+        >>> import torch, ftrain
+        >>> step = ftrain.jit(lambda w, x: (w @ x).sum())
+        >>> compiled = step.lower(torch.empty(512, 256, device="meta"), torch.empty(256, 64, device="meta"))
+        >>> compiled.cost().flops >= 2 * 512 * 256 * 64
+        True
+        """
         return self.runner(*args, **kwargs).compiled
 
     def runner(self, *args: Any, **kwargs: Any) -> Runner:
-        """What a call with these arguments would run; made without running it, as by `lower`."""
+        """The `Runner` that a call with these arguments would use. It is made without running it; arguments and errors
+        as for `lower`, with ValueError for an argument that does not exist.
+        """
         args = _bound(self._fn, self._parameters, args, kwargs)
         return self._traces.find(args, *tree.flatten(args), self._layout(args))
 
     def choose(self, *args: Any, **kwargs: Any) -> Plan | None:
-        """Choose a plan that was given by name now, and return it: None is a single rank.
+        """Choose the plan now, if the step was given one by name, and return it; None stands for a single rank.
 
-        "auto" searches by the shapes of these arguments: those of the whole mesh, whose leaves may be `Aval`s or meta
-        tensors. A plan that is there already stays. ValueError where no layout fits.
+        `plan="auto"` searches by the shapes of these arguments: those of the whole mesh, whose leaves may be `Aval`s or
+        meta tensors. A plan that was chosen before stays. ValueError where no layout fits.
         """
         sharded = self._layout(_bound(self._fn, self._parameters, args, kwargs) or None, whole=True)
         return None if sharded is None else sharded.plan
 
     def flat_inputs(self, *args: Any) -> list[Tensor]:
-        """The inputs of this process's graph for a call's arguments, with copies of those that the step writes over."""
+        """The flat inputs of this process's graph for a call's arguments, with copies of those that the step writes
+        over. ValueError on a mesh that is not of processes.
+        """
         leaves, sharded, runner = tree.leaves(args), self._layout(args), self.runner(*args)
         if sharded is not None:
             leaves = sharded.flat_inputs(runner, leaves)
@@ -145,7 +180,10 @@ class Step:
         return [x.clone() if i in donated else x.contiguous() for i, x in enumerate(arrays)]
 
     def rank_inputs(self, *args: Any) -> list[list[Tensor]]:
-        """As `flat_inputs`, for each rank that this process runs: all of a virtual mesh, elsewhere one."""
+        """The flat inputs of the graph of each rank that this process runs: all ranks of a virtual mesh, elsewhere one.
+
+        Inputs that the step writes over are copies. ValueError on a fake mesh.
+        """
         sharded = self._layout(args)
         if sharded is None or sharded.plan.mesh.kind != "virtual":
             return [self.flat_inputs(*args)]
@@ -154,17 +192,28 @@ class Step:
         return sharded.arguments.divided(paths, tree.leaves(args))
 
     def init(self, fn: Callable, *args: Any) -> Any:
-        """Create a state: `fn(*args)` run as a graph, so that each leaf is made on its own and nothing else is kept.
+        """Create a state by running `fn(*args)` as a graph. Each leaf is computed by itself, so nothing else stays in
+        memory.
 
-        On a mesh each rank makes its own pieces of the parameters, and no rank ever holds the whole.
+        On a mesh each rank makes its own pieces of the parameters, and no rank ever holds a whole one. Returns the tree
+        that `fn` returns: on a mesh of processes with DTensors, elsewhere with whole tensors.
+
+        >>> import ftrain
+        >>> from ftrain.modules.spec import ParamSpec, fan_in
+        >>> specs = {"w": ParamSpec((4, 8), ("embed", "mlp"), fan_in(4))}
+        >>> step = ftrain.jit(lambda params, x: x @ params["w"])
+        >>> params = step.init(lambda key: ftrain.init(specs, key), ftrain.key(0))
+        >>> params["w"].shape
+        torch.Size([4, 8])
         """
         options = Options(donate=None, backend="aten", remat=Remat.of("none"), precision=None)
         return Step(fn, options, sharded=self._layout(None))(*args)
 
     def shard(self, state: Any, *, name: str = "state") -> Any:
-        """What this process holds of a whole state that is equal on all processes; elsewhere the state itself.
+        """The pieces that this process holds of a whole state, as DTensors; elsewhere than on a mesh of processes the
+        state itself.
 
-        `name`: of the argument that the state is for.
+        The state must be equal on all processes. `name`: the argument that the state is for, which begins its paths.
         """
         sharded = self._layout(None)
         if sharded is None:
@@ -173,8 +222,11 @@ class Step:
         return tree.unflatten(treedef, sharded.arrays.shard(argument_paths((state,), [name]), leaves))
 
     def abstract(self, state: Any, *, name: str = "state", device: torch.device | str = "cpu") -> Any:
-        """What this process holds of a state on `device`, without memory, to restore a checkpoint into: DTensors on a
-        mesh of processes, elsewhere the state itself. `state`: whole leaves, of shapes alone (meta tensors).
+        """What this process holds of a state, without memory, to restore a checkpoint into: DTensors around meta
+        tensors on a mesh of processes, elsewhere the state itself.
+
+        `state`: whole leaves, of shapes alone (meta tensors). `name`: the argument that the state is for. `device`:
+        where the restored leaves are to be.
         """
         sharded = self._layout(None)
         if sharded is None:
@@ -184,12 +236,22 @@ class Step:
         return tree.unflatten(treedef, sharded.arrays.abstract(paths, leaves, torch.device(device).type))
 
     def whole(self, state: Any) -> Any:
-        """The state with whole tensors on every process, gathered; elsewhere the state itself."""
+        """The state with whole tensors on every process; elsewhere than on a mesh of processes the state itself. All
+        processes call this together, since pieces are gathered.
+        """
         return tree.map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state)
 
     def share(self, batch: Any) -> Any:
-        """What this process is given of a whole mesh's batch (see `ftrain.sharding.batch`); elsewhere the batch
-        itself.
+        """This process's share of the whole mesh's batch, divided by the rules of the plan (see
+        `ftrain.sharding.batch`).
+
+        Elsewhere than on a mesh of processes it is the batch itself: there one call takes the whole batch. ValueError
+        for a leaf that does not divide, and for a document that would be cut in two.
+
+        >>> import torch, ftrain
+        >>> batch = {"tokens": torch.arange(8)}
+        >>> ftrain.jit(lambda batch: batch["tokens"].sum()).share(batch) is batch
+        True
         """
         sharded = self._layout(None)
         if sharded is None:
@@ -199,11 +261,13 @@ class Step:
 
     @property
     def traces(self) -> int:
-        """How many traces of the function are held: one for each kind of arguments, 8 at most."""
+        """How many traces of the function are held: one for each kind of arguments, at most 8."""
         return len(self._traces)
 
     def _layout(self, args: tuple | None, *, whole: bool = False) -> ShardedStep | None:
-        """The plan at work. One that is given by name is chosen now; `args`: those of a call, if there are any."""
+        """The plan in use. A plan given by name is chosen now. `args`: those of a call, None if there is none; `whole`:
+        they are those of the whole mesh.
+        """
         deferred = self._deferred
         if deferred is not None:
             names = self._parameters if args is None else self._parameters[: len(args)]

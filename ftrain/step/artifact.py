@@ -1,4 +1,4 @@
-"""A step made ready for given shapes: the graph after its passes, and what can be said of it before it runs."""
+"""A compiled step: the graph after its passes, and what is known about it before it runs (memory, cost, schedule)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from ftrain.analysis.liveness import MemoryPlan, plan_memory
 from ftrain.analysis.op_times import OpTimes
 from ftrain.graph.loop import copy_graph
 from ftrain.passes.overlap import Schedule, simulate_schedule
-from ftrain.remat.fit import book_table, decisions
+from ftrain.remat.fit import decision_table, decisions
 from ftrain.report.graph_text import graph_text
 from ftrain.report.step_data import StepData
 from ftrain.report.step_page import write_report
@@ -27,12 +27,15 @@ from ftrain.trace.tracer import Traced
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """What a trace and the passes yield; a `Runner` runs it.
+    """What a trace and the passes yield; `Step.lower` returns it, a `Runner` runs it.
 
-    `graph`: after all passes but those that bring it to the form that runs (see `executed`). `setting`: what the passes
-    were told. `signature`: the arguments it is for. `donation`: the leaves that the new state is written over.
-    `placements`: on a mesh, where the pieces of each result are. `passes`: what each did. `again(remat=...,
-    observe=...)`: the same step made ready again.
+    - `name`: of the function. `traced`: the trace.
+    - `graph`: after all passes but those that bring it to the form that runs (see `executed`).
+    - `setting`: what the passes were told. `passes`: what each of them did.
+    - `signature`: the arguments it is for. `donation`: the leaves that the new state is written over.
+    - `placements`: on a mesh, where the pieces of each result are.
+    - `seconds_to_compile`: of the trace and the passes.
+    - `recompile(remat=..., observe=...)`: traces and plans the same step anew, with these options changed.
     """
 
     name: str
@@ -44,28 +47,42 @@ class Compiled:
     placements: Sequence[Placement]
     passes: Sequence[PassRun]
     seconds_to_compile: float
-    again: Callable[..., "Compiled"] = field(repr=False)
+    recompile: Callable[..., "Compiled"] = field(repr=False)
     _forms: dict[str, fx.GraphModule] = field(default_factory=dict, repr=False)
 
     @property
     def donated_leaves(self) -> list[int]:
-        """Which leaves of the arguments the step writes its new state over."""
+        """Positions of the argument leaves that the step writes its new state over."""
         return [self.signature.slots[slot] for slot in self.donation.slots]
 
     def memory(self) -> MemoryPlan:
-        """Bytes alive over the run, the peak, and what is alive then; on CUDA also what is reserved for it."""
+        """The memory plan: bytes alive over the run, the peak, and what is alive at it. On CUDA also the bytes that the
+        allocator reserves for it.
+
+        >>> import torch, ftrain
+        >>> plan = ftrain.jit(lambda x: (x * 2).sum()).lower(torch.zeros(1024)).memory()
+        >>> plan.inputs, plan.peak >= 4096  # 1,024 float32 values in, as many in between
+        (4096, True)
+        """
         plan = plan_memory(self.executed, round_to=self.setting.granularity)
         if self.setting.device.type != "cuda":
             return plan
         return replace(plan, libraries=CUBLAS_WORKSPACE, reserved_share=reserved_over_allocated())
 
     def cost(self) -> Cost:
-        """FLOPs and bytes per node, and in all."""
+        """FLOPs, and bytes read and written, of each node and in all.
+
+        >>> import torch, ftrain
+        >>> ftrain.jit(lambda a, b: a @ b).lower(torch.zeros(4, 8), torch.zeros(8, 2)).cost().flops  # 2 x 4 x 8 x 2
+        128
+        """
         return graph_cost(self.graph)
 
     @property
     def executed(self) -> fx.GraphModule:
-        """The graph as it runs: writes in place; under a compiler, what it may fuse as one node each."""
+        """The graph as it runs: with writes in place, and under a compiler with each run of ops that it fuses as one
+        node.
+        """
         return self._form("executed", EXECUTED, self.setting)
 
     @property
@@ -79,17 +96,28 @@ class Compiled:
         return self._forms[name]
 
     def forget_forms(self) -> None:
-        """The graph has been mended: make `executed` and `interpreted` anew when they are asked for."""
+        """Compute `executed` and `interpreted` anew when they are next asked for: the graph was repaired."""
         self._forms.clear()
 
     def as_text(self) -> str:
-        """The graph, a line per node: name, type, op, and where it comes from."""
+        """The graph as text, a line per node: name, type, op and arguments, then phase, parameter path, source line and
+        the bytes alive.
+
+        >>> import torch, ftrain
+        >>> print(ftrain.jit(lambda x: x.relu()).lower(torch.zeros(3)).as_text().splitlines()[0])
+        x: float32[3]...
+        """
         return graph_text(self.executed)
 
     def report(self, file: str | Path, *, title: str = "") -> Path:
-        """Write an HTML page about the step: totals, memory over time, costs, the graph.
+        """Write an HTML page about the step: totals, memory over time, costs, the graph. Returns the path of the file.
 
-        `title` is what stands over it, such as the model and the run; without one it is the step's name.
+        `file`: missing folders are made. `title`: the heading, such as the model and the run; default: the step's name.
+
+        >>> import tempfile, torch, ftrain
+        >>> compiled = ftrain.jit(lambda x: x.relu()).lower(torch.zeros(3))
+        >>> compiled.report(f"{tempfile.mkdtemp()}/step.html").name
+        'step.html'
         """
         return write_report(self.data(), Path(file), title=title)
 
@@ -107,27 +135,49 @@ class Compiled:
             device=self.setting.device,
             alone=mesh is None or mesh.kind != "process" or mesh.size == 1,
             seconds_to_compile=self.seconds_to_compile,
-            again=lambda remat: self.again(remat=remat).data(),
+            recompile=lambda remat: self.recompile(remat=remat).data(),
         )
 
     def schedule(self, link: Link | None = None) -> Schedule:
-        """When each collective starts and ends, what it overlaps, and how long compute waits for it, on paper."""
+        """The simulated schedule: when each collective starts and ends, what it overlaps, and the microseconds that
+        compute waits for it.
+
+        `link`: default the plan's. Empty without a mesh.
+
+        >>> import torch, ftrain
+        >>> ftrain.jit(lambda x: x.relu()).lower(torch.zeros(3)).schedule().flights
+        []
+        """
         mesh, times = self.setting.mesh, OpTimes.on(self.setting.device)
         if mesh is None:
             return Schedule([], 0.0, 0.0, 0.0)
         return simulate_schedule(self.graph, mesh, times=times, link=link or self.setting.link)
 
     def bytes_moved(self) -> Mapping[str, int]:
-        """Bytes that a rank sends in one step, by purpose."""
+        """Bytes that a rank sends in one step, by purpose (`fsdp_gather`, `ulysses`, ...); empty without a mesh.
+
+        >>> import torch, ftrain
+        >>> ftrain.jit(lambda x: x.relu()).lower(torch.zeros(3)).bytes_moved()
+        {}
+        """
         return {} if self.setting.mesh is None else bytes_moved(self.graph, self.setting.mesh)
 
     def remat_table(self) -> str:
-        """What was decided on recompute: each tensor that the backward needs, its MB, microseconds, their ratio, and
-        whether it is kept; a sentence for a step without a budget.
+        """What was decided about recompute, as text: each tensor that the backward needs, its MB, microseconds,
+        microseconds per MB, and whether it is kept. One sentence for a step without a budget.
+
+        >>> import torch, ftrain
+        >>> ftrain.jit(lambda x: x.relu()).lower(torch.zeros(3)).remat_table()
+        'nothing is recomputed for a budget (see Remat)'
         """
         rows = decisions(self.graph)
-        return book_table(rows) if rows else "nothing is recomputed for a budget (see Remat)"
+        return decision_table(rows) if rows else "nothing is recomputed for a budget (see Remat)"
 
     def pass_table(self) -> str:
-        """What each pass did: milliseconds, ops that there are more and fewer of, whether nodes changed places."""
+        """What each pass did, a line per pass: milliseconds, ops added and removed, and whether nodes were reordered.
+
+        >>> import torch, ftrain
+        >>> print(ftrain.jit(lambda x: x.relu()).lower(torch.zeros(3)).pass_table())
+        join_waits ... ms ...
+        """
         return pass_table(self.passes)

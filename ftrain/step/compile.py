@@ -1,4 +1,4 @@
-"""From a pure function to a step that is ready to run: trace, then the passes."""
+"""From a pure function to a compiled step: trace, then run the passes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -39,14 +39,20 @@ def compile_step(
     hide_communication: bool = True,
     observe: Observe | None = None,
 ) -> Compiled:
-    """Trace `fn(*args)`, of arguments with these names, and run the passes.
+    """Trace `fn(*args)` and run the passes.
 
-    `around`: what lies around the call (`TraceCache.around`). `donate`: which argument the new state is written over.
-    `settle`: on a mesh, what finishes the trace for a rank and tells where each result's pieces are. `observe`: see
-    `ftrain.step.pipeline`.
+    - `args`: trees whose leaves are tensors, `Aval`s or constants; `names`: of the arguments, as paths begin.
+    - `donate`: the position of the argument that the new state is written over, or None.
+    - `backend`, `remat`, `precision`: as in `ftrain.jit`. `around`: what surrounds the call (`TraceCache.around`).
+    - `mesh`: with `settle`, which finishes the trace for a rank and returns where each result's pieces are.
+    - `link`: of the mesh; `hide_communication`: whether to reorder for overlap.
+    - `observe`: see `ftrain.step.pipeline.Observe`.
+
+    ValueError for what a trace refuses, for a result that cannot take the donated memory, and for offload under
+    `backend="cudagraph"`.
     """
     started = time.perf_counter()
-    again = partial(
+    recompile = partial(
         compile_step, fn, tree.map(_abstract, args), names, donate=donate, backend=backend, remat=remat,
         precision=precision, around=around, mesh=mesh, settle=settle, link=link, hide_communication=hide_communication,
     )  # fmt: skip
@@ -86,7 +92,7 @@ def compile_step(
         placements=placements,
         passes=runs,
         seconds_to_compile=time.perf_counter() - started,
-        again=again,
+        recompile=recompile,
     )
 
 
@@ -95,5 +101,5 @@ def _abstract(leaf: Any) -> Any:
 
 
 def name_of(fn: Callable) -> str:
-    """What a step is called in messages and reports."""
+    """The name of a step in messages and reports."""
     return getattr(fn, "__name__", type(fn).__name__)

@@ -7,19 +7,19 @@ from typing import Any
 from ftrain.remat.policy import Remat
 from ftrain.sharding.plan import Plan
 from ftrain.step.compile import name_of
-from ftrain.step.plan_source import Chooser, Wanted
+from ftrain.step.plan_source import PlanRequest, PlanSource
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options
 
 
 @dataclass(frozen=True)
 class DeferredPlan:
-    """Where the plan comes from, and the options of `jit` that then matter.
+    """Where the plan comes from (`source`), and the options of `jit` that are needed once it is known.
 
-    `remat`: None to take what the choice says.
+    `remat`: None to take the one that comes with the plan.
     """
 
-    chooser: Chooser
+    source: PlanSource
     specs: Any
     batch: str
     overlap: bool
@@ -28,12 +28,12 @@ class DeferredPlan:
     def decide(
         self, fn: Callable, names: Sequence[str], args: tuple | None, options: Options, *, whole: bool
     ) -> tuple[ShardedStep | None, Remat]:
-        """The plan at work, None for a single rank, and what the step recomputes.
+        """Choose the plan. Returns the step on its mesh, None for a single rank, and what the step recomputes.
 
-        `args`: those of a call, with these names, if there are any; `whole`: they are known to be of the whole mesh.
-        ValueError for a plan of several ranks where none of the names is the batch's.
+        `fn` with its `options`: of the step. `args`: those of a call, with these `names`, or None; `whole`: they are
+        known to be of the whole mesh. ValueError for a plan of several ranks where none of the names is the batch's.
         """
-        wanted = Wanted(
+        request = PlanRequest(
             step=fn,
             specs=self.specs,
             batch=self.batch,
@@ -43,7 +43,7 @@ class DeferredPlan:
             arguments=args,
             whole=whole,
         )
-        plan, remat = self.chooser.choose(wanted)
+        plan, remat = self.source.choose(request)
         sharded = None
         if plan is not None:
             require_batch(fn, names, self.batch, plan)
@@ -52,7 +52,9 @@ class DeferredPlan:
 
 
 def require_batch(fn: Callable, names: Sequence[str], batch: str, plan: Plan) -> None:
-    """ValueError for a step of several arguments, with these names, none of which the plan's ranks would share out."""
+    """ValueError for a step `fn` of several arguments (`names`), none of which is called `batch`, on a plan of several
+    ranks: no argument would be divided among the ranks.
+    """
     if plan.mesh.size > 1 and len(names) > 1 and batch not in names:
         raise ValueError(
             f"{name_of(fn)}({', '.join(names[:8])}) has no argument {batch!r}, so every rank would compute all of the "

@@ -1,4 +1,4 @@
-"""Which leaves of a step's arguments its new state is written over, and how its results are then put together."""
+"""Which leaves of a step's arguments its new state is written over, and how the results are put in order."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Donation:
-    """`outputs`: from the position of an input of the graph to that of the output which is written over it.
-    `input_paths`: of all inputs; `results`: how many outputs there are, those included.
+    """Which input memory takes which result.
+
+    `outputs`: from the position of a graph input to that of the output which is written over it. `input_paths`: of all
+    inputs; `results`: the number of outputs, those included.
     """
 
     outputs: Mapping[int, int]
@@ -25,16 +27,16 @@ class Donation:
 
     @cached_property
     def slots(self) -> list[int]:
-        """The inputs that are written over."""
+        """Positions of the inputs that are written over."""
         return list(self.outputs)
 
     @cached_property
     def paths(self) -> list[str]:
-        """Their paths."""
+        """Paths of the inputs that are written over."""
         return [self.input_paths[slot] for slot in self.slots]
 
     def by_name(self, module: fx.GraphModule) -> dict[str, int]:
-        """As `outputs`, by the names of a graph's placeholders."""
+        """`outputs` with the names of the graph's placeholders as keys."""
         inputs = [n.name for n in module.graph.nodes if n.op == "placeholder"]
         return {inputs[slot]: output for slot, output in self.outputs.items()}
 
@@ -53,7 +55,8 @@ class Donation:
 def match_donated(traced: Traced, argument: Any, name: str) -> Donation:
     """Which input leaf's memory takes which output leaf.
 
-    The whole result or one member of a tuple result must have the argument's structure.
+    The whole result, or one member of a tuple result, must have the tree structure of `argument`; `name` is the
+    argument's. ValueError where none has, and where a new leaf has another shape or dtype than the old one.
     """
     marker = tree.unflatten(traced.output_tree, range(traced.output_tree.num_leaves))
     structure = tree.flatten(argument)[1]

@@ -19,11 +19,14 @@ from ftrain.trace.spread import SAME, Spread, Spreads, placed
 from ftrain.trace.tracer import Aval, is_array
 
 COORDINATES = "coordinates_3"
+"""The path of the last input of a rank's graph: int64[3], its place on the axes replicate, shard and sequence."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """How a leaf of the arguments is divided: `placement` for the state's, `rule` for the batch's."""
+    """How a leaf of the arguments is divided: a leaf of the state by its `placement`, a leaf of the batch by its
+    `rule`.
+    """
 
     path: str
     placement: Placement | None = None
@@ -31,9 +34,9 @@ class Argument:
 
 
 class MeshArguments:
-    """The arguments of a step with a plan. `batch`: the name of the one that ranks share out.
+    """The arguments of a step with a plan. `batch`: the name of the argument that ranks divide among them.
 
-    `document_ids`: batch leaves that attention takes for the ids of documents, as a trace finds them.
+    `document_ids`: the batch leaves that attention reads as document ids; a trace finds them.
     """
 
     def __init__(self, plan: Plan, placements: Placements, batch: str) -> None:
@@ -43,21 +46,25 @@ class MeshArguments:
         self._placed: dict[str, Placement] = {}
 
     def in_batch(self, path: str) -> bool:
-        """True for a leaf that ranks share out."""
+        """True for the path of a leaf that ranks divide among them."""
         return path == self.batch or path.startswith(self.batch + ".")
 
     def rule(self, path: str) -> BatchRule:
-        """How the leaf of the batch at `path` is shared out."""
+        """The rule that divides the batch leaf at `path`. ValueError where two equally specific globs of the plan
+        decide differently.
+        """
         return self.plan.batch_rule(_within(self.batch, path))
 
     def require_rules_used(self, paths: Sequence[str]) -> None:
-        """Of the first batch alone, whose leaves these are: a modality may be absent from a later one."""
+        """ValueError for a rule of the plan that matches none of these paths. Only the first batch is checked: a
+        modality may be absent from a later one.
+        """
         if paths and not self._rules_used:
             self.plan.require_batch([_within(self.batch, path) for path in paths])
             self._rules_used = True
 
     def argument(self, path: str, leaf: Any) -> Argument:
-        """How the leaf at `path` of the whole arguments is divided."""
+        """How the leaf at `path` of the whole arguments is divided. ValueError where it does not divide."""
         if not is_array(leaf):
             return Argument(path)
         if self.in_batch(path):
@@ -65,7 +72,10 @@ class MeshArguments:
         return Argument(path, placement=self.placements.of_whole(path, tuple(leaf.shape)))
 
     def spread(self, path: str, leaf: Tensor, spreads: Spreads) -> Spread:
-        """How an input of a rank's graph is spread, by its path and its shape there."""
+        """How an input of a rank's graph is spread over the mesh, by its path and its shape there.
+
+        `leaf`: an input of any shape, of which only the shape is read.
+        """
         if path == COORDINATES:
             return Spread(spreads.everywhere)
         if not self.in_batch(path):
@@ -78,9 +88,10 @@ class MeshArguments:
         return Spread(spreads.everywhere)
 
     def placement_of(self, path: str, shape: tuple[int, ...]) -> Placement:
-        """Where the pieces of a leaf of the arguments are, of which a rank holds `shape`.
+        """Where the pieces of a leaf are, of which a rank holds `shape`.
 
-        As `avals` saw the whole leaf, for a piece of size 1 may be of a dim of 1 or of a divided one.
+        `avals` remembers how the whole leaf was divided: a piece of size 1 may belong to a dim of 1 or to a divided
+        one.
         """
         seen = self._placed.get(path)
         if seen is not None and seen.local_shape == shape:
@@ -88,7 +99,9 @@ class MeshArguments:
         return self.placements.of_local(path, shape)
 
     def avals(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
-        """A rank's arguments as abstract values, from those of a call."""
+        """A rank's arguments as abstract values, from the `leaves` of a call and their `paths`. ValueError for a whole
+        leaf on a mesh of processes that should be divided.
+        """
         self._placed = {
             path: self.placements.of_whole(path, tuple(leaf.shape))
             for path, leaf in zip(paths, leaves, strict=True)
@@ -102,7 +115,7 @@ class MeshArguments:
         return [self._local_aval(a, leaf, tokens) for a, leaf in zip(arguments, leaves, strict=True)]
 
     def _held_aval(self, path: str, leaf: Any) -> Any:
-        """Of what this process holds: of a DTensor its padded piece; of a plain tensor the tensor."""
+        """The aval of what this process holds: of a DTensor its padded piece, of a plain tensor the tensor."""
         if not is_array(leaf):
             return leaf
         if self.in_batch(path):
@@ -110,7 +123,9 @@ class MeshArguments:
         return Aval(self._held_placement(path, leaf).local_shape, leaf.dtype, Aval.of(leaf).device)
 
     def held(self, path: str, leaf: Any) -> Any:
-        """What this process's graph takes for the leaf of a call: of a DTensor its padded piece."""
+        """What this process's graph reads for the leaf of a call: of a DTensor its padded piece. ValueError for a whole
+        tensor where the plan divides the leaf.
+        """
         if not is_array(leaf) or self.in_batch(path):
             return leaf
         return to_piece(leaf, self._held_placement(path, leaf))
@@ -138,7 +153,9 @@ class MeshArguments:
         return Aval(tuple(part.shape), leaf.dtype, Aval.of(leaf).device)
 
     def share(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
-        """This process's share of a whole batch; on other meshes the leaves."""
+        """This process's share of a whole batch; on other meshes the leaves. ValueError for a leaf that does not
+        divide, and for a cut document.
+        """
         if self.plan.mesh.kind != "process":
             return list(leaves)
         rank = require_world(self.plan.mesh)
@@ -153,7 +170,9 @@ class MeshArguments:
         ]
 
     def divided(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[list[Tensor]]:
-        """What the graph of every rank takes, from the whole leaves of a call; each in memory of its own."""
+        """The graph inputs of every rank, from the whole leaves of a call, each in memory of its own. ValueError for a
+        leaf that does not divide, and for a cut document.
+        """
         arguments = [self.argument(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         _require_whole_documents(arguments, leaves, self.document_ids, self.plan.mesh)
         tokens = _tokens(arguments, leaves)
@@ -174,8 +193,8 @@ class MeshArguments:
 def _require_whole_documents(
     arguments: Sequence[Argument], leaves: Sequence[Any], document_ids: Collection[str], mesh: Mesh
 ) -> None:
-    """Of leaves that tell documents by ids: those at `document_ids`, which attention has read, and those of the usual
-    name.
+    """Check the leaves that hold document ids: those at `document_ids`, which attention has read, and those that are
+    called `segments...`.
     """
     for argument, leaf in zip(arguments, leaves, strict=True):
         rule, name = argument.rule, argument.path.rpartition(".")[2]
@@ -186,7 +205,7 @@ def _require_whole_documents(
 
 
 def _within(batch: str, path: str) -> str:
-    """The path of a leaf inside of the batch."""
+    """The path of a leaf within the batch."""
     return path.removeprefix(batch).removeprefix(".")
 
 
@@ -197,7 +216,7 @@ def _share(plan: Plan, leaf: Tensor, argument: Argument, tokens: int, rank: int)
 
 
 def _tokens(arguments: Sequence[Argument], leaves: Sequence[Any]) -> int:
-    """How many tokens the whole batch has: by the first leaf that has one entry per token."""
+    """The number of tokens of the whole batch: the length of the first leaf that has one entry per token."""
     for argument, leaf in zip(arguments, leaves, strict=True):
         if isinstance(argument.rule, Tokens) and is_array(leaf) and len(leaf.shape) > argument.rule.dim:
             return int(leaf.shape[argument.rule.dim])

@@ -1,8 +1,10 @@
-"""Calls of a step on a mesh of processes after the first: the arguments are taken at a look, as on one device.
+"""The fast path of a step on a mesh of processes: from the second call on, one guard checks the arguments, as on one
+device.
 
-A state is a tree of DTensors, and making one takes longer than everything else that a call does for a leaf. So a step
-that writes its new state over the old keeps two DTensors for each such leaf: the one that came in is spoiled, without
-memory, and the other handed out with it, in turn. One that somebody still holds is left to him, and a new one made.
+A state is a tree of DTensors, and making a DTensor takes longer than everything else that a call does for a leaf. So a
+step that donates its state keeps two DTensors for each donated leaf and alternates between them: the one that came in
+is invalidated and loses its memory, the other is returned with it. A DTensor that somebody else still holds is left
+alone, and a new one is made.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +30,8 @@ _DTENSOR = {DTensor}
 class MeshCall:
     """What a rank remembers of the last call of a compiled step.
 
-    `wrap(piece, placement)` makes the DTensor of a piece; `coordinates_3`: the rank's, the last input of its graph.
+    `wrap(piece, placement)` makes the DTensor of a padded piece. `coordinates_3`: int64[3], the rank's coordinates, the
+    last input of its graph.
     """
 
     def __init__(self, compiled: Compiled, wrap: Callable[[Tensor, Placement], Tensor], coordinates_3: Tensor) -> None:
@@ -36,7 +39,7 @@ class MeshCall:
         donation, placements = compiled.donation, compiled.placements
         written = set(donation.outputs.values())
         self._kept = [p for i, p in enumerate(placements) if i not in written]
-        # of each donated leaf: its place among the leaves and the inputs, its path, and where its pieces are
+        # For each donated leaf: its position among the leaves and among the inputs, its path, its placement.
         self._donated = [
             (at, slot, path, placements[output])
             for at, (slot, output), path in zip(
@@ -49,18 +52,24 @@ class MeshCall:
         self._spares: dict[int, DTensor] = {}
 
     def learn(self, leaves: Sequence[Any], treedef: Any, inputs: Sequence[Any]) -> None:
-        """Arguments like these are run: `inputs` of the rank's graph, its coordinates last."""
+        """Remember the arguments of this call, so that the next call with arguments like these takes the fast path.
+
+        `leaves` with `treedef`: of the call's arguments. `inputs`: of the rank's graph, with its coordinates last.
+        """
         divided = [i for i, leaf in enumerate(leaves) if type(leaf) is DTensor]
-        known = all(leaves[i].__dict__.get(PIECE) is inputs[i] for i in divided)
-        self._treedef, self._divided = treedef if known else None, divided
+        reusable = all(leaves[i].__dict__.get(PIECE) is inputs[i] for i in divided)
+        self._treedef, self._divided = treedef if reusable else None, divided
         self._specs = [spec_of(leaves[i]) for i in divided]
         self._spares.clear()
-        if known:
+        if reusable:
             signature = self._compiled.signature
             signature.learn(signature.tensors(list(inputs)))
 
     def inputs(self, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
-        """The inputs of the rank's graph, its coordinates last; None where the arguments need a closer look."""
+        """The inputs of the rank's graph, its coordinates last; None where the arguments need a closer look.
+
+        `leaves` with `treedef`: of a call's arguments. `around`: see `TraceCache.around`.
+        """
         if self._treedef is None or treedef != self._treedef:
             return None
         arrays = [leaves[i] for i in self._divided]
@@ -77,8 +86,10 @@ class MeshCall:
         return inputs if signature.matches_fast(inputs, signature.treedef, around) else None
 
     def results(self, leaves: list[Any], inputs: list[Any], outputs: list[Tensor]) -> list[Tensor]:
-        """The tensors of the result in order, from the graph's outputs and its inputs, of which the donated hold the
-        new state; the leaves that these came from are spoiled.
+        """The tensors of the result in order. The leaves that they came from are invalidated.
+
+        `leaves`: of the call's arguments. `inputs`: of the rank's graph, whose donated members hold the new state.
+        `outputs`: of the graph.
         """
         others = [self._wrap(*pair) for pair in zip(outputs, self._kept, strict=True)]
         spares = self._spares
@@ -90,10 +101,10 @@ class MeshCall:
                 continue
             new, spares[at] = spares.get(at), old
             local = local_of(old)
-            _spoil(old, path)
+            _invalidate(old, path)
             if getrefcount(local) > 2:
-                local = _spoiled(local, path)
-            # held by this variable and the argument alone, and without attributes of the user's
+                local = _invalidated(local, path)
+            # 2 references: this variable and getrefcount's argument; a second attribute is one that the user set
             if new is None or getrefcount(new) > 2 or len(new.__dict__) > 1:
                 new = dtensor_like(local, spec_of(old))
             else:
@@ -104,16 +115,16 @@ class MeshCall:
         return self._compiled.donation.ordered(donated, others)
 
     def _renewed(self, leaf: Any, piece: Tensor, path: str, placement: Placement) -> Tensor:
-        """The new value of a leaf that is whole, or whose piece is no memory of ours."""
+        """The new value of a leaf that is whole, or whose piece is memory that no step has made."""
         if type(leaf) is DTensor:
-            _spoiled(local_of(leaf), path)
-            _spoil(leaf, path)
+            _invalidated(local_of(leaf), path)
+            _invalidate(leaf, path)
             return self._wrap(piece, placement)
         (fresh,) = give_away([leaf], [path])
         return fresh if piece is leaf else piece
 
 
-def _spoil(array: DTensor, path: str) -> None:
+def _invalidate(array: DTensor, path: str) -> None:
     """Take its memory from a DTensor, and make every use of it an error."""
     set_local(array, _NOTHING)
     array.__dict__.pop(PIECE, None)
@@ -121,7 +132,7 @@ def _spoil(array: DTensor, path: str) -> None:
     array.__class__ = DonatedDTensor
 
 
-def _spoiled(local: Tensor, path: str) -> Tensor:
-    """Spoil what `to_local` has handed out, and return another tensor on its memory."""
+def _invalidated(local: Tensor, path: str) -> Tensor:
+    """Invalidate a tensor that `to_local` has returned to the user, and return another tensor on its memory."""
     (fresh,) = give_away([local], [path])
     return fresh

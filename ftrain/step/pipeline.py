@@ -1,8 +1,12 @@
-"""The passes between a trace and the program that runs, as a list, and the one runner of them.
+"""The passes between a trace and the program that runs, as lists, and the one function that runs them.
 
-`PREPARED` makes of a trace a rank's graph with its recompute; `HIDDEN` orders it so that communication hides behind
-compute; `DONATED` writes new state over old; `EXECUTED` brings it to the form that runs. A jitted step runs all, the
-search of layouts runs the same by the times of a cluster, and the check of a budget runs the last two on a copy.
+- `PREPARED` turns a trace into a rank's graph, with its recompute.
+- `HIDDEN` orders it so that communication hides behind compute.
+- `DONATED` writes the new state over the old one.
+- `EXECUTED` brings it to the form that runs.
+
+A jitted step runs all of them, the layout search runs the same ones with the times of a cluster, and the check of a
+budget runs the last two on a copy.
 """
 
 import os
@@ -49,12 +53,15 @@ DISABLE = "FTRAIN_DISABLE_PASSES"
 class Setting:
     """What the passes of one step are told.
 
-    `leaves`: abstract values of the arguments by path; `state`: the name of the argument whose paths name parameters.
-    `donated`: names of placeholders, and the outputs that are written over them. `times`: how long ops take, asked for
-    only where a pass needs it. `backend`: as `execute.choose` resolves it. On a mesh: `link`, and whether communication
-    is hidden (`hides`); `within`: bytes beyond the arguments that it may take for that, of a graph; `score`: see
-    `schedule.overlap`. `disabled`: names of passes that are left out, by default those of `FTRAIN_DISABLE_PASSES`
-    (ValueError where one is no pass, or is needed).
+    - `leaves`: abstract values of the arguments by path; `state`: the name of the argument whose paths name parameters.
+    - `donated`: from the name of a placeholder to the output that is written over it.
+    - `device`; `backend`: as `ftrain.runtime.execute.choose` resolves it; `remat`: as in `ftrain.jit`.
+    - `times`: returns how long ops take; called only where a pass needs it.
+    - `mesh`, `link`: None and the default without a mesh. `hides`: whether communication is hidden behind compute.
+    - `within(graph)`: bytes beyond the arguments that hiding communication may use; None: the default of `overlap`.
+    - `score`: see `ftrain.passes.overlap.overlap`.
+    - `disabled`: names of passes to leave out, by default those in `FTRAIN_DISABLE_PASSES`. ValueError where one of
+      these is no pass, or one that later passes need.
     """
 
     leaves: Mapping[str, Aval]
@@ -73,7 +80,7 @@ class Setting:
 
     @property
     def granularity(self) -> int:
-        """Bytes to which the allocator rounds: 512 on CUDA; storages on a CPU are exact."""
+        """Bytes to which the allocator rounds sizes: 512 on CUDA, 1 on a CPU."""
         return 512 if self.device.type == "cuda" else 1
 
 
@@ -81,9 +88,11 @@ class Setting:
 class Pass:
     """A change of a graph that keeps all values to the bit.
 
-    `run(module, setting)` changes the graph, or returns another in its place. `when`: the settings it is for.
-    `bodies`: it is run on the bodies of loops too, each by itself, innermost first; others look into loops themselves.
-    `needed`: what follows counts on it, so that it cannot be left out.
+    - `run(module, setting)` changes the graph in place, or returns another one.
+    - `when(setting)`: whether the pass runs.
+    - `bodies`: run it on the bodies of loops too, each by itself, innermost first. Other passes look into loops
+      themselves.
+    - `needed`: later passes rely on it, so it cannot be disabled.
     """
 
     name: str
@@ -95,22 +104,25 @@ class Pass:
 
 @dataclass(frozen=True)
 class PassRun:
-    """What a pass did: seconds; ops that there are more and fewer of; whether nodes changed places."""
+    """What a pass did: its `seconds`, how many ops of each kind it `added` and `removed`, and whether it `reordered`
+    nodes.
+    """
 
     name: str
     seconds: float
-    more: Mapping[str, int]
-    fewer: Mapping[str, int]
+    added: Mapping[str, int]
+    removed: Mapping[str, int]
     reordered: bool
 
     def __str__(self) -> str:
-        changes = [f"+{n} {op}" for op, n in self.more.items()] + [f"-{n} {op}" for op, n in self.fewer.items()]
-        changes += ["other order"] if self.reordered else []
+        changes = [f"+{n} {op}" for op, n in self.added.items()]
+        changes += [f"-{n} {op}" for op, n in self.removed.items()]
+        changes += ["reordered"] if self.reordered else []
         return f"{self.name:22} {self.seconds * 1e3:9.1f} ms  {', '.join(changes) or 'no change'}"
 
 
 Observe = Callable[[str, fx.GraphModule], None]
-"""Told the name of each pass and the graph after it; at first "trace" and the graph before all."""
+"""Called with the name of each pass and the graph after it; first with "trace" and the graph before all passes."""
 
 
 def run_passes(
@@ -121,11 +133,12 @@ def run_passes(
     runs: list[PassRun] | None = None,
     observe: Observe | None = None,
 ) -> fx.GraphModule:
-    """Run those of the passes that the setting asks for, and return the graph after them.
+    """Run those of `passes` that the setting asks for, in order, and return the graph after them. `module` is changed.
 
-    `runs`: is given an entry for each.
+    `runs`: a list to which an entry for each pass is appended. `observe`: called after each pass. ValueError where a
+    pass refuses the step: a budget that cannot be met, a glob of `Remat.paths` that matches nothing.
     """
-    before = _Look(module) if runs is not None else None
+    before = _GraphOps(module) if runs is not None else None
     for each in passes:
         if each.name in setting.disabled or not each.when(setting):
             continue
@@ -133,7 +146,7 @@ def run_passes(
         module = _run(module, each, setting)
         seconds = time.perf_counter() - started
         if runs is not None and before is not None:
-            after = _Look(module)
+            after = _GraphOps(module)
             runs.append(before.compared(each.name, seconds, after))
             before = after
         if observe is not None:
@@ -149,13 +162,13 @@ def _run(module: fx.GraphModule, each: Pass, setting: Setting) -> fx.GraphModule
     return each.run(module, setting) or module
 
 
-class _Look:
-    """The ops of a graph and of the bodies of its loops, in order."""
+class _GraphOps:
+    """The nodes of a graph and of the bodies of its loops, in order, to compare a graph before and after a pass."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self._nodes = [(n.name, op_name(n)) for g in with_bodies(module) for n in g.graph.nodes]
 
-    def compared(self, name: str, seconds: float, after: "_Look") -> PassRun:
+    def compared(self, name: str, seconds: float, after: "_GraphOps") -> PassRun:
         ops, later = (Counter(op for _, op in look._nodes) for look in (self, after))
         both = {n for n, _ in self._nodes} & {n for n, _ in after._nodes}
         order, new_order = ([n for n, _ in look._nodes if n in both] for look in (self, after))
@@ -163,7 +176,7 @@ class _Look:
 
 
 def pass_table(runs: Sequence[PassRun]) -> str:
-    """A line per pass."""
+    """The text of `Compiled.pass_table`: a line per pass."""
     return "\n".join(map(str, runs))
 
 
@@ -174,7 +187,7 @@ def _disabled() -> frozenset[str]:
         if name not in known:
             raise ValueError(f"{DISABLE} names {name!r}, which is no pass; passes are {', '.join(known)}")
         if known[name].needed:
-            raise ValueError(f"{DISABLE} names {name!r}, which the passes after it count on: it cannot be left out")
+            raise ValueError(f"{DISABLE} names {name!r}, which later passes rely on: it cannot be left out")
     return names
 
 
@@ -203,7 +216,9 @@ def _recompute_by_price(module: fx.GraphModule, setting: Setting) -> fx.GraphMod
 
 
 def finished_peak(module: fx.GraphModule, setting: Setting) -> int:
-    """Bytes beyond the arguments at the peak of a prepared graph, when it is run; the graph is changed."""
+    """Bytes beyond the arguments at the peak of a prepared graph `module` in the form that runs, by the passes of
+    `setting`. The graph is changed.
+    """
     return plan_memory(run_passes(module, (*DONATED, *EXECUTED), setting), round_to=setting.granularity).peak
 
 
@@ -246,4 +261,4 @@ EXECUTED = (
     Pass("reuse_memory", _each(reuse_memory), bodies=True),
 )
 INTERPRETED = (*EXECUTED, Pass("views_as_reshapes", _each(views_as_reshapes), bodies=True, needed=True))
-"""For graphs that run without the check of real layouts (`LayoutCheck`)."""
+"""`EXECUTED` for graphs that run without the check of real layouts (`LayoutCheck`)."""

@@ -1,6 +1,6 @@
-"""Plans that `ftrain.jit` is given by name: what they are chosen from, and what comes of it.
+"""How `ftrain.jit` gets a plan that is given by name: the request, and what comes back.
 
-The search lowers steps, so it stands on `ftrain.jit`; here is only what `jit` must know of it.
+The search lowers steps, so it stands on `ftrain.jit`. This module holds the part that `jit` must know of it.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,14 @@ from ftrain.trace.precision import Precision
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """For which step a plan is chosen.
+class PlanRequest:
+    """The step for which a plan is chosen.
 
-    `specs`: of its parameters. `batch`: the name of the argument that ranks share out, `names` those of all. `donates`:
-    whether the new state is written over the old. `arguments`: those of a call, whole or abstract; None where the
-    choice is made before any were seen. `whole`: they are known to be of the whole mesh, not what one process holds.
+    - `step`: the plain function. `specs`: of its parameters. `precision`: as in `ftrain.jit`.
+    - `batch`: the name of the argument that ranks divide among them; `names`: of all arguments.
+    - `donates`: whether the new state is written over the old one.
+    - `arguments`: of a call, whole or abstract; None where the choice is made before any call.
+    - `whole`: the arguments are known to be those of the whole mesh, not what one process holds.
     """
 
     step: Callable[..., Any]
@@ -31,16 +33,16 @@ class Wanted:
     whole: bool
 
 
-class Choice(NamedTuple):
-    """A plan, None for a single rank, and what the step recomputes."""
+class PlanChoice(NamedTuple):
+    """A plan (None for a single rank), and what the step recomputes."""
 
     plan: Plan | None
     remat: Remat
 
 
-class Chooser(Protocol):
-    """A way to come by a plan: `ftrain.SavedPlan`, `ftrain.AutoPlan`."""
+class PlanSource(Protocol):
+    """Something that chooses a plan: `ftrain.SavedPlan`, `ftrain.AutoPlan`."""
 
-    def choose(self, wanted: Wanted) -> Choice:
+    def choose(self, request: PlanRequest) -> PlanChoice:
         """The plan for a step. ValueError says what does not fit, or what is not known yet."""
         ...

@@ -1,4 +1,4 @@
-"""Arrays on a mesh of processes: each process holds its piece, as a DTensor."""
+"""Arrays on a mesh of processes: each process holds its piece as a DTensor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,19 @@ from ftrain.trace.spmd import Placements
 
 
 class ProcessArrays:
-    """The arrays of a state on a mesh; of other meshes than those of processes they are whole."""
+    """Converts between whole leaves and the pieces of this process. On meshes of another kind all leaves are whole."""
 
     def __init__(self, mesh: Mesh, placements: Placements) -> None:
         self._mesh, self._placements = mesh, placements
         self._device_meshes: dict[str, DeviceMeshes] = {}
 
     def shard(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
-        """What this process holds of whole leaves that are equal on all processes; on other meshes the leaves."""
+        """The pieces that this process holds of whole leaves that are equal on all processes; on other meshes the
+        leaves.
+
+        `paths`: of the leaves, by which their placements are found. RuntimeError where the mesh does not have as many
+        ranks as the run has processes.
+        """
         if self._mesh.kind != "process":
             return list(leaves)
         rank = require_world(self._mesh)
@@ -31,7 +36,9 @@ class ProcessArrays:
         return found
 
     def abstract(self, paths: Sequence[str], leaves: Sequence[Any], device_type: str) -> list[Any]:
-        """As `shard`, of whole leaves that are shapes alone: DTensors around meta tensors, unpadded."""
+        """As `shard`, for whole leaves that are shapes alone: DTensors around unpadded meta tensors, described as on
+        `device_type`.
+        """
         if self._mesh.kind != "process":
             return list(leaves)
         found = []
@@ -44,8 +51,11 @@ class ProcessArrays:
         return found
 
     def wrap(self, piece: Tensor, placement: Placement, *, device_type: str | None = None) -> Tensor:
-        """The DTensor of which `piece` (padded) is this process's part, described as one on `device_type` (default:
-        the piece's); an array that is not divided stays a plain tensor.
+        """The DTensor of an array, from this process's piece of it (its shape is the placement's `local_shape`, padding
+        included).
+
+        `device_type`: of the device mesh of the DTensor; default: the piece's. An array that is not divided stays a
+        plain tensor.
         """
         device_type = device_type or piece.device.type
         if device_type not in self._device_meshes:
@@ -53,7 +63,7 @@ class ProcessArrays:
         return to_dtensor(piece, placement, self._mesh, require_world(self._mesh), self._device_meshes[device_type])
 
     def _divided(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Placement | None]:
-        """Where each leaf's pieces are; None for what is no tensor, or is not divided."""
+        """The placement of each leaf; None for constants and for leaves that are not divided."""
         found = (
             self._placements.of_whole(path, tuple(leaf.shape)) if isinstance(leaf, Tensor) else None
             for path, leaf in zip(paths, leaves, strict=True)

@@ -1,4 +1,4 @@
-"""The program of a compiled step, with what it keeps from one run to the next."""
+"""The program of a compiled step, and what it keeps from one run to the next."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,13 +13,13 @@ from ftrain.graph.loop import copy_graph
 from ftrain.graph.writes import written_inputs
 from ftrain.report.out_of_memory import explained, is_out_of_memory
 from ftrain.runtime.argument_memory import ArgumentMemory
-from ftrain.runtime.borrow import Fence, Loan
+from ftrain.runtime.borrow import Borrow, Fence
 from ftrain.runtime.donation import empty, give_away
 from ftrain.runtime.errors import name_line
 from ftrain.runtime.execute import Program, compile_graph, waiting
 from ftrain.runtime.lockstep import lockstep_program
 from ftrain.runtime.no_gradient import refusing
-from ftrain.runtime.other_holders import Beside, OtherHolders
+from ftrain.runtime.other_holders import OtherHolders, OwnReferences
 from ftrain.runtime.shared_memory import SharedMemory
 from ftrain.step.artifact import Compiled
 from ftrain.step.pipeline import EXECUTED, run_passes
@@ -28,7 +28,7 @@ from ftrain.trace.captured import captured_tensors
 
 
 class Runner:
-    """Runs a compiled step on real tensors; the program is made at the first run."""
+    """Runs a compiled step on real tensors. The program is made at the first run."""
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
@@ -36,61 +36,69 @@ class Runner:
         self._running: fx.GraphModule | None = None
         self._wants_gradients = False
         self._fence = Fence()
-        self._loans: list[Loan] = []
+        self._borrows: list[Borrow] = []
         self._arguments: ArgumentMemory | None = None
 
-    def expect(self, loans: Mapping[int, Loan]) -> None:
-        """Of the leaves of the next call these are still read by somebody: by their positions in its arguments.
+    def wait_for(self, borrows: Mapping[int, Borrow]) -> None:
+        """Note the borrowed leaves of the next call, by their positions in its arguments.
 
-        The program waits for those that it writes over, before its first write; the others are waited for here.
+        The program waits for the donated ones just before its first write; this method waits for the others.
         """
-        if loans:
+        if borrows:
             donated = set(self.compiled.donated_leaves)
-            for slot, loan in loans.items():
+            for slot, borrow in borrows.items():
                 if slot not in donated:
-                    loan.wait()
-            self._loans = [loan for slot, loan in loans.items() if slot in donated]
-            self._fence.expect(self._loans)
+                    borrow.wait()
+            self._borrows = [borrow for slot, borrow in borrows.items() if slot in donated]
+            self._fence.add(self._borrows)
 
-    def run(self, leaves: list[Any], *, known: bool = False) -> Any:
-        """Run on the flat leaves of real arguments and return the result's tree; `known`: the signature has matched
-        them fast.
+    def run(self, leaves: list[Any], *, guard_passed: bool = False) -> Any:
+        """Run on the flat leaves of real arguments and return the tree of the result.
+
+        `guard_passed`: `Signature.matches_fast` was True for these leaves, so all are contiguous and like those of the
+        call before. ValueError for leaves without data and for donated leaves that share memory; `OutOfMemory` where an
+        allocation fails.
         """
         signature = self.compiled.signature
         tensors = signature.tensors(leaves)
-        if not known:
+        if not guard_passed:
             self._wants_gradients = any(getattr(x, "requires_grad", False) for x in tensors)
             if self._program is not None:
                 signature.learn(tensors)
-        inputs, outputs = self.run_flat(tensors, contiguous=known)
-        results = self._with_donated(tensors, inputs, outputs, known=known)
+        inputs, outputs = self.run_flat(tensors, guard_passed=guard_passed)
+        results = self._with_donated(tensors, inputs, outputs, guard_passed=guard_passed)
         if self._wants_gradients and torch.is_grad_enabled():
             results = self._refusing(results)
         return self.compiled.traced.assemble(results)
 
     def _refusing(self, results: list[Tensor]) -> list[Tensor]:
-        """The results, but for a new state in the memory of the old, refuse a backward from outside."""
+        """Make results refuse a backward from outside, except for a new state in the memory of the old one."""
         kept = set(self.compiled.donation.outputs.values())
         others = iter(refusing([x for i, x in enumerate(results) if i not in kept], self.compiled.name))
         return [x if i in kept else next(others) for i, x in enumerate(results)]
 
     def run_flat(
-        self, tensors: list[Tensor], *, contiguous: bool = False, beside: Beside = lambda _: 0
+        self, tensors: list[Tensor], *, guard_passed: bool = False, own_references: OwnReferences = lambda _: 0
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run on the tensors of real arguments. Returns the graph's inputs, of which the donated hold new values then
-        (copies where the tensors were not contiguous, or somebody else holds their memory), and its outputs: the
-        results that are not donated.
+        """Run on the tensors of real arguments, in the shapes of the trace.
 
-        `contiguous`: the tensors are known to be; `beside`: see `OtherHolders`.
+        Returns the graph's inputs and its outputs. The donated inputs hold the new state then; they are copies where a
+        tensor was not contiguous or where somebody else holds its memory. The outputs are the results that are not
+        donated.
+
+        - `guard_passed`: as in `run`. `own_references`: see `OtherHolders`.
+
+        ValueError for leaves without data and for donated leaves that share memory. An `OutOfMemory` explains an
+        allocation that failed; any other error gets the user's line added.
         """
         donation = self.compiled.donation
         if self._program is None:
             self._program = self._start(tensors)
-        contiguous = contiguous or all(map(Tensor.is_contiguous, tensors))
+        contiguous = guard_passed or all(map(Tensor.is_contiguous, tensors))
         inputs = tensors
-        if donation.outputs and not (contiguous and self._holders.none(tensors)):
+        if donation.outputs and not (contiguous and self._holders.known_unshared(tensors)):
             self._shared_memory.require_none(tensors, contiguous=contiguous)
-            inputs = self._apart(tensors, beside, contiguous=contiguous)
+            inputs = self._copy_shared(tensors, own_references, contiguous=contiguous)
         elif not contiguous:
             inputs = self.compiled.traced.contiguous(tensors)
         try:
@@ -105,12 +113,12 @@ class Runner:
             raise
         return inputs, outputs
 
-    def _apart(self, tensors: list[Tensor], beside: Beside, *, contiguous: bool) -> list[Tensor]:
-        """The graph's inputs, of which the donated lie in memory that nobody else holds."""
-        loans, self._loans = self._loans, []
+    def _copy_shared(self, tensors: list[Tensor], own_references: OwnReferences, *, contiguous: bool) -> list[Tensor]:
+        """The graph's inputs, with copies of the donated ones whose memory somebody else holds."""
+        borrows, self._borrows = self._borrows, []
         inputs = tensors if contiguous else self.compiled.traced.contiguous(tensors)
         copies = {slot for slot in self.compiled.donation.slots if inputs[slot] is not tensors[slot]}
-        return self._holders.apart(inputs, copies=copies, loans=loans, beside=beside)
+        return self._holders.copy_shared(inputs, copies=copies, borrows=borrows, own_references=own_references)
 
     def _start(self, tensors: list[Any]) -> Program:
         for path, leaf in zip(self.compiled.traced.input_paths, tensors, strict=True):
@@ -125,30 +133,33 @@ class Runner:
             self._running,
             setting.backend,
             before_write=self._fence.wait,
-            checked=self._mend,
+            checked=self._repair,
             arguments=self._arguments,
         )
 
-    def _mend(self, check: LayoutCheck) -> None:
+    def _repair(self, check: LayoutCheck) -> None:
         check.repair(self.compiled.graph)
         self.compiled.forget_forms()
 
     def _with_donated(
-        self, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], *, known: bool
+        self, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], *, guard_passed: bool
     ) -> list[Tensor]:
         donation = self.compiled.donation
         if not donation.outputs:
             return outputs
         slots = donation.slots
         fresh = give_away([tensors[slot] for slot in slots], donation.paths)
-        if not known or self._holders.old_are_kept:
+        if not guard_passed or self._holders.old_are_kept:
             empty(tensors[slot] for slot in slots if inputs[slot] is tensors[slot])
         if inputs is not tensors:
             fresh = [x if inputs[slot] is tensors[slot] else inputs[slot] for slot, x in zip(slots, fresh, strict=True)]
         return donation.ordered(fresh, outputs)
 
     def run_ranks(self, ranks: list[list[Tensor]]) -> list[list[Tensor]]:
-        """Run all ranks of a virtual mesh in lockstep, on and to flat tensors; donated ones are written over."""
+        """Run all ranks of a virtual mesh in lockstep.
+
+        Takes and returns the flat tensors of each rank; donated inputs are written over.
+        """
         self._fence.wait()
         outputs = self._lockstep(ranks)
         donation = self.compiled.donation
@@ -166,11 +177,11 @@ class Runner:
 
     @property
     def running(self) -> fx.GraphModule:
-        """The graph whose generated code is run; before the first run the step's own."""
+        """The graph whose generated code runs; before the first run the step's own graph."""
         return self.compiled.graph if self._running is None else self._running
 
     def use_program(self, program: Program) -> None:
-        """Run another program for the same graph from now on, e.g. one that measures."""
+        """Replace the program of this graph from now on, e.g. by one that measures."""
         self._program = waiting(program, self._fence.wait)
 
     @cached_property

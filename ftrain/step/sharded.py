@@ -1,7 +1,7 @@
-"""A step on a mesh: the function that is traced for a rank, how it is run, and how results come back.
+"""A step on a mesh: the function that is traced for a rank, how it runs, and how results come back.
 
-On a *virtual* mesh a call takes and returns whole arrays: they are divided, all ranks run in lockstep, the pieces are
-joined again. On a *process* mesh a call takes and returns what this process holds: leaves of the state as DTensors, its
+On a *virtual* mesh a call takes and returns whole arrays: they are divided, all ranks run in lockstep, and the pieces
+are joined. On a *process* mesh a call takes and returns what this process holds: leaves of the state as DTensors, its
 own share of the batch as plain tensors.
 """
 
@@ -41,8 +41,10 @@ from ftrain.trace.tracer import Aval, Traced
 
 
 class ShardedStep:
-    """What a jitted function needs of its plan. `batch`: the name of the argument that ranks share out; `arguments`:
-    how they are divided.
+    """What a jitted function needs of its plan.
+
+    `specs`: tree of `ParamSpec`s, by whose paths placements are found. `batch`: the name of the argument that ranks
+    divide. `overlap`: whether communication is hidden behind compute. `arguments`: the class that divides arguments.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class ShardedStep:
         self._heartbeat: Heartbeat | None = None
 
     def local_function(self, fn: Callable, paths: Sequence[str]) -> Callable:
-        """`fn` as a rank runs it, with the rank's coordinates as last argument; `Mean`s of its result are summed.
+        """`fn` as one rank runs it, with the rank's coordinates (int64[3]) as last argument. `Mean`s in its result are
+        summed over ranks.
 
         `paths`: of the leaves of its arguments. ValueError for a rule of the plan that matches no leaf of the first
         batch.
@@ -77,9 +80,9 @@ class ShardedStep:
             for path, leaf in zip(paths, tree.leaves(own), strict=True):
                 if isinstance(leaf, Tensor):
                     batch = self.arguments.in_batch(path)
-                    known = not batch and self.placements.parameter(path) is not None
+                    is_parameter = not batch and self.placements.parameter(path) is not None
                     spread = self.arguments.spread(path, leaf, trace.spreads)
-                    trace.note_input(leaf, path, spread, parameter=known, batch=batch)
+                    trace.note_input(leaf, path, spread, parameter=is_parameter, batch=batch)
             everywhere = self.arguments.spread(COORDINATES, coordinates_3, trace.spreads)
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             trace.note_coordinates(coordinates_3)
@@ -93,15 +96,17 @@ class ShardedStep:
         return local
 
     def local_arguments(self, paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> tuple:
-        """A rank's arguments as abstract values, its coordinates last, from those of a call."""
+        """A rank's arguments as abstract values, its coordinates last, from the `leaves` of a call with their `paths`
+        and `treedef`. ValueError for a whole leaf on a mesh of processes that should be divided.
+        """
         own = self.arguments.avals(paths, leaves)
         return (*tree.unflatten(treedef, own), Aval((3,), torch.int64, torch.device("cpu")))
 
     def settle(self, traced: Traced) -> list[Placement]:
-        """Finish reductions over divided dims, and tell where each result's pieces are.
+        """Finish reductions over divided dims in the trace, and return where the pieces of each result are.
 
-        ValueError, with the line, for a result that is not the same as one device's: what differs between ranks, or
-        was computed from one rank's piece of an array.
+        ValueError, with the user's line, for a result that is not what one device computes: it differs between ranks,
+        or was computed from one rank's piece of an array.
         """
         mesh = self.plan.mesh
         spreads = Spreads(mesh)
@@ -141,20 +146,29 @@ class ShardedStep:
             )
         return placement
 
-    def known(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
-        """The inputs of this process's graph, if the arguments are like those of the last call; None otherwise."""
+    def matches_fast(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
+        """The inputs of this process's graph, if the arguments are like those of the last call of `runner`; None
+        otherwise.
+
+        `leaves` with `treedef`: of a call's arguments. `around`: see `TraceCache.around`.
+        """
         call = self._calls.get(runner)
         return None if call is None else call.inputs(leaves, treedef, around)
 
     def run(self, runner: Runner, leaves: list[Any], treedef: Any, inputs: list[Any] | None = None) -> Any:
-        """Run the compiled step on the leaves of a call's arguments; `inputs`: what `known` said."""
+        """Run a compiled step, and return the tree of the result.
+
+        `leaves` with `treedef`: of a call's arguments. `inputs`: what `matches_fast` returned for them. ValueError on a
+        fake mesh, for arguments that do not divide, for donated leaves that share memory, and for copies that differ
+        between ranks. RuntimeError where a rank is lost.
+        """
         kind = self.plan.mesh.kind
         if kind == "fake":
             raise ValueError("a fake mesh has shapes only: lower the step, or run it on a virtual or process mesh")
         if kind == "virtual":
             return runner.compiled.traced.assemble(self._run_virtual(runner, leaves))
         if inputs is not None:
-            return self._run_process(runner, leaves, inputs, contiguous=True)
+            return self._run_process(runner, leaves, inputs, guard_passed=True)
         inputs = self.flat_inputs(runner, leaves)
         self._calls[runner].learn(leaves, treedef, inputs)
         return self._run_process(runner, leaves, inputs)
@@ -169,7 +183,11 @@ class ShardedStep:
         return [self._join(*column) for column in columns]
 
     def flat_inputs(self, runner: Runner, leaves: list[Any]) -> list[Any]:
-        """What this process's graph takes for the leaves of a call's arguments; its groups are open after this."""
+        """The inputs of this process's graph for the leaves of a call's arguments. The process groups that the graph
+        uses are opened.
+
+        ValueError on a mesh that is not of processes, and for a whole leaf that should be a DTensor.
+        """
         mesh, compiled = self.plan.mesh, runner.compiled
         if mesh.kind != "process":
             raise ValueError(f"on a {mesh.kind} mesh no process runs a graph of its own; use a mesh of processes")
@@ -183,7 +201,7 @@ class ShardedStep:
             self._calls[runner] = MeshCall(compiled, self.arrays.wrap, inputs[-1])
         return inputs
 
-    def _run_process(self, runner: Runner, leaves: list[Any], inputs: list[Any], *, contiguous: bool = False) -> Any:
+    def _run_process(self, runner: Runner, leaves: list[Any], inputs: list[Any], *, guard_passed: bool = False) -> Any:
         compiled = runner.compiled
         if runner not in self._compared and self.plan.mesh.size > 1:
             self._compared.add(runner)
@@ -191,15 +209,18 @@ class ShardedStep:
         with naming_lost_ranks(lambda: runner.running, self._heartbeat):
             tensors, places = compiled.signature.tensors(inputs), compiled.signature.slots
             used, outputs = runner.run_flat(
-                tensors, contiguous=contiguous, beside=lambda slot: _references(leaves[places[slot]], tensors[slot])
+                tensors,
+                guard_passed=guard_passed,
+                own_references=lambda slot: _references(leaves[places[slot]], tensors[slot]),
             )
         results = self._calls[runner].results(leaves, used, outputs)
         return compiled.traced.assemble(results)
 
     def _compare(self, paths: Sequence[str], own: Sequence[Any]) -> None:
-        """Before the first run: copies of the state's leaves are equal, and not all ranks have one batch.
+        """Before the first run: check that copies of the state's leaves are equal on all ranks, and that not all ranks
+        have one batch.
 
-        ValueError names the leaf and two ranks; a batch that is everywhere the same is a warning.
+        ValueError names the leaf and two ranks. A batch that is the same everywhere is a warning.
         """
 
         def placement(path: str, piece: Tensor) -> Placement | None:
@@ -225,7 +246,7 @@ class ShardedStep:
             )
 
     def _join(self, path: str, placement: Placement, pieces: Sequence[Tensor]) -> Tensor:
-        """The whole leaf of the result at `path` from all ranks' pieces; replicas are compared."""
+        """The whole leaf of the result at `path`, from the pieces of all ranks; copies are compared."""
         self._require_copies(path, placement, pieces)
         return placement.join(pieces, self.plan.mesh)
 
@@ -243,7 +264,9 @@ class ShardedStep:
 
 
 def _references(leaf: Any, piece: Tensor) -> int | None:
-    """How often a DTensor refers to the memory of its padded piece; None for one that no step has made."""
+    """How many references a DTensor holds to the memory of its padded piece. None for a DTensor that no step has
+    made.
+    """
     if not isinstance(leaf, DTensor):
         return 0
     if leaf.__dict__.get(PIECE) is not piece:
@@ -253,7 +276,7 @@ def _references(leaf: Any, piece: Tensor) -> int | None:
 
 
 def _misread(path: str, cause: fx.Node) -> str:
-    """Why a result that depends on one rank's piece is refused."""
+    """The message for a result that depends on one rank's piece."""
     name = str(cause.target).removeprefix("aten.").removesuffix(".default")
     if effect_of(cause) is Effect.RANDOM:
         return (

@@ -1,4 +1,4 @@
-"""Which arguments a trace is for, asked at every call: a close look once, later one in C++ at all leaves."""
+"""Which arguments a trace is for, checked at every call: with a full comparison once, later by one guard in C++."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from ftrain.step.leaf_guard import guard_like
 from ftrain.trace.tracer import Aval, is_array
 
-# Built from C functions, since every call pays for each leaf.
+# C functions, since every call pays for each leaf.
 _PLAIN = {Tensor, torch.nn.Parameter}
 _dtype_of = operator.attrgetter("dtype")
 _device_of = operator.attrgetter("device")
@@ -19,8 +19,8 @@ _device_of = operator.attrgetter("device")
 class Signature:
     """The structure, shapes, dtypes, devices and constants of the arguments of a trace, and the modes around the call.
 
-    `paths` and `leaves`: of the arguments as they were traced; `avals`: of those that are tensors; `around`: what
-    `ambient` said.
+    `paths` and `leaves`: of the arguments as they were traced; `avals`: of those that are tensors; `around`: see
+    `TraceCache.around`.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Signature:
     ) -> None:
         self.paths, self.around = list(paths), around
         self.slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-        """Which of the leaves are tensors."""
+        """Positions of the leaves that are tensors."""
         self.treedef = treedef
         self._shapes = [torch.Size(a.shape) for a in avals]
         self._dtypes = [a.dtype for a in avals]
@@ -37,7 +37,9 @@ class Signature:
         self._guard: Callable[..., bool] | None = None
 
     def matches(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
-        """True if arguments with these leaves and this structure can be run as they are, in a call amid `around`."""
+        """True if arguments with these `leaves` and this structure (`treedef`) can run as they are, in a call with the
+        surroundings `around` (see `TraceCache.around`).
+        """
         if treedef != self.treedef or around != self.around or not self._same_statics(leaves):
             return False
         leaves = self.tensors(leaves)
@@ -49,17 +51,19 @@ class Signature:
         )
 
     def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple) -> bool:
-        """True if such arguments were learned before and need no closer look: they match, and are contiguous."""
+        """True if arguments like these were learned before: they match, and all tensors are contiguous. Arguments as
+        for `matches`.
+        """
         if self._guard is None or around != self.around or treedef != self.treedef or not self._same_statics(leaves):
             return False
         return self._guard(*self.tensors(leaves))
 
     def learn(self, tensors: Sequence[Tensor]) -> None:
-        """Arguments like these may be taken without a closer look from now on, if they are contiguous."""
+        """Accept arguments like these by `matches_fast` from now on, if all tensors (of any shapes) are contiguous."""
         self._guard = guard_like(tensors) if all(map(Tensor.is_contiguous, tensors)) else None
 
     def tensors(self, leaves: list[Any]) -> list[Any]:
-        """Those of the leaves that are tensors."""
+        """The leaves that are tensors."""
         return [leaves[i] for i in self.slots] if self._statics else leaves
 
     def _same_statics(self, leaves: list[Any]) -> bool:

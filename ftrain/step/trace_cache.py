@@ -1,4 +1,4 @@
-"""The traces of a jitted function: one for each kind of arguments, a few at most."""
+"""The traces of a jitted function: one for each kind of arguments, at most `MOST_TRACES`."""
 
 import dataclasses
 import warnings
@@ -22,11 +22,15 @@ from ftrain.trace.surroundings import Surroundings
 from ftrain.trace.tracer import Aval, argument_paths, is_array, signature_of
 
 MOST_TRACES = 8
+"""Traces that a jitted function holds; the oldest is dropped first."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `ftrain.jit` was asked for. `donate`: the position of the argument that the new state is written over."""
+    """The options of `ftrain.jit`.
+
+    `donate`: the position of the argument that the new state is written over, or None.
+    """
 
     donate: int | None
     backend: str
@@ -35,12 +39,15 @@ class Options:
 
 
 class TraceCache:
-    """Finds the trace for a call's arguments, or makes it. `parameters`: the names of the function's arguments."""
+    """Finds the trace for a call's arguments, or makes it.
+
+    `fn`: the plain function; `parameters`: the names of its arguments; `options`: of `ftrain.jit`.
+    """
 
     def __init__(self, fn: Callable, parameters: Sequence[str], options: Options) -> None:
         self.options = options
         self.latest: Runner | None = None
-        """The one that the last call ran."""
+        """The runner of the last call."""
         self._fn, self._parameters = fn, list(parameters)
         self._runners: dict[Any, Runner] = {}
         self._kinds: dict[Runner, Mapping[str, Any]] = {}
@@ -52,13 +59,19 @@ class TraceCache:
         return len(self._runners)
 
     def around(self) -> tuple:
-        """What must be equal for a trace to fit a call, beside the arguments: modes, and values that the code reads."""
+        """What must be equal for a trace to fit a call, beside the arguments: modes, and values that the function's
+        code reads.
+        """
         if self._surroundings is None:
             self._surroundings = Surroundings(self._fn)
         return (*ambient(), *self._surroundings.now())
 
     def find(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None) -> Runner:
-        """What runs these arguments, traced if need be. ValueError for a leaf that was donated, or is no data."""
+        """The runner for these arguments; traces if there is none yet.
+
+        `leaves` and `treedef`: of `args`, flat. ValueError for a leaf that was donated or is neither tensor nor
+        constant, and for all that a trace refuses.
+        """
         paths = argument_paths(args, self._parameters[: len(args)])
         _require_data(paths, leaves)
         key = (treedef, tuple(signature_of(leaf) for leaf in leaves), around := self.around())
@@ -104,7 +117,7 @@ class TraceCache:
         )
 
     def _drop_oldest(self) -> None:
-        """Traces have an end: each holds a graph, and a program."""
+        """Keep at most `MOST_TRACES`: each holds a graph and a program."""
         if len(self._runners) <= MOST_TRACES:
             return
         del self._kinds[self._runners.pop(next(iter(self._runners)))]
@@ -118,7 +131,7 @@ class TraceCache:
             )
 
     def _explain(self, now: Mapping[str, Any], around: tuple) -> None:
-        """Warn, the first time, of what differs from the arguments of the last call, and from what lay around it."""
+        """Warn, the first time only, about what differs from the arguments and the surroundings of the last call."""
         if self._explained or self.latest is None:
             return
         self._explained = True
@@ -126,7 +139,9 @@ class TraceCache:
         changes = [
             f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]
         ]
-        changes += [f"{p}: is new" for p in now if p not in before] + [f"{p}: is gone" for p in before if p not in now]
+        changes += [f"{p}: is new" for p in now if p not in before] + [
+            f"{p}: is absent" for p in before if p not in now
+        ]
         assert self._surroundings is not None
         names = [*(f"{name} around the call" for name in AMBIENT_NAMES), *self._surroundings.names]
         was = self.latest.compiled.signature.around
@@ -156,7 +171,7 @@ def _require_data(paths: Sequence[str], leaves: Sequence[Any]) -> None:
         if not is_array(leaf) and not isinstance(leaf, int | float | str | bool | complex | torch.dtype):
             way_out = "convert arrays with torch.as_tensor"
             if dataclasses.is_dataclass(leaf):
-                way_out = "decorate its class with @ftrain.struct in the place of @dataclass"
+                way_out = "decorate its class with @ftrain.struct instead of @dataclass"
             raise ValueError(
                 f"leaf {path!r} is {type(leaf).__module__}.{type(leaf).__name__}; a step takes trees of tensors, "
                 f"numbers and strings: {way_out}"

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from experiments.omni import planning, training
-from experiments.omni.planning import OmniSubject, laid_out, mesh_flags
+from experiments.omni.planning import OmniWorkload, laid_out, mesh_flags
 from experiments.omni_moe import Options, main
 from ftrain import AutoPlan, SavedPlan, tree
 from ftrain.analysis.cluster import cluster
 from ftrain.analysis.meter import measure_peak
-from ftrain.cli.plan import default_packs, load_subject
+from ftrain.cli.plan import default_packs, load_workload
 from ftrain.modules import omni
 from ftrain.plan.cost import count, price
 from ftrain.plan.file import PlanFile, load_plan
@@ -25,44 +25,44 @@ H100 = cluster("h100")
 CANDIDATE = Candidate(1, 2, 2, 2, Ulysses(), 1, "layer")
 
 
-def test_the_experiment_offers_its_subject_in_every_size():
-    subject = load_subject(ROOT / "experiments/omni_moe.py", 160 * 1024, 16, "30b-a3b")
-    assert (subject.name, subject.facts.experts, subject.stacks["foundation"]) == ("omni MoE 30b-a3b", 128, 48)
-    assert load_subject(ROOT / "experiments/omni_moe.py", 1024, 4, "tiny").facts.layers == 3
+def test_the_experiment_offers_its_workload_in_every_size():
+    workload = load_workload(ROOT / "experiments/omni_moe.py", 160 * 1024, 16, "30b-a3b")
+    assert (workload.name, workload.model_shape.experts, workload.stacks["foundation"]) == ("omni MoE 30b-a3b", 128, 48)
+    assert load_workload(ROOT / "experiments/omni_moe.py", 1024, 4, "tiny").model_shape.layers == 3
     with pytest.raises(ValueError, match="takes no size"):
-        load_subject(ROOT / "experiments/decoder_plan.py", 1024, 4, "tiny")
+        load_workload(ROOT / "experiments/decoder_plan.py", 1024, 4, "tiny")
 
 
 def test_a_layout_is_priced_and_nothing_is_allocated():
-    subject = OmniSubject("medium", tokens=64 * 1024, packs=4)
+    workload = OmniWorkload("medium", tokens=64 * 1024, packs=4)
     found = []
     few = {"foundation": 1, "encoders": 1}
 
     def counted():
-        found.append(count(draft(subject.make(few, CANDIDATE), CANDIDATE, H100), spare=None))
+        found.append(count(draft(workload.make(few, CANDIDATE), CANDIDATE, H100), spare=None))
 
     peak = measure_peak(counted).peak
     assert found[0].inputs > 1e8
-    assert max(found[0].moments.values()) > 1e9
+    assert max(found[0].peaks.values()) > 1e9
     assert peak < 1e6
 
 
 def test_encoders_and_decoders_have_a_layout_of_their_own():
     copies = Layout(parameters=(), sequence=None)
-    subject = replace(OmniSubject("tiny", tokens=1024, packs=2), parts=copies)
-    plan = subject.make({"foundation": 1, "encoders": 1}, CANDIDATE).plan(CANDIDATE)
-    placements = plan.placements(omni.specs(subject.model))
+    workload = replace(OmniWorkload("tiny", tokens=1024, packs=2), parts=copies)
+    plan = workload.make({"foundation": 1, "encoders": 1}, CANDIDATE).plan(CANDIDATE)
+    placements = plan.placements(omni.specs(workload.model))
     for path, placement in placements.items():
         assert bool(placement.splits) == path.startswith("foundation"), path
 
 
 def test_every_layer_of_the_model_is_counted():
-    subject = OmniSubject("tiny", tokens=1024, packs=2)
-    whole = omni.specs(subject.model)
+    workload = OmniWorkload("tiny", tokens=1024, packs=2)
+    whole = omni.specs(workload.model)
     assert len(whole["foundation"]["layers"]) == 3
-    assert len(omni.specs(subject.shallow({"foundation": 1, "encoders": 1}))["foundation"]["layers"]) == 1
-    trial = subject.make(subject.stacks, CANDIDATE)
-    assert tree.paths(trial.specs) == tree.paths(whole)
+    assert len(omni.specs(workload.shallow({"foundation": 1, "encoders": 1}))["foundation"]["layers"]) == 1
+    work = workload.make(workload.stacks, CANDIDATE)
+    assert tree.paths(work.specs) == tree.paths(whole)
 
 
 @pytest.mark.parametrize(("gpus", "tokens", "packs"), [(128, 8192, 128), (128, 160 * 1024, 16), (8, 1 << 20, 1)])
@@ -96,9 +96,9 @@ def test_a_plan_file_gives_the_sizes_of_the_mesh(tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_the_experiment_runs_with_a_plan_that_was_found(tmp_path):
-    subject = OmniSubject("tiny", tokens=1024, packs=2)
+    workload = OmniWorkload("tiny", tokens=1024, packs=2)
     file = tmp_path / "plan.json"
-    made = PlanFile.of(price(subject, replace(CANDIDATE, sequence=1, expert=1, attention=None), H100), subject, H100)
+    made = PlanFile.of(price(workload, replace(CANDIDATE, sequence=1, expert=1, attention=None), H100), workload, H100)
     made.save(file)
     assert load_plan(file).components == {"encoders": planning.WHOLE, "decoders": planning.WHOLE}
     short = {"steps": 2, "tokenizer_steps": 2, "held_out": 1, "checkpoint_every": 0}

@@ -10,7 +10,7 @@ from ftrain.analysis.liveness import plan_memory
 from ftrain.analysis.pieces import Pieces, Walk, op_workspace
 from ftrain.passes.early_updates import update_early
 from ftrain.plan.jit import jit
-from ftrain.plan.liveness_by_region import moments_of
+from ftrain.plan.liveness_by_region import peak_by_region
 from ftrain.remat.peak import PeakModel
 from ftrain.remat.planner import write_choice
 from ftrain.remat.policy import Remat
@@ -107,7 +107,7 @@ def test_the_peak_with_tensors_recomputed_is_that_of_the_rewritten_graph(family,
 
 def test_the_moments_of_a_search_have_the_peak_of_the_graph(module):
     """Tensors on the host and bodies of loops included."""
-    found = moments_of(module, workspace=op_workspace)
+    found = peak_by_region(module, workspace=op_workspace)
     assert max(found.values()) == plan_memory(module, round_to=512).peak
 
 

@@ -116,13 +116,13 @@ def test_the_time_that_the_loop_stood_still(tmp_path, monkeypatch):
     """In `save`, and in what then waited for the copy."""
     waits = iter([0.25])
     monkeypatch.setattr(
-        "ftrain.runtime.borrow.Loan.wait", lambda loan: setattr(loan, "waited", next(waits)) or loan.end()
+        "ftrain.runtime.borrow.Borrow.wait", lambda borrow: setattr(borrow, "waited", next(waits)) or borrow.end()
     )
     with Checkpointer(tmp_path) as checkpoints:
         assert checkpoints.blocked == 0
         state = state_at(1)
         checkpoints.save(state, 1)
-        checkpoints._writer._loan.wait()
+        checkpoints._writer._borrow.wait()
         assert checkpoints.blocked > 0.25
         checkpoints.wait()
 

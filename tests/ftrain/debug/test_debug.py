@@ -80,8 +80,8 @@ def test_the_round_of_a_loop_is_told():
     batch = torch.ones(3, 2, 4)
     batch[2, 1] = 0
     found = check_finite(step, state, batch)
-    assert (found.kind, found.op, found.iterations[0].round) == ("infinity", "log", 2)
-    assert "in round 2 of loop" in str(found)
+    assert (found.kind, found.op, found.iterations[0].number) == ("infinity", "log", 2)
+    assert "in iteration 2 of loop" in str(found)
 
 
 def test_memory_that_was_never_written_is_no_finding():

@@ -1,4 +1,4 @@
-"""A donated AdamW step runs the in-place twin where nothing else needs the old values, and gives the same bits."""
+"""A donated AdamW step runs the in-place op where nothing else needs the old values, and gives the same bits."""
 
 import pytest
 import torch
@@ -37,11 +37,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("tx", "also", "twins"), CASES.values(), ids=CASES)
-def test_same_bits_as_without_donation(tx, also, twins):
+@pytest.mark.parametrize(("tx", "also", "replaced"), CASES.values(), ids=CASES)
+def test_same_bits_as_without_donation(tx, also, replaced):
     pure, pure_extra, none = run(tx, None, also)
     donated, extra, used = run(tx, "state", also)
-    assert (none, used) == (0, twins)
+    assert (none, used) == (0, replaced)
     for path, a, b in zip(tree.paths(pure), tree.leaves(pure), tree.leaves(donated), strict=True):
         assert torch.equal(a, b), path
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(pure_extra), tree.leaves(extra), strict=True))

@@ -7,14 +7,14 @@ import sys
 import pytest
 
 EXPERIMENT = """
-from experiments.decoder_plan import DecoderSubject
+from experiments.decoder_plan import DecoderWorkload
 from ftrain.modules.decoder import DecoderConfig
 from ftrain.modules.attention import AttentionConfig
 
 def plan_for_search(*, tokens, packs):
     heads = AttentionConfig(64, heads=4, kv_heads=2, head_dim=16)
     cfg = DecoderConfig(256, 64, layers=1, attention=heads, d_hidden=128)
-    return DecoderSubject("mine", cfg, tokens=tokens, packs=packs, segmented=False, compute="float32")
+    return DecoderWorkload("mine", cfg, tokens=tokens, packs=packs, segmented=False, compute="float32")
 """
 
 

@@ -1,6 +1,6 @@
 """Where the time of a step goes, in words."""
 
-from experiments.decoder_plan import DecoderSubject
+from experiments.decoder_plan import DecoderWorkload
 from ftrain.analysis.cluster import cluster
 from ftrain.modules.decoder import preset
 from ftrain.plan.contributors import Contributor, contributors, why
@@ -26,8 +26,8 @@ def test_a_step_near_its_bound_needs_no_words():
 
 def test_contributors_add_up_to_the_compute_of_a_step_and_layers_are_one():
     h100, layout = cluster("h100"), Candidate(1, 4, 1, 1, None, 1, "none")
-    subject = DecoderSubject("tiny", preset("llama-tiny"), tokens=512, packs=4, segmented=False)
-    few, more = (lower(subject.make({"layers": n}, layout), layout, h100) for n in (2, 3))
+    workload = DecoderWorkload("tiny", preset("llama-tiny"), tokens=512, packs=4, segmented=False)
+    few, more = (lower(workload.make({"layers": n}, layout), layout, h100) for n in (2, 3))
     found = contributors(more.ordered, more.times)
     total = sum(more.times.microseconds(n) for n in more.ordered.graph.nodes)
     assert abs(sum(found.values()) - total) < 1e-6 * total

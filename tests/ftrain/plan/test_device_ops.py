@@ -6,27 +6,27 @@ import pytest
 import torch
 from torch import fx
 
-from experiments.decoder_plan import DecoderSubject
+from experiments.decoder_plan import DecoderWorkload
 from ftrain.analysis.cluster import cluster
 from ftrain.analysis.device_ops import DeviceTimes, device_workspace
 from ftrain.analysis.flops import node_flops, node_traffic
 from ftrain.graph.collectives import COLLECTIVES, WAIT
 from ftrain.modules.decoder import preset
 from ftrain.passes.overlap import simulate_schedule
-from ftrain.plan.cluster_links import collective_microseconds, run_on_paper
-from ftrain.plan.liveness_by_region import moments_of
+from ftrain.plan.cluster_links import collective_microseconds, simulate_on_cluster
+from ftrain.plan.liveness_by_region import peak_by_region
 from ftrain.plan.lowering import lower
 from ftrain.plan.space import Candidate
 from ftrain.sharding import Mesh, Ulysses
 
 H100 = cluster("h100")
 CANDIDATE = Candidate(1, 4, 2, 1, Ulysses(), 1, "layer")
-SUBJECT = DecoderSubject("tiny", preset("llama-tiny"), tokens=4096, packs=4, segmented=False)
+WORKLOAD = DecoderWorkload("tiny", preset("llama-tiny"), tokens=4096, packs=4, segmented=False)
 
 
 @pytest.fixture(scope="module")
 def lowered():
-    return lower(SUBJECT.make({"layers": 2}, CANDIDATE), CANDIDATE, H100)
+    return lower(WORKLOAD.make({"layers": 2}, CANDIDATE), CANDIDATE, H100)
 
 
 def nodes_of(module, op):
@@ -70,8 +70,8 @@ def test_workspaces_are_those_of_the_kernels_of_a_gpu(lowered):
 def test_with_one_kind_of_link_it_is_the_schedule_of_ftrain(micro_batches):
     """On a node that holds all ranks each collective costs the same as on one link, in rounds of loops too."""
     one, candidate = replace(H100, gpus_per_node=8), replace(CANDIDATE, micro_batches=micro_batches)
-    lowered = lower(replace(SUBJECT, packs=16).make({"layers": 2}, candidate), candidate, one)
-    found = run_on_paper(lowered.ordered, lowered.mesh, times=lowered.times, cluster=one)
+    lowered = lower(replace(WORKLOAD, packs=16).make({"layers": 2}, candidate), candidate, one)
+    found = simulate_on_cluster(lowered.ordered, lowered.mesh, times=lowered.times, cluster=one)
     expected = simulate_schedule(lowered.ordered, lowered.mesh, times=lowered.times, link=one.link(lowered.mesh))
     assert found.compute == pytest.approx(expected.compute)
     assert found.communication == pytest.approx(expected.communication)
@@ -91,7 +91,7 @@ def test_an_exchange_within_a_node_does_not_wait_for_the_network():
     for message in (exchange, gather):
         graph.call_function(WAIT, (message,))
     graph.output(x)
-    found = run_on_paper(fx.GraphModule({}, graph), mesh, times=DeviceTimes(pairs), cluster=pairs)
+    found = simulate_on_cluster(fx.GraphModule({}, graph), mesh, times=DeviceTimes(pairs), cluster=pairs)
     far, near = (collective_microseconds(n, mesh, pairs) for n in (gather, exchange))
     assert near < far
     assert found.step == found.exposed == pytest.approx(far)
@@ -100,7 +100,9 @@ def test_an_exchange_within_a_node_does_not_wait_for_the_network():
 
 def test_compute_that_messages_slow_down(lowered):
     slowed = replace(H100, efficiency=replace(H100.efficiency, compute_while_sending=1.5))
-    fast, slow = (run_on_paper(lowered.ordered, lowered.mesh, times=lowered.times, cluster=c) for c in (H100, slowed))
+    fast, slow = (
+        simulate_on_cluster(lowered.ordered, lowered.mesh, times=lowered.times, cluster=c) for c in (H100, slowed)
+    )
     assert fast.step < slow.step < 1.5 * fast.step
 
 
@@ -109,10 +111,10 @@ def test_rounds_of_a_loop_add_up():
     tallies, peaks = [], []
     for micro in (2, 4):
         candidate = Candidate(1, 4, 1, 1, None, micro, "none")
-        subject = DecoderSubject("tiny", preset("llama-tiny"), tokens=512, packs=4 * micro, segmented=False)
-        found = lower(subject.make({"layers": 1}, candidate), candidate, H100)
-        tallies.append(run_on_paper(found.ordered, found.mesh, times=found.times, cluster=H100))
-        peaks.append(max(moments_of(found.plain).values()))
+        workload = DecoderWorkload("tiny", preset("llama-tiny"), tokens=512, packs=4 * micro, segmented=False)
+        found = lower(workload.make({"layers": 1}, candidate), candidate, H100)
+        tallies.append(simulate_on_cluster(found.ordered, found.mesh, times=found.times, cluster=H100))
+        peaks.append(max(peak_by_region(found.plain).values()))
     assert 1.6 < tallies[1].communication / tallies[0].communication < 2.0
     assert 1.6 < tallies[1].compute / tallies[0].compute < 2.0
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
@@ -121,7 +123,7 @@ def test_rounds_of_a_loop_add_up():
 def test_paths_of_any_depth_have_the_same_moments():
     kinds = []
     for layers in (2, 5):
-        found = lower(SUBJECT.make({"layers": layers}, CANDIDATE), CANDIDATE, H100)
-        kinds.append({kind for kind in moments_of(found.plain) if not kind[1].endswith("inner")})
+        found = lower(WORKLOAD.make({"layers": layers}, CANDIDATE), CANDIDATE, H100)
+        kinds.append({kind for kind in peak_by_region(found.plain) if not kind[1].endswith("inner")})
     assert kinds[0] == kinds[1]
     assert ("backward", "state.params.layers.first") in kinds[0]

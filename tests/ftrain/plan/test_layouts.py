@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ftrain.plan.space import (
     Candidate,
-    Facts,
+    ModelShape,
     Space,
     as_dict,
     divisors,
@@ -18,14 +18,14 @@ from ftrain.plan.space import (
 )
 from ftrain.sharding import Hybrid, Layout, Mesh, Plan, Ring, Ulysses
 
-FACTS = Facts(
+SHAPE = ModelShape(
     tokens=4096, packs=64, layers=4, d_model=64, heads=8, kv_heads=2, head_dim=8, weight_flops=1.0, attention_flops=1.0
 )
-MOE = replace(FACTS, experts=16, top_k=2)
+MOE = replace(SHAPE, experts=16, top_k=2)
 
 
 def test_two_ranks_of_a_dense_model():
-    found, rejected = layouts(2, replace(FACTS, packs=2), Space(remats=("none",)))
+    found, rejected = layouts(2, replace(SHAPE, packs=2), Space(remats=("none",)))
     assert [str(c) for c in found] == [
         "replicate 1 x shard 1 x sequence 2 ulysses, remat none",
         "replicate 1 x shard 1 x sequence 2 ulysses, 2 micro-batches, remat none",
@@ -38,14 +38,14 @@ def test_two_ranks_of_a_dense_model():
 
 
 @settings(deadline=None)
-@given(st.sampled_from([1, 2, 6, 8, 12, 16]), st.sampled_from([FACTS, MOE]))
-def test_each_is_legal_and_there_once(ranks, facts):
-    found, _ = layouts(ranks, facts)
+@given(st.sampled_from([1, 2, 6, 8, 12, 16]), st.sampled_from([SHAPE, MOE]))
+def test_each_is_legal_and_there_once(ranks, model):
+    found, _ = layouts(ranks, model)
     assert len(set(found)) == len(found)
     for c in found:
         assert c.replicate * c.shard * c.sequence == c.ranks == ranks
-        assert c.packs_at_once(facts) * c.micro_batches * c.replicate * c.shard == facts.packs
-        assert c.local_tokens(facts) * ranks * c.micro_batches == facts.tokens * facts.packs
+        assert c.packs_at_once(model) * c.micro_batches * c.replicate * c.shard == model.packs
+        assert c.local_tokens(model) * ranks * c.micro_batches == model.tokens * model.packs
         assert Plan(c.mesh(), c.layout).mesh == Mesh(c.replicate, c.shard, c.sequence, c.expert, "fake")
         assert (c.attention is None) == (c.sequence == 1)
 
@@ -78,13 +78,13 @@ def test_nothing_legal_is_left_out(ranks):
     ],
 )
 def test_reasons(change, reason):
-    _, rejected = layouts(4, replace(FACTS, **change))
+    _, rejected = layouts(4, replace(SHAPE, **change))
     assert reason in {r.reason for r in rejected}
     assert all(r.number > 0 for r in rejected)
 
 
 def test_rejections_with_one_reason_are_joined():
-    _, rejected = layouts(16, replace(FACTS, packs=8))
+    _, rejected = layouts(16, replace(SHAPE, packs=8))
     rows = list(grouped(rejected))
     assert len({r.reason for r in rows}) == len(rows)
     assert sum(r.number for r in rows) == sum(r.number for r in rejected)

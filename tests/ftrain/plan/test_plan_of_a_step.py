@@ -19,7 +19,7 @@ from tests.helpers.mesh_models import dense, mixture
 
 DENSE = dense(layers=1)
 FILE = PlanFile(
-    subject="small",
+    workload="small",
     cluster="h100",
     tokens=32,
     packs=2,

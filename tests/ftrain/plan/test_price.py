@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.decoder_plan import DecoderSubject
+from experiments.decoder_plan import DecoderWorkload
 from ftrain.analysis.cluster import cluster
 from ftrain.analysis.simulate import Tally
 from ftrain.modules.attention import AttentionConfig
@@ -32,8 +32,8 @@ CASES = {
 }
 
 
-def subject(cfg, **changes):
-    return DecoderSubject("small", cfg, **{"tokens": 8192, "packs": 16, "segmented": False, **changes})
+def workload(cfg, **changes):
+    return DecoderWorkload("small", cfg, **{"tokens": 8192, "packs": 16, "segmented": False, **changes})
 
 
 @functools.cache
@@ -43,15 +43,15 @@ def terms(case, layers):
 
 
 def drafted(cfg, candidate, layers):
-    share = 1 / candidate.packs_at_once(subject(cfg).facts)
-    return draft(subject(cfg).make({"layers": layers}, candidate), candidate, H100, attention_share=share)
+    share = 1 / candidate.packs_at_once(workload(cfg).model_shape)
+    return draft(workload(cfg).make({"layers": layers}, candidate), candidate, H100, attention_share=share)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_few_layers_tell_the_price_of_all(case):
     cfg, candidate = CASES[case]
     extended = extend(terms(case, 2), Layer(terms(case, 2), terms(case, 3)), cfg.layers - 2)
-    few, whole = (priced(t, candidate, subject(cfg).facts, H100) for t in (extended, terms(case, cfg.layers)))
+    few, whole = (priced(t, candidate, workload(cfg).model_shape, H100) for t in (extended, terms(case, cfg.layers)))
     for figure in ("compute", "communication", "state"):
         assert getattr(few, figure) == pytest.approx(getattr(whole, figure), rel=0.02), figure
     assert few.sent == pytest.approx(whole.sent, rel=0.02)
@@ -70,10 +70,10 @@ def test_shares_of_the_peak():
     """MFU is of the model's FLOPs, not of the program's; without causal masks attention counts twice."""
     case = "dense, recompute, Ulysses"
     cfg, candidate = CASES[case]
-    facts, p = subject(cfg).facts, priced(terms(case, 4), candidate, subject(cfg).facts, H100)
-    assert p.tokens_per_second * p.seconds * candidate.ranks == pytest.approx(facts.tokens * facts.packs)
-    assert p.mfu * H100.bf16 == pytest.approx(p.tokens_per_second * (facts.weight_flops + facts.attention_flops / 2))
-    assert p.mfu_full * H100.bf16 == pytest.approx(p.tokens_per_second * (facts.weight_flops + facts.attention_flops))
+    model, p = workload(cfg).model_shape, priced(terms(case, 4), candidate, workload(cfg).model_shape, H100)
+    assert p.tokens_per_second * p.seconds * candidate.ranks == pytest.approx(model.tokens * model.packs)
+    assert p.mfu * H100.bf16 == pytest.approx(p.tokens_per_second * (model.weight_flops + model.attention_flops / 2))
+    assert p.mfu_full * H100.bf16 == pytest.approx(p.tokens_per_second * (model.weight_flops + model.attention_flops))
     assert p.seconds >= p.compute
 
 
@@ -93,7 +93,7 @@ def test_a_step_is_as_long_as_its_busiest_link():
     cfg, candidate = CASES[case]
     found = terms(case, 2)
     slow = replace(found, tally=replace(found.tally, links={"network": 1e9}))
-    assert priced(slow, candidate, subject(cfg).facts, H100).seconds == 1e3
+    assert priced(slow, candidate, workload(cfg).model_shape, H100).seconds == 1e3
 
 
 @given(st.integers(1, 100), *[st.floats(0, 1e6)] * 3)
@@ -104,7 +104,7 @@ def test_extension_is_a_line(layers, start, each, other):
         return Terms(Tally(t, t, other, 0.0), {"x": t}, t, plain, {kind: size + 1 for kind, size in plain.items()})
 
     found, expected = extend(line(2), Layer(line(2), line(3)), layers), line(2 + layers)
-    assert found.moments == pytest.approx(expected.moments, rel=1e-6, abs=1e-3)
+    assert found.peaks == pytest.approx(expected.peaks, rel=1e-6, abs=1e-3)
     assert found.inputs == pytest.approx(expected.inputs, rel=1e-6, abs=1e-3)
     assert found.tally.step == pytest.approx(expected.tally.step, rel=1e-6, abs=1e-3)
 
@@ -112,10 +112,10 @@ def test_extension_is_a_line(layers, start, each, other):
 @pytest.mark.parametrize("case", CASES)
 def test_an_estimate_has_the_state_and_less_than_all_memory_and_time(case):
     cfg, candidate = CASES[case]
-    this = subject(cfg)
+    this = workload(cfg)
     weights = weights_on(kinds_of(this, candidate), this.make(this.stacks, candidate).plan(candidate))
-    guess = estimate(candidate, weights, this.facts, H100)
-    whole = priced(terms(case, cfg.layers), candidate, this.facts, H100)
+    guess = estimate(candidate, weights, this.model_shape, H100)
+    whole = priced(terms(case, cfg.layers), candidate, this.model_shape, H100)
     assert weights.state == pytest.approx(whole.state, rel=0.01)
     assert guess.memory < whole.peak
     assert whole.seconds / 4 < guess.seconds < 1.05 * whole.seconds

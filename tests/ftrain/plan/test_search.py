@@ -10,9 +10,9 @@ import pytest
 import tyro
 from rich.console import Console
 
-from experiments.decoder_plan import DecoderSubject
+from experiments.decoder_plan import DecoderWorkload
 from ftrain.analysis.cluster import cluster
-from ftrain.cli.plan import PlanOptions, load_subject, run, tokens_of
+from ftrain.cli.plan import PlanOptions, load_workload, run, tokens_of
 from ftrain.graph.text import show_bytes
 from ftrain.modules.decoder import preset
 from ftrain.plan.check import check_best
@@ -25,25 +25,25 @@ from ftrain.plan.space import Candidate, Rejected, Space, grouped, layouts
 from ftrain.plan.table import GIB, print_result
 from ftrain.sharding import Ulysses
 
-SUBJECT = DecoderSubject("tiny", preset("llama-tiny"), tokens=256, packs=4, segmented=False)
+WORKLOAD = DecoderWorkload("tiny", preset("llama-tiny"), tokens=256, packs=4, segmented=False)
 SPACE = Space(remats=("none",), rings=False)
 H100 = cluster("h100")
 EXPERIMENT = """
-from experiments.decoder_plan import DecoderSubject
+from experiments.decoder_plan import DecoderWorkload
 from ftrain.modules.decoder import preset
 
 def plan_for_search(*, tokens, packs):
-    return DecoderSubject("mine", preset("llama-tiny"), tokens=tokens, packs=packs, segmented=False)
+    return DecoderWorkload("mine", preset("llama-tiny"), tokens=tokens, packs=packs, segmented=False)
 """
 
 
 @pytest.fixture(scope="module")
 def result():
-    return search(SUBJECT, 4, H100, Options(traced=3, space=SPACE))
+    return search(WORKLOAD, 4, H100, Options(traced=3, space=SPACE))
 
 
 def test_every_layout_is_ranked_estimated_or_rejected(result):
-    legal, illegal = layouts(4, SUBJECT.facts, SPACE)
+    legal, illegal = layouts(4, WORKLOAD.model_shape, SPACE)
     priced, rest = [p.candidate for p in result.prices], [c for c, _ in result.untraced]
     assert len(priced) == 3
     assert sorted(map(str, [*priced, *rest])) == sorted(map(str, legal))
@@ -53,7 +53,7 @@ def test_every_layout_is_ranked_estimated_or_rejected(result):
 
 def test_what_does_not_fit_is_rejected_with_its_bytes(tmp_path):
     tight = cluster("h100").with_efficiency(fragmentation=1e6)
-    found = search(SUBJECT, 4, tight, Options(traced=3, space=SPACE))
+    found = search(WORKLOAD, 4, tight, Options(traced=3, space=SPACE))
     assert not found.prices
     refused = [r for r in found.rejected if "needs more than the 7" in r.reason]
     assert refused
@@ -82,14 +82,14 @@ def test_rejections_of_one_reason_are_one_row_named_after_the_least():
 
 
 def test_what_holds_no_less_than_one_that_was_far_too_large_is_refused_untraced(result):
-    facts, same = SUBJECT.facts, Estimate(seconds=1.0, memory=50.0)
+    model, same = WORKLOAD.model_shape, Estimate(seconds=1.0, memory=50.0)
     outcomes = Outcomes(limit=100.0, rejected=[])
     large = Candidate(1, 4, 1, 1, None, 1, "none")
-    outcomes.enter(large, same, replace(result.prices[0], candidate=large, peak=200.0), facts)
-    assert outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), same, facts)
-    assert not outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "layer"), same, facts)
-    assert not outcomes.hopeless(Candidate(1, 1, 4, 1, Ulysses(), 4, "none"), same, facts)
-    assert not outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0), facts)
+    outcomes.enter(large, same, replace(result.prices[0], candidate=large, peak=200.0), model)
+    assert outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), same, model)
+    assert not outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "layer"), same, model)
+    assert not outcomes.hopeless(Candidate(1, 1, 4, 1, Ulysses(), 4, "none"), same, model)
+    assert not outcomes.hopeless(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0), model)
     assert outcomes.expected(Candidate(2, 2, 1, 1, None, 1, "none"), Estimate(1.0, memory=40.0)) == 160.0
     assert [r.number for r in outcomes.rejected] == [1, 1]
     assert not outcomes.prices
@@ -97,7 +97,7 @@ def test_what_holds_no_less_than_one_that_was_far_too_large_is_refused_untraced(
 
 def test_no_legal_layout_is_said():
     with pytest.raises(ValueError, match=r"tiny has no legal layout on 5 ranks: .*4 packs in a step are fewer"):
-        search(SUBJECT, 5, H100, Options(space=SPACE))
+        search(WORKLOAD, 5, H100, Options(space=SPACE))
 
 
 def test_the_terminal_shows_the_best_first_and_the_reasons(result):
@@ -127,7 +127,7 @@ def test_no_layout_beats_one_of_the_front(result):
 
 
 def test_a_plan_is_written_and_read(result, tmp_path):
-    plan = PlanFile.of(result.prices[0], SUBJECT, H100)
+    plan = PlanFile.of(result.prices[0], WORKLOAD, H100)
     file = plan.save(tmp_path / "plan.json")
     assert load_plan(file) == plan
     assert (plan.tokens, plan.packs) == (256, 4)
@@ -160,7 +160,7 @@ def test_a_broken_plan_is_named(result, tmp_path, change, message):
     file = tmp_path / "plan.json"
     with pytest.raises(ValueError, match="there is no such plan"):
         load_plan(file)
-    PlanFile.of(result.prices[0], SUBJECT, H100).save(file)
+    PlanFile.of(result.prices[0], WORKLOAD, H100).save(file)
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(data))
@@ -192,9 +192,9 @@ def test_check_runs_the_best_on_this_machine(tmp_path, capsys, monkeypatch):
 
 
 def test_check_needs_as_many_ranks():
-    price = search(SUBJECT, 2, H100, Options(traced=1, space=SPACE)).prices[0]
+    price = search(WORKLOAD, 2, H100, Options(traced=1, space=SPACE)).prices[0]
     with pytest.raises(ValueError, match=r"--check runs on this run's 1 rank, but the layout is for 2"):
-        check_best([price], SUBJECT, console=Console())
+        check_best([price], WORKLOAD, console=Console())
 
 
 def test_the_command_line():
@@ -226,14 +226,14 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="give a number, with K or M"):
         tokens_of("many")
     with pytest.raises(ValueError, match="there is no such experiment"):
-        load_subject(tmp_path / "none.py", 1, 1)
+        load_workload(tmp_path / "none.py", 1, 1)
     empty = tmp_path / "empty_experiment.py"
     empty.write_text("")
     with pytest.raises(ValueError, match="has no function plan_for_search"):
-        load_subject(empty, 1, 1)
+        load_workload(empty, 1, 1)
 
 
 def test_a_plan_of_a_trial_is_that_of_the_layout():
     candidate = Candidate(1, 2, 2, 1, Ulysses(), 1, "none")
-    plan = SUBJECT.make({"layers": 1}, candidate).plan(candidate)
+    plan = WORKLOAD.make({"layers": 1}, candidate).plan(candidate)
     assert (plan.mesh, plan.default) == (candidate.mesh(), candidate.layout)

@@ -247,7 +247,7 @@ def planner_of(link, *, dear, layers=6):
 def test_offloaded_is_what_is_dear_to_make_again_if_the_link_is_fast(link, dear, expected):
     planner = planner_of(link, dear=dear)
     everything = planner.at_rate(0.0).peak
-    recomputed, gone = planner.decided(planner.within(int(0.5 * everything)))
+    recomputed, gone = planner.parts(planner.within(int(0.5 * everything)))
     assert bool(gone) == expected
     assert bool([v for v in recomputed if planner.choices.microseconds[v]]) != expected
 
@@ -257,7 +257,7 @@ def test_a_link_that_carries_a_part_is_used_for_a_part():
     planner = planner_of(1.2e8, dear=True, layers=12)
     everything = planner.at_rate(0.0).peak
     choice = planner.within(int(0.7 * everything))
-    gone = planner.decided(choice)[1]
+    gone = planner.parts(choice)[1]
     none = planner_of(SLOW, dear=True, layers=12)
     assert 0 < len(gone) < len(planner.offloads.views)
     assert choice.microseconds < 0.5 * none.within(int(0.7 * everything)).microseconds

@@ -1,4 +1,4 @@
-"""The cut finds the optimum: compared with trying every set of tensors to make again."""
+"""The cut finds the optimum: compared with trying every set of tensors to make recomputed."""
 
 import itertools
 
@@ -11,17 +11,17 @@ from ftrain.remat.mincut import Item, cheapest_kept
 MB = 1_000_000
 
 
-def cost(items, kept, again, rate):
-    return sum(items[v].microseconds for v in again) + rate * sum(items[v].bytes / 1e6 for v in kept)
+def cost(items, kept, recomputed, rate):
+    return sum(items[v].microseconds for v in recomputed) + rate * sum(items[v].bytes / 1e6 for v in kept)
 
 
 def best_by_trying(items, wanted, rate):
     best = float("inf")
     for flags in itertools.product([False, True], repeat=len(items)):
-        again = {v for v, flag in enumerate(flags) if flag}
-        kept = (set(wanted) | {u for v in again for u in items[v].reads}) - again
-        if all(items[v].microseconds is not None for v in again) and all(items[v].bytes is not None for v in kept):
-            best = min(best, cost(items, kept, again, rate))
+        recomputed = {v for v, flag in enumerate(flags) if flag}
+        kept = (set(wanted) | {u for v in recomputed for u in items[v].reads}) - recomputed
+        if all(items[v].microseconds is not None for v in recomputed) and all(items[v].bytes is not None for v in kept):
+            best = min(best, cost(items, kept, recomputed, rate))
     return best
 
 
@@ -41,15 +41,15 @@ def graphs(draw):
 @given(graphs())
 def test_the_cut_is_as_cheap_as_the_best_of_all_sets(graph):
     items, wanted, rate = graph
-    kept, again = cheapest_kept(items, wanted, rate)
-    at_hand = kept | again
+    kept, recomputed = cheapest_kept(items, wanted, rate)
+    at_hand = kept | recomputed
     assert wanted <= at_hand
-    assert all(u in at_hand for v in again for u in items[v].reads)
-    assert cost(items, kept, again, rate) <= best_by_trying(items, wanted, rate) * (1 + 1e-5) + 1e-5
+    assert all(u in at_hand for v in recomputed for u in items[v].reads)
+    assert cost(items, kept, recomputed, rate) <= best_by_trying(items, wanted, rate) * (1 + 1e-5) + 1e-5
 
 
 def test_a_cheap_chain_is_followed_to_what_is_kept():
-    """Two 40 MB tensors, one made again in 180 us and one in 4,000: at 10 us per MB only the first is (VeOmni's)."""
+    """Two 40 MB tensors, one recomputed in 180 us, one in 4,000: at 10 us per MB only the first is (VeOmni's)."""
     items = [Item((), 0, None), Item((0,), 40 * MB, 180.0), Item((1,), 40 * MB, 4000.0)]
     assert cheapest_kept(items, {1, 2}, 10.0) == ({0, 2}, {1})
     assert cheapest_kept(items, {1, 2}, 1.0) == ({1, 2}, set())

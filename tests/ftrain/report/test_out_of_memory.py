@@ -74,7 +74,7 @@ def test_the_plan_can_be_asked_before():
     assert len(budgets) == 3
     for budget in budgets:
         assert budget < compiled.memory().total
-        assert compiled.again(remat=ftrain.Remat(budget=budget)).memory().total <= budget
+        assert compiled.recompile(remat=ftrain.Remat(budget=budget)).memory().total <= budget
 
 
 def test_what_no_budget_can_free_is_said():
@@ -112,7 +112,7 @@ def test_whatever_fails_in_explaining_is_said_after_the_refusal(monkeypatch):
     monkeypatch.setattr(out_of_memory, "explain_oom", broken)
     said = str(refused(compiled, "the refusal"))
     assert "ran out of memory: the refusal" in said
-    assert "it could not be explained: ZeroDivisionError: nothing to divide by" in said
+    assert "the explanation failed: ZeroDivisionError: nothing to divide by" in said
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Lent leaves: eager code waits for the reader, a jitted step reads at once and writes when the loan has ended."""
+"""Borrowed leaves: eager code waits for the reader, a jitted step reads at once and waits before it writes."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftrain
 from ftrain import tree
-from ftrain.runtime.borrow import Loan, lendable, taken_back
+from ftrain.runtime.borrow import Borrow, borrowable, plain_leaves
 from ftrain.runtime.donation import DonatedTensor
 from ftrain.runtime.execute import compile_graph
 from tests.helpers.momentum_steps import momentum_state, momentum_step, stack_batch, stack_loss, stack_params
@@ -20,8 +20,8 @@ from tests.helpers.momentum_steps import momentum_state, momentum_step, stack_ba
 WIDTH = 130
 
 
-def after(seconds, loan, check=lambda: None):
-    """End the loan a while later, in another thread that first calls `check`; `join` raises what that raised."""
+def after(seconds, borrow, check=lambda: None):
+    """End the borrow a while later, in another thread that first calls `check`; `join` raises what that raised."""
     errors = []
 
     def reader():
@@ -30,7 +30,7 @@ def after(seconds, loan, check=lambda: None):
             check()
         except AssertionError as error:
             errors.append(error)
-        loan.end()
+        borrow.end()
 
     thread = threading.Thread(target=reader)
     thread.start()
@@ -68,10 +68,10 @@ def test_eager_code_waits_for_the_reader(one_process, kind, write):
     leaf = large(kind)
     local = leaf.to_local() if kind is DTensor else leaf.detach()
     before = local.clone()
-    loan = Loan([leaf])
+    borrow = Borrow([leaf])
     assert isinstance(leaf, kind)
     assert type(leaf) is not kind
-    join = after(0.05, loan, lambda: torch.testing.assert_close(local, before, rtol=0, atol=0))
+    join = after(0.05, borrow, lambda: torch.testing.assert_close(local, before, rtol=0, atol=0))
     write(leaf)
     assert type(leaf) is kind
     assert not torch.equal(local, before)
@@ -80,37 +80,37 @@ def test_eager_code_waits_for_the_reader(one_process, kind, write):
 
 def test_numpy_waits_too():
     leaf = large(torch.Tensor)
-    join = after(0.05, Loan([leaf]))
+    join = after(0.05, Borrow([leaf]))
     leaf.numpy()[:] = 0
     join()
     assert leaf.sum() == 0
 
 
 def test_the_seconds_that_others_waited_are_counted(monkeypatch):
-    loan = Loan([large(torch.Tensor)])
-    monkeypatch.setattr(loan._ended, "wait", lambda: time.sleep(0.02))
-    loan.wait()
-    loan.wait()
-    assert loan.waited >= 0.04
-    loan.end()
-    waited = loan.waited
-    loan.wait()
-    assert loan.waited == waited
+    borrow = Borrow([large(torch.Tensor)])
+    monkeypatch.setattr(borrow._ended, "wait", lambda: time.sleep(0.02))
+    borrow.wait()
+    borrow.wait()
+    assert borrow.waited >= 0.04
+    borrow.end()
+    waited = borrow.waited
+    borrow.wait()
+    assert borrow.waited == waited
 
 
 def test_what_can_be_lent():
-    assert lendable(large(torch.Tensor))
-    assert not lendable(torch.zeros(3))
-    assert not lendable(3)
-    assert not lendable("a" * 10**6)
+    assert borrowable(large(torch.Tensor))
+    assert not borrowable(torch.zeros(3))
+    assert not borrowable(3)
+    assert not borrowable("a" * 10**6)
 
 
 def test_a_leaf_that_was_given_away_meanwhile_stays_so():
     leaf = large(torch.Tensor)
-    loan = Loan([leaf, leaf])
-    join = after(0.05, loan)
-    with taken_back([1, leaf]) as loans:
-        assert loans == {1: loan}
+    borrow = Borrow([leaf, leaf])
+    join = after(0.05, borrow)
+    with plain_leaves([1, leaf]) as borrows:
+        assert borrows == {1: borrow}
         assert type(leaf) is torch.Tensor
         leaf.__class__ = DonatedTensor
     join()
@@ -121,8 +121,8 @@ def state_of(depth=2):
     return momentum_state(stack_params(depth, WIDTH))
 
 
-def lent(state, reads=None):
-    return Loan([leaf for leaf in tree.leaves(state) if lendable(leaf)], reads)
+def borrowed(state, reads=None):
+    return Borrow([leaf for leaf in tree.leaves(state) if borrowable(leaf)], reads)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -133,13 +133,13 @@ def test_a_donating_step_computes_at_once_and_writes_after_the_loan(warm, second
     if warm:
         state, _ = step(state, batch)
         twin, _ = step(twin, batch)
-    reads = {str(i): leaf.detach() for i, leaf in enumerate(tree.leaves(state)) if lendable(leaf)}
+    reads = {str(i): leaf.detach() for i, leaf in enumerate(tree.leaves(state)) if borrowable(leaf)}
     before, addresses = [leaf.clone() for leaf in reads.values()], {leaf.data_ptr() for leaf in reads.values()}
 
     def unchanged():
         assert all(map(torch.equal, reads.values(), before))
 
-    join = after(seconds, lent(state, reads), unchanged)
+    join = after(seconds, borrowed(state, reads), unchanged)
     new, metrics = step(state, batch)
     join()
     expected, plain = step(twin, batch)
@@ -152,11 +152,11 @@ def test_a_donating_step_computes_at_once_and_writes_after_the_loan(warm, second
 def test_a_step_has_the_loan_end_before_it_returns(donate):
     step = ftrain.jit(lambda state: {"w": state["w"]}, donate=donate)
     state = {"w": large(torch.Tensor)}
-    loan = lent(state)
-    join = after(0.1, loan)
+    borrow = borrowed(state)
+    join = after(0.1, borrow)
     result = step(state)
     assert type(result["w"]) is torch.Tensor
-    assert loan._ended.is_set()
+    assert borrow._ended.is_set()
     join()
 
 
@@ -186,7 +186,7 @@ def test_the_forward_is_done_when_the_program_waits():
 def test_an_error_in_a_step_leaves_nothing_lent():
     step = ftrain.jit(lambda state: {"w": state["w"] @ torch.zeros(1, 2)}, donate="state")
     state = {"w": large(torch.Tensor)}
-    join = after(0.1, lent(state))
+    join = after(0.1, borrowed(state))
     with pytest.raises(RuntimeError):
         step(state)
     assert type(state["w"]) is torch.Tensor

@@ -167,15 +167,15 @@ def test_what_a_recorded_program_keeps_is_no_other_holder():
     state, memory = [torch.ones(3), torch.zeros(())], ArgumentMemory({0, 1}, device_type="cpu")
     holders = OtherHolders("step", ["w", "n"], [0, 1], memory)
     for _ in range(4):
-        assert holders.apart(state) is state
+        assert holders.copy_shared(state) is state
         memory.watch(state)
     memory.settle(state)
-    assert holders.apart(state) is state
-    assert holders.none(state)
+    assert holders.copy_shared(state) is state
+    assert holders.known_unshared(state)
     kept = state[0].detach()
-    assert not holders.none(state)
+    assert not holders.known_unshared(state)
     with pytest.warns(UserWarning, match="'w'"):
-        other = holders.apart(state)
+        other = holders.copy_shared(state)
     assert other[0].data_ptr() != kept.data_ptr()
     assert other[1] is state[1]
 

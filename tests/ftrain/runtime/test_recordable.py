@@ -43,8 +43,8 @@ def test_work_of_the_card_with_a_number_of_the_host_is_recorded():
     ("op", "reason"),
     [
         ((aten._local_scalar_dense.default, None, 0), "makes the host wait for a number"),
-        ((aten._to_copy.default, ((4,), "cpu"), 0), "copies from the card to the CPU"),
-        ((aten._to_copy.default, ((4,), "cuda"), 1), "copies from the CPU to the card"),
+        ((aten._to_copy.default, ((4,), "cpu"), 0), "copies from the GPU to the CPU"),
+        ((aten._to_copy.default, ((4,), "cuda"), 1), "copies from the CPU to the GPU"),
     ],
 )
 def test_waits_and_copies_are_named_by_op_path_and_line(op, reason):

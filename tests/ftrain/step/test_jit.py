@@ -204,7 +204,7 @@ def test_a_retrace_says_what_changed_and_once():
     [
         ({"a": torch.ones(3, dtype=torch.float64)}, r"x\.a: was float32\[3\], is float64\[3\]"),
         ({"a": torch.ones(3), "b": torch.ones(1)}, r"x\.b: is new"),
-        ({}, r"x\.a: is gone"),
+        ({}, r"x\.a: is absent"),
     ],
 )
 def test_a_retrace_names_dtypes_and_leaves(changed, words):
@@ -374,7 +374,7 @@ class Plain:
 
 
 def test_a_dataclass_that_is_no_struct_is_told_what_to_be():
-    with pytest.raises(ValueError, match=r"leaf 'state' is .*Plain; .*@ftrain.struct in the place of @dataclass"):
+    with pytest.raises(ValueError, match=r"leaf 'state' is .*Plain; .*@ftrain.struct instead of @dataclass"):
         ftrain.jit(lambda state: state.w + 1)(Plain(torch.ones(1)))
 
 

@@ -1,4 +1,4 @@
-"""Ops and their in-place twins, which write the results over what they replace, with the same bits."""
+"""Pure ops and their in-place forms, which write the same bits over what the results replace."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ftrain.kernels.adamw import adamw_fused, adamw_in_place
 _aten = torch.ops.aten
 
 
-class Twin(NamedTuple):
+class InPlaceOp(NamedTuple):
     """The in-place form of a pure op: `op(*args)` writes what the pure op returns.
 
     - `added`: pairs (result, argument) by position: the result is added to that argument.
@@ -24,7 +24,9 @@ class Twin(NamedTuple):
     written: tuple[tuple[int, int], ...]
 
 
-TWINS: dict[Callable, Twin] = {adamw_fused: Twin(adamw_in_place, added=((0, 0),), written=((1, 2), (2, 3)))}
+IN_PLACE_OPS: dict[Callable, InPlaceOp] = {
+    adamw_fused: InPlaceOp(adamw_in_place, added=((0, 0),), written=((1, 2), (2, 3)))
+}
 
 PASSED_ON = {_aten.where.self, _aten.add.Tensor}
-"""Ops through which a twin's result may pass on its way to the state."""
+"""Ops through which a result may pass on its way to the state."""
