@@ -1,16 +1,18 @@
 """What the device at hand can do, measured rather than looked up, but for its link to the host."""
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-# Bytes/s of copies between pinned memory and the card, each direction, by a part of the card's name; the first that
-# fits counts. The interfaces are those of NVIDIA's data sheets (PCIe 5 x16: 63 GB/s, PCIe 4 x16: 31.5, PCIe 3 x16:
-# 15.8, NVLink-C2C of a GH200: 450). Of PCIe copies get 76% to 87% (headers of packets, flow control), about 55 of 63;
-# of C2C 78% is counted on. A machine may have fewer lanes or share them: then give Remat(offload=...) a number.
+# Bytes/s of copies between pinned memory and the card, each direction, by the beginning of a word of the card's name;
+# the first that fits counts (a GB200 is no B200: its link is another one). The interfaces are those of NVIDIA's data
+# sheets (PCIe 5 x16: 63 GB/s, PCIe 4 x16: 31.5, PCIe 3 x16: 15.8, NVLink-C2C of a GH200: 450). Of PCIe copies get 76%
+# to 87% (headers of packets, flow control), about 55 of 63; of C2C 78% is counted on. A machine may have fewer lanes or
+# share them: then give Remat(offload=...) a number.
 _HOST_LINKS = {
     "GH200": 350e9, "H100": 55e9, "H200": 55e9, "H20": 55e9, "B200": 55e9,
     "A100": 25e9, "A800": 25e9, "A10": 25e9, "A40": 25e9, "L4": 25e9, "L40": 25e9, "RTX 30": 25e9, "RTX 40": 25e9,
@@ -63,7 +65,7 @@ def host_bandwidth(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((speed for part, speed in _HOST_LINKS.items() if part in name), None)
+    return next((speed for part, speed in _HOST_LINKS.items() if re.search(rf"\b{part}", name)), None)
 
 
 def free_bytes(device: torch.device) -> int:
