@@ -1,16 +1,18 @@
 """The speed and memory of this machine's devices. Speeds are measured, except that of the link to the host."""
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-# Bytes/s of copies between pinned memory and the card, in each direction, by a part of the card's name; the first
-# match counts. The interfaces are those of NVIDIA's data sheets (PCIe 5 x16: 63 GB/s, PCIe 4 x16: 31.5, PCIe 3 x16:
-# 15.8, NVLink-C2C of a GH200: 450). Copies reach 76% to 87% of PCIe (packet headers, flow control); for C2C we assume
-# 78%. A machine may have fewer lanes or share them: then give Remat(offload=...) a number.
+# Bytes/s of copies between pinned memory and the card, each direction, by the beginning of a word of the card's name;
+# the first that fits counts (a GB200 is no B200: its link is another one). The interfaces are those of NVIDIA's data
+# sheets (PCIe 5 x16: 63 GB/s, PCIe 4 x16: 31.5, PCIe 3 x16: 15.8, NVLink-C2C of a GH200: 450). Copies reach 76% to 87%
+# of PCIe (packet headers, flow control); for C2C we assume 78%. A machine may have fewer lanes or share them: then give
+# Remat(offload=...) a number.
 _HOST_LINKS = {
     "GH200": 350e9, "H100": 55e9, "H200": 55e9, "H20": 55e9, "B200": 55e9,
     "A100": 25e9, "A800": 25e9, "A10": 25e9, "A40": 25e9, "L4": 25e9, "L40": 25e9, "RTX 30": 25e9, "RTX 40": 25e9,
@@ -73,7 +75,7 @@ def host_bandwidth(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((speed for part, speed in _HOST_LINKS.items() if part in name), None)
+    return next((speed for part, speed in _HOST_LINKS.items() if re.search(rf"\b{part}", name)), None)
 
 
 def free_bytes(device: torch.device) -> int:

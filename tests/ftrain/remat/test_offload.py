@@ -332,8 +332,9 @@ def test_the_link_is_as_given_or_as_known_of_the_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert hardware.host_bandwidth(cuda) == bandwidth
         assert host_link(Remat(budget=1, offload="auto"), cuda).bandwidth == bandwidth
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another 1")
-    assert host_link(Remat(budget=1, offload="auto"), cuda) is None
+    for unknown in ("Another 1", "NVIDIA GB200"):  # not the link of a B200
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=unknown: name)
+        assert host_link(Remat(budget=1, offload="auto"), cuda) is None
 
 
 def test_auto_changes_nothing_on_a_cpu():

@@ -1,0 +1,248 @@
+"""Every command that README shows is run, as it is written or with less to do.
+
+`COMMANDS` knows each: a command of README that it does not know fails, as does a row that README no longer has. The
+arguments of all are read as README writes them, by the program's own options; what would take long is then run with
+smaller ones. The few commands that are long even so, are run by `make test-exhaustive`.
+"""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+import ftrain
+from ftrain.cli.main import SUBCOMMANDS
+from ftrain.hf import save_hf
+from ftrain.modules import decoder
+from ftrain.modules.hf_config import hf_config
+from ftrain.modules.hf_names import decoder_names
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ("make", "python", "python3", "ftrain", "torchrun", "pip")
+SMALL = "--steps 1 --tokenizer-steps 1 --held-out 1 --checkpoint-every 1 --out {here}/run"
+"""The main job with as little to do as it can have."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """How a command of README is run.
+
+    `replaced`: words that become others; `appended`: options behind all others. In both `{here}` is an empty folder of
+    the test and `{hf}` a small model of Hugging Face's. `ends`: the exit codes that are right, `says`: what is printed,
+    `leaves`: a file that is there afterwards. `long`: more than 20 seconds of a core even so.
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    appended: str = ""
+    ends: tuple[int, ...] = (0,)
+    says: str = ""
+    leaves: str = ""
+    long: bool = False
+
+
+DRY = "--dry-run --no-deps --no-build-isolation --no-index"
+COMMANDS = {
+    'python3 -m venv .venv && source .venv/bin/activate && pip install -e ".[data]"': Command(
+        {".venv": "{here}/.venv"}, DRY, says="Would install ftrain-omni"
+    ),
+    "pip install torch --index-url https://download.pytorch.org/whl/cpu": Command(
+        appended="--dry-run --no-deps", says="torch"
+    ),
+    "python -m experiments.omni_moe": Command(appended=SMALL, leaves="run/samples.png"),
+    "torchrun --nproc-per-node 8 -m experiments.omni_moe --sequence 2 --expert 4": Command(
+        {"8": "2", "4": "2"}, SMALL, says="sequence 2, expert 2 (process)", leaves="run/summary.json", long=True
+    ),
+    "python -m experiments.omni_moe --shard 4 --expert 2": Command(
+        appended=SMALL, says="shard 4 x sequence 1, expert 2 (virtual)", leaves="run/summary.json", long=True
+    ),
+    "ftrain plan experiments/decoder_plan.py --gpus 128 --gpu h100": Command(
+        appended="--packs 128 --tokens 1K --traced 1 --processes 1", says="on 128 x h100"
+    ),
+    "ftrain convert --from-hf DIR --to DIR": Command(
+        {"--from-hf DIR": "--from-hf {hf}", "--to DIR": "--to {here}/ckpt"}, leaves="ckpt/global_step_0"
+    ),
+    "ftrain convert --from-ckpt DIR --to-hf DIR": Command(
+        {
+            "ftrain": "ftrain convert --from-hf {hf} --to {here}/ckpt && ftrain",
+            "--from-ckpt DIR": "--from-ckpt {here}/ckpt",
+            "--to-hf DIR": "--to-hf {here}/back",
+        },
+        leaves="back/config.json",
+    ),
+    "ftrain replay RUN --step N --check": Command(
+        {"ftrain": f"python -m experiments.omni_moe {SMALL} && ftrain", "RUN": "{here}/run", "N": "1"},
+        says="every node's values are finite",
+        long=True,
+    ),
+    "python -m experiments.bench.step": Command(
+        appended="--quick --rounds 1 --no-compiled --only overhead", says="overhead of a call"
+    ),
+    "python -m experiments.bench.gpu --out results": Command(  # without a card its stages end, and it says so
+        {"results": "{here}/results"}, "--only machine --tiny", ends=(0, 1), leaves="results/gpu.json"
+    ),
+    "python -m experiments.bench.generate": Command(appended="--quick --rounds 1 --only llama", says="llama"),
+    "python -m experiments.bench.parallel": Command(  # goals of time are for a machine that does nothing else
+        appended="--rounds 1 --ranks 4", ends=(0, 1), says="lockstep, 4 ranks", long=True
+    ),
+    "python -m experiments.bench.remat": Command(
+        appended="--only planning", ends=(0, 1), says="planning for 48 layers", long=True
+    ),
+    "python -m experiments.bench.plan_vs_published": Command(appended="--only 'SP4, 8K'", says="VeOmni 72B, SP4, 8K"),
+    "python -m experiments.bench.checkpoint": Command(
+        appended="--mib 8 --rounds 1 --processes 1 --saves 1", ends=(0, 1), says="throughput of an async save"
+    ),
+    "python -m experiments.bench.crash": Command(appended="--kills 1 --mib 1", says="while writing"),
+    "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences"),
+    "make omni": Command(),
+    "make test": Command(),
+    "make test-exhaustive": Command(),
+    "make test-nullgpu": Command(),
+    'make omni ARGS="--steps 200 --seed 1"': Command(),
+}
+MENTIONED = ("ftrain plan", "ftrain convert")
+"""Subcommands that a sentence names without arguments."""
+
+MAKE = [command for command in COMMANDS if command.startswith("make ")]
+SHORT = [command for command, how in COMMANDS.items() if command not in MAKE and not how.long]
+LONG = [command for command, how in COMMANDS.items() if how.long]
+
+
+def parts_of_readme() -> tuple[str, list[tuple[str, list[str]]]]:
+    """The sentences of README, and its blocks: the language of each, and its lines."""
+    parts = re.split(r"^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    blocks = [part.splitlines() for part in parts[1::2]]
+    return "".join(parts[::2]), [(lines[0], lines[1:]) for lines in blocks]
+
+
+def shown() -> set[str]:
+    """The commands of README: each line of a block of commands, and what stands between backticks in its sentences."""
+    sentences, blocks = parts_of_readme()
+    lines = [line.partition(" #")[0].strip() for language, block in blocks if language == "bash" for line in block]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", sentences)]
+    return {*filter(None, lines), *(span for span in spans if span.split(" ")[0] in PROGRAMS and " " in span)}
+
+
+def test_every_command_of_the_readme_is_known_and_every_known_one_is_there() -> None:
+    known = {*COMMANDS, *MENTIONED}
+    assert (shown() - known, known - shown()) == (set(), set())
+
+
+def test_blocks_of_commands_say_that_they_are() -> None:
+    _, blocks = parts_of_readme()
+    others = [line for language, block in blocks if language != "bash" for line in block]
+    assert [line for line in others if line.split(" ")[0] in PROGRAMS] == []
+
+
+def test_subcommands_that_are_named_exist() -> None:
+    assert {name.partition(" ")[2] for name in MENTIONED} <= set(SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " experiments." in c or c.startswith("ftrain ")])
+def test_the_arguments_that_the_readme_writes_are_understood(command: str) -> None:
+    words = shlex.split(command.replace(" N ", " 1 "))
+    if words[0] == "ftrain":
+        tyro.cli(SUBCOMMANDS[words[1]][0], args=words[2:])
+        return
+    at = words.index("-m")
+    if words[0] == "torchrun":
+        importlib.import_module("torch.distributed.run").parse_args(words[1:])
+    module = importlib.import_module(words[at + 1])
+    tyro.cli(getattr(module, options_of(module.__file__)), args=words[at + 2 :])
+
+
+def options_of(file: str) -> str:
+    """The class that a module's command line is read into: the argument of its `tyro.cli`."""
+    calls = [node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Call)]
+    (options,) = (call.args[0] for call in calls if ast.unparse(call.func) == "tyro.cli")
+    return ast.unparse(options)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the programs that an installed environment has, all of this Python."""
+    folder = tmp_path_factory.mktemp("bin")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, function = scripts["ftrain"].split(":")
+    runs = {
+        "python": '"$@"',
+        "python3": '"$@"',
+        "pip": '-m pip --disable-pip-version-check "$@"',
+        "torchrun": '-m torch.distributed.run "$@"',
+        "ftrain": f'-c "import sys; from {module} import {function}; sys.exit({function}())" "$@"',
+    }
+    for name, arguments in runs.items():
+        (folder / name).write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in Hugging Face's format."""
+    folder = tmp_path_factory.mktemp("hf")
+    cfg = decoder.preset("qwen3-moe-tiny")
+    save_hf(ftrain.init(decoder.specs(cfg), ftrain.key(0)), folder, hf_config(cfg), decoder_names(cfg))
+    return folder
+
+
+def run(command: str, programs: Path, hf: Path, here: Path) -> None:
+    how, line = COMMANDS[command], command
+    for old, new in how.replaced.items():
+        line = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", lambda _, new=new: new, line)
+    line = f"{line} {how.appended}".replace("{here}", str(here)).replace("{hf}", str(hf))
+    packages = [str(ROOT), str(Path(torch.__file__).parents[1])]
+    env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join(packages), "FTRAIN_CACHE": str(here / "cache"), "COLUMNS": "160"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
+    told = f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode in how.ends, told
+    assert "Traceback" not in done.stderr, told
+    assert how.says in " ".join(done.stdout.split()), told
+    assert (here / how.leaves).exists(), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SHORT)
+def test_the_command_runs(command: str, programs: Path, hf: Path, tmp_path: Path) -> None:
+    run(command, programs, hf, tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("command", LONG)
+def test_the_long_command_runs(command: str, programs: Path, hf: Path, tmp_path: Path) -> None:
+    run(command, programs, hf, tmp_path)
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_what_make_would_run_exists(command: str) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make on this machine")
+    done = subprocess.run(
+        [*shlex.split(command), "--dry-run", "--always-make"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    recipe = done.stdout
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    modules = re.findall(r"python3? -m (\S+)", recipe)
+    assert modules
+    assert [name for name in modules if find_spec(name) is None] == []
+    paths = re.findall(r"(?<![\w./-])(?:tests|\.ci)/[\w./-]+", recipe)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    extras = {extra for listed in re.findall(r"\.\[([\w,]+)\]", recipe) for extra in listed.split(",")}
+    assert extras <= set(project["project"]["optional-dependencies"])
+    markers = {line.partition(":")[0] for line in project["tool"]["pytest"]["ini_options"]["markers"]}
+    assert set(re.findall(r"pytest .* -m (\w+)", recipe)) <= markers
