@@ -33,7 +33,7 @@ from ftrain.step.process_arrays import ProcessArrays
 from ftrain.step.runner import Runner
 from ftrain.trace.piece_sizes import ArraySizes
 from ftrain.trace.refusals import explain_mesh_sizes
-from ftrain.trace.spmd import Placements, ShardedTrace, reduce_means, tracing_rank
+from ftrain.trace.spmd import Placements, ShardedTrace, note_coordinates, reduce_means, tracing_rank
 from ftrain.trace.spmd_rules import bindings
 from ftrain.trace.spread import Spread, Spreads
 from ftrain.trace.spread_fixes import finish_reductions
@@ -85,11 +85,11 @@ class ShardedStep:
                     trace.note_input(leaf, path, spread, parameter=is_parameter, batch=batch)
             everywhere = self.arguments.spread(COORDINATES, coordinates_3, trace.spreads)
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
-            trace.note_coordinates(coordinates_3)
+            note_coordinates(coordinates_3)
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)), explain_mesh_sizes(self.plan.mesh.size):
                 with ArraySizes(trace) as sizes:
                     result = fn(*own)
-                sizes.arrays.require_no_lost_writes(result)
+                sizes.arrays.copies.require_no_lost_writes(result)
                 return reduce_means(sizes.arrays.results(result, self.placements.of_whole), trace)
 
         local.__name__ = getattr(fn, "__name__", "step")

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ftrain.graph.source import is_users
-from ftrain.graph.torch_private import node_of, vmapped_dims
+from ftrain.graph.torch_private import vmapped_dims
 from ftrain.sharding.placement import Placement
 from ftrain.trace import piece_reductions
 from ftrain.trace.divided_size import DividedSize, of_pieces, placement_of_sizes, shape_of, whole
@@ -41,8 +41,8 @@ from ftrain.trace.list_ops import one_by_one
 from ftrain.trace.piece_reductions import REDUCTIONS
 from ftrain.trace.piece_views import cut_dim, reshaped
 from ftrain.trace.provenance import current_provenance
-from ftrain.trace.spmd import ShardedTrace
-from ftrain.trace.spread import SAME, Spread, share_ranks
+from ftrain.trace.spmd import ShardedTrace, spread_of
+from ftrain.trace.spread import Spread, share_ranks
 from ftrain.trace.whole_arrays import WholeArrays
 
 _METHODS = (Tensor.__len__.__code__.co_filename, torch.functional.__file__, torch.overrides.__file__)
@@ -126,7 +126,7 @@ class ArraySizes(TorchFunctionMode):
             return func(*whole(args), **whole(kwargs))
         made = func(*args[:first], of_pieces(sizes), *whole(rest), **whole(options))
         if func not in _DRAWN:
-            self._note(made, placement, uniform=True)
+            _note(self._trace, made, placement, uniform=True)
         return made
 
     def _expand(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
@@ -143,7 +143,7 @@ class ArraySizes(TorchFunctionMode):
             elif isinstance(size, DividedSize) and (dim < new or source.shape[dim - new] == 1):
                 given[dim], splits[dim] = size.piece, size.split._replace(dim=dim)
         expanded = source.expand(given)
-        if len(splits) == len(held) or _is_own(self._spread(source)):
+        if len(splits) == len(held) or _is_own(spread_of(self._trace, source)):
             return expanded
         if share_ranks(splits.values()):
             raise ValueError(f"expand at {line}: two dims would be divided among the same ranks: {_WAY_OUT}")
@@ -153,7 +153,7 @@ class ArraySizes(TorchFunctionMode):
         ]
         copies = placement_of_sizes(sizes).copies if own is None else own.copies
         placement = Placement(tuple(shape), tuple(splits[dim] for dim in sorted(splits)), copies)
-        self._note(expanded, placement, of=[source], uniform=self._spread(source).uniform)
+        _note(self._trace, expanded, placement, of=[source], uniform=spread_of(self._trace, source).uniform)
         return expanded
 
     def _rows(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
@@ -192,7 +192,7 @@ class ArraySizes(TorchFunctionMode):
     def _viewed(self, name: str, source: Tensor, sizes: Sequence[int], line: str) -> Any:
         view, placement = getattr(Tensor, name), self._placement(source)
         if placement is None:  # whole on every rank, or a rank's own
-            return view(source, of_pieces(sizes) if _is_own(self._spread(source)) else list(map(int, sizes)))
+            return view(source, of_pieces(sizes) if _is_own(spread_of(self._trace, source)) else list(map(int, sizes)))
         after, lost = reshaped(placement, sizes)
         if any(split.gathered for split in lost):
             gathered = self.arrays.on_whole(view, (source, list(map(int, sizes))), {})
@@ -206,16 +206,8 @@ class ArraySizes(TorchFunctionMode):
             return view(source, of_pieces(sizes))
         viewed = view(source, after.local_shape)
         if self._trace.placement_of_piece(viewed) != after:
-            self._note(viewed, after, of=[source], uniform=self._spread(source).uniform)
+            _note(self._trace, viewed, after, of=[source], uniform=spread_of(self._trace, source).uniform)
         return viewed
-
-    def _spread(self, tensor: Tensor) -> Spread:
-        node = node_of(tensor)
-        return SAME if node is None else self._trace.spreads.of(node)
-
-    def _note(self, made: Tensor, placement: Placement, *, of: Sequence[Tensor] = (), uniform: bool) -> None:
-        if not vmapped_dims(made):  # a wrapped tensor has more dims
-            self._trace.note_piece(made, placement, of=of, uniform=uniform)
 
     def _sizes_of(self, sizes: Any) -> Sequence[int]:
         """The sizes, or those of a tensor that is given instead."""
@@ -260,6 +252,11 @@ class ArraySizes(TorchFunctionMode):
 def _has_tensors(index: Any) -> bool:
     """True for an index with tensors or lists, whose numbers are positions in the array."""
     return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
+
+
+def _note(trace: ShardedTrace, made: Tensor, placement: Placement, *, of: Sequence[Tensor] = (), uniform: bool) -> None:
+    if not vmapped_dims(made):  # a wrapped tensor has more dims
+        trace.note_piece(made, placement, of=of, uniform=uniform)
 
 
 def _is_own(spread: Spread) -> bool:

@@ -24,7 +24,7 @@ from ftrain.sharding.placement import Placement
 from ftrain.sharding.plan import Plan
 from ftrain.sharding.spmd import axis_index, on_mesh
 from ftrain.trace.provenance import sources
-from ftrain.trace.spread import Spread, Spreads, placed
+from ftrain.trace.spread import SAME, Spread, Spreads, placed
 
 
 class Placements:
@@ -122,12 +122,6 @@ class ShardedTrace:
             self._batch[node] = path
         else:
             self._strangers[node] = path
-
-    def note_coordinates(self, coordinates_3: Tensor) -> None:
-        """Record the input that holds the rank's mesh coordinates, int64 `[3]`."""
-        node = node_of(coordinates_3)
-        if node is not None:
-            node.meta["coordinates"] = True
 
     def note_documents(self, *segments: Any) -> None:
         """Record the leaves of the batch that attention reads as ids of documents."""
@@ -243,6 +237,19 @@ def batch_path(trace: ShardedTrace, tensor: Tensor) -> str | None:
     node = node_of(tensor)
     found = None if node is None else trace._batch.get(node)
     return None if found is None else found.partition(".")[2]
+
+
+def note_coordinates(coordinates_3: Tensor) -> None:
+    """Record the input that holds the rank's mesh coordinates, int64 `[3]`."""
+    node = node_of(coordinates_3)
+    if node is not None:
+        node.meta["coordinates"] = True
+
+
+def spread_of(trace: ShardedTrace, tensor: Tensor) -> Spread:
+    """How a tensor, of any shape, is spread over the ranks; what the trace does not know is the same on all."""
+    node = node_of(tensor)
+    return SAME if node is None else trace.spreads.of(node)
 
 
 _current: ContextVar[ShardedTrace | None] = ContextVar("ftrain_sharded_trace", default=None)

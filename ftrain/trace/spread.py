@@ -198,7 +198,7 @@ class Spreads:
     def _of_plain(self, node: fx.Node, parents: list[Spread]) -> Spread:
         target = node.target
         if target in CONSTANTS:
-            return self._constant(node, parents)
+            return _constant(node, parents)
         if effect_of(node) is Effect.RANDOM:
             return Spread(self.everywhere, cause=node if self.everywhere else None)
         if target is torch.ops.ftrain.philox.default:
@@ -230,19 +230,10 @@ class Spreads:
         if target in REDUCTIONS:
             return self._reduced(node, parents[0])
         if target in ALONG:
-            return self._along(node, parents[0], axes)
+            return _along(node, parents[0], axes)
         if target in SCATTERS:
             return self._scattered(node, axes)
         return self._of_product(node, axes) or Spread(axes, cause=node)
-
-    def _constant(self, node: fx.Node, parents: list[Spread]) -> Spread:
-        """A tensor of one number. With the shape of a piece, it counts as a piece of such an array."""
-        value = tensor_of(node)
-        for source, spread in zip(node.all_input_nodes, parents, strict=True):
-            like = tensor_of(source)
-            if spread.placement is not None and like is not None and value is not None and like.shape == value.shape:
-                return Spread(spread.axes, spread.placement, uniform=True)
-        return _UNIFORM
 
     def _rows_were_drawn(self, node: fx.Node) -> bool:
         """True if numbers drawn for a shape are combined with a rank's own rows, with other numbers for each row."""
@@ -302,19 +293,6 @@ class Spreads:
         splits = tuple(s._replace(dim=kept.index(s.dim)) for s in left)
         copies = tuple(dict.fromkeys([*placement.copies, *(a for s in over for a in s.axes)]))
         return placed(Placement(sizes, splits, copies))
-
-    def _along(self, node: fx.Node, source: Spread, axes: frozenset[str]) -> Spread:
-        """The spread of an op that works along one dim and treats the other dims as batch dims."""
-        at = ALONG[node.target]
-        given: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim", -1)
-        value = tensor_of(node)
-        if source.placement is None or value is None:
-            return Spread(axes, cause=node)
-        dims = {d % max(1, value.dim()) for d in (given if isinstance(given, list | tuple) else [given])}
-        if any(s.dim in dims for s in source.placement.splits):
-            return Spread(axes, cause=node)
-        sizes = [value.shape[d] if d in dims else n for d, n in enumerate(source.placement.shape)]
-        return placed(replace(source.placement, shape=tuple(sizes)))
 
     def _scattered(self, node: fx.Node, axes: frozenset[str]) -> Spread:
         """The spread of an array after a write into a part of an undivided dim, of an array that is divided equally."""
@@ -416,3 +394,27 @@ def _either(a: Spread, b: Spread) -> Spread:
 def tainted(nodes: Iterable[fx.Node], of: Callable[[fx.Node], Spread]) -> fx.Node | None:
     """The first of `nodes` whose spread has a cause; None if there is none. `of`: the spread of a node."""
     return next((n for n in nodes if of(n).cause is not None), None)
+
+
+def _constant(node: fx.Node, parents: list[Spread]) -> Spread:
+    """A tensor of one number. With the shape of a piece, it counts as a piece of such an array."""
+    value = tensor_of(node)
+    for source, spread in zip(node.all_input_nodes, parents, strict=True):
+        like = tensor_of(source)
+        if spread.placement is not None and like is not None and value is not None and like.shape == value.shape:
+            return Spread(spread.axes, spread.placement, uniform=True)
+    return _UNIFORM
+
+
+def _along(node: fx.Node, source: Spread, axes: frozenset[str]) -> Spread:
+    """The spread of an op that works along one dim and treats the other dims as batch dims."""
+    at = ALONG[node.target]
+    given: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim", -1)
+    value = tensor_of(node)
+    if source.placement is None or value is None:
+        return Spread(axes, cause=node)
+    dims = {d % max(1, value.dim()) for d in (given if isinstance(given, list | tuple) else [given])}
+    if any(s.dim in dims for s in source.placement.splits):
+        return Spread(axes, cause=node)
+    sizes = [value.shape[d] if d in dims else n for d, n in enumerate(source.placement.shape)]
+    return placed(replace(source.placement, shape=tuple(sizes)))

@@ -16,10 +16,10 @@ into the view, or into its base, would not reach the other, and is refused
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -27,12 +27,13 @@ from torch import Tensor, fx
 from ftrain import tree
 from ftrain.graph.op_effects import Effect, effect_of
 from ftrain.graph.source import user_source
-from ftrain.graph.torch_private import functional_transform, node_of, quiet_shape_rules, storage_id, tracing_graph
+from ftrain.graph.torch_private import functional_transform, node_of, quiet_shape_rules, tracing_graph
 from ftrain.sharding.placement import Placement, Split
 from ftrain.sharding.shards import piece_of, whole_of
+from ftrain.trace.gathered_copies import GatheredCopies, last_node, tensors_in, writes_since
 from ftrain.trace.provenance import current_provenance
-from ftrain.trace.spmd import ShardedTrace
-from ftrain.trace.spread import SAME, Spread, placed
+from ftrain.trace.spmd import ShardedTrace, spread_of
+from ftrain.trace.spread import SAME, placed
 
 PURPOSE = "whole_array"
 """The purpose of the gathers of this file, in tables of bytes by purpose."""
@@ -41,22 +42,12 @@ LARGE = 64 * 2**20
 _MISFITS = (RuntimeError, IndexError, ValueError, TypeError)
 
 
-class _ViewOfCopy(NamedTuple):
-    """A view of a gathered array: the last node before it, the memory of the piece and of the copy, the user's line."""
-
-    since: fx.Node
-    source: int
-    copy: int
-    line: str
-
-
 class WholeArrays:
     """Runs functions of torch on pieces, or on whole arrays if necessary. `trace`: the current trace for a rank."""
 
     def __init__(self, trace: ShardedTrace) -> None:
         self._trace = trace
-        self._views = list[_ViewOfCopy]()
-        self._gathered: dict[fx.Node, tuple[Tensor, fx.Node]] = {}
+        self.copies = GatheredCopies()
 
     def call(
         self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], *, instead: Callable | None = None
@@ -65,7 +56,7 @@ class WholeArrays:
 
         `instead`: a function with the same result that is composed of ops that work on pieces.
         """
-        pieces = [] if functional_transform() else [t for t in _tensors((args, kwargs)) if self.placement(t)]
+        pieces = [] if functional_transform() else [t for t in tensors_in((args, kwargs)) if self.placement(t)]
         if not pieces:
             return func(*args, **kwargs)
         if writes(func, kwargs):
@@ -88,19 +79,19 @@ class WholeArrays:
         if gathered is None:
             return None
         result = func(*gathered[0], **gathered[1])
-        self._note_views(result, args, kwargs, gathered)
+        self.copies.note_views(result, args, kwargs, gathered)
         return result
 
     def divided(self, values: Any) -> bool:
         """True if `values`, a tree of arguments, contains a piece of an array."""
-        return not functional_transform() and any(self.placement(t) for t in _tensors(values))
+        return not functional_transform() and any(self.placement(t) for t in tensors_in(values))
 
     def placement(self, tensor: Any) -> Placement | None:
         """The placement of the array that a tensor is a piece of; None if it is no piece or must not be gathered."""
         found = self._trace.placement_of_piece(tensor)
         if found is None or tensor.requires_grad or not found.splits:
             return None
-        return found if self._may_gather(found) else None
+        return found if _may_gather(found) else None
 
     def whole(self, tensor: Tensor, *, fresh: bool = False) -> Tensor:
         """The whole array, of its placement's shape, of which `tensor` is a piece; another tensor is returned itself.
@@ -110,15 +101,16 @@ class WholeArrays:
         node, placement = node_of(tensor), self.placement(tensor)
         if node is None or placement is None:
             return tensor.clone() if fresh else tensor
-        known = self._gathered.get(node)
-        if known is None or fresh or any(True for _ in _writes_since(known[1])):
-            self._warn_of_size(tensor, placement)
+        known = self.copies.of(node)
+        if known is None or fresh:
+            _warn_of_size(tensor, placement)
             gathered = whole_of(tensor, _all_gathered(placement), self._trace.plan.mesh, why=PURPOSE).contiguous()
             at = node_of(gathered)
             if fresh or at is None:
                 return gathered
-            known = self._gathered[node] = gathered, at
-        return known[0]
+            self.copies.keep(node, gathered, at)
+            return gathered
+        return known
 
     def piece(self, whole: Tensor, placement: Placement) -> Tensor:
         """A rank's piece, of the placement's local shape, of an array that all ranks hold whole."""
@@ -134,81 +126,45 @@ class WholeArrays:
         placement = self.placement(target)
         if placement is None or functional_transform():
             return False
-        copy = self._written_copy(target, value)
+        copy = self.copies.written(target, value)
         whole = self.whole(target, fresh=True) if copy is None else copy.clone()
         func(whole, _map(self.whole, index), _map(self.whole, value))
         target.copy_(self.piece(whole, placement))
         return True
-
-    def _written_copy(self, target: Tensor, value: Any) -> Tensor | None:
-        """The gathered copy of `target`, if `value` is a view of it, else None.
-
-        `target[:2] += 1` writes into a view and then sets it. All writes into the copy reach the target by this
-        assignment, so they are not lost.
-        """
-        known = self._gathered.get(node_of(target))  # type: ignore[arg-type]
-        if known is None or not isinstance(value, Tensor) or storage_id(value) != storage_id(known[0]):
-            return None
-        if any(memory == storage_id(target) for _, memory in _writes_since(known[1])):
-            return None
-        graph = tracing_graph()
-        assert graph is not None
-        copy, at = storage_id(known[0]), _last(graph)
-        self._views = [v._replace(since=at) if v.copy == copy else v for v in self._views]
-        return known[0]
 
     def results(self, result: Any, where: Callable[[str, Sequence[int]], Placement]) -> Any:
         """The step's result, in which whole arrays that are divided leaves of the state are cut to this rank's piece.
 
         `where`: from a leaf's path and whole shape to its placement.
         """
-        if not self._gathered:
+        if self.copies.empty:
             return result
+
+        def piece(path: str, leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or spread_of(self._trace, leaf) != SAME:
+                return leaf
+            placement = where(path, leaf.shape)
+            return self.piece(leaf, placement) if placement.splits and placement.shape == tuple(leaf.shape) else leaf
+
         leaves, treedef = tree.flatten(result)
-        cut = [self._result(path, leaf, where) for path, leaf in zip(tree.paths(result), leaves, strict=True)]
-        return tree.unflatten(treedef, cut)
-
-    def require_no_lost_writes(self, result: Any) -> None:
-        """ValueError, with both lines, for a write that must reach a view of a gathered array, or come from one.
-
-        `result`: the step's result.
-        """
-        returned = {storage_id(t) for t in _tensors(tree.leaves(result))}
-        for view in self._views:
-            for written, other in ((view.source, view.copy), (view.copy, view.source)):
-                write = next((n for n, memory in _writes_since(view.since) if memory == written), None)
-                if write is not None and (other in returned or _is_read_after(write, other)):
-                    raise ValueError(
-                        f"{write.meta.get('source')}: writes into a tensor of which {view.line} takes a view across a "
-                        "dim that is divided among ranks: the view is of a gathered copy, so make a new value, e.g. "
-                        "x = x.mul(...), or take the view after the write"
-                    )
-
-    def _result(self, path: str, leaf: Any, where: Callable[[str, Sequence[int]], Placement]) -> Any:
-        if not isinstance(leaf, Tensor) or self._spread(leaf) != SAME:
-            return leaf
-        placement = where(path, leaf.shape)
-        return self.piece(leaf, placement) if placement.splits and placement.shape == tuple(leaf.shape) else leaf
-
-    def _may_gather(self, placement: Placement) -> bool:
-        return not _in_a_loss() or all(split.gathered for split in placement.splits)
+        return tree.unflatten(treedef, [piece(p, x) for p, x in zip(tree.paths(result), leaves, strict=True)])
 
     def _try_on_whole(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         gathered = self._gather_all(args, kwargs)
         found = None if gathered is None else self._try(func, *gathered)
         if gathered is not None and found is not None:
-            self._note_views(found[0], args, kwargs, gathered)
+            self.copies.note_views(found[0], args, kwargs, gathered)
         return found
 
     def _try(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         """The result, if it equals that of one device; else None, and the nodes of this run are removed."""
         graph = tracing_graph()
-        before = None if graph is None else _last(graph)
+        before = None if graph is None else last_node(graph)
         try:
             with quiet_shape_rules():
                 result = func(*args, **kwargs)
-            cause = self._cause(result)
-            if cause is None or effect_of(cause) is Effect.RANDOM or self._cause((args, kwargs)) is not None:
+            cause = _cause(self._trace, result)
+            if cause is None or effect_of(cause) is Effect.RANDOM or _cause(self._trace, (args, kwargs)) is not None:
                 return (result,)
         except _MISFITS:
             result = None
@@ -219,8 +175,8 @@ class WholeArrays:
 
     def _forget_after(self, node: fx.Node) -> None:
         """Remove all nodes after `node` from the trace, unless one of them writes."""
-        last = _last(node.graph)
-        if any(True for _ in _writes_since(node)):
+        last = last_node(node.graph)
+        if any(True for _ in writes_since(node)):
             return
         self._trace.spreads.rewind(node)
         erased = set[fx.Node]()
@@ -229,8 +185,7 @@ class WholeArrays:
             node.graph.erase_node(last)
             erased.add(last)
             last = before
-        self._gathered = {n: known for n, known in self._gathered.items() if not {n, known[1]} & erased}
-        self._views = [view for view in self._views if view.since not in erased]
+        self.copies.forget(erased)
 
     def _gather_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         if not self.divided((args, kwargs)):
@@ -244,25 +199,12 @@ class WholeArrays:
 
         def fitting(tensor: Tensor) -> Tensor:
             nonlocal cut
-            part = self._part(tensor, model)
+            part = _part(self._trace, tensor, model)
             cut = cut or part is not None
             return tensor if part is None else self.piece(tensor, part)
 
         changed = _map(fitting, args), _map(fitting, kwargs)
         return changed if cut else None
-
-    def _part(self, tensor: Tensor, model: Placement) -> Placement | None:
-        """The placement of a whole tensor that is combined elementwise with an array like `model`; None if uncut."""
-        spread = self._spread(tensor)
-        if spread.axes or spread.placement is not None or tensor.requires_grad:
-            return None
-        shift = len(model.shape) - tensor.dim()
-        splits = list[Split]()
-        for split in model.splits:
-            at = split.dim - shift
-            if at >= 0 and tensor.shape[at] == model.shape[split.dim] > 1:
-                splits.append(split._replace(dim=at))
-        return Placement(tuple(tensor.shape), tuple(splits), model.copies) if splits else None
 
     def _fitting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """The arguments of a write, cut or gathered to match its target. A write cannot run twice."""
@@ -270,34 +212,41 @@ class WholeArrays:
         model = self.placement(target) if isinstance(target, Tensor) else None
         if model is not None:
             return self._cut_others(args, kwargs, [target]) or (args, kwargs)  # type: ignore[list-item]
-        if isinstance(target, Tensor) and self._spread(target).placement is None:
+        if isinstance(target, Tensor) and spread_of(self._trace, target).placement is None:
             return (target, *_map(self.whole, args[1:])), _map(self.whole, kwargs)
         return args, kwargs
 
-    def _spread(self, tensor: Tensor) -> Spread:
-        node = node_of(tensor)
-        return SAME if node is None else self._trace.spreads.of(node)
 
-    def _cause(self, values: Any) -> fx.Node | None:
-        return next((c for t in _tensors(values) if (c := self._spread(t).cause) is not None), None)
+def _part(trace: ShardedTrace, tensor: Tensor, model: Placement) -> Placement | None:
+    """The placement of a whole tensor that is combined elementwise with an array like `model`; None if uncut."""
+    spread = spread_of(trace, tensor)
+    if spread.axes or spread.placement is not None or tensor.requires_grad:
+        return None
+    shift = len(model.shape) - tensor.dim()
+    splits = list[Split]()
+    for split in model.splits:
+        at = split.dim - shift
+        if at >= 0 and tensor.shape[at] == model.shape[split.dim] > 1:
+            splits.append(split._replace(dim=at))
+    return Placement(tuple(tensor.shape), tuple(splits), model.copies) if splits else None
 
-    def _note_views(self, result: Any, args: Any, kwargs: Any, gathered: tuple[Any, Any]) -> None:
-        """Record that a result is a view of the gathered copy of a piece."""
-        looked_at = {storage_id(t) for t in _tensors(result)}
-        for before, after in zip(_tensors((args, kwargs)), _tensors(gathered), strict=True):
-            node = node_of(after)
-            if after is not before and storage_id(after) in looked_at and node is not None:
-                view = _ViewOfCopy(_last(node.graph), storage_id(before), storage_id(after), str(user_source()))
-                self._views.append(view)
 
-    def _warn_of_size(self, tensor: Tensor, placement: Placement) -> None:
-        size = torch.Size(placement.shape).numel() * tensor.itemsize
-        if size > LARGE:
-            warnings.warn(
-                f"{user_source()}: gathers an array of {list(placement.shape)} ({size / 2**20:.0f} MiB) on every rank, "
-                f"as what it does cannot be done on pieces; compiled.bytes_moved() has such bytes as {PURPOSE!r}",
-                stacklevel=2,
-            )
+def _cause(trace: ShardedTrace, values: Any) -> fx.Node | None:
+    return next((c for t in tensors_in(values) if (c := spread_of(trace, t).cause) is not None), None)
+
+
+def _may_gather(placement: Placement) -> bool:
+    return not _in_a_loss() or all(split.gathered for split in placement.splits)
+
+
+def _warn_of_size(tensor: Tensor, placement: Placement) -> None:
+    size = torch.Size(placement.shape).numel() * tensor.itemsize
+    if size > LARGE:
+        warnings.warn(
+            f"{user_source()}: gathers an array of {list(placement.shape)} ({size / 2**20:.0f} MiB) on every rank, "
+            f"as what it does cannot be done on pieces; compiled.bytes_moved() has such bytes as {PURPOSE!r}",
+            stacklevel=2,
+        )
 
 
 def _in_a_loss() -> bool:
@@ -341,17 +290,6 @@ def _all_gathered(placement: Placement) -> Placement:
     return replace(placement, splits=tuple(split._replace(gathered=True) for split in placement.splits))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
-
 def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """A tree of arguments with `change` applied to each tensor."""
     if isinstance(value, Tensor):
@@ -359,37 +297,3 @@ def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_map(change, item) for item in value)
     return {key: _map(change, item) for key, item in value.items()} if type(value) is dict else value
-
-
-def _last(graph: fx.Graph) -> fx.Node:
-    """The last node of a graph under construction."""
-    return next(iter(reversed(graph.nodes)))
-
-
-def _memory(node: Any) -> int | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return storage_id(value) if isinstance(value, Tensor) else None
-
-
-def _writes_since(node: fx.Node) -> Iterator[tuple[fx.Node, int | None]]:
-    """The nodes after a node that write, each with the memory that it writes into."""
-    node = node.next
-    while node.op != "root":
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
-            given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
-            for argument in schema.arguments:
-                value = given.get(argument.name)
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for written in value if isinstance(value, list | tuple) else [value]:
-                        yield node, _memory(written)
-        node = node.next
-
-
-def _is_read_after(node: fx.Node, memory: int) -> bool:
-    node = node.next
-    while node.op != "root":
-        if any(_memory(read) == memory for read in node.all_input_nodes):
-            return True
-        node = node.next
-    return False
