@@ -36,10 +36,15 @@ def settle_overlapping_writes(nodes: Iterable[fx.Node]) -> None:
 
 
 def _shared_dims(x: object) -> list[int]:
-    """The dims along which all elements share one place of memory (stride 0)."""
+    """The dims along which all elements are one; a size that depends on data may be more than one."""
     if not isinstance(x, Tensor):
         return []
-    return [dim for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)) if size > 1 and not stride]
+    pairs = enumerate(zip(x.shape, x.stride(), strict=True))
+    return [
+        dim
+        for dim, (size, stride) in pairs
+        if isinstance(stride, int) and stride == 0 and (not isinstance(size, int) or size > 1)
+    ]
 
 
 def _fill_once(node: fx.Node, old: fx.Node, dims: list[int]) -> None:
