@@ -145,7 +145,7 @@ class Compiled:
         `link`: default the plan's. Empty without a mesh.
 
         >>> import torch, ftrain
-        >>> ftrain.jit(lambda x: x.relu()).lower(torch.zeros(3)).schedule().flights
+        >>> ftrain.jit(lambda x: x.relu()).lower(torch.zeros(3)).schedule().messages
         []
         """
         mesh, times = self.setting.mesh, OpTimes.on(self.setting.device)
