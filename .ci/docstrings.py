@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DONE: tuple[str, ...] = (
     "kernels",
     "sharding",
+    "ftrain/lazy.py",
     "ftrain/tree.py",
     "ftrain/optim",
     "ftrain/graph",
@@ -125,6 +126,7 @@ EXAMPLES: tuple[str, ...] = (
     "ftrain/plan/space.py",
     "ftrain/run/session.py",
     "ftrain/cli/plan.py",
+    "ftrain/lazy.py",
     "ftrain/tree.py",
 )
 """Files whose docstrings hold an example that runs."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "sharding", "modules", "ftrain", "experiments")
 ROOMS = (
-    "tree", "files", "optim", "graph", "trace", "analysis", "passes", "remat", "runtime", "report", "step",
+    "lazy", "tree", "files", "optim", "graph", "trace", "analysis", "passes", "remat", "runtime", "report", "step",
     "checkpoint", "hf", "debug", "profile", "plan", "resilience", "run", "cli",
 )  # fmt: skip
 

@@ -3,9 +3,9 @@
 `__all__` lists the modules that users and other rooms import, one subject each. They are loaded when first used.
 """
 
-import importlib as _importlib
-from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
+
+from ftrain.lazy import lazy_modules as _lazy_modules
 
 if TYPE_CHECKING:
     from ftrain.analysis import (
@@ -42,8 +42,4 @@ __all__ = [
     "workspace_cuda",
 ]
 
-
-def __getattr__(name: str) -> _ModuleType:
-    if name in __all__:
-        return _importlib.import_module(f"ftrain.analysis.{name}")
-    raise AttributeError(f"ftrain.analysis has no module {name!r}; it has {', '.join(__all__)}")
+__getattr__ = _lazy_modules(__name__, __all__)

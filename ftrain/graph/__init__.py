@@ -3,9 +3,9 @@
 Each module is one subject; `ftrain.graph.loop` holds `loop` and `loop_body`. They are loaded when first asked for.
 """
 
-import importlib as _importlib
-from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
+
+from ftrain.lazy import lazy_modules as _lazy_modules
 
 if TYPE_CHECKING:
     from ftrain.graph import (
@@ -48,8 +48,4 @@ __all__ = [
     "writes",
 ]
 
-
-def __getattr__(name: str) -> _ModuleType:
-    if name in __all__:
-        return _importlib.import_module(f"ftrain.graph.{name}")
-    raise AttributeError(f"ftrain.graph has no module {name!r}; it has {', '.join(__all__)}")
+__getattr__ = _lazy_modules(__name__, __all__)

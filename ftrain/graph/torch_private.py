@@ -172,13 +172,18 @@ def node_of(tensor: Tensor) -> fx.Node | None:
     """The node of the trace under way that a tensor (any shape) stands for, through the wrappers of `torch.func`; or
     None.
     """
+    slot = _slot_of(tensor)
+    return None if slot is None else slot.proxy.node
+
+
+def _slot_of(tensor: Tensor) -> Any:
+    """What the trace under way knows of a tensor, through the wrappers of `torch.func`; or None."""
     from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
     mode = get_proxy_mode()
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    return None if slot is None else slot.proxy.node
+    return None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
 
 
 def vmapped_dims(tensor: Tensor) -> list[int]:
@@ -198,12 +203,7 @@ def is_constant(tensor: Tensor) -> bool:
     """True for a tensor (any shape) of the trace whose number the tracer knows: ops on it alone are computed while
     tracing.
     """
-    from torch.fx.experimental.proxy_tensor import get_proxy_slot
-
-    mode = get_proxy_mode()
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    slot = _slot_of(tensor)
     return slot is not None and slot.constant is not None
 
 

@@ -3,9 +3,9 @@
 `ftrain.step.pipeline` holds their order. `__all__` lists the modules; they are loaded when first used.
 """
 
-import importlib as _importlib
-from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
+
+from ftrain.lazy import lazy_modules as _lazy_modules
 
 if TYPE_CHECKING:
     from ftrain.passes import (
@@ -38,8 +38,4 @@ __all__ = [
     "sink_gathers",
 ]
 
-
-def __getattr__(name: str) -> _ModuleType:
-    if name in __all__:
-        return _importlib.import_module(f"ftrain.passes.{name}")
-    raise AttributeError(f"ftrain.passes has no module {name!r}; it has {', '.join(__all__)}")
+__getattr__ = _lazy_modules(__name__, __all__)

@@ -3,9 +3,9 @@
 Names are loaded when they are first asked for. A function that has the name of its module is imported from there.
 """
 
-import importlib as _importlib
 from typing import TYPE_CHECKING
-from typing import Any as _Any
+
+from ftrain.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from ftrain.plan.auto import AutoPlan, SavedPlan, search_local_machine
@@ -45,7 +45,6 @@ _PLACES = {
         "WorkloadStep",
     ),
 }
-_PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
 __all__ = [
     "AutoPlan",
@@ -65,8 +64,4 @@ __all__ = [
     "search_local_machine",
 ]
 
-
-def __getattr__(name: str) -> _Any:
-    if name in _PLACE_OF:
-        return getattr(_importlib.import_module(f"ftrain.plan.{_PLACE_OF[name]}"), name)
-    raise AttributeError(f"ftrain.plan has no {name!r}; it has {', '.join(__all__)}")
+__getattr__ = _lazy_names(__name__, _PLACES)

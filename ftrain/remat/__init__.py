@@ -3,9 +3,9 @@
 Names are loaded when they are first asked for. A function that has the name of its module is imported from there.
 """
 
-import importlib as _importlib
 from typing import TYPE_CHECKING
-from typing import Any as _Any
+
+from ftrain.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from ftrain.remat.fit import Decision, DecisionRow, ImpossibleBudget, decision_table, decisions
@@ -39,7 +39,6 @@ _PLACES = {
         "require_matches",
     ),
 }
-_PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
 __all__ = [
     "Decision",
@@ -57,8 +56,4 @@ __all__ = [
     "require_matches",
 ]
 
-
-def __getattr__(name: str) -> _Any:
-    if name in _PLACE_OF:
-        return getattr(_importlib.import_module(f"ftrain.remat.{_PLACE_OF[name]}"), name)
-    raise AttributeError(f"ftrain.remat has no {name!r}; it has {', '.join(__all__)}")
+__getattr__ = _lazy_names(__name__, _PLACES)

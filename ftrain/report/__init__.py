@@ -3,9 +3,9 @@
 Names are loaded when they are first asked for. A function that has the name of its module is imported from there.
 """
 
-import importlib as _importlib
 from typing import TYPE_CHECKING
-from typing import Any as _Any
+
+from ftrain.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from ftrain.report.graph_text import graph_text
@@ -33,7 +33,6 @@ _PLACES = {
     ),
     "step_page": ("write_report",),
 }
-_PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
 __all__ = [
     "Card",
@@ -49,8 +48,4 @@ __all__ = [
     "write_report",
 ]
 
-
-def __getattr__(name: str) -> _Any:
-    if name in _PLACE_OF:
-        return getattr(_importlib.import_module(f"ftrain.report.{_PLACE_OF[name]}"), name)
-    raise AttributeError(f"ftrain.report has no {name!r}; it has {', '.join(__all__)}")
+__getattr__ = _lazy_names(__name__, _PLACES)

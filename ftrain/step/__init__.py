@@ -3,9 +3,9 @@
 Names are loaded when they are first asked for.
 """
 
-import importlib as _importlib
 from typing import TYPE_CHECKING
-from typing import Any as _Any
+
+from ftrain.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from ftrain.step.api import Step, disable_jit, make_step
@@ -25,7 +25,6 @@ _PLACES = {
     "runner": ("Runner",),
     "state": ("TrainState",),
 }
-_PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
 __all__ = [
     "Compiled",
@@ -44,8 +43,4 @@ __all__ = [
     "run_passes",
 ]
 
-
-def __getattr__(name: str) -> _Any:
-    if name in _PLACE_OF:
-        return getattr(_importlib.import_module(f"ftrain.step.{_PLACE_OF[name]}"), name)
-    raise AttributeError(f"ftrain.step has no {name!r}; it has {', '.join(__all__)}")
+__getattr__ = _lazy_names(__name__, _PLACES)

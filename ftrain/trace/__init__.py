@@ -4,9 +4,9 @@ Users find `grad`, `value_and_grad`, `forward`, `accumulate`, `Precision` and `A
 the modules that other rooms import, one subject each. They are loaded when first used.
 """
 
-import importlib as _importlib
-from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
+
+from ftrain.lazy import lazy_modules as _lazy_modules
 
 if TYPE_CHECKING:
     from ftrain.trace import (
@@ -47,8 +47,4 @@ __all__ = [
     "tracer",
 ]
 
-
-def __getattr__(name: str) -> _ModuleType:
-    if name in __all__:
-        return _importlib.import_module(f"ftrain.trace.{name}")
-    raise AttributeError(f"ftrain.trace has no module {name!r}; it has {', '.join(__all__)}")
+__getattr__ = _lazy_modules(__name__, __all__)
