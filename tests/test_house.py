@@ -56,6 +56,8 @@ def test_what_points_upwards_goes_in_a_circle_or_is_private_is_found():
     assert len(HOUSE["private_names"]([private])) == 1
 
 
+_RAISES = "def _g():\n raise KeyError('x')"
+_UNSAID = "f raises KeyError and does not say so"
 DOCSTRINGS = runpy.run_path(str(ROOT / ".ci" / "docstrings.py"))
 
 
@@ -70,8 +72,12 @@ def test_docstrings_name_errors_and_shapes():
         ("def f(): ...", "f has no docstring"),
         ("class A:\n '''A.'''\n def f(self): ...", "A.f has no docstring"),
         ("def f():\n '''Of f.'''\n raise ValueError('x')", "f raises ValueError and does not say so"),
-        ("def f():\n '''Of f.'''\n _g()\ndef _g():\n raise KeyError('x')", "f raises KeyError and does not say so"),
+        (f"def f():\n '''Of f.'''\n _g()\n{_RAISES}", _UNSAID),
         ("class A:\n '''A.'''\n def __init__(self):\n  raise OSError('x')", "A raises OSError and does not say so"),
+        ("class A:\n '''A.'''\n def __init__(self):\n  '''OSError.'''\n  raise OSError('x')", ""),
+        (f"def f():\n '''Of f.'''\n try:\n  _g()\n except KeyError:\n  pass\n{_RAISES}", ""),
+        (f"def f():\n '''Of f.'''\n try:\n  _g()\n except OSError:\n  pass\n{_RAISES}", _UNSAID),
+        (f"def f():\n '''Of f.'''\n try:\n  pass\n except KeyError:\n  _g()\n{_RAISES}", _UNSAID),
         ("def f(x: Tensor):\n '''Of x.'''", "f does not say the shapes of x"),
         ("def f(x_TD: Tensor, at: int):\n '''Of x.'''", ""),
         ("def f(x: Tensor):\n '''Of x, 0-d. ValueError for less.'''\n raise ValueError('x')", ""),

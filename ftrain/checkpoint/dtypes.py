@@ -25,7 +25,13 @@ def dtype_name(dtype: torch.dtype, path: str) -> str:
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor as an array; `bfloat16` and `float8` come as ml_dtypes."""
+    """The memory of a contiguous CPU tensor as an array of the same shape; `bfloat16` and `float8` come as ml_dtypes.
+
+    >>> import torch
+    >>> from ftrain.checkpoint.dtypes import as_array
+    >>> as_array(torch.ones(2, dtype=torch.bfloat16)).dtype
+    dtype(bfloat16)
+    """
     target = ts.dtype(_NAME_OF[tensor.dtype]).numpy_dtype
     if target.isbuiltin == 1:
         return tensor.numpy()

@@ -17,7 +17,7 @@ _UNFINISHED = re.compile(r".+\.tmp-[0-9a-f]+")
 
 
 def sync_path(path: Path) -> None:
-    """Block until the file, or the names in the folder, are on the disk."""
+    """Block until the file, or the names in the folder, are on the disk. OSError if it cannot be opened or synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +34,7 @@ def sync_tree(root: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, whose names survive a crash."""
+    """Create a folder and its parents, whose names survive a crash. OSError where it cannot be made."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -42,12 +42,16 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
+    """As `write_bytes`, in UTF-8. Raises OSError as it does."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Give `path` this content at once: a reader sees the old one or the new one, also after a crash."""
+    """Give `path` this content at once: a reader sees the old one or the new one, also after a crash.
+
+    Raises:
+        OSError: it cannot be written; the old content stays.
+    """
     new = temporary(path)
     try:
         with open(new, "wb") as file:
@@ -71,6 +75,9 @@ def publish(made: Path, final: Path) -> None:
     """Rename the synced folder `made` to `final`, replacing one that is there in a single step where the OS can.
 
     Where it cannot, the old one is put aside first, under a name by which it still counts: see `LocalFolder`.
+
+    Raises:
+        OSError: a name cannot be changed; `final` is then the old folder, put aside or not.
     """
     if not os.path.lexists(final):
         os.rename(made, final)

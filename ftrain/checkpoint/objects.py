@@ -20,7 +20,11 @@ class Objects:
     """What lies below a URL; names are relative to it. `store` is open for as long as this object lives."""
 
     def __init__(self, url: str, options: Mapping[str, Any], *, patience: float = PATIENCE) -> None:
-        """`url`, `options` and `patience` as for `Bucket`, with its errors."""
+        """`url`, `options` and `patience` (seconds) as for `Bucket`.
+
+        Raises:
+            ValueError: the URL is none of those that `Bucket` takes, or tensorstore refuses the options.
+        """
         self._patience = patience
         found = urlsplit(url)
         if found.scheme not in _DRIVERS or not found.netloc:
@@ -52,18 +56,22 @@ class Objects:
         return ts.Context({"cache_pool": {}}, self._shared)
 
     def names(self, prefix: str) -> list[str]:
-        """The names of all objects that begin so, in order."""
+        """The names of all objects that begin so, in order. TimeoutError if the store does not answer."""
         beyond = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         return sorted(
             key.decode() for key in self._answer(self.store.list(ts.KvStore.KeyRange(prefix, beyond)), prefix)
         )
 
     def get(self, name: str) -> bytes | None:
-        """The content of an object; None when there is no such object."""
+        """The content of an object; None when there is no such object. TimeoutError as `contents`."""
         return self.contents([name])[0]
 
     def contents(self, names: Sequence[str]) -> list[bytes | None]:
-        """The contents of small objects, asked for all at once; None for those that are not there."""
+        """The contents of small objects, asked for all at once; None for those that are not there.
+
+        Raises:
+            TimeoutError: the store has not answered for `patience` seconds; the object is named.
+        """
         asked = [self.store.read(name) for name in names]
         answers = [self._answer(future, name) for future, name in zip(asked, names, strict=True)]
         return [answer.value if answer.state == "value" else None for answer in answers]
@@ -88,11 +96,11 @@ class Objects:
         raise OSError(f"{self.show(names[unsettled[0]])} was written, but is missing or differs at each reading")
 
     def put(self, name: str, content: bytes) -> None:
-        """Give an object this content at once: a reader sees the old one or the new one."""
+        """Give an object this content at once: a reader sees the old one or the new one. TimeoutError as `contents`."""
         self._answer(self.store.write(name, content), name)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects, all at once; those that are not there are no error."""
+        """Delete objects, all at once; those that are not there are no error. TimeoutError as `contents`."""
         for name, future in [(name, self.store.write(name, None)) for name in names]:
             self._answer(future, name)
 

@@ -52,6 +52,7 @@ class Ranks:
         Raises:
             RuntimeError: the rank no longer answers; it is named.
             TimeoutError: it lives and publishes nothing.
+            ValueError: this process is alone.
         """
         raise ValueError(f"rank {rank} was asked for {topic} of save {round_number}, and this process is alone")
 

@@ -77,10 +77,11 @@ class ShardLayouts:
         self._known: dict[tuple, ShardLayout] = {}
 
     def of(self, array: DTensor, local: Tensor, path: str) -> ShardLayout:
-        """How `array` is divided, whose part on this process is `local`.
+        """How `array` is divided, whose part on this process is `local`, of the lengths that `torch.chunk` gives it.
 
         Raises:
-            ValueError: it holds partial sums, or is divided in a way that is no box per rank; the leaf `path` is named.
+            ValueError: it holds partial sums, is divided in a way that is no box per rank, or `local` has another
+                shape; the leaf `path` is named.
         """
         mesh, placements, shape = array.device_mesh, tuple(array.placements), tuple(array.shape)
         key = (id(mesh), placements, shape)

@@ -67,7 +67,8 @@ def write_shard(new: NewStep, work: Work, rank: int) -> Written:
     """Write a rank's share of a step.
 
     Raises:
-        OSError: the disk is full, the folder is read-only, another rank's folder is not to be seen from here, ...
+        FileNotFoundError: the folder that rank 0 has made is not to be seen from here.
+        OSError: the disk is full, the folder is read-only, ...
     """
     if not new.is_here():
         raise FileNotFoundError(

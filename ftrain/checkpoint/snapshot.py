@@ -40,7 +40,7 @@ class Spare:
         return Snapshot(self, leaves, {path: leaf for path, leaf in state.items() if borrowable(leaf)})
 
     def buffer(self, path: str, tensor: Tensor) -> Tensor:
-        """The spare memory of a leaf."""
+        """The spare memory of a leaf, of the shape and dtype of `tensor`."""
         old = self._buffers.get(path)
         if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
             return old

@@ -62,6 +62,15 @@ class HfFolder:
         Raises:
             ValueError: there are none, a file is missing or damaged or a link that leads elsewhere, or the index and
                 the files disagree.
+
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> from ftrain.hf import HfFolder
+        >>> folder = tempfile.mkdtemp()
+        >>> save_file({"lm_head.weight": torch.zeros(8, 4)}, f"{folder}/model.safetensors")
+        >>> here = HfFolder.open(folder)
+        >>> {name: (stored.shape, stored.dtype) for name, stored in here.tensors.items()}
+        {'lm_head.weight': ((8, 4), torch.float32)}
         """
         folder = Path(path)
         tensors: dict[str, Stored] = {}

@@ -109,7 +109,19 @@ def read_parts(
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """These parts of leaves, by path; `wanted` describes the whole ones. What `check_fit` refuses goes unnoticed."""
+    """These parts of leaves, by path; `wanted` describes the whole ones. What `check_fit` refuses goes unnoticed.
+
+    Args:
+        here: the folder that holds the tensors.
+        wanted: shape and dtype of each whole leaf, by path; numbers are cast to the dtype.
+        names: which tensor is which leaf.
+        parts: for each leaf that is read, a start and a length per dim; the result has these lengths.
+        device: where the result is.
+
+    Raises:
+        ValueError: a file is missing or damaged, a number is beyond the range of the dtype, or a tied weight and its
+            copy differ.
+    """
     sizes = {path: tuple(length for _, length in part) for path, part in parts.items()}
     leaves = {path: torch.empty(sizes[path], dtype=wanted[path].dtype, device=device) for path in parts}
     _fill(here, names, leaves, parts)
@@ -134,7 +146,11 @@ def check_fit(
 
 
 def stored_dtypes(here: HfFolder, names: Iterable[HfTensor]) -> dict[str, torch.dtype]:
-    """The dtype in which each leaf is on disk; of stacked tensors one that holds all."""
+    """The dtype in which each leaf is on disk; of stacked tensors one that holds all.
+
+    Raises:
+        ValueError: the folder has no tensor of a name.
+    """
     found: dict[str, torch.dtype] = {}
     for name in names:
         if not name.copy:
@@ -155,7 +171,15 @@ def row_dim(name: HfTensor) -> int:
 
 
 def part_of_leaf(name: HfTensor, leaf: Tensor) -> Tensor:
-    """The view of our leaf that this tensor holds, dims in the order they have there."""
+    """The view of our leaf (of its whole shape) that this tensor holds, dims in the order they have there.
+
+    >>> import torch
+    >>> from ftrain.hf.load import part_of_leaf
+    >>> from ftrain.modules.hf_names import HfTensor
+    >>> stacked_EDF = torch.zeros(4, 8, 16)  # experts are one leaf here, and a tensor each there
+    >>> part_of_leaf(HfTensor("experts.2.up_proj.weight", "moe.w_up_EDF", transposed=True, index=2), stacked_EDF).shape
+    torch.Size([16, 8])
+    """
     own = leaf if name.index is None else leaf[name.index]
     return own.mT if name.transposed else own
 

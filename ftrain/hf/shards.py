@@ -94,7 +94,21 @@ def split(entries: Mapping[str, Entry], max_shard: int) -> list[list[str]]:
 
 
 def lay_out(entries: Mapping[str, Entry], max_shard: int) -> list[ShardFile]:
-    """The files that hold these tensors, in the order given: `model.safetensors`, or shards numbered as there."""
+    """The files that hold these tensors, in the order given: `model.safetensors`, or shards numbered as there.
+
+    Args:
+        entries: shape and dtype of each tensor, by its name in the files.
+        max_shard: bytes of the largest file; only a single larger tensor makes a larger one.
+
+    Raises:
+        ValueError: safetensors has not the dtype of a tensor, which is named.
+
+    >>> import torch
+    >>> from ftrain.hf.shards import Entry, lay_out
+    >>> entries = {name: Entry((256,), torch.float32) for name in ("a", "b", "c")}  # 1024 bytes each
+    >>> [(file.name, list(file.offsets)) for file in lay_out(entries, max_shard=2048)]
+    [('model-00001-of-00002.safetensors', ['a', 'b']), ('model-00002-of-00002.safetensors', ['c'])]
+    """
     shards = split(entries, max_shard)
     count = len(shards)
     stem = SINGLE.removesuffix(".safetensors")

@@ -27,6 +27,14 @@ class Spikes:
 
     The deviation is 1.4826 times the median distance from the median, and at least `least` of the median: losses that
     hardly move are no reason to alarm. Nothing is a spike before `window` good losses.
+
+    Raises:
+        ValueError: `window` is below 4, `z` not above 0, or `least` below 0.
+
+    >>> from ftrain.resilience.anomalies import Spikes
+    >>> spikes, losses = Spikes(window=4), (2.0, 2.1, 1.9, 2.0)
+    >>> spikes.score(2.1, losses) > spikes.z, spikes.score(9.0, losses) > spikes.z
+    (False, True)
     """
 
     window: int = 64
@@ -55,6 +63,9 @@ class BadSteps:
     A step is bad if its loss or gradient norm is not finite, or, with `spikes`, its loss is a spike. After `limit` bad
     steps in a row the run rolls back to the last checkpoint before them and leaves out their batches (0: it never
     does). After `rollbacks` of these it gives up: then the data is not the cause.
+
+    Raises:
+        ValueError: `limit` or `rollbacks` is below 0.
     """
 
     limit: int = 3

@@ -63,6 +63,16 @@ def write_failure_dump(run: Path, dump: FailureDump, batch: Any) -> Path | None:
     Raises:
         OSError: the disk is full, ...
         TypeError: a leaf of the batch is neither a tensor nor one that JSON has.
+
+    >>> import pathlib, tempfile, torch
+    >>> from ftrain.resilience.failure_dump import FailureDump, read_batch, read_failure_dump, write_failure_dump
+    >>> from ftrain.resilience.skipped import Skipped
+    >>> run, batch = pathlib.Path(tempfile.mkdtemp()), {"tokens": torch.arange(4)}
+    >>> dump = FailureDump(step=3, position=2, loss=float("nan"), why="the loss is nan", skipped=Skipped())
+    >>> write_failure_dump(run, dump, batch).relative_to(run).as_posix()
+    'replay/step_3'
+    >>> read_failure_dump(run, 3).why, read_batch(run, 3, like=batch)
+    ('the loss is nan', {'tokens': tensor([0, 1, 2, 3])})
     """
     folder = _folder(run, dump.step)
     if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= KEPT:

@@ -180,6 +180,13 @@ def recorded(run: Path) -> dict[int, dict[str, float]]:
 
     Raises:
         ValueError: another line is no JSON, or lacks its step or loss, or has a number that no float holds.
+
+    >>> import pathlib, tempfile
+    >>> from ftrain.resilience.replay import recorded
+    >>> run = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\\n{"step": 2, "lo')
+    >>> recorded(run)
+    {1: {'step': 1, 'loss': 2.5}}
     """
     shown = str(run / METRICS)
     try:

@@ -58,6 +58,10 @@ def check_replicas(state: Any) -> None:
 
     Raises:
         ReplicasDiffer: on every rank alike, with the paths of the leaves and the ranks that differ.
+
+    >>> import torch
+    >>> from ftrain.resilience.replicas import check_replicas
+    >>> check_replicas({"w": torch.ones(3)})  # one process: there is nothing to compare
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -74,7 +78,14 @@ def check_replicas(state: Any) -> None:
 
 
 def compare(paths: Sequence[str], hashes_RL: Tensor, copies: Sequence[Sequence[tuple[int, ...]]]) -> list[Difference]:
-    """Where hashes of copies differ. `hashes_RL`: of each rank's leaves; `copies`: per leaf the groups of ranks."""
+    """Where hashes of copies differ. `hashes_RL`: of each rank's leaves; `copies`: per leaf the groups of ranks.
+
+    >>> import torch
+    >>> from ftrain.resilience.replicas import compare
+    >>> hashes_RL = torch.tensor([[11, 5], [11, 5], [12, 5]])  # three ranks, two leaves
+    >>> print(*compare(["w", "b"], hashes_RL, [[(0, 1, 2)], [(0, 1, 2)]]))
+    'w': of 3 copies (ranks 0, 1, 2) that of rank 2 differs from the others
+    """
     differences = []
     for path, column, groups in zip(paths, hashes_RL.T.tolist(), copies, strict=True):
         for ranks in groups:
@@ -87,7 +98,9 @@ def compare(paths: Sequence[str], hashes_RL: Tensor, copies: Sequence[Sequence[t
 
 
 def copies_of(leaf: Tensor) -> list[tuple[int, ...]]:
-    """The groups of two ranks and more that hold the same part of a leaf."""
+    """The groups of two ranks and more that hold the same part of a leaf of any shape: a DTensor, or a plain tensor,
+    which all ranks hold.
+    """
     if not isinstance(leaf, DTensor):
         return [tuple(range(dist.get_world_size()))]
     copied = [dim for dim, placement in enumerate(leaf.placements) if placement.is_replicate()]

@@ -23,6 +23,13 @@ def plan_rollback(policy: BadSteps, history: History, skipped: Skipped, *, saved
 
     Raises:
         RuntimeError: the run has gone back as often as the policy allows.
+
+    >>> from ftrain.resilience.anomalies import BadSteps, History
+    >>> from ftrain.resilience.rollback import plan_rollback
+    >>> from ftrain.resilience.skipped import Skipped
+    >>> bad = History(bad=(7, 8, 9))
+    >>> plan_rollback(BadSteps(), bad, Skipped(), saved=[3, 6, 9], why="the loss is nan")
+    Rollback(positions=(6, 7, 8), bad=(7, 8, 9), back_to=6, why='the loss is nan')
     """
     first, last = history.bad[0], history.bad[-1]
     if len(skipped.rollbacks) >= policy.rollbacks:

@@ -50,6 +50,17 @@ class Watchdog:
             seconds: within which the next step must end.
             first: within which the first step must end, which is traced and compiled; default `seconds`, and at least
                 half an hour.
+
+        Raises:
+            ValueError: a time is not above 0.
+
+        >>> import pathlib, tempfile
+        >>> from ftrain.resilience.watchdog import Watchdog
+        >>> with Watchdog(pathlib.Path(tempfile.mkdtemp()) / "stacks", seconds=600) as watchdog:
+        ...     for number in (1, 2):
+        ...         watchdog.step_ended(number)  # the step before it came to its end
+        >>> watchdog.file.exists()  # nobody hung, so there is nothing to read
+        False
         """
         if seconds <= 0 or (first is not None and first <= 0):
             raise ValueError(f"a watchdog's time must be positive seconds, not {seconds} (first step: {first})")
