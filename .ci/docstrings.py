@@ -5,7 +5,7 @@
 Checks the floors, rooms and files in DONE; prints what is missing and exits with 1 if anything is. For every public
 function, class and method (nested functions and what begins with an underscore are private):
 
-- there is a docstring;
+- there is a docstring, its own or that of the method which it overrides;
 - each exception that its body raises is named in it: by `raise X(...)`, there or in a private function or method of
   the same module that it calls directly, outside a `try` that takes it. A class answers for `__init__` and
   `__post_init__`, in its own docstring or in theirs;
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DONE: tuple[str, ...] = (
     "kernels",
     "sharding",
+    "modules",
     "ftrain/lazy.py",
     "ftrain/tree.py",
     "ftrain/optim",
@@ -45,6 +46,7 @@ DONE: tuple[str, ...] = (
     "ftrain/checkpoint",
     "ftrain/hf",
     "ftrain/resilience",
+    "ftrain/files",
 )
 """Floors, rooms and files whose docstrings are checked, relative to the root."""
 
@@ -84,6 +86,35 @@ EXAMPLES: tuple[str, ...] = (
     "sharding/ring.py",
     "sharding/spmd.py",
     "sharding/ulysses.py",
+    "modules/attention.py",
+    "modules/audio_encoder.py",
+    "modules/autoregression.py",
+    "modules/block.py",
+    "modules/budget.py",
+    "modules/dealing.py",
+    "modules/decoder.py",
+    "modules/decoder_config.py",
+    "modules/dit.py",
+    "modules/embedding.py",
+    "modules/encoder_stack.py",
+    "modules/generation.py",
+    "modules/hf_config.py",
+    "modules/hf_fields.py",
+    "modules/hf_names.py",
+    "modules/kv_cache.py",
+    "modules/layers.py",
+    "modules/linear.py",
+    "modules/mesh_packing.py",
+    "modules/mlp.py",
+    "modules/moe.py",
+    "modules/norm.py",
+    "modules/omni.py",
+    "modules/packing.py",
+    "modules/packs.py",
+    "modules/sampling.py",
+    "modules/spec.py",
+    "modules/vision_encoder.py",
+    "modules/vq_image.py",
     "ftrain/optim/adafactor.py",
     "ftrain/optim/adamw.py",
     "ftrain/optim/clip.py",
@@ -130,6 +161,8 @@ EXAMPLES: tuple[str, ...] = (
     "ftrain/plan/space.py",
     "ftrain/run/session.py",
     "ftrain/cli/plan.py",
+    "ftrain/files/beneath.py",
+    "ftrain/files/outside.py",
     "ftrain/checkpoint/arrays.py",
     "ftrain/checkpoint/bucket.py",
     "ftrain/checkpoint/checkpointer.py",
@@ -193,6 +226,18 @@ def public_names(tree: ast.Module) -> Iterator[Public]:
             if isinstance(node, ast.ClassDef):
                 methods = (n for n in node.body if isinstance(n, Function) and not n.name.startswith("_"))
                 yield from (Public(f"{node.name}.{n.name}", n, node) for n in methods)
+
+
+def docstring(public: Public, tree: ast.Module) -> str | None:
+    """Its own; of a method without one that of a base class in the same module, as `inspect.getdoc` has it."""
+    classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
+    said, owner = ast.get_docstring(public.node), public.owner
+    while not said and owner is not None:
+        owner = next((classes[b.id] for b in owner.bases if isinstance(b, ast.Name) and b.id in classes), None)
+        methods = owner.body if owner else []
+        same = (n for n in methods if isinstance(n, Function) and n.name == public.node.name)
+        said = next((ast.get_docstring(n) for n in same), None)
+    return said
 
 
 def raised(public: Public, tree: ast.Module) -> set[str]:
@@ -277,7 +322,7 @@ def missing(path: Path) -> Iterator[str]:
     if not ast.get_docstring(tree):
         yield f"{inside}:1: the module has no docstring"
     for public in public_names(tree):
-        at, said = f"{inside}:{public.node.lineno}: {public.name}", ast.get_docstring(public.node)
+        at, said = f"{inside}:{public.node.lineno}: {public.name}", docstring(public, tree)
         if not said:
             yield f"{at} has no docstring"
             continue

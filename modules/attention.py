@@ -29,6 +29,9 @@ class AttentionConfig:
     mask within a document. `rope_base` `None` means no rotation; `rope_sections` splits the rotated frequencies among
     several position axes (M-RoPE), in blocks or, with `rope_interleaved`, in turns; with `rope_per_axis_ladder` each
     axis has the whole range of frequencies (vision). `rope_scaling` stretches them for long texts (Llama 3.1).
+
+    Raises:
+        ValueError: `heads` is no multiple of `kv_heads`, or rotary positions are given an odd `head_dim`.
     """
 
     d_model: int

@@ -131,7 +131,7 @@ def _conv_specs(d_in: int, d_out: int, axis_in: str) -> dict[str, ParamSpec]:
 
 
 def halving_conv(params: Any, x_FI: Tensor, segments_F: Tensor) -> Tensor:
-    """A convolution of three taps and stride 2 within each clip of the pack: `[F, I]` to `[F / 2, O]`.
+    """A convolution of three taps and stride 2 within each clip of the pack: `[F, I]` to `[F / 2, O]`, in one dtype.
 
     Equal to `conv1d(kernel_size=3, stride=2, padding=1)` on each clip alone, for clips of even length: output i reads
     frames 2i - 1, 2i and 2i + 1, and only the first can lie in the clip before, where it reads as zero.
@@ -149,6 +149,9 @@ def lm_encode(params: Any, features: Mapping[str, Any], *, cfg: AudioConfig) -> 
     `[F / rows_per_token, d_out]`.
 
     Computes in the dtype of the parameters.
+
+    Raises:
+        ValueError: F is no multiple of `cfg.rows_per_token`.
     """
     mel_FM, segments = features["mel_FM"], features["segments_N"]
     segments_F = ids_of(segments)

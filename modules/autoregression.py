@@ -84,6 +84,17 @@ def generate_ids(
     """The ids after each prompt as they were chosen, int64 `[B, N]`, N at most `max_new`.
 
     It ends early when every sample has had a `stop` id; what is behind a sample's first one means nothing.
+
+    Args:
+        params, prompts: what `family` takes.
+        family: the model, as two functions.
+        max_new: the most tokens per sample, at least 0.
+        stop: ids after which a sample is done.
+        key: int64 `[2]`, or `[B, 2]`, one for each sample; needed where tokens are drawn.
+        how: how a token is chosen from its scores.
+
+    Raises:
+        ValueError: `max_new` is below 0, the keys have another shape, or tokens are to be drawn without a key.
     """
     how.check_key(key)
     if max_new < 0:
@@ -108,7 +119,8 @@ def generate_ids(
 def decoder_family(cfg: DecoderConfig, *, balance: Tree = None) -> Family:
     """A decoder alone; prompts are lists of token ids, of any lengths above 0, and params those of `decoder.specs`.
 
-    `balance`: the state of loss-free balancing, if the decoder has one.
+    `balance`: the state of loss-free balancing, if the decoder has one. Its `prefill` raises ValueError where there is
+    no prompt, or an empty one.
 
     >>> from ftrain.kernels import random
     >>> from ftrain.modules import spec

@@ -33,6 +33,9 @@ class DitConfig:
 
     `d_text`: width of the text rows that every row attends to, 0 for none. `time_features`: sines and cosines of the
     time, an even number. Positions have three axes (frame, row, column), with `rope_base`.
+
+    Raises:
+        ValueError: `d_model` over `heads` is no even whole number, or `time_features` is odd.
     """
 
     d_in: int

@@ -20,6 +20,9 @@ class StackConfig:
 
     `position_axes` is how many coordinates a row has (1 time, 2 row and column, 3 time, row and column); each has an
     equal share of the head dim, and its own whole range of rotary frequencies up to base `rope_base`.
+
+    Raises:
+        ValueError: `d_model` over `heads` is no even whole number, or has fewer pairs than there are position axes.
     """
 
     d_model: int

@@ -103,7 +103,11 @@ def generate_codes(
 
 
 def text_family(model: OmniModel, *, balance: Tree = None) -> Family:
-    """The text of an omni model, for `generate`: prompts are documents, ids those of text tokens."""
+    """The text of an omni model, for `generate`: prompts are documents, ids those of text tokens.
+
+    `balance`: the state of loss-free balancing, if the foundation has one. Its `prefill` raises ValueError for an
+    empty prompt.
+    """
 
     def scores(params: Tree, now: _Now) -> tuple[Tensor, _Now]:
         return foundation.logits(params["foundation"], now.hidden_BD, model.foundation), now
@@ -132,6 +136,10 @@ def codes_family(
     """The codes of one modality of an omni model, for `generate_ids` with as many tokens as a target has codes.
 
     `guidance`, `unconditional`: see `generate_codes`; the foundation then runs both kinds of prompts side by side.
+
+    Raises:
+        ValueError: the model has no such decoder. The family's `prefill` raises it where a guidance other than 1 goes
+            without one unconditional prompt for each prompt, or 1 with any.
     """
     part = model.decoder(decoder)
 

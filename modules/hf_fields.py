@@ -41,7 +41,15 @@ def require_understood(config: Config, read: Collection[str]) -> None:
 
 
 def size(config: Config, field: str, default: int | None = None) -> int:
-    """A whole number of at least 1; where the entry is missing or null the default, which None makes an error."""
+    """A whole number of at least 1; where the entry is missing or null the default.
+
+    Raises:
+        ValueError: it is none, or is missing and has no default; the entry is named.
+
+    >>> from ftrain.modules.hf_fields import size
+    >>> size({"hidden_size": 64}, "hidden_size"), size({}, "num_experts", 8)
+    (64, 8)
+    """
     value = config.get(field)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -50,7 +58,10 @@ def size(config: Config, field: str, default: int | None = None) -> int:
 
 
 def number(config: Config, field: str, default: float, *, where: str = "") -> float:
-    """A finite number above 0; the default where the entry is missing or null."""
+    """A finite number above 0; the default where the entry is missing or null.
+
+    `where`: the entry that holds `config`, as "rope_scaling.", for messages. ValueError for what is no such number.
+    """
     value = config.get(field)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -59,7 +70,7 @@ def number(config: Config, field: str, default: float, *, where: str = "") -> fl
 
 
 def flag(config: Config, field: str) -> bool:
-    """True or false; false where the entry is missing or null."""
+    """True or false; false where the entry is missing or null. ValueError for anything else."""
     value = config.get(field)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"config.json: {field}={value!r} must be true or false")

@@ -18,7 +18,10 @@ KINDS = ("swiglu", "gelu", "gelu_tanh")
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """`kind`: swiglu `(silu(x gate) * x up) down`, or gelu (exact) or gelu_tanh `gelu(x up) down`; `d_hidden` is F."""
+    """`kind`: swiglu `(silu(x gate) * x up) down`, or gelu (exact) or gelu_tanh `gelu(x up) down`.
+
+    `d_model` is D, `d_hidden` is F; `bias`: of every linear map. ValueError for another kind.
+    """
 
     d_model: int
     d_hidden: int

@@ -27,6 +27,9 @@ class MoEConfig:
     `score`: softmax over experts, or a sigmoid of each (DeepSeek-V3). `normalize`: weights of the chosen experts sum to
     one; they are then multiplied by `scale`. `balance`: "aux" (the caller adds `aux_coefficient * aux_loss(stats)`),
     "bias" (the caller keeps a tree of biases and moves it with `update_bias` at `bias_rate`), or "none".
+
+    Raises:
+        ValueError: `top_k` is not from 1 to `experts`, or `score` or `balance` is none of these.
     """
 
     d_model: int
@@ -127,6 +130,15 @@ def route(
 
     Computed in float32, or float64 for float64 inputs: near ties, the choice must not hang on a rounded score. Tokens
     and router in bfloat16 are multiplied as they are, with float32 sums (`ftrain.kernels.wide_mm`).
+
+    Args:
+        w_router_DE, x_TD: the router's weight and the tokens.
+        cfg: how many experts a token uses, and how their weights are made.
+        bias_E: the balancing biases, which move the choice and not the weights; only with `balance="bias"`.
+        valid_T: bool, False for tokens that the statistics leave out.
+
+    Raises:
+        ValueError: biases without `balance="bias"`, or the other way round; or `valid_T` is no bool `[T]`.
     """
     if (bias_E is None) != (cfg.balance != "bias"):
         raise ValueError(f"moe: balance={cfg.balance!r}, but router_bias_E was {'not ' if bias_E is None else ''}given")

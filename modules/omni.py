@@ -83,7 +83,10 @@ class Decoder:
 
 @dataclass(frozen=True)
 class OmniModel:
-    """A foundation with named encoders and decoders; the names are the modalities' names in documents and losses."""
+    """A foundation with named encoders and decoders; the names are the modalities' names in documents and losses.
+
+    ValueError for a decoder with the name of another loss (`RESERVED_TERMS`).
+    """
 
     foundation: DecoderConfig
     encoders: Mapping[str, Encoder] = field(default_factory=dict)

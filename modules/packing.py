@@ -158,6 +158,10 @@ def lay(
 
     A modality that no document has is left out of the batch (`absent="drop"`), or is there as padding, so that the tree
     of arrays never changes (`absent="pad"`). Without documents all is padding.
+
+    Raises:
+        ValueError: `absent` is neither; the documents do not fit; a document has a modality that the model has not, or
+            media of other shapes than its encoder takes.
     """
     if absent not in ("drop", "pad"):
         raise ValueError(f"absent={absent!r} is not 'drop' or 'pad'")

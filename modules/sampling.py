@@ -37,7 +37,7 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
     def check_key(self, key: Tensor | None) -> None:
-        """ValueError where tokens are to be drawn without a key."""
+        """ValueError where tokens are to be drawn without a key (int64 `[2]`, or `[B, 2]`)."""
         if self.temperature > 0 and key is None:
             raise ValueError(f"temperature={self.temperature} must be 0, or above 0 with a random key")
 
@@ -45,7 +45,8 @@ class Sampling:
 def choose(scores_BV: Tensor, key: Tensor | None, step: int, how: Sampling) -> Tensor:
     """One token per row, int64 `[B]`, as number `step` of its sample.
 
-    `key`: int64 `[2]`, or `[B, 2]`, one for each sample, whose tokens then do not depend on the rest of the batch.
+    `key`: int64 `[2]`, or `[B, 2]`, one for each sample, whose tokens then do not depend on the rest of the batch;
+    ValueError for keys of another shape. Without a key, or at temperature 0, the most likely token.
 
     >>> scores_BV = torch.tensor([[0.0, 2.0, 1.0]]).expand(4, 3)
     >>> choose(scores_BV, None, 0, Sampling()).tolist()

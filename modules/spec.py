@@ -82,7 +82,13 @@ def ones() -> Constant:
 
 
 def fan_in(fan: int, *, gain: float = 1.0) -> Normal:
-    """Deviation `gain / sqrt(fan)`: with `gain` 1 a sum over `fan` inputs keeps their variance (LeCun et al. 1998)."""
+    """Deviation `gain / sqrt(fan)`: with `gain` 1 a sum over `fan` inputs keeps their variance (LeCun et al. 1998).
+
+    ValueError for a `fan` below 1.
+
+    >>> fan_in(64).std
+    0.125
+    """
     if fan < 1:
         raise ValueError(f"fan_in needs at least one input, got {fan}")
     return Normal(gain / math.sqrt(fan))
@@ -116,6 +122,8 @@ class ParamSpec:
 
 def leaves_with_paths(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
     """`(dotted path, leaf)` of every leaf of a tree of specs or parameters, dict keys sorted.
+
+    ValueError for a key that is no text, is empty or holds a dot.
 
     >>> list(leaves_with_paths({"b": 1, "a": [{"w": 2}]}))
     [('a.0.w', 2), ('b', 1)]
@@ -163,7 +171,7 @@ def init(specs: Tree, key: Tensor, *, device: torch.device | str | None = None) 
 
 @primitive("parameter")
 def init_leaf(spec: ParamSpec, key: Tensor, path: str, window: random.Window | None = None) -> Tensor:
-    """The leaf called `path` in the tree that `init` makes from `key`, or only a `window` of it.
+    """The leaf called `path` in the tree that `init` makes from `key` (int64 `[2]`), or only a `window` of it.
 
     A window of the global array holds the numbers that the whole array has there, so a rank can make its own shard: a
     plan rebinds this primitive to do so.

@@ -27,6 +27,9 @@ class VisionConfig:
 
     The encoder is `d_model` wide with `layers` layers of `heads` heads; its tokens are `d_out` wide, the foundation's
     width. `d_hidden` 0 means four times `d_model`.
+
+    Raises:
+        ValueError: `patch`, `channels`, `frames` or `merge` is below 1.
     """
 
     d_model: int
@@ -134,7 +137,7 @@ def lm_encode(params: Any, features: Mapping[str, Any], *, cfg: VisionConfig) ->
     """Packed `patches_NP`, `positions_N3`, `segments_N` (an item's number, or `Documents`) to tokens
     `[N / merge**2, d_out]`.
 
-    Computes in the dtype of the parameters.
+    Computes in the dtype of the parameters. ValueError where N is no multiple of `merge**2`.
 
     >>> import torch
     >>> from ftrain.kernels import random

@@ -31,6 +31,10 @@ class VqConfig:
     `codes` entries of width `d_code` for each of `depth` levels; with `normalise`, which goes with one level, compared
     on the unit sphere. `commitment` weighs the pull of the encoder towards its codes; `groups` is the number of groups
     in the group norms, a divisor of every width.
+
+    Raises:
+        ValueError: `size` cannot be halved `len(widths) - 1` times, `groups` does not divide a width, there are fewer
+            than 2 codes or than 1 level, or several levels with `normalise`.
     """
 
     size: int
@@ -110,6 +114,7 @@ def decode(params: Any, codes_BN: Tensor, *, cfg: VqConfig) -> Tensor:
     """Codes `[B, N]` to images `[B, C, H, W]`, differentiable in the parameters.
 
     At a place of level q only q's entries stand; a code of another level is read as the entry of the same number.
+    ValueError where N is not the number of codes of an image.
     """
     if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.codes_per_image:
         raise ValueError(f"decode takes codes [B, {cfg.codes_per_image}], got {list(codes_BN.shape)}")
@@ -198,7 +203,7 @@ def revive(books_QKZ: Tensor, usage_QK: Tensor, rows_QRZ: Tensor, *, key: Tensor
     """The codebooks with every entry used less than `least` times re-seated on a row drawn from its level's rows.
 
     A pure function, to be called now and then between steps with the usage since the last call (Dhariwal et al. 2020,
-    Jukebox, "random restarts"). `key`: a random key.
+    Jukebox, "random restarts"). `key`: a random key, int64 `[2]`.
     """
     levels, entries, width = books_QKZ.shape
     drawn_QK = random.randint(key, (levels, entries), low=0, high=rows_QRZ.shape[1])

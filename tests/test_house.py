@@ -58,6 +58,7 @@ def test_what_points_upwards_goes_in_a_circle_or_is_private_is_found():
 
 _RAISES = "def _g():\n raise KeyError('x')"
 _UNSAID = "f raises KeyError and does not say so"
+_BARE = "B.f has no docstring"
 DOCSTRINGS = runpy.run_path(str(ROOT / ".ci" / "docstrings.py"))
 
 
@@ -71,6 +72,8 @@ def test_docstrings_name_errors_and_shapes():
     [
         ("def f(): ...", "f has no docstring"),
         ("class A:\n '''A.'''\n def f(self): ...", "A.f has no docstring"),
+        ("class A:\n '''A.'''\n def f(self):\n  '''Of f.'''\nclass B(A):\n '''B.'''\n def f(self): ...", ""),
+        ("class A:\n '''A.'''\n def g(self):\n  '''g.'''\nclass B(A):\n '''B.'''\n def f(self): ...", _BARE),
         ("def f():\n '''Of f.'''\n raise ValueError('x')", "f raises ValueError and does not say so"),
         (f"def f():\n '''Of f.'''\n _g()\n{_RAISES}", _UNSAID),
         ("class A:\n '''A.'''\n def __init__(self):\n  raise OSError('x')", "A raises OSError and does not say so"),

@@ -65,7 +65,12 @@ class Folder:
             return _open_regular(last, at, self.path / name, limit)
 
     def read(self, name: str, *, limit: int) -> bytes:
-        """The content of the file `name`, of at most `limit` bytes; raises what `open` raises."""
+        """The content of the file `name`, of at most `limit` bytes.
+
+        Raises:
+            NotPlain: as `open`, or the file grows beyond `limit` while it is read.
+            OSError: it is missing or cannot be read.
+        """
         descriptor = self.open(name, limit=limit)
         try:
             return _read(descriptor, self.path / name, limit)

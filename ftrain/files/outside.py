@@ -59,7 +59,7 @@ def check(value: Any, shape: Shape, shown: str) -> Any:
 
 
 def whole(least: int = 0, most: int = 2**63 - 1) -> Shape:
-    """A whole number within bounds; True and 1.0 are none."""
+    """A whole number within bounds; True and 1.0 are none. The shape raises Misfit for another value."""
 
     def shape(value: Any, at: str) -> None:
         if type(value) is not int or not least <= value <= most:
@@ -69,7 +69,7 @@ def whole(least: int = 0, most: int = 2**63 - 1) -> Shape:
 
 
 def number(least: float = -math.inf, *, finite: bool = True) -> Shape:
-    """A number of at least `least`; NaN and infinities only where they need not be `finite`."""
+    """A number of at least `least`; NaN and infinities only where they need not be `finite`; else Misfit."""
 
     def shape(value: Any, at: str) -> None:
         known = type(value) in (int, float)
@@ -82,7 +82,7 @@ def number(least: float = -math.inf, *, finite: bool = True) -> Shape:
 
 
 def text(longest: int = 2**16) -> Shape:
-    """A text that can be written as UTF-8."""
+    """A text that can be written as UTF-8, of at most so many characters. The shape raises Misfit."""
 
     def shape(value: Any, at: str) -> None:
         if not isinstance(value, str) or len(value) > longest or any("\ud800" <= c <= "\udfff" for c in value):
@@ -92,7 +92,7 @@ def text(longest: int = 2**16) -> Shape:
 
 
 def flag(value: Any, at: str) -> None:
-    """True or False."""
+    """True or False; Misfit for another value."""
     if not isinstance(value, bool):
         _refuse(value, at, "true or false")
 
@@ -102,7 +102,7 @@ def anything(value: Any, at: str) -> None:
 
 
 def one_of(*values: Any) -> Shape:
-    """One of these, and of its type."""
+    """One of these, and of its type. The shape raises Misfit for another value."""
 
     def shape(value: Any, at: str) -> None:
         if not any(type(value) is type(known) and value == known for known in values):
@@ -127,7 +127,7 @@ def either(*shapes: Shape) -> Shape:
 
 
 def listed(item: Shape, *, least: int = 0) -> Shape:
-    """A list of such items, at least so many."""
+    """A list of such items, at least so many. The shape raises Misfit for another value, and an item's."""
 
     def shape(value: Any, at: str) -> None:
         if not isinstance(value, list) or len(value) < least:
@@ -139,7 +139,7 @@ def listed(item: Shape, *, least: int = 0) -> Shape:
 
 
 def mapped(item: Shape) -> Shape:
-    """An object whose entries are all of one shape."""
+    """An object whose entries are all of one shape. The shape raises Misfit for another value, and an entry's."""
 
     def shape(value: Any, at: str) -> None:
         if not isinstance(value, dict):
