@@ -76,10 +76,10 @@ def _register(made: Any) -> None:
     children = tuple(f.name for f in fields if not f.metadata.get("static"))
     constants = tuple(f.name for f in fields if f.metadata.get("static"))
 
-    def to_children(node: Any) -> tuple[tuple, tuple, tuple[str, ...]]:
+    def to_children(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[str, ...]]:
         return tuple(getattr(node, n) for n in children), tuple(getattr(node, n) for n in constants), children
 
-    def from_children(metadata: tuple, values: Iterable) -> Any:
+    def from_children(metadata: tuple[Any, ...], values: Iterable[Any]) -> Any:
         node = object.__new__(made)
         for name, value in (*zip(constants, metadata, strict=True), *zip(children, values, strict=True)):
             object.__setattr__(node, name, value)
@@ -169,7 +169,7 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return unflatten(treedef, (fn(*row) for row in zip(*columns, strict=True)))
 
 
-def map_many(fn: Callable[..., tuple], outputs: int, tree: Tree, *rest: Tree) -> tuple[Tree, ...]:
+def map_many(fn: Callable[..., tuple[Any, ...]], outputs: int, tree: Tree, *rest: Tree) -> tuple[Tree, ...]:
     """As `map` for an `fn` that returns a tuple of `outputs` leaves: that many trees, each shaped as `tree`.
 
     ValueError that names the place where a tree of `rest` has another structure.

@@ -231,7 +231,7 @@ class _Attention(torch.autograd.Function):
         return attention_forward(q, k, v, documents, kv_documents, *rule)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, documents, kv_documents, ctx.rule = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)

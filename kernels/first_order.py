@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def first_order(op: Callable, kernel: str) -> Callable:
+def first_order(op: Callable[..., Any], kernel: str) -> Callable[..., Any]:
     """Wrap the opaque backward `op` of `kernel`: the same function, but differentiating its result raises
     NotImplementedError naming the kernel.
 

@@ -322,7 +322,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return linear_cross_entropy_grads(x, w, labels, weights, *options, need_x, need_w)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         x, w, _labels, weights, _options, *ctx.need = inputs
         _, dx, dw, loss_T = output
         ctx.mark_non_differentiable(dx, dw, loss_T)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ftrain.kernels.primitive import primitive
 
 
-def _no_arithmetic(self: tuple, *_: Any) -> NoReturn:
+def _no_arithmetic(self: tuple[Any, ...], *_: Any) -> NoReturn:
     """A tuple would be joined, repeated or compared part by part."""
     raise ValueError(
         f"a {type(self).__name__} is a sum and a count and takes no part in arithmetic or comparisons: weigh several "

@@ -6,13 +6,19 @@ opaque op is what lets data-dependent work (a loop over documents, a loop over e
 """
 
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _library = torch.library.Library("ftrain", "FRAGMENT")
 
 
-def opaque_op(schema: str, *, fake: Callable, random: bool = False) -> Callable[[Callable], Callable]:
+def opaque_op(
+    schema: str, *, fake: Callable[..., Any], random: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the decorated function as `torch.ops.ftrain.<name>` and return the op's `default` overload.
 
     - `schema`: the op's signature in the dispatcher's language, e.g. `"scale(Tensor x, float factor) -> Tensor"`.
@@ -24,7 +30,7 @@ def opaque_op(schema: str, *, fake: Callable, random: bool = False) -> Callable[
     """
     name = schema.split("(", 1)[0]
 
-    def register(implementation: Callable) -> Callable:
+    def register(implementation: Callable[P, R]) -> Callable[P, R]:
         _library.define(schema, tags=(torch.Tag.nondeterministic_seeded,) if random else ())
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ftrain::{name}", fake, lib=_library)

@@ -9,12 +9,12 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_bindings: ContextVar[tuple[Mapping[str, Callable], ...]] = ContextVar("ftrain_bindings", default=())
+_bindings: ContextVar[tuple[Mapping[str, Callable[..., Any]], ...]] = ContextVar("ftrain_bindings", default=())
 
 
 def primitive(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -46,7 +46,7 @@ def primitive(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 @contextmanager
-def bind(bindings: Mapping[str, Callable]) -> Iterator[None]:
+def bind(bindings: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Within the block, calls of the primitives named in `bindings` go to its functions; inner blocks win over outer
     ones.
     """

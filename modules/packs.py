@@ -36,7 +36,9 @@ def stack_packs(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _put_together(
-    packs: Sequence[Mapping[str, Any]], tensors: Callable[[list[Tensor]], Tensor], documents: Callable
+    packs: Sequence[Mapping[str, Any]],
+    tensors: Callable[[list[Tensor]], Tensor],
+    documents: Callable[[list[Documents]], Documents],
 ) -> dict[str, Any]:
     if not packs:
         raise ValueError("no packs to put together")

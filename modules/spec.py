@@ -280,7 +280,7 @@ def _check_leaf(param: Any, spec: ParamSpec, where: str) -> None:
         raise ValueError(f"{where}: expected dtype {spec.dtype}, found {param.dtype}")
 
 
-def _children(tree: dict | list) -> list[tuple[str, Any]]:
+def _children(tree: dict[str, Any] | list[Any]) -> list[tuple[str, Any]]:
     """`(name, child)` of a dict, keys sorted, or of a list; a key that would make dotted paths ambiguous is refused."""
     if isinstance(tree, list):
         return [(str(i), child) for i, child in enumerate(tree)]

@@ -111,7 +111,7 @@ class _AllGather(torch.autograd.Function):
         return gather_pieces(x.to(dtype), group, dim, why)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.group, ctx.dim, _, ctx.reduce, ctx.why = inputs
         ctx.dtype = x.dtype
 
@@ -127,7 +127,7 @@ class _ReduceScatter(torch.autograd.Function):
         return scatter_sum(x, group, dim, reduce, why).to(dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.group, ctx.dim, _, ctx.reduce, ctx.why = inputs
         ctx.dtype = x.dtype
 
@@ -143,7 +143,7 @@ class _SumOfParts(torch.autograd.Function):
         return sum_over(x, group, None, why)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *ctx.how = inputs
 
     @staticmethod
@@ -157,7 +157,7 @@ class _CopyToRanks(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *ctx.how = inputs
 
     @staticmethod
@@ -176,7 +176,7 @@ class _AllToAll(torch.autograd.Function):
             return wait(_c10d.all_to_all_single.default(flat, each, each, group.name)).view(x_nN.shape)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *ctx.how = inputs
 
     @staticmethod
@@ -191,7 +191,7 @@ class _Permute(torch.autograd.Function):
             return wait(shift_ranks(x.contiguous(), shift % group.size, group.size, group.name))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *ctx.how = inputs
 
     @staticmethod
@@ -207,7 +207,7 @@ class _AllToAllRows(torch.autograd.Function):
             return wait(exchange_rows(x_ND.contiguous(), send_n, receive_n, rows, group.name))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x_ND, send_n, receive_n, _, ctx.group, ctx.why = inputs
         ctx.sent = x_ND.shape[0]
         ctx.save_for_backward(send_n, receive_n)

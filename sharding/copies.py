@@ -41,7 +41,7 @@ def compare_processes(held: Sequence[Held], mesh: Mesh) -> tuple[Copy | None, bo
     packs = range(0, mesh.size, mesh.sequence)
     same = len(packs) > 1 and bool(shares) and all(len({hashes_RL[r][i] for r in packs}) == 1 for i in shares)
     for i, leaf in enumerate(copied):
-        first: dict[tuple, int] = {}
+        first: dict[tuple[tuple[int, int], ...], int] = {}
         for rank in range(mesh.size) if leaf.placement is not None else ():
             other = first.setdefault(leaf.placement.windows(mesh, rank), rank)  # type: ignore[union-attr]
             if hashes_RL[other][i] != hashes_RL[rank][i]:

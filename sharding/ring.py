@@ -83,7 +83,7 @@ class _Ring(torch.autograd.Function):
         return out.to(q.dtype), lse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, host_index, me, ctx.rule = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)

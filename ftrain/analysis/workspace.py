@@ -16,13 +16,13 @@ from ftrain.analysis.workspace_convolution import convolution_backward_workspace
 from ftrain.analysis.workspace_cuda import cuda_workspace
 
 
-def aten_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
+def aten_workspace(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """At most how many bytes of workspace `op(*args, **kwargs)` allocates, on CUDA or CPU. Tensors may be fake."""
     devices = {t.device.type for t in _tensors(args)}
     return cuda_workspace(op, args, kwargs) if devices == {"cuda"} else cpu_workspace(op, args, kwargs)
 
 
-def cpu_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
+def cpu_workspace(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """At most how many bytes of workspace `op(*args, **kwargs)` allocates on a CPU; 0 if a tensor is elsewhere.
 
     Tensors may be fake.
@@ -36,7 +36,7 @@ def cpu_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, A
     return _promotion(op, args, kwargs) if torch.Tag.pointwise in op.tags else 0
 
 
-def _tensors(values: tuple) -> list[Tensor]:
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
     flat = [b for a in values for b in (a if isinstance(a, list | tuple) else [a])]
     return [a for a in flat if isinstance(a, Tensor)]
 
@@ -46,7 +46,7 @@ def nbytes(x: Tensor, dtype: torch.dtype | None = None) -> int:
     return x.numel() * (dtype or x.dtype).itemsize
 
 
-def _promotion(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
+def _promotion(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """An elementwise op converts each operand of another dtype than the common one, whole."""
     if op._schema.name == "aten::masked_fill":
         return 0

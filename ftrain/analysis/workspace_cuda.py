@@ -22,7 +22,7 @@ _FEWEST_VALUES, _MOST_VALUES = 16, 256  # values that one thread reduces
 _VECTOR = 4  # results that one thread computes together
 
 
-def cuda_workspace(op: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
+def cuda_workspace(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Bytes of workspace that `op(*args, **kwargs)` allocates on CUDA. Tensors may be fake."""
     rule = RULES.get(op._schema.name)
     return int(rule(*args, **kwargs)) if rule is not None else 0

@@ -184,7 +184,7 @@ def _block(store: ts.TensorStore, piece: Piece) -> ts.TensorStore:
     return store[index][ts.d[:].translate_to[0]] if index else store
 
 
-def _checked(future: ts.Future, path: str, shown: str) -> ts.TensorStore:
+def _checked(future: "ts.Future[ts.TensorStore]", path: str, shown: str) -> ts.TensorStore:
     try:
         return future.result()
     except ValueError as error:

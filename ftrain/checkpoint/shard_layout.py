@@ -74,7 +74,7 @@ class ShardLayouts:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple, ShardLayout] = {}
+        self._known: dict[tuple[int, tuple[Placement, ...], tuple[int, ...]], ShardLayout] = {}
 
     def of(self, array: DTensor, local: Tensor, path: str) -> ShardLayout:
         """How `array` is divided, whose part on this process is `local`, of the lengths that `torch.chunk` gives it.

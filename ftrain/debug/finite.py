@@ -70,7 +70,7 @@ class Finding:
         return "\n".join([head, made, *(["from inputs"] if rows else []), *rows])
 
 
-def check_finite(step: Step | Callable, *args: Any) -> Finding | None:
+def check_finite(step: Step | Callable[..., Any], *args: Any) -> Finding | None:
     """Run the step's graph node by node and return the first node that made a NaN or an infinity; None if none did.
 
     `step` is jitted or a plain function; `args` are as for a call of it. The arguments are not modified: donated leaves
@@ -111,7 +111,7 @@ def _first(module: fx.GraphModule, inputs: Sequence[Tensor], *, to_the_end: bool
     """`to_the_end`: other ranks wait for this one, so go on after something was found."""
     found: list[Finding] = []
 
-    def visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = Op(node, inside, args, kwargs)
         value = node.target(*args, **kwargs)  # type: ignore[operator]
         if not found and not _on_its_way(node):
@@ -199,7 +199,7 @@ def _not_finite(value: Any, *, inf: bool) -> tuple[str, int] | None:
     return ("infinity", infinities) if infinities else None
 
 
-def _named_inputs(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> list[tuple[fx.Node, Tensor]]:
+def _named_inputs(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[fx.Node, Tensor]]:
     """The nodes that a node reads, each with its value."""
     found: dict[fx.Node, Tensor] = {}
 

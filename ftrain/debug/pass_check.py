@@ -43,7 +43,7 @@ class PassCheck:
         return f"{self.name:22} +{more} -{fewer} lines, {kept}, {peak}"
 
 
-def check_passes(step: Step | Callable, *args: Any) -> list[PassCheck]:
+def check_passes(step: Step | Callable[..., Any], *args: Any) -> list[PassCheck]:
     """Run the step after each of its passes on these arguments, and compare all results with those of its trace, to the
     bit.
 

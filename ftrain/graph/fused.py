@@ -3,7 +3,7 @@
 Like a loop, the node calls a graph of its own that is held by the module; equal runs share one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, fx
 
@@ -11,7 +11,7 @@ WRITES = "writes"
 """Metadata of a fused node: which of its arguments' memory it writes over."""
 
 
-def run_fused(body: Callable, *inputs: Tensor) -> list[Tensor]:
+def run_fused(body: Callable[..., Iterable[Tensor]], *inputs: Tensor) -> list[Tensor]:
     """The results of the run of ops on its inputs; memory of those that the node's WRITES lists may be overwritten."""
     return list(body(*inputs))
 

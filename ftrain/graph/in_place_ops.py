@@ -1,7 +1,7 @@
 """Pure ops and their in-place forms, which write the same bits over what the results replace."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,12 +19,12 @@ class InPlaceOp(NamedTuple):
     With one argument more, a 0-d bool, it does so where that is true.
     """
 
-    op: Callable
+    op: Callable[..., Any]
     added: tuple[tuple[int, int], ...]
     written: tuple[tuple[int, int], ...]
 
 
-IN_PLACE_OPS: dict[Callable, InPlaceOp] = {
+IN_PLACE_OPS: dict[Callable[..., Any], InPlaceOp] = {
     adamw_fused: InPlaceOp(adamw_in_place, added=((0, 0),), written=((1, 2), (2, 3)))
 }
 

@@ -16,6 +16,9 @@ USUAL = frozenset({"layers", "layer", "h", "blocks", "block", "transformer_block
 
 _FEW = 3  # a list of so few, not called as usual, may be a pair of models rather than a stack of layers
 
+_Leaf = tuple[str, Any]
+"""A leaf within a member of a list: its path there, and what it is compared by."""
+
 
 def layers_of(leaves: Mapping[str, Any]) -> dict[str, str]:
     """For each leaf of a member of a list of layers its layer, the path up to the member; other leaves are left out.
@@ -27,7 +30,7 @@ def layers_of(leaves: Mapping[str, Any]) -> dict[str, str]:
     >>> layers_of({"h.0.attn.w": "f32[4]", "h.1.attn.w": "f32[4]", "embed.w": "f32[9]"})
     {'h.0.attn.w': 'h.0', 'h.1.attn.w': 'h.1'}
     """
-    lists: dict[str, dict[str, set]] = {}
+    lists: dict[str, dict[str, set[_Leaf]]] = {}
     for path, value in leaves.items():
         for at, member, inside in _members(path):
             lists.setdefault(at, {}).setdefault(member, set()).add((inside, value))
@@ -50,12 +53,12 @@ def _name(at: str) -> str:
     return at.rsplit(".", 1)[-1]
 
 
-def _two_alike(members: Mapping[str, set]) -> bool:
+def _two_alike(members: Mapping[str, set[_Leaf]]) -> bool:
     kinds = [frozenset(leaves) for leaves in members.values()]
     return len(set(kinds)) < len(kinds)
 
 
-def _choose(places: Sequence[tuple[str, str]], lists: Mapping[str, Mapping[str, set]]) -> str:
+def _choose(places: Sequence[tuple[str, str]], lists: Mapping[str, Mapping[str, set[_Leaf]]]) -> str:
     """Of lists within lists: the innermost with a usual name, else the outermost of more than a few, else the first."""
     usual = [p for p in places if _name(p[0]) in USUAL][-1:]
     many = [p for p in places if len(lists[p[0]]) >= _FEW][:1]

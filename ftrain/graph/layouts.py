@@ -120,7 +120,7 @@ def views_as_reshapes(module: fx.GraphModule) -> None:
 class _Function(torch.nn.Module):
     """A function in the place of a submodule."""
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
 

@@ -4,7 +4,7 @@ The graph of the body is traced one time and called `n` times, so the graph of a
 micro-batches. The loop itself is never differentiated: a body takes its own gradients.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -27,7 +27,7 @@ _PREVIEW = "preview"
 
 
 def run_loop(
-    body: Callable,
+    body: Callable[..., Iterable[Tensor]],
     n: int,
     carry: list[Tensor],
     xs: list[Tensor],
@@ -47,7 +47,13 @@ def run_loop(
 
 
 def loop(
-    body: Callable, n: int, *, carry: list[Tensor], xs: list[Tensor], consts: list[Tensor], preview: bool = False
+    body: Callable[..., Iterable[Tensor]],
+    n: int,
+    *,
+    carry: list[Tensor],
+    xs: list[Tensor],
+    consts: list[Tensor],
+    preview: bool = False,
 ) -> list[Tensor]:
     """Like `run_loop`; under a trace it becomes one node that holds the body's graph.
 
@@ -79,7 +85,7 @@ def loop(
     return emit_node(run_loop, graph, "loop", (n, list(carry), list(xs), [*consts, *captured]), outputs, meta)
 
 
-def _generators_as_found(tensors: list[Tensor]) -> AbstractContextManager:
+def _generators_as_found(tensors: list[Tensor]) -> AbstractContextManager[None]:
     cards = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     return torch.random.fork_rng(cards)
 

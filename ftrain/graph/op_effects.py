@@ -9,6 +9,7 @@ import enum
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -114,7 +115,7 @@ def is_pure(node: fx.Node) -> bool:
     return effect_of(node) is Effect.PURE
 
 
-def effect_of_op(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Effect:
+def effect_of_op(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Effect:
     """What an op does with these arguments: dropout with probability 0 draws nothing.
 
     >>> import torch
@@ -140,7 +141,7 @@ def effect_of_op(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Effect
     return Effect.PURE
 
 
-def hidden_writes(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[fx.Node]:
+def hidden_writes(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.Node]:
     """The arguments that an op writes into though its schema does not say so, as `native_batch_norm` into its
     statistics.
 
@@ -156,7 +157,7 @@ def hidden_writes(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[
     return [value(name) for name in names if value(name) is not None]
 
 
-def argument_reader(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Callable:
+def argument_reader(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[str], Any]:
     """A function from an argument's name to its value, or to its default where it is not given; None if there is none.
 
     `args`, `kwargs`: those of the op, positional and by name.
@@ -167,7 +168,7 @@ def argument_reader(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Cal
     return lambda name: given.get(name, defaults.get(name))
 
 
-def _draws(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bool:
+def _draws(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """False in evaluation, and for attention and recurrent layers whose dropout is 0."""
     name = op._schema.name.removeprefix("aten::")
     value = argument_reader(op, args, kwargs)

@@ -63,7 +63,7 @@ def tracing_graph() -> fx.Graph | None:
     return None if mode is None else mode.tracer.graph
 
 
-def trace_to_graph(function: Callable, fakes: list[Any]) -> fx.GraphModule:
+def trace_to_graph(function: Callable[..., Any], fakes: list[Any]) -> fx.GraphModule:
     """Trace a function of flat fake tensors (`fakes`, its arguments) to a graph of ATen ops and opaque ops.
 
     An enclosing trace is paused, so a body of a loop can be traced in the middle of another trace. What torch raises
@@ -104,7 +104,7 @@ UNSUPPORTED: tuple[type[Exception], ...] = (UnsupportedOperatorException, Unsupp
 """Raised where an op has no shape rule."""
 
 
-def written_out(module: fx.GraphModule) -> Callable:
+def written_out(module: fx.GraphModule) -> Callable[..., Any]:
     """The module's `forward`, its source code made now: calls of a lazy one would all ask whether that was done."""
     for inner in module.modules():
         if isinstance(inner, _LazyGraphModule):
@@ -120,7 +120,12 @@ def paused_trace() -> Iterator[None]:
 
 
 def emit_node(
-    target: Callable, body: fx.GraphModule, name: str, args: tuple, outputs: list[Tensor], meta: dict[str, Any]
+    target: Callable[..., Any],
+    body: fx.GraphModule,
+    name: str,
+    args: tuple[Any, ...],
+    outputs: list[Tensor],
+    meta: dict[str, Any],
 ) -> list[Tensor]:
     """Append a node `target(body, *args)` to the trace under way, and let `outputs` (fake tensors) stand for its
     results.

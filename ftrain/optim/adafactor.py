@@ -102,7 +102,9 @@ def adafactor(
         keep = 1 - rate * weight_decay
         relative = (steps**-0.5).clamp(max=rate)
 
-        def leaf(p: Tensor, g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None) -> tuple:
+        def leaf(
+            p: Tensor, g: Tensor, row: Tensor | None, column: Tensor | None, whole: Tensor | None
+        ) -> tuple[Tensor | None, ...]:
             floor = torch.finfo(p.dtype).eps if eps[0] is None else eps[0]
             moments, u = _precondition(p, g, row, column, whole, forget, floor)
             size, over = _rms(p, p).clamp(min=eps[1]), (_rms(u, p) / clip).clamp(min=1.0)
@@ -136,7 +138,9 @@ def _precondition(
     return (row, column, None), g * estimate.clamp(min=floor**2).rsqrt()
 
 
-def _map_factored(leaf: Callable[..., tuple], params: Tree, grads: Tree, state: AdafactorState) -> tuple[Tree, ...]:
+def _map_factored(
+    leaf: Callable[..., tuple[Tensor | None, ...]], params: Tree, grads: Tree, state: AdafactorState
+) -> tuple[Tree, ...]:
     """`leaf(p, g, row, column, whole)` at every parameter, with None for the moments it does not have."""
     factored = tree.map(lambda p: p if p.ndim >= 2 else None, params)
     plain = tree.map(lambda p: p if p.ndim < 2 else None, params)

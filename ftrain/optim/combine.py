@@ -61,10 +61,10 @@ def chain(*transforms: Transform) -> Transform:
             moving = tree.map(lambda a, b: a and b, moving, trainable(transform, params))
         return masks[::-1]
 
-    def init(params: Tree) -> tuple:
+    def init(params: Tree) -> tuple[Any, ...]:
         return tuple(t.init(select(params, seen)) for t, seen in zip(transforms, visible(params), strict=True))
 
-    def update(updates: Tree, state: tuple, params: Tree) -> tuple[Tree, tuple]:
+    def update(updates: Tree, state: tuple[Any, ...], params: Tree) -> tuple[Tree, tuple[Any, ...]]:
         if len(state) != len(transforms):
             raise ValueError(f"a chain of {len(transforms)} transforms got a state of {len(state)}")
         require_like(updates, params, name="the updates")

@@ -38,7 +38,7 @@ def bucket(module: fx.GraphModule, *, limit: int) -> None:
 
 def _buckets(module: fx.GraphModule, kind: Any, priority: dict[fx.Node, float], limit: int) -> list[list[fx.Node]]:
     """Groups of collectives of one kind that can be one message, because none is computed from another."""
-    open_buckets: dict[tuple, list[fx.Node]] = {}
+    open_buckets: dict[tuple[tuple[Any, ...], torch.dtype, str | None], list[fx.Node]] = {}
     closed: list[list[fx.Node]] = []
     behind: dict[fx.Node, set[fx.Node]] = {}  # by node, the members of open buckets that it is computed from
     for node in module.graph.nodes:
@@ -117,7 +117,7 @@ class _Maker:
         self._graph, self._like = graph, like
         self.made: list[fx.Node] = []
 
-    def __call__(self, target: Callable, args: tuple) -> fx.Node:
+    def __call__(self, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
         with self._graph.inserting_before(self._graph.output_node()):
             node = self._graph.call_function(target, args)
         node.meta.update({k: v for k, v in self._like.meta.items() if k not in ("val", "sized", "purpose")})
@@ -125,7 +125,7 @@ class _Maker:
         self.made.append(node)
         return node
 
-    def collective(self, target: Callable, args: tuple) -> fx.Node:
+    def collective(self, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
         """A collective and its wait."""
         start = self(target, args)
         start.meta["purpose"] = self._like.meta.get("purpose", "")

@@ -64,7 +64,7 @@ def kinds_of(workload: Workload, candidate: Candidate) -> list[Kind]:
         owner = _owner(path, specs)
         if owner is not None:
             state[owner] += leaf.dtype.itemsize
-    found: dict[tuple, Kind] = {}
+    found: dict[tuple[tuple[int, ...], tuple[str | None, ...], str], Kind] = {}
     for path, spec in specs.items():
         key = (spec.shape, spec.axes, re.sub(r"\d+", "N", path))
         number = found[key].number + 1 if key in found else 1

@@ -16,7 +16,7 @@ from ftrain.trace.precision import Precision
 
 
 def jit(
-    fn: Callable | None = None,
+    fn: Callable[..., Any] | None = None,
     *,
     donate: str | None = None,
     backend: str = "auto",

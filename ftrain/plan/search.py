@@ -110,7 +110,7 @@ def search(
 def _estimates(workload: Workload, candidates: Sequence[Candidate], cluster: Cluster) -> list[Guessed]:
     work = workload.make(dict.fromkeys(workload.stacks, 1), candidates[0])
     kinds, model = kinds_of(workload, candidates[0]), workload.model_shape
-    weights: dict[tuple, Weights] = {}
+    weights: dict[tuple[int, int, int, int], Weights] = {}
     found = []
     for c in candidates:
         key = (c.replicate, c.shard, c.sequence, c.expert)
@@ -124,7 +124,7 @@ def _first_of_each_kind(ranked: Sequence[Guessed], number: int) -> list[Guessed]
     """Fastest first, except that half of the first `number` are the first of a kind, which estimates alone may
     misjudge.
     """
-    kinds: dict[tuple, Guessed] = {}
+    kinds: dict[tuple[int, str | float, bool], Guessed] = {}
     for item in ranked:
         kinds.setdefault((item[0].sequence, item[0].remat, item[0].expert > 1), item)
     first = list(kinds.values())[: number // 2]

@@ -22,6 +22,9 @@ _INSIDE = 10  # runs of a short op between two events
 _SHORT = 500.0  # microseconds above which an op is timed by a single run
 _CYCLES_OF_LAUNCHES = 1_000_000  # about half a millisecond, in which the host launches _INSIDE ops
 
+_Measure = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], tuple[Any, float]]
+"""Runs an op on its arguments: its value, and its microseconds."""
+
 
 class NodeTime(NamedTuple):
     """Time of one node of the graph, in microseconds per run of the step; of a node in a loop, the sum over all
@@ -36,7 +39,9 @@ class NodeTime(NamedTuple):
     phase: str
 
 
-def profile_nodes(step: Step | Callable, *args: Any, repeats: int = 3, remember: bool = False) -> list[NodeTime]:
+def profile_nodes(
+    step: Step | Callable[..., Any], *args: Any, repeats: int = 3, remember: bool = False
+) -> list[NodeTime]:
     """Time the ATen ops of a step one by one, in order of the graph: the least of `repeats` runs each, in microseconds.
 
     `step` is jitted or a plain function; `args` are as for a call of it, and are not modified. Nodes in the body of a
@@ -92,10 +97,10 @@ def _nodes(module: fx.GraphModule, inside: str = "", rounds: int = 1) -> Iterato
             yield from _nodes(loop_body(node), f"{inside}{node.name}.", rounds * max(1, int(node.args[1])))
 
 
-def _run_once(module: fx.GraphModule, inputs: list[Any], measure: Callable) -> dict[str, NodeTime]:
+def _run_once(module: fx.GraphModule, inputs: list[Any], measure: _Measure) -> dict[str, NodeTime]:
     total: dict[str, NodeTime] = {}
 
-    def visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def visit(node: fx.Node, inside: tuple[Iteration, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value, microseconds = measure(node, args, kwargs)
         name = ".".join([*(i.loop for i in inside), node.name])
         before = total[name].microseconds if name in total else 0.0
@@ -114,7 +119,7 @@ def _run_once(module: fx.GraphModule, inputs: list[Any], measure: Callable) -> d
     return total
 
 
-def _time_on_cpu(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
+def _time_on_cpu(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, float]:
     start = time.perf_counter_ns()
     value = node.target(*args, **kwargs)  # type: ignore[operator]
     return value, (time.perf_counter_ns() - start) / 1e3
@@ -132,7 +137,7 @@ class _CudaClock:
         self._empty = 0.0
         self._empty = statistics.median(self._between(lambda: None) for _ in range(_INSIDE))
 
-    def __call__(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
+    def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, float]:
         """The op's value, and its microseconds."""
         found: list[Any] = []
         once = self._between(lambda: found.append(node.target(*args, **kwargs)))  # type: ignore[operator]
@@ -150,7 +155,7 @@ class _CudaClock:
         return max(0.0, start.elapsed_time(end) * 1e3 - self._empty)
 
 
-def _run(node: fx.Node, args: tuple, kwargs: dict[str, Any], times: int) -> None:
+def _run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], times: int) -> None:
     for _ in range(times):
         node.target(*args, **kwargs)  # type: ignore[operator]
 

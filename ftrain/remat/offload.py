@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -261,7 +261,7 @@ def write_plan(model: PeakModel, recomputed: Collection[int], places: Mapping[in
     recompute(module, {nodes[u] for u in recomputed}, fetched)
 
 
-def _call(op: Callable, args: tuple, source: fx.Node, *, phase: str) -> fx.Node:
+def _call(op: Callable[..., Any], args: tuple[Any, ...], source: fx.Node, *, phase: str) -> fx.Node:
     node = source.graph.call_function(op, args)
     meta = source.meta
     node.meta.update(path=meta.get("path"), source=meta.get("source"), phase=phase, purpose="offload")

@@ -4,6 +4,7 @@ Each takes a graph and returns a function from the list of flat inputs to the li
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -148,7 +149,7 @@ def _call_before_writes(module: fx.GraphModule, function: Callable[[], None]) ->
 class _Compiled(torch.nn.Module):
     """A compiled function as a submodule."""
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
 

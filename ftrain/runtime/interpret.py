@@ -31,11 +31,11 @@ class Op(NamedTuple):
 
     node: fx.Node
     inside: tuple[Iteration, ...]
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-Visit = Callable[[fx.Node, tuple[Iteration, ...], tuple, dict[str, Any]], Any]
+Visit = Callable[[fx.Node, tuple[Iteration, ...], tuple[Any, ...], dict[str, Any]], Any]
 Look = Callable[[Sequence[Op], Sequence[Any]], None]
 Walk = Generator[Op, Any, list[Any]]
 

@@ -20,13 +20,15 @@ from ftrain.sharding.mesh import Mesh
 
 _c10d = torch.ops._c10d_functional
 RankGenerator = Generator["Request", Any, list[Tensor]]
+_Given = list[tuple[Any, ...]]
+"""The arguments of a collective, from each rank of its group."""
 
 
 class Request(NamedTuple):
     """A collective that a rank waits at: the op's name and its arguments."""
 
     op: str
-    args: tuple
+    args: tuple[Any, ...]
 
 
 def lockstep_program(module: fx.GraphModule, mesh: Mesh) -> Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]:
@@ -98,17 +100,17 @@ class GroupTable:
         return self._found[name]
 
 
-def _all_gather(given: list[tuple]) -> list[Tensor]:
+def _all_gather(given: _Given) -> list[Tensor]:
     whole = torch.cat([x for x, *_ in given])
     return [whole, *(whole.clone() for _ in given[1:])]
 
 
-def _reduce_scatter(given: list[tuple]) -> list[Tensor]:
+def _reduce_scatter(given: _Given) -> list[Tensor]:
     pieces = [x.chunk(len(given)) for x, *_ in given]
     return [_sum([p[i] for p in pieces]) for i in range(len(given))]
 
 
-def _all_reduce(given: list[tuple]) -> list[Tensor]:
+def _all_reduce(given: _Given) -> list[Tensor]:
     how = given[0][1]
     if how not in _REDUCTIONS:
         raise ValueError(f"a virtual mesh has no all_reduce {how!r}, only {', '.join(_REDUCTIONS)}")
@@ -116,17 +118,17 @@ def _all_reduce(given: list[tuple]) -> list[Tensor]:
     return [total, *(total.clone() for _ in given[1:])]
 
 
-def _all_to_all(given: list[tuple]) -> list[Tensor]:
+def _all_to_all(given: _Given) -> list[Tensor]:
     sent = [x.split(send) for x, _, send, _ in given]
     return [torch.cat([pieces[i] for pieces in sent]) for i in range(len(given))]
 
 
-def _shift_ranks(given: list[tuple]) -> list[Tensor]:
+def _shift_ranks(given: _Given) -> list[Tensor]:
     n, shift = len(given), given[0][1]
     return [given[(i - shift) % n][0].clone() for i in range(n)]
 
 
-def _exchange_rows(given: list[tuple]) -> list[Tensor]:
+def _exchange_rows(given: _Given) -> list[Tensor]:
     sent = [x.split(send.tolist()) for x, send, *_ in given]
     found = [torch.cat([pieces[i] for pieces in sent]) for i in range(len(given))]
     for (_, _, receive, rows, _), got in zip(given, found, strict=True):
@@ -152,7 +154,7 @@ _REDUCTIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
 }
 
 
-_EXCHANGES: dict[str, Callable[[list[tuple]], list[Tensor]]] = {
+_EXCHANGES: dict[str, Callable[[_Given], list[Tensor]]] = {
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_reduce": _all_reduce,
@@ -187,7 +189,7 @@ def _generator_of(module: fx.GraphModule) -> Callable[..., RankGenerator]:
     return lambda *inputs: forward(own, *inputs)
 
 
-def _name(source: Any, target: Callable) -> str:
+def _name(source: Any, target: Callable[..., Any]) -> str:
     """The name of a function of this file in the generated source; a name that never occurs if it is not used there."""
     return next((name for name, value in source.globals.items() if value is target), "\0")
 

@@ -53,7 +53,7 @@ def disable_jit() -> Iterator[None]:
 
 
 def make_step(
-    fn: Callable,
+    fn: Callable[..., Any],
     *,
     donate: str | None = None,
     backend: str = "auto",
@@ -81,7 +81,7 @@ def make_step(
     return Step(fn, options, sharded=ShardedStep(plan, specs=specs, batch=batch, overlap=overlap))
 
 
-def _position(fn: Callable, donate: str | None) -> int | None:
+def _position(fn: Callable[..., Any], donate: str | None) -> int | None:
     """Which argument `donate` names."""
     names = _positional_names(fn)
     if donate is not None and donate not in names:
@@ -94,7 +94,7 @@ class Step:
 
     def __init__(
         self,
-        fn: Callable,
+        fn: Callable[..., Any],
         options: Options,
         *,
         sharded: ShardedStep | None = None,
@@ -130,7 +130,14 @@ class Step:
                 return sharded.run(runner, leaves, treedef, inputs)
         return self._run(args, leaves, treedef, sharded, around)
 
-    def _run(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None, around: tuple) -> Any:
+    def _run(
+        self,
+        args: tuple[Any, ...],
+        leaves: list[Any],
+        treedef: Any,
+        sharded: ShardedStep | None,
+        around: tuple[Any, ...],
+    ) -> Any:
         """A call whose arguments need a closer look."""
         runner = self._traces.latest
         with plain_leaves(leaves) as borrows:
@@ -191,7 +198,7 @@ class Step:
         self.runner(*args)  # the trace finds which leaves are ids of documents
         return sharded.arguments.divided(paths, tree.leaves(args))
 
-    def init(self, fn: Callable, *args: Any) -> Any:
+    def init(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Create a state by running `fn(*args)` as a graph. Each leaf is computed by itself, so nothing else stays in
         memory.
 
@@ -264,7 +271,7 @@ class Step:
         """How many traces of the function are held: one for each kind of arguments, at most 8."""
         return len(self._traces)
 
-    def _layout(self, args: tuple | None, *, whole: bool = False) -> ShardedStep | None:
+    def _layout(self, args: tuple[Any, ...] | None, *, whole: bool = False) -> ShardedStep | None:
         """The plan in use. A plan given by name is chosen now. `args`: those of a call, None if there is none; `whole`:
         they are those of the whole mesh.
         """
@@ -278,7 +285,9 @@ class Step:
         return self._placed
 
 
-def _plain(fn: Callable, args: tuple, sharded: ShardedStep | None, precision: Precision | None) -> Any:
+def _plain(
+    fn: Callable[..., Any], args: tuple[Any, ...], sharded: ShardedStep | None, precision: Precision | None
+) -> Any:
     """The function itself: under `disable_jit`, and inside a transform of `torch.func` or another trace.
 
     ValueError for a step on several ranks inside another: what it would see are not its pieces.
@@ -298,7 +307,9 @@ def _plain(fn: Callable, args: tuple, sharded: ShardedStep | None, precision: Pr
         return fn(*args)
 
 
-def _bound(fn: Callable, parameters: list[str], args: tuple, kwargs: dict) -> tuple:
+def _bound(
+    fn: Callable[..., Any], parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
     """The arguments of a call in order, without names."""
     if not kwargs:
         return args
@@ -311,7 +322,7 @@ def _bound(fn: Callable, parameters: list[str], args: tuple, kwargs: dict) -> tu
     return tuple(bound.arguments[n] for n in parameters[:given])
 
 
-def _positional_names(fn: Callable) -> list[str]:
+def _positional_names(fn: Callable[..., Any]) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(fn).parameters.values()
     names = [p.name for p in parameters if p.kind in kinds]

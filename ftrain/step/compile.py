@@ -24,15 +24,15 @@ from ftrain.trace.tracer import Aval, Traced, argument_paths, is_array, trace
 
 
 def compile_step(
-    fn: Callable,
-    args: tuple,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
     names: Sequence[str],
     *,
     donate: int | None,
     backend: str,
     remat: Remat,
     precision: Precision | None,
-    around: tuple = (),
+    around: tuple[Any, ...] = (),
     mesh: Mesh | None = None,
     settle: Callable[[Traced], list[Placement]] | None = None,
     link: Link = Link(),  # noqa: B008  # frozen
@@ -100,6 +100,6 @@ def _abstract(leaf: Any) -> Any:
     return Aval.of(leaf) if is_array(leaf) else leaf
 
 
-def name_of(fn: Callable) -> str:
+def name_of(fn: Callable[..., Any]) -> str:
     """The name of a step in messages and reports."""
     return getattr(fn, "__name__", type(fn).__name__)

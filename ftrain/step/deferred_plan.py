@@ -26,7 +26,13 @@ class DeferredPlan:
     remat: Remat | None
 
     def decide(
-        self, fn: Callable, names: Sequence[str], args: tuple | None, options: Options, *, whole: bool
+        self,
+        fn: Callable[..., Any],
+        names: Sequence[str],
+        args: tuple[Any, ...] | None,
+        options: Options,
+        *,
+        whole: bool,
     ) -> tuple[ShardedStep | None, Remat]:
         """Choose the plan. Returns the step on its mesh, None for a single rank, and what the step recomputes.
 
@@ -51,7 +57,7 @@ class DeferredPlan:
         return sharded, remat if self.remat is None else self.remat
 
 
-def require_batch(fn: Callable, names: Sequence[str], batch: str, plan: Plan) -> None:
+def require_batch(fn: Callable[..., Any], names: Sequence[str], batch: str, plan: Plan) -> None:
     """ValueError for a step `fn` of several arguments (`names`), none of which is called `batch`, on a plan of several
     ranks: no argument would be divided among the ranks.
     """

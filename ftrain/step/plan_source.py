@@ -29,7 +29,7 @@ class PlanRequest:
     names: tuple[str, ...]
     precision: Precision | None
     donates: bool
-    arguments: tuple | None
+    arguments: tuple[Any, ...] | None
     whole: bool
 
 

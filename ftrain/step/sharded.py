@@ -65,7 +65,7 @@ class ShardedStep:
         self._compared: set[Runner] = set()
         self._heartbeat: Heartbeat | None = None
 
-    def local_function(self, fn: Callable, paths: Sequence[str]) -> Callable:
+    def local_function(self, fn: Callable[..., Any], paths: Sequence[str]) -> Callable[..., Any]:
         """`fn` as one rank runs it, with the rank's coordinates (int64[3]) as last argument. `Mean`s in its result are
         summed over ranks.
 
@@ -95,7 +95,7 @@ class ShardedStep:
         local.__name__ = getattr(fn, "__name__", "step")
         return local
 
-    def local_arguments(self, paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> tuple:
+    def local_arguments(self, paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> tuple[Any, ...]:
         """A rank's arguments as abstract values, its coordinates last, from the `leaves` of a call with their `paths`
         and `treedef`. ValueError for a whole leaf on a mesh of processes that should be divided.
         """
@@ -146,7 +146,9 @@ class ShardedStep:
             )
         return placement
 
-    def matches_fast(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple) -> list[Any] | None:
+    def matches_fast(
+        self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple[Any, ...]
+    ) -> list[Any] | None:
         """The inputs of this process's graph, if the arguments are like those of the last call of `runner`; None
         otherwise.
 
@@ -251,7 +253,7 @@ class ShardedStep:
         return placement.join(pieces, self.plan.mesh)
 
     def _require_copies(self, path: str, placement: Placement, pieces: Sequence[Tensor]) -> None:
-        first: dict[tuple, tuple[int, Tensor]] = {}
+        first: dict[tuple[tuple[int, int], ...], tuple[int, Tensor]] = {}
         for rank, piece in enumerate(pieces):
             other, copy = first.setdefault(placement.windows(self.plan.mesh, rank), (rank, piece))
             if copy is not piece and not torch.equal(copy.nan_to_num(), piece.nan_to_num()):

@@ -44,7 +44,7 @@ class TraceCache:
     `fn`: the plain function; `parameters`: the names of its arguments; `options`: of `ftrain.jit`.
     """
 
-    def __init__(self, fn: Callable, parameters: Sequence[str], options: Options) -> None:
+    def __init__(self, fn: Callable[..., Any], parameters: Sequence[str], options: Options) -> None:
         self.options = options
         self.latest: Runner | None = None
         """The runner of the last call."""
@@ -58,7 +58,7 @@ class TraceCache:
         """How many traces are held."""
         return len(self._runners)
 
-    def around(self) -> tuple:
+    def around(self) -> tuple[Any, ...]:
         """What must be equal for a trace to fit a call, beside the arguments: modes, and values that the function's
         code reads.
         """
@@ -66,7 +66,7 @@ class TraceCache:
             self._surroundings = Surroundings(self._fn)
         return (*ambient(), *self._surroundings.now())
 
-    def find(self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None) -> Runner:
+    def find(self, args: tuple[Any, ...], leaves: list[Any], treedef: Any, sharded: ShardedStep | None) -> Runner:
         """The runner for these arguments; traces if there is none yet.
 
         `leaves` and `treedef`: of `args`, flat. ValueError for a leaf that was donated or is neither tensor nor
@@ -89,12 +89,12 @@ class TraceCache:
 
     def _compile(
         self,
-        args: tuple,
+        args: tuple[Any, ...],
         paths: Sequence[str],
         leaves: list[Any],
         treedef: Any,
         sharded: ShardedStep | None,
-        around: tuple,
+        around: tuple[Any, ...],
     ) -> Compiled:
         fn, names, options = self._fn, self._parameters[: len(args)], self.options
         if sharded is not None:
@@ -130,7 +130,7 @@ class TraceCache:
                 stacklevel=5,
             )
 
-    def _explain(self, now: Mapping[str, Any], around: tuple) -> None:
+    def _explain(self, now: Mapping[str, Any], around: tuple[Any, ...]) -> None:
         """Warn, the first time only, about what differs from the arguments and the surroundings of the last call."""
         if self._explained or self.latest is None:
             return

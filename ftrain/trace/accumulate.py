@@ -30,7 +30,7 @@ from ftrain.trace.parameter_view import compute_views
 
 
 def accumulate(
-    loss_fn: Callable,
+    loss_fn: Callable[..., Any],
     micro_batches: int,
     *,
     has_aux: bool = False,
@@ -94,7 +94,7 @@ def accumulate(
 class Accumulated:
     """A loss over micro-batches, made by `accumulate`, which explains its fields."""
 
-    loss_fn: Callable
+    loss_fn: Callable[..., Any]
     micro_batches: int
     has_aux: bool
     batch: Mapping[str, BatchRule]
@@ -125,7 +125,13 @@ class Accumulated:
         return (total, tree.unflatten(tree.flatten(aux)[1], sums[2 * n :])) if self.has_aux else total
 
     def value_and_grad(
-        self, args: tuple, kwargs: dict, numbers: tuple[int, ...], leaves: list[Tensor], treedef: Any, has_aux: bool
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        numbers: tuple[int, ...],
+        leaves: list[Tensor],
+        treedef: Any,
+        has_aux: bool,
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """Value (0-d), aux and gradients (one per leaf, of its shape) with respect to the parameters.
 

@@ -24,7 +24,7 @@ _DEVICES = ("cpu", "cuda")
 _CPU = torch.device("cpu")
 
 
-def ambient() -> tuple:
+def ambient() -> tuple[Any, ...]:
     """The modes that are part of a trace's key, in the order of `AMBIENT_NAMES`."""
     return (
         torch.get_default_dtype(),
@@ -35,7 +35,7 @@ def ambient() -> tuple:
     )
 
 
-def _autocast() -> tuple:
+def _autocast() -> tuple[Any, ...]:
     return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES)
 
 

@@ -34,7 +34,7 @@ def captured_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def captured_name(function: Callable, tensor: Tensor) -> str:
+def captured_name(function: Callable[..., Any], tensor: Tensor) -> str:
     """The user's name of a tensor that a function reaches, with its type and shape, for messages.
 
     Without a name only the type and shape.
@@ -103,7 +103,7 @@ def _global_names(code: CodeType) -> list[str]:
     return [*code.co_names, *inner]
 
 
-def require_untrained(function: Callable, trained: list[Tensor]) -> None:
+def require_untrained(function: Callable[..., Any], trained: list[Tensor]) -> None:
     """ValueError for captured tensors that require a gradient, because the step would not train them.
 
     `trained`: the leaves of the loss's autograd graph, of any shape, that are not among the differentiated parameters.

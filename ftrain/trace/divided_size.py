@@ -28,7 +28,7 @@ class DividedSize(int):
         size.piece, size.split, size.copies = piece, split, copies
         return size
 
-    def __getnewargs__(self) -> tuple:  # so that a copy is a DividedSize too
+    def __getnewargs__(self) -> tuple[Any, ...]:  # so that a copy is a DividedSize too
         return int(self), self.piece, self.split, self.copies
 
 

@@ -21,7 +21,7 @@ FILLS_LIKE = "fills_like"
 """The key of a node's meta that holds the fake tensor that eager code fills there."""
 
 
-def _fill(name: str, arguments: str, fill: Callable) -> Callable:
+def _fill(name: str, arguments: str, fill: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An op `(x, strides, *arguments)` that fills a new tensor with `x`'s shape and dtype and these strides."""
 
     def new(x: Tensor, strides: Sequence[int], *arguments: Any, generator: torch.Generator | None = None) -> Tensor:

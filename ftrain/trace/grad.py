@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from ftrain.trace.parameter_view import compute_views, materialize, sum_inner_gr
 from ftrain.trace.provenance import current_provenance
 from ftrain.trace.spmd import current_sharded, ending, note_gradients
 
+P = ParamSpec("P")
+R = TypeVar("R")
+_LossOfLeaves = Callable[..., tuple[Any, Any]]  # of tensors, one for each leaf
+
 _depth: ContextVar[int] = ContextVar("ftrain_grad_depth", default=0)
 
 
@@ -33,7 +37,7 @@ class _Differentiated(NamedTuple):
     grads: list[Tensor]
 
 
-def grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+def grad(fn: Callable[P, Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable[P, Any]:
     """A function that returns the gradient of `fn`; with `has_aux`, `(gradient, aux)`.
 
     Arguments and errors are those of `value_and_grad`.
@@ -53,7 +57,9 @@ def grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
     return wrapped
 
 
-def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+def value_and_grad(
+    fn: Callable[P, Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[P, tuple[Any, Any]]:
     """A function of the same arguments as `fn` that returns `(value, gradient)`.
 
     - `fn`: the loss. It returns a scalar tensor, a `Mean` or a `WeightedSum`; with `has_aux`, a pair of it and any tree
@@ -111,7 +117,7 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
     return wrapped
 
 
-def forward(fn: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
+def forward(fn: Callable[P, R], argnums: int | tuple[int, ...] = 0) -> Callable[P, R]:
     """`fn`, not differentiated, on the arguments that `value_and_grad` gives it: for evaluation, teachers, generation.
 
     Float32 leaves of the arguments `argnums` (a position, or a tuple of them) are cast to the step's compute dtype. On
@@ -140,7 +146,7 @@ def _materialize(leaf: Any) -> Any:
     return compute_views([leaf], differentiated=False)[0](leaf) if floating else materialize(leaf)
 
 
-def differentiated(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
+def differentiated(loss_of_leaves: _LossOfLeaves, leaves: list[Tensor]) -> _Differentiated:
     """Value (0-d), aux and gradients (of the leaves' shapes) of a function of flat leaves that returns `(loss, aux)`.
 
     ValueError if the loss is not a scalar tensor, a `Mean` or a `WeightedSum`, and under `torch.inference_mode` with
@@ -182,7 +188,7 @@ def _require_mean(loss: Any) -> None:
         )
 
 
-def _by_autograd(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
+def _by_autograd(loss_of_leaves: _LossOfLeaves, leaves: list[Tensor]) -> _Differentiated:
     provenance = current_provenance()
     assert provenance is not None
     with torch.enable_grad():
@@ -198,7 +204,7 @@ def _by_autograd(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentia
     return _Differentiated(value.detach(), tree.map(_detach, aux), list(grads))
 
 
-def _by_func(loss_of_leaves: Callable, leaves: list[Tensor]) -> _Differentiated:
+def _by_func(loss_of_leaves: _LossOfLeaves, leaves: list[Tensor]) -> _Differentiated:
     structure: list[Any] = []
 
     def flat(*new_leaves: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -233,7 +239,7 @@ def _detach(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
-def _check_floating(args: tuple, numbers: tuple[int, ...]) -> None:
+def _check_floating(args: tuple[Any, ...], numbers: tuple[int, ...]) -> None:
     for n in numbers:
         for path, leaf in zip(tree.paths(args[n]), tree.flatten(args[n])[0], strict=True):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():

@@ -44,7 +44,9 @@ class LayoutReads(TorchFunctionMode):
         self.found: list[LayoutRead] = []
         self.graph: fx.Graph | None = None
 
-    def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         """Run the function, and record it if it is a layout query."""
         answer = func(*args, **(kwargs or {}))
         if func in _QUESTIONS and args:
@@ -66,10 +68,10 @@ class LayoutReads(TorchFunctionMode):
         self.found = [LayoutRead(r.ask, r.answer, r.what, new.get(r.node) if r.node else None) for r in self.found]
 
 
-_QUESTIONS: set[Callable] = {Tensor.stride, Tensor.is_contiguous}
+_QUESTIONS: set[Callable[..., Any]] = {Tensor.stride, Tensor.is_contiguous}
 
 
-def _ask(func: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Any:
+def _ask(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor) -> Any:
     return func(tensor, *args, **kwargs)
 
 

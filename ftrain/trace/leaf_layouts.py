@@ -22,6 +22,7 @@ from ftrain.trace.layout_reads import LayoutReads, part_of
 
 _aten = torch.ops.aten
 _BY_STRIDES = (_aten.as_strided.default, _aten.as_strided_copy.default, _aten.as_strided_scatter.default)
+_Strides = tuple[tuple[int, ...] | None, ...]  # of each leaf; None for a contiguous one
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 
 
@@ -33,7 +34,7 @@ class LeafLayouts:
         self._paths, self._reads = list(paths), reads
         nodes = [n for n in module.graph.nodes if _depends_on_layout(n)]
         self._graph = part_of(module.graph, nodes)[0] if nodes else None
-        self._judged: set[tuple] = set()
+        self._judged: set[_Strides] = set()
 
     def require_same_results(self, leaves: Sequence[Tensor]) -> None:
         """ValueError, with leaf and line, for leaves with which the step would compute other values in eager code.
@@ -50,7 +51,7 @@ class LeafLayouts:
         self._repeat_reads(strides)
         self._judged.add(strides)
 
-    def _repeat_reads(self, strides: tuple) -> None:
+    def _repeat_reads(self, strides: _Strides) -> None:
         """ValueError if the user's code would read other layouts with leaves of these strides."""
         found = {} if self._reads.graph is None else self._judge(self._reads.graph, strides, refuse=False)
         for read in self._reads.found:
@@ -66,7 +67,7 @@ class LeafLayouts:
                     "another branch: pass leaf.contiguous()"
                 )
 
-    def _judge(self, graph: fx.Graph, strides: tuple, *, refuse: bool = True) -> dict[fx.Node, Any]:
+    def _judge(self, graph: fx.Graph, strides: _Strides, *, refuse: bool = True) -> dict[fx.Node, Any]:
         """The values whose layout differs from the trace. `refuse`: ValueError for an op that depends on it."""
         slots = [n for n in graph.nodes if n.op == "placeholder"]
         found: dict[fx.Node, Any] = {}

@@ -127,7 +127,7 @@ def _are_plain(*values: Any) -> bool:
     return all(map(is_plain, values))
 
 
-def _grows_unseen(value: list, before: Any) -> bool:
+def _grows_unseen(value: list[Any], before: Any) -> bool:
     """True for a changed list that is not plain, so that the next call does not compare its items."""
     return not is_plain(value) and not _holds_fake(value, 2) and not _same_items(value, before)
 
@@ -229,14 +229,14 @@ def _is_one_of(owner: Any, ignored: list[Any]) -> bool:
     return any(owner is i for i in ignored)
 
 
-def _key_of(owner: dict, value: Any) -> Any:
+def _key_of(owner: dict[Any, Any], value: Any) -> Any:
     for key, item in owner.items():
         if item is value:
             return key
     return None
 
 
-def _owner_of_dict(owner: dict, key: Any) -> str:
+def _owner_of_dict(owner: dict[Any, Any], key: Any) -> str:
     for holder in gc.get_referrers(owner):
         if isinstance(holder, types.ModuleType):
             return f"the global {key!r} of {holder.__name__}"

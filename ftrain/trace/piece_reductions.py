@@ -170,7 +170,7 @@ def smooth_l1_loss(
     return _loss(_smooth)(input, target, reduction=reduction, beta=beta)
 
 
-REDUCTIONS: Mapping[Callable, Callable] = {
+REDUCTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.var, Tensor.var), var), **dict.fromkeys((torch.std, Tensor.std), std),
     torch.var_mean: var_mean, torch.std_mean: std_mean,
     **dict.fromkeys((torch.count_nonzero, Tensor.count_nonzero), count_nonzero),

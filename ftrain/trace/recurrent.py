@@ -14,7 +14,7 @@ from ftrain.graph.loop import is_loop, loop_body
 from ftrain.kernels.opaque import opaque_op
 
 _aten = torch.ops.aten
-_LAYER: Callable = _aten.mkldnn_rnn_layer.default
+_LAYER: Callable[..., Any] = _aten.mkldnn_rnn_layer.default
 _ARGUMENTS = str(_LAYER._schema).split("(", 1)[1]  # type: ignore[attr-defined]
 
 

@@ -69,7 +69,7 @@ class RefuseUnseen(TorchFunctionMode):
     An index or a slice bound that is a tensor, where Python needs a number, raises `Untraceable` too.
     """
 
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _SET_DATA:
             source = user_source()
             what = "" if source is None else linecache.getline(source.file, source.line).strip()[:80]
@@ -85,7 +85,7 @@ class RefuseUnseen(TorchFunctionMode):
             raise Untraceable(f"{source}: the step {words.format(what=what or 'x[t]')}") from error
 
 
-def _parts(index: Any) -> tuple:
+def _parts(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
 
 

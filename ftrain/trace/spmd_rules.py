@@ -21,14 +21,14 @@ from ftrain.sharding.spmd import purpose
 from ftrain.trace.spmd import ShardedTrace, sum_over_mesh
 
 
-def bindings(trace: ShardedTrace) -> dict[str, Callable]:
+def bindings(trace: ShardedTrace) -> dict[str, Callable[..., Any]]:
     """By the name of a primitive, the function that computes it on the rank that `trace` is for.
 
     Pass the result to `ftrain.kernels.primitive.bind`. Each function has the arguments, shapes and errors of its
     primitive.
     """
     mesh, order = trace.plan.mesh, trace.plan.order
-    rows: dict[str, Callable] = {
+    rows: dict[str, Callable[..., Any]] = {
         "sum_over_batch": lambda x: sum_over_mesh(x, mesh),
         "attention": lambda *tensors, **options: _attention(trace, *tensors, **options),
         "moe": lambda *tensors, **options: _experts(trace, *tensors, **options),

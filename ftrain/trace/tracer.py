@@ -109,7 +109,9 @@ def signature_of(leaf: Any) -> Any:
     return Aval.of(leaf) if is_array(leaf) else (type(leaf), leaf)
 
 
-def trace(function: Callable, args: tuple, names: Sequence[str], *, precision: Precision | None = None) -> Traced:
+def trace(
+    function: Callable[..., Any], args: tuple[Any, ...], names: Sequence[str], *, precision: Precision | None = None
+) -> Traced:
     """Trace `function(*args)` to a flat graph.
 
     - `args`: trees whose leaves are tensors (real, meta or fake) or `Aval`s, of which only shape, dtype and device are
@@ -201,7 +203,7 @@ class _Result(NamedTuple):
         return _Result(structure, paths, statics)
 
 
-def argument_paths(args: tuple, names: Sequence[str]) -> list[str]:
+def argument_paths(args: tuple[Any, ...], names: Sequence[str]) -> list[str]:
     """Dotted paths of all leaves of the arguments, each beginning with the name of its argument.
 
     >>> from ftrain.trace.tracer import argument_paths
