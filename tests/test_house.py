@@ -56,6 +56,18 @@ def test_what_points_upwards_goes_in_a_circle_or_is_private_is_found():
     assert len(HOUSE["private_names"]([private])) == 1
 
 
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        yield from [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        yield from [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+def test_what_tests_share_is_in_their_helpers():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    found = [(file.name, name) for file in files for name in imports_of(file) if "test_" in name]
+    assert found == []
+
+
 _RAISES = "def _g():\n raise KeyError('x')"
 _UNSAID = "f raises KeyError and does not say so"
 _BARE = "B.f has no docstring"

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_modules import MODULES
 from torch.func import functional_call
 
 import ftrain
 from ftrain import Mean, tree
 from ftrain.modules import spec
 from ftrain.sharding import Layout, Mesh, Plan
+from tests.helpers.foreign_modules import MODULES
 from tests.helpers.foreign_steps import assert_equal
 
 ON_MESH = (

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from test_decoder_hf import V, build, converted
+
+pytest.importorskip("transformers")
 
 from ftrain.modules.generation import generate_text
 from ftrain.modules.omni import OmniModel
 from ftrain.modules.packing import Text
+from tests.helpers.hf_decoders import V, build, converted
 
 LENGTHS, NEW = (7, 1, 12, 4), 16
 

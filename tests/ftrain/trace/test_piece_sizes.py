@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from test_spread import MESHES, both, updated
 from torch import Tensor
 
 import ftrain
@@ -13,6 +12,7 @@ from ftrain import tree
 from ftrain.sharding.placement import Placement, Split
 from ftrain.trace.divided_size import DividedSize, shape_of, whole
 from ftrain.trace.piece_views import cut_dim, reshaped
+from tests.helpers.divided_updates import MESHES, both, updated
 
 HALVES = Placement((8, 3), (Split(0, ("shard",), 2),))
 

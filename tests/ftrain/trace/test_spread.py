@@ -13,38 +13,7 @@ from ftrain.kernels.pack import draw_over_batch
 from ftrain.modules.spec import Constant, ParamSpec
 from ftrain.optim.shards import whole_shape
 from ftrain.sharding import Layout, Mesh, Plan
-
-MESHES = [
-    Mesh(shard=2, kind="virtual"),
-    Mesh(2, 2, kind="virtual"),
-    Mesh(shard=2, sequence=2, kind="virtual"),
-    Mesh(shard=3, kind="virtual"),  # pieces with padding
-]
-SPECS = {"w": ParamSpec((4, 8), ("embed", "mlp"), Constant(0.0)), "b": ParamSpec((8,), ("mlp",), Constant(0.0))}
-
-
-def loss(params, batch):
-    e = (batch["x"] @ params["w"] + params["b"] - batch["y"]).square()
-    return Mean(e.sum(), torch.full((), float(e.numel()), dtype=e.dtype))
-
-
-def arguments():
-    random = torch.Generator().manual_seed(0)
-    numbers = lambda *shape: torch.randn(shape, generator=random, dtype=torch.float64)  # noqa: E731
-    return {"w": numbers(4, 8), "b": numbers(8)}, {"x": numbers(12, 4), "y": numbers(12, 8)}
-
-
-def both(step, mesh, **options):
-    """The step's results on one device and on the mesh."""
-    state, batch = arguments()
-    plan = Plan(mesh, Layout(**options))
-    return ftrain.jit(step)(state, batch), ftrain.jit(step, plan=plan, specs=SPECS)(state, batch)
-
-
-def assert_equal(one, many):
-    for path, a, b in zip(tree.paths(one), tree.leaves(one), tree.leaves(many), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")
-
+from tests.helpers.divided_updates import MESHES, SPECS, arguments, assert_equal, both, loss, updated
 
 RIGHT = {
     "clip by hand": lambda w, g: w - g * (0.1 / g.norm()).clamp(max=1.0),
@@ -75,14 +44,6 @@ ON_WHOLE_ARRAYS = {
     "the last of them": lambda w, g: w - 0.1 * g[-4 // g.dim() :].sum(),
 }
 WRONG = {"noise of torch's own": (lambda w, g: w - 0.1 * torch.rand_like(w), "rand_like")}
-
-
-def updated(update):
-    def step(state, batch):
-        grads = ftrain.grad(loss)(state, batch)
-        return {k: update(state[k], grads[k]) for k in state}
-
-    return step
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_spread import SPECS, arguments, both, updated
 
 import ftrain
 from ftrain import tree
 from ftrain.sharding import Layout, Mesh, Plan
 from ftrain.trace import whole_arrays
+from tests.helpers.divided_updates import SPECS, arguments, both, updated
 
 MESHES = [Mesh(shard=2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(shard=3, kind="virtual")]  # one is padded
 
