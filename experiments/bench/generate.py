@@ -17,7 +17,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from experiments.bench.hf_models import Shape, hf_model, machine, our_config, our_parameters, with_experts
+from experiments.bench.hf_models import Shape, hf_model, our_config, our_parameters, with_experts
+from experiments.bench.machine import device_title
 from experiments.bench.table import Row, publish, row
 from ftrain import Precision
 from ftrain.kernels.documents import Documents
@@ -73,7 +74,7 @@ def main(options: Options) -> list[Row]:
     rows: list[Row] = []
     for name in options.only:
         rows += compare(name, _shape(name, options), options)
-    publish(rows, f"generation, {machine(options.device)}", options.json)
+    publish(rows, f"generation, {device_title(options.device)}", options.json)
     return rows
 
 

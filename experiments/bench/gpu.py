@@ -155,15 +155,20 @@ def _write(outcomes: dict[str, Outcome], folder: Path) -> None:
     fresh = folder / "gpu.json.new"
     fresh.write_text(json.dumps({name: asdict(outcome) for name, outcome in outcomes.items()}, indent=1))
     fresh.replace(folder / "gpu.json")
-    write_json(_rows(outcomes), folder / "rows.json")
+    write_json(_rows(outcomes), folder / "rows.json", card=_notes(outcomes).get("device"))
 
 
 def _rows(outcomes: dict[str, Outcome]) -> list[Row]:
     return [figure for outcome in outcomes.values() for figure in outcome.found.rows.values()]
 
 
+def _notes(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """What the machine stage found."""
+    return outcomes["machine"].found.notes if "machine" in outcomes else {}
+
+
 def _device(outcomes: dict[str, Outcome]) -> str:
-    found = outcomes["machine"].found.notes if "machine" in outcomes else {}
+    found = _notes(outcomes)
     return f"{found.get('device', 'card not asked')}, torch {found.get('torch', '?')}"
 
 

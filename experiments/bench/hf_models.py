@@ -4,8 +4,6 @@ import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from ftrain.hf import load_hf
 from ftrain.modules import decoder
 from ftrain.modules.attention import AttentionConfig
@@ -34,12 +32,6 @@ class Shape:
 def with_experts(shape: Shape) -> Shape:
     """The same sizes with 8 experts, each a quarter as wide, of which a token uses 2."""
     return replace(shape, d_hidden=shape.d_hidden // 4, experts=8, top_k=2)
-
-
-def machine(device: str) -> str:
-    """What a figure was measured on, for titles: the device, and torch."""
-    where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
-    return f"{device} ({where}), torch {torch.__version__}"
 
 
 def our_config(shape: Shape) -> DecoderConfig:

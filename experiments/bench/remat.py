@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 
 import ftrain
-from experiments.bench.hf_models import machine
+from experiments.bench.machine import device_title
 from experiments.bench.remat_models import Case, Llama, llama, makers_on
 from experiments.bench.table import Row, publish, row
 from ftrain import Precision, Remat
@@ -89,7 +89,7 @@ def main(options: Options) -> int:
             points = measured(case, options.rounds, precision)
         rows += rows_of(case.name, points)
         curves[case.name] = list(points.values())
-    publish(rows, f"remat, {machine(options.device)}, {precision.compute}", options.json)
+    publish(rows, f"remat, {device_title(options.device)}, {precision.compute}", options.json)
     if options.figure is not None:
         draw(curves, options.figure)
     return int(any(r.ok is False for r in rows))

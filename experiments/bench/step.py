@@ -21,7 +21,8 @@ import tyro
 from torch import Tensor
 
 import ftrain
-from experiments.bench.hf_models import Shape, hf_model, machine, our_config, our_parameters, with_experts
+from experiments.bench.hf_models import Shape, hf_model, our_config, our_parameters, with_experts
+from experiments.bench.machine import device_title
 from experiments.bench.table import Row, publish, row
 from ftrain import Precision, tree
 from ftrain.analysis.meter import measure_peak
@@ -90,7 +91,7 @@ def main(options: Options) -> list[Row]:
     for name in options.only:
         rows += parts[name]()
         gc.collect()
-    publish(rows, f"step, {machine(options.device)}", options.json)
+    publish(rows, f"step, {device_title(options.device)}", options.json)
     return rows
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from experiments.bench.machine import Machine
+
 
 @dataclass(frozen=True)
 class Row:
@@ -49,10 +51,14 @@ def publish(rows: Sequence[Row], title: str, file: Path | None) -> None:
         write_json(rows, file)
 
 
-def write_json(rows: Sequence[Row], file: Path) -> None:
-    """Write the rows as a list of objects; the folder is made."""
+def write_json(rows: Sequence[Row], file: Path, *, card: str | None = None) -> None:
+    """Write an object: what `Machine` says, and the `rows` as a list of objects; the folder is made.
+
+    `card`: what other processes measured on; default: the card that this process uses, if any.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+    found = {**asdict(Machine.here(card=card)), "rows": [asdict(r) for r in rows]}
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:

@@ -69,7 +69,7 @@ def test_without_a_card_each_stage_fails_alone_and_is_written_down(
     assert stages["machine"]["ended"] == "exit 1"
     assert stages["machine"]["tail"]
     assert "===== profile" in (tmp_path / "stages.log").read_text()
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {r["name"]: r["ok"] for r in rows} == {"profile: dense": False, "profile: moe": False}
 
 
