@@ -30,13 +30,17 @@ FEW = 2  # traced layers of the longest stack: with one, the first would be the 
 
 @dataclass(frozen=True)
 class Terms:
-    """What was counted in one graph.
+    """The terms of a price: what one rank's graph of a step takes, counted in it or extended to more layers.
 
-    - `tally`: simulated microseconds. `sent`: bytes that a rank sends, by purpose.
-    - `inputs`: bytes of the arguments.
-    - `plain`, `peaks`: the most bytes alive beyond the arguments in each region, without and with communication hidden
-      behind compute.
-    - `ops`: microseconds of each kind of op.
+    - `tally`: simulated microseconds of the step, its compute and its communication (see `Tally`).
+    - `sent`: bytes that a rank sends in a step, by purpose, as "fsdp_gather" (see `bytes_moved`).
+    - `inputs`: bytes of the graph's arguments: state and batch.
+    - `plain`, `peaks`: the most bytes alive beyond the arguments, by region (a phase, and a place in a stack of
+      layers), before and after communication is hidden behind compute, which takes memory.
+    - `ops`: microseconds of compute, by kind of op.
+
+    Two `Terms` of graphs that differ in one layer are a `Layer`; `extend` adds such layers, and `priced` makes a
+    `Price` of the sum.
     """
 
     tally: Tally

@@ -36,7 +36,7 @@ def test_a_model_of_a_text_of_ones_own_goes_on_where_it_stopped(tmp_path, capsys
 
 
 def test_blocks_of_ones_own_learn_and_write():
-    loss, written = own_block.main(own_block.Options(steps=30))
+    loss, written = own_block.main(steps=30)
     assert loss < 1.0
     assert written.startswith("sat on the")
 
