@@ -138,9 +138,21 @@ def _loss(of_errors: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weight = how.pop("weight", None)
         errors = of_errors(input - target, **how)
         errors = errors if weight is None else errors * weight
-        return errors if reduction == "none" else errors.sum() if reduction == "sum" else errors.mean()
+        asked = _reduction(size_average, reduce, reduction)
+        return errors if asked == "none" else errors.sum() if asked == "sum" else errors.mean()
 
     return loss
+
+
+def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """What is asked for: by torch's two old options where one is given, as torch does. ValueError for another word."""
+    if reduce is not None and not reduce:
+        return "none"
+    if size_average is not None or reduce is not None:
+        return "mean" if size_average is None or size_average else "sum"
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} is not one of 'none', 'mean', 'sum'")
+    return reduction
 
 
 def _huber(e: Tensor, delta: float = 1.0) -> Tensor:
@@ -154,7 +166,7 @@ def _smooth(e: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, **how: Any) -> Tensor:
-    """`F.huber_loss` of two tensors of one shape."""
+    """`F.huber_loss` of two tensors of one shape and dtype: 0-d, or of their shape with `reduction="none"`."""
     return _loss(_huber)(input, target, reduction=reduction, delta=delta, **how)
 
 
@@ -166,8 +178,8 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    """`F.smooth_l1_loss` of two tensors of one shape."""
-    return _loss(_smooth)(input, target, reduction=reduction, beta=beta)
+    """`F.smooth_l1_loss` of two tensors of one shape and dtype: 0-d, or of their shape with `reduction="none"`."""
+    return _loss(_smooth)(input, target, size_average, reduce, reduction, beta=beta)
 
 
 REDUCTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
