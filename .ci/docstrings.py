@@ -64,6 +64,7 @@ EXAMPLES: tuple[str, ...] = (
     "kernels/linear_cross_entropy.py",
     "kernels/mean.py",
     "kernels/moe.py",
+    "kernels/opaque.py",
     "kernels/pack.py",
     "kernels/philox.py",
     "kernels/primitive.py",

@@ -113,7 +113,14 @@ def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
 
 
 def flatten_until(tree: Tree, kind: type) -> tuple[list[Any], optree.PyTreeSpec]:
-    """As `flatten`, with every object of `kind` taken for a leaf."""
+    """As `flatten`, with every object of `kind` taken for a leaf, though it may be a node of trees itself.
+
+    >>> import torch
+    >>> import ftrain
+    >>> losses = {"text": ftrain.Mean(torch.tensor(6.0), torch.tensor(2.0))}  # a Mean is a tuple of two tensors
+    >>> len(ftrain.tree.flatten(losses)[0]), len(ftrain.tree.flatten_until(losses, ftrain.Mean)[0])
+    (2, 1)
+    """
     return optree.tree_flatten(tree, is_leaf=lambda x: isinstance(x, kind), namespace=NAMESPACE)
 
 

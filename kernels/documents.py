@@ -202,7 +202,15 @@ def ids_of(segments: Segments) -> Tensor:
 
 
 def every(segments: Segments, stride: int) -> Segments:
-    """The documents of every `stride`-th token, from the first on, in the form that they were given in."""
+    """The documents of every `stride`-th token, from the first on, in the form in which they were given.
+
+    Ids `[T]` give ids of the tokens that are left, `Documents` give `Documents` with as many offsets as before.
+
+    >>> import torch
+    >>> from ftrain.kernels.documents import every
+    >>> every(torch.tensor([0, 0, 0, 0, 1, 1]), 2)
+    tensor([0, 0, 1])
+    """
     return segments.every(stride) if isinstance(segments, Documents) else segments[::stride]
 
 

@@ -44,7 +44,10 @@ def grouped_mm(x_ND: Tensor, w_EDF: Tensor, offsets_E: Tensor, *, backend: str =
 
 
 def grouped_mm_reference(x_ND: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
-    """`grouped_mm` in plain torch: every weight times every row, E times the work. Differentiable to any order."""
+    """`grouped_mm` in plain torch, `[N, F]` in the dtype of the inputs: every weight times every row, E times the work.
+
+    Differentiable to any order. Nothing is checked.
+    """
     row_N1 = torch.arange(x_ND.shape[0], device=x_ND.device)[:, None]
     group_N1 = (row_N1 >= offsets_E).sum(1, keepdim=True)
     y_NF = x_ND.new_zeros(x_ND.shape[0], w_EDF.shape[2])

@@ -26,7 +26,16 @@ def opaque_op(
       strides.
     - `random`: True if the op draws from torch's generator. Otherwise equal inputs must give equal results.
 
-    The op must neither mutate nor alias its inputs unless its schema says so.
+    The op must neither mutate nor alias its inputs unless its schema says so. RuntimeError, of torch, for a name that
+    is taken or a schema that cannot be read.
+
+    >>> import torch
+    >>> from ftrain.kernels.opaque import opaque_op
+    >>> @opaque_op("twice_of_a_docstring(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x))
+    ... def twice(x):
+    ...     return 2 * x
+    >>> twice(torch.tensor([1.0, 2.0]))
+    tensor([2., 4.])
     """
     name = schema.split("(", 1)[0]
 

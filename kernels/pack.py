@@ -65,6 +65,13 @@ def draw_over_batch(draw: Callable[..., Tensor], key: Tensor, shape: tuple[int, 
 
     `key`: int64 `[2]`. `shape`: that of the result, with this rank's tokens along `dim`. On a mesh the numbers are
     those that one device draws for the same tokens, so a run does not depend on its mesh.
+
+    >>> import torch
+    >>> import ftrain
+    >>> from ftrain.kernels.pack import draw_over_batch
+    >>> noise_TD = draw_over_batch(ftrain.normal, ftrain.key(0), (4, 8))
+    >>> torch.equal(noise_TD, ftrain.normal(ftrain.key(0), (4, 8)))  # on one device
+    True
     """
     del dim
     return draw(key, shape)

@@ -102,7 +102,10 @@ def log_mel(wave_S: Tensor, *, rate: int, n_fft: int, hop: int, mels: int) -> Te
 
 
 def clip_features(wave: np.ndarray | Tensor, *, cfg: AudioConfig) -> dict[str, np.ndarray]:
-    """One clip's features: `mel_FM` float32 of its wave `[S]` (mono, at `cfg.rate`), silence filling its last token.
+    """One clip's features: `mel_FM` float32 `[F, M]` of its wave `[S]`, silence filling its last token.
+
+    `wave`: one channel of numbers of any dtype, about -1 to 1, at `cfg.rate` samples per second. F is a multiple of
+    `cfg.rows_per_token`. ValueError for several channels.
 
     >>> clip_features(np.zeros(16_000), cfg=AudioConfig(32, layers=1, heads=2, d_out=64))["mel_FM"].shape
     (104, 80)

@@ -114,7 +114,14 @@ class _Filled:
 
 
 def item_parts(rows: Sequence[int], *, parts: int, capacity: int) -> list[int] | None:
-    """The part of each item, of so many rows: the longest first, each to the emptiest part; None if one has no room."""
+    """Which of `parts` parts each item goes to: the longest first, each to the emptiest part; None if one has no room.
+
+    `rows`: of each item; `capacity`: rows that a part has room for.
+
+    >>> from ftrain.modules.dealing import item_parts
+    >>> item_parts([2, 6, 3], parts=2, capacity=6)
+    [1, 0, 1]
+    """
     used, found = [0] * parts, [0] * len(rows)
     for item in sorted(range(len(rows)), key=lambda i: (-rows[i], i)):
         part = used.index(min(used))

@@ -45,7 +45,9 @@ def specs(cfg: ImageDecoderConfig) -> dict[str, Any]:
 
 
 def lm_encode(params: Any, images_BCHW: Tensor, *, cfg: ImageDecoderConfig) -> tuple[Tensor, Tensor]:
-    """Target images to rows of the stream `[B*N, D]` and codes `[B*N]`; no gradient reaches the tokenizer."""
+    """Target images `[B, C, H, W]` to rows of the stream `[B*N, D]` (in the dtype of the embeddings) and codes `[B*N]`,
+    int64; no gradient reaches the tokenizer. ValueError for images of another size than the tokenizer's.
+    """
     codes_BN = vq_image.encode(params["tokenizer"], images_BCHW, cfg=cfg.vq)
     return lm_embed(params, codes_BN), codes_BN.flatten()
 

@@ -247,6 +247,11 @@ def check(params: Tree, specs: Tree) -> None:
 
     Names the path and: the missing key; the unknown key with the nearest known one; or the shape or dtype that was
     expected and found.
+
+    >>> specs = {"w": ParamSpec((2, 3), ("embed", "mlp"), fan_in(2))}
+    >>> check({"w": torch.zeros(3, 2)}, specs)
+    Traceback (most recent call last):
+    ValueError: w: expected shape [2, 3] ('embed', 'mlp'), found [3, 2]
     """
     _check(params, specs, "")
 

@@ -195,7 +195,10 @@ def usage(codes: Tensor, cfg: VqConfig) -> Tensor:
 
 
 def latents(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
-    """What each level quantizes, as it is compared with the level's codebook, `[Q, R, Z]`."""
+    """What each level quantizes of images `[B, C, H, W]`, as it is compared with the level's codebook: `[Q, R, Z]`.
+
+    R are the places of all images, one image after the other. No gradient. ValueError for images of another size.
+    """
     return _quantize(_latent_rows(params, images_BCHW, cfg).detach(), _books(params, cfg)).left_QRZ
 
 

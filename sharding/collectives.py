@@ -64,7 +64,8 @@ def sum_of_parts(x: Tensor, group: Group, *, purpose: str) -> Tensor:
 def copy_to_ranks(x: Tensor, group: Group, *, purpose: str, reduce: torch.dtype | None = None) -> Tensor:
     """x itself (of any shape), equal on all ranks and used by each on its own data: gradients are summed over ranks.
 
-    `reduce`: the dtype in which they are summed (default: the gradient's).
+    `reduce`: the dtype in which they are summed (default: the gradient's); they keep their own dtype. `purpose`: what
+    the message is for, in `compiled.bytes_moved()`.
     """
     return x if group.size == 1 else _CopyToRanks.apply(x, group, reduce, purpose)
 

@@ -199,7 +199,12 @@ class Mesh:
 
 
 def legal_sizes(world: int) -> str:
-    """The combinations of replicate x shard x sequence that make up `world` ranks, as text; the first 16."""
+    """The combinations of replicate x shard x sequence that make up `world` ranks, for messages; the first 16.
+
+    >>> from ftrain.sharding.mesh import legal_sizes
+    >>> legal_sizes(2)
+    'replicate x shard x sequence may be 1x1x2, 1x2x1, 2x1x1'
+    """
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     found = [c for c in itertools.product(divisors, repeat=3) if math.prod(c) == world]
     shown = ", ".join("x".join(map(str, c)) for c in found[:16])

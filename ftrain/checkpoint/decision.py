@@ -13,7 +13,17 @@ _ERRORS: tuple[type[Exception], ...] = (SaveFailed, ValueError, RuntimeError)
 
 
 def decide(ranks: Ranks, round_number: int, function: Callable[[], Any]) -> Any:
-    """On rank 0: what `function` finds (of JSON), told to the others; so is the error it raises."""
+    """On rank 0: what `function` finds, told to the others, which call `wait_for_decision`.
+
+    Args:
+        ranks: the processes that decide together.
+        round_number: of this decision, the same on all ranks (see `Ranks.next_round`).
+        function: what it returns must be a value that JSON has.
+
+    Raises:
+        Exception: whatever `function` raises; the others are told its words, and raise too.
+        TypeError: JSON has no such value as was found.
+    """
     try:
         found = function()
     except BaseException as error:

@@ -113,6 +113,13 @@ def part_of(path: str) -> str:
 
 
 def storage_key(path: str) -> str:
-    """A leaf's name as one path component: letters, digits and `._-~` as they are, the rest as %XX."""
+    """A leaf's name as one path component: letters, digits and `._-~` as they are, the rest as %XX of its UTF-8.
+
+    UnicodeEncodeError for a name that UTF-8 does not have.
+
+    >>> from ftrain.checkpoint.folders import storage_key
+    >>> storage_key("params.layers.0.w"), storage_key("a/b c"), storage_key("..")
+    ('params.layers.0.w', 'a%2Fb%20c', '%2E%2E')
+    """
     key = urllib.parse.quote(path, safe="")
     return key.replace(".", "%2E") if key.strip(".") == "" else key

@@ -27,7 +27,7 @@ def grid(leaf: ArrayLeaf) -> Index:
 
 
 def chunk_number(leaf: ArrayLeaf, index: Index) -> int:
-    """A chunk's place in the order of the grid."""
+    """A chunk's place, from 0, in the order of the grid (the last dim fastest). `index`: its place in each dim."""
     found = 0
     for i, count in zip(index, grid(leaf), strict=True):
         found = found * count + i

@@ -138,7 +138,10 @@ def member(folder: Path, name: str, *, below: str = "") -> Path:
 
 
 def read_member(folder: Path, name: str, *, limit: int, below: str = "") -> bytes:
-    """The content of a small file of a folder; ValueError where `member` raises it, or if it has more bytes."""
+    """The content of a small file of a folder, whose `name` and `below` are as for `member`.
+
+    ValueError where `member` raises it, or if the file has more than `limit` bytes; OSError where it cannot be read.
+    """
     return read_file(member(folder, name, below=below), limit=limit)
 
 

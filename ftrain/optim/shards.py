@@ -63,7 +63,13 @@ def each_matrix(
 
 @primitive("whole_shape")
 def whole_shape(leaf: Tensor) -> tuple[int, ...]:
-    """The shape of the array that `leaf` is a piece of."""
+    """The shape of the array of which `leaf`, of any shape, is a piece; its own where nothing is divided.
+
+    >>> import torch
+    >>> from ftrain.optim.shards import whole_shape
+    >>> whole_shape(torch.zeros(4, 8))  # on one device
+    (4, 8)
+    """
     return tuple(leaf.shape)
 
 

@@ -109,7 +109,11 @@ def waiting(program: Program, before: Callable[[], None]) -> Program:
 
 
 def python_program(module: fx.GraphModule) -> Program:
-    """The graph as one Python function, each variable dropped after its last use."""
+    """The graph as one Python function, each variable dropped after its last use.
+
+    The program takes the flat inputs, real tensors of the shapes and dtypes of the graph's placeholders, and returns
+    the flat outputs. It runs without autograd. What an op raises passes through.
+    """
     forward = written_out(module)
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
