@@ -11,8 +11,8 @@ _NAMES = {"norm": torch.linalg.vector_norm, "max": torch.amax, "copy_": Tensor.c
 
 
 def one_by_one(
-    func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[tuple[Callable, tuple, dict[str, Any]]] | None:
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] | None:
     """For each tensor of the lists, the function of one tensor with its arguments.
 
     None if `func` is not a `torch._foreach_*` function, or has no form for one tensor.
@@ -36,7 +36,9 @@ def one_by_one(
     ]
 
 
-def _single(function: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Callable, tuple, dict]:
+def _single(
+    function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """One call. A positional scalar of `addcmul` and `addcdiv` becomes the keyword `value`."""
     if name.rstrip("_") in ("addcmul", "addcdiv") and len(args) > 3:
         return function, args[:3], {**kwargs, "value": args[3]}

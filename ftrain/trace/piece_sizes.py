@@ -67,7 +67,11 @@ class ArraySizes(TorchFunctionMode):
         self.arrays = WholeArrays(trace)
 
     def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Return the size of the array for a query; run any other function on pieces or arrays, or refuse it."""
         kwargs = kwargs or {}
@@ -81,7 +85,7 @@ class ArraySizes(TorchFunctionMode):
             return self._call(func, whole(args), whole(kwargs))
         return func(*whole(args), **whole(kwargs))
 
-    def _call(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a function that is no view."""
         if not self.arrays.divided((args, kwargs)):
             return func(*args, **kwargs)
@@ -91,7 +95,7 @@ class ArraySizes(TorchFunctionMode):
             return args[0] if func.__name__.endswith("_") else results
         return self.arrays.call(func, args, kwargs, instead=self._of_its_parts(func))
 
-    def _of_its_parts(self, func: Callable) -> Callable | None:
+    def _of_its_parts(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """The replacement of a composite reduction by functions that work on pieces, run under this mode."""
         parts = REDUCTIONS.get(func)
         if parts is None:
@@ -117,7 +121,7 @@ class ArraySizes(TorchFunctionMode):
             placement = replace(placement, splits=tuple(s for s in placement.splits if s.gathered))
         return placement if placement.splits else None
 
-    def _make(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+    def _make(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """Create a tensor: a piece if its sizes are those of a divided array, unless two dims share ranks."""
         first = 1 if args and isinstance(args[0], Tensor) else 0
         sizes, rest, options = _sizes(args[first:], kwargs, "size", filled=func in _FILLED)
@@ -129,7 +133,7 @@ class ArraySizes(TorchFunctionMode):
             _note(self._trace, made, placement, uniform=True)
         return made
 
-    def _expand(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+    def _expand(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """Expand a tensor along dims of size 1; a tensor that is equal on all ranks becomes a piece."""
         del func
         source, (sizes, _, _) = args[0], _sizes(args[1:], kwargs, "size", "shape", "other")
@@ -156,11 +160,11 @@ class ArraySizes(TorchFunctionMode):
         _note(self._trace, expanded, placement, of=[source], uniform=spread_of(self._trace, source).uniform)
         return expanded
 
-    def _rows(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+    def _rows(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """Iterate over rows."""
         return iter(self.arrays.call(Tensor.unbind, args, kwargs))
 
-    def _broadcast(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+    def _broadcast(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """`torch.broadcast_tensors`."""
         tensors = args[0] if len(args) == 1 and not isinstance(args[0], Tensor) else args
         sizes = list[int]()
@@ -171,7 +175,7 @@ class ArraySizes(TorchFunctionMode):
             sizes = [a if b == 1 else b for a, b in zip(sizes, own, strict=True)]
         return [self._expand(func, (tensor, sizes), kwargs, line) for tensor in tensors]
 
-    def _view(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+    def _view(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """View a piece with the sizes of the array."""
         if _is_dtype(args[1:], kwargs):
             return func(*args, **kwargs)
@@ -179,7 +183,7 @@ class ArraySizes(TorchFunctionMode):
         name = "view" if "view" in func.__name__ else "reshape"
         return self._viewed(name, args[0], self._sizes_of(sizes), line)
 
-    def _unflatten(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+    def _unflatten(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """Split one dim into several."""
         given = dict(zip(("dim", "sizes"), args[1:], strict=False)) | dict(kwargs)
         placement, dim = self._placement(args[0]), given["dim"]
@@ -216,7 +220,7 @@ class ArraySizes(TorchFunctionMode):
         placement = self._placement(sizes)
         return sizes.shape if placement is None else shape_of(placement)
 
-    def _index(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+    def _index(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """Read or write at an index."""
         placement = self._placement(args[0])
         dim = None if placement is None else cut_dim(placement, args[1])
@@ -231,7 +235,7 @@ class ArraySizes(TorchFunctionMode):
             return func(*whole(args), **whole(kwargs))
         raise _cut("an index (slice or select)", line, args[0], placement, dim)
 
-    def _narrow(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
+    def _narrow(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], line: str) -> Any:
         """`narrow` and `select`; a part of a divided dim is read from the gathered array."""
         given = dict(zip(("dim", "start", "length"), args[1:], strict=False)) | dict(kwargs)
         given.setdefault("start", given.pop("index", None))
@@ -273,7 +277,7 @@ def _count(placement: Placement, x: Tensor) -> int:
     return math.prod(placement.shape)
 
 
-_QUERIES: Mapping[Callable, Callable] = {
+_QUERIES: Mapping[Callable[..., Any], Callable[..., Any]] = {
     Tensor.shape.__get__: lambda placement, *_: shape_of(placement),  # type: ignore[attr-defined]
     Tensor.size: _size,
     Tensor.numel: _count,
@@ -282,13 +286,13 @@ _QUERIES: Mapping[Callable, Callable] = {
     Tensor.nbytes.__get__: lambda placement, x, *_: _count(placement, x) * x.itemsize,  # type: ignore[attr-defined]
     Tensor.__len__: lambda placement, x: placement.shape[0],
 }
-_DRAWN: set[Callable] = {torch.rand, torch.randn}
-_FILLED: set[Callable] = {torch.full, Tensor.new_full}
-_MAKERS: set[Callable] = {
+_DRAWN: set[Callable[..., Any]] = {torch.rand, torch.randn}
+_FILLED: set[Callable[..., Any]] = {torch.full, Tensor.new_full}
+_MAKERS: set[Callable[..., Any]] = {
     torch.zeros, torch.ones, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, *_FILLED, *_DRAWN,
 }  # fmt: skip
 _RESHAPES = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.view_as, Tensor.reshape_as)
-_VIEWS: Mapping[Callable, Callable] = {
+_VIEWS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_MAKERS, ArraySizes._make),
     **dict.fromkeys((Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to), ArraySizes._expand),
     torch.broadcast_tensors: ArraySizes._broadcast,

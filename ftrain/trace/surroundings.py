@@ -31,7 +31,7 @@ class Watched(NamedTuple):
 class Surroundings:
     """The values that a function reads besides its arguments. `now()` is a part of the key of its traces."""
 
-    def __init__(self, fn: Callable) -> None:
+    def __init__(self, fn: Callable[..., Any]) -> None:
         self._held: list[Any] = []  # so that no other object gets their identities
         self._seen: set[int] = set()
         self._also: set[tuple[int, str]] = set()
@@ -39,7 +39,7 @@ class Surroundings:
         self._training: list[nn.Module] = []
         self._look_at(fn, getattr(fn, "__name__", type(fn).__name__))
 
-    def now(self) -> tuple:
+    def now(self) -> tuple[Any, ...]:
         """The current values, in comparable and hashable form."""
         return (*[read() for _, read in self._watched], *map(_is_training, self._training))
 
@@ -179,5 +179,5 @@ def comparable(value: Any) -> Any:
     return id(value)
 
 
-def _items(mapping: dict) -> Iterator[tuple[Any, Any]]:
+def _items(mapping: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
     return ((k, v) for k, v in mapping.items() if type(k) in _SIMPLE)

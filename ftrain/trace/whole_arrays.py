@@ -50,7 +50,12 @@ class WholeArrays:
         self.copies = GatheredCopies()
 
     def call(
-        self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], *, instead: Callable | None = None
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        instead: Callable[..., Any] | None = None,
     ) -> Any:
         """The result of `func` on one device: as a piece, or whole on every rank.
 
@@ -73,7 +78,7 @@ class WholeArrays:
             found = self._try_on_whole(func, args, kwargs)
         return func(*args, **kwargs) if found is None else found[0]
 
-    def on_whole(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def on_whole(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result of `func` with all pieces gathered; None if they cannot be gathered."""
         gathered = self._gather_all(args, kwargs)
         if gathered is None:
@@ -118,7 +123,7 @@ class WholeArrays:
         self._trace.note_if_clean(cut, placed(placement))
         return cut
 
-    def write_item(self, func: Callable, target: Tensor, index: Any, value: Any) -> bool:
+    def write_item(self, func: Callable[..., Any], target: Tensor, index: Any, value: Any) -> bool:
         """Compute `target[index] = value` on the whole array that `target`, of any shape, is a piece of.
 
         False, without a write, if the array cannot be gathered.
@@ -149,14 +154,16 @@ class WholeArrays:
         leaves, treedef = tree.flatten(result)
         return tree.unflatten(treedef, [piece(p, x) for p, x in zip(tree.paths(result), leaves, strict=True)])
 
-    def _try_on_whole(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
+    def _try_on_whole(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any] | None:
         gathered = self._gather_all(args, kwargs)
         found = None if gathered is None else self._try(func, *gathered)
         if gathered is not None and found is not None:
             self.copies.note_views(found[0], args, kwargs, gathered)
         return found
 
-    def _try(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
+    def _try(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
         """The result, if it equals that of one device; else None, and the nodes of this run are removed."""
         graph = tracing_graph()
         before = None if graph is None else last_node(graph)
@@ -256,7 +263,7 @@ def _in_a_loss() -> bool:
 
 
 @functools.cache
-def reads_sizes(func: Callable) -> bool:
+def reads_sizes(func: Callable[..., Any]) -> bool:
     """True for a Python function of torch that computes with sizes, so that the sizes of a piece would be wrong."""
     return _reads_sizes(func, 3)
 
@@ -278,7 +285,7 @@ def _reads_sizes(func: Any, depth: int) -> bool:
     return depth > 0 and any(isinstance(f, types.FunctionType) and _reads_sizes(f, depth - 1) for f in called)
 
 
-def writes(func: Callable, kwargs: Mapping[str, Any]) -> bool:
+def writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """True for a function that writes into an argument, judged by its name and keyword arguments."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
