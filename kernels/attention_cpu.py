@@ -54,7 +54,11 @@ class Block:
 
 
 def blocks(L: int, M: int, rule: Rule) -> Iterator[Block]:
-    """Cut a document of L queries and M keys so that its calls cover what the rule lets through and little more."""
+    """Cut a document of L queries and M keys so that its calls cover what the rule lets through and little more.
+
+    Blocks come in the order of their queries, and no query is in two; one whose queries see no key is left out. The
+    last query and the last key stand at one position.
+    """
     if rule.window is None and (not rule.causal or L == M):
         yield Block(0, L, 0, M, M - L)
         return

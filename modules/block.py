@@ -140,7 +140,9 @@ class Context:
         return attention(q_THK, k_TGK, v_TGV, segments_T=self.segments_T, causal=causal, window=window, scale=scale)
 
     def rope(self, cfg: AttentionConfig) -> RopeTable | None:
-        """Cosines and sines of the positions as `cfg` says, made once for all layers; None without rotation."""
+        """Cosines and sines of the positions as `cfg` says, each `[T, F]` with F rotated pairs of a head, made once for
+        all layers; None without rotation.
+        """
         if cfg not in self._ropes:
             self._ropes[cfg] = attention_module.rope(self.positions, cfg)
         return self._ropes[cfg]

@@ -77,6 +77,9 @@ def specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
     """`w_router_DE`, `w_gate_EDF`, `w_up_EDF`, `w_down_EFD`, and `shared` (an MLP) where there are shared experts.
 
     `out_gain` scales the initial deviation of the last weights, for deep residual stacks.
+
+    >>> {name: spec.shape for name, spec in specs(MoEConfig(8, 16, experts=4, top_k=2)).items()}
+    {'w_router_DE': (8, 4), 'w_gate_EDF': (4, 8, 16), 'w_up_EDF': (4, 8, 16), 'w_down_EFD': (4, 16, 8)}
     """
     d, e, f = cfg.d_model, cfg.experts, cfg.d_expert
     tree: dict[str, Any] = {

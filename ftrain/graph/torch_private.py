@@ -391,7 +391,9 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 
 
 def shapes_of_result(function: Callable[[], Any]) -> Any:
-    """Call a function for the shapes of its result: inside a trace nothing is recorded, outside nothing computed."""
+    """Call a function for the shapes and dtypes of its result, a tree of fake tensors: inside a trace nothing is
+    recorded, outside nothing is computed. What it raises passes through.
+    """
     if tracing_graph() is not None:
         # Sizes that depend on data get symbols here that no node of the trace will ever bind.
         with disable_proxy_modes_tracing(), _shapes_under_way().ignore_fresh_unbacked_symbols():

@@ -87,7 +87,13 @@ def round_at_random(x: Tensor, word: Tensor) -> Tensor:
     """Float32 numbers that bfloat16 can hold: `x` rounded down or up in size by a random 32-bit `word` each,
     elementwise.
 
-    What bfloat16 can hold already stays as it is, and so does what is not finite.
+    What bfloat16 can hold already stays as it is, and so does what is not finite. The mean over all words is `x`.
+    `x`: float32 of any shape; `word`: int64 of its shape, as `bits_of_leaf` draws them.
+
+    >>> import torch
+    >>> from ftrain.optim.stochastic import round_at_random
+    >>> round_at_random(torch.full((2,), 1 + 2**-9), torch.tensor([0, 2**16 - 1]))  # bfloat16 has 1 and 1 + 2**-7
+    tensor([1.0000, 1.0078])
     """
     kept = (x.view(torch.int32) + (word & ((1 << _LOST) - 1)).to(torch.int32)) & -(1 << _LOST)
     return torch.where(x.isfinite(), kept.view(torch.float32), x)

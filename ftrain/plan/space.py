@@ -160,8 +160,8 @@ def layouts(ranks: int, model: ModelShape, space: Space = Space()) -> tuple[list
 def attention_ways(
     sequence: int, model: ModelShape, *, rings: bool = True
 ) -> tuple[list[Attention | None], list[tuple[str, str, str]]]:
-    """How attention can see a pack that `sequence` ranks share; `rings`: include ring attention. Second result: (name,
-    reason, what would fit) of the ways that do not fit the `model`.
+    """How attention can see a pack that `sequence` ranks share: the ways that fit the `model` (`[None]` for one rank),
+    and (name, reason, what would fit) of each that does not. `rings`: include ring attention.
     """
     if sequence == 1:
         return [None], []
