@@ -220,13 +220,17 @@ def files() -> list[Path]:
 
 
 def public_names(tree: ast.Module) -> Iterator[Public]:
-    """What a module shows: functions, classes and their methods, in order."""
+    """What a module shows: functions, classes and their methods, in order. Overloads, which are types, are no names."""
     for node in tree.body:
-        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_") and not _is_overload(node):
             yield Public(node.name, node, None)
             if isinstance(node, ast.ClassDef):
                 methods = (n for n in node.body if isinstance(n, Function) and not n.name.startswith("_"))
                 yield from (Public(f"{node.name}.{n.name}", n, node) for n in methods)
+
+
+def _is_overload(node: Function | ast.ClassDef) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list)
 
 
 def docstring(public: Public, tree: ast.Module) -> str | None:

@@ -97,6 +97,7 @@ def test_docstrings_name_errors_and_shapes():
         ("def f(x_TD: Tensor, at: int):\n '''Of x.'''", ""),
         ("def f(x: Tensor):\n '''Of x, 0-d. ValueError for less.'''\n raise ValueError('x')", ""),
         ("def _f(): ...", ""),
+        ("@overload\ndef f(x: int): ...\ndef f(x):\n '''Of f.'''", ""),
     ],
 )
 def test_what_a_docstring_lacks_is_found(tmp_path, monkeypatch, source, said):

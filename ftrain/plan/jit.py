@@ -3,16 +3,46 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from ftrain.plan.auto import AutoPlan, SavedPlan
 from ftrain.remat.policy import Remat
 from ftrain.sharding.plan import Plan
-from ftrain.step.api import make_step
+from ftrain.step.api import Step, make_step
 from ftrain.step.plan_source import PlanSource
 from ftrain.trace.precision import Precision
+
+
+@overload
+def jit(
+    fn: Callable[..., Any],
+    *,
+    donate: str | None = ...,
+    backend: str = ...,
+    remat: Remat | str | None = ...,
+    precision: Precision | str | torch.dtype | None = ...,
+    plan: Plan | PlanSource | str | Path | None = ...,
+    specs: Any = ...,
+    batch: str = ...,
+    overlap: bool = ...,
+) -> Step: ...
+
+
+@overload
+def jit(
+    fn: None = None,
+    *,
+    donate: str | None = ...,
+    backend: str = ...,
+    remat: Remat | str | None = ...,
+    precision: Precision | str | torch.dtype | None = ...,
+    plan: Plan | PlanSource | str | Path | None = ...,
+    specs: Any = ...,
+    batch: str = ...,
+    overlap: bool = ...,
+) -> Callable[[Callable[..., Any]], Step]: ...
 
 
 def jit(
@@ -26,7 +56,7 @@ def jit(
     specs: Any = None,
     batch: str = "batch",
     overlap: bool = True,
-) -> Any:
+) -> Step | Callable[[Callable[..., Any]], Step]:
     """Make a step of a pure function of trees of tensors. Usable as a decorator, with or without options; returns a
     `ftrain.Step`.
 
