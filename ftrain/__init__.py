@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         truncated_normal,
         uniform,
     )
+    from ftrain.kernels.whole_batch import whole_rows, within_documents
     from ftrain.modules.spec import init
     from ftrain.plan.auto import AutoPlan, SavedPlan
     from ftrain.plan.jit import jit
@@ -46,6 +47,7 @@ _PLACES = {
         "bernoulli", "bits", "categorical", "fold_in", "key", "normal", "permutation", "randint", "split",
         "truncated_normal", "uniform",
     ),
+    "ftrain.kernels.whole_batch": ("whole_rows", "within_documents"),
     "ftrain.modules.spec": ("init",),
     "ftrain.plan.auto": ("AutoPlan", "SavedPlan"),
     "ftrain.plan.jit": ("jit",),
@@ -69,7 +71,7 @@ __all__ = [
     "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits", "categorical", "checkpoint", "debug",
     "disable_jit", "explain_oom", "fold_in", "forward", "grad", "hf", "init", "jit", "key", "normal", "optim",
     "permutation", "profile_nodes", "randint", "run", "split", "struct", "tree", "truncated_normal", "uniform",
-    "value_and_grad", "weighted_sum",
+    "value_and_grad", "weighted_sum", "whole_rows", "within_documents",
 ]  # fmt: skip
 
 # Names from elsewhere, and what does that here.

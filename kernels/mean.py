@@ -151,6 +151,9 @@ def weighted_sum(terms: Mapping[str, Mean], weights: Mapping[str, float]) -> Wei
 def sum_over_batch(x: Tensor) -> Tensor:
     """The sum of a tensor of any shape over the ranks that split the batch, and over the micro-batches of
     `ftrain.accumulate`. On one device with one batch it is the identity.
+
+    A loss may use it as on one device, in each row too (`h - sum_over_batch(h.sum(0)) / rows`): gradients are summed
+    over the ranks as well.
     """
     return x
 

@@ -21,6 +21,7 @@ from ftrain.kernels.attention import attention
 from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.documents import Segments, ids_of
 from ftrain.kernels.pack import pack_index, pack_tokens, take_rows
+from ftrain.kernels.whole_batch import within_documents
 from ftrain.modules import attention as attention_module
 from ftrain.modules import kv_cache
 from ftrain.modules.attention import AttentionConfig, RopeTable
@@ -100,7 +101,8 @@ class Context:
         """
         if block.cache is not None and pack_tokens(len(x_TD)) != len(x_TD):
             return _checked(block, self._on_the_pack(block, params, x_TD), x_TD)
-        return _checked(block, block.apply(params, x_TD, self), x_TD)
+        with nullcontext() if block.cache is None else within_documents():
+            return _checked(block, block.apply(params, x_TD, self), x_TD)
 
     def _on_the_pack(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
         """Where ranks share a pack, a block that reads other tokens by itself gets all of them, on every rank."""

@@ -44,6 +44,12 @@ def is_users(file: str) -> bool:
     return not _is_machinery(file)
 
 
+@functools.cache
+def is_models(file: str) -> bool:
+    """True for a file of the library's own modules, which users read as theirs."""
+    return any(map(Path(file).resolve().is_relative_to, _MODELS))
+
+
 def user_source() -> SourceLine | None:
     """The innermost frame that is neither torch's nor the trainer's nor a kernel's: the line that a user would edit.
 

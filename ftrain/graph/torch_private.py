@@ -204,12 +204,23 @@ def vmapped_dims(tensor: Tensor) -> list[int]:
     return dims[::-1]
 
 
-def is_constant(tensor: Tensor) -> bool:
-    """True for a tensor (any shape) of the trace whose number the tracer knows: ops on it alone are computed while
-    tracing.
+def constant_of(tensor: Tensor) -> Tensor | None:
+    """The numbers of a tensor (any shape) of the trace that the tracer knows, as it computes ops on such alone while
+    tracing; None for any other.
     """
     slot = _slot_of(tensor)
-    return slot is not None and slot.constant is not None
+    return None if slot is None else slot.constant
+
+
+def number_of(tensor: Tensor) -> float | None:
+    """The number of a tensor of one element, of any shape, if the tracer knows it; else None."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    known = constant_of(tensor)
+    if known is None or known.numel() != 1 or known.is_complex():
+        return None
+    with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch._C.DisableTorchFunction():
+        return float(known.item())
 
 
 def size_symbol(size: torch.SymInt) -> Any:

@@ -17,6 +17,7 @@ from ftrain import tree
 from ftrain.graph.collectives import groups_of
 from ftrain.graph.op_effects import Effect, effect_of
 from ftrain.graph.torch_private import storage_id
+from ftrain.kernels.mean import Mean
 from ftrain.kernels.primitive import bind
 from ftrain.runtime.donation import give_away
 from ftrain.runtime.lost_rank import naming_lost_ranks
@@ -31,9 +32,10 @@ from ftrain.step.mesh_arguments import COORDINATES, MeshArguments
 from ftrain.step.mesh_call import MeshCall
 from ftrain.step.process_arrays import ProcessArrays
 from ftrain.step.runner import Runner
+from ftrain.trace.own_counts import require_own_counts
 from ftrain.trace.piece_sizes import ArraySizes
 from ftrain.trace.refusals import explain_mesh_sizes
-from ftrain.trace.spmd import Placements, ShardedTrace, note_coordinates, reduce_means, tracing_rank
+from ftrain.trace.spmd import Placements, ShardedTrace, note_coordinates, note_rows, reduce_means, tracing_rank
 from ftrain.trace.spmd_rules import bindings
 from ftrain.trace.spread import Spread, Spreads
 from ftrain.trace.spread_fixes import finish_reductions
@@ -83,6 +85,8 @@ class ShardedStep:
                     is_parameter = not batch and self.placements.parameter(path) is not None
                     spread = self.arguments.spread(path, leaf, trace.spreads)
                     trace.note_input(leaf, path, spread, parameter=is_parameter, batch=batch)
+                    if batch:
+                        note_rows(trace, leaf, self.arguments.rule(path))
             everywhere = self.arguments.spread(COORDINATES, coordinates_3, trace.spreads)
             trace.note_input(coordinates_3, COORDINATES, everywhere, parameter=False, batch=True)
             note_coordinates(coordinates_3)
@@ -90,6 +94,7 @@ class ShardedStep:
                 with ArraySizes(trace) as sizes:
                     result = fn(*own)
                 sizes.arrays.copies.require_no_lost_writes(result)
+                require_own_counts(x for x in tree.flatten_until(result, Mean)[0] if isinstance(x, Mean))
                 return reduce_means(sizes.arrays.results(result, self.placements.of_whole), trace)
 
         local.__name__ = getattr(fn, "__name__", "step")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from ftrain.graph.loop import loop, zeros_like_all
+from ftrain.graph.source import user_source
 from ftrain.graph.torch_private import node_of
 from ftrain.kernels.mean import sum_over_batch
 from ftrain.kernels.primitive import bind
@@ -49,11 +50,18 @@ class RequestedSums:
         return self._stand_ins[-1]
 
 
+def _one_micro_batch(x: Tensor, *, dim: int = 0) -> Tensor:
+    raise ValueError(
+        f"{user_source()}: whole_rows in a loss of ftrain.accumulate, which sees the rows of one micro-batch: take one "
+        "batch, or recompute (jit(remat=...)) to save memory"
+    )
+
+
 @contextmanager
 def supplying_sums(computed: Mapping[int, Tensor]) -> Iterator[RequestedSums]:
     """Within the block, call number i of `sum_over_batch` returns `computed[i]`; yields the record of all calls."""
     sums = RequestedSums(computed)
-    with bind({"sum_over_batch": sums.supply}):
+    with bind({"sum_over_batch": sums.supply, "whole_rows": _one_micro_batch}):
         yield sums
 
 

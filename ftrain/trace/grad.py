@@ -20,9 +20,10 @@ from ftrain import tree
 from ftrain.graph.source import user_source
 from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.mean import Mean, WeightedSum
+from ftrain.trace.own_counts import require_own_counts
 from ftrain.trace.parameter_view import compute_views, materialize, sum_inner_gradients
 from ftrain.trace.provenance import current_provenance
-from ftrain.trace.spmd import current_sharded, ending, note_gradients
+from ftrain.trace.spmd import current_sharded, note_gradients, summing_totals
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -170,7 +171,8 @@ def loss_value(loss: Any) -> Tensor:
     ValueError for anything else.
     """
     if isinstance(loss, Mean | WeightedSum):
-        with ending():
+        require_own_counts(loss.terms if isinstance(loss, WeightedSum) else [loss])
+        with summing_totals():
             return loss.value()
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
-from ftrain.graph.torch_private import assert_on_device
+from ftrain.graph.torch_private import assert_on_device, node_of
 from ftrain.kernels.documents import Documents
 from ftrain.kernels.opaque import opaque_op
 from ftrain.kernels.pack import draw_over_batch, pack_tokens
@@ -32,7 +32,8 @@ from ftrain.sharding.exchange import draw_over_batch_sharded
 from ftrain.sharding.paths import Rules
 from ftrain.sharding.sequence_attention import from_pack_order, to_pack_order
 from ftrain.sharding.spmd import axis_index
-from ftrain.trace.spmd import ShardedTrace, batch_path, current_sharded
+from ftrain.trace.spmd import ShardedTrace, batch_path, current_sharded, note_rows, spread_of
+from ftrain.trace.spread import Spread
 
 
 class MicroBatches(NamedTuple):
@@ -54,8 +55,19 @@ def stacked(batch: Any, count: int) -> MicroBatches:
                 f"accumulate over {count} stacked micro-batches: batch leaf {path!r} has shape {shape}; its first dim "
                 f"must be {count} (without stacked=True the batch is divided here)"
             )
+    trace = current_sharded()
+    rules = [
+        _rule(path, leaf, Rules({}), trace) for path, leaf in zip(tree.paths(batch), tree.leaves(batch), strict=True)
+    ]
     leaves, treedef = tree.flatten(batch)
-    return MicroBatches(leaves, partial(tree.unflatten, treedef))
+    notes = [_RowNote.of(trace, leaf, _without_first_dim(rule)) for leaf, rule in zip(leaves, rules, strict=True)]
+
+    def put(parts: list[Tensor]) -> Any:
+        for part, note in zip(parts, notes, strict=True):
+            note.on(part)
+        return tree.unflatten(treedef, parts)
+
+    return MicroBatches(leaves, put)
 
 
 def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxyType({})) -> MicroBatches:
@@ -77,8 +89,12 @@ def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxy
     made = [cut.leaf(path, leaf, rule) for path, leaf, rule in zip(paths, leaves, found, strict=True)]
     treedef = tree.flatten(_with_bound(batch, cut.tokens // count * cut.ranks))[1]
     divided = [x for x, rule in zip(made, found, strict=True) if not isinstance(rule, Replicated)]
+    rules_of_divided = (rule for rule in found if not isinstance(rule, Replicated))
+    notes = [_RowNote.of(trace, x, rule) for x, rule in zip(divided, rules_of_divided, strict=True)]
 
     def put(parts: list[Tensor]) -> Any:
+        for part, note in zip(parts, notes, strict=True):
+            note.on(part)
         of = iter(parts)
         whole = [x if isinstance(rule, Replicated) else next(of) for x, rule in zip(made, found, strict=True)]
         return tree.unflatten(treedef, whole)
@@ -97,6 +113,28 @@ def _rule(path: str, leaf: Any, own: Rules[BatchRule], trace: ShardedTrace | Non
     if trace is None:
         return default_rule(path)
     return trace.plan.batch_rule(batch_path(trace, leaf) or path)
+
+
+class _RowNote(NamedTuple):
+    """What a trace for a rank is told of a leaf of a micro-batch: its rows, in no order that one device shares."""
+
+    trace: ShardedTrace | None
+    spread: Spread
+    rule: BatchRule
+
+    @classmethod
+    def of(cls, trace: ShardedTrace | None, leaf: Tensor, rule: BatchRule) -> "_RowNote":
+        return cls(trace, Spread() if trace is None else Spread(spread_of(trace, leaf).axes), rule)
+
+    def on(self, part: Tensor) -> None:
+        node = node_of(part)
+        if self.trace is not None and node is not None:
+            self.trace.spreads.give(node, self.spread)
+            note_rows(self.trace, part, self.rule, ordered=False)
+
+
+def _without_first_dim(rule: BatchRule) -> BatchRule:
+    return replace(rule, dim=rule.dim - 1) if isinstance(rule, Tokens | BatchRows) and rule.dim else rule
 
 
 def _tokens(leaves: Sequence[Any], rules: Sequence[BatchRule]) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ftrain.sharding.placement import use
 from ftrain.trace.precision import compute_dtype, reduce_dtype
-from ftrain.trace.spmd import current_sharded, sum_over_mesh
+from ftrain.trace.spmd import batch_sum, current_sharded
 
 View = Callable[[Tensor], Tensor]
 """From a leaf, or a tensor in its place, to the tensor that a loss computes with."""
@@ -35,7 +35,7 @@ def sum_inner_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -
     if trace is None or trace.plan.mesh.size == 1:
         return list(gradients)
     mesh = trace.plan.mesh
-    return [sum_over_mesh(g, mesh) if _is_shared(leaf) else g for leaf, g in zip(leaves, gradients, strict=True)]
+    return [batch_sum(g, mesh) if _is_shared(leaf) else g for leaf, g in zip(leaves, gradients, strict=True)]
 
 
 def _is_shared(leaf: Tensor) -> bool:

@@ -24,6 +24,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,10 +33,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ftrain.graph.source import is_users
+from ftrain.graph.source import is_models, is_users
 from ftrain.graph.torch_private import vmapped_dims
 from ftrain.sharding.placement import Placement
 from ftrain.trace import piece_reductions
+from ftrain.trace.batch_mixing import BatchMixing
 from ftrain.trace.divided_size import DividedSize, of_pieces, placement_of_sizes, shape_of, whole
 from ftrain.trace.list_ops import one_by_one
 from ftrain.trace.piece_reductions import REDUCTIONS
@@ -65,6 +67,7 @@ class ArraySizes(TorchFunctionMode):
         super().__init__()
         self._trace = trace
         self.arrays = WholeArrays(trace)
+        self._batch = BatchMixing(trace.rows, self.arrays, trace.plan.mesh, trace.plan.order)
 
     def __torch_function__(
         self,
@@ -80,10 +83,18 @@ class ArraySizes(TorchFunctionMode):
             if func in _QUERIES:
                 placement = self._placement(args[0])
                 return func(*args, **kwargs) if placement is None else _QUERIES[func](placement, *args, **kwargs)
-            if func in _VIEWS:
-                return _VIEWS[func](self, func, args, kwargs, f"{caller.f_code.co_filename}:{caller.f_lineno}")
-            return self._call(func, whole(args), whole(kwargs))
+            line = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            run = partial(self._run, func, line=line)
+            if is_models(caller.f_code.co_filename):
+                return run(args, kwargs)
+            return self._batch.call(func, run, args, kwargs, line)
         return func(*whole(args), **whole(kwargs))
+
+    def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, line: str) -> Any:
+        """A function on pieces of parameters."""
+        if func in _VIEWS:
+            return _VIEWS[func](self, func, args, kwargs, line)
+        return self._call(func, whole(args), whole(kwargs))
 
     def _call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a function that is no view."""

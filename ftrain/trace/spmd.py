@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, fx
 
 from ftrain import tree
-from ftrain.graph.torch_private import functional_transform, is_constant, node_of
+from ftrain.graph.torch_private import constant_of, functional_transform, node_of
 from ftrain.kernels.mean import Mean
+from ftrain.sharding import batch as batch_rules
 from ftrain.sharding.collectives import copy_to_ranks, sum_of_parts
 from ftrain.sharding.mesh import BASE_AXES, Mesh
 from ftrain.sharding.paths import nearest
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.plan import Plan
 from ftrain.sharding.spmd import axis_index, on_mesh
+from ftrain.trace.batch_kinds import UNKNOWN, Kind
+from ftrain.trace.batch_rows import BatchRows
 from ftrain.trace.provenance import sources
 from ftrain.trace.spread import SAME, Spread, Spreads, placed
 
@@ -103,6 +106,7 @@ class ShardedTrace:
         self.placements, self.plan = placements, placements.plan
         self._document_ids, self._batch = document_ids, dict[fx.Node, str]()
         self.spreads = Spreads(self.plan.mesh)
+        self.rows = BatchRows(self.spreads)
         self._paths: dict[fx.Node, str] = {}
         self._packs: dict[fx.Node, Any] = {}
         self._strangers: dict[fx.Node, str] = {}
@@ -239,6 +243,19 @@ def batch_path(trace: ShardedTrace, tensor: Tensor) -> str | None:
     return None if found is None else found.partition(".")[2]
 
 
+def note_rows(trace: ShardedTrace, tensor: Tensor, rule: batch_rules.BatchRule, *, ordered: bool = True) -> None:
+    """Record which dim of a leaf of the batch, of any shape, runs over rows of which a rank has its share.
+
+    `ordered`: the shares of all ranks, joined by the rule, are the batch's rows in their order.
+    """
+    node = node_of(tensor)
+    if node is None or trace.plan.mesh.size == 1 or isinstance(rule, batch_rules.Replicated):
+        return
+    divided = isinstance(rule, batch_rules.Tokens | batch_rules.BatchRows) and tensor.dim() > rule.dim
+    order = "tokens" if isinstance(rule, batch_rules.Tokens) else "rows"
+    trace.rows.give(node, Kind("rows", rule.dim, order if ordered else "") if divided else UNKNOWN)  # type: ignore[union-attr]
+
+
 def note_coordinates(coordinates_3: Tensor) -> None:
     """Record the input that holds the rank's mesh coordinates, int64 `[3]`."""
     node = node_of(coordinates_3)
@@ -253,7 +270,6 @@ def spread_of(trace: ShardedTrace, tensor: Tensor) -> Spread:
 
 
 _current: ContextVar[ShardedTrace | None] = ContextVar("ftrain_sharded_trace", default=None)
-_ending: ContextVar[bool] = ContextVar("ftrain_ending", default=False)
 
 
 def current_sharded() -> ShardedTrace | None:
@@ -270,6 +286,19 @@ def tracing_rank(trace: ShardedTrace, coordinates_3: Tensor) -> Iterator[None]:
             yield
     finally:
         _current.reset(token)
+
+
+_sums_totals: ContextVar[bool] = ContextVar("ftrain_sums_totals", default=False)
+
+
+@contextmanager
+def summing_totals() -> Iterator[None]:
+    """Within the block a sum over the batch is the loss itself, which all ranks differentiate alike."""
+    token = _sums_totals.set(True)
+    try:
+        yield
+    finally:
+        _sums_totals.reset(token)
 
 
 def note_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -294,25 +323,18 @@ def reduce_means(result: Any, trace: ShardedTrace) -> Any:
     return tree.unflatten(treedef, summed)
 
 
-def sum_over_mesh(x: Tensor, mesh: Mesh) -> Tensor:
-    """The sum of `x` (any shape) over all ranks, equal on each.
-
-    Its gradient is summed over the ranks too, for each goes on with the sum on its own rows; but not for the value of a
-    loss (`ending`), from which all ranks differentiate alike.
+def batch_sum(x: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of `x`, of any shape, over all ranks, which each rank uses further in its own total: the gradient
+    of a part is the sum of what the totals of all ranks say of it.
     """
-    if is_constant(x):  # the tracer would run a collective of constants at once
+    total = sum_over_mesh(x, mesh)
+    if _sums_totals.get() or not (x.requires_grad or functional_transform()):
+        return total
+    return copy_to_ranks(total, mesh.group(*BASE_AXES), purpose="loss")
+
+
+def sum_over_mesh(x: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of `x` (any shape) over all ranks, equal on each; the gradient of a part is that of the sum."""
+    if constant_of(x) is not None:  # the tracer would run a collective of constants at once
         x = x + axis_index("replicate").to(x.dtype) * 0
-    group = mesh.group(*BASE_AXES)
-    total = sum_of_parts(x, group, purpose="loss")
-    followed = x.requires_grad or functional_transform()
-    return total if _ending.get() or not followed else copy_to_ranks(total, group, purpose="loss")
-
-
-@contextmanager
-def ending() -> Iterator[None]:
-    """Within the block sums over the mesh are those of a loss's value, which nothing on a rank goes on with."""
-    token = _ending.set(True)
-    try:
-        yield
-    finally:
-        _ending.reset(token)
+    return sum_of_parts(x, mesh.group(*BASE_AXES), purpose="loss")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftrain.graph.source import user_source
 from ftrain.kernels import random
 from ftrain.kernels.attention import attention
 from ftrain.kernels.moe import dropped_rows, experts_swiglu
@@ -15,21 +16,25 @@ from ftrain.modules import spec as specs_of
 from ftrain.sharding import exchange, matrices, shards
 from ftrain.sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
 from ftrain.sharding.layout import CapacityFactor
+from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.sequence_attention import pack_documents, sequence_attention
 from ftrain.sharding.spmd import purpose
-from ftrain.trace.spmd import ShardedTrace, sum_over_mesh
+from ftrain.sharding.whole_rows import whole_rows_sharded
+from ftrain.trace.spmd import ShardedTrace, batch_sum
 
 
 def bindings(trace: ShardedTrace) -> dict[str, Callable[..., Any]]:
     """By the name of a primitive, the function that computes it on the rank that `trace` is for.
 
     Pass the result to `ftrain.kernels.primitive.bind`. Each function has the arguments, shapes and errors of its
-    primitive.
+    primitive; that of `require_documents_alone` raises ValueError where ranks share a sequence.
     """
     mesh, order = trace.plan.mesh, trace.plan.order
     rows: dict[str, Callable[..., Any]] = {
-        "sum_over_batch": lambda x: sum_over_mesh(x, mesh),
+        "sum_over_batch": lambda x: batch_sum(x, mesh),
+        "whole_rows": partial(whole_rows_sharded, mesh=mesh, order=order),
+        "require_documents_alone": lambda: _require_documents_alone(mesh),
         "attention": lambda *tensors, **options: _attention(trace, *tensors, **options),
         "moe": lambda *tensors, **options: _experts(trace, *tensors, **options),
         "moe_dropped": lambda expert_TK, w_gate_EDF: _dropped(trace, expert_TK, w_gate_EDF),
@@ -51,6 +56,14 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable[..., Any]]:
         rows["pack_index"] = partial(exchange.pack_index_sharded, mesh=mesh, order=order)
         rows["pack_tokens"] = lambda tokens: tokens * mesh.sequence
     return rows
+
+
+def _require_documents_alone(mesh: Mesh) -> None:
+    if mesh.sequence > 1:
+        raise ValueError(
+            f"{user_source()}: within_documents on a sequence axis of {mesh.sequence}, whose ranks share a document: "
+            "gather what it reads (ftrain.whole_rows), or put it into a Block with a cache, which gets the whole pack"
+        )
 
 
 def _attention(trace: ShardedTrace, q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, **options: Any) -> Tensor:

@@ -133,7 +133,7 @@ class WholeArrays:
             return False
         copy = self.copies.written(target, value)
         whole = self.whole(target, fresh=True) if copy is None else copy.clone()
-        func(whole, _map(self.whole, index), _map(self.whole, value))
+        func(whole, map_tensors(self.whole, index), map_tensors(self.whole, value))
         target.copy_(self.piece(whole, placement))
         return True
 
@@ -177,10 +177,10 @@ class WholeArrays:
             result = None
         del result
         if before is not None:
-            self._forget_after(before)
+            self.forget_after(before)
         return None
 
-    def _forget_after(self, node: fx.Node) -> None:
+    def forget_after(self, node: fx.Node) -> None:
         """Remove all nodes after `node` from the trace, unless one of them writes."""
         last = last_node(node.graph)
         if any(True for _ in writes_since(node)):
@@ -197,7 +197,7 @@ class WholeArrays:
     def _gather_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         if not self.divided((args, kwargs)):
             return None
-        return _map(self.whole, args), _map(self.whole, kwargs)
+        return map_tensors(self.whole, args), map_tensors(self.whole, kwargs)
 
     def _cut_others(self, args: Any, kwargs: Any, pieces: Sequence[Tensor]) -> tuple[Any, Any] | None:
         """The arguments with whole tensors cut as the piece with most dims is divided; None if none can be cut."""
@@ -210,7 +210,7 @@ class WholeArrays:
             cut = cut or part is not None
             return tensor if part is None else self.piece(tensor, part)
 
-        changed = _map(fitting, args), _map(fitting, kwargs)
+        changed = map_tensors(fitting, args), map_tensors(fitting, kwargs)
         return changed if cut else None
 
     def _fitting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -220,7 +220,7 @@ class WholeArrays:
         if model is not None:
             return self._cut_others(args, kwargs, [target]) or (args, kwargs)  # type: ignore[list-item]
         if isinstance(target, Tensor) and spread_of(self._trace, target).placement is None:
-            return (target, *_map(self.whole, args[1:])), _map(self.whole, kwargs)
+            return (target, *map_tensors(self.whole, args[1:])), map_tensors(self.whole, kwargs)
         return args, kwargs
 
 
@@ -297,10 +297,10 @@ def _all_gathered(placement: Placement) -> Placement:
     return replace(placement, splits=tuple(split._replace(gathered=True) for split in placement.splits))
 
 
-def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """A tree of arguments with `change` applied to each tensor."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (list, tuple):
-        return type(value)(_map(change, item) for item in value)
-    return {key: _map(change, item) for key, item in value.items()} if type(value) is dict else value
+        return type(value)(map_tensors(change, item) for item in value)
+    return {key: map_tensors(change, item) for key, item in value.items()} if type(value) is dict else value

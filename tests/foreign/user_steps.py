@@ -253,7 +253,34 @@ def preferred(p, b, s):
     return mean(-F.logsigmoid(0.1 * margin))
 
 
+def info_nce(p, b, s):
+    q, k = (ftrain.whole_rows(F.normalize(x, dim=-1)) for x in (hidden(p, b), b["y"]))
+    return mean(F.cross_entropy(q @ k.T / 0.1, torch.arange(len(q)), reduction="none"))
+
+
+def triplet(p, b, s):
+    h, t = ftrain.whole_rows(hidden(p, b)), ftrain.whole_rows(b["t"])
+    distance, alike = (h[:, None] - h[None]).square().sum(-1), t[:, None] == t[None]
+    far, near = (distance * alike).amax(1), distance.masked_fill(alike, torch.inf).amin(1)
+    return mean((far - near + 0.5).relu())
+
+
+def batch_norm_by_hand(p, b, s):
+    h = b["x"] @ p["w"]
+    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
+    return mean((torch.tanh(h) @ p["v"] + p["b"] - b["y"]).square())
+
+
+def mixup(p, b, s):
+    return base(p, {**b, **{k: 0.7 * b[k] + 0.3 * b[k].flip(0) for k in ("x", "y")}})
+
+
 LOSSES = {
+    "InfoNCE": info_nce,
+    "triplets": triplet,
+    "batch norm by hand": batch_norm_by_hand,
+    "mixup": mixup,
+    "decorrelated means": lambda p, b, s: mean((hidden(p, b) - hidden(p, b).mean(0)).square() - b["y"].std(0)),
     "L2": lambda p, b, s: added(p, b, sum(p[k].square().sum() for k in LEAVES)),
     "L1": lambda p, b, s: added(p, b, sum(p[k].abs().sum() for k in LEAVES)),
     "orthogonal": lambda p, b, s: added(p, b, (p["w"].T @ p["w"] - torch.eye(8, dtype=torch.float64)).square().sum()),

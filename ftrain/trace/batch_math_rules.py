@@ -1,0 +1,255 @@
+"""Rules of the ops that compute with rows of the batch: row by row, summed over the rows, or across them."""
+
+from torch import fx
+
+from ftrain.trace.batch_kinds import (
+    MIXED,
+    NOTHING,
+    UNKNOWN,
+    Found,
+    Kind,
+    Kinds,
+    Rule,
+    first_of,
+    joined,
+    name_of,
+    reader,
+    rows_in,
+)  # fmt: skip
+from ftrain.trace.spread_ops import reduced_dims, tensor_of
+
+
+def elementwise(node: fx.Node, kinds: Kinds) -> Found:
+    """Number by number, with the usual broadcasting."""
+    if any(k.partial for k in kinds.values()):
+        return _of_parts(node, kinds)
+    value = tensor_of(node)
+    if value is None:
+        return NOTHING
+    found = list[Kind]()
+    for kind, own in rows_in(node, kinds):
+        at = kind.dim + value.dim() - own.dim()
+        if own.shape[kind.dim] != value.shape[at]:
+            return NOTHING
+        found.append(Kind("rows", at, kind.order))
+    if len({k.dim for k in found}) > 1:
+        return MIXED
+    return Found(Kind("rows", found[0].dim, joined(found)))
+
+
+_COPIES = {"clone", "detach", "alias", "_to_copy", "to", "contiguous", "lift_fresh_copy", "copy", "neg"}
+
+
+def _of_parts(node: fx.Node, kinds: Kinds) -> Found:
+    """An op on parts of sums and means: they stay parts where it is linear in them."""
+    name, what = name_of(node), {k.what for k in kinds.values()}
+    parts = [n for n, k in kinds.items() if k.partial]
+    if name in _COPIES or name in ("add", "sub", "rsub"):
+        if "unknown" in what and not {"rows"} & what:
+            return NOTHING
+        if "rows" in what or {"sum", "mean"} <= what or ("sum" in what and _adds_once_a_rank(node, kinds)):
+            return MIXED
+        return Found(kinds[parts[0]])
+    if name in ("mul", "div") and len(parts) == 1:
+        numerator = name == "mul" or node.args[0] is parts[0]
+        twice = node.args[0] is node.args[1]
+        if numerator and not twice and not reader(node)("rounding_mode"):
+            return MIXED if "rows" in what else NOTHING if "unknown" in what else Found(kinds[parts[0]])
+    return MIXED
+
+
+_ZEROS = {"zeros", "new_zeros", "zeros_like", "zero"}
+_NEGLIGIBLE = 1e-6  # what is added to a divisor so that it is not zero
+
+
+def _adds_once_a_rank(node: fx.Node, kinds: Kinds) -> bool:
+    """True if something else than zero, which all ranks have alike, is added to a part of a sum."""
+    numbers = [x for x in node.args[:2] if isinstance(x, int | float)]
+    same = [n for n in node.all_input_nodes if kinds[n].what == "same"]
+    return any(abs(x) > _NEGLIGIBLE for x in numbers) or any(name_of(n) not in _ZEROS for n in same)
+
+
+def loss(node: fx.Node, kinds: Kinds) -> Found:
+    """Torch's losses: their reduction is 0 (none), 1 (mean) or 2 (sum)."""
+    if any(k.partial for k in kinds.values()):
+        return MIXED
+    kind, _ = first_of(node, kinds)
+    how = reader(node)("reduction")
+    if how == 0 or kind.what != "rows":
+        return Found(kind) if kind.what == "rows" and kind.dim == 0 else NOTHING
+    return Found(Kind("sum" if how == 2 else "mean"))
+
+
+_LINEAR = {"sum": "sum", "mean": "mean", "count_nonzero": "sum", "nansum": "sum"}
+
+
+def _reduced(node: fx.Node, kinds: Kinds) -> Found:
+    kind, value = first_of(node, kinds)
+    name = name_of(node)
+    if kind.partial:
+        return Found(kind) if name in ("sum", "mean") else MIXED
+    if kind.what != "rows":
+        return NOTHING
+    dims, keep = reduced_dims(node, value.dim())
+    if kind.dim not in dims:
+        return Found(kind._replace(dim=kind.dim - (0 if keep else sum(d < kind.dim for d in dims))))
+    if name not in _LINEAR:
+        return MIXED
+    if name == "mean" and not isinstance(value.shape[kind.dim], int):
+        return MIXED  # a mean over as many as the data say: on each rank others
+    return Found(Kind(_LINEAR[name] if kind.order or name != "mean" else "sum"))
+
+
+def _along(node: fx.Node, kinds: Kinds) -> Found:
+    """An op that works along some dims, and number by number along the others."""
+    kind, value = first_of(node, kinds)
+    if kind.partial:
+        return Found(kind) if name_of(node) in ("cumsum", "flip", "roll") else MIXED
+    if kind.what != "rows":
+        return NOTHING
+    read = reader(node)
+    given = read("dims") if read("dims") is not None else read("dim")
+    dims = [given] if isinstance(given, int) else given
+    every = not dims
+    return MIXED if every or kind.dim in {d % value.dim() for d in dims} else Found(kind)
+
+
+# where the factors begin, which dims of each are dims of the result, and which dim of each is summed over
+_PRODUCTS: dict[str, tuple[int, tuple[dict[int, int], dict[int, int]], tuple[int, int]]] = {
+    "mm": (0, ({0: 0}, {1: 1}), (1, 0)),
+    "addmm": (1, ({0: 0}, {1: 1}), (1, 0)),
+    "bmm": (0, ({0: 0, 1: 1}, {0: 0, 2: 2}), (2, 1)),
+    "baddbmm": (1, ({0: 0, 1: 1}, {0: 0, 2: 2}), (2, 1)),
+    "mv": (0, ({0: 0}, {}), (1, 0)),
+    "dot": (0, ({}, {}), (0, 0)),
+    "vdot": (0, ({}, {}), (0, 0)),
+}
+
+
+def _product(node: fx.Node, kinds: Kinds) -> Found:
+    added, kept, summed = _PRODUCTS[name_of(node)]
+    a, b = (kinds.get(n, UNKNOWN) for n in node.args[added : added + 2])  # type: ignore[arg-type]
+    if a.partial or b.partial:
+        other = b if a.partial else a
+        part = a if a.partial else b
+        linear = other.what == "same" and added == 0
+        return Found(part) if linear else MIXED if other.what == "rows" or other.partial else NOTHING
+    places = [k[x.dim] for k, x in zip(kept, (a, b), strict=True) if x.what == "rows" and x.dim in k]
+    over = [x.what == "rows" and x.dim == d for x, d in zip((a, b), summed, strict=True)]
+    if all(over):
+        return Found(Kind("sum"))
+    if any(over):
+        return NOTHING
+    if len(set(places)) > 1:
+        return MIXED
+    found = [x for x in (a, b) if x.what == "rows"]
+    return Found(Kind("rows", places[0], joined(found))) if places else NOTHING
+
+
+def _normalised(node: fx.Node, kinds: Kinds) -> Found:
+    """Over the last dims."""
+    kind, value = first_of(node, kinds)
+    if kind.partial:
+        return MIXED
+    if kind.what != "rows":
+        return NOTHING
+    return Found(kind) if kind.dim < value.dim() - len(reader(node)("normalized_shape")) else MIXED
+
+
+def matrices(node: fx.Node, kinds: Kinds) -> Found:
+    """Of the last two dims; those before them are batches."""
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return NOTHING
+    return MIXED if kind.dim >= value.dim() - 2 else Found(kind)
+
+
+def _by_image(node: fx.Node, kinds: Kinds) -> Found:
+    """Convolutions and pools: each entry of dim 0 alone, neighbours along the dims behind the channels."""
+    kind, value = first_of(node, kinds)
+    if kind.partial:
+        return MIXED
+    if kind.what != "rows":
+        return NOTHING
+    return Found(kind) if kind.dim == 0 and value.dim() > 2 else MIXED if kind.dim >= value.dim() - 2 else NOTHING
+
+
+def _by_entry(node: fx.Node, kinds: Kinds) -> Found:
+    """Each entry of dim 0 alone."""
+    if any(k.partial for k in kinds.values()):
+        return MIXED
+    kind, _ = first_of(node, kinds)
+    return Found(kind) if kind.what == "rows" and kind.dim == 0 else NOTHING
+
+
+def _attended(node: fx.Node, kinds: Kinds) -> Found:
+    """Queries, keys and values `[..., tokens, width]`: entries of the dims before them are alone."""
+    kind, value = first_of(node, kinds)
+    if kind.partial:
+        return MIXED
+    if kind.what != "rows":
+        return NOTHING
+    masked = reader(node)("attn_mask") is not None or reader(node)("attn_bias") is not None
+    return Found(kind) if kind.dim < value.dim() - 2 else NOTHING if masked else MIXED
+
+
+def _distances(node: fx.Node, kinds: Kinds) -> Found:
+    """Of each row of the one with each of the other, the last dims being vectors."""
+    if any(k.partial for k in kinds.values()):
+        return MIXED
+    pairs = [value.dim() - kind.dim == 2 for kind, value in rows_in(node, kinds)]
+    return MIXED if sum(pairs) > 1 or (pairs == [True] and len(kinds) == 1) else NOTHING
+
+
+def _kept_parts(node: fx.Node, kinds: Kinds) -> Found:
+    """Linear ops of which no more is known."""
+    kind, _ = first_of(node, kinds)
+    return Found(kind) if kind.partial else NOTHING
+
+
+def leading(node: fx.Node, kinds: Kinds) -> Found:
+    """The trainer's own kernels, which know of documents: what has as many rows as they are given has those."""
+    value = tensor_of(node)
+    found = [(k, own) for k, own in rows_in(node, kinds) if k.dim == 0]
+    if value is None or not found or not value.dim() or value.shape[0] != found[0][1].shape[0]:
+        return NOTHING
+    return Found(Kind("rows", 0, found[0][0].order))
+
+
+_REDUCED = (
+    *_LINEAR, "amax", "amin", "max", "min", "all", "any", "linalg_vector_norm", "norm", "std", "var", "std_mean",
+    "var_mean", "logsumexp", "prod", "median", "nanmedian", "mode", "kthvalue", "argmax", "argmin", "aminmax",
+)  # fmt: skip
+
+
+_ALONG = (
+    "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "flip", "logcumsumexp", "cummax", "cummin", "roll",
+    "_cummax_helper", "_cummin_helper",
+)  # fmt: skip
+
+
+_POOLS = (
+    "convolution", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
+)  # fmt: skip
+
+
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math",
+    "scaled_dot_product_attention",
+)  # fmt: skip
+
+
+MATH_RULES: dict[str, Rule] = {
+    **dict.fromkeys(_REDUCED, _reduced),
+    **dict.fromkeys(_ALONG, _along),
+    **dict.fromkeys(_PRODUCTS, _product),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _normalised),
+    **dict.fromkeys(_POOLS, _by_image),
+    **dict.fromkeys(("native_group_norm", "native_batch_norm", "_native_batch_norm_legit_no_training"), _by_entry),
+    **dict.fromkeys(_ATTENTION, _attended),
+    **dict.fromkeys(("_cdist_forward", "_euclidean_dist", "_pdist_forward"), _distances),
+    **dict.fromkeys(("diagonal", "tril", "triu", "trace"), _kept_parts),
+}

@@ -1,0 +1,176 @@
+"""Functions in a user's own loss or update that mix rows of the batch, of which a rank holds its share: finished over
+the ranks, done on the rows of all, or refused with the line.
+
+A function of torch that a user's line calls is run on the share, and the nodes that it left are looked at
+(`ftrain.trace.batch_rows`). If one of them mixes rows, the function is taken back and run again:
+
+1. with means over the rows averaged over the ranks, if there are any (`h - h.mean(0)`);
+2. else with the rows of all ranks, if it reduces them (`h.std(0)`), or gives as many and the share is cut out of them
+   again (`h.softmax(0)`).
+
+Gradients are right by the transposes: each rank's total uses the rows of all, so theirs is the sum over ranks. What
+else mixes rows is a ValueError. Not looked at: the library's own modules and kernels, `torch.func`'s transforms, bodies
+of loops, and what `ftrain.within_documents` covers.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from ftrain.graph.source import user_source
+from ftrain.graph.torch_private import functional_transform, node_of, number_of, tracing_graph
+from ftrain.kernels.whole_batch import stays_within_documents
+from ftrain.sharding.batch import TokenOrder
+from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.whole_rows import PURPOSE, mean_of_ranks, share_of_rows, whole_rows_sharded
+from ftrain.trace.batch_kinds import Kind
+from ftrain.trace.batch_rows import BatchRows
+from ftrain.trace.gathered_copies import last_node, tensors_in
+from ftrain.trace.spread_ops import tensor_of
+from ftrain.trace.whole_arrays import LARGE, WholeArrays, map_tensors, writes
+
+Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
+
+_AS_MANY = {"softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "normalize"}
+"""Functions whose result has a row for each row, so that the share of the whole result is a rank's."""
+_REDUCING = {
+    "amax", "amin", "max", "min", "all", "any", "std", "var", "std_mean", "var_mean", "logsumexp", "prod", "median",
+    "nanmedian", "mode", "kthvalue", "argmax", "argmin", "aminmax", "norm", "linalg_vector_norm",
+    "topk", "quantile", "nanquantile", "dist",
+}  # fmt: skip
+"""Functions whose result has no rows where they mix them, so that all ranks have it alike."""
+
+
+class BatchMixing:
+    """Watches the functions that a user's lines call. `rows`: what is known of the trace's tensors; `arrays`: takes
+    tries back.
+    """
+
+    def __init__(self, rows: BatchRows, arrays: WholeArrays, mesh: Mesh, order: TokenOrder) -> None:
+        self._rows, self._arrays = rows, arrays
+        self._mesh, self._order = mesh, order
+
+    def call(
+        self, func: Callable[..., Any], run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], line: str
+    ) -> Any:
+        """What `run(args, kwargs)` gives on one device, or a rank's share of it. ValueError where neither can be.
+
+        `func`: the function that `run` calls; `line`: the user's.
+        """
+        graph = tracing_graph()
+        if graph is None or functional_transform() or not self._concerned((args, kwargs)):
+            return run(args, kwargs)
+        if writes(func, kwargs) and args and self._kind(args[0]).what == "rows":
+            args = (args[0], *map_tensors(self._finished, args[1:]))
+        self._note_zeros((args, kwargs))
+        before = last_node(graph)
+        result = run(args, kwargs)
+        cause = None if stays_within_documents() else self._mixing(before)
+        if cause is None:
+            return result
+        del result
+        self._arrays.forget_after(before)
+        if last_node(graph) is before:
+            finished = map_tensors(self._finished, args), map_tensors(self._finished, kwargs)
+            if any(a is not b for a, b in zip(tensors_in(finished), tensors_in((args, kwargs)), strict=True)):
+                return self.call(func, run, *finished, line)
+            if self._can_gather(func, args, kwargs):
+                return self._on_all_rows(func, run, args, kwargs)
+        raise ValueError(_refusal(getattr(func, "__name__", str(func)), line, self._has_sums((args, kwargs))))
+
+    def _kind(self, tensor: Any) -> Kind:
+        node = node_of(tensor) if isinstance(tensor, Tensor) else None
+        return Kind("unknown") if node is None else self._rows.of(node).kind
+
+    def _concerned(self, values: Any) -> bool:
+        kinds = (self._kind(t) for t in tensors_in(values))
+        return any(kind.what == "rows" or kind.partial for kind in kinds)
+
+    def _note_zeros(self, values: Any) -> None:
+        """Zeros that stand beside a part of a sum, as a running total begins, are a part of it too."""
+        for tensor in tensors_in(values) if self._has_sums(values) else ():
+            node = node_of(tensor)
+            if node is not None and number_of(tensor) == 0:
+                self._rows.give(node, Kind("sum"))
+
+    def _has_sums(self, values: Any) -> bool:
+        return any(self._kind(t).what == "sum" for t in tensors_in(values))
+
+    def _mixing(self, before: fx.Node) -> fx.Node | None:
+        """The first node after this one that mixes rows."""
+        node = before.next
+        while node.op != "root":
+            found = self._rows.of(node)
+            if found.mixes or (self._mesh.sequence > 1 and self._cuts(node)):
+                return node
+            node = node.next
+        return None
+
+    def _cuts(self, node: fx.Node) -> bool:
+        """True for a part of the tokens, where the next ones may be another rank's."""
+        source = node.args[0] if node.args else None
+        if node.op != "call_function" or not isinstance(source, fx.Node):
+            return False
+        kind, value, after = self._rows.of(source).kind, tensor_of(source), tensor_of(node)
+        if kind.what != "rows" or value is None or after is None or kind.dim >= after.dim():
+            return False
+        return "slice" in str(node.target) and value.shape[kind.dim] != after.shape[kind.dim]
+
+    def _finished(self, tensor: Tensor) -> Tensor:
+        """The whole batch's mean, of a rank's."""
+        return mean_of_ranks(tensor, self._mesh) if self._kind(tensor).what == "mean" else tensor
+
+    def _can_gather(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        kinds = [self._kind(t) for t in tensors_in((args, kwargs))]
+        rows = [kind for kind in kinds if kind.what == "rows"]
+        known = getattr(func, "__name__", "") in _AS_MANY | _REDUCING
+        alone = all(kind.what in ("rows", "same") and (kind.order or kind.what == "same") for kind in kinds)
+        return known and alone and len(rows) > 0 and kwargs.get("out") is None
+
+    def _on_all_rows(self, func: Callable[..., Any], run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        kind = next(k for t in tensors_in((args, kwargs)) if (k := self._kind(t)).what == "rows")
+        size = next(t.shape[kind.dim] for t in tensors_in((args, kwargs)) if self._kind(t) == kind)
+        whole = map_tensors(self._whole, args), map_tensors(self._whole, kwargs)
+        result = run(*whole)
+        return self._share(result, kind, size) if func.__name__ in _AS_MANY else result
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The rows of all ranks, of a rank's."""
+        kind = self._kind(x)
+        if kind.what != "rows":
+            return x
+        size = x.numel() * x.itemsize * self._mesh.size
+        if size > LARGE:
+            warnings.warn(
+                f"{user_source()}: gathers the batch's rows on every rank ({size / 2**20:.0f} MiB), as what it does "
+                f"mixes them; compiled.bytes_moved() has such bytes as {PURPOSE!r}",
+                stacklevel=2,
+            )
+        tokens = kind.order == "tokens"
+        return whole_rows_sharded(x, dim=kind.dim, mesh=self._mesh, order=self._order, tokens=tokens)
+
+    def _share(self, whole: Tensor, kind: Kind, size: int) -> Tensor:
+        """A rank's rows of those of all."""
+        tokens = kind.order == "tokens"
+        share = share_of_rows(whole, size, dim=kind.dim, mesh=self._mesh, order=self._order, tokens=tokens)
+        node = node_of(share)
+        if node is not None:
+            self._rows.give(node, kind)
+        return share
+
+
+def _refusal(name: str, line: str, of_sums: bool) -> str:
+    if of_sums:
+        return (
+            f"{name} at {line} reads a sum over rows of the batch, and a rank has summed its share of them: make it "
+            "the whole batch's first (ftrain.kernels.mean.sum_over_batch, of the count too), return it as the total "
+            "of a Mean, or, if it adds what all ranks have alike (a penalty on weights), make that a term of its own "
+            "(ftrain.weighted_sum)"
+        )
+    return (
+        f"{name} at {line} mixes rows of the batch, and a rank holds its share of them: gather them "
+        "(ftrain.whole_rows), sum what it sums (ftrain.kernels.mean.sum_over_batch), or put it under `with "
+        "ftrain.within_documents():` if it stays within documents"
+    )

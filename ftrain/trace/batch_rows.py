@@ -1,0 +1,77 @@
+"""Which dim of a tensor runs over a rank's rows of the batch, so that ops which mix those rows can be told.
+
+A leaf of the batch is a rank's share. What is computed row by row is a share as well; a sum or mean over the rows is a
+part of the whole batch's, and stays one through linear ops; what else reads across the rows, or a part in another way
+than linearly, is not what one device computes. Where no rule says more, nothing is known, and nothing is refused.
+
+Legend: "rows" tokens, images, whatever the batch's rules divide.
+"""
+
+from torch import fx
+
+from ftrain.graph.loop import is_loop
+from ftrain.trace.batch_kinds import MIXED, NOTHING, SAME, UNKNOWN, Found, Kind, Kinds, name_of, reader
+from ftrain.trace.batch_math_rules import MATH_RULES, elementwise, leading, loss, matrices
+from ftrain.trace.batch_shape_rules import SHAPE_RULES, part_of_result
+from ftrain.trace.spread import Spreads
+from ftrain.trace.spread_ops import group_of, is_elementwise, tensor_of
+
+
+class BatchRows:
+    """The kinds of a graph's nodes, also of one under way. `spreads`: how they are spread over the mesh."""
+
+    def __init__(self, spreads: Spreads) -> None:
+        self._spreads = spreads
+        self._known: dict[fx.Node, Found] = {}
+
+    def give(self, node: fx.Node, kind: Kind) -> None:
+        """What an input is, or what is known of a node beyond its op."""
+        self._known[node] = Found(kind)
+
+    def of(self, node: fx.Node) -> Found:
+        """What is found of a node."""
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            missing = [] if current in self._known else [n for n in current.all_input_nodes if n not in self._known]
+            stack.extend(missing)
+            if not missing:
+                self._known.setdefault(current, self._work_out(current))
+                stack.pop()
+        return self._known[node]
+
+    def _work_out(self, node: fx.Node) -> Found:
+        if node in self._known:
+            return self._known[node]
+        spread = self._spreads.of(node)
+        if not spread.axes or spread.placement is not None:
+            return Found(SAME)
+        if node.op != "call_function" or is_loop(node) or group_of(node) is not None or node.meta.get("purpose"):
+            return NOTHING
+        kinds = {n: self._known[n].kind for n in node.all_input_nodes}
+        if not any(k.what == "rows" or k.partial for k in kinds.values()):
+            return NOTHING
+        found = _by_rule(node, kinds)
+        value = tensor_of(node)
+        kind = found.kind
+        if kind.what == "rows" and (value is None or kind.dim >= value.dim()):
+            return Found(UNKNOWN, found.mixes)
+        return found
+
+
+def _by_rule(node: fx.Node, kinds: Kinds) -> Found:
+    if getattr(node.target, "__name__", "") == "getitem":
+        return part_of_result(node, kinds)
+    name = name_of(node)
+    if reader(node)("reduction") is not None:
+        return loss(node, kinds)
+    rule = SHAPE_RULES.get(name) or MATH_RULES.get(name)
+    if rule is not None:
+        return rule(node, kinds)
+    if is_elementwise(node.target):
+        return elementwise(node, kinds)
+    if any(k.partial for k in kinds.values()):
+        return MIXED
+    if name.startswith(("linalg_", "_linalg_")):
+        return matrices(node, kinds)
+    return leading(node, kinds) if str(node.target).startswith("ftrain") else NOTHING

@@ -1,0 +1,197 @@
+"""Rules of the ops that move, cut, join and look up rows of the batch: along which dim they run afterwards."""
+
+from math import prod
+
+import torch
+from torch import fx
+
+from ftrain.trace.batch_kinds import (
+    MIXED,
+    NOTHING,
+    SAME,
+    UNKNOWN,
+    Found,
+    Kind,
+    Kinds,
+    Rule,
+    first_of,
+    joined,
+    name_of,
+    reader,
+    rows_in,
+)  # fmt: skip
+from ftrain.trace.spread_ops import tensor_of
+
+
+def part_of_result(node: fx.Node, kinds: Kinds) -> Found:
+    """One tensor of several that an op gives."""
+    kind, value = next(iter(kinds.values())), tensor_of(node)
+    size = value is not None and kind.what == "rows" and kind.dim < value.dim()
+    return Found(kind if size or kind.what != "rows" else UNKNOWN)
+
+
+def _viewed(node: fx.Node, kinds: Kinds) -> Found:
+    """Another shape of the same numbers: where the rows are now, and whether they are whole blocks."""
+    kind, before = first_of(node, kinds)
+    after = tensor_of(node)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    sizes = [] if after is None else list(after.shape)
+    if not all(isinstance(n, int) for n in [*before.shape, *sizes]):
+        return Found(kind) if after is not None and kind.dim == 0 and before.shape[0] is sizes[0] else NOTHING
+    first, size = prod(before.shape[: kind.dim]), before.shape[kind.dim]
+    places = [d for d in range(len(sizes)) if prod(sizes[:d]) == first]
+    if size == 1:
+        places = [d for d in places if sizes[d] == 1]
+        return Found(kind._replace(dim=places[0])) if len(places) == 1 else NOTHING
+    for d in places:
+        if sizes[d] > 1 and (sizes[d] % size == 0 or size % sizes[d] == 0):
+            return Found(kind._replace(dim=d))
+    return NOTHING  # rows within a dim of more: nothing is known when it is divided again
+
+
+def _permuted(node: fx.Node, kinds: Kinds) -> Found:
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    order, rank, read = list(range(value.dim())), value.dim(), reader(node)
+    name = name_of(node)
+    if name == "permute":
+        order = [d % rank for d in read("dims")]
+    elif rank > 1:
+        a, b = (0, 1) if name == "t" else (read("dim0") % rank, read("dim1") % rank)
+        order[a], order[b] = order[b], order[a]
+    return Found(kind._replace(dim=order.index(kind.dim)))
+
+
+def _unsqueezed(node: fx.Node, kinds: Kinds) -> Found:
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    at = reader(node)("dim") % (value.dim() + 1)
+    return Found(kind._replace(dim=kind.dim + (at <= kind.dim)))
+
+
+def _squeezed(node: fx.Node, kinds: Kinds) -> Found:
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    given = reader(node)("dim")
+    dims = range(value.dim()) if given is None else [given] if isinstance(given, int) else given
+    gone = {d % value.dim() for d in dims if value.shape[d] == 1}
+    return NOTHING if kind.dim in gone else Found(kind._replace(dim=kind.dim - sum(d < kind.dim for d in gone)))
+
+
+def _expanded(node: fx.Node, kinds: Kinds) -> Found:
+    kind, value = first_of(node, kinds)
+    after = tensor_of(node)
+    if kind.what != "rows" or after is None:
+        return Found(kind) if kind.partial else NOTHING
+    at = kind.dim + after.dim() - value.dim()
+    return Found(kind._replace(dim=at)) if after.shape[at] == value.shape[kind.dim] else NOTHING
+
+
+def _cut(node: fx.Node, kinds: Kinds) -> Found:
+    """A part of one dim."""
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    read, name = reader(node), name_of(node)
+    dim = (read("dim") or 0) % value.dim()
+    if name == "slice":
+        after = tensor_of(node)
+        whole = after is not None and after.shape[dim] == value.shape[dim]
+        return Found(kind if dim != kind.dim or whole else Kind("rows", kind.dim))
+    if name == "select":
+        return MIXED if dim == kind.dim else Found(kind._replace(dim=kind.dim - (dim < kind.dim)))
+    if dim != kind.dim:
+        return Found(kind._replace(dim=kind.dim - (name == "unbind" and dim < kind.dim)))
+    return Found(Kind("rows", kind.dim)) if "split" in name else NOTHING
+
+
+def _concatenated(node: fx.Node, kinds: Kinds) -> Found:
+    """Several along one dim: along the rows they are rows in an order of their own."""
+    what = {k.what for k in kinds.values()}
+    if any(k.partial for k in kinds.values()):
+        return Found(next(iter(kinds.values()))) if len(what) == 1 else NOTHING
+    found, value = [k for k, _ in rows_in(node, kinds)], tensor_of(node)
+    if value is None or len({k.dim for k in found}) != 1:
+        return NOTHING
+    at, dim = (reader(node)("dim") or 0) % value.dim(), found[0].dim
+    if name_of(node) == "stack":
+        return Found(Kind("rows", dim + (at <= dim), joined(found)))
+    return Found(Kind("rows", dim, joined(found) if at != dim else ""))
+
+
+def _looked_up(node: fx.Node, kinds: Kinds) -> Found:
+    """Rows of the first argument at indices along one dim."""
+    kind, value = first_of(node, kinds)
+    name, places = name_of(node), node.args[1] if name_of(node) == "embedding" else node.args[2]
+    index, own = kinds.get(places, UNKNOWN), tensor_of(places)  # type: ignore[arg-type]
+    dim: int = 0 if name == "embedding" else node.args[1] % value.dim()  # type: ignore[operator,assignment]
+    if own is None:
+        return NOTHING
+    if kind.partial:
+        return MIXED if index.what == "rows" else Found(kind) if index == SAME else NOTHING
+    if kind.what == "rows" and kind.dim == dim:
+        at = index.dim if name == "gather" else dim + index.dim
+        return MIXED if index == SAME else NOTHING if index.what != "rows" else Found(Kind("rows", at))
+    if name == "gather":
+        dims = {k.dim for k in (kind, index) if k.what == "rows"}
+        return (
+            Found(Kind("rows", dims.pop(), joined([k for k in (kind, index) if k.what == "rows"])))
+            if len(dims) == 1 and dim not in dims
+            else NOTHING
+        )
+    if kind.what == "rows":
+        return Found(kind._replace(dim=kind.dim + (own.dim() - 1 if dim < kind.dim else 0)))
+    return Found(index._replace(dim=dim + index.dim)) if kind == SAME and index.what == "rows" else NOTHING
+
+
+def _indexed(node: fx.Node, kinds: Kinds) -> Found:
+    """`x[a, b]` with tensors: those of the rows themselves choose among a rank's own."""
+    kind, _ = first_of(node, kinds)
+    at = [(d, n) for d, n in enumerate(node.args[1]) if n is not None]  # type: ignore[arg-type]
+    indices = [(d, kinds.get(n, UNKNOWN), tensor_of(n)) for d, n in at]
+    if not indices or any(own is None for _, _, own in indices):
+        return NOTHING
+    by_rows = [k for _, k, _ in indices if k.what == "rows"]
+    if kind.partial:
+        return MIXED if by_rows else Found(kind) if all(k == SAME for _, k, _ in indices) else NOTHING
+    first, rank = indices[0][0], max(own.dim() for *_, own in indices)  # type: ignore[union-attr]
+    if any(own.dtype in (torch.bool, torch.uint8) for *_, own in indices):  # type: ignore[union-attr]
+        chosen = len(indices) == 1 and kind.what == "rows" and kind.dim == first and by_rows
+        return Found(Kind("rows", first)) if chosen else NOTHING
+    adjacent = [d for d, *_ in indices] == list(range(first, first + len(indices)))
+    if kind.what == "rows" and kind.dim not in [d for d, *_ in indices]:
+        gone = len(indices) - rank if first < kind.dim else 0
+        return Found(kind._replace(dim=kind.dim - gone)) if adjacent and not by_rows else NOTHING
+    if kind.what == "rows" and not by_rows:
+        return MIXED if all(k == SAME for _, k, _ in indices) else NOTHING
+    places = {first + k.dim + rank - own.dim() for _, k, own in indices if k.what == "rows"}  # type: ignore[union-attr]
+    if not adjacent or len(places) != 1:
+        return NOTHING
+    return Found(Kind("rows", places.pop(), joined(by_rows) if kind == SAME else ""))
+
+
+def _padded(node: fx.Node, kinds: Kinds) -> Found:
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    pad = reader(node)("pad")
+    at = 2 * (value.dim() - 1 - kind.dim)
+    return Found(kind._replace(order="") if any(pad[at : at + 2]) else kind)
+
+
+SHAPE_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _viewed),
+    **dict.fromkeys(("permute", "t", "transpose"), _permuted),
+    "unsqueeze": _unsqueezed,
+    "squeeze": _squeezed,
+    "expand": _expanded,
+    **dict.fromkeys(("slice", "select", "unbind", "split", "split_with_sizes"), _cut),
+    **dict.fromkeys(("cat", "stack"), _concatenated),
+    **dict.fromkeys(("embedding", "index_select", "gather"), _looked_up),
+    "index": _indexed,
+    "constant_pad_nd": _padded,
+}

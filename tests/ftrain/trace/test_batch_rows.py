@@ -1,0 +1,208 @@
+"""Losses that read other rows of the batch: on any mesh the numbers of one device, or refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ftrain
+from ftrain import Mean, tree
+from ftrain.kernels.mean import sum_over_batch
+from ftrain.modules import spec
+from ftrain.sharding import Layout, Mesh, Plan, Ring, Tokens
+
+MESHES = [Mesh(shard=2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(sequence=2, kind="virtual")]
+
+
+def numbers(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+PARAMS = {"w": numbers(0, 6, 4), "v": numbers(1, 4, 4)}
+BATCH = {"x": numbers(2, 8, 6), "y": numbers(3, 8, 4)}
+
+
+F64 = torch.float64
+
+
+def hidden(p, b):
+    return torch.tanh(b["x"] @ p["w"]) @ p["v"]
+
+
+def both(loss, mesh, batch=BATCH):
+    """Value and gradients on one device, and on the mesh."""
+
+    def step(p, batch):
+        return ftrain.value_and_grad(loss)(p, batch)
+
+    plan = Plan(mesh, Layout())
+    return ftrain.jit(step)(PARAMS, batch), ftrain.jit(step, plan=plan, specs=spec.of(PARAMS))(PARAMS, batch)
+
+
+def assert_equal_on(mesh, loss, batch=BATCH):
+    one, many = both(loss, mesh, batch)
+    for path, a, b in zip(tree.paths(one), tree.leaves(one), tree.leaves(many), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12, msg=lambda m, p=path: f"{p}: {m}")
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_sum_over_the_batch_that_each_row_uses(mesh):
+    def loss(p, b):
+        h = hidden(p, b)
+        rows = sum_over_batch(torch.full((), float(len(h)), dtype=F64))
+        middle = sum_over_batch(h.sum(0)) / rows
+        return Mean.of((h - middle).pow(3) * b["y"])
+
+    assert_equal_on(mesh, loss)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_mean_of_what_is_summed_over_the_batch(mesh):
+    def loss(p, b):
+        size = sum_over_batch(hidden(p, b).square().sum()).sqrt()
+        return Mean(size, torch.ones((), dtype=size.dtype))
+
+    assert_equal_on(mesh, loss)
+
+
+RIGHT = {
+    "mean": lambda h: h - h.mean(0),
+    "mean of all": lambda h: h * h.mean(),
+    "running mean": lambda h: h - (0.9 * torch.ones_like(h[..., 0:1]) + 0.1 * h.mean(0, keepdim=True)),
+    "mean in a root": lambda h: h.square().mean(0).sqrt(),
+    "batch norm": lambda h: (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt(),
+    "standardised": lambda h: (h - h.mean(0, keepdim=True)) / h.std(0, keepdim=True),
+    "in place": lambda h: h.clone().sub_(h.mean(0)),
+    "deviation of all": lambda h: h / torch.std(h),
+    "softmax": lambda h: h.softmax(0),
+    "log softmax": lambda h: torch.log_softmax(h, dim=0),
+    "logsumexp": lambda h: h - h.logsumexp(0),
+    "extremes": lambda h: (h - h.amin(0)) / (h.max(0).values - h.min(0)[0]),
+    "median": lambda h: h - h.median(0).values,
+    "norm": lambda h: h / h.norm(dim=0) + h / torch.linalg.vector_norm(h, dim=0),
+    "normalize": lambda h: F.normalize(h, dim=0),
+    "scans": lambda h: h.cumsum(0) + torch.cumprod(h, 0) + h.logcumsumexp(0),
+    "order": lambda h: h * h.flip(0) * h.roll(1, 0),
+    "transposed": lambda h: (h.T.softmax(-1) * h.T).T,
+    "blocks": lambda h: h.unflatten(1, (2, 2)).softmax(0).flatten(1),
+    "of two rows": lambda h: h * h[:, None].expand(-1, 3, -1).mean((0, 1)),
+    "largest": lambda h: h * h.topk(2, 0).values.sum(0),
+    "gathered": lambda h: h * (ftrain.whole_rows(h).T @ ftrain.whole_rows(h)).sum(0),
+    "row by row": lambda h: h.softmax(1) + h.cumsum(1) + F.layer_norm(h, (4,)) + h.max(1, keepdim=True).values,
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", RIGHT)
+def test_ops_that_mix_rows(mesh, name):
+    assert_equal_on(mesh, lambda p, b: Mean.of(RIGHT[name](hidden(p, b)) * b["y"]))
+
+
+REFUSED = {
+    "pairs": lambda h, b: h @ h.T @ h,
+    "pairs by einsum": lambda h, b: torch.einsum("td,sd->ts", h, h).softmax(1) @ h,
+    "differences": lambda h, b: (h[:, None] - h[None]).square().sum(1),
+    "distances": lambda h, b: torch.cdist(h, h) @ h,
+    "permuted": lambda h, b: h[torch.arange(len(h)).flip(0)],
+    "drawn": lambda h, b: h.index_select(0, ftrain.permutation(ftrain.key(0), len(h))),
+    "sorted": lambda h, b: h.sort(0).values,
+    "argsorted": lambda h, b: h[h[:, 0].argsort()],
+    "the first row": lambda h, b: h - h[0],
+    "root of a sum": lambda h, b: h.square().sum().sqrt() * h,
+    "mean by hand": lambda h, b: h - h.sum(0) / len(h),
+    "covariance": lambda h, b: (h.T @ h).square(),
+    "share of a sum": lambda h, b: h / h.abs().sum(),
+    "decorrelated": lambda h, b: torch.linalg.inv(h.T @ h + torch.eye(4, dtype=F64)),
+    "scalar products": lambda h, b: h * F.cosine_similarity(h, h.square(), dim=0),
+    "two views": lambda h, b: torch.cat([h, 2 * h]).softmax(0),
+    "convolution": lambda h, b: F.conv1d(h.T[None], torch.ones(4, 4, 3, dtype=F64), padding=1)[0].T,
+    "pool": lambda h, b: F.avg_pool1d(h.T[None], 3, stride=1, padding=1)[0].T,
+    "attention": lambda h, b: F.scaled_dot_product_attention(h[None], h[None], h[None])[0],
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", REFUSED)
+def test_ops_that_are_refused(mesh, name):
+    with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ (mixes rows of the batch|reads a sum over rows)"):
+        both(lambda p, b: Mean.of(REFUSED[name](hidden(p, b), b)), mesh)
+
+
+def in_documents(h, b):
+    with ftrain.within_documents():
+        alike = b["ids"][:, None] == b["ids"][None]
+        return (h @ h.T).masked_fill(~alike, -torch.inf).softmax(1) @ h
+
+
+LEFT_ALONE = {
+    "within documents": in_documents,
+    "a score for each label": lambda h, b: h.log_softmax(-1)[torch.arange(len(h)), b["t"]],
+    "looked up": lambda h, b: h + torch.eye(4, dtype=F64)[b["t"]],
+    "gathered by label": lambda h, b: h.gather(1, b["t"][:, None]),
+    "some rows": lambda h, b: torch.where((b["t"] > 1)[:, None], h, 0.0),
+    "neighbours of one document": lambda h, b: (h[1:] - h[:-1]) * (b["ids"][1:] == b["ids"][:-1])[:, None],
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2], ids=str)
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_stays_on_a_rank_is_left_alone(mesh, name):
+    batch = {**BATCH, "t": torch.arange(8) % 4, "ids": torch.arange(8) // 2}
+
+    def loss(p, b):
+        return Mean(LEFT_ALONE[name](hidden(p, b), b).square().sum(), torch.full((), float(len(b["x"])), dtype=F64))
+
+    assert_equal_on(mesh, loss, batch)
+
+
+@pytest.mark.parametrize("name", ["within documents", "neighbours of one document"])
+def test_documents_that_ranks_share_are_refused(name):
+    batch = {**BATCH, "ids": torch.arange(8) // 2}
+    with pytest.raises(ValueError, match=r"within_documents on a sequence axis of 2|mixes rows of the batch"):
+        both(lambda p, b: Mean.of(LEFT_ALONE[name](hidden(p, b), b)), MESHES[2], batch)
+
+
+def test_rows_of_a_zigzag():
+    mesh = Mesh(shard=2, sequence=2, kind="virtual")
+
+    def step(p, batch):
+        return ftrain.value_and_grad(lambda p, b: Mean.of(hidden(p, b).cumsum(0) * b["y"]))(p, batch)
+
+    plan = Plan(mesh, Layout(sequence=Ring(zigzag=True)))
+    one, many = ftrain.jit(step)(PARAMS, BATCH), ftrain.jit(step, plan=plan, specs=spec.of(PARAMS))(PARAMS, BATCH)
+    for a, b in zip(tree.leaves(one), tree.leaves(many), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+def test_all_rows_are_not_to_be_had_in_micro_batches():
+    def loss(p, b):
+        return Mean.of(ftrain.whole_rows(hidden(p, b)))
+
+    with pytest.raises(ValueError, match=r"whole_rows in a loss of ftrain\.accumulate"):
+        ftrain.jit(ftrain.value_and_grad(ftrain.accumulate(loss, micro_batches=2)))(PARAMS, BATCH)
+
+
+def softmax_over_rows(p, b):
+    return Mean.of(hidden(p, b).softmax(0) * b["y"])
+
+
+def around_the_mean(p, b):
+    h = hidden(p, b)
+    return Mean.of((h - h.mean(0)).pow(3) * b["y"])
+
+
+def pairs_of_rows(p, b):
+    return Mean.of((hidden(p, b) @ b["y"].T).logsumexp(1))
+
+
+@pytest.mark.parametrize("loss", [softmax_over_rows, around_the_mean, pairs_of_rows])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_rows_of_a_micro_batch_are_not_those_of_one_device(loss, stacked):
+    mesh = Mesh(shard=2, kind="virtual")
+    batch = {name: x.unflatten(0, (2, -1)) for name, x in BATCH.items()} if stacked else BATCH
+    rules = {"*": Tokens(1)} if stacked else {}
+
+    def step(p, batch):
+        return ftrain.value_and_grad(ftrain.accumulate(loss, micro_batches=2, stacked=stacked))(p, batch)
+
+    with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ (mixes rows of|reads a sum over rows of) the batch"):
+        ftrain.jit(step, plan=Plan(mesh, Layout(), batch=rules), specs=spec.of(PARAMS))(PARAMS, batch)
