@@ -57,8 +57,8 @@ _SHOWN = 6  # examples of each task in samples.png
 class Options:
     """Train the omni-modal MoE of the given size, and report how well it does on what it has never seen."""
 
-    size: Literal["tiny", "small", "medium", "30b-a3b"] = "tiny"
-    """Widths and depths; tiny is made for two CPU cores."""
+    size: Literal["smoke", "tiny", "small", "medium", "30b-a3b"] = "tiny"
+    """Widths and depths; tiny is made for two CPU cores, smoke only shows that all parts run."""
     steps: int | None = None
     """Training steps; default 1100, or as many as the run has that goes on. More of them make it longer."""
     decay: Literal["cosine", "constant"] = "cosine"

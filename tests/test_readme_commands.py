@@ -32,7 +32,7 @@ from ftrain.modules.hf_names import decoder_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("make", "python", "python3", "ftrain", "torchrun", "pip")
-SMALL = "--steps 1 --tokenizer-steps 1 --held-out 1 --checkpoint-every 1 --out {here}/run"
+SMALL = "--size smoke --steps 1 --tokenizer-steps 1 --held-out 1 --checkpoint-every 1 --out {here}/run"
 """The main job with as little to do as it can have."""
 
 

@@ -74,6 +74,10 @@ class CorpusConfig:
     held_out_voices: tuple[str, ...] = HELD_OUT_VOICES
 
 
+FEW = CorpusConfig(1, 1, 1, trained_voices=TRAINED_VOICES[:4], held_out_voices=HELD_OUT_VOICES[:1])
+"""A sixteenth of the clips to train on, by voices of both kinds."""
+
+
 def is_held_out(delivery: Delivery, *, cfg: CorpusConfig) -> bool:
     """True for voices that are held out, and for the pairs of speed and pitch that are held out for a trained voice."""
     if delivery.voice not in cfg.trained_voices:

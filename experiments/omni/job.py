@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 import ftrain
-from experiments.omni import batches, judge, model, planning, sources, tasks, tokenizer_training, training
+from experiments.omni import batches, corpus, judge, model, planning, sources, tasks, tokenizer_training, training
 from experiments.omni.batches import Batches
 from experiments.omni.judge import Judge
 from experiments.omni.sources import Sources
@@ -92,7 +92,10 @@ def make(
     """
     began = time.monotonic()
     readers = model.readers(size)
-    data = sources.load(readers, seed=seed)
+    documents, few = model.parts(size).documents, model.parts(size).few
+    data = sources.load(
+        readers, speech=corpus.load(cfg=corpus.FEW if few else None), copies=0 if few else 16, seed=seed
+    )
     spoken = data.train.speech is not None
     clips = f"{len(data.train.speech.mels_NFM):,} spoken words" if data.train.speech else f"no audio: {data.silence}"
     say(f"data: {len(data.train.drawn.labels_N):,} handwritten digits, {clips} ({time.monotonic() - began:.0f} s)")
@@ -101,7 +104,6 @@ def make(
     _check_memory(size, parameters, device)
     names = tasks.possible(data)
     mixture = Mixture(data, seed)
-    documents = model.parts(size).documents
     laid, packs, parts = planning.laid_out(plan, mesh)
     feed = Batches(
         mixture=mixture,
@@ -125,7 +127,7 @@ def make(
         specs=omni.specs(net),
     )
     say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {packs * feed.budget.tokens:,} tokens a step")
-    grader = judge.train(data.train.drawn, data.held_out.drawn, seed=seed)
+    grader = judge.train(data.train.drawn, data.held_out.drawn, copies=0 if few else 3, seed=seed)
     work = Job(size, net, data, names, feed, config, tx, step, grader, seed, device, precision, tokenizer_steps)
     chosen = step.choose(work.abstract_state(), feed.at(0))
     if chosen is not None:

@@ -121,7 +121,7 @@ def test_a_planted_nan_is_left_out_and_its_step_replayed(tmp_path: Path, monkeyp
         return batch
 
     run = tmp_path / "run"
-    options = {"steps": 2, "tokenizer_steps": 3, "held_out": 1, "checkpoint_every": 1, "out": run}
+    options = {"size": "smoke", "steps": 2, "tokenizer_steps": 3, "held_out": 1, "checkpoint_every": 1, "out": run}
     with monkeypatch.context() as patched:
         patched.setattr(Batches, "_arrays", poisoned)
         assert main(Options(**options, survival=SurvivalFlags(bad_steps_limit=1))) == 0
