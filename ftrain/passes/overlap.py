@@ -180,8 +180,11 @@ class _Scheduler:
         self._nodes, self._output = pieces.nodes, module.graph.output_node()
         self._index = {n: i for i, n in enumerate(self._nodes)}
         self._streams, self._memory, self._bound = Streams(costs), Walk(pieces), bound
-        self._missing = [len(n.all_input_nodes) for n in self._nodes]
+        # Closures are looked for at every step of the order, so what they ask of the graph is a table.
+        self._inputs = [[self._index[p] for p in n.all_input_nodes] for n in self._nodes]
+        self._missing = [len(inputs) for inputs in self._inputs]
         self._starts = [i for i, n in enumerate(self._nodes) if n.target in COLLECTIVES]
+        self._apart = [n.target in COLLECTIVES or is_loop(n) for n in self._nodes]  # is in no closure
         self.was_refused = False
         """True if a larger bound of memory would have given another order."""
         self._ready: list[int] = []
@@ -254,18 +257,18 @@ class _Scheduler:
     def _closure(self, i: int) -> list[int] | None:
         """The nodes that compute a collective's inputs, in order; None if they are too many, or one would wait."""
         needed: set[int] = set()
-        stack = [self._index[p] for p in self._nodes[i].all_input_nodes]
+        stack, done = [*self._inputs[i]], self._done
         while stack:
             j = stack.pop()
-            if self._done[j] or j in needed:
+            if done[j] or j in needed:
                 continue
-            node = self._nodes[j]
-            if node.target in COLLECTIVES or is_loop(node) or self._waits(j) or len(needed) >= _CLOSURE:
+            if self._apart[j] or self._waits(j) or len(needed) >= _CLOSURE:
                 return None
+            node = self._nodes[j]
             if node.target is WAIT and not self._streams.was_sent(node.args[0]):  # type: ignore[arg-type]
                 return None
             needed.add(j)
-            stack += [self._index[p] for p in node.all_input_nodes]
+            stack += self._inputs[j]
         return sorted(needed)
 
     def _emit(self, i: int) -> None:
