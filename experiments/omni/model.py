@@ -24,8 +24,8 @@ _INIT_STD = 0.3  # rows of text as large as rows of media: with 0.02, all tasks 
 class Size:
     """Widths of the foundation and of the encoders; `documents` are those of a training batch.
 
-    `few`: a sixteenth of the spoken words and no bent digits are made for it. "smoke" has one layer of each kind, and such
-    data: it shows in a minute that all parts run, and learns little.
+    `few`: a sixteenth of the spoken words and no bent digits are made for it. "smoke" has one layer of each kind, and
+    such data: it shows in a minute that all parts run, and learns little.
     """
 
     d_model: int

@@ -14,6 +14,7 @@ import yaml
 from ftrain.run.ranks import MeshFlags, any_rank, is_main, of_main, open_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
+SMOKE = ["--size", "smoke", "--tokenizer-steps", "2", "--sequence", "2", "--expert", "2"]
 
 
 def test_a_single_rank_has_no_mesh():
@@ -41,20 +42,7 @@ def test_torchrun_with_sizes_that_do_not_fit_lists_those_that_do(monkeypatch):
 
 def test_the_main_job_runs_under_torchrun(tmp_path):
     run = tmp_path / "run"
-    options = [
-        "--size",
-        "smoke",
-        "--steps",
-        "2",
-        "--tokenizer-steps",
-        "2",
-        "--held-out",
-        "1",
-        "--sequence",
-        "2",
-        "--expert",
-        "2",
-    ]
+    options = [*SMOKE, "--steps", "2", "--held-out", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = subprocess.run(
         [*command, "-m", "experiments.omni_moe", *options, "--timeout", "60", "--out", str(run)],
@@ -68,20 +56,7 @@ def test_the_main_job_runs_under_torchrun(tmp_path):
 @pytest.mark.exhaustive
 def test_the_main_job_goes_on_when_a_killed_rank_is_started_again(tmp_path):
     run = tmp_path / "run"
-    options = [
-        "--size",
-        "smoke",
-        "--steps",
-        "4",
-        "--tokenizer-steps",
-        "2",
-        "--held-out",
-        "2",
-        "--sequence",
-        "2",
-        "--expert",
-        "2",
-    ]
+    options = [*SMOKE, "--steps", "4", "--held-out", "2"]
     options += ["--checkpoint-every", "1", "--timeout", "60", "--out", str(run)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (tmp_path / "log").open("w+") as log:

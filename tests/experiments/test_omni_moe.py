@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_run_that_is_interrupted_and_one_made_longer_are_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """To the bit; the rate is one that does not depend on the length, and 10 steps are not whole windows of the data."""
+    """To the bit; the rate is one that does not depend on the length, and 10 steps are not whole windows of data."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {**SHORT, "decay": "constant"}
     assert main(Options(out=whole, steps=18, checkpoint_every=0, **options)) == 0
