@@ -22,6 +22,7 @@ from ftrain.checkpoint.manifest import ArrayLeaf, Manifest, Scalar
 from ftrain.checkpoint.open_store import StoreLike, open_store
 from ftrain.checkpoint.placed import placed
 from ftrain.checkpoint.store import HeldStep, Store, join
+from ftrain.runtime.half_new import as_template
 from ftrain.sharding.plan import Plan
 
 _WINDOW_BYTES = 2**29
@@ -116,6 +117,7 @@ def restore_version(
         DamagedCheckpoint: a file is missing or was changed, or the step was replaced whenever it was read.
         ValueError, OSError: as `restore`.
     """
+    abstract_state = tree.map(as_template, abstract_state)
     for _ in range(_TRIES):
         with store.hold(existing(store, step)) as held:
             if version is not None and _digest(held) != version:

@@ -7,12 +7,13 @@ from types import TracebackType
 from torch import fx
 
 
-def failing_node(module: fx.GraphModule, trace: TracebackType | None) -> fx.Node | None:
+def failing_node(module: fx.GraphModule, trace: TracebackType | None, *, inside: bool = True) -> fx.Node | None:
     """The innermost node that an error came from, by its line in the generated code; None if it came from elsewhere.
 
-    The graph, the bodies of its loops and its fused runs are looked at. `trace`: the error's `__traceback__`.
+    The graph, the bodies of its loops and its fused runs are looked at; without `inside` the graph alone. `trace`: the
+    error's `__traceback__`.
     """
-    graphs = {type(inner).forward.__code__.co_filename: inner for inner in _graphs(module)}
+    graphs = {type(g).forward.__code__.co_filename: g for g in (_graphs(module) if inside else [module])}
     found = None
     while trace is not None:
         code = trace.tb_frame.f_code

@@ -1,5 +1,7 @@
 """What the nodes of a graph write over."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, fx
 
@@ -25,3 +27,15 @@ def written_inputs(module: fx.GraphModule) -> set[int]:
     memory = {storage(w) for node in module.graph.nodes for w in written_arguments(node)}
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     return {i for i, n in enumerate(given) if isinstance(n.meta.get("val"), Tensor) and storage(n) in memory}
+
+
+def has_written(module: fx.GraphModule, inputs: Collection[int], failed: fx.Node) -> bool:
+    """True if one of these inputs (their positions) is written by the node at which a run has failed, or before it."""
+    given = [n for n in module.graph.nodes if n.op == "placeholder"]
+    memory = {storage(given[i]) for i in inputs}
+    for node in module.graph.nodes:
+        if any(storage(w) in memory for w in written_arguments(node)):
+            return True
+        if node is failed:
+            return False
+    return False

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.analysis.cuda_allocator import warn_without_expandable_segments
+from ftrain.graph.failing_node import failing_node
 from ftrain.graph.layouts import LayoutCheck
 from ftrain.graph.loop import copy_graph
-from ftrain.graph.writes import written_inputs
+from ftrain.graph.writes import has_written, written_inputs
 from ftrain.report.out_of_memory import explained, is_out_of_memory
 from ftrain.runtime.argument_memory import ArgumentMemory
 from ftrain.runtime.borrow import Borrow, Fence
 from ftrain.runtime.donation import empty, give_away
 from ftrain.runtime.errors import name_line
 from ftrain.runtime.execute import Program, compile_graph, waiting
+from ftrain.runtime.half_new import mark_half_new
 from ftrain.runtime.lockstep import lockstep_program
 from ftrain.runtime.no_gradient import refusing
 from ftrain.runtime.other_holders import OtherHolders, OwnReferences
@@ -57,7 +59,7 @@ class Runner:
 
         `guard_passed`: `Signature.matches_fast` was True for these leaves, so all are contiguous and like those of the
         call before. ValueError for leaves without data and for donated leaves that share memory; `OutOfMemory` where an
-        allocation fails.
+        allocation fails. After a failure that came when donated leaves were being written, they are marked as half new.
         """
         signature = self.compiled.signature
         tensors = signature.tensors(leaves)
@@ -65,8 +67,15 @@ class Runner:
             self._wants_gradients = any(getattr(x, "requires_grad", False) for x in tensors)
             if self._program is not None:
                 signature.learn(tensors)
-        inputs, outputs = self.run_flat(tensors, guard_passed=guard_passed)
-        results = self._with_donated(tensors, inputs, outputs, guard_passed=guard_passed)
+        begun: list[bool] = []
+        try:
+            inputs, outputs = self.run_flat(tensors, guard_passed=guard_passed, begun=begun)
+            results = self._with_donated(tensors, inputs, outputs, guard_passed=guard_passed)
+        except BaseException as error:
+            if begun:
+                donation = self.compiled.donation
+                mark_half_new([tensors[slot] for slot in donation.slots], donation.paths, error)
+            raise
         if self._wants_gradients and torch.is_grad_enabled():
             results = self._refusing(results)
         return self.compiled.traced.assemble(results)
@@ -78,7 +87,12 @@ class Runner:
         return [x if i in kept else next(others) for i, x in enumerate(results)]
 
     def run_flat(
-        self, tensors: list[Tensor], *, guard_passed: bool = False, own_references: OwnReferences = lambda _: 0
+        self,
+        tensors: list[Tensor],
+        *,
+        begun: list[bool],
+        guard_passed: bool = False,
+        own_references: OwnReferences = lambda _: 0,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run on the tensors of real arguments, in the shapes of the trace.
 
@@ -87,6 +101,7 @@ class Runner:
         donated.
 
         - `guard_passed`: as in `run`. `own_references`: see `OtherHolders`.
+        - `begun`: an empty list, which has an entry from when donated leaves may have been written.
 
         ValueError for leaves without data and for donated leaves that share memory. An `OutOfMemory` explains an
         allocation that failed; any other error gets the user's line added.
@@ -101,10 +116,15 @@ class Runner:
             inputs = self._copy_shared(tensors, own_references, contiguous=contiguous)
         elif not contiguous:
             inputs = self.compiled.traced.contiguous(tensors)
+        begun.append(True)
         try:
             with program_modes():
                 outputs = self._program(inputs)
-        except Exception as error:
+        except BaseException as error:
+            if not self._has_written(error, tensors, inputs):
+                begun.clear()
+            if not isinstance(error, Exception):
+                raise
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 step = self.compiled
                 raise explained(step, error, device=step.setting.device, running=self.running) from None
@@ -112,6 +132,14 @@ class Runner:
                 name_line(error, self._running)
             raise
         return inputs, outputs
+
+    def _has_written(self, error: BaseException, tensors: list[Tensor], inputs: list[Tensor]) -> bool:
+        """True if the run that failed has written over donated leaves, or if that is not known."""
+        written = [slot for slot in self.compiled.donation.slots if inputs[slot] is tensors[slot]]
+        if self._running is None or not written:
+            return bool(written)
+        failed = failing_node(self._running, error.__traceback__, inside=False)
+        return failed is None or has_written(self._running, written, failed)
 
     def _copy_shared(self, tensors: list[Tensor], own_references: OwnReferences, *, contiguous: bool) -> list[Tensor]:
         """The graph's inputs, with copies of the donated ones whose memory somebody else holds."""

@@ -20,6 +20,7 @@ from ftrain.graph.torch_private import storage_id
 from ftrain.kernels.mean import Mean
 from ftrain.kernels.primitive import bind
 from ftrain.runtime.donation import give_away
+from ftrain.runtime.half_new import mark_half_new
 from ftrain.runtime.lost_rank import naming_lost_ranks
 from ftrain.sharding.copies import Held, compare_processes
 from ftrain.sharding.heartbeat import Heartbeat
@@ -213,14 +214,21 @@ class ShardedStep:
         if runner not in self._compared and self.plan.mesh.size > 1:
             self._compared.add(runner)
             self._compare(compiled.signature.paths, inputs)
-        with naming_lost_ranks(lambda: runner.running, self._heartbeat):
-            tensors, places = compiled.signature.tensors(inputs), compiled.signature.slots
-            used, outputs = runner.run_flat(
-                tensors,
-                guard_passed=guard_passed,
-                own_references=lambda slot: _references(leaves[places[slot]], tensors[slot]),
-            )
-        results = self._calls[runner].results(leaves, used, outputs)
+        begun: list[bool] = []
+        try:
+            with naming_lost_ranks(lambda: runner.running, self._heartbeat):
+                tensors, places = compiled.signature.tensors(inputs), compiled.signature.slots
+                used, outputs = runner.run_flat(
+                    tensors,
+                    begun=begun,
+                    guard_passed=guard_passed,
+                    own_references=lambda slot: _references(leaves[places[slot]], tensors[slot]),
+                )
+            results = self._calls[runner].results(leaves, used, outputs)
+        except BaseException as error:
+            if begun:
+                mark_half_new([leaves[i] for i in compiled.donated_leaves], compiled.donation.paths, error)
+            raise
         return compiled.traced.assemble(results)
 
     def _compare(self, paths: Sequence[str], own: Sequence[Any]) -> None:

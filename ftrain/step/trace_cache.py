@@ -10,6 +10,7 @@ import torch
 
 from ftrain.remat.policy import Remat
 from ftrain.runtime.donation import is_donated, path_of
+from ftrain.runtime.half_new import is_half_new, reason_of
 from ftrain.sharding.link import Link
 from ftrain.step.artifact import Compiled
 from ftrain.step.compile import compile_step, name_of
@@ -162,6 +163,8 @@ class TraceCache:
 
 def _require_data(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     for leaf in leaves:
+        if is_half_new(leaf):
+            raise ValueError(reason_of(leaf))
         if is_donated(leaf):
             raise ValueError(
                 f"leaf {path_of(leaf)!r} was donated to an earlier step, which wrote its new state over it: pass "
