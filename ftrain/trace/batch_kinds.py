@@ -81,3 +81,15 @@ def joined(rows: list[Kind]) -> str:
     """The order of what is made of several row by row."""
     orders = {k.order for k in rows}
     return orders.pop() if len(orders) == 1 else ""
+
+
+_FILLS = {"full": "fill_value", "new_full": "fill_value", "full_like": "fill_value", "scalar_tensor": "s"}
+
+
+def number_in(node: fx.Node) -> float | None:
+    """The number that a node of one element is known to have: noted in its `meta`, or filled in; else None."""
+    while "number" not in node.meta and name_of(node) == "_to_copy":
+        node = node.args[0]  # type: ignore[assignment]
+    filled = _FILLS.get(name_of(node))
+    number = node.meta.get("number") if filled is None else reader(node)(filled)
+    return float(number) if isinstance(number, int | float) else None

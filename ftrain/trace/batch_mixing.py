@@ -14,7 +14,7 @@ of loops, and what `ftrain.within_documents` covers.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor, fx
@@ -25,8 +25,8 @@ from ftrain.kernels.whole_batch import stays_within_documents
 from ftrain.sharding.batch import TokenOrder
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.whole_rows import PURPOSE, mean_of_ranks, share_of_rows, whole_rows_sharded
-from ftrain.trace.batch_kinds import Kind
-from ftrain.trace.batch_rows import BatchRows
+from ftrain.trace.batch_kinds import Kind, number_in
+from ftrain.trace.batch_rows import BatchRows, summed
 from ftrain.trace.gathered_copies import last_node, tensors_in
 from ftrain.trace.spread_ops import tensor_of
 from ftrain.trace.whole_arrays import LARGE, WholeArrays, map_tensors, writes
@@ -60,11 +60,13 @@ class BatchMixing:
         `func`: the function that `run` calls; `line`: the user's.
         """
         graph = tracing_graph()
-        if graph is None or functional_transform() or not self._concerned((args, kwargs)):
+        if graph is None or functional_transform():
+            return run(args, kwargs)
+        self._note_own_parts((args, kwargs))
+        if not self._concerned((args, kwargs)):
             return run(args, kwargs)
         if writes(func, kwargs) and args and self._kind(args[0]).what == "rows":
             args = (args[0], *map_tensors(self._finished, args[1:]))
-        self._note_zeros((args, kwargs))
         before = last_node(graph)
         result = run(args, kwargs)
         cause = None if stays_within_documents() else self._mixing(before)
@@ -88,11 +90,19 @@ class BatchMixing:
         kinds = (self._kind(t) for t in tensors_in(values))
         return any(kind.what == "rows" or kind.partial for kind in kinds)
 
-    def _note_zeros(self, values: Any) -> None:
-        """Zeros that stand beside a part of a sum, as a running total begins, are a part of it too."""
-        for tensor in tensors_in(values) if self._has_sums(values) else ():
-            node = node_of(tensor)
-            if node is not None and number_of(tensor) == 0:
+    def _note_own_parts(self, values: Any) -> None:
+        """Beside a part of a sum two things are parts too, though all ranks have them alike: zeros, as a running total
+        begins, and what is multiplied by the number of the rank's own rows (a penalty for each).
+        """
+        for node, number in ((node_of(t), number_of(t)) for t in tensors_in(values) if t.numel() == 1):
+            if node is not None and number is not None:
+                node.meta["number"] = number
+        total = next((t for t in tensors_in(values) if self._kind(t).what == "sum"), None)
+        if total is None:
+            return
+        sizes = set(summed(node_of(total), self._rows))  # type: ignore[arg-type]
+        for node in (node_of(t) for t in tensors_in(values) if self._kind(t).what == "same"):
+            if node is not None and (number_in(node) == 0 or _is_multiple(node, sizes)):
                 self._rows.give(node, Kind("sum"))
 
     def _has_sums(self, values: Any) -> bool:
@@ -174,3 +184,16 @@ def _refusal(name: str, line: str, of_sums: bool) -> str:
         "(ftrain.whole_rows), sum what it sums (ftrain.kernels.mean.sum_over_batch), or put it under `with "
         "ftrain.within_documents():` if it stays within documents"
     )
+
+
+def _is_multiple(node: fx.Node, sizes: Set[int]) -> bool:
+    """True for a product with one of these numbers."""
+    factors = list[Any]([node])
+    while factors:
+        factor = factors.pop()
+        number = number_in(factor) if isinstance(factor, fx.Node) else factor
+        if factor is not node and isinstance(number, int | float) and number in sizes:
+            return True
+        if isinstance(factor, fx.Node) and "mul" in str(factor.target):
+            factors.extend(factor.args)
+    return False

@@ -7,6 +7,9 @@ than linearly, is not what one device computes. Where no rule says more, nothing
 Legend: "rows" tokens, images, whatever the batch's rules divide.
 """
 
+from collections.abc import Iterator
+from math import prod
+
 from torch import fx
 
 from ftrain.graph.loop import is_loop
@@ -15,6 +18,8 @@ from ftrain.trace.batch_math_rules import MATH_RULES, elementwise, leading, loss
 from ftrain.trace.batch_shape_rules import SHAPE_RULES, part_of_result
 from ftrain.trace.spread import Spreads
 from ftrain.trace.spread_ops import group_of, is_elementwise, tensor_of
+
+_FARTHEST = 1000  # nodes behind a total that are looked at
 
 
 class BatchRows:
@@ -75,3 +80,18 @@ def _by_rule(node: fx.Node, kinds: Kinds) -> Found:
     if name.startswith(("linalg_", "_linalg_")):
         return matrices(node, kinds)
     return leading(node, kinds) if str(node.target).startswith("ftrain") else NOTHING
+
+
+def summed(total: fx.Node, rows: BatchRows) -> Iterator[int]:
+    """The numbers of elements of the values, and of their rows, that a sum over rows was made of."""
+    seen, stack = {total}, [total]
+    while stack and len(seen) < _FARTHEST:
+        node = stack.pop()
+        value, kind = tensor_of(node), rows.of(node).kind
+        if value is not None and all(isinstance(n, int) for n in value.shape):
+            yield prod(value.shape)
+            if kind.what == "rows":
+                yield value.shape[kind.dim]
+        found = [n for n in node.all_input_nodes if n not in seen and rows.of(n).kind.what in ("rows", "sum")]
+        seen.update(found)
+        stack.extend(found)

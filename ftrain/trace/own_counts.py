@@ -1,18 +1,15 @@
 """Counts of a loss that are the whole batch's where they must be a rank's own, since the counts of all are added."""
 
-from collections.abc import Iterable, Iterator
-from math import prod
+from collections.abc import Iterable
 
-from torch import fx
+from torch import Tensor, fx
 
 from ftrain.graph.source import user_source
 from ftrain.graph.torch_private import functional_transform, node_of, number_of
 from ftrain.kernels.mean import Mean
-from ftrain.trace.batch_rows import BatchRows
+from ftrain.trace.batch_kinds import number_in
+from ftrain.trace.batch_rows import BatchRows, summed
 from ftrain.trace.spmd import current_sharded
-from ftrain.trace.spread_ops import tensor_of
-
-_FARTHEST = 1000  # nodes behind a total that are looked at
 
 
 def require_own_counts(means: Iterable[Mean]) -> None:
@@ -31,7 +28,7 @@ def require_own_counts(means: Iterable[Mean]) -> None:
 
 
 def _require_own(mean: Mean, total: fx.Node, count: fx.Node, rows: BatchRows, ranks: int) -> None:
-    of_total, number = rows.of(total).kind.what, number_of(mean.count)
+    of_total, number = rows.of(total).kind.what, _number(mean.count, count)
     if of_total == "same" and rows.of(count).kind.what == "sum":
         raise ValueError(
             f"{user_source()}: a Mean whose total all ranks have alike, over a count of rows that is summed over the "
@@ -39,7 +36,7 @@ def _require_own(mean: Mean, total: fx.Node, count: fx.Node, rows: BatchRows, ra
         )
     if of_total != "sum" or number is None:
         return
-    sizes = set(_summed(total, rows))
+    sizes = set(summed(total, rows))
     if number not in sizes and number / ranks in sizes:
         raise ValueError(
             f"{user_source()}: a Mean counts {number:g}, and a rank has summed {number / ranks:g} numbers: its count "
@@ -47,16 +44,6 @@ def _require_own(mean: Mean, total: fx.Node, count: fx.Node, rows: BatchRows, ra
         )
 
 
-def _summed(total: fx.Node, rows: BatchRows) -> Iterator[int]:
-    """The numbers of elements of the values, and of their rows, that a sum over rows was made of."""
-    seen, stack = {total}, [total]
-    while stack and len(seen) < _FARTHEST:
-        node = stack.pop()
-        value, kind = tensor_of(node), rows.of(node).kind
-        if value is not None and all(isinstance(n, int) for n in value.shape):
-            yield prod(value.shape)
-            if kind.what == "rows":
-                yield value.shape[kind.dim]
-        found = [n for n in node.all_input_nodes if n not in seen and rows.of(n).kind.what in ("rows", "sum")]
-        seen.update(found)
-        stack.extend(found)
+def _number(tensor: Tensor, node: fx.Node) -> float | None:
+    known = number_of(tensor)
+    return number_in(node) if known is None else known

@@ -114,8 +114,8 @@ def test_a_loss_that_does_not_say_what_it_is_a_mean_of_is_refused():
 
 
 def test_a_result_that_differs_between_ranks_is_named():
-    step = ftrain.jit(lambda batch: {"first": batch[0]}, plan=Plan(FSDP[0]), specs={})
-    with pytest.raises(ValueError, match=r"result 'first' must be the same on all ranks, and was computed from"):
+    step = ftrain.jit(lambda batch: {"rows": 2 * batch}, plan=Plan(FSDP[0]), specs={})
+    with pytest.raises(ValueError, match=r"result 'rows' must be the same on all ranks, and was computed from"):
         step(torch.tensor([1.0, 1.0, 3.0, 3.0]))
 
 

@@ -65,6 +65,11 @@ def penalty_of_the_count(p, b):
     return Mean(e.sum() + 0.1 * p["w"].square().sum() * count, count)
 
 
+def penalty_of_a_number_of_rows(p, b):
+    e = errors(p, b)
+    return Mean(e.sum() + 0.1 * p["w"].square().sum() * number(e.numel()), number(e.numel()))
+
+
 def penalty_as_a_term(p, b):
     e = errors(p, b)
     terms = {"fit": Mean(e.sum(), number(e.numel())), "penalty": Mean(p["w"].square().sum(), number(1))}
@@ -73,7 +78,15 @@ def penalty_as_a_term(p, b):
 
 @pytest.mark.parametrize(
     "loss",
-    [running_total, running_total_in_place, rows_counted, mean_of_equal_ranks, penalty_of_the_count, penalty_as_a_term],
+    [
+        running_total,
+        running_total_in_place,
+        rows_counted,
+        mean_of_equal_ranks,
+        penalty_of_the_count,
+        penalty_of_a_number_of_rows,
+        penalty_as_a_term,
+    ],
 )
 def test_each_rank_adds_its_own(loss):
     one, many = both(loss)
@@ -95,6 +108,10 @@ def whole_batchs_count(p, b):
     return Mean(errors(p, b).sum(), number(64))
 
 
+def whole_batchs_count_filled_in(p, b):
+    return Mean(errors(p, b).sum(), torch.full((), 64.0))
+
+
 def whole_batchs_rows(p, b):
     return Mean(errors(p, b).mean(1).sum(), number(16))
 
@@ -109,6 +126,7 @@ def penalty_over_a_count(p, b):
         (penalty_in_the_total, r"weighted_sum"),
         (one_in_the_count, r"add at .*test_own_counts.py:\d+ reads a sum over rows"),
         (whole_batchs_count, r"a Mean counts 64, and a rank has summed 32"),
+        (whole_batchs_count_filled_in, r"a Mean counts 64, and a rank has summed 32"),
         (whole_batchs_rows, r"a Mean counts 16, and a rank has summed 8"),
         (penalty_over_a_count, r"multiply the total by the count, or count 1"),
     ],
