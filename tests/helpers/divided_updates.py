@@ -30,10 +30,10 @@ def arguments():
 
 
 def both(step, mesh, **options):
-    """The step's results on one device and on the mesh."""
+    """The step's results on one device, in eager code, and on the mesh."""
     state, batch = arguments()
     plan = Plan(mesh, Layout(**options))
-    return ftrain.jit(step)(state, batch), ftrain.jit(step, plan=plan, specs=SPECS)(state, batch)
+    return step(state, batch), ftrain.jit(step, plan=plan, specs=SPECS)(state, batch)
 
 
 def assert_equal(one, many):

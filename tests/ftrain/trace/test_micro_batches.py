@@ -61,7 +61,7 @@ ULYSSES, RING = Mesh(shard=2, sequence=2, kind="virtual"), Mesh(sequence=4, kind
         ("mixture", COPIES, Layout()),
         ("mixture", RING, Layout(sequence=Hybrid(ulysses=2))),
         ("diffusion", ULYSSES, Layout()),
-        ("omni", FSDP, Layout()),
+        pytest.param("omni", FSDP, Layout(), marks=pytest.mark.exhaustive),  # the next one's mesh is of this axis too
         ("omni", ULYSSES, Layout()),
         ("dense", RING, Layout(sequence=Ring())),
     ],
