@@ -109,6 +109,7 @@ class Spreads:
         self.fixes: dict[fx.Node, Fix] = {}
         self._known: dict[fx.Node, Spread] = {}
         self._latest: dict[fx.Graph, fx.Node] = {}
+        self._of_loops: dict[fx.Node, list[Spread]] = {}
 
     def of(self, node: fx.Node) -> Spread:
         """The spread of a node. The graph may still be under construction."""
@@ -127,11 +128,13 @@ class Spreads:
 
     def forget(self, node: fx.Node) -> None:
         """Compute the spread of a node again, after a note in its `meta`. Nodes that depend on it are not updated."""
+        self._of_loops.clear()
         if node in self._known:
             self._known[node] = self._work_out(node)
 
     def rewind(self, node: fx.Node) -> None:
         """Drop the spreads and fixes of all nodes after this one, because the trace will replace these nodes."""
+        self._of_loops.clear()
         after = node.next
         while after.op != "root":
             self._known.pop(after, None)
@@ -178,7 +181,7 @@ class Spreads:
         if getattr(node.target, "__name__", "") == "getitem" and node.op == "call_function":
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            return self.of_loop(source)[node.args[1]] if is_loop(source) else self._known[source]  # type: ignore[index]
+            return self._of_result(source, node.args[1]) if is_loop(source) else self._known[source]  # type: ignore[arg-type]
         group = group_of(node)
         if group is not None:
             return replace(self._of_collective(node, group, parents), cause=cause)
@@ -186,6 +189,12 @@ class Spreads:
             return Spread(frozenset[str]().union(*(p.axes for p in parents)), cause=cause)
         found = self._of_plain(node, parents)
         return found if cause is None else replace(found, cause=cause)
+
+    def _of_result(self, loop: fx.Node, number: int) -> Spread:
+        """One result of a loop; a body is gone through once for all of them, until a spread is given or forgotten."""
+        if loop not in self._of_loops:
+            self._of_loops[loop] = self.of_loop(loop)
+        return self._of_loops[loop][number]
 
     def _of_collective(self, node: fx.Node, group: str, parents: list[Spread]) -> Spread:
         before = frozenset[str]().union(*(p.axes for p in parents))
