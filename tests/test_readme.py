@@ -28,6 +28,7 @@ def test_the_examples_run_one_after_the_other(capsys, tmp_path, monkeypatch) -> 
     assert names["checkpoints"].steps() == [100]
 
 
+@pytest.mark.slow
 def test_the_script_for_many_ranks_is_short_and_goes_on_on_another_number_of_ranks(tmp_path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     (script,) = [block for block in blocks if "ftrain.run.session" in block]

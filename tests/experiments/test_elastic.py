@@ -61,6 +61,7 @@ def wait_for(step: int, run: Path, nodes: list[subprocess.Popen], log: Path) -> 
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_lost_process_and_on_fewer_ranks_after_a_lost_node(tmp_path):
     alone, run, log = tmp_path / "alone", tmp_path / "run", tmp_path / "log"
     alone.mkdir()

@@ -50,6 +50,7 @@ def losses(text):
     return {int(n): float(loss) for n, loss in re.findall(r"step (\d+) on \d+ ranks: loss ([0-9.]+)", text)}
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_is_stopped_and_goes_on_on_one(tmp_path, capsys):
     """torchrun passes SIGTERM on: both ranks save after one more step. Then the same script goes on alone."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

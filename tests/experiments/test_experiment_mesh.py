@@ -40,6 +40,7 @@ def test_torchrun_with_sizes_that_do_not_fit_lists_those_that_do(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_the_main_job_runs_under_torchrun(tmp_path):
     run = tmp_path / "run"
     options = [*SMOKE, "--steps", "2", "--held-out", "1"]

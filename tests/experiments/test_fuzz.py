@@ -18,6 +18,7 @@ from experiments.bench.fuzzing.workers import Report, Shrinking, reports
 from ftrain.trace import grad as grad_module
 
 PROGRAMS = 150
+OF_THE_SUITE = 60
 NO_SHRINKING = Shrinking(of_a_kind=0)
 
 
@@ -28,13 +29,16 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_random_steps_are_equal_or_refused_and_never_another_number():
-    found = list(reports(range(PROGRAMS), jobs=0, shrinking=NO_SHRINKING))
+@pytest.mark.parametrize(
+    "seeds", [range(OF_THE_SUITE), pytest.param(range(OF_THE_SUITE, PROGRAMS), marks=pytest.mark.exhaustive)], ids=str
+)
+def test_random_steps_are_equal_or_refused_and_never_another_number(seeds):
+    found = list(reports(seeds, jobs=0, shrinking=NO_SHRINKING))
     counts = Counter(r.outcome for r in found)
     wrong = [r for r in found if r.outcome in ("different", "crash")]
     assert [f"python -m experiments.bench.fuzz --replay {r.seed}: {r.kind}" for r in wrong] == []
-    assert counts["equal"] > 0.7 * PROGRAMS  # a fuzzer whose programs are all refused says nothing
-    assert counts["no program"] + counts["unstable"] < 0.05 * PROGRAMS
+    assert counts["equal"] > 0.7 * len(seeds)  # a fuzzer whose programs are all refused says nothing
+    assert counts["no program"] + counts["unstable"] < 0.05 * len(seeds)
 
 
 def first_different(seeds: range, wanted: Callable[[Program], bool]) -> tuple[Program, Result]:

@@ -16,11 +16,13 @@ import ftrain
 from ftrain import optim, tree
 from ftrain.checkpoint import Checkpointer, Ranks
 from ftrain.modules import decoder, spec
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.decoder import DecoderConfig
 from ftrain.run.ranks import MeshFlags, is_main, open_mesh
 from ftrain.sharding import Mesh, Plan
 
 STEPS, WAITS = 6, (3, 5)
-CFG = decoder.preset("qwen3-moe-tiny")
+CFG = DecoderConfig(64, 16, layers=1, attention=AttentionConfig(16, heads=2, kv_heads=1, head_dim=8), d_hidden=24)
 TX = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
 
 

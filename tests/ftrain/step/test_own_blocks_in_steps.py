@@ -38,6 +38,7 @@ def test_recompute_by_layer_changes_no_bit(name: str) -> None:
     assert again.lower(params, batch).memory().peak < plain.lower(params, batch).memory().peak
 
 
+@pytest.mark.exhaustive  # below, sequences are divided too
 @pytest.mark.parametrize("name", ["mixed", "experts beside"])
 def test_parameters_divided_over_two_ranks(name: str) -> None:
     made = model(name)

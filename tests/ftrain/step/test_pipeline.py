@@ -63,6 +63,7 @@ def trained(model, options):
     return step, {"donate": "params", **options}, (model.params(torch.float32), model.batch(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", steps())
 def test_every_pass_keeps_every_bit_and_only_some_may_raise_the_peak(name):
     fn, options, args = steps()[name]

@@ -77,6 +77,7 @@ def _train(model, tx, mesh, folder):
     return first + then, again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_compute_what_one_device_computes_and_resume_to_the_bit(world, tmp_path):
     found = run(equal_steps, world, world, tmp_path)

@@ -1,5 +1,6 @@
 """A step on a mesh equals the step on one device: FSDP and HSDP, with everything that a step is made of."""
 
+import itertools
 import math
 
 import pytest
@@ -17,9 +18,19 @@ from tests.helpers.mesh_models import accumulated, compare, dense, mixture, plan
 FSDP = [Mesh(1, 2, kind="virtual"), Mesh(2, 2, kind="virtual"), Mesh(1, 8, kind="virtual"), Mesh(4, 1, kind="virtual")]
 
 
-@pytest.mark.parametrize("mesh", FSDP, ids=str)
-@pytest.mark.parametrize("model", [dense(), dense(tied=False), mixture()], ids=["tied", "untied", "mixture"])
-def test_loss_and_gradients_equal_those_of_one_device(model, mesh):
+MODELS = {"tied": dense(), "untied": dense(tied=False), "mixture": mixture()}
+OF_THE_SUITE = [*(("tied", mesh) for mesh in FSDP), ("untied", FSDP[1]), ("mixture", FSDP[2])]
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param(*case, id="-".join(map(str, case)), marks=[] if case in OF_THE_SUITE else pytest.mark.exhaustive)
+        for case in itertools.product(MODELS, FSDP)
+    ],
+)
+def test_loss_and_gradients_equal_those_of_one_device(name, mesh):
+    model = MODELS[name]
     loss, gradients = compare(model, plan_for(model, mesh), dtype=torch.float64)
     assert loss < 1e-12
     assert gradients < 1e-12
