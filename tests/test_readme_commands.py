@@ -42,7 +42,7 @@ class Command:
 
     `replaced`: words that become others; `appended`: options behind all others. In both `{here}` is an empty folder of
     the test and `{hf}` a small model of Hugging Face's. `ends`: the exit codes that are right, `says`: what is printed,
-    `leaves`: a file that is there afterwards. `long`: more than 20 seconds of a core even so.
+    `leaves`: a file that is there afterwards. `long`: more than ten seconds of a core even so.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -100,7 +100,9 @@ COMMANDS = {
     "python -m experiments.bench.remat": Command(
         appended="--only planning", ends=(0, 1), says="planning for 48 layers", long=True
     ),
-    "python -m experiments.bench.plan_vs_published": Command(appended="--only 'SP4, 8K'", says="VeOmni 72B, SP4, 8K"),
+    "python -m experiments.bench.plan_vs_published": Command(
+        appended="--only 'SP4, 8K'", says="VeOmni 72B, SP4, 8K", long=True
+    ),
     "python -m experiments.bench.checkpoint": Command(
         appended="--mib 8 --rounds 1 --processes 1 --saves 1", ends=(0, 1), says="throughput of an async save"
     ),
