@@ -13,6 +13,7 @@ from ftrain.kernels.pack import draw_over_batch
 from ftrain.modules.spec import Constant, ParamSpec
 from ftrain.optim.shards import whole_shape
 from ftrain.sharding import Layout, Mesh, Plan
+from ftrain.trace.spread import Spreads
 from tests.helpers.divided_updates import MESHES, SPECS, arguments, assert_equal, both, loss, updated
 
 RIGHT = {
@@ -159,6 +160,25 @@ def test_a_count_that_is_a_constant_is_summed_over_ranks():
         return ftrain.grad(counted)(state, batch)
 
     assert_equal(*both(step, MESHES[0]))
+
+
+@pytest.mark.parametrize("leaves", [1, 5])
+def test_the_body_of_a_loop_is_gone_through_as_often_for_many_results_as_for_one(leaves, monkeypatch):
+    gone_through, of_loop = [], Spreads.of_loop
+
+    def counted(self, node, carry=None):
+        gone_through.append(node)
+        return of_loop(self, node, carry)
+
+    def of_rows(params, batch):
+        return Mean.of((batch["x"] @ sum(params.values())).square())
+
+    monkeypatch.setattr(Spreads, "of_loop", counted)
+    params = {f"w{i}": torch.ones(4, 8, dtype=torch.float64) for i in range(leaves)}
+    specs = {name: ParamSpec((4, 8), ("embed", "mlp"), Constant(0.0)) for name in params}
+    step = ftrain.jit(ftrain.grad(ftrain.accumulate(of_rows, 2)), plan=Plan(MESHES[0]), specs=specs)
+    step.lower(params, arguments()[1])
+    assert 0 < len(gone_through) <= 3  # two loops, and the carry of one of them settles at the second time
 
 
 def test_a_document_is_never_cut_in_two():
