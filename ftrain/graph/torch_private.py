@@ -1,11 +1,15 @@
 """Every private torch name that the trainer uses, with one canary test each: an upgrade of torch has one place."""
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import count
 from operator import attrgetter
+from pathlib import Path
 from sys import getrefcount
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +37,35 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = ["FakeTensor", "FakeTensorMode"]
 
 
+class _Shapes(ShapeEnv):
+    """Symbols for sizes that depend on data, which tell who asks for a number that only data have."""
+
+    def _make_data_dependent_error(self, *args: Any, **kwargs: Any) -> Any:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith(_OF_SYMBOLS):
+            frame = frame.f_back
+        for note in _notes.get():
+            note(frame)
+        return super()._make_data_dependent_error(*args, **kwargs)
+
+
+_OF_SYMBOLS = (torch.__file__, str(Path(torch.__file__).parent / "fx" / "experimental"))
+_notes: ContextVar[tuple[Callable, ...]] = ContextVar("ftrain_notes_of_numbers", default=())
+
+
+@contextmanager
+def noting_numbers(note: Callable[[FrameType | None], None]) -> Iterator[None]:
+    """Within the block, `note` is called with the frame that asked for a number that only data have."""
+    token = _notes.set((*_notes.get(), note))
+    try:
+        yield
+    finally:
+        _notes.reset(token)
+
+
 def new_fake_mode() -> FakeTensorMode:
     """A mode in which tensors have shapes and no memory; sizes that depend on data get symbols."""
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=_Shapes())
 
 
 DEVICE_QUERY = torch.ops.prim.device.default

@@ -1,7 +1,10 @@
 """A jitted function: a pure step that is traced once per kind of arguments into one graph, then run."""
 
+import copy
 import functools
 import inspect
+import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -71,14 +74,18 @@ def make_step(
     argument, and for a plan of several ranks where no argument is called `batch`.
     """
     require_backend(backend)
+    remake = functools.partial(
+        make_step, donate=donate, backend=backend, remat=remat, precision=precision, plan=plan, specs=specs,
+        batch=batch, overlap=overlap,
+    )  # fmt: skip
     given = None if remat is None else Remat.of(remat)
     options = Options(_position(fn, donate), backend, given or Remat(), Precision.of(precision))
     if plan is None:
-        return Step(fn, options)
+        return Step(fn, options, remake=remake)
     if not isinstance(plan, Plan):
-        return Step(fn, options, deferred=DeferredPlan(plan, specs, batch, overlap, given))
+        return Step(fn, options, deferred=DeferredPlan(plan, specs, batch, overlap, given), remake=remake)
     require_batch(fn, _positional_names(fn), batch, plan)
-    return Step(fn, options, sharded=ShardedStep(plan, specs=specs, batch=batch, overlap=overlap))
+    return Step(fn, options, sharded=ShardedStep(plan, specs=specs, batch=batch, overlap=overlap), remake=remake)
 
 
 def _position(fn: Callable[..., Any], donate: str | None) -> int | None:
@@ -99,15 +106,65 @@ class Step:
         *,
         sharded: ShardedStep | None = None,
         deferred: DeferredPlan | None = None,
+        remake: Callable[[Callable], "Step"] | None = None,
     ) -> None:
         """`fn` with the options of `ftrain.jit`; `sharded`: its plan; `deferred`: a plan that is chosen when the step
-        is first used.
+        is first used; `remake`: makes a step of another function with the same options, for methods.
         """
         functools.update_wrapper(self, fn)
         self._fn = fn
         self._parameters = _positional_names(fn)
         self._traces = TraceCache(fn, self._parameters, options)
         self._placed, self._deferred = sharded, deferred
+        self._closer = threading.RLock()
+        self._remake = remake
+        self._is_method = self._parameters[:1] == ["self"] and isinstance(fn, types.FunctionType)
+
+    def __set_name__(self, kind: type, name: str) -> None:
+        """Note that the function is a method: it was defined in the body of the class `kind`."""
+        self._is_method |= getattr(self._fn, "__qualname__", "") == f"{kind.__qualname__}.{name_of(self._fn)}"
+
+    def __get__(self, owner: Any, kind: type | None = None) -> "Step":
+        """The step of an object, if this is a jitted method. Each object has a step, and traces, of its own. ValueError
+        for an object that has no `__dict__` to keep it in.
+
+        >>> import torch, ftrain
+        >>> class Trainer:
+        ...     rate = 0.5
+        ...     @ftrain.jit(donate="state")
+        ...     def step(self, state, batch):
+        ...         return state - self.rate * batch
+        >>> Trainer().step(torch.ones(2), torch.ones(2))
+        tensor([0.5000, 0.5000])
+        """
+        if owner is None or self._remake is None or not self._is_method:
+            return self
+        kept = getattr(owner, "__dict__", None)
+        if not isinstance(kept, dict):
+            raise ValueError(
+                f"{name_of(self._fn)} is a jitted method, and a {type(owner).__name__} has no __dict__ to keep its "
+                "traces in: give its class one (no __slots__), or jit a plain function of the numbers that it reads"
+            )
+        key = f"_jitted_{name_of(self._fn)}"
+        found = kept.get(key)
+        if not isinstance(found, Step) or not found._is_of(self._fn, owner):
+            found = kept[key] = self._remake(types.MethodType(self._fn, owner))
+        return found
+
+    def _is_of(self, fn: Callable, owner: Any) -> bool:
+        """True for a step of the method `fn` of `owner`; not so where `owner` is a copy of another object."""
+        method = self._fn
+        return isinstance(method, types.MethodType) and method.__self__ is owner and method.__func__ is fn
+
+    def __reduce__(self) -> Any:
+        """A step is pickled as its function and options, without its traces."""
+        return super().__reduce__() if self._remake is None else (self._remake, (self._fn,))
+
+    def __deepcopy__(self, memo: dict) -> "Step":
+        """A step of a copy of the function, without its traces; a plain function is not copied, as always."""
+        if self._remake is None:
+            return self
+        return self._remake(copy.deepcopy(self._fn, memo))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the step on real tensors and return the tree that the function returns.
@@ -131,16 +188,11 @@ class Step:
         return self._run(args, leaves, treedef, sharded, around)
 
     def _run(
-        self,
-        args: tuple[Any, ...],
-        leaves: list[Any],
-        treedef: Any,
-        sharded: ShardedStep | None,
-        around: tuple[Any, ...],
+        self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None, around: tuple | None
     ) -> Any:
-        """A call whose arguments need a closer look."""
-        runner = self._traces.latest
-        with plain_leaves(leaves) as borrows:
+        """A call whose arguments need a closer look. One thread at a time: a step's first run makes its program."""
+        with self._closer, plain_leaves(leaves) as borrows:
+            runner = self._traces.latest
             matches = runner is not None and sharded is None
             if runner is None or not matches or not runner.compiled.signature.matches(leaves, treedef, around):
                 runner = self._traces.latest = self._traces.find(args, leaves, treedef, sharded)
@@ -316,7 +368,7 @@ def _bound(
     unknown = set(kwargs) - set(parameters)
     if unknown:
         raise ValueError(f"{name_of(fn)} has no argument {', '.join(sorted(unknown))}")
-    bound = inspect.signature(fn).bind(*args, **kwargs)
+    bound = _signature(fn).bind(*args, **kwargs)
     given = 1 + max(parameters.index(n) for n in bound.arguments)
     bound.apply_defaults()
     return tuple(bound.arguments[n] for n in parameters[:given])
@@ -324,8 +376,16 @@ def _bound(
 
 def _positional_names(fn: Callable[..., Any]) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(fn).parameters.values()
+    parameters = _signature(fn).parameters.values()
     names = [p.name for p in parameters if p.kind in kinds]
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         names += [f"arg{i}" for i in range(len(names), 32)]
     return names
+
+
+def _signature(fn: Callable) -> inspect.Signature:
+    """The signature of a function; of one in C that tells none (`torch.relu`): any number of arguments."""
+    try:
+        return inspect.signature(fn)
+    except ValueError:
+        return inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])

@@ -36,7 +36,7 @@ class Signature:
         self._statics = [(i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf)]
         self._guard: Callable[..., bool] | None = None
 
-    def matches(self, leaves: list[Any], treedef: Any, around: tuple[Any, ...]) -> bool:
+    def matches(self, leaves: list[Any], treedef: Any, around: tuple | None) -> bool:
         """True if arguments with these `leaves` and this structure (`treedef`) can run as they are, in a call with the
         surroundings `around` (see `TraceCache.around`).
         """
@@ -50,7 +50,7 @@ class Signature:
             and [*map(_device_of, leaves)] == self._devices
         )
 
-    def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple[Any, ...]) -> bool:
+    def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple | None) -> bool:
         """True if arguments like these were learned before: they match, and all tensors are contiguous. Arguments as
         for `matches`.
         """
@@ -67,4 +67,7 @@ class Signature:
         return [leaves[i] for i in self.slots] if self._statics else leaves
 
     def _same_statics(self, leaves: list[Any]) -> bool:
-        return all(type(leaves[i]) is type(v) and leaves[i] == v for i, v in self._statics)
+        return all(
+            type(leaves[i]) is type(v) and leaves[i] == v and (v != 0 or str(leaves[i]) == str(v))  # -0.0 is not 0.0
+            for i, v in self._statics
+        )

@@ -1,10 +1,11 @@
 """The traces of a jitted function: one for each kind of arguments, at most `MOST_TRACES`."""
 
 import dataclasses
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,9 +19,12 @@ from ftrain.step.mesh_arguments import COORDINATES
 from ftrain.step.runner import Runner
 from ftrain.step.sharded import ShardedStep
 from ftrain.trace.ambient import AMBIENT_NAMES, ambient
+from ftrain.trace.captured import captured_tensors
+from ftrain.trace.own_draws import DrawnMeanwhile, watching_this_thread
 from ftrain.trace.precision import Precision
 from ftrain.trace.surroundings import Surroundings
 from ftrain.trace.tracer import Aval, argument_paths, is_array, signature_of
+from ftrain.trace.watched import MISSING, Change
 
 MOST_TRACES = 8
 """Traces that a jitted function holds; the oldest is dropped first."""
@@ -39,6 +43,21 @@ class Options:
     precision: Precision | None
 
 
+_TRACING = threading.RLock()
+"""One trace at a time in this process: torch keeps what it needs for a trace in places that all threads share."""
+
+
+class _Held(NamedTuple):
+    """A trace that is held: the key of its arguments, its runner, the kinds of the arguments by their paths, and what
+    the function read besides them.
+    """
+
+    key: Any
+    runner: Runner
+    kind: Mapping[str, Any]
+    surroundings: Surroundings
+
+
 class TraceCache:
     """Finds the trace for a call's arguments, or makes it.
 
@@ -50,22 +69,21 @@ class TraceCache:
         self.latest: Runner | None = None
         """The runner of the last call."""
         self._fn, self._parameters = fn, list(parameters)
-        self._runners: dict[Any, Runner] = {}
-        self._kinds: dict[Runner, Mapping[str, Any]] = {}
+        self._held: list[_Held] = []
+        self._surroundings: dict[Runner, Surroundings] = {}
         self._explained = self._dropped = False
-        self._surroundings: Surroundings | None = None
+        self._finding = threading.RLock()
 
     def __len__(self) -> int:
         """How many traces are held."""
-        return len(self._runners)
+        return len(self._held)
 
-    def around(self) -> tuple[Any, ...]:
-        """What must be equal for a trace to fit a call, beside the arguments: modes, and values that the function's
-        code reads.
+    def around(self) -> tuple | None:
+        """What must be equal for the latest trace to fit a call, beside the arguments: the modes around it. None, which
+        equals nothing, where the function's code would read other values than it did then.
         """
-        if self._surroundings is None:
-            self._surroundings = Surroundings(self._fn)
-        return (*ambient(), *self._surroundings.now())
+        surroundings = self._surroundings.get(self.latest) if self.latest is not None else None
+        return ambient() if surroundings is None or surroundings.unchanged() else None
 
     def find(self, args: tuple[Any, ...], leaves: list[Any], treedef: Any, sharded: ShardedStep | None) -> Runner:
         """The runner for these arguments; traces if there is none yet.
@@ -75,18 +93,30 @@ class TraceCache:
         """
         paths = argument_paths(args, self._parameters[: len(args)])
         _require_data(paths, leaves)
-        key = (treedef, tuple(signature_of(leaf) for leaf in leaves), around := self.around())
-        found = self._runners.get(key)
-        if found is None:
+        with self._finding:
+            key = (treedef, tuple(signature_of(leaf) for leaf in leaves), around := ambient())
+            for held in self._held:
+                if held.key == key and held.surroundings.unchanged():
+                    return held.runner
             kind = dict(zip(paths, key[1], strict=False))
-            if self._runners:
+            if self._held:
                 self._explain(kind, around)
-            found = self._runners[key] = Runner(self._compile(args, paths, leaves, treedef, sharded, around))
-            assert self._surroundings is not None
-            self._surroundings.watch_attributes(found.compiled.traced.changed)
-            self._kinds[found] = kind
+            surroundings = Surroundings(self._fn)
+            with _TRACING:
+                try:
+                    compiled = self._compile(args, paths, leaves, treedef, sharded, around)
+                except DrawnMeanwhile:
+                    if not surroundings.unchanged():
+                        raise
+                    with watching_this_thread(numpy_too=surroundings.draws_of_numpy):
+                        compiled = self._compile(args, paths, leaves, treedef, sharded, around)
+            surroundings.require_undrawn()
+            surroundings.add_changed(compiled.traced.changed)
+            surroundings.add_captured(captured_tensors(compiled.graph).values())
+            self._held.append(held := _Held(key, Runner(compiled), kind, surroundings))
+            self._surroundings[held.runner] = surroundings
             self._drop_oldest()
-        return found
+            return held.runner
 
     def _compile(
         self,
@@ -119,9 +149,9 @@ class TraceCache:
 
     def _drop_oldest(self) -> None:
         """Keep at most `MOST_TRACES`: each holds a graph and a program."""
-        if len(self._runners) <= MOST_TRACES:
+        if len(self._held) <= MOST_TRACES:
             return
-        del self._kinds[self._runners.pop(next(iter(self._runners)))]
+        del self._surroundings[self._held.pop(0).runner]
         if not self._dropped:
             self._dropped = True
             warnings.warn(
@@ -136,23 +166,17 @@ class TraceCache:
         if self._explained or self.latest is None:
             return
         self._explained = True
-        before = self._kinds.get(self.latest, {})
+        held = next((h for h in self._held if h.runner is self.latest), None)
+        before = {} if held is None else held.kind
         changes = [
             f"{p}: was {_show(before[p])}, is {_show(now[p])}" for p in now if p in before and before[p] != now[p]
         ]
         changes += [f"{p}: is new" for p in now if p not in before] + [
             f"{p}: is absent" for p in before if p not in now
         ]
-        assert self._surroundings is not None
-        names = [*(f"{name} around the call" for name in AMBIENT_NAMES), *self._surroundings.names]
-        was = self.latest.compiled.signature.around
-        if len(was) == len(around):
-            pairs = zip(names, was, around, strict=True)
-            changes += [f"{name}{_from_to(a, b)}" for name, a, b in pairs if a != b]
-        else:
-            changes += [
-                f"{key} of a {type(m).__name__}: the step changes it" for m, key in self.latest.compiled.traced.changed
-            ]
+        pairs = zip(AMBIENT_NAMES, self.latest.compiled.signature.around, around, strict=True)
+        changes += [f"{name} around the call" for name, a, b in pairs if a != b]
+        changes += [_changed(change) for change in (() if held is None else held.surroundings.changes())]
         more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
         warnings.warn(
             f"{name_of(self._fn)} is traced again because its arguments changed: {'; '.join(changes[:4])}{more}. Keep "
@@ -181,9 +205,15 @@ def _require_data(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             )
 
 
-def _from_to(was: Any, is_now: Any) -> str:
-    simple = all(isinstance(v, tuple) and len(v) == 2 for v in (was, is_now))
-    return f", which the step reads: was {was[1]!r}, is {is_now[1]!r}" if simple else ""
+def _changed(change: Change) -> str:
+    if change.was is MISSING or change.now is MISSING:
+        return f"{change.name}, which the step reads, is another"
+    return f"{change.name}, which the step reads: was {_short(change.was)}, is {_short(change.now)}"
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _show(signature: Any) -> str:

@@ -9,6 +9,7 @@ its traces: other values need another trace.
 """
 
 import gc
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ftrain.graph.torch_private import FakeTensor
-from ftrain.trace.surroundings import comparable, is_plain
+from ftrain.trace.plain_values import comparable, is_plain
 
 Made = list["weakref.ref[Tensor]"]
 
@@ -33,8 +34,13 @@ _DEPTH = 4
 @contextmanager
 def recording_modules() -> Iterator["Modules"]:
     """Within the block, records the attributes of each module before its first forward; yields the record."""
-    modules = Modules()
-    handle = register_module_forward_pre_hook(lambda module, _: modules.note(module))
+    modules, own_thread = Modules(), threading.get_ident()
+
+    def note(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == own_thread:
+            modules.note(module)
+
+    handle = register_module_forward_pre_hook(note)
     try:
         yield modules
     finally:
@@ -76,15 +82,15 @@ class Modules:
                 if isinstance(value, list) and name in inside and _grows_unseen(value, inside[name]):
                     raise ValueError(_state(module, name, "a list that grows", what="items"))
 
-    def changed(self) -> list[tuple[nn.Module, str]]:
-        """The attributes with plain values that the step has changed, as pairs of module and name."""
+    def changed(self) -> list[tuple[nn.Module, str, Any]]:
+        """The attributes with plain values that the step has changed: module, name, and the value before."""
         found = []
         for module, (attributes, inside) in self._found.items():
             now = vars(module)
             for name, value in attributes.items():
                 before, after = inside.get(name, value), now.get(name)
                 if name not in _REGISTRIES and _are_plain(before, after) and comparable(before) != comparable(after):
-                    found.append((module, name))
+                    found.append((module, name, before))
         return found
 
     def restore(self) -> None:
@@ -184,6 +190,11 @@ def require_tree_leaf(path: str, leaf: Any) -> None:
 
     `path`: the leaf's, for the message.
     """
+    if isinstance(leaf, str) and any(name in leaf for name in ("FakeTensor(", "FunctionalTensor(")):
+        raise ValueError(
+            f"result {path!r} is a text that shows a tensor, which has no numbers while a step is traced: return the "
+            "tensor as a metric and format it after the call"
+        )
     if type(leaf).__name__ in ("SymInt", "SymFloat", "SymBool"):
         raise ValueError(
             f"result {path!r} is a number that depends on data (.item(), or a size): return the tensor instead"

@@ -43,6 +43,7 @@ from ftrain.trace.list_ops import one_by_one
 from ftrain.trace.piece_reductions import REDUCTIONS
 from ftrain.trace.piece_views import cut_dim, reshaped
 from ftrain.trace.provenance import current_provenance
+from ftrain.trace.refusals import Untraceable
 from ftrain.trace.spmd import ShardedTrace, spread_of
 from ftrain.trace.spread import Spread, share_ranks
 from ftrain.trace.whole_arrays import WholeArrays
@@ -161,7 +162,7 @@ class ArraySizes(TorchFunctionMode):
         if len(splits) == len(held) or _is_own(spread_of(self._trace, source)):
             return expanded
         if share_ranks(splits.values()):
-            raise ValueError(f"expand at {line}: two dims would be divided among the same ranks: {_WAY_OUT}")
+            raise Untraceable(f"expand at {line}: two dims would be divided among the same ranks: {_WAY_OUT}")
         shape = [
             own.shape[dim - new] if own is not None and dim in held else int(sizes[dim]) if dim in splits else size
             for dim, size in enumerate(expanded.shape)
@@ -213,7 +214,7 @@ class ArraySizes(TorchFunctionMode):
             gathered = self.arrays.on_whole(view, (source, list(map(int, sizes))), {})
             if gathered is not None:
                 return gathered
-            raise ValueError(
+            raise Untraceable(
                 f"{name} at {line}: a rank holds {list(source.shape)} of an array of {list(placement.shape)}, and as "
                 f"{list(after.shape)} its divided dim {lost[0].dim} does not stay whole: {_WAY_OUT}"
             )

@@ -3,7 +3,9 @@
 import linecache
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from contextvars import ContextVar
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -11,12 +13,20 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ftrain.graph.source import SourceLine, is_users, user_source
-from ftrain.graph.torch_private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED
+from ftrain.graph.torch_private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED, noting_numbers
 
 _NUMBER = (
     "reads the number in a tensor ({what}), which a traced step does not have: choose with torch.where, return it as a "
     "part of the result, or debug with ftrain.disable_jit()"
 )
+_SHOWN = (
+    "shows the number in a tensor ({what}), which a traced step does not have: return the tensor as a metric (a part "
+    "of the result) and format or round it after the call, or debug with ftrain.disable_jit()"
+)
+_OF_NUMBERS = (
+    "makes a tensor of the numbers in tensors ({what}), which a traced step does not have: join them with torch.stack"
+)
+_ADDRESS = "reads the address of a tensor's memory ({what}), which a traced step does not have: leave it out"
 _NUMPY = (
     "passes a tensor to numpy ({what}), but tensors have no values while a step is traced: use the torch function of "
     "that name, compute it before the step and pass it as an argument, or debug with ftrain.disable_jit()"
@@ -59,30 +69,46 @@ _SPARSE = "uses a sparse tensor, which a traced step cannot hold: use sparse=Fal
 _UNKNOWN_OP = "calls {what}, for which torch has no shape rule, so it cannot be traced: register one (register_fake)"
 
 
+_refused: ContextVar[list["Untraceable"] | None] = ContextVar("ftrain_refused", default=None)
+
+
 class Untraceable(ValueError):
-    """The error for a step that a trace cannot hold; the message names the user's line and a fix."""
+    """The error for a step that a trace cannot hold; the message names the user's line and a fix.
+
+    The trace under way remembers each of them, since the step may catch it.
+    """
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        refused = _refused.get()
+        if refused is not None:
+            refused.append(self)
 
 
 class RefuseUnseen(TorchFunctionMode):
     """A mode in which `x.data = y` raises `Untraceable`, because it calls no op and the trace would keep the old `x`.
 
-    An index or a slice bound that is a tensor, where Python needs a number, raises `Untraceable` too.
+    An index or a slice bound that is a tensor, where Python needs a number, raises `Untraceable` too. Errors of torch
+    that the trace cannot hold are remembered (see `explain_refusals`).
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _SET_DATA:
             source = user_source()
-            what = "" if source is None else linecache.getline(source.file, source.line).strip()[:80]
-            raise Untraceable(f"{source}: the step {_EXCHANGED.format(what=what or 'x.data = y')}")
-        if func not in _INDEXING:
-            return func(*args, **(kwargs or {}))
+            raise Untraceable(f"{source}: the step {_EXCHANGED.format(what=_text_at(source) or 'x.data = y')}")
+        if func == Tensor.data_ptr:
+            raise Untraceable(f"{user_source()}: the step {_ADDRESS.format(what=_text_at(user_source()))}")
         try:
             return func(*args, **(kwargs or {}))
-        except DATA_DEPENDENT as error:
+        except Exception as error:
             source = user_source()
-            what = "" if source is None else linecache.getline(source.file, source.line).strip()[:80]
-            words = _BOUND if any(map(_is_bounded_by_a_tensor, _parts(args[1]))) else _PLACE
-            raise Untraceable(f"{source}: the step {words.format(what=what or 'x[t]')}") from error
+            if func in _INDEXING and isinstance(error, DATA_DEPENDENT):
+                words = _BOUND if any(map(_is_bounded_by_a_tensor, _parts(args[1]))) else _PLACE
+                raise Untraceable(f"{source}: the step {words.format(what=_text_at(source) or 'x[t]')}") from error
+            reason = _reason(error, _text_at(source))
+            if reason is not None:
+                _remember(f"{source}: the step {reason}")
+            raise
 
 
 def _parts(index: Any) -> tuple[Any, ...]:
@@ -93,20 +119,58 @@ def _is_bounded_by_a_tensor(part: Any) -> bool:
     return isinstance(part, slice) and any(isinstance(n, Tensor) for n in (part.start, part.stop, part.step))
 
 
+_OWN = str(Path(__file__).parent)
 _INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 @contextmanager
 def explain_refusals() -> Iterator[None]:
-    """Within the block, errors of torch about code that cannot be traced become `Untraceable`."""
+    """Within the block, errors of torch about code that cannot be traced become `Untraceable`.
+
+    A refusal that was caught within the block (by a step's `except Exception`) is raised at its end: the step took
+    another way than eager code does.
+    """
+    refused: list[Untraceable] = []
+    token = _refused.set(refused)
     try:
-        yield
+        with noting_numbers(_note_number):
+            yield
+        if refused:
+            raise refused[0]
     except Exception as error:
         reason = _reason(error)
         if reason is None:
             raise
         raise Untraceable(f"{_where(error.__traceback__)}: the step {reason}") from error
+    finally:
+        _refused.reset(token)
+
+
+@contextmanager
+def refusals_are_tries() -> Iterator[None]:
+    """Within the block, which tries a way to trace some code, refusals are not remembered."""
+    refused = _refused.get()
+    known = len(refused or ())
+    try:
+        yield
+    finally:
+        if refused is not None:
+            del refused[known:]
+
+
+def _note_number(frame: FrameType | None) -> None:
+    """Remember a user's line that asked for a number that only data have."""
+    while frame is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame = frame.f_back
+    if frame is not None and is_users(frame.f_code.co_filename):
+        source = SourceLine(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        _remember(f"{source}: the step {_NUMBER.format(what=_text_at(source))}")
+
+
+def _remember(words: str) -> None:
+    """Let the trace under way remember a refusal that is not raised here."""
+    Untraceable(words)
 
 
 @contextmanager
@@ -143,22 +207,30 @@ def require_dense(module: fx.GraphModule) -> None:
             raise Untraceable(f"{node.meta.get('source')}: the step {_SPARSE}")
 
 
-def _reason(error: Exception) -> str | None:
+def _reason(error: Exception, asked: str | None = None) -> str | None:
+    """Why a trace cannot hold what raised an error, and the way out; None for other errors. `asked`: the text of the
+    user's line; None to take that which the error went through.
+    """
     words = str(error)
     if isinstance(error, Untraceable):
         return None
-    if isinstance(error, DATA_DEPENDENT) or "FakeTensor.__format__" in words:
-        return _NUMBER.format(what=_asked(error) or "float(loss), an `if` on it, an assert")
+    asked = _asked(error) if asked is None else asked
+    if "Tensor.__format__" in words or "define __round__" in words or _was_in(error, "__format__"):
+        return _SHOWN.format(what=asked or "f'{loss:.3f}', round(loss)")
+    if isinstance(error, DATA_DEPENDENT):
+        return _NUMBER.format(what=asked or "float(loss), an `if` on it, an assert")
+    if "its data is not allocated yet" in words:
+        return _OF_NUMBERS.format(what=asked or "torch.tensor([a, b])")
     if isinstance(error, DYNAMIC_SHAPE) and "ctc_loss" in words:
         return _CTC
     if isinstance(error, DYNAMIC_SHAPE):
         return _SIZE.format(what=_first_argument(error))
     if "numpy() is not supported for tensor subclasses" in words:
-        return _NUMPY.format(what=_asked(error) or "x.numpy()")
+        return _NUMPY.format(what=asked or "x.numpy()")
     if "torch.storage.UntypedStorage" in words:
-        return _STORAGE.format(what=_asked(error) or "x.untyped_storage()")
+        return _STORAGE.format(what=asked or "x.untyped_storage()")
     if "Cannot swap t" in words:
-        return _EXCHANGED.format(what=_asked(error) or "swap_tensors")
+        return _EXCHANGED.format(what=asked or "swap_tensors")
     if "dynamo-optimized function" in words:
         return _COMPILED
     if "HigherOrderOperator" in words:
@@ -170,9 +242,20 @@ def _reason(error: Exception) -> str | None:
     return None
 
 
+def _was_in(error: Exception, function: str) -> bool:
+    """True if an error went through a function of this name."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_name != function:
+        trace = trace.tb_next
+    return trace is not None
+
+
 def _asked(error: Exception) -> str:
     """The text of the user's line that an error went through."""
-    source = _source(error.__traceback__)
+    return _text_at(_source(error.__traceback__))
+
+
+def _text_at(source: SourceLine | None) -> str:
     return "" if source is None else linecache.getline(source.file, source.line).strip()[:80]
 
 

@@ -1,145 +1,425 @@
 """The values that a function reads besides its arguments and tensors: in closures, globals, modules and options.
 
 A jitted function runs its Python code once, so such values are constants of the trace, like numbers among the
-arguments: another value needs another trace. They are found from the code: the names of the globals and attributes that
-it loads, the variables that it closes over, and the same of the functions and modules found there.
+arguments: another value needs another trace. They are found from the code (`ftrain.trace.code_reads`): the functions,
+methods and properties that it reaches, and the attributes that these load. `ftrain.trace.watched` compares them.
 """
 
-import math
+import collections
+import functools
+import gc
+import os
+import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from operator import attrgetter
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None))
-_MOST = 64  # entries of a container that is compared by value
-_MISSING = object()
+from ftrain.trace.code_reads import Reads, Root, reads_of
+from ftrain.trace.own_draws import OF_NUMPY, OF_PYTHON
+from ftrain.trace.plain_values import LONGEST, SIMPLE
+from ftrain.trace.watched import MISSING, Change, Watched, read_cell
+
 _LIBRARIES = {"ftrain", "torch", "numpy", "optree", *sys.stdlib_module_names} - {"__main__"}
-
-
-class Watched(NamedTuple):
-    """A value that code reads: its name for messages, and a function that reads it now, in comparable form."""
-
-    name: str
-    read: Callable[[], Any]
+_MOST_VALUES = 20_000  # functions and objects that are looked at
+_UNKNOWN = object()
+_FUNCTIONS = types.FunctionType | types.MethodType
+_ITERABLE: tuple[Any, ...] = ((), [], {}, set(), "", range(0), {}.items(), {}.values())
+_ITERATORS: tuple[type, ...] = (types.GeneratorType, *{type(iter(c)) for c in _ITERABLE})
+_UNREAD = {"__init__", "__new__", "__repr__", "__str__", "__del__", "__setattr__", "__delattr__", "__init_subclass__"}
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks"))
+_REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
 class Surroundings:
-    """The values that a function reads besides its arguments. `now()` is a part of the key of its traces."""
+    """The values that a function reads besides its arguments, as they are when this object is made.
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self._held: list[Any] = []  # so that no other object gets their identities
-        self._seen: set[int] = set()
-        self._also: set[tuple[int, str]] = set()
-        self._watched: list[Watched] = []
-        self._training: list[nn.Module] = []
-        self._look_at(fn, getattr(fn, "__name__", type(fn).__name__))
+    `fn`: the function. `is_step`: whether its arguments are those of a call, and so no surroundings.
 
-    def now(self) -> tuple[Any, ...]:
-        """The current values, in comparable and hashable form."""
-        return (*[read() for _, read in self._watched], *map(_is_training, self._training))
+    >>> from types import SimpleNamespace
+    >>> from ftrain.trace.surroundings import Surroundings
+    >>> options = SimpleNamespace(rate=0.5, name="a")
+    >>> surroundings = Surroundings(lambda x: x * options.rate)
+    >>> options.name = "b"
+    >>> surroundings.unchanged()
+    True
+    >>> options.rate = 0.25
+    >>> [f"{change.name}: {change.was} -> {change.now}" for change in surroundings.changes()]
+    ['options.rate: 0.5 -> 0.25']
+    """
 
-    def watch_attributes(self, changed: Iterable[tuple[nn.Module, str]]) -> None:
-        """Watch these attributes too (module and name), which a trace has changed."""
-        for module, key in changed:
-            if (id(module), key) not in self._also:
-                self._also.add((id(module), key))
-                self._held.append(module)
-                self._watched.append(Watched(f"{key} of a {type(module).__name__}", partial(_attribute, module, key)))
+    def __init__(self, fn: Callable, *, is_step: bool = True) -> None:
+        self._watched = Watched()
+        self._slots: list[tuple[dict, str, Tensor, str]] = []
+        walk = _Walk(self._watched, self._slots)
+        walk.run(fn, is_step=is_step)
+        self.draws_of_numpy = walk.draws_of_numpy
+        """Whether the function's code names a function that draws from numpy's global generator."""
+        self._drawn = [(generator, name, _state(generator)) for generator, name in walk.generators]
+
+    def unchanged(self) -> bool:
+        """True if the function would read the same values now."""
+        return self._watched.unchanged()
+
+    def changes(self) -> list[Change]:
+        """What is another value now."""
+        return [*self._watched.changes()]
+
+    def add_changed(self, attributes: Iterable[tuple[nn.Module, str, Any]]) -> None:
+        """Watch these attributes too, which the trace has changed: module, name, and the value before."""
+        for module, key, before in attributes:
+            self._watched.entry(vars(module), key, f"{key} of a {type(module).__name__}", holds=before)
+
+    def add_captured(self, tensors: Iterable[Tensor]) -> None:
+        """Watch that the modules still hold these tensors, which the graph reads."""
+        captured = [*tensors]
+        read = set(map(id, captured))
+        for table, key, tensor, name in self._slots:
+            if id(tensor) in read:
+                self._watched.entry(table, key, name)
+        self._watched.captured(captured)
+
+    def require_undrawn(self) -> None:
+        """ValueError if the trace has drawn from a generator of random numbers that the function holds. The generators
+        get back the states that they had.
+        """
+        drawn = [
+            (generator, name, state)
+            for generator, name, state in self._drawn
+            if not _same_state(_state(generator), state)
+        ]
+        for generator, _, state in drawn:
+            _restore(generator, state)
+        if drawn:
+            generator, name, _ = drawn[0]
+            kind = type(generator)
+            raise ValueError(
+                f"the step draws from {name!r}, a {kind.__module__.partition('.')[0]} {kind.__name__}, while it is "
+                "traced, which happens once: every call would use the same numbers. Draw with a key (ftrain.uniform, "
+                "ftrain.normal) or with torch, or draw before the step and pass the numbers as tensors"
+            )
 
     @property
     def names(self) -> list[str]:
-        """The name of each value of `now`, for messages."""
-        modules = [f"training of a {type(module).__name__}" for module in self._training]
-        return [*(w.name for w in self._watched), *modules]
+        """The names of the places that are watched, for messages."""
+        return self._watched.names
 
-    def _look_at(self, value: Any, name: str) -> None:
-        """Watch the values that are read through this function, module or object."""
-        if id(value) in self._seen or isinstance(value, Tensor | type | types.ModuleType | types.BuiltinFunctionType):
+
+class _Walk:
+    """Finds what a function reads: functions by their code, objects by the attributes that the code names."""
+
+    def __init__(self, watched: Watched, slots: list[tuple[dict, str, Tensor, str]]) -> None:
+        self._watched, self._slots = watched, slots
+        self.generators: list[tuple[Any, str]] = []
+        self.draws_of_numpy = False
+        self._seen: dict[Any, Any] = {}
+        self._queue: list[tuple[Any, str]] = []
+        self._objects: list[tuple[Any, str]] = []
+        self._names: set[str] = set()
+        self._any_name = False
+
+    def run(self, fn: Callable, *, is_step: bool) -> None:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        if is_step and isinstance(fn, types.FunctionType):
+            self._function(fn, MISSING, name, is_step=True)
+        elif is_step and isinstance(fn, types.MethodType) and isinstance(fn.__func__, types.FunctionType):
+            self._function(fn.__func__, fn.__self__, name, is_step=True)
+        else:
+            self._used(fn, name)
+        before = (-1, -1, False)
+        while True:
+            while self._queue:
+                self._look_into(*self._queue.pop())
+            now = len(self._objects), len(self._names), self._any_name
+            if now == before:
+                return
+            before = now
+            for value, name in [*self._objects]:
+                self._named(value, name)
+
+    def _is_new(self, *key: Any) -> bool:
+        if key in self._seen or len(self._seen) > _MOST_VALUES:
+            return False
+        self._seen[key] = True
+        return True
+
+    # functions
+
+    def _function(self, fn: types.FunctionType, bound: Any, name: str, *, is_step: bool = False) -> None:
+        """Watch what a function reads. `bound`: its first argument, if that is known."""
+        if not self._is_new("function", id(fn), id(bound)):
             return
-        self._seen.add(id(value))
-        self._held.append(value)
+        reads, of_library = reads_of(fn.__code__), _root(fn) in _LIBRARIES
+        for value in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
+            self._used(value, f"a default of {name}")
+        if not of_library:
+            self._names |= reads.names
+            self._any_name |= reads.any_name
+        if bound is not MISSING:
+            for key in reads.inherited:
+                for owner in type(bound).__mro__:
+                    if isinstance(owner.__dict__.get(key), types.FunctionType):
+                        self._function(owner.__dict__[key], bound, key)
+        if of_library:
+            for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+                self._used(read_cell(cell), key)
+        self._chains(fn, bound, reads, of_library=of_library, is_step=is_step)
+
+    def _chains(self, fn: Any, bound: Any, reads: Reads, *, of_library: bool, is_step: bool) -> None:
+        for chains, whole in ((reads.wholes, True), (reads.chains, False)):
+            for root, attributes in sorted(chains, key=str):
+                if root[0] == "argument" and (root[1] != 0 or bound is MISSING):
+                    if not of_library and not is_step:
+                        self._names.update(attributes)
+                        self._any_name |= whole
+                elif not of_library or root[0] == "argument":
+                    value, name = self._value_of(root, fn, bound)
+                    self._follow(value, attributes, name, whole=whole)
+
+    def _value_of(self, root: Root, fn: types.FunctionType, bound: Any) -> tuple[Any, str]:
+        kind, key = root
+        if kind == "argument":
+            return bound, "self"
+        name = str(key)
+        if kind == "global":
+            if name not in fn.__globals__:
+                return MISSING, name
+            self._watched.entry(fn.__globals__, name, name)
+            return fn.__globals__[name], name
+        if kind == "file":
+            return sys.modules.get(name, MISSING), name
+        cell = (fn.__closure__ or ())[fn.__code__.co_freevars.index(name)]
+        self._watched.cell(cell, name)
+        return read_cell(cell), name
+
+    def _follow(self, value: Any, attributes: tuple[str, ...], name: str, *, whole: bool) -> None:
+        for i, key in enumerate(attributes):
+            if isinstance(value, Tensor) or type(value) in SIMPLE:
+                break
+            value, name = self._attribute(value, key, name), self._named_in(value, key, name)
+            if value is _UNKNOWN:
+                self._names.update(attributes[i + 1 :])
+                return
+        if whole:
+            for key in [*getattr(value, "__dict__", ())]:
+                self._used(self._attribute(value, key, name), f"{name}.{key}")
+        self._used(value, name)
+
+    # attributes
+
+    def _named_in(self, value: Any, key: str, name: str) -> str:
+        return f"{key} of a {type(value).__name__}" if isinstance(value, nn.Module) else f"{name}.{key}"
+
+    def _attribute(self, value: Any, key: str, name: str) -> Any:
+        """The value of an attribute, which is watched; `_UNKNOWN` if code computes it, which is then looked at."""
+        holder, name = name, self._named_in(value, key, name)
+        if isinstance(value, types.ModuleType):
+            if value is os and key in ("environ", "getenv"):
+                self._used(os.environ, "os.environ")
+            if value is np and key == "random":
+                return np.random
+            if value is np.random and getattr(getattr(value, key, None), "__self__", None) is OF_NUMPY:
+                self.draws_of_numpy = True
+            if value.__name__.partition(".")[0] in _LIBRARIES:
+                return MISSING
+            self._watched.entry(value.__dict__, key, name)
+            return value.__dict__.get(key, MISSING)
+        if isinstance(value, type):
+            return self._class_attribute(value, key, name)
+        if isinstance(value, _GENERATORS):
+            self._used(value, holder)
+            return _UNKNOWN
+        owner = next((c for c in type(value).__mro__ if key in c.__dict__), object)
+        raw = owner.__dict__.get(key, MISSING)
+        if isinstance(raw, property):
+            return self._computed(raw.fget, value, key)
+        if isinstance(raw, types.MemberDescriptorType):
+            self._watched.slot(value, key, name)
+            return getattr(value, key, MISSING)
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is dict:
+            if isinstance(value, nn.Module) and key not in attributes:
+                for table in _TABLES:
+                    if key in attributes.get(table, ()):
+                        self._used(value, name)
+                        return attributes[table][key]
+            self._watched.entry(attributes, key, name)
+            if key in attributes:
+                return attributes[key]
+        if raw is MISSING:
+            computes = getattr(type(value), "__getattr__", None)
+            if computes is not None and not isinstance(value, nn.Module):
+                self._used(value, holder)
+            return self._computed(computes, value, key)
+        if isinstance(raw, functools.cached_property):
+            return self._computed(raw.func, value, key)
+        if _root(owner) not in _LIBRARIES:
+            self._watched.class_entry(owner, key, name)
+        return self._bound(raw, value, holder)
+
+    def _class_attribute(self, value: type, key: str, name: str) -> Any:
+        owner = next((c for c in value.__mro__ if key in c.__dict__), None)
+        if owner is None:
+            return _UNKNOWN
+        if _root(owner) not in _LIBRARIES:
+            self._watched.class_entry(owner, key, name)
+        raw = owner.__dict__[key]
+        if isinstance(raw, classmethod):
+            return types.MethodType(raw.__func__, value)
+        return raw.__func__ if isinstance(raw, staticmethod) else raw
+
+    def _bound(self, raw: Any, value: Any, name: str) -> Any:
+        """What an attribute of a class is for one of its objects."""
+        if isinstance(raw, types.FunctionType):
+            return types.MethodType(raw, value)
+        if isinstance(raw, classmethod):
+            return types.MethodType(raw.__func__, type(value))
+        if isinstance(raw, staticmethod):
+            return raw.__func__
+        if hasattr(type(raw), "__get__"):  # a method in C, or a descriptor of the user's own
+            self._used(value, name)
+            return self._computed(type(raw).__get__, raw, name)
+        return raw
+
+    def _computed(self, fn: Any, value: Any, name: str) -> Any:
+        if isinstance(fn, types.FunctionType):
+            self._function(fn, value, name)
+        return _UNKNOWN
+
+    # objects
+
+    def _used(self, value: Any, name: str) -> None:
+        """A value that code uses for something else than its attributes: look at it, once."""
+        if type(value) in SIMPLE or value is MISSING or value is _UNKNOWN:
+            return
+        if isinstance(value, Tensor):
+            self._watched.gradient(value, name)
+        elif isinstance(value, types.MethodType):  # a new object at each look
+            self._queue.append((value, name))
+        elif self._is_new("value", id(value)):
+            self._seen["held", id(value)] = value
+            self._queue.append((value, name))
+
+    def _look_into(self, value: Any, name: str) -> None:
         if isinstance(value, types.MethodType):
-            self._look_at(value.__func__, name)
-            self._attributes(value.__self__, _loaded(value.__func__.__code__), "self")
-        elif isinstance(value, partial):
-            self._look_at(value.func, name)
+            if isinstance(value.__func__, types.FunctionType):
+                self._function(value.__func__, value.__self__, name)
+            else:
+                self._used(value.__self__, name)
+                self._used(value.__func__, name)
         elif isinstance(value, types.FunctionType):
-            self._function(value)
+            self._function(value, MISSING, name)
+        elif isinstance(value, types.BuiltinFunctionType):  # a method of a list, or of a generator
+            self._used(None if isinstance(value.__self__, types.ModuleType) else value.__self__, name)
+        elif isinstance(value, functools.partial):
+            self._partial(value, name)
+        elif isinstance(value, classmethod | staticmethod):
+            self._used(value.__func__, name)
+        elif value is OF_NUMPY:
+            self.draws_of_numpy = True
+        elif isinstance(value, (*_GENERATORS, torch.Generator)):
+            if isinstance(value, _GENERATORS) and value is not OF_PYTHON:
+                self.generators.append((value, name))
+        elif isinstance(value, np.ndarray):
+            self._watched.array(value, name)
+        elif isinstance(value, _ITERATORS) or type(value).__module__ == "itertools":
+            self._watched.iterator(name)
+        elif isinstance(value, dict | list | tuple | set | frozenset | collections.deque):
+            self._container(value, name)
+        elif isinstance(value, type(os.environ)):
+            self._watched.contents(vars(value)["_data"], name)
+        elif isinstance(value, types.MappingProxyType):
+            self._used(gc.get_referents(value)[0], name)
         elif isinstance(value, nn.Module):
-            self._module(value)
-        elif type(value) in (list, tuple) and len(value) <= _MOST:  # functions in a list, such as a decoder's blocks
-            for inner in value:
-                self._look_at(inner, name)
+            self._module(value, name)
+        elif isinstance(value, type):
+            self._class(value, name)
+        elif isinstance(value, types.ModuleType):
+            if value.__name__.partition(".")[0] not in _LIBRARIES:
+                self._objects.append((value, name))
+        elif callable(value) and hasattr(value, "__wrapped__"):  # a jitted or a cached function
+            self._used(value.__wrapped__, name)
         elif _root(type(value)) == "ftrain":  # a function wrapped by the trainer, e.g. by `accumulate`
             for key, inner in getattr(value, "__dict__", {}).items():
-                self._look_at(inner, key)
+                self._used(inner, key)
+        else:
+            self._object(value, name)
 
-    def _function(self, fn: types.FunctionType) -> None:
-        cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-        if _root(fn) in _LIBRARIES:  # only its closure can change
-            for name, cell in cells:
-                self._look_at(_content(cell), name)
+    def _partial(self, value: functools.partial, name: str) -> None:
+        for i, given in enumerate(value.args):
+            self._used(given, f"argument {i} of {name}")
+        self._container(value.keywords, name)
+        if isinstance(value.func, types.FunctionType) and value.args:
+            self._function(value.func, value.args[0], name)
+        self._used(value.func, name)
+
+    def _container(self, value: Any, name: str) -> None:
+        self._watched.contents(value, name)
+        if len(value) <= LONGEST:
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                if type(inner) not in SIMPLE:
+                    self._used(inner, f"{name}[{key!r}]" if type(key) in SIMPLE else name)
+        if type(value).__module__ != "builtins":
+            self._object(value, name)
+
+    def _class(self, value: type, name: str) -> None:
+        if _root(value) in _LIBRARIES:
             return
-        loaded = _loaded(fn.__code__)
-        for name, cell in cells:
-            self._watch(name, partial(_content, cell), loaded)
-        for name in sorted(loaded & set(fn.__globals__)):
-            self._watch(name, partial(fn.__globals__.get, name, _MISSING), loaded)
+        for raw in [*value.__dict__.values()]:
+            if isinstance(raw, types.FunctionType) and raw.__name__ in ("__init__", "__new__", "__post_init__"):
+                self._function(raw, MISSING, name)
+        self._objects.append((value, name))
 
-    def _watch(self, name: str, read: Callable[[], Any], loaded: set[str]) -> None:
-        value = read()
-        if isinstance(value, types.ModuleType | types.BuiltinFunctionType) or _is_of_a_library(value):
-            return
-        self._held.append(value)
-        self._watched.append(Watched(name, lambda: comparable(read())))
-        self._look_at(value, name)
-        if not isinstance(value, (nn.Module, types.FunctionType, types.MethodType, Tensor, *_SIMPLE)):
-            self._attributes(value, loaded, name)
+    def _object(self, value: Any, name: str) -> None:
+        """An object of which code may read any attribute that it names, and which operators may ask."""
+        self._objects.append((value, name))
+        for owner in type(value).__mro__:
+            for key, raw in [*owner.__dict__.items()] if owner is not object else ():
+                if key.startswith("__") and key not in _UNREAD and isinstance(raw, types.FunctionType):
+                    self._function(raw, value, name)
 
-    def _attributes(self, value: Any, loaded: set[str], name: str) -> None:
-        """The attributes of an object, or of a class, that the code loads by name."""
-        if isinstance(value, nn.Module):
-            self._look_at(value, name)
-            return
-        for key in sorted(loaded & set(getattr(value, "__dict__", ()))):
-            found = value.__dict__[key]
-            if isinstance(found, types.FunctionType) and isinstance(value, type):
-                continue  # a method
-            self._held.append(found)
-            self._watched.append(Watched(f"{name}.{key}", partial(_attribute, value, key)))
-            self._look_at(found, f"{name}.{key}")
+    def _named(self, value: Any, name: str) -> None:
+        """Look at the attributes of an object whose names the code loads from something."""
+        held = set(getattr(value, "__dict__", ())) - (_REGISTRIES if isinstance(value, nn.Module) else frozenset())
+        any_name = self._any_name and not isinstance(value, nn.Module | types.ModuleType | type)
+        keys = held if any_name else held & self._names
+        for owner in type(value).__mro__ if not isinstance(value, types.ModuleType) else ():
+            if owner is not nn.Module and (_root(owner) not in _LIBRARIES):
+                keys |= set(owner.__dict__) & self._names
+        for key in sorted(k for k in keys if self._is_new("named", id(value), k)):
+            self._used(self._attribute(value, key, name), self._named_in(value, key, name))
 
-    def _module(self, module: nn.Module) -> None:
+    def _module(self, module: nn.Module, name: str) -> None:
         for part in module.modules():
-            self._training.append(part)
-            forward = getattr(type(part).forward, "__code__", None)
-            numbers = {k for k, v in vars(part).items() if is_plain(v) and k != "training"}
-            for key in sorted(numbers & (_loaded(forward) if forward is not None else set())):
-                self._watched.append(Watched(f"{key} of a {type(part).__name__}", partial(_attribute, part, key)))
-
-
-_is_training = attrgetter("training")
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not bound yet
-        return _MISSING
-
-
-def _attribute(value: Any, key: str) -> Any:
-    return comparable(getattr(value, key, _MISSING))
-
-
-def _loaded(code: types.CodeType) -> set[str]:
-    """The names of globals and attributes that code loads, nested functions included."""
-    return set(code.co_names).union(*(_loaded(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+            kind = type(part).__name__
+            if part is not module and not self._is_new("value", id(part)):
+                continue
+            attributes = vars(part)
+            self._watched.entry(attributes, "training", f"training of a {kind}")
+            self._watched.registry(attributes["_modules"], f"the modules of a {kind}")
+            for key in _HOOKS:
+                hooks = attributes.get(key)
+                if isinstance(hooks, dict):
+                    self._watched.registry(hooks, f"{key.strip('_')} of a {kind}")
+                    for hook in hooks.values():
+                        self._used(hook, key)
+            for key in ("_parameters", "_buffers"):
+                for inner, tensor in attributes[key].items():
+                    if isinstance(tensor, Tensor):
+                        self._watched.gradient(tensor, f"{inner} of a {kind}")
+                        self._slots.append((attributes[key], inner, tensor, f"{inner} of a {kind}"))
+            forward = attributes.get("forward", getattr(type(part), "forward", None))
+            if isinstance(forward, types.FunctionType) and "forward" not in attributes:
+                self._function(forward, part, kind)
+            else:
+                self._used(forward, kind)
+            self._objects.append((part, kind))
 
 
 def _root(value: Any) -> str:
@@ -148,36 +428,33 @@ def _root(value: Any) -> str:
     return module.partition(".")[0] if isinstance(module, str) else ""
 
 
-def _is_of_a_library(value: Any) -> bool:
-    """True for a function without closure, or a class, of a library, which no user changes."""
-    if isinstance(value, types.FunctionType):
-        return _root(value) in _LIBRARIES and not value.__closure__
-    return isinstance(value, type) and _root(value) in _LIBRARIES
+def _state(generator: Any) -> Any:
+    """The state of a generator of random numbers. One that has none gets a state of its own at each look."""
+    if isinstance(generator, random.SystemRandom):
+        return object()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return (generator if isinstance(generator, np.random.BitGenerator) else generator.bit_generator).state
 
 
-def is_plain(value: Any) -> bool:
-    """True for None, a bool, number, str or bytes, and for a list, tuple or dict of at most 64 entries."""
-    return type(value) in _SIMPLE or (type(value) in (list, tuple, dict) and len(value) <= _MOST)
+def _restore(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.SystemRandom):
+        return
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        (generator if isinstance(generator, np.random.BitGenerator) else generator.bit_generator).state = state
 
 
-def comparable(value: Any) -> Any:
-    """The form of a value that is compared: simple values and short containers by value, other objects by identity.
-
-    >>> from ftrain.trace.surroundings import comparable
-    >>> comparable([1, 2.0]) == comparable([1, 2.0]), comparable([1]) == comparable([True])
-    (True, False)
-    """
-    kind = type(value)
-    if kind is float and math.isnan(value):
-        return "nan"
-    if kind in _SIMPLE:
-        return (kind, value)
-    if kind in (list, tuple) and len(value) <= _MOST:
-        return (kind, *map(comparable, value))
-    if kind is dict and len(value) <= _MOST:
-        return (kind, *((k, comparable(v)) for k, v in _items(value)))
-    return id(value)
+def _same_state(a: Any, b: Any) -> bool:
+    return a == b if isinstance(a, tuple) else repr(_listed(a)) == repr(_listed(b))
 
 
-def _items(mapping: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    return ((k, v) for k, v in mapping.items() if type(k) in _SIMPLE)
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value

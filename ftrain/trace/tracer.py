@@ -75,8 +75,8 @@ class Traced:
     output_paths: list[str]
     output_tree: Any
     static_outputs: dict[int, Any]
-    changed: list[tuple[nn.Module, str]]
-    """Attributes of modules with plain values that the function has changed: the module and the name."""
+    changed: list[tuple[nn.Module, str, Any]]
+    """Attributes of modules with plain values that the function has changed: module, name, and the value before."""
     layouts: LeafLayouts
     """Refuses leaves that are not contiguous where the results depend on it."""
     name_of: Callable[[Tensor], str] = lambda _: "a tensor"
@@ -106,7 +106,9 @@ def is_array(leaf: Any) -> bool:
 
 def signature_of(leaf: Any) -> Any:
     """The part of a trace's key for a leaf: the abstract value of a tensor, or the type and value of a constant."""
-    return Aval.of(leaf) if is_array(leaf) else (type(leaf), leaf)
+    if is_array(leaf):
+        return Aval.of(leaf)
+    return (type(leaf), leaf, str(leaf)) if leaf == 0 else (type(leaf), leaf)  # 0.0 and -0.0 are equal
 
 
 def trace(

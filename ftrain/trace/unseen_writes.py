@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ftrain.graph.torch_private import storage_id
+from ftrain.trace.refusals import Untraceable
 
 
 class UnseenWrites:
@@ -29,7 +30,7 @@ class UnseenWrites:
         """By identity of memory, where a view of it got another shape; the storage is held to keep the identity."""
 
     def check(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
-        """ValueError, with the user's line, if `op(*args)` would make a gradient wrong."""
+        """Untraceable, a ValueError, with the user's line, if `op(*args)` would make a gradient wrong."""
         if not op._schema.is_mutable:
             return
         if _writes_a_list(op):
@@ -45,7 +46,7 @@ class UnseenWrites:
             return
         seen = self._has_views(written)
         if seen and written.requires_grad:
-            raise ValueError(
+            raise Untraceable(
                 f"{self._source()}: {name} changes the shape of a tensor within a loss while there are views of it, "
                 f"which would get a wrong gradient: make a new tensor{_instead(name)}, or take the views afterwards"
             )
@@ -60,7 +61,7 @@ class UnseenWrites:
         tensors = [x for x in args if isinstance(x, Tensor)]
         before = self._reshaped.get(storage_id(tensors[0])) if tensors else None
         if before is not None and any(x.requires_grad for x in tensors):
-            raise ValueError(
+            raise Untraceable(
                 f"{self._source()}: {_name(op)} writes within a loss into a tensor that has views, one of which had "
                 f"its shape changed in place ({before[0]}), so that gradients would be wrong: make a new value"
                 f"{_instead(_name(op))}"
@@ -70,7 +71,7 @@ class UnseenWrites:
         flat = [x for argument in args for x in (argument if isinstance(argument, list | tuple) else [argument])]
         if any(isinstance(x, Tensor) and x.requires_grad for x in flat):
             name = _name(op)
-            raise ValueError(
+            raise Untraceable(
                 f"{self._source()}: torch.{name} writes into a list of tensors within a loss, and views of them would "
                 f"get a wrong gradient: write them one by one (x.{name.removeprefix('_foreach_')}(...)), or take "
                 f"torch.{name.removesuffix('_')}, which writes nothing"

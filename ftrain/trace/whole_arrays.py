@@ -32,6 +32,7 @@ from ftrain.sharding.placement import Placement, Split
 from ftrain.sharding.shards import piece_of, whole_of
 from ftrain.trace.gathered_copies import GatheredCopies, last_node, tensors_in, writes_since
 from ftrain.trace.provenance import current_provenance
+from ftrain.trace.refusals import refusals_are_tries
 from ftrain.trace.spmd import ShardedTrace, spread_of
 from ftrain.trace.spread import SAME, placed
 
@@ -168,7 +169,7 @@ class WholeArrays:
         graph = tracing_graph()
         before = None if graph is None else last_node(graph)
         try:
-            with quiet_shape_rules():
+            with quiet_shape_rules(), refusals_are_tries():
                 result = func(*args, **kwargs)
             cause = _cause(self._trace, result)
             if cause is None or effect_of(cause) is Effect.RANDOM or _cause(self._trace, (args, kwargs)) is not None:

@@ -1,6 +1,9 @@
 """A jitted step is the same step: the same bits, its state in place, and clear words when something is wrong."""
 
+import copy
 import dataclasses
+import pickle
+import threading
 import warnings
 
 import pytest
@@ -382,3 +385,91 @@ def test_a_step_of_processes_is_not_run_without_jit():
     step = ftrain.jit(lambda state, batch: state, plan=ftrain.Plan(ftrain.Mesh(shard=2)))
     with ftrain.disable_jit(), pytest.raises(ValueError, match=r"debug it on a virtual mesh of the same sizes"):
         step(torch.ones(1), torch.ones(1))
+
+
+class Trainer:
+    """Its step reads a number of its own."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    @jit(donate="state")
+    def step(self, state, batch):
+        return state - self.rate * batch
+
+    @jit
+    def value(its, x):
+        return x * its.rate
+
+
+@pytest.mark.filterwarnings("ignore:.*traced again")
+def test_a_method_is_jitted_for_each_object():
+    half, whole = Trainer(0.5), Trainer(1.0)
+    assert [t.step(torch.ones(()), torch.ones(())).item() for t in (half, whole, half)] == [0.5, 0.0, 0.5]
+    assert half.step is half.step
+    assert half.step.traces == 1
+    half.rate = 0.25
+    assert half.step(state=torch.ones(()), batch=torch.ones(())).item() == 0.75
+    assert half.value(torch.ones(())).item() == 0.25
+    for copied in (copy.copy(half), copy.deepcopy(half)):
+        copied.rate = 1.0
+        assert copied.step(torch.ones(()), torch.ones(())).item() == 0.0
+
+
+def test_a_method_of_an_object_without_a_dict_is_refused():
+    class Slotted:
+        __slots__ = ()
+
+        @jit
+        def step(self, x):
+            return x
+
+    with pytest.raises(ValueError, match=r"step is a jitted method, and a Slotted has no __dict__ .*no __slots__"):
+        Slotted().step(torch.ones(1))
+
+
+def test_a_function_that_is_an_attribute_of_a_class_is_no_method():
+    class Recipe:
+        step = jit(raw)
+
+    state, batch = fresh()
+    assert_same_bits(Recipe().step(state, batch), raw(*fresh()))
+
+
+def test_a_function_in_c_has_any_number_of_arguments():
+    assert jit(torch.relu)(torch.tensor([-1.0, 2.0])).tolist() == [0.0, 2.0]
+    assert jit(torch.add)(torch.ones(1), torch.ones(1)).item() == 2.0
+
+
+def test_a_step_is_pickled_and_copied_without_its_traces():
+    step = jit(raw)
+    expected = step(*fresh())
+    for other in (pickle.loads(pickle.dumps(jit(momentum_state))), copy.deepcopy(step)):
+        assert other.traces == 0
+    assert_same_bits(copy.deepcopy(step)(*fresh()), expected)
+
+
+def test_first_calls_of_several_threads_are_right():
+    def waves(x):
+        return torch.stack([torch.sin(x * i) for i in range(50)]).sum(0)
+
+    one, found, x = jit(waves), [], torch.arange(3.0)
+
+    def call(step):
+        found.append(step(x))
+
+    threads = [threading.Thread(target=call, args=(step,)) for step in (one, one, jit(waves), jit(waves))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.allclose(y, waves(x)) for y in found)
+    assert one.traces == 1
+
+
+def test_zeros_of_both_signs_are_different_constants():
+    step = jit(lambda x, zero: x.copysign(torch.tensor(zero)))
+    assert step(torch.ones(()), 0.0).item() == 1.0
+    with pytest.warns(UserWarning, match="zero: was 0.0, is -0.0"):
+        assert step(torch.ones(()), -0.0).item() == -1.0

@@ -1,5 +1,10 @@
 """Random numbers of a step: torch draws at every run; another generator, or another state of it, is refused."""
 
+import random
+import threading
+from contextlib import contextmanager
+
+import numpy as np
 import pytest
 import torch
 
@@ -71,3 +76,92 @@ def test_draws_of_torch_are_those_of_eager_code_at_every_call():
     expected = [step(x) for _ in range(3)]
     torch.manual_seed(1)
     assert all(torch.equal(jitted(x), e) for e in expected)
+
+
+OF_NUMPY, OF_NUMPY_BEFORE, OF_PYTHON = np.random.default_rng(0), np.random.RandomState(0), random.Random(0)
+
+
+class Noisy:
+    """Holds a generator in an attribute."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def step(self, x):
+        return x * float(self.generator.normal())
+
+
+HELD = {
+    "OF_NUMPY', a numpy Generator": (lambda x: x * float(OF_NUMPY.uniform()), OF_NUMPY),
+    "OF_NUMPY_BEFORE', a numpy RandomState": (lambda x: x * OF_NUMPY_BEFORE.rand(), OF_NUMPY_BEFORE),
+    "OF_PYTHON', a random Random": (lambda x: x * OF_PYTHON.uniform(0, 1), OF_PYTHON),
+    "self.generator', a numpy Generator": ((noisy := Noisy()).step, noisy.generator),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_generator_that_the_step_holds_is_refused_by_name(name):
+    step, generator = HELD[name]
+    jitted, before = ftrain.jit(step), repr(drawn(generator))
+    with pytest.raises(ValueError, match=f"the step draws from '{name}.*ftrain.uniform"):
+        jitted(torch.ones(3))
+    assert repr(drawn(generator)) == before
+
+
+def drawn(generator):
+    """Numbers from a generator, whose state stays."""
+    if isinstance(generator, random.Random):
+        state, numbers = generator.getstate(), generator.random()
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        state, numbers = generator.get_state(), generator.rand()
+        generator.set_state(state)
+    else:
+        state, numbers = generator.bit_generator.state, generator.random()
+        generator.bit_generator.state = state
+    return numbers
+
+
+def test_a_generator_that_only_gives_its_name_is_not_refused():
+    kind = ftrain.jit(lambda x: x * (2 if type(OF_PYTHON) is random.Random else 1))
+    assert torch.equal(kind(torch.ones(3)), torch.full((3,), 2.0))
+
+
+@contextmanager
+def another_thread_that_draws():
+    ended = threading.Event()
+
+    def draw():
+        while not ended.wait(1e-4):
+            random.random(), np.random.rand(), torch.rand(1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def long_sum(x):
+    return torch.stack([torch.sin(x * i) for i in range(100)]).sum(0)
+
+
+def test_another_thread_may_draw_during_a_trace():
+    with another_thread_that_draws():
+        found = ftrain.jit(long_sum)(torch.ones(3))
+    torch.testing.assert_close(found, long_sum(torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    {
+        "Python's random": lambda: random.random(),
+        "numpy.random": lambda: np.random.rand(),
+        "torch.manual_seed": lambda: torch.manual_seed(0).initial_seed(),
+    }.items(),
+)
+def test_the_step_itself_may_not_draw_beside_another_thread(name, draw):
+    with another_thread_that_draws(), pytest.raises(ValueError, match=f"the step uses {name}"):
+        ftrain.jit(lambda x: long_sum(x) * draw())(torch.ones(3))

@@ -30,7 +30,13 @@ REFUSED = {
         r"tensor's value as a Python index.*index_select.*index_copy",
     ),
     "a slice": (lambda w, b: (b @ w)[: b.argmax()].sum(), r"slices with a tensor .*torch.where\(torch.arange"),
-    "a format": (lambda w, b: print(f"{(b @ w).sum():.2f}") or (b @ w).sum(), "number in a tensor"),
+    "a format": (
+        lambda w, b: print(f"{(b @ w).sum():.2f}") or (b @ w).sum(),
+        "shows the number in a tensor .*return the tensor as a metric",
+    ),
+    "round": (lambda w, b: round((b @ w).sum(), 2), "shows the number in a tensor .*return the tensor as a metric"),
+    "a list of tensors": (lambda w, b: torch.tensor([(b @ w).sum(), 1.0])[0], "numbers in tensors .*torch.stack"),
+    "an address": (lambda w, b: (b @ w).sum() * (b.data_ptr() > 0), "address of a tensor's memory"),
     "int": (lambda w, b: (b @ w).sum() * int(b.argmax()), "number in a tensor .*torch.where"),
     "range": (lambda w, b: sum((b @ w).sum() for _ in range(b.argmax())), "number in a tensor"),
     "any": (lambda w, b: (b @ w).sum() if (b > 0).any() else b.sum(), "number in a tensor .*torch.where"),
@@ -187,3 +193,74 @@ def test_options_are_refused_when_the_step_is_made(options, words):
 def test_spellings_of_a_precision(precision):
     seen = ftrain.jit(ftrain.value_and_grad(lambda w: (w * 2).sum().float()), precision=precision).lower(torch.ones(3))
     assert torch.bfloat16 in {n.meta["val"].dtype for n in seen.graph.graph.nodes if "val" in n.meta}
+
+
+def float_or_two(x):
+    try:
+        return x * float(x.sum())
+    except Exception:
+        return x * 2
+
+
+def if_or_two(x):
+    try:
+        if x.sum() > 0:
+            return x
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    return x * 2
+
+
+def item_or_two(x):
+    total = x.sum().item()
+    try:
+        return x if total > 0 else -x
+    except Exception:
+        return x * 2
+
+
+def data_or_two(x):
+    try:
+        x.data = x + 1
+    except Exception:
+        return x * 2
+    return x
+
+
+def equal_or_two(x):
+    try:
+        return x if torch.equal(x, x) else -x
+    except Exception:
+        return x * 2
+
+
+def seeded_or_two(x):
+    try:
+        torch.manual_seed(0)
+        return x + torch.rand(3)
+    except Exception:
+        return x * 2
+
+
+def misfit_or_two(x):
+    try:
+        return torch.add(x, "one")
+    except TypeError:
+        return x * 2
+
+
+@pytest.mark.parametrize("step", [float_or_two, if_or_two, item_or_two, data_or_two, equal_or_two, seeded_or_two])
+@pytest.mark.parametrize("within", ["the step", "a loss"])
+def test_a_refusal_that_the_step_catches_comes_out_at_its_end(step, within):
+    jitted = step if within == "the step" else lambda x: ftrain.grad(lambda w: step(w).sum())(x)
+    with pytest.raises(ValueError, match=r"test_refusals.py:\d+ \(.*the step "):
+        ftrain.jit(jitted)(torch.ones(3))
+
+
+def test_an_error_that_eager_code_catches_too_is_no_refusal():
+    torch.testing.assert_close(ftrain.jit(misfit_or_two)(torch.ones(3)), misfit_or_two(torch.ones(3)))
+
+
+def test_a_text_that_shows_a_tensor_is_no_result():
+    with pytest.raises(ValueError, match=r"result '1' is a text that shows a tensor.*as a metric"):
+        ftrain.jit(lambda x: (x, f"{x}"))(torch.ones(3))

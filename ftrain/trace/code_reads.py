@@ -1,0 +1,169 @@
+"""What a function's code reads, found from its bytecode: chains of attributes from a variable, and names that may be
+attributes of anything.
+"""
+
+import dis
+import functools
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+Root = tuple[str, str | int]
+"""Where a chain begins: ("global", name), ("variable", name of a variable that the code closes over), ("argument",
+position), ("file", name of a module that the code imports).
+"""
+
+_BETWEEN = {"CACHE", "COPY", "EXTENDED_ARG", "NOP", "PRECALL", "PUSH_NULL", "RESUME", "COPY_FREE_VARS"}
+_WHOLE = {"vars", "asdict", "astuple"}
+_BY_NAME = {"getattr", "hasattr"}
+
+
+@dataclass
+class Reads:
+    """What code reads.
+
+    - `chains`: from a root through attributes, as in `options.optimizer.rate`; the last value is used somehow.
+    - `wholes`: chains to objects of which any attribute may be read (`vars(options)`, `getattr(options, name)`).
+    - `names`: attributes of values whose origin is not known, such as arguments and locals.
+    - `inherited`: methods called on `super()`.
+    - `any_name`: whether any attribute of any value may be read, since the code has its name in a variable.
+    """
+
+    chains: set[tuple[Root, tuple[str, ...]]] = field(default_factory=set)
+    wholes: set[tuple[Root, tuple[str, ...]]] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
+    inherited: set[str] = field(default_factory=set)
+    any_name: bool = False
+
+
+@functools.lru_cache(maxsize=4096)
+def reads_of(code: types.CodeType) -> Reads:
+    """What `code` reads, the functions within it included.
+
+    >>> from ftrain.trace.code_reads import reads_of
+    >>> reads = reads_of((lambda x: x.sum() * options.rate).__code__)
+    >>> sorted(reads.chains)
+    [(('argument', 0), ('sum',)), (('global', 'options'), ('rate',))]
+    """
+    found = Reads()
+    _Scan(code, found).run()
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            _add_inner(found, reads_of(inner), set(code.co_freevars))
+    return found
+
+
+def _add_inner(found: Reads, inner: Reads, outside: set[str]) -> None:
+    """Add what a function within reads. Its arguments, and variables of the function around it, may be anything."""
+    for chains, into in ((inner.chains, found.chains), (inner.wholes, found.wholes)):
+        for root, attributes in chains:
+            kind, name = root
+            if kind in ("global", "file") or (kind == "variable" and name in outside):
+                into.add((root, attributes))
+            else:
+                found.names.update(attributes)
+                found.any_name |= into is found.wholes
+    found.names |= inner.names
+    found.names |= inner.inherited
+    found.any_name |= inner.any_name
+
+
+class _Scan:
+    """One pass over the instructions of a code object, which knows the chain that was loaded last."""
+
+    def __init__(self, code: types.CodeType, found: Reads) -> None:
+        self._code, self._found = code, found
+        count = code.co_argcount + code.co_kwonlyargcount
+        self._arguments = {name: i for i, name in enumerate(code.co_varnames[:count])}
+        self._chain: tuple[Root, tuple[str, ...]] | None = None
+        self._imported: Root | None = None
+        self._asks = ""  # the function that asks an object for attributes, until it is known which
+        self._object_loaded = False
+        self._on_super = False
+
+    def run(self) -> None:
+        instructions = [*dis.get_instructions(self._code)]
+        for name in _stored(instructions):
+            self._arguments.pop(name, None)
+        for at in instructions:
+            self._step(at.opname, at.argval)
+        self._end()
+        if not _BY_NAME.isdisjoint(self._code.co_names):
+            self._found.names.update(c for c in self._code.co_consts if isinstance(c, str) and c.isidentifier())
+
+    def _step(self, op: str, value: object) -> None:
+        if op in _BETWEEN:
+            return
+        if op in ("LOAD_ATTR", "LOAD_METHOD"):
+            self._attribute(str(value))
+            return
+        if op == "LOAD_SUPER_ATTR":
+            self._found.inherited.add(str(value))
+        if op in ("STORE_ATTR", "DELETE_ATTR"):  # no use of the object
+            self._chain = None
+            return
+        if op == "IMPORT_FROM" and self._imported is not None:
+            self._end()
+            self._chain = (self._imported, (str(value),))
+            return
+        if self._asks and self._object_loaded and self._asked(op, value):
+            return
+        self._end()
+        self._load(op, value)
+        self._object_loaded = bool(self._asks) and value != self._asks
+
+    def _asked(self, op: str, value: object) -> bool:
+        """What follows the object in `getattr(object, ...)` or `vars(object)`. True if it was an attribute's name."""
+        by_name, self._asks = self._asks in _BY_NAME, ""
+        if by_name and op == "LOAD_CONST" and isinstance(value, str):
+            self._attribute(value)
+            return True
+        if self._chain is None:
+            self._found.any_name = True
+        else:
+            self._found.wholes.add(self._chain)
+        return False
+
+    def _load(self, op: str, value: object) -> None:
+        if op in ("LOAD_GLOBAL", "LOAD_NAME"):
+            self._chain = (("global", str(value)), ())
+            self._on_super = value == "super"
+            if value in _WHOLE | _BY_NAME:
+                self._chain, self._asks, self._object_loaded = None, str(value), False
+        elif op in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"):
+            if value in self._arguments:
+                self._chain = (("argument", self._arguments[str(value)]), ())
+            elif value in self._code.co_freevars:
+                self._chain = (("variable", str(value)), ())
+        elif op.startswith("LOAD_FAST"):
+            name = value[-1] if isinstance(value, tuple) else value
+            if name in self._arguments:
+                self._chain = (("argument", self._arguments[str(name)]), ())
+        elif op == "IMPORT_NAME":
+            self._imported = ("file", str(value))
+            self._chain = (self._imported, ())
+
+    def _attribute(self, name: str) -> None:
+        if self._chain is None:
+            (self._found.inherited if self._on_super else self._found.names).add(name)
+            self._on_super = False
+        elif name == "__dict__":
+            self._found.wholes.add(self._chain)
+        elif name in _WHOLE:  # dataclasses.asdict
+            self._chain, self._asks, self._object_loaded = None, name, False
+        else:
+            root, attributes = self._chain
+            self._chain = (root, (*attributes, name))
+
+    def _end(self) -> None:
+        """The chain's value is used by something else than a load of an attribute."""
+        if self._chain is not None:
+            self._found.chains.add(self._chain)
+        self._chain = None
+
+
+def _stored(instructions: list[dis.Instruction]) -> Iterator[str]:
+    """The variables that are assigned."""
+    for at in instructions:
+        if at.opname.startswith(("STORE_FAST", "DELETE_FAST", "STORE_DEREF")):
+            yield from (at.argval if isinstance(at.argval, tuple) else (at.argval,))
