@@ -9,6 +9,7 @@ import marshal
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class Watched:
         self._captured: list[Tensor] = []
         self._iterators: list[str] = []
         self._known: dict[Any, Any] = {}
+        self._checks: list[Callable[[], bool]] | None = None
 
     def entry(self, mapping: dict, key: str, name: str, *, holds: Any = MISSING) -> None:
         """Watch an entry of a dict of names: of a module's globals, or of an object's attributes. `holds`: what it is
@@ -121,7 +123,7 @@ class Watched:
 
     def captured(self, tensors: Iterable[Tensor]) -> None:
         """Watch the dtypes and shapes of tensors that the graph reads."""
-        self._captured = [*tensors]
+        self._captured, self._checks = [*tensors], None
         with plain_functions():
             self._kinds = [*map(_kind_of, self._captured)]
 
@@ -131,16 +133,26 @@ class Watched:
 
     def unchanged(self) -> bool:
         """True if every place holds what it held."""
-        return (
-            not self._iterators
-            and all(places.unchanged(self._accept) for places in self._groups)
-            and forms_of(self._plain) == self._forms
-            and not any(self._empty)
-            and self._lists.unchanged()
-            and self._tables.unchanged()
-            and self._tensors_unchanged()
-            and all(_bytes_of(array) == numbers for array, numbers, _ in self._arrays)
-        )
+        if self._checks is None:
+            self._checks = [*self._needed_checks()]
+        return all(check() for check in self._checks)
+
+    def _needed_checks(self) -> Iterator[Callable[[], bool]]:
+        """The checks of what there is, since every call makes them."""
+        if self._iterators:
+            yield lambda: False
+        for places in self._groups:
+            if places.names:
+                yield partial(places.unchanged, self._accept)
+        if self._plain:
+            yield lambda: forms_of(self._plain) == self._forms
+        if self._empty:
+            yield lambda: not any(self._empty)
+        yield from (contents.unchanged for contents in (self._lists, self._tables) if contents.names)
+        if self._tensors or self._captured:
+            yield self._tensors_unchanged
+        if self._arrays:
+            yield lambda: all(_bytes_of(array) == numbers for array, numbers, _ in self._arrays)
 
     def changes(self) -> Iterator[Change]:
         """What is another value now."""
@@ -163,8 +175,6 @@ class Watched:
         yield from (Change(name) for array, numbers, name in self._arrays if _bytes_of(array) != numbers)
 
     def _tensors_unchanged(self) -> bool:
-        if not self._tensors and not self._captured:
-            return True
         with plain_functions():  # a leaf that was donated refuses every use
             return [*map(_requires_gradient, self._tensors)] == self._gradients and [
                 *map(_kind_of, self._captured)
@@ -183,6 +193,7 @@ class Watched:
         if (kind, id(owner), key) in self._known:
             return False
         self._known[kind, id(owner), key] = owner  # held, so that no other object gets its identity
+        self._checks = None
         return True
 
     def _watch_value(self, value: Any, name: str) -> None:
@@ -237,8 +248,6 @@ class _Places:
 
     def unchanged(self, accept: Callable[[Any, Any], bool]) -> bool:
         """True if each place holds the same object, or one that `accept(was, now)` takes."""
-        if not self._found:
-            return True
         now = self._read(*self._columns)
         if all(map(is_, now, self._found)):
             return True
@@ -265,13 +274,13 @@ class _Contents:
         self._containers: list[Any] = []
         self._sizes: list[int] = []
         self._found: list[Any] = []
-        self._names: list[str] = []
+        self.names: list[str] = []
 
     def add(self, container: Any, name: str) -> None:
         self._containers.append(container)
         self._sizes.append(len(container))
         self._found += self._entries([container])
-        self._names.append(name)
+        self.names.append(name)
 
     def unchanged(self) -> bool:
         if [*map(len, self._containers)] != self._sizes:
@@ -287,7 +296,7 @@ class _Contents:
 
     def changes(self) -> Iterator[str]:
         at = 0
-        for container, size, name in zip(self._containers, self._sizes, self._names, strict=True):
+        for container, size, name in zip(self._containers, self._sizes, self.names, strict=True):
             now, before = self._entries([container]), self._found[at : at + size * self._per_entry]
             at += size * self._per_entry
             if len(now) != len(before) or not all(a is b or _equal(a, b) for a, b in zip(now, before, strict=True)):

@@ -368,3 +368,12 @@ def test_a_shape_rule_that_fails_writes_no_traceback_where_it_is_tried(caplog):
         failing()
     assert not caplog.records
     assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
+
+
+def test_who_asks_for_a_number_that_only_data_have_is_told():
+    frames = []
+    with private.new_fake_mode(), private.noting_numbers(frames.append):
+        number = torch.ones(3).sum().item()
+        with pytest.raises(private.DATA_DEPENDENT):
+            bool(number > 0)
+    assert [frame.f_code.co_filename for frame in frames] == [__file__]
