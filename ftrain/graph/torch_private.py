@@ -50,7 +50,7 @@ class _Shapes(ShapeEnv):
 
 
 _OF_SYMBOLS = (torch.__file__, str(Path(torch.__file__).parent / "fx" / "experimental"))
-_notes: ContextVar[tuple[Callable, ...]] = ContextVar("ftrain_notes_of_numbers", default=())
+_notes: ContextVar[tuple[Callable[[FrameType | None], None], ...]] = ContextVar("ftrain_notes_of_numbers", default=())
 
 
 @contextmanager

@@ -106,7 +106,7 @@ class Step:
         *,
         sharded: ShardedStep | None = None,
         deferred: DeferredPlan | None = None,
-        remake: Callable[[Callable], "Step"] | None = None,
+        remake: Callable[[Callable[..., Any]], "Step"] | None = None,
     ) -> None:
         """`fn` with the options of `ftrain.jit`; `sharded`: its plan; `deferred`: a plan that is chosen when the step
         is first used; `remake`: makes a step of another function with the same options, for methods.
@@ -151,7 +151,7 @@ class Step:
             found = kept[key] = self._remake(types.MethodType(self._fn, owner))
         return found
 
-    def _is_of(self, fn: Callable, owner: Any) -> bool:
+    def _is_of(self, fn: Callable[..., Any], owner: Any) -> bool:
         """True for a step of the method `fn` of `owner`; not so where `owner` is a copy of another object."""
         method = self._fn
         return isinstance(method, types.MethodType) and method.__self__ is owner and method.__func__ is fn
@@ -160,7 +160,7 @@ class Step:
         """A step is pickled as its function and options, without its traces."""
         return super().__reduce__() if self._remake is None else (self._remake, (self._fn,))
 
-    def __deepcopy__(self, memo: dict) -> "Step":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Step":
         """A step of a copy of the function, without its traces; a plain function is not copied, as always."""
         if self._remake is None:
             return self
@@ -188,7 +188,12 @@ class Step:
         return self._run(args, leaves, treedef, sharded, around)
 
     def _run(
-        self, args: tuple, leaves: list[Any], treedef: Any, sharded: ShardedStep | None, around: tuple | None
+        self,
+        args: tuple[Any, ...],
+        leaves: list[Any],
+        treedef: Any,
+        sharded: ShardedStep | None,
+        around: tuple[Any, ...] | None,
     ) -> Any:
         """A call whose arguments need a closer look. One thread at a time: a step's first run makes its program."""
         with self._closer, plain_leaves(leaves) as borrows:
@@ -383,7 +388,7 @@ def _positional_names(fn: Callable[..., Any]) -> list[str]:
     return names
 
 
-def _signature(fn: Callable) -> inspect.Signature:
+def _signature(fn: Callable[..., Any]) -> inspect.Signature:
     """The signature of a function; of one in C that tells none (`torch.relu`): any number of arguments."""
     try:
         return inspect.signature(fn)

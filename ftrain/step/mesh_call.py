@@ -65,7 +65,7 @@ class MeshCall:
             signature = self._compiled.signature
             signature.learn(signature.tensors(list(inputs)))
 
-    def inputs(self, leaves: list[Any], treedef: Any, around: tuple | None) -> list[Any] | None:
+    def inputs(self, leaves: list[Any], treedef: Any, around: tuple[Any, ...] | None) -> list[Any] | None:
         """The inputs of the rank's graph, its coordinates last; None where the arguments need a closer look.
 
         `leaves` with `treedef`: of a call's arguments. `around`: see `TraceCache.around`.

@@ -152,7 +152,9 @@ class ShardedStep:
             )
         return placement
 
-    def matches_fast(self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple | None) -> list[Any] | None:
+    def matches_fast(
+        self, runner: Runner, leaves: list[Any], treedef: Any, around: tuple[Any, ...] | None
+    ) -> list[Any] | None:
         """The inputs of this process's graph, if the arguments are like those of the last call of `runner`; None
         otherwise.
 

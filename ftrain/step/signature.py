@@ -36,7 +36,7 @@ class Signature:
         self._statics = [(i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf)]
         self._guard: Callable[..., bool] | None = None
 
-    def matches(self, leaves: list[Any], treedef: Any, around: tuple | None) -> bool:
+    def matches(self, leaves: list[Any], treedef: Any, around: tuple[Any, ...] | None) -> bool:
         """True if arguments with these `leaves` and this structure (`treedef`) can run as they are, in a call with the
         surroundings `around` (see `TraceCache.around`).
         """
@@ -50,7 +50,7 @@ class Signature:
             and [*map(_device_of, leaves)] == self._devices
         )
 
-    def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple | None) -> bool:
+    def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple[Any, ...] | None) -> bool:
         """True if arguments like these were learned before: they match, and all tensors are contiguous. Arguments as
         for `matches`.
         """

@@ -78,7 +78,7 @@ class TraceCache:
         """How many traces are held."""
         return len(self._held)
 
-    def around(self) -> tuple | None:
+    def around(self) -> tuple[Any, ...] | None:
         """What must be equal for the latest trace to fit a call, beside the arguments: the modes around it. None, which
         equals nothing, where the function's code would read other values than it did then.
         """

@@ -72,5 +72,5 @@ def comparable(value: Any) -> Any:
     return id(value)
 
 
-def _items(mapping: dict) -> Iterator[tuple[Any, Any]]:
+def _items(mapping: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
     return ((k, v) for k, v in mapping.items() if type(k) in SIMPLE)

@@ -54,9 +54,9 @@ class Surroundings:
     ['options.rate: 0.5 -> 0.25']
     """
 
-    def __init__(self, fn: Callable, *, is_step: bool = True) -> None:
+    def __init__(self, fn: Callable[..., Any], *, is_step: bool = True) -> None:
         self._watched = Watched()
-        self._slots: list[tuple[dict, str, Tensor, str]] = []
+        self._slots: list[tuple[dict[str, Any], str, Tensor, str]] = []
         walk = _Walk(self._watched, self._slots)
         walk.run(fn, is_step=is_step)
         self.draws_of_numpy = walk.draws_of_numpy
@@ -114,7 +114,7 @@ class Surroundings:
 class _Walk:
     """Finds what a function reads: functions by their code, objects by the attributes that the code names."""
 
-    def __init__(self, watched: Watched, slots: list[tuple[dict, str, Tensor, str]]) -> None:
+    def __init__(self, watched: Watched, slots: list[tuple[dict[str, Any], str, Tensor, str]]) -> None:
         self._watched, self._slots = watched, slots
         self.generators: list[tuple[Any, str]] = []
         self.draws_of_numpy = False
@@ -124,7 +124,7 @@ class _Walk:
         self._names: set[str] = set()
         self._any_name = False
 
-    def run(self, fn: Callable, *, is_step: bool) -> None:
+    def run(self, fn: Callable[..., Any], *, is_step: bool) -> None:
         name = getattr(fn, "__name__", type(fn).__name__)
         if is_step and isinstance(fn, types.FunctionType):
             self._function(fn, MISSING, name, is_step=True)
@@ -351,7 +351,7 @@ class _Walk:
         else:
             self._object(value, name)
 
-    def _partial(self, value: functools.partial, name: str) -> None:
+    def _partial(self, value: functools.partial[Any], name: str) -> None:
         for i, given in enumerate(value.args):
             self._used(given, f"argument {i} of {name}")
         self._container(value.keywords, name)

@@ -24,7 +24,7 @@ MISSING = object()
 """What a place without a value holds."""
 
 _LARGEST_ARRAY = 2**16  # bytes of the largest array of numpy that is compared by value
-_of_proxy: Callable = types.MappingProxyType.get
+_of_proxy: Callable[..., Any] = types.MappingProxyType.get
 _content_of = attrgetter("cell_contents")
 _requires_gradient = attrgetter("requires_grad")
 _kind_of = attrgetter("dtype", "shape")
@@ -49,7 +49,7 @@ class Watched:
         self._holders: Counter[int] = Counter()
         self._at: dict[int, int] = {}
         self._lists, self._tables = _Contents(_entries), _Contents(_keys_and_values)
-        self._empty: list[dict] = []
+        self._empty: list[dict[Any, Any]] = []
         self._empty_names: list[str] = []
         self._arrays: list[tuple[np.ndarray, bytes, str]] = []
         self._tensors: list[Tensor] = []
@@ -61,7 +61,7 @@ class Watched:
         self._known: dict[Any, Any] = {}
         self._checks: list[Callable[[], bool]] | None = None
 
-    def entry(self, mapping: dict, key: str, name: str, *, holds: Any = MISSING) -> None:
+    def entry(self, mapping: dict[str, Any], key: str, name: str, *, holds: Any = MISSING) -> None:
         """Watch an entry of a dict of names: of a module's globals, or of an object's attributes. `holds`: what it is
         taken to hold, if not what it holds now.
         """
@@ -100,7 +100,7 @@ class Watched:
         else:
             (self._tables if isinstance(container, dict) else self._lists).add(container, name)
 
-    def registry(self, registry: dict, name: str) -> None:
+    def registry(self, registry: dict[Any, Any], name: str) -> None:
         """Watch the hooks or the submodules of a module. Most have none, which is asked of all of them at once."""
         if registry:
             self.contents(registry, name)
@@ -311,11 +311,11 @@ def _entries(containers: list[Any]) -> list[Any]:
     return [*chain.from_iterable(containers)]
 
 
-def _keys_and_values(tables: list[dict]) -> list[Any]:
+def _keys_and_values(tables: list[dict[Any, Any]]) -> list[Any]:
     return [*chain.from_iterable(chain.from_iterable((t, t.values()) for t in tables))]
 
 
-def _read_entries(mappings: list[dict], keys: list[str]) -> list[Any]:
+def _read_entries(mappings: list[dict[Any, Any]], keys: list[str]) -> list[Any]:
     return [*map(dict.get, mappings, keys, repeat(MISSING))]
 
 
