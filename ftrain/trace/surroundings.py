@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from ftrain.trace.watched import MISSING, Change, Watched, read_cell
 _LIBRARIES = {"ftrain", "torch", "numpy", "optree", *sys.stdlib_module_names} - {"__main__"}
 _MOST_VALUES = 20_000  # functions and objects that are looked at
 _UNKNOWN = object()
-_FUNCTIONS = types.FunctionType | types.MethodType
+_NONE: Mapping[str, Any] = types.MappingProxyType({})
 _ITERABLE: tuple[Any, ...] = ((), [], {}, set(), "", range(0), {}.items(), {}.values())
 _ITERATORS: tuple[type, ...] = (types.GeneratorType, *{type(iter(c)) for c in _ITERABLE})
 _UNREAD = {"__init__", "__new__", "__repr__", "__str__", "__del__", "__setattr__", "__delattr__", "__init_subclass__"}
@@ -207,7 +207,7 @@ class _Walk:
                 self._names.update(attributes[i + 1 :])
                 return
         if whole:
-            for key in [*getattr(value, "__dict__", ())]:
+            for key in [*_attributes_of(value)]:
                 self._used(self._attribute(value, key, name), f"{name}.{key}")
         self._used(value, name)
 
@@ -242,7 +242,7 @@ class _Walk:
         if isinstance(raw, types.MemberDescriptorType):
             self._watched.slot(value, key, name)
             return getattr(value, key, MISSING)
-        attributes = getattr(value, "__dict__", None)
+        attributes = _attributes_of(value)
         if type(attributes) is dict:
             if isinstance(value, nn.Module) and key not in attributes:
                 for table in _TABLES:
@@ -343,10 +343,10 @@ class _Walk:
         elif isinstance(value, types.ModuleType):
             if value.__name__.partition(".")[0] not in _LIBRARIES:
                 self._objects.append((value, name))
-        elif callable(value) and hasattr(value, "__wrapped__"):  # a jitted or a cached function
-            self._used(value.__wrapped__, name)
+        elif callable(value) and "__wrapped__" in _attributes_of(value):  # a jitted or a cached function
+            self._used(_attributes_of(value)["__wrapped__"], name)
         elif _root(type(value)) == "ftrain":  # a function wrapped by the trainer, e.g. by `accumulate`
-            for key, inner in getattr(value, "__dict__", {}).items():
+            for key, inner in _attributes_of(value).items():
                 self._used(inner, key)
         else:
             self._object(value, name)
@@ -386,7 +386,7 @@ class _Walk:
 
     def _named(self, value: Any, name: str) -> None:
         """Look at the attributes of an object whose names the code loads from something."""
-        held = set(getattr(value, "__dict__", ())) - (_REGISTRIES if isinstance(value, nn.Module) else frozenset())
+        held = set(_attributes_of(value)) - (_REGISTRIES if isinstance(value, nn.Module) else frozenset())
         any_name = self._any_name and not isinstance(value, nn.Module | types.ModuleType | type)
         keys = held if any_name else held & self._names
         for owner in type(value).__mro__ if not isinstance(value, types.ModuleType) else ():
@@ -420,6 +420,14 @@ class _Walk:
             else:
                 self._used(forward, kind)
             self._objects.append((part, kind))
+
+
+def _attributes_of(value: Any) -> Any:
+    """The `__dict__` of an object, without a call of its own `__getattr__`; empty if it has none."""
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return _NONE
 
 
 def _root(value: Any) -> str:

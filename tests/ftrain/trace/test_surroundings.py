@@ -76,6 +76,9 @@ class Attributes:
     def __getattr__(self, name):
         return self._values[name]
 
+    def __call__(self, x):
+        return x * self.rate
+
 
 class Scaling(nn.Module):
     """A module with a number, an object with a number, and a method that reads them."""
@@ -183,6 +186,9 @@ def of_plain_python():
         "a method of a base": (lambda x: x * warmup.value(), lambda: setattr(warmup, "_at", 5.0)),
         "an object that is called": (lambda x: schedule(x), lambda: setattr(schedule, "_at", 6.0)),
         "an attribute that code finds": (lambda x: x * attributes.rate, lambda: attributes._values.update(rate=5.0)),
+        "an object that is called and finds attributes": (
+            lambda x: attributes(x), lambda: attributes._values.update(rate=6.0)
+        ),
         "an argument of a partial": (
             functools.partial(lambda s, x: x * s.scale, settings), lambda: setattr(settings, "scale", 8.0)
         ),
