@@ -9,7 +9,6 @@ import collections
 import functools
 import gc
 import os
-import random
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ftrain.trace.code_reads import Reads, Root, reads_of
+from ftrain.trace.held_generators import GENERATORS, HeldGenerators
 from ftrain.trace.own_draws import OF_NUMPY, OF_PYTHON
 from ftrain.trace.plain_values import LONGEST, SIMPLE
 from ftrain.trace.watched import MISSING, Change, Watched, read_cell
@@ -34,7 +34,6 @@ _UNREAD = {"__init__", "__new__", "__repr__", "__str__", "__del__", "__setattr__
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks"))
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
 class Surroundings:
@@ -61,7 +60,7 @@ class Surroundings:
         walk.run(fn, is_step=is_step)
         self.draws_of_numpy = walk.draws_of_numpy
         """Whether the function's code names a function that draws from numpy's global generator."""
-        self._drawn = [(generator, name, _state(generator)) for generator, name in walk.generators]
+        self._generators = HeldGenerators(walk.generators)
 
     def unchanged(self) -> bool:
         """True if the function would read the same values now."""
@@ -86,24 +85,8 @@ class Surroundings:
         self._watched.captured(captured)
 
     def require_undrawn(self) -> None:
-        """ValueError if the trace has drawn from a generator of random numbers that the function holds. The generators
-        get back the states that they had.
-        """
-        drawn = [
-            (generator, name, state)
-            for generator, name, state in self._drawn
-            if not _same_state(_state(generator), state)
-        ]
-        for generator, _, state in drawn:
-            _restore(generator, state)
-        if drawn:
-            generator, name, _ = drawn[0]
-            kind = type(generator)
-            raise ValueError(
-                f"the step draws from {name!r}, a {kind.__module__.partition('.')[0]} {kind.__name__}, while it is "
-                "traced, which happens once: every call would use the same numbers. Draw with a key (ftrain.uniform, "
-                "ftrain.normal) or with torch, or draw before the step and pass the numbers as tensors"
-            )
+        """ValueError if the trace has drawn from a generator of random numbers that the function holds."""
+        self._generators.require_undrawn()
 
     @property
     def names(self) -> list[str]:
@@ -155,7 +138,7 @@ class _Walk:
         """Watch what a function reads. `bound`: its first argument, if that is known."""
         if not self._is_new("function", id(fn), id(bound)):
             return
-        reads, of_library = reads_of(fn.__code__), _root(fn) in _LIBRARIES
+        reads, of_library = reads_of(fn.__code__), _root(fn) in _LIBRARIES and not is_step
         for value in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
             self._used(value, f"a default of {name}")
         if not of_library:
@@ -232,7 +215,7 @@ class _Walk:
             return value.__dict__.get(key, MISSING)
         if isinstance(value, type):
             return self._class_attribute(value, key, name)
-        if isinstance(value, _GENERATORS):
+        if isinstance(value, GENERATORS):
             self._used(value, holder)
             return _UNKNOWN
         owner = next((c for c in type(value).__mro__ if key in c.__dict__), object)
@@ -323,8 +306,8 @@ class _Walk:
             self._used(value.__func__, name)
         elif value is OF_NUMPY:
             self.draws_of_numpy = True
-        elif isinstance(value, (*_GENERATORS, torch.Generator)):
-            if isinstance(value, _GENERATORS) and value is not OF_PYTHON:
+        elif isinstance(value, (*GENERATORS, torch.Generator)):
+            if isinstance(value, GENERATORS) and value is not OF_PYTHON:
                 self.generators.append((value, name))
         elif isinstance(value, np.ndarray):
             self._watched.array(value, name)
@@ -434,35 +417,3 @@ def _root(value: Any) -> str:
     """The top-level package of a function or a class."""
     module = getattr(value, "__module__", None)
     return module.partition(".")[0] if isinstance(module, str) else ""
-
-
-def _state(generator: Any) -> Any:
-    """The state of a generator of random numbers. One that has none gets a state of its own at each look."""
-    if isinstance(generator, random.SystemRandom):
-        return object()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return (generator if isinstance(generator, np.random.BitGenerator) else generator.bit_generator).state
-
-
-def _restore(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.SystemRandom):
-        return
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(state)
-    else:
-        (generator if isinstance(generator, np.random.BitGenerator) else generator.bit_generator).state = state
-
-
-def _same_state(a: Any, b: Any) -> bool:
-    return a == b if isinstance(a, tuple) else repr(_listed(a)) == repr(_listed(b))
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _listed(v) for k, v in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray) else value
