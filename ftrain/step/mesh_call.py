@@ -50,6 +50,8 @@ class MeshCall:
         self._divided: list[int] = []
         self._specs: list[Any] = []
         self._spares: dict[int, DTensor] = {}
+        self.renewed = False
+        """Whether the last results have other tensors around their pieces than the leaves that they came from."""
 
     def learn(self, leaves: Sequence[Any], treedef: Any, inputs: Sequence[Any]) -> None:
         """Remember the arguments of this call, so that the next call with arguments like these takes the fast path.
@@ -93,16 +95,19 @@ class MeshCall:
         """
         others = [self._wrap(*pair) for pair in zip(outputs, self._kept, strict=True)]
         spares = self._spares
+        self.renewed = False
         donated: list[Tensor] = []
         for at, slot, path, placement in self._donated:
             old, piece = leaves[at], inputs[slot]
             if type(old) is not DTensor or old.__dict__.get(PIECE) is not piece:
+                self.renewed = True
                 donated.append(self._renewed(old, piece, path, placement))
                 continue
             new, spares[at] = spares.get(at), old
             local = local_of(old)
             _invalidate(old, path)
             if getrefcount(local) > 2:
+                self.renewed = True
                 local = _invalidated(local, path)
             # 2 references: this variable and getrefcount's argument; a second attribute is one that the user set
             if new is None or getrefcount(new) > 2 or len(new.__dict__) > 1:

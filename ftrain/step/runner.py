@@ -133,6 +133,10 @@ class Runner:
             raise
         return inputs, outputs
 
+    def forget_holders(self) -> None:
+        """Look closer at who holds donated leaves at the next call: the tensors around their memory have changed."""
+        self._holders.forget()
+
     def _has_written(self, error: BaseException, tensors: list[Tensor], inputs: list[Tensor]) -> bool:
         """True if the run that failed has written over donated leaves, or if that is not known."""
         written = [slot for slot in self.compiled.donation.slots if inputs[slot] is tensors[slot]]

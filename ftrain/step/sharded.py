@@ -225,6 +225,8 @@ class ShardedStep:
                     own_references=lambda slot: _references(leaves[places[slot]], tensors[slot]),
                 )
             results = self._calls[runner].results(leaves, used, outputs)
+            if self._calls[runner].renewed:
+                runner.forget_holders()
         except BaseException as error:
             if begun:
                 mark_half_new([leaves[i] for i in compiled.donated_leaves], compiled.donation.paths, error)

@@ -14,6 +14,7 @@ from ftrain.modules.spec import Constant, ParamSpec
 from ftrain.runtime.argument_memory import ArgumentMemory
 from ftrain.runtime.other_holders import OtherHolders
 from ftrain.sharding import Mesh, Plan
+from ftrain.sharding.private import local_of
 from tests.helpers.rank_processes import run
 
 KEPT = {
@@ -227,3 +228,25 @@ def test_a_mesh_of_processes_leaves_what_was_kept_of_a_piece():
     copied = [False, True, False, False, True, False, False]
     assert run(on_processes, 2) == {0: ([], 1, copied), 1: ([], 1, copied)}
     gc.collect()
+
+
+def with_a_local_held_for_a_while(rank, found):
+    jitted = ftrain.jit(
+        lambda state, batch: {"w": state["w"] * 0.5}, donate="state", plan=Plan(Mesh(shard=2)), specs=SPECS
+    )
+    state, batch = started(jitted), {"x": torch.ones(4) * rank}
+    for _ in range(3):
+        state = jitted(state, batch)
+    held = [local_of(state["w"])]
+    state = jitted(state, batch)
+    held.clear()
+    kept = state["w"].to_local()
+    before = kept.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jitted(state, batch)
+    found[rank] = torch.equal(kept, before)
+
+
+def test_a_tensor_around_a_piece_that_was_replaced_does_not_hide_what_is_kept():
+    assert run(with_a_local_held_for_a_while, 2) == {0: True, 1: True}
