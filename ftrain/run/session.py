@@ -28,10 +28,11 @@ from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.checkpoint.retention import KEEP_ALL
 from ftrain.resilience.signals import EXIT_RESUMABLE, SIGNALS, StopRequest
 from ftrain.resilience.watchdog import Watchdog
-from ftrain.run.peers import PeerRanks
+from ftrain.run.peers import PeerRanks, began_step
 from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, open_mesh
 from ftrain.sharding import Layout, Mesh, Plan
 from ftrain.sharding.batch import BatchRule
+from ftrain.sharding.joint_calls import joint_call
 from ftrain.step.mesh_arguments import MeshArguments
 from ftrain.trace.spmd import Placements
 
@@ -114,6 +115,7 @@ class Run:
         self._stepping = True
         try:
             for number in range(done + 1, last + 1):
+                joint_call(began_step(number))
                 self.stopping = self.stopping or asked()
                 self.is_last = self.stopping or number == last
                 asked = asked_of_ranks(lambda: self._stop.requested)
@@ -150,8 +152,9 @@ def session(
     Under torchrun each process is a rank. Alone, this process is the only one, or with `kind="virtual"` all of them in
     lockstep. When the block ends, all ranks leave it together. Where one raises, it keeps its error, and the others end
     with its message and exit code 1, wherever they wait. A signal ends `run.steps` on all ranks, and the block then
-    raises SystemExit with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at once. After a failure,
-    saves that were in progress may be lost; the last complete one is kept.
+    raises SystemExit with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at once. Where ranks wait
+    for each other since one has left the block, skipped a step or saved alone, all end with exit code 1 and say so.
+    After a failure, saves that were in progress may be lost; the last complete one is kept.
 
     - `replicate`, `shard`, `sequence`, `expert`: sizes of the mesh (`ftrain.Mesh`); `shard=None` takes all the ranks
       that the others leave.
@@ -184,6 +187,7 @@ def session(
             run = Run(mesh, where, opened, watchdog)
             before = {number: signal.signal(number, run._receive) for number in SIGNALS}
             yield run
+            joint_call("left the session")
             interrupted = run.stopping and any_rank(run._stop.signal == signal.SIGINT)
             opened.close()
             peers.finished()

@@ -16,6 +16,7 @@ from ftrain import tree
 from ftrain.remat.policy import Remat
 from ftrain.runtime.borrow import plain_leaves
 from ftrain.runtime.execute import require_backend
+from ftrain.sharding.joint_calls import joint_call
 from ftrain.sharding.plan import Plan
 from ftrain.step.artifact import Compiled
 from ftrain.step.compile import name_of
@@ -246,6 +247,8 @@ class Step:
         """The state with whole tensors on every process; elsewhere than on a mesh of processes the state itself. All
         processes call this together, since pieces are gathered.
         """
+        if any(isinstance(leaf, DTensor) for leaf in tree.leaves(state)):
+            joint_call("gathered a state (step.whole)")
         return tree.map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state)
 
     def share(self, batch: Any) -> Any:

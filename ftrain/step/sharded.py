@@ -24,6 +24,7 @@ from ftrain.runtime.half_new import mark_half_new
 from ftrain.runtime.lost_rank import naming_lost_ranks
 from ftrain.sharding.copies import Held, compare_processes
 from ftrain.sharding.heartbeat import Heartbeat
+from ftrain.sharding.joint_calls import joint_call
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.plan import Plan
 from ftrain.sharding.private import local_of
@@ -211,7 +212,11 @@ class ShardedStep:
 
     def _run_process(self, runner: Runner, leaves: list[Any], inputs: list[Any], *, guard_passed: bool = False) -> Any:
         compiled = runner.compiled
-        if runner not in self._compared and self.plan.mesh.size > 1:
+        call = self._calls[runner]
+        first = runner not in self._compared and self.plan.mesh.size > 1
+        if first or call.meets_others:
+            joint_call(call.words)
+        if first:
             self._compared.add(runner)
             self._compare(compiled.signature.paths, inputs)
         begun: list[bool] = []
@@ -224,7 +229,7 @@ class ShardedStep:
                     guard_passed=guard_passed,
                     own_references=lambda slot: _references(leaves[places[slot]], tensors[slot]),
                 )
-            results = self._calls[runner].results(leaves, used, outputs)
+            results = call.results(leaves, used, outputs)
         except BaseException as error:
             if begun:
                 mark_half_new([leaves[i] for i in compiled.donated_leaves], compiled.donation.paths, error)
