@@ -53,6 +53,8 @@ class Run:
         self.stopping = self.is_last = False
         self._opened, self._watchdog = opened, watchdog
         self._plans: list[Plan] = []
+        self._without_rules = Plan(mesh)
+        self._shares: dict[Plan, MeshArguments] = {}
         self._stop, self._stepping = StopRequest(), False
 
     @property
@@ -83,16 +85,19 @@ class Run:
         """This process's share of the whole mesh's batch, on `device`; all of it where it is the only process.
 
         `plan`: by whose rules the batch is divided. Default: the one that `run.plan` made, or a plan without rules
-        before. ValueError where it made several, and for a batch that does not divide.
+        before. Its rules must match the first batch; of a later one a modality may be absent. ValueError where
+        `run.plan` made several, for a rule that matches nothing, and for a batch that does not divide.
         """
         if plan is None:
             if len(self._plans) > 1:
                 raise ValueError(
                     f"run.share: run.plan made {len(self._plans)} plans; say which: share(batch, plan=...)"
                 )
-            plan = self._plans[0] if self._plans else Plan(self.mesh)
+            plan = self._plans[0] if self._plans else self._without_rules
+        if plan not in self._shares:
+            self._shares[plan] = MeshArguments(plan, Placements(plan), "batch")
         leaves, treedef = tree.flatten(batch)
-        own = MeshArguments(plan, Placements(plan), "batch").share(tree.paths(batch), leaves)
+        own = self._shares[plan].share(tree.paths(batch), leaves)
         moved = [leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in own]
         return tree.unflatten(treedef, moved)
 

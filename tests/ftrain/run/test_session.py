@@ -13,7 +13,7 @@ import torch
 import ftrain
 from ftrain import Mean, TrainState, checkpoint, optim
 from ftrain.modules import spec
-from ftrain.sharding import Replicated
+from ftrain.sharding import BatchRows, Replicated
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -119,6 +119,16 @@ def test_mistakes_say_what_to_do(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="torchrun started several"), ftrain.run.session(kind="virtual"):
         pass
+
+
+def test_a_later_batch_may_lack_a_modality_but_a_rule_must_match_the_first():
+    text, images = {"tokens": torch.arange(8)}, {"images": torch.ones(2, 3)}
+    with ftrain.run.session(device="cpu") as run:
+        run.plan(batch={"images": BatchRows()})
+        assert set(run.share({**text, **images})) == {"tokens", "images"}
+        assert set(run.share(text)) == {"tokens"}
+        with pytest.raises(ValueError, match="'image'.*nearest"):
+            run.share(text, plan=run.plan(batch={"image": BatchRows()}))
 
 
 FAILS = """
