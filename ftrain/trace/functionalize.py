@@ -17,6 +17,7 @@ from ftrain.graph.torch_private import (
     wrap_functional,
 )
 from ftrain.trace.fills import FILLS_LIKE, fill_as_eager, note_fill
+from ftrain.trace.list_writes import split_list_writes
 from ftrain.trace.open_writes import open_writes
 from ftrain.trace.overlapping_writes import settle_overlapping_writes
 from ftrain.trace.preview import strip_preview
@@ -54,6 +55,8 @@ def functionalize(
     culprits = mutating_nodes(module)
     if not culprits:
         return module
+    split_list_writes(module, culprits)
+    culprits = mutating_nodes(module)
     settle_overlapping_writes(culprits)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta["val"] for n in placeholders]
