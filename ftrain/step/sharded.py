@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.graph.collectives import groups_of
-from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.graph.op_effects import draws
 from ftrain.graph.torch_private import storage_id
 from ftrain.kernels.mean import Mean
 from ftrain.kernels.primitive import bind
@@ -298,7 +298,7 @@ def _references(leaf: Any, piece: Tensor) -> int | None:
 def _misread(path: str, cause: fx.Node) -> str:
     """The message for a result that depends on one rank's piece."""
     name = str(cause.target).removeprefix("aten.").removesuffix(".default")
-    if effect_of(cause) is Effect.RANDOM:
+    if draws(cause):
         return (
             f"result {path!r} is not what one device computes: {name} at {cause.meta.get('source')} draws with torch's "
             "own generator, on each rank other numbers: draw with a key (ftrain.kernels.pack.draw_over_batch for "

@@ -17,6 +17,7 @@ from ftrain.graph.torch_private import (
     wrap_functional,
 )
 from ftrain.trace.fills import FILLS_LIKE, fill_as_eager, note_fill
+from ftrain.trace.layout_reads import MADE_CONTIGUOUS
 from ftrain.trace.list_writes import split_list_writes
 from ftrain.trace.open_writes import open_writes
 from ftrain.trace.overlapping_writes import settle_overlapping_writes
@@ -143,7 +144,8 @@ class _KeepMeta(fx.Interpreter):
             for node in left:
                 _hand_on(n, node, ("source", "phase", "seq_nr", "purpose", "filled", FILLS_LIKE))
             if left:  # the others regenerate views of the written tensor
-                _hand_on(n, next((m for m in left if m.target == n.target), left[0]), ("spread", "spread_if_clean"))
+                same = next((m for m in left if m.target == n.target), left[0])
+                _hand_on(n, same, ("spread", "spread_if_clean", MADE_CONTIGUOUS))
         return out
 
     def _refuse_writes_to_captured(self, n: fx.Node) -> None:

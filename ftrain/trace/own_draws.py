@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ftrain.graph.op_effects import op_draws
 from ftrain.graph.source import user_source
 from ftrain.graph.torch_private import real_draw, real_state
 
@@ -57,7 +58,7 @@ class TorchDraws:
         ValueError, with the user's line, for a random op with a `torch.Generator`, and for one after the step has
         changed the state of the default generator.
         """
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if not (isinstance(func, torch._ops.OpOverload) and op_draws(func, tuple(args), dict(kwargs))):
             return
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Generator):

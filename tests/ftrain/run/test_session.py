@@ -127,7 +127,7 @@ def test_a_later_batch_may_lack_a_modality_but_a_rule_must_match_the_first():
         run.plan(batch={"images": BatchRows()})
         assert set(run.share({**text, **images})) == {"tokens", "images"}
         assert set(run.share(text)) == {"tokens"}
-        with pytest.raises(ValueError, match="'image'.*nearest"):
+        with pytest.raises(ValueError, match=r"'image'.*nearest"):
             run.share(text, plan=run.plan(batch={"image": BatchRows()}))
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import ftrain
 
@@ -71,3 +73,30 @@ def test_draws_of_torch_are_those_of_eager_code_at_every_call():
     expected = [step(x) for _ in range(3)]
     torch.manual_seed(1)
     assert all(torch.equal(jitted(x), e) for e in expected)
+
+
+def attention_alone(x_TD):
+    return F.scaled_dot_product_attention(*[x_TD[None, None]] * 3)[0, 0]
+
+
+def test_attention_without_dropout_may_be_recomputed_by_torch_which_changes_the_state():
+    def loss(w_DD, x_TD):
+        return checkpoint(lambda x: attention_alone(x @ w_DD), x_TD, use_reentrant=False).square().sum()
+
+    w_DD, x_TD = torch.randn(4, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    trained_DD = w_DD.clone().requires_grad_()
+    (expected_DD,) = torch.autograd.grad(loss(trained_DD, x_TD), trained_DD)
+    torch.testing.assert_close(ftrain.jit(ftrain.grad(loss))(w_DD, x_TD), expected_DD)
+
+
+class KeptTable(torch.nn.Module):
+    """Keeps what attention makes of a constant."""
+
+    def forward(self, x):
+        self.table = attention_alone(torch.eye(3))
+        return x * self.table
+
+
+def test_attention_without_dropout_gives_a_module_no_state():
+    module, x = KeptTable(), torch.ones(3)
+    assert torch.equal(ftrain.jit(module)(x), module(x))
