@@ -77,7 +77,7 @@ class Modules:
                     raise ValueError(_state(module, name, "a list that grows", what="items"))
 
     def changed(self) -> list[tuple[nn.Module, str]]:
-        """The attributes with plain values that the step has changed, as pairs of module and name."""
+        """The attributes with plain values that the step has changed or added, as pairs of module and name."""
         found = []
         for module, (attributes, inside) in self._found.items():
             now = vars(module)
@@ -85,7 +85,13 @@ class Modules:
                 before, after = inside.get(name, value), now.get(name)
                 if name not in _REGISTRIES and _are_plain(before, after) and comparable(before) != comparable(after):
                     found.append((module, name))
+            found += [(module, name) for name in _added(now, attributes)]
         return found
+
+    def changed_beside_caches(self) -> list[tuple[nn.Module, str]]:
+        """Those of `changed` that `restore` takes back, since their modules hold tensors of the trace as well."""
+        holders = {module for module in self._found if any(_holds_fake(v, 2) for v in vars(module).values())}
+        return [(m, name) for m, name in self.changed() if m in holders and not _holds_fake(vars(m).get(name), 2)]
 
     def restore(self) -> None:
         """Restore the recorded attributes of each module that holds a tensor of a trace."""
@@ -98,10 +104,17 @@ class Modules:
                     _without_fakes(now[name])
                 else:
                     del now[name]
+            for name in _added(now, attributes):
+                del now[name]
             for name, value in attributes.items():
                 now[name] = value
                 if name in inside and not _same_items(value, inside[name]):
                     _refill(value, inside[name])
+
+
+def _added(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """The names of a module's attributes with plain values, and no tensor of a trace, that it did not have before."""
+    return [name for name, value in now.items() if name not in before and is_plain(value) and not _holds_fake(value, 2)]
 
 
 def _without_fakes(tensors: dict[str, Any]) -> None:

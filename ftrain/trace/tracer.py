@@ -18,6 +18,7 @@ from ftrain.graph.torch_private import FakeTensor, new_fake_mode, snapshot, trac
 from ftrain.trace.ambient import tracing_modes
 from ftrain.trace.captured import captured_name, captured_tensors, require_untrained
 from ftrain.trace.constants import share_memory_of_constants
+from ftrain.trace.counters import require_no_lost_counters
 from ftrain.trace.functionalize import functionalize
 from ftrain.trace.layout_reads import LayoutReads
 from ftrain.trace.leaf_layouts import LeafLayouts
@@ -138,7 +139,9 @@ def trace(
         filled = list(leaves)
         for i, tensor in zip(slots, tensors, strict=True):
             filled[i] = tensor
-        out = function(*tree.unflatten(treedef, filled))
+        run = lambda: function(*tree.unflatten(treedef, filled))  # noqa: E731
+        out = run()
+        require_no_lost_counters(modules, reads, run)
         reads.settle()
         out_leaves, out_tree = tree.flatten(out)
         result.append(_Result.of(out_leaves, out_tree, tree.paths(out)))
