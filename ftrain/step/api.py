@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftrain import tree
+from ftrain.graph.layouts import laid_plainly
 from ftrain.remat.policy import Remat
 from ftrain.runtime.borrow import plain_leaves
 from ftrain.runtime.execute import require_backend
@@ -185,7 +186,7 @@ class Step:
             leaves = sharded.flat_inputs(runner, leaves)
         donated = runner.compiled.donation.outputs
         arrays = [leaf for leaf in leaves if is_array(leaf)]
-        return [x.clone() if i in donated else x.contiguous() for i, x in enumerate(arrays)]
+        return [x.clone() if i in donated else laid_plainly(x) for i, x in enumerate(arrays)]
 
     def rank_inputs(self, *args: Any) -> list[list[Tensor]]:
         """The flat inputs of the graph of each rank that this process runs: all ranks of a virtual mesh, elsewhere one.

@@ -34,6 +34,7 @@ from ftrain.step.mesh_arguments import COORDINATES, MeshArguments
 from ftrain.step.mesh_call import MeshCall
 from ftrain.step.process_arrays import ProcessArrays
 from ftrain.step.runner import Runner
+from ftrain.trace.grad import require_tensors
 from ftrain.trace.own_counts import require_own_counts
 from ftrain.trace.piece_sizes import ArraySizes
 from ftrain.trace.refusals import explain_mesh_sizes
@@ -95,8 +96,11 @@ class ShardedStep:
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)), explain_mesh_sizes(self.plan.mesh.size):
                 with ArraySizes(trace) as sizes:
                     result = fn(*own)
+                means = [x for x in tree.flatten_until(result, Mean)[0] if isinstance(x, Mean)]
+                for mean in means:
+                    require_tensors(mean)
                 sizes.arrays.copies.require_no_lost_writes(result)
-                require_own_counts(x for x in tree.flatten_until(result, Mean)[0] if isinstance(x, Mean))
+                require_own_counts(means)
                 return reduce_means(sizes.arrays.results(result, self.placements.of_whole), trace)
 
         local.__name__ = getattr(fn, "__name__", "step")

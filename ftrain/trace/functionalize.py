@@ -56,6 +56,7 @@ def functionalize(
     culprits = mutating_nodes(module)
     if not culprits:
         return module
+    _require_own_ops(culprits)
     split_list_writes(module, culprits)
     culprits = mutating_nodes(module)
     settle_overlapping_writes(culprits)
@@ -76,6 +77,18 @@ def functionalize(
         )
     fill_as_eager(pure)
     return pure
+
+
+def _require_own_ops(culprits: Sequence[fx.Node]) -> None:
+    """ValueError, with the user's line, for an op that torch.library knows to write and that has no pure form."""
+    for node in culprits:
+        op = node.target
+        if isinstance(op, torch._ops.OpOverload) and op.namespace not in ("aten", "prims"):
+            written = ", ".join(a.name for a in op._schema.arguments if a.is_write)
+            raise ValueError(
+                f"{node.meta.get('source')}: {op._schema.name} writes into its argument {written} (mutates_args), and "
+                "a step makes new values: let the op return what it writes, with mutates_args=()"
+            )
 
 
 def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:

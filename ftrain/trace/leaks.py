@@ -114,7 +114,8 @@ class Modules:
 
 def _added(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     """The names of a module's attributes with plain values, and no tensor of a trace, that it did not have before."""
-    return [name for name, value in now.items() if name not in before and is_plain(value) and not _holds_fake(value, 2)]
+    new = {name: value for name, value in now.items() if name not in before and name not in _REGISTRIES}
+    return [name for name, value in new.items() if is_plain(value) and not _holds_fake(value, 2)]
 
 
 def _without_fakes(tensors: dict[str, Any]) -> None:

@@ -135,3 +135,17 @@ def test_an_answer_that_is_the_same_is_no_matter():
 
     x = torch.randn(5, 4, dtype=torch.float64).t()
     torch.testing.assert_close(ftrain.jit(read)(x), read(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("donate", [None, "state"])
+def test_lazy_conjugates_come_and_go_as_arguments(donate):
+    def step(state, batch):
+        return state.conj() * 1j, (state.imag, batch.imag, batch.conj())
+
+    jitted, lazy = ftrain.jit(step, donate=donate), torch.randn(3, dtype=torch.complex128).conj()
+    ours, eager = lazy.resolve_conj().clone(), lazy
+    for batch in (lazy, lazy.resolve_conj(), lazy):
+        ours, found = jitted(ours.conj(), batch)
+        eager, expected = step(eager.conj(), batch)
+        for a, b in zip((ours, *found), (eager, *expected), strict=True):
+            assert torch.equal(a, b)

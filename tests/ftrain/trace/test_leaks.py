@@ -265,7 +265,13 @@ def is_built_at_the_first_call(module, x):
 
 @pytest.mark.parametrize(
     ("how", "traces"),
-    [(counts_in_a_method, 4), (counts_in_a_list, 4), (counts_in_a_dict, 4), (counts_in_a_new_attribute, 4), (is_built_at_the_first_call, 2)],
+    [
+        (counts_in_a_method, 4),
+        (counts_in_a_list, 4),
+        (counts_in_a_dict, 4),
+        (counts_in_a_new_attribute, 4),
+        (is_built_at_the_first_call, 2),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*traced again")
 def test_plain_values_that_a_step_changes_are_those_of_eager_code(how, traces):
