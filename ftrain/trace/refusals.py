@@ -59,6 +59,8 @@ _FORWARD_MODE = (
     "differentiates a vmap over torch.func.hessian or jacfwd, which torch cannot trace: take "
     "torch.func.jacrev(torch.func.grad(f)) in the place of the hessian"
 )
+_TWO_DEVICES = ("at least two devices, meta and", "two different devices meta, ")
+"""Of torch 2.13 and 2.11."""
 _SPARSE = "uses a sparse tensor, which a traced step cannot hold: use sparse=False, or to_dense()"
 _UNKNOWN_OP = "calls {what}, for which torch has no shape rule, so it cannot be traced: register one (register_fake)"
 
@@ -161,7 +163,7 @@ def _reason(error: Exception) -> str | None:
         return _NUMPY.format(what=_asked(error) or "x.numpy()")
     if "torch.storage.UntypedStorage" in words:
         return _STORAGE.format(what=_asked(error) or "x.untyped_storage()")
-    if "at least two devices, meta and" in words and _in_a_transform(error.__traceback__):
+    if any(each in words for each in _TWO_DEVICES) and _in_a_transform(error.__traceback__):
         return _FORWARD_MODE
     if "Cannot swap t" in words:
         return _EXCHANGED.format(what=_asked(error) or "swap_tensors")
