@@ -40,11 +40,14 @@ class Mean(NamedTuple):
 
     @staticmethod
     def of(value_N: Tensor) -> "Mean":
-        """The mean over all elements of a tensor of any shape: `total` and `count` in at least float32.
+        """The mean over all elements of a tensor of any shape: `total` and `count` in at least float32. ValueError for
+        a Python number.
 
         >>> Mean.of(torch.tensor([1.0, 2.0, 6.0])).item()
         3.0
         """
+        if not isinstance(value_N, Tensor):
+            raise ValueError(f"Mean.of({value_N!r}): give a tensor of all that is averaged")
         wide = torch.promote_types(value_N.dtype, torch.float32)
         return Mean(value_N.sum(dtype=wide), torch.full((), value_N.numel(), dtype=wide, device=value_N.device))
 

@@ -4,6 +4,7 @@ A batch of the whole mesh is one pack after the other, one pack for each data ra
 sequence axis share a pack. A pack's tokens are divided into chunks, and its media into equal runs of rows.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -177,6 +178,27 @@ def require_whole_documents(ids: Tensor, *, path: str, dim: int, mesh: Mesh) -> 
                 f"two of {data} packs (ftrain.modules.mesh_packing), or, if two documents share the id, give one "
                 "another"
             )
+
+
+def require_alike(entries: Mapping[str, int], paths: Collection[str], *, rules: str = "Plan(batch=...)") -> None:
+    """ValueError, with a leaf, where leaves of which nobody says what they are have not all as many entries.
+
+    `entries`: the length of the divided dim of each such leaf of one batch, by its path. The leaf that is named is the
+    first whose length is not the most frequent one, of several the greatest. `paths`: of all leaves of the batch, which
+    tell the ids of `Documents`, known to be of tokens. `rules`: where a rule can be given.
+    """
+    entries = {p: n for p, n in entries.items() if f"{p.rpartition('.')[0]}.offsets_N" not in paths}
+    numbers = list(entries.values())
+    if len(set(numbers)) < 2:
+        return
+    rows = max(numbers, key=lambda n: (numbers.count(n), n))
+    like = next(path for path, n in entries.items() if n == rows)
+    odd = next(path for path, n in entries.items() if n != rows)
+    raise ValueError(
+        f"batch leaf {odd!r} has {entries[odd]} entries and {like!r} has {rows}, and no rule says what they are: name "
+        f"the leaf in {rules}, as ftrain.sharding.Replicated() where all of it is needed everywhere (a table, class "
+        "weights, a scale), else as Tokens() or BatchRows()"
+    )
 
 
 def join_tokens(parts: list[Tensor], dim: int, order: TokenOrder) -> Tensor:

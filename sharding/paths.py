@@ -106,6 +106,14 @@ class Rules(Generic[T]):
         glob = self.glob_of(path)
         return default if glob is None else self.values[glob]
 
+    def names(self, path: str) -> bool:
+        """True where the glob that decides about `path` is about it in particular: not made of `*` alone.
+
+        ValueError as in `glob_of`.
+        """
+        glob = self.glob_of(path)
+        return glob is not None and specificity(glob)[:2] != (0, 0)
+
     def require_used(self, paths: Iterable[str]) -> None:
         """ValueError that names a glob which matches none of `paths`, and the nearest of them."""
         known = list(paths)

@@ -21,7 +21,8 @@ class Plan:
     - `components`: globs over the paths of parameters ("encoders", "foundation.layers.*.moe") -> `Layout`.
     - `batch`: globs over the paths of the batch -> a rule (`Tokens`, `BatchRows`, `TokenIndices`, `Replicated`,
       `Offsets`). Without a match a leaf has one entry per token in dim 0, but for the offsets of `Documents`, which are
-      those of packs, and for what is called `key`, which all ranks see.
+      those of packs, and for what is called `key`, which all ranks see. Leaves that are named by no rule must have
+      equally many entries: what another one is, its rule must say (`Replicated()` for a table).
     - `link`: what a message costs, by which communication is bucketed and hidden.
 
     A glob names a leaf or a node and holds for all below it; the most specific decides (`ftrain.sharding.paths`).
@@ -122,6 +123,13 @@ class Plan:
         (BatchRows(dim=0), Tokens(dim=0))
         """
         return self._batch.find(path) or default_rule(path)
+
+    def names_batch_leaf(self, path: str) -> bool:
+        """True where a rule of the plan is about the batch's leaf at `path` in particular: not by `*` alone.
+
+        ValueError as in `batch_rule`.
+        """
+        return self._batch.names(path)
 
     def require_batch(self, paths: Iterable[str]) -> None:
         """ValueError that names a glob of `batch` which matches none of these paths, and the nearest of them."""

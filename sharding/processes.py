@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ftrain.sharding.joint_calls import joint_call
 from ftrain.sharding.mesh import BASE_AXES, EXPERT_AXES, Mesh, legal_sizes
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.private import group_timeout, has_group, make_dtensor, register_group
@@ -49,6 +50,7 @@ def same_everywhere(value: T, mesh: Mesh | None) -> T:
     """
     if mesh is None or mesh.kind != "process" or not dist.is_initialized():
         return value
+    joint_call("planned a step for new arguments")
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -63,6 +65,7 @@ def open_groups(mesh: Mesh, axes: Iterable[tuple[str, ...]]) -> None:
     for names in axes:
         group = mesh.group(*names)
         if not has_group(group.name):
+            joint_call("opened the groups of a step")
             members = [list(m) for m in mesh.members(*names)]
             mine, _ = dist.new_subgroups_by_enumeration(members, timeout=group_timeout())
             register_group(group.name, mine)
@@ -89,6 +92,7 @@ class DeviceMeshes:
         return mesh, [Replicate() for a in base if a not in split] + [Shard(s.dim) for s in placement.splits]
 
     def _make(self, dims: list[tuple[str, ...]]) -> DeviceMesh:
+        joint_call("divided arrays in a new way (step.init, step.shard or a restore)")
         sizes = [math.prod(self._mesh.axis_size(a) for a in axes) for axes in dims]
         ranks = torch.empty(sizes, dtype=torch.int64)
         for rank in range(self._mesh.size):

@@ -148,11 +148,11 @@ class Checkpointer:
         Raises:
             OSError, ValueError: of the file system or object store; on other ranks RuntimeError or ValueError.
         """
-        return of_main(self._ranks, lambda: ages.latest(self._store))
+        return of_main(self._ranks, lambda: ages.latest(self._store), "asked for the latest checkpoint")
 
     def steps(self) -> list[int]:
         """All committed steps, ascending; as `latest`, those that rank 0 sees, and with its errors."""
-        return of_main(self._ranks, self._store.steps)
+        return of_main(self._ranks, self._store.steps, "asked for the saved steps")
 
     def restore(
         self,
@@ -177,7 +177,7 @@ class Checkpointer:
         with expected_wait("a restore", seconds=PATIENCE):
             if self._ranks.world == 1:
                 return read.restore(abstract_state, self._store, step, plan=plan, partial=partial, donate=donate)
-            step, version = of_main(self._ranks, lambda: read.version_of(self._store, step))
+            step, version = of_main(self._ranks, lambda: read.version_of(self._store, step), "restored a checkpoint")
             error: BaseException | None = None
             try:
                 read.await_version(self._store, step, version, seconds=_SEEN_AFTER)
@@ -217,7 +217,7 @@ class Checkpointer:
                 raise
 
     def _save(self, state: Any, step: int, given: Mapping[str, float] | None, good: bool) -> bool:
-        round_number = self._ranks.next_round()
+        round_number = self._ranks.next_round(f"saved step {step}")
         self._writer.forget_waits()
         try:
             step, metrics = step_number(step), checked_metrics(given)

@@ -48,9 +48,11 @@ def wait_for_decision(ranks: Ranks, round_number: int, before_raising: Callable[
     return told["found"]
 
 
-def of_main(ranks: Ranks, function: Callable[[], Any]) -> Any:
-    """What `function` finds on rank 0, on all ranks; they call this together."""
-    round_number = ranks.next_round()
+def of_main(ranks: Ranks, function: Callable[[], Any], what: str) -> Any:
+    """What `function` finds on rank 0, on all ranks; they call this together. `what`: in words, see
+    `ftrain.sharding.joint_calls`.
+    """
+    round_number = ranks.next_round(what)
     return decide(ranks, round_number, function) if ranks.rank == 0 else wait_for_decision(ranks, round_number)
 
 
@@ -70,7 +72,7 @@ def all_done(ranks: Ranks, error: BaseException | None) -> None:
     """
     if ranks.world == 1:
         return
-    round_number = ranks.next_round()
+    round_number = ranks.next_round("ended a restore")
     if ranks.rank == 0:
         told = [Report() if error is None else Report.of(error)]
         told += [Report.parse(ranks.wait_for(round_number, "done", rank)) for rank in range(1, ranks.world)]

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ftrain.sharding.heartbeat import Heartbeat
+from ftrain.sharding.joint_calls import joint_call
 from ftrain.sharding.private import default_store
 
 _PATIENCE = 5.0
@@ -38,8 +39,13 @@ class Ranks:
         """
         return _Stored(timeout) if dist.is_initialized() and dist.get_world_size() > 1 else Ranks()
 
-    def next_round(self) -> int:
-        """The number of the next round, a save or a decision: each call of this is one on every rank."""
+    def next_round(self, what: str) -> int:
+        """The number of the next round, a save or a decision: each call of this is one on every rank.
+
+        `what`: the round in words, see `ftrain.sharding.joint_calls`.
+        """
+        if self.world > 1:
+            joint_call(what)
         self._round += 1
         return self._round
 

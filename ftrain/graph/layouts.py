@@ -149,3 +149,15 @@ def lies_as(value: Tensor, planned: Tensor) -> bool:
     """True for equal strides where they matter: not of dims of one element, nor of empty tensors. Shapes are equal."""
     pairs = zip(value.stride(), planned.stride(), planned.shape, strict=True)
     return planned.numel() == 0 or all(a == b or size == 1 for a, b, size in pairs)
+
+
+def lies_plainly(value: Tensor) -> bool:
+    """True for a tensor of any shape whose memory holds its values in rows: contiguous, and no lazy conjugate or
+    negative (`x.conj()`, the `imag` of one).
+    """
+    return value.is_contiguous() and not (value.is_conj() or value.is_neg())
+
+
+def laid_plainly(value: Tensor) -> Tensor:
+    """The tensor itself, of any shape, or a copy that lies plainly (see `lies_plainly`)."""
+    return value.resolve_conj().resolve_neg().contiguous()

@@ -127,18 +127,38 @@ def effect_of_op(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[
     schema = op._schema
     if schema.is_mutable or hidden_writes(op, args, kwargs):
         return Effect.WRITES
-    seeded = torch.Tag.nondeterministic_seeded in op.tags
-    if op.namespace in OURS and not seeded:
+    random = op_draws(op, args, kwargs)
+    if op.namespace in OURS and not random:
         return Effect.PURE
     if op.namespace not in ("aten", "prim", *OURS):
         return Effect.ANYTHING
     if "assert" in schema.name:
         return Effect.ANYTHING  # nobody reads it, and it must stay
-    if schema.name in _REPLAYED:
-        return Effect.PURE
-    if schema.name in RANDOM or seeded:
-        return Effect.RANDOM if _draws(op, args, kwargs) else Effect.PURE
-    return Effect.PURE
+    return Effect.RANDOM if random else Effect.PURE
+
+
+def draws(node: fx.Node) -> bool:
+    """True for a node that draws numbers from torch's generator, also one that writes them into an argument; of a loop
+    or a fused run, if an op in it does.
+    """
+    if is_loop(node):
+        return any(map(draws, loop_body(node).graph.nodes))
+    if is_fused(node):
+        return any(map(draws, fused_body(node).graph.nodes))
+    return isinstance(node.target, torch._ops.OpOverload) and op_draws(node.target, node.args, node.kwargs)
+
+
+def op_draws(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if an op draws from torch's generator with these arguments: attention whose dropout is 0 does not.
+
+    >>> import torch
+    >>> from ftrain.graph.op_effects import op_draws
+    >>> op_draws(torch.ops.aten.bernoulli_.float, (), {}), op_draws(torch.ops.aten.mul.Tensor, (), {})
+    (True, False)
+    """
+    name = op._schema.name
+    known = name in RANDOM or torch.Tag.nondeterministic_seeded in op.tags
+    return known and name not in _REPLAYED and _by_chance(op, args, kwargs)
 
 
 def hidden_writes(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.Node]:
@@ -168,7 +188,7 @@ def argument_reader(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: di
     return lambda name: given.get(name, defaults.get(name))
 
 
-def _draws(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _by_chance(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """False in evaluation, and for attention and recurrent layers whose dropout is 0."""
     name = op._schema.name.removeprefix("aten::")
     value = argument_reader(op, args, kwargs)

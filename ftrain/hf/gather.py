@@ -6,6 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ftrain.sharding.joint_calls import joint_call
+
 Leaves = Iterator[tuple[str, Tensor]]
 
 
@@ -21,6 +23,7 @@ def write_gathered(leaves: Mapping[str, Tensor], write: Callable[[Leaves], None]
     if not any(isinstance(leaf, DTensor) for leaf in leaves.values()):
         write(_whole(leaves))
         return
+    joint_call("gathered a state to write it")
     left, error = _whole(leaves), None
     if dist.get_rank() == 0:
         try:

@@ -176,8 +176,8 @@ class PlanFile:
 
 
 def load_plan(file: str | Path) -> PlanFile:
-    """Read what `PlanFile.save` wrote. ValueError names the file, and what is missing, unknown or out of range in
-    it.
+    """Read what `PlanFile.save` wrote. ValueError names the file, and what is missing, unknown or out of range in it,
+    or makes no plan together.
     """
     file = Path(file)
     try:
@@ -190,7 +190,9 @@ def load_plan(file: str | Path) -> PlanFile:
         raise ValueError(f"{file} is not a plan of version {_VERSION} with {', '.join(_KEYS)}; write a new one")
     check(data, _PLAN, str(file))
     try:
-        return _from_data(data)
+        found = _from_data(data)
+        found.plan(kind="fake")
+        return found
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

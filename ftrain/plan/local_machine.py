@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ftrain.analysis.cluster import Cluster, Efficiency
 from ftrain.analysis.hardware import device_bytes
 from ftrain.analysis.op_times import OpTimes, speed_of
+from ftrain.sharding.joint_calls import joint_call
 
 T = TypeVar("T")
 _ROUNDS = 5
@@ -76,6 +77,7 @@ def from_rank_zero(make: Callable[[], T]) -> T:
             box = [make(), None]
         except ValueError as error:
             box = [None, str(error)]
+    joint_call("asked rank 0 for a plan")
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise ValueError(box[1])

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.sharding.bits import hash_bits
+from ftrain.sharding.joint_calls import joint_call
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def check_replicas(state: Any) -> None:
     if not copied:
         return
     own = torch.stack([hash_bits(_held(leaf)) for _, leaf, _ in copied])
+    joint_call("compared the copies of a state")
     hashes_RL = _gather(own)
     differences = compare([path for path, _, _ in copied], hashes_RL, [groups for _, _, groups in copied])
     if differences:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ftrain.runtime.host_copy import HostCopy
 from ftrain.sharding import Mesh
 from ftrain.sharding.foreign_axes import FOREIGN
+from ftrain.sharding.joint_calls import joint_call
 
 T = TypeVar("T")
 
@@ -104,6 +105,7 @@ def any_rank(flag: bool) -> bool:
     """
     if not dist.is_initialized():
         return flag
+    joint_call("asked whether a flag is set on any rank")
     found = torch.tensor(int(flag))
     if dist.get_backend() == "nccl":
         found = found.cuda()
@@ -119,6 +121,7 @@ def asked_of_ranks(flag: Callable[[], bool]) -> Callable[[], bool]:
     """
     if not (dist.is_initialized() and dist.get_backend() == "nccl"):
         return lambda: any_rank(flag())
+    joint_call("asked whether a flag is set on any rank")
     found = torch.full((), int(flag()), device="cuda")
     dist.all_reduce(found, dist.ReduceOp.MAX)
     answer = HostCopy(found)
@@ -131,6 +134,7 @@ def of_main(value: T) -> T:
     """
     if not dist.is_initialized():
         return value
+    joint_call("asked for the main process's value")
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

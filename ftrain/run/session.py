@@ -28,10 +28,11 @@ from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.checkpoint.retention import KEEP_ALL
 from ftrain.resilience.signals import EXIT_RESUMABLE, SIGNALS, StopRequest
 from ftrain.resilience.watchdog import Watchdog
-from ftrain.run.peers import PeerRanks
+from ftrain.run.peers import PeerRanks, began_step
 from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, open_mesh
 from ftrain.sharding import Layout, Mesh, Plan
 from ftrain.sharding.batch import BatchRule
+from ftrain.sharding.joint_calls import joint_call
 from ftrain.step.mesh_arguments import MeshArguments
 from ftrain.trace.spmd import Placements
 
@@ -52,6 +53,8 @@ class Run:
         self.stopping = self.is_last = False
         self._opened, self._watchdog = opened, watchdog
         self._plans: list[Plan] = []
+        self._without_rules = Plan(mesh)
+        self._shares: dict[Plan, MeshArguments] = {}
         self._stop, self._stepping = StopRequest(), False
 
     @property
@@ -82,16 +85,19 @@ class Run:
         """This process's share of the whole mesh's batch, on `device`; all of it where it is the only process.
 
         `plan`: by whose rules the batch is divided. Default: the one that `run.plan` made, or a plan without rules
-        before. ValueError where it made several, and for a batch that does not divide.
+        before. Its rules must match the first batch; of a later one a modality may be absent. ValueError where
+        `run.plan` made several, for a rule that matches nothing, and for a batch that does not divide.
         """
         if plan is None:
             if len(self._plans) > 1:
                 raise ValueError(
                     f"run.share: run.plan made {len(self._plans)} plans; say which: share(batch, plan=...)"
                 )
-            plan = self._plans[0] if self._plans else Plan(self.mesh)
+            plan = self._plans[0] if self._plans else self._without_rules
+        if plan not in self._shares:
+            self._shares[plan] = MeshArguments(plan, Placements(plan), "batch")
         leaves, treedef = tree.flatten(batch)
-        own = MeshArguments(plan, Placements(plan), "batch").share(tree.paths(batch), leaves)
+        own = self._shares[plan].share(tree.paths(batch), leaves)
         moved = [leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in own]
         return tree.unflatten(treedef, moved)
 
@@ -114,6 +120,7 @@ class Run:
         self._stepping = True
         try:
             for number in range(done + 1, last + 1):
+                joint_call(began_step(number))
                 self.stopping = self.stopping or asked()
                 self.is_last = self.stopping or number == last
                 asked = asked_of_ranks(lambda: self._stop.requested)
@@ -150,8 +157,9 @@ def session(
     Under torchrun each process is a rank. Alone, this process is the only one, or with `kind="virtual"` all of them in
     lockstep. When the block ends, all ranks leave it together. Where one raises, it keeps its error, and the others end
     with its message and exit code 1, wherever they wait. A signal ends `run.steps` on all ranks, and the block then
-    raises SystemExit with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at once. After a failure,
-    saves that were in progress may be lost; the last complete one is kept.
+    raises SystemExit with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at once. Where ranks wait
+    for each other since one has left the block, skipped a step or saved alone, all end with exit code 1 and say so.
+    After a failure, saves that were in progress may be lost; the last complete one is kept.
 
     - `replicate`, `shard`, `sequence`, `expert`: sizes of the mesh (`ftrain.Mesh`); `shard=None` takes all the ranks
       that the others leave.
@@ -184,6 +192,7 @@ def session(
             run = Run(mesh, where, opened, watchdog)
             before = {number: signal.signal(number, run._receive) for number in SIGNALS}
             yield run
+            joint_call("left the session")
             interrupted = run.stopping and any_rank(run._stop.signal == signal.SIGINT)
             opened.close()
             peers.finished()

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftrain import tree
+from ftrain.graph.layouts import laid_plainly
 from ftrain.remat.policy import Remat
 from ftrain.runtime.borrow import plain_leaves
 from ftrain.runtime.execute import require_backend
+from ftrain.sharding.joint_calls import joint_call
 from ftrain.sharding.plan import Plan
 from ftrain.step.artifact import Compiled
 from ftrain.step.compile import name_of
@@ -241,7 +243,7 @@ class Step:
             leaves = sharded.flat_inputs(runner, leaves)
         donated = runner.compiled.donation.outputs
         arrays = [leaf for leaf in leaves if is_array(leaf)]
-        return [x.clone() if i in donated else x.contiguous() for i, x in enumerate(arrays)]
+        return [x.clone() if i in donated else laid_plainly(x) for i, x in enumerate(arrays)]
 
     def rank_inputs(self, *args: Any) -> list[list[Tensor]]:
         """The flat inputs of the graph of each rank that this process runs: all ranks of a virtual mesh, elsewhere one.
@@ -303,6 +305,8 @@ class Step:
         """The state with whole tensors on every process; elsewhere than on a mesh of processes the state itself. All
         processes call this together, since pieces are gathered.
         """
+        if any(isinstance(leaf, DTensor) for leaf in tree.leaves(state)):
+            joint_call("gathered a state (step.whole)")
         return tree.map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state)
 
     def share(self, batch: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ftrain.graph.collectives import groups_of
 from ftrain.runtime.donation import DONATED_PATH, DonatedDTensor, give_away
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.private import dtensor_like, local_of, set_local, spec_of
@@ -31,11 +32,14 @@ class MeshCall:
     """What a rank remembers of the last call of a compiled step.
 
     `wrap(piece, placement)` makes the DTensor of a padded piece. `coordinates_3`: int64[3], the rank's coordinates, the
-    last input of its graph.
+    last input of its graph. `meets_others`: whether the graph has collectives; `words`: of its calls, see
+    `ftrain.sharding.joint_calls`.
     """
 
     def __init__(self, compiled: Compiled, wrap: Callable[[Tensor, Placement], Tensor], coordinates_3: Tensor) -> None:
         self._compiled, self._wrap, self._coordinates_3 = compiled, wrap, coordinates_3
+        self.meets_others = bool(groups_of(compiled.graph))
+        self.words = f"called the step {compiled.name}"
         donation, placements = compiled.donation, compiled.placements
         written = set(donation.outputs.values())
         self._kept = [p for i, p in enumerate(placements) if i not in written]

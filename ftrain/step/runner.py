@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ftrain.analysis.cuda_allocator import warn_without_expandable_segments
 from ftrain.graph.failing_node import failing_node
-from ftrain.graph.layouts import LayoutCheck
+from ftrain.graph.layouts import LayoutCheck, lies_plainly
 from ftrain.graph.loop import copy_graph
 from ftrain.graph.writes import has_written, written_inputs
 from ftrain.report.out_of_memory import explained, is_out_of_memory
@@ -109,7 +109,7 @@ class Runner:
         donation = self.compiled.donation
         if self._program is None:
             self._program = self._start(tensors)
-        contiguous = guard_passed or all(map(Tensor.is_contiguous, tensors))
+        contiguous = guard_passed or all(map(lies_plainly, tensors))
         inputs = tensors
         if donation.outputs and not (contiguous and self._holders.known_unshared(tensors)):
             self._shared_memory.require_none(tensors, contiguous=contiguous)

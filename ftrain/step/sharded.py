@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ftrain import tree
 from ftrain.graph.collectives import groups_of
-from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.graph.op_effects import draws
 from ftrain.graph.torch_private import storage_id
 from ftrain.kernels.mean import Mean
 from ftrain.kernels.primitive import bind
@@ -24,6 +24,7 @@ from ftrain.runtime.half_new import mark_half_new
 from ftrain.runtime.lost_rank import naming_lost_ranks
 from ftrain.sharding.copies import Held, compare_processes
 from ftrain.sharding.heartbeat import Heartbeat
+from ftrain.sharding.joint_calls import joint_call
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.plan import Plan
 from ftrain.sharding.private import local_of
@@ -33,6 +34,7 @@ from ftrain.step.mesh_arguments import COORDINATES, MeshArguments
 from ftrain.step.mesh_call import MeshCall
 from ftrain.step.process_arrays import ProcessArrays
 from ftrain.step.runner import Runner
+from ftrain.trace.grad import require_tensors
 from ftrain.trace.own_counts import require_own_counts
 from ftrain.trace.piece_sizes import ArraySizes
 from ftrain.trace.refusals import explain_mesh_sizes
@@ -94,8 +96,11 @@ class ShardedStep:
             with tracing_rank(trace, coordinates_3), bind(bindings(trace)), explain_mesh_sizes(self.plan.mesh.size):
                 with ArraySizes(trace) as sizes:
                     result = fn(*own)
+                means = [x for x in tree.flatten_until(result, Mean)[0] if isinstance(x, Mean)]
+                for mean in means:
+                    require_tensors(mean)
                 sizes.arrays.copies.require_no_lost_writes(result)
-                require_own_counts(x for x in tree.flatten_until(result, Mean)[0] if isinstance(x, Mean))
+                require_own_counts(means)
                 return reduce_means(sizes.arrays.results(result, self.placements.of_whole), trace)
 
         local.__name__ = getattr(fn, "__name__", "step")
@@ -211,7 +216,11 @@ class ShardedStep:
 
     def _run_process(self, runner: Runner, leaves: list[Any], inputs: list[Any], *, guard_passed: bool = False) -> Any:
         compiled = runner.compiled
-        if runner not in self._compared and self.plan.mesh.size > 1:
+        call = self._calls[runner]
+        first = runner not in self._compared and self.plan.mesh.size > 1
+        if first or call.meets_others:
+            joint_call(call.words)
+        if first:
             self._compared.add(runner)
             self._compare(compiled.signature.paths, inputs)
         begun: list[bool] = []
@@ -224,8 +233,8 @@ class ShardedStep:
                     guard_passed=guard_passed,
                     own_references=lambda slot: _references(leaves[places[slot]], tensors[slot]),
                 )
-            results = self._calls[runner].results(leaves, used, outputs)
-            if self._calls[runner].renewed:
+            results = call.results(leaves, used, outputs)
+            if call.renewed:
                 runner.forget_holders()
         except BaseException as error:
             if begun:
@@ -295,7 +304,7 @@ def _references(leaf: Any, piece: Tensor) -> int | None:
 def _misread(path: str, cause: fx.Node) -> str:
     """The message for a result that depends on one rank's piece."""
     name = str(cause.target).removeprefix("aten.").removesuffix(".default")
-    if effect_of(cause) is Effect.RANDOM:
+    if draws(cause):
         return (
             f"result {path!r} is not what one device computes: {name} at {cause.meta.get('source')} draws with torch's "
             "own generator, on each rank other numbers: draw with a key (ftrain.kernels.pack.draw_over_batch for "

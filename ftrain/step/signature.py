@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftrain.graph.layouts import lies_plainly
 from ftrain.step.leaf_guard import guard_like
 from ftrain.trace.tracer import Aval, is_array
 
@@ -51,7 +52,7 @@ class Signature:
         )
 
     def matches_fast(self, leaves: list[Any], treedef: Any, around: tuple[Any, ...] | None) -> bool:
-        """True if arguments like these were learned before: they match, and all tensors are contiguous. Arguments as
+        """True if arguments like these were learned before: they match, and all tensors lie plainly. Arguments as
         for `matches`.
         """
         if self._guard is None or around != self.around or treedef != self.treedef or not self._same_statics(leaves):
@@ -59,8 +60,8 @@ class Signature:
         return self._guard(*self.tensors(leaves))
 
     def learn(self, tensors: Sequence[Tensor]) -> None:
-        """Accept arguments like these by `matches_fast` from now on, if all tensors (of any shapes) are contiguous."""
-        self._guard = guard_like(tensors) if all(map(Tensor.is_contiguous, tensors)) else None
+        """Accept arguments like these by `matches_fast` from now on, if all tensors, of any shapes, lie plainly."""
+        self._guard = guard_like(tensors) if all(map(lies_plainly, tensors)) else None
 
     def tensors(self, leaves: list[Any]) -> list[Any]:
         """The leaves that are tensors."""

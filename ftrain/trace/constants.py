@@ -42,14 +42,17 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
 
 
 def _fake_of(constant: Tensor, memory: dict[int, Tensor]) -> Tensor:
-    """A fake tensor with the constant's shape, strides and offset in the fake memory of the constant's storage."""
+    """A fake tensor with the constant's shape, strides and offset, in the fake memory of the constant's storage; a lazy
+    conjugate of a lazy conjugate.
+    """
     storage = constant.untyped_storage()
     key = storage_id(constant)
     if key not in memory:
         memory[key] = torch.empty(storage.nbytes(), dtype=torch.uint8, device=constant.device)
     size = constant.element_size()
     typed = memory[key][: storage.nbytes() // size * size].view(constant.dtype)
-    return typed.as_strided(constant.shape, constant.stride(), constant.storage_offset())
+    found = typed.as_strided(constant.shape, constant.stride(), constant.storage_offset())
+    return found.conj() if constant.is_conj() else found
 
 
 def _looks_at(node: fx.Node, moved: set[fx.Node]) -> bool:

@@ -17,6 +17,8 @@ from ftrain.graph.torch_private import (
     wrap_functional,
 )
 from ftrain.trace.fills import FILLS_LIKE, fill_as_eager, note_fill
+from ftrain.trace.layout_reads import MADE_CONTIGUOUS
+from ftrain.trace.list_writes import split_list_writes
 from ftrain.trace.open_writes import open_writes
 from ftrain.trace.overlapping_writes import settle_overlapping_writes
 from ftrain.trace.preview import strip_preview
@@ -54,6 +56,9 @@ def functionalize(
     culprits = mutating_nodes(module)
     if not culprits:
         return module
+    _require_own_ops(culprits)
+    split_list_writes(module, culprits)
+    culprits = mutating_nodes(module)
     settle_overlapping_writes(culprits)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta["val"] for n in placeholders]
@@ -72,6 +77,18 @@ def functionalize(
         )
     fill_as_eager(pure)
     return pure
+
+
+def _require_own_ops(culprits: Sequence[fx.Node]) -> None:
+    """ValueError, with the user's line, for an op that torch.library knows to write and that has no pure form."""
+    for node in culprits:
+        op = node.target
+        if isinstance(op, torch._ops.OpOverload) and op.namespace not in ("aten", "prims"):
+            written = ", ".join(a.name for a in op._schema.arguments if a.is_write)
+            raise ValueError(
+                f"{node.meta.get('source')}: {op._schema.name} writes into its argument {written} (mutates_args), and "
+                "a step makes new values: let the op return what it writes, with mutates_args=()"
+            )
 
 
 def _paths_in_body(loop: fx.Node, input_paths: list[str]) -> list[str]:
@@ -140,7 +157,8 @@ class _KeepMeta(fx.Interpreter):
             for node in left:
                 _hand_on(n, node, ("source", "phase", "seq_nr", "purpose", "filled", FILLS_LIKE))
             if left:  # the others regenerate views of the written tensor
-                _hand_on(n, next((m for m in left if m.target == n.target), left[0]), ("spread", "spread_if_clean"))
+                same = next((m for m in left if m.target == n.target), left[0])
+                _hand_on(n, same, ("spread", "spread_if_clean", MADE_CONTIGUOUS))
         return out
 
     def _refuse_writes_to_captured(self, n: fx.Node) -> None:

@@ -171,6 +171,7 @@ def loss_value(loss: Any) -> Tensor:
     ValueError for anything else.
     """
     if isinstance(loss, Mean | WeightedSum):
+        require_tensors(loss)
         require_own_counts(loss.terms if isinstance(loss, WeightedSum) else [loss])
         with summing_totals():
             return loss.value()
@@ -178,6 +179,19 @@ def loss_value(loss: Any) -> Tensor:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the loss must be a scalar tensor, a Mean or a WeightedSum, not {what}: return loss.sum()?")
     return loss
+
+
+def require_tensors(loss: Mean | WeightedSum) -> None:
+    """ValueError for a `Mean` of Python numbers, and for a term of a `WeightedSum` that is no `Mean`."""
+    for mean in (loss,) if isinstance(loss, Mean) else loss.terms:
+        parts = zip(mean._fields, mean, strict=True) if isinstance(mean, Mean) else [("", mean)]
+        for name, part in parts:
+            if not isinstance(part, Tensor) or not name:
+                what = f"Mean({name}={part!r})" if name else f"a term {part!r} of a weighted sum"
+                raise ValueError(
+                    f"{user_source()}: {what} is {type(part).__name__}: a Mean has 0-d tensors, e.g. "
+                    "Mean(total, torch.tensor(8.0)) or Mean.of(values)"
+                )
 
 
 def _require_mean(loss: Any) -> None:

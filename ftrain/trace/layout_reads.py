@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ftrain.graph.source import is_users
 from ftrain.graph.torch_private import node_of, tracing_graph
+
+MADE_CONTIGUOUS = "made_contiguous"
+"""The key of `node.meta` that is set for results of the user's `x.contiguous()`, which a trace returns as it is."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class LayoutReads(TorchFunctionMode):
     ) -> Any:
         """Run the function, and record it if it is a layout query."""
         answer = func(*args, **(kwargs or {}))
+        if func is Tensor.contiguous and answer is args[0] and _means_rows(args, kwargs or {}):
+            return _made_contiguous(answer)
         if func in _QUESTIONS and args:
             frame = sys._getframe(1)
             if is_users(frame.f_code.co_filename):
@@ -66,6 +72,27 @@ class LayoutReads(TorchFunctionMode):
             return
         self.graph, new = part_of(graph, nodes)
         self.found = [LayoutRead(r.ask, r.answer, r.what, new.get(r.node) if r.node else None) for r in self.found]
+
+
+def is_made_contiguous(node: fx.Node) -> bool:
+    """True for a node that stands for a result of the user's `x.contiguous()`: it is contiguous, however `x` lies."""
+    return bool(node.meta.get(MADE_CONTIGUOUS))
+
+
+def _means_rows(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    formats = [*args[1:], *kwargs.values()]
+    return all(each is torch.contiguous_format for each in formats)
+
+
+def _made_contiguous(tensor: Tensor) -> Tensor:
+    """An alias of a contiguous tensor of the trace, whose node is marked; a tensor of no trace itself."""
+    if node_of(tensor) is None:
+        return tensor
+    made = torch.ops.aten.alias.default(tensor)
+    node = node_of(made)
+    if node is not None:
+        node.meta[MADE_CONTIGUOUS] = True
+    return made
 
 
 _QUESTIONS: set[Callable[..., Any]] = {Tensor.stride, Tensor.is_contiguous}

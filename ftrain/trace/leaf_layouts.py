@@ -15,10 +15,10 @@ from torch import Tensor, fx
 
 from ftrain.graph.layouts import lies_as
 from ftrain.graph.loop import is_loop, loop_body
-from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.graph.op_effects import draws
 from ftrain.graph.sizes import has_static_layout
 from ftrain.graph.torch_private import fake_mode_of, paused_trace
-from ftrain.trace.layout_reads import LayoutReads, part_of
+from ftrain.trace.layout_reads import LayoutReads, is_made_contiguous, part_of
 
 _aten = torch.ops.aten
 _BY_STRIDES = (_aten.as_strided.default, _aten.as_strided_copy.default, _aten.as_strided_scatter.default)
@@ -78,6 +78,8 @@ class LeafLayouts:
             for node in graph.nodes:
                 if node.op != "call_function" or not any(n in found for n in node.all_input_nodes):
                     continue
+                if is_made_contiguous(node):
+                    continue
                 value = _recomputed(node, found)
                 if value is not None and not _same_layout(value, node.meta["val"]):
                     found[node] = value
@@ -103,7 +105,7 @@ def _depends_on_layout(node: fx.Node) -> bool:
         return any(map(_depends_on_layout, loop_body(node).graph.nodes))
     if node.kwargs.get("memory_format") is torch.contiguous_format:  # the result is contiguous in any case
         return False
-    return node.op == "call_function" and (node.target in _BY_STRIDES or effect_of(node) is Effect.RANDOM)
+    return node.op == "call_function" and (node.target in _BY_STRIDES or draws(node))
 
 
 def _first_that_depends(op: fx.Node, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:

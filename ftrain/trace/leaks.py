@@ -83,7 +83,9 @@ class Modules:
                     raise ValueError(_state(module, name, "a list that grows", what="items"))
 
     def changed(self) -> list[tuple[nn.Module, str, Any]]:
-        """The attributes with plain values that the step has changed: module, name, and the value before."""
+        """The attributes with plain values that the step has changed or added: module, name, and the value before (None
+        for one that was added).
+        """
         found = []
         for module, (attributes, inside) in self._found.items():
             now = vars(module)
@@ -91,7 +93,13 @@ class Modules:
                 before, after = inside.get(name, value), now.get(name)
                 if name not in _REGISTRIES and _are_plain(before, after) and comparable(before) != comparable(after):
                     found.append((module, name, before))
+            found += [(module, name, None) for name in _added(now, attributes)]
         return found
+
+    def changed_beside_caches(self) -> list[tuple[nn.Module, str]]:
+        """Those of `changed` that `restore` takes back, since their modules hold tensors of the trace as well."""
+        holders = {module for module in self._found if any(_holds_fake(v, 2) for v in vars(module).values())}
+        return [(m, name) for m, name, _ in self.changed() if m in holders and not _holds_fake(vars(m).get(name), 2)]
 
     def restore(self) -> None:
         """Restore the recorded attributes of each module that holds a tensor of a trace."""
@@ -104,10 +112,18 @@ class Modules:
                     _without_fakes(now[name])
                 else:
                     del now[name]
+            for name in _added(now, attributes):
+                del now[name]
             for name, value in attributes.items():
                 now[name] = value
                 if name in inside and not _same_items(value, inside[name]):
                     _refill(value, inside[name])
+
+
+def _added(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """The names of a module's attributes with plain values, and no tensor of a trace, that it did not have before."""
+    new = {name: value for name, value in now.items() if name not in before and name not in _REGISTRIES}
+    return [name for name, value in new.items() if is_plain(value) and not _holds_fake(value, 2)]
 
 
 def _without_fakes(tensors: dict[str, Any]) -> None:

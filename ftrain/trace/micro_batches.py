@@ -26,7 +26,16 @@ from ftrain.kernels.opaque import opaque_op
 from ftrain.kernels.pack import draw_over_batch, pack_tokens
 from ftrain.kernels.primitive import bind
 from ftrain.kernels.random import Window
-from ftrain.sharding.batch import BatchRows, BatchRule, Offsets, Replicated, TokenIndices, Tokens, default_rule
+from ftrain.sharding.batch import (
+    BatchRows,
+    BatchRule,
+    Offsets,
+    Replicated,
+    TokenIndices,
+    Tokens,
+    default_rule,
+    require_alike,
+)
 from ftrain.sharding.collectives import gather_pieces
 from ftrain.sharding.exchange import draw_over_batch_sharded
 from ftrain.sharding.paths import Rules
@@ -76,7 +85,8 @@ def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxy
     A leaf follows the first rule that exists: in `rules` (by globs over paths), in the plan of the current trace, or
     the default: 0-d leaves and keys are the same in every micro-batch, others are divided along dim 0.
 
-    ValueError, with the path, for a leaf that does not divide, for a rule that matches no leaf, and for a batch without
+    ValueError, with the path, for a leaf that does not divide, for one without a rule that has another number of
+    entries than the others, for a rule that matches no leaf, and for a batch without
     a divided leaf. When the step runs, a document that would be cut in two is a ValueError on a CPU, and an assertion
     on the device on CUDA.
     """
@@ -85,6 +95,8 @@ def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxy
     paths, leaves = tree.paths(batch), tree.leaves(batch)
     own.require_used(paths)
     found = [_rule(path, leaf, own, trace) for path, leaf in zip(paths, leaves, strict=True)]
+    if trace is None:
+        require_alike(_unnamed(paths, leaves, found, own), paths, rules=own.of)
     cut = _Division(count, _tokens(leaves, found), trace)
     made = [cut.leaf(path, leaf, rule) for path, leaf, rule in zip(paths, leaves, found, strict=True)]
     treedef = tree.flatten(_with_bound(batch, cut.tokens // count * cut.ranks))[1]
@@ -135,6 +147,17 @@ class _RowNote(NamedTuple):
 
 def _without_first_dim(rule: BatchRule) -> BatchRule:
     return replace(rule, dim=rule.dim - 1) if isinstance(rule, Tokens | BatchRows) and rule.dim else rule
+
+
+def _unnamed(
+    paths: Sequence[str], leaves: Sequence[Any], rules: Sequence[BatchRule], own: Rules[BatchRule]
+) -> dict[str, int]:
+    """The entries of the divided leaves about which no rule says anything in particular."""
+    return {
+        path: int(leaf.shape[rule.dim])
+        for path, leaf, rule in zip(paths, leaves, rules, strict=True)
+        if isinstance(rule, Tokens | BatchRows) and leaf.dim() > rule.dim and not own.names(path)
+    }
 
 
 def _tokens(leaves: Sequence[Any], rules: Sequence[BatchRule]) -> int:

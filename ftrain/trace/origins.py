@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ftrain.graph.op_effects import draws
 from ftrain.graph.torch_private import storage_id
 
 
@@ -25,9 +26,8 @@ class Origins:
 
     def note(self, op: Any, nodes: Sequence[fx.Node], out: Any) -> None:
         """Record that `op` has created these nodes, in this order, and returned `out`."""
-        random = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
         for node in nodes:
-            if random or any(n.op == "placeholder" or n in self._nodes for n in node.all_input_nodes):
+            if draws(node) or any(n.op == "placeholder" or n in self._nodes for n in node.all_input_nodes):
                 self._nodes.add(node)
         if nodes[-1] not in self._nodes:
             return

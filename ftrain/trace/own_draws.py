@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ftrain.graph.op_effects import op_draws
 from ftrain.graph.source import SourceLine, user_source
 from ftrain.graph.torch_private import real_draw, real_state
 from ftrain.trace.refusals import Untraceable
@@ -136,7 +137,7 @@ class TorchDraws:
         Untraceable, a ValueError, with the user's line, for a random op with a `torch.Generator`, and for one after the
         step has changed the state of the default generator.
         """
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if not (isinstance(func, torch._ops.OpOverload) and op_draws(func, tuple(args), dict(kwargs))):
             return
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Generator):

@@ -6,7 +6,7 @@
 from torch import fx
 
 from ftrain.graph.loop import is_preview, loop_body
-from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.graph.op_effects import draws
 
 
 def strip_preview(loop: fx.Node) -> None:
@@ -20,7 +20,7 @@ def strip_preview(loop: fx.Node) -> None:
     body = loop_body(loop)
     body.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     body.recompile()
-    drawing = [n for n in body.graph.nodes if effect_of(n) is Effect.RANDOM]
+    drawing = [n for n in body.graph.nodes if draws(n)]
     if drawing:
         raise ValueError(
             f"{drawing[0].meta.get('source')}: a count of an accumulated loss, or what it sums over the batch, depends "

@@ -65,6 +65,12 @@ _COMPILED = (
     "calls a function that torch.compile made, which cannot be traced: call the plain function (a compiled module's "
     "_orig_mod); ftrain.jit(backend='inductor') compiles the whole step"
 )
+_FORWARD_MODE = (
+    "differentiates a vmap over torch.func.hessian or jacfwd, which torch cannot trace: take "
+    "torch.func.jacrev(torch.func.grad(f)) in the place of the hessian"
+)
+_TWO_DEVICES = ("at least two devices, meta and", "two different devices meta, ")
+"""Of torch 2.13 and 2.11."""
 _SPARSE = "uses a sparse tensor, which a traced step cannot hold: use sparse=False, or to_dense()"
 _UNKNOWN_OP = "calls {what}, for which torch has no shape rule, so it cannot be traced: register one (register_fake)"
 
@@ -229,6 +235,8 @@ def _reason(error: Exception, asked: str | None = None) -> str | None:
         return _NUMPY.format(what=asked or "x.numpy()")
     if "torch.storage.UntypedStorage" in words:
         return _STORAGE.format(what=asked or "x.untyped_storage()")
+    if any(each in words for each in _TWO_DEVICES) and _in_a_transform(error.__traceback__):
+        return _FORWARD_MODE
     if "Cannot swap t" in words:
         return _EXCHANGED.format(what=asked or "swap_tensors")
     if "dynamo-optimized function" in words:
@@ -248,6 +256,16 @@ def _was_in(error: Exception, function: str) -> bool:
     while trace is not None and trace.tb_frame.f_code.co_name != function:
         trace = trace.tb_next
     return trace is not None
+
+
+def _in_a_transform(trace: TracebackType | None) -> bool:
+    """True for an error that went through a transform of `torch.func`, or torch's backward of one."""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "_functorch" in code.co_filename or code.co_name == "_engine_run_backward":
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _asked(error: Exception) -> str:

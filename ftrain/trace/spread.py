@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from ftrain.graph.loop import is_loop, loop_body
-from ftrain.graph.op_effects import Effect, effect_of
+from ftrain.graph.op_effects import draws
 from ftrain.sharding.collectives import gather_ranks
 from ftrain.sharding.mesh import BASE_AXES, Mesh
 from ftrain.sharding.placement import Placement, Split
@@ -208,7 +208,7 @@ class Spreads:
         target = node.target
         if target in CONSTANTS:
             return _constant(node, parents)
-        if effect_of(node) is Effect.RANDOM:
+        if draws(node):
             return Spread(self.everywhere, cause=node if self.everywhere else None)
         if target is torch.ops.ftrain.philox.default:
             value = tensor_of(node)

@@ -14,10 +14,12 @@ from torch import Tensor, fx, nn
 
 from ftrain import tree
 from ftrain.graph.absent_device import absent_device, choosing_for, put_on, traceable
+from ftrain.graph.layouts import laid_plainly
 from ftrain.graph.torch_private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
 from ftrain.trace.ambient import tracing_modes
 from ftrain.trace.captured import captured_name, captured_tensors, require_untrained
 from ftrain.trace.constants import share_memory_of_constants
+from ftrain.trace.counters import require_no_lost_counters
 from ftrain.trace.functionalize import functionalize
 from ftrain.trace.layout_reads import LayoutReads
 from ftrain.trace.leaf_layouts import LeafLayouts
@@ -83,12 +85,13 @@ class Traced:
     """The user's name of a captured tensor, for messages."""
 
     def contiguous(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """The leaves as contiguous tensors, in the order of `input_paths`; those that are not contiguous are copied.
+        """The leaves as contiguous tensors, in the order of `input_paths`; those that are not contiguous are copied,
+        and so are lazy conjugates and negatives.
 
         ValueError, with leaf and line, if the results depend on the layout of a leaf that is not contiguous.
         """
         self.layouts.require_same_results(leaves)
-        return [leaf.contiguous() for leaf in leaves]
+        return [laid_plainly(leaf) for leaf in leaves]
 
     def assemble(self, tensors: Sequence[Tensor]) -> Any:
         """The function's result, from the flat outputs of the graph and the leaves that are not tensors."""
@@ -140,7 +143,9 @@ def trace(
         filled = list(leaves)
         for i, tensor in zip(slots, tensors, strict=True):
             filled[i] = tensor
-        out = function(*tree.unflatten(treedef, filled))
+        run = lambda: function(*tree.unflatten(treedef, filled))  # noqa: E731
+        out = run()
+        require_no_lost_counters(modules, reads, run)
         reads.settle()
         out_leaves, out_tree = tree.flatten(out)
         result.append(_Result.of(out_leaves, out_tree, tree.paths(out)))

@@ -111,7 +111,8 @@ def diffusion(*, told: bool = True) -> Model:
         flow = dit.flow_loss(dit.apply(params, x, cfg=cfg, **given), data, noise)
         return flow, {"flow": flow}
 
-    return Model(specs, loss, lambda packs: _latents(packs, told), {"positions_AN": Tokens(1)})
+    rules = {"positions_AN": Tokens(1), "text_SC": Tokens(), **({} if told else {"text_segments_S": Tokens()})}
+    return Model(specs, loss, lambda packs: _latents(packs, told), rules)
 
 
 def _latents(packs: int, told: bool) -> dict[str, Any]:

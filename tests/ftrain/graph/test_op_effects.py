@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 
-from ftrain.graph.op_effects import HIDDEN_WRITES, Effect, effect_of, effect_of_op, hidden_writes
+from ftrain.graph.op_effects import HIDDEN_WRITES, Effect, effect_of, effect_of_op, hidden_writes, op_draws
 from ftrain.graph.writes import written_arguments
 from tests.helpers.graphs import graph_of
 
@@ -78,6 +78,19 @@ def test_a_forward_that_moves_its_statistics_is_known():
 )
 def test_arguments_decide_where_they_do(op, given, effect):
     assert effect_of_op(op, arguments(op, **given), {}) is effect
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "random"),
+    [
+        (aten.bernoulli_.float, {}, True),
+        (aten._scaled_dot_product_flash_attention.default, {"dropout_p": 0.0}, False),
+        (aten.native_dropout_backward.default, {}, False),  # from the mask of the forward
+        (aten.add_.Tensor, {}, False),
+    ],
+)
+def test_what_draws_is_asked_beside_what_writes(op, given, random):
+    assert op_draws(op, arguments(op, **given), {}) is random
 
 
 @torch.library.custom_op("effects_test::twice", mutates_args=())

@@ -153,6 +153,10 @@ def test_a_plan_is_written_and_read(result, tmp_path):
             lambda d: d["link"].update(bandwidth=math.nan),
             "plan.json: link.bandwidth is nan, not a number",
         ),
+        (
+            lambda d: d["layout"].update(replicate=1, shard=1, sequence=1, expert=2),
+            "plan.json: Mesh: expert=2 does not divide shard",
+        ),
         (lambda d: d["batch"].update({"*" * 3000: {"kind": "same"}}), "a name in batch is .* at most 256 characters"),
     ],
 )

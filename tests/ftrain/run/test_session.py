@@ -13,7 +13,7 @@ import torch
 import ftrain
 from ftrain import Mean, TrainState, checkpoint, optim
 from ftrain.modules import spec
-from ftrain.sharding import Replicated
+from ftrain.sharding import BatchRows, Replicated
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -121,6 +121,16 @@ def test_mistakes_say_what_to_do(monkeypatch):
         pass
 
 
+def test_a_later_batch_may_lack_a_modality_but_a_rule_must_match_the_first():
+    text, images = {"tokens": torch.arange(8)}, {"images": torch.ones(2, 3)}
+    with ftrain.run.session(device="cpu") as run:
+        run.plan(batch={"images": BatchRows()})
+        assert set(run.share({**text, **images})) == {"tokens", "images"}
+        assert set(run.share(text)) == {"tokens"}
+        with pytest.raises(ValueError, match=r"'image'.*nearest"):
+            run.share(text, plan=run.plan(batch={"image": BatchRows()}))
+
+
 FAILS = """
 import sys, time, torch, torch.distributed as dist, ftrain
 with ftrain.run.session(device="cpu", timeout=120) as run:
@@ -145,9 +155,10 @@ def test_when_one_rank_fails_the_others_end_with_its_message(tmp_path, waits):
 
 
 WAITS = """
-import time, ftrain
+import time, torch, ftrain
 with ftrain.run.session(device="cpu", timeout=120) as run:
     if run.rank == 1:
+        run.share({"x": torch.ones(8)})  # takes no other rank
         time.sleep(4)
     print("rank", run.rank, "is done", flush=True)
 print("rank", run.rank, "left", flush=True)
@@ -161,3 +172,43 @@ def test_ranks_leave_the_block_together(tmp_path):
     assert job.returncode == 0, job.stderr[-3000:]
     lines = job.stdout.split("\n")
     assert max(lines.index(f"rank {r} is done") for r in (0, 1)) < min(lines.index(f"rank {r} left") for r in (0, 1))
+
+
+PARTS = """
+import sys, torch, ftrain
+from ftrain import Mean
+how, folder = sys.argv[1:]
+def loss(batch):
+    return ftrain.forward(lambda b: Mean.of(b["x"]))(batch)
+with ftrain.run.session(device="cpu", timeout=90) as run:
+    step, saves = ftrain.jit(loss, plan=run.plan()), run.checkpointer(folder)
+    for n in run.steps(0, 4):
+        alone = run.rank == 1 and n == 2
+        if how == "leaves" and alone:
+            break
+        if how == "saves" and alone:
+            saves.save({"x": torch.ones(2)}, n)
+        if how == "skips" and alone:
+            continue
+        step({"x": torch.ones(4) + run.rank})
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("leaves", "after both began step 2 of run.steps, rank 1 left the session and rank 0 called the step loss"),
+        ("saves", "after both began step 2 of run.steps, rank 1 saved step 2 and rank 0 called the step loss"),
+        ("skips", "rank 1 began step 3 of run.steps and rank 0 called the step loss"),
+    ],
+)
+def test_ranks_that_wait_for_each_other_at_different_places_end_and_say_where(tmp_path, how, words):
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS)
+    began = time.monotonic()
+    job = subprocess.run(
+        [*TORCHRUN, str(script), how, str(tmp_path / "run")], env=ENV, capture_output=True, text=True, timeout=100
+    )
+    assert job.returncode == 1
+    assert words in job.stderr
+    assert time.monotonic() - began < 60

@@ -45,3 +45,8 @@ def test_memory_of_captured_tensors_is_that_of_the_real_ones():
     assert len(memory) > 4
     assert len(set(memory.values())) == 1
     assert torch.equal(ftrain.jit(step)(torch.ones(2, 3)), step(torch.ones(2, 3)))
+
+
+def test_the_parts_of_a_captured_lazy_conjugate_are_read():
+    lazy = torch.complex(torch.arange(3.0), torch.ones(3)).conj()
+    assert torch.equal(ftrain.jit(lambda x: lazy.imag * x)(torch.ones(3)), lazy.imag)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ftrain import tree
+from ftrain import Mesh, Plan, tree
 from ftrain.kernels.mean import Mean, weighted_sum
+from ftrain.modules import spec
 from ftrain.plan.jit import jit
 from ftrain.trace.grad import grad, value_and_grad
 from tests.helpers.momentum_steps import assert_same_bits, stack_batch, stack_loss, stack_params
@@ -162,3 +163,25 @@ def test_aux_that_depends_on_no_parameter_is_the_same_tensor(run, depends):
     same, made = run(step)(torch.tensor(2.0), torch.arange(3.0))
     assert same.tolist() == [[6.0, 3.0, 0.0]]
     assert made.tolist() == [4.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda p, b: Mean((p["w"] * b).sum(), 8), r"Mean\(count=8\) is int: a Mean has 0-d tensors"),
+        (lambda p, b: Mean(3.0, 1.0), r"Mean\(total=3.0\) is float"),
+        (lambda p, b: weighted_sum({"a": 3.0}, {}), "a term 3.0 of a weighted sum is float"),
+        (lambda p, b: Mean.of(3.0), r"Mean.of\(3.0\): give a tensor"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mean_of_python_numbers_is_refused_by_name(loss, words, ranks):
+    plan, params = Plan(Mesh(shard=ranks, kind="virtual")), {"w": torch.ones(())}
+    with pytest.raises(ValueError, match=words):
+        jit(grad(loss), plan=plan, specs=spec.of(params), batch="b")(params, torch.ones(8))
+
+
+def test_a_metric_of_python_numbers_is_refused_on_a_mesh():
+    plan = Plan(Mesh(shard=2, kind="virtual"))
+    with pytest.raises(ValueError, match=r"Mean\(count=8\) is int"):
+        jit(lambda batch: Mean(batch.sum(), 8), plan=plan)(torch.ones(8))

@@ -10,6 +10,7 @@ ALONG_MEMORY = {
     "a fill": lambda x: torch.empty_like(x).uniform_(),
     "rand_like": torch.rand_like,
     "dropout": lambda x: F.dropout(x, 0.5),
+    "also as it lies": lambda x: F.dropout(x + x.contiguous(), 0.5),
     "of a value": lambda x: F.dropout((x * 2).sin(), 0.5),
     "randint_like": lambda x: torch.randint_like(x, 100),
     "without replacement": lambda x: torch.multinomial(x.abs(), 3),
@@ -23,6 +24,9 @@ BY_SHAPE = {
     "a sum": lambda x: F.dropout(x.sum(0), 0.5),
     "a copy": lambda x: F.dropout(x.clone(memory_format=torch.contiguous_format), 0.5),
     "like rows": lambda x: torch.randn_like(x, memory_format=torch.contiguous_format) * x,
+    "made contiguous": lambda x: F.dropout(x.contiguous() * 2, 0.5),
+    "as_strided of rows": lambda x: x.contiguous().as_strided((3,), (2,)),
+    "a question about rows": lambda x: x * (2 if x.contiguous().is_contiguous() else 3),
     "views": lambda x: x.view(2, 2, 5).transpose(0, 2) * 2,
 }
 
@@ -131,3 +135,17 @@ def test_an_answer_that_is_the_same_is_no_matter():
 
     x = torch.randn(5, 4, dtype=torch.float64).t()
     torch.testing.assert_close(ftrain.jit(read)(x), read(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("donate", [None, "state"])
+def test_lazy_conjugates_come_and_go_as_arguments(donate):
+    def step(state, batch):
+        return state.conj() * 1j, (state.imag, batch.imag, batch.conj())
+
+    jitted, lazy = ftrain.jit(step, donate=donate), torch.randn(3, dtype=torch.complex128).conj()
+    ours, eager = lazy.resolve_conj().clone(), lazy
+    for batch in (lazy, lazy.resolve_conj(), lazy):
+        ours, found = jitted(ours.conj(), batch)
+        eager, expected = step(eager.conj(), batch)
+        for a, b in zip((ours, *found), (eager, *expected), strict=True):
+            assert torch.equal(a, b)

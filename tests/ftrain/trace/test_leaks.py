@@ -252,6 +252,11 @@ def counts_in_a_dict(module, x):
     return x * module.by_name["n"]
 
 
+def counts_in_a_new_attribute(module, x):
+    module.times = getattr(module, "times", 0) + 1
+    return x * module.times
+
+
 def is_built_at_the_first_call(module, x):
     if not module.calls:
         module.calls = 1
@@ -260,7 +265,13 @@ def is_built_at_the_first_call(module, x):
 
 @pytest.mark.parametrize(
     ("how", "traces"),
-    [(counts_in_a_method, 4), (counts_in_a_list, 4), (counts_in_a_dict, 4), (is_built_at_the_first_call, 2)],
+    [
+        (counts_in_a_method, 4),
+        (counts_in_a_list, 4),
+        (counts_in_a_dict, 4),
+        (counts_in_a_new_attribute, 4),
+        (is_built_at_the_first_call, 2),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*traced again")
 def test_plain_values_that_a_step_changes_are_those_of_eager_code(how, traces):
@@ -270,6 +281,28 @@ def test_plain_values_that_a_step_changes_are_those_of_eager_code(how, traces):
         torch.testing.assert_close(step(x), eager(x), rtol=0, atol=0)
     assert step.traces == traces
     assert (ours.calls, ours.log, ours.by_name) == (eager.calls, eager.log, eager.by_name)
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        (counts_in_a_method, "calls"),
+        (counts_in_a_list, "log"),
+        (counts_in_a_dict, "by_name"),
+        (counts_in_a_new_attribute, "times"),
+    ],
+)
+def test_a_counter_of_a_module_that_also_caches_is_refused(how, name):
+    def counts_and_caches(module, x):
+        module.prev = torch.arange(3.0)
+        return how(module, x) + module.prev
+
+    module = Keeps(counts_and_caches)
+    words = rf"changes '{name}' of a Keeps at every call, .*keeps a tensor.*as a part of the state"
+    with pytest.raises(ValueError, match=words):
+        ftrain.jit(lambda x: module(x))(torch.ones(3))
+    assert (module.prev, module.calls, module.log, module.by_name) == (None, 0, [], {})
+    assert not hasattr(module, "times")
 
 
 @pytest.mark.parametrize(

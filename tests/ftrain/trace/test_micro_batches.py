@@ -176,7 +176,7 @@ def test_rules_of_the_loss_come_before_the_default_and_must_match():
     parts = divide(batch, 2, {"table": Replicated(), "x": Tokens(1)})
     assert parts.put([leaf[1] for leaf in parts.leaves])["x"].tolist() == [[2, 3], [6, 7]]
     with pytest.raises(ValueError, match=r"batch leaf 'table' of shape \[3\] does not divide: dim 0 .* multiple of 2"):
-        divide(batch, 2)
+        divide({"table": batch["table"]}, 2)
     with pytest.raises(ValueError, match=r"accumulate\(batch=...\): 'tabel' matches nothing"):
         divide(batch, 2, {"tabel": Replicated()})
     with pytest.raises(ValueError, match="no leaf of the batch is divided"):

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import ftrain
 
@@ -165,3 +167,30 @@ def test_another_thread_may_draw_during_a_trace():
 def test_the_step_itself_may_not_draw_beside_another_thread(name, draw):
     with another_thread_that_draws(), pytest.raises(ValueError, match=f"the step uses {name}"):
         ftrain.jit(lambda x: long_sum(x) * draw())(torch.ones(3))
+
+
+def attention_alone(x_TD):
+    return F.scaled_dot_product_attention(*[x_TD[None, None]] * 3)[0, 0]
+
+
+def test_attention_without_dropout_may_be_recomputed_by_torch_which_changes_the_state():
+    def loss(w_DD, x_TD):
+        return checkpoint(lambda x: attention_alone(x @ w_DD), x_TD, use_reentrant=False).square().sum()
+
+    w_DD, x_TD = torch.randn(4, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    trained_DD = w_DD.clone().requires_grad_()
+    (expected_DD,) = torch.autograd.grad(loss(trained_DD, x_TD), trained_DD)
+    torch.testing.assert_close(ftrain.jit(ftrain.grad(loss))(w_DD, x_TD), expected_DD)
+
+
+class KeptTable(torch.nn.Module):
+    """Keeps what attention makes of a constant."""
+
+    def forward(self, x):
+        self.table = attention_alone(torch.eye(3))
+        return x * self.table
+
+
+def test_attention_without_dropout_gives_a_module_no_state():
+    module, x = KeptTable(), torch.ones(3)
+    assert torch.equal(ftrain.jit(module)(x), module(x))

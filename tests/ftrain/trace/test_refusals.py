@@ -264,3 +264,34 @@ def test_an_error_that_eager_code_catches_too_is_no_refusal():
 def test_a_text_that_shows_a_tensor_is_no_result():
     with pytest.raises(ValueError, match=r"result '1' is a text that shows a tensor.*as a metric"):
         ftrain.jit(lambda x: (x, f"{x}"))(torch.ones(3))
+
+
+@torch.library.custom_op("refusals_test::add_into", mutates_args={"y"})
+def add_into(x: torch.Tensor, y: torch.Tensor) -> None:
+    """An op of a user that writes."""
+    y.add_(x)
+
+
+add_into.register_fake(lambda x, y: None)
+
+
+def test_an_op_of_a_user_that_writes_is_refused_with_its_line():
+    def step(x):
+        y = x * 2
+        add_into(x, y)
+        return y
+
+    with pytest.raises(ValueError, match=r"test_refusals.py:\d+ .*refusals_test::add_into writes into its argument y"):
+        ftrain.jit(step)(torch.ones(3))
+
+
+def test_a_hessian_under_vmap_in_a_loss_is_computed_or_refused_with_the_one_that_is():
+    def loss(w_D, x_ND, second):
+        return torch.vmap(second(lambda x: torch.tanh(x * w_D).sum()))(x_ND).square().sum()
+
+    w_D, x_ND = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    by_reverse = lambda f: torch.func.jacrev(torch.func.grad(f))  # noqa: E731
+    expected = ftrain.grad(loss)(w_D, x_ND, by_reverse)
+    torch.testing.assert_close(ftrain.jit(lambda w, x: ftrain.grad(loss)(w, x, by_reverse))(w_D, x_ND), expected)
+    with pytest.raises(ValueError, match=r"test_refusals.py:\d+ .*torch.func.hessian.*take torch.func.jacrev"):
+        ftrain.jit(lambda w, x: ftrain.grad(loss)(w, x, torch.func.hessian))(w_D, x_ND)
