@@ -1,4 +1,4 @@
-"""Attention over folded tokens of packed documents, with grouped key/value heads, causal or not, windowed or not.
+"""Attention over folded tokens of packed documents, with grouped key/value heads: causal, windowed, with sinks.
 
 T query tokens, S key/value tokens (S = T unless `kv_segments_S` is given), H query heads, G key/value heads, R = H / G,
 K head dim of queries and keys, V head dim of values (mostly V = K), N documents.
@@ -12,6 +12,7 @@ from torch import Tensor
 from ftrain.kernels import attention_cpu, attention_cuda
 from ftrain.kernels.attention_cost import FLOPS, WORKSPACE
 from ftrain.kernels.attention_cpu import Rule
+from ftrain.kernels.attention_sinks import add_sinks, check_sinks, sinks_gradient
 from ftrain.kernels.backend import choose_backend, device_type
 from ftrain.kernels.documents import Documents, Segments, document_index, index_of_offsets
 from ftrain.kernels.dtypes import accumulate_dtype
@@ -35,6 +36,7 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    sinks_H: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`softmax(q k^T * scale) v` within each document of a pack, `[T, H, V]` in the dtype of the queries.
@@ -49,6 +51,8 @@ def attention(
     - `window`: a query sees at most the `window` latest keys, its own included (causal), or those less than `window`
       away (not causal), in tokens.
     - `scale`: of the scores, `K ** -0.5` if None.
+    - `sinks_H`: a learned, finite score for each query head, floating `[H]`, that takes its part of the softmax and has
+      no value (gpt-oss); None for none. It is differentiated too, and neither scaled nor hidden.
     - `backend`: "auto", "reference", "cpu" or "flash" (CUDA; half precision, other dtypes run plain math by document).
 
     Cost grows with the sum of squared document lengths, or with length times window. Differentiable once; `"auto"`
@@ -62,6 +66,7 @@ def attention(
     tensor([0.0000, 0.5000, 2.0000])
     """
     _check(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, window)
+    check_sinks(sinks_H, q_THK, "attention")
     chosen = choose_backend(backend, q_THK.device, BACKENDS)
     scale = q_THK.shape[2] ** -0.5 if scale is None else float(scale)
     if chosen == "reference":
@@ -74,13 +79,14 @@ def attention(
             causal=causal,
             window=window,
             scale=scale,
+            sinks_H=sinks_H,
         )
     if BACKENDS.get(device_type(q_THK)) != chosen:
         raise ValueError(f"attention: backend={chosen!r} does not run on {q_THK.device}; use backend='auto'")
     documents, longest = _told(segments_T)
     kv_documents, kv_longest = _told(kv_segments_S)
     rule = Rule(causal, window, scale, longest, kv_longest)
-    return _Attention.apply(q_THK, k_SGK, v_SGV, documents, kv_documents, rule)[0]
+    return _Attention.apply(q_THK, k_SGK, v_SGV, sinks_H, documents, kv_documents, rule)[0]
 
 
 def _told(segments: Segments | None) -> tuple[Tensor | None, int | None]:
@@ -98,6 +104,7 @@ def attention_reference(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """The definition of `attention`, with its arguments: `[T, H, V]` in the dtype of the queries.
 
@@ -111,9 +118,17 @@ def attention_reference(
     seen_TS = _seen(segments_T, kv_segments_S, T, S, causal, window, q_THK.device)
     # a finite floor, not -inf: a row that sees nothing must have zero gradients, not NaN
     scores_GRTS = scores_GRTS.masked_fill(~seen_TS, torch.finfo(dtype).min)
-    probabilities_GRTS = scores_GRTS.softmax(-1) * seen_TS
+    probabilities_GRTS = _softmax(scores_GRTS, sinks_H) * seen_TS
     out_TGRV = torch.einsum("grts,sgv->tgrv", probabilities_GRTS, v_SGV.to(dtype))
     return out_TGRV.flatten(1, 2).to(q_THK.dtype)
+
+
+def _softmax(scores_GRTS: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """Over the keys, and the sink of each head where there is one."""
+    if sinks_H is None:
+        return scores_GRTS.softmax(-1)
+    sinks_GR11 = sinks_H.to(scores_GRTS.dtype).view(*scores_GRTS.shape[:2], 1, 1)
+    return torch.cat([scores_GRTS, sinks_GR11.expand(*scores_GRTS.shape[:3], 1)], -1).softmax(-1)[..., :-1]
 
 
 def _seen(
@@ -221,25 +236,35 @@ def attention_backward(
 
 
 _backward = first_order(attention_backward, "attention")
+_sinks_backward = first_order(sinks_gradient, "attention")
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kv_documents: Tensor | None, rule: Rule
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        documents: Tensor | None,
+        kv_documents: Tensor | None,
+        rule: Rule,
     ) -> tuple[Tensor, Tensor]:
-        return attention_forward(q, k, v, documents, kv_documents, *rule)
+        out, lse = attention_forward(q, k, v, documents, kv_documents, *rule)
+        return (out, lse) if sinks is None else add_sinks(out, lse, sinks)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, documents, kv_documents, ctx.rule = inputs
+        q, k, v, sinks, documents, kv_documents, ctx.rule = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, documents, kv_documents)
+        ctx.save_for_backward(q, k, v, out, lse, sinks, documents, kv_documents)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad, *ctx.saved_tensors, *ctx.rule), None, None, None)
+        q, k, v, out, lse, sinks, documents, kv_documents = ctx.saved_tensors
+        grads = _backward(grad, q, k, v, out, lse, documents, kv_documents, *ctx.rule)
+        return *grads, None if sinks is None else _sinks_backward(grad, out, lse, sinks), None, None, None
 
 
 def _check(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ftrain.kernels.attention_sinks import add_sinks, sinks_gradient
 from ftrain.kernels.first_order import first_order
 from ftrain.sharding.collectives import shift_ranks, wait
 from ftrain.sharding.mesh import Group
@@ -46,12 +47,15 @@ def ring_attention(
     me: Tensor,
     host_index_P: Tensor | None,
     rule: RingRule,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """This member's rows `[T, H, V]` of attention over the whole ring's tokens, in the dtype of the queries.
 
     - `me`: its position in the ring, 0-d int64 on the CPU.
     - `host_index_P`: the number of the document that each token of the pack belongs to, rising, in the order of the
       pack, int64 on the CPU; None for one document.
+    - `sinks_H`: as in `ftrain.kernels.attention.attention`. They enter once, when all keys have been seen; the gradient
+      is that of this member's rows.
 
     Differentiable once. ValueError if zigzag meets an odd number of tokens. Source: Liu et al., arXiv 2310.01889.
     """
@@ -60,7 +64,7 @@ def ring_attention(
             f"ring attention in zigzag order: the {q_THK.shape[0]} tokens of a member of the ring are not two halves; "
             f"pack to a multiple of {2 * rule.group.size} tokens, or use Ring(zigzag=False)"
         )
-    return _Ring.apply(q_THK, k_TGK, v_TGV, host_index_P, me, rule)[0]
+    return _Ring.apply(q_THK, k_TGK, v_TGV, sinks_H, host_index_P, me, rule)[0]
 
 
 class _Ring(torch.autograd.Function):
@@ -69,6 +73,7 @@ class _Ring(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sinks: Tensor | None,
         host_index: Tensor | None,
         me: Tensor,
         rule: RingRule,
@@ -80,18 +85,22 @@ class _Ring(torch.autograd.Function):
             kv = coming
             coming = send_on(kv, rule.group, "ring") if s + 1 < n else kv
             out, lse = ring_forward(q, kv, out, lse, host_index, me, *rule.step(s))
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
         return out.to(q.dtype), lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, host_index, me, ctx.rule = inputs
+        q, k, v, sinks, host_index, me, ctx.rule = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, host_index, me)
+        ctx.save_for_backward(q, k, v, out, lse, sinks, host_index, me)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad, *ctx.saved_tensors, ctx.rule), None, None, None)
+        q, k, v, out, lse, sinks, host_index, me = ctx.saved_tensors
+        grads = _backward(grad, q, k, v, out, lse, host_index, me, ctx.rule)
+        return *grads, None if sinks is None else _sinks_backward(grad, out, lse, sinks), None, None, None
 
 
 def _gradients(
@@ -120,6 +129,7 @@ def _gradients(
 
 
 _backward = first_order(_gradients, "ring attention")
+_sinks_backward = first_order(sinks_gradient, "ring attention")
 
 
 def send_on(x: Tensor, group: Group, why: str) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ftrain.kernels.attention import BACKENDS, attention
+from ftrain.kernels.attention_sinks import check_sinks
 from ftrain.kernels.backend import choose_backend, device_type
 from ftrain.kernels.documents import Documents, Segments, document_index, ids_of, index_of_offsets
 from ftrain.sharding.batch import TokenOrder
@@ -20,7 +21,7 @@ from ftrain.sharding.layout import Hybrid, Ring, Ulysses
 from ftrain.sharding.mesh import Group, Mesh
 from ftrain.sharding.ring import RingRule, ring_attention
 from ftrain.sharding.spmd import axis_index
-from ftrain.sharding.ulysses import check_heads, heads_to_tokens, tokens_to_heads
+from ftrain.sharding.ulysses import check_heads, heads_to_tokens, own_heads, tokens_to_heads
 
 
 class PackDocuments(NamedTuple):
@@ -53,6 +54,7 @@ def sequence_attention(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    sinks_H: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`ftrain.kernels.attention.attention` of the whole pack, this rank's rows: `[T, H, V]` in the dtype of the
@@ -60,6 +62,7 @@ def sequence_attention(
 
     - `q_THK`, `k_SGK`, `v_SGV`, `segments_T`: this rank's share of the pack, in the `order` of its tokens; the rest as
       in `attention`. Of `Documents` the ids are this rank's share, and the offsets those of the whole pack.
+    - `sinks_H`: of all query heads; the gradient is this rank's part of the sum over ranks.
     - `mesh`: the ranks, of which those of the sequence axis take part. `component`: what a message calls the attention.
     - `documents_of`: gives `pack_documents` of a tensor of ids; one that remembers spares the gather in all layers but
       the first. None gathers each time. Ulysses needs no gather where there are `Documents`.
@@ -81,26 +84,31 @@ def sequence_attention(
         scale=scale,
         backend=backend,
     )
+    whole_heads = partial(local, sinks_H=sinks_H)
     if mesh.sequence == 1:
-        return local(*tensors, segments_T=segments_T, kv_segments_S=kv_segments_S)
+        return whole_heads(*tensors, segments_T=segments_T, kv_segments_S=kv_segments_S)
     if kv_segments_S is not None:
         whole_rule = causal or window is not None
-        return _cross_attention(*tensors, segments_T, kv_segments_S, mesh, order, documents_of, whole_rule, local)
+        return _cross_attention(*tensors, segments_T, kv_segments_S, mesh, order, documents_of, whole_rule, whole_heads)
     _check(*tensors, segments_T, window, component)
+    check_sinks(sinks_H, q_THK, component or "attention")
     _check_order(how, mesh, order, component)
     inner, outer, place = _groups(how, mesh)
     heads = check_heads(q_THK.shape[1], k_SGK.shape[1], inner, mesh.sequence, component)
     fast = _fast_backend(backend, q_THK)
     if outer.size > 1 and not fast:
-        return _gathered(*tensors, _whole(segments_T, documents_of), None, mesh, order, local)
+        return _gathered(*tensors, _whole(segments_T, documents_of), None, mesh, order, whole_heads)
     if inner.size > 1:
-        tensors = tokens_to_heads(*tensors, heads=heads, me=axis_index(place[0]), group=inner)
+        me = axis_index(place[0])
+        tensors = tokens_to_heads(*tensors, heads=heads, me=me, group=inner)
+        sinks_H = None if sinks_H is None else own_heads(sinks_H, heads=heads, me=me)
     if outer.size > 1:
         documents = None if segments_T is None else documents_of(ids_of(segments_T))
-        out = _ring(*tensors, documents, axis_index(place[1]), outer, order, causal, window, scale)
+        out = _ring(*tensors, documents, axis_index(place[1]), outer, order, causal, window, scale, sinks_H)
     else:
         whole = _whole(segments_T, documents_of)
-        out = from_pack_order(local(*(to_pack_order(x, order) for x in tensors), segments_T=whole), order)
+        in_order = (to_pack_order(x, order) for x in tensors)
+        out = from_pack_order(local(*in_order, segments_T=whole, sinks_H=sinks_H), order)
     return heads_to_tokens(out, group=inner) if inner.size > 1 else out
 
 
@@ -184,6 +192,7 @@ def _ring(
     causal: bool,
     window: int | None,
     scale: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
     scale = q_THK.shape[2] ** -0.5 if scale is None else float(scale)
     return ring_attention(
@@ -193,6 +202,7 @@ def _ring(
         me=me,
         host_index_P=None if documents is None else documents.host_index_P,
         rule=RingRule(group, _is_zigzag(order), causal, window, scale),
+        sinks_H=sinks_H,
     )
 
 

@@ -102,6 +102,14 @@ def tokens_to_heads(
     return q_NhK, k_NgK.index_select(1, at_h), v_NgV.index_select(1, at_h)
 
 
+def own_heads(x_H: Tensor, *, heads: Heads, me: Tensor) -> Tensor:
+    """What belongs to this rank's query heads, `[h, ...]` of `x_H` (`[H, ...]`), which all ranks hold; differentiable.
+
+    `me`: the rank's position in the group, 0-d int64 on the CPU.
+    """
+    return x_H.unflatten(0, (heads.n, heads.queries)).index_select(0, me.reshape(1).to(x_H.device))[0]
+
+
 def heads_to_tokens(out_NhV: Tensor, *, group: Group) -> Tensor:
     """All heads of this rank's tokens, `[T, H, V]`: the inverse of `tokens_to_heads` for the output."""
     send_nThV = out_NhV.unflatten(0, (group.size, -1))

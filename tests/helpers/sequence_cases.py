@@ -1,5 +1,6 @@
 """Attention over a pack that ranks share, next to the plain kernel on the whole pack: values and gradients."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -54,26 +55,39 @@ def order_of(how, n, zigzag=True):
     return TokenOrder(n)
 
 
-def on_one_device(pack, **rule):
-    leaves = [x.detach().requires_grad_() for x in pack[:3]]
-    out = attention(*leaves, segments_T=pack.segments, **rule)
-    return Result(out.detach(), *torch.autograd.grad(out, leaves, pack.grad))
+def differentiated(function, q, k, v, sinks, grad):
+    """Output and gradients of `function(q, k, v)`, or of `function(q, k, v, sinks_H=sinks)`."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, sinks) if x is not None]
+    out = function(*leaves[:3], **({} if sinks is None else {"sinks_H": leaves[3]}))
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def on_mesh_of(pack, how, n, *, order=None, mesh=None, **rule):
-    """The same on `n` ranks in lockstep."""
+def on_one_device(pack, *, sinks=None, **rule):
+    """A `Result`; with `sinks` (`[H]`) a tuple with the gradient of these at the end."""
+    found = differentiated(partial(attention, segments_T=pack.segments, **rule), *pack[:3], sinks, pack.grad)
+    return Result(*found) if sinks is None else tuple(found)
+
+
+def on_mesh_of(pack, how, n, *, order=None, mesh=None, sinks=None, **rule):
+    """The same on `n` ranks in lockstep; the gradient of the sinks is the sum over the ranks."""
     order = order_of(how, n) if order is None else order
     mesh = Mesh(sequence=n, kind="virtual") if mesh is None else mesh
 
-    def local(q, k, v, grad, *segments):
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        segments_T = segments[0] if segments else None
-        out = sequence_attention(*leaves, how=how, mesh=mesh, order=order, segments_T=segments_T, **rule)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    def local(q, k, v, grad, *rest):
+        rest = list(rest)
+        own_sinks = None if sinks is None else rest.pop()
+        segments_T = rest.pop() if rest else None
+        how_ = {"how": how, "mesh": mesh, "order": order}
+        return differentiated(
+            partial(sequence_attention, segments_T=segments_T, **how_, **rule), q, k, v, own_sinks, grad
+        )
 
+    per_rank = [shares(x, order, mesh) for x in pack if x is not None]
     with torch.enable_grad():
-        results = on_ranks(local, mesh, *(shares(x, order, mesh) for x in pack if x is not None))
-    return Result(*(join_tokens(list(parts), 0, order) for parts in zip(*results, strict=True)))
+        results = on_ranks(local, mesh, *per_rank, *([] if sinks is None else [[sinks] * mesh.size]))
+    columns = [list(parts) for parts in zip(*results, strict=True)]
+    whole = [join_tokens(parts, 0, order) for parts in columns[:4]]
+    return Result(*whole) if sinks is None else (*whole, torch.stack(columns[4]).sum(0))
 
 
 def shares(x, order, mesh):
