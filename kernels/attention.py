@@ -1,9 +1,10 @@
-"""Attention over folded tokens of packed documents, with grouped key/value heads: causal, windowed, with sinks.
+"""Attention over folded tokens of packed documents, with grouped key/value heads: causal, windowed, capped, with sinks.
 
 T query tokens, S key/value tokens (S = T unless `kv_segments_S` is given), H query heads, G key/value heads, R = H / G,
 K head dim of queries and keys, V head dim of values (mostly V = K), N documents.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     sinks_H: Tensor | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`softmax(q k^T * scale) v` within each document of a pack, `[T, H, V]` in the dtype of the queries.
@@ -52,7 +54,9 @@ def attention(
       away (not causal), in tokens.
     - `scale`: of the scores, `K ** -0.5` if None.
     - `sinks_H`: a learned, finite score for each query head, floating `[H]`, that takes its part of the softmax and has
-      no value (gpt-oss); None for none. It is differentiated too, and neither scaled nor hidden.
+      no value (gpt-oss); None for none. It is differentiated too, and neither scaled, capped nor hidden.
+    - `softcap`: positive; scaled scores become `softcap * tanh(scores / softcap)` before the softmax (Gemma 2); None
+      leaves them. On CUDA flash-attn does it where it is installed, everywhere else plain math in blocks of queries.
     - `backend`: "auto", "reference", "cpu" or "flash" (CUDA; half precision, other dtypes run plain math by document).
 
     Cost grows with the sum of squared document lengths, or with length times window. Differentiable once; `"auto"`
@@ -66,6 +70,7 @@ def attention(
     tensor([0.0000, 0.5000, 2.0000])
     """
     _check(q_THK, k_SGK, v_SGV, segments_T, kv_segments_S, window)
+    check_softcap(softcap, "attention")
     check_sinks(sinks_H, q_THK, "attention")
     chosen = choose_backend(backend, q_THK.device, BACKENDS)
     scale = q_THK.shape[2] ** -0.5 if scale is None else float(scale)
@@ -80,12 +85,13 @@ def attention(
             window=window,
             scale=scale,
             sinks_H=sinks_H,
+            softcap=softcap,
         )
     if BACKENDS.get(device_type(q_THK)) != chosen:
         raise ValueError(f"attention: backend={chosen!r} does not run on {q_THK.device}; use backend='auto'")
     documents, longest = _told(segments_T)
     kv_documents, kv_longest = _told(kv_segments_S)
-    rule = Rule(causal, window, scale, longest, kv_longest)
+    rule = Rule(causal, window, scale, longest, kv_longest, softcap)
     return _Attention.apply(q_THK, k_SGK, v_SGV, sinks_H, documents, kv_documents, rule)[0]
 
 
@@ -105,6 +111,7 @@ def attention_reference(
     window: int | None = None,
     scale: float | None = None,
     sinks_H: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The definition of `attention`, with its arguments: `[T, H, V]` in the dtype of the queries.
 
@@ -115,6 +122,8 @@ def attention_reference(
     dtype = accumulate_dtype(q_THK.dtype)
     q_TGRK = q_THK.to(dtype).unflatten(1, (G, H // G))
     scores_GRTS = torch.einsum("tgrk,sgk->grts", q_TGRK, k_SGK.to(dtype)) * scale
+    if softcap is not None:
+        scores_GRTS = softcap * (scores_GRTS / softcap).tanh()
     seen_TS = _seen(segments_T, kv_segments_S, T, S, causal, window, q_THK.device)
     # a finite floor, not -inf: a row that sees nothing must have zero gradients, not NaN
     scores_GRTS = scores_GRTS.masked_fill(~seen_TS, torch.finfo(dtype).min)
@@ -172,7 +181,7 @@ def _left_after(segments_T: Tensor) -> Tensor:
 
 @opaque_op(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? documents, Tensor? kv_documents, bool causal, "
-    "int? window, float scale, int? longest, int? kv_longest) -> (Tensor, Tensor)",
+    "int? window, float scale, int? longest, int? kv_longest, float? softcap=None) -> (Tensor, Tensor)",
     fake=lambda q, k, v, *_: (
         q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
         q.new_empty(q.shape[1], q.shape[0], dtype=accumulate_dtype(q.dtype)),
@@ -189,6 +198,7 @@ def attention_forward(
     scale: float,
     longest: int | None,
     kv_longest: int | None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, V]` and the scores' log-sum-exp `[H, T]` (float32, or float64 for float64), as one opaque op.
 
@@ -196,7 +206,7 @@ def attention_forward(
     where that is None, ids int64 `[T]` and `[S]`. The other arguments are those of `attention`. ValueError for offsets
     that do not end at the pack's tokens (CPU).
     """
-    rule = Rule(causal, window, scale, longest, kv_longest)
+    rule = Rule(causal, window, scale, longest, kv_longest, softcap)
     if q_THK.is_cuda:
         return attention_cuda.forward(q_THK, k_SGK, v_SGV, documents, kv_documents, rule)
     return attention_cpu.forward(q_THK, k_SGK, v_SGV, documents, kv_documents, rule)
@@ -204,8 +214,8 @@ def attention_forward(
 
 @opaque_op(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? documents, "
-    "Tensor? kv_documents, bool causal, int? window, float scale, int? longest, int? kv_longest) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? kv_documents, bool causal, int? window, float scale, int? longest, int? kv_longest, "
+    "float? softcap=None) -> (Tensor, Tensor, Tensor)",
     fake=lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
 )
 def attention_backward(
@@ -222,13 +232,14 @@ def attention_backward(
     scale: float,
     longest: int | None,
     kv_longest: int | None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `q`, `k`, `v`, of their shapes and dtypes; the probabilities are recomputed from the log-sum-exp.
 
     `out_THV`, `lse_HT`: what `attention_forward` returned. `grad_THV`: the gradient of the output. The other arguments,
     among them `documents` and `kv_documents` (offsets int32 `[N + 1]` or ids), are those of `attention_forward`.
     """
-    rule = Rule(causal, window, scale, longest, kv_longest)
+    rule = Rule(causal, window, scale, longest, kv_longest, softcap)
     tensors = (grad_THV, q_THK, k_SGK, v_SGV, out_THV, lse_HT, documents, kv_documents)
     if q_THK.is_cuda:
         return attention_cuda.backward(*tensors, rule)
@@ -298,6 +309,12 @@ def _check(
         _check_segments(name, segments, tokens)
     if kv_segments_S is not None:
         _check_pairs(segments_T, kv_segments_S)
+
+
+def check_softcap(softcap: float | None, name: str) -> None:
+    """ValueError, which begins with `name`, for a `softcap` that is not positive and finite."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{name}: softcap={softcap} must be positive and finite, or None to leave scores as they are")
 
 
 def _check_segments(name: str, segments: Segments | None, tokens: int) -> None:

@@ -6,6 +6,7 @@ documents as long as is told (one that fills the pack where nothing is), and cop
 T query tokens, S key tokens, H query heads, G key/value heads, K head dim, V value dim, item: bytes of an element.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,15 +75,16 @@ def forward_workspace(
     scale: float,
     longest: int | None,
     kv_longest: int | None,
+    softcap: float | None = None,
 ) -> int:
     """Peak bytes of `attention_forward` beyond its outputs, from that op's own arguments, of which only shapes are
     read.
     """
-    if q.is_cuda and served_by_flash(q, v):
+    if q.is_cuda and served_by_flash(q, v, softcap):
         return 0
-    n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
-    call = _call_bytes(n, rule, served_by_aten(q, v), backward=False)
-    if _in_place(q, v, documents):
+    n, rule, fused = Sizes.of(q, k, v), Rule(causal, window, scale), served_by_aten(q, v, softcap)
+    call = _call_bytes(n, rule, fused, backward=False)
+    if fused and _in_place(q, documents):
         return max(call, n.T * n.H * n.item)
     results = n.output + n.H * n.item
     cast = n.copied(documents) * n.H * n.V * q.element_size() if q.element_size() < n.item else 0
@@ -103,20 +105,22 @@ def backward_workspace(
     scale: float,
     longest: int | None,
     kv_longest: int | None,
+    softcap: float | None = None,
 ) -> int:
     """Peak bytes of `attention_backward` beyond its outputs, from that op's own arguments, of which only shapes are
     read.
     """
-    n, rule = Sizes.of(q, k, v), Rule(causal, window, scale)
-    if q.is_cuda and served_by_flash(q, v):
+    n, rule, fused = Sizes.of(q, k, v), Rule(causal, window, scale), served_by_aten(q, v, softcap)
+    if q.is_cuda and served_by_flash(q, v, softcap):
         places = 1 if longest is None or documents is None else documents.shape[0] - 1
         return flash_backward_bytes(n, q.element_size(), places)
-    call = _call_bytes(n, rule, served_by_aten(q, v), backward=True)
-    if _in_place(q, v, documents):
+    call = _call_bytes(n, rule, fused, backward=True)
+    if fused and _in_place(q, documents):
         return call
     inputs, results = n.queries + n.keys + 2 * n.output + n.H * n.item, n.queries + n.keys
     # ATen copies a gradient that is not dense, as a view of some heads of a long document is not
-    return _copies(n, q, documents, inputs, results, not_dense=n.output) + call + _index_bytes(n, documents)
+    not_dense = n.output if fused else 0
+    return _copies(n, q, documents, inputs, results, not_dense=not_dense) + call + _index_bytes(n, documents)
 
 
 def _copies(n: Sizes, q: Tensor, documents: Tensor | None, inputs: int, results: int, not_dense: int = 0) -> int:
@@ -140,9 +144,9 @@ def flash_backward_bytes(n: Sizes, half: int, documents: int) -> int:
     return padded * n.H * (width + 1) * 4 + expanded
 
 
-def _in_place(q: Tensor, v: Tensor, documents: Tensor | None) -> bool:
-    """One document as the kernel takes it: the kernel's results are the op's."""
-    return documents is None and served_by_aten(q, v) and q.dtype == accumulate_dtype(q.dtype)
+def _in_place(q: Tensor, documents: Tensor | None) -> bool:
+    """One document as the fused kernel takes it: the kernel's results are the op's."""
+    return documents is None and q.dtype == accumulate_dtype(q.dtype)
 
 
 def _index_bytes(n: Sizes, documents: Tensor | None) -> int:
@@ -150,14 +154,16 @@ def _index_bytes(n: Sizes, documents: Tensor | None) -> int:
     return 0 if documents is None else 2 * 8 * min(max(n.T, n.S), TOKENS_TOGETHER)
 
 
-def _call_bytes(n: Sizes, rule: Rule, aten: bool, backward: bool) -> int:
+def _call_bytes(n: Sizes, rule: Rule, fused: bool, backward: bool) -> int:
     """One call for the largest block of a document that fills the pack: mask, buffers, results."""
     rule = rule.trimmed(n.T, n.S)
-    cut = list(blocks(n.T, n.S, rule))
-    L, M = max((b.L for b in cut), default=0), max((b.M for b in cut), default=0)
-    masked = rule.window is not None or (rule.causal and n.T != n.S)
+    cut = list(blocks(n.T, n.S, rule, fused=fused))
+    L, M = max(((b.L, b.M) for b in cut), key=math.prod, default=(0, 0))
+    masked = rule.window is not None or (rule.causal and (n.T != n.S or len(cut) > 1))
     mask = L * M * n.item if masked else 0
-    buffers = _aten_bytes(n, L, M, backward) if aten else _math_bytes(n, L, M, backward)
+    if not fused:
+        return mask + _math_bytes(n, L, M, len(cut) > 1, backward)
+    buffers = _aten_bytes(n, L, M, backward)
     if len(cut) < 2:
         return mask + buffers
     # the results of the block before are let go only when the next ones are there
@@ -173,11 +179,17 @@ def _aten_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
     return torch.get_num_threads() * each * n.item
 
 
-def _math_bytes(n: Sizes, L: int, M: int, backward: bool) -> int:
-    """Scores and probabilities, or probabilities and their gradient, of the heads that are computed together."""
+def _math_bytes(n: Sizes, L: int, M: int, several: bool, backward: bool) -> int:
+    """Of the heads that are computed together: scores and what their log-sum-exp makes of them; backward, two of
+    scores, probabilities and their gradient, or one and the gradients of queries and keys. `several`: blocks, of which
+    the results of the one before are let go only when the next ones are there.
+    """
     heads = max(n.H // n.G, n.H * n.copied(None) // max(n.T, n.S, 1))
-    scores = heads * L * M * n.item
-    return 2 * scores + L * (n.queries if backward else n.output)
+    keys, rows, scores = M * heads * n.G // n.H, L * heads, heads * L * M
+    if not backward:
+        return (2 * scores + rows * (2 + (n.V if several else 0))) * n.item
+    before = keys * (n.K + n.V) if several else 0
+    return (before + keys * n.V + rows * (n.V + 2) + max(2 * scores, scores + keys * n.K + 2 * rows * n.K)) * n.item
 
 
 def seen_pairs(T: int, S: int, causal: bool, window: int | None) -> float:
@@ -204,6 +216,7 @@ def forward_flops(
     scale: float,
     longest: int | None,
     kv_longest: int | None,
+    softcap: float | None = None,
 ) -> int:
     """Floating-point operations of `attention_forward`'s two matmuls, scores and output; only shapes are read."""
     n = Sizes.of(q, k, v)
@@ -225,6 +238,7 @@ def backward_flops(
     scale: float,
     longest: int | None,
     kv_longest: int | None,
+    softcap: float | None = None,
 ) -> int:
     """Floating-point operations of `attention_backward`'s five matmuls; only shapes are read.
 

@@ -1,8 +1,8 @@
 """Attention over packed documents, document by document: the implementation behind the opaque ops on CPU.
 
 Documents of equal length are one batched call of ATen's flash attention for CPU; where that op does not serve (values
-of another width, devices other than CPU) the same loop runs plain math. Time grows with the sum of squared document
-lengths; with a window, with length times window. No mask over the pack exists.
+of another width, capped scores, devices other than CPU) the same loop runs plain math, some queries at a time. Time
+grows with the sum of squared document lengths; with a window, with length times window. No mask over the pack exists.
 
 T query tokens, S key tokens, H query heads, G key/value heads, R = H / G, K head dim, V value dim,
 B documents computed together, L queries and M keys of one of them.
@@ -20,7 +20,7 @@ from ftrain.kernels.documents import TOKENS_TOGETHER, Pair, batches, document_pa
 from ftrain.kernels.dtypes import accumulate_dtype
 
 BLOCK = 128
-"""Fewest queries that share one masked call."""
+"""Fewest queries that share one masked call, and most that share a call that stores its scores."""
 
 
 class Rule(NamedTuple):
@@ -29,6 +29,7 @@ class Rule(NamedTuple):
     - `causal`, `window`, `scale`: as in `ftrain.kernels.attention.attention`.
     - `longest`, `kv_longest`: bounds of the longest document of queries and of keys, in tokens, where documents are
       given by offsets; None where by ids.
+    - `softcap`: as in `attention`.
     """
 
     causal: bool
@@ -36,6 +37,7 @@ class Rule(NamedTuple):
     scale: float
     longest: int | None = None
     kv_longest: int | None = None
+    softcap: float | None = None
 
     def trimmed(self, L: int, M: int) -> "Rule":
         """The rule without a window that hides nothing in a document of L queries and M keys."""
@@ -53,16 +55,17 @@ class Block:
     offset: int  # position of query i minus position of key j
 
 
-def blocks(L: int, M: int, rule: Rule) -> Iterator[Block]:
+def blocks(L: int, M: int, rule: Rule, *, fused: bool) -> Iterator[Block]:
     """Cut a document of L queries and M keys so that its calls cover what the rule lets through and little more.
 
     Blocks come in the order of their queries, and no query is in two; one whose queries see no key is left out. The
-    last query and the last key stand at one position.
+    last query and the last key stand at one position. `fused`: whether a kernel computes a block without storing its
+    scores; else few queries share a block.
     """
-    if rule.window is None and (not rule.causal or L == M):
+    if fused and rule.window is None and (not rule.causal or L == M):
         yield Block(0, L, 0, M, M - L)
         return
-    shift, size = M - L, max(BLOCK, rule.window or 0)
+    shift, size = M - L, max(BLOCK, rule.window or 0) if fused else BLOCK
     for i in range(0, L, size):
         last = min(L, i + size) - 1
         low = 0 if rule.window is None else max(0, i + shift - rule.window + 1)
@@ -101,7 +104,7 @@ def forward(
     T, H, _ = q_THK.shape
     q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (q_THK, k_SGK, v_SGV))
     pairs, dtype = _pairs(documents, kv_documents, T, k_SGK.shape[0], rule), accumulate_dtype(q_THK.dtype)
-    if _fills(pairs, T, k_SGK.shape[0]) and served_by_aten(q_THK, v_SGV) and q_THK.dtype == dtype:
+    if _fills(pairs, T, k_SGK.shape[0]) and served_by_aten(q_THK, v_SGV, rule.softcap) and q_THK.dtype == dtype:
         L, M = pairs[0].q_length, pairs[0].k_length
         out_BHLV, lse_BHL = _batch_forward(_fold(q_THK, L), _fold(k_SGK, M), _fold(v_SGV, M), rule)
         return _unfold(out_BHLV, dtype).contiguous(), lse_BHL.transpose(0, 1).flatten(1).contiguous()
@@ -135,7 +138,7 @@ def backward(
     (T, H, _), S = q_THK.shape, k_SGK.shape[0]
     grad_THV, q_THK, k_SGK, v_SGV = (inner_dense(x) for x in (grad_THV, q_THK, k_SGK, v_SGV))
     pairs, dtype = _pairs(documents, kv_documents, T, S, rule), lse_HT.dtype
-    if _fills(pairs, T, S) and served_by_aten(q_THK, v_SGV) and q_THK.dtype == dtype:
+    if _fills(pairs, T, S) and served_by_aten(q_THK, v_SGV, rule.softcap) and q_THK.dtype == dtype:
         L, M = pairs[0].q_length, pairs[0].k_length
         grad, q, out = (_fold(x, L) for x in (grad_THV, q_THK, out_THV))
         grads = _batch_backward(grad, q, _fold(k_SGK, M), _fold(v_SGV, M), out, _fold_lse(lse_HT, L), rule)
@@ -232,7 +235,7 @@ def _batch_forward(q_BHLK: Tensor, k_BGMK: Tensor, v_BGMV: Tensor, rule: Rule) -
     B, H, L, _ = q_BHLK.shape
     M = k_BGMK.shape[2]
     rule = rule.trimmed(L, M)
-    cut = list(blocks(L, M, rule))
+    cut = list(blocks(L, M, rule, fused=served_by_aten(q_BHLK, v_BGMV, rule.softcap)))
     if [block.L for block in cut] == [L]:
         return _block_forward(q_BHLK, *_keys(cut[0], k_BGMK, v_BGMV), rule, cut[0])
     out_BLHV = q_BHLK.new_zeros(B, L, H, v_BGMV.shape[3])
@@ -249,7 +252,7 @@ def _batch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     L, M = q_BHLK.shape[2], k_BGMK.shape[2]
     rule = rule.trimmed(L, M)
-    cut = list(blocks(L, M, rule))
+    cut = list(blocks(L, M, rule, fused=served_by_aten(q_BHLK, v_BGMV, rule.softcap)))
     if [(block.L, block.M) for block in cut] == [(L, M)]:
         return _block_backward(grad_BHLV, q_BHLK, k_BGMK, v_BGMV, out_BHLV, lse_BHL, rule, cut[0])
     dq, dk, dv = (torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (q_BHLK, k_BGMK, v_BGMV))
@@ -274,15 +277,17 @@ def _mask(q: Tensor, rule: Rule, block: Block) -> tuple[bool, Tensor | None]:
     return False, block_mask(block, rule, q.dtype, q.device)
 
 
-def served_by_aten(q: Tensor, v: Tensor) -> bool:
-    """True if ATen's flash attention for CPU takes these inputs (shapes `[..., K]` and `[..., V]`): it wants V = K."""
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+def served_by_aten(q: Tensor, v: Tensor, softcap: float | None) -> bool:
+    """True if ATen's flash attention for CPU takes these inputs (shapes `[..., K]` and `[..., V]`): it wants V = K, and
+    scores as they are.
+    """
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and softcap is None
 
 
 def _block_forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule, block: Block) -> tuple[Tensor, Tensor]:
     causal, mask = _mask(q, rule, block)
-    if not served_by_aten(q, v):
-        return attention_math.forward(q, k, v, causal, mask, rule.scale)
+    if not served_by_aten(q, v, rule.softcap):
+        return attention_math.forward(q, k, v, causal, mask, rule.scale, rule.softcap)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=rule.scale
     )
@@ -292,8 +297,8 @@ def _block_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal, mask = _mask(q, rule, block)
-    if not served_by_aten(q, v):
-        return attention_math.backward(grad, q, k, v, out, lse, causal, mask, rule.scale)
+    if not served_by_aten(q, v, rule.softcap):
+        return attention_math.backward(grad, q, k, v, out, lse, causal, mask, rule.scale, rule.softcap)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=rule.scale
     )

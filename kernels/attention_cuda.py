@@ -32,10 +32,12 @@ class Layout(NamedTuple):
     kv_longest: int
 
 
-def served_by_flash(q_THK: Tensor, v_SGV: Tensor) -> bool:
-    """True if flash attention takes these inputs: float16 or bfloat16, V = K, a multiple of 8 up to 256, no empty
-    pack.
+def served_by_flash(q_THK: Tensor, v_SGV: Tensor, softcap: float | None) -> bool:
+    """True if flash attention takes these inputs: float16 or bfloat16, V = K, a multiple of 8 up to 256, no empty pack;
+    capped scores where flash-attn is installed.
     """
+    if softcap is not None and _flash_attn() is None:
+        return False
     K = q_THK.shape[2]
     half = q_THK.dtype in (torch.float16, torch.bfloat16)
     return half and v_SGV.shape[2] == K <= 256 and K % 8 == 0 and q_THK.shape[0] > 0 and v_SGV.shape[0] > 0
@@ -57,7 +59,7 @@ def forward(
     flash = _flash_attn()
     if flash is not None:
         out_THK, lse_HT, *_ = flash._flash_attn_varlen_forward(
-            q_THK, k_SGK, v_SGV, *layout, 0.0, rule.scale, rule.causal, left, right
+            q_THK, k_SGK, v_SGV, *layout, 0.0, rule.scale, rule.causal, left, right, rule.softcap or 0.0
         )
     else:
         out_THK, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
@@ -152,7 +154,7 @@ def _flash_attn_backward(
         rule.causal,
         left,
         right,
-        0.0,
+        rule.softcap or 0.0,
         None,
         torch.are_deterministic_algorithms_enabled(),
     )
@@ -171,7 +173,7 @@ def _layout(
     q_THK: Tensor, v_SGV: Tensor, documents: Tensor | None, kv_documents: Tensor | None, rule: Rule
 ) -> Layout | None:
     """What flash attention is told of the documents; None where it does not serve. The host waits for ids alone."""
-    if not served_by_flash(q_THK, v_SGV):
+    if not served_by_flash(q_THK, v_SGV, rule.softcap):
         return None
     T, S = q_THK.shape[0], v_SGV.shape[0]
     if documents is None:

@@ -20,12 +20,13 @@ from ftrain.kernels.dtypes import accumulate_dtype
 
 class Band(NamedTuple):
     """Query `i` stands `offset` tokens after key `i` (negative: before), and sees the keys less than `window` tokens
-    away.
+    away. `scale`, `softcap`: as in `ftrain.kernels.attention.attention`.
     """
 
     offset: int
     window: int | None
     scale: float
+    softcap: float | None = None
 
     def trimmed(self, L: int, M: int) -> "Band":
         """The band without a window that hides nothing of `L` queries and `M` keys."""
@@ -50,7 +51,7 @@ def forward(q_LHK: Tensor, k_MGK: Tensor, v_MGV: Tensor, band: Band) -> tuple[Te
     q_LHK, k_MGK, v_MGV = (inner_dense(x) for x in (q_LHK, k_MGK, v_MGV))
     L, M = q_LHK.shape[0], k_MGK.shape[0]
     band = band.trimmed(L, M)
-    if q_LHK.is_cuda and served_by_flash(q_LHK, v_MGV):
+    if _served_by_flash(q_LHK, v_MGV, band):
         out_LHV, lse_HL, *_ = torch.ops.aten._flash_attention_forward(
             q_LHK, k_MGK, v_MGV, *_offsets(q_LHK, L, M), L, M, 0.0, False, False, scale=band.scale, **_sides(band, L, M)
         )
@@ -58,9 +59,9 @@ def forward(q_LHK: Tensor, k_MGK: Tensor, v_MGV: Tensor, band: Band) -> tuple[Te
     q, k, v = (_fold(x) for x in (q_LHK, k_MGK, v_MGV))
     out_1LHV = q.new_empty(1, L, q.shape[1], v.shape[3])
     lse_1HL = q.new_empty(1, q.shape[1], L)
-    for tile in tiles(L, M, band, served_by_aten(q, v)):
+    for tile in tiles(L, M, band, served_by_aten(q, v, band.softcap)):
         i, j = slice(tile.i, tile.i + tile.L), slice(tile.j, tile.j + tile.M)
-        out, lse_1HL[:, :, i] = _tile_forward(q[:, :, i], k[:, :, j], v[:, :, j], band_mask(tile, band, q), band.scale)
+        out, lse_1HL[:, :, i] = _tile_forward(q[:, :, i], k[:, :, j], v[:, :, j], band_mask(tile, band, q), band)
         out_1LHV[:, i] = out.transpose(1, 2)
     return out_1LHV[0].to(q_LHK.dtype), lse_1HL[0]
 
@@ -81,15 +82,15 @@ def backward(
     grad_LHV, q_LHK, k_MGK, v_MGV = (inner_dense(x) for x in (grad_LHV, q_LHK, k_MGK, v_MGV))
     L, M = q_LHK.shape[0], k_MGK.shape[0]
     band = band.trimmed(L, M)
-    if q_LHK.is_cuda and served_by_flash(q_LHK, v_MGV):
+    if _served_by_flash(q_LHK, v_MGV, band):
         return _flash_backward(grad_LHV, q_LHK, k_MGK, v_MGV, out_LHV, lse_HL, band)
     grad, q, k, v, out = (_fold(x) for x in (grad_LHV, q_LHK, k_MGK, v_MGV, out_LHV))
     lse = lse_HL[None].to(q.dtype)
     dq, dk, dv = (torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-    for tile in tiles(L, M, band, served_by_aten(q, v)):
+    for tile in tiles(L, M, band, served_by_aten(q, v, band.softcap)):
         i, j = slice(tile.i, tile.i + tile.L), slice(tile.j, tile.j + tile.M)
         given = (grad[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], out[:, :, i], lse[:, :, i])
-        dq[:, :, i], dk_j, dv_j = _tile_backward(*given, band_mask(tile, band, q), band.scale)
+        dq[:, :, i], dk_j, dv_j = _tile_backward(*given, band_mask(tile, band, q), band)
         dk[:, :, j] += dk_j
         dv[:, :, j] += dv_j
     dq_LHK, dk_MGK, dv_MGV = (x[0].transpose(0, 1).to(q_LHK.dtype) for x in (dq, dk, dv))
@@ -129,20 +130,25 @@ def band_mask(tile: Tile, band: Band, like: Tensor) -> Tensor | None:
     return torch.zeros(tile.L, tile.M, dtype=like.dtype, device=like.device).masked_fill_(hidden_LM, -torch.inf)
 
 
-def _tile_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    if not served_by_aten(q, v):
-        return attention_math.forward(q, k, v, False, mask, scale)
+def _served_by_flash(q_LHK: Tensor, v_MGV: Tensor, band: Band) -> bool:
+    """torch's own flash attention, which caps no scores."""
+    return q_LHK.is_cuda and band.softcap is None and served_by_flash(q_LHK, v_MGV, None)
+
+
+def _tile_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, band: Band) -> tuple[Tensor, Tensor]:
+    if not served_by_aten(q, v, band.softcap):
+        return attention_math.forward(q, k, v, False, mask, band.scale, band.softcap)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    return flash(q, k, v, 0.0, False, attn_mask=mask, scale=band.scale)
 
 
 def _tile_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, band: Band
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not served_by_aten(q, v):
-        return attention_math.backward(grad, q, k, v, out, lse, False, mask, scale)
+    if not served_by_aten(q, v, band.softcap):
+        return attention_math.backward(grad, q, k, v, out, lse, False, mask, band.scale, band.softcap)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+    return flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=band.scale)
 
 
 def _fold(x_LNK: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class RingRule(NamedTuple):
     """The group that forms the ring, how its members hold the pack, and which keys a query sees.
 
     - `zigzag`: each member holds two halves of runs (see `ftrain.sharding.layout.Ring`), not one run.
-    - `causal`, `window`, `scale`: as in `ftrain.kernels.attention.attention`.
+    - `causal`, `window`, `scale`, `softcap`: as in `ftrain.kernels.attention.attention`.
     """
 
     group: Group
@@ -33,10 +33,11 @@ class RingRule(NamedTuple):
     causal: bool
     window: int | None
     scale: float
+    softcap: float | None = None
 
     def step(self, number: int) -> Step:
         """The rule of step `number`, from 0: keys come from the member so many positions before."""
-        return Step(number, self.group.size, self.zigzag, self.causal, self.window, self.scale)
+        return Step(number, self.group.size, self.zigzag, self.causal, self.window, self.scale, self.softcap)
 
 
 def ring_attention(

@@ -35,6 +35,7 @@ class Step(NamedTuple):
     causal: bool
     window: int | None
     scale: float
+    softcap: float | None = None
 
 
 class Run(NamedTuple):
@@ -113,7 +114,8 @@ def _shared_document(a: Run, b: Run, index_P: Tensor | None) -> tuple[int, int]:
 
 @opaque_op(
     "ring_forward(Tensor q, Tensor kv, Tensor? out, Tensor? lse, Tensor? host_index, Tensor me, "
-    "int step, int ring, bool zigzag, bool causal, int? window, float scale) -> (Tensor, Tensor)",
+    "int step, int ring, bool zigzag, bool causal, int? window, float scale, float? softcap=None) -> "
+    "(Tensor, Tensor)",
     fake=lambda q, kv, *_: (
         q.new_empty(q.shape[0], q.shape[1], kv.shape[2] - q.shape[2], dtype=accumulate_dtype(q.dtype)),
         q.new_empty(q.shape[1], q.shape[0], dtype=accumulate_dtype(q.dtype)),
@@ -132,6 +134,7 @@ def ring_forward(
     causal: bool,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, H, V]` and log-sum-exp `[H, T]` over the keys seen so far and these, in the accumulation dtype.
 
@@ -140,7 +143,7 @@ def ring_forward(
     - `host_index_P`: the pack's document numbers (rising), int64 on the CPU; None is one document.
     - `me`: this rank's position in the ring, 0-d int64 on the CPU. The rest are the fields of `Step`.
     """
-    how, (T, H, K) = Step(step, ring, zigzag, causal, window, scale), q_THK.shape
+    how, (T, H, K) = Step(step, ring, zigzag, causal, window, scale, softcap), q_THK.shape
     k_TGK, v_TGV = kv_TGC[..., :K], kv_TGC[..., K:]
     if out_THV is None or lse_HT is None:
         dtype = accumulate_dtype(q_THK.dtype)
@@ -154,7 +157,7 @@ def ring_forward(
             documents, rule = _documents(q, host_index_P, how, q_THK.device)
             out_LHV, lse_HL = _local(q_THK).forward(*given, documents, None, rule)
         else:
-            out_LHV, lse_HL = attention_rectangle.forward(*given, Band(q.start - k.start, window, scale))
+            out_LHV, lse_HL = attention_rectangle.forward(*given, Band(q.start - k.start, window, scale, softcap))
         merge_(out_THV[q.here], lse_HT[:, q.here], out_LHV, lse_HL)
         del out_LHV, lse_HL  # or they live on while the next pair makes its own
     return out_THV, lse_HT
@@ -162,7 +165,8 @@ def ring_forward(
 
 @opaque_op(
     "ring_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor? host_index, "
-    "Tensor me, int step, int ring, bool zigzag, bool causal, int? window, float scale) -> (Tensor, Tensor)",
+    "Tensor me, int step, int ring, bool zigzag, bool causal, int? window, float scale, float? softcap=None) -> "
+    "(Tensor, Tensor)",
     fake=lambda grad, q, kv, out, lse, *_: (
         q.new_empty(q.shape, dtype=lse.dtype),
         kv.new_empty(kv.shape, dtype=lse.dtype),
@@ -182,13 +186,14 @@ def ring_backward(
     causal: bool,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What this step adds to the gradients of the queries and of the member's keys and values, in the dtype of `lse`.
 
     `out_THV` and `lse_HT` are those of the whole ring: the probabilities of any block follow from them. The other
     arguments, `me` (0-d) among them, are those of `ring_forward`.
     """
-    how, (T, _, K) = Step(step, ring, zigzag, causal, window, scale), q_THK.shape
+    how, (T, _, K) = Step(step, ring, zigzag, causal, window, scale, softcap), q_THK.shape
     k_TGK, v_TGV = kv_TGC[..., :K], kv_TGC[..., K:]
     dq_THK = torch.zeros(q_THK.shape, dtype=lse_HT.dtype, device=q_THK.device)
     dkv_TGC = torch.zeros(kv_TGC.shape, dtype=lse_HT.dtype, device=q_THK.device)
@@ -200,7 +205,7 @@ def ring_backward(
             documents, rule = _documents(q, host_index_P, how, q_THK.device)
             dq, dk, dv = _local(q_THK).backward(*given, documents, None, rule)
         else:
-            dq, dk, dv = attention_rectangle.backward(*given, Band(q.start - k.start, window, scale))
+            dq, dk, dv = attention_rectangle.backward(*given, Band(q.start - k.start, window, scale, softcap))
         dq_THK[q.here] += dq
         dkv_TGC[k.here, :, :K] += dk
         dkv_TGC[k.here, :, K:] += dv
@@ -226,7 +231,7 @@ def _local(q_THK: Tensor) -> ModuleType:
 
 def _documents(run: Run, host_index_P: Tensor | None, how: Step, device: torch.device) -> tuple[Tensor | None, Rule]:
     """Where the documents of a run are, counted on the host so that no device is waited for, and the rule in them."""
-    rule = Rule(how.causal, how.window, how.scale)
+    rule = Rule(how.causal, how.window, how.scale, softcap=how.softcap)
     if host_index_P is None:
         return None, rule
     offsets_N = document_offsets(host_index_P[run.in_pack])

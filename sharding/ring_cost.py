@@ -45,7 +45,7 @@ def forward_workspace(
     how_, (k, v) = Step(*how), kv.split([K, kv.shape[2] - K], -1)
     T, H, item = q.shape[0], q.shape[1], accumulate_dtype(q.dtype).itemsize
     L = T // 2 if how_.zigzag else T
-    rule = (how_.causal, how_.window, how_.scale, None, None)
+    rule = (how_.causal, how_.window, how_.scale, None, None, how_.softcap)
     q, kv, k, v = (x.narrow(0, 0, L) for x in (q, kv, k, v))
     local = attention_cost.forward_workspace(q, k, v, host, None, *rule) if how_.step == 0 else 0
     return max(local, _rectangle_bytes(q, kv, how_, 1)) + L * H * (v.shape[2] * q.element_size() + 3 * item)
@@ -65,7 +65,7 @@ def backward_workspace(
     K = q.shape[2]
     how_, (k, v) = Step(*how), kv.split([K, kv.shape[2] - K], -1)
     L = q.shape[0] // 2 if how_.zigzag else q.shape[0]
-    rule = (how_.causal, how_.window, how_.scale, None, None)
+    rule = (how_.causal, how_.window, how_.scale, None, None, how_.softcap)
     q, kv, k, v, grad, out = (x.narrow(0, 0, L) for x in (q, kv, k, v, grad, out))
     lse = lse.narrow(1, 0, L)
     local = attention_cost.backward_workspace(grad, q, k, v, out, lse, host, None, *rule) if how_.step == 0 else 0
@@ -78,12 +78,13 @@ def _rectangle_bytes(q: Tensor, kv: Tensor, how: Step, passes: int) -> int:
     (L, H, K), C = q.shape, kv.shape[2]
     item = accumulate_dtype(q.dtype).itemsize
     casts = passes * (q.numel() + kv.numel() + L * H * (C - K)) * item
-    if q.device.type == "cpu" and C == 2 * K:
+    if q.device.type == "cpu" and C == 2 * K and how.softcap is None:
         rows = L if how.window is None else min(L, max(BLOCK, how.window))
         tile = (0 if how.window is None else rows * min(L, rows + how.window)) + torch.get_num_threads() * rows * 512
     else:
-        # two of scores, probabilities and their gradient; keys as the batched products see them; a tile's dk and dv
-        tile = 2 * H * min(L, BLOCK) * L + H * L * max(K, C - K) + (passes - 1) * kv.numel()
+        # two of scores, probabilities and their gradient; rows of queries and outputs; a mask; two tiles' dk and dv
+        rows, keys = min(L, BLOCK), L if how.window is None else min(L, BLOCK + how.window)
+        tile = rows * (2 * H * keys + passes * H * C + keys) + 2 * (passes - 1) * kv.numel() * keys // max(L, 1)
     return casts + tile * item
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ftrain.kernels.attention import BACKENDS, attention
+from ftrain.kernels.attention import BACKENDS, attention, check_softcap
 from ftrain.kernels.attention_sinks import check_sinks
 from ftrain.kernels.backend import choose_backend, device_type
 from ftrain.kernels.documents import Documents, Segments, document_index, ids_of, index_of_offsets
@@ -55,6 +55,7 @@ def sequence_attention(
     window: int | None = None,
     scale: float | None = None,
     sinks_H: Tensor | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`ftrain.kernels.attention.attention` of the whole pack, this rank's rows: `[T, H, V]` in the dtype of the
@@ -82,6 +83,7 @@ def sequence_attention(
         causal=causal,
         window=window,
         scale=scale,
+        softcap=softcap,
         backend=backend,
     )
     whole_heads = partial(local, sinks_H=sinks_H)
@@ -92,6 +94,7 @@ def sequence_attention(
         return _cross_attention(*tensors, segments_T, kv_segments_S, mesh, order, documents_of, whole_rule, whole_heads)
     _check(*tensors, segments_T, window, component)
     check_sinks(sinks_H, q_THK, component or "attention")
+    check_softcap(softcap, component or "attention")
     _check_order(how, mesh, order, component)
     inner, outer, place = _groups(how, mesh)
     heads = check_heads(q_THK.shape[1], k_SGK.shape[1], inner, mesh.sequence, component)
@@ -104,7 +107,14 @@ def sequence_attention(
         sinks_H = None if sinks_H is None else own_heads(sinks_H, heads=heads, me=me)
     if outer.size > 1:
         documents = None if segments_T is None else documents_of(ids_of(segments_T))
-        out = _ring(*tensors, documents, axis_index(place[1]), outer, order, causal, window, scale, sinks_H)
+        scale = q_THK.shape[2] ** -0.5 if scale is None else float(scale)
+        out = ring_attention(
+            *tensors,
+            me=axis_index(place[1]),
+            host_index_P=None if documents is None else documents.host_index_P,
+            rule=RingRule(outer, _is_zigzag(order), causal, window, scale, softcap),
+            sinks_H=sinks_H,
+        )
     else:
         whole = _whole(segments_T, documents_of)
         in_order = (to_pack_order(x, order) for x in tensors)
@@ -179,31 +189,6 @@ def _check(
     if ids_T is not None and (ids_T.shape != q_THK.shape[:1] or ids_T.dtype != torch.int64):
         got = f"{ids_T.dtype} {[*ids_T.shape]}"
         raise ValueError(f"{name}: segments_T must be int64 [{q_THK.shape[0]}], not {got}")
-
-
-def _ring(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGV: Tensor,
-    documents: PackDocuments | None,
-    me: Tensor,
-    group: Group,
-    order: TokenOrder,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-    sinks_H: Tensor | None,
-) -> Tensor:
-    scale = q_THK.shape[2] ** -0.5 if scale is None else float(scale)
-    return ring_attention(
-        q_THK,
-        k_TGK,
-        v_TGV,
-        me=me,
-        host_index_P=None if documents is None else documents.host_index_P,
-        rule=RingRule(group, _is_zigzag(order), causal, window, scale),
-        sinks_H=sinks_H,
-    )
 
 
 def _cross_attention(

@@ -11,9 +11,11 @@ from ftrain.kernels.attention_rectangle import Band, tiles
 
 def dense(q, k, v, band):
     """Output and log-sum-exp by definition."""
+    cap = band.softcap
     R = q.shape[1] // k.shape[1]
     far = torch.arange(q.shape[0])[:, None] + band.offset - torch.arange(k.shape[0])
     scores = torch.einsum("lhk,mhk->hlm", q, k.repeat_interleave(R, 1)) * band.scale
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
     if band.window is not None:
         scores = scores.masked_fill(far.abs() >= band.window, -torch.inf)
     return torch.einsum("hlm,mhv->lhv", scores.softmax(-1), v.repeat_interleave(R, 1)), scores.logsumexp(-1)
@@ -31,15 +33,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("V", [8, 6])
+@pytest.mark.parametrize(("V", "softcap"), [(8, None), (6, None), (8, 0.7)])
 @pytest.mark.parametrize(("L", "M", "offset", "window"), CASES)
-def test_equals_the_definition(L, M, offset, window, V):
+def test_equals_the_definition(L, M, offset, window, V, softcap):
     generator = torch.Generator().manual_seed(0)
     shapes = ((L, 4, 8), (M, 2, 8), (M, 2, V), (L, 4, V))
     q, k, v, grad = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
     first = max(0, -offset - (window or L + M) + 1)  # a query before that sees no key, which the function excludes
     last = L if window is None else min(L, M - 1 + window - offset)
-    q, grad, band = q[first:last].requires_grad_(), grad[first:last], Band(offset + first, window, 0.3)
+    q, grad, band = q[first:last].requires_grad_(), grad[first:last], Band(offset + first, window, 0.3, softcap)
     k, v = k.requires_grad_(), v.requires_grad_()
     wanted, lse = dense(q, k, v, band)
     got = attention_rectangle.forward(q.detach(), k.detach(), v.detach(), band)

@@ -10,11 +10,13 @@ import ftrain.kernels.attention  # noqa: F401  (defines the ops)
 from ftrain.kernels.workspace import FLOPS, WORKSPACE
 
 
-def attention_arguments(lengths, *, H=4, G=2, K=32, V=None, dtype=torch.float32, causal=True, window=None, S=None):
+def attention_arguments(
+    lengths, *, H=4, G=2, K=32, V=None, dtype=torch.float32, causal=True, window=None, softcap=None
+):
     T = sum(lengths)
     segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) if len(lengths) > 1 else None
     q, k, v = torch.randn(T, H, K), torch.randn(T, G, K), torch.randn(T, G, V or K)
-    return (*(x.to(dtype) for x in (q, k, v)), segments, None, causal, window, K**-0.5, None, None)
+    return (*(x.to(dtype) for x in (q, k, v)), segments, None, causal, window, K**-0.5, None, None, softcap)
 
 
 def with_backward(arguments):
@@ -32,6 +34,12 @@ ONE_DOCUMENT = {
     "wide window": attention_arguments([1500], window=200),
     "narrow values": attention_arguments([400], V=16),
     "narrow values, long": attention_arguments([1100], V=16),
+    "capped": attention_arguments([1500], softcap=30.0),
+    "capped, both sides": attention_arguments([1500], softcap=30.0, causal=False),
+    "capped, one key head": attention_arguments([300], H=8, G=1, K=16, softcap=30.0),
+    "capped, bfloat16": attention_arguments([700], softcap=30.0, dtype=torch.bfloat16),
+    "capped, window": attention_arguments([1500], softcap=30.0, window=64),
+    "capped, wide window": attention_arguments([1500], softcap=30.0, window=400, causal=False),
 }
 
 
@@ -45,8 +53,9 @@ def test_attention_of_one_document_needs_what_it_declares(case, measure_memory):
 
 @pytest.mark.parametrize("lengths", [[512] * 3, [512, 100, 512], [1000, 300], [30] * 40, [700, 20, 20, 20]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_a_pack_needs_at_most_what_it_declares(lengths, dtype, measure_memory):
-    arguments = attention_arguments(lengths, dtype=dtype)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_attention_of_a_pack_needs_at_most_what_it_declares(lengths, dtype, softcap, measure_memory):
+    arguments = attention_arguments(lengths, dtype=dtype, softcap=softcap)
     for name, given in (("attention_forward", arguments), ("attention_backward", with_backward(arguments))):
         measured = measure_memory(partial(getattr(torch.ops.ftrain, name).default, *given)).workspace
         assert measured <= 1.01 * WORKSPACE[f"ftrain::{name}"](*given)
@@ -85,8 +94,9 @@ def test_flops_are_those_of_the_matmuls():
         for c, w in ((False, None), (True, None), (True, 10))
     )
     assert (dense, causal, window) == (4 * T * T * H * K, 2 * T * T * H * K, 4 * T * 10 * H * K)
-    whole = with_backward(attention_arguments([T], causal=False))
-    assert FLOPS["ftrain::attention_backward"](*whole) == 2.5 * dense
+    for softcap in (None, 30.0):
+        whole = with_backward(attention_arguments([T], causal=False, softcap=softcap))
+        assert FLOPS["ftrain::attention_backward"](*whole) == 2.5 * dense
     x, w = torch.zeros(10, 8), torch.zeros(8, 20)
     rest = (torch.zeros(10, dtype=torch.int64), None, -100, None, False, 5)
     assert FLOPS["ftrain::linear_cross_entropy_loss"](x, w, *rest) == 2 * 10 * 8 * 20

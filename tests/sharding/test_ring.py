@@ -199,11 +199,12 @@ def step_arguments(T, H, G, K, V, dtype, rank, how):
 
 
 @pytest.mark.parametrize(("dtype", "V"), [(torch.float32, 32), (torch.bfloat16, 16)])
+@pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize(("zigzag", "window"), [(True, None), (False, None), (True, 64), (False, 300)])
-def test_the_declared_workspace_bounds_the_measured(dtype, V, zigzag, window):
+def test_the_declared_workspace_bounds_the_measured(dtype, V, zigzag, window, softcap):
     ops, found = torch.ops.ftrain, {"forward": [], "backward": []}
     for step in range(2):
-        how = Step(step, 2, zigzag, True, window, 0.2)
+        how = Step(step, 2, zigzag, True, window, 0.2, softcap)
         for rank in range(2):
             q, kv, grad, out, lse, me = step_arguments(1024, 4, 2, 32, V, dtype, rank, how)
             forward = (q, kv, out if step else None, lse if step else None, None, me, *how)

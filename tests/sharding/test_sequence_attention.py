@@ -58,11 +58,20 @@ def test_the_reference_backend(how):
 @pytest.mark.parametrize("how", ALL)
 @pytest.mark.parametrize(
     ("heads", "V", "options"),
-    [((4, 2), 4, {}), ((8, 8), 4, {"window": 9}), ((12, 3), 4, {"causal": False}), ((4, 1), 3, {})],
+    [((4, 2), 4, {}), ((8, 8), 4, {"window": 9}), ((12, 3), 4, {"causal": False}), ((4, 1), 3, {"softcap": 0.7})],
 )
 def test_sinks(how, heads, V, options):
     pack, sinks = make_pack(48, *heads, 4, V, lengths=(3, 13, 1, 20, 11)), sinks_of(heads[0])
     got, wanted = on_mesh_of(pack, how, 4, sinks=sinks, **options), on_one_device(pack, sinks=sinks, **options)
+    assert difference(got, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("how", ALL)
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": False}, {"backend": "reference"}], ids=str)
+def test_capped_scores(how, options):
+    """The cap is far below the largest score."""
+    pack = make_pack(48, 4, 2, 4, lengths=(3, 13, 1, 20, 11))
+    got, wanted = (f(softcap=0.7, **options) for f in (partial(on_mesh_of, pack, how, 4), partial(on_one_device, pack)))
     assert difference(got, wanted) < 1e-12
 
 
@@ -185,6 +194,7 @@ def test_a_second_derivative_through_the_reference():
         ({"v": torch.zeros(4, 4, 4, dtype=torch.float64)}, r"vision: .* one floating dtype; .* v torch.float64"),
         ({"segments_T": torch.zeros(4)}, r"vision: segments_T must be int64 \[4\], not torch.float32 \[4\]"),
         ({"kv_segments_S": torch.zeros(4, dtype=torch.int64)}, r"needs segments_T"),
+        ({"softcap": -1.0}, r"vision: softcap=-1.0 must be positive"),
         ({"sinks_H": torch.zeros(3)}, r"vision: sinks_H must be floating \[4\] on cpu"),
     ],
 )

@@ -51,17 +51,20 @@ def of_layers(specs, layer):
 
 
 SINKS = of_layers(ATTENTION, mix)
+CAPPED = of_layers(ATTENTION, partial(mix, softcap=2.0, window=9))
 
 
 @pytest.mark.parametrize("how", HOWS, ids=str)
-def test_sinks_are_trained_on_a_mesh(how):
+@pytest.mark.parametrize("model", [SINKS, CAPPED], ids=["sinks", "sinks and a cap"])
+def test_sinks_are_trained_on_a_mesh(model, how):
     mesh = Mesh(shard=2, sequence=4, kind="virtual")
-    assert max(compare(SINKS, plan_for(SINKS, mesh, Layout(sequence=how)), dtype=torch.float64)) < 1e-11
+    assert max(compare(model, plan_for(model, mesh, Layout(sequence=how)), dtype=torch.float64)) < 1e-11
 
 
 @pytest.mark.parametrize("options", [{"remat": "layer"}, {"remat": "all"}], ids=str)
-def test_sinks_are_trained_with_recompute(options):
-    params, batch = SINKS.params(torch.float32), SINKS.batch(1)
-    plain, again = (ftrain.jit(SINKS.step, **given)(params, batch) for given in ({}, options))
+@pytest.mark.parametrize("model", [SINKS, CAPPED], ids=["sinks", "sinks and a cap"])
+def test_sinks_are_trained_with_recompute(model, options):
+    params, batch = model.params(torch.float32), model.batch(1)
+    plain, again = (ftrain.jit(model.step, **given)(params, batch) for given in ({}, options))
     assert all(map(torch.equal, tree.leaves(plain), tree.leaves(again)))
     assert any(leaf.abs().max() > 0 for leaf in (layer["sinks"] for layer in plain[2]["layers"]))
