@@ -18,7 +18,7 @@ class Measured(NamedTuple):
 def measure_memory(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> Measured:
     """Run `call` and add up what the allocator did meanwhile, as the profiler saw it."""
     call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         result = call()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
