@@ -59,6 +59,7 @@ EXAMPLES: tuple[str, ...] = (
     "kernels/documents.py",
     "kernels/dtypes.py",
     "kernels/embedding.py",
+    "kernels/experts.py",
     "kernels/grouped_mm.py",
     "kernels/layer_norm.py",
     "kernels/linear_cross_entropy.py",

@@ -1,9 +1,9 @@
-"""Mixture of experts without dropping: sort token slots by expert, multiply group by group, put them back.
+"""Rows for a mixture of experts without dropping: sort token slots by expert, and put them back, weighted.
 
 Tokens are sorted and gathered, never scattered with atomics, so every result and gradient is deterministic (as in Gale
 et al., "MegaBlocks", arXiv 2211.15841).
 
-Legend: T tokens, K experts per token, N = T * K rows, E experts, D model, F hidden of an expert.
+Legend: T tokens, K experts per token, N = T * K rows, E experts, D model.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,7 @@ from ftrain.kernels.backend import choose_backend, device_type
 from ftrain.kernels.chunks import PIECE
 from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.first_order import first_order
-from ftrain.kernels.grouped_mm import grouped_mm
 from ftrain.kernels.opaque import opaque_op
-from ftrain.kernels.primitive import primitive
-from ftrain.kernels.swiglu import swiglu
 
 _BACKENDS = {"cpu": "sorted", "cuda": "sorted"}
 
@@ -29,10 +26,12 @@ class Dispatch(NamedTuple):
 
     - `order_N`: int64; row n holds slot `order[n]`, which is choice `order % K` of token `order // K`.
     - `offsets_E`: int32; expert e has rows `offsets[e - 1] .. offsets[e]`.
+    - `expert_N`: the expert of each row, ascending, in the dtype of the choices.
     """
 
     order_N: Tensor
     offsets_E: Tensor
+    expert_N: Tensor
 
 
 def moe_dispatch(
@@ -51,14 +50,14 @@ def moe_dispatch(
     >>> import torch
     >>> from ftrain.kernels.moe import moe_dispatch
     >>> rows_ND, dispatch = moe_dispatch(torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]]), num_experts=3)
-    >>> rows_ND.flatten(), dispatch.offsets_E
-    (tensor([2., 1.]), tensor([1, 2, 2], dtype=torch.int32))
+    >>> rows_ND.flatten(), dispatch.offsets_E, dispatch.expert_N
+    (tensor([2., 1.]), tensor([1, 2, 2], dtype=torch.int32), tensor([0, 1]))
     """
     _check_routing(x_TD.shape[0], expert_TK)
     expert_N, order_N = torch.sort(expert_TK.reshape(-1), stable=True)
     experts_E = torch.arange(num_experts, dtype=expert_N.dtype, device=expert_N.device)
     offsets_E = torch.searchsorted(expert_N, experts_E, right=True, out_int32=True)
-    dispatch = Dispatch(order_N, offsets_E)
+    dispatch = Dispatch(order_N, offsets_E, expert_N)
     if choose_backend(backend, x_TD.device, _BACKENDS) == "reference":
         return x_TD[order_N // expert_TK.shape[1]], dispatch
     return _Spread.apply(x_TD, order_N, expert_TK.shape[1]), dispatch
@@ -91,8 +90,12 @@ def combine(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch, *, backend:
 
 def combine_reference(rows_ND: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
     """`combine` in plain torch: `[T, D]`, differentiable to any order."""
+    return _weighted_sum(rows_ND, weights_TK, dispatch.order_N)
+
+
+def _weighted_sum(rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor) -> Tensor:
     wide = accumulate_dtype(rows_ND.dtype)
-    rows_TKD = rows_ND[_inverse(dispatch.order_N)].unflatten(0, tuple(weights_TK.shape))
+    rows_TKD = rows_ND[_inverse(order_N)].unflatten(0, tuple(weights_TK.shape))
     return (rows_TKD.to(wide) * weights_TK.to(wide)[..., None]).sum(1).to(rows_ND.dtype)
 
 
@@ -114,52 +117,6 @@ def permute_rows(rows_ND: Tensor, order_N: Tensor) -> Tensor:
 def restore_rows(rows_ND: Tensor, order_N: Tensor) -> Tensor:
     """The rows at the indices that they had before `permute_rows`: `[N, D]`, differentiable."""
     return _Collect.apply(rows_ND, order_N, 1)
-
-
-@primitive("moe")
-def experts_swiglu(
-    x_TD: Tensor,
-    expert_TK: Tensor,
-    weights_TK: Tensor,
-    w_gate_EDF: Tensor,
-    w_up_EDF: Tensor,
-    w_down_EFD: Tensor,
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """Each token's experts, each a SwiGLU MLP, weighted and summed: `[T, D]`. Every token reaches all its experts.
-
-    - `x_TD`: tokens, and three weights `[E, D, F]`, `[E, D, F]`, `[E, F, D]`, all of one floating dtype.
-    - `expert_TK`: integers in [0, E). `weights_TK`: floating, a weight for each choice.
-    - `backend`: "auto", "reference", or one of `grouped_mm`: "loop" or "grouped".
-
-    A plan rebinds this primitive to run the experts on the ranks that hold them. ValueError for shapes, dtypes and
-    backends that do not fit. Source: Shazeer et al., arXiv 1701.06538; without dropping as in Gale et al., arXiv
-    2211.15841.
-
-    >>> import torch
-    >>> from ftrain.kernels.moe import experts_swiglu
-    >>> x_TD, one_EDF = torch.ones(2, 3), torch.ones(4, 3, 5)
-    >>> y_TD = experts_swiglu(x_TD, torch.tensor([[0], [3]]), torch.ones(2, 1), one_EDF, one_EDF, torch.zeros(4, 5, 3))
-    >>> y_TD.shape
-    torch.Size([2, 3])
-    """
-    reference = "reference" if backend == "reference" else "auto"
-    rows_ND, dispatch = moe_dispatch(x_TD, expert_TK, num_experts=w_gate_EDF.shape[0], backend=reference)
-    gate_NF = grouped_mm(rows_ND, w_gate_EDF, dispatch.offsets_E, backend=backend)
-    up_NF = grouped_mm(rows_ND, w_up_EDF, dispatch.offsets_E, backend=backend)
-    hidden_NF = swiglu(gate_NF, up_NF, backend=reference)
-    rows_ND = grouped_mm(hidden_NF, w_down_EFD, dispatch.offsets_E, backend=backend)
-    return combine(rows_ND, weights_TK, dispatch, backend=reference)
-
-
-@primitive("moe_dropped")
-def dropped_rows(expert_TK: Tensor, w_gate_EDF: Tensor) -> Tensor:
-    """How many of the T * K rows no expert computes, a float32 scalar: zero.
-
-    A plan that gives these experts a static capacity rebinds this primitive to count what exceeds it.
-    """
-    return torch.zeros((), device=expert_TK.device)
 
 
 class _Spread(torch.autograd.Function):
@@ -203,7 +160,7 @@ class _Combine(torch.autograd.Function):
     def forward(rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor) -> Tensor:
         if device_type(rows_ND) == "cpu":
             return _combine(rows_ND, weights_TK, order_N, weights_TK.shape[1])
-        return combine_reference(rows_ND, weights_TK, Dispatch(order_N, order_N))
+        return _weighted_sum(rows_ND, weights_TK, order_N)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ftrain.kernels.experts import dropped_rows, experts_swiglu
 from ftrain.kernels.mean import Mean, share, sum_over_batch
-from ftrain.kernels.moe import dropped_rows, experts_swiglu
 from ftrain.kernels.wide_mm import wide_mm
 from ftrain.modules import mlp
 from ftrain.modules.spec import ParamSpec, fan_in, zeros

@@ -10,18 +10,18 @@ from torch import Tensor
 from ftrain.graph.source import user_source
 from ftrain.kernels import random
 from ftrain.kernels.attention import attention
-from ftrain.kernels.moe import dropped_rows, experts_swiglu
+from ftrain.kernels.experts import FFN, dropped_rows, experts
 from ftrain.kernels.random import Window
 from ftrain.modules import spec as specs_of
 from ftrain.sharding import exchange, matrices, shards
-from ftrain.sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
+from ftrain.sharding.experts import dropped_rows_sharded, experts_sharded
 from ftrain.sharding.layout import CapacityFactor
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.placement import Placement
 from ftrain.sharding.sequence_attention import pack_documents, sequence_attention
 from ftrain.sharding.spmd import purpose
 from ftrain.sharding.whole_rows import whole_rows_sharded
-from ftrain.trace.spmd import ShardedTrace, batch_sum
+from ftrain.trace.spmd import ShardedTrace, batch_sum, spread_of
 
 
 def bindings(trace: ShardedTrace) -> dict[str, Callable[..., Any]]:
@@ -36,7 +36,7 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable[..., Any]]:
         "whole_rows": partial(whole_rows_sharded, mesh=mesh, order=order),
         "require_documents_alone": lambda: _require_documents_alone(mesh),
         "attention": lambda *tensors, **options: _attention(trace, *tensors, **options),
-        "moe": lambda *tensors, **options: _experts(trace, *tensors, **options),
+        "experts": lambda *args, **options: _experts(trace, *args, **options),
         "moe_dropped": lambda expert_TK, w_gate_EDF: _dropped(trace, expert_TK, w_gate_EDF),
         "parameter": lambda *args, **options: _parameter(trace, *args, **options),
         "sum_over_shards": lambda values_N, leaves: _sum_over_shards(trace, values_N, leaves),
@@ -87,14 +87,22 @@ def _attention(trace: ShardedTrace, q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor,
     )
 
 
-def _experts(trace: ShardedTrace, x_TD: Tensor, expert_TK: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+def _experts(
+    trace: ShardedTrace,
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weights_TK: Tensor,
+    leaves: Sequence[Tensor],
+    ffn: FFN,
+    **options: Any,
+) -> Tensor:
     mesh = trace.plan.mesh
-    layout = trace.plan.layout(trace.component(tensors[1]))
-    if layout.experts is None or mesh.expert == 1:
-        return experts_swiglu.local(x_TD, expert_TK, *tensors, **options)  # type: ignore[attr-defined]
-    return experts_swiglu_sharded(
-        x_TD, expert_TK, *tensors, how=layout.experts, mesh=mesh, chunks=layout.expert_chunks, **options
-    )
+    layout = trace.plan.layout(trace.component(*leaves))
+    divided = any("expert" in spread_of(trace, leaf).axes for leaf in leaves)
+    if layout.experts is None or mesh.expert == 1 or not divided:
+        return experts.local(x_TD, expert_TK, weights_TK, leaves, ffn, **options)  # type: ignore[attr-defined]
+    given = (x_TD, expert_TK, weights_TK, leaves, ffn)
+    return experts_sharded(*given, how=layout.experts, mesh=mesh, chunks=layout.expert_chunks, **options)
 
 
 def _dropped(trace: ShardedTrace, expert_TK: Tensor, w_gate_LDF: Tensor) -> Tensor:
@@ -102,8 +110,8 @@ def _dropped(trace: ShardedTrace, expert_TK: Tensor, w_gate_LDF: Tensor) -> Tens
     layout = trace.plan.layout(trace.component(w_gate_LDF))
     if not isinstance(layout.experts, CapacityFactor) or mesh.expert == 1:
         return dropped_rows.local(expert_TK, w_gate_LDF)  # type: ignore[attr-defined]
-    experts = w_gate_LDF.shape[0] * mesh.expert
-    return dropped_rows_sharded(expert_TK, experts=experts, how=layout.experts, chunks=layout.expert_chunks)
+    whole = w_gate_LDF.shape[0] * mesh.expert
+    return dropped_rows_sharded(expert_TK, experts=whole, how=layout.experts, chunks=layout.expert_chunks)
 
 
 def _parameter(trace: ShardedTrace, spec: specs_of.ParamSpec, key: Tensor, path: str, window: Any = None) -> Tensor:

@@ -10,12 +10,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.kernels.embedding import embedding, merge_rows
+from ftrain.kernels.experts import experts as all_experts
+from ftrain.kernels.experts import experts_swiglu
 from ftrain.kernels.grouped_mm import grouped_mm
 from ftrain.kernels.layer_norm import layer_norm
-from ftrain.kernels.moe import combine, experts_swiglu, moe_dispatch
+from ftrain.kernels.moe import combine, moe_dispatch
 from ftrain.kernels.rms_norm import rms_norm
 from ftrain.kernels.rope import rope, rope_table
 from ftrain.kernels.swiglu import swiglu
+from tests.helpers.expert_networks import biased, biased_shapes
 
 
 class Case(NamedTuple):
@@ -39,6 +42,12 @@ def combined(rows, weights, expert, *, backend):
 
 def experts(x, weights, w_gate, w_up, w_down, expert, *, backend):
     return experts_swiglu(x, expert, weights, w_gate, w_up, w_down, backend=backend)
+
+
+def any_experts(x, weights, scale, *rest, backend):
+    *leaves, expert = rest
+    network = "reference" if backend == "reference" else "auto"
+    return all_experts(x, expert, weights, leaves, biased(scale, backend=network), backend=backend)
 
 
 def turned(layout):
@@ -76,6 +85,9 @@ CASES = {
         ops=("grouped_mm", "grouped_mm_backward_x", "grouped_mm_backward_w"),
     ),
     "experts": Case(experts, ((5, 3), (5, 2), (4, 3, 2), (4, 3, 2), (4, 2, 3)), (EXPERTS,), fast="loop"),
+    "experts of any network": Case(
+        any_experts, ((5, 3), (5, 2), (3,), *biased_shapes(4, 3, 2)), (EXPERTS,), fast="sorted"
+    ),
     "embedding": Case(
         lambda table, tokens, *, backend: embedding(tokens, table, backend=backend),
         ((9, 3),),

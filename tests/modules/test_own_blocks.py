@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ftrain.kernels import random
-from ftrain.kernels.moe import experts_swiglu
+from ftrain.kernels.experts import experts_swiglu
 from ftrain.modules import decoder, moe, omni, spec
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.block import Block, Context

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from ftrain.graph.torch_private import new_fake_mode, trace_to_graph
-from ftrain.kernels.moe import experts_swiglu
-from ftrain.sharding.experts import dropped_rows_sharded, experts_swiglu_sharded
+from ftrain.kernels.experts import experts, swiglu_ffn
+from ftrain.sharding.experts import dropped_rows_sharded, experts_sharded
 from ftrain.sharding.layout import CapacityFactor, Dropless
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.sizes import is_size
 from ftrain.sharding.spmd import coordinates, on_mesh
+from tests.helpers.expert_networks import biased, biased_shapes
 from tests.helpers.ranks import on_ranks
 
 E, D, F, T = 8, 6, 5, 12
@@ -22,8 +23,18 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def weights():
-    return random(E, D, F, seed=1), random(E, D, F, seed=2), random(E, F, D, seed=3)
+def swiglu():
+    """Leaves and network, of a scale that it captures."""
+    return (random(E, D, F, seed=1), random(E, D, F, seed=2), random(E, F, D, seed=3)), lambda _: swiglu_ffn
+
+
+def with_biases():
+    """The same of a network with biases, leaves of several forms and a norm."""
+    return tuple(random(*shape, seed=6 + i) for i, shape in enumerate(biased_shapes(E, D, F))), biased
+
+
+def scale():
+    return random(D, seed=11)
 
 
 def routing(mesh, top_k, kind):
@@ -32,25 +43,34 @@ def routing(mesh, top_k, kind):
     return torch.randint(0, high, (T * mesh.size, top_k), generator=generator)
 
 
-def sharded(mesh, x, expert, weight, how, chunks=1):
-    """Outputs and gradients of x, of the weights of choices, and of a rank's experts, for every rank."""
-    held = E // mesh.expert
+def differentiated(call, x, weight, scale, *leaves):
+    """Output and gradients of x, of the weights of choices, of the captured scale and of the leaves."""
+    tensors = [t.detach().requires_grad_() for t in (x, weight, scale, *leaves)]
+    y = call(*tensors)
+    found = torch.autograd.grad((y * y.detach().sin()).sum(), tensors, allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True))]
+
+
+def sharded(mesh, x, expert, weight, how, chunks=1, network=swiglu):
+    """`differentiated` for every rank, and where its experts begin."""
+    held, (leaves, ffn) = E // mesh.expert, network()
     slices = [mesh.coordinate(rank, "expert") * held for rank in range(mesh.size)]
     per_rank = [list(t.chunk(mesh.size)) for t in (x, expert, weight)]
-    own = [[w[s : s + held].clone() for s in slices] for w in weights()]
+    own = [[w[s : s + held].clone() for s in slices] for w in leaves]
 
-    def step(x, expert, weight, *w):
-        leaves = [t.detach().requires_grad_() for t in (x, weight, *w)]
-        y = experts_swiglu_sharded(leaves[0], expert, leaves[1], *leaves[2:], how=how, mesh=mesh, chunks=chunks)
-        return [y.detach(), *torch.autograd.grad((y * y.detach().sin()).sum(), leaves)]
+    def step(x, expert, weight, scale, *leaves):
+        def call(x, weight, scale, *leaves):
+            return experts_sharded(x, expert, weight, leaves, ffn(scale), how=how, mesh=mesh, chunks=chunks)
 
-    return on_ranks(step, mesh, *per_rank, *own), slices
+        return differentiated(call, x, weight, scale, *leaves)
+
+    return on_ranks(step, mesh, *per_rank, [scale()] * mesh.size, *own), slices
 
 
-def whole(x, expert, weight):
-    leaves = [t.detach().requires_grad_() for t in (x, weight, *weights())]
-    y = experts_swiglu(leaves[0], expert, leaves[1], *leaves[2:])
-    return [y.detach(), *torch.autograd.grad((y * y.detach().sin()).sum(), leaves)]
+def whole(x, expert, weight, network=swiglu):
+    leaves, ffn = network()
+    call = lambda x, weight, scale, *leaves: experts(x, expert, weight, leaves, ffn(scale))  # noqa: E731
+    return differentiated(call, x, weight, scale(), *leaves)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -58,26 +78,29 @@ def whole(x, expert, weight):
 @pytest.mark.parametrize(
     ("how", "chunks", "top_k"), [(Dropless(), 1, 2), (Dropless(), 3, 1), (CapacityFactor(16.0), 2, 3)], ids=str
 )
-def test_values_and_gradients_equal_those_of_one_device(mesh, kind, how, chunks, top_k):
+@pytest.mark.parametrize("network", [swiglu, with_biases])
+def test_values_and_gradients_equal_those_of_one_device(mesh, kind, how, chunks, top_k, network):
     x, expert, weight = random(T * mesh.size, D), routing(mesh, top_k, kind), random(T * mesh.size, top_k, seed=5)
-    results, slices = sharded(mesh, x, expert, weight, how, chunks)
-    expected = whole(x, expert, weight)
+    results, slices = sharded(mesh, x, expert, weight, how, chunks, network)
+    expected = whole(x, expert, weight, network)
     for i in range(3):
         torch.testing.assert_close(torch.cat([r[i] for r in results]), expected[i], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(r[3] for r in results), expected[3], rtol=1e-12, atol=1e-12)
     held = E // mesh.expert
-    for i in range(3, 6):  # ranks with the same experts each have their tokens' share
+    for i in range(4, len(expected)):  # ranks with the same experts each have their tokens' share
         total = torch.zeros_like(expected[i])
         for rank, first in enumerate(slices):
             total[first : first + held] += results[rank][i]
         torch.testing.assert_close(total, expected[i], rtol=1e-12, atol=1e-12)
 
 
-def test_what_exceeds_the_capacity_counts_nothing():
+@pytest.mark.parametrize("network", [swiglu, with_biases])
+def test_what_exceeds_the_capacity_counts_nothing(network):
     mesh = MESHES[0]
     x, expert, weight = random(T * 2, D), torch.zeros(T * 2, 1, dtype=torch.int64), random(T * 2, 1, seed=5)
-    results, _ = sharded(mesh, x, expert, weight, CapacityFactor(E * 0.25))
+    results, _ = sharded(mesh, x, expert, weight, CapacityFactor(E * 0.25), network=network)
     room = T // 4  # of the only expert that is named, on each rank
-    expected = whole(x, expert, weight)
+    expected = whole(x, expert, weight, network)
     for rank, result in enumerate(results):
         first = rank * T
         torch.testing.assert_close(result[0][:room], expected[0][first : first + room], rtol=1e-12, atol=1e-12)
@@ -99,12 +122,12 @@ def test_rows_beyond_the_capacity_are_counted(chunks):
 def test_the_host_reads_sizes_once_or_never(how, reads):
     mesh = MESHES[1]
     with new_fake_mode() as mode:
-        inputs = [random(T, D), routing(mesh, 2, "even")[:T], random(T, 2), *(w[:2].clone() for w in weights())]
+        inputs = [random(T, D), routing(mesh, 2, "even")[:T], random(T, 2), *(w[:2].clone() for w in swiglu()[0])]
         fakes = [mode.from_tensor(t) for t in (coordinates(mesh, 0), *inputs)]
 
         def local(at, *tensors):
             with on_mesh(mesh, at):
-                return [experts_swiglu_sharded(*tensors, how=how, mesh=mesh)]
+                return [experts_sharded(*tensors[:3], tensors[3:], swiglu_ffn, how=how, mesh=mesh)]
 
         graph = trace_to_graph(local, fakes).graph
     assert sum(is_size(n.target) for n in graph.nodes) == reads

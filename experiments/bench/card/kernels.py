@@ -18,9 +18,9 @@ from experiments.bench.card.telling import Ceilings, Stage, attempt, millisecond
 from experiments.bench.table import Row, row
 from ftrain.kernels.attention import attention
 from ftrain.kernels.documents import Documents
+from ftrain.kernels.experts import experts_swiglu
 from ftrain.kernels.grouped_mm import grouped_mm
 from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
-from ftrain.kernels.moe import experts_swiglu
 from ftrain.kernels.wide_mm import wide_mm
 
 _BACKWARD = 2.5

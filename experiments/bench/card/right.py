@@ -15,9 +15,9 @@ from experiments.bench.table import Row, row
 from ftrain.kernels import random as keys
 from ftrain.kernels.attention import attention, attention_reference
 from ftrain.kernels.documents import Documents
+from ftrain.kernels.experts import experts_swiglu
 from ftrain.kernels.grouped_mm import grouped_mm, grouped_mm_reference
 from ftrain.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from ftrain.kernels.moe import experts_swiglu
 from ftrain.kernels.wide_mm import wide_mm, wide_mm_reference
 
 HALF = 1e-2

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ftrain.analysis.meter import allocation_deltas, measure_peak
 from ftrain.kernels.attention import attention as attend
+from ftrain.kernels.experts import experts_swiglu
 from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
 from ftrain.kernels.mean import Mean
-from ftrain.kernels.moe import experts_swiglu
 from ftrain.kernels.rms_norm import rms_norm
 from ftrain.plan.jit import jit
 from ftrain.trace.accumulate import accumulate

@@ -1,22 +1,27 @@
 """The primitives' sharded forms in compiled steps on meshes: loss and every gradient are those of one device.
 
-T tokens, D model, H query heads, G key/value heads, K head dim, V vocabulary.
+T tokens, D model, H query heads, G key/value heads, K head dim, V vocabulary, E experts, F hidden of an expert.
 """
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
 import torch
 
 import ftrain
-from ftrain import Mean, tree
+from ftrain import Mean, optim, tree
 from ftrain.kernels.attention import attention
 from ftrain.kernels.embedding import embedding
+from ftrain.kernels.experts import experts
+from ftrain.kernels.rms_norm import rms_norm
 from ftrain.modules.spec import Normal, ParamSpec
-from ftrain.sharding import Hybrid, Layout, Mesh, Ring, Ulysses
+from ftrain.sharding import CapacityFactor, Dropless, Hybrid, Layout, Mesh, Ring, Ulysses
+from tests.helpers.expert_networks import biased, biased_shapes
 from tests.helpers.mesh_models import Model, compare, plan_for, text_batch
 
-V, D, H, G, K = 31, 8, 4, 2, 4
+V, D, H, G, K, E, F = 31, 8, 4, 2, 4, 8, 6
 NORMAL = Normal(0.5)
 EMBED = ParamSpec((V, D), ("vocab", "embed"), NORMAL)
 ATTENTION = {
@@ -68,3 +73,125 @@ def test_sinks_are_trained_with_recompute(model, options):
     plain, again = (ftrain.jit(model.step, **given)(params, batch) for given in ({}, options))
     assert all(map(torch.equal, tree.leaves(plain), tree.leaves(again)))
     assert any(leaf.abs().max() > 0 for leaf in (layer["sinks"] for layer in plain[2]["layers"]))
+
+
+def expert_specs(first="expert"):
+    """A router and the leaves of `biased`; `first` names the dim of the experts."""
+    axes = ((first, "embed", "mlp"), (first, "mlp"), (first, "embed", "mlp"), (first, "embed"))
+    leaves = [ParamSpec(shape, names, NORMAL) for shape, names in zip(biased_shapes(E, D, F), axes, strict=True)]
+    return {
+        "router": ParamSpec((D, E), ("embed", None), NORMAL),
+        "leaves": leaves,
+        "scale": ParamSpec((D,), ("embed",), NORMAL),
+    }
+
+
+def choose(p, x_TD):
+    return (x_TD @ p["router"]).softmax(-1).topk(2, -1)
+
+
+def network(p, x_TD, batch):
+    """One layer of experts with biases, whose network captures a parameter."""
+    x_TD = rms_norm(x_TD)
+    weight_TK, expert_TK = choose(p, x_TD)
+    return x_TD + experts(x_TD, expert_TK, weight_TK, p["leaves"], biased(p["scale"]))
+
+
+EXPERTS, WHOLE_EXPERTS = of_layers(expert_specs(), network), of_layers(expert_specs(None), network)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(experts=Dropless()),
+        Layout(experts=Dropless(), expert_chunks=2),
+        Layout(experts=CapacityFactor(16.0)),
+        Layout(experts=None),
+    ],
+    ids=["dropless", "chunks", "capacity", "not divided"],
+)
+@pytest.mark.parametrize(
+    "mesh",
+    [Mesh(shard=2, expert=2, kind="virtual"), Mesh(1, 2, 2, 4, "virtual"), Mesh(2, 2, 1, 2, "virtual")],
+    ids=str,
+)
+def test_experts_are_trained_on_a_mesh(mesh, layout):
+    assert max(compare(EXPERTS, plan_for(EXPERTS, mesh, layout), dtype=torch.float64)) < 1e-11
+
+
+def test_experts_whose_dim_has_no_name_stay_where_their_tokens_are():
+    plan = plan_for(WHOLE_EXPERTS, Mesh(1, 2, 2, 4, "virtual"))
+    assert max(compare(WHOLE_EXPERTS, plan, dtype=torch.float64)) < 1e-11
+    step = ftrain.jit(WHOLE_EXPERTS.step, plan=plan, specs=WHOLE_EXPERTS.specs)
+    text = str(step.lower(WHOLE_EXPERTS.params(torch.float32), WHOLE_EXPERTS.batch(2)).graph)
+    assert "all_to_all" not in text
+
+
+@pytest.mark.parametrize("remat", ["layer", "all"])
+def test_experts_are_computed_again(remat):
+    params, batch = EXPERTS.params(torch.float32), EXPERTS.batch(1)
+    plain, again = ftrain.jit(EXPERTS.step), ftrain.jit(EXPERTS.step, remat=remat)
+    assert all(map(torch.equal, tree.leaves(plain(params, batch)), tree.leaves(again(params, batch))))
+    plan = plan_for(EXPERTS, Mesh(1, 2, 1, 2, "virtual"))
+    assert max(compare(EXPERTS, plan, dtype=torch.float64, remat=remat)) < 1e-11
+
+
+@pytest.mark.parametrize("mesh", [None, Mesh(1, 2, 2, 4, "virtual")], ids=["one device", "a mesh"])
+def test_a_run_that_donates_its_state(mesh):
+    """Ten updates of AdamW in place: the state of a run of plain functions."""
+    tx = optim.adamw(1e-2)
+
+    def step(state, batch):
+        (loss, _), grads = ftrain.value_and_grad(EXPERTS.loss, has_aux=True)(state.params, batch)
+        return state.apply(tx, grads), {"loss": loss}
+
+    def init(key):
+        params = ftrain.init(EXPERTS.specs, key)
+        return ftrain.TrainState.create(tree.map(lambda p: p.double(), params), tx)
+
+    plan = {} if mesh is None else {"plan": plan_for(EXPERTS, mesh)}
+    jitted, batch = ftrain.jit(step, donate="state", **plan), EXPERTS.batch(1 if mesh is None else 2)
+    state, expected = jitted.init(init, ftrain.key(0)), init(ftrain.key(0))
+    for _ in range(10):
+        state, metrics = jitted(state, batch)
+        expected, wanted = step(expected, batch)
+    torch.testing.assert_close(metrics["loss"], wanted["loss"], rtol=1e-9, atol=1e-9)
+    for a, b in zip(tree.leaves(state), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+class Scaled:
+    """A network that an object holds."""
+
+    def __call__(self, rows_ND, offsets_E, expert_N, leaves):
+        return rows_ND * embedding(expert_N, leaves[0])
+
+
+@pytest.mark.parametrize("mesh", [None, Mesh(shard=2, expert=2, kind="virtual")], ids=["one device", "a mesh"])
+def test_nothing_of_a_network_outlives_the_trace(mesh):
+    made = []
+
+    def layer(p, x_TD, batch):
+        weight_TK, expert_TK = choose(p, x_TD)
+        scaled = Scaled()
+        made.append(weakref.ref(scaled))
+        return experts(x_TD, expert_TK, weight_TK, [p["scale"]], scaled)
+
+    specs = {"router": expert_specs()["router"], "scale": ParamSpec((E, D), ("expert", "embed"), NORMAL)}
+    model = of_layers(specs, layer)
+    plan = {} if mesh is None else {"plan": plan_for(model, mesh), "specs": model.specs}
+    step = ftrain.jit(model.step, **plan)
+    params, batch = model.params(torch.float32), model.batch(1 if mesh is None else 2)
+    step(params, batch)
+    gc.collect()
+    assert made
+    assert [ref() for ref in made] == [None] * len(made)
+
+
+def test_leaves_of_different_numbers_of_experts_are_named():
+    specs = expert_specs()
+    specs["leaves"][1] = expert_specs(None)["leaves"][1]
+    model, mesh = of_layers(specs, network), Mesh(shard=2, expert=2, kind="virtual")
+    step = ftrain.jit(model.step, plan=plan_for(model, mesh), specs=model.specs)
+    with pytest.raises(ValueError, match=r"got \[4, 8, 12\], \[8, 12\], .* must name that dim 'expert'"):
+        step(model.params(torch.float32), model.batch(2))
