@@ -127,6 +127,23 @@ def test_experts_whose_dim_has_no_name_stay_where_their_tokens_are():
     assert "all_to_all" not in text
 
 
+def test_leaves_may_be_changed_before_they_are_given():
+    """Transposed twice, scaled and cast, they are still those of a rank's own experts."""
+
+    def layer(p, x_TD, batch):
+        w_in, b_in, w_out, b_out = p["leaves"]
+        leaves = [(2 * w_in.transpose(1, 2).contiguous()).transpose(1, 2), b_in.to(x_TD.dtype), w_out * 0.5, b_out]
+        return network({**p, "leaves": leaves}, x_TD, batch)
+
+    model = of_layers(expert_specs(), layer)
+    plan = plan_for(model, Mesh(1, 2, 1, 2, "virtual"))
+    assert max(compare(model, plan, dtype=torch.float64)) < 1e-11
+    text = str(
+        ftrain.jit(model.step, plan=plan, specs=model.specs).lower(model.params(torch.float32), model.batch(2)).graph
+    )
+    assert "all_to_all" in text
+
+
 @pytest.mark.parametrize("remat", ["layer", "all"])
 def test_experts_are_computed_again(remat):
     params, batch = EXPERTS.params(torch.float32), EXPERTS.batch(1)
