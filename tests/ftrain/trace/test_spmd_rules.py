@@ -19,7 +19,7 @@ from ftrain.kernels.rms_norm import rms_norm
 from ftrain.modules.spec import Normal, ParamSpec
 from ftrain.sharding import CapacityFactor, Dropless, Hybrid, Layout, Mesh, Ring, Ulysses
 from tests.helpers.expert_networks import biased, biased_shapes
-from tests.helpers.mesh_models import Model, compare, plan_for, text_batch
+from tests.helpers.mesh_models import Model, accumulated, compare, plan_for, text_batch
 
 V, D, H, G, K, E, F = 31, 8, 4, 2, 4, 8, 6
 NORMAL = Normal(0.5)
@@ -112,7 +112,7 @@ EXPERTS, WHOLE_EXPERTS = of_layers(expert_specs(), network), of_layers(expert_sp
 )
 @pytest.mark.parametrize(
     "mesh",
-    [Mesh(shard=2, expert=2, kind="virtual"), Mesh(1, 2, 2, 4, "virtual"), Mesh(2, 2, 1, 2, "virtual")],
+    [Mesh(shard=2, expert=2, kind="virtual"), Mesh(1, 2, 2, 4, "virtual"), Mesh(2, 4, 1, 2, "virtual")],
     ids=str,
 )
 def test_experts_are_trained_on_a_mesh(mesh, layout):
@@ -125,6 +125,13 @@ def test_experts_whose_dim_has_no_name_stay_where_their_tokens_are():
     step = ftrain.jit(WHOLE_EXPERTS.step, plan=plan, specs=WHOLE_EXPERTS.specs)
     text = str(step.lower(WHOLE_EXPERTS.params(torch.float32), WHOLE_EXPERTS.batch(2)).graph)
     assert "all_to_all" not in text
+
+
+@pytest.mark.parametrize("model", [CAPPED, EXPERTS], ids=["attention", "experts"])
+def test_micro_batches_on_a_mesh(model):
+    cut = accumulated(model, 2)
+    plan = plan_for(cut, Mesh(1, 2, 2, 4, "virtual"))
+    assert max(compare(cut, plan, dtype=torch.float64)) < 1e-11
 
 
 def test_leaves_may_be_changed_before_they_are_given():
