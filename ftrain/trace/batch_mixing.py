@@ -94,7 +94,8 @@ class BatchMixing:
         """Beside a part of a sum two things are parts too, though all ranks have them alike: zeros, as a running total
         begins, and what is multiplied by the number of the rank's own rows (a penalty for each).
         """
-        for node, number in ((node_of(t), number_of(t)) for t in tensors_in(values) if t.numel() == 1):
+        single = (t for t in tensors_in(values) if all(isinstance(n, int) and n == 1 for n in t.shape))
+        for node, number in ((node_of(t), number_of(t)) for t in single):
             if node is not None and number is not None:
                 node.meta["number"] = number
         total = next((t for t in tensors_in(values) if self._kind(t).what == "sum"), None)
