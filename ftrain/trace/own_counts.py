@@ -32,7 +32,7 @@ def _require_own(mean: Mean, total: fx.Node, count: fx.Node, rows: BatchRows, ra
     if of_total == "same" and rows.of(count).kind.what == "sum":
         raise ValueError(
             f"{user_source()}: a Mean whose total all ranks have alike, over a count of rows that is summed over the "
-            "ranks: multiply the total by the count, or count 1"
+            "ranks: make the total one of rows too (total * count), or count 1"
         )
     if of_total != "sum" or number is None:
         return

@@ -128,7 +128,7 @@ def penalty_over_a_count(p, b):
         (whole_batchs_count, r"a Mean counts 64, and a rank has summed 32"),
         (whole_batchs_count_filled_in, r"a Mean counts 64, and a rank has summed 32"),
         (whole_batchs_rows, r"a Mean counts 16, and a rank has summed 8"),
-        (penalty_over_a_count, r"multiply the total by the count, or count 1"),
+        (penalty_over_a_count, r"make the total one of rows too"),
     ],
 )
 def test_what_would_count_once_a_rank_is_refused(loss, says):
