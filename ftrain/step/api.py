@@ -1,6 +1,5 @@
 """A jitted function: a pure step that is traced once per kind of arguments into one graph, then run."""
 
-import copy
 import functools
 import inspect
 import threading
@@ -26,6 +25,7 @@ from ftrain.step.artifact import Compiled
 from ftrain.step.compile import name_of
 from ftrain.step.deferred_plan import DeferredPlan, require_batch
 from ftrain.step.plan_source import PlanSource
+from ftrain.step.remade import Remade
 from ftrain.step.runner import Runner
 from ftrain.step.sharded import ShardedStep
 from ftrain.step.trace_cache import Options, TraceCache
@@ -98,7 +98,7 @@ def _position(fn: Callable[..., Any], donate: str | None) -> int | None:
     return None if donate is None else names.index(donate)
 
 
-class Step:
+class Step(Remade):
     """A jitted function, made by `ftrain.jit`: call it, or `lower` it to look at what a call would run."""
 
     def __init__(
@@ -114,59 +114,11 @@ class Step:
         is first used; `remake`: makes a step of another function with the same options, for methods.
         """
         functools.update_wrapper(self, fn)
-        self._fn = fn
         self._parameters = _positional_names(fn)
         self._traces = TraceCache(fn, self._parameters, options)
         self._placed, self._deferred = sharded, deferred
         self._closer = threading.RLock()
-        self._remake = remake
-        self._is_method = self._parameters[:1] == ["self"] and isinstance(fn, types.FunctionType)
-
-    def __set_name__(self, kind: type, name: str) -> None:
-        """Note that the function is a method: it was defined in the body of the class `kind`."""
-        self._is_method |= getattr(self._fn, "__qualname__", "") == f"{kind.__qualname__}.{name_of(self._fn)}"
-
-    def __get__(self, owner: Any, kind: type | None = None) -> "Step":
-        """The step of an object, if this is a jitted method. Each object has a step, and traces, of its own. ValueError
-        for an object that has no `__dict__` to keep it in.
-
-        >>> import torch, ftrain
-        >>> class Trainer:
-        ...     rate = 0.5
-        ...     @ftrain.jit(donate="state")
-        ...     def step(self, state, batch):
-        ...         return state - self.rate * batch
-        >>> Trainer().step(torch.ones(2), torch.ones(2))
-        tensor([0.5000, 0.5000])
-        """
-        if owner is None or self._remake is None or not self._is_method:
-            return self
-        kept = getattr(owner, "__dict__", None)
-        if not isinstance(kept, dict):
-            raise ValueError(
-                f"{name_of(self._fn)} is a jitted method, and a {type(owner).__name__} has no __dict__ to keep its "
-                "traces in: give its class one (no __slots__), or jit a plain function of the numbers that it reads"
-            )
-        key = f"_jitted_{name_of(self._fn)}"
-        found = kept.get(key)
-        if not isinstance(found, Step) or not found._is_of(self._fn, owner):
-            found = kept[key] = self._remake(types.MethodType(self._fn, owner))
-        return found
-
-    def _is_of(self, fn: Callable[..., Any], owner: Any) -> bool:
-        """True for a step of the method `fn` of `owner`; not so where `owner` is a copy of another object."""
-        method = self._fn
-        return isinstance(method, types.MethodType) and method.__self__ is owner and method.__func__ is fn
-
-    def __reduce__(self) -> Any:
-        """A step is pickled as its function and options, without its traces."""
-        return super().__reduce__() if self._remake is None else (self._remake, (self._fn,))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Step":
-        """A step of a copy of the function, without its traces; a plain function is not copied, as always."""
-        if self._remake is None:
-            return self
-        return self._remake(copy.deepcopy(self._fn, memo))
+        super().__init__(fn, remake, is_method=self._parameters[:1] == ["self"] and isinstance(fn, types.FunctionType))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the step on real tensors and return the tree that the function returns.

@@ -117,24 +117,13 @@ class MeshArguments:
             for path, leaf in zip(paths, leaves, strict=True)
             if is_array(leaf) and not self.in_batch(path)
         }
-        self._require_alike(paths, leaves)
+        _require_alike(self, paths, leaves)
         if self.plan.mesh.kind == "process":
             require_world(self.plan.mesh)
             return [self._held_aval(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         arguments = [self.argument(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         tokens = _tokens(arguments, leaves)
         return [self._local_aval(a, leaf, tokens) for a, leaf in zip(arguments, leaves, strict=True)]
-
-    def _require_alike(self, paths: Sequence[str], leaves: Sequence[Any]) -> None:
-        """ValueError for a batch leaf that no rule names and that has another number of entries than the others."""
-        entries = {}
-        for path, leaf in zip(paths, leaves, strict=True):
-            if self.plan.mesh.size > 1 and is_array(leaf) and self.in_batch(path):
-                within, rule = _within(self.batch, path), self.rule(path)
-                divided = isinstance(rule, Tokens | BatchRows) and len(leaf.shape) > rule.dim
-                if divided and not self.plan.names_batch_leaf(within):
-                    entries[path] = int(leaf.shape[rule.dim])  # type: ignore[union-attr]
-        require_alike(entries, paths)
 
     def _held_aval(self, path: str, leaf: Any) -> Any:
         """The aval of what this process holds: of a DTensor its padded piece, of a plain tensor the tensor."""
@@ -184,7 +173,7 @@ class MeshArguments:
         names = [f"{self.batch}.{path}" if path else self.batch for path in paths]
         self.require_rules_used(names)
         arguments = [self.argument(path, leaf) for path, leaf in zip(names, leaves, strict=True)]
-        self._require_alike(names, leaves)
+        _require_alike(self, names, leaves)
         _require_whole_documents(arguments, leaves, self.document_ids, self.plan.mesh)
         tokens = _tokens(arguments, leaves)
         return [
@@ -244,3 +233,15 @@ def _tokens(arguments: Sequence[Argument], leaves: Sequence[Any]) -> int:
         if isinstance(argument.rule, Tokens) and is_array(leaf) and len(leaf.shape) > argument.rule.dim:
             return int(leaf.shape[argument.rule.dim])
     return 0
+
+
+def _require_alike(arguments: MeshArguments, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """ValueError for a batch leaf that no rule names and that has another number of entries than the others."""
+    entries = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        if arguments.plan.mesh.size > 1 and is_array(leaf) and arguments.in_batch(path):
+            within, rule = _within(arguments.batch, path), arguments.rule(path)
+            divided = isinstance(rule, Tokens | BatchRows) and len(leaf.shape) > rule.dim
+            if divided and not arguments.plan.names_batch_leaf(within):
+                entries[path] = int(leaf.shape[rule.dim])  # type: ignore[union-attr]
+    require_alike(entries, paths)

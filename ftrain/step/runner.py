@@ -1,6 +1,6 @@
 """The program of a compiled step, and what it keeps from one run to the next."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -77,14 +77,8 @@ class Runner:
                 mark_half_new([tensors[slot] for slot in donation.slots], donation.paths, error)
             raise
         if self._wants_gradients and torch.is_grad_enabled():
-            results = self._refusing(results)
+            results = _refusing(self.compiled, results)
         return self.compiled.traced.assemble(results)
-
-    def _refusing(self, results: list[Tensor]) -> list[Tensor]:
-        """Make results refuse a backward from outside, except for a new state in the memory of the old one."""
-        kept = set(self.compiled.donation.outputs.values())
-        others = iter(refusing([x for i, x in enumerate(results) if i not in kept], self.compiled.name))
-        return [x if i in kept else next(others) for i, x in enumerate(results)]
 
     def run_flat(
         self,
@@ -121,7 +115,7 @@ class Runner:
             with program_modes():
                 outputs = self._program(inputs)
         except BaseException as error:
-            if not self._has_written(error, tensors, inputs):
+            if not _has_written(self.compiled.donation.slots, self._running, error, tensors, inputs):
                 begun.clear()
             if not isinstance(error, Exception):
                 raise
@@ -136,14 +130,6 @@ class Runner:
     def forget_holders(self) -> None:
         """Look closer at who holds donated leaves at the next call: the tensors around their memory have changed."""
         self._holders.forget()
-
-    def _has_written(self, error: BaseException, tensors: list[Tensor], inputs: list[Tensor]) -> bool:
-        """True if the run that failed has written over donated leaves, or if that is not known."""
-        written = [slot for slot in self.compiled.donation.slots if inputs[slot] is tensors[slot]]
-        if self._running is None or not written:
-            return bool(written)
-        failed = failing_node(self._running, error.__traceback__, inside=False)
-        return failed is None or has_written(self._running, written, failed)
 
     def _copy_shared(self, tensors: list[Tensor], own_references: OwnReferences, *, contiguous: bool) -> list[Tensor]:
         """The graph's inputs, with copies of the donated ones whose memory somebody else holds."""
@@ -226,3 +212,21 @@ class Runner:
         traced = self.compiled.traced
         captured = {traced.name_of(x): x for x in captured_tensors(self.compiled.graph).values()}
         return SharedMemory(traced.input_paths, self.compiled.donation.slots, captured)
+
+
+def _refusing(compiled: Compiled, results: list[Tensor]) -> list[Tensor]:
+    """Make results refuse a backward from outside, except for a new state in the memory of the old one."""
+    kept = set(compiled.donation.outputs.values())
+    others = iter(refusing([x for i, x in enumerate(results) if i not in kept], compiled.name))
+    return [x if i in kept else next(others) for i, x in enumerate(results)]
+
+
+def _has_written(
+    donated: Iterable[int], running: Any, error: BaseException, tensors: list[Tensor], inputs: list[Tensor]
+) -> bool:
+    """True if the run that failed has written over donated leaves, or if that is not known."""
+    written = [slot for slot in donated if inputs[slot] is tensors[slot]]
+    if running is None or not written:
+        return bool(written)
+    failed = failing_node(running, error.__traceback__, inside=False)
+    return failed is None or has_written(running, written, failed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ftrain.graph.torch_private import FakeTensor
-from ftrain.trace.plain_values import comparable, is_plain
+from ftrain.trace.plain_values import comparable, form_of, is_plain
 
 Made = list["weakref.ref[Tensor]"]
 
@@ -99,7 +99,7 @@ class Modules:
     def changed_beside_caches(self) -> list[tuple[nn.Module, str]]:
         """Those of `changed` that `restore` takes back, since their modules hold tensors of the trace as well."""
         holders = {module for module in self._found if any(_holds_fake(v, 2) for v in vars(module).values())}
-        return [(m, name) for m, name, _ in self.changed() if m in holders and not _holds_fake(vars(m).get(name), 2)]
+        return [(m, name) for m, name, _ in self.changed() if m in holders and form_of(vars(m).get(name)) is not None]
 
     def restore(self) -> None:
         """Restore the recorded attributes of each module that holds a tensor of a trace."""

@@ -105,19 +105,7 @@ class ArraySizes(TorchFunctionMode):
         if each is not None:
             results = [self._call(*one) for one in each]
             return args[0] if func.__name__.endswith("_") else results
-        return self.arrays.call(func, args, kwargs, instead=self._of_its_parts(func))
-
-    def _of_its_parts(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
-        """The replacement of a composite reduction by functions that work on pieces, run under this mode."""
-        parts = REDUCTIONS.get(func)
-        if parts is None:
-            return None
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return parts(*args, **kwargs)
-
-        return run
+        return self.arrays.call(func, args, kwargs, instead=_of_its_parts(self, func))
 
     def _placement(self, tensor: Any) -> Placement | None:
         """The placement of the array that a tensor is a piece of; None for no piece and for parameters in a loss."""
@@ -263,6 +251,19 @@ class ArraySizes(TorchFunctionMode):
                 return part
             raise _cut(f"{func.__name__} (a slice)", line, args[0], placement, dim)
         return args[0].view(args[0].shape) if "copy" not in func.__name__ else args[0].clone()
+
+
+def _of_its_parts(mode: ArraySizes, func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The replacement of a composite reduction by functions that work on pieces, run under this mode."""
+    parts = REDUCTIONS.get(func)
+    if parts is None:
+        return None
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return parts(*args, **kwargs)
+
+    return run
 
 
 def _has_tensors(index: Any) -> bool:

@@ -224,7 +224,7 @@ class Spreads:
             alike = all(p.uniform or is_number(n) for p, n in zip(parents, node.all_input_nodes, strict=True))
             uniform = any(p.uniform for p in parents) and not axes and alike and keeps
             drawn = any(p.drawn for p in parents) and (keeps or is_view(target))
-            if axes and drawn and self._rows_were_drawn(node):
+            if axes and drawn and _rows_were_drawn(self._known, node):
                 return Spread(axes, cause=node)
             return Spread(axes, uniform=uniform, drawn=drawn and not axes)
         if any(p.axes and p.placement is None for p in parents):
@@ -243,16 +243,6 @@ class Spreads:
         if target in SCATTERS:
             return self._scattered(node, axes)
         return self._of_product(node, axes) or Spread(axes, cause=node)
-
-    def _rows_were_drawn(self, node: fx.Node) -> bool:
-        """True if numbers drawn for a shape are combined with a rank's own rows, with other numbers for each row."""
-        value = tensor_of(node)
-        for source in node.all_input_nodes:
-            own = tensor_of(source)
-            drawn = self._known[source].drawn and own is not None and value is not None
-            if drawn and own.dim() == value.dim() and own.dim() > 0 and own.shape[0] > 1:  # type: ignore[union-attr]
-                return True
-        return False
 
     def _together(self, node: fx.Node, axes: frozenset[str]) -> Spread:
         """The spread of an elementwise op, with broadcasting."""
@@ -427,3 +417,14 @@ def _along(node: fx.Node, source: Spread, axes: frozenset[str]) -> Spread:
         return Spread(axes, cause=node)
     sizes = [value.shape[d] if d in dims else n for d, n in enumerate(source.placement.shape)]
     return placed(replace(source.placement, shape=tuple(sizes)))
+
+
+def _rows_were_drawn(known: dict[fx.Node, Spread], node: fx.Node) -> bool:
+    """True if numbers drawn for a shape are combined with a rank's own rows, with other numbers for each row."""
+    value = tensor_of(node)
+    for source in node.all_input_nodes:
+        own = tensor_of(source)
+        drawn = known[source].drawn and own is not None and value is not None
+        if drawn and own.dim() == value.dim() and own.dim() > 0 and own.shape[0] > 1:  # type: ignore[union-attr]
+            return True
+    return False

@@ -43,20 +43,12 @@ class Watched:
 
     def __init__(self) -> None:
         self._dicts, self._classes, self._cells, self._slots = (_Places(read) for read in _READERS)
-        self._plain: list[Any] = []
-        self._forms: list[bytes] = []
-        self._plain_names: list[str] = []
-        self._holders: Counter[int] = Counter()
-        self._at: dict[int, int] = {}
+        self._groups = (self._dicts, self._classes, self._cells, self._slots)
+        self._plain, self._tensors = _Plain(), _Tensors()
         self._lists, self._tables = _Contents(_entries), _Contents(_keys_and_values)
         self._empty: list[dict[Any, Any]] = []
         self._empty_names: list[str] = []
         self._arrays: list[tuple[np.ndarray, bytes, str]] = []
-        self._tensors: list[Tensor] = []
-        self._tensor_names: list[str] = []
-        self._gradients: list[bool] = []
-        self._kinds: list[Any] = []
-        self._captured: list[Tensor] = []
         self._iterators: list[str] = []
         self._known: dict[Any, Any] = {}
         self._checks: list[Callable[[], bool]] | None = None
@@ -68,35 +60,35 @@ class Watched:
         if self._is_new("entry", mapping, key):
             found = mapping.get(key, MISSING) if holds is MISSING else holds
             self._dicts.add((mapping, key), found, name)
-            self._watch_value(found, name)
+            _watch_value(self, found, name)
 
     def class_entry(self, owner: type, key: str, name: str) -> None:
         """Watch an attribute of a class."""
         if self._is_new("class", owner, key):
             found = owner.__dict__.get(key, MISSING)
             self._classes.add((owner.__dict__, key), found, name)
-            self._watch_value(found, name)
+            _watch_value(self, found, name)
 
     def cell(self, cell: types.CellType, name: str) -> None:
         """Watch a variable that a function closes over."""
         if self._is_new("cell", cell, None):
             found = read_cell(cell)
             self._cells.add((cell,), found, name)
-            self._watch_value(found, name)
+            _watch_value(self, found, name)
 
     def slot(self, owner: Any, key: str, name: str) -> None:
         """Watch an attribute of an object that keeps it in a slot."""
         if self._is_new("slot", owner, key):
             found = getattr(owner, key, MISSING)
             self._slots.add((owner, key), found, name)
-            self._watch_value(found, name)
+            _watch_value(self, found, name)
 
     def contents(self, container: Any, name: str) -> None:
         """Watch what a list, dict, set or deque holds."""
         if type(container) in (tuple, frozenset) or len(container) > LONGEST or not self._is_new("in", container, None):
             return
         if type(container) in (list, dict, set) and form_of(container) is not None:
-            self._add_plain(container, name)
+            self._plain.add(container, name)
         else:
             (self._tables if isinstance(container, dict) else self._lists).add(container, name)
 
@@ -116,16 +108,12 @@ class Watched:
     def gradient(self, tensor: Tensor, name: str) -> None:
         """Watch whether a tensor (of any shape) requires a gradient."""
         if self._is_new("tensor", tensor, None):
-            self._tensors.append(tensor)
-            self._tensor_names.append(name)
-            with plain_functions():
-                self._gradients.append(tensor.requires_grad)
+            self._tensors.add(tensor, name)
 
     def captured(self, tensors: Iterable[Tensor]) -> None:
         """Watch the dtypes and shapes of tensors that the graph reads."""
-        self._captured, self._checks = [*tensors], None
-        with plain_functions():
-            self._kinds = [*map(_kind_of, self._captured)]
+        self._tensors.capture(tensors)
+        self._checks = None
 
     def iterator(self, name: str) -> None:
         """Note an iterator, which gives another value each time."""
@@ -134,25 +122,8 @@ class Watched:
     def unchanged(self) -> bool:
         """True if every place holds what it held."""
         if self._checks is None:
-            self._checks = [*self._needed_checks()]
+            self._checks = [*_needed_checks(self)]
         return all(check() for check in self._checks)
-
-    def _needed_checks(self) -> Iterator[Callable[[], bool]]:
-        """The checks of what there is, since every call makes them."""
-        if self._iterators:
-            yield lambda: False
-        for places in self._groups:
-            if places.names:
-                yield partial(places.unchanged, self._accept)
-        if self._plain:
-            yield lambda: forms_of(self._plain) == self._forms
-        if self._empty:
-            yield lambda: not any(self._empty)
-        yield from (contents.unchanged for contents in (self._lists, self._tables) if contents.names)
-        if self._tensors or self._captured:
-            yield self._tensors_unchanged
-        if self._arrays:
-            yield lambda: all(_bytes_of(array) == numbers for array, numbers, _ in self._arrays)
 
     def changes(self) -> Iterator[Change]:
         """What is another value now."""
@@ -160,34 +131,16 @@ class Watched:
             yield Change(name)
         for places in self._groups:
             yield from places.changes()
-        for value, form, name in zip(self._plain, self._forms, self._plain_names, strict=True):
-            if form_of(value) != form:
-                yield Change(name, marshal.loads(form), value)
+        yield from self._plain.changes()
         yield from (Change(name) for contents in (self._lists, self._tables) for name in contents.changes())
         yield from (Change(name) for registry, name in zip(self._empty, self._empty_names, strict=True) if registry)
-        with plain_functions():
-            now, kinds = [*map(_requires_gradient, self._tensors)], [*map(_kind_of, self._captured)]
-        for name, before, is_now in zip(self._tensor_names, self._gradients, now, strict=True):
-            if before != is_now:
-                yield Change(f"requires_grad of {name}", before, is_now)
-        if kinds != self._kinds:
-            yield Change("the shape or dtype of a tensor that the step captures")
+        yield from self._tensors.changes()
         yield from (Change(name) for array, numbers, name in self._arrays if _bytes_of(array) != numbers)
-
-    def _tensors_unchanged(self) -> bool:
-        with plain_functions():  # a leaf that was donated refuses every use
-            return [*map(_requires_gradient, self._tensors)] == self._gradients and [
-                *map(_kind_of, self._captured)
-            ] == self._kinds
 
     @property
     def names(self) -> list[str]:
         """The names of the places, for messages."""
         return [name for places in self._groups for name in places.names]
-
-    @property
-    def _groups(self) -> tuple["_Places", ...]:
-        return (self._dicts, self._classes, self._cells, self._slots)
 
     def _is_new(self, kind: str, owner: Any, key: Any) -> bool:
         if (kind, id(owner), key) in self._known:
@@ -196,20 +149,62 @@ class Watched:
         self._checks = None
         return True
 
-    def _watch_value(self, value: Any, name: str) -> None:
-        if type(value) in (list, dict, set):
-            self._holders[id(value)] += 1
-            self.contents(value, name)
 
-    def _add_plain(self, value: Any, name: str) -> None:
+def _watch_value(watched: Watched, value: Any, name: str) -> None:
+    if type(value) in (list, dict, set):
+        watched._plain.hold(value)
+        watched.contents(value, name)
+
+
+def _needed_checks(watched: Watched) -> Iterator[Callable[[], bool]]:
+    """The checks of what there is, since every call makes them."""
+    if watched._iterators:
+        yield lambda: False
+    for places in watched._groups:
+        if places.names:
+            yield partial(places.unchanged, watched._plain.accept)
+    if watched._plain.names:
+        yield watched._plain.unchanged
+    if watched._empty:
+        yield lambda: not any(watched._empty)
+    yield from (contents.unchanged for contents in (watched._lists, watched._tables) if contents.names)
+    if watched._tensors.any:
+        yield watched._tensors.unchanged
+    if watched._arrays:
+        yield lambda: all(_bytes_of(array) == numbers for array, numbers, _ in watched._arrays)
+
+
+class _Plain:
+    """Containers that are compared by value, all of them at once."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._forms: list[bytes] = []
+        self.names: list[str] = []
+        self._holders: Counter[int] = Counter()
+        self._at: dict[int, int] = {}
+
+    def add(self, value: Any, name: str) -> None:
         form = form_of(value)
         assert form is not None
-        self._at[id(value)] = len(self._plain)
-        self._plain.append(value)
+        self._at[id(value)] = len(self._values)
+        self._values.append(value)
         self._forms.append(form)
-        self._plain_names.append(name)
+        self.names.append(name)
 
-    def _accept(self, was: Any, now: Any) -> bool:
+    def hold(self, value: Any) -> None:
+        """Note one more place that holds a value."""
+        self._holders[id(value)] += 1
+
+    def unchanged(self) -> bool:
+        return forms_of(self._values) == self._forms
+
+    def changes(self) -> Iterator[Change]:
+        for value, form, name in zip(self._values, self._forms, self.names, strict=True):
+            if form_of(value) != form:
+                yield Change(name, marshal.loads(form), value)
+
+    def accept(self, was: Any, now: Any) -> bool:
         """True if a place may hold `now` instead of `was`: an equal plain value, which is watched in its stead."""
         at = self._at.get(id(was))
         if at is None:
@@ -217,10 +212,51 @@ class Watched:
         if type(was) is not type(now) or self._holders[id(was)] > 1 or form_of(now) != self._forms[at]:
             return False
         del self._at[id(was)], self._holders[id(was)]
-        self._plain[at] = now
+        self._values[at] = now
         self._at[id(now)] = at
         self._holders[id(now)] += 1
         return self._holders[id(now)] == 1
+
+
+class _Tensors:
+    """Whether tensors require gradients, and the dtypes and shapes of those that the graph reads."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._names: list[str] = []
+        self._gradients: list[bool] = []
+        self._kinds: list[Any] = []
+        self._captured: list[Tensor] = []
+
+    @property
+    def any(self) -> bool:
+        return bool(self._tensors or self._captured)
+
+    def add(self, tensor: Tensor, name: str) -> None:
+        self._tensors.append(tensor)
+        self._names.append(name)
+        with plain_functions():
+            self._gradients.append(tensor.requires_grad)
+
+    def capture(self, tensors: Iterable[Tensor]) -> None:
+        self._captured = [*tensors]
+        with plain_functions():
+            self._kinds = [*map(_kind_of, self._captured)]
+
+    def unchanged(self) -> bool:
+        with plain_functions():  # a leaf that was donated refuses every use
+            return [*map(_requires_gradient, self._tensors)] == self._gradients and [
+                *map(_kind_of, self._captured)
+            ] == self._kinds
+
+    def changes(self) -> Iterator[Change]:
+        with plain_functions():
+            now, kinds = [*map(_requires_gradient, self._tensors)], [*map(_kind_of, self._captured)]
+        for name, before, is_now in zip(self._names, self._gradients, now, strict=True):
+            if before != is_now:
+                yield Change(f"requires_grad of {name}", before, is_now)
+        if kinds != self._kinds:
+            yield Change("the shape or dtype of a tensor that the step captures")
 
 
 def _equal(a: Any, b: Any) -> bool:
