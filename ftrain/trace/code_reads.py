@@ -46,35 +46,56 @@ def reads_of(code: types.CodeType) -> Reads:
     [(('argument', 0), ('sum',)), (('global', 'options'), ('rate',))]
     """
     found = Reads()
-    _Scan(code, found).run()
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            _add_inner(found, reads_of(inner), set(code.co_freevars))
+    arguments = _arguments_of(code)
+    assigned = _assigned_in(code) & arguments.keys()
+    found.chains.update((("argument", arguments[name]), ()) for name in assigned)  # may be in any variable
+    roots: dict[str, Root] = {name: ("argument", at) for name, at in arguments.items() if name not in assigned}
+    _Scan(code, found, roots).run()
+    for inner in _codes_in(code):
+        _add_inner(found, reads_of(inner), {name: ("variable", name) for name in code.co_freevars} | roots)
     return found
 
 
-def _add_inner(found: Reads, inner: Reads, outside: set[str]) -> None:
-    """Add what a function within reads. Its arguments, and variables of the function around it, may be anything."""
+def _add_inner(found: Reads, inner: Reads, outside: dict[str, Root]) -> None:
+    """Add what a function within reads. `outside`: what variables of the function around it are, where that is known.
+
+    Its own arguments, and other variables of the function around it, may be anything.
+    """
     for chains, into in ((inner.chains, found.chains), (inner.wholes, found.wholes)):
         for root, attributes in chains:
             kind, name = root
-            if kind in ("global", "file") or (kind == "variable" and name in outside):
-                into.add((root, attributes))
+            outer = outside.get(str(name)) if kind == "variable" else root if kind in ("global", "file") else None
+            if outer is not None:
+                into.add((outer, attributes))
             else:
                 found.names.update(attributes)
                 found.any_name |= into is found.wholes
-    found.names |= inner.names
-    found.names |= inner.inherited
+    found.names |= inner.names | inner.inherited
+    found.inherited |= inner.inherited
     found.any_name |= inner.any_name
+
+
+def _arguments_of(code: types.CodeType) -> dict[str, int]:
+    """The positions of the arguments, by name."""
+    return {name: i for i, name in enumerate(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])}
+
+
+def _codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The functions, classes and comprehensions within."""
+    return (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+
+
+def _assigned_in(code: types.CodeType) -> set[str]:
+    """The variables that the code assigns, those of the function around it included (`nonlocal`)."""
+    own = {name for at in dis.get_instructions(code) for name in _stored(at)}
+    return own.union(*(_assigned_in(inner) & set(inner.co_freevars) for inner in _codes_in(code)))
 
 
 class _Scan:
     """One pass over the instructions of a code object, which knows the chain that was loaded last."""
 
-    def __init__(self, code: types.CodeType, found: Reads) -> None:
-        self._code, self._found = code, found
-        count = code.co_argcount + code.co_kwonlyargcount
-        self._arguments = {name: i for i, name in enumerate(code.co_varnames[:count])}
+    def __init__(self, code: types.CodeType, found: Reads, arguments: dict[str, Root]) -> None:
+        self._code, self._found, self._arguments = code, found, arguments
         self._chain: tuple[Root, tuple[str, ...]] | None = None
         self._imported: Root | None = None
         self._asks = ""  # the function that asks an object for attributes, until it is known which
@@ -82,10 +103,7 @@ class _Scan:
         self._on_super = False
 
     def run(self) -> None:
-        instructions = [*dis.get_instructions(self._code)]
-        for name in _stored(instructions):
-            self._arguments.pop(name, None)
-        for at in instructions:
+        for at in dis.get_instructions(self._code):
             self._step(at.opname, at.argval)
         self._end()
         if not _BY_NAME.isdisjoint(self._code.co_names):
@@ -132,13 +150,14 @@ class _Scan:
                 self._chain, self._asks, self._object_loaded = None, str(value), False
         elif op in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"):
             if value in self._arguments:
-                self._chain = (("argument", self._arguments[str(value)]), ())
+                self._chain = (self._arguments[str(value)], ())
             elif value in self._code.co_freevars:
                 self._chain = (("variable", str(value)), ())
-        elif op.startswith("LOAD_FAST"):
-            name = value[-1] if isinstance(value, tuple) else value
-            if name in self._arguments:
-                self._chain = (("argument", self._arguments[str(name)]), ())
+        elif "LOAD_FAST" in op:
+            for name in value if isinstance(value, tuple) else (value,):
+                self._end()
+                if name in self._arguments:
+                    self._chain = (self._arguments[str(name)], ())
         elif op == "IMPORT_NAME":
             self._imported = ("file", str(value))
             self._chain = (self._imported, ())
@@ -162,8 +181,8 @@ class _Scan:
         self._chain = None
 
 
-def _stored(instructions: list[dis.Instruction]) -> Iterator[str]:
-    """The variables that are assigned."""
-    for at in instructions:
-        if at.opname.startswith(("STORE_FAST", "DELETE_FAST", "STORE_DEREF")):
-            yield from (at.argval if isinstance(at.argval, tuple) else (at.argval,))
+def _stored(at: dis.Instruction) -> tuple[str, ...]:
+    """The variables that an instruction assigns."""
+    if not at.opname.startswith(("STORE_FAST", "DELETE_FAST", "STORE_DEREF")):
+        return ()
+    return at.argval if isinstance(at.argval, tuple) else (at.argval,)

@@ -355,3 +355,110 @@ def test_a_gradient_of_a_method_sees_the_object():
     names = Surroundings(ftrain.value_and_grad(trainer.loss)).names
     assert "self.rate" in names
     assert "settings.scale" in names
+
+
+class Base:
+    """An object whose methods read a number in functions and comprehensions within."""
+
+    def __init__(self):
+        self.rate, self.other = 0.5, None
+
+    def own(self):
+        return self.rate
+
+
+class Within(Base):
+    def own(self):
+        return 1.0
+
+    def a_function(self, x):
+        def scaled(y):
+            return y * self.rate
+
+        return scaled(x)
+
+    def a_lambda(self, x):
+        return (lambda y: y * self.rate)(x)
+
+    def two_deep(self, x):
+        def outer(y):
+            def inner(z):
+                return z * self.rate
+
+            return inner(y)
+
+        return outer(x)
+
+    def a_list(self, x):
+        return x * sum([self.rate * k for k in (1.0, 2.0)])
+
+    def a_dict(self, x):
+        return x * sum({k: self.rate for k in "ab"}.values())  # noqa: C420
+
+    def a_generator(self, x):
+        return x * sum(self.rate for _ in range(2))
+
+    def a_class(self, x):
+        class Scaled:
+            rate = self.rate
+
+        return x * Scaled.rate
+
+    def a_method(self, x):
+        return x * sum(Base.own(self) for _ in range(2))
+
+    def a_helper(self, x):
+        return self.a_lambda(x)
+
+    def its_dict(self, x):
+        return x * sum(vars(self)["rate"] for _ in range(2))
+
+    def a_name(self, x):
+        return x * sum(getattr(self, "rate") for _ in range(2))  # noqa: B009
+
+    def replaced(self, x):
+        def other():
+            nonlocal self
+            self = self.other or self
+
+        other()
+        return x * self.rate
+
+    def of_a_property(self, x):
+        return x * self.sum_of_rates
+
+    @property
+    def sum_of_rates(self):
+        return sum(self.rate for _ in range(2))
+
+
+READERS = [key for key, raw in vars(Within).items() if isinstance(raw, types.FunctionType) and key != "own"]
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("jit_of", [lambda bound: bound, lambda bound: lambda x: bound(x)], ids=["method", "closure"])
+@pytest.mark.filterwarnings("ignore:.*traced again")
+def test_a_function_within_a_method_reads_the_object(name, jit_of):
+    trainer, x = Within(), torch.ones(2)
+    method = getattr(trainer, name)
+    step = ftrain.jit(jit_of(method))
+    for rate in (0.5, 2.0, 3.0):
+        trainer.rate = rate
+        torch.testing.assert_close(step(x), method(x))
+    assert step.traces == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*traced again")
+def test_a_function_within_a_class_method_reads_the_class():
+    class Trainer:
+        rate = 0.5
+
+        @classmethod
+        def step(cls, x):
+            return x * sum(cls.rate for _ in range(2))
+
+    step = ftrain.jit(Trainer.step)
+    for rate in (0.5, 2.0, 3.0):
+        Trainer.rate = rate
+        assert step(torch.ones(())).item() == 2 * rate
+    assert step.traces == 3
