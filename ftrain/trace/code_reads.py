@@ -4,6 +4,7 @@ attributes of anything.
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Reads:
     - `chains`: from a root through attributes, as in `options.optimizer.rate`; the last value is used somehow.
     - `wholes`: chains to objects of which any attribute may be read (`vars(options)`, `getattr(options, name)`).
     - `names`: attributes of values whose origin is not known, such as arguments and locals.
-    - `inherited`: methods called on `super()`.
+    - `inherited`: attributes of `super()`.
     - `any_name`: whether any attribute of any value may be read, since the code has its name in a variable.
     """
 
@@ -50,6 +51,8 @@ def reads_of(code: types.CodeType) -> Reads:
     assigned = _assigned_in(code) & arguments.keys()
     found.chains.update((("argument", arguments[name]), ()) for name in assigned)  # may be in any variable
     roots: dict[str, Root] = {name: ("argument", at) for name, at in arguments.items() if name not in assigned}
+    if code.co_argcount == 0 and code.co_flags & inspect.CO_VARARGS:
+        found.chains.add((("argument", 0), ()))  # the first of `*args`
     _Scan(code, found, roots).run()
     for inner in _codes_in(code):
         _add_inner(found, reads_of(inner), {name: ("variable", name) for name in code.co_freevars} | roots)
@@ -117,6 +120,11 @@ class _Scan:
             return
         if op == "LOAD_SUPER_ATTR":
             self._found.inherited.add(str(value))
+            self._on_super = False
+        if op == "MATCH_CLASS":  # `case Options(rate=r)`; names of positional patterns are in the class
+            tuples = (constant for constant in self._code.co_consts if isinstance(constant, tuple))
+            self._found.names.update(name for names in tuples for name in names if isinstance(name, str))
+            self._found.any_name |= bool(value)
         if op in ("STORE_ATTR", "DELETE_ATTR"):  # no use of the object
             self._chain = None
             return
@@ -145,7 +153,7 @@ class _Scan:
     def _load(self, op: str, value: object) -> None:
         if op in ("LOAD_GLOBAL", "LOAD_NAME"):
             self._chain = (("global", str(value)), ())
-            self._on_super = value == "super"
+            self._on_super |= value == "super"
             if value in _WHOLE | _BY_NAME:
                 self._chain, self._asks, self._object_loaded = None, str(value), False
         elif op in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"):

@@ -82,11 +82,8 @@ class CodeWalk:
         if not of_library:
             self._names |= reads.names
             self._any_name |= reads.any_name
-        if bound is not MISSING:
-            for key in reads.inherited:
-                for owner in type(bound).__mro__:
-                    if isinstance(owner.__dict__.get(key), types.FunctionType):
-                        self._function(owner.__dict__[key], bound, key)
+        for key in sorted(reads.inherited) if bound is not MISSING else ():
+            self._inherited(bound, key)
         if of_library:
             for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
                 self._used(read_cell(cell), key)
@@ -96,12 +93,25 @@ class CodeWalk:
         for chains, whole in ((reads.wholes, True), (reads.chains, False)):
             for root, attributes in sorted(chains, key=str):
                 if root[0] == "argument" and (root[1] != 0 or bound is MISSING):
-                    if not of_library and not is_step:
+                    if not of_library and (not is_step or root[1] in _with_defaults(fn)):
                         self._names.update(attributes)
                         self._any_name |= whole
                 elif not of_library or root[0] == "argument":
                     value, name = _value_of(self._watched, root, fn, bound)
                     self._follow(value, attributes, name, whole=whole)
+
+    def _inherited(self, bound: Any, key: str) -> None:
+        """What `super()` may find: an attribute of each class of an object, or of a class."""
+        for owner in (bound if isinstance(bound, type) else type(bound)).__mro__:
+            raw = owner.__dict__.get(key, MISSING)
+            if raw is not MISSING and _root(owner) not in _LIBRARIES:
+                self._watched.class_entry(owner, key, f"{owner.__name__}.{key}")
+            if isinstance(raw, types.FunctionType | property):
+                self._computed(raw.fget if isinstance(raw, property) else raw, bound, key)
+            elif isinstance(raw, classmethod):
+                self._used(types.MethodType(raw.__func__, bound if isinstance(bound, type) else type(bound)), key)
+            elif _root(owner) not in _LIBRARIES:
+                self._used(raw, key)
 
     def _follow(self, value: Any, attributes: tuple[str, ...], name: str, *, whole: bool) -> None:
         for i, key in enumerate(attributes):
@@ -291,6 +301,12 @@ def _root(value: Any) -> str:
     """The top-level package of a function or a class."""
     module = getattr(value, "__module__", None)
     return module.partition(".")[0] if isinstance(module, str) else ""
+
+
+def _with_defaults(fn: types.FunctionType) -> range:
+    """The positions of the arguments that a call may leave out."""
+    code = fn.__code__
+    return range(code.co_argcount - len(fn.__defaults__ or ()), code.co_argcount + code.co_kwonlyargcount)
 
 
 def _named_in(value: Any, key: str, name: str) -> str:

@@ -357,17 +357,33 @@ def test_a_gradient_of_a_method_sees_the_object():
     assert "settings.scale" in names
 
 
-class Base:
-    """An object whose methods read a number in functions and comprehensions within."""
+def passed_on(function):
+    """A decorator."""
 
+    @functools.wraps(function)
+    def wrapped(*args, **options):
+        return function(*args, **options)
+
+    return wrapped
+
+
+class Base:
     def __init__(self):
         self.rate, self.other = 0.5, None
 
     def own(self):
         return self.rate
 
+    @property
+    def doubled(self):
+        return self.rate * 2
+
 
 class Within(Base):
+    """An object whose methods read a number in functions and comprehensions within, of the base, and so on."""
+
+    doubled = 1.0  # type: ignore[assignment]
+
     def own(self):
         return 1.0
 
@@ -424,6 +440,27 @@ class Within(Base):
         other()
         return x * self.rate
 
+    def all_arguments(*args):
+        return args[1] * args[0].rate
+
+    @passed_on
+    def with_a_decorator(self, x):
+        return x * self.rate
+
+    def a_pattern(self, x):
+        match self:
+            case Base(rate=rate):
+                return x * rate
+
+    def of_the_base(self, x):
+        return x * super(Within, self).own()  # noqa: UP008
+
+    def of_the_base_in_a_function(self, x):
+        return (lambda: x * super(Within, self).own())()
+
+    def a_property_of_the_base(self, x):
+        return x * super().doubled
+
     def of_a_property(self, x):
         return x * self.sum_of_rates
 
@@ -462,3 +499,34 @@ def test_a_function_within_a_class_method_reads_the_class():
         Trainer.rate = rate
         assert step(torch.ones(())).item() == 2 * rate
     assert step.traces == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*traced again")
+def test_what_a_default_of_the_step_holds_is_read():
+    options = types.SimpleNamespace(rate=0.5, scale=0.5)
+
+    def step(x, of=options, *, also=options):
+        return x * of.scale * (lambda: also.rate)()
+
+    jitted = ftrain.jit(step)
+    for options.scale, options.rate in ((2.0, 3.0), (2.0, 4.0), (3.0, 4.0)):
+        assert jitted(torch.ones(())).item() == options.scale * options.rate
+
+
+@pytest.mark.filterwarnings("ignore:.*traced again")
+def test_an_attribute_of_the_class_of_the_base():
+    class First:
+        rate = 0.5
+
+        @classmethod
+        def own(cls):
+            return cls.rate
+
+    class Second(First):
+        @classmethod
+        def own(cls):
+            return super().own() * super().rate
+
+    step = ftrain.jit(lambda x: x * Second.own())
+    for First.rate in (0.5, 2.0):
+        assert step(torch.ones(())).item() == First.rate**2
