@@ -5,24 +5,33 @@ import functools
 import gc
 import os
 import sys
+import threading
 import types
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ftrain.trace.attribute_lookup import (
+    LIBRARIES,
+    attributes_of,
+    found_in,
+    keys_of,
+    positions_with_defaults,
+    root_of,
+    watch_class,
+)
 from ftrain.trace.code_reads import Reads, Root, reads_of
 from ftrain.trace.held_generators import GENERATORS
 from ftrain.trace.own_draws import OF_NUMPY, OF_PYTHON
 from ftrain.trace.plain_values import LONGEST, SIMPLE
 from ftrain.trace.watched import MISSING, Watched, read_cell
 
-_LIBRARIES = {"ftrain", "torch", "numpy", "optree", *sys.stdlib_module_names} - {"__main__"}
 _MOST_VALUES = 20_000  # functions and objects that are looked at
 _UNKNOWN = object()
-_NONE: Mapping[str, Any] = types.MappingProxyType({})
 _ITERABLE: tuple[Any, ...] = ((), [], {}, set(), "", range(0), {}.items(), {}.values())
 _ITERATORS: tuple[type, ...] = (types.GeneratorType, *{type(iter(c)) for c in _ITERABLE})
 _UNREAD = {"__init__", "__new__", "__repr__", "__str__", "__del__", "__setattr__", "__delattr__", "__init_subclass__"}
@@ -76,14 +85,17 @@ class CodeWalk:
         """Watch what a function reads. `bound`: its first argument, if that is known."""
         if not self._is_new("function", id(fn), id(bound)):
             return
-        reads, of_library = reads_of(fn.__code__), _root(fn) in _LIBRARIES and not is_step
+        reads, of_library = reads_of(fn.__code__), root_of(fn) in LIBRARIES and not is_step
+        for key in ("__defaults__", "__kwdefaults__", "__code__") if not of_library else ():
+            if getattr(fn, key) is not None:
+                self._watched.slot(fn, key, f"{key} of {name}")
         for value in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
             self._used(value, f"a default of {name}")
         if not of_library:
             self._names |= reads.names
             self._any_name |= reads.any_name
         for key in sorted(reads.inherited) if bound is not MISSING else ():
-            self._inherited(bound, key)
+            _inherited(self, bound, key)
         if of_library:
             for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
                 self._used(read_cell(cell), key)
@@ -93,25 +105,12 @@ class CodeWalk:
         for chains, whole in ((reads.wholes, True), (reads.chains, False)):
             for root, attributes in sorted(chains, key=str):
                 if root[0] == "argument" and (root[1] != 0 or bound is MISSING):
-                    if not of_library and (not is_step or root[1] in _with_defaults(fn)):
+                    if not of_library and (not is_step or root[1] in positions_with_defaults(fn)):
                         self._names.update(attributes)
                         self._any_name |= whole
                 elif not of_library or root[0] == "argument":
                     value, name = _value_of(self._watched, root, fn, bound)
                     self._follow(value, attributes, name, whole=whole)
-
-    def _inherited(self, bound: Any, key: str) -> None:
-        """What `super()` may find: an attribute of each class of an object, or of a class."""
-        for owner in (bound if isinstance(bound, type) else type(bound)).__mro__:
-            raw = owner.__dict__.get(key, MISSING)
-            if raw is not MISSING and _root(owner) not in _LIBRARIES:
-                self._watched.class_entry(owner, key, f"{owner.__name__}.{key}")
-            if isinstance(raw, types.FunctionType | property):
-                self._computed(raw.fget if isinstance(raw, property) else raw, bound, key)
-            elif isinstance(raw, classmethod):
-                self._used(types.MethodType(raw.__func__, bound if isinstance(bound, type) else type(bound)), key)
-            elif _root(owner) not in _LIBRARIES:
-                self._used(raw, key)
 
     def _follow(self, value: Any, attributes: tuple[str, ...], name: str, *, whole: bool) -> None:
         for i, key in enumerate(attributes):
@@ -122,7 +121,9 @@ class CodeWalk:
                 self._names.update(attributes[i + 1 :])
                 return
         if whole:
-            for key in [*_attributes_of(value)]:
+            if type(attributes_of(value)) is dict:
+                self._watched.contents(attributes_of(value), f"the attributes of {name}")
+            for key in [*attributes_of(value)]:
                 self._used(self._attribute(value, key, name), f"{name}.{key}")
         self._used(value, name)
 
@@ -138,23 +139,23 @@ class CodeWalk:
                 return np.random
             if value is np.random and getattr(getattr(value, key, None), "__self__", None) is OF_NUMPY:
                 self.draws_of_numpy = True
-            if value.__name__.partition(".")[0] in _LIBRARIES:
+            if value.__name__.partition(".")[0] in LIBRARIES:
                 return MISSING
             self._watched.entry(value.__dict__, key, name)
             return value.__dict__.get(key, MISSING)
         if isinstance(value, type):
-            return _class_attribute(self._watched, value, key, name)
+            return _of_class(self, value, key, name)
         if isinstance(value, GENERATORS):
             self._used(value, holder)
             return _UNKNOWN
-        owner = next((c for c in type(value).__mro__ if key in c.__dict__), object)
-        raw = owner.__dict__.get(key, MISSING)
+        raw = found_in(type(value), key)
         if isinstance(raw, property):
+            watch_class(self._watched, type(value), key, name)
             return self._computed(raw.fget, value, key)
-        if isinstance(raw, types.MemberDescriptorType):
+        if isinstance(raw, types.MemberDescriptorType) or (raw is MISSING and isinstance(value, threading.local)):
             self._watched.slot(value, key, name)
             return getattr(value, key, MISSING)
-        attributes = _attributes_of(value)
+        attributes = attributes_of(value)
         if type(attributes) is dict:
             if isinstance(value, nn.Module) and key not in attributes:
                 for table in _TABLES:
@@ -171,8 +172,7 @@ class CodeWalk:
             return self._computed(computes, value, key)
         if isinstance(raw, functools.cached_property):
             return self._computed(raw.func, value, key)
-        if _root(owner) not in _LIBRARIES:
-            self._watched.class_entry(owner, key, name)
+        watch_class(self._watched, type(value), key, name)
         return self._bound(raw, value, holder)
 
     def _bound(self, raw: Any, value: Any, name: str) -> Any:
@@ -220,14 +220,14 @@ class CodeWalk:
             self._used(None if isinstance(value.__self__, types.ModuleType) else value.__self__, name)
         elif isinstance(value, functools.partial):
             _partial(self, value, name)
-        elif isinstance(value, classmethod | staticmethod):
-            self._used(value.__func__, name)
+        elif isinstance(value, classmethod | staticmethod | property):
+            self._used(value.fget if isinstance(value, property) else value.__func__, name)
         elif value is OF_NUMPY:
             self.draws_of_numpy = True
         elif isinstance(value, (*GENERATORS, torch.Generator)):
             if isinstance(value, GENERATORS) and value is not OF_PYTHON:
                 self.generators.append((value, name))
-        elif isinstance(value, np.ndarray):
+        elif isinstance(value, np.ndarray | array | bytearray):
             self._watched.array(value, name)
         elif isinstance(value, _ITERATORS) or type(value).__module__ == "itertools":
             self._watched.iterator(name)
@@ -242,12 +242,12 @@ class CodeWalk:
         elif isinstance(value, type):
             self._class(value, name)
         elif isinstance(value, types.ModuleType):
-            if value.__name__.partition(".")[0] not in _LIBRARIES:
+            if value.__name__.partition(".")[0] not in LIBRARIES:
                 self._objects.append((value, name))
-        elif callable(value) and "__wrapped__" in _attributes_of(value):  # a jitted or a cached function
-            self._used(_attributes_of(value)["__wrapped__"], name)
-        elif _root(type(value)) == "ftrain":  # a function wrapped by the trainer, e.g. by `accumulate`
-            for key, inner in _attributes_of(value).items():
+        elif callable(value) and "__wrapped__" in attributes_of(value):  # a jitted or a cached function
+            self._used(attributes_of(value)["__wrapped__"], name)
+        elif root_of(type(value)) == "ftrain":  # a function wrapped by the trainer, e.g. by `accumulate`
+            for key, inner in attributes_of(value).items():
                 self._used(inner, key)
         else:
             self._object(value, name)
@@ -262,7 +262,7 @@ class CodeWalk:
             self._object(value, name)
 
     def _class(self, value: type, name: str) -> None:
-        if _root(value) in _LIBRARIES:
+        if root_of(value) in LIBRARIES:
             return
         for raw in [*value.__dict__.values()]:
             if isinstance(raw, types.FunctionType) and raw.__name__ in ("__init__", "__new__", "__post_init__"):
@@ -279,50 +279,18 @@ class CodeWalk:
 
     def _named(self, value: Any, name: str) -> None:
         """Look at the attributes of an object whose names the code loads from something."""
-        held = set(_attributes_of(value)) - (_REGISTRIES if isinstance(value, nn.Module) else frozenset())
+        held = keys_of(value) - (_REGISTRIES if isinstance(value, nn.Module) else frozenset())
         any_name = self._any_name and not isinstance(value, nn.Module | types.ModuleType | type)
         keys = held if any_name else held & self._names
         for owner in type(value).__mro__ if not isinstance(value, types.ModuleType) else ():
-            if owner is not nn.Module and (_root(owner) not in _LIBRARIES):
+            if owner is not nn.Module and (root_of(owner) not in LIBRARIES):
                 keys |= set(owner.__dict__) & self._names
         for key in sorted(k for k in keys if self._is_new("named", id(value), k)):
             self._used(self._attribute(value, key, name), _named_in(value, key, name))
 
 
-def _attributes_of(value: Any) -> Any:
-    """The `__dict__` of an object, without a call of its own `__getattr__`; empty if it has none."""
-    try:
-        return object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return _NONE
-
-
-def _root(value: Any) -> str:
-    """The top-level package of a function or a class."""
-    module = getattr(value, "__module__", None)
-    return module.partition(".")[0] if isinstance(module, str) else ""
-
-
-def _with_defaults(fn: types.FunctionType) -> range:
-    """The positions of the arguments that a call may leave out."""
-    code = fn.__code__
-    return range(code.co_argcount - len(fn.__defaults__ or ()), code.co_argcount + code.co_kwonlyargcount)
-
-
 def _named_in(value: Any, key: str, name: str) -> str:
     return f"{key} of a {type(value).__name__}" if isinstance(value, nn.Module) else f"{name}.{key}"
-
-
-def _class_attribute(watched: Watched, value: type, key: str, name: str) -> Any:
-    owner = next((c for c in value.__mro__ if key in c.__dict__), None)
-    if owner is None:
-        return _UNKNOWN
-    if _root(owner) not in _LIBRARIES:
-        watched.class_entry(owner, key, name)
-    raw = owner.__dict__[key]
-    if isinstance(raw, classmethod):
-        return types.MethodType(raw.__func__, value)
-    return raw.__func__ if isinstance(raw, staticmethod) else raw
 
 
 def _value_of(watched: Watched, root: Root, fn: types.FunctionType, bound: Any) -> tuple[Any, str]:
@@ -340,6 +308,33 @@ def _value_of(watched: Watched, root: Root, fn: types.FunctionType, bound: Any) 
     cell = (fn.__closure__ or ())[fn.__code__.co_freevars.index(name)]
     watched.cell(cell, name)
     return read_cell(cell), name
+
+
+def _inherited(walk: CodeWalk, bound: Any, key: str) -> None:
+    """What `super()` may find: an attribute of each class of an object, or of a class."""
+    kind = bound if isinstance(bound, type) else type(bound)
+    for owner in kind.__mro__:
+        raw, is_own = owner.__dict__.get(key, MISSING), root_of(owner) not in LIBRARIES
+        if is_own:
+            walk._watched.class_entry(owner, key, f"{owner.__name__}.{key}")
+        if isinstance(raw, types.FunctionType | property):
+            walk._computed(raw.fget if isinstance(raw, property) else raw, bound, key)
+        elif isinstance(raw, classmethod):
+            walk._used(types.MethodType(raw.__func__, kind), key)
+        elif is_own:
+            walk._used(raw, key)
+
+
+def _of_class(walk: CodeWalk, value: type, key: str, name: str) -> Any:
+    """The value of an attribute of a class."""
+    raw = found_in(value, key)
+    watch_class(walk._watched, value, key, name)
+    if raw is MISSING:
+        computes = found_in(type(value), key)  # a property of the class's own class
+        return walk._computed(computes.fget if isinstance(computes, property) else None, value, key)
+    if isinstance(raw, classmethod):
+        return types.MethodType(raw.__func__, value)
+    return raw.__func__ if isinstance(raw, staticmethod) else raw
 
 
 def _partial(walk: CodeWalk, value: functools.partial[Any], name: str) -> None:

@@ -42,13 +42,13 @@ class Watched:
     """Places and what they hold. What is added is remembered as it is at that moment."""
 
     def __init__(self) -> None:
-        self._dicts, self._classes, self._cells, self._slots = (_Places(read) for read in _READERS)
-        self._groups = (self._dicts, self._classes, self._cells, self._slots)
+        self._groups = tuple(_Places(read) for read in _READERS)
+        self._dicts, self._classes, self._cells, self._slots = self._groups
         self._plain, self._tensors = _Plain(), _Tensors()
         self._lists, self._tables = _Contents(_entries), _Contents(_keys_and_values)
         self._empty: list[dict[Any, Any]] = []
         self._empty_names: list[str] = []
-        self._arrays: list[tuple[np.ndarray, bytes, str]] = []
+        self._arrays: list[tuple[Any, bytes, str]] = []
         self._iterators: list[str] = []
         self._known: dict[Any, Any] = {}
         self._checks: list[Callable[[], bool]] | None = None
@@ -77,7 +77,7 @@ class Watched:
             _watch_value(self, found, name)
 
     def slot(self, owner: Any, key: str, name: str) -> None:
-        """Watch an attribute of an object that keeps it in a slot."""
+        """Watch an attribute of an object that is no entry of its dict: a slot, or one of a type in C."""
         if self._is_new("slot", owner, key):
             found = getattr(owner, key, MISSING)
             self._slots.add((owner, key), found, name)
@@ -100,9 +100,11 @@ class Watched:
             self._empty.append(registry)
             self._empty_names.append(name)
 
-    def array(self, array: np.ndarray, name: str) -> None:
-        """Watch the numbers in an array of numpy, if they are few."""
-        if array.nbytes <= _LARGEST_ARRAY and not array.dtype.hasobject and self._is_new("array", array, None):
+    def array(self, array: Any, name: str) -> None:
+        """Watch the numbers in an array of numpy or of Python or in a bytearray, if they are few."""
+        of_numpy = isinstance(array, np.ndarray)
+        nbytes = array.nbytes if of_numpy else memoryview(array).nbytes
+        if nbytes <= _LARGEST_ARRAY and not (of_numpy and array.dtype.hasobject) and self._is_new("array", array, None):
             self._arrays.append((array, _bytes_of(array), name))
 
     def gradient(self, tensor: Tensor, name: str) -> None:
@@ -381,5 +383,7 @@ def read_cell(cell: types.CellType) -> Any:
         return MISSING
 
 
-def _bytes_of(array: np.ndarray) -> bytes:
+def _bytes_of(array: Any) -> bytes:
+    if not isinstance(array, np.ndarray):
+        return bytes(array)
     return str((array.dtype, array.shape)).encode() + array.tobytes()

@@ -1,10 +1,12 @@
 """Values that a step's Python reads beside its arguments: another value is another trace, never an old number."""
 
+import array
 import collections
 import dataclasses
 import functools
 import os
 import sys
+import threading
 import types
 from dataclasses import dataclass
 
@@ -202,6 +204,56 @@ def of_plain_python():
     }  # fmt: skip
 
 
+def of_classes_and_functions():
+    class Kind(type):
+        @property
+        def gain(cls):
+            return cls._gain
+
+    class First(metaclass=Kind):
+        _gain = rate = shared = 2.0
+
+        @property
+        def scale(self):
+            return 2.0
+
+        @property
+        def doubled(self):
+            return halved(2.0)
+
+    class Second(First):
+        pass
+
+    def powers(x, power=2.0, *, times=2.0):
+        return times * x**power
+
+    second, local = Second(), threading.local()
+    numbers, small = array.array("d", [2.0]), bytearray([2])
+    local.rate = 2.0
+    return {
+        "a property, replaced": (lambda x: x * second.scale, lambda: setattr(First, "scale", property(lambda _: 3.0))),
+        "an attribute that a class hides from its base": (
+            lambda x: x * second.shared, lambda: setattr(Second, "shared", 3.0)
+        ),
+        "an attribute of a class whose object is made within": (
+            lambda x: x * Second().rate, lambda: setattr(First, "rate", 3.0)
+        ),
+        "a property of an object that is made within": (
+            lambda x: x * Second().doubled, lambda: globals().update(RATE=3.0)
+        ),
+        "a property of a class": (lambda x: x * First.gain, lambda: setattr(First, "_gain", 3.0)),
+        "defaults": (lambda x: powers(x + 1), lambda: setattr(powers, "__defaults__", (3.0,))),
+        "defaults of keywords": (lambda x: powers(x), lambda: powers.__kwdefaults__.update(times=3.0)),
+        "the code of a function": (
+            lambda x: powers(x), lambda: setattr(powers, "__code__", (lambda x, power, *, times: x - 1).__code__)
+        ),
+        "an array": (lambda x: x * numbers[0], lambda: numbers.__setitem__(0, 3.0)),
+        "a bytearray": (lambda x: x * small[0], lambda: small.__setitem__(0, 3)),
+        "an attribute of a thread": (lambda x: x * local.rate, lambda: setattr(local, "rate", 3.0)),
+        "an attribute more": (lambda x: x * len(vars(second)), lambda: setattr(second, "more", 3.0)),
+    }  # fmt: skip
+
+
 def of_modules():
     net, holder, linear = nn.Dropout(0.5), types.SimpleNamespace(net=nn.Linear(1, 1)), nn.Linear(4, 4)
     scaling, stack, norm = Scaling(), nn.Sequential(nn.Linear(4, 4)), nn.LayerNorm(4, elementwise_affine=False)
@@ -238,7 +290,7 @@ def of_modules():
 
 
 def changes():
-    return {**of_plain_python(), **of_modules()}
+    return {**of_plain_python(), **of_classes_and_functions(), **of_modules()}
 
 
 @pytest.mark.parametrize("name", changes())
