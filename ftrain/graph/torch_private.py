@@ -243,10 +243,12 @@ def constant_of(tensor: Tensor) -> Tensor | None:
 
 
 def number_of(tensor: Tensor) -> float | None:
-    """The number of a tensor of one element, of any shape, if the tracer knows it; else None."""
+    """The number of a tensor of one element, of any shape, if it is no tensor of the trace, or one whose number the
+    tracer knows; else None.
+    """
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    known = constant_of(tensor)
+    known = tensor if type(tensor) is Tensor and _slot_of(tensor) is None else constant_of(tensor)
     if known is None or known.numel() != 1 or known.is_complex():
         return None
     with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch._C.DisableTorchFunction():

@@ -18,7 +18,8 @@ class Kind(NamedTuple):
 
     - `what`: "same" on all ranks; "rows", a rank's share along `dim`; "mean", whose average over ranks is the whole
       batch's; "sum", whose sum (or average, of unequal shares) over ranks is; "unknown".
-    - `order`: of rows, "tokens" or "rows" where the shares of all ranks, joined by that rule, are the batch's; else "".
+    - `order`: of rows, "tokens" or "rows" where the shares of all ranks, joined by that rule, are the batch's; the name
+      of a part, for some of them; else "".
     """
 
     what: str
@@ -29,6 +30,16 @@ class Kind(NamedTuple):
     def partial(self) -> bool:
         """True for a part of a sum or mean over the whole batch."""
         return self.what in ("sum", "mean")
+
+    @property
+    def ordered(self) -> bool:
+        """True for rows of which the shares of all ranks, joined, are the batch's."""
+        return self.order in ("tokens", "rows")
+
+    @property
+    def part(self) -> bool:
+        """True for some of a rank's rows, chosen by their places."""
+        return bool(self.order) and not self.ordered
 
 
 SAME, UNKNOWN = Kind("same"), Kind("unknown")

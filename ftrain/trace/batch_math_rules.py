@@ -32,7 +32,8 @@ def elementwise(node: fx.Node, kinds: Kinds) -> Found:
         if own.shape[kind.dim] != value.shape[at]:
             return NOTHING
         found.append(Kind("rows", at, kind.order))
-    if len({k.dim for k in found}) > 1:
+    apart = any(k.part for k in found) and len({k.order for k in found}) > 1
+    if apart or len({k.dim for k in found}) > 1:
         return MIXED
     return Found(Kind("rows", found[0].dim, joined(found)))
 
@@ -97,7 +98,7 @@ def _reduced(node: fx.Node, kinds: Kinds) -> Found:
         return MIXED
     if name == "mean" and not isinstance(value.shape[kind.dim], int):
         return MIXED  # a mean over as many as the data say: on each rank others
-    return Found(Kind(_LINEAR[name] if kind.order or name != "mean" else "sum"))
+    return Found(Kind(_LINEAR[name] if kind.ordered or name != "mean" else "sum"))
 
 
 def _along(node: fx.Node, kinds: Kinds) -> Found:
@@ -174,6 +175,41 @@ def _by_image(node: fx.Node, kinds: Kinds) -> Found:
     return Found(kind) if kind.dim == 0 and value.dim() > 2 else MIXED if kind.dim >= value.dim() - 2 else NOTHING
 
 
+def _with_statistics(node: fx.Node, kinds: Kinds) -> Found:
+    """Batch norm: with the statistics of the batch it mixes the rows, else each entry of dim 0 is alone."""
+    return MIXED if reader(node)("training") or reader(node)("train") else _by_entry(node, kinds)
+
+
+def _into_places(node: fx.Node, kinds: Kinds) -> Found:
+    """Rows that are added up, or put, at places which an index names: a rank has only its own."""
+    target = kinds.get(node.args[0], UNKNOWN)  # type: ignore[arg-type]
+    given = [k for n, k in kinds.items() if n is not node.args[0]]
+    if target.what == "rows" or not any(k.what == "rows" or k.partial for k in given):
+        return Found(target) if target.what == "rows" and target.dim == 0 and _elsewhere(node) else NOTHING
+    zeros = isinstance(node.args[0], fx.Node) and name_of(node.args[0]) in _ZEROS
+    adds = name_of(node) in ("index_add", "scatter_add") or (name_of(node) == "index_put" and len(node.args) > 3)
+    return Found(Kind("sum")) if zeros and adds else MIXED
+
+
+def _elsewhere(node: fx.Node) -> bool:
+    """True for places along another dim than the first."""
+    return isinstance(node.args[1], int) and node.args[1] != 0
+
+
+def _counted(node: fx.Node, kinds: Kinds) -> Found:
+    """How many rows there are of each value."""
+    kind, _ = first_of(node, kinds)
+    return Found(Kind("sum")) if kind.what == "rows" else MIXED if kind.partial else NOTHING
+
+
+def _transformed(node: fx.Node, kinds: Kinds) -> Found:
+    """A Fourier transform along some dims."""
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    return MIXED if kind.dim in {d % value.dim() for d in reader(node)("dim")} else Found(kind)
+
+
 def _by_entry(node: fx.Node, kinds: Kinds) -> Found:
     """Each entry of dim 0 alone."""
     if any(k.partial for k in kinds.values()):
@@ -242,13 +278,22 @@ _ATTENTION = (
 )  # fmt: skip
 
 
+_BATCH_NORMS = (
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "cudnn_batch_norm",
+    "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_with_update_functional",
+)  # fmt: skip
+_SCATTERS = ("index_add", "scatter_add", "index_put", "scatter", "scatter_reduce", "index_copy", "index_reduce")
 MATH_RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCED, _reduced),
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(_PRODUCTS, _product),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _normalised),
     **dict.fromkeys(_POOLS, _by_image),
-    **dict.fromkeys(("native_group_norm", "native_batch_norm", "_native_batch_norm_legit_no_training"), _by_entry),
+    **dict.fromkeys(("native_group_norm", "_native_batch_norm_legit_no_training"), _by_entry),
+    **dict.fromkeys(_BATCH_NORMS, _with_statistics),
+    **dict.fromkeys(_SCATTERS, _into_places),
+    **dict.fromkeys(("bincount", "histc"), _counted),
+    **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _transformed),
     **dict.fromkeys(_ATTENTION, _attended),
     **dict.fromkeys(("_cdist_forward", "_euclidean_dist", "_pdist_forward"), _distances),
     **dict.fromkeys(("diagonal", "tril", "triu", "trace"), _kept_parts),

@@ -13,13 +13,15 @@ else mixes rows is a ValueError. Not looked at: the library's own modules and ke
 of loops, and what `ftrain.within_documents` covers.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from ftrain.graph.source import user_source
+from ftrain.graph.source import is_users, user_source
 from ftrain.graph.torch_private import functional_transform, node_of, number_of, tracing_graph
 from ftrain.kernels.whole_batch import stays_within_documents
 from ftrain.sharding.batch import TokenOrder
@@ -28,6 +30,7 @@ from ftrain.sharding.whole_rows import PURPOSE, mean_of_ranks, share_of_rows, wh
 from ftrain.trace.batch_kinds import Kind, number_in
 from ftrain.trace.batch_rows import BatchRows, summed
 from ftrain.trace.gathered_copies import last_node, tensors_in
+from ftrain.trace.spmd import batch_sum
 from ftrain.trace.spread_ops import tensor_of
 from ftrain.trace.whole_arrays import LARGE, WholeArrays, map_tensors, writes
 
@@ -35,6 +38,10 @@ Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 
 _AS_MANY = {"softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "normalize"}
 """Functions whose result has a row for each row, so that the share of the whole result is a rank's."""
+_BY_ROW = {torch.nn.functional.instance_norm, torch.instance_norm}
+"""Functions of each row alone, which work on rows and channels as one dim."""
+_OVER_LABELS = {torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss}
+"""Functions whose mean is over the labels that are not ignored, by their weights."""
 _REDUCING = {
     "amax", "amin", "max", "min", "all", "any", "std", "var", "std_mean", "var_mean", "logsumexp", "prod", "median",
     "nanmedian", "mode", "kthvalue", "argmax", "argmin", "aminmax", "norm", "linalg_vector_norm",
@@ -67,6 +74,10 @@ class BatchMixing:
             return run(args, kwargs)
         if writes(func, kwargs) and args and self._kind(args[0]).what == "rows":
             args = (args[0], *map_tensors(self._finished, args[1:]))
+        if func in _OVER_LABELS and (found := self._over_labels(func, run, args, kwargs, line)) is not None:
+            return found
+        if func in _BY_ROW:
+            return self._by_row(run, args, kwargs)
         before = last_node(graph)
         result = run(args, kwargs)
         cause = None if stays_within_documents() else self._mixing(before)
@@ -80,6 +91,7 @@ class BatchMixing:
                 return self.call(func, run, *finished, line)
             if self._can_gather(func, args, kwargs):
                 return self._on_all_rows(func, run, args, kwargs)
+        line = line if is_users(line.rpartition(":")[0]) else str(user_source())
         raise ValueError(_refusal(getattr(func, "__name__", str(func)), line, self._has_sums((args, kwargs))))
 
     def _kind(self, tensor: Any) -> Kind:
@@ -114,13 +126,13 @@ class BatchMixing:
         node = before.next
         while node.op != "root":
             found = self._rows.of(node)
-            if found.mixes or (self._mesh.sequence > 1 and self._cuts(node)):
+            if found.mixes or self._cuts(node):
                 return node
             node = node.next
         return None
 
     def _cuts(self, node: fx.Node) -> bool:
-        """True for a part of the tokens, where the next ones may be another rank's."""
+        """True for a slice of the rows, which is another one on each rank."""
         source = node.args[0] if node.args else None
         if node.op != "call_function" or not isinstance(source, fx.Node):
             return False
@@ -128,6 +140,41 @@ class BatchMixing:
         if kind.what != "rows" or value is None or after is None or kind.dim >= after.dim():
             return False
         return "slice" in str(node.target) and value.shape[kind.dim] != after.shape[kind.dim]
+
+    def _by_row(self, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A function whose ops would look as if they mixed rows, and do not."""
+        kind, result = self._kind(args[0] if args else kwargs.get("input")), run(args, kwargs)
+        node = node_of(result)
+        if node is not None and kind.what == "rows":
+            self._rows.give(node, kind)
+        return result
+
+    def _over_labels(
+        self, func: Callable[..., Any], run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], line: str
+    ) -> Tensor | None:
+        """The whole batch's mean cross entropy over the labels that count, of which ranks may have unlike numbers; None
+        for a reduction that needs no care.
+        """
+        given = inspect.signature(func).bind(*args, **kwargs)
+        given.apply_defaults()
+        scores, labels, weight = (given.arguments[name] for name in ("input", "target", "weight"))
+        old = (given.arguments["size_average"], given.arguments["reduce"])
+        if (
+            old != (None, None)
+            or given.arguments["reduction"] != "mean"
+            or labels.dtype.is_floating_point
+            or stays_within_documents()
+        ):
+            return None
+        if self._kind(scores).what != "rows" or self._mesh.size == 1:
+            return None
+        if not self._kind(scores).ordered:
+            raise ValueError(_refusal(f"a mean {func.__name__}", line, of_sums=True))
+        counted = labels != given.arguments["ignore_index"]
+        weights = counted if weight is None else weight[torch.where(counted, labels, 0)] * counted
+        given.arguments["reduction"] = "sum"
+        total = run(given.args, given.kwargs)
+        return batch_sum(total, self._mesh) / batch_sum(weights.sum().to(total.dtype), self._mesh)
 
     def _finished(self, tensor: Tensor) -> Tensor:
         """The whole batch's mean, of a rank's."""
@@ -137,7 +184,7 @@ class BatchMixing:
         kinds = [self._kind(t) for t in tensors_in((args, kwargs))]
         rows = [kind for kind in kinds if kind.what == "rows"]
         known = getattr(func, "__name__", "") in _AS_MANY | _REDUCING
-        alone = all(kind.what in ("rows", "same") and (kind.order or kind.what == "same") for kind in kinds)
+        alone = all(kind.what in ("rows", "same") and (kind.ordered or kind.what == "same") for kind in kinds)
         return known and alone and len(rows) > 0 and kwargs.get("out") is None
 
     def _on_all_rows(self, func: Callable[..., Any], run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

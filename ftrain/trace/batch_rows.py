@@ -88,10 +88,10 @@ def summed(total: fx.Node, rows: BatchRows) -> Iterator[int]:
     while stack and len(seen) < _FARTHEST:
         node = stack.pop()
         value, kind = tensor_of(node), rows.of(node).kind
-        if value is not None and all(isinstance(n, int) for n in value.shape):
+        if value is not None and kind.what == "rows" and all(isinstance(n, int) for n in value.shape):
             yield prod(value.shape)
-            if kind.what == "rows":
-                yield value.shape[kind.dim]
-        found = [n for n in node.all_input_nodes if n not in seen and rows.of(n).kind.what in ("rows", "sum")]
+            yield value.shape[kind.dim]
+        kinds = ("rows", "sum", "mean")
+        found = [n for n in node.all_input_nodes if n not in seen and rows.of(n).kind.what in kinds]
         seen.update(found)
         stack.extend(found)

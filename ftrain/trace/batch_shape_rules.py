@@ -27,6 +27,8 @@ def part_of_result(node: fx.Node, kinds: Kinds) -> Found:
     """One tensor of several that an op gives."""
     kind, value = next(iter(kinds.values())), tensor_of(node)
     size = value is not None and kind.what == "rows" and kind.dim < value.dim()
+    if size and kind.part:
+        kind = kind._replace(order=f"{kind.order} {node.args[1]}")
     return Found(kind if size or kind.what != "rows" else UNKNOWN)
 
 
@@ -46,8 +48,16 @@ def _viewed(node: fx.Node, kinds: Kinds) -> Found:
         return Found(kind._replace(dim=places[0])) if len(places) == 1 else NOTHING
     for d in places:
         if sizes[d] > 1 and (sizes[d] % size == 0 or size % sizes[d] == 0):
-            return Found(kind._replace(dim=d))
+            return Found(kind._replace(dim=d)) if d <= kind.dim else _behind_ones(node, kind, d)
     return NOTHING  # rows within a dim of more: nothing is known when it is divided again
+
+
+def _behind_ones(node: fx.Node, kind: Kind, dim: int) -> Found:
+    """Rows that got dims of size 1 before them: a pack as one row (`x.view(1, -1)`), or a rank's only group of rows
+    (`x.view(-1, 4)`), whose dim is then the rows'. What the call leaves open tells which.
+    """
+    asked = list(node.args[1]) if isinstance(node.args[1], list | tuple) else []
+    return Found(kind._replace(dim=min(asked.index(-1), dim) if -1 in asked else dim))
 
 
 def _permuted(node: fx.Node, kinds: Kinds) -> Found:
@@ -82,6 +92,24 @@ def _squeezed(node: fx.Node, kinds: Kinds) -> Found:
     return NOTHING if kind.dim in gone else Found(kind._replace(dim=kind.dim - sum(d < kind.dim for d in gone)))
 
 
+def _windows(node: fx.Node, kinds: Kinds) -> Found:
+    """Overlapping parts of one dim."""
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    return MIXED if (reader(node)("dimension") or 0) % value.dim() == kind.dim else Found(kind)
+
+
+def _repeated(node: fx.Node, kinds: Kinds) -> Found:
+    """Copies along dims: along the rows they are rows in an order of their own."""
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    times = list(reader(node)("repeats"))
+    at = kind.dim + len(times) - value.dim()
+    return Found(Kind("rows", at, kind.order if times[at] == 1 else ""))
+
+
 def _expanded(node: fx.Node, kinds: Kinds) -> Found:
     kind, value = first_of(node, kinds)
     after = tensor_of(node)
@@ -106,7 +134,7 @@ def _cut(node: fx.Node, kinds: Kinds) -> Found:
         return MIXED if dim == kind.dim else Found(kind._replace(dim=kind.dim - (dim < kind.dim)))
     if dim != kind.dim:
         return Found(kind._replace(dim=kind.dim - (name == "unbind" and dim < kind.dim)))
-    return Found(Kind("rows", kind.dim)) if "split" in name else NOTHING
+    return Found(Kind("rows", kind.dim, f"part of {node.args[0]}")) if "split" in name else NOTHING
 
 
 def _concatenated(node: fx.Node, kinds: Kinds) -> Found:
@@ -189,6 +217,8 @@ SHAPE_RULES: dict[str, Rule] = {
     "unsqueeze": _unsqueezed,
     "squeeze": _squeezed,
     "expand": _expanded,
+    "unfold": _windows,
+    "repeat": _repeated,
     **dict.fromkeys(("slice", "select", "unbind", "split", "split_with_sizes"), _cut),
     **dict.fromkeys(("cat", "stack"), _concatenated),
     **dict.fromkeys(("embedding", "index_select", "gather"), _looked_up),

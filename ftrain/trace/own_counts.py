@@ -22,28 +22,40 @@ def require_own_counts(means: Iterable[Mean]) -> None:
     if trace is None or trace.plan.mesh.size == 1 or functional_transform():
         return
     for mean in means:
-        total, count = node_of(mean.total), node_of(mean.count)
-        if total is not None and count is not None:
-            _require_own(mean, total, count, trace.rows, trace.plan.mesh.size)
+        total = node_of(mean.total)
+        if total is not None:
+            _require_own(mean, total, node_of(mean.count), trace.rows, trace.plan.mesh.size)
 
 
-def _require_own(mean: Mean, total: fx.Node, count: fx.Node, rows: BatchRows, ranks: int) -> None:
-    of_total, number = rows.of(total).kind.what, _number(mean.count, count)
-    if of_total == "same" and rows.of(count).kind.what == "sum":
+def _require_own(mean: Mean, total: fx.Node, count: fx.Node | None, rows: BatchRows, ranks: int) -> None:
+    of_total, of_count = rows.of(total).kind.what, "same" if count is None else rows.of(count).kind.what
+    number = _number(mean.count, count)
+    sizes = set(summed(total, rows))
+    if of_total == "same" and of_count == "sum":
         raise ValueError(
             f"{user_source()}: a Mean whose total all ranks have alike, over a count of rows that is summed over the "
             "ranks: make the total one of rows too (total * count), or count 1"
         )
-    if of_total != "sum" or number is None:
-        return
-    sizes = set(summed(total, rows))
-    if number not in sizes and number / ranks in sizes:
+    if of_total == "mean" and (of_count == "sum" or number in sizes):
         raise ValueError(
-            f"{user_source()}: a Mean counts {number:g}, and a rank has summed {number / ranks:g} numbers: its count "
-            "is that of the rank's own rows (x.numel(), len(x)), as the counts of all ranks are added"
+            f"{user_source()}: a Mean whose total is a mean over rows already, over a count of rows: make the total a "
+            "sum (mean * count), or count 1"
+        )
+    if of_total == "sum" and of_count == "mean":
+        raise ValueError(
+            f"{user_source()}: a Mean whose total is a sum over a rank's rows, over a count that is none of its rows: "
+            "give the count of the rank's own rows, as the counts of all ranks are added"
+        )
+    if of_total != "sum" or number is None or number in sizes or max(sizes, default=1) == 1:
+        return
+    many = {n for n in sizes if n > 1}
+    if number / ranks in many or all(number % n for n in many):
+        raise ValueError(
+            f"{user_source()}: a Mean counts {number:g}, and its total is a sum over a rank's {min(many)} rows: give "
+            "the count of the rank's own rows (x.numel(), len(x)), as the counts of all ranks are added"
         )
 
 
-def _number(tensor: Tensor, node: fx.Node) -> float | None:
+def _number(tensor: Tensor, node: fx.Node | None) -> float | None:
     known = number_of(tensor)
-    return number_in(node) if known is None else known
+    return number_in(node) if known is None and node is not None else known

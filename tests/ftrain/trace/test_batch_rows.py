@@ -98,6 +98,15 @@ def test_ops_that_mix_rows(mesh, name):
 
 
 REFUSED = {
+    "halves": lambda h, b: h.chunk(2)[0] - h.chunk(2)[1],
+    "pairs of chosen and rejected": lambda h, b: (lambda chosen, rejected: chosen - rejected)(*h.chunk(2)),
+    "neighbours": lambda h, b: h.diff(dim=0),
+    "the first rows": lambda h, b: h[:1],
+    "windows": lambda h, b: h.unfold(0, 2, 1).prod(-1),
+    "prototypes": lambda h, b: torch.zeros(3, 4, dtype=F64).index_add(0, torch.arange(len(h)) % 3, h).square(),
+    "batch norm": lambda h, b: F.batch_norm(h, torch.zeros(4, dtype=F64), torch.ones(4, dtype=F64), training=True),
+    "a spectrum of the rows": lambda h, b: torch.fft.fft(h, dim=0).abs(),
+    "copies": lambda h, b: h - h.repeat(2, 1).std(0),
     "pairs": lambda h, b: h @ h.T @ h,
     "pairs by einsum": lambda h, b: torch.einsum("td,sd->ts", h, h).softmax(1) @ h,
     "differences": lambda h, b: (h[:, None] - h[None]).square().sum(1),
@@ -123,7 +132,7 @@ REFUSED = {
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", REFUSED)
 def test_ops_that_are_refused(mesh, name):
-    with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ (mixes rows of the batch|reads a sum over rows)"):
+    with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ .*(mixes rows of the batch|reads a sum over rows)"):
         both(lambda p, b: Mean.of(REFUSED[name](hidden(p, b), b)), mesh)
 
 
@@ -133,13 +142,18 @@ def in_documents(h, b):
         return (h @ h.T).masked_fill(~alike, -torch.inf).softmax(1) @ h
 
 
+def neighbours(h, b):
+    with ftrain.within_documents():
+        return (h[1:] - h[:-1]) * (b["ids"][1:] == b["ids"][:-1])[:, None]
+
+
 LEFT_ALONE = {
     "within documents": in_documents,
     "a score for each label": lambda h, b: h.log_softmax(-1)[torch.arange(len(h)), b["t"]],
     "looked up": lambda h, b: h + torch.eye(4, dtype=F64)[b["t"]],
     "gathered by label": lambda h, b: h.gather(1, b["t"][:, None]),
     "some rows": lambda h, b: torch.where((b["t"] > 1)[:, None], h, 0.0),
-    "neighbours of one document": lambda h, b: (h[1:] - h[:-1]) * (b["ids"][1:] == b["ids"][:-1])[:, None],
+    "neighbours of one document": neighbours,
 }
 
 
@@ -206,3 +220,26 @@ def test_rows_of_a_micro_batch_are_not_those_of_one_device(loss, stacked):
 
     with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ (mixes rows of|reads a sum over rows of) the batch"):
         ftrain.jit(step, plan=Plan(mesh, Layout(), batch=rules), specs=spec.of(PARAMS))(PARAMS, batch)
+
+
+def groups_of_rows(p, b):
+    rewards = hidden(p, b).sum(1).view(-1, 4)
+    return Mean.of((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4))
+
+
+def labels_that_are_ignored(p, b):
+    return Mean.of(F.cross_entropy(hidden(p, b), b["t"]))
+
+
+def times_their_count(p, b):
+    count = (b["t"] != -100).sum()
+    return Mean(F.cross_entropy(hidden(p, b), b["t"]) * count, count)
+
+
+def weighted_labels(p, b):
+    return Mean.of(F.cross_entropy(hidden(p, b), b["t"], weight=torch.arange(1.0, 5.0, dtype=F64)))
+
+
+@pytest.mark.parametrize("loss", [groups_of_rows, labels_that_are_ignored, times_their_count, weighted_labels])
+def test_means_within_groups_and_over_labels(loss):
+    assert_equal_on(MESHES[0], loss, {**BATCH, "t": torch.tensor([0, -100, -100, 3, 1, 2, -100, 0])})

@@ -116,6 +116,18 @@ def whole_batchs_rows(p, b):
     return Mean(errors(p, b).mean(1).sum(), number(16))
 
 
+def sum_over_one(p, b):
+    return Mean(errors(p, b).sum(), number(1))
+
+
+def sum_over_a_mean(p, b):
+    return Mean(errors(p, b).sum(), (errors(p, b) > 0.1).double().mean())
+
+
+def mean_over_rows(p, b):
+    return Mean(errors(p, b).mean(), number(len(b["x"])))
+
+
 def penalty_over_a_count(p, b):
     return Mean(p["w"].square().sum(), (errors(p, b) > 0.1).sum())
 
@@ -125,9 +137,12 @@ def penalty_over_a_count(p, b):
     [
         (penalty_in_the_total, r"weighted_sum"),
         (one_in_the_count, r"add at .*test_own_counts.py:\d+ reads a sum over rows"),
-        (whole_batchs_count, r"a Mean counts 64, and a rank has summed 32"),
-        (whole_batchs_count_filled_in, r"a Mean counts 64, and a rank has summed 32"),
-        (whole_batchs_rows, r"a Mean counts 16, and a rank has summed 8"),
+        (whole_batchs_count, r"a Mean counts 64, and its total is a sum over a rank's 8 rows"),
+        (whole_batchs_count_filled_in, r"a Mean counts 64, and its total is a sum over a rank's 8 rows"),
+        (whole_batchs_rows, r"a Mean counts 16, and its total is a sum over a rank's 8 rows"),
+        (sum_over_one, r"a Mean counts 1, and its total is a sum"),
+        (sum_over_a_mean, r"a count that is none of its rows"),
+        (mean_over_rows, r"a mean over rows already"),
         (penalty_over_a_count, r"make the total one of rows too"),
     ],
 )
