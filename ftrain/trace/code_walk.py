@@ -132,6 +132,8 @@ class CodeWalk:
     def _attribute(self, value: Any, key: str, name: str) -> Any:
         """The value of an attribute, which is watched; `_UNKNOWN` if code computes it, which is then looked at."""
         holder, name = name, _named_in(value, key, name)
+        if root_of(type(value)) == "logging":  # a logger remembers what it was asked, and gives no numbers
+            return MISSING
         if isinstance(value, types.ModuleType):
             if value is os and key in ("environ", "getenv"):
                 self._used(os.environ, "os.environ")
@@ -197,7 +199,7 @@ class CodeWalk:
 
     def _used(self, value: Any, name: str) -> None:
         """A value that code uses for something else than its attributes: look at it, once."""
-        if type(value) in SIMPLE or value is MISSING or value is _UNKNOWN:
+        if type(value) in SIMPLE or value is MISSING or value is _UNKNOWN or root_of(type(value)) == "logging":
             return
         if isinstance(value, Tensor):
             self._watched.gradient(value, name)

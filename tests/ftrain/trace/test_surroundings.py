@@ -4,10 +4,12 @@ import array
 import collections
 import dataclasses
 import functools
+import logging
 import os
 import sys
 import threading
 import types
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -582,3 +584,21 @@ def test_an_attribute_of_the_class_of_the_base():
     step = ftrain.jit(lambda x: x * Second.own())
     for First.rate in (0.5, 2.0):
         assert step(torch.ones(())).item() == First.rate**2
+
+
+LOGGER = logging.getLogger("ftrain.tests.surroundings")
+
+
+def test_a_logger_is_asked_in_a_step_and_does_not_count():
+    def step(x):
+        if LOGGER.isEnabledFor(logging.DEBUG):
+            LOGGER.debug("a step")
+        return x + 1
+
+    jitted = ftrain.jit(step)
+    jitted(torch.ones(2))
+    LOGGER.isEnabledFor(7)
+    logging.getLogger("ftrain.tests.surroundings.other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jitted(torch.ones(2))
