@@ -31,7 +31,7 @@ def keys_of(value: Any) -> set[str]:
     """The names of the attributes that an object holds; for a class, those of the user's classes among its bases too.
 
     >>> from ftrain.trace.attribute_lookup import keys_of
-    >>> First = type("First", (), {"rate": 0.5})
+    >>> First = type("First", (), {"rate": 0.5, "__module__": "a_file_of_the_user"})
     >>> "rate" in keys_of(type("Second", (First,), {}))
     True
     """

@@ -17,6 +17,7 @@ position), ("file", name of a module that the code imports).
 _BETWEEN = {"CACHE", "COPY", "EXTENDED_ARG", "NOP", "PRECALL", "PUSH_NULL", "RESUME", "COPY_FREE_VARS"}
 _WHOLE = {"vars", "asdict", "astuple"}
 _BY_NAME = {"getattr", "hasattr"}
+_TAKES_NAMES = _BY_NAME | {"attrgetter", "methodcaller", "__getattribute__"}
 
 
 @dataclass
@@ -109,8 +110,9 @@ class _Scan:
         for at in dis.get_instructions(self._code):
             self._step(at.opname, at.argval)
         self._end()
-        if not _BY_NAME.isdisjoint(self._code.co_names):
-            self._found.names.update(c for c in self._code.co_consts if isinstance(c, str) and c.isidentifier())
+        if not _TAKES_NAMES.isdisjoint(self._code.co_names):
+            texts = (constant for constant in self._code.co_consts if isinstance(constant, str))
+            self._found.names.update(name for text in texts for name in text.split(".") if name.isidentifier())
 
     def _step(self, op: str, value: object) -> None:
         if op in _BETWEEN:

@@ -3,6 +3,7 @@
 import collections
 import functools
 import gc
+import operator
 import os
 import sys
 import threading
@@ -222,6 +223,8 @@ class CodeWalk:
             self._used(None if isinstance(value.__self__, types.ModuleType) else value.__self__, name)
         elif isinstance(value, functools.partial):
             _partial(self, value, name)
+        elif isinstance(value, operator.attrgetter | operator.methodcaller):
+            self._names.update(name for text in value.__reduce__()[1] for name in str(text).split("."))
         elif isinstance(value, classmethod | staticmethod | property):
             self._used(value.fget if isinstance(value, property) else value.__func__, name)
         elif value is OF_NUMPY:

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import operator
 import os
 import sys
 import threading
@@ -21,6 +22,7 @@ import ftrain
 from ftrain.trace.surroundings import Surroundings
 
 RATE = 0.5
+GETTER = operator.attrgetter("rate")
 LISTED = [1.0, 2.0]
 ACTIVATION = torch.sin
 
@@ -505,6 +507,12 @@ class Within(Base):
         match self:
             case Base(rate=rate):
                 return x * rate
+
+    def a_getter(self, x):
+        return x * operator.attrgetter("rate")(self)
+
+    def a_getter_of_the_file(self, x):
+        return x * GETTER(self)
 
     def of_the_base(self, x):
         return x * super(Within, self).own()  # noqa: UP008
