@@ -29,6 +29,7 @@ DONE: tuple[str, ...] = (
     "modules",
     "ftrain/lazy.py",
     "ftrain/tree.py",
+    "ftrain/bridge",
     "ftrain/optim",
     "ftrain/graph",
     "ftrain/trace",

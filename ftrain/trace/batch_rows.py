@@ -56,7 +56,7 @@ class BatchRows:
         kinds = {n: self._known[n].kind for n in node.all_input_nodes}
         if not any(k.what == "rows" or k.partial for k in kinds.values()):
             return NOTHING
-        found = _by_rule(node, kinds)
+        found = by_rule(node, kinds)
         value = tensor_of(node)
         kind = found.kind
         if kind.what == "rows" and (value is None or kind.dim >= value.dim()):
@@ -64,7 +64,8 @@ class BatchRows:
         return found
 
 
-def _by_rule(node: fx.Node, kinds: Kinds) -> Found:
+def by_rule(node: fx.Node, kinds: Kinds) -> Found:
+    """What a node with these kinds of inputs is, by the rule of its op."""
     if getattr(node.target, "__name__", "") == "getitem":
         return part_of_result(node, kinds)
     name = name_of(node)

@@ -92,6 +92,15 @@ def _squeezed(node: fx.Node, kinds: Kinds) -> Found:
     return NOTHING if kind.dim in gone else Found(kind._replace(dim=kind.dim - sum(d < kind.dim for d in gone)))
 
 
+def _as_complex(node: fx.Node, kinds: Kinds) -> Found:
+    """Pairs of numbers, the last dim, as complex numbers, or back."""
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    pairs = name_of(node) == "view_as_complex" and kind.dim == value.dim() - 1
+    return NOTHING if pairs else Found(kind)
+
+
 def _windows(node: fx.Node, kinds: Kinds) -> Found:
     """Overlapping parts of one dim."""
     kind, value = first_of(node, kinds)
@@ -165,12 +174,11 @@ def _looked_up(node: fx.Node, kinds: Kinds) -> Found:
         at = index.dim if name == "gather" else dim + index.dim
         return MIXED if index == SAME else NOTHING if index.what != "rows" else Found(Kind("rows", at))
     if name == "gather":
-        dims = {k.dim for k in (kind, index) if k.what == "rows"}
-        return (
-            Found(Kind("rows", dims.pop(), joined([k for k in (kind, index) if k.what == "rows"])))
-            if len(dims) == 1 and dim not in dims
-            else NOTHING
-        )
+        found = [k for k in (kind, index) if k.what == "rows"]
+        if kind == SAME and (index.dim == dim or value.shape[index.dim] == 1):
+            return Found(index)
+        alike = len({k.dim for k in found}) == 1 and found[0].dim != dim and kind != SAME
+        return Found(Kind("rows", found[0].dim, joined(found))) if alike else NOTHING
     if kind.what == "rows":
         return Found(kind._replace(dim=kind.dim + (own.dim() - 1 if dim < kind.dim else 0)))
     return Found(index._replace(dim=dim + index.dim)) if kind == SAME and index.what == "rows" else NOTHING
@@ -217,6 +225,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "unsqueeze": _unsqueezed,
     "squeeze": _squeezed,
     "expand": _expanded,
+    **dict.fromkeys(("view_as_real", "view_as_complex"), _as_complex),
     "unfold": _windows,
     "repeat": _repeated,
     **dict.fromkeys(("slice", "select", "unbind", "split", "split_with_sizes"), _cut),

@@ -43,7 +43,7 @@ CONSTANTS = {
 _ELEMENTWISE = {
     _aten._to_copy.default, _aten.clone.default, _aten.copy_.default, _aten.copy.default, _aten.lift_fresh_copy.default,
     _aten.detach.default, _aten.alias.default, _aten.contiguous.default, _aten.to.dtype, _aten.fill_.Scalar,
-    _aten.zero_.default, _aten.fill.Scalar, _aten.fill.Tensor,
+    _aten.zero_.default, _aten.fill.Scalar, _aten.fill.Tensor, _aten.polar.default,
 }  # fmt: skip
 _OURS_ELEMENTWISE = ("ftrain::adamw", "ftrain::offload")
 

@@ -1,0 +1,113 @@
+"""Models of transformers as pure functions: causal and masked language models.
+
+Legend: T tokens of a pack, B rows, L tokens of a row, V vocabulary, D model width.
+"""
+
+import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ftrain.bridge.attention import Call, calling
+from ftrain.bridge.batches import LANGUAGE, folded, mean_over_labels, positions, require_tokens, rows
+from ftrain.bridge.draws import drawing
+from ftrain.bridge.heads import HeadReads, Scores, cross_entropy
+from ftrain.bridge.skeleton import call, flatten, parameters
+from ftrain.kernels.mean import Mean
+from ftrain.modules.model import Leaf
+from ftrain.modules.spec import Tree
+from ftrain.trace.spmd import current_sharded
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language model of transformers around `module`, which may be without memory.
+
+    `held`: its buffers by name. `alone`: why documents cannot share a pack, empty if they can. `first`: the
+    position of a document's first token. `leaves`: what it reads of a batch.
+    """
+
+    module: nn.Module
+    name: str
+    held: Mapping[str, Tensor]
+    alone: str = ""
+    first: int = 0
+    leaves: Mapping[str, Leaf] = field(default_factory=lambda: MappingProxyType(LANGUAGE))
+
+    def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Mean:
+        """The mean cross entropy of the batch's labels. `key`: int64 `[2]`, for dropout. ValueError for a batch without
+        labels, or that does not fit.
+        """
+        if "labels" not in batch:
+            raise ValueError(f"{self.name}: a loss needs the batch's 'labels'")
+        total = cross_entropy(self._run(params, batch, key)[0], rows(batch["labels"]))
+        return mean_over_labels(total, batch["labels"])
+
+    def logits(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+        """The scores `[T, V]` or `[B, L, V]`, in the dtype of the model."""
+        scores = self._run(params, batch, key)[0]
+        scores = scores.tensor() if isinstance(scores, Scores) else scores
+        return scores[0] if batch["tokens"].dim() == 1 else scores
+
+    def hidden(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+        """What the head reads, `[T, D]` or `[B, L, D]`. ValueError where the head is no linear layer."""
+        read = self._run(params, batch, key)[1]
+        if read is None:
+            raise ValueError(f"{self.name}: its head is no linear layer, so there is no input of it to show")
+        return read[0] if batch["tokens"].dim() == 1 else read
+
+    def _run(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None) -> tuple[Any, Tensor | None]:
+        require_tokens(self.name, batch, self.leaves)
+        self._require_documents_apart(batch)
+        tensors = {**self.held, **flatten(params)}
+        head = HeadReads(tensors[self._head]) if self._head in tensors else None
+        about = Call(folded(batch.get("segments"), batch["tokens"]), drops=key is not None, paths=self._paths)
+        with calling(about), drawing(key, batch["tokens"].shape[0]), head if head is not None else nullcontext():
+            found = call(self.module, tensors, (), self._arguments(batch))
+        return found.logits, None if head is None else head.read
+
+    def _require_documents_apart(self, batch: Mapping[str, Any]) -> None:
+        """ValueError for documents, or ranks, that share a row of tokens which the model cannot keep apart."""
+        trace = current_sharded()
+        shared = trace is not None and trace.plan.mesh.sequence > 1
+        if self.alone and (batch.get("segments") is not None or (shared and batch["tokens"].dim() == 1)):
+            what = "ranks of a sequence axis" if shared else "several documents"
+            raise ValueError(
+                f"{self.name}: {what} cannot share its tokens, as {self.alone}: give rows of one document each, tokens "
+                "[B, L] without segments, on data axes"
+            )
+        if shared and batch["tokens"].dim() > 1:
+            raise ValueError(
+                f"{self.name}: rows [B, L] on a sequence axis, whose ranks share the tokens of a pack: give one pack "
+                "[T] with segments, or divide rows among data axes (shard, replicate)"
+            )
+
+    def _arguments(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {"input_ids": rows(batch["tokens"])}
+        if "use_cache" in self._accepted:
+            found["use_cache"] = False
+        place = positions(batch) if "position_ids" in self._accepted else None
+        if place is not None:
+            found["position_ids"] = place + self.first if self.first else place
+        return found
+
+    @cached_property
+    def _accepted(self) -> set[str]:
+        return set(inspect.signature(self.module.forward).parameters)
+
+    @cached_property
+    def _paths(self) -> dict[int, str]:
+        return {id(inner): path for path, inner in self.module.named_modules()}
+
+    @cached_property
+    def _head(self) -> str:
+        """The name, among the parameters, of the head's weight; "" if the head is no linear layer."""
+        head = self.module.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            return ""
+        return next((name for name, p in parameters(self.module).items() if p is head.weight), "")

@@ -1,0 +1,58 @@
+"""`ftrain.hf.open`: the model of a folder: the library's own where it has the family, else transformers' bridged."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ftrain.bridge.native import native_decoder
+from ftrain.bridge.pretrained import Task, from_transformers
+from ftrain.hf.files import HfFolder
+from ftrain.modules.model import Model
+
+
+def open(
+    folder: str | Path,
+    *,
+    native: Literal["auto", "always", "never"] = "auto",
+    task: Task = "causal_lm",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Model:
+    """The model of a folder in Hugging Face's format; nothing is read but headers. `model.why` says what was taken.
+
+    Args:
+        folder: holds `config.json` and safetensors.
+        native: "auto" takes the library's own family where there is one and transformers' model elsewhere; "always" and
+            "never" leave no choice.
+        task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
+            model.
+
+    Raises:
+        ValueError: there is no model in the folder, or none of the kind that was asked for; `native` is another word.
+
+    >>> import tempfile, ftrain
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> folder = tempfile.mkdtemp()
+    >>> LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)).save_pretrained(folder)
+    >>> ftrain.hf.open(folder).why
+    'native: llama is a family of the library'
+    >>> ftrain.hf.open(folder, native="never").name
+    'LlamaForCausalLM of transformers'
+    """
+    if native not in ("auto", "always", "never"):
+        raise ValueError(f'native is "auto", "always" or "never", not {native!r}')
+    why = 'native="never"'
+    if native != "never":
+        try:
+            if task != "causal_lm":
+                raise ValueError(f"task {task!r} has no native model")
+            return native_decoder(HfFolder.open(folder))
+        except ValueError as error:
+            if native == "always":
+                raise
+            why = str(error)
+    bridged = from_transformers(folder, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
+    return replace(bridged, why=f"bridged: {why}")

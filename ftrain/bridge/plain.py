@@ -1,0 +1,47 @@
+"""A language model of transformers by itself: eager, in float64, one document after the other."""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftrain.bridge.batches import IGNORED, rows
+from ftrain.bridge.skeleton import flatten
+from ftrain.kernels.documents import ids_of
+from ftrain.modules.spec import Tree
+
+
+def plain_loss(
+    make: Callable[[], nn.Module], params: Tree, batch: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean cross entropy of the batch's labels, 0-d, and its gradients by name, in float64.
+
+    `make()`: a module of transformers with memory, with its own attention. Its parameters are overwritten by `params`.
+    Nothing is dropped.
+    """
+    module = make().double().eval()
+    with torch.no_grad():
+        own = dict(module.named_parameters())
+        for name, x in flatten(params).items():
+            own[name].copy_(x)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for tokens_L, labels_L in _documents(batch):
+        logits = module(input_ids=tokens_L[None]).logits[0]
+        total = total + nn.functional.cross_entropy(logits, labels_L, ignore_index=IGNORED, reduction="sum")
+        count += int((labels_L != IGNORED).sum())
+    loss = total / max(count, 1)
+    loss.backward()
+    zeros = {name: torch.zeros_like(p) for name, p in own.items()}
+    return loss.detach(), {name: zeros[name] if p.grad is None else p.grad for name, p in own.items()}
+
+
+def _documents(batch: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens and labels of each document."""
+    tokens, labels, segments = rows(batch["tokens"]), rows(batch["labels"]), batch.get("segments")
+    for row in range(len(tokens)):
+        ids = torch.zeros_like(tokens[row]) if segments is None else ids_of(segments).reshape(tokens.shape)[row]
+        starts = [0, *(torch.nonzero(ids.diff()).flatten() + 1).tolist(), len(ids)]
+        for start, end in pairwise(starts):
+            yield tokens[row, start:end], labels[row, start:end]

@@ -1,0 +1,139 @@
+"""`from_transformers`: a model of transformers, from its folder or its configuration, as a `Model`."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ftrain.bridge.attention import NAME
+from ftrain.bridge.config import read_config
+from ftrain.bridge.doors import open_doors
+from ftrain.bridge.language import Language
+from ftrain.bridge.plain import plain_loss
+from ftrain.bridge.positions import shift
+from ftrain.bridge.proof import ALONE, example, mixing
+from ftrain.bridge.skeleton import buffers, build, nest, parameters
+from ftrain.bridge.specs import inits_of, specs_of
+from ftrain.bridge.weights import load, save
+from ftrain.hf.files import HfFolder
+from ftrain.modules.model import Model
+from ftrain.modules.spec import abstract
+
+Task = Literal["causal_lm", "masked_lm"]
+_CLASSES = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
+
+
+def from_transformers(
+    source: Any, *, task: Task = "causal_lm", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Model:
+    """A model of transformers as pure functions over a tree of parameters; nothing is allocated.
+
+    Args:
+        source: a folder with `config.json` (and weights, for `load`), or a configuration of transformers.
+        task: what the model is for; it gives the class, the loss, and the leaves of the batch.
+        dtype: of the parameters.
+        trust_remote_code: run the Python files of a folder whose model transformers does not know.
+
+    Raises:
+        ValueError: the folder has no configuration that transformers knows, its code would have to be trusted, or the
+            architecture has no such task.
+        ImportError: transformers 5 is not installed.
+
+    >>> import ftrain
+    >>> from ftrain.bridge import from_transformers
+    >>> from transformers import LlamaConfig
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = from_transformers(LlamaConfig(vocab_size=11, **sizes))
+    >>> params = ftrain.init(model.specs, ftrain.key(0))
+    >>> tokens = ftrain.randint(ftrain.key(1), (6,), low=0, high=11)
+    >>> model.logits(params, {"tokens": tokens}).shape
+    torch.Size([6, 11])
+    """
+    open_doors()
+    folder = Path(source) if isinstance(source, str | Path) else None
+    config = source if folder is None else read_config(folder, trust_remote_code)
+    module = _module(config, task, dtype, trust_remote_code)
+    specs = nest(specs_of(parameters(module), vocab=_tables(module), inits=inits_of(module, _begin(module))))
+    held = buffers(module)
+    made = Language(module, type(module).__name__, held)
+    alone, first = _documents(made, abstract(specs))
+    made = replace(made, alone=alone, first=first)
+    weights = None if folder is None else partial(_load, module, folder, specs)
+    return Model(
+        name=f"{type(module).__name__} of transformers",
+        specs=specs,
+        batch=made.leaves,
+        loss=made.loss,
+        logits=made.logits,
+        hidden=made.hidden,
+        load=weights,
+        save=lambda params, to: save(module, params, held, to),
+        packs=not alone,
+        alone=alone,
+        plain=partial(plain_loss, partial(_plain, config, task, trust_remote_code)),
+        why="bridged",
+    )
+
+
+def _load(module: nn.Module, folder: Path, specs: Any, into: Any = None) -> Any:
+    return load(module, HfFolder.open(folder), specs, into)
+
+
+def _begin(module: nn.Module) -> Callable[[nn.Module], None]:
+    return module._init_weights  # type: ignore[return-value]
+
+
+def _documents(made: Language, params: Any) -> tuple[str, int]:
+    """Why documents cannot share a pack, empty if they can; and the position of a document's first token."""
+    alone = mixing(made.logits, params, example())
+    first = None if alone else shift(made.logits, params, example()["tokens"] + 5, ALONE)
+    return ("it counts positions in a way of its own", 0) if first is None and not alone else (alone, first or 0)
+
+
+def _module(config: Any, task: Task, dtype: torch.dtype, trust: bool) -> nn.Module:
+    """The module without memory, with our attention if its own asks for one."""
+    module = build(lambda: _make(config, task, dtype, NAME, trust))
+    if getattr(module, "_supports_attention_backend", False):
+        return module
+    return build(lambda: _make(config, task, dtype, "eager", trust))
+
+
+def _make(config: Any, task: Task, dtype: torch.dtype, attention: str, trust: bool, experts: str = NAME) -> nn.Module:
+    import transformers
+
+    if task not in _CLASSES:
+        raise ValueError(f"no task {task!r}; known: {', '.join(_CLASSES)}")
+    auto = getattr(transformers, _CLASSES[task])
+    try:
+        module: nn.Module = auto.from_config(
+            copy.deepcopy(config),
+            attn_implementation=attention,
+            experts_implementation=experts,
+            dtype=dtype,
+            trust_remote_code=trust,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers has no {config.model_type} for task {task!r} ({_CLASSES[task]}): choose another task of "
+            f"{', '.join(_CLASSES)}"
+        ) from error
+    return module.train()
+
+
+def _plain(config: Any, task: Task, trust: bool) -> nn.Module:
+    """The module with memory and its own eager attention and experts."""
+    return _make(config, task, torch.float32, "eager", trust, experts="eager")
+
+
+def _tables(module: nn.Module) -> set[str]:
+    """The names of the token table and of the head."""
+    found = [module.get_input_embeddings(), module.get_output_embeddings()]  # type: ignore[operator]
+    weights = [getattr(layer, "weight", None) for layer in found if layer is not None]
+    return {name for name, p in parameters(module).items() if any(p is w for w in weights)}

@@ -1,0 +1,96 @@
+"""Modules without memory: parameters on the meta device, buffers as they are, and calls with a tree in their place."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ftrain.modules.spec import Tree, leaves_with_paths
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within the block the parameters of new modules are on the meta device, and their buffers where they would be.
+
+    A parameter has memory only until it is registered, which no number was written into yet.
+    """
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        del module, name
+        if parameter is None or parameter.device.type == "meta":
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def build(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `make()` gives, without memory for its parameters."""
+    with without_memory():
+        return make()
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of dicts from values by dotted path.
+
+    >>> nest({"a.b": 1, "a.c": 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *above, last = path.split(".")
+        place = tree
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return tree
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """The leaves of a tree of dicts by dotted path: the inverse of `nest`."""
+    return dict(leaves_with_paths(tree))
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name; weights that are tied in the module are one."""
+    return dict(module.named_parameters())
+
+
+def call(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`module(*args, **kwargs)` with `tensors`, by name, in the place of its parameters and buffers.
+
+    Tied weights follow the one that is given. The module is left as it was.
+    """
+    return functional_call(module, dict(tensors), args, dict(kwargs), tie_weights=True)
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers by name, those that no checkpoint holds too. ValueError for one without memory."""
+    found = dict(module.named_buffers())
+    empty = next((name for name, x in found.items() if x.device.type == "meta"), None)
+    if empty is not None:
+        raise ValueError(
+            f"{type(module).__name__}: its buffer {empty!r} is on the meta device and has no numbers: build the module "
+            "outside of torch.device('meta')"
+        )
+    return {name: x.detach() for name, x in found.items()}
+
+
+def require_memory(module: nn.Module) -> None:
+    """ValueError for a module with parameters on the meta device, where their numbers are needed."""
+    for name, parameter in module.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(f"{type(module).__name__}: parameter {name!r} is on the meta device and has no numbers")
+
+
+def detached(module: nn.Module) -> dict[str, Tensor]:
+    """The numbers of the module's parameters by name, which share its memory."""
+    require_memory(module)
+    return {name: parameter.detach() for name, parameter in parameters(module).items()}

@@ -1,0 +1,153 @@
+"""Weights of transformers' folders in and out: streamed, by the names and conversions that transformers itself uses."""
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftrain.bridge.skeleton import flatten, nest
+from ftrain.checkpoint.leaves import named_leaves
+from ftrain.checkpoint.shard_layout import Slice, whole
+from ftrain.hf.files import HfFolder, opened
+from ftrain.hf.range import require_in_range
+from ftrain.modules.spec import Tree
+
+
+@dataclass
+class _Group:
+    """Stored tensors that make one parameter, or several. `converter`: None for one that is taken as it is."""
+
+    converter: Any = None
+    names: list[str] = field(default_factory=list)
+
+
+def load(module: nn.Module, folder: HfFolder, specs: Tree, into: Tree | None = None) -> Tree:
+    """The parameters of `module` (which may be without memory) from a folder: a new tree as `specs` describe it.
+
+    `into`: a tree of parameters to be overwritten instead, of which each rank reads and keeps its own part. Beyond the
+    result there is at most one group in memory: a tensor, or those of a layer that are stored apart and used together.
+
+    ValueError for a tensor that is missing, unexpected, quantized or of another shape, and for numbers beyond a dtype.
+    """
+    _require_plain(folder)
+    wanted = flatten(specs)
+    if into is None:
+        into = nest({name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in wanted.items()})
+    held = named_leaves(into)
+    tied = _tied(module)
+    missing = set(wanted)
+    for name, tensor in _parameters(module, folder):
+        name = tied.get(name, name)
+        if name not in wanted:
+            if name in dict(module.named_buffers()):
+                continue
+            raise ValueError(f"{folder.path}: it holds {name!r}, which {type(module).__name__} has not")
+        if tuple(tensor.shape) != tuple(wanted[name].shape):
+            raise ValueError(f"{folder.path}: {name!r} has shape {list(tensor.shape)}, not {list(wanted[name].shape)}")
+        missing.discard(name)
+        layout = held.layouts.get(name)
+        part = layout.mine if layout is not None else whole(tuple(tensor.shape))
+        _copy(held.tensors[name], tensor, part, f"{folder.path}: {name}")
+    if missing:
+        raise ValueError(f"{folder.path} has nothing for {sorted(missing)[0]!r} ({len(missing)} missing)")
+    return into
+
+
+def save(module: nn.Module, params: Tree, held: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write the parameters, and the buffers in `held` that a checkpoint has, as transformers' `save_pretrained` does.
+
+    `folder`: is made; `config.json` is written too. The result loads with strict names.
+    """
+    known = set(module.state_dict())
+    tensors = {name: x.detach() for name, x in flatten(params).items()}
+    tensors |= {name: x for name, x in held.items() if name in known}
+    tensors |= {name: tensors[own] for name, own in _tied(module).items() if own in tensors}
+    module.save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
+
+
+def _copy(target: Tensor, tensor: Tensor, part: Slice, where: str) -> None:
+    piece = tensor[tuple(slice(start, start + size) for start, size in part)]
+    own = target[tuple(slice(0, size) for _, size in part)]  # a piece may be padded
+    with torch.no_grad():
+        own.copy_(piece)
+    require_in_range(piece, own, where)
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """The names of tied parameters that the tree has under another name, and that name."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        own = first.setdefault(id(parameter), name)
+        if own != name:
+            found[name] = own
+    return found
+
+
+def _parameters(module: nn.Module, folder: HfFolder) -> Iterator[tuple[str, Tensor]]:
+    """The module's parameters and buffers by name, converted from what the folder holds, group by group."""
+    reader = _Reader(folder)
+    for target, group in _groups(module, folder).items():
+        if group.converter is None:
+            yield target, reader.read(group.names[0])
+            continue
+        made = group.converter.convert(target, model=module, config=module.config)
+        for name, value in made.items():
+            yield name, value[0] if isinstance(value, list) else value
+
+
+def _groups(module: nn.Module, folder: HfFolder) -> dict[str, _Group]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(module)  # type: ignore[arg-type]
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    reader, known = _Reader(folder), module.state_dict()
+    found: dict[str, _Group] = {}
+    for name in sorted(folder.tensors, key=_natural):
+        target, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, known)  # type: ignore[arg-type]
+        group = found.setdefault(target, _Group())
+        group.names.append(name)
+        if pattern is not None:
+            group.converter = group.converter or deepcopy(by_pattern[pattern])
+            group.converter.add_tensor(target, name, pattern, _later(reader, name))
+    return found
+
+
+def _later(reader: "_Reader", name: str) -> Callable[[], Tensor]:
+    return lambda: reader.read(name)
+
+
+class _Reader:
+    """Reads tensors of a folder, one at a time."""
+
+    def __init__(self, folder: HfFolder) -> None:
+        self._folder = folder
+
+    def read(self, name: str) -> Tensor:
+        stored = self._folder.tensors[name]
+        with opened(stored.file) as tensors:
+            found: Tensor = tensors.get_tensor(name)
+            return found
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts numbers in names by their size."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _require_plain(folder: HfFolder) -> None:
+    """ValueError for a folder of quantized weights."""
+    how = folder.config().get("quantization_config")
+    if how:
+        method = how.get("quant_method", "another format") if isinstance(how, dict) else how
+        raise ValueError(
+            f"{folder.path}: its weights are quantized ({method}): load them with transformers, "
+            "model.dequantize(), and save_pretrained to a folder of its own"
+        )

@@ -1,0 +1,65 @@
+"""What every model is to tasks, plans, benches and the command line: a few plain functions over a tree of parameters.
+
+Native families and bridged modules both make one (`ftrain.hf.open`); nothing that takes a `Model` asks what is inside.
+
+Legend: T tokens of a pack, B rows, L tokens of a row, V vocabulary, D model width.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ftrain.modules.autoregression import Family
+from ftrain.modules.spec import Tree
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of a model's batch.
+
+    - `means`: one sentence. `shape`: in the letters of the legend, e.g. "[T] or [B, L]".
+    - `needed`: the model cannot run without it.
+    """
+
+    means: str
+    shape: str
+    needed: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as pure functions over a tree of parameters.
+
+    - `name`: what it is and where it comes from, for logs. `why`: why it is native or bridged.
+    - `specs`: the tree of `ParamSpec`s of its parameters.
+    - `batch`: what the leaves of its batch are, by name.
+    - `loss(params, batch, key=None) -> Mean`: of the batch's labels, or `(Mean, state)` if it has `state`. `key`: int64
+      `[2]`, from which dropout draws; without one nothing is dropped.
+    - `logits(params, batch, key=None)`: the scores, with the dims of the batch's tokens and V at last.
+    - `hidden(params, batch, key=None)`: what the head reads, with D at last.
+    - `load(specs=None) -> params`: the weights, each rank's own part where a plan says so; None without a folder.
+    - `save(params, folder)`: in the format that it was loaded from.
+    - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm), as a tree of tensors; the
+      functions then take it as `state=` and `loss` gives the new one. Empty for most.
+    - `packs`: True if several documents may share a pack, with `batch["segments"]`; else `alone` says why not.
+    - `family`: how it generates, or None.
+    - `plain(params, batch) -> (loss, gradients)`: what the module that it was made of gives by itself, eager, document
+      by document, in float64: 0-d, and a dict of tensors by dotted path. None for models that have no other form.
+    """
+
+    name: str
+    specs: Tree
+    batch: Mapping[str, Leaf]
+    loss: Callable[..., Any]
+    logits: Callable[..., Tensor] | None = None
+    hidden: Callable[..., Tensor] | None = None
+    load: Callable[..., Tree] | None = None
+    save: Callable[..., None] | None = None
+    state: Tree = field(default_factory=dict)
+    packs: bool = True
+    alone: str = ""
+    family: Family | None = None
+    plain: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
+    why: str = ""
