@@ -1,13 +1,14 @@
 """Counts of a loss that are the whole batch's where they must be a rank's own, since the counts of all are added."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from typing import Any
 
 from torch import Tensor, fx
 
 from ftrain.graph.source import user_source
 from ftrain.graph.torch_private import functional_transform, node_of, number_of
 from ftrain.kernels.mean import Mean
-from ftrain.trace.batch_kinds import number_in
+from ftrain.trace.batch_kinds import name_of, number_in
 from ftrain.trace.batch_rows import BatchRows, summed
 from ftrain.trace.spmd import current_sharded
 
@@ -36,7 +37,8 @@ def _require_own(mean: Mean, total: fx.Node, count: fx.Node | None, rows: BatchR
             f"{user_source()}: a Mean whose total all ranks have alike, over a count of rows that is summed over the "
             "ranks: make the total one of rows too (total * count), or count 1"
         )
-    if of_total == "mean" and (of_count == "sum" or number in sizes):
+    many = {n for n in sizes if n > 1}
+    if of_total == "mean" and (of_count == "sum" or number in many) and not _is_scaled(total, sizes, rows):
         raise ValueError(
             f"{user_source()}: a Mean whose total is a mean over rows already, over a count of rows: make the total a "
             "sum (mean * count), or count 1"
@@ -48,12 +50,23 @@ def _require_own(mean: Mean, total: fx.Node, count: fx.Node | None, rows: BatchR
         )
     if of_total != "sum" or number is None or number in sizes or max(sizes, default=1) == 1:
         return
-    many = {n for n in sizes if n > 1}
     if number / ranks in many or all(number % n for n in many):
         raise ValueError(
             f"{user_source()}: a Mean counts {number:g}, and its total is a sum over a rank's {min(many)} rows: give "
             "the count of the rank's own rows (x.numel(), len(x)), as the counts of all ranks are added"
         )
+
+
+def _is_scaled(total: fx.Node, sizes: Set[int], rows: BatchRows) -> bool:
+    """True for a mean that was multiplied by a number of rows, or by a count of them, on its way."""
+    node: Any = total
+    while isinstance(node, fx.Node) and rows.of(node).kind.partial:
+        factors = [x for x in node.args if not (isinstance(x, fx.Node) and rows.of(x).kind.what == "mean")]
+        numbers = [number_in(x) if isinstance(x, fx.Node) else x for x in factors]
+        if name_of(node) == "mul" and any(isinstance(x, int | float) and x in sizes for x in numbers):
+            return True
+        node = next((x for x in node.all_input_nodes if rows.of(x).kind.partial), None)
+    return False
 
 
 def _number(tensor: Tensor, node: fx.Node | None) -> float | None:

@@ -20,7 +20,7 @@ def log_loss(params, x_TD):
 
 
 def linear_loss(params, x_TD):
-    return Mean((x_TD @ params["w"]).sum(), torch.full((), 0.5))
+    return Mean(8 * (x_TD @ params["w"]).sum(), torch.full((), float(len(x_TD))))  # on two ranks of four rows: the sum
 
 
 def make(mesh, loss):

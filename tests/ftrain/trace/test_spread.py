@@ -84,7 +84,7 @@ def test_losses_at_parameters_that_the_step_has_computed(mesh):
 def test_a_gradient_of_the_data_is_each_ranks_own():
     def step(state, batch):
         of_x = ftrain.grad(lambda x, params, y: loss(params, {"x": x, "y": y}))(batch["x"], state, batch["y"])
-        return Mean(of_x.square().sum(), torch.full((), 1.0, dtype=torch.float64))
+        return Mean(of_x.square().sum(), torch.full((), float(of_x.numel()), dtype=torch.float64))
 
     one, many = both(step, MESHES[0])
     assert_equal(one.total, many.total)
