@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftrain.bridge.batches import row_documents
 from ftrain.bridge.masks import MaskRule, read
 from ftrain.kernels.attention import attention
 from ftrain.kernels.documents import Segments, document_index, ids_of
@@ -167,22 +168,17 @@ def _documents(query: Tensor, key: Tensor, call: Call, cross: bool) -> tuple[Seg
     """The documents of the queries, and those of the keys where they are another pack's."""
     rows, length, keys = query.shape[0], query.shape[2], key.shape[2]
     if cross:
-        own = _rows(rows, length, query.device) if call.segments_T is None else call.segments_T
-        theirs = _rows(rows, keys, query.device) if call.source_S is None else call.source_S
+        own = row_documents(rows, length, query.device) if call.segments_T is None else call.segments_T
+        theirs = row_documents(rows, keys, query.device) if call.source_S is None else call.source_S
         return own, theirs
     fitting = [s for s in (call.segments_T, call.source_S) if s is not None and _length(s) == rows * length]
     if fitting:
         return fitting[0], None
-    return (None if rows == 1 else _rows(rows, length, query.device)), None
+    return (None if rows == 1 else row_documents(rows, length, query.device)), None
 
 
 def _length(segments: Segments) -> int:
     return int(ids_of(segments).shape[0])
-
-
-def _rows(rows: int, length: int, device: torch.device) -> Tensor:
-    """Each row a document."""
-    return torch.arange(rows, device=device).repeat_interleave(length)
 
 
 def _chunks(segments: Segments | None, size: int, tokens: int, device: torch.device) -> Tensor:

@@ -28,6 +28,11 @@ def rows(x: Tensor) -> Tensor:
     return x[None] if x.dim() == 1 else x
 
 
+def row_documents(rows: int, length: int, device: torch.device) -> Tensor:
+    """Ids of the folded tokens of rows that are a document each, int64 `[rows * length]`."""
+    return torch.arange(rows, device=device).repeat_interleave(length)
+
+
 def folded(segments: Segments | None, tokens: Tensor) -> Segments | None:
     """Documents of the folded `tokens`, `[T]` or `[B, L]`; in rows, a document ends with its row. None where each row
     is one document.

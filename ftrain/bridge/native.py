@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens
+from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
 from ftrain.hf.described import described_decoder
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.hf.load import fill_hf, load_hf
@@ -99,5 +99,5 @@ def _documents(batch: Mapping[str, Any]) -> Segments | None:
     """The documents of the folded tokens: a row is one, where nothing is said."""
     tokens = batch["tokens"]
     if batch.get("segments") is None and tokens.dim() > 1:
-        return torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
+        return row_documents(len(tokens), tokens.shape[1], tokens.device)
     return folded(batch.get("segments"), tokens)
