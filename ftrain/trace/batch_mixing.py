@@ -9,8 +9,8 @@ A function of torch that a user's line calls is run on the share, and the nodes 
    again (`h.softmax(0)`).
 
 Gradients are right by the transposes: each rank's total uses the rows of all, so theirs is the sum over ranks. What
-else mixes rows is a ValueError. Not looked at: the library's own modules and kernels, `torch.func`'s transforms, and what
-`ftrain.within_documents` covers.
+else mixes rows is a ValueError. Not looked at: the library's own modules and kernels, `torch.func`'s transforms, and
+what `ftrain.within_documents` covers.
 """
 
 import inspect
