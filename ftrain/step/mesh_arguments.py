@@ -78,7 +78,7 @@ class MeshArguments:
             return Argument(path)
         if self.in_batch(path):
             return Argument(path, rule=self.rule(path))
-        return Argument(path, placement=self.placements.of_whole(path, tuple(leaf.shape)))
+        return Argument(path, placement=self.placements.of_global(path, tuple(leaf.shape)))
 
     def spread(self, path: str, leaf: Tensor, spreads: Spreads) -> Spread:
         """How an input of a rank's graph is spread over the mesh, by its path and its shape there.
@@ -113,7 +113,7 @@ class MeshArguments:
         they are.
         """
         self._placed = {
-            path: self.placements.of_whole(path, tuple(leaf.shape))
+            path: self.placements.of_global(path, tuple(leaf.shape))
             for path, leaf in zip(paths, leaves, strict=True)
             if is_array(leaf) and not self.in_batch(path)
         }
@@ -142,7 +142,7 @@ class MeshArguments:
         return to_piece(leaf, self._held_placement(path, leaf))
 
     def _held_placement(self, path: str, leaf: Any) -> Placement:
-        placement = self.placements.of_whole(path, tuple(leaf.shape))
+        placement = self.placements.of_global(path, tuple(leaf.shape))
         if placement.splits and not isinstance(leaf, DTensor | Aval):
             raise ValueError(
                 f"leaf {path!r} is a whole tensor of shape {tuple(leaf.shape)}; on a mesh of processes it is divided "

@@ -65,7 +65,7 @@ class ProcessArrays:
     def _divided(self, paths: Sequence[str], leaves: Sequence[Any]) -> list[Placement | None]:
         """The placement of each leaf; None for constants and for leaves that are not divided."""
         found = (
-            self._placements.of_whole(path, tuple(leaf.shape)) if isinstance(leaf, Tensor) else None
+            self._placements.of_global(path, tuple(leaf.shape)) if isinstance(leaf, Tensor) else None
             for path, leaf in zip(paths, leaves, strict=True)
         )
         return [placement if placement is not None and placement.splits else None for placement in found]

@@ -85,7 +85,7 @@ class ShardedStep:
             for path, leaf in zip(paths, tree.leaves(own), strict=True):
                 if isinstance(leaf, Tensor):
                     batch = self.arguments.in_batch(path)
-                    is_parameter = not batch and self.placements.parameter(path) is not None
+                    is_parameter = not batch and self.placements.parameter_of(path) is not None
                     spread = self.arguments.spread(path, leaf, trace.spreads)
                     trace.note_input(leaf, path, spread, parameter=is_parameter, batch=batch)
                     if batch:
@@ -101,7 +101,7 @@ class ShardedStep:
                     require_tensors(mean)
                 sizes.arrays.copies.require_no_lost_writes(result)
                 require_own_counts(means)
-                return reduce_means(sizes.arrays.results(result, self.placements.of_whole), trace)
+                return reduce_means(sizes.arrays.results(result, self.placements.of_global), trace)
 
         local.__name__ = getattr(fn, "__name__", "step")
         return local
@@ -123,7 +123,7 @@ class ShardedStep:
         spreads = Spreads(mesh)
         inputs = [n for n in traced.module.graph.nodes if n.op == "placeholder"]
         for node, path in zip(inputs, traced.input_paths, strict=True):
-            spreads.give(node, self.arguments.spread(path, node.meta["val"], spreads))
+            spreads.set(node, self.arguments.spread(path, node.meta["val"], spreads))
             node.meta["coordinates"] = path == COORDINATES
         held = (spreads.of(node).placement for node in inputs)
         self._piece_shapes = {p.local_shape for p in held if p is not None and len(p.local_shape) > 0}

@@ -84,7 +84,7 @@ class BatchMixing:
         if cause is None:
             return result
         del result
-        self._arrays.forget_after(before)
+        self._arrays.discard_after(before)
         if last_node(graph) is before:
             finished = map_tensors(self._finished, args), map_tensors(self._finished, kwargs)
             if any(a is not b for a, b in zip(tensors_in(finished), tensors_in((args, kwargs)), strict=True)):
@@ -116,7 +116,7 @@ class BatchMixing:
         sizes = set(summed(node_of(total), self._rows))  # type: ignore[arg-type]
         for node in (node_of(t) for t in tensors_in(values) if self._kind(t).what == "same"):
             if node is not None and (number_in(node) == 0 or _is_multiple(node, sizes)):
-                self._rows.give(node, Kind("sum"))
+                self._rows.set(node, Kind("sum"))
 
     def _has_sums(self, values: Any) -> bool:
         return any(self._kind(t).what == "sum" for t in tensors_in(values))
@@ -146,7 +146,7 @@ class BatchMixing:
         kind, result = self._kind(args[0] if args else kwargs.get("input")), run(args, kwargs)
         node = node_of(result)
         if node is not None and kind.what == "rows":
-            self._rows.give(node, kind)
+            self._rows.set(node, kind)
         return result
 
     def _over_labels(
@@ -215,7 +215,7 @@ class BatchMixing:
         share = share_of_rows(whole, size, dim=kind.dim, mesh=self._mesh, order=self._order, tokens=tokens)
         node = node_of(share)
         if node is not None:
-            self._rows.give(node, kind)
+            self._rows.set(node, kind)
         return share
 
 

@@ -29,8 +29,8 @@ class BatchRows:
         self._spreads = spreads
         self._known: dict[fx.Node, Found] = {}
 
-    def give(self, node: fx.Node, kind: Kind) -> None:
-        """What an input is, or what is known of a node beyond its op."""
+    def set(self, node: fx.Node, kind: Kind) -> None:
+        """Set the kind of an input, or of a node whose op does not determine it."""
         self._known[node] = Found(kind)
 
     def of(self, node: fx.Node) -> Found:
@@ -41,11 +41,11 @@ class BatchRows:
             missing = [] if current in self._known else [n for n in current.all_input_nodes if n not in self._known]
             stack.extend(missing)
             if not missing:
-                self._known.setdefault(current, self._work_out(current))
+                self._known.setdefault(current, self._compute(current))
                 stack.pop()
         return self._known[node]
 
-    def _work_out(self, node: fx.Node) -> Found:
+    def _compute(self, node: fx.Node) -> Found:
         if node in self._known:
             return self._known[node]
         spread = self._spreads.of(node)

@@ -36,12 +36,12 @@ class GatheredCopies:
         known = self._gathered.get(node)
         return None if known is None or any(True for _ in writes_since(known[1])) else known[0]
 
-    def keep(self, node: fx.Node, gathered: Tensor, at: fx.Node) -> None:
-        """Record the copy `gathered`, of any shape, made by the node `at` from the piece `node`."""
+    def add(self, node: fx.Node, gathered: Tensor, at: fx.Node) -> None:
+        """Add the copy `gathered`, of any shape, made by the node `at` from the piece `node`."""
         self._gathered[node] = gathered, at
 
-    def forget(self, erased: Collection[fx.Node]) -> None:
-        """Drop what the erased nodes made."""
+    def discard(self, erased: Collection[fx.Node]) -> None:
+        """Discard what the erased nodes made."""
         gone = set(erased)
         self._gathered = {n: known for n, known in self._gathered.items() if not {n, known[1]} & gone}
         self._views = [view for view in self._views if view.since not in gone]

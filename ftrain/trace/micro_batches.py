@@ -141,7 +141,7 @@ class _RowNote(NamedTuple):
     def on(self, part: Tensor) -> None:
         node = node_of(part)
         if self.trace is not None and node is not None:
-            self.trace.spreads.give(node, self.spread)
+            self.trace.spreads.set(node, self.spread)
             note_rows(self.trace, part, self.rule, ordered=False)
 
 

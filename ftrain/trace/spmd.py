@@ -33,19 +33,19 @@ from ftrain.trace.spread import SAME, Spread, Spreads, placed
 class Placements:
     """The placements of parameters by path, and of other leaves of a state by the parameter that they belong to.
 
-    `plan`: the plan of the mesh. `known`: placements of parameters by path.
+    `plan`: the plan of the mesh. `parameters`: placements of parameters by path.
     """
 
-    def __init__(self, plan: Plan, known: dict[str, Placement] | None = None) -> None:
+    def __init__(self, plan: Plan, parameters: dict[str, Placement] | None = None) -> None:
         self.plan = plan
-        self.known = dict(known or {})
+        self._parameters = dict(parameters or {})
 
-    def parameter(self, path: str) -> str | None:
+    def parameter_of(self, path: str) -> str | None:
         """The longest path of a parameter that `path` ends with; None if there is none."""
         parts = path.split(".")
-        return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in self.known), None)
+        return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in self._parameters), None)
 
-    def of_whole(self, path: str, shape: Sequence[int]) -> Placement:
+    def of_global(self, path: str, shape: Sequence[int]) -> Placement:
         """The placement of a leaf with this path and global `shape`."""
         found = self._alike(path, shape, local=False)
         return found if found is not None else Placement(tuple(shape))
@@ -66,10 +66,10 @@ class Placements:
         return found if found is not None else Placement(tuple(shape))
 
     def _alike(self, path: str, shape: Sequence[int], *, local: bool) -> Placement | None:
-        name = self.parameter(path)
+        name = self.parameter_of(path)
         if name is None:
             return None
-        model = self.known[name]
+        model = self._parameters[name]
         sizes = model.local_shape if local else model.shape
         if len(shape) != len(sizes) or any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
             return None
@@ -82,13 +82,13 @@ class Placements:
 
         Empty if no parameter is known.
         """
-        names = {".".join(k.split(".")[-2:]): k for k in self.known}
+        names = {".".join(k.split(".")[-2:]): k for k in self._parameters}
         near = nearest(".".join(path.split(".")[-2:]), names, cutoff=0.0)
         return "" if near is None else f"; the nearest it knows is {names[near]!r}"
 
-    def learn(self, path: str, placement: Placement) -> None:
-        """Record the placement of a parameter. ValueError if another placement is recorded for its path."""
-        before = self.known.setdefault(path, placement)
+    def register(self, path: str, placement: Placement) -> None:
+        """Register the placement of a parameter. ValueError if another placement is registered for its path."""
+        before = self._parameters.setdefault(path, placement)
         if before != placement:
             raise ValueError(
                 f"two parameters have the path {path!r} and different placements ({before} and {placement}): put the "
@@ -119,7 +119,7 @@ class ShardedTrace:
         node = node_of(tensor)
         if node is None:
             return
-        self.spreads.give(node, spread)
+        self.spreads.set(node, spread)
         if parameter:
             self._paths[node] = path
         elif batch:
@@ -163,7 +163,7 @@ class ShardedTrace:
         node = node_of(tensor)
         if node is not None:
             node.meta["spread_if_clean"] = spread
-            self.spreads.forget(node)
+            self.spreads.recompute(node)
 
     def note_gradient(self, tensor: Tensor, leaf: Tensor) -> None:
         """Record that a gradient is divided as its leaf of the same shape, if no value behind it has a cause."""
@@ -171,14 +171,14 @@ class ShardedTrace:
         if node is None or of is None:
             return
         node.meta["spread_if_clean"] = replace(self.spreads.of(of), cause=None, uniform=False)
-        self.spreads.forget(node)
+        self.spreads.recompute(node)
         if of in self._paths:
             self._paths.setdefault(node, self._paths[of])
 
     def _note(self, tensor: Tensor, path: str, spread: Spread) -> None:
         node = node_of(tensor)
         if node is not None:
-            self.spreads.give(node, spread)
+            self.spreads.set(node, spread)
             if path:
                 self._paths.setdefault(node, path)
 
@@ -214,7 +214,7 @@ class ShardedTrace:
     def component(self, *tensors: Tensor) -> str:
         """The path of the nearest parameter that these tensors, of any shapes, were computed from; empty for none."""
         found = next((f for f in map(self._nearest_path, tensors) if f), "")
-        return self.placements.parameter(found) or found
+        return self.placements.parameter_of(found) or found
 
     def _nearest_path(self, tensor: Tensor) -> str:
         start = node_of(tensor)
@@ -253,7 +253,7 @@ def note_rows(trace: ShardedTrace, tensor: Tensor, rule: batch_rules.BatchRule, 
         return
     divided = isinstance(rule, batch_rules.Tokens | batch_rules.BatchRows) and tensor.dim() > rule.dim
     order = "tokens" if isinstance(rule, batch_rules.Tokens) else "rows"
-    trace.rows.give(node, Kind("rows", rule.dim, order if ordered else "") if divided else UNKNOWN)  # type: ignore[union-attr]
+    trace.rows.set(node, Kind("rows", rule.dim, order if ordered else "") if divided else UNKNOWN)  # type: ignore[union-attr]
 
 
 def note_coordinates(coordinates_3: Tensor) -> None:

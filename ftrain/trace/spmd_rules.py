@@ -118,7 +118,7 @@ def _parameter(trace: ShardedTrace, spec: specs_of.ParamSpec, key: Tensor, path:
     """This rank's piece of a new parameter. Only the random numbers of the piece are drawn."""
     assert window is None, "the plan chooses the window"
     placement = trace.plan.placement(path, spec)
-    trace.placements.learn(path, placement)
+    trace.placements.register(path, placement)
     starts = placement.starts()
     window = Window(starts, placement.local_shape)
     piece = specs_of.init_leaf.local(spec, key, path, window=window)  # type: ignore[attr-defined]

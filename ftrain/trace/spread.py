@@ -117,23 +117,23 @@ class Spreads:
         while node not in self._known:
             latest = self._latest.get(graph)
             following = next(iter(graph.nodes)) if latest is None else latest.next
-            self._known[following] = self._work_out(following)
+            self._known[following] = self._compute(following)
             self._latest[graph] = following
         return self._known[node]
 
-    def give(self, node: fx.Node, spread: Spread) -> None:
+    def set(self, node: fx.Node, spread: Spread) -> None:
         """Set the spread of a node, for inputs and for nodes whose op does not determine it."""
         node.meta["spread"] = spread
-        self.forget(node)
+        self.recompute(node)
 
-    def forget(self, node: fx.Node) -> None:
+    def recompute(self, node: fx.Node) -> None:
         """Compute the spread of a node again, after a note in its `meta`. Nodes that depend on it are not updated."""
         self._of_loops.clear()
         if node in self._known:
-            self._known[node] = self._work_out(node)
+            self._known[node] = self._compute(node)
 
-    def rewind(self, node: fx.Node) -> None:
-        """Drop the spreads and fixes of all nodes after this one, because the trace will replace these nodes."""
+    def discard_after(self, node: fx.Node) -> None:
+        """Discard the spreads and fixes of all nodes after this one, because the trace will replace these nodes."""
         self._of_loops.clear()
         after = node.next
         while after.op != "root":
@@ -154,7 +154,7 @@ class Spreads:
         body = loop_body(node) if node.graph.owning_module is not None else node.meta["body"]
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
         for inner, spread in zip(placeholders, [*given, *rows, *map(self.of, consts)], strict=True):
-            self.give(inner, spread)
+            self.set(inner, spread)
         self._latest.pop(body.graph, None)
         for inner in body.graph.nodes:
             self._known.pop(inner, None)
@@ -163,7 +163,7 @@ class Spreads:
         joined = [_either(a, b) for a, b in zip(given, results, strict=True)]
         return joined if joined == given else self.of_loop(node, joined)
 
-    def _work_out(self, node: fx.Node) -> Spread:
+    def _compute(self, node: fx.Node) -> Spread:
         noted = node.meta.get("spread")
         if isinstance(noted, Spread):
             return noted
@@ -191,7 +191,7 @@ class Spreads:
         return found if cause is None else replace(found, cause=cause)
 
     def _of_result(self, loop: fx.Node, number: int) -> Spread:
-        """One result of a loop; a body is gone through once for all of them, until a spread is given or forgotten."""
+        """One result of a loop; a body is gone through once for all of them, until a spread is set or recomputed."""
         if loop not in self._of_loops:
             self._of_loops[loop] = self.of_loop(loop)
         return self._of_loops[loop][number]

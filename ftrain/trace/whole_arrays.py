@@ -114,7 +114,7 @@ class WholeArrays:
             at = node_of(gathered)
             if fresh or at is None:
                 return gathered
-            self.copies.keep(node, gathered, at)
+            self.copies.add(node, gathered, at)
             return gathered
         return known
 
@@ -178,22 +178,22 @@ class WholeArrays:
             result = None
         del result
         if before is not None:
-            self.forget_after(before)
+            self.discard_after(before)
         return None
 
-    def forget_after(self, node: fx.Node) -> None:
+    def discard_after(self, node: fx.Node) -> None:
         """Remove all nodes after `node` from the trace, unless one of them writes."""
         last = last_node(node.graph)
         if any(True for _ in writes_since(node)):
             return
-        self._trace.spreads.rewind(node)
+        self._trace.spreads.discard_after(node)
         erased = set[fx.Node]()
         while last is not node:
             before = last.prev
             node.graph.erase_node(last)
             erased.add(last)
             last = before
-        self.copies.forget(erased)
+        self.copies.discard(erased)
 
     def _gather_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         if not self.divided((args, kwargs)):
