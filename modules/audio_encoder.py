@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ftrain.kernels.documents import every, ids_of
 from ftrain.modules import encoder_stack, linear
+from ftrain.modules.block import Block
 from ftrain.modules.encoder_stack import StackConfig
 from ftrain.modules.omni import Encoder, Row
 from ftrain.modules.spec import ParamSpec, fan_in, zeros
@@ -32,6 +33,7 @@ class AudioConfig:
 
     One token spans `4 * merge * hop / rate` seconds. The encoder is `d_model` wide with `layers` layers of `heads`
     heads and an MLP of `d_hidden` (0: four times `d_model`); its tokens are `d_out` wide, the foundation's width.
+    `pattern`: layers of your own (see `StackConfig`).
     """
 
     d_model: int
@@ -44,6 +46,7 @@ class AudioConfig:
     mels: int = 80
     merge: int = 2
     d_hidden: int = 0
+    pattern: tuple[Block | None, ...] = ()
 
     @property
     def rows_per_token(self) -> int:
@@ -53,7 +56,8 @@ class AudioConfig:
     @property
     def stack(self) -> StackConfig:
         """The transformer."""
-        return StackConfig(self.d_model, self.layers, self.heads, self.d_hidden or 4 * self.d_model)
+        hidden = self.d_hidden or 4 * self.d_model
+        return StackConfig(self.d_model, self.layers, self.heads, hidden, pattern=self.pattern)
 
 
 @cache

@@ -1,9 +1,10 @@
-"""The seam of a decoder: a block is a pair of functions, and `Context` is what its layer knows of the tokens.
+"""The seam of a stack of layers: a block is a pair of functions, and `Context` is what its layer knows of the tokens.
 
 An MLP, a mixture of experts, an attention and a whole layer are all `Block`s, the built-in ones (modules/layers.py)
-like those of a user. A block is written once: `Context.attend` reads keys and values within documents during training
-and prefill, and from the cache while a token at a time is added. A block whose memory is not keys and values (a
-recurrent state, say) says with a `Cache` what it keeps of a sequence and how one token changes that.
+like those of a user, in decoders, encoders (modules/encoder_stack.py) and diffusion transformers (modules/dit.py). A
+block is written once: `Context.attend` reads keys and values within documents during training and prefill, and from the
+cache while a token at a time is added. A block whose memory is not keys and values (a recurrent state, say) says with a
+`Cache` what it keeps of a sequence and how one token changes that.
 
 Legend: T tokens of a pack, B sequences, D model width, L layers with routers, E experts, H query heads, G key/value
 heads, K head dim, V head dim of values, S places of a cache.
@@ -48,10 +49,11 @@ class Cache:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a decoder from rows to rows: an MLP, experts, an attention, or a whole layer.
+    """A part of a stack from rows to rows: an MLP, experts, an attention, or a whole layer.
 
     - `specs(out_gain)`: its tree of `ParamSpec`s. `out_gain` is what the initial deviation of the last weight of a
-      residual branch is to be multiplied by, `1 / sqrt(2 * layers)` in a decoder (Radford et al. 2019).
+      residual branch is to be multiplied by, `1 / sqrt(2 * layers)` in a decoder or encoder (Radford et al. 2019), 1 in
+      a diffusion transformer, whose gates start at zero.
     - `apply(params, x_TD, at)`: `[T, D]` to `[T, D]`. An MLP or an attention gets normed rows and returns what is added
       to the residual stream; a layer gets the stream and returns the new one, in the same dtype. Other tokens are read
       by `at.attend` alone, unless the block has a `cache`.
@@ -103,6 +105,18 @@ class Context:
             return _checked(block, self._on_the_pack(block, params, x_TD), x_TD)
         with nullcontext() if block.cache is None else within_documents():
             return _checked(block, block.apply(params, x_TD, self), x_TD)
+
+    def run_layer(self, block: Block, params: Any, x_TD: Tensor, *, layer: int) -> Tensor:
+        """The rows, `[T, D]`, that layer number `layer` of a stack makes of rows, as `run`.
+
+        ValueError where it changes the shape or the dtype of the rows.
+        """
+        y_TD = self.run(block, params, x_TD)
+        if y_TD.dtype != x_TD.dtype:
+            raise ValueError(
+                f"layer {layer} makes {y_TD.dtype} rows of {x_TD.dtype}: cast what its blocks add to the stream"
+            )
+        return y_TD
 
     def _on_the_pack(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
         """Where ranks share a pack, a block that reads other tokens by itself gets all of them, on every rank."""
@@ -280,6 +294,20 @@ class Newest(Context):
             )
         self.entries.append(None)
         return place, self.given[place]
+
+
+def in_turn(pattern: tuple[Block | None, ...], layer: int) -> Block | None:
+    """What layer number `layer` is by a pattern of layers, which goes round; None for the stack's usual layer."""
+    return pattern[layer % len(pattern)] if pattern else None
+
+
+def require_no_routers(pattern: tuple[Block | None, ...], stack: str) -> None:
+    """ValueError, with the name of the stack, for blocks with routers, where nobody would read their statistics."""
+    if any(block is not None and block.routers for block in pattern):
+        raise ValueError(
+            f"{stack}: a block of pattern has routers, whose statistics only a decoder returns: give it a mixture that "
+            "needs no balancing, without Block.routers"
+        )
 
 
 def _ids(segments_T: Segments | None) -> Tensor | None:

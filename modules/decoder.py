@@ -213,12 +213,7 @@ def apply_layer(params: dict[str, Any], x_TD: Tensor, *, layer: int, cfg: Decode
 
     ValueError where it changes the shape or the dtype of the rows.
     """
-    y_TD = at.run(layer_block(cfg, layer), params, x_TD)
-    if y_TD.dtype != x_TD.dtype:
-        raise ValueError(
-            f"decoder: layer {layer} makes {y_TD.dtype} rows of {x_TD.dtype}: cast what its blocks add to the stream"
-        )
-    return y_TD
+    return at.run_layer(layer_block(cfg, layer), params, x_TD, layer=layer)
 
 
 def _stack(params: dict[str, Any], x_TD: Tensor, at: Context, *, cfg: DecoderConfig) -> Tensor:

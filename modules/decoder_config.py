@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ftrain.modules.attention import AttentionConfig
-from ftrain.modules.block import Block
+from ftrain.modules.block import Block, in_turn
 from ftrain.modules.layers import attention_block, mlp_block, moe_block, residual_layer
 from ftrain.modules.mlp import MlpConfig
 from ftrain.modules.moe import MoEConfig
@@ -62,7 +62,7 @@ class DecoderConfig:
 
     def own(self, layer: int) -> Block | None:
         """The block of `pattern` that layer number `layer` is; None for one that the other fields describe."""
-        return self.pattern[layer % len(self.pattern)] if self.pattern else None
+        return in_turn(self.pattern, layer)
 
     def has_experts(self, layer: int) -> bool:
         """Whether layer number `layer`, of those that `pattern` leaves as they are, has experts and no MLP."""

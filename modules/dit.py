@@ -5,6 +5,9 @@ Chen et al. 2023; Wan 2025): `x += gate * f(norm(x) * (1 + scale) + shift)`; shi
 the MLP are `table_6D + time_6D`. Documents of latents lie side by side; each row has a time of its own. Trained by flow
 matching (Lipman et al. 2023): at time t the input is `(1 - t) data + t noise`, the output is `noise - data`.
 
+Each layer is a `Block` (modules/block.py), the built-in one or another that the configuration gives, as in a decoder;
+its `Context` is a `Conditions`, which also has the time and the text.
+
 Legend: N latent rows of the pack, P numbers in a row, D width, S text rows, C width of text, F hidden width, A = 3
 position axes.
 """
@@ -21,8 +24,10 @@ from torch import Tensor
 from ftrain.kernels.attention import attention as attend
 from ftrain.kernels.documents import Segments, one_document
 from ftrain.kernels.mean import Mean
-from ftrain.modules import attention, linear, mlp, norm
-from ftrain.modules.attention import AttentionConfig, RopeTable
+from ftrain.modules import linear, norm
+from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.block import Block, Context, in_turn, require_no_routers
+from ftrain.modules.layers import attention_block, mlp_block
 from ftrain.modules.mlp import MlpConfig
 from ftrain.modules.spec import Normal, ParamSpec, zeros
 
@@ -34,8 +39,12 @@ class DitConfig:
     `d_text`: width of the text rows that every row attends to, 0 for none. `time_features`: sines and cosines of the
     time, an even number. Positions have three axes (frame, row, column), with `rope_base`.
 
+    `pattern`: layers of your own, in turn: layer i is `pattern[i % len(pattern)]`, where None is the layer that the
+    other fields describe. `layer_with` makes one of those with another MLP or attention in it.
+
     Raises:
-        ValueError: `d_model` over `heads` is no even whole number, or `time_features` is odd.
+        ValueError: `d_model` over `heads` is no even whole number, `time_features` is odd, or a block of `pattern` has
+            routers.
     """
 
     d_in: int
@@ -47,8 +56,10 @@ class DitConfig:
     time_features: int = 256
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
+    pattern: tuple[Block | None, ...] = ()
 
     def __post_init__(self) -> None:
+        require_no_routers(self.pattern, "DitConfig")
         if self.d_model % self.heads or self.d_model // self.heads % 2:
             raise ValueError(f"DitConfig: d_model={self.d_model} must give heads={self.heads} an even width each")
         if self.time_features % 2:
@@ -81,31 +92,13 @@ def specs(cfg: DitConfig) -> dict[str, Any]:
             "hidden": linear.specs(d, d, ("embed", "embed"), bias=True),
             "six": {"w": ParamSpec((d, 6 * d), ("embed", "mlp"), zeros()), "b": ParamSpec((6 * d,), ("mlp",), zeros())},
         },
-        "layers": [_layer_specs(cfg) for _ in range(cfg.layers)],
+        "layers": [layer_block(cfg, i).specs(1.0) for i in range(cfg.layers)],
         "out": {
             "table_2D": ParamSpec((2, d), (None, "embed"), Normal(d**-0.5)),
             "w_DP": ParamSpec((d, cfg.d_in), ("embed", "patch"), zeros()),
             "b_P": ParamSpec((cfg.d_in,), ("patch",), zeros()),
         },
     }
-
-
-def _layer_specs(cfg: DitConfig) -> dict[str, Any]:
-    d = cfg.d_model
-    tree: dict[str, Any] = {
-        "table_6D": ParamSpec((6, d), (None, "embed"), zeros()),
-        "attention": attention.specs(cfg.attention),
-        "mlp": mlp.specs(cfg.mlp),
-    }
-    if cfg.d_text:
-        tree["text"] = {
-            "norm": norm.specs(d),
-            "query": linear.specs(d, d, ("embed", "heads"), bias=True),
-            "key": linear.specs(cfg.d_text, d, ("embed", "heads"), bias=True),
-            "value": linear.specs(cfg.d_text, d, ("embed", "heads"), bias=True),
-            "out": linear.specs(d, d, ("heads", "embed"), bias=True),
-        }
-    return tree
 
 
 def time_embedding(time_N: Tensor, features: int) -> Tensor:
@@ -132,7 +125,7 @@ def apply(
 
     `positions_AN`: int64 `[3, N]`. `segments_N`, `text_segments_S`: int64 ids of documents, or `Documents` of both (see
     `ftrain.kernels.documents.aligned_documents`); latents attend to the text of their own document. ValueError where
-    text is given to a model without it, or is missing.
+    text is given to a model without it, or is missing, and where a layer changes the shape or the dtype of the rows.
 
     >>> from ftrain.kernels import random
     >>> from ftrain.modules import spec
@@ -148,16 +141,17 @@ def apply(
     features_NE = time_embedding(time_N, cfg.time_features).to(x_ND.dtype)
     time_ND = linear.apply(params["time"]["hidden"], nnf.silu(linear.apply(params["time"]["in"], features_NE)))
     time_N6D = linear.apply(params["time"]["six"], nnf.silu(time_ND)).unflatten(-1, (6, cfg.d_model))
-    rope = attention.rope(positions_AN, cfg.attention)
     text = None if text_SC is None else _text(x_ND, segments_N, text_SC, text_segments_S)
-    for layer in params["layers"]:
-        x_ND = _layer(layer, x_ND, time_N6D, segments_N, rope, text, cfg)
+    at = Conditions(positions_AN, segments_T=segments_N, time_N6D=time_N6D, text=text)
+    at.rope(cfg.attention)  # before the layers, of which it is no part
+    for i, layer in enumerate(params["layers"]):
+        x_ND = at.run_layer(layer_block(cfg, i), layer, x_ND, layer=i)
     shift_ND, scale_ND = (params["out"]["table_2D"] + time_ND[:, None]).unbind(1)
     x_ND = _plain_norm(x_ND, cfg) * (1 + scale_ND) + shift_ND
     return linear.affine(x_ND, params["out"]["w_DP"], params["out"]["b_P"])
 
 
-class _Text(NamedTuple):
+class Text(NamedTuple):
     """Text rows `[S, C]`, and the documents of latents and of text between which attention runs."""
 
     text_SC: Tensor
@@ -165,33 +159,69 @@ class _Text(NamedTuple):
     segments_S: Segments
 
 
-def _text(x_ND: Tensor, segments_N: Segments | None, text_SC: Tensor, text_segments_S: Segments | None) -> _Text:
+def _text(x_ND: Tensor, segments_N: Segments | None, text_SC: Tensor, text_segments_S: Segments | None) -> Text:
     """Without documents of both, all latents read all text."""
     if segments_N is None or text_segments_S is None:
-        return _Text(text_SC, one_document(x_ND), one_document(text_SC))
-    return _Text(text_SC, segments_N, text_segments_S)
+        return Text(text_SC, one_document(x_ND), one_document(text_SC))
+    return Text(text_SC, segments_N, text_segments_S)
 
 
-def _layer(
-    params: dict[str, Any],
-    x_ND: Tensor,
-    time_N6D: Tensor,
-    segments_N: Segments | None,
-    rope: RopeTable | None,
-    text: _Text | None,
-    cfg: DitConfig,
-) -> Tensor:
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (params["table_6D"] + time_N6D).unbind(1)
-    normed_ND = _plain_norm(x_ND, cfg) * (1 + scale_a) + shift_a
-    out_ND = attention.apply(params["attention"], normed_ND, cfg=cfg.attention, segments_T=segments_N, rope=rope)
-    x_ND = x_ND + gate_a * out_ND
-    if text is not None:
-        x_ND = x_ND + _read_text(params["text"], x_ND, text, cfg)
-    normed_ND = _plain_norm(x_ND, cfg) * (1 + scale_m) + shift_m
-    return x_ND + gate_m * mlp.apply(params["mlp"], normed_ND, cfg=cfg.mlp)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conditions(Context):
+    """`Context` of latents: T is N.
+
+    `time_N6D`: what the time adds to each layer's table of shifts, scales and gates. `text`: what latents read beside
+    each other; None without text.
+    """
+
+    time_N6D: Tensor
+    text: Text | None = None
 
 
-def _read_text(params: dict[str, Any], x_ND: Tensor, text: _Text, cfg: DitConfig) -> Tensor:
+def layer_with(cfg: DitConfig, *, attention: Block | None = None, mlp: Block | None = None) -> Block:
+    """The layer of this configuration with another attention or another MLP, for `DitConfig.pattern`.
+
+    Either gets normed rows, scaled and shifted by the time, and what it returns is gated. `apply` of the layer raises
+    ValueError where its context is not a `Conditions`.
+    """
+    reads, maps = attention or attention_block(cfg.attention), mlp or mlp_block(cfg.mlp)
+
+    def specs(out_gain: float) -> dict[str, Any]:
+        table = ParamSpec((6, cfg.d_model), (None, "embed"), zeros())
+        tree = {"table_6D": table, "attention": reads.specs(out_gain), "mlp": maps.specs(out_gain)}
+        return tree | {"text": _text_specs(cfg)} if cfg.d_text else tree
+
+    def apply(params: Any, x_ND: Tensor, at: Context) -> Tensor:
+        if not isinstance(at, Conditions):
+            raise ValueError("a layer of a diffusion transformer needs the time: run it by dit.apply")
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (params["table_6D"] + at.time_N6D).unbind(1)
+        normed_ND = _plain_norm(x_ND, cfg) * (1 + scale_a) + shift_a
+        x_ND = x_ND + gate_a * at.run(reads, params["attention"], normed_ND)
+        if at.text is not None:
+            x_ND = x_ND + _read_text(params["text"], x_ND, at.text, cfg)
+        normed_ND = _plain_norm(x_ND, cfg) * (1 + scale_m) + shift_m
+        return x_ND + gate_m * at.run(maps, params["mlp"], normed_ND)
+
+    return Block(specs, apply, routers=(*reads.routers, *maps.routers))
+
+
+def layer_block(cfg: DitConfig, layer: int) -> Block:
+    """The block that layer number `layer` is: that of `pattern`, or the built-in one."""
+    return in_turn(cfg.pattern, layer) or layer_with(cfg)
+
+
+def _text_specs(cfg: DitConfig) -> dict[str, Any]:
+    d = cfg.d_model
+    return {
+        "norm": norm.specs(d),
+        "query": linear.specs(d, d, ("embed", "heads"), bias=True),
+        "key": linear.specs(cfg.d_text, d, ("embed", "heads"), bias=True),
+        "value": linear.specs(cfg.d_text, d, ("embed", "heads"), bias=True),
+        "out": linear.specs(d, d, ("heads", "embed"), bias=True),
+    }
+
+
+def _read_text(params: dict[str, Any], x_ND: Tensor, text: Text, cfg: DitConfig) -> Tensor:
     """Attention from latents to the text of their document."""
     width = (cfg.heads, cfg.d_model // cfg.heads)
     q_NHK = linear.apply(params["query"], norm.apply(params["norm"], x_ND, eps=cfg.norm_eps)).unflatten(-1, width)

@@ -1,5 +1,7 @@
 """The transformer that vision and audio encoders share: pre-norm layers, bidirectional within an item of the pack.
 
+Each layer is a `Block` (modules/block.py), the built-in one or another that the configuration gives, as in a decoder.
+
 Legend: T rows (patches or frames), D width, A position axes, L layers.
 """
 
@@ -9,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from ftrain.kernels.documents import Segments
-from ftrain.modules import attention, mlp, norm
+from ftrain.modules import norm
 from ftrain.modules.attention import AttentionConfig
+from ftrain.modules.block import Block, Context, in_turn, require_no_routers
+from ftrain.modules.layers import attention_block, mlp_block, residual_layer
 from ftrain.modules.mlp import MlpConfig
 
 
@@ -21,8 +25,12 @@ class StackConfig:
     `position_axes` is how many coordinates a row has (1 time, 2 row and column, 3 time, row and column); each has an
     equal share of the head dim, and its own whole range of rotary frequencies up to base `rope_base`.
 
+    `pattern`: layers of your own, in turn: layer i is `pattern[i % len(pattern)]`, where None is the layer that the
+    other fields describe. `layer_with` makes one of those with another MLP or attention in it.
+
     Raises:
-        ValueError: `d_model` over `heads` is no even whole number, or has fewer pairs than there are position axes.
+        ValueError: `d_model` over `heads` is no even whole number, or has fewer pairs than there are position axes, or
+            a block of `pattern` has routers.
     """
 
     d_model: int
@@ -31,8 +39,10 @@ class StackConfig:
     d_hidden: int
     position_axes: int = 1
     rope_base: float = 10_000.0
+    pattern: tuple[Block | None, ...] = ()
 
     def __post_init__(self) -> None:
+        require_no_routers(self.pattern, "StackConfig")
         if self.d_model % self.heads or (self.d_model // self.heads) % 2:
             raise ValueError(f"d_model={self.d_model} over heads={self.heads} must give a whole, even head dim")
         if self.d_model // self.heads // 2 < self.position_axes:
@@ -70,25 +80,34 @@ def _sections(pairs: int, axes: int) -> tuple[int, ...] | None:
     return tuple(pairs // axes + (i < pairs % axes) for i in range(axes))
 
 
+def layer_with(cfg: StackConfig, *, attention: Block | None = None, mlp: Block | None = None) -> Block:
+    """The layer of this configuration with another attention or another MLP, for `StackConfig.pattern`."""
+    return residual_layer(
+        cfg.d_model,
+        attention=attention or attention_block(cfg.attention),
+        mlp=mlp or mlp_block(cfg.mlp),
+        kind="layer",
+        norms=("norm_attention", "norm_mlp"),
+    )
+
+
+def layer_block(cfg: StackConfig, layer: int) -> Block:
+    """The block that layer number `layer` is: that of `pattern`, or the built-in one."""
+    return in_turn(cfg.pattern, layer) or layer_with(cfg)
+
+
 def specs(cfg: StackConfig) -> dict[str, Any]:
-    """`layers.<i>.{norm_attention, attention, norm_mlp, mlp}` and `norm_out`."""
+    """`layers.<i>.{norm_attention, attention, norm_mlp, mlp}`, or what a layer of your own has, and `norm_out`."""
     gain = (2 * cfg.layers) ** -0.5
-    layers = [
-        {
-            "norm_attention": norm.specs(cfg.d_model, kind="layer"),
-            "attention": attention.specs(cfg.attention, out_gain=gain),
-            "norm_mlp": norm.specs(cfg.d_model, kind="layer"),
-            "mlp": mlp.specs(cfg.mlp, out_gain=gain),
-        }
-        for _ in range(cfg.layers)
-    ]
+    layers = [layer_block(cfg, i).specs(gain) for i in range(cfg.layers)]
     return {"layers": layers, "norm_out": norm.specs(cfg.d_model, kind="layer")}
 
 
 def apply(params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Segments, cfg: StackConfig) -> Tensor:
     """`[T, D]` to normalised `[T, D]`; `positions` int64 `[T]`, or `[A, T]` for several axes; each item by itself.
 
-    `segments_T`: ids of the items, int64 `[T]`, or `Documents`.
+    `segments_T`: ids of the items, int64 `[T]`, or `Documents`. ValueError where a layer changes the shape or the dtype
+    of the rows.
 
     >>> import torch
     >>> from ftrain.kernels import random
@@ -99,11 +118,8 @@ def apply(params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Segments,
     >>> list(out_TD.shape)
     [3, 16]
     """
-    table = attention.rope(positions, cfg.attention)
-    for layer in params["layers"]:
-        normed_TD = norm.apply(layer["norm_attention"], x_TD)
-        x_TD = x_TD + attention.apply(
-            layer["attention"], normed_TD, cfg=cfg.attention, segments_T=segments_T, rope=table
-        )
-        x_TD = x_TD + mlp.apply(layer["mlp"], norm.apply(layer["norm_mlp"], x_TD), cfg=cfg.mlp)
+    at = Context(positions, segments_T=segments_T)
+    at.rope(cfg.attention)  # before the layers, of which it is no part
+    for i, layer in enumerate(params["layers"]):
+        x_TD = at.run_layer(layer_block(cfg, i), layer, x_TD, layer=i)
     return norm.apply(params["norm_out"], x_TD)

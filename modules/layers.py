@@ -1,4 +1,4 @@
-"""The blocks that a decoder has by itself, as `Block`s: attention, MLP, experts, and the pre-norm residual layer.
+"""The blocks that stacks have by themselves, as `Block`s: attention, MLP, experts, and the pre-norm residual layer.
 
 Legend: T tokens, D model width, H query heads, G key/value heads, K head dim.
 """
@@ -54,11 +54,19 @@ def moe_block(cfg: MoEConfig) -> Block:
     return Block(lambda out_gain: moe.specs(cfg, out_gain=out_gain), apply, routers=(cfg,))
 
 
-def residual_layer(d_model: int, *, attention: Block, mlp: Block, eps: float = 1e-6) -> Block:
-    """`x += attention(norm(x)); x += mlp(norm(x))` with RMS norms of `eps`: the layer of Llama and Qwen.
+def residual_layer(
+    d_model: int,
+    *,
+    attention: Block,
+    mlp: Block,
+    eps: float = 1e-6,
+    kind: norm.Kind = "rms",
+    norms: tuple[str, str] = ("attention_norm", "mlp_norm"),
+) -> Block:
+    """`x += attention(norm(x)); x += mlp(norm(x))` with norms of `eps`: with RMS norms the layer of Llama and Qwen.
 
-    Its parameters are `attention_norm`, `attention`, `mlp_norm`, and `mlp`, which is called `moe` where it has a router
-    of ours. Either block may be one of your own.
+    Its parameters are those of the two norms, by the names `norms`, `attention`, and `mlp`, which is called `moe` where
+    it has a router of ours. Either block may be one of your own. `kind`: of the norms.
 
     >>> mlp, heads = MlpConfig(8, 16), AttentionConfig(8, heads=2, kv_heads=1, head_dim=4)
     >>> sorted(residual_layer(8, attention=attention_block(heads), mlp=mlp_block(mlp)).specs(1.0))
@@ -68,15 +76,15 @@ def residual_layer(d_model: int, *, attention: Block, mlp: Block, eps: float = 1
 
     def specs(out_gain: float) -> dict[str, Any]:
         return {
-            "attention_norm": norm.specs(d_model),
+            norms[0]: norm.specs(d_model, kind=kind),
             "attention": attention.specs(out_gain),
-            "mlp_norm": norm.specs(d_model),
+            norms[1]: norm.specs(d_model, kind=kind),
             second: mlp.specs(out_gain),
         }
 
     def apply(params: Any, x_TD: Tensor, at: Context) -> Tensor:
-        x_TD = x_TD + at.run(attention, params["attention"], normed(params["attention_norm"], x_TD, at))
-        return x_TD + at.run(mlp, params[second], normed(params["mlp_norm"], x_TD, at))
+        x_TD = x_TD + at.run(attention, params["attention"], normed(params[norms[0]], x_TD, at))
+        return x_TD + at.run(mlp, params[second], normed(params[norms[1]], x_TD, at))
 
     def normed(params: Any, x_TD: Tensor, at: Context) -> Tensor:
         with at.cheaply():

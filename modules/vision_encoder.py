@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftrain.modules import encoder_stack, linear
+from ftrain.modules.block import Block
 from ftrain.modules.encoder_stack import StackConfig
 from ftrain.modules.omni import Encoder, Row
 
@@ -26,7 +27,7 @@ class VisionConfig:
     """`patch` pixels a side, `frames` frames deep, of `channels` channels; `merge` x `merge` patches give one token.
 
     The encoder is `d_model` wide with `layers` layers of `heads` heads; its tokens are `d_out` wide, the foundation's
-    width. `d_hidden` 0 means four times `d_model`.
+    width. `d_hidden` 0 means four times `d_model`. `pattern`: layers of your own (see `StackConfig`).
 
     Raises:
         ValueError: `patch`, `channels`, `frames` or `merge` is below 1.
@@ -42,6 +43,7 @@ class VisionConfig:
     merge: int = 2
     d_hidden: int = 0
     rope_base: float = 100.0
+    pattern: tuple[Block | None, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("patch", "channels", "frames", "merge"):
@@ -67,7 +69,7 @@ class VisionConfig:
     def stack(self) -> StackConfig:
         """The transformer."""
         hidden = self.d_hidden or 4 * self.d_model
-        return StackConfig(self.d_model, self.layers, self.heads, hidden, self.axes, self.rope_base)
+        return StackConfig(self.d_model, self.layers, self.heads, hidden, self.axes, self.rope_base, self.pattern)
 
     @property
     def d_merged(self) -> int:
