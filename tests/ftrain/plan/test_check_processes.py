@@ -1,10 +1,8 @@
-"""`ftrain plan --check` under torchrun: one rank searches and prints, all run what was found."""
-
-import os
-import subprocess
-import sys
+"""`ftrain plan --check` on several ranks: one rank searches and prints, all run what was found."""
 
 import pytest
+
+from tests.helpers.rank_processes import run_script
 
 EXPERIMENT = """
 from experiments.decoder_plan import DecoderWorkload
@@ -21,15 +19,16 @@ def plan_for_search(*, tokens, packs):
 @pytest.mark.slow
 def test_two_processes_check_the_best_layout(tmp_path):
     (tmp_path / "mine_experiment.py").write_text(EXPERIMENT)
-    root = os.getcwd()
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ftrain.cli.main",
-        "plan", "mine_experiment.py", "--gpus", "2", "--tokens", "256", "--traced", "1", "--processes", "1",
-        "--remat", "none", "--no-rings", "--check", "1", "--apply", "plan.json",
-    ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "FTRAIN_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = tmp_path / "ftrain_plan.py"
+    cache = str(tmp_path / "cache")
+    script.write_text(f"import os\nfrom ftrain.cli.main import main\nos.environ['FTRAIN_CACHE'] = {cache!r}\nmain()\n")
+    done, other = run_script(
+        script, 2,
+        "plan", str(tmp_path / "mine_experiment.py"), "--gpus", "2", "--tokens", "256", "--traced", "1",
+        "--processes", "1", "--remat", "none", "--no-rings", "--check", "1", "--apply", str(tmp_path / "plan.json"),
+    )  # fmt: skip
+    assert (done.code, other.code) == (0, 0), done.stdout + done.stderr + other.stderr
+    assert other.stdout == ""
     assert done.stdout.count("2 packs of 256 tokens a step on 2 x h100") == 1
     table = done.stdout[done.stdout.index("measured on it") :]
     row = next(line for line in table.splitlines() if "remat none" in line)

@@ -26,10 +26,19 @@ EXPERTS = MoEConfig(2048, 1024, experts=16, top_k=2)
 MOE = replace(DENSE, moe=EXPERTS)
 H100 = cluster("h100")
 CASES = {
-    "dense, FSDP": (DENSE, Candidate(1, 16, 1, 1, None, 1, "none")),
-    "dense, recompute, Ulysses": (DENSE, Candidate(2, 4, 2, 1, Ulysses(), 1, "layer")),
-    "experts, ring": (MOE, Candidate(1, 8, 2, 1, Ring(), 1, "layer")),
+    "dense, Ulysses": (DENSE, Candidate(2, 4, 2, 1, Ulysses(), 1, "none")),
+    "dense, FSDP, recompute": (DENSE, Candidate(1, 16, 1, 1, None, 1, "layer")),
+    "experts, ring, recompute": (MOE, Candidate(1, 8, 2, 1, Ring(), 1, "layer")),
 }
+SHARED = "dense, FSDP, recompute"
+"""The case that has nothing of its own."""
+
+
+def of_the_suite(*names):
+    """Cases of a test: each costs seconds, so the one that has nothing of its own is exhaustive."""
+    return pytest.mark.parametrize(
+        "case", [pytest.param(name, marks=[pytest.mark.exhaustive] if name == SHARED else []) for name in names]
+    )
 
 
 def workload(cfg, **changes):
@@ -47,7 +56,7 @@ def drafted(cfg, candidate, layers):
     return draft(workload(cfg).make({"layers": layers}, candidate), candidate, H100, attention_share=share)
 
 
-@pytest.mark.parametrize("case", CASES)
+@of_the_suite(*CASES)
 def test_a_few_layers_tell_the_price_of_all(case):
     cfg, candidate = CASES[case]
     extended = extend(terms(case, 2), Layer(terms(case, 2), terms(case, 3)), cfg.layers - 2)
@@ -60,7 +69,7 @@ def test_a_few_layers_tell_the_price_of_all(case):
     assert few.peak == pytest.approx(whole.peak, rel=0.06)
 
 
-@pytest.mark.parametrize("case", list(CASES)[:2])
+@of_the_suite("dense, Ulysses", "dense, FSDP, recompute")
 def test_memory_is_a_line_before_communication_is_hidden(case):
     found = extend(terms(case, 2), Layer(terms(case, 2), terms(case, 3)), 2)
     assert max(found.plain.values()) == pytest.approx(max(terms(case, 4).plain.values()), rel=0.005)
@@ -68,7 +77,7 @@ def test_memory_is_a_line_before_communication_is_hidden(case):
 
 def test_shares_of_the_peak():
     """MFU is of the model's FLOPs, not of the program's; without causal masks attention counts twice."""
-    case = "dense, recompute, Ulysses"
+    case = "experts, ring, recompute"
     cfg, candidate = CASES[case]
     model, p = workload(cfg).model_shape, priced(terms(case, 4), candidate, workload(cfg).model_shape, H100)
     assert p.tokens_per_second * p.seconds * candidate.ranks == pytest.approx(model.tokens * model.packs)
@@ -78,7 +87,8 @@ def test_shares_of_the_peak():
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case == "experts, ring" else pytest.mark.exhaustive) for case in CASES]
+    "case",
+    [pytest.param(case, marks=[] if case == "experts, ring, recompute" else pytest.mark.exhaustive) for case in CASES],
 )
 def test_memory_to_spare_never_makes_a_step_longer(case):
     """Within a percent: orders are compared before their ops are fused."""
@@ -91,7 +101,7 @@ def test_memory_to_spare_never_makes_a_step_longer(case):
 
 def test_a_step_is_as_long_as_its_busiest_link():
     """A schedule of few layers may find more to hide messages behind than there is."""
-    case = "dense, FSDP"
+    case = "dense, Ulysses"
     cfg, candidate = CASES[case]
     found = terms(case, 2)
     slow = replace(found, tally=replace(found.tally, links={"network": 1e9}))
@@ -111,7 +121,7 @@ def test_extension_is_a_line(layers, start, each, other):
     assert found.tally.step == pytest.approx(expected.tally.step, rel=1e-6, abs=1e-3)
 
 
-@pytest.mark.parametrize("case", CASES)
+@of_the_suite(*CASES)
 def test_an_estimate_has_the_state_and_less_than_all_memory_and_time(case):
     cfg, candidate = CASES[case]
     this = workload(cfg)
