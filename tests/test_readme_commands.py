@@ -69,7 +69,7 @@ COMMANDS = {
         appended=SMALL, says="shard 4 x sequence 1, expert 2 (virtual)", leaves="run/summary.json", long=True
     ),
     "ftrain plan experiments/decoder_plan.py --gpus 128 --gpu h100": Command(
-        appended="--packs 128 --tokens 1K --traced 1 --processes 1", says="on 128 x h100"
+        appended="--packs 128 --tokens 1K --traced 0", says="legal layouts were estimated and not traced"
     ),
     "ftrain convert --from-hf DIR --to DIR": Command(
         {"--from-hf DIR": "--from-hf {hf}", "--to DIR": "--to {here}/ckpt"}, leaves="ckpt/global_step_0"
@@ -104,7 +104,10 @@ COMMANDS = {
         appended="--only 'SP4, 8K'", says="VeOmni 72B, SP4, 8K", long=True
     ),
     "python -m experiments.bench.checkpoint": Command(
-        appended="--mib 8 --rounds 1 --processes 1 --saves 1", ends=(0, 1), says="throughput of an async save"
+        appended="--mib 8 --rounds 1 --processes 1 --saves 1",
+        ends=(0, 1),
+        says="throughput of an async save",
+        long=True,
     ),
     "python -m experiments.bench.crash": Command(appended="--kills 1 --mib 1", says="while writing"),
     "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences"),

@@ -20,7 +20,7 @@ from ftrain.plan.check import check_best, processes
 from ftrain.plan.file import PlanFile
 from ftrain.plan.local_machine import from_rank_zero, is_first
 from ftrain.plan.page import write_page
-from ftrain.plan.search import Options, search
+from ftrain.plan.search import Options, Result, search
 from ftrain.plan.space import Space, divisors
 from ftrain.plan.table import print_result
 from ftrain.plan.workload import Workload
@@ -68,11 +68,22 @@ class PlanOptions:
 
 
 def run(options: PlanOptions) -> int:
-    """The command; 1 if no layout fits. With `--check` under torchrun one rank searches, prints and writes. ValueError
-    for options that do not fit, and where no layout is legal.
+    """The command; 1 if no layout fits, 0 with `--traced 0`, which estimates alone. With `--check` under torchrun one
+    rank searches, prints and writes. ValueError for options that do not fit, and where no layout is legal.
     """
     with processes() if options.check else nullcontext():
         return _run(options)
+
+
+def _nothing_priced(result: Result, options: PlanOptions, console: Console) -> int:
+    if not result.untraced:
+        console.print("no layout fits: take fewer --packs or --tokens, or more GPUs")
+    elif options.traced:
+        console.print("none of the layouts that were traced fits: take fewer --packs or --tokens, or a larger --traced")
+    else:
+        console.print("no layout was traced: --traced 1 prices the most promising one")
+    wanted = options.apply is not None or options.check > 0
+    return 1 if options.traced or wanted or not result.untraced else 0
 
 
 def _run(options: PlanOptions) -> int:
@@ -88,8 +99,7 @@ def _run(options: PlanOptions) -> int:
     if options.html is not None and is_first():
         console.print(f"wrote {write_page(result, options.html, title=title, cluster=machine)}")
     if not result.prices:
-        console.print("no layout fits: take fewer --packs or --tokens, or more GPUs")
-        return 1
+        return _nothing_priced(result, options, console)
     if options.apply is not None and is_first():
         best = PlanFile.of(result.prices[0], workload, machine)
         console.print(f"wrote {best.save(options.apply)}: {best.candidate}")

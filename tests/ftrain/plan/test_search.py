@@ -186,6 +186,15 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "plan.html").exists()
 
 
+def test_the_command_estimates_alone_or_says_that_it_traced_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_estimate.py").write_text(EXPERIMENT)
+    estimates = PlanOptions(tmp_path / "my_estimate.py", gpus=2, tokens="1K", traced=0, rings=False)
+    assert run(estimates) == 0
+    assert run(replace(estimates, apply=tmp_path / "plan.json")) == 1
+    assert capsys.readouterr().out.count("no layout was traced: --traced 1 prices the most promising one") == 2
+
+
 def test_check_runs_the_best_on_this_machine(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_checked.py").write_text(EXPERIMENT)
