@@ -26,6 +26,7 @@ import tyro
 import ftrain
 from ftrain.cli.main import SUBCOMMANDS
 from ftrain.hf import save_hf
+from ftrain.hf.convert import hf_to_checkpoint
 from ftrain.modules import decoder
 from ftrain.modules.hf_config import hf_config
 from ftrain.modules.hf_names import decoder_names
@@ -41,8 +42,9 @@ class Command:
     """How a command of README is run.
 
     `replaced`: words that become others; `appended`: options behind all others. In both `{here}` is an empty folder of
-    the test and `{hf}` a small model of Hugging Face's. `ends`: the exit codes that are right, `says`: what is printed,
-    `leaves`: a file that is there afterwards. `long`: more than ten seconds of a core even so.
+    the test and `{hf}` a small model of Hugging Face's, with the same as a checkpoint in `{hf}/ckpt`. `ends`: the exit
+    codes that are right, `says`: what is printed, `leaves`: a file that is there afterwards. `long`: more than ten
+    seconds of a core even so.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -75,12 +77,7 @@ COMMANDS = {
         {"--from-hf DIR": "--from-hf {hf}", "--to DIR": "--to {here}/ckpt"}, leaves="ckpt/global_step_0"
     ),
     "ftrain convert --from-ckpt DIR --to-hf DIR": Command(
-        {
-            "ftrain": "ftrain convert --from-hf {hf} --to {here}/ckpt && ftrain",
-            "--from-ckpt DIR": "--from-ckpt {here}/ckpt",
-            "--to-hf DIR": "--to-hf {here}/back",
-        },
-        leaves="back/config.json",
+        {"--from-ckpt DIR": "--from-ckpt {hf}/ckpt", "--to-hf DIR": "--to-hf {here}/back"}, leaves="back/config.json"
     ),
     "ftrain replay RUN --step N --check": Command(
         {"ftrain": f"python -m experiments.omni_moe {SMALL} && ftrain", "RUN": "{here}/run", "N": "1"},
@@ -196,10 +193,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model in Hugging Face's format."""
+    """A small model in Hugging Face's format, and beneath it as a checkpoint."""
     folder = tmp_path_factory.mktemp("hf")
     cfg = decoder.preset("qwen3-moe-tiny")
     save_hf(ftrain.init(decoder.specs(cfg), ftrain.key(0)), folder, hf_config(cfg), decoder_names(cfg))
+    hf_to_checkpoint(folder, str(folder / "ckpt"))
     return folder
 
 

@@ -4,6 +4,7 @@ tests/modules/test_own_blocks.py compares them with their definitions.
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.helpers.mesh_models import Model, compare, language_model, plan_for
 from tests.helpers.own_blocks import BASE, CONFIGS, bilinear
 
 
+@functools.cache
 def model(name: str) -> Model:
     cfg = CONFIGS[name]
     return language_model(dataclasses.replace(cfg, layers=max(2, len(cfg.pattern))))

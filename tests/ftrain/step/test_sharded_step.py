@@ -39,7 +39,7 @@ def test_loss_and_gradients_equal_those_of_one_device(name, mesh):
 
 @pytest.mark.parametrize("parameters", [(), ("shard",), ("shard", "sequence")])
 def test_parameters_may_be_divided_or_copied(parameters):
-    model = dense()
+    model = MODELS["tied"]
     loss, gradients = compare(model, plan_for(model, FSDP[1], Layout(parameters=parameters)))
     assert loss < 1e-6
     assert gradients < 1e-5
@@ -47,7 +47,7 @@ def test_parameters_may_be_divided_or_copied(parameters):
 
 @pytest.mark.parametrize("remat", ["layer", "all"])
 def test_remat_on_a_mesh(remat):
-    model = mixture()
+    model = MODELS["mixture"]
     loss, gradients = compare(model, plan_for(model, FSDP[1]), remat=remat)
     assert loss < 1e-6
     assert gradients < 1e-5
