@@ -66,17 +66,21 @@ FAMILIES = {
 }
 
 
-def build(family):
-    """A transformers model with random weights everywhere (biases and norms too), and our configuration."""
-    name, options, cfg = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
+def random_model(name, options):
+    """A decoder of transformers with random weights everywhere, biases and norms too, in float32."""
+    config = getattr(transformers, f"{name}Config")(**options)
     model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for path, param in model.named_parameters():
-            centre = 1.0 if "norm" in path else 0.0
-            param.copy_(centre + torch.randn(param.shape, generator=generator) * 0.15)
-    return model.float().train(), cfg
+            param.copy_(float("norm" in path) + torch.randn(param.shape, generator=generator) * 0.15)
+    return model.float()
+
+
+def build(family):
+    """A model of transformers with random weights, and our configuration."""
+    name, options, cfg = FAMILIES[family]
+    return random_model(name, {**COMMON, **options}).train(), cfg
 
 
 def converted(weights, cfg):

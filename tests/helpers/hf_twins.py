@@ -4,12 +4,12 @@ import dataclasses
 from typing import Any
 
 import torch
-import transformers
 
 from ftrain.modules import decoder, spec
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.decoder import DecoderConfig
 from ftrain.modules.moe import MoEConfig
+from tests.helpers.hf_decoders import random_model
 
 V, D, F = 99, 48, 80
 COMMON = {
@@ -65,15 +65,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], DecoderConfig]] = {
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, DecoderConfig]:
-    """A model of transformers with random weights everywhere (biases and norms too), and our configuration."""
+    """A model of transformers with random weights, and our configuration."""
     name, options, cfg = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
-    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for path, param in model.named_parameters():
-            param.copy_(float("norm" in path) + torch.randn(param.shape, generator=generator) * 0.15)
-    return model.to(dtype).eval(), cfg
+    return random_model(name, {**COMMON, **options}).to(dtype).eval(), cfg
 
 
 def specs(cfg: DecoderConfig, dtype: torch.dtype) -> Any:

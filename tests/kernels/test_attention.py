@@ -12,18 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ftrain.kernels.attention import attention, attention_reference
 from ftrain.kernels.documents import Documents, aligned_documents
 from ftrain.kernels.primitive import bind
+from tests.helpers.attention_cases import ANY_PACK, gradients, inputs, segments_of
 
 DOCUMENTS = [(4,), (2, 2), (1, 3, 1), (2, 1, 1, 2)]
-
-
-def segments_of(lengths):
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-
-
-def inputs(T, *, H=4, G=2, K=4, V=None, S=None, dtype=torch.float64, seed=0, grad=True):
-    random = torch.Generator().manual_seed(seed)
-    shapes = (T, H, K), (S or T, G, K), (S or T, G, V or K)
-    return [torch.randn(s, generator=random, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes]
 
 
 def one_by_one(q_THK, k_TGK, v_TGV, lengths, causal, window):
@@ -41,12 +32,6 @@ def one_by_one(q_THK, k_TGK, v_TGV, lengths, causal, window):
                 out[start + i, h] = p @ v_TGV[at, h // R]
         start += length
     return out
-
-
-def gradients(f, tensors, **options):
-    out = f(*tensors, **options)
-    seed = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    return out, *torch.autograd.grad(out, tensors, seed)
 
 
 def assert_like_reference(tensors, tolerance=1e-11, **options):
@@ -89,13 +74,7 @@ def test_gradient_is_the_derivative(lengths, causal, window, heads):
 
 
 @pytest.mark.parametrize("V", [4, 3])
-@given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
-    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
-    causal=st.booleans(),
-    window=st.none() | st.integers(1, 25),
-    seed=st.integers(0, 99),
-)
+@given(**ANY_PACK)
 @settings(max_examples=25, deadline=None)
 def test_any_pack_is_like_the_reference(V, lengths, heads, causal, window, seed):
     tensors = inputs(sum(lengths), H=heads[0], G=heads[1], V=V, seed=seed)

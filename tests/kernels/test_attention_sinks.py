@@ -3,40 +3,21 @@
 T tokens, H query heads, G key/value heads, K head dim.
 """
 
+import functools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from ftrain.kernels.attention import attention, attention_reference
 from ftrain.kernels.documents import Documents
+from tests.helpers import attention_cases
+from tests.helpers.attention_cases import ANY_PACK, assert_close, gradients, segments_of
 
-
-def inputs(T, *, H=4, G=2, K=4, V=None, S=None, dtype=torch.float64, seed=0):
-    """Queries, keys, values and sinks."""
-    random = torch.Generator().manual_seed(seed)
-    shapes = (T, H, K), (S or T, G, K), (S or T, G, V or K), (H,)
-    return [torch.randn(s, generator=random, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
-
-
-def segments_of(lengths):
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-
-
-def gradients(f, tensors, **options):
-    q, k, v, sinks = tensors
-    out = f(q, k, v, sinks_H=sinks, **options)
-    seed = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    return out, *torch.autograd.grad(out, tensors, seed)
-
-
-def assert_close(got, wanted, tolerance):
-    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), got, wanted, strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+inputs = functools.partial(attention_cases.inputs, sinks=True)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -51,13 +32,7 @@ def test_a_sink_is_one_more_key_whose_value_is_zero(backend):
 
 
 @pytest.mark.parametrize("V", [4, 3])
-@given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
-    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
-    causal=st.booleans(),
-    window=st.none() | st.integers(1, 25),
-    seed=st.integers(0, 99),
-)
+@given(**ANY_PACK)
 @settings(max_examples=25, deadline=None)
 def test_any_pack_is_like_the_reference(V, lengths, heads, causal, window, seed):
     tensors = inputs(sum(lengths), H=heads[0], G=heads[1], V=V, seed=seed)

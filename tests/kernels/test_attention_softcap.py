@@ -15,29 +15,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from ftrain.kernels.attention import attention, attention_reference
 from ftrain.kernels.attention_cpu import Rule, blocks
 from ftrain.kernels.documents import Documents
+from tests.helpers.attention_cases import ANY_PACK, assert_close, gradients, inputs, segments_of
 
 CAP = 0.7
-
-
-def inputs(T, *, H=4, G=2, K=4, V=None, S=None, dtype=torch.float64, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    shapes = (T, H, K), (S or T, G, K), (S or T, G, V or K)
-    return [torch.randn(s, generator=random, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
-
-
-def segments_of(lengths):
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-
-
-def gradients(f, tensors, **options):
-    out = f(*tensors, **options)
-    seed = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    return out, *torch.autograd.grad(out, tensors, seed)
-
-
-def assert_close(got, wanted, tolerance):
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -51,14 +31,7 @@ def test_is_what_it_says(backend):
 
 
 @pytest.mark.parametrize("V", [4, 3])
-@given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
-    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
-    causal=st.booleans(),
-    window=st.none() | st.integers(1, 25),
-    cap=st.floats(0.1, 50),
-    seed=st.integers(0, 99),
-)
+@given(cap=st.floats(0.1, 50), **ANY_PACK)
 @settings(max_examples=25, deadline=None)
 def test_any_pack_is_like_the_reference(V, lengths, heads, causal, window, cap, seed):
     tensors = inputs(sum(lengths), H=heads[0], G=heads[1], V=V, seed=seed)
