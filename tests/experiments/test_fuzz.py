@@ -64,7 +64,7 @@ def test_a_recompute_that_draws_another_mask_is_found_and_made_small(monkeypatch
     monkeypatch.setattr("ftrain.remat.policy.is_pure", lambda node: True)
     wanted = has('option: remat "all"', "op: random of torch")
     program, _ = first_different(
-        range(4400, 6000), lambda p: wanted(p) and not has("option: mesh")(p) and micro(p) == 1
+        range(5400, 6000), lambda p: wanted(p) and not has("option: mesh")(p) and micro(p) == 1
     )
     smallest = shrink(program, still_different, seconds=30)
     assert smallest.options.remat == '"all"'
