@@ -55,12 +55,9 @@ class PeerRanks:
         words = f"rank {self._rank} {_in_words(error)}"
         try:
             store = default_store().clone()
-            if store.compare_set(_FAILED, "", words).decode() != words:
-                store.add(_HEARD, 1)
-                return
-            deadline = time.monotonic() + _PATIENCE
-            while store.add(_HEARD, 0) < self._world - 1 and time.monotonic() < deadline:
-                time.sleep(_PERIOD / 5)
+            if store.compare_set(_FAILED, "", words).decode() == words:
+                _wait_for_readers(store, self._world - 1)
+            store.add(_HEARD, 1)
         except _STORE_IS_GONE:
             return  # the store ended with the run
 
@@ -123,11 +120,20 @@ class PeerRanks:
             )
 
     def _leave(self, store: dist.Store, words: str) -> None:
-        with suppress(*_STORE_IS_GONE):  # the rank that held it has ended before
-            store.add(_HEARD, 1)
         sys.stdout.flush()
         print(f"rank {self._rank} ends: {words}", file=sys.stderr, flush=True)
+        with suppress(*_STORE_IS_GONE):  # the rank that held it has ended before
+            store.add(_HEARD, 1)
+            if self._rank == 0:  # where no agent holds the store it ends with this rank
+                _wait_for_readers(store, self._world)
         os._exit(1)
+
+
+def _wait_for_readers(store: dist.Store, ranks: int) -> None:
+    """Return when so many ranks have read why they end, or after some seconds."""
+    deadline = time.monotonic() + _PATIENCE
+    while store.add(_HEARD, 0) < ranks and time.monotonic() < deadline:
+        time.sleep(_PERIOD / 5)
 
 
 def _in_words(error: BaseException) -> str:
