@@ -1,5 +1,4 @@
-"""Functions run in several processes over gloo, forked from a server that has imported what they need, and traced
-a step, once."""
+"""Functions and scripts run in several processes over gloo, forked from a server that is ready (rank_server.py)."""
 
 import multiprocessing as mp
 import os
