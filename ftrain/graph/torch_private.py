@@ -87,6 +87,11 @@ def next_seq_nr() -> int:
     return torch.autograd._get_sequence_nr()
 
 
+def own_backward(node: Any) -> type | None:
+    """The `torch.autograd.Function` whose backward a node of autograd's graph runs; None for an op of torch's."""
+    return getattr(type(node), "_forward_cls", None)
+
+
 def tracing_graph() -> fx.Graph | None:
     """The graph being written by the innermost trace on this thread, or None."""
     mode = get_proxy_mode()

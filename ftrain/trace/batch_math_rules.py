@@ -1,10 +1,12 @@
 """Rules of the ops that compute with rows of the batch: row by row, summed over the rows, or across them."""
 
+import torch
 from torch import fx
 
 from ftrain.trace.batch_kinds import (
     MIXED,
     NOTHING,
+    SAME,
     UNKNOWN,
     Found,
     Kind,
@@ -43,7 +45,10 @@ _COPIES = {"clone", "detach", "alias", "_to_copy", "to", "contiguous", "lift_fre
 
 def _of_parts(node: fx.Node, kinds: Kinds) -> Found:
     """An op on parts of sums and means: they stay parts where it is linear in them."""
-    name, what = name_of(node), {k.what for k in kinds.values()}
+    name = name_of(node)
+    if name == "copy" and kinds.get(node.args[0]) == SAME:  # type: ignore[arg-type]
+        return Found(kinds.get(node.args[1], SAME))  # type: ignore[arg-type]
+    what = {k.what for k in kinds.values()}
     parts = [n for n, k in kinds.items() if k.partial]
     if name in _COPIES or name in ("add", "sub", "rsub"):
         if "unknown" in what and not {"rows"} & what:
@@ -157,27 +162,42 @@ def _normalised(node: fx.Node, kinds: Kinds) -> Found:
     return Found(kind) if kind.dim < value.dim() - len(reader(node)("normalized_shape")) else MIXED
 
 
-def matrices(node: fx.Node, kinds: Kinds) -> Found:
-    """Of the last two dims; those before them are batches."""
-    kind, value = first_of(node, kinds)
-    if kind.what != "rows":
-        return NOTHING
-    return MIXED if kind.dim >= value.dim() - 2 else Found(kind)
+def _crossed(node: fx.Node, kinds: Kinds) -> Found:
+    """Products of vectors along a dim."""
+    found, value = elementwise(node, kinds), tensor_of(node)
+    along = value is not None and found.kind.what == "rows" and reader(node)("dim") % value.dim() == found.kind.dim
+    return MIXED if along else found
 
 
-def _by_image(node: fx.Node, kinds: Kinds) -> Found:
-    """Convolutions and pools: each entry of dim 0 alone, neighbours along the dims behind the channels."""
+def _places_in_table(node: fx.Node, kinds: Kinds) -> Found:
+    """Where each number is in a sorted table, which is each row's own or that of all (`bucketize`, `searchsorted`)."""
+    if any(k.partial for k in kinds.values()):
+        return MIXED
+    table, values = _two_first(node)
+    if name_of(node) == "bucketize":
+        table, values = values, table
+    of_table, of_values = kinds.get(table, UNKNOWN), kinds.get(values, UNKNOWN)
+    if of_table == SAME and of_values.what == "rows":
+        return Found(of_values)
+    shape = tensor_of(table)
+    alike = of_table.what == of_values.what == "rows" and of_table.dim == of_values.dim
+    return Found(of_values) if alike and shape is not None and of_table.dim < shape.dim() - 1 else MIXED
+
+
+def _two_first(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    first, second = node.args[:2]
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    return first, second
+
+
+def _drawn(node: fx.Node, kinds: Kinds) -> Found:
+    """Random numbers that depend on each number, or row, alone."""
     kind, value = first_of(node, kinds)
     if kind.partial:
         return MIXED
-    if kind.what != "rows":
-        return NOTHING
-    return Found(kind) if kind.dim == 0 and value.dim() > 2 else MIXED if kind.dim >= value.dim() - 2 else NOTHING
-
-
-def _with_statistics(node: fx.Node, kinds: Kinds) -> Found:
-    """Batch norm: with the statistics of the batch it mixes the rows, else each entry of dim 0 is alone."""
-    return MIXED if reader(node)("training") or reader(node)("train") else _by_entry(node, kinds)
+    last = name_of(node) == "multinomial" and kind.dim == value.dim() - 1
+    return NOTHING if kind.what != "rows" else MIXED if last else Found(kind)
 
 
 def _into_places(node: fx.Node, kinds: Kinds) -> Found:
@@ -185,10 +205,25 @@ def _into_places(node: fx.Node, kinds: Kinds) -> Found:
     target = kinds.get(node.args[0], UNKNOWN)  # type: ignore[arg-type]
     given = [k for n, k in kinds.items() if n is not node.args[0]]
     if target.what == "rows" or not any(k.what == "rows" or k.partial for k in given):
-        return Found(target) if target.what == "rows" and target.dim == 0 and _elsewhere(node) else NOTHING
+        if target.what != "rows" or target.dim != 0 or not _elsewhere(node):
+            return _masked_write(node, kinds, target)
+        indexed = name_of(node).startswith("index_")  # along one dim, by an index of all rows
+        given = [k for n, k in kinds.items() if n is not node.args[0] and not (indexed and n is node.args[2])]
+        return Found(target) if all(k.what == "rows" and k.dim == 0 for k in given) else MIXED
     zeros = isinstance(node.args[0], fx.Node) and name_of(node.args[0]) in _ZEROS
     adds = name_of(node) in ("index_add", "scatter_add") or (name_of(node) == "index_put" and len(node.args) > 3)
     return Found(Kind("sum")) if zeros and adds else MIXED
+
+
+def _masked_write(node: fx.Node, kinds: Kinds, target: Kind) -> Found:
+    """`x[mask] = y`: the mask chooses within each row."""
+    indices = node.args[1] if name_of(node) == "index_put" else None
+    masks = [n for n in indices if n is not None] if isinstance(indices, list | tuple) else []
+    if target.what != "rows" or len(masks) != 1:
+        return NOTHING
+    mask, value = tensor_of(masks[0]), tensor_of(node.args[2])
+    whole = mask is not None and mask.dtype == torch.bool and kinds.get(masks[0], UNKNOWN) == target
+    return Found(target) if whole and value is not None and value.numel() == 1 else NOTHING
 
 
 def _elsewhere(node: fx.Node) -> bool:
@@ -208,33 +243,6 @@ def _transformed(node: fx.Node, kinds: Kinds) -> Found:
     if kind.what != "rows":
         return Found(kind) if kind.partial else NOTHING
     return MIXED if kind.dim in {d % value.dim() for d in reader(node)("dim")} else Found(kind)
-
-
-def _by_entry(node: fx.Node, kinds: Kinds) -> Found:
-    """Each entry of dim 0 alone."""
-    if any(k.partial for k in kinds.values()):
-        return MIXED
-    kind, _ = first_of(node, kinds)
-    return Found(kind) if kind.what == "rows" and kind.dim == 0 else NOTHING
-
-
-def _attended(node: fx.Node, kinds: Kinds) -> Found:
-    """Queries, keys and values `[..., tokens, width]`: entries of the dims before them are alone."""
-    kind, value = first_of(node, kinds)
-    if kind.partial:
-        return MIXED
-    if kind.what != "rows":
-        return NOTHING
-    masked = reader(node)("attn_mask") is not None or reader(node)("attn_bias") is not None
-    return Found(kind) if kind.dim < value.dim() - 2 else NOTHING if masked else MIXED
-
-
-def _distances(node: fx.Node, kinds: Kinds) -> Found:
-    """Of each row of the one with each of the other, the last dims being vectors."""
-    if any(k.partial for k in kinds.values()):
-        return MIXED
-    pairs = [value.dim() - kind.dim == 2 for kind, value in rows_in(node, kinds)]
-    return MIXED if sum(pairs) > 1 or (pairs == [True] and len(kinds) == 1) else NOTHING
 
 
 def _kept_parts(node: fx.Node, kinds: Kinds) -> Found:
@@ -259,42 +267,24 @@ _REDUCED = (
 
 
 _ALONG = (
-    "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "flip", "logcumsumexp", "cummax", "cummin", "roll",
-    "_cummax_helper", "_cummin_helper",
+    "_softmax", "_log_softmax", "_safe_softmax", "glu", "cumsum", "cumprod", "sort", "topk", "flip", "logcumsumexp",
+    "cummax", "cummin", "roll", "_cummax_helper", "_cummin_helper",
 )  # fmt: skip
 
 
-_POOLS = (
-    "convolution", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
-    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
+_SCATTERS = (
+    "index_fill", "index_add", "scatter_add", "index_put", "scatter", "scatter_reduce", "index_copy", "index_reduce",
 )  # fmt: skip
-
-
-_ATTENTION = (
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math",
-    "scaled_dot_product_attention",
-)  # fmt: skip
-
-
-_BATCH_NORMS = (
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "cudnn_batch_norm",
-    "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_with_update_functional",
-)  # fmt: skip
-_SCATTERS = ("index_add", "scatter_add", "index_put", "scatter", "scatter_reduce", "index_copy", "index_reduce")
 MATH_RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCED, _reduced),
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(_PRODUCTS, _product),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _normalised),
-    **dict.fromkeys(_POOLS, _by_image),
-    **dict.fromkeys(("native_group_norm", "_native_batch_norm_legit_no_training"), _by_entry),
-    **dict.fromkeys(_BATCH_NORMS, _with_statistics),
     **dict.fromkeys(_SCATTERS, _into_places),
     **dict.fromkeys(("bincount", "histc"), _counted),
     **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _transformed),
-    **dict.fromkeys(_ATTENTION, _attended),
-    **dict.fromkeys(("_cdist_forward", "_euclidean_dist", "_pdist_forward"), _distances),
-    **dict.fromkeys(("diagonal", "tril", "triu", "trace"), _kept_parts),
+    **dict.fromkeys(("diagonal", "trace"), _kept_parts),
+    **dict.fromkeys(("bucketize", "searchsorted"), _places_in_table),
+    **dict.fromkeys(("bernoulli", "rrelu_with_noise", "multinomial", "log_sigmoid_forward"), _drawn),
+    "linalg_cross": _crossed,
 }

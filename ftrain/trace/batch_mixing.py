@@ -9,14 +9,14 @@ A function of torch that a user's line calls is run on the share, and the nodes 
    again (`h.softmax(0)`).
 
 Gradients are right by the transposes: each rank's total uses the rows of all, so theirs is the sum over ranks. What
-else mixes rows is a ValueError. Not looked at: the library's own modules and kernels, `torch.func`'s transforms, and
-what `ftrain.within_documents` covers.
+else mixes rows, or does so within `torch.func`'s transforms, is a ValueError. Not looked at: the library's own modules
+and kernels, and what `ftrain.within_documents` covers.
 """
 
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -27,9 +27,12 @@ from ftrain.kernels.whole_batch import stays_within_documents
 from ftrain.sharding.batch import TokenOrder
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.whole_rows import PURPOSE, mean_of_ranks, share_of_rows, whole_rows_sharded
+from ftrain.trace.batch_backward import require_part_of_sum
 from ftrain.trace.batch_kinds import Kind, number_in
 from ftrain.trace.batch_rows import BatchRows, summed
+from ftrain.trace.batch_writes import is_write, note_write
 from ftrain.trace.gathered_copies import last_node, tensors_in
+from ftrain.trace.refusals import Untraceable
 from ftrain.trace.spmd import batch_sum
 from ftrain.trace.spread_ops import tensor_of
 from ftrain.trace.whole_arrays import LARGE, WholeArrays, map_tensors, writes
@@ -50,6 +53,13 @@ _REDUCING = {
 """Functions whose result has no rows where they mix them, so that all ranks have it alike."""
 
 
+class _Cause(NamedTuple):
+    """A node that is not right on a share of the rows. `known`: certainly, not only as far as one knows."""
+
+    node: fx.Node
+    known: bool
+
+
 class BatchMixing:
     """Watches the functions that a user's lines call. `rows`: what is known of the trace's tensors; `arrays`: takes
     tries back.
@@ -67,8 +77,10 @@ class BatchMixing:
         `func`: the function that `run` calls; `line`: the user's.
         """
         graph = tracing_graph()
-        if graph is None or functional_transform():
+        if graph is None:
             return run(args, kwargs)
+        if functional_transform():
+            return self._transformed(func, run, args, kwargs, line)
         self._note_own_parts((args, kwargs))
         if not self._concerned((args, kwargs)):
             return run(args, kwargs)
@@ -80,7 +92,7 @@ class BatchMixing:
             return self._by_row(run, args, kwargs)
         before = last_node(graph)
         result = run(args, kwargs)
-        cause = None if stays_within_documents() else self._mixing(before)
+        cause = None if stays_within_documents() else self._cause(before, result)
         if cause is None:
             return result
         del result
@@ -92,7 +104,34 @@ class BatchMixing:
             if self._can_gather(func, args, kwargs):
                 return self._on_all_rows(func, run, args, kwargs)
         line = line if is_users(line.rpartition(":")[0]) else str(user_source())
-        raise ValueError(_refusal(getattr(func, "__name__", str(func)), line, self._has_sums((args, kwargs))))
+        raise Untraceable(self._refusal(func, line, (args, kwargs), cause.known))
+
+    def differentiate(self, outputs: Any) -> None:
+        """ValueError for a gradient that a loss takes itself, unless `outputs` (a tensor or several of any shape) are
+        parts of a sum over the batch.
+        """
+        require_part_of_sum(outputs, self._rows)
+
+    def _transformed(
+        self, func: Callable[..., Any], run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], line: str
+    ) -> Any:
+        """A function within `torch.func`'s transforms, whose tries cannot be taken back. They leave nodes that nothing
+        reads.
+        """
+        before = last_node(tracing_graph())  # type: ignore[arg-type]
+        result = run(args, kwargs)
+        cause = None if stays_within_documents() else self._cause(before, result)
+        if cause is not None:
+            raise Untraceable(self._refusal(func, line, (args, kwargs), cause.known))
+        return result
+
+    def _refusal(self, func: Callable[..., Any], line: str, values: Any, known: bool) -> str:
+        """`known`: whether it is certain that rows are mixed."""
+        name, of_sums = (
+            getattr(func, "__name__", str(func)),
+            any(self._kind(t).what == "sum" for t in tensors_in(values)),
+        )
+        return _refusal(name, line, of_sums) if known else _unclear(name, line)
 
     def _kind(self, tensor: Any) -> Kind:
         node = node_of(tensor) if isinstance(tensor, Tensor) else None
@@ -118,18 +157,25 @@ class BatchMixing:
             if node is not None and (number_in(node) == 0 or _is_multiple(node, sizes)):
                 self._rows.set(node, Kind("sum"))
 
-    def _has_sums(self, values: Any) -> bool:
-        return any(self._kind(t).what == "sum" for t in tensors_in(values))
+    def _cause(self, before: fx.Node, result: Any) -> _Cause | None:
+        """The first node after this one that mixes rows, or of which nothing is known.
 
-    def _mixing(self, before: fx.Node) -> fx.Node | None:
-        """The first node after this one that mixes rows."""
+        Nodes that nothing reads, as torch leaves some, count if they are a `result` or write.
+        """
+        made = set(map(node_of, tensors_in(result)))
+        unclear = None
         node = before.next
         while node.op != "root":
-            found = self._rows.of(node)
-            if found.mixes or self._cuts(node):
-                return node
+            if node.users or node in made or is_write(node):
+                if self._mixes(node) or note_write(node, self._rows):
+                    return _Cause(node, known=True)
+                if unclear is None and self._rows.unclear(node):
+                    unclear = _Cause(node, known=False)
             node = node.next
-        return None
+        return unclear
+
+    def _mixes(self, node: fx.Node) -> bool:
+        return self._rows.of(node).mixes or self._cuts(node)
 
     def _cuts(self, node: fx.Node) -> bool:
         """True for a slice of the rows, which is another one on each rank."""
@@ -169,7 +215,7 @@ class BatchMixing:
         if self._kind(scores).what != "rows" or self._mesh.size == 1:
             return None
         if not self._kind(scores).ordered:
-            raise ValueError(_refusal(f"a mean {func.__name__}", line, of_sums=True))
+            raise Untraceable(_refusal(f"a mean {func.__name__}", line, of_sums=True))
         counted = labels != given.arguments["ignore_index"]
         weights = counted if weight is None else weight[torch.where(counted, labels, 0)] * counted
         given.arguments["reduction"] = "sum"
@@ -231,6 +277,14 @@ def _refusal(name: str, line: str, of_sums: bool) -> str:
         f"{name} at {line} mixes rows of the batch, and a rank holds its share of them: gather them "
         "(ftrain.whole_rows), sum what it sums (ftrain.kernels.mean.sum_over_batch), or put it under `with "
         "ftrain.within_documents():` if it stays within documents"
+    )
+
+
+def _unclear(name: str, line: str) -> str:
+    return (
+        f"{name} at {line} is not known to keep rows of the batch apart, of which a rank holds its share: gather them "
+        "(ftrain.whole_rows), or put it under `with ftrain.within_documents():` if it works row by row or within "
+        "documents"
     )
 
 

@@ -13,11 +13,12 @@ from math import prod
 from torch import fx
 
 from ftrain.graph.loop import is_loop
+from ftrain.trace.batch_entry_rules import ENTRY_RULES, matrices
 from ftrain.trace.batch_kinds import MIXED, NOTHING, SAME, UNKNOWN, Found, Kind, Kinds, name_of, reader
-from ftrain.trace.batch_math_rules import MATH_RULES, elementwise, leading, loss, matrices
+from ftrain.trace.batch_math_rules import MATH_RULES, elementwise, leading, loss
 from ftrain.trace.batch_shape_rules import SHAPE_RULES, part_of_result
 from ftrain.trace.spread import Spreads
-from ftrain.trace.spread_ops import group_of, is_elementwise, tensor_of
+from ftrain.trace.spread_ops import CONSTANTS, group_of, is_elementwise, tensor_of
 
 _FARTHEST = 1000  # nodes behind a total that are looked at
 
@@ -28,10 +29,16 @@ class BatchRows:
     def __init__(self, spreads: Spreads) -> None:
         self._spreads = spreads
         self._known: dict[fx.Node, Found] = {}
+        self._noted = set[fx.Node]()  # and what is computed from them, of which the spreads do not know
 
     def set(self, node: fx.Node, kind: Kind) -> None:
         """Set the kind of an input, or of a node whose op does not determine it."""
         self._known[node] = Found(kind)
+
+    def note(self, node: fx.Node, kind: Kind) -> None:
+        """What a node is, though it looks as if all ranks had it alike: after a write into a part of it."""
+        self._known[node] = Found(kind)
+        self._noted.add(node)
 
     def of(self, node: fx.Node) -> Found:
         """What is found of a node."""
@@ -45,11 +52,20 @@ class BatchRows:
                 stack.pop()
         return self._known[node]
 
+    def unclear(self, node: fx.Node) -> bool:
+        """True for a node that reads rows, or a part of a sum over them, of whose op no rule says what it makes."""
+        if node.op != "call_function" or is_loop(node) or group_of(node) is not None or node.meta.get("purpose"):
+            return False
+        kinds = (self.of(n).kind for n in node.all_input_nodes)
+        return self.of(node).kind == UNKNOWN and any(k.what == "rows" or k.partial for k in kinds)
+
     def _compute(self, node: fx.Node) -> Found:
         if node in self._known:
             return self._known[node]
         spread = self._spreads.of(node)
-        if not spread.axes or spread.placement is not None:
+        if not self._noted.isdisjoint(node.all_input_nodes) and node.target not in CONSTANTS:
+            self._noted.add(node)
+        elif not spread.axes or spread.placement is not None:
             return Found(SAME)
         if node.op != "call_function" or is_loop(node) or group_of(node) is not None or node.meta.get("purpose"):
             return NOTHING
@@ -71,7 +87,7 @@ def by_rule(node: fx.Node, kinds: Kinds) -> Found:
     name = name_of(node)
     if reader(node)("reduction") is not None:
         return loss(node, kinds)
-    rule = SHAPE_RULES.get(name) or MATH_RULES.get(name)
+    rule = SHAPE_RULES.get(name) or MATH_RULES.get(name) or ENTRY_RULES.get(name)
     if rule is not None:
         return rule(node, kinds)
     if is_elementwise(node.target):

@@ -1,6 +1,7 @@
 """Rules of the ops that move, cut, join and look up rows of the batch: along which dim they run afterwards."""
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -46,10 +47,42 @@ def _viewed(node: fx.Node, kinds: Kinds) -> Found:
     if size == 1:
         places = [d for d in places if sizes[d] == 1]
         return Found(kind._replace(dim=places[0])) if len(places) == 1 else NOTHING
+    if kind.order.startswith(_FOLDED):
+        return _unfolded(kind, first, size, sizes)
     for d in places:
         if sizes[d] > 1 and (sizes[d] % size == 0 or size % sizes[d] == 0):
+            if sizes[d] != size and _open_elsewhere(node, d):
+                return MIXED
             return Found(kind._replace(dim=d)) if d <= kind.dim else _behind_ones(node, kind, d)
-    return NOTHING  # rows within a dim of more: nothing is known when it is divided again
+    return _folded(kind, first, size, sizes)
+
+
+def _open_elsewhere(node: fx.Node, dim: int) -> bool:
+    """True for groups of rows whose number is given, so that a rank forms as many of its share, of smaller ones."""
+    asked = list(node.args[1]) if isinstance(node.args[1], list | tuple) else []
+    return -1 in asked and asked.index(-1) != dim
+
+
+_FOLDED = "folded "
+
+
+def _folded(kind: Kind, first: int, size: int, sizes: list[int]) -> Found:
+    """Rows that become one dim with the dims before them (`x.flatten(0, 1)` of rows along dim 1)."""
+    for d, merged in enumerate(sizes):
+        before = prod(sizes[:d])
+        if before and first % before == 0 and merged == first // before * size:
+            return Found(Kind("rows", d, f"{_FOLDED}{first // before} {kind.order}"))
+    return NOTHING
+
+
+def _unfolded(kind: Kind, first: int, size: int, sizes: list[int]) -> Found:
+    """Rows that get a dim of their own again."""
+    blocks, _, order = kind.order.removeprefix(_FOLDED).partition(" ")
+    for d, own in enumerate(sizes):
+        if prod(sizes[:d]) == first * int(blocks) and own == size // int(blocks):
+            return Found(Kind("rows", d, order))
+    same = [d for d, own in enumerate(sizes) if prod(sizes[:d]) == first and own == size]
+    return Found(kind._replace(dim=same[0])) if same else NOTHING
 
 
 def _behind_ones(node: fx.Node, kind: Kind, dim: int) -> Found:
@@ -171,8 +204,7 @@ def _looked_up(node: fx.Node, kinds: Kinds) -> Found:
     if kind.partial:
         return MIXED if index.what == "rows" else Found(kind) if index == SAME else NOTHING
     if kind.what == "rows" and kind.dim == dim:
-        at = index.dim if name == "gather" else dim + index.dim
-        return MIXED if index == SAME else NOTHING if index.what != "rows" else Found(Kind("rows", at))
+        return MIXED if index == SAME or index.what == "rows" else NOTHING
     if name == "gather":
         found = [k for k in (kind, index) if k.what == "rows"]
         if kind == SAME and (index.dim == dim or value.shape[index.dim] == 1):
@@ -202,12 +234,19 @@ def _indexed(node: fx.Node, kinds: Kinds) -> Found:
     if kind.what == "rows" and kind.dim not in [d for d, *_ in indices]:
         gone = len(indices) - rank if first < kind.dim else 0
         return Found(kind._replace(dim=kind.dim - gone)) if adjacent and not by_rows else NOTHING
-    if kind.what == "rows" and not by_rows:
-        return MIXED if all(k == SAME for _, k, _ in indices) else NOTHING
+    if kind.what == "rows" and not all(_counts_rows(n) for d, n in at if d == kind.dim):
+        return MIXED
     places = {first + k.dim + rank - own.dim() for _, k, own in indices if k.what == "rows"}  # type: ignore[union-attr]
     if not adjacent or len(places) != 1:
         return NOTHING
     return Found(Kind("rows", places.pop(), joined(by_rows) if kind == SAME else ""))
+
+
+def _counts_rows(node: Any) -> bool:
+    """True for 0, 1, 2, ... as an index (`h[torch.arange(len(h)), labels]`)."""
+    while isinstance(node, fx.Node) and name_of(node) in ("view", "unsqueeze", "expand", "_to_copy", "alias"):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and name_of(node) == "arange" and reader(node)("start") in (None, 0)
 
 
 def _padded(node: fx.Node, kinds: Kinds) -> Found:

@@ -17,6 +17,7 @@ from ftrain.graph.torch_private import node_of
 from ftrain.kernels.mean import sum_over_batch
 from ftrain.kernels.primitive import bind
 from ftrain.trace.provenance import sources
+from ftrain.trace.refusals import Untraceable
 
 Run = Callable[[list[Tensor], list[Tensor]], object]
 """The loss, from flat parameters and a flat micro-batch; this file ignores its result."""
@@ -51,7 +52,7 @@ class RequestedSums:
 
 
 def _one_micro_batch(x: Tensor, *, dim: int = 0) -> Tensor:
-    raise ValueError(
+    raise Untraceable(
         f"{user_source()}: whole_rows in a loss of ftrain.accumulate, which sees the rows of one micro-batch: take one "
         "batch, or recompute (jit(remat=...)) to save memory"
     )

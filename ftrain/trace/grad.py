@@ -20,9 +20,11 @@ from ftrain import tree
 from ftrain.graph.source import user_source
 from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.mean import Mean, WeightedSum
+from ftrain.trace.batch_backward import watch_own_backwards
 from ftrain.trace.own_counts import require_own_counts
 from ftrain.trace.parameter_view import compute_views, materialize, sum_inner_gradients
 from ftrain.trace.provenance import current_provenance
+from ftrain.trace.refusals import Untraceable
 from ftrain.trace.spmd import current_sharded, note_gradients, summing_totals
 
 P = ParamSpec("P")
@@ -198,7 +200,7 @@ def _require_mean(loss: Any) -> None:
     """ValueError for a plain tensor on a mesh: it is the loss of one rank, not of the whole batch."""
     sharded = current_sharded()
     if sharded is not None and sharded.plan.mesh.size > 1 and not isinstance(loss, Mean | WeightedSum):
-        raise ValueError(
+        raise Untraceable(
             f"{user_source()}: on a mesh of ranks a loss must say what it is a mean of: return Mean(total, count) or a "
             "WeightedSum"
         )
@@ -215,6 +217,9 @@ def _by_autograd(loss_of_leaves: _LossOfLeaves, leaves: list[Tensor]) -> _Differ
         if not value.requires_grad:
             return _Differentiated(value, aux, [torch.zeros_like(leaf) for leaf in leaves])
         provenance.watch_backward(value, detached)
+        sharded = current_sharded()
+        if sharded is not None and sharded.plan.mesh.size > 1:
+            watch_own_backwards(value, sharded.rows)
         with provenance.in_phase("backward"):
             grads = torch.autograd.grad(value, detached, materialize_grads=True)
     return _Differentiated(value.detach(), tree.map(_detach, aux), list(grads))

@@ -61,6 +61,9 @@ def open_writes(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
+        if node.target is _aten._efficientzerotensor.default:
+            node.target = _aten.zeros.default  # zeros without memory, of forward derivatives, cannot be written over
+            continue
         written = hidden_writes(node.target, node.args, node.kwargs)
         if not written:
             continue

@@ -10,6 +10,7 @@ from ftrain.graph.torch_private import functional_transform, node_of, number_of
 from ftrain.kernels.mean import Mean
 from ftrain.trace.batch_kinds import name_of, number_in
 from ftrain.trace.batch_rows import BatchRows, summed
+from ftrain.trace.refusals import Untraceable
 from ftrain.trace.spmd import current_sharded
 
 
@@ -33,25 +34,25 @@ def _require_own(mean: Mean, total: fx.Node, count: fx.Node | None, rows: BatchR
     number = _number(mean.count, count)
     sizes = set(summed(total, rows))
     if of_total == "same" and of_count == "sum":
-        raise ValueError(
+        raise Untraceable(
             f"{user_source()}: a Mean whose total all ranks have alike, over a count of rows that is summed over the "
             "ranks: make the total one of rows too (total * count), or count 1"
         )
     many = {n for n in sizes if n > 1}
     if of_total == "mean" and (of_count == "sum" or number in many) and not _is_scaled(total, sizes, rows):
-        raise ValueError(
+        raise Untraceable(
             f"{user_source()}: a Mean whose total is a mean over rows already, over a count of rows: make the total a "
             "sum (mean * count), or count 1"
         )
     if of_total == "sum" and of_count == "mean":
-        raise ValueError(
+        raise Untraceable(
             f"{user_source()}: a Mean whose total is a sum over a rank's rows, over a count that is none of its rows: "
             "give the count of the rank's own rows, as the counts of all ranks are added"
         )
     if of_total != "sum" or number is None or number in sizes or max(sizes, default=1) == 1:
         return
     if number / ranks in many or all(number % n for n in many):
-        raise ValueError(
+        raise Untraceable(
             f"{user_source()}: a Mean counts {number:g}, and its total is a sum over a rank's {min(many)} rows: give "
             "the count of the rank's own rows (x.numel(), len(x)), as the counts of all ranks are added"
         )

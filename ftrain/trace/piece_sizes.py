@@ -48,7 +48,10 @@ from ftrain.trace.spmd import ShardedTrace, spread_of
 from ftrain.trace.spread import Spread, share_ranks
 from ftrain.trace.whole_arrays import WholeArrays
 
-_METHODS = (Tensor.__len__.__code__.co_filename, torch.functional.__file__, torch.overrides.__file__)
+_METHODS = (
+    Tensor.__len__.__code__.co_filename, torch.functional.__file__, torch.overrides.__file__, torch._ops.__file__,
+    torch.library.CustomOpDef.__call__.__code__.co_filename,
+)  # fmt: skip
 """Files of Python functions that call the mode themselves (`len(x)`, `broadcast_tensors`); they are no callers."""
 
 _WAY_OUT = (
@@ -80,6 +83,8 @@ class ArraySizes(TorchFunctionMode):
         """Return the size of the array for a query; run any other function on pieces or arrays, or refuse it."""
         kwargs = kwargs or {}
         caller = _caller(sys._getframe(1))
+        if func is torch.autograd.grad and not _is_ours(caller):
+            self._batch.differentiate(args[0] if args else kwargs["outputs"])
         if _reads_arrays(caller.f_code.co_filename):
             if func in _QUERIES:
                 placement = self._placement(args[0])
@@ -345,8 +350,8 @@ def _without(placement: Placement, dim: int) -> Placement:
     return Placement((*placement.shape[:dim], *placement.shape[dim + 1 :]), splits, placement.copies)
 
 
-def _cut(what: str, line: str, piece: Tensor, placement: Placement, dim: int) -> ValueError:
-    return ValueError(
+def _cut(what: str, line: str, piece: Tensor, placement: Placement, dim: int) -> Untraceable:
+    return Untraceable(
         f"{what} at {line} takes a part of dim {dim} of an array of {list(placement.shape)}, of which a rank holds "
         f"{list(piece.shape)}: {_WAY_OUT}"
     )
@@ -358,6 +363,15 @@ def _reads_arrays(file: str) -> bool:
     return is_users(file) or file == piece_reductions.__file__ or file.startswith(_LIBRARY)
 
 
+def _is_ours(frame: FrameType) -> bool:
+    """True for code that the trainer calls, through torch's own."""
+    here: FrameType | None = frame
+    while here is not None and here.f_code.co_filename.startswith(_TORCH):
+        here = here.f_back
+    return here is not None and not is_users(here.f_code.co_filename)
+
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 _LIBRARY = tuple(str(Path(torch.__file__).parent / name) + os.sep for name in ("nn", "optim"))
 
 

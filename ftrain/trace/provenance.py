@@ -34,6 +34,17 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
         queue.extend(fresh)
 
 
+def backward_nodes(loss: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph behind `loss` (0-d), each once."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(parent for parent, _ in node.next_functions)
+
+
 class Provenance(TorchDispatchMode):
     """A dispatch mode that marks new nodes with their provenance in `meta`.
 
@@ -108,18 +119,12 @@ class Provenance(TorchDispatchMode):
         Leaves of the loss, of any shape, that require a gradient and are not among `leaves` are added to `trained`.
         """
         asked = set(map(id, leaves))
-        seen, stack = set(), [loss.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in backward_nodes(loss):
             leaf = getattr(node, "variable", None)
             if isinstance(leaf, Tensor) and id(leaf) not in asked:
                 self.trained.append(leaf)
             number = node._sequence_nr()
             node.register_prehook(lambda grads, number=number: self._enter(number))
-            stack.extend(parent for parent, _ in node.next_functions)
 
     def _enter(self, seq_nr: int) -> None:
         self._transposed = seq_nr

@@ -27,6 +27,7 @@ from ftrain.sharding.spmd import axis_index, on_mesh
 from ftrain.trace.batch_kinds import UNKNOWN, Kind
 from ftrain.trace.batch_rows import BatchRows
 from ftrain.trace.provenance import sources
+from ftrain.trace.refusals import Untraceable
 from ftrain.trace.spread import SAME, Spread, Spreads, placed
 
 
@@ -200,7 +201,7 @@ class ShardedTrace:
         node = node_of(tensor) if isinstance(tensor, Tensor) else None
         if node in self._strangers and self.plan.mesh.size > 1:
             path = self._strangers[node]
-            raise ValueError(
+            raise Untraceable(
                 f"leaf {path!r} is differentiated, and the plan knows no parameter of that name and shape: make the "
                 "state with step.init, or give jit(specs=...) a tree with it (ftrain.modules.spec.of(params) makes one "
                 f"of tensors){self.placements.nearest(path)}"

@@ -21,6 +21,7 @@ from ftrain.sharding.placement import Placement
 from ftrain.sharding.sequence_attention import pack_documents, sequence_attention
 from ftrain.sharding.spmd import purpose
 from ftrain.sharding.whole_rows import whole_rows_sharded
+from ftrain.trace.refusals import Untraceable
 from ftrain.trace.spmd import ShardedTrace, batch_sum, spread_of
 
 
@@ -60,7 +61,7 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable[..., Any]]:
 
 def _require_documents_alone(mesh: Mesh) -> None:
     if mesh.sequence > 1:
-        raise ValueError(
+        raise Untraceable(
             f"{user_source()}: within_documents on a sequence axis of {mesh.sequence}, whose ranks share a document: "
             "gather what it reads (ftrain.whole_rows), or put it into a Block with a cache, which gets the whole pack"
         )

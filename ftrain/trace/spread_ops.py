@@ -43,7 +43,10 @@ CONSTANTS = {
 _ELEMENTWISE = {
     _aten._to_copy.default, _aten.clone.default, _aten.copy_.default, _aten.copy.default, _aten.lift_fresh_copy.default,
     _aten.detach.default, _aten.alias.default, _aten.contiguous.default, _aten.to.dtype, _aten.fill_.Scalar,
-    _aten.zero_.default, _aten.fill.Scalar, _aten.fill.Tensor, _aten.polar.default,
+    _aten.zero_.default, _aten.fill.Scalar, _aten.fill.Tensor, _aten.polar.default, _aten.hardswish.default,
+    _aten.rsub.Tensor, _aten.rsub.Scalar, _aten.floor_divide.default, _aten.complex.default, _aten._conj.default,
+    _aten._neg_view.default, _aten.isin.Tensor_Scalar,
+    _aten._prelu_kernel.default, _aten.masked_fill.Scalar, _aten.masked_fill.Tensor,
 }  # fmt: skip
 _OURS_ELEMENTWISE = ("ftrain::adamw", "ftrain::offload")
 
@@ -58,7 +61,15 @@ def is_elementwise(target: Any) -> bool:
     if target in _ELEMENTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
         return True
     schema = getattr(target, "_schema", None)
-    return schema is not None and schema.name.startswith(_OURS_ELEMENTWISE)
+    if schema is None:
+        return False
+    return schema.name.startswith(_OURS_ELEMENTWISE) or (schema.name.endswith("_") and is_elementwise(_pure(target)))
+
+
+def _pure(target: Any) -> Any:
+    """The op that returns what this one (`masked_fill_`) writes."""
+    packet = getattr(torch.ops.aten, target._schema.name.split("::")[-1][:-1], None)
+    return getattr(packet, target._overloadname, None)
 
 
 def is_view(target: Any) -> bool:

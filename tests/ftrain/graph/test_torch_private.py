@@ -377,3 +377,18 @@ def test_who_asks_for_a_number_that_only_data_have_is_told():
         with pytest.raises(private.DATA_DEPENDENT):
             bool(number > 0)
     assert [frame.f_code.co_filename for frame in frames] == [__file__]
+
+
+def test_a_backward_of_the_users_own_is_told_from_torchs():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    doubled = Doubled.apply(torch.ones(2, requires_grad=True))
+    assert private.own_backward(doubled.grad_fn) is Doubled
+    assert private.own_backward(doubled.sum().grad_fn) is None

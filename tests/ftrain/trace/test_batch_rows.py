@@ -64,6 +64,59 @@ def test_a_mean_of_what_is_summed_over_the_batch(mesh):
     assert_equal_on(mesh, loss)
 
 
+def written_in_parts(h):
+    out = torch.zeros_like(h)
+    out[:, :2] = h[:, 2:]
+    return out.softmax(0)
+
+
+def sum_into_a_part(h, b):
+    out = torch.zeros(4, dtype=F64)
+    out[0] = h.sum()
+    return h * out.sin()
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds; its gradient is cut at each number alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() < 1).to(gradient.dtype) / (1 + x.norm(dim=-1, keepdim=True))
+
+
+class OfOtherRows(torch.autograd.Function):
+    """Its gradient at a row depends on other rows, as `how` says."""
+
+    @staticmethod
+    def forward(ctx, x, how):
+        ctx.how = how
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.how(gradient), None
+
+
+@torch.library.custom_op("test_batch_rows::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Twice `x`, of which the trace knows nothing."""
+    return 2 * x
+
+
+@doubled.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+doubled.register_autograd(lambda ctx, gradient: 2 * gradient)
+
+
 RIGHT = {
     "mean": lambda h: h - h.mean(0),
     "mean of all": lambda h: h * h.mean(),
@@ -87,6 +140,22 @@ RIGHT = {
     "of two rows": lambda h: h * h[:, None].expand(-1, 3, -1).mean((0, 1)),
     "largest": lambda h: h * h.topk(2, 0).values.sum(0),
     "gathered": lambda h: h * (ftrain.whole_rows(h).T @ ftrain.whole_rows(h)).sum(0),
+    "written in parts": written_in_parts,
+    "columns as a map": lambda h: h - torch.vmap(lambda c: c.mean(), in_dims=1)(h),
+    "rows as a map": lambda h: torch.vmap(lambda r: (r - r.mean()).cumsum(0))(h),
+    "gradients of a row": lambda h: torch.vmap(torch.func.grad(lambda r: r.pow(3).mean()))(h),
+    "gradients of a sum": lambda h: torch.func.grad(lambda z: z.pow(3).sum())(h),
+    "second derivatives": lambda h: torch.func.jvp(torch.func.grad(lambda z: z.pow(4).sum()), (h,), (h,))[1],
+    "gradient of its own": lambda h: torch.autograd.grad(h.pow(3).sum(), h, create_graph=True)[0],
+    "straight through": lambda h: StraightThrough.apply(h),
+    "in front of the rows": lambda h: (h.expand(3, *h.shape) @ h.new_ones(4, 4)).sum(0),
+    "ops of images": lambda h: F.interpolate(F.pad(h[:, None], (1, 1), mode="reflect"), scale_factor=2.0)[:, 0, :4],
+    "other pointwise ops": lambda h: F.logsigmoid(h) + F.hardswish(h) + torch.rsub(h, h.sin()),
+    "places in a table": lambda h: h * torch.bucketize(h.detach(), torch.tensor([-0.5, 0.0, 0.5], dtype=F64)),
+    "conjugates": lambda h: torch.view_as_real(
+        torch.view_as_complex(h.reshape(-1, 2, 2)).conj().resolve_conj()
+    ).flatten(1),
+    "masked in place": lambda h: h.clone().masked_fill_(h < 0, 0.0),
     "row by row": lambda h: h.softmax(1) + h.cumsum(1) + F.layer_norm(h, (4,)) + h.max(1, keepdim=True).values,
 }
 
@@ -124,6 +193,13 @@ REFUSED = {
     "scalar products": lambda h, b: h * F.cosine_similarity(h, h.square(), dim=0),
     "two views": lambda h, b: torch.cat([h, 2 * h]).softmax(0),
     "convolution": lambda h, b: F.conv1d(h.T[None], torch.ones(4, 4, 3, dtype=F64), padding=1)[0].T,
+    "mapped": lambda h, b: torch.vmap(lambda c: c.softmax(0), in_dims=1, out_dims=1)(h),
+    "differentiated": lambda h, b: torch.func.grad(lambda z: (z - z.mean(0)).pow(3).sum())(h),
+    "by an op's name": lambda h, b: torch.ops.aten._softmax(h, 0, False).sort(0).values,
+    "a sum into a part": sum_into_a_part,
+    "groups by number": lambda h, b: h.view(2, -1).softmax(-1).view(h.shape),
+    "chosen by themselves": lambda h, b: h[(h[:, 0] > 0).long()],
+    "other rows' places": lambda h, b: h.scatter(1, torch.zeros(2, 1, dtype=torch.int64), 0.0),
     "pool": lambda h, b: F.avg_pool1d(h.T[None], 3, stride=1, padding=1)[0].T,
     "attention": lambda h, b: F.scaled_dot_product_attention(h[None], h[None], h[None])[0],
 }
@@ -134,6 +210,64 @@ REFUSED = {
 def test_ops_that_are_refused(mesh, name):
     with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ .*(mixes rows of the batch|reads a sum over rows)"):
         both(lambda p, b: Mean.of(REFUSED[name](hidden(p, b), b)), mesh)
+
+
+BACKWARDS = {
+    "means": lambda g: g - g.mean(0),
+    "norms": lambda g: g / (1 + g.norm()),
+    "order": lambda g: g.flip(0),
+    "spread": lambda g: g.mean(0).expand_as(g),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", BACKWARDS)
+@pytest.mark.parametrize("plain", [False, True], ids=["of a square", "of a plain sum"])
+def test_backwards_of_the_users_own_are_refused(mesh, name, plain):
+    def loss(p, b):
+        h = OfOtherRows.apply(hidden(p, b), BACKWARDS[name])
+        return Mean.of(h if plain else h.square())
+
+    with pytest.raises(ValueError, match=r"the backward of OfOtherRows mixes rows .*test_batch_rows.py"):
+        both(loss, mesh)
+
+
+INNER = {
+    "of a mean": lambda h: torch.autograd.grad(h.pow(3).mean(), h, create_graph=True)[0],
+    "of the whole batch": lambda h: torch.autograd.grad(h.std(), h, create_graph=True)[0],
+    "of a function's mean": lambda h: torch.func.grad(lambda z: z.pow(3).mean())(h),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", INNER)
+def test_gradients_inside_a_loss_are_of_sums(mesh, name):
+    with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ .*a gradient inside of a loss differentiates"):
+        both(lambda p, b: Mean.of(INNER[name](hidden(p, b)) * b["y"]), mesh)
+
+
+def test_an_op_of_which_nothing_is_known_is_refused_unless_the_user_knows():
+    with pytest.raises(ValueError, match=r"doubled at .*test_batch_rows.py:\d+ .*is not known to keep rows"):
+        both(lambda p, b: Mean.of(doubled(hidden(p, b))), MESHES[0])
+
+    def known(p, b):
+        with ftrain.within_documents():
+            return Mean.of(doubled(hidden(p, b)) * b["y"])
+
+    assert_equal_on(MESHES[0], known)
+
+
+def test_a_refusal_that_the_loss_catches_comes_out():
+    def loss(p, b):
+        h = hidden(p, b)
+        try:
+            h = h @ h.T @ h
+        except ValueError:
+            h = h * 2
+        return Mean.of(h)
+
+    with pytest.raises(ValueError, match="mixes rows of the batch"):
+        both(loss, MESHES[0])
 
 
 def in_documents(h, b):
