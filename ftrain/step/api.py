@@ -225,7 +225,15 @@ class Step(Remade):
         torch.Size([4, 8])
         """
         options = Options(donate=None, backend="aten", remat=Remat.of("none"), precision=None)
-        return Step(fn, options, sharded=self._layout(None))(*args)
+        sharded = self._layout(None)
+        state = Step(fn, options, sharded=sharded)(*args)
+        if sharded is None:
+            return state
+        leaves, treedef = tree.flatten(state)
+        whole = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, DTensor)]  # made without a spec
+        paths = argument_paths((state,), ["state"])
+        divided = sharded.arrays.shard([paths[i] for i in whole], [leaves[i] for i in whole])
+        return tree.unflatten(treedef, [dict(zip(whole, divided, strict=True)).get(i, x) for i, x in enumerate(leaves)])
 
     def shard(self, state: Any, *, name: str = "state") -> Any:
         """The pieces that this process holds of a whole state, as DTensors; elsewhere than on a mesh of processes the

@@ -18,6 +18,7 @@ from ftrain.sharding.placement import Placement
 from ftrain.step.artifact import Compiled
 from ftrain.step.donated import Donation, match_donated
 from ftrain.step.pipeline import DONATED, HIDDEN, PREPARED, Observe, PassRun, Setting, run_passes
+from ftrain.step.program_text import program_lines, require_one_program
 from ftrain.step.signature import Signature
 from ftrain.trace.precision import Precision
 from ftrain.trace.tracer import Aval, Traced, argument_paths, is_array, trace
@@ -58,6 +59,10 @@ def compile_step(
     )  # fmt: skip
     leaves, treedef = tree.flatten(args)
     traced = trace(fn, args, names, precision=precision)
+    options = f"remat={remat}, backend={backend}, precision={precision}"
+    together = mesh is not None and mesh.kind == "process" and mesh.size > 1
+    if together:
+        require_one_program(program_lines(traced.module, options))
     placements = [] if settle is None else settle(traced)
     donation = Donation({}, traced.input_paths, len(traced.output_paths))
     if donate is not None:

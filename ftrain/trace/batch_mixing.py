@@ -48,7 +48,7 @@ _OVER_LABELS = {torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss}
 _REDUCING = {
     "amax", "amin", "max", "min", "all", "any", "std", "var", "std_mean", "var_mean", "logsumexp", "prod", "median",
     "nanmedian", "mode", "kthvalue", "argmax", "argmin", "aminmax", "norm", "linalg_vector_norm",
-    "topk", "quantile", "nanquantile", "dist",
+    "topk", "dist",
 }  # fmt: skip
 """Functions whose result has no rows where they mix them, so that all ranks have it alike."""
 

@@ -54,8 +54,17 @@ def mistakes(rank, found):
         "not shared": tried(lambda: unshared({"w": equal}, whole)),
         "two models": tried(lambda: apart({"w": own}, right.share(whole))),
     }
+    rates = made(lambda state, batch: {"w": descend(state, batch)["w"] * (1 + rank)})
+    results["numbers of a rank"] = tried(lambda: rates({"w": equal}, right.share(whole)))
+    branch = made(lambda state, batch: descend(state, batch) if rank else {"w": state["w"].neg()})
+    results["branches of a rank"] = tried(lambda: branch({"w": equal}, right.share(whole)))
+    options = ftrain.jit(descend, plan=plan, specs=SPECS, remat="all" if rank else "none")
+    results["options of a rank"] = tried(lambda: options({"w": equal}, right.share(whole)))
     metric = made(lambda state, batch: (state, {"share": (batch["x"] > 3).float().mean()}))
     results["a rank's metric"] = tried(lambda: metric({"w": equal}, right.share(whole)))
+    divided = ftrain.jit(descend, plan=Plan(Mesh(shard=2), Layout()), specs=SPECS)
+    state = divided.init(lambda: {"w": torch.ones(4, 3)})
+    results["made without a spec"] = tried(lambda: divided(state, divided.share(whole)))
     found[rank] = results
 
 
@@ -63,7 +72,7 @@ def test_mistakes_are_named_on_the_first_step():
     found = run(mistakes, 2)
     assert found[0] == found[1]
     said = found[0]
-    assert said["right"] == "runs"
+    assert said["right"] == said["made without a spec"] == "runs"
     assert "'state.w' is differentiated, and the plan knows no parameter" in said["no specs"]
     assert "the nearest it knows is 'layer.w'" in said["other names"]
     assert "every rank was given the same batch" in said["not shared"]
@@ -71,6 +80,11 @@ def test_mistakes_are_named_on_the_first_step():
         "leaf 'state.w' must be the same on ranks 0 and 1, and is not: make the state with step.init"
         in said["two models"]
     )
+    for name in ("numbers", "branches", "options"):
+        assert "ranks 0 and 1 trace different steps" in said[f"{name} of a rank"]
+    assert "aten.neg" in said["branches of a rank"]
+    assert "aten.mul.Tensor(sub, 1)" in said["numbers of a rank"]
+    assert "remat=none" in said["options of a rank"]
     assert (
         "result '1.share' must be the same on all ranks, and was computed from one rank's data"
         in said["a rank's metric"]
