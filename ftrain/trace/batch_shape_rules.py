@@ -50,7 +50,7 @@ def _viewed(node: fx.Node, kinds: Kinds) -> Found:
     if kind.order.startswith(_FOLDED):
         return _unfolded(kind, first, size, sizes)
     for d in places:
-        if sizes[d] > 1 and (sizes[d] % size == 0 or size % sizes[d] == 0):
+        if _whole_groups(sizes[d], size):
             if sizes[d] != size and _open_elsewhere(node, d):
                 return MIXED
             return Found(kind._replace(dim=d)) if d <= kind.dim else _behind_ones(node, kind, d)
@@ -63,6 +63,11 @@ def _open_elsewhere(node: fx.Node, dim: int) -> bool:
     return -1 in asked and asked.index(-1) != dim
 
 
+def _whole_groups(size: int, rows: int) -> bool:
+    """True for a dim of rows that becomes one of groups of rows, or of parts of rows."""
+    return size > 1 and (size % rows == 0 or rows % size == 0)
+
+
 _FOLDED = "folded "
 
 
@@ -70,8 +75,9 @@ def _folded(kind: Kind, first: int, size: int, sizes: list[int]) -> Found:
     """Rows that become one dim with the dims before them (`x.flatten(0, 1)` of rows along dim 1)."""
     for d, merged in enumerate(sizes):
         before = prod(sizes[:d])
-        if before and first % before == 0 and merged == first // before * size:
-            return Found(Kind("rows", d, f"{_FOLDED}{first // before} {kind.order}"))
+        blocks = first // before if before and first % before == 0 else 0
+        if blocks > 1 and merged % blocks == 0 and _whole_groups(merged // blocks, size):
+            return Found(Kind("rows", d, f"{_FOLDED}{blocks} {kind.order}"))
     return NOTHING
 
 
@@ -79,7 +85,7 @@ def _unfolded(kind: Kind, first: int, size: int, sizes: list[int]) -> Found:
     """Rows that get a dim of their own again."""
     blocks, _, order = kind.order.removeprefix(_FOLDED).partition(" ")
     for d, own in enumerate(sizes):
-        if prod(sizes[:d]) == first * int(blocks) and own == size // int(blocks):
+        if prod(sizes[:d]) == first * int(blocks) and _whole_groups(own, size // int(blocks)):
             return Found(Kind("rows", d, order))
     same = [d for d, own in enumerate(sizes) if prod(sizes[:d]) == first and own == size]
     return Found(kind._replace(dim=same[0])) if same else NOTHING
@@ -267,7 +273,7 @@ SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("view_as_real", "view_as_complex"), _as_complex),
     "unfold": _windows,
     "repeat": _repeated,
-    **dict.fromkeys(("slice", "select", "unbind", "split", "split_with_sizes"), _cut),
+    **dict.fromkeys(("slice", "select", "unbind", "split", "split_with_sizes", "unsafe_split"), _cut),
     **dict.fromkeys(("cat", "stack"), _concatenated),
     **dict.fromkeys(("embedding", "index_select", "gather"), _looked_up),
     "index": _indexed,
