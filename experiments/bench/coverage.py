@@ -18,15 +18,16 @@ from experiments.bench.covering import page
 from experiments.bench.covering.checks import COLUMNS, Outcome
 from experiments.bench.covering.processes import cases, outcomes, sets
 
-_MARKS = {"not_equal": "NOT EQUAL", "breaks": "breaks", "refused": "refused", "no_peer": "", "equal": "yes", "-": ""}
+_MARKS = {"not_equal": "NOT EQUAL", "breaks": "breaks", "refused": "refused", "no_peer": "", "equal": "yes", "-": "-"}
 
 
 @dataclass(frozen=True)
 class Coverage:
     """`set`: which sets; none: all. `only`: rows of these names; none: all. `columns`: what is tried beyond building.
 
-    `json`: receives the rows, in the place of those that it has of the same name. `page`: receives the page, of all
-    files `coverage-*.json` beside `json`. `resume`: leave out rows that `json` has. `limit_s`: of one row.
+    `json`: receives the rows, in the place of what it has of the same rows and columns. `page`: receives the page, of
+    all files `coverage-*.json` beside `json`. `resume`: leave out rows of which `json` has all these columns, or says
+    why not. `limit_s`: of one row.
     """
 
     set: tuple[str, ...] = ()
@@ -42,8 +43,8 @@ def main(config: Coverage) -> tuple[Outcome, ...]:
     """Run the rows and print them; write the files. ValueError for a set or a row that there is not."""
     rows = chosen(config)
     if config.resume and config.json is not None and config.json.exists():
-        known = {(o.set, o.name) for o in page.read(config.json)}
-        rows = [row for row in rows if row not in known]
+        done = _done(config.json, config.columns)
+        rows = [row for row in rows if row not in done]
     found = []
     for outcome in outcomes(rows, columns=config.columns, limit_s=config.limit_s):
         found.append(outcome)
@@ -54,6 +55,12 @@ def main(config: Coverage) -> tuple[Outcome, ...]:
     if config.page is not None:
         write_page(config.page, Path() if config.json is None else config.json.parent)
     return tuple(found)
+
+
+def _done(file: Path, columns: Sequence[str]) -> set[tuple[str, str]]:
+    """The rows of a file of which nothing is to come: these columns were tried, or an outcome ended the row."""
+    tried = {(o.set, o.name): o for o in page.read(file)}
+    return {key for key, o in tried.items() if o.verdict != "equal" or set(columns) <= o.cells.keys()}
 
 
 def chosen(config: Coverage) -> list[tuple[str, str]]:
@@ -82,7 +89,7 @@ def table(found: Sequence[Outcome]) -> Table:
     """The rows as a table for a terminal."""
     shown = Table("set", "name", "batch", *COLUMNS[1:], "s", "why", title="Coverage", title_justify="left")
     for o in found:
-        marks = [_MARKS[o.cells[c].verdict] if c in o.cells else "-" for c in COLUMNS[1:]]
+        marks = [_MARKS[o.cells[c].verdict] if c in o.cells else "" for c in COLUMNS[1:]]
         why = next((c.words for c in o.cells.values() if c.verdict not in ("equal", "-")), "")
         shown.add_row(o.set, o.name, o.about, *marks, f"{o.seconds:.0f}", why[:80])
     return shown

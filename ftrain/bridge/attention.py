@@ -22,6 +22,9 @@ from ftrain.kernels.documents import Segments, document_index, ids_of
 NAME = "ftrain"
 """The name of our functions in transformers' registries."""
 
+_READ = {"s_aux", "sinks", "position_bias"}
+_NOT_OURS = {"position_ids", "cache_position", "hidden_states"}
+"""Tensors that are passed on to all attentions, and say nothing of the scores."""
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
 
 
@@ -96,11 +99,14 @@ def attend(
 
     - `query`, `key`, `value`: `[B, H, L, K]`, `[B, G, S, K]`, `[B, G, S, V]`. `attention_mask`: a `MaskRule`, a dense
       mask `[B or 1, H or 1, L, S]` (bool, or numbers to add), or None: causal as the module says.
-    - `options`: sliding_window, softcap, s_aux or sinks, position_bias, is_causal; others are of other backends.
+    - `options`: sliding_window, softcap, s_aux or sinks, position_bias, is_causal; numbers beside them are of other
+      backends.
 
-    ValueError for dropout of attention where there is a key to draw from.
+    ValueError for dropout of attention where there is a key to draw from, and for a tensor among the options that is
+    not known, such as the keys that a model has chosen.
     """
     call = _call.get()
+    _require_known(module, options)
     if dropout and call.drops:
         raise ValueError(
             f"{type(module).__name__} drops attention weights (p={dropout}), which attention by blocks cannot: set the "
@@ -127,6 +133,14 @@ def attend(
         **_extras(options),
     )
     return out_THV.unflatten(0, query.shape[::2][:2]), None
+
+
+def _require_known(module: nn.Module, options: Mapping[str, Any]) -> None:
+    unknown = [
+        name for name, x in options.items() if isinstance(x, Tensor) and name not in _READ and name not in _NOT_OURS
+    ]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} gives attention {unknown[0]!r}, which ours does not know")
 
 
 def _rule(module: nn.Module, mask: Any, options: Mapping[str, Any]) -> tuple[MaskRule, Tensor | None]:

@@ -17,14 +17,16 @@ pytest.importorskip("transformers", minversion="5")
 @pytest.mark.slow
 def test_a_row_runs_in_a_process_and_is_a_line_of_the_page(tmp_path):
     file, shown = tmp_path / "coverage-causal_lm.json", tmp_path / "coverage.md"
-    options = Coverage(set=("causal_lm",), only=("gpt2",), columns=("equal", "sequence"), json=file, page=shown)
+    options = Coverage(
+        set=("causal_lm",), only=("gpt2",), columns=("equal", "sequence", "expert"), json=file, page=shown
+    )
     (found,) = coverage.main(options)
     assert found.verdict == "equal", found
     assert {c: cell.verdict for c, cell in found.cells.items()} == dict.fromkeys(
         ("builds", "equal", "sequence"), "equal"
     )
     assert page.read(file) == (found,)
-    assert "| gpt2 | packed | equal | - | - | equal | - | - |" in shown.read_text()
+    assert "| gpt2 | packed | equal |  |  | equal | - |  |" in shown.read_text()
     assert coverage.main(replace(options, resume=True)) == ()
 
 
@@ -75,6 +77,19 @@ def test_the_worse_of_building_and_computing_is_the_verdict_of_a_row():
     assert Outcome("causal_lm", "it", {"builds": Cell("equal"), "equal": Cell("not_equal")}).verdict == "not_equal"
     assert Outcome("causal_lm", "it", {"builds": Cell("refused")}).verdict == "refused"
     assert Outcome("causal_lm", "it", {"builds": Cell("equal"), "equal": Cell("equal")}).verdict == "equal"
+
+
+def test_columns_that_are_tried_later_join_the_row(tmp_path):
+    file, made = tmp_path / "coverage-causal_lm.json", {"builds": Cell("equal")}
+    page.write(
+        [Outcome("causal_lm", "it", {**made, "equal": Cell("equal"), "saved": Cell("breaks")}, "rows", 2.0)], file
+    )
+    page.write([Outcome("causal_lm", "it", {**made, "saved": Cell("equal")}, "rows", 1.0)], file)
+    wanted = {**made, "equal": Cell("equal"), "saved": Cell("equal")}
+    assert page.read(file) == (Outcome("causal_lm", "it", wanted, "rows", 2.0),)
+    refused = Outcome("causal_lm", "it", {"builds": Cell("refused", "why")}, "", 1.0)
+    page.write([refused], file)
+    assert page.read(file) == (refused,)
 
 
 def test_a_name_that_no_set_has_is_refused():

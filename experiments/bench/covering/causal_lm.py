@@ -30,6 +30,7 @@ _SMALL = {
     "bos_token_id": 1, "eos_token_id": 2, "use_cache": False, "shared_expert_intermediate_size": 16,
     "n_shared_experts": 1, "moe_topk": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "sliding_window": 8, "n_positions": 128,
+    "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2,
 }  # fmt: skip
 """What a configuration is made small with: the fields that it has of these."""
 _PACK, _ACROSS, _ROWS = (9, 7, 16), (21, 11), (16, 16)
@@ -55,11 +56,19 @@ def tiny(kind: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     make: Callable[..., Any] = CONFIG_MAPPING[kind]
-    usual = make().to_dict()
-    options: dict[str, Any] = {name: value for name, value in _SMALL.items() if name in usual}
+    return make(**_smaller(make().to_dict()))
+
+
+def _smaller(usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that make a configuration small, and those within it (of towers)."""
+    found: dict[str, Any] = {name: value for name, value in _SMALL.items() if name in usual}
+    found |= {name: 0 for name, value in found.items() if isinstance(value, float) and type(usual[name]) is int}
     if usual.get("layer_types"):
-        options["layer_types"] = usual["layer_types"][-2:]
-    return make(**options)
+        found["layer_types"] = usual["layer_types"][-2:]
+    for name, value in usual.items():
+        if isinstance(value, dict) and name.endswith("_config") and "model_type" in value:
+            found[name] = {"model_type": value["model_type"], **_smaller(value)}
+    return found
 
 
 def _build(kind: str) -> Built:

@@ -74,7 +74,10 @@ def tried(case: Case, columns: tuple[str, ...] = COLUMNS) -> Iterator[tuple[str,
     if built.about:
         yield "about", Cell("-", built.about)
     for column in COLUMNS[1:]:
-        if column not in columns or not _applies(built, column):
+        if column not in columns:
+            continue
+        if not _applies(built, column):
+            yield column, Cell("-")
             continue
         words, cell = _cell(lambda column=column: _try(built, column))
         yield column, cell if words is None else Cell("equal", words)

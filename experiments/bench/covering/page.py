@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ _TITLES = {
     "images": "Image models of timm and torchvision",
 }
 _HEADS = {"equal": "one device", "shard": "shard 2", "sequence": "sequence 2", "expert": "expert 2"}
-_WORDS = {"not_equal": "**NOT EQUAL**", "breaks": "breaks", "refused": "refused", "no_peer": "", "equal": "equal"}
+_WORDS = {
+    "not_equal": "**NOT EQUAL**",
+    "breaks": "breaks",
+    "refused": "refused",
+    "no_peer": "",
+    "equal": "equal",
+    "-": "-",
+}
 _PEERS = ("transformers", "diffusers", "timm", "torchvision")
 _INTRODUCTION = """# Which models run
 
@@ -29,20 +36,29 @@ Written by `python -m experiments.bench.coverage --page docs/coverage.md`; not b
 configuration of one architecture, through the bridge (`ftrain.bridge`) and by itself (eager, in float32, no dropout).
 "equal": the loss is the plain module's to 1e-5 and every gradient to 1e-4, both relative; on "shard 2", "sequence 2"
 and "expert 2" on virtual meshes of two ranks. "saved": written, and loaded by the peer's library with strict names. A
-dash: does not apply. "refused": an error of ours says why, below. "breaks": an error in words of another library or of
-Python. "NOT EQUAL": other numbers, silently. Rows that do not run by themselves on such a configuration are left out.
+dash: does not apply; empty: not tried. "refused": an error of ours says why, below. "breaks": an error in words of
+another library or of Python. "NOT EQUAL": other numbers, silently. Rows that do not run by themselves on such a
+configuration are left out.
 """
 
 
 def write(found: Sequence[Outcome], file: Path) -> None:
-    """Write outcomes to `file`, in the place of those that it has of the same rows; the others stay."""
+    """Write outcomes to `file`: in the place of those that it has of the same rows and columns; the others stay."""
     kept = {(o.set, o.name): o for o in (read(file) if file.exists() else ())}
-    kept |= {(o.set, o.name): o for o in found}
+    for o in found:
+        before = kept.get((o.set, o.name))
+        kept[o.set, o.name] = o if before is None or o.verdict != "equal" else _both(before, o)
     rows = [asdict(kept[key]) for key in sorted(kept)]
     file.parent.mkdir(parents=True, exist_ok=True)
     head = {**asdict(Machine.here()), "versions": versions()}
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     file.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
+
+
+def _both(before: Outcome, now: Outcome) -> Outcome:
+    """A row of which columns were tried at two times."""
+    cells = before.cells if before.about == now.about else {}
+    return replace(now, cells={**cells, **now.cells}, seconds=max(before.seconds, now.seconds))
 
 
 def read(file: Path) -> tuple[Outcome, ...]:
@@ -89,7 +105,7 @@ def _totals(name: str, rows: Sequence[Outcome]) -> str:
     counts = [sum(o.verdict == verdict for o in rows) for verdict in ("equal", "refused", "breaks")]
     meshes = []
     for column in list(_HEADS)[1:]:
-        tried = [o.cells[column].verdict for o in rows if column in o.cells]
+        tried = [o.cells[column].verdict for o in rows if column in o.cells and o.cells[column].verdict != "-"]
         meshes.append(f"{sum(v == 'equal' for v in tried)} of {len(tried)}" if tried else "-")
     return f"| {_TITLES[name]} | {len(rows)} | " + " | ".join(map(str, [*counts, silent, *meshes])) + " |"
 
@@ -99,7 +115,7 @@ def _table(rows: Sequence[Outcome]) -> list[str]:
     lines = ["| model | batch | " + " | ".join(_HEADS.get(c, c) for c in columns) + " | s |"]
     lines += ["|---|" + "---|" * (len(columns) + 2)]
     for o in rows:
-        cells = [_WORDS[o.cells[c].verdict] if c in o.cells else "-" for c in columns]
+        cells = [_WORDS[o.cells[c].verdict] if c in o.cells else "" for c in columns]
         if "equal" not in o.cells:
             cells[0] = _WORDS[o.verdict]
         lines.append(f"| {o.name} | {o.about} | " + " | ".join(cells) + f" | {o.seconds:.0f} |")

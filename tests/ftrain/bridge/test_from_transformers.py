@@ -44,6 +44,13 @@ ALONE = {
     ),
     "mamba": lambda: transformers.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4),
     "bloom": lambda: transformers.BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=4),
+    "attention by its name": lambda: transformers.FalconConfig(
+        vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=4
+    ),
+    "looks into masks": lambda: transformers.DogeConfig(**GROUPED),
+    "keeps the state of its scan": lambda: transformers.RecurrentGemmaConfig(
+        **{**GROUPED, "num_hidden_layers": 1}, lru_width=16, attention_window_size=8
+    ),
 }
 LENGTH, DOCUMENTS = 12, 2
 
@@ -125,8 +132,50 @@ def test_such_a_pack_is_refused_with_the_reason(kind):
     model = from_transformers(ALONE[kind]())
     assert not model.packs
     params = ftrain.init(model.specs, ftrain.key(0))
-    with pytest.raises(ValueError, match=r"several documents cannot share its tokens, as .*modeling_.*\.py:\d+"):
+    with pytest.raises(ValueError, match=r"several documents cannot share its tokens, as .*(modeling_|masking_utils).*\.py:\d+"):
         model.loss(params, pack())
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [("attention by its name", True), ("looks into masks", True), ("bart", False)]
+)
+def test_its_own_attention_is_taken_where_ours_does_not_suit_it(kind, own):
+    model = from_transformers(ALONE[kind]())
+    assert model.why.startswith("bridged, with its own attention, as ours does not suit it (") == own
+
+
+def test_every_call_begins_with_the_same_module():
+    model = from_transformers(ALONE["keeps the state of its scan"]())
+    params = ftrain.init(model.specs, ftrain.key(0))
+    first, again = (model.logits(params, rows()) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("llama", 1), ("gpt2", 2)])  # gpt2 reads a table by places
+def test_a_model_is_made_with_one_trace(kind, calls):
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: seen.append(type(module).__name__) if hasattr(module, "lm_head") else None
+    )
+    try:
+        from_transformers(PACKED[kind]())
+    finally:
+        hook.remove()
+    assert len(seen) == calls
+
+
+def test_only_experts_that_our_primitive_reads_are_divided_as_experts():
+    ours = flatten(from_transformers(PACKED["experts"]()).specs)
+    assert {path.rpartition(".")[2] for path, spec in ours.items() if "expert" in spec.axes} == {
+        "gate_up_proj",
+        "down_proj",
+    }
+    theirs = transformers.JetMoeConfig(
+        **{**GROUPED, "num_hidden_layers": 1}, kv_channels=4, num_local_experts=4, num_experts_per_tok=2
+    )
+    specs = flatten(from_transformers(theirs).specs)
+    assert any(".experts." in path for path in specs)
+    assert not any("expert" in spec.axes for spec in specs.values())
 
 
 def test_nothing_is_allocated():
