@@ -33,6 +33,16 @@ _SMALL = {
     "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2,
 }  # fmt: skip
 """What a configuration is made small with: the fields that it has of these."""
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+_OWN: Mapping[str, Mapping[str, Any]] = {
+    "bamba": _MAMBA,
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": _MAMBA,
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What a type of model needs beside."""
 _PACK, _ACROSS, _ROWS = (9, 7, 16), (21, 11), (16, 16)
 """Lengths of documents: of a pack whose halves are whole documents, of one whose middle is within one, of rows."""
 
@@ -56,12 +66,14 @@ def tiny(kind: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     make: Callable[..., Any] = CONFIG_MAPPING[kind]
-    return make(**_smaller(make().to_dict()))
+    return make(**{**_smaller(make().to_dict()), **_OWN.get(kind, {})})
 
 
 def _smaller(usual: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that make a configuration small, and those within it (of towers)."""
     found: dict[str, Any] = {name: value for name, value in _SMALL.items() if name in usual}
+    if "qk_rope_head_dim" in usual:  # the keys of latent attention: as many as queries, rotated as wide as that
+        found |= {name: value for name, value in {"head_dim": 4, "num_key_value_heads": 4}.items() if name in usual}
     found |= {name: 0 for name, value in found.items() if isinstance(value, float) and type(usual[name]) is int}
     if usual.get("layer_types"):
         found["layer_types"] = usual["layer_types"][-2:]

@@ -132,7 +132,9 @@ def test_such_a_pack_is_refused_with_the_reason(kind):
     model = from_transformers(ALONE[kind]())
     assert not model.packs
     params = ftrain.init(model.specs, ftrain.key(0))
-    with pytest.raises(ValueError, match=r"several documents cannot share its tokens, as .*(modeling_|masking_utils).*\.py:\d+"):
+    with pytest.raises(
+        ValueError, match=r"several documents cannot share its tokens, as .*(modeling_|masking_utils).*\.py:\d+"
+    ):
         model.loss(params, pack())
 
 
