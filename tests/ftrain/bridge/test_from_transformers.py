@@ -27,6 +27,7 @@ OF_GPT2 = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positio
 UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
 PACKED = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED),
     "tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
@@ -36,6 +37,15 @@ PACKED = {
         **{**SMALL, "pad_token_id": 1}, **NO_DROPOUT, max_position_embeddings=64, is_decoder=True
     ),
     "experts": lambda: transformers.Qwen3MoeConfig(**GROUPED, **EXPERTS),
+    "latent attention": lambda: transformers.DeepseekV3Config(
+        **{**SMALL, **LATENT, "num_hidden_layers": 1},
+        first_k_dense_replace=0,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    ),
     "scaled logits": lambda: transformers.GraniteConfig(**GROUPED, logits_scaling=3.0),
 }
 ALONE = {
