@@ -1,13 +1,14 @@
 """What a row of the coverage bench is given: a model of the bridge, and what the plain module computes by itself."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
+from ftrain.sharding.batch import BatchRule
 
 Expected = Callable[[], tuple[float, Mapping[str, Tensor]]]
 
@@ -34,6 +35,7 @@ class Built:
     - `splits`: which of "sequence" and "expert" apply. `shared`: the batch for "sequence"; None: `batch`.
     - `roundtrip()`: save, load back in the peer's library with strict names; raises if something is not equal.
     - `key`: int64 `[2]` for dropout, where the row is about it.
+    - `rules`: how leaves of the batch are divided that are not by rows, as `Plan(batch=...)` takes them.
     - `about`: what the row is on, in a word or two ("packed", "rows").
     """
 
@@ -45,6 +47,7 @@ class Built:
     roundtrip: Callable[[], None] | None = None
     shared: Shared | None = None
     key: Tensor | None = None
+    rules: Mapping[str, BatchRule] = field(default_factory=dict)
     about: str = ""
 
 

@@ -101,7 +101,7 @@ def _try(built: Built, column: str) -> str:
         batch, expected = built.shared.batch, built.shared.expected
     options: dict[str, Any] = {"remat": "layer"} if column == "remat" else {}
     if column in _MESHES:
-        options = {"plan": Plan(_MESHES[column], Layout()), "specs": built.model.specs}
+        options = {"plan": Plan(_MESHES[column], Layout(), batch=built.rules), "specs": built.model.specs}
     return compared(*computed(built, batch, options), *expected())
 
 
