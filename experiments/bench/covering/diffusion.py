@@ -197,6 +197,8 @@ def _roundtrip(plain: Any) -> None:
         model.save(model.load(), after)
         for file in before.iterdir():
             assert file.read_bytes() == (after / file.name).read_bytes(), file.name
-        again = type(plain).from_pretrained(after, low_cpu_mem_usage=False)
+        again, told = type(plain).from_pretrained(after, output_loading_info=True)
+        assert not told["missing_keys"], told
+        assert not told["unexpected_keys"], told
         here = flatten(_nested(plain))
         assert all(torch.equal(p, here[name]) for name, p in again.named_parameters())

@@ -315,9 +315,48 @@ def test_dropout_draws_from_a_key_and_is_the_same_under_recompute():
     torch.testing.assert_close(on_mesh(params, pack(), ftrain.key(1))[0], first[0], rtol=0, atol=1e-5)
 
 
-def test_dropout_of_attention_is_refused_where_there_is_a_key():
-    model = from_transformers(transformers.GPT2Config(**OF_GPT2, attn_pdrop=0.1))
-    params = ftrain.init(model.specs, ftrain.key(0))
-    with pytest.raises(ValueError, match=r"drops attention weights \(p=0.1\)"):
-        model.loss(params, pack(), ftrain.key(0))
-    assert model.loss(params, pack()).count == 22
+ONE = {**GROUPED, "num_hidden_layers": 1}
+DROPPING = {
+    "window": lambda: transformers.MistralConfig(**ONE, attention_dropout=0.3, sliding_window=5),
+    "eager": lambda: transformers.BloomConfig(vocab_size=61, hidden_size=8, n_layer=1, n_head=2, attention_dropout=0.3),
+}
+
+
+def at_key(config, batch, key, **options):
+    model = from_transformers(config)
+    if "plan" in options:
+        options["specs"] = model.specs
+    step = ftrain.jit(lambda p, batch, key: ftrain.value_and_grad(model.loss)(p, batch, key), **options)
+    return tree.leaves(step(ftrain.init(model.specs, ftrain.key(0)), batch, key))
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_dropout_of_attention_is_the_same_under_recompute_and_on_a_mesh(kind):
+    batch = rows() if kind == "eager" else pack()
+    first, other = (at_key(DROPPING[kind](), batch, ftrain.key(seed)) for seed in (1, 2))
+    assert float(first[0]) != float(other[0])
+    again = at_key(DROPPING[kind](), batch, ftrain.key(1), remat="all")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    shared = at_key(DROPPING[kind](), batch, ftrain.key(1), plan=Plan(Mesh(shard=2, kind="virtual"), Layout()))
+    for a, b in zip(first, shared, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_of_attention_is_the_same_for_rows_and_for_their_pack():
+    (a, *_), (b, *_) = (at_key(DROPPING["window"](), batch, ftrain.key(1)) for batch in (rows(), pack()))
+    torch.testing.assert_close(a, b)
+
+
+def test_dropout_of_attention_is_none_without_a_key():
+    (a, *_), (b, *_) = (
+        at_key(config, pack(), None)
+        for config in (DROPPING["window"](), transformers.MistralConfig(**ONE, sliding_window=5))
+    )
+    torch.testing.assert_close(a, b)
+
+
+def test_dropout_of_attention_is_refused_where_ranks_share_a_sequence():
+    plan = Plan(Mesh(sequence=2, kind="virtual"), Layout())
+    places = torch.arange(LENGTH).repeat(DOCUMENTS)
+    with pytest.raises(ValueError, match=r"MistralAttention drops attention weights \(p=0.3\), which ranks of a sequence"):
+        at_key(DROPPING["window"](), {**pack(), "positions": places}, ftrain.key(1), plan=plan)

@@ -377,3 +377,9 @@ def test_who_asks_for_a_number_that_only_data_have_is_told():
         with pytest.raises(private.DATA_DEPENDENT):
             bool(number > 0)
     assert [frame.f_code.co_filename for frame in frames] == [__file__]
+
+
+def test_modules_that_ask_are_told_of_an_export_within_the_block():
+    with private.exporting():
+        assert torch.compiler.is_exporting()
+    assert not torch.compiler.is_exporting()
