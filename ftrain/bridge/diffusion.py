@@ -31,9 +31,7 @@ _ALONE = "its tokens are made of a sample's latents inside of the module"
 _OPTIONS = ("return_dict", "attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 
 
-def from_diffusers(
-    source: str | Path | Mapping[str, Any], *, dtype: torch.dtype = torch.float32
-) -> Model:
+def from_diffusers(source: str | Path | Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> Model:
     """A transformer or UNet of diffusers as pure functions over a tree of parameters; nothing is allocated.
 
     Args:
@@ -146,8 +144,8 @@ class Diffusion:
         trace = current_sharded()
         if trace is not None and trace.plan.mesh.sequence > 1:
             raise ValueError(
-                f"{self.name}: ranks of a sequence axis cannot share its tokens, as {_ALONE}: divide samples among data "
-                "axes (shard, replicate)"
+                f"{self.name}: ranks of a sequence axis cannot share its tokens, as {_ALONE}: divide samples among "
+                "data axes (shard, replicate)"
             )
 
 

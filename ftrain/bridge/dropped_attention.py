@@ -67,7 +67,7 @@ def multi_head(kept: Kept, run: Callable[..., Any], given: dict[str, Any]) -> An
     single = weights.dim() == 3
     value = given["value"].unsqueeze(1) if single else given["value"]
     weights = dropped(kept, weights.unsqueeze(0) if single else weights, p)
-    B, H, L, S = weights.shape
+    B, H, _, S = weights.shape
     v_BHSK = _values(given, value).view(S, B, H, -1).permute(1, 2, 0, 3)
     out_LBE = (weights @ v_BHSK).permute(2, 0, 1, 3).flatten(2)
     out_LBE = torch.nn.functional.linear(out_LBE, given["out_proj_weight"], given["out_proj_bias"])

@@ -220,9 +220,7 @@ def _header(file: Path, shown: Path) -> dict[str, Stored]:
 def _check_index(shown: Path, index: dict[str, str], tensors: dict[str, Stored]) -> None:
     for name, file in index.items():
         if name not in tensors or tensors[name].shown.name != file:
-            raise ValueError(
-                f"{shown} says that {file} holds {name!r}, but it does not: copy the folder again"
-            )
+            raise ValueError(f"{shown} says that {file} holds {name!r}, but it does not: copy the folder again")
     strange = sorted(set(tensors) - set(index))
     if strange:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Classifiers of torchvision and timm through `from_module`: statistics of the batch, dropout, stochastic depth.
 
 All is in float64: the plain modules' own gradients in float32 are right to 2e-2 only (BatchNorm over few pictures,
-fifty layers of it). A row by its name alone drops nothing and is compared with the plain module. A row "..., dropped" draws from a key; it
-is compared with the model's own eager step, which recompute and meshes must repeat to the number.
+fifty layers of it). A row by its name alone drops nothing and is compared with the plain module. A row "..., dropped"
+draws from a key; it is compared with the model's own eager step, which recompute and meshes must repeat to the number.
 """
 
 from collections.abc import Callable, Mapping

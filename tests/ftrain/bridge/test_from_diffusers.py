@@ -112,7 +112,8 @@ def test_a_pure_function_of_ones_own():
 
 
 def test_nothing_is_allocated():
-    model = from_diffusers({**PIXART, "num_attention_heads": 64, "attention_head_dim": 128, "cross_attention_dim": 8192})
+    wide = {"num_attention_heads": 64, "attention_head_dim": 128, "cross_attention_dim": 8192}
+    model = from_diffusers({**PIXART, **wide})
     assert ftrain.modules.spec.count(model.specs) > 1_000_000_000
 
 

@@ -358,5 +358,5 @@ def test_dropout_of_attention_is_none_without_a_key():
 def test_dropout_of_attention_is_refused_where_ranks_share_a_sequence():
     plan = Plan(Mesh(sequence=2, kind="virtual"), Layout())
     places = torch.arange(LENGTH).repeat(DOCUMENTS)
-    with pytest.raises(ValueError, match=r"MistralAttention drops attention weights \(p=0.3\), which ranks of a sequence"):
+    with pytest.raises(ValueError, match=r"MistralAttention drops .*\(p=0.3\), which ranks of a sequence"):
         at_key(DROPPING["window"](), {**pack(), "positions": places}, ftrain.key(1), plan=plan)
