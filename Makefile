@@ -59,7 +59,7 @@ $(RUN_STAMP): pyproject.toml | $(BIN)/python
 	touch $@
 
 $(TEST_STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[data,hf,test,lint]"
+	$(BIN)/python -m pip install --quiet --editable ".[data,hf,diffusers,test,lint]"
 	touch $@ $(RUN_STAMP)
 
 # The CUDA build of torch, whatever the machine has; 7 GB, of which pip holds 2.5 GB twice while it installs.

@@ -39,6 +39,7 @@ class Model:
       `[2]`, from which dropout draws; without one nothing is dropped.
     - `logits(params, batch, key=None)`: the scores, with the dims of the batch's tokens and V at last.
     - `hidden(params, batch, key=None)`: what the head reads, with D at last.
+    - `outputs(params, batch, key=None)`: what the model predicts where that is no scores of tokens.
     - `load(specs=None) -> params`: the weights, each rank's own part where a plan says so; None without a folder.
     - `save(params, folder)`: in the format that it was loaded from.
     - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm), as a tree of tensors; the
@@ -55,6 +56,7 @@ class Model:
     loss: Callable[..., Any]
     logits: Callable[..., Tensor] | None = None
     hidden: Callable[..., Tensor] | None = None
+    outputs: Callable[..., Any] | None = None
     load: Callable[..., Tree] | None = None
     save: Callable[..., None] | None = None
     state: Tree = field(default_factory=dict)

@@ -107,6 +107,9 @@ COMMANDS = {
         long=True,
     ),
     "python -m experiments.bench.crash": Command(appended="--kills 1 --mib 1", says="while writing"),
+    "python -m experiments.bench.coverage": Command(
+        appended="--set causal_lm --only gpt2 --columns equal --json {here}/coverage-causal_lm.json", says="gpt2"
+    ),
     "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences"),
     "make omni": Command(),
     "make test": Command(),

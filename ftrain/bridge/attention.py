@@ -15,13 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from ftrain.bridge.batches import row_documents
+from ftrain.bridge.draws import next_key
 from ftrain.bridge.masks import MaskRule, read
+from ftrain.bridge.token_dropout import drop_weights
 from ftrain.kernels.attention import attention
 from ftrain.kernels.documents import Segments, document_index, ids_of
+from ftrain.kernels.pack import pack_tokens
 
 NAME = "ftrain"
 """The name of our functions in transformers' registries."""
 
+_READ = {"s_aux", "sinks", "position_bias"}
+_NOT_OURS = {"position_ids", "cache_position", "hidden_states"}
+"""Tensors that are passed on to all attentions, and say nothing of the scores."""
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
 
 
@@ -96,19 +102,20 @@ def attend(
 
     - `query`, `key`, `value`: `[B, H, L, K]`, `[B, G, S, K]`, `[B, G, S, V]`. `attention_mask`: a `MaskRule`, a dense
       mask `[B or 1, H or 1, L, S]` (bool, or numbers to add), or None: causal as the module says.
-    - `options`: sliding_window, softcap, s_aux or sinks, position_bias, is_causal; others are of other backends.
+    - `options`: sliding_window, softcap, s_aux or sinks, position_bias, is_causal; numbers beside them are of other
+      backends.
 
-    ValueError for dropout of attention where there is a key to draw from.
+    Where there is a key to draw from, `dropout` is the probability of a weight to be dropped; scores are then held in
+    memory. ValueError for such dropout where ranks share a sequence, and for a tensor among the options that is not
+    known, such as the keys that a model has chosen.
     """
     call = _call.get()
-    if dropout and call.drops:
-        raise ValueError(
-            f"{type(module).__name__} drops attention weights (p={dropout}), which attention by blocks cannot: set the "
-            "dropout of attention to 0 in the model's configuration"
-        )
+    drops = dropout if call.drops else 0.0
+    _require_all_keys(module, drops)
+    _require_known(module, options)
     rule, bias = _rule(module, attention_mask, options)
-    if rule.dense is not None or bias is not None:
-        return _by_scores(query, key, value, rule, bias, scaling, options, call, module), None
+    if rule.dense is not None or bias is not None or drops:
+        return _by_scores(query, key, value, rule, bias, scaling, options, call, module, drops), None
     cross = _is_cross(module, query, key, call)
     q_THK, k_SGK, v_SGV = _fold(query), _fold(key), _fold(value)
     segments, source = _documents(query, key, call, cross)
@@ -127,6 +134,23 @@ def attend(
         **_extras(options),
     )
     return out_THV.unflatten(0, query.shape[::2][:2]), None
+
+
+def _require_known(module: nn.Module, options: Mapping[str, Any]) -> None:
+    unknown = [
+        name for name, x in options.items() if isinstance(x, Tensor) and name not in _READ and name not in _NOT_OURS
+    ]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} gives attention {unknown[0]!r}, which ours does not know")
+
+
+def _require_all_keys(module: nn.Module, dropout: float) -> None:
+    """ValueError for weights to be dropped by a rank that holds a part of the keys."""
+    if dropout and pack_tokens(1) != 1:
+        raise ValueError(
+            f"{type(module).__name__} drops attention weights (p={dropout}), which ranks of a sequence axis cannot: "
+            "set the dropout of attention to 0 in the model's configuration, or take data axes (shard, replicate)"
+        )
 
 
 def _rule(module: nn.Module, mask: Any, options: Mapping[str, Any]) -> tuple[MaskRule, Tensor | None]:
@@ -205,8 +229,9 @@ def _by_scores(
     options: Mapping[str, Any],
     call: Call,
     module: nn.Module,
+    dropout: float,
 ) -> Tensor:
-    """Attention with scores `[B, H, L, S]` in memory: for masks that are no rule, and numbers added to scores."""
+    """Attention with scores `[B, H, L, S]` in memory: for masks that are no rule, numbers added to scores, dropout."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -224,23 +249,31 @@ def _by_scores(
         own = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, own.to(scores.dtype)], -1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., : key.shape[2]]
+    weights = drop_weights(next_key(), weights, dropout) if dropout else weights
     return (weights.to(value.dtype) @ value).transpose(1, 2)
 
 
 def _seen(query: Tensor, key: Tensor, rule: MaskRule, call: Call, module: nn.Module) -> Tensor | None:
     """Bool `[B or 1, H or 1, L, S]`: the rule and the documents; None if everything is seen."""
     rows, L, S = query.shape[0], query.shape[2], key.shape[2]
-    found = rule.dense
-    if rule.dense is None and rule.causal and L == S:
-        i, j = torch.arange(L, device=query.device)[:, None], torch.arange(S, device=query.device)
-        found = j <= i
-        if rule.window is not None:
-            found = found & (j > i - rule.window)
     cross = _is_cross(module, query, key, call)
+    found = rule.dense if rule.dense is not None or cross else _near(rule, L, query.device)
     own, theirs = _documents(query, key, call, cross)
-    if own is None or (rows > 1 and call.segments_T is None):
+    if rule.chunk is not None and not cross:
+        own = _chunks(own, rule.chunk, rows * L, query.device)
+    elif own is None or (rows > 1 and call.segments_T is None):
         return found
     id_BL = ids_of(own).unflatten(0, (rows, L))
     id_BS = id_BL if theirs is None else ids_of(theirs).unflatten(0, (rows, S))
     same = (id_BL[:, :, None] == id_BS[:, None, :])[:, None]
     return same if found is None else same & found
+
+
+def _near(rule: MaskRule, L: int, device: torch.device) -> Tensor | None:
+    """Bool `[L, L]`: which keys a query sees by their places alone; None if all."""
+    apart_LL = torch.arange(L, device=device)[:, None] - torch.arange(L, device=device)
+    found = apart_LL >= 0 if rule.causal else None
+    if rule.window is not None:
+        close = (apart_LL if rule.causal else apart_LL.abs()) < rule.window
+        found = close if found is None else found & close
+    return found

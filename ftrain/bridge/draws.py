@@ -1,7 +1,9 @@
 """Random numbers of a module that come from a key: the same with recompute, and for each row on any mesh."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ftrain.bridge.dropped_attention import multi_head, scaled_dot_product
 from ftrain.graph.source import user_source
 from ftrain.kernels import random
 from ftrain.kernels.pack import draw_over_batch
@@ -16,6 +19,9 @@ from ftrain.kernels.pack import draw_over_batch
 _F = torch.nn.functional
 _DROPOUTS: set[Callable[..., Any]] = {_F.dropout, _F.dropout1d, _F.dropout2d, _F.dropout3d, torch.dropout}
 _CHANNELS: Mapping[Callable[..., Any], int] = {_F.dropout1d: 1, _F.dropout2d: 2, _F.dropout3d: 3}
+_SCALED, _HEADS = _F.scaled_dot_product_attention, _F.multi_head_attention_forward
+_OF_HEADS = tuple(inspect.signature(_HEADS).parameters)
+_RECURRENT: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _OTHERS: set[Callable[..., Any]] = {
     torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like, torch.bernoulli, torch.normal,
     torch.multinomial, torch.randperm, _F.alpha_dropout, _F.feature_alpha_dropout, _F.rrelu, _F.gumbel_softmax,
@@ -27,11 +33,22 @@ _OTHERS: set[Callable[..., Any]] = {
 def drawing(key: Tensor | None, rows: int = 0) -> Iterator[None]:
     """Within the block dropout and stochastic depth draw from `key`, int64 `[2]`; without one they drop nothing.
 
-    `rows`: how many rows of the batch there are (a rank's, on a mesh): an array with so many entries along a dim gets
-    for each row the numbers that it has in the whole batch. ValueError, with the line, for other random numbers.
+    `rows`: how many rows of the batch there are (a rank's, on a mesh): an array with so many entries along a dim, or a
+    multiple along dim 0, gets for each row the numbers that it has in the whole batch. ValueError, with the line, for
+    other random numbers.
     """
-    with _Draws(key, rows):
-        yield
+    draws = _Draws(key, rows)
+    token = _current.set(draws)
+    try:
+        with draws:
+            yield
+    finally:
+        _current.reset(token)
+
+
+def next_key() -> Tensor:
+    """Within `drawing` with a key: a key for one draw of one's own, int64 `[2]`. ValueError elsewhere."""
+    return (_current.get() or _Draws(None, 0)).key()
 
 
 class _Draws(TorchFunctionMode):
@@ -53,12 +70,25 @@ class _Draws(TorchFunctionMode):
             return self._dropped(func, *args, **kwargs)
         if func is Tensor.bernoulli_:
             return self._chosen(*args, **kwargs)
+        if func is _SCALED:
+            return self._scaled(*args, **kwargs)
+        if func is _HEADS:
+            return self._heads(*args, **kwargs)
+        if func in _RECURRENT:
+            return self._recurrent(func, args, kwargs)
         if func in _OTHERS:
             raise ValueError(
                 f"{user_source()}: {getattr(func, '__name__', func)} draws random numbers in a bridged module; only "
                 "dropout and stochastic depth draw from a key: make the numbers before and pass them in the batch"
             )
         return func(*args, **kwargs)
+
+    def key(self) -> Tensor:
+        """The key of the next draw, int64 `[2]`. ValueError without one to fold."""
+        if self._key is None:
+            raise ValueError("there is no key to draw from: give the model's functions one, key=ftrain.key(0)")
+        self._drawn += 1
+        return random.fold_in(self._key, self._drawn)
 
     def _dropped(
         self,
@@ -80,10 +110,47 @@ class _Draws(TorchFunctionMode):
         """`x.bernoulli_(p)`: ones where all are kept, without a key."""
         return x.fill_(1) if self._key is None else x.copy_(self._ones(tuple(x.shape), p))
 
+    def _scaled(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """Attention that drops weights by our numbers, or, without a key, none."""
+        if self._key is None or not dropout_p:
+            return _SCALED(query, key, value, attn_mask, 0.0, is_causal, **options)
+        return scaled_dot_product(self._ones, query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+    def _heads(self, *args: Any, **kwargs: Any) -> Any:
+        """Attention of `nn.MultiheadAttention`, as `_scaled`."""
+        given = {**dict(zip(_OF_HEADS, args, strict=False)), **kwargs}
+        if self._key is None or not given.get("training", True) or not given["dropout_p"]:
+            return _HEADS(**{**given, "dropout_p": 0.0})
+        return multi_head(self._ones, _HEADS, given)
+
+    def _recurrent(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A recurrent network whose layers drop what they pass on: without a key nothing, with one it is refused."""
+        given = list(args)
+        at = next(i for i, x in enumerate(given) if isinstance(x, float))
+        if given[at] and self._key is not None and given[at + 1]:
+            raise ValueError(
+                f"{user_source()}: {func.__name__} drops between its layers (p={given[at]}), which cannot be drawn "
+                "from a key: set its dropout to 0 and put nn.Dropout between layers"
+            )
+        given[at] = 0.0
+        return func(*given, **kwargs)
+
     def _ones(self, shape: tuple[int, ...], p: float) -> Tensor:
         """Ones with probability `p`, else zeros."""
-        assert self._key is not None
-        self._drawn += 1
-        key, draw = random.fold_in(self._key, self._drawn), partial(random.bernoulli, p=p)
+        key, draw = self.key(), partial(random.bernoulli, p=p)
         dim = next((i for i, n in enumerate(shape[:2]) if self._rows and n == self._rows), None)
+        if dim is None and self._rows and len(shape) > 2 and shape[0] % self._rows == 0:
+            dim = 0  # parts of rows (windows of pictures), row after row
         return draw(key, shape) if dim is None else draw_over_batch(draw, key, shape, dim=dim)
+
+
+_current: ContextVar[_Draws | None] = ContextVar("ftrain_bridge_draws", default=None)

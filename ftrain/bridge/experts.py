@@ -11,6 +11,8 @@ from ftrain.kernels.embedding import embedding
 from ftrain.kernels.experts import experts, experts_swiglu
 from ftrain.kernels.grouped_mm import grouped_mm
 
+_LEAVES = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"}
+
 
 def run_experts(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The experts function of transformers' registry: `[T, D]` in the dtype of the tokens.
@@ -37,6 +39,16 @@ def run_experts(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_
         return made.post_expert_norm(out_ND) if getattr(made, "has_post_expert_norm", False) else out_ND
 
     return experts(hidden_TD, index_TK, weights_TK, leaves, network).to(hidden_TD.dtype)
+
+
+def expert_leaves(module: nn.Module) -> set[str]:
+    """The names of the parameters below `module` that `run_experts` reads, with an entry for each expert."""
+    found = set()
+    for path, inner in module.named_modules():
+        if all(hasattr(inner, flag) for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated")):
+            own = {name for name, _ in inner.named_parameters(recurse=False)}
+            found |= {f"{path}.{name}" if path else name for name in own & _LEAVES}
+    return found
 
 
 def _bias(module: Any, name: str) -> Tensor | None:

@@ -88,7 +88,8 @@ class Scores:
 
     def tensor(self) -> Tensor:
         """The scores, `[..., V]`."""
-        scores = torch.nn.functional.linear(self.x, self.w_VD, self.b_V)
+        scores = self.x @ self.w_VD.t()  # no linear layer, which would be the head's again
+        scores = scores if self.b_V is None else scores + self.b_V
         scores = scores if self.before == 1.0 else scores * self.before
         scores = scores.tanh() if self.capped else scores
         return scores if self.after == 1.0 else scores * self.after

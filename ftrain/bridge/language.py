@@ -17,7 +17,7 @@ from ftrain.bridge.attention import Call, calling
 from ftrain.bridge.batches import LANGUAGE, folded, mean_over_labels, positions, require_tokens, rows
 from ftrain.bridge.draws import drawing
 from ftrain.bridge.heads import HeadReads, Scores, cross_entropy
-from ftrain.bridge.skeleton import call, flatten, parameters
+from ftrain.bridge.skeleton import as_it_was, call, flatten, parameters
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Leaf
 from ftrain.modules.spec import Tree
@@ -67,7 +67,8 @@ class Language:
         tensors = {**self.held, **flatten(params)}
         head = HeadReads(tensors[self._head]) if self._head in tensors else None
         about = Call(folded(batch.get("segments"), batch["tokens"]), drops=key is not None, paths=self._paths)
-        with calling(about), drawing(key, batch["tokens"].shape[0]), head if head is not None else nullcontext():
+        draws = drawing(key, batch["tokens"].shape[0])
+        with as_it_was(self.module), calling(about), draws, head if head is not None else nullcontext():
             found = call(self.module, tensors, (), self._arguments(batch))
         return found.logits, None if head is None else head.read
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ftrain.bridge.draws import drawing
 from ftrain.bridge.skeleton import buffers, call, detached, flatten, nest, parameters
 from ftrain.bridge.specs import inits_of, specs_of
+from ftrain.bridge.statistics import WholeBatch
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
@@ -116,7 +117,7 @@ class Bridged:
         versions = {name: x._version for name, x in before.items()}
         args, kwargs = self._arguments(batch)
         tensors = {f"inner.{name}": x for name, x in {**before, **flatten(params)}.items()}
-        with drawing(key, _rows(batch)):
+        with drawing(key, _rows(batch)), WholeBatch():
             result, after = call(self._wrapped, tensors, args, kwargs)
         changed = {n for n, x in after.items() if n in before and (x is not before[n] or x._version != versions[n])}
         strange = sorted(changed - set(self.written))

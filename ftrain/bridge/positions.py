@@ -1,7 +1,7 @@
 """Where a model's own counting of positions begins: some tables of positions have rows before the first token's.
 
-A model is traced with positions that count from zero and with none given; the rows of its tables that both read are
-compared. Positions that a batch gives are shifted by the difference.
+A model is traced with positions that count from zero; if it reads a table by them, it is traced with none given too,
+and the rows that both read are compared. Positions that a batch gives are shifted by the difference.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,40 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ftrain.bridge.proof import TOKENS
-from ftrain.kernels.primitive import bind
-from ftrain.trace.tracer import Traced, trace
-
-Run = Callable[[Any, Mapping[str, Tensor]], Any]
+from ftrain.trace.tracer import Traced
 
 
-def shift(run: Run, params: Any, tokens_T: Tensor, bound: Mapping[str, Callable[..., Any]]) -> int | None:
+def shift(given: Traced, own: Callable[[], Traced], batch: Mapping[str, Tensor]) -> int | None:
     """How much larger the model's own positions are than places from 0; None if they differ in another way.
 
-    `run(params, batch)`: the model, with `batch["positions"]` or without. `tokens_T`: ids of an example. `bound`: what
-    stands for the primitives.
+    `given`: the model's trace on `batch`, which has "positions" that count from 0. `own()`: its trace without them.
     """
-    place_T = torch.arange(TOKENS)
-    with bind(bound):
-        given = _rows_read(
-            trace(run, (params, {"tokens": tokens_T, "positions": place_T}), ("params", "batch")), tokens_T
-        )
-        own = _rows_read(trace(run, (params, {"tokens": tokens_T}), ("params", "batch")), tokens_T)
+    place_T = batch["positions"]
+    by_place = {table: rows_T for table, rows_T in _rows_read(given, batch).items() if not _all_alike(rows_T)}
+    if not by_place:
+        return 0
+    counted = _rows_read(own(), batch)
     found = set[int]()
-    for table in own.keys() & given.keys():
-        apart = set((own[table].flatten() - given[table].flatten()).tolist())
-        counts = torch.equal(given[table].flatten().diff(), place_T.diff())
+    for table in counted.keys() & by_place.keys():
+        apart = set((counted[table].flatten() - by_place[table].flatten()).tolist())
+        counts = torch.equal(by_place[table].flatten().diff(), place_T.diff())
         if not counts and apart != {0}:
             return None
         found |= apart if counts else set()
     return 0 if not found else found.pop() if len(found) == 1 else None
 
 
-def _rows_read(traced: Traced, tokens_T: Tensor) -> dict[str, Tensor]:
+def _all_alike(rows_T: Tensor) -> bool:
+    """True for a table that is read by the ids of tokens, of which the example has one, or by a constant."""
+    return bool((rows_T == rows_T.flatten()[0]).all())
+
+
+def _rows_read(traced: Traced, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For each table of parameters the rows that an embedding reads, where they follow from ids and places alone."""
     known = dict[fx.Node, Any]()
     paths = dict[fx.Node, str]()
-    given = {"batch.tokens": tokens_T, "batch.positions": torch.arange(TOKENS)}
+    given = {f"batch.{name}": x for name, x in batch.items()}
     found = dict[str, Tensor]()
     names = iter(traced.input_paths)
     for node in traced.module.graph.nodes:

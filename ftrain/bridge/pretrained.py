@@ -13,16 +13,18 @@ from torch import nn
 from ftrain.bridge.attention import NAME
 from ftrain.bridge.config import read_config
 from ftrain.bridge.doors import open_doors
+from ftrain.bridge.experts import expert_leaves
 from ftrain.bridge.language import Language
 from ftrain.bridge.plain import plain_loss
 from ftrain.bridge.positions import shift
-from ftrain.bridge.proof import ALONE, example, mixing
+from ftrain.bridge.proof import example, mixing, packed
 from ftrain.bridge.skeleton import buffers, build, nest, parameters
 from ftrain.bridge.specs import inits_of, specs_of
 from ftrain.bridge.weights import load, save
 from ftrain.hf.files import HfFolder
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
+from ftrain.trace.tracer import Traced
 
 Task = Literal["causal_lm", "masked_lm"]
 _CLASSES = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
@@ -57,12 +59,8 @@ def from_transformers(
     open_doors()
     folder = Path(source) if isinstance(source, str | Path) else None
     config = source if folder is None else read_config(folder, trust_remote_code)
-    module = _module(config, task, dtype, trust_remote_code)
-    specs = nest(specs_of(parameters(module), vocab=_tables(module), inits=inits_of(module, _begin(module))))
-    held = buffers(module)
-    made = Language(module, type(module).__name__, held)
-    alone, first = _documents(made, abstract(specs))
-    made = replace(made, alone=alone, first=first)
+    made, specs, why = _suited(partial(_make, config, task, dtype, trust=trust_remote_code))
+    module, held, alone = made.module, made.held, made.alone
     weights = None if folder is None else partial(_load, module, folder, specs)
     return Model(
         name=f"{type(module).__name__} of transformers",
@@ -76,7 +74,7 @@ def from_transformers(
         packs=not alone,
         alone=alone,
         plain=partial(plain_loss, partial(_plain, config, task, trust_remote_code)),
-        why="bridged",
+        why=why,
     )
 
 
@@ -88,22 +86,49 @@ def _begin(module: nn.Module) -> Callable[[nn.Module], None]:
     return module._init_weights  # type: ignore[return-value]
 
 
-def _documents(made: Language, params: Any) -> tuple[str, int]:
-    """Why documents cannot share a pack, empty if they can; and the position of a document's first token."""
-    alone = mixing(made.logits, params, example())
-    first = None if alone else shift(made.logits, params, example()["tokens"] + 5, ALONE)
-    return ("it counts positions in a way of its own", 0) if first is None and not alone else (alone, first or 0)
+def _suited(make: Callable[..., nn.Module]) -> tuple[Language, Any, str]:
+    """The model, the specs of its parameters, and how it was bridged, in words: with our attention, or with its own.
+
+    Its own is for modules that know attentions by their names, look into masks, or pass to attention what ours does not
+    know: they cannot be built or traced with ours. An error that has another reason comes again with its own.
+    """
+    try:
+        made, specs = _described(partial(make, attention=NAME))
+        return _settled(made, specs, packed(made.logits, abstract(specs), example())), specs, "bridged"
+    except Exception as error:
+        why = f"bridged, with its own attention, as ours does not suit it ({type(error).__name__}: {error})"
+    made, specs = _described(partial(make, attention="eager"))
+    try:
+        traced = packed(made.logits, abstract(specs), example())
+    except Exception as error:
+        alone = f"it cannot be traced on a pack ({type(error).__name__}: {error})"
+        return replace(made, alone=alone), specs, why
+    return _settled(made, specs, traced), specs, why
 
 
-def _module(config: Any, task: Task, dtype: torch.dtype, trust: bool) -> nn.Module:
-    """The module without memory, with our attention if its own asks for one."""
-    module = build(lambda: _make(config, task, dtype, NAME, trust))
-    if getattr(module, "_supports_attention_backend", False):
-        return module
-    return build(lambda: _make(config, task, dtype, "eager", trust))
+def _described(make: Callable[[], nn.Module]) -> tuple[Language, Any]:
+    """The module without memory, and the specs of its parameters."""
+    module = build(make)
+    inits = inits_of(module, _begin(module))
+    specs = specs_of(parameters(module), vocab=_tables(module), experts=expert_leaves(module), inits=inits)
+    return Language(module, type(module).__name__, buffers(module)), nest(specs)
 
 
-def _make(config: Any, task: Task, dtype: torch.dtype, attention: str, trust: bool, experts: str = NAME) -> nn.Module:
+def _settled(made: Language, specs: Any, traced: Traced) -> Language:
+    """The model with why documents cannot share a pack, if so, and the position of a document's first token."""
+    alone = mixing(traced)
+    if alone:
+        return replace(made, alone=alone)
+    alone_T = {"tokens": example()["tokens"]}
+    first = shift(traced, lambda: packed(made.logits, abstract(specs), alone_T), example())
+    if first is None:
+        return replace(made, alone="it counts positions in a way of its own")
+    return replace(made, first=first)
+
+
+def _make(
+    config: Any, task: Task, dtype: torch.dtype, *, attention: str, trust: bool, experts: str = NAME
+) -> nn.Module:
     import transformers
 
     if task not in _CLASSES:
@@ -129,7 +154,7 @@ def _make(config: Any, task: Task, dtype: torch.dtype, attention: str, trust: bo
 
 def _plain(config: Any, task: Task, trust: bool) -> nn.Module:
     """The module with memory and its own eager attention and experts."""
-    return _make(config, task, torch.float32, "eager", trust, experts="eager")
+    return _make(config, task, torch.float32, attention="eager", trust=trust, experts="eager")
 
 
 def _tables(module: nn.Module) -> set[str]:

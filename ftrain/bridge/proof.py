@@ -16,23 +16,23 @@ from ftrain.kernels.primitive import bind
 from ftrain.trace.batch_kinds import SAME, Found, Kind, Kinds
 from ftrain.trace.batch_rows import by_rule
 from ftrain.trace.spread_ops import CONSTANTS, is_elementwise, tensor_of
-from ftrain.trace.tracer import trace
+from ftrain.trace.tracer import Traced, trace
 
 TOKENS = 37
 """Tokens of the small pack: a size that is none of a model's."""
 
 
-def mixing(run: Callable[[Any, Mapping[str, Tensor]], Tensor], params: Any, batch: Mapping[str, Tensor]) -> str:
-    """Why the documents of a pack would not stay apart in `run(params, batch)`, in words; empty if they do.
+def packed(run: Callable[[Any, Mapping[str, Tensor]], Tensor], params: Any, batch: Mapping[str, Tensor]) -> Traced:
+    """The trace of `run(params, batch)` with ops of single tokens in the place of attention and experts.
 
-    `batch`: leaves with `TOKENS` rows along dim 0. `params`: tensors, which may be without memory. What cannot be
-    traced at all is a reason too.
+    `batch`: leaves with `TOKENS` rows along dim 0. `params`: tensors, which may be without memory.
     """
-    try:
-        with bind(ALONE):
-            traced = trace(run, (params, dict(batch)), ("params", "batch"))
-    except ValueError as error:
-        return f"it cannot be traced on a pack ({error})"
+    with bind(ALONE):
+        return trace(run, (params, dict(batch)), ("params", "batch"))
+
+
+def mixing(traced: Traced) -> str:
+    """Why the documents of a pack would not stay apart in what `packed` traced, in words; empty if they do."""
     graph = traced.module.graph
     graph.eliminate_dead_code()
     kinds = dict[fx.Node, Kind]()
@@ -107,6 +107,6 @@ ALONE: Mapping[str, Callable[..., Any]] = {"attention": _attention, "experts": _
 
 
 def example() -> dict[str, Tensor]:
-    """A small pack for the proof: ids, places and documents of `TOKENS` tokens."""
+    """A small pack for the proof: ids, places and documents of `TOKENS` tokens; one document."""
     zeros_T = torch.zeros(TOKENS, dtype=torch.int64)
-    return {"tokens": zeros_T, "positions": zeros_T, "segments": zeros_T}
+    return {"tokens": zeros_T + 5, "positions": torch.arange(TOKENS), "segments": zeros_T}

@@ -71,6 +71,21 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...]
     return functional_call(module, dict(tensors), args, dict(kwargs), tie_weights=True)
 
 
+@contextmanager
+def as_it_was(module: nn.Module) -> Iterator[None]:
+    """After the block each attribute of the modules within `module` is again what it was before: what a forward pass
+    keeps for the next one (the states of a scan, tables made once) is gone, so that every call begins alike.
+    """
+    before = [(inner, dict(vars(inner))) for inner in module.modules()]
+    try:
+        yield
+    finally:
+        for inner, held in before:
+            if any(vars(inner).get(name, module) is not x for name, x in held.items()) or len(held) != len(vars(inner)):
+                vars(inner).clear()
+                vars(inner).update(held)
+
+
 def buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers by name, those that no checkpoint holds too. ValueError for one without memory."""
     found = dict(module.named_buffers())

@@ -1,6 +1,5 @@
 """Specs of a module's parameters: what their dims mean, and numbers to begin with, read from the module itself."""
 
-import re
 from collections.abc import Callable, Mapping, Set
 
 import torch
@@ -9,31 +8,32 @@ from torch import Tensor, nn
 from ftrain.modules.spec import Constant, Init, Normal, ParamSpec, Uniform, ones, zeros
 
 _SAMPLED = 4_000_000  # elements of a parameter that is filled once to see what its module begins with
-_EXPERTS = re.compile(r"(^|\.)experts\.(?!\d)")
 
 
 def specs_of(
     parameters: Mapping[str, Tensor],
     *,
     vocab: Set[str] = frozenset(),
+    experts: Set[str] = frozenset(),
     inits: Mapping[str, Init] | None = None,
 ) -> dict[str, ParamSpec]:
-    """A spec for each parameter, by name. `vocab`: tables and heads with a row for each token. `inits`: where known.
+    """A spec for each parameter, by name. `vocab`: tables and heads with a row for each token. `experts`: those with an
+    entry for each expert, which the primitive of experts reads. `inits`: where known.
 
     Dims of which nothing is known are "any": a plan divides the first that suits.
     """
     found = {}
     for name, parameter in parameters.items():
         init = (inits or {}).get(name) or Normal(0.02)
-        found[name] = ParamSpec(tuple(parameter.shape), _axes(name, parameter, vocab), init, parameter.dtype)
+        found[name] = ParamSpec(tuple(parameter.shape), _axes(name, parameter, vocab, experts), init, parameter.dtype)
     return found
 
 
-def _axes(name: str, parameter: Tensor, vocab: Set[str]) -> tuple[str | None, ...]:
+def _axes(name: str, parameter: Tensor, vocab: Set[str], experts: Set[str]) -> tuple[str | None, ...]:
     dims = parameter.dim()
     if dims and name in vocab:
         return ("vocab", *("embed",) * (dims - 1))
-    if dims >= 2 and _EXPERTS.search(name):
+    if dims and name in experts:
         return ("expert", *("any",) * (dims - 1))
     return ("any",) * dims
 

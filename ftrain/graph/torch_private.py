@@ -296,6 +296,17 @@ def functions_are_watched() -> bool:
     return torch._C._len_torch_function_stack() > 0
 
 
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Within the block `torch.compiler.is_exporting()` is true: modules that ask then keep no tensors in caches."""
+    before = torch.compiler._is_exporting_flag
+    torch.compiler._is_exporting_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_exporting_flag = before
+
+
 def functional_transform() -> bool:
     """True inside of `torch.func.grad`, `vmap`, `jvp` and the like."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from ftrain.files.beneath import kind_of, read_file
 from ftrain.files.outside import JSON_BYTES, check, mapped, parse, text
 
-INDEX = "model.safetensors.index.json"
+STEM = "model"
+INDEX = f"{STEM}.safetensors.index.json"
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
+SINGLE = f"{STEM}.safetensors"
 
 # The format's names, in its order of dtypes: a file holds the tensors of later ones first.
 DTYPES: dict[str, torch.dtype] = {
@@ -56,8 +57,8 @@ class HfFolder:
     tensors: dict[str, Stored]
 
     @staticmethod
-    def open(path: str | Path) -> "HfFolder":
-        """Read the headers of a folder's files.
+    def open(path: str | Path, *, stem: str = STEM) -> "HfFolder":
+        """Read the headers of a folder's files. `stem`: what they are called, before `.safetensors`.
 
         Raises:
             ValueError: there are none, a file is missing or damaged or a link that leads elsewhere, or the index and
@@ -74,11 +75,11 @@ class HfFolder:
         """
         folder = Path(path)
         tensors: dict[str, Stored] = {}
-        index = _index(folder)
-        for name in [SINGLE] if index is None else sorted(set(index.values())):
+        index = _index(folder, stem)
+        for name in [f"{stem}.safetensors"] if index is None else sorted(set(index.values())):
             tensors.update(_header(member(folder, name), folder / name))
         if index is not None:
-            _check_index(folder, index, tensors)
+            _check_index(folder / f"{stem}.safetensors.index.json", index, tensors)
         return HfFolder(folder, tensors)
 
     def config(self) -> dict[str, Any]:
@@ -187,19 +188,20 @@ def opened(file: Path) -> Iterator[Any]:
         yield tensors
 
 
-def _index(folder: Path) -> dict[str, str] | None:
+def _index(folder: Path, stem: str) -> dict[str, str] | None:
     """The file of each tensor; `None` where one file holds all."""
-    if os.path.lexists(folder / INDEX):
-        shown = str(folder / INDEX)
-        weights = parse_json(read_member(folder, INDEX, limit=JSON_BYTES), shown).get("weight_map")
+    single, several = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    if os.path.lexists(folder / several):
+        shown = str(folder / several)
+        weights = parse_json(read_member(folder, several, limit=JSON_BYTES), shown).get("weight_map")
         if not isinstance(weights, dict) or not weights:
             raise ValueError(f"{shown} has no 'weight_map': copy it again")
         return check(weights, mapped(text(255)), shown)
-    if os.path.lexists(folder / SINGLE):
+    if os.path.lexists(folder / single):
         return None
     others = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
     found = f"; it holds {others[0]}, which is pickled: save it as safetensors first" if others else ""
-    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{found}")
+    raise ValueError(f"{folder} holds neither {single} nor {several}{found}")
 
 
 def _header(file: Path, shown: Path) -> dict[str, Stored]:
@@ -215,14 +217,12 @@ def _header(file: Path, shown: Path) -> dict[str, Stored]:
     return found
 
 
-def _check_index(folder: Path, index: dict[str, str], tensors: dict[str, Stored]) -> None:
+def _check_index(shown: Path, index: dict[str, str], tensors: dict[str, Stored]) -> None:
     for name, file in index.items():
         if name not in tensors or tensors[name].shown.name != file:
-            raise ValueError(
-                f"{folder / INDEX} says that {file} holds {name!r}, but it does not: copy the folder again"
-            )
+            raise ValueError(f"{shown} says that {file} holds {name!r}, but it does not: copy the folder again")
     strange = sorted(set(tensors) - set(index))
     if strange:
         raise ValueError(
-            f"{tensors[strange[0]].shown} holds {strange[0]!r}, which {INDEX} does not list: copy the folder again"
+            f"{tensors[strange[0]].shown} holds {strange[0]!r}, which {shown.name} does not list: copy the folder again"
         )

@@ -264,6 +264,17 @@ def _padded(node: fx.Node, kinds: Kinds) -> Found:
     return Found(kind._replace(order="") if any(pad[at : at + 2]) else kind)
 
 
+def _written_over(node: fx.Node, kinds: Kinds) -> Found:
+    """A tensor of rows of which a part along another dim is replaced, row by row."""
+    if any(k.partial for k in kinds.values()):
+        return MIXED
+    value, found = tensor_of(node), [k for k, _ in rows_in(node, kinds)]
+    if value is None or len(found) < len(node.all_input_nodes) or len({k.dim for k in found}) > 1:
+        return NOTHING
+    along = (reader(node)("dim") or 0) % value.dim()
+    return NOTHING if along == found[0].dim else Found(Kind("rows", found[0].dim, joined(found)))
+
+
 SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _viewed),
     **dict.fromkeys(("permute", "t", "transpose"), _permuted),
@@ -278,4 +289,5 @@ SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("embedding", "index_select", "gather"), _looked_up),
     "index": _indexed,
     "constant_pad_nd": _padded,
+    "slice_scatter": _written_over,
 }

@@ -10,6 +10,7 @@ import ftrain
 from ftrain import tree
 from ftrain.bridge import from_module
 from ftrain.bridge.skeleton import flatten
+from ftrain.sharding import Layout, Mesh, Plan
 
 
 def squares(out, batch):
@@ -157,6 +158,88 @@ def test_tied_weights_are_one_leaf():
     loss.backward()
     torch.testing.assert_close(value, loss.detach())
     torch.testing.assert_close(grads["a"]["weight"], module.a.weight.grad)
+
+
+@pytest.mark.parametrize("remat", ["none", "all"])
+def test_statistics_are_those_of_the_whole_batch_where_ranks_divide_it(remat):
+    model = from_module(Net(), squares)
+
+    def step(params, state, batch):
+        return ftrain.value_and_grad(model.loss, has_aux=True)(params, batch, None, state)
+
+    alone = ftrain.jit(step)(model.load(), model.state, batch())
+    plan = Plan(Mesh(replicate=2, shard=2, kind="virtual"), Layout())
+    shared = ftrain.jit(step, plan=plan, specs=model.specs, remat=remat)(model.load(), model.state, batch())
+    for a, b in zip(tree.leaves(alone), tree.leaves(shared), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Attending(nn.Module):
+    """torch's own attention, by its module and by its function, with dropout of weights."""
+
+    def __init__(self, p=0.5, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.p, self.heads = p, nn.MultiheadAttention(6, 2, dropout=p, batch_first=True, **options)
+
+    def forward(self, x):
+        x = x[:, None] * torch.ones(3, 1)
+        x = x + self.heads(x, x, x)[0]
+        p = self.p if self.training else 0.0
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=p)[:, 0, :3]
+
+
+def test_dropout_of_attention_draws_from_the_key_on_any_mesh():
+    model = from_module(Attending(), squares)
+
+    def run(key, **options):
+        step = ftrain.jit(lambda params, batch, key: ftrain.value_and_grad(model.loss)(params, batch, key), **options)
+        return tree.leaves(step(model.load(), batch(), key))
+
+    first, again, other = run(ftrain.key(1)), run(ftrain.key(1), remat="all"), run(ftrain.key(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert float(first[0]) != float(other[0])
+    shared = run(ftrain.key(1), plan=Plan(Mesh(shard=2, kind="virtual"), Layout()), specs=model.specs)
+    for a, b in zip(first, shared, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.logits(model.load(), batch()), Attending().eval()(batch()["x"]).detach())
+
+
+def test_keys_that_attention_adds_are_refused_where_it_drops():
+    model = from_module(Attending(add_zero_attn=True), squares)
+    with pytest.raises(ValueError, match=r"nn.MultiheadAttention with add_zero_attn drops weights \(p=0.5\)"):
+        model.loss(model.load(), batch(), ftrain.key(0))
+    assert model.loss(model.load(), batch()).count == 24
+
+
+def test_a_recurrent_network_that_drops_between_layers_is_refused_with_the_line():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.LSTM(6, 3, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.network(x[:, None])[0][:, 0]
+
+    model = from_module(Recurrent(), squares)
+    with pytest.raises(ValueError, match=r"test_from_module.py:\d+ .*lstm drops between its layers \(p=0.5\)"):
+        model.loss(model.load(), batch(), ftrain.key(0))
+    assert torch.equal(model.loss(model.load(), batch()).total, model.loss(model.load(), batch()).total)
+
+
+def test_parts_of_rows_are_dropped_alike_on_any_mesh():
+    class Windows(nn.Module):
+        def forward(self, x):
+            parts = x.reshape(len(x) * 2, 1, 3)  # two windows of each row
+            return nn.functional.dropout(parts, 0.5).reshape(len(x), 2, 3).sum(1)
+
+    model = from_module(Windows(), squares)
+
+    def run(**options):
+        step = ftrain.jit(lambda batch, key: model.loss({}, batch, key).value(), **options)
+        return step(batch(), ftrain.key(1))
+
+    torch.testing.assert_close(run(), run(plan=Plan(Mesh(shard=2, kind="virtual"), Layout())))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ OF_GPT2 = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positio
 UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
 PACKED = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED),
     "tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
@@ -36,6 +37,15 @@ PACKED = {
         **{**SMALL, "pad_token_id": 1}, **NO_DROPOUT, max_position_embeddings=64, is_decoder=True
     ),
     "experts": lambda: transformers.Qwen3MoeConfig(**GROUPED, **EXPERTS),
+    "latent attention": lambda: transformers.DeepseekV3Config(
+        **{**SMALL, **LATENT, "num_hidden_layers": 1},
+        first_k_dense_replace=0,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    ),
     "scaled logits": lambda: transformers.GraniteConfig(**GROUPED, logits_scaling=3.0),
 }
 ALONE = {
@@ -44,6 +54,13 @@ ALONE = {
     ),
     "mamba": lambda: transformers.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4),
     "bloom": lambda: transformers.BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=4),
+    "attention by its name": lambda: transformers.FalconConfig(
+        vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=4
+    ),
+    "looks into masks": lambda: transformers.DogeConfig(**GROUPED),
+    "keeps the state of its scan": lambda: transformers.RecurrentGemmaConfig(
+        **{**GROUPED, "num_hidden_layers": 1}, lru_width=16, attention_window_size=8
+    ),
 }
 LENGTH, DOCUMENTS = 12, 2
 
@@ -125,8 +142,52 @@ def test_such_a_pack_is_refused_with_the_reason(kind):
     model = from_transformers(ALONE[kind]())
     assert not model.packs
     params = ftrain.init(model.specs, ftrain.key(0))
-    with pytest.raises(ValueError, match=r"several documents cannot share its tokens, as .*modeling_.*\.py:\d+"):
+    with pytest.raises(
+        ValueError, match=r"several documents cannot share its tokens, as .*(modeling_|masking_utils).*\.py:\d+"
+    ):
         model.loss(params, pack())
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [("attention by its name", True), ("looks into masks", True), ("bart", False)]
+)
+def test_its_own_attention_is_taken_where_ours_does_not_suit_it(kind, own):
+    model = from_transformers(ALONE[kind]())
+    assert model.why.startswith("bridged, with its own attention, as ours does not suit it (") == own
+
+
+def test_every_call_begins_with_the_same_module():
+    model = from_transformers(ALONE["keeps the state of its scan"]())
+    params = ftrain.init(model.specs, ftrain.key(0))
+    first, again = (model.logits(params, rows()) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("llama", 1), ("gpt2", 2)])  # gpt2 reads a table by places
+def test_a_model_is_made_with_one_trace(kind, calls):
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: seen.append(type(module).__name__) if hasattr(module, "lm_head") else None
+    )
+    try:
+        from_transformers(PACKED[kind]())
+    finally:
+        hook.remove()
+    assert len(seen) == calls
+
+
+def test_only_experts_that_our_primitive_reads_are_divided_as_experts():
+    ours = flatten(from_transformers(PACKED["experts"]()).specs)
+    assert {path.rpartition(".")[2] for path, spec in ours.items() if "expert" in spec.axes} == {
+        "gate_up_proj",
+        "down_proj",
+    }
+    theirs = transformers.JetMoeConfig(
+        **{**GROUPED, "num_hidden_layers": 1}, kv_channels=4, num_local_experts=4, num_experts_per_tok=2
+    )
+    specs = flatten(from_transformers(theirs).specs)
+    assert any(".experts." in path for path in specs)
+    assert not any("expert" in spec.axes for spec in specs.values())
 
 
 def test_nothing_is_allocated():
@@ -254,9 +315,48 @@ def test_dropout_draws_from_a_key_and_is_the_same_under_recompute():
     torch.testing.assert_close(on_mesh(params, pack(), ftrain.key(1))[0], first[0], rtol=0, atol=1e-5)
 
 
-def test_dropout_of_attention_is_refused_where_there_is_a_key():
-    model = from_transformers(transformers.GPT2Config(**OF_GPT2, attn_pdrop=0.1))
-    params = ftrain.init(model.specs, ftrain.key(0))
-    with pytest.raises(ValueError, match=r"drops attention weights \(p=0.1\)"):
-        model.loss(params, pack(), ftrain.key(0))
-    assert model.loss(params, pack()).count == 22
+ONE = {**GROUPED, "num_hidden_layers": 1}
+DROPPING = {
+    "window": lambda: transformers.MistralConfig(**ONE, attention_dropout=0.3, sliding_window=5),
+    "eager": lambda: transformers.BloomConfig(vocab_size=61, hidden_size=8, n_layer=1, n_head=2, attention_dropout=0.3),
+}
+
+
+def at_key(config, batch, key, **options):
+    model = from_transformers(config)
+    if "plan" in options:
+        options["specs"] = model.specs
+    step = ftrain.jit(lambda p, batch, key: ftrain.value_and_grad(model.loss)(p, batch, key), **options)
+    return tree.leaves(step(ftrain.init(model.specs, ftrain.key(0)), batch, key))
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_dropout_of_attention_is_the_same_under_recompute_and_on_a_mesh(kind):
+    batch = rows() if kind == "eager" else pack()
+    first, other = (at_key(DROPPING[kind](), batch, ftrain.key(seed)) for seed in (1, 2))
+    assert float(first[0]) != float(other[0])
+    again = at_key(DROPPING[kind](), batch, ftrain.key(1), remat="all")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    shared = at_key(DROPPING[kind](), batch, ftrain.key(1), plan=Plan(Mesh(shard=2, kind="virtual"), Layout()))
+    for a, b in zip(first, shared, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_of_attention_is_the_same_for_rows_and_for_their_pack():
+    (a, *_), (b, *_) = (at_key(DROPPING["window"](), batch, ftrain.key(1)) for batch in (rows(), pack()))
+    torch.testing.assert_close(a, b)
+
+
+def test_dropout_of_attention_is_none_without_a_key():
+    (a, *_), (b, *_) = (
+        at_key(config, pack(), None)
+        for config in (DROPPING["window"](), transformers.MistralConfig(**ONE, sliding_window=5))
+    )
+    torch.testing.assert_close(a, b)
+
+
+def test_dropout_of_attention_is_refused_where_ranks_share_a_sequence():
+    plan = Plan(Mesh(sequence=2, kind="virtual"), Layout())
+    places = torch.arange(LENGTH).repeat(DOCUMENTS)
+    with pytest.raises(ValueError, match=r"MistralAttention drops .*\(p=0.3\), which ranks of a sequence"):
+        at_key(DROPPING["window"](), {**pack(), "positions": places}, ftrain.key(1), plan=plan)

@@ -392,3 +392,9 @@ def test_a_backward_of_the_users_own_is_told_from_torchs():
     doubled = Doubled.apply(torch.ones(2, requires_grad=True))
     assert private.own_backward(doubled.grad_fn) is Doubled
     assert private.own_backward(doubled.sum().grad_fn) is None
+
+
+def test_modules_that_ask_are_told_of_an_export_within_the_block():
+    with private.exporting():
+        assert torch.compiler.is_exporting()
+    assert not torch.compiler.is_exporting()
