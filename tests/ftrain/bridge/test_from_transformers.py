@@ -28,6 +28,7 @@ UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+LATENT |= {"head_dim": 4, "num_key_value_heads": 4}
 PACKED = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED),
     "tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
