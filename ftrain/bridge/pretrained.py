@@ -84,7 +84,12 @@ def _load(module: nn.Module, folder: Path, specs: Any, into: Any = None) -> Any:
 
 
 def _begin(module: nn.Module) -> Callable[[nn.Module], None]:
-    return module._init_weights  # type: ignore[return-value]
+    """What fills a module within `module`: the rule of the nearest model around it, as transformers does it."""
+    rules = dict[int, Callable[[nn.Module], None]]()
+    for model in module.modules():
+        if hasattr(model, "_init_weights"):
+            rules |= {id(inner): model._init_weights for inner in model.modules()}  # type: ignore[misc]
+    return lambda inner: rules[id(inner)](inner)
 
 
 def _suited(make: Callable[..., nn.Module]) -> tuple[Language, Any, str]:

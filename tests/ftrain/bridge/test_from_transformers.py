@@ -204,6 +204,12 @@ def test_initial_numbers_are_those_of_the_module():
     assert abs(inits["model.layers.0.mlp.up_proj.weight"].std - 0.02) < 0.004
 
 
+def test_a_rule_of_an_inner_model_fills_its_modules():
+    config = transformers.xLSTMConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, num_heads=2)
+    inits = {path: spec.init for path, spec in flatten(from_transformers(config).specs).items()}
+    assert 0.1 < inits["backbone.embeddings.weight"].std < 0.3  # sqrt(2 / 5 / 16): the backbone's own rule
+
+
 def test_logits_and_hidden_are_those_of_the_plain_module():
     module, _, _ = plain(PACKED["scaled logits"]())
     model = from_transformers(PACKED["scaled logits"]())
