@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,12 @@ def _load(module: nn.Module, folder: Path, specs: Any, into: Any = None) -> Any:
 
 
 def _begin(module: nn.Module) -> Callable[[nn.Module], None]:
-    return module._init_weights  # type: ignore[return-value]
+    """What fills a module within `module`: the rule of the nearest model around it, as transformers does it."""
+    rules = dict[int, Callable[[nn.Module], None]]()
+    for model in module.modules():
+        if hasattr(model, "_init_weights"):
+            rules |= {id(inner): model._init_weights for inner in model.modules()}  # type: ignore[misc]
+    return lambda inner: rules[id(inner)](inner)
 
 
 def _suited(make: Callable[..., nn.Module]) -> tuple[Language, Any, str]:
@@ -159,6 +165,9 @@ def _plain(config: Any, task: Task, trust: bool) -> nn.Module:
 
 def _tables(module: nn.Module) -> set[str]:
     """The names of the token table and of the head."""
-    found = [module.get_input_embeddings(), module.get_output_embeddings()]  # type: ignore[operator]
+    found = list[Any]()
+    for where in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # some models do not say where theirs are
+            found.append(getattr(module, where)())
     weights = [getattr(layer, "weight", None) for layer in found if layer is not None]
     return {name for name, p in parameters(module).items() if any(p is w for w in weights)}

@@ -66,9 +66,12 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def call(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`module(*args, **kwargs)` with `tensors`, by name, in the place of its parameters and buffers.
 
-    Tied weights follow the one that is given. The module is left as it was.
+    Tied weights follow the one that is given. Parameters that the module does not train (`requires_grad` is False) get
+    no gradient. The module is left as it was.
     """
-    return functional_call(module, dict(tensors), args, dict(kwargs), tie_weights=True)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    given = {name: x.detach() if name in frozen else x for name, x in tensors.items()}
+    return functional_call(module, given, args, dict(kwargs), tie_weights=True)
 
 
 @contextmanager

@@ -31,12 +31,14 @@ _SMALL = {
     "n_shared_experts": 1, "moe_topk": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "sliding_window": 8, "n_positions": 128,
     "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2,
+    "num_experts_per_token": 2, "num_expert_group": 1, "layer_group_size": 2, "num_kv_shared_layers": 0,
 }  # fmt: skip
 """What a configuration is made small with: the fields that it has of these."""
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 _OWN: Mapping[str, Mapping[str, Any]] = {
     "bamba": _MAMBA,
     "codegen": {"rotary_dim": 4},
+    "dory": {"layer_types": ["full_attention", "mlp"], "num_hidden_layers": 2},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": _MAMBA,
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
@@ -76,7 +78,9 @@ def _smaller(usual: Mapping[str, Any]) -> dict[str, Any]:
         found |= {name: value for name, value in {"head_dim": 4, "num_key_value_heads": 4}.items() if name in usual}
     found |= {name: 0 for name, value in found.items() if isinstance(value, float) and type(usual[name]) is int}
     if usual.get("layer_types"):
-        found["layer_types"] = usual["layer_types"][-2:]
+        kinds = list(dict.fromkeys(usual["layer_types"]))  # a layer of each kind
+        found["layer_types"] = kinds if len(kinds) > 1 else 2 * kinds
+        found |= {name: len(found["layer_types"]) for name in ("num_hidden_layers", "n_layer") if name in usual}
     for name, value in usual.items():
         if isinstance(value, dict) and name.endswith("_config") and "model_type" in value:
             found[name] = {"model_type": value["model_type"], **_smaller(value)}

@@ -28,6 +28,7 @@ UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+LATENT |= {"head_dim": 4, "num_key_value_heads": 4}
 PACKED = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED),
     "tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
@@ -201,6 +202,12 @@ def test_initial_numbers_are_those_of_the_module():
     inits = {path: spec.init for path, spec in flatten(model.specs).items()}
     assert inits["model.norm.weight"].value == 1.0
     assert abs(inits["model.layers.0.mlp.up_proj.weight"].std - 0.02) < 0.004
+
+
+def test_a_rule_of_an_inner_model_fills_its_modules():
+    config = transformers.xLSTMConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, num_heads=2)
+    inits = {path: spec.init for path, spec in flatten(from_transformers(config).specs).items()}
+    assert 0.1 < inits["backbone.embeddings.weight"].std < 0.3  # sqrt(2 / 5 / 16): the backbone's own rule
 
 
 def test_logits_and_hidden_are_those_of_the_plain_module():
