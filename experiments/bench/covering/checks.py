@@ -1,5 +1,6 @@
 """What a row of the coverage bench tries, a column each, and how it is judged."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ LOSS, GRADIENT = 1e-5, 1e-4
 """How far, relative, a loss and a gradient (its norm) may be from the plain module's, in float32."""
 _NEARLY_ZERO = 1e-4  # of the largest gradient: below it gradients are compared with that
 _OURS = tuple(Path(__file__).resolve().parents[3] / room for room in ("ftrain", "kernels", "sharding", "modules"))
+_INSTALLED = re.compile(r"\S*/site-packages/")  # where libraries are on this machine
 _MESHES = MappingProxyType(
     {
         "shard": Mesh(shard=2, kind="virtual"),
@@ -144,7 +146,7 @@ def _cell(run: Callable[[], Any]) -> tuple[Any, Cell]:
     try:
         return run(), Cell("equal")
     except Exception as error:
-        words = " ".join(str(error).split())[:600]
+        words = _INSTALLED.sub("", " ".join(str(error).split()))[:600]
         if isinstance(error, NoPeer):
             return None, Cell("no_peer", words)
         if isinstance(error, Apart):

@@ -82,7 +82,9 @@ def page(found: Sequence[Outcome], heads: Iterable[str]) -> str:
     """The page, in Markdown. `heads`: a sentence on each file that the outcomes are of."""
     parts = [_INTRODUCTION, *(f"- {head}" for head in heads), ""]
     sets = list(dict.fromkeys(o.set for o in found))
-    parts += ["| set | rows | equal | refused | breaks | silent | " + " | ".join(_HEADS[c] for c in list(_HEADS)[1:])]
+    parts += [
+        "| set | rows | equal | refused | breaks | silent | " + " | ".join(_HEADS[c] for c in list(_HEADS)[1:]) + " |"
+    ]
     parts += ["|---|" + "---|" * (5 + len(_HEADS) - 1), *(_totals(s, _of(s, found)) for s in sets), ""]
     for name in sets:
         parts += [f"## {_TITLES[name]}", "", *_table(_of(name, found)), "", *_reasons(_of(name, found))]
