@@ -18,6 +18,7 @@ _FILES = [
     for name in (
         "adamw",
         "attention_cost",
+        "ctc",
         "embedding",
         "grouped_mm",
         "layer_norm",

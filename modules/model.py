@@ -38,7 +38,8 @@ class Model:
     - `loss(params, batch, key=None) -> Mean`: of the batch's labels, or `(Mean, state)` if it has `state`. `key`: int64
       `[2]`, from which dropout draws; without one nothing is dropped.
     - `logits(params, batch, key=None)`: the scores, with the dims of the batch's tokens and V at last.
-    - `hidden(params, batch, key=None)`: what the head reads, with D at last.
+    - `hidden(params, batch, key=None)`: what the head reads, with D at last; or the features of an encoder, with the
+      state if it has `state`.
     - `outputs(params, batch, key=None)`: what the model predicts where that is no scores of tokens.
     - `load(specs=None) -> params`: the weights, each rank's own part where a plan says so; None without a folder.
     - `save(params, folder)`: in the format that it was loaded from.
@@ -55,7 +56,7 @@ class Model:
     batch: Mapping[str, Leaf]
     loss: Callable[..., Any]
     logits: Callable[..., Tensor] | None = None
-    hidden: Callable[..., Tensor] | None = None
+    hidden: Callable[..., Any] | None = None
     outputs: Callable[..., Any] | None = None
     load: Callable[..., Tree] | None = None
     save: Callable[..., None] | None = None

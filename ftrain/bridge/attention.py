@@ -4,7 +4,7 @@ Legend: B rows, L tokens of a row, S keys of a row, H query heads, G key heads, 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -37,13 +37,18 @@ class Call:
 
     - `segments_T`: ids of the documents of the folded tokens, or None: each row is a document.
     - `source_S`: those of an encoder's tokens, which cross attention reads. `drops`: there is a key for dropout.
-    - `paths`: of the modules, by their id.
+    - `paths`: of the modules, by their id. `sources`: the ids of an encoder's modules, whose tokens are the source's;
+      None: attention over so many tokens as the source has is the encoder's.
+    - `unmasked`: attention that is given no mask sees everything, as the eager one of transformers does, and a mask
+      that hides nothing is none; else it is causal as its module says.
     """
 
     segments_T: Segments | None = None
     source_S: Segments | None = None
     drops: bool = False
     paths: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    sources: frozenset[int] | None = None
+    unmasked: bool = False
 
 
 _NONE = Call()
@@ -60,6 +65,31 @@ def calling(call: Call) -> Iterator[None]:
         _call.reset(token)
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """One attention of a model, as `attend` is given it: `bias`, `[B or 1, H or 1, L, S]`, is added to its scores."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rule: MaskRule
+    bias: Tensor | None
+
+
+_instead: ContextVar[Callable[[Weighed], Tensor] | None] = ContextVar("ftrain_bridge_instead", default=None)
+
+
+@contextmanager
+def weighing(instead: Callable[[Weighed], Tensor]) -> Iterator[None]:
+    """Within the block each attention of bridged modules is `instead(weighed)`, `[B, L, H, V]`: for proofs."""
+    token = _instead.set(instead)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
 def mask_of(
     batch_size: int,
     q_length: int,
@@ -69,12 +99,14 @@ def mask_of(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Any:
-    """What transformers' models pass to their attention as the mask: a `MaskRule`, dense where it is no rule in numbers
-    or where there is an `attention_mask` of padding, `[B, S]`.
+    """What transformers' models pass to their attention as the mask: a `MaskRule`, or bool `[B, 1, L, S]` where it is
+    no rule in numbers or where there is an `attention_mask` of padding, `[B, S]`.
     """
     rule = read(mask_function)
+    if _call.get().unmasked and attention_mask is None and rule == MaskRule(causal=False):
+        return None
     if rule is None or attention_mask is not None:
-        return MaskRule(dense=_dense(batch_size, q_length, kv_length, mask_function, attention_mask))
+        return _dense(batch_size, q_length, kv_length, mask_function, attention_mask)
     return rule
 
 
@@ -109,16 +141,18 @@ def attend(
     memory. ValueError for such dropout where ranks share a sequence, and for a tensor among the options that is not
     known, such as the keys that a model has chosen.
     """
-    call = _call.get()
+    call, instead = _call.get(), _instead.get()
     drops = dropout if call.drops else 0.0
     _require_all_keys(module, drops)
     _require_known(module, options)
-    rule, bias = _rule(module, attention_mask, options)
+    rule, bias = _rule(module, attention_mask, options, call)
+    if instead is not None:
+        return instead(Weighed(module, query, key, value, rule, bias)), None
     if rule.dense is not None or bias is not None or drops:
         return _by_scores(query, key, value, rule, bias, scaling, options, call, module, drops), None
     cross = _is_cross(module, query, key, call)
     q_THK, k_SGK, v_SGV = _fold(query), _fold(key), _fold(value)
-    segments, source = _documents(query, key, call, cross)
+    segments, source = _documents(module, query, key, call, cross)
     if rule.chunk is not None:
         segments = _chunks(segments, rule.chunk, len(q_THK), query.device)
     window = rule.window
@@ -153,22 +187,28 @@ def _require_all_keys(module: nn.Module, dropout: float) -> None:
         )
 
 
-def _rule(module: nn.Module, mask: Any, options: Mapping[str, Any]) -> tuple[MaskRule, Tensor | None]:
+def _rule(module: nn.Module, mask: Any, options: Mapping[str, Any], call: Call) -> tuple[MaskRule, Tensor | None]:
     """The rule of one attention, and what is added to its scores."""
     bias = options.get("position_bias")
     if isinstance(mask, MaskRule):
-        rule = mask
+        rule, bias = mask, _sum(bias, mask.bias)
     elif isinstance(mask, Tensor):
         if mask.dtype == torch.bool:
             rule = MaskRule(dense=mask)
         else:
-            rule, bias = MaskRule(causal=False), mask if bias is None else bias + mask
+            rule, bias = MaskRule(causal=False), _sum(bias, mask)
+    elif call.unmasked:
+        rule = MaskRule(causal=False)
     else:
         causal = options.get("is_causal")
         rule = MaskRule(causal=bool(getattr(module, "is_causal", True) if causal is None else causal))
     if rule.window is None and options.get("sliding_window") is not None and rule.dense is None:
         rule = MaskRule(rule.causal, int(options["sliding_window"]), rule.chunk)
     return rule, bias
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _extras(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,13 +228,18 @@ def _is_cross(module: nn.Module, query: Tensor, key: Tensor, call: Call) -> bool
     return query.shape[2] != key.shape[2] or named
 
 
-def _documents(query: Tensor, key: Tensor, call: Call, cross: bool) -> tuple[Segments | None, Segments | None]:
+def _documents(
+    module: nn.Module, query: Tensor, key: Tensor, call: Call, cross: bool
+) -> tuple[Segments | None, Segments | None]:
     """The documents of the queries, and those of the keys where they are another pack's."""
     rows, length, keys = query.shape[0], query.shape[2], key.shape[2]
     if cross:
         own = row_documents(rows, length, query.device) if call.segments_T is None else call.segments_T
         theirs = row_documents(rows, keys, query.device) if call.source_S is None else call.source_S
         return own, theirs
+    if call.sources is not None:
+        side = call.source_S if id(module) in call.sources else call.segments_T
+        return row_documents(rows, length, query.device) if side is None and rows > 1 else side, None
     fitting = [s for s in (call.segments_T, call.source_S) if s is not None and _length(s) == rows * length]
     if fitting:
         return fitting[0], None
@@ -258,7 +303,7 @@ def _seen(query: Tensor, key: Tensor, rule: MaskRule, call: Call, module: nn.Mod
     rows, L, S = query.shape[0], query.shape[2], key.shape[2]
     cross = _is_cross(module, query, key, call)
     found = rule.dense if rule.dense is not None or cross else _near(rule, L, query.device)
-    own, theirs = _documents(query, key, call, cross)
+    own, theirs = _documents(module, query, key, call, cross)
     if rule.chunk is not None and not cross:
         own = _chunks(own, rule.chunk, rows * L, query.device)
     elif own is None or (rows > 1 and call.segments_T is None):

@@ -22,6 +22,12 @@ _CHANNELS: Mapping[Callable[..., Any], int] = {_F.dropout1d: 1, _F.dropout2d: 2,
 _SCALED, _HEADS = _F.scaled_dot_product_attention, _F.multi_head_attention_forward
 _OF_HEADS = tuple(inspect.signature(_HEADS).parameters)
 _RECURRENT: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_NUMBERS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.rand: random.uniform,
+    torch.rand_like: random.uniform,
+    torch.randn: random.normal,
+    torch.randn_like: random.normal,
+}
 _OTHERS: set[Callable[..., Any]] = {
     torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like, torch.bernoulli, torch.normal,
     torch.multinomial, torch.randperm, _F.alpha_dropout, _F.feature_alpha_dropout, _F.rrelu, _F.gumbel_softmax,
@@ -31,7 +37,8 @@ _OTHERS: set[Callable[..., Any]] = {
 
 @contextmanager
 def drawing(key: Tensor | None, rows: int = 0) -> Iterator[None]:
-    """Within the block dropout and stochastic depth draw from `key`, int64 `[2]`; without one they drop nothing.
+    """Within the block dropout, stochastic depth, `torch.rand` and `torch.randn` draw from `key`, int64 `[2]`; without
+    one nothing is dropped.
 
     `rows`: how many rows of the batch there are (a rank's, on a mesh): an array with so many entries along a dim, or a
     multiple along dim 0, gets for each row the numbers that it has in the whole batch. ValueError, with the line, for
@@ -76,12 +83,22 @@ class _Draws(TorchFunctionMode):
             return self._heads(*args, **kwargs)
         if func in _RECURRENT:
             return self._recurrent(func, args, kwargs)
+        if func in _NUMBERS and self._key is not None and kwargs.get("generator") is None:
+            return self._numbers(func, args, kwargs)
         if func in _OTHERS:
             raise ValueError(
                 f"{user_source()}: {getattr(func, '__name__', func)} draws random numbers in a bridged module; only "
                 "dropout and stochastic depth draw from a key: make the numbers before and pass them in the batch"
             )
         return func(*args, **kwargs)
+
+    def _numbers(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """Uniform or normal numbers of a shape, by which modules of others drop paths."""
+        like = args[0] if args and isinstance(args[0], Tensor) else None
+        sizes = kwargs.get("size", args[0] if len(args) == 1 and isinstance(args[0], Sequence) else args)
+        shape = tuple(sizes) if like is None else tuple(like.shape)
+        dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
+        return self._drawn_over(partial(_NUMBERS[func], dtype=dtype), shape)
 
     def key(self) -> Tensor:
         """The key of the next draw, int64 `[2]`. ValueError without one to fold."""
@@ -146,7 +163,11 @@ class _Draws(TorchFunctionMode):
 
     def _ones(self, shape: tuple[int, ...], p: float) -> Tensor:
         """Ones with probability `p`, else zeros."""
-        key, draw = self.key(), partial(random.bernoulli, p=p)
+        return self._drawn_over(partial(random.bernoulli, p=p), shape)
+
+    def _drawn_over(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        """`draw(key, shape)`, where the array has rows of the batch with the numbers that each has in the whole."""
+        key = self.key()
         dim = next((i for i, n in enumerate(shape[:2]) if self._rows and n == self._rows), None)
         if dim is None and self._rows and len(shape) > 2 and shape[0] % self._rows == 0:
             dim = 0  # parts of rows (windows of pictures), row after row

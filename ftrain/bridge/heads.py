@@ -70,6 +70,11 @@ class Scores:
         """The same."""
         return self
 
+    @property
+    def device(self) -> torch.device:
+        """That of the tensor."""
+        return self.x.device
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -79,6 +84,10 @@ class Scores:
         return self.tensor()[index]
 
     def __add__(self, other: Any) -> Any:
+        """The scores with a number for each of the vocabulary still are not computed."""
+        plain = self.before == self.after == 1.0 and not self.capped
+        if plain and isinstance(other, Tensor) and other.numel() == other.shape[-1] == len(self.w_VD):
+            return replace(self, b_V=other.flatten() if self.b_V is None else self.b_V + other.flatten())
         return self.tensor() + _tensor(other)
 
     __radd__ = __add__

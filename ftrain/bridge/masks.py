@@ -27,12 +27,20 @@ class MaskRule:
     - `causal`: only those at or before it. `window`: as in `ftrain.kernels.attention`. `chunk`: only those of its own
       chunk of so many tokens, counted from the document's start.
     - `dense`: bool `[B, 1 or H, T, S]`, which holds all that is seen in its place; None for a rule in numbers.
+    - `bias`: numbers that a model adds to the mask, and so to the scores; None for none.
     """
 
     causal: bool = True
     window: int | None = None
     chunk: int | None = None
     dense: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __add__(self, bias: Tensor) -> "MaskRule":
+        """The rule with numbers `[B or 1, H or 1, T, S]` that are added to scores."""
+        return replace(self, bias=bias if self.bias is None else self.bias + bias)
+
+    __radd__ = __add__
 
 
 def read(function: Callable[..., Any]) -> MaskRule | None:

@@ -56,7 +56,8 @@ def from_module(
     """
     own = copy.deepcopy(module)
     held = {name: x.clone() for name, x in buffers(own).items()}
-    written = tuple(name for name in held if _is_statistics(own, name) or any(fnmatchcase(name, g) for g in state))
+    known = statistics(own)
+    written = tuple(name for name in held if name in known or any(fnmatchcase(name, g) for g in state))
     bridged = Bridged(own, type(module).__name__, held, written, loss, inputs)
     return Model(
         name=f"{type(module).__name__} (a module)",
@@ -158,10 +159,10 @@ class _WithBuffers(nn.Module):
         return result, dict(self.inner.named_buffers())
 
 
-def _is_statistics(module: nn.Module, name: str) -> bool:
-    """True for a buffer that a normalization over the batch writes."""
-    owner, _, _ = name.rpartition(".")
-    return isinstance(module.get_submodule(owner), nn.modules.batchnorm._NormBase)
+def statistics(module: nn.Module) -> tuple[str, ...]:
+    """The names of the buffers that normalizations over the batch write."""
+    norms = {path for path, inner in module.named_modules() if isinstance(inner, nn.modules.batchnorm._NormBase)}
+    return tuple(name for name, _ in module.named_buffers() if name.rpartition(".")[0] in norms)
 
 
 def _rows(batch: Any) -> int:

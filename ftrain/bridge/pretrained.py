@@ -19,16 +19,30 @@ from ftrain.bridge.language import Language
 from ftrain.bridge.plain import plain_loss
 from ftrain.bridge.positions import shift
 from ftrain.bridge.proof import example, mixing, packed
+from ftrain.bridge.rowwise import TASKS as ROWWISE
+from ftrain.bridge.rowwise_model import rowwise_model
+from ftrain.bridge.seq2seq_model import seq2seq_model
 from ftrain.bridge.skeleton import buffers, build, nest, parameters
-from ftrain.bridge.specs import inits_of, specs_of
-from ftrain.bridge.weights import load, save
+from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
+from ftrain.bridge.weights import load, save, stored_buffers
 from ftrain.hf.files import HfFolder
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
 from ftrain.trace.tracer import Traced
 
-Task = Literal["causal_lm", "masked_lm"]
-_CLASSES = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
+Task = Literal[
+    "causal_lm", "masked_lm", "seq2seq_lm", "image_classification", "audio_classification", "ctc", "features"
+]
+_CLASSES = {
+    "causal_lm": ("AutoModelForCausalLM",),
+    "masked_lm": ("AutoModelForMaskedLM",),
+    "seq2seq_lm": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
+    "image_classification": ("AutoModelForImageClassification",),
+    "audio_classification": ("AutoModelForAudioClassification",),
+    "ctc": ("AutoModelForCTC",),
+    "features": ("AutoModel",),
+}
+"""The classes of transformers for each task: the first that has the architecture."""
 
 
 def from_transformers(
@@ -38,7 +52,9 @@ def from_transformers(
 
     Args:
         source: a folder with `config.json` (and weights, for `load`), or a configuration of transformers.
-        task: what the model is for; it gives the class, the loss, and the leaves of the batch.
+        task: what the model is for; it gives the class, the loss, and the leaves of the batch, which `model.batch`
+            tells: language models read "tokens"; "seq2seq_lm" a "source" too; pictures are "pixels" and recordings
+            "sound"; "features" are `model.hidden` of an encoder, for a loss of one's own.
         dtype: of the parameters.
         trust_remote_code: run the Python files of a folder whose model transformers does not know.
 
@@ -60,7 +76,12 @@ def from_transformers(
     open_doors()
     folder = Path(source) if isinstance(source, str | Path) else None
     config = source if folder is None else read_config(folder, trust_remote_code)
-    made, specs, why = _suited(partial(_make, config, task, dtype, trust=trust_remote_code))
+    make = partial(_make, config, task, trust=trust_remote_code)
+    if task in ROWWISE:
+        return rowwise_model(make, task, dtype, folder)
+    if task == "seq2seq_lm":
+        return seq2seq_model(make, dtype, folder, _tables)
+    made, specs, why = _suited(partial(make, dtype=dtype), folder)
     module, held, alone = made.module, made.held, made.alone
     weights = None if folder is None else partial(_load, module, folder, specs)
     return Model(
@@ -83,27 +104,18 @@ def _load(module: nn.Module, folder: Path, specs: Any, into: Any = None) -> Any:
     return load(module, HfFolder.open(folder), specs, into)
 
 
-def _begin(module: nn.Module) -> Callable[[nn.Module], None]:
-    """What fills a module within `module`: the rule of the nearest model around it, as transformers does it."""
-    rules = dict[int, Callable[[nn.Module], None]]()
-    for model in module.modules():
-        if hasattr(model, "_init_weights"):
-            rules |= {id(inner): model._init_weights for inner in model.modules()}  # type: ignore[misc]
-    return lambda inner: rules[id(inner)](inner)
-
-
-def _suited(make: Callable[..., nn.Module]) -> tuple[Language, Any, str]:
+def _suited(make: Callable[..., nn.Module], folder: Path | None) -> tuple[Language, Any, str]:
     """The model, the specs of its parameters, and how it was bridged, in words: with our attention, or with its own.
 
     Its own is for modules that know attentions by their names, look into masks, or pass to attention what ours does not
     know: they cannot be built or traced with ours. An error that has another reason comes again with its own.
     """
     try:
-        made, specs = _described(partial(make, attention=NAME))
+        made, specs = _described(partial(make, attention=NAME), folder)
         return _settled(made, specs, packed(made.logits, abstract(specs), example())), specs, "bridged"
     except Exception as error:
         why = f"bridged, with its own attention, as ours does not suit it ({type(error).__name__}: {error})"
-    made, specs = _described(partial(make, attention="eager"))
+    made, specs = _described(partial(make, attention="eager"), folder)
     try:
         traced = packed(made.logits, abstract(specs), example())
     except Exception as error:
@@ -112,12 +124,14 @@ def _suited(make: Callable[..., nn.Module]) -> tuple[Language, Any, str]:
     return _settled(made, specs, traced), specs, why
 
 
-def _described(make: Callable[[], nn.Module]) -> tuple[Language, Any]:
-    """The module without memory, and the specs of its parameters."""
+def _described(make: Callable[[], nn.Module], folder: Path | None) -> tuple[Language, Any]:
+    """The module without memory, and the specs of its parameters. `folder`: of its buffers, if it keeps some."""
     module = build(make)
-    inits = inits_of(module, _begin(module))
+    fix(module)
+    held = {**buffers(module), **({} if folder is None else stored_buffers(module, folder))}
+    inits = inits_of(module, beginnings(module))
     specs = specs_of(parameters(module), vocab=_tables(module), experts=expert_leaves(module), inits=inits)
-    return Language(module, type(module).__name__, buffers(module)), nest(specs)
+    return Language(module, type(module).__name__, held), nest(specs)
 
 
 def _settled(made: Language, specs: Any, traced: Traced) -> Language:
@@ -139,23 +153,24 @@ def _make(
 
     if task not in _CLASSES:
         raise ValueError(f"no task {task!r}; known: {', '.join(_CLASSES)}")
-    auto = getattr(transformers, _CLASSES[task])
-    try:
-        module: nn.Module = auto.from_config(
-            copy.deepcopy(config),
-            attn_implementation=attention,
-            experts_implementation=experts,
-            dtype=dtype,
-            trust_remote_code=trust,
-        )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(
-            f"transformers has no {config.model_type} for task {task!r} ({_CLASSES[task]}): choose another task of "
-            f"{', '.join(_CLASSES)}"
-        ) from error
-    return module.train()
+    for name in _CLASSES[task]:
+        try:
+            module: nn.Module = getattr(transformers, name).from_config(
+                copy.deepcopy(config),
+                attn_implementation=attention,
+                experts_implementation=experts,
+                dtype=dtype,
+                trust_remote_code=trust,
+            )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+        else:
+            return module.train()
+    raise ValueError(
+        f"transformers has no {config.model_type} for task {task!r} ({', '.join(_CLASSES[task])}): choose another task "
+        f"of {', '.join(_CLASSES)}"
+    )
 
 
 def _plain(config: Any, task: Task, trust: bool) -> nn.Module:

@@ -1,14 +1,18 @@
 """Modules without memory: parameters on the meta device, buffers as they are, and calls with a tree in their place."""
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ftrain.modules.spec import Tree, leaves_with_paths
+
+_LOOKED_AT = 100_000  # elements of a parameter that may have been made of one number
 
 
 @contextmanager
@@ -22,13 +26,29 @@ def without_memory() -> Iterator[None]:
         del module, name
         if parameter is None or parameter.device.type == "meta":
             return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        made = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        made.begins = _constant(parameter)  # type: ignore[attr-defined]
+        return made
 
     hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
         hook.remove()
+
+
+def _constant(parameter: Tensor) -> float | None:
+    known = parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if not known or not 0 < parameter.numel() <= _LOOKED_AT:
+        return None
+    low, high = (float(x) for x in parameter.detach().aminmax())
+    return low if low == high else None
+
+
+def begins(parameter: Tensor) -> float | None:
+    """The one number that a parameter without memory, of any shape, was made with; None if there is none known."""
+    found: float | None = getattr(parameter, "begins", None)
+    return found
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
@@ -59,19 +79,39 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name; weights that are tied in the module are one."""
-    return dict(module.named_parameters())
+    """The parameters that are trained by name; weights that are tied in the module are one."""
+    return {name: parameter for name, parameter in module.named_parameters() if not is_fixed(parameter)}
+
+
+def fixed(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name that the module does not train: tables of positions, mostly."""
+    return {name: parameter for name, parameter in module.named_parameters() if is_fixed(parameter)}
+
+
+def is_fixed(parameter: nn.Parameter) -> bool:
+    """True for a parameter that is not trained (`requires_grad=False`), or has no elements."""
+    return not parameter.requires_grad or not parameter.numel()
 
 
 def call(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`module(*args, **kwargs)` with `tensors`, by name, in the place of its parameters and buffers.
 
     Tied weights follow the one that is given. Parameters that the module does not train (`requires_grad` is False) get
-    no gradient. The module is left as it was.
+    no gradient. The module is left as it was. ValueError, with the line, for a module that converts a layer of its own
+    while it runs (`layer.to(dtype)`).
     """
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     given = {name: x.detach() if name in frozen else x for name, x in tensors.items()}
-    return functional_call(module, given, args, dict(kwargs), tie_weights=True)
+    try:
+        return functional_call(module, given, args, dict(kwargs), tie_weights=True)
+    except RuntimeError as error:
+        if "Couldn't swap" not in str(error):
+            raise
+        frame = next(f for f in reversed(traceback.extract_tb(error.__traceback__)) if "/torch/" not in f.filename)
+        raise ValueError(
+            f"{type(module).__name__}: at {frame.filename}:{frame.lineno} ({frame.line}) it converts a layer of its "
+            "own while it runs, which no pure function can: a model of this kind is not bridged"
+        ) from error
 
 
 @contextmanager
@@ -90,8 +130,11 @@ def as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers by name, those that no checkpoint holds too. ValueError for one without memory."""
-    found = dict(module.named_buffers())
+    """The buffers by name, those that no checkpoint holds and parameters that are not trained too.
+
+    ValueError for one without memory.
+    """
+    found: dict[str, Tensor] = {**dict(module.named_buffers()), **fixed(module)}
     empty = next((name for name, x in found.items() if x.device.type == "meta"), None)
     if empty is not None:
         raise ValueError(

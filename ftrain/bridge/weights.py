@@ -1,6 +1,6 @@
 """Weights of transformers' folders in and out: streamed, by the names and conversions that transformers itself uses."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftrain.bridge.skeleton import flatten, nest
+from ftrain.bridge.skeleton import fixed, flatten, nest
 from ftrain.checkpoint.leaves import named_leaves
 from ftrain.checkpoint.shard_layout import Slice, whole
 from ftrain.hf.files import HfFolder, opened
@@ -39,11 +39,11 @@ def load(module: nn.Module, folder: HfFolder, specs: Tree, into: Tree | None = N
         into = nest({name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in wanted.items()})
     held = named_leaves(into)
     tied = _tied(module)
-    missing = set(wanted)
+    missing, others = set(wanted), {*dict(module.named_buffers()), *fixed(module)}
     for name, tensor in _parameters(module, folder):
         name = tied.get(name, name)
         if name not in wanted:
-            if name in dict(module.named_buffers()):
+            if name in others:
                 continue
             raise ValueError(f"{folder.path}: it holds {name!r}, which {type(module).__name__} has not")
         if tuple(tensor.shape) != tuple(wanted[name].shape):
@@ -55,6 +55,20 @@ def load(module: nn.Module, folder: HfFolder, specs: Tree, into: Tree | None = N
     if missing:
         raise ValueError(f"{folder.path} has nothing for {sorted(missing)[0]!r} ({len(missing)} missing)")
     return into
+
+
+def stored_buffers(module: nn.Module, folder: str | Path) -> dict[str, Tensor]:
+    """What a folder holds beside the parameters that are trained, by name: statistics of a normalization, biases of a
+    router, tables of positions. Empty for a folder without weights. ValueError for one of another shape.
+    """
+    if not any(Path(folder).glob("*.safetensors*")):
+        return {}
+    own: dict[str, Tensor] = {**dict(module.named_buffers()), **fixed(module)}
+    read = dict(_parameters(module, HfFolder.open(folder), own.keys()))
+    for name, tensor in read.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{folder}: {name!r} has shape {list(tensor.shape)}, not {list(own[name].shape)}")
+    return {name: tensor.to(own[name].dtype) for name, tensor in read.items()}
 
 
 def save(module: nn.Module, params: Tree, held: Mapping[str, Tensor], folder: str | Path) -> None:
@@ -88,10 +102,15 @@ def _tied(module: nn.Module) -> dict[str, str]:
     return found
 
 
-def _parameters(module: nn.Module, folder: HfFolder) -> Iterator[tuple[str, Tensor]]:
-    """The module's parameters and buffers by name, converted from what the folder holds, group by group."""
+def _parameters(module: nn.Module, folder: HfFolder, only: Set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The module's parameters and buffers by name, converted from what the folder holds, group by group.
+
+    `only`: leave out the groups of other names.
+    """
     reader = _Reader(folder)
     for target, group in _groups(module, folder).items():
+        if only is not None and target not in only:
+            continue
         if group.converter is None:
             yield target, reader.read(group.names[0])
             continue
