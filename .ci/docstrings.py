@@ -322,6 +322,10 @@ def _is_tensor(annotation: ast.expr | None) -> bool:
     return name == "Tensor"
 
 
+_BASES = {"Untraceable": "ValueError"}
+"""What users know an exception as."""
+
+
 def missing(path: Path) -> Iterator[str]:
     """What the public names of a file lack, a line for each."""
     tree = ast.parse(path.read_text())
@@ -335,7 +339,8 @@ def missing(path: Path) -> Iterator[str]:
             continue
         errors = "\n".join([said, *_of_making(public.node)])
         for name in sorted(raised(public, tree)):
-            if not re.search(rf"\b{name}\b", errors):
+            names = f"{name}|{_BASES[name]}" if name in _BASES else name
+            if not re.search(rf"\b({names})\b", errors):
                 yield f"{at} raises {name} and does not say so"
         bare = unshaped(public.node)
         if bare and not _SHAPE.search(said):

@@ -14,7 +14,6 @@ and kernels, and what `ftrain.within_documents` covers.
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -26,8 +25,9 @@ from ftrain.graph.torch_private import functional_transform, node_of, number_of,
 from ftrain.kernels.whole_batch import stays_within_documents
 from ftrain.sharding.batch import TokenOrder
 from ftrain.sharding.mesh import Mesh
-from ftrain.sharding.whole_rows import PURPOSE, mean_of_ranks, share_of_rows, whole_rows_sharded
+from ftrain.sharding.whole_rows import mean_of_ranks
 from ftrain.trace.batch_backward import require_part_of_sum
+from ftrain.trace.batch_gathering import RowsOfAll, Run, kind_of
 from ftrain.trace.batch_kinds import Kind, number_in
 from ftrain.trace.batch_rows import BatchRows, summed
 from ftrain.trace.batch_writes import is_write, note_write
@@ -35,22 +35,12 @@ from ftrain.trace.gathered_copies import last_node, tensors_in
 from ftrain.trace.refusals import Untraceable
 from ftrain.trace.spmd import batch_sum
 from ftrain.trace.spread_ops import tensor_of
-from ftrain.trace.whole_arrays import LARGE, WholeArrays, map_tensors, writes
+from ftrain.trace.whole_arrays import WholeArrays, map_tensors, writes
 
-Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
-
-_AS_MANY = {"softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "normalize"}
-"""Functions whose result has a row for each row, so that the share of the whole result is a rank's."""
 _BY_ROW = {torch.nn.functional.instance_norm, torch.instance_norm}
 """Functions of each row alone, which work on rows and channels as one dim."""
 _OVER_LABELS = {torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss}
 """Functions whose mean is over the labels that are not ignored, by their weights."""
-_REDUCING = {
-    "amax", "amin", "max", "min", "all", "any", "std", "var", "std_mean", "var_mean", "logsumexp", "prod", "median",
-    "nanmedian", "mode", "kthvalue", "argmax", "argmin", "aminmax", "norm", "linalg_vector_norm",
-    "topk", "dist",
-}  # fmt: skip
-"""Functions whose result has no rows where they mix them, so that all ranks have it alike."""
 
 
 class _Cause(NamedTuple):
@@ -67,7 +57,8 @@ class BatchMixing:
 
     def __init__(self, rows: BatchRows, arrays: WholeArrays, mesh: Mesh, order: TokenOrder) -> None:
         self._rows, self._arrays = rows, arrays
-        self._mesh, self._order = mesh, order
+        self._mesh = mesh
+        self._all = RowsOfAll(rows, mesh, order)
 
     def call(
         self, func: Callable[..., Any], run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], line: str
@@ -101,8 +92,8 @@ class BatchMixing:
             finished = map_tensors(self._finished, args), map_tensors(self._finished, kwargs)
             if any(a is not b for a, b in zip(tensors_in(finished), tensors_in((args, kwargs)), strict=True)):
                 return self.call(func, run, *finished, line)
-            if self._can_gather(func, args, kwargs):
-                return self._on_all_rows(func, run, args, kwargs)
+            if self._all.can_take(func, args, kwargs):
+                return self._all.run(func, run, args, kwargs)
         line = line if is_users(line.rpartition(":")[0]) else str(user_source())
         raise Untraceable(self._refusal(func, line, (args, kwargs), cause.known))
 
@@ -134,8 +125,7 @@ class BatchMixing:
         return _refusal(name, line, of_sums) if known else _unclear(name, line)
 
     def _kind(self, tensor: Any) -> Kind:
-        node = node_of(tensor) if isinstance(tensor, Tensor) else None
-        return Kind("unknown") if node is None else self._rows.of(node).kind
+        return kind_of(tensor, self._rows)
 
     def _concerned(self, values: Any) -> bool:
         kinds = (self._kind(t) for t in tensors_in(values))
@@ -225,44 +215,6 @@ class BatchMixing:
     def _finished(self, tensor: Tensor) -> Tensor:
         """The whole batch's mean, of a rank's."""
         return mean_of_ranks(tensor, self._mesh) if self._kind(tensor).what == "mean" else tensor
-
-    def _can_gather(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        kinds = [self._kind(t) for t in tensors_in((args, kwargs))]
-        rows = [kind for kind in kinds if kind.what == "rows"]
-        known = getattr(func, "__name__", "") in _AS_MANY | _REDUCING
-        alone = all(kind.what in ("rows", "same") and (kind.ordered or kind.what == "same") for kind in kinds)
-        return known and alone and len(rows) > 0 and kwargs.get("out") is None
-
-    def _on_all_rows(self, func: Callable[..., Any], run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        kind = next(k for t in tensors_in((args, kwargs)) if (k := self._kind(t)).what == "rows")
-        size = next(t.shape[kind.dim] for t in tensors_in((args, kwargs)) if self._kind(t) == kind)
-        whole = map_tensors(self._whole, args), map_tensors(self._whole, kwargs)
-        result = run(*whole)
-        return self._share(result, kind, size) if func.__name__ in _AS_MANY else result
-
-    def _whole(self, x: Tensor) -> Tensor:
-        """The rows of all ranks, of a rank's."""
-        kind = self._kind(x)
-        if kind.what != "rows":
-            return x
-        size = x.numel() * x.itemsize * self._mesh.size
-        if size > LARGE:
-            warnings.warn(
-                f"{user_source()}: gathers the batch's rows on every rank ({size / 2**20:.0f} MiB), as what it does "
-                f"mixes them; compiled.bytes_moved() has such bytes as {PURPOSE!r}",
-                stacklevel=2,
-            )
-        tokens = kind.order == "tokens"
-        return whole_rows_sharded(x, dim=kind.dim, mesh=self._mesh, order=self._order, tokens=tokens)
-
-    def _share(self, whole: Tensor, kind: Kind, size: int) -> Tensor:
-        """A rank's rows of those of all."""
-        tokens = kind.order == "tokens"
-        share = share_of_rows(whole, size, dim=kind.dim, mesh=self._mesh, order=self._order, tokens=tokens)
-        node = node_of(share)
-        if node is not None:
-            self._rows.set(node, kind)
-        return share
 
 
 def _refusal(name: str, line: str, of_sums: bool) -> str:
