@@ -61,7 +61,7 @@ def _rows() -> dict[str, Rows]:
                   "architectures": ["LevitForImageClassification"]},
         "focalnet": {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "hidden_sizes": [8, 16],
                      "focal_levels": [2, 2], "focal_windows": [3, 3]},
-        "cvt": {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 2], "depth": [1, 1, 3],
+        "cvt": {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 2], "depth": [1, 2, 3],
                 "drop_path_rate": [0.0, 0.0, 0.0]},
     }  # fmt: skip
     sizes = {"levit": 64, "bit": 64, "mobilevitv2": 64}
