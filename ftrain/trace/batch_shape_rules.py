@@ -255,6 +255,15 @@ def _counts_rows(node: Any) -> bool:
     return isinstance(node, fx.Node) and name_of(node) == "arange" and reader(node)("start") in (None, 0)
 
 
+def _restrided(node: fx.Node, kinds: Kinds) -> Found:
+    """The same numbers in the same places: strides of dims of size 1 say nothing."""
+    kind, value = first_of(node, kinds)
+    read = reader(node)
+    pairs = zip(value.shape, read("stride"), value.stride(), strict=False)
+    told = list(read("size")) == list(value.shape) and all(a == b for size, a, b in pairs if size != 1)
+    return Found(kind) if told else NOTHING
+
+
 def _padded(node: fx.Node, kinds: Kinds) -> Found:
     kind, value = first_of(node, kinds)
     if kind.what != "rows":
@@ -289,5 +298,6 @@ SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("embedding", "index_select", "gather"), _looked_up),
     "index": _indexed,
     "constant_pad_nd": _padded,
+    "as_strided": _restrided,
     "slice_scatter": _written_over,
 }

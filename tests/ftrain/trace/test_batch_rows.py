@@ -155,6 +155,7 @@ RIGHT = {
     "conjugates": lambda h: torch.view_as_real(
         torch.view_as_complex(h.reshape(-1, 2, 2)).conj().resolve_conj()
     ).flatten(1),
+    "pooled": lambda h: h - F.adaptive_avg_pool1d(h[:, None], 1)[:, 0],
     "masked in place": lambda h: h.clone().masked_fill_(h < 0, 0.0),
     "row by row": lambda h: h.softmax(1) + h.cumsum(1) + F.layer_norm(h, (4,)) + h.max(1, keepdim=True).values,
 }
