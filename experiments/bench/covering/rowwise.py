@@ -72,9 +72,10 @@ class Rows:
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         config = nothing_to_compare(self.config)
         module = nothing_to_compare(partial(self._module, config))
-        given = self.inputs(torch.Generator().manual_seed(0))
+        made = self.inputs(torch.Generator().manual_seed(0))
+        given = {name: x.double() if x.is_floating_point() else x for name, x in made.items()}
         wanted = nothing_to_compare(partial(self._plain, copy.deepcopy(module), given))
-        model = self._with_loss(from_transformers(copy.deepcopy(config), task=self.task))
+        model = self._with_loss(from_transformers(copy.deepcopy(config), task=self.task, dtype=torch.float64))
         params = nest({name: p.detach().clone() for name, p in parameters(module).items()})
         names = {"pixel_values": "pixels", "input_values": "sound", "input_features": "sound", "attention_mask": "mask"}
         batch = {names.get(name, name): x for name, x in given.items()}
@@ -93,7 +94,7 @@ class Rows:
         torch.manual_seed(0)
         auto = getattr(transformers, _CLASSES[self.task])
         made: nn.Module = auto.from_config(copy.deepcopy(config), attn_implementation="eager")
-        return made.train()
+        return made.double().train()
 
     def _labels(self) -> Tensor:
         if self.task == "ctc":
