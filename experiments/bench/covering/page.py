@@ -50,9 +50,16 @@ def write(found: Sequence[Outcome], file: Path) -> None:
         kept[o.set, o.name] = o if before is None or o.verdict != "equal" else _both(before, o)
     rows = [asdict(kept[key]) for key in sorted(kept)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    head = {**asdict(Machine.here()), "versions": versions()}
+    head = {**asdict(Machine.here()), "versions": versions(), "totals": totals(list(kept.values()))}
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     file.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
+
+
+def totals(found: Sequence[Outcome]) -> dict[str, int]:
+    """How many rows run by themselves, and how many of them came out in each way."""
+    told = [o.verdict for o in found if o.verdict != "no_peer"]
+    verdicts = ("equal", "refused", "breaks", "not_equal")
+    return {"rows": len(told), **{verdict: told.count(verdict) for verdict in verdicts}}
 
 
 def _both(before: Outcome, now: Outcome) -> Outcome:
