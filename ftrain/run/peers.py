@@ -21,7 +21,7 @@ from ftrain.sharding.joint_calls import JointCall, calls_made, first_difference,
 from ftrain.sharding.private import default_store
 
 _PERIOD, _GRACE, _PATIENCE, _WAITING = 0.25, 1.0, 5.0, 3.0
-_FAILED, _HEARD, _DONE = "ftrain/run/failed", "ftrain/run/heard", "ftrain/run/done"
+_FAILED, _HEARD, _DONE, _SEEN = (f"ftrain/run/{word}" for word in ("failed", "heard", "done", "seen"))
 _STEPS = "began step "
 _STORE_IS_GONE = (RuntimeError, dist.DistError)
 """What a call of the store raises when the rank that held it has ended."""
@@ -62,16 +62,25 @@ class PeerRanks:
             return  # the store ended with the run
 
     def finished(self) -> None:
-        """Return when all ranks have come here. A rank that fails before ends this one."""
+        """Return when all ranks have come here. A rank that fails before ends this one. RuntimeError if the rank that
+        holds the store ends before.
+        """
         if self._alone:
             return
         store = default_store().clone()
-        store.add(_DONE, 1)
         try:
+            store.add(_DONE, 1)
             while store.add(_DONE, 0) < self._world:
                 time.sleep(_PERIOD / 5)
-        except _STORE_IS_GONE:
-            pass  # rank 0, which holds the store, has seen all ranks and ended
+            store.add(_SEEN, 1)
+            if self._rank == 0:  # where no agent holds the store it ends with this rank
+                _wait_for_readers(store, self._world, _SEEN)
+        except _STORE_IS_GONE as error:
+            self._end.set()
+            self._alone = True  # there is nobody to tell
+            raise RuntimeError(
+                f"rank {self._rank} is done, and the rank that holds the store ended before all ranks were"
+            ) from error
         self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -129,10 +138,10 @@ class PeerRanks:
         os._exit(1)
 
 
-def _wait_for_readers(store: dist.Store, ranks: int) -> None:
-    """Return when so many ranks have read why they end, or after some seconds."""
+def _wait_for_readers(store: dist.Store, ranks: int, key: str = _HEARD) -> None:
+    """Return when so many ranks have read why they end, or what else `key` counts, or after some seconds."""
     deadline = time.monotonic() + _PATIENCE
-    while store.add(_HEARD, 0) < ranks and time.monotonic() < deadline:
+    while store.add(key, 0) < ranks and time.monotonic() < deadline:
         time.sleep(_PERIOD / 5)
 
 

@@ -176,6 +176,23 @@ def test_ranks_leave_the_block_together(tmp_path):
     assert max(rank["done"] for rank in times) < min(rank["left"] for rank in times)
 
 
+KILLED = """
+import os, signal, time, ftrain
+with ftrain.run.session(device="cpu", timeout=120) as run:
+    if run.rank == 0:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_is_done_does_not_take_the_loss_of_another_for_success(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    killed, done = run_script(script, 2)
+    assert (killed.code, done.code) == (-9, 1)
+    assert "the rank that holds the store ended before all ranks were" in done.stderr
+
+
 PARTS = """
 import sys, torch, ftrain
 from ftrain import Mean
