@@ -16,6 +16,8 @@ _MACHINERY = (
     _PACKAGE,
     Path(torch.__file__).resolve().parent,
 )
+_GENERATED = ("<frozen ", "<eval_with_key>", "<torch", "<attrs generated ", "<__array_function__ ")
+"""Names of code that libraries generate: Python's own, of graphs, of torch's."""
 
 
 class SourceLine(NamedTuple):
@@ -31,7 +33,9 @@ class SourceLine(NamedTuple):
 
 @functools.cache
 def _is_machinery(file: str) -> bool:
-    if file.startswith(("<", "optree", "contextlib")):
+    if file.startswith("<"):  # no file: a shell, a notebook's cell and `python -c` are the user's
+        return file.startswith(_GENERATED)
+    if file.startswith(("optree", "contextlib")):
         return True
     path = Path(file).resolve()  # a folder may be reached by a link, as a home often is
     if any(map(path.is_relative_to, _MODELS)):

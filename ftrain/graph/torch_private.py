@@ -92,6 +92,12 @@ def own_backward(node: Any) -> type | None:
     return getattr(type(node), "_forward_cls", None)
 
 
+def runs_again_in_backward() -> bool:
+    """True within a function that `torch.utils.checkpoint` (not its reentrant form) runs, and will run again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
+
+
 def tracing_graph() -> fx.Graph | None:
     """The graph being written by the innermost trace on this thread, or None."""
     mode = get_proxy_mode()

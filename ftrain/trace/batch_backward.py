@@ -2,19 +2,21 @@
 
 - The backward of a `torch.autograd.Function`, or of an op with `register_autograd`, is the user's own code. It is run
   when the loss is differentiated, and the nodes that it leaves are looked at (`ftrain.trace.batch_rows`).
+- So is a hook of a tensor (`Tensor.register_hook`).
 - A gradient that the loss takes itself (`torch.autograd.grad`, `torch.func.grad`) is a rank's part of the whole batch's
   if what it differentiates is a rank's part of a sum. A mean over the rank's rows is divided by another number, and a
   value of the whole batch is counted once a rank.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from ftrain.graph.source import user_source
 from ftrain.graph.torch_private import node_of, own_backward, tracing_graph
-from ftrain.trace.batch_kinds import SAME, name_of
+from ftrain.trace.batch_kinds import SAME, Kind, name_of
 from ftrain.trace.batch_rows import BatchRows
 from ftrain.trace.gathered_copies import last_node
 from ftrain.trace.provenance import backward_nodes, sources
@@ -42,18 +44,50 @@ def _watch(backward: Any, name: str, rows: BatchRows) -> None:
             _note_rows(gradients, backward._sequence_nr(), graph, rows)
 
     def leave(results: Any, gradients: Any) -> None:
-        node = before[0].next if before else None
-        while node is not None and node.op != "root":
-            if rows.of(node).mixes or _spreads_a_part(node, rows):
-                raise Untraceable(
-                    f"the backward of {name} mixes rows of the batch at {node.meta.get('source')}, and a rank holds "
-                    "its share of them: let it give each row the gradient of that row alone, or write the op in "
-                    "functions of torch, whose gradients are taken for you"
-                )
-            node = node.next
+        node = _first_that_mixes(before[0], rows) if before else None
+        if node is not None:
+            raise Untraceable(
+                f"the backward of {name} mixes rows of the batch at {node.meta.get('source')}, and a rank holds "
+                "its share of them: let it give each row the gradient of that row alone, or write the op in "
+                "functions of torch, whose gradients are taken for you"
+            )
 
     backward.register_prehook(enter)
     backward.register_hook(leave)
+
+
+def _first_that_mixes(before: fx.Node, rows: BatchRows) -> fx.Node | None:
+    node = before.next
+    while node.op != "root" and not rows.of(node).mixes and not _spreads_a_part(node, rows):
+        node = node.next
+    return None if node.op == "root" else node
+
+
+def watched_hook(hook: Callable[[Tensor], Any], tensor: Tensor, rows: BatchRows) -> Callable[[Tensor], Any]:
+    """`hook`, of `tensor` of any shape, with a ValueError if it does not treat each row alone, or is not linear in a
+    rank's part of a gradient.
+    """
+    line, node, shape = user_source(), node_of(tensor), tensor.shape  # the tensor itself must not be kept
+
+    @functools.wraps(hook)
+    def watched(gradient: Tensor) -> Any:
+        graph, own = tracing_graph(), node_of(gradient)
+        if graph is None or own is None:
+            return hook(gradient)
+        kind = Kind("unknown") if node is None else rows.of(node).kind
+        if rows.of(own).kind == SAME and kind.what == "rows" and shape == gradient.shape:
+            rows.note(own, kind)
+        before = last_node(graph)
+        result = hook(gradient)
+        if _first_that_mixes(before, rows) is not None:
+            raise Untraceable(
+                f"{line}: a hook mixes rows of the batch, of which a rank holds its share, or is not linear in a "
+                "gradient that is the sum of all ranks': let it treat each row alone, or change the gradients that "
+                "ftrain.value_and_grad returns"
+            )
+        return result
+
+    return watched
 
 
 def _note_rows(gradients: Sequence[Tensor | None], number: int, graph: fx.Graph, rows: BatchRows) -> None:

@@ -2,7 +2,21 @@
 
 from torch import fx
 
-from ftrain.trace.batch_kinds import MIXED, NOTHING, SAME, UNKNOWN, Found, Kind, Kinds, Rule, first_of, reader, rows_in
+from ftrain.trace.batch_kinds import (
+    MIXED,
+    NOTHING,
+    SAME,
+    UNKNOWN,
+    Found,
+    Kind,
+    Kinds,
+    Rule,
+    first_of,
+    name_of,
+    reader,
+    rows_in,
+)
+from ftrain.trace.spread_ops import tensor_of
 
 
 def matrices(node: fx.Node, kinds: Kinds) -> Found:
@@ -70,6 +84,30 @@ def _of_last_two(node: fx.Node, kinds: Kinds) -> Found:
     return NOTHING if kind.what != "rows" else MIXED if kind.dim >= value.dim() - 2 else Found(kind)
 
 
+def _solved(node: fx.Node, kinds: Kinds) -> Found:
+    """Triangular systems `A x = b`: each column of `b` alone (each row with `left=False`), if all ranks have `A`."""
+    a, b = node.args[:2]
+    kind, value = kinds.get(b, UNKNOWN), tensor_of(b)  # type: ignore[arg-type]
+    if kinds.get(a, UNKNOWN) != SAME or kind.what != "rows" or value is None:  # type: ignore[arg-type]
+        return matrices(node, kinds)
+    mixed = value.dim() - (1 if reader(node)("left") is False else 2)
+    return MIXED if kind.dim == mixed else Found(kind)
+
+
+def _diagonals(node: fx.Node, kinds: Kinds) -> Found:
+    """The last dim as diagonals of matrices, or diagonals of matrices as the last dim."""
+    kind, value = first_of(node, kinds)
+    if kind.what != "rows":
+        return Found(kind) if kind.partial else NOTHING
+    made = name_of(node) == "diag_embed"
+    read, rank = reader(node), value.dim() + made
+    planes = {(-2 if (d := read("dim1")) is None else d) % rank, (-1 if (d := read("dim2")) is None else d) % rank}
+    if not made:
+        return MIXED if kind.dim in planes else Found(kind._replace(dim=kind.dim - sum(d < kind.dim for d in planes)))
+    rest = [d for d in range(rank) if d not in planes]
+    return MIXED if kind.dim == value.dim() - 1 else Found(kind._replace(dim=rest[kind.dim]))
+
+
 def _distances(node: fx.Node, kinds: Kinds) -> Found:
     """Of each row of the one with each of the other, the last dims being vectors."""
     if any(k.partial for k in kinds.values()):
@@ -117,6 +155,8 @@ ENTRY_RULES: dict[str, Rule] = {
     **dict.fromkeys(_ATTENTION, _attended),
     **dict.fromkeys(("_cdist_forward", "_euclidean_dist", "_pdist_forward"), _distances),
     **dict.fromkeys(("tril", "triu"), _of_last_two),
+    **dict.fromkeys(("diagonal", "diag_embed"), _diagonals),
+    "linalg_solve_triangular": _solved,
     **dict.fromkeys(_BY_ENTRY, _by_entry_of_more),
     **dict.fromkeys(_MATRICES, matrices),
 }

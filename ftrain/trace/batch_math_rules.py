@@ -210,9 +210,34 @@ def _into_places(node: fx.Node, kinds: Kinds) -> Found:
         indexed = name_of(node).startswith("index_")  # along one dim, by an index of all rows
         given = [k for n, k in kinds.items() if n is not node.args[0] and not (indexed and n is node.args[2])]
         return Found(target) if all(k.what == "rows" and k.dim == 0 for k in given) else MIXED
+    within = _into_each_row(node, target, kinds)
+    if within is not None:
+        return within
     zeros = isinstance(node.args[0], fx.Node) and name_of(node.args[0]) in _ZEROS
     adds = name_of(node) in ("index_add", "scatter_add") or (name_of(node) == "index_put" and len(node.args) > 3)
     return Found(Kind("sum")) if zeros and adds else MIXED
+
+
+def _into_each_row(node: fx.Node, target: Kind, kinds: Kinds) -> Found | None:
+    """`torch.zeros_like(h).scatter(1, places, values)`: into as many rows as the places have, along another dim.
+
+    None for another write.
+    """
+    index, value = (node.args[2] if len(node.args) > 2 else None), tensor_of(node)
+    found = kinds.get(index, UNKNOWN)  # type: ignore[arg-type]
+    own = tensor_of(index) if isinstance(index, fx.Node) else None
+    if not name_of(node).startswith("scatter") or target != SAME or found.what != "rows" or own is None:
+        return None
+    others = [k for n, k in kinds.items() if n not in (node.args[0], index)]
+    alike = all(k == SAME or (k.what == "rows" and k.dim == found.dim) for k in others)
+    if value is None or own.shape[found.dim] != value.shape[found.dim] or not alike:
+        return None
+    along = node.args[1] % value.dim()  # type: ignore[operator]
+    return (
+        None
+        if along == found.dim
+        else Found(Kind("rows", found.dim, joined([found, *(k for k in others if k != SAME)])))
+    )
 
 
 def _masked_write(node: fx.Node, kinds: Kinds, target: Kind) -> Found:
@@ -283,7 +308,7 @@ MATH_RULES: dict[str, Rule] = {
     **dict.fromkeys(_SCATTERS, _into_places),
     **dict.fromkeys(("bincount", "histc"), _counted),
     **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _transformed),
-    **dict.fromkeys(("diagonal", "trace"), _kept_parts),
+    **dict.fromkeys(("trace",), _kept_parts),
     **dict.fromkeys(("bucketize", "searchsorted"), _places_in_table),
     **dict.fromkeys(("bernoulli", "rrelu_with_noise", "multinomial", "log_sigmoid_forward"), _drawn),
     "linalg_cross": _crossed,

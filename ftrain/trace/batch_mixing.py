@@ -21,12 +21,18 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.graph.source import is_users, user_source
-from ftrain.graph.torch_private import functional_transform, node_of, number_of, tracing_graph
+from ftrain.graph.torch_private import (
+    functional_transform,
+    node_of,
+    number_of,
+    runs_again_in_backward,
+    tracing_graph,
+)  # fmt: skip
 from ftrain.kernels.whole_batch import stays_within_documents
 from ftrain.sharding.batch import TokenOrder
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.whole_rows import mean_of_ranks
-from ftrain.trace.batch_backward import require_part_of_sum
+from ftrain.trace.batch_backward import require_part_of_sum, watched_hook
 from ftrain.trace.batch_gathering import RowsOfAll, Run, kind_of
 from ftrain.trace.batch_kinds import Kind, number_in
 from ftrain.trace.batch_rows import BatchRows, summed
@@ -88,6 +94,8 @@ class BatchMixing:
             return result
         del result
         self._arrays.discard_after(before)
+        if runs_again_in_backward():
+            raise Untraceable(_refusal(func.__name__, line, of_sums=False, again=True))
         if last_node(graph) is before:
             finished = map_tensors(self._finished, args), map_tensors(self._finished, kwargs)
             if any(a is not b for a, b in zip(tensors_in(finished), tensors_in((args, kwargs)), strict=True)):
@@ -102,6 +110,10 @@ class BatchMixing:
         parts of a sum over the batch.
         """
         require_part_of_sum(outputs, self._rows)
+
+    def hooked(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """`hook`, of the gradient of `tensor` (any shape), with a ValueError when it runs if it mixes rows."""
+        return hook if self._mesh.size == 1 else watched_hook(hook, tensor, self._rows)
 
     def _transformed(
         self, func: Callable[..., Any], run: Run, args: Sequence[Any], kwargs: Mapping[str, Any], line: str
@@ -118,10 +130,8 @@ class BatchMixing:
 
     def _refusal(self, func: Callable[..., Any], line: str, values: Any, known: bool) -> str:
         """`known`: whether it is certain that rows are mixed."""
-        name, of_sums = (
-            getattr(func, "__name__", str(func)),
-            any(self._kind(t).what == "sum" for t in tensors_in(values)),
-        )
+        name = getattr(func, "__name__", str(func)).partition(".")[0]
+        of_sums = any(self._kind(t).what == "sum" for t in tensors_in(values))
         return _refusal(name, line, of_sums) if known else _unclear(name, line)
 
     def _kind(self, tensor: Any) -> Kind:
@@ -204,6 +214,8 @@ class BatchMixing:
             return None
         if self._kind(scores).what != "rows" or self._mesh.size == 1:
             return None
+        if runs_again_in_backward():
+            raise Untraceable(_refusal(f"a mean {func.__name__}", line, of_sums=False, again=True))
         if not self._kind(scores).ordered:
             raise Untraceable(_refusal(f"a mean {func.__name__}", line, of_sums=True))
         counted = labels != given.arguments["ignore_index"]
@@ -217,7 +229,13 @@ class BatchMixing:
         return mean_of_ranks(tensor, self._mesh) if self._kind(tensor).what == "mean" else tensor
 
 
-def _refusal(name: str, line: str, of_sums: bool) -> str:
+def _refusal(name: str, line: str, of_sums: bool, *, again: bool = False) -> str:
+    """`again`: in a function that the backward runs again, where nothing can be gathered."""
+    if again:
+        return (
+            f"{name} at {line} mixes rows of the batch in a function of torch.utils.checkpoint, which the backward "
+            "runs again on a rank's share: call the function itself, and save memory by ftrain.jit(..., remat=...)"
+        )
     if of_sums:
         return (
             f"{name} at {line} reads a sum over rows of the batch, and a rank has summed its share of them: make it "

@@ -56,6 +56,8 @@ class BatchRows:
         """True for a node that reads rows, or a part of a sum over them, of whose op no rule says what it makes."""
         if node.op != "call_function" or is_loop(node) or group_of(node) is not None or node.meta.get("purpose"):
             return False
+        if tensor_of(node) is None and name_of(node) in ("sym_size", "sym_numel"):
+            return False  # a number of rows that depends on the data: what reads it is looked at
         kinds = (self.of(n).kind for n in node.all_input_nodes)
         return self.of(node).kind == UNKNOWN and any(k.what == "rows" or k.partial for k in kinds)
 

@@ -48,7 +48,7 @@ def _viewed(node: fx.Node, kinds: Kinds) -> Found:
         places = [d for d in places if sizes[d] == 1]
         return Found(kind._replace(dim=places[0])) if len(places) == 1 else NOTHING
     if kind.order.startswith(_FOLDED):
-        return _unfolded(kind, first, size, sizes)
+        return _unfolded(node, kind, first, size, sizes)
     for d in places:
         if _whole_groups(sizes[d], size):
             if sizes[d] != size and _open_elsewhere(node, d):
@@ -68,6 +68,11 @@ def _whole_groups(size: int, rows: int) -> bool:
     return size > 1 and (size % rows == 0 or rows % size == 0)
 
 
+def _open_before(node: fx.Node, dim: int) -> bool:
+    asked = list(node.args[1]) if isinstance(node.args[1], list | tuple) else []
+    return -1 in asked[:dim]
+
+
 _FOLDED = "folded "
 
 
@@ -81,12 +86,15 @@ def _folded(kind: Kind, first: int, size: int, sizes: list[int]) -> Found:
     return NOTHING
 
 
-def _unfolded(kind: Kind, first: int, size: int, sizes: list[int]) -> Found:
-    """Rows that get a dim of their own again."""
+def _unfolded(node: fx.Node, kind: Kind, first: int, size: int, sizes: list[int]) -> Found:
+    """Rows that get a dim of their own again. Where the call gives its size and leaves another open, it may be a number
+    that a rank's rows only happen to have.
+    """
     blocks, _, order = kind.order.removeprefix(_FOLDED).partition(" ")
     for d, own in enumerate(sizes):
         if prod(sizes[:d]) == first * int(blocks) and _whole_groups(own, size // int(blocks)):
-            return Found(Kind("rows", d, order))
+            fits = own == size // int(blocks) and not _open_before(node, d)
+            return Found(Kind("rows", d, order)) if fits or not _open_elsewhere(node, d) else NOTHING
     same = [d for d, own in enumerate(sizes) if prod(sizes[:d]) == first and own == size]
     return Found(kind._replace(dim=same[0])) if same else NOTHING
 
@@ -210,7 +218,9 @@ def _looked_up(node: fx.Node, kinds: Kinds) -> Found:
     if kind.partial:
         return MIXED if index.what == "rows" else Found(kind) if index == SAME else NOTHING
     if kind.what == "rows" and kind.dim == dim:
-        return MIXED if index == SAME or index.what == "rows" else NOTHING
+        if index.what != "unknown":
+            return MIXED
+        return Found(Kind("rows", dim)) if own.dim() == 1 or name == "gather" else NOTHING  # a rank's own places
     if name == "gather":
         found = [k for k in (kind, index) if k.what == "rows"]
         if kind == SAME and (index.dim == dim or value.shape[index.dim] == 1):
@@ -241,7 +251,8 @@ def _indexed(node: fx.Node, kinds: Kinds) -> Found:
         gone = len(indices) - rank if first < kind.dim else 0
         return Found(kind._replace(dim=kind.dim - gone)) if adjacent and not by_rows else NOTHING
     if kind.what == "rows" and not all(_counts_rows(n) for d, n in at if d == kind.dim):
-        return MIXED
+        own_places = len(indices) == 1 and indices[0][1].what == "unknown" and rank == 1
+        return Found(Kind("rows", first)) if own_places else MIXED
     places = {first + k.dim + rank - own.dim() for _, k, own in indices if k.what == "rows"}  # type: ignore[union-attr]
     if not adjacent or len(places) != 1:
         return NOTHING

@@ -1,5 +1,6 @@
 """Rows of the batch that are written into a part of another tensor (`out[:, :2] = h`), which has rows from then on."""
 
+import torch
 from torch import fx
 
 from ftrain.graph.op_effects import argument_reader
@@ -9,7 +10,9 @@ from ftrain.trace.spread_ops import is_view, tensor_of
 
 
 def is_write(node: fx.Node) -> bool:
-    """True for an op that writes into an argument."""
+    """True for an op that writes into an argument, other than its shape (`squeeze_`)."""
+    if torch.Tag.inplace_view in getattr(node.target, "tags", ()):
+        return False
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable and len(node.args) > 0 and isinstance(node.args[0], fx.Node)
 

@@ -12,6 +12,7 @@ from ftrain.trace.batch_kinds import name_of, number_in
 from ftrain.trace.batch_rows import BatchRows, summed
 from ftrain.trace.refusals import Untraceable
 from ftrain.trace.spmd import current_sharded
+from ftrain.trace.spread_ops import tensor_of
 
 
 def require_own_counts(means: Iterable[Mean]) -> None:
@@ -49,13 +50,25 @@ def _require_own(mean: Mean, total: fx.Node, count: fx.Node | None, rows: BatchR
             f"{user_source()}: a Mean whose total is a sum over a rank's rows, over a count that is none of its rows: "
             "give the count of the rank's own rows, as the counts of all ranks are added"
         )
-    if of_total != "sum" or number is None or number in sizes or max(sizes, default=1) == 1:
+    if of_total != "sum" or number is None or max(sizes, default=1) == 1:
         return
-    if number / ranks in many or all(number % n for n in many):
+    if number in sizes and not _counts_sums(total, number, rows):
+        return
+    if number in sizes or number / ranks in many or all(number % n for n in many):
         raise Untraceable(
             f"{user_source()}: a Mean counts {number:g}, and its total is a sum over a rank's {min(many)} rows: give "
             "the count of the rank's own rows (x.numel(), len(x)), as the counts of all ranks are added"
         )
+
+
+def _counts_sums(total: fx.Node, number: float, rows: BatchRows) -> bool:
+    """True for the number of elements of a tensor of sums over rows, whose total it is (`Mean.of(x.T @ x)`)."""
+    while name_of(total) in ("sum", "_to_copy"):
+        total = total.all_input_nodes[0]
+        value = tensor_of(total)
+        if rows.of(total).kind.what == "sum" and value is not None and 1 < value.numel() == number:
+            return True
+    return False
 
 
 def _is_scaled(total: fx.Node, sizes: Set[int], rows: BatchRows) -> bool:

@@ -85,6 +85,8 @@ class ArraySizes(TorchFunctionMode):
         caller = _caller(sys._getframe(1))
         if func is torch.autograd.grad and not _is_ours(caller):
             self._batch.differentiate(args[0] if args else kwargs["outputs"])
+        if func is Tensor.register_hook and not _is_ours(caller):
+            args, kwargs = (args[0], self._batch.hooked(args[0], args[1] if len(args) > 1 else kwargs["hook"])), {}
         if _reads_arrays(caller.f_code.co_filename):
             if func in _QUERIES:
                 placement = self._placement(args[0])
@@ -193,7 +195,11 @@ class ArraySizes(TorchFunctionMode):
         given = dict(zip(("dim", "sizes"), args[1:], strict=False)) | dict(kwargs)
         placement, dim = self._placement(args[0]), given["dim"]
         if placement is None or not isinstance(dim, int):
-            return func(*whole(args), **whole(kwargs))
+            open_size = isinstance(dim, int) and -1 in given["sizes"]
+            if not open_size:
+                return func(*whole(args), **whole(kwargs))
+            dim, shape = dim % args[0].dim(), list(args[0].shape)  # a view, whose graph tells which size was left open
+            return Tensor.view(args[0], [*shape[:dim], *whole(list(given["sizes"])), *shape[dim + 1 :]])
         dim %= len(placement.shape)
         parts = _known(placement.shape[dim], list(given["sizes"]))
         return self._viewed("view", args[0], [*placement.shape[:dim], *parts, *placement.shape[dim + 1 :]], line)
@@ -359,7 +365,7 @@ def _cut(what: str, line: str, piece: Tensor, placement: Placement, dim: int) ->
 
 @functools.cache
 def _reads_arrays(file: str) -> bool:
-    """True for code that is written for whole arrays: the user's, and Python code of torch.nn and torch.optim."""
+    """True for code that is written for whole arrays: the user's, and torch's in `_LIBRARY`."""
     return is_users(file) or file == piece_reductions.__file__ or file.startswith(_LIBRARY)
 
 
@@ -372,7 +378,7 @@ def _is_ours(frame: FrameType) -> bool:
 
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_LIBRARY = tuple(str(Path(torch.__file__).parent / name) + os.sep for name in ("nn", "optim"))
+_LIBRARY = tuple(str(Path(torch.__file__).parent / name) + os.sep for name in ("nn", "optim", "distributions"))
 
 
 def _caller(frame: FrameType) -> FrameType:

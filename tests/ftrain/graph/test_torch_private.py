@@ -394,6 +394,21 @@ def test_a_backward_of_the_users_own_is_told_from_torchs():
     assert private.own_backward(doubled.sum().grad_fn) is None
 
 
+def test_a_function_that_will_run_again_is_told():
+    seen = []
+
+    def note(x):
+        seen.append(private.runs_again_in_backward())
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    note(x)
+    torch.utils.checkpoint.checkpoint(note, x, use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        note(x)
+    assert seen == [False, True, False]
+
+
 def test_modules_that_ask_are_told_of_an_export_within_the_block():
     with private.exporting():
         assert torch.compiler.is_exporting()

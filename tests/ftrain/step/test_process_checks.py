@@ -84,7 +84,7 @@ def test_mistakes_are_named_on_the_first_step():
         assert "ranks 0 and 1 trace different steps" in said[f"{name} of a rank"]
     assert "aten.neg" in said["branches of a rank"]
     assert "aten.mul.Tensor(sub, 1)" in said["numbers of a rank"]
-    assert "remat=none" in said["options of a rank"]
+    assert "policy='none'" in said["options of a rank"]
     assert (
         "result '1.share' must be the same on all ranks, and was computed from one rank's data"
         in said["a rank's metric"]

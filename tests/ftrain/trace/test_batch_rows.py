@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import ftrain
 from ftrain import Mean, tree
@@ -117,6 +118,9 @@ def _(x):
 doubled.register_autograd(lambda ctx, gradient: 2 * gradient)
 
 
+CELL = {}
+exec(compile("def standardised(h): return (h - h.mean(0)) / h.std(0)", "<cell 1>", "exec"), CELL)  # code of no file
+
 RIGHT = {
     "mean": lambda h: h - h.mean(0),
     "mean of all": lambda h: h * h.mean(),
@@ -157,6 +161,17 @@ RIGHT = {
     ).flatten(1),
     "pooled": lambda h: h - F.adaptive_avg_pool1d(h[:, None], 1)[:, 0],
     "masked in place": lambda h: h.clone().masked_fill_(h < 0, 0.0),
+    "gradients of rows through weights": lambda h: torch.vmap(
+        torch.func.jacrev(lambda r: torch.tanh(r @ torch.arange(16.0, dtype=F64).view(4, 4)))
+    )(h).sum(2),
+    "the largest of each row": lambda h: torch.zeros_like(h).scatter(1, *reversed(h.topk(2, 1))),
+    "diagonals": lambda h: torch.diag_embed(h).cumsum(1).diagonal(dim1=1, dim2=2),
+    "a density": lambda h: torch.distributions.Normal(h.mean(0), h.std(0), validate_args=False).log_prob(h * h),
+    "a density of vectors": lambda h: torch.distributions.MultivariateNormal(
+        torch.zeros(4, dtype=F64), scale_tril=torch.eye(4, dtype=F64) + 0.1, validate_args=False
+    ).log_prob(h * h)[:, None],
+    "run again in its rows": lambda h: checkpoint(lambda h: h.softmax(1) * h, h, use_reentrant=False),
+    "in a cell of a notebook": lambda h: CELL["standardised"](h),
     "row by row": lambda h: h.softmax(1) + h.cumsum(1) + F.layer_norm(h, (4,)) + h.max(1, keepdim=True).values,
 }
 
@@ -168,7 +183,7 @@ def test_ops_that_mix_rows(mesh, name):
 
 
 REFUSED = {
-    "halves": lambda h, b: h.chunk(2)[0] - h.chunk(2)[1],
+    "two parts": lambda h, b: h.chunk(2)[0] - h.chunk(2)[1],
     "pairs of chosen and rejected": lambda h, b: (lambda chosen, rejected: chosen - rejected)(*h.chunk(2)),
     "neighbours": lambda h, b: h.diff(dim=0),
     "the first rows": lambda h, b: h[:1],
@@ -198,7 +213,9 @@ REFUSED = {
     "differentiated": lambda h, b: torch.func.grad(lambda z: (z - z.mean(0)).pow(3).sum())(h),
     "by an op's name": lambda h, b: torch.ops.aten._softmax(h, 0, False).sort(0).values,
     "a sum into a part": sum_into_a_part,
-    "groups by number": lambda h, b: h.view(2, -1).softmax(-1).view(h.shape),
+    "halves": lambda h, b: h.unflatten(0, (2, -1)).softmax(1),
+    "groups of columns": lambda h, b: h.T.reshape(-1).view(-1, 4).softmax(1),
+    "run again in the backward": lambda h, b: checkpoint(lambda h: (h - h.mean(0)).pow(3), h, use_reentrant=False),
     "chosen by themselves": lambda h, b: h[(h[:, 0] > 0).long()],
     "other rows' places": lambda h, b: h.scatter(1, torch.zeros(2, 1, dtype=torch.int64), 0.0),
     "pool": lambda h, b: F.avg_pool1d(h.T[None], 3, stride=1, padding=1)[0].T,
@@ -209,7 +226,10 @@ REFUSED = {
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", REFUSED)
 def test_ops_that_are_refused(mesh, name):
-    with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ .*(mixes rows of the batch|reads a sum over rows)"):
+    with pytest.raises(
+        ValueError,
+        match=r"test_batch_rows.py:\d+ .*(mixes rows of the batch|reads a sum over rows|is not known to keep)",
+    ):
         both(lambda p, b: Mean.of(REFUSED[name](hidden(p, b), b)), mesh)
 
 
@@ -269,6 +289,12 @@ def test_a_refusal_that_the_loss_catches_comes_out():
 
     with pytest.raises(ValueError, match="mixes rows of the batch"):
         both(loss, MESHES[0])
+
+
+def test_groups_of_rows_whose_number_is_given_are_refused():
+    """A rank would form as many groups, of fewer rows."""
+    with pytest.raises(ValueError, match=r"view at .*test_batch_rows.py:\d+ .*mixes rows of the batch"):
+        both(lambda p, b: Mean.of(hidden(p, b).view(2, -1).softmax(-1)), MESHES[0])
 
 
 def in_documents(h, b):
