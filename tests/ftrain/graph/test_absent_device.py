@@ -26,7 +26,8 @@ EXPERTS = DecoderConfig(
 )
 MODELS = {"dense": dense, "experts": lambda: language_model(EXPERTS), "DiT": diffusion, "omni": omni}
 NO_PRODUCTS = {
-    "adamw_fused", "adamw_in_place", "combine", "combine_backward", "ctc", "ctc_backward", "embedding", "embedding_backward", "exchange_rows",
+    "adamw_fused", "adamw_in_place", "combine", "combine_backward", "ctc", "ctc_backward", "embedding",
+    "embedding_backward", "exchange_rows",
     "extremes", "fetch_start", "fetch_wait", "gather_ranks", "host_size", "merge_rows", "merge_rows_backward",
     "micro_offsets", "micro_places", "whole_documents", "offload_start",
     "offload_wait", "philox", "philox_key", "rms_norm", "rms_norm_backward", "rope", "shift_ranks",
