@@ -1,5 +1,6 @@
 """A traced step as text, an op a line, by which the ranks of a mesh tell that they trace the same one."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx
@@ -8,6 +9,8 @@ from ftrain.graph.loop import with_bodies
 from ftrain.graph.torch_private import FakeTensor
 from ftrain.sharding.bits import hash_bits
 from ftrain.sharding.programs import compare_programs
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of Python functions, which each process has elsewhere
 
 
 def program_lines(module: fx.GraphModule, options: str) -> list[str]:
@@ -26,8 +29,8 @@ def require_one_program(lines: Sequence[str]) -> None:
     differs = compare_programs(lines)
     if differs is not None:
         raise ValueError(
-            f"ranks 0 and {differs.rank} trace different steps: rank 0 has {differs.of_first or 'nothing more'!r} and "
-            f"rank {differs.rank} has {differs.of_rank or 'nothing more'!r}; options, branches and numbers of Python "
+            f"ranks 0 and {differs.rank} trace different steps: rank 0 has {differs.of_first[:200] or 'nothing more'!r} and "
+            f"rank {differs.rank} has {differs.of_rank[:200] or 'nothing more'!r}; options, branches and numbers of Python "
             "must be the same on all ranks: choose by torch.where, or give what differs as the batch"
         )
 
@@ -39,4 +42,4 @@ def _lines(module: fx.GraphModule, node: fx.Node) -> Iterator[str]:
     else:
         source = node.meta.get("source")
         at = "" if source is None else f" at line {source.line} of {source.function}"
-        yield f"{node.name} = {node.target}{node.args} {node.kwargs or ''}{at}"
+        yield _ADDRESS.sub("", f"{node.name} = {node.target}{node.args} {node.kwargs or ''}{at}")
