@@ -28,10 +28,11 @@ def require_one_program(lines: Sequence[str]) -> None:
     """ValueError, on all ranks, where ranks have traced different steps. All processes call this together."""
     differs = compare_programs(lines)
     if differs is not None:
+        first, other = (line[:200] or "nothing more" for line in (differs.of_first, differs.of_rank))
         raise ValueError(
-            f"ranks 0 and {differs.rank} trace different steps: rank 0 has {differs.of_first[:200] or 'nothing more'!r} and "
-            f"rank {differs.rank} has {differs.of_rank[:200] or 'nothing more'!r}; options, branches and numbers of Python "
-            "must be the same on all ranks: choose by torch.where, or give what differs as the batch"
+            f"ranks 0 and {differs.rank} trace different steps: rank 0 has {first!r} and rank {differs.rank} has "
+            f"{other!r}; options, branches and numbers of Python must be the same on all ranks: choose by torch.where, "
+            "or give what differs as the batch"
         )
 
 
