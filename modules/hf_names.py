@@ -65,7 +65,7 @@ def decoder_names(cfg: DecoderConfig) -> Names:
     HfTensor(name='model.layers.0.self_attn.q_proj.weight', leaf='layers.0.attention.w_q_DHK', index=None, \
 transposed=True, copy=False)
     """
-    if cfg.moe is not None and (cfg.moe.shared_experts or cfg.moe.balance == "bias"):
+    if cfg.moe is not None and (cfg.moe.shared is not None or cfg.moe.balance == "bias" or cfg.moe.router_bias):
         raise ValueError(
             f"no Hugging Face name is known for experts with shared_experts={cfg.moe.shared_experts}, "
             f"balance={cfg.moe.balance!r}: the families here have neither shared experts nor router biases"

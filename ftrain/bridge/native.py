@@ -21,7 +21,7 @@ from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder
 from ftrain.modules.autoregression import decoder_family
 from ftrain.modules.decoder_config import DecoderConfig
-from ftrain.modules.hf_names import decoder_names
+from ftrain.modules.families.registry import family_of
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
 
@@ -30,8 +30,10 @@ def native_decoder(folder: HfFolder) -> Model:
     """The decoder of a folder of weights. ValueError if it is of no family that the library has."""
     most = len(folder.tensors)
     config = folder.config()
-    cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=most)
-    made, names, specs = NativeDecoder(cfg), decoder_names(cfg), decoder.specs(cfg)
+    of = family_of(config)
+    experts = None if of.stacked else most
+    cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=experts, describe=of.config)
+    made, names, specs = NativeDecoder(cfg), of.names(cfg), decoder.specs(cfg)
     kind = config.get("model_type", "a decoder")
     return Model(
         name=f"{kind} (native)",
