@@ -19,7 +19,7 @@ class YarnScaling:
 
     - `factor`: what slow frequencies are divided by, at least 1.
     - `original_length`: tokens of a text of pretraining.
-    - `fast_turns`, `slow_turns`: a frequency that turns more often than `fast_turns` over the original length stays, one
+    - `fast_turns`, `slow_turns`: a frequency that turns oftener than `fast_turns` over the original length stays, one
       that turns less than `slow_turns` is divided.
     - `whole_places`: the fade begins and ends at whole places of the ladder.
     - `amplitude`: of cosines and sines (see `sharpening`).
