@@ -81,7 +81,7 @@ transposed=True, copy=False)
     # Experts are stacked in memory there too; when transformers takes them apart it sorts all names it has in memory.
     if cfg.moe is None:
         return tuple(found)
-    found.sort(key=_natural_order)
+    found.sort(key=natural_order)
     return tuple(found) if cfg.attention.qk_norm else tuple(map(_as_mixtral, found))
 
 
@@ -140,10 +140,13 @@ def _shapes(specs: Tree, layer: int) -> dict[str, tuple[int, ...]]:
     return {path: spec.shape for path, spec in leaves_with_paths(specs, f"layers.{layer}")}
 
 
-def _natural_order(tensor: HfTensor) -> list[tuple[int, int, str]]:
-    """By the parts of the name, numbers as numbers; the number of an expert last."""
+def natural_order(tensor: HfTensor) -> list[tuple[int, int, str]]:
+    """A key that sorts by the parts of the name, numbers as numbers; the number of an expert last.
+
+    So transformers orders the tensors that it writes where it takes stacked experts apart.
+    """
     parts = tensor.name.split(".")
-    if tensor.index is not None:
+    if tensor.index is not None and "experts" in parts:
         parts.append(parts.pop(parts.index("experts") + 1))
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 

@@ -45,3 +45,15 @@ def tensors(there: str, here: str, table: Iterable[tuple[str, str]]) -> Iterator
     for name, leaf in table:
         linear = name.endswith(".weight") and leaf.rsplit(".", 1)[-1].startswith("w_")
         yield HfTensor(f"{there}.{name}", f"{here}.{leaf}", transposed=linear)
+
+
+def expert_tensors(there: str, here: str, experts: int) -> Iterator[HfTensor]:
+    """Routed experts with a tensor each, and their router, as Qwen's and DeepSeek's files have them.
+
+    `there`: their MLP, `here`: the path of our block of experts.
+    """
+    for name in ("down", "gate", "up"):
+        leaf = f"{here}.w_{name}_{'EFD' if name == 'down' else 'EDF'}"
+        for e in range(experts):
+            yield HfTensor(f"{there}.experts.{e}.{name}_proj.weight", leaf, index=e, transposed=True)
+    yield HfTensor(f"{there}.gate.weight", f"{here}.w_router_DE", transposed=True)

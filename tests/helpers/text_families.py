@@ -80,19 +80,25 @@ def require_those_of_transformers(config: Any, tmp_path: Path) -> Model:
     given = batch(config.vocab_size)
     params = native.load()
     spec.check(params, native.specs)
-    grads, mean = torch.func.grad_and_value(lambda p: native.loss(p, given).value())(params)
+    grads, mean = torch.func.grad_and_value(lambda p: mean_of(native, p, given).value())(params)
     loss, wanted = theirs(model, given, tmp_path / "gradients")
     assert abs(mean.item() - loss) < 1e-5 * loss
     require_equal_gradients(grads, wanted)
     return native
 
 
+def mean_of(native: Model, params: Any, given: dict[str, Tensor]) -> Any:
+    """The loss, without the new state of a model that has one."""
+    found = native.loss(params, given)
+    return found[0] if native.state else found
+
+
 def on_mesh(native: Model, mesh: Mesh, *layout: Layout) -> tuple[float, float]:
     """Relative differences of the loss and of the gradients between one device and the mesh, in float64."""
 
     def loss(params: Any, given: dict[str, Tensor]) -> Any:
-        mean = native.loss(params, {name.removesuffix("_T"): leaf for name, leaf in given.items()})
-        return mean, ()
+        found = native.loss(params, {name.removesuffix("_T"): leaf for name, leaf in given.items()})
+        return found if native.state else (found, ())
 
     vocab = native.specs["embedding"]["table_VD"].shape[0]
     made = mesh_models.Model(native.specs, loss, lambda packs: mesh_models.text_batch(vocab, packs), {})
@@ -111,10 +117,10 @@ def described(config: dict[str, Any]) -> decoder.DecoderConfig:
     return family_of(config).config(config)
 
 
-def require_one_by_one(native: Model, cfg: decoder.DecoderConfig, *, balance: Any = None) -> None:
+def require_one_by_one(native: Model, cfg: decoder.DecoderConfig) -> None:
     """Tokens one by one through the cache give the hidden states of all at once."""
     params = spec.map_with_paths(lambda _, leaf: leaf.double(), native.load())
-    balance = None if balance is None else {name: leaf.double() for name, leaf in balance.items()}
+    balance = native.state or None
     rows = [decoder.embed(params, torch.arange(n) * 5 % cfg.vocab) for n in (12, 9)]
     lengths, steps = [5, 2], 7
 
