@@ -276,7 +276,7 @@ def _has_their_math(cfg: DecoderConfig) -> bool:
     """Rotation of whole heads over one axis, causal, one epsilon, no sinks; a plain softmax router."""
     a, moe = cfg.attention, cfg.moe
     plain = a.causal and a.rope_base is not None and a.rope_sections is None and a.norm_eps == cfg.norm_eps
-    plain = plain and a.rotated == a.head_dim and not a.sinks
+    plain = plain and a.rotated == a.head_dim and not a.sinks and cfg.norm_kind == "rms"
     if moe is None:
         return plain
     routed = moe.score == "softmax" and moe.scale == 1.0 and moe.balance != "bias" and moe.shared is None

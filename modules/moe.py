@@ -101,7 +101,7 @@ class RouterStats(NamedTuple):
 
 def specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
     """`w_router_DE`, `w_gate_EDF`, `w_up_EDF`, `w_down_EFD`, as configured `b_router_E`, `shared` (an MLP), and
-    `w_shared_gate_D`.
+    `w_shared_gate_D1`.
 
     `out_gain` scales the initial deviation of the last weights, for deep residual stacks.
 
@@ -118,7 +118,7 @@ def specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
     if cfg.shared is not None:
         tree["shared"] = mlp.specs(cfg.shared, out_gain=out_gain)
         if cfg.shared_gate:
-            tree["w_shared_gate_D"] = ParamSpec((d,), ("embed",), fan_in(d))
+            tree["w_shared_gate_D1"] = ParamSpec((d, 1), ("embed", None), fan_in(d))
     return tree
 
 
@@ -167,7 +167,7 @@ def _shared(params: dict[str, Any], x_TD: Tensor, cfg: MoEConfig) -> Tensor:
     """What the shared experts add."""
     assert cfg.shared is not None
     out_TD = mlp.apply(params["shared"], x_TD, cfg=cfg.shared)
-    return out_TD * (x_TD @ params["w_shared_gate_D"])[:, None].sigmoid() if cfg.shared_gate else out_TD
+    return out_TD * (x_TD @ params["w_shared_gate_D1"]).sigmoid() if cfg.shared_gate else out_TD
 
 
 def route(

@@ -22,12 +22,17 @@ class TextFamily:
     stacked: bool = False
 
 
-def stack_names(cfg: DecoderConfig, layer: Callable[[int], Iterable[HfTensor]]) -> Names:
-    """The tensors of a whole model: the table, those of `layer(i)` for each layer, the last norm, the head."""
+def stack_names(
+    cfg: DecoderConfig, layer: Callable[[int], Iterable[HfTensor]], *, norm: str = "norm.weight_D"
+) -> Names:
+    """The tensors of a whole model: the table, those of `layer(i)` for each layer, the last norm, the head.
+
+    `norm`: the path of the last norm's leaf.
+    """
     found = [HfTensor("model.embed_tokens.weight", "embedding.table_VD")]
     for i in range(cfg.layers):
         found += layer(i)
-    found.append(HfTensor("model.norm.weight", "norm.weight_D"))
+    found.append(HfTensor("model.norm.weight", norm))
     if cfg.tie_embeddings:
         return (*found, HfTensor("lm_head.weight", "embedding.table_VD", copy=True))
     return (*found, HfTensor("lm_head.weight", "head.w_DV", transposed=True))

@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from ftrain.modules.families import deepseek_v3, gpt_oss
+from ftrain.modules.families import deepseek_v3, gpt_oss, qwen3_next
 from ftrain.modules.families.family import TextFamily
 from ftrain.modules.hf_config import decoder_config
 from ftrain.modules.hf_fields import Config
@@ -11,7 +11,9 @@ from ftrain.modules.hf_names import decoder_names
 PLAIN = TextFamily(decoder_config, decoder_names)
 """Llama and its relatives: the decoder as it is (`ftrain.modules.hf_config.FAMILIES`)."""
 
-FAMILIES = MappingProxyType({"gpt_oss": gpt_oss.FAMILY, "deepseek_v3": deepseek_v3.FAMILY})
+FAMILIES = MappingProxyType(
+    {"gpt_oss": gpt_oss.FAMILY, "deepseek_v3": deepseek_v3.FAMILY, "qwen3_next": qwen3_next.FAMILY}
+)
 """Those with layers of their own, by `model_type`."""
 
 

@@ -69,17 +69,21 @@ def require_equal_gradients(found: Any, wanted: Any, *, within: float = 1e-5) ->
     largest = max(leaf.norm().item() for _, leaf in spec.leaves_with_paths(wanted))
     pairs = zip(spec.leaves_with_paths(found), spec.leaves_with_paths(wanted), strict=True)
     for (path, ours), (_, want) in pairs:
-        error = (ours - want).norm().item() / max(want.norm().item(), 1e-3 * largest)
+        error = (ours.double() - want.double()).norm().item() / max(want.norm().item(), 1e-3 * largest)
         assert error < within, f"{path}: relative error {error:.1e}"
 
 
-def require_those_of_transformers(config: Any, tmp_path: Path) -> Model:
-    """Loss and every gradient of packed documents are those of transformers; returns the native model."""
+def require_those_of_transformers(config: Any, tmp_path: Path, *, dtype: torch.dtype = torch.float32) -> Model:
+    """Loss and every gradient of packed documents are those of transformers in float32; returns the native model.
+
+    `dtype`: in which ours are computed; in float64 only their rounding is left between the two.
+    """
     model = random_model(config)
     native = ftrain.hf.open(saved(model, tmp_path / "weights"), native="always")
     given = batch(config.vocab_size)
     params = native.load()
     spec.check(params, native.specs)
+    params = spec.map_with_paths(lambda _, leaf: leaf.to(dtype), params)
     grads, mean = torch.func.grad_and_value(lambda p: mean_of(native, p, given).value())(params)
     loss, wanted = theirs(model, given, tmp_path / "gradients")
     assert abs(mean.item() - loss) < 1e-5 * loss
