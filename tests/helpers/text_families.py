@@ -73,10 +73,13 @@ def require_equal_gradients(found: Any, wanted: Any, *, within: float = 1e-5) ->
         assert error < within, f"{path}: relative error {error:.1e}"
 
 
-def require_those_of_transformers(config: Any, tmp_path: Path, *, dtype: torch.dtype = torch.float32) -> Model:
+def require_those_of_transformers(
+    config: Any, tmp_path: Path, *, dtype: torch.dtype = torch.float32, within: float = 1e-5
+) -> Model:
     """Loss and every gradient of packed documents are those of transformers in float32; returns the native model.
 
-    `dtype`: in which ours are computed; in float64 only their rounding is left between the two.
+    `dtype`: in which ours are computed; in float64 only their rounding is left between the two. `within`: relative
+    differences of gradients.
     """
     model = random_model(config)
     native = ftrain.hf.open(saved(model, tmp_path / "weights"), native="always")
@@ -87,7 +90,7 @@ def require_those_of_transformers(config: Any, tmp_path: Path, *, dtype: torch.d
     grads, mean = torch.func.grad_and_value(lambda p: mean_of(native, p, given).value())(params)
     loss, wanted = theirs(model, given, tmp_path / "gradients")
     assert abs(mean.item() - loss) < 1e-5 * loss
-    require_equal_gradients(grads, wanted)
+    require_equal_gradients(grads, wanted, within=within)
     return native
 
 

@@ -46,8 +46,8 @@ def native(tmp_path_factory):
     "changes", [{}, {"mlp_only_layers": [0], "norm_topk_prob": False}], ids=["published", "first layer dense"]
 )
 def test_loss_and_gradients_are_those_of_transformers(changes, tmp_path):
-    """Ours in float64: in float32 two gradients through the recurrence are up to 2e-5 apart, of which each has half."""
-    made = laws.require_those_of_transformers(config(**changes), tmp_path, dtype=torch.float64)
+    """Ours in float64: through the recurrence gradients of transformers in float32 are up to 1e-5 off."""
+    made = laws.require_those_of_transformers(config(**changes), tmp_path, dtype=torch.float64, within=2e-5)
     laws.require_saved_as_it_was(made, tmp_path)
 
 
