@@ -38,6 +38,7 @@ def native_decoder(folder: HfFolder) -> Model:
     of = family_of(config)
     experts = None if of.stacked else most
     cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=experts, describe=of.config)
+    _require_no_heads_beyond(folder, cfg)
     files = _Files(folder, decoder.specs(cfg), decoder.balance_specs(cfg), of.names(cfg))
     balance = files.balance()
     made = NativeDecoder(cfg, balance)
@@ -55,6 +56,17 @@ def native_decoder(folder: HfFolder) -> Model:
         family=decoder_family(cfg, balance=balance or None),
         why=f"native: {kind} is a family of the library",
     )
+
+
+def _require_no_heads_beyond(folder: HfFolder, cfg: DecoderConfig) -> None:
+    """ValueError for a folder that predicts several tokens: its further layers would be lost when it is saved."""
+    beyond = ("mtp.", f"model.layers.{cfg.layers}.")
+    found = next((name for name in folder.tensors if name.startswith(beyond)), None)
+    if found is not None:
+        raise ValueError(
+            f"{folder.path}: {found!r} is of a head of multi-token prediction, which the library does not compute: "
+            "take such tensors out of the folder"
+        )
 
 
 @dataclass(frozen=True)

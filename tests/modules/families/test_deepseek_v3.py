@@ -127,6 +127,17 @@ def test_what_it_cannot_follow_is_refused_by_name(change, message):
         laws.described({"model_type": "deepseek_v3", **SIZES, **change})
 
 
+def test_heads_of_multi_token_prediction_are_refused_by_name(tmp_path):
+    """The layer behind the last one, as published folders have it."""
+    from safetensors.torch import load_file, save_file
+
+    laws.saved(laws.random_model(config()), tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "model.layers.2.enorm.weight": torch.ones(32)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.enorm\.weight' is of a head of multi-token prediction"):
+        ftrain.hf.open(tmp_path, native="always")
+
+
 def test_only_experts_of_the_best_groups_are_chosen():
     cfg = moe.MoEConfig(4, 4, experts=6, top_k=2, score="sigmoid", groups=3, top_groups=1)
     # the best two of the second group score highest together, though the best expert is in the first
