@@ -21,7 +21,7 @@ from ftrain.bridge.positions import shift
 from ftrain.bridge.proof import example, mixing, packed
 from ftrain.bridge.skeleton import buffers, build, nest, parameters
 from ftrain.bridge.specs import inits_of, specs_of
-from ftrain.bridge.weights import load, save
+from ftrain.bridge.weights import load, save, stored_buffers
 from ftrain.hf.files import HfFolder
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
@@ -61,6 +61,9 @@ def from_transformers(
     folder = Path(source) if isinstance(source, str | Path) else None
     config = source if folder is None else read_config(folder, trust_remote_code)
     made, specs, why = _suited(partial(_make, config, task, dtype, trust=trust_remote_code))
+    if folder is not None and any(folder.glob("*.safetensors")):
+        # what a checkpoint holds beside parameters is small, and no part of what `load` gives
+        made = replace(made, held={**made.held, **stored_buffers(made.module, HfFolder.open(folder))})
     module, held, alone = made.module, made.held, made.alone
     weights = None if folder is None else partial(_load, module, folder, specs)
     return Model(

@@ -57,6 +57,16 @@ def load(module: nn.Module, folder: HfFolder, specs: Tree, into: Tree | None = N
     return into
 
 
+def stored_buffers(module: nn.Module, folder: HfFolder) -> dict[str, Tensor]:
+    """The buffers of `module` that a checkpoint has (a router's balancing biases), as the folder has them, by name."""
+    own, known, reader = dict(module.named_buffers()), set(module.state_dict()), _Reader(folder)
+    return {
+        target: reader.read(group.names[0]).to(own[target].dtype)
+        for target, group in _groups(module, folder).items()
+        if target in own and target in known and group.converter is None
+    }
+
+
 def save(module: nn.Module, params: Tree, held: Mapping[str, Tensor], folder: str | Path) -> None:
     """Write the parameters, and the buffers in `held` that a checkpoint has, as transformers' `save_pretrained` does.
 
