@@ -15,6 +15,7 @@ from ftrain.kernels.backend import choose_backend
 from ftrain.kernels.chunks import PIECE
 from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.opaque import opaque_op
+from ftrain.kernels.yarn import YarnScaling
 
 # On CUDA the reference: Inductor fuses it with its neighbours, which an opaque op would prevent.
 _BACKENDS = {"cpu": "cpu"}
@@ -61,13 +62,14 @@ def rope_table(
     sections: tuple[int, ...] | None = None,
     interleaved: bool = False,
     per_axis_ladder: bool = False,
-    scaling: Llama3Scaling | None = None,
+    scaling: Llama3Scaling | YarnScaling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[T, F]` of the angles in `dtype`, F = head_dim / 2; computed in float64.
 
     - `positions`: `[T]`, or `[A, T]` with `sections`; any number dtype.
-    - `head_dim`: K, even. Frequency j of n is `base ** (-j / n)` radians per position, then `scaling` is applied.
+    - `head_dim`: K, even. Frequency j of n is `base ** (-j / n)` radians per position, then `scaling` is applied
+      (that of YaRN enlarges the cosines and sines too).
     - `sections`: how many of the F frequencies turn with each axis; they sum to F.
     - Qwen2-VL (M-RoPE, arXiv 2409.12191): one ladder of F frequencies, cut into consecutive blocks, one per axis.
     - Qwen3-VL (`interleaved`): one ladder; of the first `A * sections[a]` frequencies axis a > 0 owns a, a + A, ...;
@@ -98,7 +100,8 @@ def rope_table(
     else:
         ladder_F = _ladder(frequencies, base, scaling, positions.device)
         angle_TF = _shared_ladder(position_AT, ladder_F, sections, interleaved)
-    return angle_TF.cos().to(dtype), angle_TF.sin().to(dtype)
+    amplitude = scaling.amplitude if isinstance(scaling, YarnScaling) else 1.0
+    return (amplitude * angle_TF.cos()).to(dtype), (amplitude * angle_TF.sin()).to(dtype)
 
 
 def rope(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half", backend: str = "auto") -> Tensor:
@@ -163,9 +166,11 @@ class _Rope(torch.autograd.Function):
         return _Rope.apply(dy_THK, *ctx.saved_tensors, ctx.layout, not ctx.inverse), None, None, None, None
 
 
-def _ladder(n: int, base: float, scaling: Llama3Scaling | None, device: torch.device) -> Tensor:
+def _ladder(n: int, base: float, scaling: Llama3Scaling | YarnScaling | None, device: torch.device) -> Tensor:
     exponent = torch.arange(n, dtype=torch.float64, device=device) / n
     ladder_F = torch.exp(exponent * -math.log(base))
+    if isinstance(scaling, YarnScaling):
+        return scaling.apply(ladder_F, base)
     return ladder_F if scaling is None else scaling.apply(ladder_F)
 
 

@@ -13,8 +13,9 @@ from ftrain.kernels.documents import Segments
 from ftrain.kernels.rms_norm import rms_norm
 from ftrain.kernels.rope import Llama3Scaling, rope_table
 from ftrain.kernels.rope import rope as rotate
+from ftrain.kernels.yarn import YarnScaling
 from ftrain.modules.linear import affine
-from ftrain.modules.spec import ParamSpec, fan_in, ones, zeros
+from ftrain.modules.spec import Normal, ParamSpec, fan_in, ones, zeros
 
 RopeTable = tuple[Tensor, Tensor]  # (cos_TF, sin_TF)
 
@@ -28,10 +29,13 @@ class AttentionConfig:
     values; `out_bias`: of the output. `causal` and `window` (tokens a query sees, itself included; `None`: all) are the
     mask within a document. `rope_base` `None` means no rotation; `rope_sections` splits the rotated frequencies among
     several position axes (M-RoPE), in blocks or, with `rope_interleaved`, in turns; with `rope_per_axis_ladder` each
-    axis has the whole range of frequencies (vision). `rope_scaling` stretches them for long texts (Llama 3.1).
+    axis has the whole range of frequencies (vision). `rope_scaling` stretches them for long texts (Llama 3.1, YaRN).
+    `rope_dim`: only so many dims of a head are rotated, the first ones (`None`: all). `sinks`: each query head has a
+    learned score that takes its part of the softmax (gpt-oss).
 
     Raises:
-        ValueError: `heads` is no multiple of `kv_heads`, or rotary positions are given an odd `head_dim`.
+        ValueError: `heads` is no multiple of `kv_heads`, or rotary positions are given an odd number of dims, or more
+            than a head has.
     """
 
     d_model: int
@@ -48,17 +52,27 @@ class AttentionConfig:
     rope_sections: tuple[int, ...] | None = None
     rope_interleaved: bool = False
     rope_per_axis_ladder: bool = False
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | YarnScaling | None = None
+    rope_dim: int | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"AttentionConfig: heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
-        if self.rope_base is not None and self.head_dim % 2:
-            raise ValueError(f"AttentionConfig: rotary positions need an even head_dim, got {self.head_dim}")
+        if self.rope_base is not None and self.rotated % 2:
+            raise ValueError(f"AttentionConfig: rotary positions need an even head_dim, got {self.rotated}")
+        if not 0 < self.rotated <= self.head_dim:
+            raise ValueError(f"AttentionConfig: rope_dim={self.rope_dim} of a head of {self.head_dim} dims")
+
+    @property
+    def rotated(self) -> int:
+        """How many dims of a head are rotated."""
+        return self.head_dim if self.rope_dim is None else self.rope_dim
 
 
 def specs(cfg: AttentionConfig, *, out_gain: float = 1.0) -> dict[str, ParamSpec]:
-    """`w_q_DHK [D, H*K]`, `w_k_DGK`, `w_v_DGK`, `w_o_HKD`; as configured `b_q_HK`, `b_k_GK`, `b_v_GK`, `b_o_D`, norms.
+    """`w_q_DHK [D, H*K]`, `w_k_DGK`, `w_v_DGK`, `w_o_HKD`; as configured `b_q_HK`, `b_k_GK`, `b_v_GK`, `b_o_D`, norms,
+    `sinks_H`.
 
     `out_gain` scales the initial deviation of `w_o_HKD`, for deep residual stacks.
 
@@ -82,6 +96,8 @@ def specs(cfg: AttentionConfig, *, out_gain: float = 1.0) -> dict[str, ParamSpec
     if cfg.qk_norm:
         tree["q_norm_K"] = ParamSpec((cfg.head_dim,), ("head_dim",), ones())
         tree["k_norm_K"] = ParamSpec((cfg.head_dim,), ("head_dim",), ones())
+    if cfg.sinks:
+        tree["sinks_H"] = ParamSpec((cfg.heads,), ("heads",), Normal(0.02))
     return tree
 
 
@@ -91,13 +107,19 @@ def rope(positions: Tensor, cfg: AttentionConfig) -> RopeTable | None:
         return None
     return rope_table(
         positions,
-        head_dim=cfg.head_dim,
+        head_dim=cfg.rotated,
         base=cfg.rope_base,
         sections=cfg.rope_sections,
         interleaved=cfg.rope_interleaved,
         per_axis_ladder=cfg.rope_per_axis_ladder,
         scaling=cfg.rope_scaling,
     )
+
+
+def rotation(cfg: AttentionConfig) -> tuple[Any, ...]:
+    """What `rope` reads of a configuration: where it is equal, tables are."""
+    sections = (cfg.rope_sections, cfg.rope_interleaved, cfg.rope_per_axis_ladder)
+    return (cfg.rotated, cfg.rope_base, *sections, cfg.rope_scaling)
 
 
 def apply(
@@ -118,7 +140,7 @@ def apply(
     [5, 64]
     """
     q_THK, k_TGK, v_TGK = project(params, x_TD, cfg, rope)
-    return output(params, within_documents(q_THK, k_TGK, v_TGK, cfg, segments_T))
+    return output(params, within_documents(q_THK, k_TGK, v_TGK, cfg, segments_T, sinks_H=params.get("sinks_H")))
 
 
 def project(
@@ -143,10 +165,16 @@ def project(
 
 
 def within_documents(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cfg: AttentionConfig, segments_T: Segments | None
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    cfg: AttentionConfig,
+    segments_T: Segments | None,
+    *,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """What each token reads from its document under the mask of `cfg`, `[T, H, K]`."""
-    return attention(q_THK, k_TGK, v_TGK, segments_T=segments_T, causal=cfg.causal, window=cfg.window)
+    """What each token reads from its document under the mask of `cfg`, `[T, H, K]`; `sinks_H` as in `attention`."""
+    return attention(q_THK, k_TGK, v_TGK, segments_T=segments_T, causal=cfg.causal, window=cfg.window, sinks_H=sinks_H)
 
 
 def output(params: dict[str, Any], out_THK: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class Context:
     valid_T: Tensor | None = None
     biases_LE: Tensor | None = None
     stats: list[RouterStats] = field(default_factory=list)
-    _ropes: dict[AttentionConfig, RopeTable | None] = field(default_factory=dict)
+    _ropes: dict[tuple[Any, ...], RopeTable | None] = field(default_factory=dict)
     _whole_packs: list["_WholePack"] = field(default_factory=list)
 
     def run(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
@@ -147,21 +147,32 @@ class Context:
         causal: bool = True,
         window: int | None = None,
         scale: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """What each query reads from its document, `[T, H, V]`, as `ftrain.kernels.attention` (its options are these).
 
         During generation keys and values are kept, and then read from the cache. It may be called several times in a
         block. ValueError during generation where it is not causal.
         """
-        return attention(q_THK, k_TGK, v_TGV, segments_T=self.segments_T, causal=causal, window=window, scale=scale)
+        return attention(
+            q_THK,
+            k_TGK,
+            v_TGV,
+            segments_T=self.segments_T,
+            causal=causal,
+            window=window,
+            scale=scale,
+            sinks_H=sinks_H,
+        )
 
     def rope(self, cfg: AttentionConfig) -> RopeTable | None:
         """Cosines and sines of the positions as `cfg` says, each `[T, F]` with F rotated pairs of a head, made once for
         all layers; None without rotation.
         """
-        if cfg not in self._ropes:
-            self._ropes[cfg] = attention_module.rope(self.positions, cfg)
-        return self._ropes[cfg]
+        rotation = attention_module.rotation(cfg)
+        if rotation not in self._ropes:
+            self._ropes[rotation] = attention_module.rope(self.positions, cfg)
+        return self._ropes[rotation]
 
     def bias_E(self) -> Tensor | None:
         """The balancing biases of the next router, `[E]`; None without the state.
@@ -227,10 +238,11 @@ class Prompts(Context):
         causal: bool = True,
         window: int | None = None,
         scale: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         _require_causal(causal)
         self.entries.append(LayerCache(self.unpack(k_TGK), self.unpack(v_TGV)))
-        return super().attend(q_THK, k_TGK, v_TGV, window=window, scale=scale)
+        return super().attend(q_THK, k_TGK, v_TGV, window=window, scale=scale, sinks_H=sinks_H)
 
     def unpack(self, x_TGK: Tensor) -> Tensor:
         """Rows of the pack as rows of sequences, `[B, G, S, K]`, with zeros behind each sequence's end."""
@@ -269,11 +281,12 @@ class Newest(Context):
         causal: bool = True,
         window: int | None = None,
         scale: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         _require_causal(causal)
         place, layer = self._next()
         layer = self.entries[place] = kv_cache.append(layer, k_TGK, v_TGV, self.length_B)
-        return kv_cache.attend(q_THK, layer, self.seen(layer, window=window), scale=scale)
+        return kv_cache.attend(q_THK, layer, self.seen(layer, window=window), scale=scale, sinks_H=sinks_H)
 
     def seen(self, layer: LayerCache, *, window: int | None = None) -> Tensor:
         """Which places of a cache the new tokens see, bool `[B, S]`, their own included (see `kv_cache.seen`)."""

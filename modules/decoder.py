@@ -74,7 +74,7 @@ def specs(cfg: DecoderConfig) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "embedding": embedding.specs(cfg.vocab, cfg.d_model, init=Normal(cfg.init_std)),
         "layers": [layer_block(cfg, i).specs(gain) for i in range(cfg.layers)],
-        "norm": norm.specs(cfg.d_model),
+        "norm": norm.specs(cfg.d_model, kind=cfg.norm_kind),
     }
     if not cfg.tie_embeddings:
         tree["head"] = {"w_DV": ParamSpec((cfg.d_model, cfg.vocab), ("embed", "vocab"), Normal(cfg.init_std))}

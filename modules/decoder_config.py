@@ -7,6 +7,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
+from ftrain.modules import norm
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.block import Block, in_turn
 from ftrain.modules.layers import attention_block, mlp_block, moe_block, residual_layer
@@ -19,7 +20,8 @@ class DecoderConfig:
     """A stack of `layers` layers over `vocab` tokens.
 
     Layers have an MLP of hidden width `d_hidden`, or with `moe` experts, but for the first `dense_layers`. With
-    `tie_embeddings` the head is the token table. `init_std` is the initial deviation of the table and the head.
+    `tie_embeddings` the head is the token table. `norm_kind`: of the norms of layers and the last (`modules/norm.py`);
+    `init_std` is the initial deviation of the table and the head.
 
     `pattern`: layers of your own, in turn: layer i is `pattern[i % len(pattern)]`, where None is the layer that the
     other fields describe. `layer_with` makes one of those with another MLP or attention in it.
@@ -43,6 +45,7 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     dense_layers: int = 0
     norm_eps: float = 1e-6
+    norm_kind: norm.Kind = "rms"
     tie_embeddings: bool = False
     init_std: float = 0.02
     pattern: tuple[Block | None, ...] = ()
@@ -100,7 +103,11 @@ def layer_with(cfg: DecoderConfig, *, attention: Block | None = None, mlp: Block
     """
     usual = moe_block(cfg.moe) if cfg.moe is not None else mlp_block(cfg.mlp)
     return residual_layer(
-        cfg.d_model, attention=attention or attention_block(cfg.attention), mlp=mlp or usual, eps=cfg.norm_eps
+        cfg.d_model,
+        attention=attention or attention_block(cfg.attention),
+        mlp=mlp or usual,
+        eps=cfg.norm_eps,
+        kind=cfg.norm_kind,
     )
 
 

@@ -273,13 +273,14 @@ def _is_of(cfg: DecoderConfig, family: Family) -> bool:
 
 
 def _has_their_math(cfg: DecoderConfig) -> bool:
-    """Rotation over one axis, causal, one epsilon; a softmax router without shared experts or biases."""
+    """Rotation of whole heads over one axis, causal, one epsilon, no sinks; a plain softmax router."""
     a, moe = cfg.attention, cfg.moe
     plain = a.causal and a.rope_base is not None and a.rope_sections is None and a.norm_eps == cfg.norm_eps
+    plain = plain and a.rotated == a.head_dim and not a.sinks and cfg.norm_kind == "rms"
     if moe is None:
         return plain
-    routed = moe.score == "softmax" and moe.scale == 1.0 and moe.balance != "bias" and not moe.shared_experts
-    return plain and routed
+    routed = moe.score == "softmax" and moe.scale == 1.0 and moe.balance != "bias" and moe.shared is None
+    return plain and routed and moe.groups == 1 and not moe.router_bias
 
 
 def _require_same(there: DecoderConfig, here: DecoderConfig) -> None:

@@ -65,7 +65,7 @@ def decoder_names(cfg: DecoderConfig) -> Names:
     HfTensor(name='model.layers.0.self_attn.q_proj.weight', leaf='layers.0.attention.w_q_DHK', index=None, \
 transposed=True, copy=False)
     """
-    if cfg.moe is not None and (cfg.moe.shared_experts or cfg.moe.balance == "bias"):
+    if cfg.moe is not None and (cfg.moe.shared is not None or cfg.moe.balance == "bias" or cfg.moe.router_bias):
         raise ValueError(
             f"no Hugging Face name is known for experts with shared_experts={cfg.moe.shared_experts}, "
             f"balance={cfg.moe.balance!r}: the families here have neither shared experts nor router biases"
@@ -81,7 +81,7 @@ transposed=True, copy=False)
     # Experts are stacked in memory there too; when transformers takes them apart it sorts all names it has in memory.
     if cfg.moe is None:
         return tuple(found)
-    found.sort(key=_natural_order)
+    found.sort(key=natural_order)
     return tuple(found) if cfg.attention.qk_norm else tuple(map(_as_mixtral, found))
 
 
@@ -140,10 +140,13 @@ def _shapes(specs: Tree, layer: int) -> dict[str, tuple[int, ...]]:
     return {path: spec.shape for path, spec in leaves_with_paths(specs, f"layers.{layer}")}
 
 
-def _natural_order(tensor: HfTensor) -> list[tuple[int, int, str]]:
-    """By the parts of the name, numbers as numbers; the number of an expert last."""
+def natural_order(tensor: HfTensor) -> list[tuple[int, int, str]]:
+    """A key that sorts by the parts of the name, numbers as numbers; the number of an expert last.
+
+    So transformers orders the tensors that it writes where it takes stacked experts apart.
+    """
     parts = tensor.name.split(".")
-    if tensor.index is not None:
+    if tensor.index is not None and "experts" in parts:
         parts.append(parts.pop(parts.index("experts") + 1))
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 

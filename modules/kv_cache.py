@@ -6,7 +6,7 @@ plain functions from cache to cache, but for one thing: `append` writes into the
 since a copy of all of it would cost more than the token. Whoever goes on from one cache in two ways clones it before.
 
 Legend: B sequences, S places of a sequence, T tokens of a pack, G key/value heads, H query heads, R = H / G, K head
-dim.
+dim, V that of values.
 """
 
 from collections.abc import Sequence
@@ -104,15 +104,34 @@ def seen(cache: KvCache, *, window: int | None) -> Tensor:
     return seen_BS if window is None else seen_BS & (place_S >= length_B1 - window)
 
 
-def attend(q_BHK: Tensor, layer: LayerCache, seen_BS: Tensor, *, scale: float | None = None) -> Tensor:
-    """What one query per sequence reads from the places that it sees (at least one), `[B, H, K]`.
+def attend(
+    q_BHK: Tensor,
+    layer: LayerCache,
+    seen_BS: Tensor,
+    *,
+    scale: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """What one query per sequence reads from the places that it sees (at least one), `[B, H, V]`.
 
-    Query head h reads key head `h // R`. `scale` of the scores: `K ** -0.5` if None. The softmax is in float32, or
-    float64 for float64.
+    Query head h reads key head `h // R`. `scale` of the scores: `K ** -0.5` if None. `sinks_H`: a score of each head
+    that has no value. The softmax is in float32, or float64 for float64.
     """
-    k_BGSK, v_BGSK = (x_BGSK[:, :, : seen_BS.shape[1]] for x_BGSK in layer)
+    k_BGSK, v_BGSV = (x_BGSK[:, :, : seen_BS.shape[1]] for x_BGSK in layer)
     # The R query heads of a key head stand where queries of one head would: no key is copied.
-    out_BGRK = F.scaled_dot_product_attention(
-        q_BHK.unflatten(1, (k_BGSK.shape[1], -1)), k_BGSK, v_BGSK, attn_mask=seen_BS[:, None, None], scale=scale
-    )
-    return out_BGRK.flatten(1, 2)
+    q_BGRK, seen_B11S = q_BHK.unflatten(1, (k_BGSK.shape[1], -1)), seen_BS[:, None, None]
+    if sinks_H is not None:
+        return _attend_with_sinks(q_BGRK, k_BGSK, v_BGSV, seen_B11S, sinks_H, scale).flatten(1, 2)
+    out_BGRV = F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSV, attn_mask=seen_B11S, scale=scale)
+    return out_BGRV.flatten(1, 2)
+
+
+def _attend_with_sinks(
+    q_BGRK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_B11S: Tensor, sinks_H: Tensor, scale: float | None
+) -> Tensor:
+    wide = torch.promote_types(q_BGRK.dtype, torch.float32)
+    scale = q_BGRK.shape[-1] ** -0.5 if scale is None else scale
+    scores_BGRS = ((q_BGRK * scale).to(wide) @ k_BGSK.mT.to(wide)).masked_fill(~seen_B11S, float("-inf"))
+    sinks_BGR1 = sinks_H.to(wide).view(1, *q_BGRK.shape[1:3], 1).expand(len(q_BGRK), -1, -1, -1)
+    weights_BGRS = torch.cat([scores_BGRS, sinks_BGR1], -1).softmax(-1)[..., :-1]
+    return (weights_BGRS @ v_BGSV.to(wide)).to(q_BGRK.dtype)

@@ -23,7 +23,9 @@ def attention_block(cfg: AttentionConfig) -> Block:
 
     def apply(params: Any, x_TD: Tensor, at: Context) -> Tensor:
         q_THK, k_TGK, v_TGK = attention.project(params, x_TD, cfg, at.rope(cfg))
-        return attention.output(params, at.attend(q_THK, k_TGK, v_TGK, causal=cfg.causal, window=cfg.window))
+        sinks_H = params.get("sinks_H")
+        read_THK = at.attend(q_THK, k_TGK, v_TGK, causal=cfg.causal, window=cfg.window, sinks_H=sinks_H)
+        return attention.output(params, read_THK)
 
     return Block(lambda out_gain: attention.specs(cfg, out_gain=out_gain), apply)
 

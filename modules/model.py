@@ -43,8 +43,8 @@ class Model:
     - `outputs(params, batch, key=None)`: what the model predicts where that is no scores of tokens.
     - `load(specs=None) -> params`: the weights, each rank's own part where a plan says so; None without a folder.
     - `save(params, folder)`: in the format that it was loaded from.
-    - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm), as a tree of tensors; the
-      functions then take it as `state=` and `loss` gives the new one. Empty for most.
+    - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm, balancing biases of routers),
+      as a tree of tensors; the functions then take it as `state=` and `loss` gives the new one. Empty for most.
     - `packs`: True if several documents may share a pack, with `batch["segments"]`; else `alone` says why not.
     - `family`: how it generates, or None.
     - `plain(params, batch) -> (loss, gradients)`: what the module that it was made of gives by itself, eager, document

@@ -24,12 +24,18 @@ from ftrain.modules.spec import ParamSpec, fan_in, zeros
 class MoEConfig:
     """`experts` experts `d_expert` wide, of which each token uses `top_k`, and `shared_experts` that every token uses.
 
+    `d_shared`: the width of the shared experts together, `shared_experts * d_expert` if None; with `shared_gate` their
+    output is multiplied by a sigmoid of the token (Qwen3-Next). `router_bias`: the router is an affine map (gpt-oss).
+    `groups`, `top_groups`: a token uses experts of the `top_groups` groups, of `groups` equal ones in order, whose best
+    two experts score highest (DeepSeek-V3).
+
     `score`: softmax over experts, or a sigmoid of each (DeepSeek-V3). `normalize`: weights of the chosen experts sum to
     one; they are then multiplied by `scale`. `balance`: "aux" (the caller adds `aux_coefficient * aux_loss(stats)`),
     "bias" (the caller keeps a tree of biases and moves it with `update_bias` at `bias_rate`), or "none".
 
     Raises:
-        ValueError: `top_k` is not from 1 to `experts`, or `score` or `balance` is none of these.
+        ValueError: `top_k` is not from 1 to `experts`, or more than the chosen groups have; groups do not divide the
+            experts or have less than two; `score` or `balance` is none of these.
     """
 
     d_model: int
@@ -37,6 +43,11 @@ class MoEConfig:
     experts: int
     top_k: int
     shared_experts: int = 0
+    d_shared: int | None = None
+    shared_gate: bool = False
+    router_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
@@ -47,15 +58,30 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"MoEConfig: top_k={self.top_k} must be between 1 and experts={self.experts}")
+        if self.groups != 1:
+            self._check_groups()
         if self.score not in ("softmax", "sigmoid"):
             raise ValueError(f"MoEConfig: score={self.score!r} is not one of 'softmax', 'sigmoid'")
         if self.balance not in ("aux", "bias", "none"):
             raise ValueError(f"MoEConfig: balance={self.balance!r} is not one of 'aux', 'bias', 'none'")
 
+    def _check_groups(self) -> None:
+        if self.experts % self.groups or self.experts < 2 * self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ValueError(
+                f"MoEConfig: groups={self.groups} must divide experts={self.experts} into at least two each, of which "
+                f"top_groups={self.top_groups} are chosen"
+            )
+        if self.top_k > self.top_groups * (self.experts // self.groups):
+            raise ValueError(
+                f"MoEConfig: top_k={self.top_k} is more than the {self.experts // self.groups} experts of each of "
+                f"top_groups={self.top_groups}"
+            )
+
     @property
     def shared(self) -> mlp.MlpConfig | None:
-        """The shared experts as one MLP, `shared_experts` times as wide as one expert; `None` without any."""
-        return mlp.MlpConfig(self.d_model, self.shared_experts * self.d_expert) if self.shared_experts else None
+        """The shared experts as one MLP; `None` without any."""
+        width = self.shared_experts * self.d_expert if self.d_shared is None else self.d_shared
+        return mlp.MlpConfig(self.d_model, width) if width else None
 
 
 class RouterStats(NamedTuple):
@@ -74,7 +100,8 @@ class RouterStats(NamedTuple):
 
 
 def specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
-    """`w_router_DE`, `w_gate_EDF`, `w_up_EDF`, `w_down_EFD`, and `shared` (an MLP) where there are shared experts.
+    """`w_router_DE`, `w_gate_EDF`, `w_up_EDF`, `w_down_EFD`, as configured `b_router_E`, `shared` (an MLP), and
+    `w_shared_gate_D1`.
 
     `out_gain` scales the initial deviation of the last weights, for deep residual stacks.
 
@@ -83,14 +110,23 @@ def specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
     """
     d, e, f = cfg.d_model, cfg.experts, cfg.d_expert
     tree: dict[str, Any] = {
-        "w_router_DE": ParamSpec((d, e), ("embed", None), fan_in(d)),
+        **router_specs(cfg),
         "w_gate_EDF": ParamSpec((e, d, f), ("expert", "embed", "mlp"), fan_in(d)),
         "w_up_EDF": ParamSpec((e, d, f), ("expert", "embed", "mlp"), fan_in(d)),
         "w_down_EFD": ParamSpec((e, f, d), ("expert", "mlp", "embed"), fan_in(f, gain=out_gain)),
     }
     if cfg.shared is not None:
         tree["shared"] = mlp.specs(cfg.shared, out_gain=out_gain)
+        if cfg.shared_gate:
+            tree["w_shared_gate_D1"] = ParamSpec((d, 1), ("embed", None), fan_in(d))
     return tree
+
+
+def router_specs(cfg: MoEConfig) -> dict[str, ParamSpec]:
+    """`w_router_DE`, and as configured `b_router_E`."""
+    weight = ParamSpec((cfg.d_model, cfg.experts), ("embed", None), fan_in(cfg.d_model))
+    bias = {"b_router_E": ParamSpec((cfg.experts,), (None,), zeros())} if cfg.router_bias else {}
+    return {"w_router_DE": weight, **bias}
 
 
 def balance_specs(cfg: MoEConfig) -> dict[str, ParamSpec]:
@@ -118,16 +154,30 @@ def apply(
     >>> list(out_TD.shape), stats.load_E.sum().item(), stats.count.item()
     ([5, 8], 10.0, 5.0)
     """
-    expert_TK, weights_TK, stats = route(params["w_router_DE"], x_TD, cfg=cfg, bias_E=bias_E, valid_T=valid_T)
+    b_router_E = params.get("b_router_E")
+    expert_TK, weights_TK, stats = route(
+        params["w_router_DE"], x_TD, cfg=cfg, b_router_E=b_router_E, bias_E=bias_E, valid_T=valid_T
+    )
     stats = stats._replace(dropped=dropped_rows(expert_TK, params["w_gate_EDF"]))
     out_TD = experts_swiglu(x_TD, expert_TK, weights_TK, params["w_gate_EDF"], params["w_up_EDF"], params["w_down_EFD"])
-    if cfg.shared is not None:
-        out_TD = out_TD + mlp.apply(params["shared"], x_TD, cfg=cfg.shared)
-    return out_TD, stats
+    return out_TD + _shared(params, x_TD, cfg) if cfg.shared is not None else out_TD, stats
+
+
+def _shared(params: dict[str, Any], x_TD: Tensor, cfg: MoEConfig) -> Tensor:
+    """What the shared experts add."""
+    assert cfg.shared is not None
+    out_TD = mlp.apply(params["shared"], x_TD, cfg=cfg.shared)
+    return out_TD * (x_TD @ params["w_shared_gate_D1"]).sigmoid() if cfg.shared_gate else out_TD
 
 
 def route(
-    w_router_DE: Tensor, x_TD: Tensor, *, cfg: MoEConfig, bias_E: Tensor | None = None, valid_T: Tensor | None = None
+    w_router_DE: Tensor,
+    x_TD: Tensor,
+    *,
+    cfg: MoEConfig,
+    b_router_E: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    valid_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RouterStats]:
     """Choose experts: ids `[T, K]` (int64), weights `[T, K]` (differentiable), statistics (of which none is dropped).
 
@@ -135,7 +185,7 @@ def route(
     and router in bfloat16 are multiplied as they are, with float32 sums (`ftrain.kernels.wide_mm`).
 
     Args:
-        w_router_DE, x_TD: the router's weight and the tokens.
+        w_router_DE, x_TD: the router's weight and the tokens. b_router_E: what is added to its scores.
         cfg: how many experts a token uses, and how their weights are made.
         bias_E: the balancing biases, which move the choice and not the weights; only with `balance="bias"`.
         valid_T: bool, False for tokens that the statistics leave out.
@@ -146,14 +196,25 @@ def route(
     if (bias_E is None) != (cfg.balance != "bias"):
         raise ValueError(f"moe: balance={cfg.balance!r}, but router_bias_E was {'not ' if bias_E is None else ''}given")
     logits_TE = wide_mm(x_TD, w_router_DE)
+    logits_TE = logits_TE if b_router_E is None else logits_TE + b_router_E
     scores_TE = logits_TE.softmax(-1) if cfg.score == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E.detach()
-    expert_TK = choice_TE.topk(cfg.top_k, dim=-1).indices
+    expert_TK = _of_best_groups(choice_TE, cfg).topk(cfg.top_k, dim=-1).indices
     weights_TK = scores_TE.gather(-1, expert_TK)
     if cfg.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     probability_TE = scores_TE if cfg.score == "softmax" else scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
     return expert_TK, weights_TK * cfg.scale, _statistics(expert_TK, probability_TE, valid_T)
+
+
+def _of_best_groups(choice_TE: Tensor, cfg: MoEConfig) -> Tensor:
+    """The scores, and minus infinity for experts of groups that are not chosen."""
+    if cfg.top_groups == cfg.groups:
+        return choice_TE
+    choice_TGE = choice_TE.unflatten(-1, (cfg.groups, -1))
+    score_TG = choice_TGE.topk(2, dim=-1).values.sum(-1)
+    chosen_TG = torch.zeros_like(score_TG).scatter(-1, score_TG.topk(cfg.top_groups, dim=-1).indices, 1.0)
+    return choice_TGE.masked_fill(chosen_TG[..., None] == 0, -torch.inf).flatten(-2)
 
 
 def _statistics(expert_TK: Tensor, probability_TE: Tensor, valid_T: Tensor | None) -> RouterStats:

@@ -4,8 +4,9 @@ Legend: T tokens of a pack, B rows, L tokens of a row, V vocabulary, D model wid
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,82 +18,146 @@ from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.hf.load import fill_hf, load_hf
 from ftrain.hf.save import save_hf
 from ftrain.kernels.documents import Segments
-from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder
 from ftrain.modules.autoregression import decoder_family
 from ftrain.modules.decoder_config import DecoderConfig
-from ftrain.modules.hf_names import decoder_names
+from ftrain.modules.families.registry import family_of
+from ftrain.modules.hf_names import Names
 from ftrain.modules.model import Model
-from ftrain.modules.spec import Tree
+from ftrain.modules.spec import Tree, map_with_paths
 
 
 def native_decoder(folder: HfFolder) -> Model:
-    """The decoder of a folder of weights. ValueError if it is of no family that the library has."""
+    """The decoder of a folder of weights. ValueError if it is of no family that the library has.
+
+    A decoder with loss-free balancing has its routers' biases as `state`, which `load` does not give: they are read at
+    once, being small. `save(params, folder, state=None)` writes those of the folder where no others are given.
+    """
     most = len(folder.tensors)
     config = folder.config()
-    cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=most)
-    made, names, specs = NativeDecoder(cfg), decoder_names(cfg), decoder.specs(cfg)
+    of = family_of(config)
+    experts = None if of.stacked else most
+    cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=experts, describe=of.config)
+    _require_no_heads_beyond(folder, cfg)
+    files = _Files(folder, decoder.specs(cfg), decoder.balance_specs(cfg), of.names(cfg))
+    balance = files.balance()
+    made = NativeDecoder(cfg, balance)
     kind = config.get("model_type", "a decoder")
     return Model(
         name=f"{kind} (native)",
-        specs=specs,
+        specs=files.specs,
         batch=LANGUAGE,
         loss=made.loss,
         logits=made.logits,
         hidden=made.hidden,
-        load=partial(_load, folder, specs, names),
-        save=lambda params, to: save_hf(params, to, config, names),
-        family=decoder_family(cfg),
+        load=files.load,
+        save=partial(files.save, balance),
+        state=balance,
+        family=decoder_family(cfg, balance=balance or None),
         why=f"native: {kind} is a family of the library",
     )
 
 
-def _load(folder: HfFolder, specs: Tree, names: Any, into: Tree | None = None) -> Tree:
-    if into is None:
-        return load_hf(folder, specs, names)
-    fill_hf(into, folder, names)
-    return into
+def _require_no_heads_beyond(folder: HfFolder, cfg: DecoderConfig) -> None:
+    """ValueError for a folder that predicts several tokens: its further layers would be lost when it is saved."""
+    beyond = ("mtp.", f"model.layers.{cfg.layers}.")
+    found = next((name for name in folder.tensors if name.startswith(beyond)), None)
+    if found is not None:
+        raise ValueError(
+            f"{folder.path}: {found!r} is of a head of multi-token prediction, which the library does not compute: "
+            "take such tensors out of the folder"
+        )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """A folder, and what of it is parameters and what the state of balancing, which lies at `balance` in its names."""
+
+    folder: HfFolder
+    specs: Tree
+    beside: Tree
+    names: Names
+
+    def load(self, into: Tree | None = None) -> Tree:
+        """New parameters, or those of `into` filled."""
+        if into is None:
+            found = load_hf(self.folder, self._with(self.specs, self.beside), self.names)
+            return {name: found[name] for name in self.specs}
+        fill_hf(
+            self._with(into, map_with_paths(lambda _, s: torch.empty(s.shape), self.beside)), self.folder, self.names
+        )
+        return into
+
+    def balance(self) -> Tree:
+        """The state of balancing, `router_bias_LE`; empty without one."""
+        if not self.beside:
+            return {}
+        names = [name for name in self.names if name.leaf.startswith("balance.")]
+        found: Tree = load_hf(self.folder, {"balance": self.beside}, names, unexpected="ignore")["balance"]
+        return found
+
+    def save(self, balance: Tree, params: Tree, folder: str | Path, state: Tree | None = None) -> None:
+        """Write the parameters, and this state or `balance`, to a folder."""
+        save_hf(self._with(params, state or balance), folder, self.folder.config(), self.names)
+
+    def _with(self, tree: Tree, beside: Tree) -> Tree:
+        return {**tree, "balance": beside} if beside else tree
 
 
 @dataclass(frozen=True)
 class NativeDecoder:
-    """A decoder's functions of a `Model`. It drops nothing, so a key makes no difference."""
+    """A decoder's functions of a `Model`. It drops nothing, so a key makes no difference.
+
+    `balance`: the state of loss-free balancing that the functions take where they are given none; empty without one.
+    """
 
     cfg: DecoderConfig
+    balance: Tree = field(default_factory=dict)
 
-    def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Mean:
-        """The mean cross entropy of the batch's labels. `key`: int64 `[2]`, which nothing draws from. ValueError for a
-        batch without labels, or that does not fit.
+    def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None) -> Any:
+        """The `Mean` cross entropy of the batch's labels, or with loss-free balancing `(Mean, new state)`: biases moved
+        against the load of this batch at the rate of the configuration. `key`: int64 `[2]`, which nothing draws from.
+
+        ValueError for a batch without labels, or that does not fit.
         """
         del key
         if "labels" not in batch:
             raise ValueError("a loss needs the batch's 'labels'")
-        return decoder.loss(params, self._hidden_T(params, batch), batch["labels"].flatten(), self.cfg)
+        hidden_TD, stats = self._run(params, batch, state)
+        mean = decoder.loss(params, hidden_TD, batch["labels"].flatten(), self.cfg)
+        if not self.balance:
+            return mean
+        rate = self.cfg.routers[0].bias_rate
+        return mean, decoder.update_balance(state or self.balance, stats, rate=rate)
 
-    def logits(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+    def logits(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> Tensor:
         """The scores `[T, V]` or `[B, L, V]`. ValueError for a batch that does not fit."""
         del key
-        scores = decoder.logits(params, self._hidden_T(params, batch), self.cfg)
+        scores = decoder.logits(params, self._run(params, batch, state)[0], self.cfg)
         return scores.unflatten(0, batch["tokens"].shape)
 
-    def hidden(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> Tensor:
         """What the head reads, `[T, D]` or `[B, L, D]`. ValueError for a batch that does not fit."""
         del key
-        return self._hidden_T(params, batch).unflatten(0, batch["tokens"].shape)
+        return self._run(params, batch, state)[0].unflatten(0, batch["tokens"].shape)
 
-    def _hidden_T(self, params: Tree, batch: Mapping[str, Any]) -> Tensor:
+    def _run(self, params: Tree, batch: Mapping[str, Any], state: Tree | None) -> tuple[Tensor, decoder.DecoderStats]:
         require_tokens("the decoder", batch, LANGUAGE)
         tokens = batch["tokens"]
         place = positions(batch)
         place = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape) if place is None else place
-        hidden_TD, _ = decoder.apply(
+        return decoder.apply(
             params,
             tokens.flatten(),
             positions=place.reshape(-1),
             segments=_documents(batch),
             cfg=self.cfg,
+            balance=state or self.balance or None,
         )
-        return hidden_TD
 
 
 def _documents(batch: Mapping[str, Any]) -> Segments | None:

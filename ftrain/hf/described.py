@@ -3,7 +3,7 @@
 Work and memory grow with the number of layers and experts, long before a weight is looked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftrain.files.outside import Shape, check, either, flag, listed, number, one_of, record, text, whole
@@ -29,13 +29,16 @@ _ROPE = record(
     },
     others=True,
 )
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _COUNT, _REAL, _FLAG = _maybe(whole(1, 2**40)), _maybe(number(0.0)), _maybe(flag)
 _CONFIG = record(
     {"model_type": text()},
     optional={
         **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), _COUNT),
         **dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size"), _COUNT),
-        **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "sliding_window"), _COUNT),
+        **dict.fromkeys(
+            ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "sliding_window"), _COUNT
+        ),
         **dict.fromkeys(("rms_norm_eps", "initializer_range", "router_aux_loss_coef"), _REAL),
         **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG),
         "norm_topk_prob": _FLAG,
@@ -51,12 +54,21 @@ _CONFIG = record(
 )
 
 
-def described_decoder(config: Mapping[str, Any], shown: str, *, layers: int, experts: int) -> DecoderConfig:
+def described_decoder(
+    config: Mapping[str, Any],
+    shown: str,
+    *,
+    layers: int,
+    experts: int | None,
+    describe: Callable[[Mapping[str, Any]], DecoderConfig] = decoder_config,
+) -> DecoderConfig:
     """The decoder of the configuration in the file `shown`, which can have no more `layers` and `experts` of a layer
-    than this. ValueError names the file and the entry.
+    than this (None: any number, where experts are one tensor). `describe`: the rule of its family. ValueError names the
+    file and the entry.
     """
     check(config, _CONFIG, shown)
-    for field, most in (("num_hidden_layers", layers), ("num_experts", experts), ("num_local_experts", experts)):
+    bounds = {"num_hidden_layers": layers, **({} if experts is None else dict.fromkeys(_EXPERTS, experts))}
+    for field, most in bounds.items():
         found = config.get(field) or 0
         if found > most:
             raise ValueError(
@@ -64,6 +76,6 @@ def described_decoder(config: Mapping[str, Any], shown: str, *, layers: int, exp
                 "that belongs to these weights"
             )
     try:
-        return decoder_config(config)
+        return describe(config)
     except ValueError as error:
         raise ValueError(f"{shown}: {str(error).removeprefix('config.json: ')}") from error

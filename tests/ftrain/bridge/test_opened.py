@@ -63,3 +63,23 @@ def test_a_native_model_generates(llama):
 def test_another_word_is_refused(llama):
     with pytest.raises(ValueError, match="'maybe'"):
         ftrain.hf.open(llama, native="maybe")
+
+
+def test_what_a_folder_holds_beside_parameters_is_taken(tmp_path):
+    """The balancing biases of DeepSeek's routers, which are buffers: a bridged model has those of its folder."""
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_group": 1, "topk_group": 1}
+    sizes |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    sizes |= {"first_k_dense_replace": 1, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**{**SIZES, **sizes}))
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.tensor([3.0, 0.0, 0.0, 2.0]))
+    model.save_pretrained(tmp_path / "in")
+    tokens = pack()["tokens"]
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    for native in ("always", "never"):
+        found = ftrain.hf.open(tmp_path / "in", native=native)
+        torch.testing.assert_close(found.logits(found.load(), {"tokens": tokens}), expected, rtol=0, atol=1e-5)
+        found.save(found.load(), tmp_path / native)
+        again = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / native)
+        assert again.model.layers[1].mlp.gate.e_score_correction_bias.tolist() == [3.0, 0.0, 0.0, 2.0]

@@ -1,0 +1,169 @@
+"""The gated delta net of Qwen3-Next: a short causal convolution, then a memory by the gated delta rule, then a gate.
+
+A block with a memory of its own: documents of a pack stay apart, and where ranks share a pack each runs all of it and
+keeps its own rows.
+
+Legend: T tokens, B sequences, D model width, J key heads, H value heads (J times R), K key dim, V value dim, C channels
+of the convolution (2 J K + H V), X taps, M = C + H V.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ftrain.kernels.documents import document_index, ids_of
+from ftrain.kernels.gated_delta_rule import gated_delta_rule, gated_delta_step
+from ftrain.kernels.rms_norm import rms_norm
+from ftrain.modules.block import Block, Cache, Context, Newest, Prompts
+from ftrain.modules.spec import ParamSpec, Tree, Uniform, fan_in, ones
+
+
+@dataclass(frozen=True)
+class DeltaNetConfig:
+    """Shapes: `key_heads`, `heads` of values (a multiple of them), `key_dim`, `value_dim`, `taps` of the convolution.
+
+    `norm_eps`: of the norm of what is read. ValueError for heads that are no multiple.
+    """
+
+    d_model: int
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    taps: int = 4
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.key_heads < 1 or self.heads % self.key_heads:
+            raise ValueError(f"DeltaNetConfig: heads={self.heads} must be a multiple of key_heads={self.key_heads}")
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """The channels of the convolution: queries, keys, values."""
+        return self.key_heads * self.key_dim, self.key_heads * self.key_dim, self.heads * self.value_dim
+
+
+class Memory(NamedTuple):
+    """What is kept of each sequence: the last inputs of the convolution, and the memory."""
+
+    tail_BXC: Tensor
+    state_BHKV: Tensor
+
+
+class _Inputs(NamedTuple):
+    """What a token gives: channels before the convolution, gate, log of the decay, rate."""
+
+    mixed_TC: Tensor
+    gate_THV: Tensor
+    decay_TH: Tensor
+    rate_TH: Tensor
+
+
+def delta_net_block(cfg: DeltaNetConfig) -> Block:
+    """`w_in_DM` (for each key head query, key, values, gates), `w_rates_DH` (`[D, 2 H]`: for each key head rates and
+    decays), `conv_C1X`, `decay_log_H`, `decay_bias_H`, `norm_V`, `w_o_HVD`.
+
+    >>> cfg = DeltaNetConfig(8, key_heads=1, heads=2, key_dim=4, value_dim=3)
+    >>> delta_net_block(cfg).specs(1.0)["w_in_DM"].shape
+    (8, 20)
+    """
+
+    def apply(params: Any, x_TD: Tensor, at: Context) -> Tensor:
+        given = _inputs(params, x_TD, cfg)
+        index_T = document_index(_ids(at, len(x_TD)))
+        q, k, v = (x.transpose(0, 1)[None] for x in _heads(_convolved(params, given.mixed_TC, index_T), cfg))
+        decay, rate = given.decay_TH.mT[None], given.rate_TH.mT[None]
+        out_BHLV, _ = gated_delta_rule(q, k, v, decay, rate, documents_BL=index_T[None])
+        return _output(params, out_BHLV[0].transpose(0, 1), given.gate_THV, cfg)
+
+    def prefill(params: Any, x_TD: Tensor, at: Prompts) -> tuple[Tensor, Memory]:
+        given, where = _inputs(params, x_TD, cfg), at.unpacking
+        index_T = where.sequence_T
+        q, k, v = (at.unpack(x) for x in _heads(_convolved(params, given.mixed_TC, index_T), cfg))
+        # behind a sequence's end nothing decays and nothing is written
+        decay, rate = (at.unpack(x[..., None])[..., 0] for x in (given.decay_TH, given.rate_TH))
+        out_BHLV, state_BHKV = gated_delta_rule(q, k, v, decay, rate)
+        out_THV = out_BHLV[where.sequence_T, :, where.place_T]
+        tail_BXC = _tails(at.unpack(given.mixed_TC[:, None])[:, 0], at.length_B, cfg.taps)
+        return _output(params, out_THV, given.gate_THV, cfg), Memory(tail_BXC, state_BHKV)
+
+    def extend(params: Any, x_BD: Tensor, state: Memory, at: Newest) -> tuple[Tensor, Memory]:
+        given = _inputs(params, x_BD, cfg)
+        window_BXC = torch.cat([state.tail_BXC, given.mixed_TC[:, None]], 1)
+        mixed_BC = F.silu(torch.einsum("bxc,cx->bc", window_BXC, params["conv_C1X"][:, 0]))
+        q, k, v = _heads(mixed_BC, cfg)
+        out_BHV, state_BHKV = gated_delta_step(q, k, v, given.decay_TH, given.rate_TH, state.state_BHKV)
+        return _output(params, out_BHV, given.gate_THV, cfg), Memory(window_BXC[:, 1:], state_BHKV)
+
+    return Block(lambda out_gain: _specs(cfg, out_gain), apply, Cache(prefill, extend))
+
+
+def _specs(cfg: DeltaNetConfig, out_gain: float) -> Tree:
+    d, channels, wide = cfg.d_model, sum(cfg.parts), cfg.heads * cfg.value_dim
+    return {
+        "w_in_DM": ParamSpec((d, channels + wide), ("embed", "heads"), fan_in(d)),
+        "w_rates_DH": ParamSpec((d, 2 * cfg.heads), ("embed", "heads"), fan_in(d)),
+        "conv_C1X": ParamSpec((channels, 1, cfg.taps), ("heads", None, "conv_kernel"), fan_in(cfg.taps)),
+        "decay_log_H": ParamSpec((cfg.heads,), ("heads",), Uniform(1.0)),
+        "decay_bias_H": ParamSpec((cfg.heads,), ("heads",), ones()),
+        "norm_V": ParamSpec((cfg.value_dim,), ("head_dim",), ones()),
+        "w_o_HVD": ParamSpec((wide, d), ("heads", "embed"), fan_in(wide, gain=out_gain)),
+    }
+
+
+def _inputs(params: Any, x_TD: Tensor, cfg: DeltaNetConfig) -> _Inputs:
+    ratio = cfg.heads // cfg.key_heads
+    widths = (cfg.key_dim, cfg.key_dim, ratio * cfg.value_dim, ratio * cfg.value_dim)
+    q, k, v, gate = (x_TD @ params["w_in_DM"]).unflatten(-1, (cfg.key_heads, -1)).split(widths, -1)
+    rate, decay = (x_TD @ params["w_rates_DH"]).unflatten(-1, (cfg.key_heads, -1)).split(ratio, -1)
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    step_TH = F.softplus(decay.flatten(1).to(wide) + params["decay_bias_H"])
+    mixed_TC = torch.cat([x.flatten(1) for x in (q, k, v)], -1)
+    gate_THV = gate.reshape(len(x_TD), cfg.heads, cfg.value_dim)
+    return _Inputs(mixed_TC, gate_THV, -params["decay_log_H"].to(wide).exp() * step_TH, rate.flatten(1).sigmoid())
+
+
+def _convolved(params: Any, mixed_TC: Tensor, index_T: Tensor) -> Tensor:
+    """The causal convolution of each channel within documents, and SiLU: `[T, C]`. `index_T`: of the document."""
+    conv_CX = params["conv_C1X"][:, 0]
+    taps, tokens = conv_CX.shape[1], len(mixed_TC)
+    out_TC = mixed_TC * conv_CX[:, -1]
+    for back in range(1, min(taps, tokens)):
+        same_T1 = (index_T[back:] == index_T[:-back])[:, None]
+        earlier_TC = torch.where(same_T1, mixed_TC[:-back], 0) * conv_CX[:, taps - 1 - back]
+        out_TC = out_TC + torch.cat([mixed_TC.new_zeros(back, mixed_TC.shape[1]), earlier_TC])
+    return F.silu(out_TC)
+
+
+def _heads(mixed_TC: Tensor, cfg: DeltaNetConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys `[T, H, K]`, of length 1 and queries scaled by `K ** -0.5`, and values `[T, H, V]`."""
+    q, k, v = mixed_TC.split(cfg.parts, -1)
+    q, k = (x.unflatten(-1, (cfg.key_heads, cfg.key_dim)) for x in (q, k))
+    wide = torch.promote_types(mixed_TC.dtype, torch.float32)
+    q, k = (x.to(wide) * (x.to(wide).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    q, k = (x.repeat_interleave(cfg.heads // cfg.key_heads, 1) for x in (q * cfg.key_dim**-0.5, k))
+    return q, k, v.unflatten(-1, (cfg.heads, cfg.value_dim))
+
+
+def _output(params: Any, out_THV: Tensor, gate_THV: Tensor, cfg: DeltaNetConfig) -> Tensor:
+    normed_THV = rms_norm(out_THV.to(gate_THV.dtype), params["norm_V"], eps=cfg.norm_eps)
+    wide = torch.promote_types(gate_THV.dtype, torch.float32)
+    gated_THV = (normed_THV * F.silu(gate_THV.to(wide))).to(gate_THV.dtype)
+    return gated_THV.flatten(1) @ params["w_o_HVD"]
+
+
+def _tails(mixed_BSC: Tensor, length_B: Tensor, taps: int) -> Tensor:
+    """The last `taps - 1` rows of each sequence, with zeros before its beginning."""
+    place_BX = length_B[:, None] + torch.arange(1 - taps, 0, device=length_B.device)
+    row_B1 = torch.arange(len(length_B), device=length_B.device)[:, None]
+    found_BXC = mixed_BSC[row_B1, place_BX.clamp(min=0)]
+    return torch.where((place_BX >= 0)[..., None], found_BXC, 0)
+
+
+def _ids(at: Context, tokens: int) -> Tensor:
+    if at.segments_T is None:
+        return torch.zeros(tokens, dtype=torch.int64, device=at.positions.device)
+    return ids_of(at.segments_T)

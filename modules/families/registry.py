@@ -1,0 +1,28 @@
+"""Which family of text models a `config.json` is of: `model_type` tells."""
+
+from types import MappingProxyType
+
+from ftrain.modules.families import deepseek_v3, gpt_oss, qwen3_next
+from ftrain.modules.families.family import TextFamily
+from ftrain.modules.hf_config import decoder_config
+from ftrain.modules.hf_fields import Config
+from ftrain.modules.hf_names import decoder_names
+
+PLAIN = TextFamily(decoder_config, decoder_names)
+"""Llama and its relatives: the decoder as it is (`ftrain.modules.hf_config.FAMILIES`)."""
+
+FAMILIES = MappingProxyType(
+    {"gpt_oss": gpt_oss.FAMILY, "deepseek_v3": deepseek_v3.FAMILY, "qwen3_next": qwen3_next.FAMILY}
+)
+"""Those with layers of their own, by `model_type`."""
+
+
+def family_of(config: Config) -> TextFamily:
+    """The family by `model_type`; that of plain decoders for any other type, which its `config` may refuse.
+
+    >>> from ftrain.modules.families.registry import family_of
+    >>> family_of({"model_type": "gpt_oss"}).stacked
+    True
+    """
+    kind = config.get("model_type")
+    return FAMILIES.get(kind, PLAIN) if isinstance(kind, str) else PLAIN
