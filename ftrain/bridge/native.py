@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
 from ftrain.hf.described import described_decoder
 from ftrain.hf.files import CONFIG, HfFolder
@@ -27,10 +28,13 @@ from ftrain.modules.spec import Tree
 
 
 def native_decoder(folder: HfFolder) -> Model:
-    """The decoder of a folder of weights. ValueError if it is of no family that the library has."""
+    """The decoder of a folder of weights. ValueError if it is of no family that the library has, or if the folder's
+    tokenizer has more ids than the table has rows.
+    """
     most = len(folder.tensors)
     config = folder.config()
     cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=most)
+    require_rows_for_tokens(folder.path, config)
     made, names, specs = NativeDecoder(cfg), decoder_names(cfg), decoder.specs(cfg)
     kind = config.get("model_type", "a decoder")
     return Model(
