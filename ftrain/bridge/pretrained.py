@@ -15,14 +15,16 @@ from ftrain.bridge.attention import NAME
 from ftrain.bridge.config import read_config
 from ftrain.bridge.doors import open_doors
 from ftrain.bridge.experts import expert_leaves
+from ftrain.bridge.generation import Continued
 from ftrain.bridge.language import Language
 from ftrain.bridge.plain import plain_loss
 from ftrain.bridge.positions import shift
 from ftrain.bridge.proof import example, mixing, packed
-from ftrain.bridge.skeleton import buffers, build, nest, parameters
+from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import inits_of, specs_of
 from ftrain.bridge.weights import load, save
 from ftrain.hf.files import HfFolder
+from ftrain.modules.autoregression import Family
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
 from ftrain.trace.tracer import Traced
@@ -74,6 +76,7 @@ def from_transformers(
         save=lambda params, to: save(module, params, held, to),
         packs=not alone,
         alone=alone,
+        family=_family(config, task, type(module).__name__, trust_remote_code),
         plain=partial(plain_loss, partial(_plain, config, task, trust_remote_code)),
         why=why,
     )
@@ -81,6 +84,13 @@ def from_transformers(
 
 def _load(module: nn.Module, folder: Path, specs: Any, into: Any = None) -> Any:
     return load(module, HfFolder.open(folder), specs, into)
+
+
+def _family(config: Any, task: Task, name: str, trust: bool) -> Family | None:
+    """How the model continues prompts: transformers' module with its own attention, experts and cache."""
+    if task != "causal_lm":
+        return None
+    return Continued(partial(_plain, config, task, trust), name).family()
 
 
 def _begin(module: nn.Module) -> Callable[[nn.Module], None]:
@@ -117,7 +127,7 @@ def _described(make: Callable[[], nn.Module]) -> tuple[Language, Any]:
     module = build(make)
     inits = inits_of(module, _begin(module))
     specs = specs_of(parameters(module), vocab=_tables(module), experts=expert_leaves(module), inits=inits)
-    return Language(module, type(module).__name__, buffers(module)), nest(specs)
+    return Language.of(module), nest(specs)
 
 
 def _settled(made: Language, specs: Any, traced: Traced) -> Language:
