@@ -32,7 +32,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             f"{folder}: transformers {transformers.__version__} knows no model of type {kind!r}: {newer}install a "
             "version that knows it, or bridge a module of your own (ftrain.bridge.from_module)"
         )
-    if known:
+    if isinstance(kind, str) and known:
         other_names = transformers.CONFIG_MAPPING[kind].attribute_map
         require_one_value(found, other_names, str(folder / CONFIG))
     require_rows_for_tokens(folder, found)
