@@ -45,8 +45,11 @@ def our_config(shape: Shape) -> DecoderConfig:
     return DecoderConfig(s.vocab, s.d_model, s.layers, attention=heads, d_hidden=hidden, moe=experts)
 
 
-def hf_model(shape: Shape) -> Any:
-    """The same as a transformers model in training mode, float32, with that library's defaults for everything else."""
+def hf_model(shape: Shape, *, balanced: bool = True) -> Any:
+    """The same as a transformers model in training mode, float32, with that library's defaults for everything else.
+
+    `balanced`: its loss has the part that balances experts, if it has experts.
+    """
     import transformers
 
     s = shape
@@ -71,7 +74,7 @@ def hf_model(shape: Shape) -> Any:
         num_experts=s.experts,
         num_experts_per_tok=s.top_k,
         norm_topk_prob=True,
-        output_router_logits=True,
+        output_router_logits=balanced,
         tie_word_embeddings=False,
     )
     return transformers.Qwen3MoeForCausalLM._from_config(qwen).float().train()

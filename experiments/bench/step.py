@@ -26,6 +26,8 @@ from experiments.bench.machine import device_title
 from experiments.bench.table import Row, publish, row
 from ftrain import Precision, tree
 from ftrain.analysis.meter import measure_peak
+from ftrain.bridge import from_transformers
+from ftrain.bridge.skeleton import nest
 from ftrain.kernels.documents import Documents
 from ftrain.modules import decoder, moe, spec
 from ftrain.modules.decoder import DecoderConfig
@@ -37,6 +39,11 @@ from ftrain.trace.tracer import Aval
 RATE, DECAY, LARGEST_NORM = 1e-4, 0.01, 1.0
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 5e-2}
 """How far losses of about 10 may be apart, by the dtype that both sides compute in."""
+_GOALS, _BRIDGED_GOALS = (0.75, 0.6), (1.0, 0.7)
+"""The most that our time and memory may be, as a share of eager transformers'."""
+
+
+Part = Literal["llama", "moe", "bridge-llama", "bridge-moe", "trace", "overhead"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Options:
     """measured steps of each side (after two that are not)"""
     compiled: bool = True
     """also run Inductor on both sides (compiling takes minutes on CPU)"""
-    only: tuple[Literal["llama", "moe", "trace", "overhead"], ...] = ("llama", "moe", "trace", "overhead")
+    only: tuple[Part, ...] = ("llama", "moe", "bridge-llama", "bridge-moe", "trace", "overhead")
     """which parts to run"""
 
 
@@ -84,6 +91,8 @@ def main(options: Options) -> list[Row]:
     parts = {
         "llama": lambda: compare("llama", _shape("llama", options), options),
         "moe": lambda: compare("qwen3-moe", _shape("moe", options), options),
+        "bridge-llama": lambda: compare("bridged llama", _shape("llama", options), options, bridged=True),
+        "bridge-moe": lambda: compare("bridged qwen3-moe", _shape("moe", options), options, bridged=True),
         "trace": lambda: trace_rows(layers=4 if options.quick else 48),
         "overhead": overhead_rows,
     }
@@ -116,12 +125,16 @@ def _precision(options: Options) -> Precision:
     return precision_on(torch.device(options.device), options.precision)
 
 
-def compare(name: str, shape: Shape, options: Options) -> list[Row]:
-    """Rows of one family: milliseconds and peak bytes of each side, and our share of theirs."""
+def compare(name: str, shape: Shape, options: Options, *, bridged: bool = False) -> list[Row]:
+    """Rows of one family: milliseconds and peak bytes of each side, and our share of theirs.
+
+    `bridged`: transformers' own module as pure functions in the place of the library's; neither side then has the loss
+    that balances experts.
+    """
     documents, length = _sizes(options)
     compute = _precision(options).compute
     batches = [_batch(shape, documents, length, i, options.device) for i in range(options.rounds + 2)]
-    sides = _sides(shape, options)
+    sides = _bridged_sides(shape, options) if bridged else _sides(shape, options)
     for i, batch in enumerate(batches):
         for side in sides:
             _measure_step(side, batch, kept=i >= 2)
@@ -177,9 +190,30 @@ def _sides(shape: Shape, options: Options) -> list[Side]:
     ]
 
 
-def _our_side(params: Any, cfg: DecoderConfig, backend: str, precision: Precision) -> Side:
-    tx = chain(clip_by_global_norm(LARGEST_NORM), adamw(RATE, weight_decay=DECAY))
+def _bridged_sides(shape: Shape, options: Options) -> list[Side]:
+    """transformers' module through the bridge, kept and recomputed by layer, and the same module by itself."""
+    torch.manual_seed(0)
+    module = hf_model(shape, balanced=False)
+    model, weights, precision = from_transformers(module.config), module.state_dict(), _precision(options)
+    params = nest({name: p.detach().to(options.device) for name, p in module.named_parameters()})
 
+    def loss_fn(params: Any, batch: dict[str, Any]) -> Tensor:
+        names = {"tokens": "tokens_T", "positions": "positions_T", "segments": "documents", "labels": "labels_T"}
+        value: Tensor = model.loss(params, {leaf: batch[name] for leaf, name in names.items()}).value()
+        return value
+
+    sides = [
+        _jitted_side("ftrain aten", params, loss_fn, precision),
+        _jitted_side("ftrain aten by layer", params, loss_fn, precision, remat="layer"),
+    ]
+    kinds = [("transformers eager", None), ("transformers eager, fused AdamW", True)]
+    return sides + [
+        _their_side(label, shape, weights, options.device, precision, False, fused, balanced=False)
+        for label, fused in kinds
+    ]
+
+
+def _our_side(params: Any, cfg: DecoderConfig, backend: str, precision: Precision) -> Side:
     def loss_fn(params: Any, batch: dict[str, Any]) -> Tensor:
         hidden_TD, stats = decoder.apply(
             params, batch["tokens_T"], positions=batch["positions_T"], segments=batch["documents"], cfg=cfg
@@ -189,11 +223,18 @@ def _our_side(params: Any, cfg: DecoderConfig, backend: str, precision: Precisio
             loss = loss + cfg.moe.aux_coefficient * moe.aux_loss(moe.pool(stats.router)).value()
         return loss
 
+    return _jitted_side(f"ftrain {backend}", params, loss_fn, precision, backend=backend)
+
+
+def _jitted_side(name: str, params: Any, loss_fn: Callable[..., Tensor], precision: Precision, **options: Any) -> Side:
+    """One update of a loss as a jitted step. `options`: of `ftrain.jit`."""
+    tx = chain(clip_by_global_norm(LARGEST_NORM), adamw(RATE, weight_decay=DECAY))
+
     def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Tensor]:
         loss, grads = ftrain.value_and_grad(loss_fn)(state.params, batch)
         return state.apply(tx, grads), loss
 
-    jitted = ftrain.jit(train_step, donate="state", backend=backend, precision=precision)
+    jitted = ftrain.jit(train_step, donate="state", precision=precision, **options)
     copied = spec.map_with_paths(lambda _, x: x.clone(), params)
     held = [TrainState.create(copied, tx)]
 
@@ -204,13 +245,21 @@ def _our_side(params: Any, cfg: DecoderConfig, backend: str, precision: Precisio
     def planned(batch: Batch) -> int:
         return jitted.lower(held[0], batch.packed).memory().peak
 
-    return Side(f"ftrain {backend}", step, planned if backend == "aten" else None)
+    return Side(name, step, planned if options.get("backend", "aten") == "aten" else None)
 
 
 def _their_side(
-    name: str, shape: Shape, weights: Any, device: str, precision: Precision, compiled: bool, fused: bool | None
+    name: str,
+    shape: Shape,
+    weights: Any,
+    device: str,
+    precision: Precision,
+    compiled: bool,
+    fused: bool | None,
+    *,
+    balanced: bool = True,
 ) -> Side:
-    model = hf_model(shape)
+    model = hf_model(shape, balanced=balanced)
     model.load_state_dict(weights)
     model.to(device)
     forward = torch.compile(model) if compiled else model
@@ -273,7 +322,8 @@ def _shares(name: str, mine: Side, other: Side, same_loss: float) -> list[Row]:
     how = f"ours / theirs, valid only if all losses agree to {same_loss} (peer: the largest difference)"
     time_share = statistics.median(mine.seconds) / statistics.median(other.seconds)
     pair, same = f"{mine.name} / {other.name}", apart <= same_loss
-    goals = (0.75, 0.6) if judged else (None, None)
+    of_family = _BRIDGED_GOALS if name.startswith("bridged") else _GOALS
+    goals = of_family if judged else (None, None)
     return [
         row(f"{name}: time, {pair}", time_share, "x", goal=goals[0], peer=apart, valid=same, how=how),
         row(f"{name}: memory, {pair}", mine.peak / other.peak, "x", goal=goals[1], peer=apart, valid=same, how=how),

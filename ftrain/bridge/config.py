@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ftrain.bridge.agreement import require_one_value, require_rows_for_tokens
 from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.files import CONFIG, parse_json, read_member
 
@@ -10,8 +11,9 @@ from ftrain.hf.files import CONFIG, parse_json, read_member
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """The configuration of `folder` as transformers has it.
 
-    ValueError for a folder whose own Python files would be run without `trust_remote_code`, and for a model that this
-    transformers does not know (with the version that wrote the folder).
+    ValueError for a folder whose own Python files would be run without `trust_remote_code`, for a model that this
+    transformers does not know (with the version that wrote the folder), for two names of one entry that differ, and for
+    a tokenizer with more ids than the table has rows.
     """
     import transformers
 
@@ -30,4 +32,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             f"{folder}: transformers {transformers.__version__} knows no model of type {kind!r}: {newer}install a "
             "version that knows it, or bridge a module of your own (ftrain.bridge.from_module)"
         )
+    if isinstance(kind, str) and known:
+        other_names = transformers.CONFIG_MAPPING[kind].attribute_map
+        require_one_value(found, other_names, str(folder / CONFIG))
+    require_rows_for_tokens(folder, found)
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code and not known)

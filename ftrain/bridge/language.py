@@ -7,9 +7,8 @@ import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from ftrain.bridge.attention import Call, calling
 from ftrain.bridge.batches import LANGUAGE, folded, mean_over_labels, positions, require_tokens, rows
 from ftrain.bridge.draws import drawing
 from ftrain.bridge.heads import HeadReads, Scores, cross_entropy
-from ftrain.bridge.skeleton import as_it_was, call, flatten, parameters
+from ftrain.bridge.skeleton import as_it_was, buffers, call, flatten, parameters
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Leaf
 from ftrain.modules.spec import Tree
@@ -28,16 +27,34 @@ from ftrain.trace.spmd import current_sharded
 class Language:
     """A language model of transformers around `module`, which may be without memory.
 
-    `held`: its buffers by name. `alone`: why documents cannot share a pack, empty if they can. `first`: the
-    position of a document's first token. `leaves`: what it reads of a batch.
+    `held`: its buffers by name. `accepted`: what its forward pass takes. `paths`: of the modules within it, by their
+    id. `head`: the name of the head's weight, "" if the head is no linear layer. `alone`: why documents cannot share a
+    pack, empty if they can. `first`: the position of a document's first token. `leaves`: what it reads of a batch.
     """
 
     module: nn.Module
     name: str
     held: Mapping[str, Tensor]
+    accepted: frozenset[str]
+    paths: Mapping[int, str]
+    head: str
     alone: str = ""
     first: int = 0
     leaves: Mapping[str, Leaf] = field(default_factory=lambda: MappingProxyType(LANGUAGE))
+
+    @classmethod
+    def of(cls, module: nn.Module, stored: Mapping[str, Tensor] | None = None) -> Self:
+        """The model around a module. `stored`: buffers of any shape, by name, that a folder holds. ValueError for a
+        module with a buffer that has no memory.
+        """
+        return cls(
+            module,
+            type(module).__name__,
+            {**buffers(module), **(stored or {})},
+            accepted=frozenset(inspect.signature(module.forward).parameters),
+            paths={id(inner): path for path, inner in module.named_modules()},
+            head=_head(module),
+        )
 
     def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Mean:
         """The mean cross entropy of the batch's labels. `key`: int64 `[2]`, for dropout. ValueError for a batch without
@@ -65,8 +82,8 @@ class Language:
         require_tokens(self.name, batch, self.leaves)
         self._require_documents_apart(batch)
         tensors = {**self.held, **flatten(params)}
-        head = HeadReads(tensors[self._head]) if self._head in tensors else None
-        about = Call(folded(batch.get("segments"), batch["tokens"]), drops=key is not None, paths=self._paths)
+        head = HeadReads(tensors[self.head]) if self.head in tensors else None
+        about = Call(folded(batch.get("segments"), batch["tokens"]), drops=key is not None, paths=self.paths)
         draws = drawing(key, batch["tokens"].shape[0])
         with as_it_was(self.module), calling(about), draws, head if head is not None else nullcontext():
             found = call(self.module, tensors, (), self._arguments(batch))
@@ -90,25 +107,20 @@ class Language:
 
     def _arguments(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"input_ids": rows(batch["tokens"])}
-        if "use_cache" in self._accepted:
+        if "use_cache" in self.accepted:
             found["use_cache"] = False
-        place = positions(batch) if "position_ids" in self._accepted else None
+        place = positions(batch) if "position_ids" in self.accepted else None
         if place is not None:
             found["position_ids"] = place + self.first if self.first else place
         return found
 
-    @cached_property
-    def _accepted(self) -> set[str]:
-        return set(inspect.signature(self.module.forward).parameters)
 
-    @cached_property
-    def _paths(self) -> dict[int, str]:
-        return {id(inner): path for path, inner in self.module.named_modules()}
-
-    @cached_property
-    def _head(self) -> str:
-        """The name, among the parameters, of the head's weight; "" if the head is no linear layer."""
-        head = self.module.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(head, nn.Linear):
-            return ""
-        return next((name for name, p in parameters(self.module).items() if p is head.weight), "")
+def _head(module: nn.Module) -> str:
+    """The name, among the parameters, of the head's weight; "" if the head is no linear layer."""
+    try:
+        head = module.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # some models do not say where theirs is
+        return ""
+    if not isinstance(head, nn.Linear):
+        return ""
+    return next((name for name, p in parameters(module).items() if p is head.weight), "")

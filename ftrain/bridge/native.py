@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
 from ftrain.hf.described import described_decoder
 from ftrain.hf.files import CONFIG, HfFolder
@@ -28,7 +29,8 @@ from ftrain.modules.spec import Tree, map_with_paths
 
 
 def native_decoder(folder: HfFolder) -> Model:
-    """The decoder of a folder of weights. ValueError if it is of no family that the library has.
+    """The decoder of a folder of weights. ValueError if it is of no family that the library has, or if the
+    folder's tokenizer has more ids than the table has rows.
 
     A decoder with loss-free balancing has its routers' biases as `state`, which `load` does not give: they are read at
     once, being small. `save(params, folder, state=None)` writes those of the folder where no others are given.
@@ -38,6 +40,7 @@ def native_decoder(folder: HfFolder) -> Model:
     of = family_of(config)
     experts = None if of.stacked else most
     cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=experts, describe=of.config)
+    require_rows_for_tokens(folder.path, config)
     _require_no_heads_beyond(folder, cfg)
     files = _Files(folder, decoder.specs(cfg), decoder.balance_specs(cfg), of.names(cfg))
     balance = files.balance()

@@ -15,6 +15,7 @@ from ftrain.bridge.attention import NAME
 from ftrain.bridge.config import read_config
 from ftrain.bridge.doors import open_doors
 from ftrain.bridge.experts import expert_leaves
+from ftrain.bridge.generation import Continued
 from ftrain.bridge.language import Language
 from ftrain.bridge.plain import plain_loss
 from ftrain.bridge.positions import shift
@@ -22,10 +23,11 @@ from ftrain.bridge.proof import example, mixing, packed
 from ftrain.bridge.rowwise import TASKS as ROWWISE
 from ftrain.bridge.rowwise_model import rowwise_model
 from ftrain.bridge.seq2seq_model import seq2seq_model
-from ftrain.bridge.skeleton import buffers, build, nest, parameters
+from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
 from ftrain.bridge.weights import load, save, stored_buffers
 from ftrain.hf.files import HfFolder
+from ftrain.modules.autoregression import Family
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
 from ftrain.trace.tracer import Traced
@@ -95,6 +97,7 @@ def from_transformers(
         save=lambda params, to: save(module, params, held, to),
         packs=not alone,
         alone=alone,
+        family=_family(config, task, type(module).__name__, trust_remote_code),
         plain=partial(plain_loss, partial(_plain, config, task, trust_remote_code)),
         why=why,
     )
@@ -102,6 +105,13 @@ def from_transformers(
 
 def _load(module: nn.Module, folder: Path, specs: Any, into: Any = None) -> Any:
     return load(module, HfFolder.open(folder), specs, into)
+
+
+def _family(config: Any, task: Task, name: str, trust: bool) -> Family | None:
+    """How the model continues prompts: transformers' module with its own attention, experts and cache."""
+    if task != "causal_lm":
+        return None
+    return Continued(partial(_plain, config, task, trust), name).family()
 
 
 def _suited(make: Callable[..., nn.Module], folder: Path | None) -> tuple[Language, Any, str]:
@@ -128,10 +138,10 @@ def _described(make: Callable[[], nn.Module], folder: Path | None) -> tuple[Lang
     """The module without memory, and the specs of its parameters. `folder`: of its buffers, if it keeps some."""
     module = build(make)
     fix(module)
-    held = {**buffers(module), **({} if folder is None else stored_buffers(module, folder))}
+    held = {} if folder is None else stored_buffers(module, folder)
     inits = inits_of(module, beginnings(module))
     specs = specs_of(parameters(module), vocab=_tables(module), experts=expert_leaves(module), inits=inits)
-    return Language(module, type(module).__name__, held), nest(specs)
+    return Language.of(module, held), nest(specs)
 
 
 def _settled(made: Language, specs: Any, traced: Traced) -> Language:

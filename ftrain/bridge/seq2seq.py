@@ -57,12 +57,12 @@ class Seq2Seq(Language):
         if batch["source"].dtype.is_floating_point:
             dtype = next(x.dtype for x in leaves.values() if x.dtype.is_floating_point)
             batch = {**batch, "source": batch["source"].to(dtype)}
-        head = HeadReads(tensors[self._head]) if self._head in tensors else None
+        head = HeadReads(tensors[self.head]) if self.head in tensors else None
         about = Call(
             batch.get("segments"),
             batch.get("source_segments"),
             drops=key is not None,
-            paths=self._paths,
+            paths=self.paths,
             sources=self._encoder,
             unmasked=True,
         )
@@ -103,13 +103,13 @@ class Seq2Seq(Language):
             main: source,
             "decoder_input_ids": rows(batch["tokens"]),
         }
-        if "use_cache" in self._accepted:
+        if "use_cache" in self.accepted:
             found["use_cache"] = False
         if batch.get("source_mask") is not None:
             found["attention_mask"] = batch["source_mask"].long()
         if batch.get("mask") is not None:
             found["decoder_attention_mask"] = batch["mask"].long()
-        if not self.alone and {"position_ids", "decoder_position_ids"} <= self._accepted:
+        if not self.alone and {"position_ids", "decoder_position_ids"} <= self.accepted:
             found["position_ids"] = positions(
                 {
                     "tokens": batch["source"],
@@ -121,9 +121,8 @@ class Seq2Seq(Language):
         return found
 
     def settled(self) -> "Seq2Seq":
-        """The same, with what it knows of its module looked up: a step that found it out would be traced twice."""
-        for name in ("_accepted", "_paths", "_head", "_encoder"):
-            getattr(self, name)
+        """The same, with its encoder looked up: a step that found it out would be traced twice."""
+        getattr(self, "_encoder")  # noqa: B009
         return self
 
     @cached_property

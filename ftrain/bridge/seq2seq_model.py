@@ -17,7 +17,7 @@ from ftrain.bridge.batches import IGNORED, rows
 from ftrain.bridge.pairs import apart
 from ftrain.bridge.rowwise_model import Make, plain_loss_of, suited
 from ftrain.bridge.seq2seq import Seq2Seq, leaves
-from ftrain.bridge.skeleton import buffers, build, nest, parameters
+from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
 from ftrain.bridge.weights import load, save, stored_buffers
 from ftrain.hf.files import HfFolder
@@ -56,9 +56,9 @@ def seq2seq_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: T
 
 def _made(module: nn.Module, folder: Path | None, tables: Tables) -> tuple[Seq2Seq, Tree]:
     fix(module)
-    held = {**buffers(module), **({} if folder is None else stored_buffers(module, folder))}
+    held = {} if folder is None else stored_buffers(module, folder)
     specs = nest(specs_of(parameters(module), vocab=tables(module), inits=inits_of(module, beginnings(module))))
-    return Seq2Seq(module, type(module).__name__, held, leaves=leaves()), specs
+    return replace(Seq2Seq.of(module, held), leaves=leaves()), specs
 
 
 def _apart(made: Seq2Seq, specs: Tree) -> str:

@@ -13,6 +13,7 @@ from ftrain.bridge.skeleton import fixed, flatten, nest
 from ftrain.checkpoint.leaves import named_leaves
 from ftrain.checkpoint.shard_layout import Slice, whole
 from ftrain.hf.files import HfFolder, opened
+from ftrain.hf.gather import write_gathered
 from ftrain.hf.range import require_in_range
 from ftrain.modules.spec import Tree
 
@@ -74,13 +75,18 @@ def stored_buffers(module: nn.Module, folder: str | Path) -> dict[str, Tensor]:
 def save(module: nn.Module, params: Tree, held: Mapping[str, Tensor], folder: str | Path) -> None:
     """Write the parameters, and the buffers in `held` that a checkpoint has, as transformers' `save_pretrained` does.
 
-    `folder`: is made; `config.json` is written too. The result loads with strict names.
+    `folder`: is made; `config.json` is written too. The result loads with strict names. Where parameters are divided
+    over processes, each calls this, and rank 0 writes; it then holds all of them.
     """
     known = set(module.state_dict())
-    tensors = {name: x.detach() for name, x in flatten(params).items()}
-    tensors |= {name: x for name, x in held.items() if name in known}
-    tensors |= {name: tensors[own] for name, own in _tied(module).items() if own in tensors}
-    module.save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
+
+    def write(leaves: Iterator[tuple[str, Tensor]]) -> None:
+        tensors = {name: x.cpu() for name, x in leaves}
+        tensors |= {name: x for name, x in held.items() if name in known}
+        tensors |= {name: tensors[own] for name, own in _tied(module).items() if own in tensors}
+        module.save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
+
+    write_gathered(flatten(params), write)
 
 
 def _copy(target: Tensor, tensor: Tensor, part: Slice, where: str) -> None:

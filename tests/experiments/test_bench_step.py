@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.bench import step
-from experiments.bench.step import Options
+from experiments.bench.step import Options, Part
 
 
 @pytest.mark.slow
@@ -14,6 +14,17 @@ def test_both_sides_make_the_same_losses(precision: str) -> None:
     share = rows["llama: memory, ftrain aten / transformers eager"]
     assert share.peer <= step.SAME_LOSS[precision]
     assert f", {precision}," in rows["llama: step, ftrain aten"].how
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "family"), [("bridge-llama", "llama"), ("bridge-moe", "qwen3-moe")])
+def test_a_bridged_model_makes_the_losses_of_its_module(part: Part, family: str) -> None:
+    rows = {r.name: r for r in step.main(Options(quick=True, rounds=1, only=(part,)))}
+    for side in ("ftrain aten", "ftrain aten by layer"):
+        memory = rows[f"bridged {family}: memory, {side} / transformers eager"]
+        assert memory.peer <= step.SAME_LOSS["float32"]
+    assert rows[f"bridged {family}: memory, ftrain aten / transformers eager"].goal == 0.7
+    assert rows[f"bridged {family}: time, ftrain aten / transformers eager"].goal == 1.0
 
 
 def test_auto_is_float32_on_a_cpu() -> None:

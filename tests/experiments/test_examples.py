@@ -1,5 +1,6 @@
 """The examples run, and do what they say."""
 
+import inspect
 import os
 import re
 import signal
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.examples import mlp, module_on_mesh, on_many_ranks, own_block, text
+from experiments.examples import any_model, mlp, module_on_mesh, on_many_ranks, own_block, text
 from ftrain import checkpoint
+from tests.helpers.model_folders import TEXT, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,3 +77,49 @@ def test_a_run_on_two_ranks_is_stopped_and_goes_on_on_one(tmp_path, capsys):
     found, expected = losses(said) | losses(went_on), losses("step 1 on 1 ranks" + whole)
     assert list(found) == list(expected)
     assert all(abs(found[n] - expected[n]) < 1e-4 for n in expected)
+
+
+def folder_of(config, tmp_path):
+    """transformers, and the arguments of the example: a small model's folder, a new one, and a text."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    write_model(config(transformers), tmp_path / "old")
+    (tmp_path / "a.txt").write_text(TEXT)
+    return transformers, [str(tmp_path / name) for name in ("old", "new", "a.txt")]
+
+
+def gpt2(transformers):
+    return transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0)
+
+
+@pytest.mark.slow
+def test_a_model_that_exists_is_trained_on_two_ranks_and_is_a_folder_again(tmp_path):
+    transformers, arguments = folder_of(gpt2, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = ["-m", "experiments.examples.any_model", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.run([*command, *module], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert job.returncode == 0, job.stderr[-3000:]
+    found = [loss for _, loss in sorted(losses(job.stdout).items())]
+    assert len(found) == 20
+    assert found[-1] < found[0]
+    trained, told = transformers.AutoModelForCausalLM.from_pretrained(arguments[1], output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    old = transformers.AutoModelForCausalLM.from_pretrained(arguments[0])
+    assert not torch.equal(trained.transformer.wte.weight, old.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("kind", ["native", "bridged"])
+def test_the_folder_of_a_model_that_exists_goes_in_and_out_alone(kind, tmp_path, capsys):
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4}
+    config = gpt2 if kind == "bridged" else lambda transformers: transformers.LlamaConfig(**sizes)
+    transformers, arguments = folder_of(config, tmp_path)
+    any_model.main(*arguments, steps=3, length=32)
+    assert sorted(losses(capsys.readouterr().out)) == [1, 2, 3]
+    transformers.AutoModelForCausalLM.from_pretrained(arguments[1])
+
+
+def test_the_example_for_a_model_that_exists_is_short():
+    lines = [line for line in inspect.getsource(any_model.main).splitlines() if line.strip()]
+    assert len(lines) - 1 < 20  # but the docstring's

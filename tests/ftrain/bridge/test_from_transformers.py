@@ -14,6 +14,7 @@ import ftrain
 from ftrain import tree
 from ftrain.bridge import from_transformers
 from ftrain.bridge.skeleton import flatten, nest
+from ftrain.graph.layers import layer_of_node
 from ftrain.sharding import Layout, Mesh, Plan
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -133,6 +134,26 @@ def test_layers_are_computed_again(kind):
     assert_equal(*bridged(PACKED[kind](), pack(), remat="layer"))
 
 
+LISTS = {
+    "model.layers": PACKED["experts"],
+    "transformer.h": PACKED["gpt2"],
+    "roberta.encoder.layer": PACKED["roberta"],
+    "transformer.blocks": lambda: transformers.MptConfig(vocab_size=61, d_model=16, n_layers=2, n_heads=4),
+    "model.decoder.layers": lambda: transformers.OPTConfig(
+        vocab_size=61, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_layers_are_found_whatever_their_list_is_called(name):
+    model = from_transformers(LISTS[name]())
+    params = ftrain.init(model.specs, ftrain.key(0))
+    step = ftrain.jit(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch), remat="layer")
+    graph = step.lower(params, pack() if model.packs else rows()).graph.graph
+    assert {layer_of_node(node) for node in graph.nodes} - {""} == {f"params.{name}.0", f"params.{name}.1"}
+
+
 @pytest.mark.parametrize("kind", ALONE)
 def test_rows_where_documents_cannot_share_a_pack(kind):
     assert_equal(*bridged(ALONE[kind](), rows()))
@@ -175,6 +196,15 @@ def test_a_model_is_made_with_one_trace(kind, calls):
     finally:
         hook.remove()
     assert len(seen) == calls
+
+
+@pytest.mark.filterwarnings("error:.*traced again")
+def test_a_step_is_traced_once():
+    model = from_transformers(PACKED["llama"]())
+    params = ftrain.init(model.specs, ftrain.key(0))
+    step = ftrain.jit(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch))
+    for _ in range(2):
+        step(params, pack())
 
 
 def test_only_experts_that_our_primitive_reads_are_divided_as_experts():
