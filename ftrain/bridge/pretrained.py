@@ -16,6 +16,7 @@ from ftrain.bridge.config import read_config
 from ftrain.bridge.doors import open_doors
 from ftrain.bridge.experts import expert_leaves
 from ftrain.bridge.language import Language
+from ftrain.bridge.media_model import media_model
 from ftrain.bridge.plain import plain_loss
 from ftrain.bridge.positions import shift
 from ftrain.bridge.proof import example, mixing, packed
@@ -31,12 +32,14 @@ from ftrain.modules.spec import abstract
 from ftrain.trace.tracer import Traced
 
 Task = Literal[
-    "causal_lm", "masked_lm", "seq2seq_lm", "image_classification", "audio_classification", "ctc", "features"
-]
+    "causal_lm", "masked_lm", "seq2seq_lm", "image_text_to_text", "image_classification", "audio_classification", "ctc",
+    "features",
+]  # fmt: skip
 _CLASSES = {
     "causal_lm": ("AutoModelForCausalLM",),
     "masked_lm": ("AutoModelForMaskedLM",),
     "seq2seq_lm": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
+    "image_text_to_text": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
     "image_classification": ("AutoModelForImageClassification",),
     "audio_classification": ("AutoModelForAudioClassification",),
     "ctc": ("AutoModelForCTC",),
@@ -81,6 +84,8 @@ def from_transformers(
         return rowwise_model(make, task, dtype, folder)
     if task == "seq2seq_lm":
         return seq2seq_model(make, dtype, folder, _tables)
+    if task == "image_text_to_text":
+        return media_model(make, dtype, folder, _tables)
     made, specs, why = _suited(partial(make, dtype=dtype), folder)
     module, held, alone = made.module, made.held, made.alone
     weights = None if folder is None else partial(_load, module, folder, specs)

@@ -1,0 +1,63 @@
+"""A `Model` of transformers that reads pictures and sound among its tokens.
+
+Legend: B rows, L tokens of a row.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftrain.bridge.attention import NAME
+from ftrain.bridge.experts import expert_leaves
+from ftrain.bridge.media import Media, leaves
+from ftrain.bridge.media_leaves import prepared
+from ftrain.bridge.rowwise_model import Make
+from ftrain.bridge.skeleton import buffers, build, nest, parameters
+from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
+from ftrain.bridge.weights import load, save, stored_buffers
+from ftrain.hf.files import HfFolder
+from ftrain.modules.model import Model
+from ftrain.modules.spec import Tree
+
+Tables = Callable[[nn.Module], set[str]]
+
+
+def media_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: Tables) -> Model:
+    """The model that `make` gives. `folder`: of its weights, if there are any."""
+    module = suited(partial(make, dtype=dtype))
+    fix(module)
+    held = {**buffers(module), **({} if folder is None else stored_buffers(module, folder))}
+    inits = inits_of(module, beginnings(module))
+    specs = nest(specs_of(parameters(module), vocab=tables(module), experts=expert_leaves(module), inits=inits))
+    made = Media(module, type(module).__name__, held)
+    made = replace(made, leaves=leaves(made))
+    for name in ("_accepted", "_paths", "_head"):  # looked up here: in a step it would be traced twice
+        getattr(made, name)
+    return Model(
+        name=f"{made.name} of transformers",
+        specs=specs,
+        batch=made.leaves,
+        loss=made.loss,
+        logits=made.logits,
+        hidden=made.hidden,
+        load=None if folder is None else partial(_load, module, folder, specs),
+        save=lambda params, to: save(module, params, held, to),
+        media=partial(prepared, module),
+        packs=False,
+        alone="it reads media, whose places are those of rows",
+        plain=None,
+        why="bridged",
+    )
+
+
+def suited(make: Make) -> nn.Module:
+    return build(partial(make, attention=NAME))
+
+
+def _load(module: nn.Module, folder: Path, specs: Tree, into: Tree | None = None) -> Tree:
+    return load(module, HfFolder.open(folder), specs, into)

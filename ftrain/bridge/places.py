@@ -1,0 +1,84 @@
+"""Features of media in the places of their tokens, with shapes that do not depend on which tokens they are.
+
+transformers' models write features with `masked_scatter`, and read and write hidden states with a mask as the index.
+How many tokens a mask has is known from the features that were written; where they are is data.
+
+Legend: B rows, L tokens of a row, N features of media, D model width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ftrain.bridge.attention import of_parts
+from ftrain.bridge.patches import Sizes
+from ftrain.graph.source import user_source
+
+
+class InPlaces(TorchFunctionMode):
+    """Within the block masks over tokens `[B, L]` are indices of as many tokens as there are features.
+
+    Where a batch has more or fewer tokens of media than features, what is written is NaN: no branch of a trace can
+    look at data, and a loss that is no number is better than one of other tokens' features.
+    """
+
+    def __init__(self, tokens_BL: Tensor) -> None:
+        super().__init__()
+        self._shape = tuple(tokens_BL.shape)
+        self._written: set[int] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.masked_scatter, torch.masked_scatter) and args[0].shape[:2] == self._shape:
+            return self._scattered(*args, **kwargs)
+        if func is Tensor.__getitem__ and self._is_mask(args[1]):
+            return args[0].flatten(0, 1)[self._index(_mask(args[1]))]
+        if func is Tensor.__setitem__ and self._is_mask(args[1]) and isinstance(args[2], Tensor):
+            return self._written_at(args[0], _mask(args[1]), args[2])
+        if func in (torch.split, Tensor.split) and isinstance(args[1], Sizes):
+            return (of_parts(args[0], args[1].ids_P),)
+        return func(*args, **kwargs)
+
+    def _is_mask(self, index: Any) -> bool:
+        mask = _mask(index)
+        return isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == self._shape
+
+    def _scattered(self, x_BLD: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+        """`x_BLD` with the rows of `source`, `[..., D]`, where the mask, bool `[B, L, 1 or D]`, is true."""
+        mask_T = mask[..., 0].flatten()
+        rows_ND = source.reshape(-1, x_BLD.shape[-1])
+        self._written.add(len(rows_ND))
+        place_T = (mask_T.long().cumsum(0) - 1).clamp(0, len(rows_ND) - 1)
+        whole = torch.where(mask_T.sum() == len(rows_ND), 0.0, torch.nan).to(rows_ND.dtype)
+        found_BLD = (rows_ND + whole)[place_T].unflatten(0, self._shape).to(x_BLD.dtype)
+        return torch.where(mask_T.unflatten(0, self._shape)[..., None], found_BLD, x_BLD)
+
+    def _index(self, mask_BL: Tensor) -> Tensor:
+        """The places of the true ones among the folded tokens, int64 `[N]`."""
+        if len(self._written) != 1:
+            raise ValueError(
+                f"{user_source()}: a mask over tokens is an index, and how many are true is not known: features of one "
+                f"kind of media were to be written before, and there were {len(self._written)} kinds: give the batch "
+                "pictures or videos, not both"
+            )
+        (count,) = self._written
+        return (~mask_BL.flatten()).to(torch.int8).argsort(stable=True)[:count]
+
+    def _written_at(self, x_BLD: Tensor, mask_BL: Tensor, rows_ND: Tensor) -> None:
+        index_N = self._index(mask_BL)
+        x_BLD.copy_(x_BLD.flatten(0, 1).index_copy(0, index_N, rows_ND).unflatten(0, self._shape))
+
+
+def _mask(index: Any) -> Any:
+    """The mask in `x[mask]` and `x[mask, :]`."""
+    whole = isinstance(index, tuple) and len(index) == 2 and index[1] in (slice(None), Ellipsis)
+    return index[0] if whole else index
