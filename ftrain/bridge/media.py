@@ -85,9 +85,24 @@ class Media(Language):
         found |= {name: batch[leaf] for leaf, name in self.arguments.items() if leaf in batch}
         for leaf, x in batch.get("media", {}).items():
             found[self.arguments.get(leaf, leaf)] = x.flatten(0, 1)
+        for leaf in ("image_sizes", "batch_num_images"):
+            if isinstance(found.get(leaf), tuple):
+                found[leaf] = _sizes(self.name, leaf, found[leaf], len(found.get("pixel_values", ())))
         for modality in ("image", "video"):
             _with_grid(self.name, found, modality)
         return {n: x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x for n, x in found.items()}
+
+
+def _sizes(name: str, leaf: str, sizes: tuple[Any, ...], pictures: int) -> list[Any]:
+    """The shapes of a rank's pictures, of those of all. ValueError where ranks would have others."""
+    trace = current_sharded()
+    if (trace is None or len(sizes) == pictures) or len(set(sizes)) == 1:
+        own = sizes if trace is None else sizes[:pictures]
+        return [list(size) if isinstance(size, tuple) else size for size in own]
+    raise ValueError(
+        f"{name}: the pictures of the batch have several {leaf!r}, and ranks share one program, in which they are "
+        "constants: give each step pictures of one size, or train on one device"
+    )
 
 
 def _with_grid(name: str, given: dict[str, Any], modality: str) -> None:

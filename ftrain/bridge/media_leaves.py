@@ -34,20 +34,23 @@ def prepared(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(batch)
     made: dict[str, Any] = {}
     tower = _tower(module)
+    rows = len(batch["tokens"])
+    equal = _equal_rows(module, batch)
     for modality in MODALITIES:
         grid = batch.get(f"{modality}_grid_thw")
         if grid is None or tower is None:
             continue
-        pixels = found.pop(_pixels(modality))
+        _require_as_many(module, batch, modality, int(grid.prod(1).sum()) // tower.spatial_merge_size**2)
         del found[f"{modality}_grid_thw"]
-        parts = {name: x for name, x in _of_grid(tower, grid).items()}
-        made |= {f"{modality}_{name}": x for name, x in parts.items()}
-        made[_pixels(modality)] = pixels
+        made |= {f"{modality}_{name}": x for name, x in _of_grid(tower, grid).items()}
+        made[_pixels(modality)] = found.pop(_pixels(modality))
     places = _places(module, batch)
     if places is not None:
         found["positions"] = places
-    rows = len(batch["tokens"])
-    equal = _equal_rows(module, batch)
+    pixels = found.get("pixels")
+    if pixels is not None and len(pixels) != rows:
+        made["pixels"] = found.pop("pixels")
+        equal = equal and len(pixels) % rows == 0
     found["media"] = {name: _by_rows(x, rows if equal else 1) for name, x in made.items()}
     return _static_sizes(found)
 
@@ -93,6 +96,15 @@ def _of_grid(tower: Any, grid: Tensor) -> dict[str, Tensor]:
 def _ids(bounds: Tensor) -> Tensor:
     """Ids of parts, int64 `[P]`, from the bounds `[parts + 1]`."""
     return torch.arange(len(bounds) - 1).repeat_interleave(bounds.diff().long())
+
+
+def _require_as_many(module: nn.Module, batch: Mapping[str, Any], modality: str, features: int) -> None:
+    tokens = int((kinds_of(module, batch["tokens"]) == KINDS[f"{modality}_token_id"]).sum())
+    if tokens != features:
+        raise ValueError(
+            f"the batch has {tokens} tokens of {modality}s, and its {modality}s have {features} places: each place of a "
+            f"grid is a token (id {getattr(module.config, f'{modality}_token_id', None)})"
+        )
 
 
 def _places(module: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:

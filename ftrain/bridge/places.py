@@ -21,14 +21,16 @@ from ftrain.graph.source import user_source
 class InPlaces(TorchFunctionMode):
     """Within the block masks over tokens `[B, L]` are indices of as many tokens as there are features.
 
-    Where a batch has more or fewer tokens of media than features, what is written is NaN: no branch of a trace can
-    look at data, and a loss that is no number is better than one of other tokens' features.
+    Where a batch has more or fewer tokens of media than features, or pictures that are nothing but filling, what is
+    written is NaN: no branch of a trace can look at data, and a loss that is no number is better than one of other
+    tokens' features.
     """
 
     def __init__(self, tokens_BL: Tensor) -> None:
         super().__init__()
         self._shape = tuple(tokens_BL.shape)
         self._written: set[int] = set()
+        self._pictures = 0
 
     def __torch_function__(
         self,
@@ -44,6 +46,11 @@ class InPlaces(TorchFunctionMode):
             return args[0].flatten(0, 1)[self._index(_mask(args[1]))]
         if func is Tensor.__setitem__ and self._is_mask(args[1]) and isinstance(args[2], Tensor):
             return self._written_at(args[0], _mask(args[1]), args[2])
+        if func is Tensor.__getitem__ and _is_choice(args[0], args[1]):
+            self._pictures = len(args[1])
+            return _all_or_nan(args[0], args[1])
+        if func is Tensor.tolist and self._pictures and args[0].shape == self._shape[:1]:
+            return [self._pictures // self._shape[0]] * self._shape[0]
         if func in (torch.split, Tensor.split) and isinstance(args[1], Sizes):
             return (of_parts(args[0], args[1].ids_P),)
         return func(*args, **kwargs)
@@ -76,6 +83,16 @@ class InPlaces(TorchFunctionMode):
     def _written_at(self, x_BLD: Tensor, mask_BL: Tensor, rows_ND: Tensor) -> None:
         index_N = self._index(mask_BL)
         x_BLD.copy_(x_BLD.flatten(0, 1).index_copy(0, index_N, rows_ND).unflatten(0, self._shape))
+
+
+def _is_choice(x: Tensor, index: Any) -> bool:
+    """True for a mask over pictures, by which a model takes those that are not filling."""
+    return isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() == 1 and x.dim() > 1
+
+
+def _all_or_nan(x: Tensor, mask_N: Tensor) -> Tensor:
+    """All pictures, which a batch is to have no filling among; NaN if it has."""
+    return x + torch.where(mask_N.all(), 0.0, torch.nan).to(x.dtype) if x.dtype.is_floating_point else x
 
 
 def _mask(index: Any) -> Any:

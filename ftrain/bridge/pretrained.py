@@ -158,20 +158,20 @@ def _make(
 
     if task not in _CLASSES:
         raise ValueError(f"no task {task!r}; known: {', '.join(_CLASSES)}")
+    options = {"attn_implementation": attention, "experts_implementation": experts, "dtype": dtype}
     for name in _CLASSES[task]:
         try:
-            module: nn.Module = getattr(transformers, name).from_config(
-                copy.deepcopy(config),
-                attn_implementation=attention,
-                experts_implementation=experts,
-                dtype=dtype,
-                trust_remote_code=trust,
-            )
+            auto = getattr(transformers, name)
+            module: nn.Module = auto.from_config(copy.deepcopy(config), trust_remote_code=trust, **options)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
         else:
             return module.train()
+    part = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration", None)
+    if task == "image_text_to_text" and part is not None:  # a part of a larger model, such as an omni thinker
+        thinker: nn.Module = part._from_config(copy.deepcopy(config), **options)
+        return thinker.train()
     raise ValueError(
         f"transformers has no {config.model_type} for task {task!r} ({', '.join(_CLASSES[task])}): choose another task "
         f"of {', '.join(_CLASSES)}"

@@ -41,6 +41,12 @@ _EYES = {
 }  # fmt: skip
 
 
+_EARS = {
+    "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8,
+    "max_source_positions": 20, "output_dim": 16, "downsample_hidden_size": 8,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Seeing:
     """A model with media. `kind`: transformers' type of model. `tokens`: how many tokens a picture has.
@@ -56,6 +62,8 @@ class Seeing:
     vision: Mapping[str, Any] = field(default_factory=dict)
     token: int = IMAGE
     splits: frozenset[str] = frozenset()
+    auto: str = "AutoModelForImageTextToText"
+    sound: Mapping[str, Any] | None = None
 
     def config(self) -> Any:
         """The small configuration, without dropout."""
@@ -68,6 +76,8 @@ class Seeing:
             "text_config": _small(usual["text_config"], _WORDS, self.text),
             "vision_config": _small(usual["vision_config"], _EYES, self.vision),
         }
+        if self.sound is not None:
+            parts["audio_config"] = dict(self.sound)
         return make(**{**whole, **parts, **self.options})
 
     def build(self) -> Built:
@@ -90,7 +100,7 @@ class Seeing:
             batch=model.media(given),
             expected=lambda: wanted,
             splits=self.splits,
-            roundtrip=partial(roundtrip, "AutoModelForImageTextToText", "image_text_to_text", model, params),
+            roundtrip=partial(roundtrip, self.auto, "image_text_to_text", model, params),
             about="rows with pictures",
         )
 
@@ -98,10 +108,9 @@ class Seeing:
         import transformers
 
         torch.manual_seed(0)
-        auto = transformers.AutoModelForImageTextToText
-        made: nn.Module = auto.from_config(
-            copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager"
-        )
+        auto = getattr(transformers, self.auto)
+        build = getattr(auto, "from_config", None) or auto._from_config
+        made: nn.Module = build(copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager")
         return made.train()
 
     def _batch(self) -> dict[str, Any]:
@@ -117,8 +126,6 @@ class Seeing:
 
     def _plain(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[float, dict[str, Tensor]]:
         given = {name: x for name, x in batch.items() if name != "labels"}
-        known = module.forward.__code__.co_varnames if hasattr(module.forward, "__code__") else ()
-        del known
         kinds = torch.zeros_like(batch["input_ids"])
         kinds[batch["input_ids"] == IMAGE] = 1
         kinds[batch["input_ids"] == VIDEO] = 2
@@ -166,6 +173,13 @@ def _rows() -> dict[str, Seeing]:
         "qwen2_5_vl": grids("qwen2_5_vl"),
         "qwen3_vl": grids("qwen3_vl"),
         "qwen3_vl_moe": grids("qwen3_vl_moe", splits=frozenset({"expert"})),
+        "qwen2_5_omni_thinker": grids(
+            "qwen2_5_omni_thinker", auto="Qwen2_5OmniThinkerForConditionalGeneration", sound=_EARS
+        ),
+        "qwen3_omni_moe_thinker": grids(
+            "qwen3_omni_moe_thinker", auto="Qwen3OmniMoeThinkerForConditionalGeneration", sound=_EARS
+        ),
+        "qwen2_5_vl videos": partial(grids, inputs=partial(_patches, video=True), token=VIDEO, tokens=24)("qwen2_5_vl"),
         "glm4v": grids("glm4v"),
         "internvl": Seeing("internvl", 4, pictures, vision={"image_size": [16, 16], "patch_size": [4, 4]}),
         "gemma3": Seeing("gemma3", 4, pictures, {"mm_tokens_per_image": 4}),
