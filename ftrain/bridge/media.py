@@ -111,10 +111,10 @@ def _with_grid(name: str, given: dict[str, Any], modality: str) -> None:
     if parts is None:
         return
     given[f"{modality}_grid_thw"] = Patches(name, len(parts))
-    given[f"{modality}_cu_seqlens"] = Parts(parts)
+    given[f"{modality}_cu_seqlens"] = Parts(name, parts)
     if f"{modality}_window_index" in given:
         given[f"{modality}_window_index"] = given[f"{modality}_window_index"].argsort()
-        given[f"{modality}_cu_window_seqlens"] = Parts(given[f"{modality}_cu_window_seqlens"])
+        given[f"{modality}_cu_window_seqlens"] = Parts(name, given[f"{modality}_cu_window_seqlens"])
 
 
 def leaves(made: Media) -> dict[str, Leaf]:

@@ -13,13 +13,30 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Patches:
+class _Closed:
+    """Says nothing but what it was made for. ValueError, for a model of this name, for anything else."""
+
+    name: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse(name)
+
+    def _refuse(self, what: str) -> Any:
+        raise ValueError(
+            f"{self.name}: it reads the shapes of its pictures ({what}) in a way that is not known, so what it computes "
+            "of them cannot be made before the step: pictures of this model are not bridged"
+        )
+
+
+@dataclass(frozen=True)
+class Patches(_Closed):
     """In the place of the grid of all pictures: how many patches they have together.
 
     Models cut features by it into pictures, and put them together again. ValueError for anything else.
     """
 
-    name: str
     count: int
 
     def prod(self, dim: int) -> "Patches":
@@ -34,38 +51,39 @@ class Patches:
         """One picture of all patches."""
         return [self.count]
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ValueError(
-            f"{self.name}: it reads the grid of its pictures ({name}) in a way that is not known: what it computes of "
-            "it cannot be made before the step"
-        )
-
     def __getitem__(self, index: Any) -> Any:
-        return self.__getattr__(f"at {index}")
+        return self._refuse(f"at {index}")
 
     def __iter__(self) -> Any:
-        return self.__getattr__("one by one")
+        return self._refuse("one by one")
 
     def __len__(self) -> int:
-        return int(self.__getattr__("how many"))
+        return int(self._refuse("how many pictures there are"))
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(_Closed):
     """In the place of the bounds of a pack's parts: their ids, int64 `[P]`.
 
-    A tower takes the difference of its bounds, and cuts what attention reads by the result.
+    A tower takes the difference of its bounds, and cuts what attention reads by the result. ValueError for anything
+    else.
     """
 
     ids_P: Tensor
 
-    def __getitem__(self, index: slice) -> "Parts":
+    def __getitem__(self, index: Any) -> "Parts":
+        if index not in (slice(1, None), slice(None, -1)):
+            self._refuse(f"bounds at {index}")
         return self
 
     def __sub__(self, other: "Parts") -> "Parts":
         return self
+
+    def __iter__(self) -> Any:
+        return self._refuse("bounds one by one")
+
+    def __len__(self) -> int:
+        return int(self._refuse("how many parts there are"))
 
     def tolist(self) -> "Sizes":
         """One part that has all, which knows of the ids."""
@@ -73,7 +91,7 @@ class Parts:
 
 
 class Sizes(list[int]):
-    """The size of one part that has all, by which `ftrain.bridge.places.InPlaces` cuts."""
+    """The size of one part that has all, by which `ftrain.bridge.places.InPlaces` cuts. `ids_P`: int64 `[P]`."""
 
     def __init__(self, ids_P: Tensor) -> None:
         super().__init__([len(ids_P)])

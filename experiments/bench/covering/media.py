@@ -51,7 +51,8 @@ _EARS = {
 class Seeing:
     """A model with media. `kind`: transformers' type of model. `tokens`: how many tokens a picture has.
 
-    `inputs`: the media of `ROWS` rows by transformers' names; `options`, `text`, `vision`: what makes it small.
+    `inputs`: the media of `ROWS` rows by transformers' names; `options`, `text`, `vision`, `sound`: what makes it small.
+    `token`: that stands for media. `kinds`: transformers' name of the leaf that has the kinds of tokens. `auto`: its class.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Seeing:
     vision: Mapping[str, Any] = field(default_factory=dict)
     token: int = IMAGE
     splits: frozenset[str] = frozenset()
+    kinds: str = ""
     auto: str = "AutoModelForImageTextToText"
     sound: Mapping[str, Any] | None = None
 
@@ -122,15 +124,11 @@ class Seeing:
         labels = tokens.roll(-1, 1)
         labels[:, -1] = -100
         labels[labels >= IMAGE] = -100
-        return {"input_ids": tokens, "labels": labels, **self.inputs(generator)}
+        kinds = {self.kinds: (tokens == IMAGE).long() + 2 * (tokens == VIDEO)} if self.kinds else {}
+        return {"input_ids": tokens, "labels": labels, **kinds, **self.inputs(generator)}
 
     def _plain(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[float, dict[str, Tensor]]:
         given = {name: x for name, x in batch.items() if name != "labels"}
-        kinds = torch.zeros_like(batch["input_ids"])
-        kinds[batch["input_ids"] == IMAGE] = 1
-        kinds[batch["input_ids"] == VIDEO] = 2
-        if self.kind.startswith(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")):
-            given["mm_token_type_ids"] = kinds
         logits = module(**given, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
         if not torch.isfinite(loss):
@@ -150,6 +148,11 @@ def pictures(generator: torch.Generator, size: int = 16, each: tuple[int, ...] =
     return {"pixel_values": torch.randn(ROWS, *each, 3, size, size, generator=generator)}
 
 
+def _cut(generator: torch.Generator) -> dict[str, Tensor]:
+    """Pictures of 16 x 32 as a small one and two tiles."""
+    return {**pictures(generator, each=(3,)), "image_sizes": torch.tensor([[16, 32]] * ROWS)}
+
+
 def _patches(generator: torch.Generator, patch: int = 4, video: bool = False) -> dict[str, Tensor]:
     """Pictures of two shapes as patches: `[B * 48, ...]`, and their grids; of a video two frames."""
     frames = 2 if video else 1
@@ -167,25 +170,27 @@ def cases() -> tuple[Case, ...]:
 
 def _rows() -> dict[str, Seeing]:
     mrope = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
-    grids = partial(Seeing, tokens=12, inputs=_patches, text=mrope)
+    grids = partial(Seeing, tokens=12, inputs=_patches, text=mrope, kinds="mm_token_type_ids")
     found = {
         "qwen2_vl": grids("qwen2_vl", vision={"hidden_size": 16}),
         "qwen2_5_vl": grids("qwen2_5_vl"),
         "qwen3_vl": grids("qwen3_vl"),
         "qwen3_vl_moe": grids("qwen3_vl_moe", splits=frozenset({"expert"})),
         "qwen2_5_omni_thinker": grids(
-            "qwen2_5_omni_thinker", auto="Qwen2_5OmniThinkerForConditionalGeneration", sound=_EARS
+            "qwen2_5_omni_thinker", auto="Qwen2_5OmniThinkerForConditionalGeneration", sound=_EARS, kinds=""
         ),
         "qwen3_omni_moe_thinker": grids(
-            "qwen3_omni_moe_thinker", auto="Qwen3OmniMoeThinkerForConditionalGeneration", sound=_EARS
+            "qwen3_omni_moe_thinker", auto="Qwen3OmniMoeThinkerForConditionalGeneration", sound=_EARS, kinds=""
         ),
         "qwen2_5_vl videos": partial(grids, inputs=partial(_patches, video=True), token=VIDEO, tokens=24)("qwen2_5_vl"),
         "glm4v": grids("glm4v"),
         "internvl": Seeing("internvl", 4, pictures, vision={"image_size": [16, 16], "patch_size": [4, 4]}),
-        "gemma3": Seeing("gemma3", 4, pictures, {"mm_tokens_per_image": 4}),
+        "gemma3": Seeing("gemma3", 4, pictures, {"mm_tokens_per_image": 4}, kinds="token_type_ids"),
         "llava": Seeing("llava", 16, pictures),
-        "llava_onevision": Seeing("llava_onevision", 16, pictures),
-        "paligemma": Seeing("paligemma", 16, pictures),
+        "llava_onevision": Seeing(
+            "llava_onevision", 16 + 4 * (8 + 1), _cut, {"image_grid_pinpoints": [[16, 32], [32, 16]]}
+        ),
+        "paligemma": Seeing("paligemma", 16, pictures, kinds="token_type_ids", vision={"projection_dim": 16}),
         "aya_vision": Seeing("aya_vision", 4, pictures),
         "smolvlm": Seeing("smolvlm", 4, partial(pictures, each=(1,)), {"scale_factor": 2}),
         "idefics3": Seeing("idefics3", 4, partial(pictures, each=(1,)), {"scale_factor": 2}),
