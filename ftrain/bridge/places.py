@@ -29,7 +29,7 @@ class InPlaces(TorchFunctionMode):
     def __init__(self, tokens_BL: Tensor) -> None:
         super().__init__()
         self._shape = tuple(tokens_BL.shape)
-        self._written: set[int] = set()
+        self._written: list[int] = []
         self._pictures = 0
 
     def __torch_function__(
@@ -63,7 +63,7 @@ class InPlaces(TorchFunctionMode):
         """`x_BLD` with the rows of `source`, `[..., D]`, where the mask, bool `[B, L, 1 or D]`, is true."""
         mask_T = mask[..., 0].flatten()
         rows_ND = source.reshape(-1, x_BLD.shape[-1])
-        self._written.add(len(rows_ND))
+        self._written.append(len(rows_ND))
         place_T = (mask_T.long().cumsum(0) - 1).clamp(0, len(rows_ND) - 1)
         whole = torch.where(mask_T.sum() == len(rows_ND), 0.0, torch.nan).to(rows_ND.dtype)
         found_BLD = (rows_ND + whole)[place_T].unflatten(0, self._shape).to(x_BLD.dtype)
@@ -77,7 +77,7 @@ class InPlaces(TorchFunctionMode):
                 f"kind of media were to be written before, and there were {len(self._written)} kinds: give the batch "
                 "pictures or videos, not both"
             )
-        (count,) = self._written
+        count = self._written[0]
         return (~mask_BL.flatten()).to(torch.int8).argsort(stable=True)[:count]
 
     def _written_at(self, x_BLD: Tensor, mask_BL: Tensor, rows_ND: Tensor) -> None:
@@ -87,7 +87,7 @@ class InPlaces(TorchFunctionMode):
 
 def _is_choice(x: Tensor, index: Any) -> bool:
     """True for a mask over pictures, by which a model takes those that are not filling."""
-    return isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() == 1 and x.dim() > 1
+    return isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() == 1 and x.dim() > 2
 
 
 def _all_or_nan(x: Tensor, mask_N: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def from_transformers(
         source: a folder with `config.json` (and weights, for `load`), or a configuration of transformers.
         task: what the model is for; it gives the class, the loss, and the leaves of the batch, which `model.batch`
             tells: language models read "tokens"; "seq2seq_lm" a "source" too; pictures are "pixels" and recordings
-            "sound"; "features" are `model.hidden` of an encoder, for a loss of one's own.
+            "sound"; "image_text_to_text" reads tokens [B, L] and media by the names of the model's processor, through
+            `model.media(batch)`; "features" are `model.hidden` of an encoder, for a loss of one's own.
         dtype: of the parameters.
         trust_remote_code: run the Python files of a folder whose model transformers does not know.
 

@@ -124,11 +124,12 @@ class Seeing:
         labels = tokens.roll(-1, 1)
         labels[:, -1] = -100
         labels[labels >= IMAGE] = -100
-        kinds = {self.kinds: (tokens == IMAGE).long() + 2 * (tokens == VIDEO)} if self.kinds else {}
+        kinds: dict[str, Any] = {self.kinds: (tokens == IMAGE).long() + 2 * (tokens == VIDEO)} if self.kinds else {}
         return {"input_ids": tokens, "labels": labels, **kinds, **self.inputs(generator)}
 
     def _plain(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[float, dict[str, Tensor]]:
         given = {name: x for name, x in batch.items() if name != "labels"}
+        given["attention_mask"] = torch.ones_like(batch["input_ids"])  # without one, thinkers place tokens as in texts
         logits = module(**given, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
         if not torch.isfinite(loss):
@@ -151,6 +152,11 @@ def pictures(generator: torch.Generator, size: int = 16, each: tuple[int, ...] =
 def _cut(generator: torch.Generator) -> dict[str, Tensor]:
     """Pictures of 16 x 32 as a small one and two tiles."""
     return {**pictures(generator, each=(3,)), "image_sizes": torch.tensor([[16, 32]] * ROWS)}
+
+
+def _sized(generator: torch.Generator) -> dict[str, Tensor]:
+    """Pictures with their shapes."""
+    return {**pictures(generator), "image_sizes": torch.tensor([[16, 16]] * ROWS)}
 
 
 def _patches(generator: torch.Generator, patch: int = 4, video: bool = False) -> dict[str, Tensor]:
@@ -177,10 +183,10 @@ def _rows() -> dict[str, Seeing]:
         "qwen3_vl": grids("qwen3_vl"),
         "qwen3_vl_moe": grids("qwen3_vl_moe", splits=frozenset({"expert"})),
         "qwen2_5_omni_thinker": grids(
-            "qwen2_5_omni_thinker", auto="Qwen2_5OmniThinkerForConditionalGeneration", sound=_EARS, kinds=""
+            "qwen2_5_omni_thinker", options={"vision_start_token_id": START}, auto="Qwen2_5OmniThinkerForConditionalGeneration", sound=_EARS, kinds=""
         ),
         "qwen3_omni_moe_thinker": grids(
-            "qwen3_omni_moe_thinker", auto="Qwen3OmniMoeThinkerForConditionalGeneration", sound=_EARS, kinds=""
+            "qwen3_omni_moe_thinker", options={"vision_start_token_id": START}, auto="Qwen3OmniMoeThinkerForConditionalGeneration", sound=_EARS, kinds=""
         ),
         "qwen2_5_vl videos": partial(grids, inputs=partial(_patches, video=True), token=VIDEO, tokens=24)("qwen2_5_vl"),
         "glm4v": grids("glm4v"),
@@ -190,11 +196,11 @@ def _rows() -> dict[str, Seeing]:
         "llava_onevision": Seeing(
             "llava_onevision", 16 + 4 * (8 + 1), _cut, {"image_grid_pinpoints": [[16, 32], [32, 16]]}
         ),
-        "paligemma": Seeing("paligemma", 16, pictures, kinds="token_type_ids", vision={"projection_dim": 16}),
+        "paligemma": Seeing("paligemma", 16, pictures, {"projection_dim": 16}, kinds="token_type_ids"),
         "aya_vision": Seeing("aya_vision", 4, pictures),
         "smolvlm": Seeing("smolvlm", 4, partial(pictures, each=(1,)), {"scale_factor": 2}),
         "idefics3": Seeing("idefics3", 4, partial(pictures, each=(1,)), {"scale_factor": 2}),
         "janus": Seeing("janus", 16, pictures),
-        "mistral3": Seeing("mistral3", 4, pictures),
+        "mistral3": Seeing("mistral3", 4, _sized),
     }
     return found
