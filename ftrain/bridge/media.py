@@ -75,7 +75,7 @@ class Media(Language):
             )
 
     def _given(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """The module's arguments, floating ones in the dtype of its parameters."""
+        """The module's arguments, media that are floating in the dtype of its parameters."""
         found: dict[str, Any] = {"input_ids": batch["tokens"]}
         if "use_cache" in self._accepted:
             found["use_cache"] = False
@@ -90,7 +90,8 @@ class Media(Language):
                 found[leaf] = _sizes(self.name, leaf, found[leaf], len(found.get("pixel_values", ())))
         for modality in ("image", "video"):
             _with_grid(self.name, found, modality)
-        return {n: x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x for n, x in found.items()}
+        media = {n for n in self.arguments.values() if isinstance(found.get(n), Tensor)}
+        return {n: x.to(dtype) if n in media and x.dtype.is_floating_point else x for n, x in found.items()}
 
 
 def _sizes(name: str, leaf: str, sizes: tuple[Any, ...], pictures: int) -> list[Any]:

@@ -115,6 +115,8 @@ def _places(module: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     known = inspect.signature(inner.get_rope_index).parameters
     given = {name: x for name, x in batch.items() if name in known}
     given["input_ids"] = batch["tokens"]
+    if "attention_mask" in known:
+        given["attention_mask"] = torch.ones_like(batch["tokens"])
     if "mm_token_type_ids" in known and "mm_token_type_ids" not in given:
         given["mm_token_type_ids"] = kinds_of(module, batch["tokens"])
     places, _ = inner.get_rope_index(**given)
