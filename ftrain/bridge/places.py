@@ -7,6 +7,7 @@ Legend: B rows, L tokens of a row, N features of media, D model width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ class InPlaces(TorchFunctionMode):
         if func is Tensor.__getitem__ and _is_choice(args[0], args[1]):
             self._pictures = len(args[1])
             return _all_or_nan(args[0], args[1])
-        if func is Tensor.tolist and self._pictures and args[0].shape == self._shape[:1]:
-            return [self._pictures // self._shape[0]] * self._shape[0]
+        if func is Tensor.unbind and self._pictures and _counts(args[0], self._shape[0]):
+            return (_Count(self._pictures // self._shape[0]),) * self._shape[0]
         if func in (torch.split, Tensor.split) and isinstance(args[1], Sizes):
             return (of_parts(args[0], args[1].ids_P),)
         return func(*args, **kwargs)
@@ -83,6 +84,20 @@ class InPlaces(TorchFunctionMode):
     def _written_at(self, x_BLD: Tensor, mask_BL: Tensor, rows_ND: Tensor) -> None:
         index_N = self._index(mask_BL)
         x_BLD.copy_(x_BLD.flatten(0, 1).index_copy(0, index_N, rows_ND).unflatten(0, self._shape))
+
+
+@dataclass(frozen=True)
+class _Count:
+    """How many pictures a row has, where none is filling."""
+
+    pictures: int
+
+    def item(self) -> int:
+        return self.pictures
+
+
+def _counts(x: Tensor, rows: int) -> bool:
+    return tuple(x.shape) == (rows,) and x.dtype == torch.int64
 
 
 def _is_choice(x: Tensor, index: Any) -> bool:
