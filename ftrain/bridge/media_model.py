@@ -29,14 +29,14 @@ Tables = Callable[[nn.Module], set[str]]
 
 def media_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: Tables) -> Model:
     """The model that `make` gives. `folder`: of its weights, if there are any."""
-    module = suited(partial(make, dtype=dtype))
+    module = build(partial(make, dtype=dtype, attention=NAME))
     fix(module)
     held = {**buffers(module), **({} if folder is None else stored_buffers(module, folder))}
     inits = inits_of(module, beginnings(module))
     specs = nest(specs_of(parameters(module), vocab=tables(module), experts=expert_leaves(module), inits=inits))
     made = Media(module, type(module).__name__, held)
     made = replace(made, leaves=leaves(made))
-    for name in ("_accepted", "_paths", "_head"):  # looked up here: in a step it would be traced twice
+    for name in ("_accepted", "_paths", "_head", "arguments"):  # looked up here: in a step it would be traced twice
         getattr(made, name)
     return Model(
         name=f"{made.name} of transformers",
@@ -53,10 +53,6 @@ def media_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: Tab
         plain=None,
         why="bridged",
     )
-
-
-def suited(make: Make) -> nn.Module:
-    return build(partial(make, attention=NAME))
 
 
 def _load(module: nn.Module, folder: Path, specs: Tree, into: Tree | None = None) -> Tree:

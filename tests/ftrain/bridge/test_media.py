@@ -105,6 +105,20 @@ def test_rows_with_pictures_are_those_of_the_plain_module(config, where):
     require_equal(found, expected(module, rows(WIDE)))
 
 
+def test_hidden_states_that_a_model_collects_with_hooks_are_the_same_at_every_call():
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**WORDS), image_token_index=IMAGE, vision_feature_select_strategy="full",
+        vision_config=transformers.SiglipVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                                      intermediate_size=24, image_size=8, patch_size=4),
+    )  # fmt: skip
+    module, model = plain(config), from_transformers(config, task="image_text_to_text")
+    batch = rows(WIDE, tokens=(4, 4))
+    batch = {"input_ids": batch["input_ids"], "labels": batch["labels"], "pixel_values": torch.randn(2, 3, 8, 8)}
+    wanted = expected(module, batch)
+    for _ in range(2):
+        require_equal(step(model)(numbers(module), prepared(model, batch)), wanted)
+
+
 def test_pictures_of_other_shapes_need_no_new_trace_if_they_have_as_many_patches():
     module, model = plain(seeing()), from_transformers(seeing(), task="image_text_to_text")
     traces = []
@@ -121,12 +135,12 @@ def test_pictures_of_other_shapes_need_no_new_trace_if_they_have_as_many_patches
     assert len(traces) == first == 1
 
 
-def test_rows_of_several_pictures_sizes_run_on_one_device_and_on_a_mesh_are_refused():
+def test_rows_with_more_or_less_of_pictures_run_on_one_device_and_on_a_mesh_are_refused():
     grid = [[1, 4, 4], [1, 8, 6]]
     batch = rows(grid, tokens=(4, 12))
     module, model = plain(seeing()), from_transformers(seeing(), task="image_text_to_text")
     require_equal(step(model)(numbers(module), prepared(model, batch)), expected(module, batch))
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="'batch.labels' has 2 entries and 'batch.media.image_cu_seqlens' has 1"):
         step(model, plan=SHARD, specs=model.specs)(numbers(module), prepared(model, batch))
 
 
@@ -141,8 +155,11 @@ def test_features_without_as_many_tokens_give_no_number():
     params = ftrain.init(model.specs, ftrain.key(0))
     batch = prepared(model, rows(WIDE))
     changed = {**batch, "tokens": torch.where(batch["tokens"] == END, IMAGE, batch["tokens"])}
-    assert model.loss(params, batch).value().isfinite()
-    assert model.loss(params, changed).value().isnan()
+    run = ftrain.jit(lambda params, batch: model.loss(params, batch).value())
+    assert run(params, batch).isfinite()
+    assert run(params, changed).isnan()
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model.loss(params, changed)
 
 
 def test_ranks_of_a_sequence_and_packs_are_refused():
