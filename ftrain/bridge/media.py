@@ -19,8 +19,8 @@ from ftrain.bridge.draws import drawing
 from ftrain.bridge.heads import HeadReads
 from ftrain.bridge.language import Language
 from ftrain.bridge.modes import running
-from ftrain.bridge.places import InPlaces
 from ftrain.bridge.patches import Parts, Patches
+from ftrain.bridge.places import InPlaces
 from ftrain.bridge.rowwise import NAMES
 from ftrain.bridge.skeleton import as_it_was, call, flatten
 from ftrain.modules.model import Leaf
@@ -56,9 +56,9 @@ class Media(Language):
         about = Call(drops=key is not None, paths=self._paths, unmasked=True)
         draws = drawing(key, batch["tokens"].shape[0])
         mode = running(self.module, drawing=key is not None)
-        with as_it_was(self.module), calling(about), draws, mode, InPlaces(batch["tokens"]):
-            with head if head is not None else nullcontext():
-                found = call(self.module, tensors, (), self._given(batch, dtype))
+        places, read = InPlaces(batch["tokens"]), head if head is not None else nullcontext()
+        with as_it_was(self.module), calling(about), draws, mode, places, read:
+            found = call(self.module, tensors, (), self._given(batch, dtype))
         return found.logits, None if head is None else head.read
 
     def _require_rows(self, batch: Mapping[str, Any]) -> None:

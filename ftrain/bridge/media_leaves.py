@@ -102,8 +102,8 @@ def _require_as_many(module: nn.Module, batch: Mapping[str, Any], modality: str,
     tokens = int((kinds_of(module, batch["tokens"]) == KINDS[f"{modality}_token_id"]).sum())
     if tokens != features:
         raise ValueError(
-            f"the batch has {tokens} tokens of {modality}s, and its {modality}s have {features} places: each place of a "
-            f"grid is a token (id {getattr(module.config, f'{modality}_token_id', None)})"
+            f"the batch has {tokens} tokens of {modality}s, and its {modality}s have {features} places: each place "
+            f"of a grid is a token (id {getattr(module.config, f'{modality}_token_id', None)})"
         )
 
 

@@ -3,14 +3,13 @@
 Legend: B rows, L tokens of a row.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ftrain.bridge.attention import NAME
 from ftrain.bridge.experts import expert_leaves

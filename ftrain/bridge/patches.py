@@ -25,8 +25,8 @@ class _Closed:
 
     def _refuse(self, what: str) -> Any:
         raise ValueError(
-            f"{self.name}: it reads the shapes of its pictures ({what}) in a way that is not known, so what it computes "
-            "of them cannot be made before the step: pictures of this model are not bridged"
+            f"{self.name}: it reads the shapes of its pictures ({what}) in a way that is not known, so what it "
+            "computes of them cannot be made before the step: pictures of this model are not bridged"
         )
 
 

@@ -51,8 +51,8 @@ _EARS = {
 class Seeing:
     """A model with media. `kind`: transformers' type of model. `tokens`: how many tokens a picture has.
 
-    `inputs`: the media of `ROWS` rows by transformers' names; `options`, `text`, `vision`, `sound`: what makes it small.
-    `token`: that stands for media. `kinds`: transformers' name of the leaf that has the kinds of tokens. `auto`: its class.
+    `inputs`: the media of `ROWS` rows by transformers' names. `options`, `text`, `vision`, `sound`: its sizes.
+    `token`: that stands for media. `kinds`: transformers' name of the leaf with the kinds of tokens. `auto`: its class.
     """
 
     kind: str
@@ -177,16 +177,24 @@ def cases() -> tuple[Case, ...]:
 def _rows() -> dict[str, Seeing]:
     mrope = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
     grids = partial(Seeing, tokens=12, inputs=_patches, text=mrope, kinds="mm_token_type_ids")
-    found = {
+    return {
         "qwen2_vl": grids("qwen2_vl", vision={"hidden_size": 16}),
         "qwen2_5_vl": grids("qwen2_5_vl"),
         "qwen3_vl": grids("qwen3_vl"),
         "qwen3_vl_moe": grids("qwen3_vl_moe", splits=frozenset({"expert"})),
         "qwen2_5_omni_thinker": grids(
-            "qwen2_5_omni_thinker", options={"vision_start_token_id": START}, auto="Qwen2_5OmniThinkerForConditionalGeneration", sound=_EARS, kinds=""
+            "qwen2_5_omni_thinker",
+            options={"vision_start_token_id": START},
+            auto="Qwen2_5OmniThinkerForConditionalGeneration",
+            sound=_EARS,
+            kinds="",
         ),
         "qwen3_omni_moe_thinker": grids(
-            "qwen3_omni_moe_thinker", options={"vision_start_token_id": START}, auto="Qwen3OmniMoeThinkerForConditionalGeneration", sound=_EARS, kinds=""
+            "qwen3_omni_moe_thinker",
+            options={"vision_start_token_id": START},
+            auto="Qwen3OmniMoeThinkerForConditionalGeneration",
+            sound=_EARS,
+            kinds="",
         ),
         "qwen2_5_vl videos": partial(grids, inputs=partial(_patches, video=True), token=VIDEO, tokens=24)("qwen2_5_vl"),
         "glm4v": grids("glm4v"),
@@ -203,4 +211,3 @@ def _rows() -> dict[str, Seeing]:
         "janus": Seeing("janus", 16, pictures),
         "mistral3": Seeing("mistral3", 4, _sized),
     }
-    return found
