@@ -43,6 +43,8 @@ class Model:
     - `outputs(params, batch, key=None)`: what the model predicts where that is no scores of tokens.
     - `load(specs=None) -> params`: the weights, each rank's own part where a plan says so; None without a folder.
     - `save(params, folder)`: in the format that it was loaded from.
+    - `media(batch) -> batch`: what the model computes of the shapes of its media, on the host, before a step; None for
+      models that need no such thing.
     - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm, balancing biases of routers),
       as a tree of tensors; the functions then take it as `state=` and `loss` gives the new one. Empty for most.
     - `packs`: True if several documents may share a pack, with `batch["segments"]`; else `alone` says why not.
@@ -60,6 +62,7 @@ class Model:
     outputs: Callable[..., Any] | None = None
     load: Callable[..., Tree] | None = None
     save: Callable[..., None] | None = None
+    media: Callable[..., Any] | None = None
     state: Tree = field(default_factory=dict)
     packs: bool = True
     alone: str = ""

@@ -28,6 +28,7 @@ NAME = "ftrain"
 _READ = {"s_aux", "sinks", "position_bias"}
 _NOT_OURS = {"position_ids", "cache_position", "hidden_states"}
 """Tensors that are passed on to all attentions, and say nothing of the scores."""
+_OF_TOWERS = ("image_", "video_", "audio_")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
 
 
@@ -63,6 +64,16 @@ def calling(call: Call) -> Iterator[None]:
         yield
     finally:
         _call.reset(token)
+
+
+_PARTS = "ftrain_parts"
+
+
+def of_parts(x: Tensor, segments_P: Segments) -> Tensor:
+    """A view of `x`, `[B, H, P, K]`, which as queries of `attend` has these documents, of the folded `B * P`."""
+    view = x.view_as(x)
+    setattr(view, _PARTS, segments_P)
+    return view
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,8 @@ def attend(
     known, such as the keys that a model has chosen.
     """
     call, instead = _call.get(), _instead.get()
+    parts = getattr(query, _PARTS, None)
+    call = call if parts is None else Call(parts, drops=call.drops, unmasked=True)
     drops = dropout if call.drops else 0.0
     _require_all_keys(module, drops)
     _require_known(module, options)
@@ -172,7 +185,9 @@ def attend(
 
 def _require_known(module: nn.Module, options: Mapping[str, Any]) -> None:
     unknown = [
-        name for name, x in options.items() if isinstance(x, Tensor) and name not in _READ and name not in _NOT_OURS
+        name
+        for name, x in options.items()
+        if isinstance(x, Tensor) and name not in _READ and name not in _NOT_OURS and not name.startswith(_OF_TOWERS)
     ]
     if unknown:
         raise ValueError(f"{type(module).__name__} gives attention {unknown[0]!r}, which ours does not know")

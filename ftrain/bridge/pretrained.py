@@ -17,6 +17,7 @@ from ftrain.bridge.doors import open_doors
 from ftrain.bridge.experts import expert_leaves
 from ftrain.bridge.generation import Continued
 from ftrain.bridge.language import Language
+from ftrain.bridge.media_model import media_model
 from ftrain.bridge.plain import plain_loss
 from ftrain.bridge.positions import shift
 from ftrain.bridge.proof import example, mixing, packed
@@ -33,12 +34,14 @@ from ftrain.modules.spec import abstract
 from ftrain.trace.tracer import Traced
 
 Task = Literal[
-    "causal_lm", "masked_lm", "seq2seq_lm", "image_classification", "audio_classification", "ctc", "features"
-]
+    "causal_lm", "masked_lm", "seq2seq_lm", "image_text_to_text", "image_classification", "audio_classification", "ctc",
+    "features",
+]  # fmt: skip
 _CLASSES = {
     "causal_lm": ("AutoModelForCausalLM",),
     "masked_lm": ("AutoModelForMaskedLM",),
     "seq2seq_lm": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
+    "image_text_to_text": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
     "image_classification": ("AutoModelForImageClassification",),
     "audio_classification": ("AutoModelForAudioClassification",),
     "ctc": ("AutoModelForCTC",),
@@ -56,7 +59,8 @@ def from_transformers(
         source: a folder with `config.json` (and weights, for `load`), or a configuration of transformers.
         task: what the model is for; it gives the class, the loss, and the leaves of the batch, which `model.batch`
             tells: language models read "tokens"; "seq2seq_lm" a "source" too; pictures are "pixels" and recordings
-            "sound"; "features" are `model.hidden` of an encoder, for a loss of one's own.
+            "sound"; "image_text_to_text" reads tokens [B, L] and media by the names of the model's processor, through
+            `model.media(batch)`; "features" are `model.hidden` of an encoder, for a loss of one's own.
         dtype: of the parameters.
         trust_remote_code: run the Python files of a folder whose model transformers does not know.
 
@@ -83,6 +87,8 @@ def from_transformers(
         return rowwise_model(make, task, dtype, folder)
     if task == "seq2seq_lm":
         return seq2seq_model(make, dtype, folder, _tables)
+    if task == "image_text_to_text":
+        return media_model(make, dtype, folder, _tables)
     made, specs, why = _suited(partial(make, dtype=dtype), folder)
     module, held, alone = made.module, made.held, made.alone
     weights = None if folder is None else partial(_load, module, folder, specs)
@@ -163,20 +169,20 @@ def _make(
 
     if task not in _CLASSES:
         raise ValueError(f"no task {task!r}; known: {', '.join(_CLASSES)}")
+    options = {"attn_implementation": attention, "experts_implementation": experts, "dtype": dtype}
     for name in _CLASSES[task]:
         try:
-            module: nn.Module = getattr(transformers, name).from_config(
-                copy.deepcopy(config),
-                attn_implementation=attention,
-                experts_implementation=experts,
-                dtype=dtype,
-                trust_remote_code=trust,
-            )
+            auto = getattr(transformers, name)
+            module: nn.Module = auto.from_config(copy.deepcopy(config), trust_remote_code=trust, **options)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
         else:
             return module.train()
+    part = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration", None)
+    if task == "image_text_to_text" and part is not None:  # a part of a larger model, such as an omni thinker
+        thinker: nn.Module = part._from_config(copy.deepcopy(config), **options)
+        return thinker.train()
     raise ValueError(
         f"transformers has no {config.model_type} for task {task!r} ({', '.join(_CLASSES[task])}): choose another task "
         f"of {', '.join(_CLASSES)}"

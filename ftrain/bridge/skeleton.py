@@ -119,14 +119,23 @@ def as_it_was(module: nn.Module) -> Iterator[None]:
     """After the block each attribute of the modules within `module` is again what it was before: what a forward pass
     keeps for the next one (the states of a scan, tables made once) is gone, so that every call begins alike.
     """
-    before = [(inner, dict(vars(inner))) for inner in module.modules()]
+    before = [(inner, dict(vars(inner)), _hooks(inner)) for inner in module.modules()]
     try:
         yield
     finally:
-        for inner, held in before:
+        for inner, held, hooks in before:
             if any(vars(inner).get(name, module) is not x for name, x in held.items()) or len(held) != len(vars(inner)):
                 vars(inner).clear()
                 vars(inner).update(held)
+            for name, those in hooks.items():
+                if held[name].keys() != those.keys():
+                    held[name].clear()
+                    held[name].update(those)
+
+
+def _hooks(inner: nn.Module) -> dict[str, dict[int, Any]]:
+    """The hooks of a module by their kind: some models add hooks when they first run, and a mark that they have."""
+    return {name: dict(x) for name, x in vars(inner).items() if name.startswith("_forward_") and isinstance(x, dict)}
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor]:
