@@ -13,9 +13,9 @@ def use_fixed_shapes(module: nn.Module) -> None:
     """Give each attention of Mochi within `module` the processor of this file, as diffusers lets one choose it."""
     from diffusers.models.attention_processor import MochiAttention
 
-    for inner in module.modules():
-        if isinstance(inner, MochiAttention):
-            inner.processor = FixedShapes()
+    attentions: list[Any] = [inner for inner in module.modules() if isinstance(inner, MochiAttention)]
+    for attention in attentions:
+        attention.processor = FixedShapes()
 
 
 class FixedShapes:
