@@ -1,6 +1,7 @@
 """The walk through what a function reaches: functions by their code, objects by the attributes that the code names."""
 
 import collections
+import contextlib
 import functools
 import gc
 import operator
@@ -34,6 +35,7 @@ from ftrain.trace.watched import MISSING, Watched, read_cell
 _MOST_VALUES = 20_000  # functions and objects that are looked at
 _UNKNOWN = object()
 _ITERABLE: tuple[Any, ...] = ((), [], {}, set(), "", range(0), {}.items(), {}.values())
+_CONTEXT: Any = type(contextlib.contextmanager(lambda: iter(()))())
 _ITERATORS: tuple[type, ...] = (types.GeneratorType, *{type(iter(c)) for c in _ITERABLE})
 _UNREAD = {"__init__", "__new__", "__repr__", "__str__", "__del__", "__setattr__", "__delattr__", "__init_subclass__"}
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -85,6 +87,9 @@ class CodeWalk:
     def _function(self, fn: types.FunctionType, bound: Any, name: str, *, is_step: bool = False) -> None:
         """Watch what a function reads. `bound`: its first argument, if that is known."""
         if not self._is_new("function", id(fn), id(bound)):
+            return
+        if isinstance(bound, _CONTEXT):  # a decorator, which makes a new one for each call of what it decorates
+            self._used(bound.func, name)
             return
         reads, of_library = reads_of(fn.__code__), root_of(fn) in LIBRARIES and not is_step
         for key in ("__defaults__", "__kwdefaults__", "__code__") if not of_library else ():

@@ -119,12 +119,12 @@ def test_hidden_states_that_a_model_collects_with_hooks_are_the_same_at_every_ca
         require_equal(step(model)(numbers(module), prepared(model, batch)), wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*is traced again")
 def test_shapes_of_pictures_are_data_of_a_step():
     module, model = plain(seeing()), from_transformers(seeing(), task="image_text_to_text")
     run = step(model)
     for grid in (WIDE, TALL, WIDE):
         require_equal(run(numbers(module), prepared(model, rows(grid))), expected(module, rows(grid)))
+    assert run.traces == 1
 
 
 def test_rows_with_more_or_less_of_pictures_run_on_one_device_and_on_a_mesh_are_refused():
@@ -142,7 +142,6 @@ def test_tokens_and_places_of_pictures_that_are_not_equally_many_are_refused():
         prepared(model, rows(WIDE, tokens=(8, 7)))
 
 
-@pytest.mark.filterwarnings("ignore:.*is traced again")
 def test_features_without_as_many_tokens_give_no_number():
     model = from_transformers(seeing(), task="image_text_to_text")
     params = ftrain.init(model.specs, ftrain.key(0))

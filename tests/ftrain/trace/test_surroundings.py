@@ -2,6 +2,7 @@
 
 import array
 import collections
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -335,6 +336,26 @@ def test_what_the_code_does_not_read_may_change():
         settings.unread = n
         step(torch.ones(1))
     assert step.traces == 1
+
+
+def test_a_decorator_that_is_a_context_manager_is_no_iterator():
+    settings = Settings(3.0)
+
+    @contextlib.contextmanager
+    def scaled():
+        yield settings.scale
+
+    @scaled()
+    def double(x):
+        return x * 2
+
+    step = ftrain.jit(lambda x: double(x))
+    for _ in range(3):
+        step(torch.ones(1))
+    assert step.traces == 1
+    settings.scale = 4.0
+    with pytest.warns(UserWarning, match=r"settings.scale, which the step reads: was 3.0, is 4.0"):
+        step(torch.ones(1))
 
 
 @pytest.mark.filterwarnings("ignore:.*traced again")
