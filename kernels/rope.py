@@ -100,8 +100,10 @@ def rope_table(
     else:
         ladder_F = _ladder(frequencies, base, scaling, positions.device)
         angle_TF = _shared_ladder(position_AT, ladder_F, sections, interleaved)
-    amplitude = scaling.amplitude if isinstance(scaling, YarnScaling) else 1.0
-    return (amplitude * angle_TF.cos()).to(dtype), (amplitude * angle_TF.sin()).to(dtype)
+    cos_TF, sin_TF = angle_TF.cos(), angle_TF.sin()
+    if isinstance(scaling, YarnScaling):
+        cos_TF, sin_TF = scaling.amplitude * cos_TF, scaling.amplitude * sin_TF
+    return cos_TF.to(dtype), sin_TF.to(dtype)
 
 
 def rope(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, layout: str = "half", backend: str = "auto") -> Tensor:

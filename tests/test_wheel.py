@@ -50,8 +50,8 @@ def test_the_wheel_holds_one_name_and_says_that_it_is_typed(places):
     assert {n.partition("/")[0] for n in names if not n.startswith("ftrain_omni-")} == {"ftrain"}
     assert "ftrain/py.typed" in names
     for floor in ("kernels", "sharding", "modules"):
-        files = {p.name for p in (ROOT / floor).glob("*.py")}
-        assert {n.rpartition("/")[2] for n in names if n.startswith(f"ftrain/{floor}/")} == files
+        files = {f"ftrain/{floor}/{p.relative_to(ROOT / floor)}" for p in (ROOT / floor).rglob("*.py")}
+        assert {n for n in names if n.startswith(f"ftrain/{floor}/")} == files
 
 
 @pytest.mark.slow

@@ -61,7 +61,9 @@ def user_source() -> SourceLine | None:
     """
     here: FrameType | None = sys._getframe(1)
     while here is not None:
-        if not _is_machinery(here.f_code.co_filename):
+        code = here.f_code
+        of_tracer = (code.co_filename, code.co_name) == ("<string>", "<lambda>")  # else `python -c` has such a file
+        if not of_tracer and not _is_machinery(code.co_filename):
             return SourceLine(here.f_code.co_filename, here.f_lineno, here.f_code.co_name)
         here = here.f_back
     return None
