@@ -109,7 +109,8 @@ def _calls(op: Any, sample: Any) -> Iterator[tuple[Callable[..., Any], list[Tens
     """The op as a function of tensors, its inputs, and which of them have the rows: the first, and others like it."""
     places = [i for i, arg in enumerate(sample.args) if isinstance(arg, Tensor)]
     first = sample.input
-    if not isinstance(first, Tensor) or first.dim() < 1 or len(first) < 4:
+    drops = sample.kwargs.get("dropout_p")
+    if not isinstance(first, Tensor) or first.dim() < 1 or len(first) < 4 or drops:
         return
     inputs = [first, *(sample.args[i] for i in places)]
 
