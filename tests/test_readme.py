@@ -37,7 +37,11 @@ def test_the_script_for_many_ranks_is_short_and_goes_on_on_another_number_of_ran
     (script,) = [block for block in blocks if "ftrain.run.session" in block]
     assert len(script.splitlines()) <= 20
     file = tmp_path / "script.py"
-    file.write_text("import torch\ntorch.set_num_threads(1)\n" + blocks[0] + script.replace("(done, 6)", "(done, 2)"))
+    file.write_text(
+        "import torch\ntorch.set_num_threads(1)\ntorch.manual_seed(0)\n"
+        + blocks[0]
+        + script.replace("(done, 6)", "(done, 2)")
+    )
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     env = {**os.environ, "PYTHONPATH": str(README.parent), "OMP_NUM_THREADS": "1"}
     options: dict = {"env": env, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200}
