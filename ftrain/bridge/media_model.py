@@ -18,10 +18,8 @@ from ftrain.bridge.media_leaves import prepared
 from ftrain.bridge.rowwise_model import Make
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import load, save, stored_buffers
-from ftrain.hf.files import HfFolder
+from ftrain.bridge.weights import loader, save, stored_buffers
 from ftrain.modules.model import Model
-from ftrain.modules.spec import Tree
 
 Tables = Callable[[nn.Module], set[str]]
 
@@ -43,7 +41,7 @@ def media_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: Tab
         loss=made.loss,
         logits=made.logits,
         hidden=made.hidden,
-        load=None if folder is None else partial(_load, module, folder, specs),
+        load=loader(module, folder, specs),
         save=lambda params, to: save(module, params, made.held, to),
         media=partial(prepared, module),
         packs=False,
@@ -51,7 +49,3 @@ def media_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: Tab
         plain=None,
         why="bridged",
     )
-
-
-def _load(module: nn.Module, folder: Path, specs: Tree, into: Tree | None = None) -> Tree:
-    return load(module, HfFolder.open(folder), specs, into)

@@ -26,8 +26,7 @@ from ftrain.bridge.rowwise_model import rowwise_model
 from ftrain.bridge.seq2seq_model import seq2seq_model
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import load, save, stored_buffers
-from ftrain.hf.files import HfFolder
+from ftrain.bridge.weights import loader, save, stored_buffers
 from ftrain.modules.autoregression import Family
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
@@ -91,7 +90,6 @@ def from_transformers(
         return media_model(make, dtype, folder, _tables)
     made, specs, why = _suited(partial(make, dtype=dtype), folder)
     module, held, alone = made.module, made.held, made.alone
-    weights = None if folder is None else partial(_load, module, folder, specs)
     return Model(
         name=f"{type(module).__name__} of transformers",
         specs=specs,
@@ -99,7 +97,7 @@ def from_transformers(
         loss=made.loss,
         logits=made.logits,
         hidden=made.hidden,
-        load=weights,
+        load=loader(module, folder, specs),
         save=lambda params, to: save(module, params, held, to),
         packs=not alone,
         alone=alone,
@@ -107,10 +105,6 @@ def from_transformers(
         plain=partial(plain_loss, partial(_plain, config, task, trust_remote_code)),
         why=why,
     )
-
-
-def _load(module: nn.Module, folder: Path, specs: Any, into: Any = None) -> Any:
-    return load(module, HfFolder.open(folder), specs, into)
 
 
 def _family(config: Any, task: Task, name: str, trust: bool) -> Family | None:

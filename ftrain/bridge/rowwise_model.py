@@ -14,8 +14,7 @@ from ftrain.bridge.modules import Bridged, statistics
 from ftrain.bridge.rowwise import Rowwise
 from ftrain.bridge.skeleton import buffers, build, flatten, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import load, save, stored_buffers
-from ftrain.hf.files import HfFolder
+from ftrain.bridge.weights import loader, save, stored_buffers
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
@@ -42,7 +41,7 @@ def rowwise_model(make: Make, task: str, dtype: torch.dtype, folder: Path | None
         loss=made.loss,
         logits=None if task == "features" else made.logits,
         hidden=made.hidden if task == "features" else None,
-        load=None if folder is None else partial(_load, module, folder, specs),
+        load=loader(module, folder, specs),
         save=lambda params, to, state=None: save(module, params, {**held, **flatten(state or {})}, to),
         state=nest({name: held[name] for name in written}),
         packs=False,
@@ -80,10 +79,6 @@ def plain_loss_of(
         value = loss(module, batch).value()
     value.backward()
     return value.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
-
-
-def _load(module: nn.Module, folder: Path, specs: Tree, into: Tree | None = None) -> Tree:
-    return load(module, HfFolder.open(folder), specs, into)
 
 
 def _plain(make: Make, made: Rowwise, params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,8 +19,7 @@ from ftrain.bridge.rowwise_model import Make, plain_loss_of, suited
 from ftrain.bridge.seq2seq import Seq2Seq, leaves
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import load, save, stored_buffers
-from ftrain.hf.files import HfFolder
+from ftrain.bridge.weights import loader, save, stored_buffers
 from ftrain.kernels.documents import ids_of
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Model
@@ -45,7 +44,7 @@ def seq2seq_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: T
         loss=made.loss,
         logits=made.logits,
         hidden=made.hidden,
-        load=None if folder is None else partial(_load, module, folder, specs),
+        load=loader(module, folder, specs),
         save=lambda params, to: save(module, params, made.held, to),
         packs=not alone,
         alone=alone,
@@ -69,10 +68,6 @@ def _apart(made: Seq2Seq, specs: Tree) -> str:
         return apart(made, abstract(specs))
     except Exception as error:  # whatever a module of others does with a pack, rows are left
         return f"it cannot be traced on a pack ({type(error).__name__}: {error})"
-
-
-def _load(module: nn.Module, folder: Path, specs: Tree, into: Tree | None = None) -> Tree:
-    return load(module, HfFolder.open(folder), specs, into)
 
 
 def _plain(make: Make, made: Seq2Seq, params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

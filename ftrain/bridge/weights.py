@@ -58,6 +58,16 @@ def load(module: nn.Module, folder: HfFolder, specs: Tree, into: Tree | None = N
     return into
 
 
+def loader(module: nn.Module, folder: Path | None, specs: Tree) -> Callable[..., Tree] | None:
+    """A function that reads the parameters of a folder, into new tensors or those of `into`; None without a folder."""
+
+    def read(into: Tree | None = None) -> Tree:
+        assert folder is not None
+        return load(module, HfFolder.open(folder), specs, into)
+
+    return None if folder is None else read
+
+
 def stored_buffers(module: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     """What a folder holds beside the parameters that are trained, by name: statistics of a normalization, biases of a
     router, tables of positions. Empty for a folder without weights. ValueError for one of another shape.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ftrain
 from ftrain.modules import decoder, spec
+from ftrain.modules.autoregression import generate
 from ftrain.modules.families.registry import family_of
 from ftrain.modules.model import Model
 from ftrain.sharding import Layout, Mesh
@@ -154,3 +155,13 @@ def require_one_by_one(native: Model, cfg: decoder.DecoderConfig) -> None:
         x_BD = torch.stack([x[i] for x, i in zip(rows, at, strict=True)])
         out, cache = decoder.extend(params, x_BD, positions=torch.tensor(at), cache=cache, cfg=cfg, balance=balance)
         torch.testing.assert_close(out, torch.stack([w[i] for w, i in zip(wanted, at, strict=True)]), rtol=0, atol=1e-9)
+
+
+def require_same_text(kind: str, config: Any, folder: Path) -> None:
+    """AssertionError unless the native family, opened from `folder`, writes greedily what transformers does."""
+    model = random_model(config)
+    native = ftrain.hf.open(saved(model, folder))
+    ids = generate(native.load(), [[1, 2, 3]], family=native.family, max_new=9)
+    expected = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert ids == [expected[0, 3:].tolist()]
+    assert native.why == f"native: {kind} is a family of the library"

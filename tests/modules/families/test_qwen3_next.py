@@ -68,14 +68,7 @@ def test_tokens_one_by_one_are_those_of_the_whole_text(native):
 
 
 def test_it_generates_what_transformers_does(tmp_path):
-    from ftrain.modules.autoregression import generate
-
-    model = laws.random_model(config())
-    native = ftrain.hf.open(laws.saved(model, tmp_path))
-    ids = generate(native.load(), [[1, 2, 3]], family=native.family, max_new=9)
-    expected = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=9, do_sample=False, eos_token_id=None)
-    assert ids == [expected[0, 3:].tolist()]
-    assert native.why == "native: qwen3_next is a family of the library"
+    laws.require_same_text("qwen3_next", config(), tmp_path)
 
 
 @pytest.mark.parametrize(
