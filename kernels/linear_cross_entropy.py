@@ -67,7 +67,7 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(torch.zeros(3, 2), torch.ones(2, 4), torch.tensor([0, 3, -100]))  # 2 log 4
     tensor(2.7726)
     """
-    _check(x_TD, w_DV, labels_T, weights_T, softcap, transposed, chunk_tokens)
+    check_arguments(x_TD, w_DV, labels_T, weights_T, softcap, transposed, chunk_tokens)
     if choose_backend(backend, x_TD.device, BACKENDS) == "reference":
         return linear_cross_entropy_reference(
             x_TD,
@@ -78,9 +78,7 @@ def linear_cross_entropy(
             softcap=softcap,
             transposed=transposed,
         )
-    T, V = x_TD.shape[0], w_DV.shape[0 if transposed else 1]
-    fitting = CHUNK_BYTES // (4 * max(V, 1)) // ROUND_TOKENS * ROUND_TOKENS
-    chunk = chunk_tokens or min(max(fitting, FEWEST_TOKENS), max(T, 1))
+    chunk = chunk_tokens or default_chunk(x_TD.shape[0], w_DV.shape[0 if transposed else 1])
     options = Options(ignore_index, softcap, transposed, chunk)
     need_x, need_w = x_TD.requires_grad, w_DV.requires_grad
     need_weights = weights_T is not None and weights_T.requires_grad
@@ -112,6 +110,12 @@ def linear_cross_entropy_reference(
     loss_T = z_TV.logsumexp(-1) - z_TV.gather(-1, label_T[..., None])[..., 0]
     factor_T = valid_T.to(z_TV.dtype) if weights_T is None else torch.where(valid_T, weights_T, 0).to(z_TV.dtype)
     return (loss_T * factor_T).sum()
+
+
+def default_chunk(T: int, V: int) -> int:
+    """Tokens of a chunk, for T tokens and V logits of each."""
+    fitting = CHUNK_BYTES // (4 * max(V, 1)) // ROUND_TOKENS * ROUND_TOKENS
+    return min(max(fitting, FEWEST_TOKENS), max(T, 1))
 
 
 class Options(NamedTuple):
@@ -346,7 +350,7 @@ def _check_labels(labels_T: Tensor, ignore_index: int, V: int) -> None:
         raise ValueError(f"{message}: label {int(labels_T[at])} at token {at}")
 
 
-def _check(
+def check_arguments(
     x_TD: Tensor,
     w_DV: Tensor,
     labels_T: Tensor,
@@ -355,6 +359,7 @@ def _check(
     transposed: bool,
     chunk_tokens: int | None,
 ) -> None:
+    """ValueError for arguments of `linear_cross_entropy` that do not fit."""
     layout = "[V, D]" if transposed else "[D, V]"
     if x_TD.dim() != 2 or w_DV.dim() != 2 or x_TD.shape[1] != w_DV.shape[1 if transposed else 0]:
         shapes = f"x {tuple(x_TD.shape)}, w {tuple(w_DV.shape)}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from ftrain.kernels.chunks import PIECE
 from ftrain.kernels.documents import Segments, ids_of
 from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
+from ftrain.kernels.linear_token_losses import linear_token_losses
 from ftrain.kernels.mean import Mean
 from ftrain.kernels.pack import following, pack_index
 from ftrain.modules import embedding, kv_cache, moe, norm
@@ -276,6 +277,13 @@ def loss(
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
     counted_T = labelled_T.to(wide) if weights_T is None else torch.where(labelled_T, weights_T.to(wide), 0)
     return Mean(total, counted_T.sum())
+
+
+def token_losses(params: dict[str, Any], hidden_TD: Tensor, labels_T: Tensor, cfg: DecoderConfig) -> Tensor:
+    """The cross entropy of each position's label, `[T]` in nats, 0 where it is -100: what `loss` adds up."""
+    tied = cfg.tie_embeddings
+    head = params["embedding"]["table_VD"] if tied else params["head"]["w_DV"]
+    return linear_token_losses(hidden_TD, head, labels_T, ignore_index=IGNORE, transposed=tied)
 
 
 def next_token_labels(tokens_T: Tensor, segments_T: Segments | None) -> Tensor:

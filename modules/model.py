@@ -37,6 +37,9 @@ class Model:
     - `batch`: what the leaves of its batch are, by name.
     - `loss(params, batch, key=None) -> Mean`: of the batch's labels, or `(Mean, state)` if it has `state`. `key`: int64
       `[2]`, from which dropout draws; without one nothing is dropped.
+    - `token_losses(params, batch, key=None)`: the cross entropy of each label, in nats, with the dims of the batch's
+      tokens; 0 where there is no label. Scores of all tokens are not held where the head is a linear layer. None where
+      a loss is no sum over tokens.
     - `logits(params, batch, key=None)`: the scores, with the dims of the batch's tokens and V at last.
     - `hidden(params, batch, key=None)`: what the head reads, with D at last; or the features of an encoder, with the
       state if it has `state`.
@@ -57,6 +60,7 @@ class Model:
     specs: Tree
     batch: Mapping[str, Leaf]
     loss: Callable[..., Any]
+    token_losses: Callable[..., Any] | None = None
     logits: Callable[..., Tensor] | None = None
     hidden: Callable[..., Any] | None = None
     outputs: Callable[..., Any] | None = None

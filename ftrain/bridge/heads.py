@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
+from ftrain.kernels.linear_token_losses import linear_token_losses
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,24 @@ class Scores:
 
     def cross_entropy(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
         """The sum of the cross entropies of the labels, of x's leading dims: 0-d, in nats."""
+        x, w, cap = self._plain()
+        return linear_cross_entropy(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
+
+    def token_losses(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """The cross entropy of each label, in nats, with the dims of the labels; 0 where it is ignored."""
+        x, w, cap = self._plain()
+        found = linear_token_losses(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
+        return found.unflatten(0, labels.shape)
+
+    def _plain(self) -> tuple[Tensor, Tensor, float | None]:
+        """x `[T, D]` and w `[V, D]`, whose product, softcapped, is the scores; and the softcap."""
         x, w = self.x.flatten(0, -2), self.w_VD
         if self.b_V is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
             w = torch.cat([w, self.b_V[:, None].to(w.dtype)], 1)
         factor = self.before * self.after
         x = x if factor == 1.0 else x * factor
-        cap = self.after if self.capped else None
-        return linear_cross_entropy(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
+        return x, w, self.after if self.capped else None
 
 
 def _tensor(value: Any) -> Any:
@@ -155,3 +166,13 @@ def cross_entropy(scores: Any, labels: Tensor, ignore_index: int = -100) -> Tens
     wide = torch.promote_types(scores.dtype, torch.float32)
     flat = scores.flatten(0, -2).to(wide)
     return torch.nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="sum")
+
+
+def token_losses(scores: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """The cross entropy of each label, for scores `[..., V]` that are computed or not: in nats, with their dims."""
+    if isinstance(scores, Scores):
+        return scores.token_losses(labels, ignore_index)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    flat = scores.flatten(0, -2).to(wide)
+    found = torch.nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="none")
+    return found.unflatten(0, labels.shape)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ftrain.bridge.attention import Call, calling
 from ftrain.bridge.batches import LANGUAGE, folded, mean_over_labels, positions, require_tokens, rows
 from ftrain.bridge.draws import drawing
-from ftrain.bridge.heads import HeadReads, Scores, cross_entropy
+from ftrain.bridge.heads import HeadReads, Scores, cross_entropy, token_losses
 from ftrain.bridge.skeleton import as_it_was, buffers, call, flatten, parameters
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Leaf
@@ -60,10 +60,19 @@ class Language:
         """The mean cross entropy of the batch's labels. `key`: int64 `[2]`, for dropout. ValueError for a batch without
         labels, or that does not fit.
         """
-        if "labels" not in batch:
-            raise ValueError(f"{self.name}: a loss needs the batch's 'labels'")
+        self._require_labels(batch)
         total = cross_entropy(self._run(params, batch, key)[0], rows(batch["labels"]))
         return mean_over_labels(total, batch["labels"])
+
+    def token_losses(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+        """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. As `loss` in the rest."""
+        self._require_labels(batch)
+        found = token_losses(self._run(params, batch, key)[0], rows(batch["labels"]))
+        return found[0] if batch["tokens"].dim() == 1 else found
+
+    def _require_labels(self, batch: Mapping[str, Any]) -> None:
+        if "labels" not in batch:
+            raise ValueError(f"{self.name}: a loss needs the batch's 'labels'")
 
     def logits(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
         """The scores `[T, V]` or `[B, L, V]`, in the dtype of the model."""

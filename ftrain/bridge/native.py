@@ -51,6 +51,7 @@ def native_decoder(folder: HfFolder) -> Model:
         specs=files.specs,
         batch=LANGUAGE,
         loss=made.loss,
+        token_losses=made.token_losses,
         logits=made.logits,
         hidden=made.hidden,
         load=files.load,
@@ -132,6 +133,17 @@ class NativeDecoder:
             return mean
         rate = self.cfg.routers[0].bias_rate
         return mean, decoder.update_balance(state or self.balance, stats, rate=rate)
+
+    def token_losses(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> Tensor:
+        """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. ValueError for a batch that does
+        not fit.
+        """
+        del key
+        hidden_TD = self._run(params, batch, state)[0]
+        losses_T = decoder.token_losses(params, hidden_TD, batch["labels"].flatten(), self.cfg)
+        return losses_T.unflatten(0, batch["tokens"].shape)
 
     def logits(
         self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
