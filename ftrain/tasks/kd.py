@@ -6,7 +6,7 @@ Legend: T tokens of the batch, V vocabulary, k likeliest tokens of the teacher.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Kd:
     - `top_k`: compare on the teacher's likeliest tokens, and on all others as one; None: on the whole vocabulary.
     - `labels`: weight of the cross entropy of the labels beside it.
     """
+
+    compares: ClassVar[bool] = True
 
     kind: Literal["forward", "reverse", "jsd"] = "forward"
     mix: float = 0.5

@@ -8,7 +8,7 @@ Legend: T tokens of the batch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Kto:
     - `beta`: how far the policy may go from the reference: large values hold it close.
     - `good`, `bad`: weights of the two kinds of answers, for data that has more of one.
     """
+
+    compares: ClassVar[bool] = True
 
     beta: float = 0.1
     good: float = 1.0

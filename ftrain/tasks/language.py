@@ -6,7 +6,7 @@ Legend: T tokens of the batch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class NextToken:
     - `average`: "tokens" weighs all labels alike; "documents" weighs all documents alike, however many labels each has.
     - `weighted`: labels are weighed by the batch's leaf `weights`, floating, of the tokens' shape.
     """
+
+    compares: ClassVar[bool] = False
 
     average: Literal["tokens", "documents"] = "tokens"
     weighted: bool = False

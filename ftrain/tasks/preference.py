@@ -8,7 +8,7 @@ Legend: T tokens of the batch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Dpo:
       conservative DPO).
     - `sft`: weight of the cross entropy of the chosen answers, over their tokens, beside the loss of preferences.
     """
+
+    compares: ClassVar[bool] = True
 
     beta: float = 0.1
     kind: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"

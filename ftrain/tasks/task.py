@@ -1,7 +1,7 @@
 """What a training task is: a pure loss of a model's batch, as frozen options with one method."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -14,8 +14,10 @@ class Task(Protocol):
     """Options of a task, and its loss; sft, dpo and others each are one.
 
     `loss(model, params, batch, key=None)` gives what is differentiated, a `Mean` or `WeightedSum`, and terms for the
-    log, `Mean`s by name. Tasks that compare take `reference=`, a tree of parameters that gets no gradient.
+    log, `Mean`s by name. `compares`: it takes `reference=` too, a tree of parameters that gets no gradient.
     """
+
+    compares: ClassVar[bool]
 
     def loss(
         self, model: Model, params: Tree, batch: Mapping[str, Any], *, key: Tensor | None = None
