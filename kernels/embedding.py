@@ -13,11 +13,13 @@ from ftrain.kernels.backend import choose_backend
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.opaque import opaque_op
 from ftrain.kernels.primitive import primitive
+from ftrain.kernels.stand_in import asks_stand_ins
 
 # On CUDA the reference: checking an index would make the host wait, and ATen's own backward is deterministic.
 _BACKENDS = {"cpu": "cpu"}
 
 
+@asks_stand_ins
 @primitive("embedding")
 def embedding(tokens_T: Tensor, table_VD: Tensor, *, backend: str = "auto") -> Tensor:
     """`table[token]`: rows of the table, `[T, D]` in its dtype (`[..., D]` for tokens of any shape).

@@ -12,12 +12,14 @@ from torch import Tensor
 from ftrain.kernels.grouped_mm import grouped_mm
 from ftrain.kernels.moe import combine, moe_dispatch
 from ftrain.kernels.primitive import primitive
+from ftrain.kernels.stand_in import asks_stand_ins
 from ftrain.kernels.swiglu import swiglu
 
 FFN = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 """The experts' network, as `experts` calls it: `ffn(rows_ND, offsets_E, expert_N, leaves)` to `[N, D]`."""
 
 
+@asks_stand_ins
 @primitive("experts")
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weights_TK: Tensor, leaves: Sequence[Tensor], ffn: FFN, *, backend: str = "auto"
@@ -127,6 +129,7 @@ def swiglu_ffn(
     return grouped_mm(hidden_NF, w_down_EFD, offsets_E, backend=backend)
 
 
+@asks_stand_ins
 @primitive("moe_dropped")
 def dropped_rows(expert_TK: Tensor, w_gate_EDF: Tensor) -> Tensor:
     """How many of the T * K rows no expert computes, a float32 scalar: zero.

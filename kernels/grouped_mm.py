@@ -12,10 +12,12 @@ from torch import Tensor
 from ftrain.kernels.backend import choose_backend
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.opaque import opaque_op
+from ftrain.kernels.stand_in import asks_stand_ins
 
 _BACKENDS = {"cpu": "loop", "cuda": "grouped"}
 
 
+@asks_stand_ins
 def grouped_mm(x_ND: Tensor, w_EDF: Tensor, offsets_E: Tensor, *, backend: str = "auto") -> Tensor:
     """`[N, F]`: rows `offsets[e - 1] .. offsets[e]` of x times `w[e]`, in the dtype of the inputs.
 

@@ -17,6 +17,7 @@ from ftrain.kernels.backend import choose_backend
 from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.opaque import opaque_op
+from ftrain.kernels.stand_in import asks_stand_ins
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
@@ -35,6 +36,7 @@ ROUND_TOKENS = 64
 """Tokens of a chunk are a multiple, as the blocks of matmuls are."""
 
 
+@asks_stand_ins
 def linear_cross_entropy(
     x_TD: Tensor,
     w_DV: Tensor,

@@ -12,10 +12,12 @@ from torch import Tensor
 from ftrain.kernels.backend import choose_backend
 from ftrain.kernels.first_order import first_order
 from ftrain.kernels.opaque import opaque_op
+from ftrain.kernels.stand_in import asks_stand_ins
 
 _BACKENDS = {"cuda": "tensor_cores"}
 
 
+@asks_stand_ins
 def wide_mm(x_ND: Tensor, w_DF: Tensor, *, backend: str = "auto") -> Tensor:
     """`x @ w`, `[N, F]`, accumulated and returned in float32 (float64 for float64 x): scores that must not be rounded.
 

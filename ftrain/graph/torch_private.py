@@ -508,3 +508,10 @@ def value_of(node: fx.Node) -> Any:
     flat = torch.utils._pytree.tree_leaves((args, kwargs, node.meta.get("val")))
     with fake_mode_of([a for a in flat if isinstance(a, FakeTensor)]):
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def tensor_without_memory(kind: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass `kind` with this shape and without elements, for one that computes by `__torch_function__`
+    and `__torch_dispatch__` alone; in a trace it is no node.
+    """
+    return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
