@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "sharding", "modules", "ftrain", "experiments")
 ROOMS = (
     "lazy", "tree", "files", "optim", "graph", "trace", "analysis", "passes", "remat", "runtime", "report", "step",
-    "checkpoint", "hf", "debug", "profile", "plan", "bridge", "resilience", "run", "cli",
+    "checkpoint", "hf", "debug", "profile", "plan", "bridge", "resilience", "lora", "data", "tasks", "run", "cli",
 )  # fmt: skip
 
 
