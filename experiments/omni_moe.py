@@ -21,10 +21,10 @@ import tyro
 from rich.console import Console
 
 from experiments.omni import figures, job, run_length
-from experiments.omni.evaluation import GOALS, Evaluator, summary
+from experiments.omni.evaluation import GOALS, Evaluator, accuracy_table, summary
 from experiments.omni.job import Job
 from experiments.omni.planning import mesh_flags, plan_for_search
-from experiments.omni.progress import Report, SteadyConsole, accuracy_table
+from ftrain.run.progress import Report, SteadyConsole
 from experiments.omni.run_length import Length
 from experiments.omni.survival import Guard, SurvivalFlags, spared_output
 from experiments.omni.training import schedule

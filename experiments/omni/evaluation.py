@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
 import ftrain
 from experiments.omni.figures import Answer
@@ -109,3 +110,17 @@ def summary(answers: Mapping[str, Sequence[Answer]], judge: Judge) -> dict[str, 
 def _parts(examples: list[Example], size: int) -> Iterator[list[Example]]:
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
+
+
+def accuracy_table(
+    held_out: Mapping[str, float], *, counts: Mapping[str, int], goals: Mapping[str, float], title: str = "held out"
+) -> Table:
+    """The final table: each task's accuracy, of how many examples, and whether its goal, if it has one, is met."""
+    table = Table(title=title)
+    for name, justify in (("task", "left"), ("accuracy", "right"), ("examples", "right"), ("goal", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for task, accuracy in held_out.items():
+        goal = goals.get(task)
+        met = "" if goal is None else f">= {goal:.0%} " + ("met" if accuracy >= goal else "missed")
+        table.add_row(task, f"{accuracy:.1%}", f"{counts[task]:,}", met)
+    return table

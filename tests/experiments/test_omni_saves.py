@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.omni.progress import Report, SteadyConsole
+from ftrain.run.progress import Report, SteadyConsole
 from experiments.omni.survival import Guard, spared_output
 from ftrain.checkpoint import Checkpointer
 from ftrain.checkpoint import checkpointer as checkpointer_module
@@ -214,7 +214,7 @@ def test_a_full_disk_under_the_log_does_not_end_the_run():
 
 READER_GOES = """
 import logging, time
-from experiments.omni.progress import Report
+from ftrain.run.progress import Report
 with Report(100, every=1) as report:
     for step in range(1, 101):
         report.update({"step": step, "loss": 1.0})

@@ -8,8 +8,9 @@ import pytest
 from matplotlib import image as pictures
 from rich.console import Console
 
-from experiments.omni import figures, progress
+from experiments.omni import evaluation, figures
 from experiments.omni.tasks import Example
+from ftrain.run import progress
 
 METRICS = {"loss": 2.0, "loss/text": 1.5, "loss/image": 0.5, "tokens_per_s": 12_345.0, "mfu": 0.25, "peak_bytes": 2**28}
 INK = np.ones((8, 8, 1), np.float32)
@@ -66,7 +67,7 @@ def test_a_report_of_no_steps_is_refused():
 def test_the_final_table_says_which_goals_are_met():
     plain = console(terminal=False)
     plain.print(
-        progress.accuracy_table(
+        evaluation.accuracy_table(
             {"image_to_text": 0.97, "video_to_text": 0.9, "arithmetic": 0.5},
             counts={"image_to_text": 359, "video_to_text": 359, "arithmetic": 100},
             goals={"image_to_text": 0.95, "video_to_text": 0.95},

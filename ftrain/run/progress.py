@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 _SMOOTHING = 0.9
 
@@ -123,17 +122,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def accuracy_table(
-    held_out: Mapping[str, float], *, counts: Mapping[str, int], goals: Mapping[str, float], title: str = "held out"
-) -> Table:
-    """The final table: each task's accuracy, of how many examples, and whether its goal, if it has one, is met."""
-    table = Table(title=title)
-    for name, justify in (("task", "left"), ("accuracy", "right"), ("examples", "right"), ("goal", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for task, accuracy in held_out.items():
-        goal = goals.get(task)
-        met = "" if goal is None else f">= {goal:.0%} " + ("met" if accuracy >= goal else "missed")
-        table.add_row(task, f"{accuracy:.1%}", f"{counts[task]:,}", met)
-    return table

@@ -1,0 +1,182 @@
+"""The loop of a training run: steps, numbers, held-out losses, saves; from a fresh state or from the last save.
+
+It is one page on purpose. A script that needs another loop copies it.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ftrain
+from ftrain.checkpoint import Checkpointer, Retention
+from ftrain.data.loader import Facts, Loader, Step
+from ftrain.data.position import Position
+from ftrain.kernels.mean import Mean
+from ftrain.run.folder import RunFolder
+from ftrain.run.progress import Report
+from ftrain.run.recipe import BASE, Recipe
+from ftrain.run.session import Run
+from ftrain.run.trackers import Log
+from ftrain.runtime.host_copy import HostCopy
+from ftrain.sharding import Plan
+from ftrain.step.state import TrainState
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often things happen, in steps; 0 is only at the end.
+
+    - `save`: a checkpoint. `evaluate`: the held-out loss. `keep`: how many of the last checkpoints stay, beside the best.
+    """
+
+    save: int = 250
+    evaluate: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("save", 0), ("evaluate", 0), ("keep", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `train` works with.
+
+    - `recipe`: the pure functions. `loader`: the steps' batches, with all packs in each.
+    - `held_out`: batches of which the mean loss is taken. `steps`: the last step, where the loader does not end before.
+    - `jit`: options of `ftrain.jit` for the step, such as remat and precision.
+    - `files`: the run's folder, on the rank that writes. `report`: what a person sees. `trackers`: further logs.
+    """
+
+    recipe: Recipe
+    loader: Loader
+    folder: Path
+    files: RunFolder | None
+    report: Report
+    steps: int
+    seed: int = 0
+    every: Every = Every()
+    held_out: tuple[Mapping[str, Any], ...] = ()
+    jit: Mapping[str, Any] = field(default_factory=dict)
+    trackers: tuple[Log, ...] = ()
+
+
+def train(t: Training, run: Run) -> TrainState:
+    """Train to the end, or until a signal stops the run; the last step is saved. Returns the state.
+
+    All ranks call this together. ValueError for what a step refuses, for a checkpoint of other parameters, and for data
+    that the loader refuses.
+    """
+    plan = run.plan()
+    step = ftrain.jit(t.recipe.train_step, plan=plan, specs=t.recipe.specs, donate="state", **t.jit)
+    state = step.init(t.recipe.init, ftrain.key(t.seed).to(run.device))
+    t.recipe.load(state)
+    evaluate = evaluator(t, run, plan)
+    best = {"best": 1, "metric": "loss"} if t.held_out else {}
+    keep = Retention(last=t.every.keep, **best)  # type: ignore[arg-type]
+    checkpoints = run.checkpointer(t.folder / CHECKPOINTS, keep=keep, specs=t.recipe.specs)
+    state, position = resumed(t, checkpoints, state)
+    done, began = position.step, time.perf_counter()
+    if done == 0 and t.held_out:
+        note(t, 0, {"held_out": evaluate(state)})
+    with t.report:
+        last: tuple[int, HostCopy, Facts] | None = None
+        for number, (data, is_end) in zip(run.steps(done, t.steps), ending(t.loader.read(position)), strict=False):
+            state, metrics = step(state, run.share(data.batch, plan=plan))
+            if last is not None:  # the numbers of a step are read when the next one is under way
+                began = shown(t, *last, began)
+            last, position = (number, HostCopy(metrics), data.facts), data.position
+            over = is_end or run.is_last
+            if over or (t.every.evaluate and number % t.every.evaluate == 0):
+                began, last = shown(t, *last, began), None
+                loss = note(t, number, {"held_out": evaluate(state)} if t.held_out else {})
+                if over or (t.every.save and number % t.every.save == 0):
+                    checkpoints.save(kept(t, state, position), number, loss)
+                began = time.perf_counter()
+            elif t.every.save and number % t.every.save == 0:
+                checkpoints.save(kept(t, state, position), number)
+            if over:
+                break
+    checkpoints.wait()
+    return state
+
+
+def ending(steps: Iterator[Step]) -> Iterator[tuple[Step, bool]]:
+    """Each step, and whether it is the last one that the data has."""
+    try:
+        before = next(steps, None)
+        while before is not None:
+            after = next(steps, None)
+            yield before, after is None
+            before = after
+    finally:
+        steps.close()  # type: ignore[attr-defined]
+
+
+def evaluator(t: Training, run: Run, plan: Plan) -> Callable[[TrainState], float]:
+    """The mean held-out loss of a state, on the plan of the run."""
+    options = {name: value for name, value in t.jit.items() if name in ("precision", "backend")}
+    function = ftrain.jit(t.recipe.evaluate, plan=plan, specs=t.recipe.specs, **options)
+
+    def evaluate(state: TrainState) -> float:
+        found = [function(state, run.share(batch, plan=plan))["loss"] for batch in t.held_out]
+        return Mean.pool([Mean(m.total.cpu(), m.count.cpu()) for m in found]).item()
+
+    return evaluate
+
+
+def kept(t: Training, state: TrainState, position: Position) -> dict[str, Any]:
+    """What a checkpoint holds: the state without parameters that a folder has, and the position in the data."""
+    rest = {name: tree for name, tree in state.extra.items() if name != BASE}
+    return {"state": state.replace(extra=rest), "data": position.tree(t.loader.packing.capacity)}
+
+
+def resumed(t: Training, checkpoints: Checkpointer, state: TrainState) -> tuple[TrainState, Position]:
+    """The state and position of the last checkpoint; those given, at the start, where there is none."""
+    done = checkpoints.latest()
+    if not done:
+        return state, t.loader.start()
+    wanted = kept(t, state, t.loader.start()) | {"data": Position.abstract(t.loader.packing.capacity)}
+    found = checkpoints.restore(wanted, done)
+    t.report.say(f"goes on after step {done}")
+    return found["state"].replace(extra=state.extra), Position.of(found["data"])
+
+
+def shown(t: Training, number: int, metrics: HostCopy, facts: Facts, began: float) -> float:
+    """Show and log a step's numbers; the time at which they were there."""
+    found, now = metrics.read(), time.perf_counter()
+    row = {
+        "step": number,
+        "loss": float(found["loss"]),
+        **{f"loss/{name}": float(value) for name, value in found["terms"].items()},
+        "grad_norm": float(found["grad_norm"]),
+        "tokens_per_s": facts.tokens / max(now - began, 1e-9),
+        "labels": int(found["labels"]),
+        "documents": facts.documents,
+        "filled": facts.tokens / facts.budget,
+        "epoch": facts.epoch,
+        "rejected": facts.rejected,
+    }
+    t.report.update(row)
+    if t.files is not None:
+        t.files.log(row)
+    for log in t.trackers:
+        log(number, {name: value for name, value in row.items() if name != "step"})
+    return now
+
+
+def note(t: Training, number: int, found: dict[str, float]) -> dict[str, float] | None:
+    """Show and log held-out numbers; as metrics of a checkpoint."""
+    if not found:
+        return None
+    t.report.say(f"step {number}: held-out loss {found['held_out']:.4f}")
+    if t.files is not None:
+        t.files.log({"step": number, **found})
+    for log in t.trackers:
+        log(number, found)
+    return {"loss": found["held_out"]}
