@@ -84,7 +84,8 @@ FORMATS: tuple[Format, ...] = (
     Format("pairs", '"query" or "anchor", "positive", "negative"', samples.Pair,
            lambda f: _any(f, judgements.QUERIES) and _any(f, judgements.POSITIVES), judgements.read_pair),
     Format("tokens", '"input_ids", "labels"', samples.Tokens, lambda f: _any(f, plain.IDS), plain.read_tokens),
-    Format("captioned", '"image" or "audio" or "video", "text"', samples.Captioned, _is_captioned, plain.read_captioned),
+    Format("captioned", '"image" or "audio" or "video", "text"', samples.Captioned, _is_captioned,
+           plain.read_captioned),
     Format("classes", '"text", "label"', samples.Classed, _has("text", "label"), judgements.read_classed),
     Format("text", '"text"', samples.Prose, lambda f: _any(f, plain.TEXTS), plain.read_text),
 )  # fmt: skip

@@ -1,0 +1,244 @@
+"""Samples as token ids with a mask of what is trained on, checked against the words that they come from.
+
+n tokens of a sample.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ftrain.data.chat_template import ChatTemplate
+from ftrain.data.documents import IGNORE, Document, shifted
+from ftrain.data.rejects import BadRow
+from ftrain.data.sample import Chat, Kind, Place, Prose, Tokens
+from ftrain.data.turns import Rendered, Turn, TurnFinder
+
+Train = Literal["assistant", "last", "everything"]
+Truncate = Literal["refuse", "left", "right"]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """`ids` int64 `[n]` and `trained` bool `[n]`: which ids are labels of the token before them."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+    def document(self, leaves: Mapping[str, np.ndarray] | None = None) -> Document:
+        """A document of them, with shifted labels and further leaves `[n, ...]`. ValueError for other lengths."""
+        return Document(self.ids, shifted(np.where(self.trained, self.ids, IGNORE)), dict(leaves or {}))
+
+    def expand(self, token: int, counts: Sequence[int]) -> "Encoded":
+        """The same with the i-th `token`, which stands for an item of media, repeated `counts[i]` times.
+
+        ValueError where there is another number of such tokens than of counts.
+
+        >>> encoded = Encoded(np.array([1, 9, 2]), np.array([False, False, True]))
+        >>> encoded.expand(9, [3]).ids.tolist()
+        [1, 9, 9, 9, 2]
+        """
+        places = np.flatnonzero(self.ids == token)
+        if len(places) != len(counts):
+            raise ValueError(f"{len(places)} tokens {token} stand for media, and there are {len(counts)} items")
+        times = np.ones(len(self.ids), np.int64)
+        times[places] = counts
+        return Encoded(np.repeat(self.ids, times), np.repeat(self.trained, times))
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a sample may be, in tokens, and what happens to a longer one: refused, or cut on the left or right.
+
+    ValueError for other words, or no positive number.
+    """
+
+    tokens: int | None = None
+    truncate: Truncate = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.truncate not in ("refuse", "left", "right"):
+            raise ValueError(f"truncate={self.truncate!r} is not 'refuse', 'left' or 'right'")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"a length of {self.tokens} tokens: give at least 1")
+
+    def fit(self, encoded: Encoded, place: Place, *, media: bool = False) -> Encoded:
+        """What may stay. BadRow for a sample that is too long and is refused; those with media are never cut."""
+        if self.tokens is None or len(encoded.ids) <= self.tokens:
+            return encoded
+        if self.truncate == "refuse" or media:
+            raise BadRow(place, "too long", f"{len(encoded.ids)} tokens, and at most {self.tokens} are taken")
+        kept = slice(-self.tokens, None) if self.truncate == "left" else slice(self.tokens)
+        return Encoded(encoded.ids[kept], encoded.trained[kept])
+
+
+class ChatEncoder:
+    """Makes token ids and masks of samples.
+
+    Args:
+        tokenizer: of transformers, a fast one (`load_tokenizer`).
+        train: which words are trained on: those of each turn of the assistant, of its last one, or everything. What a
+            message says of itself (`Message.train`) goes before that.
+        length: how long samples may be.
+        template: a chat template in place of the tokenizer's.
+        options: what the template takes besides messages, such as {"enable_thinking": False}.
+        placeholders: by kind of media the text of the token that stands for an item in rendered chats; where it is
+            given, chats with another number of them than of items are rejected.
+
+    ValueError where `train` is none of these, or the tokenizer is a slow one. A template that cannot be used is a
+    ValueError when the first chat is encoded.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        train: Train = "assistant",
+        length: Length | None = None,
+        template: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        placeholders: Mapping[Kind, str] | None = None,
+    ) -> None:
+        if train not in ("assistant", "last", "everything"):
+            raise ValueError(f"train={train!r} is not 'assistant', 'last' or 'everything'")
+        if not tokenizer.is_fast:
+            raise ValueError("a slow tokenizer tells no places of tokens: give a fast one (tokenizer.json)")
+        self.tokenizer, self.train, self.length = tokenizer, train, length or Length()
+        self._template, self._options = template, options
+        self._placeholders = dict(placeholders or {})
+        self._control = _control_tokens(tokenizer)
+        self._finder: TurnFinder | None = None
+
+    @property
+    def turns(self) -> TurnFinder:
+        """What finds turns in chats. ValueError where the template cannot be used."""
+        if self._finder is None:
+            template = ChatTemplate(self.tokenizer, template=self._template, options=self._options)
+            opening = [token for token in (self.tokenizer.bos_token,) if token != self.tokenizer.eos_token]
+            self._finder = TurnFinder(template, control=self._control, opening=[t for t in opening if t])
+        return self._finder
+
+    def encode(self, sample: Chat | Prose | Tokens) -> Encoded:
+        """The ids and the mask of a sample.
+
+        BadRow where it is too long, has nothing to train on, the template refuses it, a text of it spells a control
+        token, or its tokens do not spell its words. ValueError where the template cannot be used at all.
+        """
+        media = False
+        if isinstance(sample, Chat):
+            encoded = self._chat(sample)
+            media = any(message.media for message in sample.messages)
+        else:
+            encoded = self._prose(sample) if isinstance(sample, Prose) else _tokens(sample)
+        fitted = self.length.fit(encoded, sample.place, media=media)
+        if not fitted.trained[1:].any():
+            cut = " after it was cut" if len(fitted.ids) < len(encoded.ids) else ""
+            raise BadRow(
+                sample.place, "nothing to train on", f"none of its {len(fitted.ids)} tokens is trained on{cut}"
+            )
+        return fitted
+
+    def _prose(self, sample: Prose) -> Encoded:
+        """A text, with the tokens that the tokenizer puts around texts, and the one that ends them."""
+        self._check_words(sample.text, sample.place)
+        ids = self.tokenizer(sample.text, add_special_tokens=True, verbose=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        if end is not None and (not ids or ids[-1] != end):
+            ids = [*ids, end]
+        array = np.asarray(ids, np.int64)
+        return Encoded(array, np.ones(len(array), bool))
+
+    def _chat(self, sample: Chat) -> Encoded:
+        for message in sample.messages:
+            self._check_words(message.text, sample.place)
+        rendered = self.turns.find(sample)
+        self._check_placeholders(rendered.text, sample)
+        trained = [turn for turn in rendered.turns if self._is_trained(turn, sample)]
+        if self.train == "last":
+            trained = trained[-1:]
+        encoded = self._whole(rendered, trained) or self._in_pieces(rendered, trained)
+        if encoded is None:
+            detail = (
+                "the tokens of the assistant's turns do not spell their words: the tokenizer joins them with others"
+            )
+            raise BadRow(sample.place, "mask", detail)
+        if self.train == "everything":
+            return Encoded(encoded.ids, np.ones(len(encoded.ids), bool))
+        return encoded
+
+    def _is_trained(self, turn: Turn, sample: Chat) -> bool:
+        said = sample.messages[turn.message].train
+        return sample.messages[turn.message].role == "assistant" if said is None else said
+
+    def _check_words(self, text: str, place: Place) -> None:
+        """A control token within words would be one for the model too: a turn that seems to end in its middle."""
+        found = next((token for token in self._control if token in text), None)
+        if found is not None:
+            raise BadRow(place, "control token in a text", f"a text contains {found!r}, which is a control token")
+
+    def _check_placeholders(self, text: str, sample: Chat) -> None:
+        for kind, token in self._placeholders.items():
+            items = sum(part.kind == kind for message in sample.messages for part in message.parts)
+            if text.count(token) != items:
+                detail = f"the chat template writes {token!r} {text.count(token)} times for {items} items of {kind}"
+                raise BadRow(sample.place, "placeholders", detail)
+
+    def _whole(self, rendered: Rendered, trained: Sequence[Turn]) -> Encoded | None:
+        """The text in tokens, at once; None where a token lies across the edge of what is trained on."""
+        found = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = np.asarray(found["input_ids"], np.int64)
+        spans = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
+        mask = np.zeros(len(ids), bool)
+        for turn in trained:
+            inside = (spans[:, 0] >= turn.start) & (spans[:, 1] <= turn.end) & (spans[:, 1] > spans[:, 0])
+            if not self._spells(ids[inside], rendered.text[turn.start : turn.end]):
+                return None
+            mask |= inside
+        return Encoded(ids, mask)
+
+    def _in_pieces(self, rendered: Rendered, trained: Sequence[Turn]) -> Encoded | None:
+        """The text in tokens, cut around what is trained on: as the model sees it when it answers a prompt."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        at = 0
+        for turn in trained:
+            for start, end, learned in ((at, turn.start, False), (turn.start, turn.end, True)):
+                piece = self.tokenizer(rendered.text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+                if learned and not self._spells(piece, rendered.text[start:end]):
+                    return None
+                ids += piece
+                mask += [learned] * len(piece)
+            at = turn.end
+        rest = self.tokenizer(rendered.text[at:], add_special_tokens=False, verbose=False)["input_ids"]
+        return Encoded(np.asarray([*ids, *rest], np.int64), np.asarray([*mask, *[False] * len(rest)], bool))
+
+    def _spells(self, ids: Sequence[int] | np.ndarray, text: str) -> bool:
+        """Whether tokens spell a text: as it is, or as the tokenizer normalises it."""
+        spelled = self.tokenizer.decode(
+            list(map(int, ids)), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        if spelled == text or spelled.lstrip(" ") == text.lstrip(" "):
+            return True
+        return unicodedata.normalize("NFKC", spelled).strip() == unicodedata.normalize("NFKC", text).strip()
+
+
+def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
+
+
+def _tokens(sample: Tokens) -> Encoded:
+    """Ids that were made beforehand. BadRow where a label is another id than the one at its place."""
+    ids = np.asarray(sample.ids, np.int64)
+    if sample.labels is None:
+        return Encoded(ids, np.ones(len(ids), bool))
+    labels = np.asarray(sample.labels, np.int64)
+    trained = labels != IGNORE
+    wrong = np.flatnonzero(trained & (labels != ids))
+    if len(wrong):
+        at = int(wrong[0])
+        detail = f"label {labels[at]} at place {at}, where the id is {ids[at]}: labels must not be shifted"
+        raise BadRow(sample.place, "labels differ from ids", detail)
+    return Encoded(ids, trained)
