@@ -19,6 +19,12 @@ SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 }
 
 
+# Commands that have commands of their own. Their files need packages that a base install has not.
+GROUPS: dict[str, tuple[str, str]] = {
+    "train": ("ftrain.cli.train", "train a model that exists on data that exists: sft, pretrain, dpo, kto, kd"),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0, or 2 after a line about what the user can fix.
 

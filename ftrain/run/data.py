@@ -1,0 +1,177 @@
+"""From data files to the batches of a run: samples, those held out, their documents, the packs of each step."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from ftrain.data.documents import Group
+from ftrain.data.encoding_ahead import Workers
+from ftrain.data.loader import Loader
+from ftrain.data.mixture import by_temperature
+from ftrain.data.order import Order
+from ftrain.data.packing import Packing
+from ftrain.data.rejects import BadRow, Rejects
+from ftrain.data.samples import Samples, open_samples
+from ftrain.data.subset import Subset, hold_out
+
+_log = logging.getLogger("ftrain.run")
+_COUNTED = 2000
+"""Rows whose tokens are counted before the run, to know about how many steps it has."""
+
+
+class RowEncoder(Protocol):
+    """From a row to its documents (`ftrain.tasks.rows`)."""
+
+    takes: Any
+
+    def __call__(self, sample: Any) -> Group: ...
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which rows are trained on, and how they are packed."""
+
+    data: tuple[str, ...]
+    """Files, folders, globs or URLs; each is a source of its own."""
+    format: str | None = None
+    """The format of the rows; default: it is found in the first rows, and logged."""
+    weights: tuple[float, ...] = ()
+    """How often each source is drawn from; default: by its rows."""
+    temperature: float | None = None
+    """Draw from sources by size ** (1 / temperature): the higher, the more alike they are drawn."""
+    held_out: float = 0.02
+    """Share of each source's rows that is not trained on, whose loss is measured: at most 1000 rows. 0: none."""
+    held_out_data: tuple[str, ...] = ()
+    """Files whose loss is measured, in the place of a share of the data."""
+    tokens: int = 1024
+    """Tokens of a pack. A longer document is rejected, which is counted and logged, or cut (`cut`)."""
+    packs: int | None = None
+    """Packs in a step, over all ranks; default: one for each rank that has its own batch, and at least 4."""
+    cut: Literal["never", "split"] = "never"
+    """split: a document longer than a pack becomes several."""
+    epochs: int | None = None
+    """How often each document is trained on; default: once, or until `steps`."""
+    steps: int | None = None
+    """Where the run ends at the latest."""
+    workers: int = 0
+    """Processes that read and tokenise ahead; 0: this one."""
+    rejected: float = 0.05
+    """The share of rows that may be broken before the run stops."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run's `loader`, the `held_out` batches, `steps` (about, where the data ends the run), and lines for the log."""
+
+    loader: Loader
+    held_out: tuple[Mapping[str, Any], ...]
+    steps: int
+    lines: tuple[str, ...]
+
+
+def make_data(
+    options: DataOptions,
+    encode: RowEncoder,
+    *,
+    ranks: int,
+    seed: int,
+    paired: Callable[[Samples], Any] | None = None,
+    leaves: Mapping[str, np.dtype] | None = None,
+) -> RunData:
+    """The data of a run.
+
+    Args:
+        options: which rows, and how they are packed.
+        encode: from a row to its documents.
+        ranks: that have a batch of their own.
+        seed: of the order and of what is held out.
+        paired: from samples to the rows that `encode` takes, where these are not single samples.
+        leaves: names and dtypes of leaves that the documents have beside tokens and labels.
+
+    ValueError for data that cannot be read, is of another kind than the task's, or does not fill the ranks.
+    """
+    packs = options.packs or max(ranks, 4 - 4 % ranks if ranks < 4 else ranks)
+    if packs % ranks:
+        raise ValueError(f"--packs {packs} do not divide among {ranks} ranks: give a multiple of {ranks}")
+    packing = Packing(options.tokens, ranks=ranks, micro_batches=packs // ranks, cut=options.cut)
+    opened = [open_samples(spec, format=options.format, kinds=encode.takes) for spec in options.data]
+    rows = [paired(samples) if paired is not None else samples for samples in opened]
+    share = 0.0 if options.held_out_data else options.held_out
+    parts = [hold_out(source, share, key=seed) for source in rows]
+    trained, held = [part[0] for part in parts], [part[1] for part in parts]
+    if options.held_out_data:
+        beside = [open_samples(spec, format=options.format, kinds=encode.takes) for spec in options.held_out_data]
+        held = [hold_out(paired(samples) if paired else samples, 0.0, key=seed)[0] for samples in beside]
+    sizes = [len(source) for source in trained]
+    order = Order(sizes, key=seed, weights=_weights(options, sizes))
+    loader = Loader(
+        order, trained, encode, packing, rank=None, epochs=_epochs(options), steps=options.steps,
+        workers=Workers(processes=options.workers), rejects=Rejects(limit=options.rejected), leaves=leaves,
+    )  # fmt: skip
+    lines = [
+        f"{spec}: {len(samples):,} rows of the format {samples.format.name}"
+        for spec, samples in zip(options.data, opened, strict=True)
+    ]
+    tokens, counted = _tokens_of_an_epoch(trained, encode)
+    epoch = max(1, math.ceil(tokens / (packs * options.tokens)))
+    steps = options.steps or epoch * (options.epochs or 1)
+    exact = "" if counted else "about "
+    lines.append(f"{sum(sizes):,} rows are trained on and {sum(map(len, held)):,} held out; {exact}{tokens:,} tokens, "
+                 f"{packs} packs of {options.tokens} a step, {exact}{epoch:,} steps an epoch")  # fmt: skip
+    return RunData(loader, _held_out(held, encode, packing, leaves), steps, tuple(lines))
+
+
+def _epochs(options: DataOptions) -> int | None:
+    return options.epochs if options.epochs or options.steps else 1
+
+
+def _weights(options: DataOptions, sizes: Sequence[int]) -> Sequence[float] | None:
+    if options.weights and options.temperature is not None:
+        raise ValueError("--weights and --temperature both say how often sources are drawn from: give one")
+    if options.temperature is not None:
+        return by_temperature(sizes, options.temperature)
+    return options.weights or None
+
+
+def _tokens_of_an_epoch(sources: Sequence[Subset], encode: RowEncoder) -> tuple[int, bool]:
+    """The tokens of all rows, and whether they were counted or are estimated from some. ValueError for no row at all."""
+    total, seen, rows = 0, 0, sum(map(len, sources))
+    every = max(1, rows // _COUNTED)
+    for row in _spread(sources, every):
+        try:
+            total += len(encode(row()))
+        except BadRow:
+            pass
+        seen += 1
+    if not total:
+        raise ValueError(f"none of {seen} rows can be trained on; `ftrain data stats` says why")
+    return total * rows // seen, every == 1
+
+
+def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]]:
+    for source in sources:
+        for index in range(0, len(source), every):
+            yield lambda source=source, index=index: source[index]
+
+
+def _held_out(
+    sources: Sequence[Subset], encode: RowEncoder, packing: Packing, leaves: Mapping[str, np.dtype] | None
+) -> tuple[Mapping[str, Any], ...]:
+    """Batches of all rows that are held out, in their order; those that cannot be used are counted and logged."""
+    sizes = [(source, len(source)) for source in sources if len(source)]
+    if not sizes:
+        return ()
+    order = Order([size for _, size in sizes], key=0, shuffle=False)
+    rejects = Rejects(limit=1.0)
+    loader = Loader(
+        order, [source for source, _ in sizes], encode, replace(packing, patience=0), rank=None, epochs=1,
+        rejects=rejects, leaves=leaves,
+    )  # fmt: skip
+    found = tuple(step.batch for step in loader)
+    if rejects.count:
+        _log.warning("%d of %d held-out rows cannot be used", rejects.count, rejects.rows)
+    return found
