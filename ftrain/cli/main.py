@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tyro.extras import subcommand_cli_from_dict
 
 from ftrain.analysis.cuda_allocator import prefer_expandable_segments
 from ftrain.cli import plan, replay
+from ftrain.cli.config_file import with_config
 from ftrain.hf import convert
 
 # A subcommand is a frozen dataclass of options, and a function from these to the exit code.
@@ -19,9 +21,10 @@ SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 }
 
 
-# Commands that have commands of their own. Their files need packages that a base install has not.
-GROUPS: dict[str, tuple[str, str]] = {
-    "train": ("ftrain.cli.train", "train a model that exists on data that exists: sft, pretrain, dpo, kto, kd"),
+# Commands that have commands of their own, in files that need packages which a base install has not.
+GROUPS: dict[str, str] = {
+    "train": "train a model that exists on data that exists",
+    "data": "look at data files",
 }
 
 
@@ -33,14 +36,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     prefer_expandable_segments()
     _see_experiments()
-    kinds: dict[str, Callable[..., Any]] = {name: kind for name, (kind, _) in SUBCOMMANDS.items()}
-    options = subcommand_cli_from_dict(kinds, prog="ftrain", args=arguments)
-    run = next(run for kind, run in SUBCOMMANDS.values() if type(options) is kind)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return run(options)
+        return _group(words[0], words[1:]) if words[:1] and words[0] in GROUPS else _single(words)
     except (ValueError, OSError) as error:
         print(f"ftrain: {error}", file=sys.stderr)
         return 2
+
+
+def _single(words: Sequence[str]) -> int:
+    further = "; ".join(f"`ftrain {name}`: {about}" for name, about in GROUPS.items())
+    kinds: dict[str, Callable[..., Any]] = {name: kind for name, (kind, _) in SUBCOMMANDS.items()}
+    options = subcommand_cli_from_dict(kinds, prog="ftrain", args=words, description=f"Also {further} (--help).")
+    run = next(run for kind, run in SUBCOMMANDS.values() if type(options) is kind)
+    return run(options)
+
+
+def _group(name: str, words: list[str]) -> int:
+    """`ftrain NAME COMMAND ...`; options may come from a file (`--config`)."""
+    commands: dict[str, tuple[type, Callable[[Any], int]]] = import_module(f"ftrain.cli.{name}").COMMANDS
+    if words[:1] and words[0] in commands:
+        words = [words[0], *with_config(commands[words[0]][0], words[1:])]
+    kinds: dict[str, Callable[..., Any]] = {command: kind for command, (kind, _) in commands.items()}
+    options = subcommand_cli_from_dict(kinds, prog=f"ftrain {name}", args=words, description=GROUPS[name].capitalize())
+    run = next(run for kind, run in commands.values() if type(options) is kind)
+    return run(options)
 
 
 def _see_experiments() -> None:

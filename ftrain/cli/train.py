@@ -305,3 +305,6 @@ def _device(choice: str) -> torch.device:
         raise ValueError("--device cuda: this machine has no CUDA device")
     on_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if on_cuda else "cpu")
+
+
+COMMANDS = {name: (made, run) for name, (made, _) in KINDS.items()}
