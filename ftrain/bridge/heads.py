@@ -106,24 +106,25 @@ class Scores:
 
     def cross_entropy(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
         """The sum of the cross entropies of the labels, of x's leading dims: 0-d, in nats."""
-        x, w, cap = self._plain()
+        x, w, cap = _plain(self)
         return linear_cross_entropy(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
 
     def token_losses(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
         """The cross entropy of each label, in nats, with the dims of the labels; 0 where it is ignored."""
-        x, w, cap = self._plain()
+        x, w, cap = _plain(self)
         found = linear_token_losses(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
         return found.unflatten(0, labels.shape)
 
-    def _plain(self) -> tuple[Tensor, Tensor, float | None]:
-        """x `[T, D]` and w `[V, D]`, whose product, softcapped, is the scores; and the softcap."""
-        x, w = self.x.flatten(0, -2), self.w_VD
-        if self.b_V is not None:
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-            w = torch.cat([w, self.b_V[:, None].to(w.dtype)], 1)
-        factor = self.before * self.after
-        x = x if factor == 1.0 else x * factor
-        return x, w, self.after if self.capped else None
+
+def _plain(scores: Scores) -> tuple[Tensor, Tensor, float | None]:
+    """x `[T, D]` and w `[V, D]`, whose product, softcapped, is the scores; and the softcap."""
+    x, w = scores.x.flatten(0, -2), scores.w_VD
+    if scores.b_V is not None:
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        w = torch.cat([w, scores.b_V[:, None].to(w.dtype)], 1)
+    factor = scores.before * scores.after
+    x = x if factor == 1.0 else x * factor
+    return x, w, scores.after if scores.capped else None
 
 
 def _tensor(value: Any) -> Any:

@@ -128,3 +128,6 @@ def _coloured(run: Run, *, plain: bool) -> tuple[str, str]:
     if plain:
         return (f"⟦{run.text}⟧" if run.trained else run.text), ""
     return run.text, "black on green" if run.trained else "dim"
+
+
+COMMANDS = {"stats": (DataStats, run_stats), "show": (DataShow, run_show)}

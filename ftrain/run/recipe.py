@@ -82,7 +82,7 @@ class Recipe:
             _fill(self.model, state.params)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        """One update, and metrics: `loss`, each term by its name, `grad_norm` before clipping, `labels` (their number)."""
+        """One update, and metrics: `loss`, each term by its name, `grad_norm` before clipping, `labels` (how many)."""
         key = random.fold_in(ftrain.key(0, device=state.step.device), state.step)
         loss = self._loss(state.extra.get(BASE), key)
         loss = ftrain.accumulate(loss, self.micro_batches, has_aux=True) if self.micro_batches > 1 else loss
@@ -93,6 +93,7 @@ class Recipe:
             "terms": {name: term.value() for name, term in terms.items()},
             "grad_norm": updated.opt_state[0].norm,
             "labels": sum_over_batch((batch["labels"] != -100).sum()),
+            "skipped_in_a_row": updated.opt_state[1].skipped_in_a_row,
         }
 
     def evaluate(self, state: TrainState, batch: Any) -> dict[str, Mean]:

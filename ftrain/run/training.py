@@ -11,10 +11,12 @@ from typing import Any
 
 import ftrain
 from ftrain.checkpoint import Checkpointer, Retention
-from ftrain.data.loader import Facts, Loader, Step
+from ftrain.data.loader import Loader, Step
 from ftrain.data.position import Position
 from ftrain.kernels.mean import Mean
+from ftrain.resilience.anomalies import Verdict
 from ftrain.run.folder import RunFolder
+from ftrain.run.late import Done, Issued, LateReader
 from ftrain.run.progress import Report
 from ftrain.run.recipe import BASE, Recipe
 from ftrain.run.session import Run
@@ -28,17 +30,19 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Every:
-    """How often things happen, in steps; 0 is only at the end.
-
-    - `save`: a checkpoint. `evaluate`: the held-out loss. `keep`: how many of the last checkpoints stay, beside the best.
-    """
+    """How often things happen, in steps."""
 
     save: int = 250
+    """A checkpoint; the last step is always saved. 0: only that."""
     evaluate: int = 100
+    """The held-out loss, which is measured at the start and the end too. 0: only there."""
     keep: int = 2
+    """So many of the last checkpoints stay, and the one with the best held-out loss."""
+    give_up: int = 10
+    """So many steps in a row with gradients that are not finite end the run; each changes nothing."""
 
     def __post_init__(self) -> None:
-        for name, least in (("save", 0), ("evaluate", 0), ("keep", 1)):
+        for name, least in (("save", 0), ("evaluate", 0), ("keep", 1), ("give_up", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
@@ -81,29 +85,31 @@ def train(t: Training, run: Run) -> TrainState:
     keep = Retention(last=t.every.keep, **best)  # type: ignore[arg-type]
     checkpoints = run.checkpointer(t.folder / CHECKPOINTS, keep=keep, specs=t.recipe.specs)
     state, position = resumed(t, checkpoints, state)
-    done, began = position.step, time.perf_counter()
+    done = position.step
     if done == 0 and t.held_out:
         note(t, 0, {"held_out": evaluate(state)})
+    late = LateReader(lambda step: shown(t, step))  # the numbers of a step are read when the next one is under way
     with t.report:
-        last: tuple[int, HostCopy, Facts] | None = None
         for number, (data, is_end) in zip(run.steps(done, t.steps), ending(t.loader.read(position)), strict=False):
+            began = time.perf_counter()
             state, metrics = step(state, run.share(data.batch, plan=plan))
-            if last is not None:  # the numbers of a step are read when the next one is under way
-                began = shown(t, *last, began)
-            last, position = (number, HostCopy(metrics), data.facts), data.position
-            over = is_end or run.is_last
-            if over or (t.every.evaluate and number % t.every.evaluate == 0):
-                began, last = shown(t, *last, began), None
-                loss = note(t, number, {"held_out": evaluate(state)} if t.held_out else {})
-                if over or (t.every.save and number % t.every.save == 0):
-                    checkpoints.save(kept(t, state, position), number, loss)
-                began = time.perf_counter()
-            elif t.every.save and number % t.every.save == 0:
-                checkpoints.save(kept(t, state, position), number)
+            position, over = data.position, is_end or run.is_last
+            late.issued(Issued(number, data.facts, HostCopy(metrics), began, time.perf_counter()))
+            looked = over or is_due(number, t.every.evaluate)
+            if looked:
+                late.flush()
+            loss = note(t, number, {"held_out": evaluate(state)}) if looked and t.held_out else None
+            if over or is_due(number, t.every.save):
+                checkpoints.save(kept(t, state, position), number, loss)
             if over:
                 break
     checkpoints.wait()
     return state
+
+
+def is_due(number: int, every: int) -> bool:
+    """Whether something that happens `every` so many steps, or never for 0, does after step `number`."""
+    return every > 0 and number % every == 0
 
 
 def ending(steps: Iterator[Step]) -> Iterator[tuple[Step, bool]]:
@@ -147,15 +153,15 @@ def resumed(t: Training, checkpoints: Checkpointer, state: TrainState) -> tuple[
     return found["state"].replace(extra=state.extra), Position.of(found["data"])
 
 
-def shown(t: Training, number: int, metrics: HostCopy, facts: Facts, began: float) -> float:
-    """Show and log a step's numbers; the time at which they were there."""
-    found, now = metrics.read(), time.perf_counter()
+def shown(t: Training, step: Done) -> Verdict:
+    """Show and log a step's numbers. ValueError once too many steps in a row changed nothing."""
+    found, facts = step.metrics, step.batch
     row = {
-        "step": number,
+        "step": step.number,
         "loss": float(found["loss"]),
         **{f"loss/{name}": float(value) for name, value in found["terms"].items()},
         "grad_norm": float(found["grad_norm"]),
-        "tokens_per_s": facts.tokens / max(now - began, 1e-9),
+        "tokens_per_s": facts.tokens / max(step.seconds, 1e-9),
         "labels": int(found["labels"]),
         "documents": facts.documents,
         "filled": facts.tokens / facts.budget,
@@ -166,8 +172,14 @@ def shown(t: Training, number: int, metrics: HostCopy, facts: Facts, began: floa
     if t.files is not None:
         t.files.log(row)
     for log in t.trackers:
-        log(number, {name: value for name, value in row.items() if name != "step"})
-    return now
+        log(step.number, {name: value for name, value in row.items() if name != "step"})
+    skipped = int(found["skipped_in_a_row"])
+    if skipped >= t.every.give_up:
+        raise ValueError(
+            f"{skipped} steps in a row up to step {step.number} had gradients that are not finite, and changed nothing: "
+            "take a lower rate, or look for the row or op that makes them (ftrain.debug.check_finite)"
+        )
+    return Verdict.GO_ON
 
 
 def note(t: Training, number: int, found: dict[str, float]) -> dict[str, float] | None:
