@@ -11,10 +11,18 @@ from ftrain.lazy import lazy_names
 if TYPE_CHECKING:
     from ftrain.lora.adapter import Adapter, add
     from ftrain.lora.binding import bind, merge
+    from ftrain.lora.peft import save
+    from ftrain.lora.peft_load import load
     from ftrain.lora.quantized import quantize, quantized_specs
 
-__all__ = ["Adapter", "add", "bind", "merge", "quantize", "quantized_specs"]
+__all__ = ["Adapter", "add", "bind", "load", "merge", "quantize", "quantized_specs", "save"]
 __getattr__ = lazy_names(
     "ftrain.lora",
-    {"adapter": ("Adapter", "add"), "binding": ("bind", "merge"), "quantized": ("quantize", "quantized_specs")},
+    {
+        "adapter": ("Adapter", "add"),
+        "binding": ("bind", "merge"),
+        "peft": ("save",),
+        "peft_load": ("load",),
+        "quantized": ("quantize", "quantized_specs"),
+    },
 )
