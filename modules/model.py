@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ftrain.modules.autoregression import Family
+from ftrain.modules.hf_names import Names
 from ftrain.modules.spec import Tree
 
 
@@ -54,6 +55,7 @@ class Model:
     - `family`: how it generates, or None.
     - `plain(params, batch) -> (loss, gradients)`: what the module that it was made of gives by itself, eager, document
       by document, in float64: 0-d, and a dict of tensors by dotted path. None for models that have no other form.
+    - `names`: what Hugging Face's folders call its parameters; empty where the paths are those names.
     """
 
     name: str
@@ -73,3 +75,4 @@ class Model:
     family: Family | None = None
     plain: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     why: str = ""
+    names: Names = ()

@@ -59,6 +59,7 @@ def native_decoder(folder: HfFolder) -> Model:
         state=balance,
         family=decoder_family(cfg, balance=balance or None),
         why=f"native: {kind} is a family of the library",
+        names=tuple(name for name in files.names if not name.leaf.startswith("balance.")),
     )
 
 

@@ -1,7 +1,11 @@
 """Adapters of low rank for any model: deltas that are trained beside frozen parameters, and folders of them.
 
     adapter = lora.add(model, "all-linear", rank=16)
-    loss, grads = ftrain.value_and_grad(lambda delta, base, batch: model.loss(lora.bind(base, delta, adapter), batch))(...)
+
+    def loss(delta, base, batch):
+        return model.loss(lora.bind(base, delta, adapter), batch)
+
+    loss, grads = ftrain.value_and_grad(loss)(state.params, state.extra, batch)
 """
 
 from typing import TYPE_CHECKING
@@ -11,10 +15,37 @@ from ftrain.lazy import lazy_names
 if TYPE_CHECKING:
     from ftrain.lora.adapter import Adapter, add
     from ftrain.lora.binding import bind, merge
+    from ftrain.lora.one_file import save_file
+    from ftrain.lora.peft import save
+    from ftrain.lora.peft_load import load
+    from ftrain.lora.singular_start import beyond, pissa
     from ftrain.lora.quantized import quantize, quantized_specs
+    from ftrain.lora.rates import plus
 
-__all__ = ["Adapter", "add", "bind", "merge", "quantize", "quantized_specs"]
+__all__ = [
+    "Adapter",
+    "add",
+    "beyond",
+    "bind",
+    "load",
+    "merge",
+    "pissa",
+    "plus",
+    "quantize",
+    "quantized_specs",
+    "save",
+    "save_file",
+]
 __getattr__ = lazy_names(
     "ftrain.lora",
-    {"adapter": ("Adapter", "add"), "binding": ("bind", "merge"), "quantized": ("quantize", "quantized_specs")},
+    {
+        "adapter": ("Adapter", "add"),
+        "binding": ("bind", "merge"),
+        "one_file": ("save_file",),
+        "peft": ("save",),
+        "peft_load": ("load",),
+        "singular_start": ("beyond", "pissa"),
+        "quantized": ("quantize", "quantized_specs"),
+        "rates": ("plus",),
+    },
 )

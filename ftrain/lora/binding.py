@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ftrain.kernels import random
 from ftrain.lora.adapter import Adapter
@@ -60,9 +61,32 @@ def merge(base: Tree, delta: Tree, adapter: Adapter) -> Tree:
     >>> torch.equal(lora.merge(base, adapter.init(ftrain.key(1)), adapter)["w"], base["w"])
     True
     """
+    specs = _Shown(dict(leaves_with_paths(adapter.base)))
+    targets = {target.path: target for target in adapter.targets}
+
+    def whole(path: str, x: Any) -> Tensor:
+        own = mapped(x, lambda _, leaf: _gathered(leaf))
+        shown = specs.of(path, own)
+        if path not in targets:
+            return shown.decoded() if isinstance(shown, Blocks) else x
+        near = {path: mapped(entry(delta, path), lambda _, leaf: _gathered(leaf))}
+        parts = _parts(targets[path], shown, adapter.tree(near), adapter, None)
+        return _divided(summed(parts), x)
+
     with torch.no_grad():
-        bound = bind(base, delta, adapter)
-        return mapped(bound, lambda _, x: summed(x.parts) if isinstance(x, LowRank) else x)
+        return mapped(base, whole, is_quantized)
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """The whole array: of pieces, sums of products would be rounded otherwise than on one device."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _divided(x: Tensor, like: Any) -> Tensor:
+    """The array divided as the leaf that it takes the place of."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def summed(parts: Parts) -> Tensor:

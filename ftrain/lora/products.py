@@ -112,7 +112,12 @@ def _embedding(tokens: Tensor, table: Any, **options: Any) -> Any:
 
 @rule(F.embedding)
 def _torch_embedding(tokens: Tensor, table: Any, padding_idx: int | None = None, *args: Any, **options: Any) -> Any:
-    return _looked_up(tokens, table, lambda x, rows: F.embedding(x, rows, padding_idx, *args, **options))
+    look_up = lambda x, rows: F.embedding(x, rows, padding_idx, *args, **options)  # noqa: E731
+    found = _looked_up(tokens, table, look_up)
+    if padding_idx is None or found is NotImplemented:
+        return found
+    padding = tokens == padding_idx % table.parts.base.shape[0]
+    return torch.where(padding[..., None], found.detach(), found)  # a lookup of padding has no gradient
 
 
 def _looked_up(tokens: Tensor, table: Any, look_up: Callable[[Tensor, Tensor], Tensor]) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ftrain.graph.torch_private import FakeTensor
+from ftrain.kernels.stand_in import StandIn
 from ftrain.trace.plain_values import comparable, form_of, is_plain
 
 Made = list["weakref.ref[Tensor]"]
@@ -128,7 +129,7 @@ def _added(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
 
 def _without_fakes(tensors: dict[str, Any]) -> None:
     """Set tensors of a trace to None, which were assigned while `functional_call` had swapped the parameters."""
-    tensors.update({k: None for k, v in tensors.items() if isinstance(v, FakeTensor)})
+    tensors.update({k: None for k, v in tensors.items() if isinstance(v, FakeTensor | StandIn)})
 
 
 def _same_items(container: Any, items: Any) -> bool:
@@ -159,8 +160,8 @@ def _holds_fake(value: Any, depth: int) -> bool:
 
 
 def _fakes(value: Any, depth: int) -> Iterator[Tensor]:
-    """The tensors of a trace in a value and in its nested containers, to this depth."""
-    if isinstance(value, FakeTensor):
+    """The tensors of a trace, and weights made of them, in a value and in its nested containers, to this depth."""
+    if isinstance(value, FakeTensor | StandIn):
         yield value
     elif depth > 0 and type(value) in (dict, list, tuple, set):
         for inner in value.values() if isinstance(value, dict) else value:
