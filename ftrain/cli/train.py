@@ -296,7 +296,7 @@ def _export(recipe: Recipe, state: Any, options: TrainOptions, path: Path, repor
             tokenizer.save_pretrained(path / "model")
         report.say(f"wrote {path / 'model'}, a folder that transformers loads")
     if recipe.adapter is not None:
-        lora.save(path / "adapter", state.params, recipe.adapter, base=str(options.model))
+        lora.save(state.params, recipe.adapter, path / "adapter", base=str(options.model))
         report.say(f"wrote {path / 'adapter'}, a folder that PEFT loads")
 
 
