@@ -1,0 +1,182 @@
+"""`ftrain train`: a folder and a file in, a run and a folder out, whatever the ranks, and again where it stopped."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import ftrain
+from ftrain.cli.main import main
+from ftrain.run.folder import read_config, read_metrics
+from tests.helpers.chat_folders import chats, judgements, preferences, write_chat_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_chat_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def chat_file(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "chat.jsonl", chats(60))
+
+
+def command(task, model, data, out, *more):
+    """The words of a short run: packs of 128 tokens, 2 in a step."""
+    return [
+        "train", task, "--model", str(model), "--data", str(data), "--out", str(out), "--tokens", "128", "--packs", "2",
+        "--steps", "4", "--rate", "1e-2", "--warmup", "0", *more,
+    ]  # fmt: skip
+
+
+def losses(out):
+    return [row["loss"] for row in read_metrics(out) if "loss" in row]
+
+
+def held_out(out):
+    return [row["held_out"] for row in read_metrics(out) if "held_out" in row]
+
+
+def test_all_parameters_are_trained_and_written_as_a_folder_that_transformers_loads(model, chat_file, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(command("sft", model, chat_file, tmp_path / "run", "--held-out", "0.1")) == 0
+    shown = capsys.readouterr().out
+    assert "60 rows of the format" in shown
+    assert "54 rows are trained on and 6 held out" in shown
+    first, last = held_out(tmp_path / "run")
+    assert last < first - 0.5
+    folder = tmp_path / "run" / "model"
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    ours = ftrain.hf.open(folder)
+    torch.testing.assert_close(
+        ours.logits(ours.load(), {"tokens": tokens[0]}), trained(tokens).logits[0].detach(), rtol=1e-4, atol=1e-4
+    )
+    assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(model).chat_template
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks it
+def test_an_adapter_is_trained_beside_the_frozen_model_and_peft_loads_it(model, chat_file, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "run"
+    assert main(command("sft", model, chat_file, out, "--lora.rank", "4", "--save-merged")) == 0
+    first, last = held_out(out)
+    assert last < first
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), out / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(out / "model")
+    torch.testing.assert_close(theirs(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_goes_on_where_its_last_save_is_with_the_same_bits(model, chat_file, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for out in (whole, cut):
+        assert main(command("sft", model, chat_file, out, "--every.save", "2", "--lora.rank", "4")) == 0
+    shutil.rmtree(cut / "checkpoints" / "global_step_4")
+    (cut / "checkpoints" / "latest").unlink(missing_ok=True)
+    assert main(["train", "sft", "--config", str(cut / "config.json")]) == 0
+    assert losses(cut) == losses(whole)
+    weights = [(out / "adapter" / "adapter_model.safetensors").read_bytes() for out in (whole, cut)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("sizes", [("--shard", "2"), ("--replicate", "2"), ("--sequence", "2")])
+def test_ranks_train_on_the_same_packs_with_the_same_losses(model, chat_file, tmp_path, sizes):
+    assert main(command("sft", model, chat_file, tmp_path / "one")) == 0
+    assert main(command("sft", model, chat_file, tmp_path / "many", *sizes)) == 0
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    facts = [[row["documents"] for row in read_metrics(tmp_path / n) if "loss" in row] for n in ("one", "many")]
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize("adapter", [(), ("--lora.rank", "4")])
+def test_preferences_move_the_chosen_answers_up(model, tmp_path, adapter):
+    data, out = write_rows(tmp_path / "p.jsonl", preferences(40)), tmp_path / "run"
+    assert main(command("dpo", model, data, out, *adapter, "--held-out", "0")) == 0
+    rows = read_metrics(out)
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["loss/margin"] > 0
+
+
+def test_judged_answers_are_trained_on(model, tmp_path):
+    data, out = write_rows(tmp_path / "k.jsonl", judgements(40)), tmp_path / "run"
+    assert main(command("kto", model, data, out, "--held-out", "0")) == 0
+    rows = read_metrics(out)
+    assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-3)
+    assert rows[-1]["loss/good"] > rows[-1]["loss/bad"]
+
+
+def test_a_student_comes_closer_to_its_teacher(model, chat_file, tmp_path):
+    teacher = write_chat_model(tmp_path / "teacher", seed=1, layers=1)
+    out = tmp_path / "run"
+    assert main(command("kd", model, chat_file, out, "--teacher", str(teacher))) == 0
+    assert losses(out)[-1] < losses(out)[0]
+    strange = write_chat_model(tmp_path / "strange", vocab=270)
+    assert main(command("kd", model, chat_file, tmp_path / "other", "--teacher", str(strange))) == 2
+
+
+def test_options_come_from_a_file_and_flags_go_before_them(model, chat_file, tmp_path):
+    file = tmp_path / "sft.yaml"
+    file.write_text(
+        f"model: {model}\ndata: [{chat_file}]\nout: {tmp_path / 'run'}\ntokens: 64\npacks: 1\nsteps: 3\n"
+        "lora:\n  rank: 2\n  rslora: true\n"
+    )
+    assert main(["train", "sft", "--config", str(file), "--steps", "1", "--lora.rank", "3"]) == 0
+    config = read_config(tmp_path / "run")
+    assert (config["steps"], config["tokens"], config["lora"]["rank"], config["lora"]["rslora"]) == (1, 64, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("modle: x\n", "no option is called modle; did you mean model?"),
+        ("lora:\n  rnak: 3\n", "no option is called lora.rnak; did you mean lora.rank?"),
+        ("model: x\nmodel: y\n", "line 2: the key 'model' is there twice"),
+        ("- a\n", "not a mapping of options"),
+        ("lora: 3\n", "lora holds options of its own"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused_with_the_nearest_name(tmp_path, capsys, text, says):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    assert main(["train", "sft", "--config", str(file)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def wrong(model, chat_file, tmp_path):
+    """Commands that cannot be carried out, and what is said of them."""
+    broken = write_rows(tmp_path / "odd.jsonl", [{"colour": "red", "size": 3}] * 5)
+    long = write_rows(tmp_path / "long.jsonl", [{"text": "word " * 200}] * 5)
+    run = lambda task, data, *more: command(task, model, data, tmp_path / "run", *more)  # noqa: E731
+    return {
+        "format": (run("sft", broken), "colour"),
+        "kind": (run("dpo", chat_file), "dpo|prefer|format"),
+        "absent": (run("sft", tmp_path / "none.jsonl"), "none.jsonl"),
+        "model": (command("sft", tmp_path / "nowhere", chat_file, tmp_path / "run"), "no such folder"),
+        "long": (run("sft", long), "none of 5 rows|rejected|too long"),
+        "packs": (run("sft", chat_file, "--shard", "2", "--packs", "3"), "do not divide among 2 ranks"),
+        "tracker": (run("sft", chat_file, "--track", "tensorbord"), "not one of tensorboard"),
+        "target": (run("sft", chat_file, "--lora.rank", "2", "--lora.targets", "q_porj"), "q_porj"),
+    }
+
+
+@pytest.mark.parametrize("case", ["format", "kind", "absent", "model", "long", "packs", "tracker", "target"])
+def test_what_cannot_be_trained_is_one_sentence_and_leaves_nothing(case, model, chat_file, tmp_path, capsys):
+    words, says = wrong(model, chat_file, tmp_path)[case]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ftrain: ")
+    assert any(word in error for word in says.split("|")), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_options(model, chat_file, tmp_path, capsys):
+    assert main(command("sft", model, chat_file, tmp_path / "run")) == 0
+    assert main(command("sft", model, chat_file, tmp_path / "run", "--seed", "1")) == 2
+    assert "seed = 0, and these options say 1" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
