@@ -9,16 +9,79 @@ Legend: N groups of the buffer, P packs of a step, T tokens of a pack, R ranks, 
 """
 
 from bisect import bisect_right
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from ftrain.data.cost import Cost, CostOf
 
 PATIENCE = 16
 """Steps that a group which costs too much for the packs of a step waits for others like it, unless told otherwise."""
 TOLERANCE = 0.015
 """How much more than the mean pack a pack may cost, as a part of it, before its largest group waits."""
 
+_STEPS_AHEAD = 4
+_LEAST_BUFFER = 2**16
+_LEAST_HELD = 2**15
+_SHORT = 32  # tokens: a buffer full of documents shorter than this holds fewer tokens than it may
 _TAKEN_BY_AGE = 0.97  # of the tokens of a step; the rest fills gaps with what fits best, whatever its age
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become the packs of a step.
+
+    - `tokens`: T, the budget of a pack.
+    - `ranks`, `micro_batches`: data ranks, and packs of each of them in a step. Runs with the same R * M train on the
+      same packs in each step.
+    - `cut`: "never", or "split": a document longer than T becomes pieces. `too_long`: what else such a document is,
+      a row that is rejected or an "error".
+    - `cost`: of documents, for packs of equal cost (`ftrain.data.cost`); a group that says its own has that one.
+    - `buffer`: tokens that wait to be packed, None: those of 4 steps, and 65,536 at least.
+    - `patience`, `tolerance`: when a costly group waits for others like it, as in `plan_packs`.
+
+    ValueError for sizes below 1, and words that are none of these.
+    """
+
+    tokens: int
+    ranks: int = 1
+    micro_batches: int = 1
+    cut: Literal["never", "split"] = "never"
+    too_long: Literal["reject", "error"] = "reject"
+    cost: CostOf = field(default_factory=lambda: Cost.of_width(2048))
+    buffer: int | None = None
+    patience: int = PATIENCE
+    tolerance: float = TOLERANCE
+
+    def __post_init__(self) -> None:
+        """ValueError for sizes below 1, and words that are none of these."""
+        for name in ("tokens", "ranks", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Packing: {name}={getattr(self, name)} must be at least 1")
+        for name, known in (("cut", ("never", "split")), ("too_long", ("reject", "error"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Packing: {name}={getattr(self, name)!r} is none of {', '.join(map(repr, known))}")
+        if self.buffer is not None and self.buffer < self.tokens * self.packs:
+            raise ValueError(
+                f"Packing: a buffer of {self.buffer} tokens does not fill the {self.packs} packs of {self.tokens} "
+                f"tokens of a step: give at least {self.tokens * self.packs}"
+            )
+
+    @property
+    def packs(self) -> int:
+        """P, the packs of a step."""
+        return self.ranks * self.micro_batches
+
+    @property
+    def waiting(self) -> int:
+        """Tokens that wait to be packed."""
+        return self.buffer or max(_STEPS_AHEAD * self.tokens * self.packs, _LEAST_BUFFER)
+
+    @property
+    def capacity(self) -> int:
+        """The most groups that wait, for which a position has room: a power of two."""
+        return max(_LEAST_HELD, 1 << (self.waiting // _SHORT - 1).bit_length())
 
 
 class Plan(NamedTuple):
