@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ftrain.data.buffer import Waiting
 from ftrain.data.documents import Group, lay
 from ftrain.data.encoding_ahead import Encode, Places, Rows, Workers, encode_ahead
 from ftrain.data.order import Order
@@ -56,30 +57,31 @@ class Step(NamedTuple):
 class Loader:
     """Steps of batches.
 
-    Args:
-        order: which document comes when.
-        sources: whose sizes `order` knows, in its order.
-        encode: from a row to documents, or to None or `BadRow` for a row that is left out.
-        packing: how documents become packs.
-        rank: of this process; None gets the packs of all ranks, one rank after the other.
-        epochs, steps: how long; without both it is one epoch, with both whichever is over first.
-        at_epoch_end: "carry" packs the last documents of an epoch with the first of the next one; "pack" packs them
-            alone, and what room is left is padding. The last epoch always ends so.
-        workers: who encodes ahead.
-        rejects: told of every row, taken or not; it ends the run when too many are left out.
-        finish: for what only the process needs that trains on a group, such as decoded media: from a group of `encode`
-            to one with the same tokens.
-        leaves: names and dtypes of leaves that documents have beside tokens and labels.
+        Args:
+            order: which document comes when.
+            sources: whose sizes `order` knows, in its order.
+            encode: from a row to documents, or to None or `BadRow` for a row that is left out.
+            packing: how documents become packs.
+            rank: of this process; None gets the packs of all ranks, one rank after the other.
+            epochs, steps: how long; without both it is one epoch, with both whichever is over first.
+            at_epoch_end: "carry" packs the last documents of an epoch with the first of the next one; "pack" packs them
+                alone, and what room is left is padding. The last epoch always ends so.
+            workers: who encodes ahead.
+            rejects: told of every row, taken or not; it ends the run when too many are left out.
+            finish: from a group of `encode` to one with the same tokens: what is only worth doing in the process
+                that trains on the group, such as decoding media.
+            leaves: names and dtypes of leaves that documents have beside tokens and labels.
 
-    Raises:
-        ValueError: sources do not have the sizes of the order, a rank that there is not, or no end.
+        Raises:
+            ValueError: sources do not have the sizes of the order, a rank that there is not, or no end.
 
-    >>> from ftrain.data.documents import Document
-    >>> rows = [np.array([5, 6]), np.array([7, 8, 9])]
-    >>> encode = lambda ids: Group((Document(ids, ids),))
-    >>> loader = Loader(Order([2], key=0), [rows], encode, Packing(tokens=8))
-    >>> [(step.facts.documents, step.facts.tokens) for step in loader]
-    [(2, 5)]
+        >>> from ftrain.data.buffer import Waiting
+    from ftrain.data.documents import Document
+        >>> rows = [np.array([5, 6]), np.array([7, 8, 9])]
+        >>> encode = lambda ids: Group((Document(ids, ids),))
+        >>> loader = Loader(Order([2], key=0), [rows], encode, Packing(tokens=8))
+        >>> [(step.facts.documents, step.facts.tokens) for step in loader]
+        [(2, 5)]
     """
 
     order: Order
@@ -175,7 +177,7 @@ class Loader:
         facts = Facts(
             step=position.step,
             epoch=found.epoch,
-            documents=sum(len(group.documents) for pack in found.packs for group in pack),
+            documents=sum(len(waiting.lengths) for pack in found.packs for waiting in pack),
             tokens=int(found.plan.tokens_P.sum()),
             budget=packing.tokens * packing.packs,
             rejected=position.rejected,
@@ -183,8 +185,9 @@ class Loader:
         )
         return Step(batch, facts, position)
 
-    def _laid(self, groups: Sequence[Group], slots: int) -> dict[str, Any]:
-        finished = list(groups) if self.finish is None else [self.finish(group) for group in groups]
+    def _laid(self, pack: Sequence[Waiting], slots: int) -> dict[str, Any]:
+        groups = [waiting.group(self.packing.tokens) for waiting in pack]
+        finished = groups if self.finish is None else [self.finish(group) for group in groups]
         batch: dict[str, Any] = dict(lay(finished, tokens=self.packing.tokens, leaves=self.leaves))
         batch["segments"] = Documents.of(batch["segments"], max_documents=slots)
         return batch
