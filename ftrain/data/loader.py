@@ -57,31 +57,30 @@ class Step(NamedTuple):
 class Loader:
     """Steps of batches.
 
-        Args:
-            order: which document comes when.
-            sources: whose sizes `order` knows, in its order.
-            encode: from a row to documents, or to None or `BadRow` for a row that is left out.
-            packing: how documents become packs.
-            rank: of this process; None gets the packs of all ranks, one rank after the other.
-            epochs, steps: how long; without both it is one epoch, with both whichever is over first.
-            at_epoch_end: "carry" packs the last documents of an epoch with the first of the next one; "pack" packs them
-                alone, and what room is left is padding. The last epoch always ends so.
-            workers: who encodes ahead.
-            rejects: told of every row, taken or not; it ends the run when too many are left out.
-            finish: from a group of `encode` to one with the same tokens: what is only worth doing in the process
-                that trains on the group, such as decoding media.
-            leaves: names and dtypes of leaves that documents have beside tokens and labels.
+    Args:
+        order: which document comes when.
+        sources: whose sizes `order` knows, in its order.
+        encode: from a row to documents, or to None or `BadRow` for a row that is left out.
+        packing: how documents become packs.
+        rank: of this process; None gets the packs of all ranks, one rank after the other.
+        epochs, steps: how long; without both it is one epoch, with both whichever is over first.
+        at_epoch_end: "carry" packs the last documents of an epoch with the first of the next one; "pack" packs them
+            alone, and what room is left is padding. The last epoch always ends so.
+        workers: who encodes ahead.
+        rejects: told of every row, taken or not; it ends the run when too many are left out.
+        finish: from a group of `encode` to one with the same tokens: what is only worth doing in the process
+            that trains on the group, such as decoding media.
+        leaves: names and dtypes of leaves that documents have beside tokens and labels.
 
-        Raises:
-            ValueError: sources do not have the sizes of the order, a rank that there is not, or no end.
+    Raises:
+        ValueError: sources do not have the sizes of the order, a rank that there is not, or no end.
 
-        >>> from ftrain.data.buffer import Waiting
-    from ftrain.data.documents import Document
-        >>> rows = [np.array([5, 6]), np.array([7, 8, 9])]
-        >>> encode = lambda ids: Group((Document(ids, ids),))
-        >>> loader = Loader(Order([2], key=0), [rows], encode, Packing(tokens=8))
-        >>> [(step.facts.documents, step.facts.tokens) for step in loader]
-        [(2, 5)]
+    >>> from ftrain.data.documents import Document
+    >>> rows = [np.array([5, 6]), np.array([7, 8, 9])]
+    >>> encode = lambda ids: Group((Document(ids, ids),))
+    >>> loader = Loader(Order([2], key=0), [rows], encode, Packing(tokens=8))
+    >>> [(step.facts.documents, step.facts.tokens) for step in loader]
+    [(2, 5)]
     """
 
     order: Order
