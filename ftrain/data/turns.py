@@ -11,8 +11,7 @@ Three ways, of which the first that gives the words of the message is taken:
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from os.path import commonprefix
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftrain.data.chat_template import ChatTemplate, as_fields
@@ -42,6 +41,16 @@ class Rendered:
     turns: tuple[Turn, ...]
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A chat, its messages for the template, its text, and what was put after the template's text."""
+
+    chat: Chat
+    fields: Fields
+    text: str
+    tail: str = ""
+
+
 class TurnFinder:
     """Finds turns in chats of one template.
 
@@ -67,18 +76,20 @@ class TurnFinder:
         It is what follows them both at the end of a chat and within it, or else what follows them within.
         """
         chat = [say("user", "2 + 2?"), say("assistant", _STAND_IN), say("user", "3 + 3?")]
-        within = ""
+        wrong = ""
         for parts in (False, True):
             fields = as_fields(chat, parts=parts)
-            _, found, within = self.template.render(fields).partition(_STAND_IN)
+            try:
+                _, found, within = self.template.render(fields).partition(_STAND_IN)
+                last = self.template.render(fields[:2]).partition(_STAND_IN)[2]
+            except ValueError as error:
+                wrong = wrong or str(error)
+                continue
             first = self._end.match(within)
             if found and first is not None:
-                last = self.template.render(fields[:2]).partition(_STAND_IN)[2]
                 return parts, self._common(within.lstrip(), last.lstrip()) or first.group(1)
-        raise ValueError(
-            f"the chat template writes no control token after what the assistant says (but {within[:40]!r}): the model "
-            "could not learn to stop; give another template"
-        )
+            wrong = f"after what the assistant says the chat template writes no control token but {within[:40]!r}"
+        raise ValueError(f"{wrong}; without a token that ends its turn a model does not learn to stop: give a template")
 
     def _common(self, one: str, other: str) -> str:
         """The control tokens, one right after the other, that both texts begin with."""
@@ -102,106 +113,104 @@ class TurnFinder:
 
         BadRow where the template refuses the chat, or where the words of a turn cannot be told from the rest.
         """
+        if not chat.messages:
+            raise BadRow(chat.place, "no messages", "a chat of no messages")
         fields = as_fields(chat.messages, parts=self._parts)
-        wanted = [i for i, m in enumerate(chat.messages) if m.role == "assistant" or m.train]
         try:
             text, marks = self._whole(fields, chat.tools)
         except ValueError as error:
             raise BadRow(chat.place, "template", str(error)) from error
         speakers = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
         marked = dict(zip(speakers, marks, strict=True)) if len(marks) == len(speakers) else {}
-        turns, text = [], self._closed(text, fields, chat, wanted)
+        wanted = [i for i, m in enumerate(chat.messages) if m.role == "assistant" or m.train]
+        written = self._closed(_Written(chat, fields, text))
+        turns = []
         for number in wanted:
-            found = next(self._spelled(text, fields, chat, number, marked.get(number)), None)
+            found = next(self._spelled(written, number, marked.get(number)), None)
             if found is None:
                 words = chat.messages[number].text
                 detail = f"the chat template hides where message {number + 1} ({words[:40]!r}) begins or ends"
                 raise BadRow(chat.place, "turn not found", detail)
             turns.append(found)
-        return Rendered(text, tuple(turns))
+        return Rendered(written.text, tuple(turns))
 
     def _whole(self, fields: Fields, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         if self.template.has_marks(tools):
             return self.template.render_marked(fields, tools)
         return self.template.render(fields, tools), []
 
-    def _closed(self, text: str, fields: Fields, chat: Chat, wanted: Sequence[int]) -> str:
-        """The text, with the token that ends a turn where the template leaves the last one open."""
-        if not wanted or wanted[-1] != len(chat.messages) - 1:
-            return text
-        around = self._around(text, fields, chat, wanted[-1])
-        return text + self._stop if around is not None and not text[around[1] :].strip() else text
+    def _closed(self, written: _Written) -> _Written:
+        """With the token that ends a turn, where the template leaves the last one open."""
+        around = self._around(written, len(written.fields) - 1)
+        still_open = around is not None and not written.text[around[1] :].strip()
+        return replace(written, text=written.text + self._stop, tail=self._stop) if still_open else written
 
-    def _spelled(
-        self, text: str, fields: Fields, chat: Chat, number: int, marked: tuple[int, int] | None
-    ) -> Iterator[Turn]:
+    def _spelled(self, written: _Written, number: int, marked: tuple[int, int] | None) -> Iterator[Turn]:
         """Turns that spell the words of a message and the token that ends them."""
-        message = chat.messages[number]
-        for start, end in self._candidates(text, fields, chat, number, marked):
-            closed = self._end_of(text, end)
-            if closed is not None and start <= end and _says(text[start:end], message):
+        for start, end in self._candidates(written, number, marked):
+            closed = self._end_of(written.text, end)
+            if closed is not None and start <= end and _says(written.text[start:end], written.chat.messages[number]):
                 yield Turn(number, start, closed)
 
-    def _candidates(
-        self, text: str, fields: Fields, chat: Chat, number: int, marked: tuple[int, int] | None
-    ) -> Iterator[tuple[int, int]]:
+    def _candidates(self, written: _Written, number: int, marked: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
         """Places [start, end) where the words may be, without the token that ends them."""
         if marked is not None:
-            yield marked[0], self._without_end(text, *marked)
-        around = self._around(text, fields, chat, number)
-        begun = self._begun(text, fields, chat, number)
-        ends = [around[1]] if around else []
+            yield marked[0], self._without_end(written.text, *marked)
+        around, begun = self._around(written, number), self._begun(written, number)
         if begun is not None:
-            yield from ((begun, end) for end in ends)
-            whole = self._prefix(text, fields[: number + 1], chat, prompt=False)
+            if around is not None:
+                yield begun, around[1]
+            whole = self._prefix(written, number + 1, prompt=False)
             if whole is not None and whole > begun:
-                yield begun, self._without_end(text, begun, whole)
-        if around:
+                yield begun, self._without_end(written.text, begun, whole)
+        if around is not None:
             yield around
 
     def _without_end(self, text: str, start: int, end: int) -> int:
         """Where the control tokens begin that [start, end) ends with: `end` where there are none."""
-        places = [m.start() for m in self._end.finditer(text, start, end)]
-        for place in places:
-            rest = self._end.sub("", text[place:end])
-            if not rest.strip():
+        for place in (m.start() for m in self._end.finditer(text, start, end)):
+            if not self._end.sub("", text[place:end]).strip():
                 return place
         return end
 
-    def _begun(self, text: str, fields: Fields, chat: Chat, number: int) -> int | None:
+    def _begun(self, written: _Written, number: int) -> int | None:
         """Where the assistant begins to speak: after the prompt that the model is given there."""
-        if not number or chat.messages[number].role != "assistant":
+        if not number or written.chat.messages[number].role != "assistant":
             return None
-        asked = self._prefix(text, fields[:number], chat, prompt=True)
-        silent = self._prefix(text, fields[:number], chat, prompt=False)
-        return None if asked == silent else asked  # a template without a prompt to speak
+        asked = self._prefix(written, number, prompt=True)
+        return None if asked == self._prefix(written, number, prompt=False) else asked  # a template without prompts
 
-    def _prefix(self, text: str, fields: Fields, chat: Chat, *, prompt: bool) -> int | None:
+    def _prefix(self, written: _Written, messages: int, *, prompt: bool) -> int | None:
+        """The length of the first messages as text, if the text of all begins so."""
         try:
-            begun = self.template.render(fields, chat.tools, prompt=prompt)
+            begun = self.template.render(written.fields[:messages], written.chat.tools, prompt=prompt)
         except ValueError:
             return None  # the template takes no chat that ends there
-        return len(begun) if text.startswith(begun) else None
+        return len(begun) if written.text.startswith(begun) else None
 
-    def _around(self, text: str, fields: Fields, chat: Chat, number: int) -> tuple[int, int] | None:
+    def _around(self, written: _Written, number: int) -> tuple[int, int] | None:
         """The words are where a text differs from the same one with a stand-in for them."""
-        stand_in = _STAND_IN
+        stand_in, text = _STAND_IN, written.text
         while stand_in in text:
             stand_in += "q"
-        other: dict[str, Any] = {k: v for k, v in fields[number].items() if k != "tool_calls"}
-        parts = isinstance(other["content"], list)
-        other["content"] = [{"type": "text", "text": stand_in}] if parts else stand_in
+        fields: dict[str, Any] = {k: v for k, v in written.fields[number].items() if k != "tool_calls"}
+        fields["content"] = [{"type": "text", "text": stand_in}] if isinstance(fields["content"], list) else stand_in
+        changed = [*written.fields[:number], fields, *written.fields[number + 1 :]]
         try:
-            changed = self.template.render([*fields[:number], other, *fields[number + 1 :]], chat.tools)
+            before, found, after = self.template.render(changed, written.chat.tools).partition(stand_in)
         except ValueError:
             return None
-        before, found, after = changed.partition(stand_in)
-        if not found or not text.endswith(after):
+        if not found or not text.endswith(after + written.tail):
             return None
-        start, end = len(commonprefix([before, text])), len(text) - len(after)
-        if _TAGS.sub("", before[start:]):
-            start = end + 1  # no place; the end is one
-        return start, end
+        start, end = _shared(before, text), len(text) - len(after + written.tail)
+        return (start, end) if not _TAGS.sub("", before[start:]) else (end + 1, end)  # without a beginning
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    if other.startswith(one):
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _says(spelled: str, message: Message) -> bool:
@@ -210,8 +219,7 @@ def _says(spelled: str, message: Message) -> bool:
     Before the words the model may have to write more by itself (a channel, an empty thought), but nothing after them,
     unless it calls tools there.
     """
-    words = _TAGS.sub("", message.text)
-    said = _TAGS.sub("", spelled)
+    words, said = _TAGS.sub("", message.text), _TAGS.sub("", spelled)
     last = _TAGS.sub("", message.text.rpartition("</think>")[2])
     if message.extra.get("tool_calls"):
         return last in said and all(call["function"]["name"] in spelled for call in message.extra["tool_calls"])
