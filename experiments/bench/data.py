@@ -71,8 +71,8 @@ def packing_rows(options: Options) -> list[Row]:
         what = f"{micro_batches} pack{'s' if micro_batches > 1 else ''} a rank"
         how = (
             f"{steps} steps over {options.ranks} simulated ranks, packs of {options.tokens} tokens, log-normal chats "
-            f"and a tail up to a pack; cost of a decoder of width {_WIDTH}; peer: first fit over 200 documents a rank, as "
-            "VeOmni's"
+            f"and a tail up to a pack; cost of a decoder of width {_WIDTH}; peer: first fit over 200 documents a rank, "
+            "as VeOmni's"
         )
         waited = "; what ranks wait for the slowest, over the mean, all steps together"
         rows += [
