@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftrain.data.chat_template import load_tokenizer
-from ftrain.data.encoding import ChatEncoder, Length
-from ftrain.data.samples import Samples, open_samples
-from ftrain.data.show import Run, Shown, as_html, show
-from ftrain.data.stats import Stats, count
+from ftrain import data
+
+if TYPE_CHECKING:
+    from ftrain.data.encoding import ChatEncoder, Train
+    from ftrain.data.samples import Samples
+    from ftrain.data.show import Run, Shown
+    from ftrain.data.stats import Stats
 
 _WIDTH = 40
 
@@ -42,7 +44,7 @@ class DataShow:
 
     paths: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders, globs or URLs; their rows follow each other."""
-    n: int = 4
+    n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 4
     """How many rows."""
     model: Path | None = None
     """The folder of a model, for its tokenizer and chat template."""
@@ -54,11 +56,24 @@ class DataShow:
     """Write an HTML page to this file."""
 
 
+@tyro.conf.configure(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+@dataclass(frozen=True)
+class Data:
+    """Look at data files: `stats` counts, `show` prints rows."""
+
+    what: Annotated[DataStats, tyro.conf.subcommand("stats")] | Annotated[DataShow, tyro.conf.subcommand("show")]
+
+
+def run(options: Data) -> int:
+    """`ftrain data`: 0, or 1 where every row is rejected. ValueError for data or a model that cannot be read."""
+    return run_stats(options.what) if isinstance(options.what, DataStats) else run_show(options.what)
+
+
 def run_stats(options: DataStats) -> int:
     """`ftrain data stats`; 1 where every row is rejected. ValueError for data or a model that cannot be read."""
     samples, console = _open(options.paths, options.format), Console()
-    encoder = _encoder(options.model, options.train, Length(options.max_tokens))
-    stats = count(samples, encoder, rows=options.rows)
+    encoder = _encoder(options.model, options.train, options.max_tokens)
+    stats = data.count(samples, encoder, rows=options.rows)
     _print_stats(stats, samples, console)
     return 0 if stats.taken else 1
 
@@ -68,33 +83,35 @@ def run_show(options: DataShow) -> int:
     if options.n < 1:
         raise ValueError(f"-n {options.n}: show at least 1 row")
     samples, console = _open(options.paths, options.format), Console()
-    rows = list(show(samples, options.n, _encoder(options.model, options.train, Length())))
+    rows = list(data.show_rows(samples, options.n, _encoder(options.model, options.train)))
     console.print(_headline(samples), style="dim")
     for row in rows:
         _print_row(row, console)
     if options.html is not None:
-        options.html.write_text(as_html(rows, title=", ".join(options.paths)), encoding="utf-8")
+        options.html.write_text(data.as_html(rows, title=", ".join(options.paths)), encoding="utf-8")
         console.print(f"wrote {options.html}")
     return 0
 
 
-def _open(paths: tuple[str, ...], format: str | None) -> Samples:
+def _open(paths: tuple[str, ...], format: str | None) -> "Samples":
     if not paths:
         raise ValueError("no data: give the path of a file or a folder")
-    return open_samples(paths, format=format)
+    return data.open_samples(paths, format=format)
 
 
-def _encoder(
-    model: Path | None, train: Literal["assistant", "last", "everything"], length: Length
-) -> ChatEncoder | None:
-    return None if model is None else ChatEncoder(load_tokenizer(model), train=train, length=length)
+def _encoder(model: Path | None, train: "Train", max_tokens: int | None = None) -> "ChatEncoder | None":
+    return (
+        None
+        if model is None
+        else data.ChatEncoder(data.load_tokenizer(model), train=train, length=data.Length(max_tokens))
+    )
 
 
-def _headline(samples: Samples) -> str:
+def _headline(samples: "Samples") -> str:
     return f"{len(samples)} rows of the format {samples.format.name} ({samples.format.keys})"
 
 
-def _print_stats(stats: Stats, samples: Samples, console: Console) -> None:
+def _print_stats(stats: "Stats", samples: "Samples", console: Console) -> None:
     console.print(_headline(samples))
     console.print(f"{stats.taken} of {stats.rows} rows can be trained on, {stats.rows - stats.taken} are rejected")
     for kind in stats.rejected:
@@ -112,7 +129,7 @@ def _print_stats(stats: Stats, samples: Samples, console: Console) -> None:
     console.print(table)
 
 
-def _print_row(row: Shown, console: Console) -> None:
+def _print_row(row: "Shown", console: Console) -> None:
     console.print()
     console.print(Text(row.title, style="bold"), soft_wrap=True)
     if row.error:
@@ -121,7 +138,7 @@ def _print_row(row: Shown, console: Console) -> None:
     console.print(Text.assemble(*(_coloured(run, plain=not console.is_terminal) for run in row.runs)), soft_wrap=True)
 
 
-def _coloured(run: Run, *, plain: bool) -> tuple[str, str]:
+def _coloured(run: "Run", *, plain: bool) -> tuple[str, str]:
     """A piece with its colour; where there are none, what is trained on stands between marks."""
     if run.trained is None:
         return run.text, ""

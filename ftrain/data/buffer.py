@@ -1,15 +1,15 @@
 """Groups that were read and wait for their pack, the oldest first."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ftrain.data.cost import CostOf
 from ftrain.data.documents import Document, Group
+from ftrain.data.encoding_ahead import Encoded
 from ftrain.data.packing import Packing, Plan, plan_packs
 from ftrain.data.rejects import BadRow
-from ftrain.data.sample import Place
 
 TOO_LONG = "longer than a pack"
 """The kind of `BadRow` that says so."""
@@ -17,22 +17,55 @@ TOO_LONG = "longer than a pack"
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A group, its `tokens` and `cost`; `place`, `piece` and `since` are a row of `Position.held`."""
+    """A group or, of a document that is cut, piece number `piece`; `lengths`: of its documents, int64 `[n]`.
 
-    group: Group
-    tokens: int
-    cost: float
-    place: int
+    `since`: the steps that were made before it was read.
+    """
+
+    encoded: Encoded
+    lengths: np.ndarray
     piece: int
     since: int
+    cost: float | None
+
+    def group(self, tokens: int) -> Group:
+        """Its documents; pieces have `tokens` tokens, and the last one what is left."""
+        group = self.encoded.group()
+        if len(self.encoded.lengths) > 1 or len(group) <= tokens:
+            return group
+        (document,), start = group.documents, self.piece * tokens
+        end = start + tokens
+        leaves = {name: array[start:end] for name, array in document.leaves.items()}
+        return Group((Document(document.tokens[start:end], document.labels[start:end], leaves),), self.cost)
+
+
+def pieces(found: Encoded, packing: Packing, *, since: int) -> list[Waiting]:
+    """What of an encoded row waits: its group, or with `cut="split"` the pieces of a document longer than a pack.
+
+    A piece knows nothing of the tokens before it; the label of its last token is the first token of the next piece.
+    BadRow for a row that was rejected, and for a group that is longer than a pack and may not be cut.
+    """
+    if found.rejected is not None:
+        raise found.rejected
+    total, tokens = int(found.lengths.sum()), packing.tokens
+    if total <= tokens:
+        return [Waiting(found, found.lengths, 0, since, found.cost)]
+    if packing.cut == "split" and len(found.lengths) == 1:
+        lengths = [min(tokens, total - start) for start in range(0, total, tokens)]
+        costs = [None if found.cost is None else found.cost * length / total for length in lengths]
+        return [Waiting(found, np.array([n]), i, since, c) for i, (n, c) in enumerate(zip(lengths, costs, strict=True))]
+    several = f" in {len(found.lengths)} documents that belong together" if len(found.lengths) > 1 else ""
+    raise BadRow(found.where, TOO_LONG, f"it has {total} tokens{several}, and a pack {tokens}")
 
 
 class Buffer:
-    """Waiting groups; `tokens`: of all of them."""
+    """Groups that wait, the oldest first. `tokens`: of all of them."""
 
-    def __init__(self, cost: CostOf) -> None:
-        self._cost = cost
+    def __init__(self, packing: Packing) -> None:
+        self._packing = packing
         self._waiting: list[Waiting] = []
+        self._tokens: list[int] = []
+        self._costs = np.zeros(0)  # of the first ones; those that came since have none yet
         self.tokens = 0
 
     def __len__(self) -> int:
@@ -41,56 +74,45 @@ class Buffer:
     @property
     def held(self) -> np.ndarray:
         """Int64 `[n, 3]`, as `Position.held`."""
-        rows = [(w.place, w.piece, w.since) for w in self._waiting]
+        rows = [(w.encoded.place, w.piece, w.since) for w in self._waiting]
         return np.array(rows, np.int64).reshape(len(rows), 3)
 
-    def add(self, group: Group, *, place: int, piece: int, since: int) -> None:
+    def add(self, waiting: Waiting) -> None:
         """Put a group behind all others."""
-        lengths = np.array([len(document) for document in group.documents], np.int64)
-        tokens = int(lengths.sum())
-        cost = float(np.sum(self._cost(lengths))) if group.cost is None else group.cost
-        self._waiting.append(Waiting(group, tokens, cost, place, piece, since))
+        tokens = int(waiting.lengths.sum())
+        self._waiting.append(waiting)
+        self._tokens.append(tokens)
         self.tokens += tokens
 
-    def take(self, packing: Packing, *, step: int) -> tuple[list[list[Group]], Plan]:
-        """The groups of each pack of the step after `step` others, which leave the buffer, and their plan."""
-        waiting = self._waiting
+    def take(self, *, step: int) -> tuple[list[list[Waiting]], Plan]:
+        """What each pack of the step after `step` others has, which leaves the buffer, and the plan of the step."""
+        packing, waiting = self._packing, self._waiting
+        self._costs = np.concatenate([self._costs, _costs(waiting[len(self._costs) :], packing.cost)])
         plan = plan_packs(
-            np.array([w.tokens for w in waiting], np.int64),
-            np.array([w.cost for w in waiting]),
+            np.array(self._tokens, np.int64),
+            self._costs,
             waited_N=np.array([step - w.since for w in waiting], np.int64),
             tokens=packing.tokens,
             packs=packing.packs,
             patience=packing.patience,
             tolerance=packing.tolerance,
         )
-        found: list[list[Group]] = [[] for _ in range(packing.packs)]
+        found: list[list[Waiting]] = [[] for _ in range(packing.packs)]
+        left: list[Waiting] = []
         for w, pack in zip(waiting, plan.pack_N.tolist(), strict=True):
-            if pack >= 0:
-                found[pack].append(w.group)
-                self.tokens -= w.tokens
-        self._waiting = [w for w, pack in zip(waiting, plan.pack_N.tolist(), strict=True) if pack < 0]
+            (found[pack] if pack >= 0 else left).append(w)
+        self._waiting = left
+        self._tokens = [n for n, pack in zip(self._tokens, plan.pack_N.tolist(), strict=True) if pack < 0]
+        self._costs = self._costs[plan.pack_N < 0]
+        self.tokens = sum(self._tokens)
         return found, plan
 
 
-def pieces(group: Group, *, tokens: int, cut: str, where: Place) -> list[Group]:
-    """The group itself, or with `cut="split"` the pieces of a document that is longer than a pack.
-
-    A piece knows nothing of the tokens before it; the label of its last token is the first token of the next piece.
-    BadRow for a group that is longer and may not be cut.
-    """
-    if len(group) <= tokens:
-        return [group]
-    if cut == "split" and len(group.documents) == 1:
-        return list(_split(group, tokens))
-    several = f" in {len(group.documents)} documents that belong together" if len(group.documents) > 1 else ""
-    raise BadRow(where, TOO_LONG, f"it has {len(group)} tokens{several}, and a pack {tokens}")
-
-
-def _split(group: Group, tokens: int) -> Iterator[Group]:
-    (document,) = group.documents
-    for start in range(0, len(document), tokens):
-        end = min(start + tokens, len(document))
-        cost = None if group.cost is None else group.cost * (end - start) / len(document)
-        leaves = {name: array[start:end] for name, array in document.leaves.items()}
-        yield Group((Document(document.tokens[start:end], document.labels[start:end], leaves),), cost)
+def _costs(waiting: Sequence[Waiting], cost: CostOf) -> np.ndarray:
+    """Of each group: what it says, or the sum of its documents'. Float64 `[n]`."""
+    if not waiting:
+        return np.zeros(0)
+    of_documents = np.asarray(cost(np.concatenate([w.lengths for w in waiting])), np.float64)
+    starts = np.cumsum([0, *(len(w.lengths) for w in waiting[:-1])])
+    sums = np.add.reduceat(of_documents, starts)
+    return np.array([float(own) if w.cost is None else w.cost for w, own in zip(waiting, sums, strict=True)])

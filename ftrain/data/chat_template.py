@@ -89,9 +89,9 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         given = {**self._tokenizer.special_tokens_map, **self._options}
         try:
-            texts, marks = render_jinja_template(
-                conversations=[list(messages)],
-                tools=list(tools) or None,
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                tools=[dict(tool) for tool in tools] or None,
                 chat_template=self.source(tools),
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt,
@@ -99,6 +99,7 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
             raise ValueError(f"the chat template refuses it: {error or type(error).__name__}") from error
+        texts, marks = rendered
         return texts[0], [(int(start), int(end)) for start, end in marks[0]] if marked else []
 
 

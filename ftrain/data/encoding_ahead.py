@@ -5,7 +5,7 @@ What comes out depends on neither. Documents travel from a worker in chunks, as 
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -57,29 +57,25 @@ class Workers:
                 raise ValueError(f"Workers: {name}={getattr(self, name)} must be at least {least}")
 
 
-class Encoded(NamedTuple):
-    """A place of the order, `where` its row stands in a file, and its `group`, or why it has none."""
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A place of the order, and `where` its row stands in a file.
+
+    `lengths`: of its documents, int64 `[n]`, empty where the row is `rejected`; `cost`: what its group says. The group
+    itself is made when it is asked for, as views of what came from the worker.
+    """
 
     place: int
     where: Place
-    group: Group | None
+    lengths: np.ndarray
+    cost: float | None
     rejected: BadRow | None
+    _chunk: "_Chunk"
+    _first: int
 
-
-def encode_at(place: int, order: Order, sources: Sequence[Rows], encode: Encode) -> Encoded:
-    """What is drawn at a place. What `encode` or a source raises goes through, but for `BadRow`."""
-    source, number = order[place]
-    where = Place(f"source {source}", number + 1)
-    try:
-        row = sources[source][number]
-        found = getattr(row, "place", None)
-        where = found if isinstance(found, Place) else where
-        group = encode(row)
-        if group is None or not group.documents:
-            raise BadRow(where, "nothing to train on", "it has nothing to train on")
-    except BadRow as error:
-        return Encoded(place, error.place, None, error)
-    return Encoded(place, where, group, None)
+    def group(self) -> Group:
+        """The documents, as `encode` made them."""
+        return Group(self._chunk.documents(self._first, len(self.lengths)), self.cost)
 
 
 @dataclass(frozen=True)
@@ -140,52 +136,74 @@ class _Chunks:
 
     def __getitem__(self, index: int) -> "_Chunk":
         places = self.places.part(int(index) * self.chunk, self.chunk)
-        return _Chunk.of([encode_at(place, self.order, self.sources, self.encode) for place in places])
+        return _Chunk.of(places, [self._encoded(place) for place in places])
+
+    def _encoded(self, place: int) -> tuple[Place, Group | BadRow]:
+        source, number = self.order[place]
+        where = Place(f"source {source}", number + 1)
+        try:
+            row = self.sources[source][number]
+            found = getattr(row, "place", None)
+            where = found if isinstance(found, Place) else where
+            group = self.encode(row)
+        except BadRow as error:
+            return error.place, error
+        if group is None or not group.documents:
+            return where, BadRow(where, "nothing to train on", "it has nothing to train on")
+        return where, group
 
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Places one after the other. Arrays of all their documents are joined by name; `documents` of each group."""
+    """Places one after the other; the arrays of all their documents, joined by name where all have the same ones.
 
-    places: list[tuple[int, Place]]
-    documents: list[int]
+    `counts`: documents of each place; `ends`: int64, of each document in the joined arrays.
+    """
+
+    places: list[int]
+    where: list[Place]
+    counts: list[int]
     costs: list[float | None]
     rejected: dict[int, BadRow]
-    lengths: np.ndarray
+    ends: np.ndarray
     arrays: list[dict[str, np.ndarray]]
 
     @staticmethod
-    def of(found: Sequence[Encoded]) -> "_Chunk":
-        """Joins the arrays of runs of documents that have the same leaves."""
-        groups = [e.group.documents if e.group else () for e in found]
-        documents = [document for group in groups for document in group]
+    def of(places: list[int], found: Sequence[tuple[Place, Group | BadRow]]) -> "_Chunk":
+        groups = [made if isinstance(made, Group) else None for _, made in found]
+        documents = [document for group in groups if group for document in group.documents]
         kinds = [(d.leaves.keys(), [(a.dtype, a.shape[1:]) for a in d.leaves.values()]) for d in documents]
-        alike = all(kind == kinds[0] for kind in kinds[1:])
         named = [{"tokens": d.tokens, "labels": d.labels, **d.leaves} for d in documents]
-        joined = [{n: np.concatenate([d[n] for d in named]) for n in named[0]}] if alike and named else named
+        if named and all(kind == kinds[0] for kind in kinds):
+            named = [{name: np.concatenate([d[name] for d in named]) for name in named[0]}]
         return _Chunk(
-            [(e.place, e.where) for e in found],
-            [len(group) for group in groups],
-            [e.group.cost if e.group else None for e in found],
-            {e.place: e.rejected for e in found if e.rejected},
-            np.array([len(d) for d in documents], np.int64),
-            joined,
+            places,
+            [where for where, _ in found],
+            [len(group.documents) if group else 0 for group in groups],
+            [group.cost if group else None for group in groups],
+            {place: made for place, (_, made) in zip(places, found, strict=True) if isinstance(made, BadRow)},
+            np.cumsum([len(document) for document in documents], dtype=np.int64),
+            named,
         )
 
     def encoded(self) -> Iterator[Encoded]:
-        """The places, in order; documents are views of the joined arrays."""
-        documents = self._documents()
-        for (place, where), count, cost in zip(self.places, self.documents, self.costs, strict=True):
-            group = Group(tuple(next(documents) for _ in range(count)), cost) if count else None
-            yield Encoded(place, where, group, self.rejected.get(place))
+        """The places, in order."""
+        lengths, first = np.diff(self.ends, prepend=0), 0
+        for place, where, count, cost in zip(self.places, self.where, self.counts, self.costs, strict=True):
+            rejected = self.rejected.get(place)
+            yield Encoded(place, where, lengths[first : first + count], cost, rejected, self, first)
+            first += count
 
-    def _documents(self) -> Iterator[Document]:
-        ends = np.cumsum(self.lengths).tolist()
-        joined = len(self.arrays) == 1
-        for i, (end, length) in enumerate(zip(ends, self.lengths.tolist(), strict=True)):
-            arrays = self.arrays[0] if joined else self.arrays[i]
-            here = {n: a[end - length : end] for n, a in arrays.items()} if joined else arrays
-            yield Document(here["tokens"], here["labels"], {n: a for n, a in here.items() if n not in _TEXT})
+    def documents(self, first: int, count: int) -> tuple[Document, ...]:
+        """So many documents from number `first` on."""
+        return tuple(self._document(number) for number in range(first, first + count))
 
-
-_TEXT = ("tokens", "labels")
+    def _document(self, number: int) -> Document:
+        arrays = self.arrays[0]
+        if len(self.arrays) > 1:
+            arrays = self.arrays[number]
+        elif len(self.ends) > 1:
+            start = int(self.ends[number - 1]) if number else 0
+            arrays = {name: array[start : int(self.ends[number])] for name, array in arrays.items()}
+        leaves = {name: array for name, array in arrays.items() if name not in ("tokens", "labels")}
+        return Document(arrays["tokens"], arrays["labels"], leaves)

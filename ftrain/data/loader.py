@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ftrain.data.buffer import Waiting
 from ftrain.data.documents import Group, lay
 from ftrain.data.encoding_ahead import Encode, Places, Rows, Workers, encode_ahead
 from ftrain.data.order import Order
@@ -67,8 +68,8 @@ class Loader:
             alone, and what room is left is padding. The last epoch always ends so.
         workers: who encodes ahead.
         rejects: told of every row, taken or not; it ends the run when too many are left out.
-        finish: for what only the process needs that trains on a group, such as decoded media: from a group of `encode`
-            to one with the same tokens.
+        finish: from a group of `encode` to one with the same tokens: what is only worth doing in the process
+            that trains on the group, such as decoding media.
         leaves: names and dtypes of leaves that documents have beside tokens and labels.
 
     Raises:
@@ -175,7 +176,7 @@ class Loader:
         facts = Facts(
             step=position.step,
             epoch=found.epoch,
-            documents=sum(len(group.documents) for pack in found.packs for group in pack),
+            documents=sum(len(waiting.lengths) for pack in found.packs for waiting in pack),
             tokens=int(found.plan.tokens_P.sum()),
             budget=packing.tokens * packing.packs,
             rejected=position.rejected,
@@ -183,8 +184,9 @@ class Loader:
         )
         return Step(batch, facts, position)
 
-    def _laid(self, groups: Sequence[Group], slots: int) -> dict[str, Any]:
-        finished = list(groups) if self.finish is None else [self.finish(group) for group in groups]
+    def _laid(self, pack: Sequence[Waiting], slots: int) -> dict[str, Any]:
+        groups = [waiting.group(self.packing.tokens) for waiting in pack]
+        finished = groups if self.finish is None else [self.finish(group) for group in groups]
         batch: dict[str, Any] = dict(lay(finished, tokens=self.packing.tokens, leaves=self.leaves))
         batch["segments"] = Documents.of(batch["segments"], max_documents=slots)
         return batch

@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ftrain.data.buffer import TOO_LONG, Buffer, pieces
-from ftrain.data.documents import Group
+from ftrain.data.buffer import TOO_LONG, Buffer, Waiting, pieces
 from ftrain.data.encoding_ahead import Encoded
 from ftrain.data.packing import Packing, Plan
 from ftrain.data.position import Position
@@ -23,15 +22,16 @@ class StepPacks(NamedTuple):
     position after the step.
     """
 
-    packs: list[list[Group]]
+    packs: list[list[Waiting]]
     plan: Plan
     epoch: int
     position: Position
 
 
 class Reading:
-    """A run's data as it is read. `epoch`: places of one; `cycle`: as many have every row (`Order.cycle`); `last`: the place
-    at which the order ends.
+    """A run's data as it is read.
+
+    `epoch`: places of one; `cycle`: as many have every row (`Order.cycle`); `last`: the place at which the order ends.
 
     `encoded`: the places that the position holds, in rising order, and then those from its next one on.
     """
@@ -51,39 +51,41 @@ class Reading:
         """ValueError where a document that the position holds is gone."""
         self._encoded, self._position, self._packing, self._rejects = encoded, position, packing, rejects
         self._epoch, self._cycle, self._last, self._at_epoch_end = epoch, cycle, last, at_epoch_end
-        self._buffer = Buffer(packing.cost)
+        self._buffer = Buffer(packing)
         self._next, self._rejected, self._rejected_in_a_row = position.next, position.rejected, 0
         self._last_rejected: BadRow | None = None
-        self._over: list[Group] = []  # of the place `_next`, which was read and does not fit into the buffer
+        self._over: list[Waiting] = []  # of the place `_next`, which was read and does not fit into the buffer
         self._read_again(position.held)
 
     def _read_again(self, held: np.ndarray) -> None:
-        made: list[Group] = []
+        made: list[Waiting] = []
         before = -1
         for place, piece, since in held.tolist():
             if place != before:
                 found, before = next(self._encoded), place
-                made = [] if found.group is None else self._pieces(found, found.group)
+                try:
+                    made = pieces(found, self._packing, since=since)
+                except BadRow as error:
+                    raise ValueError(f"the data is not what it was when the position was saved: {error}") from error
             if piece >= len(made):
-                raise ValueError(f"the data is not what it was when the position was saved: place {place} of the order")
-            self._buffer.add(made[piece], place=place, piece=piece, since=since)
+                raise ValueError(f"the data is not what it was when the position was saved: place {place} is shorter")
+            self._buffer.add(made[piece])
 
     def steps(self) -> Generator[StepPacks]:
         """The packs of the steps that follow. ValueError where no row of an epoch can be trained on, and whatever
         `rejects` raises.
         """
-        packing = self._packing
         while True:
             self._fill()
             if not len(self._buffer):
                 if not self._position.documents and self._last_rejected is not None:
                     raise self._nothing(self._rejected, self._last_rejected)
                 return
-            packs, plan = self._buffer.take(packing, step=self._position.step)
+            packs, plan = self._buffer.take(step=self._position.step)
             self._position = self._after(packs, plan)
             yield StepPacks(packs, plan, max(0, self._next - 1) // self._epoch, self._position)
 
-    def _after(self, packs: Sequence[Sequence[Group]], plan: Plan) -> Position:
+    def _after(self, packs: Sequence[Sequence[Waiting]], plan: Plan) -> Position:
         before, tokens = self._position, self._packing.tokens
         most = max(_offsets(pack, tokens) for pack in packs)
         return Position(
@@ -91,7 +93,7 @@ class Reading:
             budget=before.budget,
             step=before.step + 1,
             next=self._next,
-            documents=before.documents + sum(len(group.documents) for pack in packs for group in pack),
+            documents=before.documents + sum(len(w.lengths) for pack in packs for w in pack),
             tokens=before.tokens + int(plan.tokens_P.sum()),
             rejected=self._rejected,
             slots=max(before.slots, 1 << (most - 1).bit_length()),
@@ -100,26 +102,24 @@ class Reading:
 
     def _fill(self) -> None:
         """Read on until enough waits; not into the next epoch while documents of this one wait, where it ends alone."""
-        while self._buffer.tokens < self._packing.waiting and self._next < self._last:
+        waiting, capacity = self._packing.waiting, self._packing.capacity
+        while self._buffer.tokens < waiting and self._next < self._last:
             at_end = self._next % self._epoch == 0
             if at_end and self._at_epoch_end == "pack" and len(self._buffer):
                 return
             made = self._over or self._read()
-            if made and len(self._buffer) and len(self._buffer) + len(made) > self._packing.capacity:
+            if made and len(self._buffer) and len(self._buffer) + len(made) > capacity:
                 self._over = made
                 return
-            for piece, group in enumerate(made):
-                self._buffer.add(group, place=self._next, piece=piece, since=self._position.step)
+            for group in made:
+                self._buffer.add(group)
             self._over = []
             self._next += 1
 
-    def _read(self) -> list[Group]:
+    def _read(self) -> list[Waiting]:
         """What place `_next` gives to the packs: nothing, where its row is left out."""
-        found = next(self._encoded)
         try:
-            if found.group is None:
-                raise found.rejected or BadRow(found.where, "nothing to train on", "it has nothing to train on")
-            made = self._pieces(found, found.group)
+            made = pieces(next(self._encoded), self._packing, since=self._position.step)
         except BadRow as error:
             self._reject(error)
             return []
@@ -142,11 +142,8 @@ class Reading:
     def _nothing(self, rows: int, last: BadRow) -> ValueError:
         return ValueError(f"none of {rows} rows can be trained on; the last one: {last}")
 
-    def _pieces(self, found: Encoded, group: Group) -> list[Group]:
-        return pieces(group, tokens=self._packing.tokens, cut=self._packing.cut, where=found.where)
 
-
-def _offsets(pack: Sequence[Group], tokens: int) -> int:
+def _offsets(pack: Sequence[Waiting], tokens: int) -> int:
     """How many documents a pack has, with those that its padding is."""
-    lengths = [len(document) for group in pack for document in group.documents]
-    return len(lengths) + -(-(tokens - sum(lengths)) // max(lengths, default=1))
+    lengths = np.concatenate([w.lengths for w in pack]) if pack else np.zeros(0, np.int64)
+    return len(lengths) + -(-(tokens - int(lengths.sum())) // int(lengths.max(initial=1)))

@@ -29,7 +29,7 @@ class Shown:
     error: str = ""
 
 
-def show(samples: Samples, rows: int, encoder: ChatEncoder | None = None) -> Iterator[Shown]:
+def show_rows(samples: Samples, rows: int, encoder: ChatEncoder | None = None) -> Iterator[Shown]:
     """The first rows, as tokens where there is an encoder. A broken row is shown with what is wrong.
 
     ValueError where the chat template cannot be used at all, or a file cannot be read.
@@ -110,8 +110,9 @@ def as_html(rows: Sequence[Shown], *, title: str) -> str:
     )
     name = html.escape(title)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>'
-        f"\n<body><h1>{name}</h1>\n<p>What is <mark>marked</mark> is trained on.</p>\n{body}\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f"<style>{_STYLE}</style></head>\n"
+        f"<body><h1>{name}</h1>\n<p>What is <mark>marked</mark> is trained on.</p>\n{body}\n</body></html>\n"
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ftrain.data.encoding import ChatEncoder, Encoded
 from ftrain.data.rejects import BadRow, RejectedKind, Rejects
-from ftrain.data.sample import Chat, Prose, Sample, Tokens
+from ftrain.data.sample import Captioned, Chat, Classed, Judged, Pair, Preference, Prose, Sample, Tokens
 from ftrain.data.samples import Samples
 
 _BARS = 12
@@ -46,15 +46,16 @@ def texts_of(sample: Sample) -> Iterator[Chat | Prose | Tokens]:
     """What of a sample is put into tokens: both ends of a preference, the judged chat, each text of a pair."""
     place = sample.place
     match sample:
-        case Chat() | Prose() | Tokens():
-            yield sample
-        case _ if hasattr(sample, "prompt"):
-            ends = ("chosen", "rejected") if hasattr(sample, "chosen") else ("completion",)
-            yield from (Chat((*sample.prompt, *getattr(sample, end)), place=place) for end in ends)
-        case _ if hasattr(sample, "query"):
-            yield from (Prose(text, place=place) for text in (sample.query, sample.positive, *sample.negatives))
+        case Preference(prompt, chosen, rejected):
+            yield from (Chat((*prompt, *end), place=place) for end in (chosen, rejected))
+        case Judged(prompt, completion):
+            yield Chat((*prompt, *completion), place=place)
+        case Pair(query, positive, negatives):
+            yield from (Prose(text, place=place) for text in (query, positive, *negatives))
+        case Captioned(_, text) | Classed(text):
+            yield Prose(text, place=place)
         case _:
-            yield Prose(sample.text, place=place)
+            yield sample
 
 
 def count(samples: Samples, encoder: ChatEncoder | None = None, *, rows: int | None = None) -> Stats:

@@ -9,9 +9,11 @@ from ftrain.data import sources
 
 
 class File(Protocol):
-    """A file; `path` is as the user gave it. All methods raise ValueError, naming the file, where it cannot be read."""
+    """A file. All methods raise ValueError, naming the file, where it cannot be read."""
 
-    path: str
+    @property
+    def path(self) -> str:
+        """As the user gave it."""
 
     @property
     def size(self) -> int:
@@ -79,7 +81,10 @@ def is_url(path: str) -> bool:
 
 def open_file(path: str) -> File:
     """The file of a path, or of a URL that fsspec knows. ValueError for a URL without fsspec."""
-    return sources.remote.RemoteFile(path) if is_url(path) else LocalFile(path)
+    if not is_url(path):
+        return LocalFile(path)
+    remote: File = sources.remote.RemoteFile(path)
+    return remote
 
 
 def beside(path: str, name: str) -> str:

@@ -1,0 +1,136 @@
+"""How full and how alike packs are, how fast texts become batches, and whether memory stays flat.
+
+    python -m experiments.bench.data [--json FILE] [--rounds 3]
+
+Packing is computed, on one stream of lengths, beside first fit. Speed is of alternating rounds, medians; ratios are
+taken within a round, since other work on the machine changes it from one to the next.
+"""
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from experiments.bench import data_packing, data_speed
+from experiments.bench.table import Row, publish, row
+from ftrain.data.cost import Cost
+from ftrain.data.packing import Packing
+
+_WIDTH = 4096  # of the model whose attention makes long documents dear
+_MARKS = (10_000, 100_000)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    json: Path | None = None
+    """Where the rows go as JSON."""
+    ranks: int = 64
+    """Simulated data ranks."""
+    tokens: int = 8192
+    """Budget of a pack."""
+    steps: int = 100
+    """Simulated steps."""
+    rounds: int = 3
+    """Rounds of speed that count; one before them does not."""
+    speed_tokens: int = 2_000_000
+    """Tokens of each side of a round."""
+    tokenizer: Path | None = None
+    """A tokenizer.json; default: one made of Python's documentation."""
+    parts: tuple[str, ...] = ("packing", "speed", "memory")
+    """Which of packing, speed and memory."""
+
+
+def main(options: Options) -> int:
+    """Print the table; 1 if a goal is missed."""
+    of_parts = {"packing": packing_rows, "speed": speed_rows, "memory": memory_rows}
+    unknown = [part for part in options.parts if part not in of_parts]
+    if unknown:
+        raise SystemExit(f"--parts {unknown[0]}: it is none of {', '.join(of_parts)}")
+    rows = [found for part in options.parts for found in of_parts[part](options)]
+    publish(rows, "data", options.json)
+    return int(any(r.ok is False for r in rows))
+
+
+def packing_rows(options: Options) -> list[Row]:
+    """Padding, cost over ranks and speed of the plan; with several micro-batches a step has as many packs more."""
+    rows: list[Row] = []
+    for micro_batches in (1, 4):
+        packing = Packing(options.tokens, ranks=options.ranks, micro_batches=micro_batches, cost=Cost.of_width(_WIDTH))
+        steps = max(10, options.steps // micro_batches)
+        stream = data_packing.lengths((steps + 8) * packing.packs * options.tokens // 400, options.tokens)
+        our, theirs = (
+            data_packing.measured(stream, kind(packing), steps=steps, tokens=options.tokens)
+            for kind in (data_packing.ours, data_packing.first_fit)
+        )
+        what = f"{micro_batches} pack{'s' if micro_batches > 1 else ''} a rank"
+        how = (
+            f"{steps} steps over {options.ranks} simulated ranks, packs of {options.tokens} tokens, log-normal chats "
+            f"and a tail up to a pack; cost of a decoder of width {_WIDTH}; peer: first fit over 200 documents a rank, "
+            "as VeOmni's"
+        )
+        waited = "; what ranks wait for the slowest, over the mean, all steps together"
+        rows += [
+            row(f"{what}: padding of the budget", 100 * our.padding, "%", goal=1.5, peer=100 * theirs.padding, how=how),
+            row(f"{what}: cost of the slowest rank above the mean", 100 * our.imbalance, "%", goal=3.0,
+                peer=100 * theirs.imbalance, how=how + waited),
+            row(f"{what}: the same, worst step", 100 * our.worst, "%", peer=100 * theirs.worst, how=how),
+            row(f"{what}: CPU time of the plan, a document", 1e6 * our.seconds, "µs", goal=10.0,
+                peer=1e6 * theirs.seconds, how=how),
+        ]  # fmt: skip
+    return rows
+
+
+Side = Callable[[list[str], data_speed.Encode, int], Iterator[int]]
+
+
+def speed_rows(options: Options) -> list[Row]:
+    """The loader beside torch's DataLoader and beside tokenising alone."""
+    texts = data_speed.make_texts(4000, options.tokens)
+    encode = data_speed.Encode(data_speed.make_tokenizer(options.tokenizer), options.tokens)
+    sides: dict[str, Side] = {"ours": data_speed.ours, "torch": data_speed.torchs, "raw": data_speed.raw}
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(options.rounds + 1):
+        for name, side in sides.items():
+            batches = side(texts, encode, options.tokens)
+            speed = data_speed.tokens_per_second(batches, first=20 * options.tokens, tokens=options.speed_tokens)
+            if number:
+                found[name].append(speed)
+    how = (
+        f"texts tokenised, packed to {options.tokens} tokens and laid out, {data_speed.WORKERS} worker processes, "
+        f"{options.speed_tokens} tokens a side, medians of {options.rounds} alternating rounds"
+    )
+
+    def ratio(name: str, other: str, goal: float, note: str) -> Row:
+        value = statistics.median(theirs / our for our, theirs in zip(found["ours"], found[other], strict=True))
+        peer = f"{statistics.median(found[other]) / 1e6:.2f} M tokens/s"
+        return row(name, value, "x", goal=goal, peer=peer, how=how + note)
+
+    return [
+        row("loader: tokens a second", statistics.median(found["ours"]) / 1e6, "M/s", how=how),
+        ratio("loader: time, over torch's DataLoader", "torch", 1 / 1.2, "; its samples packed first fit in the main "
+              "process, as VeOmni's"),
+        ratio("loader: time, over tokenising alone", "raw", 1 / 0.9, "; peer: two processes that only tokenise"),
+    ]  # fmt: skip
+
+
+def memory_rows(options: Options) -> list[Row]:
+    """Resident memory of the loader and its worker, early and late."""
+    command = [sys.executable, "-m", "experiments.bench.data_memory", *map(str, _MARKS)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    early, late = (int(line.split()[1]) / 2**20 for line in printed.splitlines() if line)
+    how = "resident memory of a loader and one worker process, of their own"
+    return [
+        row(f"memory after {_MARKS[0]} samples", early, "MiB", how=how),
+        row(f"memory after {_MARKS[1]} samples, over that after {_MARKS[0]}", late / early, "x", goal=1.02,
+            peer=f"{late:.0f} MiB", how=how),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

@@ -1,0 +1,72 @@
+"""Pictures by Pillow: upright, three colours, on white where they are transparent."""
+
+import io
+import struct
+import warnings
+from typing import Any
+
+import numpy as np
+
+try:
+    from PIL import Image, ImageOps
+except ImportError as absent:
+    raise ValueError('pictures need Pillow: pip install "ftrain-omni[media]"') from absent
+
+from ftrain.data.media.limits import Limits
+from ftrain.data.media.opening import media_bytes, name_of
+from ftrain.data.rejects import BadRow
+from ftrain.data.sample import Place
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+_WHITE = (255, 255, 255, 255)
+
+
+def read_image(source: Any, place: Place, limits: Limits) -> np.ndarray:
+    """A picture as uint8 `[height, width, 3]`, turned as its EXIF data say; of an animation the first frame.
+
+    `source`: a path, the bytes of a file, a picture of Pillow, or such an array. BadRow where it is too large (which is
+    seen before it is decoded), broken, or of an unknown format.
+    """
+    if isinstance(source, np.ndarray):
+        return _checked(source, place, limits)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = source if isinstance(source, Image.Image) else _opened(source, place, limits)
+            limits.check("pixels", image.width * image.height, place, name_of(source))
+            return np.asarray(_rgb(ImageOps.exif_transpose(image)), np.uint8)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadRow(place, "media too large", f"{name_of(source)} is too large a picture: {error}") from error
+    except (OSError, SyntaxError, EOFError, struct.error, ValueError, OverflowError) as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow(place, "broken media", f"{name_of(source)} is no whole picture: {error}") from error
+
+
+def _opened(source: Any, place: Place, limits: Limits) -> Image.Image:
+    return Image.open(io.BytesIO(media_bytes(source, place, limits)), formats=_FORMATS)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel
+        values = np.asarray(image, np.float64)
+        scale = 255.0 / (65535.0 if values.max(initial=0) > 255 else 255.0)
+        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        above = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", above.size, _WHITE), above).convert("RGB")
+    return image.convert("RGB")
+
+
+def _checked(array: np.ndarray, place: Place, limits: Limits) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise BadRow(place, "broken media", f"a picture of {array.dtype} {array.shape}, not uint8 [height, width, 3]")
+    limits.check("pixels", array.shape[0] * array.shape[1], place, "an array")
+    return array
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture uint8 `[h, w, 3]` in another size: uint8 `[height, width, 3]`, bicubic, smoothed when it shrinks."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
