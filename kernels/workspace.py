@@ -25,6 +25,7 @@ _FILES = [
         "linear_cross_entropy_cost",
         "moe",
         "philox",
+        "quantiles",
         "rms_norm",
         "rope",
         "squares",

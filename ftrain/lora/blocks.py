@@ -14,18 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ftrain.kernels.quantiles import NF4, nf4_numbers
+
 Format = Literal["int8", "nf4"]
 
 BLOCK = 64
 """Numbers of a block, where the columns divide by it."""
-
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-"""The quantiles of NF4, as bitsandbytes has them."""
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -157,9 +151,7 @@ def encode(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, scales: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
     """The weight of `codes` and `scales` (see `Blocks`), in `dtype`; computed in float32."""
     if format == "nf4":
-        table = torch.tensor(NF4, dtype=torch.float32, device=codes.device)
-        pairs = torch.stack([codes >> 4, codes & 15], -1).flatten(-2)
-        units = table[pairs.long()]
+        units = nf4_numbers(torch.stack([codes >> 4, codes & 15], -1).flatten(-2))
     else:
         units = codes.float() / 127
     blocks = units.unflatten(-1, (scales.shape[-1], -1))

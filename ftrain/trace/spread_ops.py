@@ -48,7 +48,7 @@ _ELEMENTWISE = {
     _aten._neg_view.default, _aten.isin.Tensor_Scalar,
     _aten._prelu_kernel.default, _aten.masked_fill.Scalar, _aten.masked_fill.Tensor,
 }  # fmt: skip
-_OURS_ELEMENTWISE = ("ftrain::adamw", "ftrain::offload")
+_OURS_ELEMENTWISE = ("ftrain::adamw", "ftrain::offload", "ftrain::nf4_numbers")
 
 
 def coordinates_of(graph: fx.Graph) -> fx.Node | None:
