@@ -90,8 +90,11 @@ def media_source(fields: Fields, kind: Kind) -> Any:
     """
     names = (kind, f"{kind}_url", f"input_{kind}", "url", "path", "base64", "bytes", "data")
     found = next((fields[name] for name in names if fields.get(name) is not None), None)
+    if isinstance(found, Mapping) and found.get("bytes") is None and found.get("array") is not None:
+        rate = found.get("sampling_rate")  # as `datasets` has recordings
+        return found["array"] if rate is None else (found["array"], rate)
     while isinstance(found, Mapping):
-        inner = ("bytes", "url", "path", "data", "array")
+        inner = ("bytes", "url", "path", "data")
         found = next((found[name] for name in inner if found.get(name) is not None), None)
     return found
 
