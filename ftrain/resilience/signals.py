@@ -11,8 +11,8 @@
 SIGTERM is what schedulers send before they kill, SIGUSR1 is Slurm's warning (`--signal=USR1@120`), SIGINT is Ctrl-C.
 
 A launcher between the scheduler and this process decides what arrives. `srun` passes signals and exit codes on.
-`torchrun` passes SIGTERM on and kills after 30 s (`--shutdown-timeout`), dies of SIGUSR1 and leaves its workers behind
-(`--signals-to-handle`), and ends with 1 whatever its workers end with.
+`torchrun` passes SIGTERM on and kills after 30 s (`--shutdown-timeout`), ends at SIGUSR1 without waiting for its ranks
+(`--signals-to-handle`), of which they hear as of SIGTERM (`launcher.py`), and ends with 1 whatever they end with.
 """
 
 import signal
@@ -20,6 +20,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from ftrain.resilience.launcher import launcher_heard
 
 EXIT_RESUMABLE = 75
 """The run was asked to stop, has saved, and goes on from there when started again (EX_TEMPFAIL of sysexits.h)."""
@@ -60,7 +62,8 @@ class StopRequest:
 
 @contextmanager
 def interruptible() -> Iterator[StopRequest]:
-    """Within the block, SIGTERM, SIGINT and SIGUSR1 only set a flag; after it, they do what they did before.
+    """Within the block, SIGTERM, SIGINT and SIGUSR1 only set a flag; after it, they do what they did before. The end of
+    a torchrun above this process is a SIGTERM.
 
     >>> import os, signal
     >>> from ftrain.resilience.signals import interruptible
@@ -81,7 +84,8 @@ def interruptible() -> Iterator[StopRequest]:
     request = StopRequest()
     before = {number: signal.signal(number, request.receive) for number in SIGNALS}
     try:
-        yield request
+        with launcher_heard():
+            yield request
     finally:
         for number, handler in before.items():
             # None: a handler that C code set, which Python cannot name and so not put back.

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
+from ftrain.run.ranks import held_by_agent
 from ftrain.sharding.joint_calls import JointCall, calls_made, first_difference, last_calls
 from ftrain.sharding.private import default_store
 
@@ -41,6 +42,7 @@ class PeerRanks:
             return
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._before = calls_made()
+        self._store = default_store().clone()  # later there may be nobody to connect with
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="ftrain peers", daemon=True)
         self._thread.start()
@@ -54,30 +56,30 @@ class PeerRanks:
             return
         words = f"rank {self._rank} {_in_words(error)}"
         try:
-            store = default_store().clone()
-            if store.compare_set(_FAILED, "", words).decode() == words:
-                _wait_for_readers(store, self._world - 1)
-            store.add(_HEARD, 1)
+            if self._store.compare_set(_FAILED, "", words).decode() == words:
+                _wait_for_readers(self._store, self._world - 1)
+            self._store.add(_HEARD, 1)
         except _STORE_IS_GONE:
             return  # the store ended with the run
 
     def finished(self) -> None:
-        """Return when all ranks have come here. A rank that fails before ends this one. RuntimeError if the rank that
-        holds the store ends before.
+        """Return when all ranks have come here, or where the torchrun that held the store has ended. A rank that fails
+        before ends this one. RuntimeError if the rank that holds the store ends before.
         """
         if self._alone:
             return
-        store = default_store().clone()
         try:
-            store.add(_DONE, 1)
-            while store.add(_DONE, 0) < self._world:
+            self._store.add(_DONE, 1)
+            while self._store.add(_DONE, 0) < self._world:
                 time.sleep(_PERIOD / 5)
-            store.add(_SEEN, 1)
+            self._store.add(_SEEN, 1)
             if self._rank == 0:  # where no agent holds the store it ends with this rank
-                _wait_for_readers(store, self._world, _SEEN)
+                _wait_for_readers(self._store, self._world, _SEEN)
         except _STORE_IS_GONE as error:
             self._end.set()
             self._alone = True  # there is nobody to tell
+            if held_by_agent():
+                return
             raise RuntimeError(
                 f"rank {self._rank} is done, and the rank that holds the store ended before all ranks were"
             ) from error

@@ -81,17 +81,21 @@ def _store(world: int, timeout: timedelta) -> dist.Store:
     nodes attempts are not counted alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a store of its own.
     """
     rank, agents = int(os.environ["RANK"]), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    held_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world,
-        is_master=rank == 0 and not held_by_agent,
+        is_master=rank == 0 and not held_by_agent(),
         timeout=timeout,
         multi_tenant=True,
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agents == 1 else ""
     return dist.PrefixStore(f"attempt {attempt}", store)
+
+
+def held_by_agent() -> bool:
+    """Whether torchrun holds the ranks' common store; otherwise rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def is_main() -> bool:

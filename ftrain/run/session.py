@@ -26,6 +26,7 @@ import torch.distributed as dist
 from ftrain import tree
 from ftrain.checkpoint import Checkpointer, Ranks, Retention
 from ftrain.checkpoint.retention import KEEP_ALL
+from ftrain.resilience.launcher import launcher_heard
 from ftrain.resilience.signals import EXIT_RESUMABLE, SIGNALS, StopRequest
 from ftrain.resilience.watchdog import Watchdog
 from ftrain.run.peers import PeerRanks, began_step
@@ -156,10 +157,10 @@ def session(
 
     Under torchrun each process is a rank. Alone, this process is the only one, or with `kind="virtual"` all of them in
     lockstep. When the block ends, all ranks leave it together. Where one raises, it keeps its error, and the others end
-    with its message and exit code 1, wherever they wait. A signal ends `run.steps` on all ranks, and the block then
-    raises SystemExit with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at once. Where ranks wait
-    for each other since one has left the block, skipped a step or saved alone, all end with exit code 1 and say so.
-    After a failure, saves that were in progress may be lost; the last complete one is kept.
+    with its message and exit code 1, wherever they wait. A signal ends `run.steps` on all ranks, and so does the end of
+    torchrun; the block then raises SystemExit with code 75 (0 for Ctrl-C); outside of `run.steps` it ends the block at
+    once. Where ranks wait for each other since one has left the block, skipped a step or saved alone, all end with exit
+    code 1 and say so. After a failure, saves that were in progress may be lost; the last complete one is kept.
 
     - `replicate`, `shard`, `sequence`, `expert`: sizes of the mesh (`ftrain.Mesh`); `shard=None` takes all the ranks
       that the others leave.
@@ -191,6 +192,7 @@ def session(
             watchdog = opened.enter_context(Watchdog(Path(stacks), seconds=hang_seconds)) if stacks else None
             run = Run(mesh, where, opened, watchdog)
             before = {number: signal.signal(number, run._receive) for number in SIGNALS}
+            opened.enter_context(launcher_heard())
             yield run
             joint_call("left the session")
             interrupted = run.stopping and any_rank(run._stop.signal == signal.SIGINT)
