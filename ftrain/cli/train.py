@@ -24,8 +24,8 @@ from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import MeshFlags, is_main, of_main
 from ftrain.run.recipe import Recipe, optimizer
 from ftrain.run.session import Run, session
-from ftrain.run.training import CHECKPOINTS, Every, Training, train
 from ftrain.run.trackers import TRACKERS, require_trackers
+from ftrain.run.training import CHECKPOINTS, Every, Training, train
 from ftrain.tasks import Dpo, Kd, Kto, NextToken, Task
 from ftrain.tasks.rows import JudgedRows, PreferenceRows, TextRows, WithNeighbour
 
@@ -217,7 +217,11 @@ def _run(name: str, kind: _Kind, options: TrainOptions, ranks: Run) -> int:
     with ExitStack() as opened:
         files = opened.enter_context(_files(path, options, goes_on)) if is_main() else None
         report.say(f"run folder: {path}")
-        logs = tuple(opened.enter_context(TRACKERS[t](path, name, as_config(options))) for t in options.track) if files else ()
+        logs = (
+            tuple(opened.enter_context(TRACKERS[t](path, name, as_config(options))) for t in options.track)
+            if files
+            else ()
+        )
         training = Training(
             recipe, data.loader, path, files, Report(data.steps, every=10, console=report.console), data.steps,
             seed=options.seed, every=options.every, held_out=data.held_out, jit=_jit(options, ranks.device), trackers=logs,

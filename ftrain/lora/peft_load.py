@@ -98,7 +98,7 @@ class _Reading:
         made = Adapter(
             tuple(self._target(path, rank) for path, rank in sorted(ranks.items(), key=lambda x: self._order(x[0]))),
             getattr(self.model, "specs", self.model),
-            {path: "the folder" for path in ranks},
+            dict.fromkeys(ranks, "the folder"),
             self.names,
             rslora=bool(self.config.get("use_rslora")),
             dora=bool(self.config.get("use_dora")),
@@ -241,5 +241,3 @@ def _at(tree: Tree, path: str) -> Any:
     for name in path.split(".") if path else ():
         tree = tree[int(name)] if isinstance(tree, list) else tree[name]
     return tree
-
-

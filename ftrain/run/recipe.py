@@ -115,9 +115,7 @@ class Recipe:
     def _loss(self, base: Tree | None, key: Tensor | None) -> Callable[[Tree, Any], tuple[Any, dict[str, Mean]]]:
         def loss(trained: Tree, batch: Any) -> tuple[Any, dict[str, Mean]]:
             seen = None if base is None else ftrain.forward(lambda tree: tree)(base)
-            return self.task.loss(
-                self.model, self._bound(trained, seen, key), batch, key=key, **self._compared(seen)
-            )
+            return self.task.loss(self.model, self._bound(trained, seen, key), batch, key=key, **self._compared(seen))
 
         return loss
 

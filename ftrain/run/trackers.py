@@ -4,9 +4,8 @@ Each is used where it is installed and asked for by name; the run's own metrics.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,4 +88,6 @@ def _package(name: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as absent:
-        raise ValueError(f"--track {name} needs a package that is not installed ({absent}): pip install {name}") from absent
+        raise ValueError(
+            f"--track {name} needs a package that is not installed ({absent}): pip install {name}"
+        ) from absent

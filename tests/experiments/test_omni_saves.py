@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftrain.run.progress import Report, SteadyConsole
 from experiments.omni.survival import Guard, spared_output
 from ftrain.checkpoint import Checkpointer
 from ftrain.checkpoint import checkpointer as checkpointer_module
@@ -19,6 +18,7 @@ from ftrain.resilience.signals import EXIT_NOT_SAVED
 from ftrain.run import folder as run_folder
 from ftrain.run import row_log
 from ftrain.run.folder import RunFolder
+from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.row_log import RowLog
 from ftrain.run.saves import NotSaved, Saves
 
