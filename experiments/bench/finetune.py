@@ -120,8 +120,7 @@ def _sft(options: Options, folder: Path, made: Path) -> Iterator[Row]:
             spent["ours"].append(_timed(lambda number=number: ours.run(batches[number])))
         for number in range(turn, min(turn + share, len(batches))):
             spent["theirs"].append(_timed(lambda number=number: theirs.run(_as_rows(batches[number]))))
-        print(f"{turn + share} of {options.steps} steps: ours {spent['ours'][-1]:.2f} s, TRL {spent['theirs'][-1]:.2f} s",
-              flush=True)  # fmt: skip
+        _progress(min(turn + share, len(batches)), len(batches), spent)
     losses = [statistics.fmean(side(b) for b in data.held_out) for side in (ours.loss, theirs.loss_of_pack)]
     peaks = [
         measure_peak(lambda: ours.run(batches[0])).peak,
@@ -242,8 +241,7 @@ def _dpo(options: Options, folder: Path, made: Path) -> Iterator[Row]:
     for number in range(options.pair_steps):
         spent["ours"].append(_timed(lambda: losses.append(ours.run(batch))))
         spent["theirs"].append(_timed(lambda: losses.append(theirs.run(padded))))
-        print(f"{number + 1} of {options.pair_steps} steps of preferences: ours {spent['ours'][-1]:.2f} s, TRL "
-              f"{spent['theirs'][-1]:.2f} s", flush=True)  # fmt: skip
+        _progress(number + 1, options.pair_steps, spent)
     mine, other = (statistics.median(spent[side]) for side in ("ours", "theirs"))
     how = f"{len(rows)} pairs, sigmoid, the reference is the base; ours packed into {len(batch['tokens'])} tokens"
     yield row(
@@ -265,12 +263,18 @@ def _pairs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     encode = PreferenceRows(ChatEncoder(load_tokenizer(folder)))
     groups = [
         encode(
-            Preference(*(tuple(say(m["role"], m["content"]) for m in r[side]) for side in ("prompt", "chosen", "rejected")),
-                       place=Place("bench", number))
+            Preference(
+                *(tuple(say(m["role"], m["content"]) for m in r[side]) for side in ("prompt", "chosen", "rejected")),
+                place=Place("bench", number),
+            )
         )
         for number, r in enumerate(rows, start=1)
     ]  # fmt: skip
     return lay(groups, tokens=sum(map(len, groups)))
+
+
+def _progress(done: int, of: int, spent: Mapping[str, Sequence[float]]) -> None:
+    print(f"{done} of {of} steps: ours {spent['ours'][-1]:.2f} s, TRL {spent['theirs'][-1]:.2f} s", flush=True)
 
 
 def _timed(run: Any) -> float:

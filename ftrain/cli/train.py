@@ -224,7 +224,8 @@ def _run(name: str, kind: _Kind, options: TrainOptions, ranks: Run) -> int:
         )
         training = Training(
             recipe, data.loader, path, files, Report(data.steps, every=10, console=report.console), data.steps,
-            seed=options.seed, every=options.every, held_out=data.held_out, jit=_jit(options, ranks.device), trackers=logs,
+            seed=options.seed, every=options.every, held_out=data.held_out, jit=_jit(options, ranks.device),
+            trackers=tuple(logs),
         )  # fmt: skip
         state = train(training, ranks)
         _export(recipe, state, options, path, report, tokenizer)
@@ -270,8 +271,10 @@ def _folder(options: TrainOptions, name: str) -> tuple[Path, bool]:
     return path, goes_on
 
 
-_MAY_CHANGE = ("out", "resume", "steps", "epochs", "every", "track", "workers", "device", "backend", "replicate", "shard",
-               "sequence", "expert", "timeout", "remat", "budget", "save_merged", "rejected")  # fmt: skip
+_MAY_CHANGE = (
+    "out", "resume", "steps", "epochs", "every", "track", "workers", "device", "backend", "replicate", "shard",
+    "sequence", "expert", "timeout", "remat", "budget", "save_merged", "rejected",
+)  # fmt: skip
 
 
 def _files(path: Path, options: TrainOptions, goes_on: bool) -> RunFolder:

@@ -71,6 +71,8 @@ class Loader:
         finish: from a group of `encode` to one with the same tokens: what is only worth doing in the process
             that trains on the group, such as decoding media.
         leaves: names and dtypes of leaves that documents have beside tokens and labels.
+        slots: documents for which a pack's offsets have room from the start; more make room, and a step is then traced
+            again.
 
     Raises:
         ValueError: sources do not have the sizes of the order, a rank that there is not, or no end.
@@ -95,6 +97,7 @@ class Loader:
     rejects: Rejects | None = None
     finish: Callable[[Group], Group] | None = None
     leaves: Mapping[str, np.dtype] | None = None
+    slots: int = 0
 
     def __post_init__(self) -> None:
         """ValueError, as the class says."""
@@ -116,7 +119,7 @@ class Loader:
 
     def start(self) -> Position:
         """The position before the first step."""
-        return Position(order=self.order.fingerprint, budget=self.packing.tokens)
+        return Position(order=self.order.fingerprint, budget=self.packing.tokens, slots=self.slots)
 
     def read(self, position: Position | None = None) -> Iterator[Step]:
         """The steps after `position`; None: all. Close the iterator to end its workers.

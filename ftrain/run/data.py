@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -116,13 +117,15 @@ def make_data(
         f"{spec}: {len(samples):,} rows of the format {samples.format.name}"
         for spec, samples in zip(options.data, opened, strict=True)
     ]
-    tokens, counted = _tokens_of_an_epoch(trained, encode)
+    counted = _counted(trained, encode)
+    tokens = round(sum(counted.lengths) * sum(sizes) / counted.rows)
+    loader = replace(loader, slots=counted.most_in(options.tokens))
     epoch = max(1, math.ceil(tokens / (packs * options.tokens)))
     steps = options.steps or epoch * (options.epochs or 1)
-    exact = "" if counted else "about "
+    exact = "" if counted.rows == sum(sizes) else "about "
     lines.append(f"{sum(sizes):,} rows are trained on and {sum(map(len, held)):,} held out; {exact}{tokens:,} tokens, "
                  f"{packs} packs of {options.tokens} a step, {exact}{epoch:,} steps an epoch")  # fmt: skip
-    return RunData(loader, _held_out(held, encode, packing, leaves), steps, tuple(lines))
+    return RunData(loader, _held_out(held, encode, packing, leaves, loader.slots), steps, tuple(lines))
 
 
 def _epochs(options: DataOptions) -> int | None:
@@ -137,19 +140,33 @@ def _weights(options: DataOptions, sizes: Sequence[int]) -> Sequence[float] | No
     return options.weights or None
 
 
-def _tokens_of_an_epoch(sources: Sequence[Subset], encode: RowEncoder) -> tuple[int, bool]:
-    """The tokens of all rows, and whether they were counted or are estimated from some. ValueError for no row at all."""
-    total, seen, rows = 0, 0, sum(map(len, sources))
-    every = max(1, rows // _COUNTED)
-    for row in _spread(sources, every):
-        try:
-            total += len(encode(row()))
-        except BadRow:
-            pass
-        seen += 1
-    if not total:
-        raise ValueError(f"none of {seen} rows can be trained on; `ftrain data stats` says why")
-    return total * rows // seen, every == 1
+@dataclass(frozen=True)
+class _Counted:
+    """Of `rows` that were looked at: how many `lengths` in tokens those have that can be used, and documents of each."""
+
+    rows: int
+    lengths: tuple[int, ...]
+    documents: int
+
+    def most_in(self, tokens: int) -> int:
+        """The most documents that a pack can have, and twice that, as a power of two, where not all rows are known."""
+        ends = np.cumsum(np.sort(np.asarray(self.lengths)))
+        most = int(np.searchsorted(ends, tokens, side="right")) + 1
+        return 1 << (2 * self.documents * most - 1).bit_length()
+
+
+def _counted(sources: Sequence[Subset], encode: RowEncoder) -> _Counted:
+    """Rows spread over all of the data, encoded. ValueError where none can be used."""
+    rows, lengths, documents, all_rows = 0, list[int](), 1, sum(map(len, sources))
+    for row in _spread(sources, max(1, all_rows // _COUNTED)):
+        rows += 1
+        with suppress(BadRow):  # the loader tells of it
+            group = encode(row())
+            lengths.append(len(group))
+            documents = max(documents, len(group.documents))
+    if not lengths:
+        raise ValueError(f"none of {rows} rows can be trained on; `ftrain data stats` says why")
+    return _Counted(rows, tuple(lengths), documents)
 
 
 def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]]:
@@ -159,7 +176,7 @@ def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]
 
 
 def _held_out(
-    sources: Sequence[Subset], encode: RowEncoder, packing: Packing, leaves: Mapping[str, np.dtype] | None
+    sources: Sequence[Subset], encode: RowEncoder, packing: Packing, leaves: Mapping[str, np.dtype] | None, slots: int
 ) -> tuple[Mapping[str, Any], ...]:
     """Batches of all rows that are held out, in their order; those that cannot be used are counted and logged."""
     sizes = [(source, len(source)) for source in sources if len(source)]
@@ -169,7 +186,7 @@ def _held_out(
     rejects = Rejects(limit=1.0)
     loader = Loader(
         order, [source for source, _ in sizes], encode, replace(packing, patience=0), rank=None, epochs=1,
-        rejects=rejects, leaves=leaves,
+        rejects=rejects, leaves=leaves, slots=slots,
     )  # fmt: skip
     found = tuple(step.batch for step in loader)
     if rejects.count:

@@ -47,8 +47,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.model.state:
             raise ValueError(
-                f"{self.model.name} changes a state in its forward pass ({', '.join(self.model.state)}), which a recipe "
-                "does not carry: write the step by hand (README, 'A step'), with model.loss(params, batch, state=...)"
+                f"{self.model.name} changes a state in its forward pass ({', '.join(self.model.state)}), which a "
+                "recipe does not carry: write the step by hand (README, 'A step'), with model.loss(params, batch, state=...)"
             )
         if self.teacher is not None and self.adapter is not None:
             raise ValueError("a teacher beside an adapter: two bases at once are not carried; train all parameters")

@@ -176,8 +176,8 @@ def shown(t: Training, step: Done) -> Verdict:
     skipped = int(found["skipped_in_a_row"])
     if skipped >= t.every.give_up:
         raise ValueError(
-            f"{skipped} steps in a row up to step {step.number} had gradients that are not finite, and changed nothing: "
-            "take a lower rate, or look for the row or op that makes them (ftrain.debug.check_finite)"
+            f"{skipped} steps in a row up to step {step.number} had gradients that are not finite and changed "
+            "nothing: take a lower rate, or look for the row or op that makes them (ftrain.debug.check_finite)"
         )
     return Verdict.GO_ON
 

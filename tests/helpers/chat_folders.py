@@ -63,4 +63,5 @@ def preferences(count: int) -> list[dict[str, Any]]:
 
 def judgements(count: int) -> list[dict[str, Any]]:
     """Prompts with an answer that is good or bad."""
-    return [{"prompt": f"say {i}", "completion": f"it is {i}", "label": i % 2 == 0} for i in range(count)]
+    said = lambda i: f"it is {i}" if i % 2 == 0 else "no" * (1 + i % 3)  # noqa: E731
+    return [{"prompt": f"say {i}", "completion": said(i), "label": i % 2 == 0} for i in range(count)]
