@@ -142,7 +142,7 @@ def _weights(options: DataOptions, sizes: Sequence[int]) -> Sequence[float] | No
 
 @dataclass(frozen=True)
 class _Counted:
-    """Of `rows` that were looked at: how many `lengths` in tokens those have that can be used, and documents of each."""
+    """Of `rows` that were looked at: `lengths` of those that can be used, in tokens, and the most documents of one."""
 
     rows: int
     lengths: tuple[int, ...]

@@ -48,7 +48,7 @@ class Recipe:
         if self.model.state:
             raise ValueError(
                 f"{self.model.name} changes a state in its forward pass ({', '.join(self.model.state)}), which a "
-                "recipe does not carry: write the step by hand (README, 'A step'), with model.loss(params, batch, state=...)"
+                "recipe does not carry: write the step by hand (README, 'A step'), with model.loss(..., state=...)"
             )
         if self.teacher is not None and self.adapter is not None:
             raise ValueError("a teacher beside an adapter: two bases at once are not carried; train all parameters")
