@@ -22,7 +22,7 @@ import torch
 import tyro
 
 import ftrain
-from ftrain.cli.main import SUBCOMMANDS
+from ftrain.cli.main import SUBCOMMANDS, parse
 from ftrain.hf import save_hf
 from ftrain.hf.convert import hf_to_checkpoint
 from ftrain.modules import decoder
@@ -157,7 +157,7 @@ def test_subcommands_that_are_named_exist() -> None:
 def test_the_arguments_that_the_readme_writes_are_understood(command: str) -> None:
     words = shlex.split(command.replace(" N ", " 1 "))
     if words[0] == "ftrain":
-        tyro.cli(SUBCOMMANDS[words[1]][0], args=words[2:])
+        parse(words[1:])
         return
     at = words.index("-m")
     if words[0] == "torchrun":

@@ -185,3 +185,6 @@ def _module(file: Path) -> Any:
     if name not in sys.modules and str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     return importlib.import_module(name)
+
+
+COMMANDS = {"plan": (PlanOptions, run)}

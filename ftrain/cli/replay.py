@@ -48,3 +48,6 @@ def _sound(step: int, loss: float) -> str:
     if math.isfinite(loss):
         return f"step {step}: every node's values are finite"
     return f"step {step}: no node computed a NaN or an infinity, so a fill or a where made the loss {loss}"
+
+
+COMMANDS = {"replay": (Replay, run)}

@@ -1,0 +1,68 @@
+"""`ftrain params --model DIR`: how many parameters a model has, and which a glob names. Nothing is loaded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import ftrain
+from ftrain.cli.opened import Native
+from ftrain.modules.spec import ParamSpec, leaves_with_paths
+from ftrain.sharding.paths import Rules
+
+
+@dataclass(frozen=True)
+class ParamsOptions:
+    """Count the parameters of a model's folder, all and by component, and list those that a glob names."""
+
+    model: Path
+    """A folder in Hugging Face's format; its weights are not read."""
+    match: str | None = None
+    """A glob over paths: * is one part, ** any number. Default: components are counted."""
+    native: Native = "auto"
+    """auto: a family of the library where it has the model's."""
+
+
+def run(options: ParamsOptions) -> int:
+    """The command. ValueError for a folder without a model, and a glob that matches nothing."""
+    model = ftrain.hf.open(options.model, native=options.native)
+    leaves = dict(leaves_with_paths(model.specs))
+    console = Console()
+    console.print(f"{model.name}: {model.why}", highlight=False)
+    console.print(_matching(leaves, options.match) if options.match else _components(leaves))
+    total, expert = _count(leaves.values()), _count(s for s in leaves.values() if "expert" in s.axes)
+    console.print(f"{total:,} parameters" + (f", {expert:,} of them in experts" if expert else ""), highlight=False)
+    return 0
+
+
+def _components(leaves: Mapping[str, ParamSpec]) -> Table:
+    table = Table("component", "tensors", "parameters")
+    found: dict[str, list[ParamSpec]] = {}
+    for path, spec in leaves.items():
+        parts = [part for part in path.split(".") if not part.isdigit()]
+        found.setdefault(".".join(parts[:3]), []).append(spec)
+    for name, specs in found.items():
+        table.add_row(name, f"{len(specs):,}", f"{_count(specs):,}")
+    return table
+
+
+def _matching(leaves: Mapping[str, ParamSpec], glob: str) -> Table:
+    rules = Rules({glob: True}, of="--match")
+    rules.require_used(leaves)
+    table = Table("parameter", "shape", "axes", "parameters")
+    for path, spec in leaves.items():
+        if rules.find(path):
+            axes = ", ".join(axis or "-" for axis in spec.axes)
+            table.add_row(path, "x".join(map(str, spec.shape)), axes, f"{math.prod(spec.shape):,}")
+    return table
+
+
+def _count(specs: Any) -> int:
+    return sum(math.prod(spec.shape) for spec in specs)
+
+
+COMMANDS = {"params": (ParamsOptions, run)}
