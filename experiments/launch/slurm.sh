@@ -31,7 +31,8 @@ for attempt in 0 1 2 3; do
     # Ranks end one after the other: those that still save are not killed for the first that has ended.
     # shellcheck disable=SC2016
     srun --kill-on-bad-exit=0 --wait=300 bash -c '
-        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS GROUP_WORLD_SIZE=$SLURM_JOB_NUM_NODES
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+        export GROUP_WORLD_SIZE=$SLURM_JOB_NUM_NODES
         exec "${PYTHON:-python}" "$@"' rank "$@" --out "runs/slurm-$SLURM_JOB_ID" --resume auto || code=$?
     if [[ $code -eq $resumable ]]; then
         scontrol requeue "$SLURM_JOB_ID"

@@ -42,7 +42,7 @@ def run(options: EvalOptions) -> int:
     wanted = DataOptions(options.data, options.format, held_out=0.0, tokens=options.tokens, packs=1, rejected=1.0)
     data = make_data(wanted, TextRows(encoder), ranks=1, seed=0)
     opened = open_with_adapter(options.model, options.adapter, native=options.native)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=10_000)
     console.print("\n".join(data.lines))
     loss = ftrain.jit(opened.model.loss)
     found: list[Mean] = []

@@ -11,10 +11,10 @@ from pathlib import Path
 import tyro
 
 SLURM = r"""#!/bin/bash
-# Slurm starts one process per GPU itself, without torchrun between: then its signals reach every process, and the run's
-# exit code reaches this script. Two minutes before the time limit Slurm sends SIGUSR1, before it takes the nodes for
-# another job SIGTERM: the run finishes its step, saves, and exits with 75 to be queued again; it goes on from there. What
-# fails otherwise (a process lost, a hang) is started again here, three times.
+# Slurm starts one process per GPU itself, without torchrun between: then its signals reach every process, and the
+# run's exit code reaches this script. Two minutes before the time limit Slurm sends SIGUSR1, before it takes the nodes
+# for another job SIGTERM: the run finishes its step, saves, and exits with 75 to be queued again; it goes on from
+# there. What fails otherwise (a process lost, a hang) is started again here, three times.
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={gpus}
@@ -40,7 +40,8 @@ for attempt in 0 1 2 3; do
     # Ranks end one after the other: those that still save are not killed for the first that has ended.
     # shellcheck disable=SC2016
     srun --kill-on-bad-exit=0 --wait=300 bash -c '
-        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS GROUP_WORLD_SIZE=$SLURM_JOB_NUM_NODES
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+        export GROUP_WORLD_SIZE=$SLURM_JOB_NUM_NODES
         exec "${{PYTHON:-python}}" "$@"' rank -m ftrain {command} || code=$?
     if [[ $code -eq $resumable ]]; then
         scontrol requeue "$SLURM_JOB_ID"

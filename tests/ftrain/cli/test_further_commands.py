@@ -67,7 +67,7 @@ def test_parameters_are_counted_and_found_by_globs(model, capsys):
     assert main(["params", "--model", str(model), "--match", "layers.*.attention.w_q_*"]) == 0
     assert capsys.readouterr().out.count("w_q_DHK") == 2
     assert main(["params", "--model", str(model), "--match", "layers.*.atention.*"]) == 2
-    assert "matches nothing; nearest: 'layers.0.attention" in capsys.readouterr().err
+    assert "matches nothing; nearest: 'layers.1.attention" in capsys.readouterr().err
 
 
 def test_a_folder_is_checked_against_its_plain_module(model, capsys):
