@@ -41,7 +41,9 @@ def test_past_the_limit_the_run_stops_with_a_sentence():
     rejects.took(94)
     for row in range(5):
         rejects.add(bad(row))
-    with pytest.raises(ValueError, match=r"6\.0%, more than 5\.0%, of 100 rows were rejected, most of them a\.jsonl: 6 x"):
+    with pytest.raises(
+        ValueError, match=r"6\.0%, more than 5\.0%, of 100 rows were rejected, most of them a\.jsonl: 6 x"
+    ):
         rejects.add(bad(6))
 
 
