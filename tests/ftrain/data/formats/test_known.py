@@ -89,7 +89,8 @@ def test_a_chat_with_tools_pictures_and_flags():
     row = {
         "messages": [
             {"role": "user", "content": [
-                {"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
+                {"type": "text", "text": "what?"},
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
                 {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
                 {"type": "video", "video": "a.mp4"},
             ]},
@@ -101,7 +102,9 @@ def test_a_chat_with_tools_pictures_and_flags():
     }  # fmt: skip
     chat = detect([row]).read(row, PLACE)
     assert [part.kind for part in chat.messages[0].parts] == ["text", "image", "audio", "video"]
-    assert [part.source for part in chat.messages[0].media] == ["data:image/png;base64,AA==", "AAAA", "a.mp4"]
+    assert [part.source for part in chat.messages[0].media] == [
+        "data:image/png;base64,AA==", "data:audio;base64,AAAA", "a.mp4",
+    ]  # fmt: skip
     assert chat.messages[1].extra["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2}}
     assert [m.train for m in chat.messages] == [None, False, None, None]
     assert chat.messages[3].extra == {"reasoning_content": "hm"}
@@ -173,7 +176,7 @@ def test_wanted_kinds_choose_among_formats():
     row = {"text": "hi", "label": 1}
     assert detect([row]).name == "classes"
     assert detect([row], kinds=(samples.Prose,)).name == "text"
-    with pytest.raises(ValueError, match='of an unknown format, first of all {"text": "hi", "label": 1}'):
+    with pytest.raises(ValueError, match=r'of an unknown format, first of all \{"text": "hi", "label": 1\}'):
         detect([row], kinds=(samples.Preference,))
 
 
