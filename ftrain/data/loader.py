@@ -175,7 +175,8 @@ class Loader:
         packing, position = self.packing, found.position
         dealt_RM = deal_packs(found.plan.cost_P, ranks=packing.ranks, micro_batches=packing.micro_batches)
         own = dealt_RM.flatten() if self.rank is None else dealt_RM[self.rank]
-        batch = join_packs([self._laid(found.packs[pack], position.slots) for pack in own.tolist()])
+        packs = [self._laid(found.packs[pack], position.slots) for pack in own.tolist()]
+        batch = packs[0] if len(packs) == 1 else join_packs(packs)
         facts = Facts(
             step=position.step,
             epoch=found.epoch,

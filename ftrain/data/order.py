@@ -22,6 +22,7 @@ except ImportError as absent:
     raise ValueError('the order of documents is made by grain: pip install "ftrain-omni[train]"') from absent
 
 _MOST_ROWS = 2**32 - 1  # grain's shuffle computes with 32 bits
+_KEPT = 2**18  # rows whose order takes a megabyte
 
 
 class Draw(NamedTuple):
@@ -74,12 +75,7 @@ class Order:
             self._counts = whole_weights(self.weights)
 
     def _shuffled(self, rows: int, stream: int) -> Any:
-        """grain counts its seed up from epoch to epoch, so seeds of neighbouring keys must lie far from each other."""
-        numbers = grain.MapDataset.source(range(rows))
-        if not self.shuffle:
-            return numbers
-        words = np.random.SeedSequence([self.key % 2**64, stream]).generate_state(1)
-        return numbers.shuffle(seed=int(words[0]))
+        return _Shuffled(rows, (self.key % 2**64, stream)) if self.shuffle else grain.MapDataset.source(range(rows))
 
     def __len__(self) -> int:
         """Documents of an epoch."""
@@ -91,8 +87,8 @@ class Order:
             raise IndexError(f"place {place} of an order: places count from 0")
         if self.weights is not None:
             source, count = turn(place, self._counts)
-            return Draw(source, self._rows[source][count])
-        row = self._rows[0][place]
+            return Draw(source, int(self._rows[source][count]))
+        row = int(self._rows[0][place])
         source = bisect_right(self._ends, row)
         return Draw(source, row - (self._ends[source] - self.sizes[source]))
 
@@ -110,3 +106,28 @@ class Order:
         told = [self.key % 2**64, int(self.shuffle), len(self.sizes), *self.sizes, *weights]
         high, low = np.random.SeedSequence(told).generate_state(2)
         return (int(high) << 31 | int(low) >> 1) & (2**63 - 1)
+
+
+class _Shuffled:
+    """Numbers of rows, shuffled anew in each epoch.
+
+    grain computes each by itself, in a time that grows as sources get smaller: of small ones an epoch's order is made
+    at once, and the last one is kept.
+    """
+
+    def __init__(self, rows: int, seed: tuple[int, int]) -> None:
+        self._rows, self._seed = rows, seed
+        # grain counts its seed up from epoch to epoch, so seeds of neighbouring keys must lie far from each other
+        word = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._large = grain.MapDataset.source(range(rows)).shuffle(seed=word) if rows > _KEPT else None
+        self._last: tuple[int, np.ndarray] = (-1, np.zeros(0, np.uint32))
+
+    def __getitem__(self, place: int) -> int:
+        if self._large is not None:
+            return self._large[place]
+        epoch, at = divmod(place, self._rows)
+        last = self._last
+        if last[0] != epoch:
+            draws = np.random.Philox(np.random.SeedSequence([*self._seed, epoch])).random_raw(self._rows)
+            last = self._last = (epoch, np.argsort(draws, kind="stable").astype(np.uint32))
+        return int(last[1][at])

@@ -218,6 +218,11 @@ class _Filling:
     def spread(self, numbers: np.ndarray) -> None:
         """Give these groups to packs: the costliest first, one to each pack in turn, the costliest to the cheapest."""
         packs, oldest = len(self.room_P), numbers[:1]
+        if packs == 1 and self.lengths_N[numbers].sum() <= self.room_P[0]:
+            self.pack_N[numbers] = 0
+            self.room_P -= self.lengths_N[numbers].sum()
+            self.extra_P += self.extra_N[numbers].sum()
+            return
         self._put(oldest, np.zeros(1, np.int64))
         rest = numbers[1:]
         rest = rest[np.lexsort((-self.lengths_N[rest], -self.extra_N[rest]))]

@@ -42,9 +42,7 @@ class Position:
         ValueError where more is held.
         """
         if len(self.held) > capacity:
-            raise ValueError(
-                f"{len(self.held)} documents wait for their packs, and the position has room for {capacity}"
-            )
+            raise ValueError(f"{len(self.held)} documents wait for their packs, and there is room for {capacity}")
         held = np.full((capacity, _COLUMNS), -1, np.int64)
         held[: len(self.held)] = self.held
         return {name: getattr(self, name) for name in _NUMBERS} | {"held": torch.from_numpy(held)}
