@@ -22,17 +22,21 @@ import torch
 import tyro
 
 import ftrain
+from ftrain import lora
 from ftrain.cli.main import SUBCOMMANDS, parse
 from ftrain.hf import save_hf
 from ftrain.hf.convert import hf_to_checkpoint
 from ftrain.modules import decoder
 from ftrain.modules.hf_config import hf_config
 from ftrain.modules.hf_names import decoder_names
+from tests.helpers.chat_folders import chats, preferences, write_chat_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("make", "python", "python3", "ftrain", "torchrun", "pip")
 SMALL = "--size smoke --steps 1 --tokenizer-steps 1 --held-out 1 --checkpoint-every 1 --out {here}/run"
 """The main job with as little to do as it can have."""
+SHORT_RUN = "--tokens 128 --packs 2 --steps 1"
+"""A training run with as little to do."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Command:
     """How a command of README is run.
 
     `replaced`: words that become others; `appended`: options behind all others. In both `{here}` is an empty folder of
-    the test and `{hf}` a small model of Hugging Face's, with the same as a checkpoint in `{hf}/ckpt`. `ends`: the exit
+    the test, `{hf}` a small model of Hugging Face's, with the same as a checkpoint in `{hf}/ckpt`, and `{chat}` a small
+    chat model with an adapter and data files. `ends`: the exit
     codes that are right, `says`: what is printed, `leaves`: a file that is there afterwards. `long`: more than ten
     seconds of a core even so.
     """
@@ -109,13 +114,59 @@ COMMANDS = {
         appended="--set causal_lm --only gpt2 --columns equal --json {here}/coverage-causal_lm.json", says="gpt2"
     ),
     "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences"),
+    **{
+        f"ftrain train {task} --model DIR --data {file} --out runs/{run}{lora}": Command(
+            {"DIR": "{chat}", file: "{chat}/" + file, f"runs/{run}": "{here}/run"}, SHORT_RUN, leaves=f"run/{leaf}"
+        )
+        for task, file, run, lora, leaf in (
+            ("sft", "chat.jsonl", "chat", "", "model"),
+            ("sft", "chat.jsonl", "lora", " --lora.rank 16", "adapter"),
+            ("dpo", "pairs.jsonl", "dpo", " --lora.rank 16", "adapter"),
+        )
+    },
+    **{
+        f"ftrain train {task} --model DIR --data FILE{more}": Command(
+            {"DIR": "{chat}", "FILE": "{chat}/" + file}, f"{SHORT_RUN} --out {{here}}/run", leaves="run/metrics.jsonl"
+        )
+        for task, file, more in (
+            ("sft", "chat.jsonl", " --lora.rank 16"),
+            ("dpo", "pairs.jsonl", " --lora.rank 16"),
+            ("sft", "chat.jsonl", ""),
+            ("pretrain", "chat.jsonl", " --shard 2"),
+        )
+    },
+    "torchrun --nproc-per-node 8 -m ftrain train sft --config sft.yaml --shard 8": Command(
+        {"8": "2", "sft.yaml": "{chat}/sft.yaml"}, f"{SHORT_RUN} --out {{here}}/run", leaves="run/model", long=True
+    ),
+    "ftrain data stats chat.jsonl --model DIR": Command(
+        {"DIR": "{chat}", "chat.jsonl": "{chat}/chat.jsonl"}, says="openai"
+    ),
+    "ftrain data show chat.jsonl --model DIR --n 2": Command(
+        {"DIR": "{chat}", "chat.jsonl": "{chat}/chat.jsonl"}, says="it is 1"
+    ),
+    'ftrain generate --model DIR --adapter runs/lora/adapter --prompt "2 + 2?"': Command(
+        {"DIR": "{chat}", "runs/lora/adapter": "{chat}/adapter"}, "--max-new 3", says="> 2 + 2?"
+    ),
+    "ftrain eval --model DIR --data chat.jsonl": Command(
+        {"DIR": "{chat}", "chat.jsonl": "{chat}/chat.jsonl"}, "--tokens 128", says="perplexity"
+    ),
+    "ftrain merge --model DIR --adapter runs/lora/adapter --to merged": Command(
+        {"DIR": "{chat}", "runs/lora/adapter": "{chat}/adapter", "merged": "{here}/merged"}, leaves="merged/config.json"
+    ),
+    "ftrain params --model DIR": Command({"DIR": "{chat}"}, says="parameters"),
+    "ftrain check --model DIR --shard 2": Command({"DIR": "{chat}"}, says="equal"),
+    "ftrain launch slurm --out job.sh --nodes 4 -- train sft --config sft.yaml --out runs/big": Command(
+        {"job.sh": "{here}/job.sh"}, leaves="job.sh"
+    ),
+    "ftrain doctor": Command(says="CPU cores"),
     "make omni": Command(),
+    "make finetune": Command(),
     "make test": Command(),
     "make test-exhaustive": Command(),
     "make test-nullgpu": Command(),
     'make omni ARGS="--steps 200 --seed 1"': Command(),
 }
-MENTIONED = ("ftrain plan", "ftrain convert")
+MENTIONED = ("ftrain plan", "ftrain convert", "ftrain train", "ftrain data")
 """Subcommands that a sentence names without arguments."""
 
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
@@ -202,11 +253,24 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, programs: Path, hf: Path, here: Path) -> None:
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small chat model, an adapter for it, data files, and the options of a run in a file."""
+    folder = write_chat_model(tmp_path_factory.mktemp("chat"))
+    write_rows(folder / "chat.jsonl", chats(30))
+    write_rows(folder / "pairs.jsonl", preferences(30))
+    (folder / "sft.yaml").write_text(f"model: {folder}\ndata: [{folder}/chat.jsonl]\n")
+    adapter = lora.add(ftrain.hf.open(folder), "all-linear", rank=2)
+    lora.save(adapter.init(ftrain.key(0)), adapter, folder / "adapter")
+    return folder
+
+
+def run(command: str, programs: Path, hf: Path, chat: Path, here: Path) -> None:
     how, line = COMMANDS[command], command
     for old, new in how.replaced.items():
         line = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", lambda _, new=new: new, line)
     line = f"{line} {how.appended}".replace("{here}", str(here)).replace("{hf}", str(hf))
+    line = line.replace("{chat}", str(chat))
     packages = [str(ROOT), str(Path(torch.__file__).parents[1])]
     env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": os.pathsep.join(packages), "FTRAIN_CACHE": str(here / "cache"), "COLUMNS": "160"}
@@ -222,14 +286,14 @@ def run(command: str, programs: Path, hf: Path, here: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SHORT)
-def test_the_command_runs(command: str, programs: Path, hf: Path, tmp_path: Path) -> None:
-    run(command, programs, hf, tmp_path)
+def test_the_command_runs(command: str, programs: Path, hf: Path, chat: Path, tmp_path: Path) -> None:
+    run(command, programs, hf, chat, tmp_path)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("command", LONG)
-def test_the_long_command_runs(command: str, programs: Path, hf: Path, tmp_path: Path) -> None:
-    run(command, programs, hf, tmp_path)
+def test_the_long_command_runs(command: str, programs: Path, hf: Path, chat: Path, tmp_path: Path) -> None:
+    run(command, programs, hf, chat, tmp_path)
 
 
 def absent(modules: list[str]) -> list[str]:

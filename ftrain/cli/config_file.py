@@ -19,10 +19,11 @@ FLAG = "--config"
 def with_config(options: type, arguments: Sequence[str]) -> list[str]:
     """The arguments with `--config FILE` replaced by the flags of the file, for a dataclass `options`.
 
-    A flag that the arguments have too is left out of the file's. ValueError for a file that cannot be read, a key that
+    A flag that the arguments have too is left out of the file's, and what is behind `--` is no flag. ValueError for a file that cannot be read, a key that
     the options have not (with the nearest one), a key twice, or a value of another kind.
     """
-    rest, file = list(arguments), None
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    rest, behind, file = list(arguments[:end]), list(arguments[end:]), None
     while any(word == FLAG or word.startswith(f"{FLAG}=") for word in rest):
         at = next(i for i, word in enumerate(rest) if word == FLAG or word.startswith(f"{FLAG}="))
         if file is not None:
@@ -34,10 +35,10 @@ def with_config(options: type, arguments: Sequence[str]) -> list[str]:
         else:
             raise ValueError(f"{FLAG} needs a file")
     if file is None:
-        return rest
+        return rest + behind
     given = {_name(word) for word in rest if word.startswith("--")}
     flags = _flags(read_config_file(Path(file)), options, file, "")
-    return [word for name, words in flags if name not in given for word in words] + rest
+    return [word for name, words in flags if name not in given for word in words] + rest + behind
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
