@@ -16,7 +16,7 @@ FLOORS = ("kernels", "sharding", "modules", "ftrain", "experiments")
 ROOMS = (
     "lazy", "tree", "files", "optim", "graph", "trace", "analysis", "passes", "remat", "runtime", "report", "step",
     "checkpoint", "hf", "debug", "profile", "plan", "bridge", "resilience", "lora", "data",
-    "tasks", "run", "cli",
+    "tasks", "run", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ FLAG = "--config"
 def with_config(options: type, arguments: Sequence[str]) -> list[str]:
     """The arguments with `--config FILE` replaced by the flags of the file, for a dataclass `options`.
 
-    A flag that the arguments have too is left out of the file's, and what is behind `--` is no flag. ValueError for a file that cannot be read, a key that
-    the options have not (with the nearest one), a key twice, or a value of another kind.
+    A flag that the arguments have too is left out of the file's, and what is behind `--` is no flag. ValueError for a
+    file that cannot be read, a key that the options have not (with the nearest one), a key twice, or a value of another
+    kind.
     """
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     rest, behind, file = list(arguments[:end]), list(arguments[end:]), None
@@ -138,9 +139,8 @@ def _kinds(options: type) -> dict[str, Any]:
 
 def _is_flat(kind: Any) -> bool:
     """Whether the options of a group stand without its name before theirs."""
-    return typing.get_origin(kind) is typing.Annotated and any(
-        kind.__metadata__ == other.__metadata__ for other in (OmitArgPrefixes[int],)
-    )
+    marks = getattr(OmitArgPrefixes[int], "__metadata__", ())
+    return typing.get_origin(kind) is typing.Annotated and kind.__metadata__ == marks
 
 
 def _name(word: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 class Subset:
     """Some rows of a source with `len` and `[]`, by their numbers."""
 
-    def __init__(self, source: Any, rows: Sequence[int]) -> None:
+    def __init__(self, source: Any, rows: Sequence[int] | np.ndarray) -> None:
         self._source, self._rows = source, np.asarray(rows, np.int64)
 
     def __len__(self) -> int:

@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _COUNTED = 2000
 class RowEncoder(Protocol):
     """From a row to its documents (`ftrain.tasks.rows`)."""
 
-    takes: Any
+    takes: ClassVar[tuple[type, ...]]
 
     def __call__(self, sample: Any) -> Group: ...
 
@@ -172,7 +173,7 @@ def _counted(sources: Sequence[Subset], encode: RowEncoder) -> _Counted:
 def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]]:
     for source in sources:
         for index in range(0, len(source), every):
-            yield lambda source=source, index=index: source[index]
+            yield partial(source.__getitem__, index)
 
 
 def _held_out(

@@ -34,6 +34,8 @@ class Recipe:
     - `teacher`: for a task that compares with another model than its own; its parameters are the base.
     - `micro_batches`: that a step's batch is divided into, one after the other.
     - `base_dtype`: of the parameters that are not trained.
+
+    ValueError for a model with a state, and for a teacher together with an adapter.
     """
 
     model: Model

@@ -15,19 +15,24 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 @contextmanager
 def tensorboard(folder: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]:
-    """Event files in `folder/tensorboard`."""
+    """Event files in `folder/tensorboard`. ValueError without the package."""
     del name
     writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
     writer.add_text("config", str(dict(config)))
+
+    def log(step: int, numbers: Mapping[str, float]) -> None:
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+
     try:
-        yield lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in numbers.items()] and None
+        yield log
     finally:
         writer.close()
 
 
 @contextmanager
 def trackio(folder: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]:
-    """A local trackio project called `ftrain`."""
+    """A local trackio project called `ftrain`. ValueError without the package."""
     package = _package("trackio", "trackio")
     package.init(project="ftrain", name=f"{folder.name}-{name}", config=dict(config))
     try:
@@ -38,7 +43,7 @@ def trackio(folder: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]
 
 @contextmanager
 def wandb(folder: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]:
-    """A run of Weights & Biases; WANDB_MODE=offline keeps it in the folder."""
+    """A run of Weights & Biases; WANDB_MODE=offline keeps it in the folder. ValueError without the package."""
     run = _package("wandb", "wandb").init(project="ftrain", name=name, dir=str(folder), config=dict(config))
     try:
         yield lambda step, numbers: run.log(dict(numbers), step=step)
@@ -48,7 +53,7 @@ def wandb(folder: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]:
 
 @contextmanager
 def swanlab(folder: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]:
-    """A run of SwanLab."""
+    """A run of SwanLab. ValueError without the package."""
     package = _package("swanlab", "swanlab")
     package.init(project="ftrain", experiment_name=name, logdir=str(folder / "swanlab"), config=dict(config))
     try:
@@ -59,7 +64,7 @@ def swanlab(folder: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]
 
 @contextmanager
 def mlflow(folder: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]:
-    """A run of MLflow, at MLFLOW_TRACKING_URI or in the folder."""
+    """A run of MLflow, at MLFLOW_TRACKING_URI or in the folder. ValueError without the package."""
     del folder
     package = _package("mlflow", "mlflow")
     package.set_experiment("ftrain")

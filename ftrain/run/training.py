@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Every:
-    """How often things happen, in steps."""
+    """How often things happen, in steps. ValueError for numbers below what makes sense."""
 
     save: int = 250
     """A checkpoint; the last step is always saved. 0: only that."""
