@@ -65,7 +65,7 @@ class Language:
         return mean_over_labels(total, batch["labels"])
 
     def token_losses(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
-        """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. ValueError and `key`: as `loss`."""
+        """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. ValueError as `loss`."""
         self._require_labels(batch)
         found = token_losses(self._run(params, batch, key)[0], rows(batch["labels"]))
         return found[0] if batch["tokens"].dim() == 1 else found

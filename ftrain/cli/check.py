@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-import ftrain
 from ftrain.bridge import check, from_transformers
+from ftrain.kernels import random
 from ftrain.modules.spec import leaves_with_paths
 from ftrain.sharding import Mesh, Plan
 
@@ -46,7 +46,7 @@ def run(options: CheckOptions) -> int:
     if length < 2:
         raise ValueError(f"--tokens {options.tokens}: three documents need at least 2 tokens each")
     count = length * 3 * ranks
-    tokens = ftrain.randint(ftrain.key(options.seed), (count,), low=0, high=_vocabulary(model.specs))
+    tokens = random.randint(random.key(options.seed), (count,), low=0, high=_vocabulary(model.specs))
     segments = torch.arange(count) // length
     batch = {"tokens": tokens, "labels": tokens.roll(-1), "segments": segments}
     batch["labels"][torch.arange(1, count + 1) % length == 0] = -100

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-import ftrain
 from ftrain.cli.opened import Native, open_with_adapter
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length, Train
 from ftrain.kernels.mean import Mean
+from ftrain.plan.jit import jit
 from ftrain.run.data import DataOptions, make_data
 from ftrain.tasks.rows import TextRows
 
@@ -44,7 +44,7 @@ def run(options: EvalOptions) -> int:
     opened = open_with_adapter(options.model, options.adapter, native=options.native)
     console = Console(highlight=False, width=10_000)
     console.print("\n".join(data.lines))
-    loss = ftrain.jit(opened.model.loss)
+    loss = jit(opened.model.loss)
     found: list[Mean] = []
     documents = rejected = 0
     for step in data.loader:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ftrain
 from ftrain.cli.opened import Native, open_with_adapter
 from ftrain.data.chat_template import load_tokenizer
+from ftrain.kernels import random
 from ftrain.modules.autoregression import generate
 
 
@@ -54,7 +54,7 @@ def run(options: GenerateOptions) -> int:
         family=opened.model.family,
         max_new=options.max_new,
         stop=stop_ids(options.model, tokenizer),
-        key=ftrain.key(options.seed) if options.temperature else None,
+        key=random.key(options.seed) if options.temperature else None,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,

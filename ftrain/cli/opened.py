@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-import ftrain
 from ftrain import lora
+from ftrain.bridge.opened import open as open_model
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
 
@@ -28,7 +28,7 @@ def open_with_adapter(
     """The model of a folder, loaded. `adapter`: a folder that PEFT or this library wrote. ValueError for either that
     cannot be read, or that do not fit each other.
     """
-    model = ftrain.hf.open(folder, native=native, dtype=dtype)
+    model = open_model(folder, native=native, dtype=dtype)
     if model.load is None:
         raise ValueError(f"{folder}: {model.name} has no weights to load")
     params = model.load()

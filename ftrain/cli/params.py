@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import ftrain
+from ftrain.bridge.opened import open as open_model
 from ftrain.cli.opened import Native
 from ftrain.modules.spec import ParamSpec, leaves_with_paths
 from ftrain.sharding.paths import Rules
@@ -29,7 +29,7 @@ class ParamsOptions:
 
 def run(options: ParamsOptions) -> int:
     """The command. ValueError for a folder without a model, and a glob that matches nothing."""
-    model = ftrain.hf.open(options.model, native=options.native)
+    model = open_model(options.model, native=options.native)
     leaves = dict(leaves_with_paths(model.specs))
     console = Console()
     console.print(f"{model.name}: {model.why}", highlight=False)

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from tyro.conf import OmitArgPrefixes
 
-import ftrain
 from ftrain import checkpoint, lora, optim
+from ftrain.bridge.opened import open as open_model
 from ftrain.cli.config_file import as_config
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.modules.model import Model
+from ftrain.remat.policy import Remat
 from ftrain.run import folder as run_folder
 from ftrain.run.data import DataOptions, RunData, make_data
 from ftrain.run.folder import RunFolder
@@ -28,6 +29,7 @@ from ftrain.run.trackers import TRACKERS, require_trackers
 from ftrain.run.training import CHECKPOINTS, Every, Training, train
 from ftrain.tasks import Dpo, Kd, Kto, NextToken, Task
 from ftrain.tasks.rows import JudgedRows, PreferenceRows, TextRows, WithNeighbour
+from ftrain.trace.precision import Precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -200,7 +202,7 @@ def _run(name: str, kind: _Kind, options: TrainOptions, ranks: Run) -> int:
     tokenizer = load_tokenizer(options.model)
     length = Length(options.data.tokens, options.truncate) if options.data.cut == "never" else Length()
     encoder = ChatEncoder(tokenizer, train=options.train_on, length=length)
-    model = ftrain.hf.open(options.model, native=options.native)
+    model = open_model(options.model, native=options.native)
     report.say(f"{model.name}: {model.why}")
     mesh = ranks.mesh
     leaves = {kind.leaf: np.dtype(np.int64)} if kind.leaf else None
@@ -242,7 +244,7 @@ def _recipe(options: TrainOptions, kind: _Kind, model: Model, data: RunData, dev
         )  # fmt: skip
     rate = options.optimizer.schedule(data.steps, adapter is not None)
     tx = optimizer(rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay)
-    teacher = ftrain.hf.open(options.teacher, native=options.native) if isinstance(options, KdTrain) else None
+    teacher = open_model(options.teacher, native=options.native) if isinstance(options, KdTrain) else None
     wide = "bfloat16" if device.type == "cuda" else "float32"
     base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
     return Recipe(
@@ -256,9 +258,9 @@ def _jit(options: TrainOptions, device: torch.device) -> dict[str, Any]:
     chosen = ("bfloat16" if device.type == "cuda" else "float32") if chosen == "auto" else chosen
     found: dict[str, Any] = {"backend": options.backend}
     if chosen != "float32":
-        found["precision"] = ftrain.Precision(compute=chosen)
+        found["precision"] = Precision(compute=chosen)
     if options.budget is not None:
-        found["remat"] = ftrain.Remat(budget=options.budget)
+        found["remat"] = Remat(budget=options.budget)
     elif options.remat != "none":
         found["remat"] = options.remat
     return found

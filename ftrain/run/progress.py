@@ -36,7 +36,7 @@ def silence_stdout() -> None:
 class Report:
     """Shows the steps of a run from `first` (done before, on a resume) to `total`; use it as a context.
 
-    `every` is how many steps lie between two lines where there is no terminal. ValueError for numbers that make no sense.
+    `every` is how many steps lie between two lines where there is no terminal. ValueError for others.
     """
 
     def __init__(self, total: int, *, first: int = 0, every: int = 50, console: Console | None = None) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ftrain
-from ftrain import lora, optim
+from ftrain import lora, optim, tree
 from ftrain.kernels import random
 from ftrain.kernels.mean import Mean, sum_over_batch
 from ftrain.modules.model import Model
-from ftrain.modules.spec import Tree, map_with_paths
+from ftrain.modules.spec import Tree, init, map_with_paths
 from ftrain.step.state import TrainState
 from ftrain.tasks.task import Task
+from ftrain.trace.accumulate import accumulate
+from ftrain.trace.grad import forward, value_and_grad
 
 BASE = "base"
 
@@ -57,7 +58,7 @@ class Recipe:
 
     @property
     def specs(self) -> Tree:
-        """The `ParamSpec`s of all parameters in the state, for `ftrain.jit(specs=...)` and checkpoints."""
+        """The `ParamSpec`s of all parameters in the state, for `jit(specs=...)` and checkpoints."""
         if self.adapter is not None:
             return self.adapter.all_specs()
         return self.model.specs if self.teacher is None else {"params": self.model.specs, BASE: self.teacher.specs}
@@ -70,8 +71,8 @@ class Recipe:
     def init(self, key: Tensor) -> TrainState:
         """A state at step 0 with fresh parameters from the key, int64 `[2]`; `load` puts those of folders into it."""
         of = self.teacher or self.model
-        base = {BASE: self._narrow(ftrain.init(of.specs, random.fold_in(key, 1)))} if self.has_base else {}
-        trained = self.adapter.init(key) if self.adapter is not None else ftrain.init(self.model.specs, key)
+        base = {BASE: self._narrow(init(of.specs, random.fold_in(key, 1)))} if self.has_base else {}
+        trained = self.adapter.init(key) if self.adapter is not None else init(self.model.specs, key)
         return TrainState.create(trained, self.tx, extra=base)
 
     def load(self, state: TrainState) -> None:
@@ -85,10 +86,10 @@ class Recipe:
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One update, and metrics: `loss`, each term by its name, `grad_norm` before clipping, `labels` (how many)."""
-        key = random.fold_in(ftrain.key(0, device=state.step.device), state.step)
+        key = random.fold_in(random.key(0, device=state.step.device), state.step)
         loss = self._loss(state.extra.get(BASE), key)
-        loss = ftrain.accumulate(loss, self.micro_batches, has_aux=True) if self.micro_batches > 1 else loss
-        (value, terms), grads = ftrain.value_and_grad(loss, has_aux=True)(state.params, batch)
+        loss = accumulate(loss, self.micro_batches, has_aux=True) if self.micro_batches > 1 else loss
+        (value, terms), grads = value_and_grad(loss, has_aux=True)(state.params, batch)
         updated = state.apply(self.tx, grads)
         return updated, {
             "loss": value,
@@ -104,7 +105,7 @@ class Recipe:
         def of(params: Tree, batch: Any) -> Any:
             return self._loss(state.extra.get(BASE), None)(params, batch)
 
-        loss, terms = ftrain.forward(of)(state.params, batch)
+        loss, terms = forward(of)(state.params, batch)
         mean = loss if isinstance(loss, Mean) else Mean(loss.value(), torch.ones(()))
         return {"loss": mean, **terms}
 
@@ -116,7 +117,7 @@ class Recipe:
 
     def _loss(self, base: Tree | None, key: Tensor | None) -> Callable[[Tree, Any], tuple[Any, dict[str, Mean]]]:
         def loss(trained: Tree, batch: Any) -> tuple[Any, dict[str, Mean]]:
-            seen = None if base is None else ftrain.forward(lambda tree: tree)(base)
+            seen = None if base is None else forward(lambda tree: tree)(base)
             return self.task.loss(self.model, self._bound(trained, seen, key), batch, key=key, **self._compared(seen))
 
         return loss
@@ -146,7 +147,7 @@ def optimizer(
 
 
 def _matrices(params: Tree) -> Tree:
-    return ftrain.tree.map(lambda leaf: leaf.dim() >= 2, params)
+    return tree.map(lambda leaf: leaf.dim() >= 2, params)
 
 
 def _fill(model: Model, params: Tree) -> None:

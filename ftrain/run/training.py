@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ftrain
 from ftrain.checkpoint import Checkpointer, Retention
 from ftrain.data.loader import Loader, Step
 from ftrain.data.position import Position
+from ftrain.kernels import random
 from ftrain.kernels.mean import Mean
+from ftrain.plan.jit import jit
 from ftrain.resilience.anomalies import Verdict
 from ftrain.run.folder import RunFolder
 from ftrain.run.late import Done, Issued, LateReader
@@ -53,7 +54,7 @@ class Training:
 
     - `recipe`: the pure functions. `loader`: the steps' batches, with all packs in each.
     - `held_out`: batches of which the mean loss is taken. `steps`: the last step, where the loader does not end before.
-    - `jit`: options of `ftrain.jit` for the step, such as remat and precision.
+    - `jit`: options of `jit` for the step, such as remat and precision.
     - `files`: the run's folder, on the rank that writes. `report`: what a person sees. `trackers`: further logs.
     """
 
@@ -77,8 +78,8 @@ def train(t: Training, run: Run) -> TrainState:
     that the loader refuses.
     """
     plan = run.plan()
-    step = ftrain.jit(t.recipe.train_step, plan=plan, specs=t.recipe.specs, donate="state", **t.jit)
-    state = step.init(t.recipe.init, ftrain.key(t.seed).to(run.device))
+    step = jit(t.recipe.train_step, plan=plan, specs=t.recipe.specs, donate="state", **t.jit)
+    state = step.init(t.recipe.init, random.key(t.seed).to(run.device))
     t.recipe.load(state)
     evaluate = evaluator(t, run, plan)
     best = {"best": 1, "metric": "loss"} if t.held_out else {}
@@ -127,7 +128,7 @@ def ending(steps: Iterator[Step]) -> Iterator[tuple[Step, bool]]:
 def evaluator(t: Training, run: Run, plan: Plan) -> Callable[[TrainState], float]:
     """The mean held-out loss of a state, on the plan of the run."""
     options = {name: value for name, value in t.jit.items() if name in ("precision", "backend")}
-    function = ftrain.jit(t.recipe.evaluate, plan=plan, specs=t.recipe.specs, **options)
+    function = jit(t.recipe.evaluate, plan=plan, specs=t.recipe.specs, **options)
 
     def evaluate(state: TrainState) -> float:
         found = [function(state, run.share(batch, plan=plan))["loss"] for batch in t.held_out]
