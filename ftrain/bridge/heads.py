@@ -110,7 +110,7 @@ class Scores:
         return linear_cross_entropy(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
 
     def token_losses(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
-        """The cross entropy of each of the `labels`, which have x's leading dims: in nats, of their shape, 0 if ignored."""
+        """The cross entropy of each of the `labels`, of x's leading dims: in nats, of their shape, 0 if ignored."""
         x, w, cap = _plain(self)
         found = linear_token_losses(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
         return found.unflatten(0, labels.shape)

@@ -13,7 +13,9 @@ TEMPLATE = (
 SPECIAL = ("<|end|>", "<|start|>", "<|pad|>")
 
 
-def write_chat_model(folder: Path, *, seed: int = 0, layers: int = 2, vocab: int = 260) -> Path:
+def write_chat_model(
+    folder: Path, *, seed: int = 0, layers: int = 2, vocab: int = 260, template: str = TEMPLATE
+) -> Path:
     """A Llama of 32 channels, whose weights come from the seed; the folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,7 +28,7 @@ def write_chat_model(folder: Path, *, seed: int = 0, layers: int = 2, vocab: int
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token=end, pad_token=pad, additional_special_tokens=[start]
     )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     config: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": vocab, "max_position_embeddings": 512,
