@@ -120,6 +120,16 @@ def test_a_student_comes_closer_to_its_teacher(model, chat_file, tmp_path):
     assert main(command("kd", model, chat_file, tmp_path / "other", "--teacher", str(strange))) == 2
 
 
+def test_numbers_of_a_run_go_to_tensorboard_too(model, chat_file, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert main(command("sft", model, chat_file, out, "--track", "tensorboard")) == 0
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(out))
+
+
 def test_options_come_from_a_file_and_flags_go_before_them(model, chat_file, tmp_path):
     file = tmp_path / "sft.yaml"
     file.write_text(
