@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tyro.conf import OmitArgPrefixes
 
 from ftrain import checkpoint, lora, optim
@@ -16,6 +17,7 @@ from ftrain.bridge.opened import open as open_model
 from ftrain.cli.config_file import as_config
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
+from ftrain.hf.score_head import add_score_head
 from ftrain.modules.model import Model
 from ftrain.remat.policy import Remat
 from ftrain.run import folder as run_folder
@@ -27,8 +29,8 @@ from ftrain.run.recipe import Recipe, optimizer
 from ftrain.run.session import Run, session
 from ftrain.run.trackers import TRACKERS, require_trackers
 from ftrain.run.training import CHECKPOINTS, Every, Training, train
-from ftrain.tasks import Dpo, Kd, Kto, NextToken, Task
-from ftrain.tasks.rows import JudgedRows, PreferenceRows, TextRows, WithNeighbour
+from ftrain.tasks import Classify, Dpo, Kd, Kto, NextToken, Reward, Task
+from ftrain.tasks.rows import ClassedRows, JudgedRows, PreferenceRows, TextRows, WithNeighbour
 from ftrain.trace.precision import Precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -163,6 +165,20 @@ class KdTrain(TrainOptions):
     kd: Kd = field(default_factory=Kd)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardTrain(TrainOptions):
+    """A reward model from preferences: a head of one number, by which a chosen answer is above the rejected one."""
+
+    reward: Reward = field(default_factory=Reward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyTrain(TrainOptions):
+    """Classes of texts, told by a head at the last token."""
+
+    classify: Classify = field(default_factory=Classify)
+
+
 @dataclass(frozen=True)
 class _Kind:
     """How a task's options become its loss and its documents. `leaf`: that documents have beside tokens and labels."""
@@ -179,6 +195,8 @@ KINDS: Mapping[str, tuple[type, _Kind]] = {
     "dpo": (DpoTrain, _Kind(lambda o: o.dpo, PreferenceRows, "side")),
     "kto": (KtoTrain, _Kind(lambda o: o.kto, JudgedRows, "judged", WithNeighbour)),
     "kd": (KdTrain, _Kind(lambda o: o.kd, TextRows)),
+    "reward": (RewardTrain, _Kind(lambda o: o.reward, PreferenceRows, "side")),
+    "classify": (ClassifyTrain, _Kind(lambda o: o.classify, ClassedRows, "kind")),
 }
 
 
@@ -249,7 +267,7 @@ def _recipe(options: TrainOptions, kind: _Kind, model: Model, data: RunData, dev
     base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
     return Recipe(
         model, kind.task(options), tx, adapter, teacher, micro_batches=data.loader.packing.micro_batches,
-        base_dtype=None if base == torch.float32 else base,
+        base_dtype=None if base == torch.float32 else base, seed=options.seed,
     )  # fmt: skip
 
 
@@ -298,14 +316,19 @@ def _files(path: Path, options: TrainOptions, goes_on: bool) -> RunFolder:
 
 def _export(recipe: Recipe, state: Any, options: TrainOptions, path: Path, report: Report, tokenizer: Any) -> None:
     """Write what was trained as folders that others load. All ranks call this together."""
+    head = recipe.head_weight(state)
     if recipe.adapter is None or options.save_merged:
         assert recipe.model.save is not None
         recipe.model.save(recipe.parameters(state), path / "model")
         if is_main():
             tokenizer.save_pretrained(path / "model")
+            if head is not None:
+                add_score_head(path / "model", head, pad=tokenizer.pad_token_id)
         report.say(f"wrote {path / 'model'}, a folder that transformers loads")
     if recipe.adapter is not None:
-        lora.save(state.params, recipe.adapter, path / "adapter", base=str(options.model))
+        lora.save(recipe.trained_part(state.params), recipe.adapter, path / "adapter", base=str(options.model))
+        if head is not None and is_main():
+            save_file({"score.weight": head.cpu().contiguous()}, path / "adapter" / "score.safetensors")
         report.say(f"wrote {path / 'adapter'}, a folder that PEFT loads")
 
 

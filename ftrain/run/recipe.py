@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ftrain import lora, optim, tree
 from ftrain.kernels import random
@@ -18,6 +19,7 @@ from ftrain.kernels.mean import Mean, sum_over_batch
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree, init, map_with_paths
 from ftrain.step.state import TrainState
+from ftrain.tasks.heads import HEAD, Headed
 from ftrain.tasks.task import Task
 from ftrain.trace.accumulate import accumulate
 from ftrain.trace.grad import forward, value_and_grad
@@ -34,8 +36,9 @@ class Recipe:
     - `adapter`: None trains all parameters.
     - `teacher`: for a task that compares with another model than its own; its parameters are the base.
     - `micro_batches`: that a step's batch is divided into, one after the other.
-    - `base_dtype`: of the parameters that are not trained.
+    - `base_dtype`: of the parameters that are not trained. `seed`: of dropout.
 
+    A task with a head has it beside what else is trained: `params` is then `{"model": ..., "task_head": ...}`.
     ValueError for a model with a state, and for a teacher together with an adapter.
     """
 
@@ -46,6 +49,7 @@ class Recipe:
     teacher: Model | None = None
     micro_batches: int = 1
     base_dtype: torch.dtype | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.model.state:
@@ -58,10 +62,16 @@ class Recipe:
 
     @property
     def specs(self) -> Tree:
-        """The `ParamSpec`s of all parameters in the state, for `jit(specs=...)` and checkpoints."""
-        if self.adapter is not None:
-            return self.adapter.all_specs()
-        return self.model.specs if self.teacher is None else {"params": self.model.specs, BASE: self.teacher.specs}
+        """The `ParamSpec`s of all parameters in the state, for `ftrain.jit(specs=...)` and checkpoints."""
+        if self.teacher is not None:
+            return {"params": self.model.specs, BASE: self.teacher.specs}
+        own = self.model.specs if self.adapter is None else self.adapter.all_specs()
+        return {**own, **self.head}
+
+    @property
+    def head(self) -> Tree:
+        """The specs of the task's head; empty for most."""
+        return self.task.head_specs(self.model) if isinstance(self.task, Headed) else {}
 
     @property
     def has_base(self) -> bool:
@@ -73,6 +83,8 @@ class Recipe:
         of = self.teacher or self.model
         base = {BASE: self._narrow(init(of.specs, random.fold_in(key, 1)))} if self.has_base else {}
         trained = self.adapter.init(key) if self.adapter is not None else init(self.model.specs, key)
+        if self.head:
+            trained = {"model": trained, **init(self.head, random.fold_in(key, 2))}
         return TrainState.create(trained, self.tx, extra=base)
 
     def load(self, state: TrainState) -> None:
@@ -82,11 +94,11 @@ class Recipe:
         if self.has_base:
             _fill(self.teacher or self.model, state.extra[BASE])
         if self.adapter is None:
-            _fill(self.model, state.params)
+            _fill(self.model, self.trained_part(state.params))
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One update, and metrics: `loss`, each term by its name, `grad_norm` before clipping, `labels` (how many)."""
-        key = random.fold_in(random.key(0, device=state.step.device), state.step)
+        key = random.fold_in(random.key(self.seed, device=state.step.device), state.step)
         loss = self._loss(state.extra.get(BASE), key)
         loss = accumulate(loss, self.micro_batches, has_aux=True) if self.micro_batches > 1 else loss
         (value, terms), grads = value_and_grad(loss, has_aux=True)(state.params, batch)
@@ -111,21 +123,35 @@ class Recipe:
 
     def parameters(self, state: TrainState) -> Tree:
         """The model's parameters after training, merged with the adapter's deltas, for `model.save`."""
-        if self.adapter is None:
-            return state.params
-        return lora.merge(state.extra[BASE], state.params, self.adapter)
+        trained = self.trained_part(state.params)
+        return trained if self.adapter is None else lora.merge(state.extra[BASE], trained, self.adapter)
+
+    def head_weight(self, state: TrainState) -> Tensor | None:
+        """The head that was trained, `[C, D]`, whole; None for tasks without one. All ranks call this together."""
+        if not self.head:
+            return None
+        found = state.params[HEAD]
+        return (found.full_tensor() if isinstance(found, DTensor) else found).t()
+
+    def trained_part(self, params: Tree) -> Tree:
+        """What is trained of the model, without the task's head."""
+        return params["model"] if self.head else params
 
     def _loss(self, base: Tree | None, key: Tensor | None) -> Callable[[Tree, Any], tuple[Any, dict[str, Mean]]]:
         def loss(trained: Tree, batch: Any) -> tuple[Any, dict[str, Mean]]:
             seen = None if base is None else forward(lambda tree: tree)(base)
-            return self.task.loss(self.model, self._bound(trained, seen, key), batch, key=key, **self._compared(seen))
+            params = self._bound(self.trained_part(trained), seen, key)
+            return self.task.loss(self.model, params, batch, key=key, **self._beside(trained, seen))
 
         return loss
 
     def _bound(self, trained: Tree, base: Tree | None, key: Tensor | None) -> Tree:
         return trained if self.adapter is None else lora.bind(base, trained, self.adapter, key=key)
 
-    def _compared(self, base: Tree | None) -> Mapping[str, Any]:
+    def _beside(self, trained: Tree, base: Tree | None) -> Mapping[str, Any]:
+        """What the loss takes beside the parameters of the model."""
+        if self.head:
+            return {"head": {name: trained[name] for name in self.head}}
         if not self.task.compares:
             return {}
         return {"reference": base} if self.teacher is None else {"reference": base, "teacher": self.teacher}

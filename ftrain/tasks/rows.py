@@ -11,7 +11,8 @@ import numpy as np
 
 from ftrain.data.documents import Document, Group
 from ftrain.data.encoding import ChatEncoder, Encoded
-from ftrain.data.sample import Chat, Judged, Message, Place, Preference, Prose, Tokens
+from ftrain.data.rejects import BadRow
+from ftrain.data.sample import Chat, Classed, Judged, Message, Place, Preference, Prose, Tokens
 from ftrain.tasks.kto import BAD, GOOD, OTHER
 
 
@@ -57,6 +58,20 @@ class JudgedRows:
         strange = _answered(self.encoder, own.prompt, other.completion, own.place)
         judged = _marked(answered, "judged", GOOD if own.good else BAD)
         return Group((judged, _marked(strange, "judged", OTHER)))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassedRows:
+    """Texts with a class."""
+
+    encoder: ChatEncoder
+    takes: ClassVar[tuple[type, ...]] = (Classed,)
+
+    def __call__(self, sample: Classed) -> Group:
+        """One document, `kind` one more than its class. BadRow as `ChatEncoder.encode`, and for a class below 0."""
+        if sample.label < 0:
+            raise BadRow(sample.place, "class", f"its class is {sample.label}: classes are numbered from 0")
+        return Group((_marked(self.encoder.encode(Prose(sample.text, place=sample.place)), "kind", sample.label + 1),))
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,32 @@ def test_judged_answers_are_trained_on(model, tmp_path):
     assert rows[-1]["loss/good"] > rows[-1]["loss/bad"]
 
 
+def answers(folder, text):
+    """What transformers' classifier of a folder says of a text."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    return AutoModelForSequenceClassification.from_pretrained(folder)(torch.tensor([ids])).logits[0].detach()
+
+
+@pytest.mark.parametrize("sizes", [(), ("--shard", "2")])
+def test_classes_are_learned_and_the_folder_is_a_classifier_of_transformers(model, tmp_path, sizes):
+    rows = [{"text": word * (1 + i % 3), "label": label} for i in range(30) for label, word in enumerate(("ab", "xy"))]
+    data, out = write_rows(tmp_path / "c.jsonl", rows), tmp_path / "run"
+    assert main(command("classify", model, data, out, "--steps", "12", *sizes)) == 0
+    assert read_metrics(out)[-2]["loss/accuracy"] == 1
+    assert [int(answers(out / "model", word).argmax()) for word in ("ab", "xyxy")] == [0, 1]
+
+
+def test_rewards_of_chosen_answers_are_above_those_of_rejected_ones(model, tmp_path):
+    data, out = write_rows(tmp_path / "p.jsonl", preferences(40)), tmp_path / "run"
+    assert main(command("reward", model, data, out, "--steps", "8", "--held-out", "0", "--lora.rank", "4")) == 0
+    rows = read_metrics(out)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert (out / "adapter" / "score.safetensors").is_file()
+
+
 def test_a_student_comes_closer_to_its_teacher(model, chat_file, tmp_path):
     teacher = write_chat_model(tmp_path / "teacher", seed=1, layers=1)
     out = tmp_path / "run"

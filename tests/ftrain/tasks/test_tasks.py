@@ -17,13 +17,14 @@ from ftrain.modules.model import Model
 from ftrain.modules.packs import join_packs
 from ftrain.modules.spec import map_with_paths
 from ftrain.sharding import Mesh, Plan
-from ftrain.tasks import Dpo, Kd, Kto, NextToken
+from ftrain.tasks import Classify, Dpo, Kd, Kto, NextToken, Reward
 from ftrain.tree import leaves
 
 CFG = decoder.preset("llama-tiny")
 MADE = NativeDecoder(CFG)
 MODEL = Model(
-    "tiny", decoder.specs(CFG), LANGUAGE, MADE.loss, token_losses=MADE.token_losses, logits=MADE.logits
+    "tiny", decoder.specs(CFG), LANGUAGE, MADE.loss, token_losses=MADE.token_losses, logits=MADE.logits,
+    hidden=MADE.hidden,
 )  # fmt: skip
 T, LENGTHS = 24, (5, 7, 4, 6)
 SIDES, JUDGED = (1, -1, 1, -1), (1, 2, -1, 2)
@@ -180,6 +181,59 @@ def test_a_mesh_is_one_device(name, mesh):
 def test_ranks_that_share_documents_are_refused(name):
     with pytest.raises(ValueError, match="within_documents on a sequence axis of 2"):
         gradients(name, Plan(Mesh(sequence=2, kind="virtual")))
+
+
+HEADS = {
+    "classify": (Classify(classes=3), "kind", (1, 3, 2, 0)),
+    "reward": (Reward(), "side", SIDES),
+    "reward-centred": (Reward(centre=0.5), "side", SIDES),
+}
+
+
+def with_head(name, plan=None):
+    """Loss, terms and gradients of a head's step."""
+    task, leaf, values = HEADS[name]
+    lengths = torch.tensor([*LENGTHS, T - sum(LENGTHS)])
+    batch = {**TEXTS, leaf: torch.tensor([*values, 0]).repeat_interleave(lengths).repeat(2)}
+    specs = {**MODEL.specs, **task.head_specs(MODEL)}
+    head = ftrain.normal(ftrain.key(3), (CFG.d_model, task.outputs)).double() * 0.1
+    state = {**POLICY, "task_head": head}
+
+    def fn(state, batch):
+        def loss(params, batch):
+            return task.loss(MODEL, {k: params[k] for k in MODEL.specs}, batch, head={"task_head": params["task_head"]})
+
+        return ftrain.value_and_grad(loss, has_aux=True)(state, batch)
+
+    (loss, terms), grads = ftrain.jit(fn, plan=plan, specs=specs if plan else None)(state, batch)
+    return batch, head, loss, {k: float(v) for k, v in terms.items()}, leaves(grads)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_reads_the_last_token_of_each_document(name):
+    task, leaf, _ = HEADS[name]
+    batch, head, loss, terms, _ = with_head(name)
+    scores, ids = MODEL.hidden(POLICY, TEXTS) @ head, TEXTS["segments"].tolist()
+    last = [i for i, d in enumerate(ids) if i + 1 == len(ids) or ids[i + 1] != d]
+    value = {ids[i]: scores[i] for i in last}
+    if name == "classify":
+        kinds = {ids[i]: int(batch[leaf][i]) - 1 for i in last}
+        told = [d for d in kinds if kinds[d] >= 0]
+        expected = torch.stack([-torch.log_softmax(value[d], -1)[kinds[d]] for d in told]).mean()
+        assert terms["accuracy"] == sum(int(value[d].argmax()) == kinds[d] for d in told) / len(told)
+    else:
+        pairs = [(value[a][0], value[b][0]) for a, b in ((0, 1), (2, 3), (10, 11), (12, 13))]
+        expected = torch.stack([-logsigmoid(a - b) + task.centre * (a + b) ** 2 for a, b in pairs]).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_on_a_mesh_is_that_of_one_device(name):
+    *_, alone, terms, grads = with_head(name)
+    *_, found, its_terms, its_grads = with_head(name, Plan(Mesh(shard=2, kind="virtual")))
+    for a, b in zip([alone, *grads], [found, *its_grads], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert its_terms == pytest.approx(terms, rel=1e-9)
 
 
 def test_a_policy_that_is_its_reference_has_no_margin():
