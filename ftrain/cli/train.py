@@ -1,5 +1,6 @@
 """`ftrain train TASK --model DIR --data FILE`: train a model that exists on data that exists."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -19,10 +20,12 @@ from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.hf.score_head import add_score_head
 from ftrain.modules.model import Model
+from ftrain.modules.spec import leaves_with_paths
 from ftrain.remat.policy import Remat
 from ftrain.run import folder as run_folder
 from ftrain.run.data import DataOptions, RunData, make_data
 from ftrain.run.folder import RunFolder
+from ftrain.run.parts import trained_paths
 from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import MeshFlags, is_main, of_main
 from ftrain.run.recipe import Recipe, optimizer
@@ -96,6 +99,10 @@ class TrainOptions:
     resume: Literal["auto", "never"] = "auto"
     """auto: go on with the run in --out if there is one."""
     lora: LoraFlags = field(default_factory=LoraFlags)
+    freeze: tuple[str, ...] = ()
+    """Globs over paths of parameters that are not trained; one that names a node is about all below it."""
+    only: tuple[str, ...] = ()
+    """Globs over paths of the parameters that alone are trained."""
     optimizer: OmitArgPrefixes[OptimizerFlags] = field(default_factory=OptimizerFlags)
     every: Every = field(default_factory=Every)
     native: Literal["auto", "always", "never"] = "auto"
@@ -233,6 +240,10 @@ def _run(name: str, kind: _Kind, options: TrainOptions, ranks: Run) -> int:
     recipe = _recipe(options, kind, model, data, ranks.device)
     if recipe.adapter is not None:
         report.say(recipe.adapter.table().splitlines()[-1])
+    if recipe.trained is not None:
+        numbers = {path: math.prod(spec.shape) for path, spec in leaves_with_paths(model.specs)}
+        counted = sum(numbers[path] for path in recipe.trained)
+        report.say(f"{len(recipe.trained)} parameters, {counted:,} numbers of {sum(numbers.values()):,}, are trained")
     path, goes_on = of_main(_folder(options, name))
     with ExitStack() as opened:
         files = opened.enter_context(_files(path, options, goes_on)) if is_main() else None
@@ -268,7 +279,14 @@ def _recipe(options: TrainOptions, kind: _Kind, model: Model, data: RunData, dev
     return Recipe(
         model, kind.task(options), tx, adapter, teacher, micro_batches=data.loader.packing.micro_batches,
         base_dtype=None if base == torch.float32 else base, seed=options.seed,
+        trained=_trained(options, model),
     )  # fmt: skip
+
+
+def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:
+    if not (options.freeze or options.only):
+        return None
+    return trained_paths(model.specs, freeze=options.freeze, only=options.only)
 
 
 def _jit(options: TrainOptions, device: torch.device) -> dict[str, Any]:

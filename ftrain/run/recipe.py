@@ -1,8 +1,9 @@
 """What a run trains, as pure functions: a model, a task, an optimizer, and an adapter where only that is trained.
 
 The state is a `TrainState`. `params` is what is trained: the model's parameters, or with an adapter its deltas.
-`extra["base"]` has what stays as it is: with an adapter the model's parameters, else those that the task compares with;
-it is absent where there is nothing of the kind.
+`extra["base"]` has what is compared with or built upon: with an adapter the model's parameters, else those that the
+task compares with. `extra["frozen"]` has the model's parameters that are not trained. Either is absent where there is
+nothing of the kind.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,14 +18,15 @@ from ftrain import lora, optim, tree
 from ftrain.kernels import random
 from ftrain.kernels.mean import Mean, sum_over_batch
 from ftrain.modules.model import Model
-from ftrain.modules.spec import Tree, init, map_with_paths
+from ftrain.modules.spec import Tree, init, leaves_with_paths, map_with_paths
+from ftrain.run.parts import part, union
 from ftrain.step.state import TrainState
 from ftrain.tasks.heads import HEAD, Headed
 from ftrain.tasks.task import Task
 from ftrain.trace.accumulate import accumulate
 from ftrain.trace.grad import forward, value_and_grad
 
-BASE = "base"
+BASE, FROZEN = "base", "frozen"
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ class Recipe:
     - `teacher`: for a task that compares with another model than its own; its parameters are the base.
     - `micro_batches`: that a step's batch is divided into, one after the other.
     - `base_dtype`: of the parameters that are not trained. `seed`: of dropout.
+    - `trained`: the paths of the parameters that are trained (`ftrain.run.parts.trained_paths`); None: all are. Others
+      cost no gradient, no optimizer state and no part of the norm.
 
     A task with a head has it beside what else is trained: `params` is then `{"model": ..., "task_head": ...}`.
-    ValueError for a model with a state, and for a teacher together with an adapter.
+    ValueError for a model with a state, and for an adapter together with a teacher or frozen parts.
     """
 
     model: Model
@@ -50,6 +54,7 @@ class Recipe:
     micro_batches: int = 1
     base_dtype: torch.dtype | None = None
     seed: int = 0
+    trained: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         if self.model.state:
@@ -59,6 +64,8 @@ class Recipe:
             )
         if self.teacher is not None and self.adapter is not None:
             raise ValueError("a teacher beside an adapter: two bases at once are not carried; train all parameters")
+        if self.trained is not None and self.adapter is not None:
+            raise ValueError("an adapter freezes all of the model: choose its targets in the place of frozen parts")
 
     @property
     def specs(self) -> Tree:
@@ -83,6 +90,9 @@ class Recipe:
         of = self.teacher or self.model
         base = {BASE: self._narrow(init(of.specs, random.fold_in(key, 1)))} if self.has_base else {}
         trained = self.adapter.init(key) if self.adapter is not None else init(self.model.specs, key)
+        if self.trained is not None:
+            left = {path for path, _ in leaves_with_paths(self.model.specs)} - self.trained
+            base[FROZEN], trained = self._narrow(part(trained, left)), part(trained, self.trained)
         if self.head:
             trained = {"model": trained, **init(self.head, random.fold_in(key, 2))}
         return TrainState.create(trained, self.tx, extra=base)
@@ -94,12 +104,12 @@ class Recipe:
         if self.has_base:
             _fill(self.teacher or self.model, state.extra[BASE])
         if self.adapter is None:
-            _fill(self.model, self.trained_part(state.params))
+            _fill(self.model, self.parameters(state))
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One update, and metrics: `loss`, each term by its name, `grad_norm` before clipping, `labels` (how many)."""
         key = random.fold_in(random.key(self.seed, device=state.step.device), state.step)
-        loss = self._loss(state.extra.get(BASE), key)
+        loss = self._loss(state.extra, key)
         loss = accumulate(loss, self.micro_batches, has_aux=True) if self.micro_batches > 1 else loss
         (value, terms), grads = value_and_grad(loss, has_aux=True)(state.params, batch)
         updated = state.apply(self.tx, grads)
@@ -115,7 +125,7 @@ class Recipe:
         """The loss and the terms of a batch as `Mean`s by name, nothing dropped; those of many batches are pooled."""
 
         def of(params: Tree, batch: Any) -> Any:
-            return self._loss(state.extra.get(BASE), None)(params, batch)
+            return self._loss(state.extra, None)(params, batch)
 
         loss, terms = forward(of)(state.params, batch)
         mean = loss if isinstance(loss, Mean) else Mean(loss.value(), torch.ones(()))
@@ -124,7 +134,9 @@ class Recipe:
     def parameters(self, state: TrainState) -> Tree:
         """The model's parameters after training, merged with the adapter's deltas, for `model.save`."""
         trained = self.trained_part(state.params)
-        return trained if self.adapter is None else lora.merge(state.extra[BASE], trained, self.adapter)
+        if self.adapter is not None:
+            return lora.merge(state.extra[BASE], trained, self.adapter)
+        return union(trained, state.extra[FROZEN]) if self.trained is not None else trained
 
     def head_weight(self, state: TrainState) -> Tensor | None:
         """The head that was trained, `[C, D]`, whole; None for tasks without one. All ranks call this together."""
@@ -137,16 +149,18 @@ class Recipe:
         """What is trained of the model, without the task's head."""
         return params["model"] if self.head else params
 
-    def _loss(self, base: Tree | None, key: Tensor | None) -> Callable[[Tree, Any], tuple[Any, dict[str, Mean]]]:
+    def _loss(self, extra: Tree, key: Tensor | None) -> Callable[[Tree, Any], tuple[Any, dict[str, Mean]]]:
         def loss(trained: Tree, batch: Any) -> tuple[Any, dict[str, Mean]]:
-            seen = None if base is None else forward(lambda tree: tree)(base)
+            seen = forward(lambda tree: tree)(extra)
             params = self._bound(self.trained_part(trained), seen, key)
-            return self.task.loss(self.model, params, batch, key=key, **self._beside(trained, seen))
+            return self.task.loss(self.model, params, batch, key=key, **self._beside(trained, seen.get(BASE)))
 
         return loss
 
-    def _bound(self, trained: Tree, base: Tree | None, key: Tensor | None) -> Tree:
-        return trained if self.adapter is None else lora.bind(base, trained, self.adapter, key=key)
+    def _bound(self, trained: Tree, extra: Tree, key: Tensor | None) -> Tree:
+        if self.adapter is not None:
+            return lora.bind(extra[BASE], trained, self.adapter, key=key)
+        return union(trained, extra[FROZEN]) if self.trained is not None else trained
 
     def _beside(self, trained: Tree, base: Tree | None) -> Mapping[str, Any]:
         """What the loss takes beside the parameters of the model."""

@@ -19,7 +19,7 @@ from ftrain.resilience.anomalies import Verdict
 from ftrain.run.folder import RunFolder
 from ftrain.run.late import Done, Issued, LateReader
 from ftrain.run.progress import Report
-from ftrain.run.recipe import BASE, Recipe
+from ftrain.run.recipe import Recipe
 from ftrain.run.session import Run
 from ftrain.run.trackers import Log
 from ftrain.runtime.host_copy import HostCopy
@@ -139,8 +139,7 @@ def evaluator(t: Training, run: Run, plan: Plan) -> Callable[[TrainState], float
 
 def kept(t: Training, state: TrainState, position: Position) -> dict[str, Any]:
     """What a checkpoint holds: the state without parameters that a folder has, and the position in the data."""
-    rest = {name: tree for name, tree in state.extra.items() if name != BASE}
-    return {"state": state.replace(extra=rest), "data": position.tree(t.loader.packing.capacity)}
+    return {"state": state.replace(extra={}), "data": position.tree(t.loader.packing.capacity)}
 
 
 def resumed(t: Training, checkpoints: Checkpointer, state: TrainState) -> tuple[TrainState, Position]:

@@ -8,6 +8,7 @@ import torch
 
 import ftrain
 from ftrain.cli.main import main
+from ftrain.modules.spec import leaves_with_paths
 from ftrain.run.folder import read_config, read_metrics
 from tests.helpers.chat_folders import chats, judgements, preferences, write_chat_model, write_rows
 
@@ -109,6 +110,35 @@ def test_judged_answers_are_trained_on(model, tmp_path):
     rows = read_metrics(out)
     assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-3)
     assert rows[-1]["loss/good"] > rows[-1]["loss/bad"]
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        ("--only", "layers.1", "norm"),
+        ("--freeze", "embedding", "head", "layers.0"),
+        ("--only", "layers.1", "norm", "--shard", "2"),
+    ],
+)
+def test_parts_that_are_frozen_keep_every_bit(model, chat_file, tmp_path, which):
+    out = tmp_path / "run"
+    assert main(command("sft", model, chat_file, out, *which)) == 0
+    before, after = (ftrain.hf.open(folder).load() for folder in (model, out / "model"))
+    same = {path for path, spec in leaves_with_paths(before) if torch.equal(spec, dict(leaves_with_paths(after))[path])}
+    every = {path for path, _ in leaves_with_paths(before)}
+    assert every - same == {path for path in every if path.startswith(("layers.1.", "norm"))}
+    assert losses(out)[-1] < losses(out)[0]
+
+
+def test_globs_of_what_is_trained_are_refused_where_they_mean_nothing(model, chat_file, tmp_path, capsys):
+    for words, says in (
+        (("--freeze", "layers.9"), "matches nothing; nearest"),
+        (("--freeze", "**"), "nothing is left to train"),
+        (("--freeze", "head", "--only", "head"), "give one"),
+        (("--freeze", "head", "--lora.rank", "2"), "an adapter freezes all"),
+    ):
+        assert main(command("sft", model, chat_file, tmp_path / "run", *words)) == 2
+        assert says in capsys.readouterr().err
 
 
 def answers(folder, text):
