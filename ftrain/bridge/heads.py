@@ -109,12 +109,6 @@ class Scores:
         x, w, cap = _plain(self)
         return linear_cross_entropy(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
 
-    def token_losses(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
-        """The cross entropy of each of the `labels`, of x's leading dims: in nats, of their shape, 0 if ignored."""
-        x, w, cap = _plain(self)
-        found = linear_token_losses(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
-        return found.unflatten(0, labels.shape)
-
 
 def _plain(scores: Scores) -> tuple[Tensor, Tensor, float | None]:
     """x `[T, D]` and w `[V, D]`, whose product, softcapped, is the scores; and the softcap."""
@@ -172,7 +166,9 @@ def cross_entropy(scores: Any, labels: Tensor, ignore_index: int = -100) -> Tens
 def token_losses(scores: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """The cross entropy of each label, for scores `[..., V]` that are computed or not: in nats, with their dims."""
     if isinstance(scores, Scores):
-        return scores.token_losses(labels, ignore_index)
+        x, w, cap = _plain(scores)
+        found = linear_token_losses(x, w, labels.flatten(), ignore_index=ignore_index, softcap=cap, transposed=True)
+        return found.unflatten(0, labels.shape)
     wide = torch.promote_types(scores.dtype, torch.float32)
     flat = scores.flatten(0, -2).to(wide)
     found = torch.nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="none")
