@@ -107,9 +107,6 @@ def as_fields(messages: Sequence[Message], *, parts: bool = False) -> list[dict[
     """Messages as templates read them: "content" is a text, or a list of parts where any message of the chat has media.
 
     `parts`: always a list, which templates of models with media need.
-
-    >>> as_fields([Message("user", (Part("text", "hi"),))])
-    [{'role': 'user', 'content': 'hi'}]
     """
     parts = parts or any(message.media for message in messages)
     return [{"role": m.role, "content": _parts(m.parts) if parts else m.text, **m.extra} for m in messages]

@@ -36,6 +36,8 @@ class Document:
     leaves: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if set(self.leaves) & set(_OWN):
+            raise ValueError(f"leaves of a document are named {sorted(self.leaves)}: {', '.join(_OWN)} are its own")
         arrays = {"tokens": self.tokens, "labels": self.labels, **self.leaves}
         lengths = {name: array.shape[:1] for name, array in arrays.items()}
         if len(set(lengths.values())) > 1 or not len(self.tokens):
@@ -43,8 +45,6 @@ class Document:
         for name in ("tokens", "labels"):
             if arrays[name].dtype != np.int64 or arrays[name].ndim != 1:
                 raise ValueError(f"{name} of a document are {arrays[name].dtype} {arrays[name].shape}, not int64 [n]")
-        if set(self.leaves) & set(_OWN):
-            raise ValueError(f"leaves of a document are named {sorted(self.leaves)}: {', '.join(_OWN)} are its own")
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -35,10 +35,6 @@ class Encoded:
         """The same with the i-th `token`, which stands for an item of media, repeated `counts[i]` times.
 
         ValueError where there is another number of such tokens than of counts.
-
-        >>> encoded = Encoded(np.array([1, 9, 2]), np.array([False, False, True]))
-        >>> encoded.expand(9, [3]).ids.tolist()
-        [1, 9, 9, 9, 2]
         """
         places = np.flatnonzero(self.ids == token)
         if len(places) != len(counts):

@@ -88,8 +88,13 @@ class TurnFinder:
             first = self._end.match(within)
             if found and first is not None:
                 return parts, self._common(within.lstrip(), last.lstrip()) or first.group(1)
-            wrong = f"after what the assistant says the chat template writes no control token but {within[:40]!r}"
-        raise ValueError(f"{wrong}; without a token that ends its turn a model does not learn to stop: give a template")
+            wrong = "the chat template does not write what the assistant says as it is"
+            if found:
+                wrong = (
+                    f"after what the assistant says the chat template writes no control token but {within[:40]!r}, so "
+                    "that the model does not learn to stop"
+                )
+        raise ValueError(f"{wrong}: give another template")
 
     def _common(self, one: str, other: str) -> str:
         """The control tokens, one right after the other, that both texts begin with."""

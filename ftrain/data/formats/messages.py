@@ -89,11 +89,16 @@ def media_source(fields: Fields, kind: Kind) -> Any:
     'a.png'
     """
     names = (kind, f"{kind}_url", f"input_{kind}", "url", "path", "base64", "bytes", "data")
-    found = next((fields[name] for name in names if fields.get(name) is not None), None)
-    while isinstance(found, Mapping):
-        inner = ("bytes", "url", "path", "data", "array")
-        found = next((found[name] for name in inner if found.get(name) is not None), None)
-    return found
+    name = next((name for name in names if fields.get(name) is not None), None)
+    found = None if name is None else fields[name]
+    if isinstance(found, Mapping):
+        if found.get("bytes") is None and found.get("array") is not None:  # as `datasets` has recordings
+            rate = found.get("sampling_rate")
+            return found["array"] if rate is None else (found["array"], rate)
+        name = next((name for name in ("bytes", "url", "path", "data", "base64") if found.get(name) is not None), None)
+        found = None if name is None else found[name]
+    in_row = name in ("data", "base64") and isinstance(found, str) and not found.startswith("data:")
+    return f"data:{kind};base64,{found}" if in_row else found
 
 
 def _calls(value: Any, number: int, place: Place) -> list[dict[str, Any]]:

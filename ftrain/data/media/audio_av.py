@@ -22,7 +22,7 @@ def decode(raw: bytes, place: Place, limits: Limits, name: str) -> tuple[np.ndar
     BadRow where it has none, is too long, or is broken.
     """
     try:
-        with av.open(io.BytesIO(raw)) as container:
+        with av.open(io.BytesIO(raw), mode="r") as container:
             if not container.streams.audio:
                 raise BadRow(place, "broken media", f"{name} has no sound")
             if container.duration is not None:

@@ -31,7 +31,7 @@ class Multiples:
             raise ValueError(
                 f"a picture of {height} x {width}: a side is more than {self.most_ratio:g} times the other"
             )
-        high, wide = (max(self.factor, round(side / self.factor) * self.factor) for side in (height, width))
+        high, wide = (round(side / self.factor) * self.factor for side in (height, width))
         if high * wide > self.most_pixels:
             scale = math.sqrt(height * width / self.most_pixels)
             high, wide = (max(self.factor, self._down(side / scale)) for side in (height, width))

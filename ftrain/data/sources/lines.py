@@ -113,12 +113,15 @@ class Csv:
     """
 
     def __init__(self, file: File, *, delimiter: str = ",") -> None:
-        """ValueError where the file cannot be read, or has no row of names."""
+        """ValueError where the file cannot be read, or has no row of names (a BadRow of it is no reject but this)."""
         self.file, self._delimiter = file, delimiter
         self._index = LineIndex.of(file, quotes=True)
         if not len(self._index.starts):
             raise ValueError(f"{file.path} is empty: a CSV file begins with the names of its columns")
-        self.names = self._fields(0)
+        try:
+            self.names = self._fields(0)
+        except BadRow as error:
+            raise ValueError(f"the names of columns cannot be read: {error}") from error
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{file.path} names a column twice: {', '.join(self.names)}")
 

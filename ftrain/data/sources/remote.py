@@ -11,21 +11,21 @@ except ImportError as absent:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """The file at a URL. ValueError, from every method, where it cannot be read; the message names it."""
+    """The file at a URL."""
 
     path: str
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes. ValueError where the file cannot be read."""
         return int(self._call("size"))
 
     def read(self, start: int, size: int) -> bytes:
-        """At most `size` bytes from byte `start` on."""
+        """At most `size` bytes from byte `start` on. ValueError where the file cannot be read."""
         return bytes(self._call("cat_file", start=start, end=start + size)) if size else b""
 
     def open(self) -> IO[bytes]:
-        """A handle for reading, which the caller closes."""
+        """A handle for reading, which the caller closes. ValueError where the file cannot be read."""
         handle: IO[bytes] = self._call("open", "rb")
         return handle
 

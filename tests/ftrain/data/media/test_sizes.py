@@ -1,0 +1,33 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftrain.data.media.sizes import Multiples, Square, Within
+
+sides = st.integers(1, 5000)
+
+
+@settings(deadline=None)
+@given(sides, sides, st.sampled_from([14, 28, 32]))
+def test_multiples_are_those_of_qwens_processor(height, width, factor):
+    theirs = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl").smart_resize
+    rule = Multiples(factor, least_pixels=56 * 56, most_pixels=1003520)
+    wanted = None
+    try:
+        wanted = theirs(height, width, factor=factor, min_pixels=56 * 56, max_pixels=1003520)
+    except ValueError:
+        with pytest.raises(ValueError, match="200 times the other"):
+            rule.size(height, width)
+        return
+    assert rule.size(height, width) == tuple(wanted)
+
+
+@given(sides, sides, st.integers(1, 2000))
+def test_within_is_never_larger_than_it_was_or_may_be(height, width, most):
+    new = Within(most).size(height, width)
+    assert max(new) <= max(1, min(most, max(height, width)))
+    assert min(new) >= 1
+
+
+def test_square_is_square():
+    assert Square(9).size(3, 500) == (9, 9)
