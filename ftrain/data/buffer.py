@@ -7,7 +7,7 @@ import numpy as np
 
 from ftrain.data.cost import CostOf
 from ftrain.data.documents import Document, Group
-from ftrain.data.encoding_ahead import Encoded
+from ftrain.data.encoding_ahead import Drawn
 from ftrain.data.packing import Packing, Plan, plan_packs
 from ftrain.data.rejects import BadRow
 
@@ -22,7 +22,7 @@ class Waiting:
     `since`: the steps that were made before it was read.
     """
 
-    encoded: Encoded
+    encoded: Drawn
     lengths: np.ndarray
     piece: int
     since: int
@@ -39,7 +39,7 @@ class Waiting:
         return Group((Document(document.tokens[start:end], document.labels[start:end], leaves),), self.cost)
 
 
-def pieces(found: Encoded, packing: Packing, *, since: int) -> list[Waiting]:
+def pieces(found: Drawn, packing: Packing, *, since: int) -> list[Waiting]:
     """What of an encoded row waits: its group, or with `cut="split"` the pieces of a document longer than a pack.
 
     A piece knows nothing of the tokens before it; the label of its last token is the first token of the next piece.

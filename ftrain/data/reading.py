@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ftrain.data.buffer import TOO_LONG, Buffer, Waiting, pieces
-from ftrain.data.encoding_ahead import Encoded
+from ftrain.data.encoding_ahead import Drawn
 from ftrain.data.packing import Packing, Plan
 from ftrain.data.position import Position
 from ftrain.data.rejects import BadRow, Rejects
@@ -38,7 +38,7 @@ class Reading:
 
     def __init__(
         self,
-        encoded: Iterator[Encoded],
+        encoded: Iterator[Drawn],
         position: Position,
         *,
         packing: Packing,

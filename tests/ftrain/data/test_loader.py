@@ -1,5 +1,6 @@
 """Every document exactly once an epoch, and the same batches for any ranks, workers and kill points."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -10,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftrain.data.documents import IGNORE, Document, Group
-from ftrain.data.encoding_ahead import Workers
+from ftrain.data.encoding_ahead import Workers, mean_tokens
 from ftrain.data.loader import Loader
 from ftrain.data.order import Order
 from ftrain.data.packing import Packing
 from ftrain.data.position import Position
 from ftrain.data.rejects import BadRow, Rejects
 from ftrain.data.sample import Place
+from ftrain.data.samples import open_samples
+from ftrain.kernels.documents import Documents
 
 
 def document(name, length):
@@ -284,3 +287,29 @@ def test_what_a_loader_is_asked_for_must_be_possible():
         Packing(8, ranks=2, buffer=9)
     with pytest.raises(ValueError, match="at_epoch_end='drop'"):
         loader_of([[3]], at_epoch_end="drop")
+
+
+def words(sample):
+    """Of a text, a document of the lengths of its words."""
+    return encode((1, (len(sample.text.split()),)))
+
+
+def test_a_file_is_read_packed_and_its_broken_rows_are_named(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    texts = [json.dumps({"text": "one two three " * n}) for n in range(1, 30)]
+    file.write_text("\n".join([*texts[:4], '{"text": "cut', *texts[4:]]))
+    samples, rejects = open_samples(file), Rejects(limit=0.5)
+    loader = Loader(Order([len(samples)], key=0), [samples], words, Packing(64), rejects=rejects)
+    steps = list(loader)
+    assert sum(step.facts.tokens for step in steps) == sum(3 * n for n in range(1, 22))
+    assert steps[-1].facts.rejected == rejects.count == 9
+    assert {(kind.kind, kind.count) for kind in rejects} == {("invalid JSON", 1), ("longer than a pack", 8)}
+    (broken,) = (kind for kind in rejects if kind.kind == "invalid JSON")
+    assert (broken.file, broken.rows) == (str(file), (5,))
+    assert mean_tokens(samples, words) == pytest.approx(sum(3 * n for n in range(1, 30)) / 29)
+
+
+def test_a_division_of_a_batch_that_would_cut_a_document_is_an_error():
+    (step,) = loader_of([[6]], packing=Packing(8))
+    with pytest.raises(ValueError, match="a document lies in two packs: it goes on over token 4"):
+        Documents.of(step.batch["segments"].ids_T, packs=2)
