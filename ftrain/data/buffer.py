@@ -22,7 +22,7 @@ class Waiting:
     `since`: the steps that were made before it was read.
     """
 
-    encoded: Drawn
+    drawn: Drawn
     lengths: np.ndarray
     piece: int
     since: int
@@ -30,8 +30,8 @@ class Waiting:
 
     def group(self, tokens: int) -> Group:
         """Its documents; pieces have `tokens` tokens, and the last one what is left."""
-        group = self.encoded.group()
-        if len(self.encoded.lengths) > 1 or len(group) <= tokens:
+        group = self.drawn.group()
+        if len(self.drawn.lengths) > 1 or len(group) <= tokens:
             return group
         (document,), start = group.documents, self.piece * tokens
         end = start + tokens
@@ -72,9 +72,14 @@ class Buffer:
         return len(self._waiting)
 
     @property
+    def oldest(self) -> int:
+        """The place of the oldest group."""
+        return self._waiting[0].drawn.place
+
+    @property
     def held(self) -> np.ndarray:
         """Int64 `[n, 3]`, as `Position.held`."""
-        rows = [(w.encoded.place, w.piece, w.since) for w in self._waiting]
+        rows = [(w.drawn.place, w.piece, w.since) for w in self._waiting]
         return np.array(rows, np.int64).reshape(len(rows), 3)
 
     def add(self, waiting: Waiting) -> None:
