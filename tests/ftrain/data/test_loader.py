@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftrain.data.cost import Cost
 from ftrain.data.documents import IGNORE, Document, Group
 from ftrain.data.encoding_ahead import Workers, mean_tokens
 from ftrain.data.loader import Loader
@@ -80,12 +81,18 @@ def runs(draw):
     sources[0].append((10**6, (7,)))  # at least one row that can be trained on
     ranks, micro_batches = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2), (4, 2)]))
     packing = Packing(
-        draw(st.sampled_from([8, 32, 64])), ranks=ranks, micro_batches=micro_batches, patience=draw(st.integers(0, 3))
+        draw(st.sampled_from([8, 32, 64])),
+        ranks=ranks,
+        micro_batches=micro_batches,
+        cost=Cost(quadratic=draw(st.sampled_from([0.0, 0.2]))),
+        held=draw(st.sampled_from([None, 1, 7, 40])),
+        patience=draw(st.integers(0, 3)),
     )
     packing = replace(packing, buffer=packing.tokens * packing.packs * draw(st.integers(1, 3)))
     order = Order([len(s) for s in sources], key=draw(st.integers(0, 2**40)))
     end, epochs = draw(st.sampled_from(["carry", "pack"])), draw(st.integers(1, 3))
-    return sources, Loader(order, sources, encode, packing, rank=None, epochs=epochs, at_epoch_end=end)
+    workers = Workers(chunk=draw(st.sampled_from([1, 4, 32])))
+    return sources, Loader(order, sources, encode, packing, rank=None, epochs=epochs, at_epoch_end=end, workers=workers)
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,7 +142,7 @@ def test_the_documents_of_a_step_depend_on_neither_ranks_nor_micro_batches(run, 
 @given(run=runs(), kill=st.integers(0, 4), ranks=st.integers(1, 5))
 def test_a_position_goes_on_with_another_number_of_ranks_and_each_document_still_comes_once(run, kill, ranks):
     sources, loader = run
-    packing = replace(loader.packing, ranks=ranks, micro_batches=1, buffer=None)
+    packing = replace(loader.packing, ranks=ranks, micro_batches=1, buffer=None, held=None)
     found, position = Counter(), loader.start()
     for _, step in zip(range(kill), loader, strict=False):
         found += names_in(step.batch)
