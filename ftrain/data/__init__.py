@@ -9,8 +9,15 @@ from ftrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ftrain.data.chat_template import load_tokenizer
+    from ftrain.data.cost import Cost
     from ftrain.data.documents import IGNORE, Document, Group, lay
     from ftrain.data.encoding import ChatEncoder, Encoded, Length
+    from ftrain.data.encoding_ahead import Workers, mean_tokens
+    from ftrain.data.loader import Facts, Loader, Step
+    from ftrain.data.mixture import by_temperature, by_tokens
+    from ftrain.data.order import Order
+    from ftrain.data.packing import Packing
+    from ftrain.data.position import Position
     from ftrain.data.rejects import BadRow, Rejects
     from ftrain.data.samples import Samples, open_samples
     from ftrain.data.show import as_html, show_rows
@@ -18,15 +25,23 @@ if TYPE_CHECKING:
     from ftrain.data.stats import Stats, count
 
 __all__ = [
-    "IGNORE", "BadRow", "ChatEncoder", "Document", "Encoded", "Group", "Length", "Rejects", "Samples", "Stats",
-    "as_html", "count", "lay", "load_tokenizer", "open_samples", "open_source", "show_rows",
+    "IGNORE", "BadRow", "ChatEncoder", "Cost", "Document", "Encoded", "Facts", "Group", "Length", "Loader", "Order",
+    "Packing", "Position", "Rejects", "Samples", "Stats", "Step", "Workers", "as_html", "by_temperature",
+    "by_tokens", "count", "lay", "load_tokenizer", "mean_tokens", "open_samples", "open_source", "show_rows",
 ]  # fmt: skip
 __getattr__ = lazy_names(
     "ftrain.data",
     {
         "chat_template": ("load_tokenizer",),
+        "cost": ("Cost",),
         "documents": ("IGNORE", "Document", "Group", "lay"),
         "encoding": ("ChatEncoder", "Encoded", "Length"),
+        "encoding_ahead": ("Workers", "mean_tokens"),
+        "loader": ("Facts", "Loader", "Step"),
+        "mixture": ("by_temperature", "by_tokens"),
+        "order": ("Order",),
+        "packing": ("Packing",),
+        "position": ("Position",),
         "rejects": ("BadRow", "Rejects"),
         "samples": ("Samples", "open_samples"),
         "show": ("as_html", "show_rows"),

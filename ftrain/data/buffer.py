@@ -7,7 +7,7 @@ import numpy as np
 
 from ftrain.data.cost import CostOf
 from ftrain.data.documents import Document, Group
-from ftrain.data.encoding_ahead import Encoded
+from ftrain.data.encoding_ahead import Drawn
 from ftrain.data.packing import Packing, Plan, plan_packs
 from ftrain.data.rejects import BadRow
 
@@ -22,7 +22,7 @@ class Waiting:
     `since`: the steps that were made before it was read.
     """
 
-    encoded: Encoded
+    drawn: Drawn
     lengths: np.ndarray
     piece: int
     since: int
@@ -30,8 +30,8 @@ class Waiting:
 
     def group(self, tokens: int) -> Group:
         """Its documents; pieces have `tokens` tokens, and the last one what is left."""
-        group = self.encoded.group()
-        if len(self.encoded.lengths) > 1 or len(group) <= tokens:
+        group = self.drawn.group()
+        if len(self.drawn.lengths) > 1 or len(group) <= tokens:
             return group
         (document,), start = group.documents, self.piece * tokens
         end = start + tokens
@@ -39,7 +39,7 @@ class Waiting:
         return Group((Document(document.tokens[start:end], document.labels[start:end], leaves),), self.cost)
 
 
-def pieces(found: Encoded, packing: Packing, *, since: int) -> list[Waiting]:
+def pieces(found: Drawn, packing: Packing, *, since: int) -> list[Waiting]:
     """What of an encoded row waits: its group, or with `cut="split"` the pieces of a document longer than a pack.
 
     A piece knows nothing of the tokens before it; the label of its last token is the first token of the next piece.
@@ -72,9 +72,14 @@ class Buffer:
         return len(self._waiting)
 
     @property
+    def oldest(self) -> int:
+        """The place of the oldest group."""
+        return self._waiting[0].drawn.place
+
+    @property
     def held(self) -> np.ndarray:
         """Int64 `[n, 3]`, as `Position.held`."""
-        rows = [(w.encoded.place, w.piece, w.since) for w in self._waiting]
+        rows = [(w.drawn.place, w.piece, w.since) for w in self._waiting]
         return np.array(rows, np.int64).reshape(len(rows), 3)
 
     def add(self, waiting: Waiting) -> None:

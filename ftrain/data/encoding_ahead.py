@@ -58,7 +58,7 @@ class Workers:
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class Drawn:
     """A place of the order, and `where` its row stands in a file.
 
     `lengths`: of its documents, int64 `[n]`, empty where the row is `rejected`; `cost`: what its group says. The group
@@ -98,7 +98,7 @@ class Places:
 
 def encode_ahead(
     order: Order, sources: Sequence[Rows], encode: Encode, *, places: Places, workers: Workers
-) -> Generator[Encoded]:
+) -> Generator[Drawn]:
     """The documents of these places, encoded, one after the other. Close it to end the workers.
 
     Raises:
@@ -119,6 +119,25 @@ def encode_ahead(
             yield from chunk.encoded()
     finally:
         reader.close()
+
+
+def mean_tokens(source: Rows, encode: Encode, *, rows: int = 256) -> float:
+    """Tokens of a row on average, of at most so many rows that lie evenly in the source: for `mixture.by_tokens`.
+
+    ValueError where none of them can be trained on.
+    """
+    count = min(rows, len(source))
+    found = []
+    for number in range(count):
+        try:
+            group = encode(source[number * len(source) // count])
+        except BadRow:
+            continue  # told when it is its turn
+        if group is not None and group.documents:
+            found.append(len(group))
+    if not found:
+        raise ValueError(f"none of {count} rows can be trained on, so how long they are is unknown")
+    return sum(found) / len(found)
 
 
 @dataclass(frozen=True)
@@ -186,12 +205,12 @@ class _Chunk:
             named,
         )
 
-    def encoded(self) -> Iterator[Encoded]:
+    def encoded(self) -> Iterator[Drawn]:
         """The places, in order."""
         lengths, first = np.diff(self.ends, prepend=0), 0
         for place, where, count, cost in zip(self.places, self.where, self.counts, self.costs, strict=True):
             rejected = self.rejected.get(place)
-            yield Encoded(place, where, lengths[first : first + count], cost, rejected, self, first)
+            yield Drawn(place, where, lengths[first : first + count], cost, rejected, self, first)
             first += count
 
     def documents(self, first: int, count: int) -> tuple[Document, ...]:

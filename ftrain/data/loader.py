@@ -29,7 +29,7 @@ _ENDLESS = 2**40  # places: more than any run reads
 class Facts(NamedTuple):
     """Of the whole step, on all ranks alike.
 
-    - `step`: its number, from 1; `epoch`: that in which the last document was read, from 0.
+    - `step`: its number, from 1; `epochs`: how often the data was gone through after it, in rows.
     - `documents`, `tokens`: in its packs; `budget`: tokens that its packs have room for.
     - `rejected`: rows left out since the start of the run.
     - `imbalance`: what ranks wait for each other, as a part of the mean: the costliest pack of each micro-batch over
@@ -37,7 +37,7 @@ class Facts(NamedTuple):
     """
 
     step: int
-    epoch: int
+    epochs: float
     documents: int
     tokens: int
     budget: int
@@ -179,7 +179,7 @@ class Loader:
         batch = packs[0] if len(packs) == 1 else join_packs(packs)
         facts = Facts(
             step=position.step,
-            epoch=found.epoch,
+            epochs=found.epochs,
             documents=sum(len(waiting.lengths) for pack in found.packs for waiting in pack),
             tokens=int(found.plan.tokens_P.sum()),
             budget=packing.tokens * packing.packs,

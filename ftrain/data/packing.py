@@ -39,6 +39,8 @@ class Packing:
       a row that is rejected or an "error".
     - `cost`: of documents, for packs of equal cost (`ftrain.data.cost`); a group that says its own has that one.
     - `buffer`: tokens that wait to be packed, None: those of 4 steps, and 65,536 at least.
+    - `held`: groups that wait at most, for which a position has room; None: 32,768, and more with a larger buffer. Runs
+      on other numbers of ranks restore each other's positions where it is the same.
     - `patience`, `tolerance`: when a costly group waits for others like it, as in `plan_packs`.
 
     ValueError for sizes below 1, and words that are none of these.
@@ -51,14 +53,16 @@ class Packing:
     too_long: Literal["reject", "error"] = "reject"
     cost: CostOf = field(default_factory=lambda: Cost.of_width(2048))
     buffer: int | None = None
+    held: int | None = None
     patience: int = PATIENCE
     tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
         """ValueError for sizes below 1, and words that are none of these."""
-        for name in ("tokens", "ranks", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Packing: {name}={getattr(self, name)} must be at least 1")
+        for name in ("tokens", "ranks", "micro_batches", "held"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Packing: {name}={value} must be at least 1")
         for name, known in (("cut", ("never", "split")), ("too_long", ("reject", "error"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"Packing: {name}={getattr(self, name)!r} is none of {', '.join(map(repr, known))}")
@@ -80,8 +84,8 @@ class Packing:
 
     @property
     def capacity(self) -> int:
-        """The most groups that wait, for which a position has room: a power of two."""
-        return max(_LEAST_HELD, 1 << (self.waiting // _SHORT - 1).bit_length())
+        """The most groups that wait, for which a position has room."""
+        return self.held or max(_LEAST_HELD, 1 << (self.waiting // _SHORT - 1).bit_length())
 
 
 class Plan(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ftrain.data.buffer import TOO_LONG, Buffer, Waiting, pieces
-from ftrain.data.encoding_ahead import Encoded
+from ftrain.data.encoding_ahead import Drawn
 from ftrain.data.packing import Packing, Plan
 from ftrain.data.position import Position
 from ftrain.data.rejects import BadRow, Rejects
@@ -18,13 +18,13 @@ AtEpochEnd = Literal["carry", "pack"]
 
 
 class StepPacks(NamedTuple):
-    """The groups of each of the P packs of a step, their plan, the epoch of the last place that was read, and the
-    position after the step.
+    """The groups of each of the P packs of a step, their plan, and the position after the step. `epochs`: how often the
+    data was gone through by then, in rows that were trained on or left out.
     """
 
     packs: list[list[Waiting]]
     plan: Plan
-    epoch: int
+    epochs: float
     position: Position
 
 
@@ -38,7 +38,7 @@ class Reading:
 
     def __init__(
         self,
-        encoded: Iterator[Encoded],
+        encoded: Iterator[Drawn],
         position: Position,
         *,
         packing: Packing,
@@ -83,7 +83,8 @@ class Reading:
                 return
             packs, plan = self._buffer.take(step=self._position.step)
             self._position = self._after(packs, plan)
-            yield StepPacks(packs, plan, max(0, self._next - 1) // self._epoch, self._position)
+            waiting = len(np.unique(self._position.held[:, 0]))
+            yield StepPacks(packs, plan, (self._next - waiting) / self._epoch, self._position)
 
     def _after(self, packs: Sequence[Sequence[Waiting]], plan: Plan) -> Position:
         before, tokens = self._position, self._packing.tokens
@@ -101,11 +102,17 @@ class Reading:
         )
 
     def _fill(self) -> None:
-        """Read on until enough waits; not into the next epoch while documents of this one wait, where it ends alone."""
+        """Read on until enough waits; not into the next epoch while documents of this one wait, where it ends alone.
+
+        Of data that is smaller than the buffer two steps are enough, so that few epochs are in it.
+        """
         waiting, capacity = self._packing.waiting, self._packing.capacity
+        enough = min(waiting, 2 * self._packing.packs * self._packing.tokens)
         while self._buffer.tokens < waiting and self._next < self._last:
             at_end = self._next % self._epoch == 0
             if at_end and self._at_epoch_end == "pack" and len(self._buffer):
+                return
+            if self._buffer.tokens >= enough and self._next - self._buffer.oldest >= self._epoch:
                 return
             made = self._over or self._read()
             if made and len(self._buffer) and len(self._buffer) + len(made) > capacity:

@@ -1,7 +1,9 @@
 """Every document exactly once an epoch, and the same batches for any ranks, workers and kill points."""
 
+import json
 from collections import Counter
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import pytest
@@ -9,14 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftrain.data.cost import Cost
 from ftrain.data.documents import IGNORE, Document, Group
-from ftrain.data.encoding_ahead import Workers
+from ftrain.data.encoding_ahead import Workers, mean_tokens
 from ftrain.data.loader import Loader
 from ftrain.data.order import Order
 from ftrain.data.packing import Packing
 from ftrain.data.position import Position
 from ftrain.data.rejects import BadRow, Rejects
 from ftrain.data.sample import Place
+from ftrain.data.samples import open_samples
+from ftrain.kernels.documents import Documents
 
 
 def document(name, length):
@@ -76,12 +81,18 @@ def runs(draw):
     sources[0].append((10**6, (7,)))  # at least one row that can be trained on
     ranks, micro_batches = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2), (4, 2)]))
     packing = Packing(
-        draw(st.sampled_from([8, 32, 64])), ranks=ranks, micro_batches=micro_batches, patience=draw(st.integers(0, 3))
+        draw(st.sampled_from([8, 32, 64])),
+        ranks=ranks,
+        micro_batches=micro_batches,
+        cost=Cost(quadratic=draw(st.sampled_from([0.0, 0.2]))),
+        held=draw(st.sampled_from([None, 1, 7, 40])),
+        patience=draw(st.integers(0, 3)),
     )
     packing = replace(packing, buffer=packing.tokens * packing.packs * draw(st.integers(1, 3)))
     order = Order([len(s) for s in sources], key=draw(st.integers(0, 2**40)))
     end, epochs = draw(st.sampled_from(["carry", "pack"])), draw(st.integers(1, 3))
-    return sources, Loader(order, sources, encode, packing, rank=None, epochs=epochs, at_epoch_end=end)
+    workers = Workers(chunk=draw(st.sampled_from([1, 4, 32])))
+    return sources, Loader(order, sources, encode, packing, rank=None, epochs=epochs, at_epoch_end=end, workers=workers)
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,7 +110,7 @@ def test_an_epoch_that_is_packed_alone_has_each_document_once(run):
     loader = replace(loader, at_epoch_end="pack", epochs=2)
     by_epoch = [Counter(), Counter()]
     for step in loader:
-        by_epoch[step.facts.epoch] += names_in(step.batch)
+        by_epoch[ceil(step.facts.epochs) - 1] += names_in(step.batch)
     assert by_epoch == [wanted(sources, 1, loader.packing.tokens)] * 2
 
 
@@ -131,7 +142,7 @@ def test_the_documents_of_a_step_depend_on_neither_ranks_nor_micro_batches(run, 
 @given(run=runs(), kill=st.integers(0, 4), ranks=st.integers(1, 5))
 def test_a_position_goes_on_with_another_number_of_ranks_and_each_document_still_comes_once(run, kill, ranks):
     sources, loader = run
-    packing = replace(loader.packing, ranks=ranks, micro_batches=1, buffer=None)
+    packing = replace(loader.packing, ranks=ranks, micro_batches=1, buffer=None, held=None)
     found, position = Counter(), loader.start()
     for _, step in zip(range(kill), loader, strict=False):
         found += names_in(step.batch)
@@ -239,6 +250,7 @@ def test_fewer_documents_than_ranks_leave_packs_of_padding():
 def test_steps_go_on_over_epochs_however_small_the_data_is():
     steps = list(loader_of([[3]], steps=4))
     assert [s.facts.documents for s in steps] == [2, 2, 2, 2]
+    assert [s.facts.epochs for s in steps] == [2, 4, 6, 8]
     assert [s.facts.documents for s in loader_of([[3]], steps=4, at_epoch_end="pack")] == [1, 1, 1, 1]
 
 
@@ -284,3 +296,29 @@ def test_what_a_loader_is_asked_for_must_be_possible():
         Packing(8, ranks=2, buffer=9)
     with pytest.raises(ValueError, match="at_epoch_end='drop'"):
         loader_of([[3]], at_epoch_end="drop")
+
+
+def words(sample):
+    """Of a text, a document of the lengths of its words."""
+    return encode((1, (len(sample.text.split()),)))
+
+
+def test_a_file_is_read_packed_and_its_broken_rows_are_named(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    texts = [json.dumps({"text": "one two three " * n}) for n in range(1, 30)]
+    file.write_text("\n".join([*texts[:4], '{"text": "cut', *texts[4:]]))
+    samples, rejects = open_samples(file), Rejects(limit=0.5)
+    loader = Loader(Order([len(samples)], key=0), [samples], words, Packing(64), rejects=rejects)
+    steps = list(loader)
+    assert sum(step.facts.tokens for step in steps) == sum(3 * n for n in range(1, 22))
+    assert steps[-1].facts.rejected == rejects.count == 9
+    assert {(kind.kind, kind.count) for kind in rejects} == {("invalid JSON", 1), ("longer than a pack", 8)}
+    (broken,) = (kind for kind in rejects if kind.kind == "invalid JSON")
+    assert (broken.file, broken.rows) == (str(file), (5,))
+    assert mean_tokens(samples, words) == pytest.approx(sum(3 * n for n in range(1, 30)) / 29)
+
+
+def test_a_division_of_a_batch_that_would_cut_a_document_is_an_error():
+    (step,) = loader_of([[6]], packing=Packing(8))
+    with pytest.raises(ValueError, match="a document lies in two packs: it goes on over token 4"):
+        Documents.of(step.batch["segments"].ids_T, packs=2)
