@@ -1,11 +1,11 @@
 """Adapters of low rank for any model: deltas that are trained beside frozen parameters, and folders of them.
 
-    adapter = lora.add(model, "all-linear", rank=16)
+adapter = lora.add(model, "all-linear", rank=16)
 
-    def loss(delta, base, batch):
-        return model.loss(lora.bind(base, delta, adapter), batch)
+def loss(delta, base, batch):
+    return model.loss(lora.bind(base, delta, adapter), batch)
 
-    loss, grads = ftrain.value_and_grad(loss)(state.params, state.extra, batch)
+loss, grads = ftrain.value_and_grad(loss)(state.params, state.extra, batch)
 """
 
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ftrain.lora.one_file import save_file
     from ftrain.lora.peft import save
     from ftrain.lora.peft_load import load
-    from ftrain.lora.singular_start import beyond, pissa
     from ftrain.lora.quantized import quantize, quantized_specs
     from ftrain.lora.rates import plus
+    from ftrain.lora.singular_start import beyond, pissa
 
 __all__ = [
     "Adapter",

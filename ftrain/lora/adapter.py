@@ -178,4 +178,3 @@ def _require_possible(target: Target, *, dora: bool, dropout: float) -> None:
         raise ValueError(
             f"lora: {target.path!r} is a stack of experts, whose rows are no tokens in order: dropout must be 0 there"
         )
-

@@ -14,7 +14,7 @@ from ftrain.lora.adapter import Adapter
 from ftrain.lora.blocks import Blocks
 from ftrain.lora.dora import gain
 from ftrain.lora.dropout import Dropped
-from ftrain.lora.low_rank import LowRank, Parts
+from ftrain.lora.low_rank import Parts
 from ftrain.lora.products import weight
 from ftrain.lora.quantized import SCALES, blocks_of, is_quantized
 from ftrain.lora.targets import Target
@@ -44,7 +44,9 @@ def bind(base: Tree, delta: Tree, adapter: Adapter, *, key: Tensor | None = None
     True
     """
     whole = _Shown(dict(leaves_with_paths(adapter.base)))
-    changed = {t.path: weight(_parts(t, whole.of(t.path, leaf(base, t.path)), delta, adapter, key)) for t in adapter.targets}
+    changed = {
+        t.path: weight(_parts(t, whole.of(t.path, leaf(base, t.path)), delta, adapter, key)) for t in adapter.targets
+    }
     return mapped(base, lambda path, x: changed[path] if path in changed else whole.leaf(path, x), is_quantized)
 
 

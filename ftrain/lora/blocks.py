@@ -21,6 +21,7 @@ Format = Literal["int8", "nf4"]
 BLOCK = 64
 """Numbers of a block, where the columns divide by it."""
 
+
 @dataclass(frozen=True)
 class Blocks:
     """A quantized weight.

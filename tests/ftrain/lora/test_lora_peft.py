@@ -1,9 +1,6 @@
 """PEFT as the oracle: its gradients, a step of AdamW, its folders in and out."""
 
 import copy
-import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -134,4 +131,6 @@ def test_peft_loads_what_is_saved_and_gives_the_same_scores(kind, tmp_path):
 
 def plain(kind):
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(KINDS[kind][0]), attn_implementation="eager").eval()
+    return transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(KINDS[kind][0]), attn_implementation="eager"
+    ).eval()
