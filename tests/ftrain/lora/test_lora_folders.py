@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ftrain
-from ftrain import TrainState, lora, optim, tree
+from ftrain import lora, optim, tree
 from ftrain.bridge import from_transformers
 from ftrain.bridge.skeleton import flatten
 from ftrain.lora.trees import joined
 from ftrain.modules.spec import ParamSpec, of, zeros
-from ftrain.sharding import Layout, Mesh, Plan
+from ftrain.sharding import Mesh
+from tests.helpers import lora_processes
 from tests.helpers.adapted_models import SIZES, bridged
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -100,36 +101,20 @@ def test_one_weight_with_two_deltas_is_refused(tmp_path):
         lora.load(tmp_path, model)
 
 
-def test_an_adapter_is_trained_on_a_mesh_and_merged_to_the_same_bytes(tmp_path):
-    """A frozen base in `extra`, deltas in `params`: the state of a step on a mesh, and of one device."""
-    case = bridged("llama")
-    adapter, tx = case.adapter, optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
-    model = from_transformers(transformers.LlamaConfig(**SIZES))
-
-    def train(state, batch):
-        loss, grads = ftrain.value_and_grad(case.of_parts)(state.params, state.extra, batch)
-        return state.apply(tx, grads), loss
-
-    def begin(key):
-        return TrainState.create(adapter.init(key), tx, extra=ftrain.init(case.specs, key))
-
-    batch, losses = {**case.batch(2)}, {}
-    plan = Plan(Mesh(shard=2, kind="virtual"), Layout())
-    states = {}
-    for name, options in {"one": {}, "mesh": {"plan": plan, "specs": adapter.all_specs()}}.items():
-        step = ftrain.jit(train, donate="state", **options)
-        state = step.init(begin, ftrain.key(0)) if options else begin(ftrain.key(0))
-        for _ in range(2):
-            state, losses[name] = step(state, batch)
-        states[name] = state
-        assert not any(x.requires_grad for x in tree.leaves(state.extra))
-    torch.testing.assert_close(losses["mesh"], losses["one"], rtol=1e-5, atol=1e-6)
-    mesh = states["mesh"]
-    whole = TrainState(mesh.params, mesh.opt_state, mesh.step, mesh.extra)
-    model.save(lora.merge(whole.extra, whole.params, adapter), tmp_path / "mesh")
-    copied = tree.map(lambda x: x.clone(), (whole.extra, whole.params))
-    model.save(lora.merge(*copied, adapter), tmp_path / "one")
-    assert filecmp.cmp(tmp_path / "mesh" / "model.safetensors", tmp_path / "one" / "model.safetensors", shallow=False)
+@pytest.mark.parametrize("mesh", [Mesh(shard=2, kind="process"), Mesh(shard=2, expert=2, kind="process")], ids=str)
+def test_processes_train_write_and_merge_what_one_device_does(mesh, tmp_path):
+    told = lora_processes.run(tmp_path / "mesh", mesh)
+    tx = optim.adamw(1e-3)
+    state = lora_processes.begin(ftrain.key(0), tx)
+    lora_processes.write(tmp_path / "one" / "before", state)
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"):
+        assert filecmp.cmp(tmp_path / "mesh" / "before" / name, tmp_path / "one" / "before" / name, shallow=False), name
+    for _ in range(2):
+        state = lora_processes.train(state, lora_processes.batch(), tx)
+    for divided, delta in told:
+        assert divided > 10
+        for a, b in zip(tree.leaves(delta), tree.leaves(state.params), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
 
 
 def drawing_model():
