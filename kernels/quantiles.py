@@ -1,4 +1,4 @@
-"""Numbers of a table of 16 by codes of 4 bits: what a weight in NF4 is decoded by (Dettmers et al., arXiv 2305.14314)."""
+"""Numbers of a table by codes of 4 bits: what a weight in NF4 is decoded by (Dettmers et al., arXiv 2305.14314)."""
 
 import torch
 from torch import Tensor

@@ -26,7 +26,7 @@ from ftrain.bridge.rowwise_model import rowwise_model
 from ftrain.bridge.seq2seq_model import seq2seq_model
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import loader, save, stored_buffers
+from ftrain.bridge.weights import loader, names_of, save, stored_buffers
 from ftrain.modules.autoregression import Family
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
@@ -104,6 +104,7 @@ def from_transformers(
         family=_family(config, task, type(module).__name__, trust_remote_code),
         plain=partial(plain_loss, partial(_plain, config, task, trust_remote_code)),
         why=why,
+        names=names_of(module, specs),
     )
 
 

@@ -15,6 +15,7 @@ from ftrain.checkpoint.shard_layout import Slice, whole
 from ftrain.hf.files import HfFolder, opened
 from ftrain.hf.gather import write_gathered
 from ftrain.hf.range import require_in_range
+from ftrain.modules.hf_names import HfTensor, Names
 from ftrain.modules.spec import Tree
 
 
@@ -97,6 +98,16 @@ def save(module: nn.Module, params: Tree, held: Mapping[str, Tensor], folder: st
         module.save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
 
     write_gathered(flatten(params), write)
+
+
+def names_of(module: nn.Module, specs: Tree) -> Names:
+    """What a folder calls the parameters of `specs`, where one of them has several names; empty where none is tied."""
+    leaves = flatten(specs)
+    tied = {name: own for name, own in _tied(module).items() if own in leaves}
+    if not tied:
+        return ()
+    own = (HfTensor(name, name) for name in leaves)
+    return (*own, *(HfTensor(name, path, copy=True) for name, path in tied.items()))
 
 
 def _copy(target: Tensor, tensor: Tensor, part: Slice, where: str) -> None:

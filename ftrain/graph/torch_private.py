@@ -514,4 +514,4 @@ def tensor_without_memory(kind: Any, shape: Sequence[int], dtype: torch.dtype, d
     """A tensor of a subclass `kind` with this shape and without elements, for one that computes by `__torch_function__`
     and `__torch_dispatch__` alone; in a trace it is no node.
     """
-    return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
+    return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)

@@ -104,7 +104,7 @@ class LowRank(Tensor, StandIn):
     def __init__(self, parts: Parts) -> None:
         del parts
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LowRank({list(self.parts.base.shape)}, rank {_rank(self.parts)})"
 
     def run(self, kernel: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -122,7 +122,7 @@ class LowRank(Tensor, StandIn):
         return _computed(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise ValueError(
             f"{func} got a weight with a low-rank delta past torch's functions, so that the delta would get no "
             "gradient: give it weight.parts.dense()"

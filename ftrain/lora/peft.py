@@ -72,7 +72,7 @@ def config_of(adapter: Adapter, found: list[Place], *, base: str, task: str | No
         "use_rslora": adapter.rslora,
         "use_dora": adapter.dora,
         "bias": "none",
-        "fan_in_fan_out": not adapter.names and any(p.form == "linear" and p.target.inputs_first for p in modules),
+        "fan_in_fan_out": any(not p.outputs_first for p in modules),
         "target_modules": short_names(adapter, modules),
         "target_parameters": sorted({p.parameter for p in found if p.parameter is not None}) or None,
     }

@@ -206,6 +206,11 @@ class _Reading:
         read = [place.read(what, self._tensor(place, what, held)) for place in own]
         if own[0].index is not None:
             return torch.stack([x for _, x in sorted(zip([p.index or 0 for p in own], read, strict=True), key=_first)])
+        tied = next((p for p, x in zip(own, read, strict=True) if not torch.equal(x, read[0])), None)
+        if tied is not None:
+            raise ValueError(
+                f"{self.shown}: {tied.module!r} and {own[0].module!r} are one weight of this model, and have two deltas"
+            )
         return read[0].contiguous()
 
     def _tensor(self, place: Place, what: str, held: Mapping[str, Tensor]) -> Tensor:
@@ -215,8 +220,8 @@ class _Reading:
             raise ValueError(f"{self.shown} lacks {key!r}, a part of the delta of {place.target.path!r}")
         if tuple(x.shape) != shape:
             raise ValueError(
-                f"{self.shown}: {key!r} has shape {list(x.shape)}, and {place.target.path!r} {list(place.target.shape)} "
-                f"of this model needs {list(shape)}: the adapter is of another base"
+                f"{self.shown}: {key!r} has shape {list(x.shape)}, and {place.target.path!r} of this model, "
+                f"{list(place.target.shape)}, needs {list(shape)}: the adapter is of another base"
             )
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -228,8 +233,8 @@ class _Reading:
                 raise ValueError(f"{self.shown}: {path!r} has {here} in the folder and {there} in the adapter given")
         if (made.dora, made.rslora) != (like.dora, like.rslora):
             raise ValueError(
-                f"{self.shown}: use_dora={made.dora}, use_rslora={made.rslora}; the adapter given has dora={like.dora}, "
-                f"rslora={like.rslora}"
+                f"{self.shown}: use_dora={made.dora}, use_rslora={made.rslora}; the adapter given has "
+                f"dora={like.dora}, rslora={like.rslora}"
             )
 
 

@@ -27,6 +27,7 @@ class Place:
     - `form`: how the factors lie. "stack" is PEFT's form for parameters that hold all experts. `swapped`: a head that
       is tied to the table, whose inputs are the table's width.
     - `depth`: how many wrappers of other parameters of the same module lie around it.
+    - `outputs_first`: the module's own weight is `[O, I]`, as those of linear layers.
     """
 
     module: str
@@ -35,6 +36,7 @@ class Place:
     index: int | None = None
     depth: int = 0
     swapped: bool = False
+    outputs_first: bool = True
 
     @property
     def parameter(self) -> str | None:
@@ -46,19 +48,22 @@ class Place:
         within = PREFIX + self.module + ".base_layer" * self.depth
         if self.form == "embedding":
             return {"A": f"{within}.lora_embedding_A", "B": f"{within}.lora_embedding_B"}
+        if self.swapped:
+            return {"A": f"{within}.lora_B.weight", "B": f"{within}.lora_A.weight"}
         found = {"A": f"{within}.lora_A.weight", "B": f"{within}.lora_B.weight"}
         return {**found, "magnitude": f"{within}.lora_magnitude_vector"}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of those tensors."""
         t, r = self.target, self.target.rank
-        sides = (t.outputs, t.inputs) if self.swapped else (t.inputs, t.outputs)
         if self.form == "stack":
             many = t.experts or 1
             return {"A": (many * r, t.inputs), "B": (t.outputs, r * many)}
         if self.form == "convolution":
             return {"A": (r, *t.shape[1:]), "B": (t.outputs, r, *(1 for _ in t.shape[2:])), "magnitude": _norms(t)}
-        return {"A": (r, sides[0]), "B": (sides[1], r), "magnitude": (t.outputs,)}
+        if self.swapped:
+            return {"A": (t.inputs, r), "B": (r, t.outputs)}
+        return {"A": (r, t.inputs), "B": (t.outputs, r), "magnitude": (t.outputs,)}
 
     def written(self, what: str, x: Tensor) -> Tensor:
         """The factor `what`, as our tree has it, as PEFT's file has it."""
@@ -105,7 +110,7 @@ def places_of(adapter: Adapter, target: Target) -> Iterator[Place]:
             above, _, _ = module.rpartition(".")
             yield Place(above, target, "stack", depth=_wrappers_around(adapter, target))
         else:
-            yield Place(module, target, "linear", index=name.index)
+            yield Place(module, target, "linear", name.index, outputs_first=target.inputs_first == name.transposed)
 
 
 def _wrappers_around(adapter: Adapter, target: Target) -> int:

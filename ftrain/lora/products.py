@@ -136,7 +136,9 @@ def _convolution(x: Any, w: Any, bias: Tensor | None = None, *args: Any, **optio
     if not _right(x, w) or w.parts.is_stack or isinstance(w.parts.base, Blocks) or _groups(args, options) != 1:
         return NotImplemented
     parts: Parts = w.parts
-    assert parts.left is not None and parts.right is not None and isinstance(parts.base, Tensor)
+    assert parts.left is not None
+    assert parts.right is not None
+    assert isinstance(parts.base, Tensor)
     taps = parts.base.shape[2:]
     if parts.left.shape[0] != parts.base.shape[0] or parts.right.shape[1] != parts.base[0].numel():
         return NotImplemented

@@ -1,4 +1,4 @@
-"""LoRA+ (Hayou et al., arXiv 2402.12354): the factor next to the output learns faster than the one next to the input."""
+"""LoRA+ (Hayou et al., arXiv 2402.12354): the factor at the output learns faster than the one at the input."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Which parameters an adapter changes: globs over paths and PEFT's short names, to matrices with an input and an output.
+"""Which parameters an adapter changes: globs over paths and PEFT's short names, and how their matrices lie.
 
 Legend: I inputs, O outputs, E experts.
 """

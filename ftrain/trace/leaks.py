@@ -159,7 +159,7 @@ def _holds_fake(value: Any, depth: int) -> bool:
     return next(_fakes(value, depth), None) is not None
 
 
-def _fakes(value: Any, depth: int) -> Iterator[Tensor]:
+def _fakes(value: Any, depth: int) -> Iterator[Any]:
     """The tensors of a trace, and weights made of them, in a value and in its nested containers, to this depth."""
     if isinstance(value, FakeTensor | StandIn):
         yield value

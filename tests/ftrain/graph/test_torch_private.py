@@ -413,3 +413,18 @@ def test_modules_that_ask_are_told_of_an_export_within_the_block():
     with private.exporting():
         assert torch.compiler.is_exporting()
     assert not torch.compiler.is_exporting()
+
+
+def test_a_tensor_without_memory_has_a_shape_and_computes_by_its_own_functions():
+    class Three(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return func(*(torch.full((2,), 3.0) if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("not reached")
+
+    made = private.tensor_without_memory(Three, (2,), torch.float32, torch.device("cpu"))
+    assert isinstance(made, torch.Tensor)
+    assert (torch.ones(2) * made).tolist() == [3.0, 3.0]

@@ -89,7 +89,8 @@ def test_a_bound_weight_answers_for_the_sum():
     delta, base, _ = case.arguments()
     bound = lora.bind(base, delta, case.adapter)
     weight, whole = bound["layers"][0]["mlp"]["w_up_DF"], lora.merge(base, delta, case.adapter)
-    assert isinstance(weight, LowRank) and weight.shape == (32, 40) and weight.dtype == torch.float64
+    assert isinstance(weight, LowRank)
+    assert (weight.shape, weight.dtype) == ((32, 40), torch.float64)
     torch.testing.assert_close(weight + 0, whole["layers"][0]["mlp"]["w_up_DF"])
     assert bound["layers"][0]["attention"]["b_q_HK"].data_ptr() == base["layers"][0]["attention"]["b_q_HK"].data_ptr()
 

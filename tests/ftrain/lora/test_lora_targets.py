@@ -29,7 +29,8 @@ def test_globs_last_parts_and_names_of_hugging_face_name_the_same():
 
 def test_all_linear_leaves_out_heads_tables_and_routers():
     found = paths(lora.add(SPECS, "all-linear", rank=2))
-    assert len(found) == 2 * 7 and not any("router" in p or "head" in p or "table" in p for p in found)
+    assert len(found) == 2 * 7
+    assert not any("router" in p or "head" in p or "table" in p for p in found)
     moe = bridged("experts").adapter
     assert {p.rsplit(".", 2)[-2] for p in paths(moe)} == {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}
 
@@ -52,7 +53,8 @@ def test_inputs_and_outputs_are_known_whichever_comes_first():
 
 def test_axes_of_deltas_are_those_of_the_sides():
     axes = {path.split(".", 2)[-1]: s.axes for path, s in leaves_with_paths(native("mixture").adapter.specs)}
-    assert axes["attention.w_q_DHK_lora.A"] == ("embed", "rank") and axes["attention.w_q_DHK_lora.B"][1] == "heads"
+    assert axes["attention.w_q_DHK_lora.A"] == ("embed", "rank")
+    assert axes["attention.w_q_DHK_lora.B"][1] == "heads"
     assert axes["moe.w_down_EFD_lora.A"] == ("expert", "mlp", "rank")
 
 
