@@ -70,6 +70,6 @@ def _is_fixed(node: fx.Node) -> bool:
         return all(user.target in _LIFTS for user in node.users)
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or "empty" in op._schema.name:
         return False
-    plain = not draws(node) if op._schema.is_mutable else is_pure(node)
-    known = isinstance(made, FakeTensor) and all(type(n) is int for n in made.shape)
-    return plain and known and made.numel() <= _MOST
+    if not isinstance(made, FakeTensor) or any(type(n) is not int for n in made.shape) or made.numel() > _MOST:
+        return False
+    return not draws(node) if op._schema.is_mutable else is_pure(node)
