@@ -72,6 +72,19 @@ def positions(batch: Mapping[str, Any]) -> Tensor | None:
     return place_L - torch.where(first, place_L, 0).cummax(1).values
 
 
+def counted(tokens_BL: Tensor, padding: int) -> dict[str, Tensor]:
+    """What a model that counts the tokens of each row by itself makes of rows: `lengths`, those of the rows, and which
+    places it attends to, `attention_mask`, bool `[B, L]`. Such a model asserts that no length is too great, which is
+    known of these.
+    """
+    rows, length = tokens_BL.shape
+    count_B = (tokens_BL != padding).sum(1)
+    return {
+        "lengths": torch.full((rows,), length, device=tokens_BL.device),
+        "attention_mask": torch.arange(length, device=tokens_BL.device) < count_B[:, None],
+    }
+
+
 def mean_over_labels(total: Tensor, labels: Tensor) -> Mean:
     """The mean of a `total`, 0-d, over the tokens that have a label; `labels` of any shape."""
     return Mean(total, (labels != IGNORED).sum().to(total.dtype))

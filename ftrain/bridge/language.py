@@ -13,7 +13,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ftrain.bridge.attention import Call, calling
-from ftrain.bridge.batches import LANGUAGE, folded, mean_over_labels, positions, require_tokens, rows
+from ftrain.bridge.batches import LANGUAGE, counted, folded, mean_over_labels, positions, require_tokens, rows
 from ftrain.bridge.draws import drawing
 from ftrain.bridge.heads import HeadReads, Scores, cross_entropy, token_losses
 from ftrain.bridge.skeleton import as_it_was, buffers, call, flatten, parameters
@@ -118,6 +118,8 @@ class Language:
         found: dict[str, Any] = {"input_ids": rows(batch["tokens"])}
         if "use_cache" in self.accepted:
             found["use_cache"] = False
+        if "lengths" in self.accepted:  # XLM and FlauBERT
+            found.update(counted(found["input_ids"], self.module.config.pad_index))  # type: ignore[union-attr,arg-type]
         place = positions(batch) if "position_ids" in self.accepted else None
         if place is not None:
             found["position_ids"] = place + self.first if self.first else place

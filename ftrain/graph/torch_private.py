@@ -331,6 +331,25 @@ def snapshot(tensor: Tensor) -> Tensor:
         return tensor.detach()
 
 
+def computed_really(nodes: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
+    """The real values, on the CPU and of any shapes, of nodes of the trace under way: ops that need no others than the
+    nodes before them, and constants.
+    """
+    found: dict[fx.Node, Tensor] = {}
+    root = get_proxy_mode().tracer.root  # type: ignore[union-attr]
+    with _disable_current_modes(), torch.no_grad():
+        for node in nodes:
+            if node.op == "get_attr":
+                found[node] = getattr(root, str(node.target))
+                continue
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), found.__getitem__)
+            here = {
+                name: torch.device("cpu") if name == "device" and x is not None else x for name, x in kwargs.items()
+            }
+            found[node] = node.target(*args, **here)  # type: ignore[operator]
+    return found
+
+
 def real_draw() -> None:
     """Move the default generator of the CPU on by a number, also within a trace, which is not told of it."""
     with _disable_current_modes():

@@ -89,7 +89,8 @@ class CodeWalk:
         if not self._is_new("function", id(fn), id(bound)):
             return
         if isinstance(bound, _CONTEXT):  # a decorator, which makes a new one for each call of what it decorates
-            self._used(bound.func, name)
+            if hasattr(bound, "func"):  # one that was entered makes no new one
+                self._used(bound.func, name)
             return
         reads, of_library = reads_of(fn.__code__), root_of(fn) in LIBRARIES and not is_step
         for key in ("__defaults__", "__kwdefaults__", "__code__") if not of_library else ():

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ftrain.graph.source import SourceLine, user_source
 from ftrain.graph.torch_private import DEVICE_QUERY, device_of_fake, next_seq_nr, tracing_graph
 from ftrain.sharding.spmd import current_filled, current_purpose
+from ftrain.trace.fixed_numbers import READ, FixedNumbers
 from ftrain.trace.origins import Origins
 from ftrain.trace.own_draws import TorchDraws
 from ftrain.trace.unseen_writes import UnseenWrites
@@ -66,6 +67,7 @@ class Provenance(TorchDispatchMode):
         """Leaves of losses that require a gradient and are not differentiated."""
         self.origins = Origins()
         """Tells which tensors depend on the arguments or on random numbers."""
+        self._fixed = FixedNumbers()
         self._unseen = UnseenWrites(self.made, user_source)
         self._source_of_seq_nr: dict[int, SourceLine | None] = {}
         self._transposed: int | None = None
@@ -73,6 +75,9 @@ class Provenance(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE_QUERY:
             return device_of_fake(args[0])
+        number = self._fixed.find(args[0]) if func is READ else None
+        if number is not None:
+            return number
         if self.phase != "backward":
             self._unseen.check(func, args)
         if self._draws is not None:
@@ -88,6 +93,7 @@ class Provenance(TorchDispatchMode):
             purpose, filled = current_purpose(), current_filled()
             new = [node for _, node in zip(range(len(graph.nodes) - before), reversed(graph.nodes), strict=False)]
             self.origins.note(func, new[::-1], out)
+            self._fixed.note(func, args, kwargs or {}, new[0])
             for node in new:
                 node.meta.update(source=source, phase=self.phase, seq_nr=seq_nr)
                 if purpose:

@@ -75,7 +75,7 @@ class Rows:
         made = self.inputs(torch.Generator().manual_seed(0))
         given = {name: x.double() if x.is_floating_point() else x for name, x in made.items()}
         wanted = nothing_to_compare(partial(self._plain, copy.deepcopy(module), given))
-        model = self._with_loss(from_transformers(copy.deepcopy(config), task=self.task, dtype=torch.float64))
+        model = self._with_loss(self._bridged(config, module))
         params = nest({name: p.detach().clone() for name, p in parameters(module).items()})
         names = {"pixel_values": "pixels", "input_values": "sound", "input_features": "sound", "attention_mask": "mask"}
         batch = {names.get(name, name): x for name, x in given.items()}
@@ -87,6 +87,14 @@ class Rows:
             roundtrip=partial(roundtrip, _CLASSES[self.task], self.task, model, params),
             about=self.task,
         )
+
+    def _bridged(self, config: Any, module: Any) -> Model:
+        """The model, with the numbers that the module does not train, and that it may have drawn."""
+        if all(p.requires_grad for p in module.parameters()):
+            return from_transformers(copy.deepcopy(config), task=self.task, dtype=torch.float64)
+        with tempfile.TemporaryDirectory() as folder:
+            module.save_pretrained(folder)
+            return from_transformers(folder, task=self.task, dtype=torch.float64)
 
     def _module(self, config: Any) -> nn.Module:
         import transformers

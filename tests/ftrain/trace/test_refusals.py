@@ -42,7 +42,7 @@ REFUSED = {
     "any": (lambda w, b: (b @ w).sum() if (b > 0).any() else b.sum(), "number in a tensor .*torch.where"),
     "istft": (
         lambda w, b: torch.istft(
-            torch.stft((b @ w).flatten(), 8, return_complex=True, window=torch.ones(8)), 8, window=torch.ones(8)
+            torch.stft((b @ w).flatten(), 8, return_complex=True, window=torch.ones(8)), 8, window=b.flatten()[:8]
         ).sum(),
         "number in a tensor",
     ),

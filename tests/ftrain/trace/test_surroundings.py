@@ -358,6 +358,17 @@ def test_a_decorator_that_is_a_context_manager_is_no_iterator():
         step(torch.ones(1))
 
 
+def test_a_step_may_know_of_context_managers_that_were_entered():
+    @contextlib.contextmanager
+    def opened():
+        yield 2.0
+
+    with contextlib.ExitStack() as stack:
+        scale = stack.enter_context(opened())
+        step = ftrain.jit(lambda x: x * scale if stack else stack.close())
+        assert step(torch.ones(1)) == 2.0
+
+
 @pytest.mark.filterwarnings("ignore:.*traced again")
 def test_a_hook_that_is_removed_and_a_parameter_that_is_put_back():
     net = nn.Linear(4, 4).requires_grad_(False)
