@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +115,8 @@ class TrainOptions:
     """Of the parameters that are not trained. auto: bfloat16 on CUDA, float32 on a CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """In which dtype the loss is computed. auto: bfloat16 on CUDA, float32 on a CPU."""
+    plan: str | None = None
+    """auto: search the fastest layout on these ranks at start-up; or a file that `ftrain plan --apply` wrote."""
     remat: Literal["none", "layer", "all"] = "none"
     """What the backward pass computes again instead of keeping it."""
     budget: str | None = None
@@ -224,6 +226,8 @@ def run(options: TrainOptions) -> int:
 
 def _run(name: str, kind: _Kind, options: TrainOptions, ranks: Run) -> int:
     report = Report(1, console=SteadyConsole(quiet=not is_main()))
+    path, goes_on = of_main(_folder(options, name))
+    options = replace(options, data=replace(options.data, packs=_packs(options, path, goes_on, ranks)))
     tokenizer = load_tokenizer(options.model)
     length = Length(options.data.tokens, options.truncate) if options.data.cut == "never" else Length()
     encoder = ChatEncoder(tokenizer, train=options.train_on, length=length)
@@ -244,7 +248,6 @@ def _run(name: str, kind: _Kind, options: TrainOptions, ranks: Run) -> int:
         numbers = {path: math.prod(spec.shape) for path, spec in leaves_with_paths(model.specs)}
         counted = sum(numbers[path] for path in recipe.trained)
         report.say(f"{len(recipe.trained)} parameters, {counted:,} numbers of {sum(numbers.values()):,}, are trained")
-    path, goes_on = of_main(_folder(options, name))
     with ExitStack() as opened:
         files = opened.enter_context(_files(path, options, goes_on)) if is_main() else None
         report.say(f"run folder: {path}")
@@ -256,6 +259,7 @@ def _run(name: str, kind: _Kind, options: TrainOptions, ranks: Run) -> int:
         training = Training(
             recipe, data.loader, path, files, Report(data.steps, every=10, console=report.console), data.steps,
             seed=options.seed, every=options.every, held_out=data.held_out, jit=_jit(options, ranks.device),
+            plan=options.plan, memory=options.budget or "95%",
             trackers=tuple(logs),
         )  # fmt: skip
         state = train(training, ranks)
@@ -295,11 +299,22 @@ def _jit(options: TrainOptions, device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"backend": options.backend}
     if chosen != "float32":
         found["precision"] = Precision(compute=chosen)
+    if options.plan is not None:
+        return found  # which says what is computed again, too
     if options.budget is not None:
         found["remat"] = Remat(budget=options.budget)
     elif options.remat != "none":
         found["remat"] = options.remat
     return found
+
+
+def _packs(options: TrainOptions, path: Path, goes_on: bool, ranks: Run) -> int:
+    """Packs of a step: as given, or those of the run that goes on, or by the ranks that it begins with."""
+    if options.data.packs is not None:
+        return options.data.packs
+    before = run_folder.read_config(path).get("packs") if goes_on else None
+    shares = ranks.mesh.replicate * ranks.mesh.shard
+    return int(before) if before else shares * math.ceil(4 / shares)
 
 
 def _folder(options: TrainOptions, name: str) -> tuple[Path, bool]:
@@ -311,7 +326,7 @@ def _folder(options: TrainOptions, name: str) -> tuple[Path, bool]:
 
 _MAY_CHANGE = (
     "out", "resume", "steps", "epochs", "every", "track", "workers", "device", "backend", "replicate", "shard",
-    "sequence", "expert", "timeout", "remat", "budget", "save_merged", "rejected",
+    "sequence", "expert", "timeout", "plan", "remat", "budget", "save_merged", "rejected",
 )  # fmt: skip
 
 

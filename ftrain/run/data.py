@@ -52,7 +52,7 @@ class DataOptions:
     tokens: int = 1024
     """Tokens of a pack. A longer document is rejected, which is counted and logged, or cut (`cut`)."""
     packs: int | None = None
-    """Packs in a step, over all ranks; default: one for each rank that has its own batch, and at least 4."""
+    """Packs in a step, over all ranks; default: as many for each rank with a batch of its own as it takes for 4."""
     cut: Literal["never", "split"] = "never"
     """split: a document longer than a pack becomes several."""
     epochs: int | None = None
@@ -96,7 +96,7 @@ def make_data(
 
     ValueError for data that cannot be read, is of another kind than the task's, or does not fill the ranks.
     """
-    packs = options.packs or max(ranks, 4 - 4 % ranks if ranks < 4 else ranks)
+    packs = options.packs or ranks * math.ceil(4 / ranks)
     if packs % ranks:
         raise ValueError(f"--packs {packs} do not divide among {ranks} ranks: give a multiple of {ranks}")
     packing = Packing(options.tokens, ranks=ranks, micro_batches=packs // ranks, cut=options.cut)

@@ -18,7 +18,7 @@ from ftrain import lora, optim, tree
 from ftrain.kernels import random
 from ftrain.kernels.mean import Mean, sum_over_batch
 from ftrain.modules.model import Model
-from ftrain.modules.spec import Tree, init, leaves_with_paths, map_with_paths
+from ftrain.modules.spec import Tree, abstract, init, leaves_with_paths, map_with_paths
 from ftrain.run.parts import part, union
 from ftrain.step.state import TrainState
 from ftrain.tasks.heads import HEAD, Headed
@@ -87,15 +87,23 @@ class Recipe:
 
     def init(self, key: Tensor) -> TrainState:
         """A state at step 0 with fresh parameters from the key, int64 `[2]`; `load` puts those of folders into it."""
-        of = self.teacher or self.model
-        base = {BASE: self._narrow(init(of.specs, random.fold_in(key, 1)))} if self.has_base else {}
-        trained = self.adapter.init(key) if self.adapter is not None else init(self.model.specs, key)
+        base = init((self.teacher or self.model).specs, random.fold_in(key, 1)) if self.has_base else None
+        adapter = self.adapter
+        trained = init(self.model.specs, key) if adapter is None else adapter.init(key, base=base)
+        return self._state(trained, base, init(self.head, random.fold_in(key, 2)))
+
+    def abstract(self) -> TrainState:
+        """The shapes of a state, on the meta device: for a search of layouts."""
+        base = abstract((self.teacher or self.model).specs) if self.has_base else None
+        trained = abstract(self.model.specs if self.adapter is None else self.adapter.specs)
+        return self._state(trained, base, abstract(self.head))
+
+    def _state(self, trained: Tree, base: Tree | None, head: Tree) -> TrainState:
+        extra = {} if base is None else {BASE: self._narrow(base)}
         if self.trained is not None:
             left = {path for path, _ in leaves_with_paths(self.model.specs)} - self.trained
-            base[FROZEN], trained = self._narrow(part(trained, left)), part(trained, self.trained)
-        if self.head:
-            trained = {"model": trained, **init(self.head, random.fold_in(key, 2))}
-        return TrainState.create(trained, self.tx, extra=base)
+            extra[FROZEN], trained = self._narrow(part(trained, left)), part(trained, self.trained)
+        return TrainState.create({"model": trained, **head} if head else trained, self.tx, extra=extra)
 
     def load(self, state: TrainState) -> None:
         """Write the weights of the models' folders into a state, each rank its own parts. ValueError for a model
@@ -105,6 +113,12 @@ class Recipe:
             _fill(self.teacher or self.model, state.extra[BASE])
         if self.adapter is None:
             _fill(self.model, self.parameters(state))
+        elif self.adapter.dora:
+            own = self.trained_part(state.params)
+            measured = self.adapter.init(random.key(0), base=state.extra[BASE])
+            for (path, leaf), (_, new) in zip(leaves_with_paths(own), leaves_with_paths(measured), strict=True):
+                if path.endswith(".magnitude"):
+                    leaf.copy_(new)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One update, and metrics: `loss`, each term by its name, `grad_norm` before clipping, `labels` (how many)."""

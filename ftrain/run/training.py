@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ftrain.checkpoint import Checkpointer, Retention
-from ftrain.data.loader import Loader, Step
+from ftrain.data.loader import Loader
+from ftrain.data.loader import Step as Read
 from ftrain.data.position import Position
 from ftrain.kernels import random
 from ftrain.kernels.mean import Mean
+from ftrain.plan.auto import AutoPlan, SavedPlan
 from ftrain.plan.jit import jit
 from ftrain.resilience.anomalies import Verdict
 from ftrain.run.folder import RunFolder
@@ -24,9 +26,10 @@ from ftrain.run.session import Run
 from ftrain.run.trackers import Log
 from ftrain.runtime.host_copy import HostCopy
 from ftrain.sharding import Plan
+from ftrain.step.api import Step
 from ftrain.step.state import TrainState
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, AUTO = "checkpoints", "auto"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Training:
 
     - `recipe`: the pure functions. `loader`: the steps' batches, with all packs in each.
     - `held_out`: batches of which the mean loss is taken. `steps`: the last step, where the loader does not end before.
+    - `plan`: "auto" searches the fastest layout within `memory` of a rank; a file that `ftrain plan --apply` wrote has
+      it; None takes the sizes of the run's mesh.
     - `jit`: options of `jit` for the step, such as remat and precision.
     - `files`: the run's folder, on the rank that writes. `report`: what a person sees. `trackers`: further logs.
     """
@@ -68,6 +73,8 @@ class Training:
     every: Every = Every()
     held_out: tuple[Mapping[str, Any], ...] = ()
     jit: Mapping[str, Any] = field(default_factory=dict)
+    plan: str | None = None
+    memory: int | str = "95%"
     trackers: tuple[Log, ...] = ()
 
 
@@ -77,8 +84,7 @@ def train(t: Training, run: Run) -> TrainState:
     All ranks call this together. ValueError for what a step refuses, for a checkpoint of other parameters, and for data
     that the loader refuses.
     """
-    plan = run.plan()
-    step = jit(t.recipe.train_step, plan=plan, specs=t.recipe.specs, donate="state", **t.jit)
+    plan, step = laid_out(t, run)
     state = step.init(t.recipe.init, random.key(t.seed).to(run.device))
     t.recipe.load(state)
     evaluate = evaluator(t, run, plan)
@@ -113,7 +119,28 @@ def is_due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
 
 
-def ending(steps: Iterator[Step]) -> Iterator[tuple[Step, bool]]:
+def laid_out(t: Training, run: Run) -> tuple[Plan, Step]:
+    """The plan of the run, and the jitted step: by the sizes of the run's mesh, by a plan file, or by a search."""
+    options: dict[str, Any] = {"specs": t.recipe.specs, "donate": "state", **t.jit}
+    if t.plan is None:
+        plan = run.plan()
+        return plan, jit(t.recipe.train_step, plan=plan, **options)
+    kind: Any = run.mesh.kind
+    if t.plan == AUTO:
+        packs = t.loader.packing.packs // t.recipe.micro_batches
+        source: Any = AutoPlan(ranks=run.mesh.size, kind=kind, packs=packs, memory=t.memory)
+    else:
+        source = SavedPlan(t.plan, kind=kind)
+    step = jit(t.recipe.train_step, plan=source, **options)
+    batches = t.loader.read()
+    chosen = step.choose(t.recipe.abstract(), next(batches).batch)
+    batches.close()  # type: ignore[attr-defined]
+    plan = Plan(run.mesh) if chosen is None else chosen
+    t.report.say(f"plan: {plan.mesh}, of {t.plan}")
+    return plan, step
+
+
+def ending(steps: Iterator[Read]) -> Iterator[tuple[Read, bool]]:
     """Each step, and whether it is the last one that the data has."""
     try:
         before = next(steps, None)
@@ -165,7 +192,7 @@ def shown(t: Training, step: Done) -> Verdict:
         "labels": int(found["labels"]),
         "documents": facts.documents,
         "filled": facts.tokens / facts.budget,
-        "epoch": facts.epoch,
+        "epochs": round(facts.epochs, 4),
         "rejected": facts.rejected,
     }
     t.report.update(row)

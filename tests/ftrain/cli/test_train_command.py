@@ -94,6 +94,23 @@ def test_ranks_train_on_the_same_packs_with_the_same_losses(model, chat_file, tm
     assert facts[0] == facts[1]
 
 
+def test_a_layout_that_was_searched_trains_as_one_device(model, chat_file, tmp_path, capsys):
+    assert main(command("sft", model, chat_file, tmp_path / "one")) == 0
+    assert main(command("sft", model, chat_file, tmp_path / "many", "--plan", "auto", "--shard", "2")) == 0
+    assert "of auto" in capsys.readouterr().out
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dora", "rslora"])
+def test_other_adapters_begin_at_the_model_and_peft_reads_them(model, chat_file, tmp_path, kind):
+    assert main(command("sft", model, chat_file, tmp_path / "plain", "--lora.rank", "4")) == 0
+    assert main(command("sft", model, chat_file, tmp_path / kind, "--lora.rank", "4", f"--lora.{kind}")) == 0
+    assert losses(tmp_path / kind)[0] == pytest.approx(losses(tmp_path / "plain")[0], rel=1e-5)
+    assert losses(tmp_path / kind)[-1] < losses(tmp_path / kind)[0]
+    config = json.loads((tmp_path / kind / "adapter" / "adapter_config.json").read_text())
+    assert config[f"use_{kind}"] is True
+
+
 @pytest.mark.parametrize("adapter", [(), ("--lora.rank", "4")])
 def test_preferences_move_the_chosen_answers_up(model, tmp_path, adapter):
     data, out = write_rows(tmp_path / "p.jsonl", preferences(40)), tmp_path / "run"
