@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("make", "python", "python3", "ftrain", "torchrun", "pip")
 SMALL = "--size smoke --steps 1 --tokenizer-steps 1 --held-out 1 --checkpoint-every 1 --out {here}/run"
 """The main job with as little to do as it can have."""
+TRAINED = "ftrain train sft --model {chat} --data {chat}/chat.jsonl --out {here}/run --lora.rank 2 --steps 1"
+"""A run with an adapter."""
 SHORT_RUN = "--tokens 128 --packs 2 --steps 1"
 """A training run with as little to do."""
 
@@ -152,6 +154,10 @@ COMMANDS = {
     ),
     "ftrain merge --model DIR --adapter runs/lora/adapter --to merged": Command(
         {"DIR": "{chat}", "runs/lora/adapter": "{chat}/adapter", "merged": "{here}/merged"}, leaves="merged/config.json"
+    ),
+    "ftrain export runs/lora --to exported": Command(
+        {"runs/lora": "{here}/run", "exported": "{here}/exported", "ftrain": f"{TRAINED} && ftrain"},
+        leaves="exported/adapter",
     ),
     "ftrain params --model DIR": Command({"DIR": "{chat}"}, says="parameters"),
     "ftrain check --model DIR --shard 2": Command({"DIR": "{chat}"}, says="equal"),

@@ -43,6 +43,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "generate": Subcommand("ftrain.cli.generate", "answer prompts with a model's folder, and an adapter"),
     "eval": Subcommand("ftrain.cli.eval", "the mean loss of a model on data files"),
     "merge": Subcommand("ftrain.cli.merge", "write a model's folder with an adapter merged into it"),
+    "export": Subcommand("ftrain.cli.export", "write the folders of a run from its last checkpoint"),
     "params": Subcommand("ftrain.cli.params", "count a model's parameters, and show those that a glob names"),
     "check": Subcommand("ftrain.cli.check", "compare a folder's model with the plain module that it comes from"),
     "plan": Subcommand("ftrain.cli.plan", "search the layouts of an experiment's step"),

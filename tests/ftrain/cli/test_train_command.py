@@ -85,6 +85,21 @@ def test_a_run_goes_on_where_its_last_save_is_with_the_same_bits(model, chat_fil
     assert weights[0] == weights[1]
 
 
+def test_a_run_goes_on_on_other_ranks_and_its_checkpoint_is_exported(model, chat_file, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for out in (whole, cut):
+        assert main(command("sft", model, chat_file, out, "--every.save", "2", "--lora.rank", "4")) == 0
+    shutil.rmtree(cut / "checkpoints" / "global_step_4")
+    (cut / "checkpoints" / "latest").unlink(missing_ok=True)
+    assert main(["export", str(cut), "--to", str(tmp_path / "half"), "--merged"]) == 0
+    assert {path.name for path in (tmp_path / "half").iterdir()} == {"adapter", "model"}
+    assert main(["train", "sft", "--config", str(cut / "config.json"), "--shard", "2"]) == 0
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-4)
+    assert main(["export", str(whole), "--to", str(tmp_path / "again")]) == 0
+    weights = [(f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (whole, tmp_path / "again")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("sizes", [("--shard", "2"), ("--replicate", "2"), ("--sequence", "2")])
 def test_ranks_train_on_the_same_packs_with_the_same_losses(model, chat_file, tmp_path, sizes):
     assert main(command("sft", model, chat_file, tmp_path / "one")) == 0

@@ -1,0 +1,66 @@
+"""`ftrain export RUN`: the folders of a run from its last checkpoint, such as of one that was stopped."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from ftrain.bridge.opened import open as open_model
+from ftrain.checkpoint import Checkpointer
+from ftrain.cli.config_file import with_config
+from ftrain.cli.recipes import export, recipe_of
+from ftrain.cli.train import device_of
+from ftrain.cli.train_options import KINDS, TrainOptions, kind_of
+from ftrain.data.chat_template import load_tokenizer
+from ftrain.kernels import random
+from ftrain.run import folder as run_folder
+from ftrain.run.training import CHECKPOINTS
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write what a run of `ftrain train` has learned: an adapter's folder, or a model's that transformers loads."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of the run."""
+    to: Path
+    """A new folder, in which `adapter` or `model` is made."""
+    step: int | None = None
+    """The checkpoint; default: the last one."""
+    merged: bool = False
+    """Of an adapter also the model with it."""
+
+
+def run(options: ExportOptions) -> int:
+    """The command. ValueError for a folder that is no such run, or has no checkpoint, and for a new one that is not."""
+    if options.to.exists() and any(options.to.iterdir()):
+        raise ValueError(f"--to {options.to} is not empty: give a new folder")
+    made = options_of(options.run)
+    device = device_of(made.device)
+    model, tokenizer = open_model(made.model, native=made.native), load_tokenizer(made.model)
+    recipe = recipe_of(made, kind_of(made)[1], model, steps=1, micro_batches=1, device=device)
+    state = recipe.init(random.key(0, device=device))
+    recipe.load(state)
+    with Checkpointer(options.run / CHECKPOINTS) as checkpoints:
+        step = checkpoints.latest() if options.step is None else options.step
+        if step is None:
+            raise ValueError(f"{options.run} has no checkpoint yet")
+        found = checkpoints.restore({"state": state.replace(extra={})}, step, partial=True)
+    state = found["state"].replace(extra=state.extra)
+    wanted = replace(made, save_merged=options.merged or made.save_merged)
+    export(recipe, state, wanted, options.to, tokenizer=tokenizer, say=print)
+    return 0
+
+
+def options_of(run: Path) -> TrainOptions:
+    """The options of a run of `ftrain train`. ValueError for a folder that is not one."""
+    config = run_folder.read_config(run)
+    task = next((name for name in KINDS if name in config), None)
+    if task is None:
+        raise ValueError(f"{run} is no run of `ftrain train`: its config.json names none of {', '.join(KINDS)}")
+    kind = KINDS[task][0]
+    found: TrainOptions = tyro.cli(kind, args=with_config(kind, ["--config", str(run / run_folder.CONFIG)]))
+    return found
+
+
+COMMANDS = {"export": (ExportOptions, run)}

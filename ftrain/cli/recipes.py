@@ -1,0 +1,89 @@
+"""From the options of `ftrain train` to a recipe, and from a state to the folders that others load."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ftrain import lora
+from ftrain.bridge.opened import open as open_model
+from ftrain.cli.train_options import KdTrain, TaskKind, TrainOptions
+from ftrain.hf.score_head import add_score_head
+from ftrain.modules.model import Model
+from ftrain.remat.policy import Remat
+from ftrain.run.parts import trained_paths
+from ftrain.run.ranks import is_main
+from ftrain.run.recipe import Recipe, optimizer
+from ftrain.trace.precision import Precision
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def recipe_of(
+    options: TrainOptions, kind: TaskKind, model: Model, *, steps: int, micro_batches: int, device: torch.device
+) -> Recipe:
+    """The recipe of a run of so many steps. ValueError for options that do not fit the model or each other."""
+    flags = options.lora
+    adapter = None
+    if flags.rank:
+        adapter = lora.add(
+            model, flags.targets, rank=flags.rank, alpha=2.0 * flags.rank if flags.alpha is None else flags.alpha,
+            rslora=flags.rslora, dora=flags.dora, dropout=flags.dropout,
+        )  # fmt: skip
+    rate = options.optimizer.schedule(steps, adapter is not None)
+    tx = optimizer(rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay)
+    teacher = open_model(options.teacher, native=options.native) if isinstance(options, KdTrain) else None
+    wide = "bfloat16" if device.type == "cuda" else "float32"
+    base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
+    return Recipe(
+        model, kind.task(options), tx, adapter, teacher, micro_batches=micro_batches,
+        base_dtype=None if base == torch.float32 else base, seed=options.seed,
+        trained=_trained(options, model),
+    )  # fmt: skip
+
+
+def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:
+    if not (options.freeze or options.only):
+        return None
+    return trained_paths(model.specs, freeze=options.freeze, only=options.only)
+
+
+def jit_options(options: TrainOptions, device: torch.device) -> dict[str, Any]:
+    """What `ftrain.jit` is told beside the plan."""
+    chosen = options.precision
+    chosen = ("bfloat16" if device.type == "cuda" else "float32") if chosen == "auto" else chosen
+    found: dict[str, Any] = {"backend": options.backend}
+    if chosen != "float32":
+        found["precision"] = Precision(compute=chosen)
+    if options.plan is not None:
+        return found  # which says what is computed again, too
+    if options.budget is not None:
+        found["remat"] = Remat(budget=options.budget)
+    elif options.remat != "none":
+        found["remat"] = options.remat
+    return found
+
+
+def export(
+    recipe: Recipe, state: Any, options: TrainOptions, path: Path, *, tokenizer: Any, say: Callable[[str], None]
+) -> None:
+    """Write what was trained into a folder, as folders that others load. All ranks call this together. ValueError for a
+    model that is written to no folder.
+    """
+    head = recipe.head_weight(state)
+    if recipe.adapter is None or options.save_merged:
+        if recipe.model.save is None:
+            raise ValueError(f"{recipe.model.name} is written to no folder")
+        recipe.model.save(recipe.parameters(state), path / "model")
+        if is_main():
+            tokenizer.save_pretrained(path / "model")
+            if head is not None:
+                add_score_head(path / "model", head, pad=tokenizer.pad_token_id)
+        say(f"wrote {path / 'model'}, a folder that transformers loads")
+    if recipe.adapter is not None:
+        lora.save(recipe.trained_part(state.params), recipe.adapter, path / "adapter", base=str(options.model))
+        if head is not None and is_main():
+            save_file({"score.weight": head.cpu().contiguous()}, path / "adapter" / "score.safetensors")
+        say(f"wrote {path / 'adapter'}, a folder that PEFT loads")
