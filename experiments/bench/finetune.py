@@ -167,6 +167,7 @@ class _Theirs:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.model = trainer, trainer.model
         trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1  # which its own loop sets
 
     def run(self, inputs: Any) -> float:
         """A step; its loss."""

@@ -60,7 +60,12 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run) -> int:
     for line in data.lines:
         report.say(line)
     recipe = recipe_of(
-        options, kind, model, steps=data.steps, micro_batches=data.loader.packing.micro_batches, device=ranks.device
+        options,
+        kind,
+        model,
+        steps=data.steps,
+        micro_batches=1 if kind.whole_batch else data.loader.packing.micro_batches,
+        device=ranks.device,
     )
     if recipe.adapter is not None:
         report.say(recipe.adapter.table().splitlines()[-1])

@@ -12,8 +12,8 @@ from ftrain.data.encoding import ChatEncoder
 from ftrain.run.data import DataOptions
 from ftrain.run.ranks import MeshFlags
 from ftrain.run.training import Every
-from ftrain.tasks import Classify, Dpo, Kd, Kto, NextToken, Reward, Task
-from ftrain.tasks.rows import ClassedRows, JudgedRows, PreferenceRows, TextRows, WithNeighbour
+from ftrain.tasks import Classify, Dpo, Embed, Kd, Kto, NextToken, Reward, Task
+from ftrain.tasks.rows import ClassedRows, JudgedRows, PairRows, PreferenceRows, TextRows, WithNeighbour
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,23 @@ class ClassifyTrain(TrainOptions):
     classify: Classify = field(default_factory=Classify)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedTrain(TrainOptions):
+    """Embeddings: a question lies near the text that answers it, and far from all others of the step's batch."""
+
+    embed: Embed = field(default_factory=Embed)
+
+
 @dataclass(frozen=True)
 class TaskKind:
-    """How a task's options become its loss and its documents. `leaf`: that documents have beside tokens and labels."""
+    """How a task's options become its loss and its documents. `leaf`: that documents have beside tokens and labels.
+    `whole_batch`: its loss looks at all of the batch at once, so there are no micro-batches."""
 
     task: Callable[[Any], Task]
     rows: Callable[[ChatEncoder], Any]
     leaf: str = ""
     paired: Callable[[Any], Any] | None = None
+    whole_batch: bool = False
 
 
 KINDS: Mapping[str, tuple[type, TaskKind]] = {
@@ -182,6 +191,7 @@ KINDS: Mapping[str, tuple[type, TaskKind]] = {
     "kto": (KtoTrain, TaskKind(lambda o: o.kto, JudgedRows, "judged", WithNeighbour)),
     "kd": (KdTrain, TaskKind(lambda o: o.kd, TextRows)),
     "reward": (RewardTrain, TaskKind(lambda o: o.reward, PreferenceRows, "side")),
+    "embed": (EmbedTrain, TaskKind(lambda o: o.embed, PairRows, "part", whole_batch=True)),
     "classify": (ClassifyTrain, TaskKind(lambda o: o.classify, ClassedRows, "kind")),
 }
 

@@ -1,10 +1,11 @@
-"""Training tasks, each a pure loss: next tokens, preferences, judged answers, a teacher's words, classes, rewards."""
+"""Training tasks, each a pure loss: next tokens, preferences, judged answers, a teacher's words, heads, embeddings."""
 
 from typing import TYPE_CHECKING
 
 from ftrain.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from ftrain.tasks.embedding import Embed
     from ftrain.tasks.heads import Classify, Reward
     from ftrain.tasks.kd import Kd
     from ftrain.tasks.kto import Kto
@@ -12,10 +13,11 @@ if TYPE_CHECKING:
     from ftrain.tasks.preference import Dpo
     from ftrain.tasks.task import Task
 
-__all__ = ["Classify", "Dpo", "Kd", "Kto", "NextToken", "Reward", "Task"]
+__all__ = ["Classify", "Dpo", "Embed", "Kd", "Kto", "NextToken", "Reward", "Task"]
 __getattr__ = lazy_names(
     "ftrain.tasks",
     {
+        "embedding": ("Embed",),
         "heads": ("Classify", "Reward"),
         "kd": ("Kd",),
         "kto": ("Kto",),

@@ -12,7 +12,8 @@ import numpy as np
 from ftrain.data.documents import Document, Group
 from ftrain.data.encoding import ChatEncoder, Encoded
 from ftrain.data.rejects import BadRow
-from ftrain.data.sample import Chat, Classed, Judged, Message, Place, Preference, Prose, Tokens
+from ftrain.data.sample import Chat, Classed, Judged, Message, Pair, Place, Preference, Prose, Tokens
+from ftrain.tasks.embedding import NEGATIVE, POSITIVE, QUERY
 from ftrain.tasks.kto import BAD, GOOD, OTHER
 
 
@@ -72,6 +73,20 @@ class ClassedRows:
         if sample.label < 0:
             raise BadRow(sample.place, "class", f"its class is {sample.label}: classes are numbered from 0")
         return Group((_marked(self.encoder.encode(Prose(sample.text, place=sample.place)), "kind", sample.label + 1),))
+
+
+@dataclass(frozen=True, eq=False)
+class PairRows:
+    """A question, the text that answers it, and texts that do not, as documents of one pack."""
+
+    encoder: ChatEncoder
+    takes: ClassVar[tuple[type, ...]] = (Pair,)
+
+    def __call__(self, sample: Pair) -> Group:
+        """Documents with `part` 1, 2, and 3 for each further text. BadRow as `ChatEncoder.encode`."""
+        texts = [(sample.query, QUERY), (sample.positive, POSITIVE), *((t, NEGATIVE) for t in sample.negatives)]
+        encoded = [(self.encoder.encode(Prose(text, place=sample.place)), part) for text, part in texts]
+        return Group(tuple(_marked(found, "part", part) for found, part in encoded))
 
 
 @dataclass(frozen=True)

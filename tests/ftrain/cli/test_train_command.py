@@ -199,6 +199,13 @@ def test_rewards_of_chosen_answers_are_above_those_of_rejected_ones(model, tmp_p
     assert (out / "adapter" / "score.safetensors").is_file()
 
 
+def test_questions_come_near_their_answers(model, tmp_path):
+    rows = [{"query": f"q{i} " * 2, "positive": f"{i} is it", "negatives": ["none of it"]} for i in range(24)]
+    data, out = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "run"
+    assert main(command("embed", model, data, out, "--steps", "10", "--held-out", "0", "--rate", "3e-3")) == 0
+    assert sum(losses(out)[-3:]) < sum(losses(out)[:3])
+
+
 def test_a_student_comes_closer_to_its_teacher(model, chat_file, tmp_path):
     teacher = write_chat_model(tmp_path / "teacher", seed=1, layers=1)
     out = tmp_path / "run"

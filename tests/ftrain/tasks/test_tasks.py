@@ -12,12 +12,13 @@ from torch.nn.functional import logsigmoid
 import ftrain
 from ftrain.bridge.batches import LANGUAGE
 from ftrain.bridge.native import NativeDecoder
+from ftrain.kernels.documents import Documents, join_documents
 from ftrain.modules import decoder
 from ftrain.modules.model import Model
 from ftrain.modules.packs import join_packs
 from ftrain.modules.spec import map_with_paths
 from ftrain.sharding import Mesh, Plan
-from ftrain.tasks import Classify, Dpo, Kd, Kto, NextToken, Reward
+from ftrain.tasks import Classify, Dpo, Embed, Kd, Kto, NextToken, Reward
 from ftrain.tree import leaves
 
 CFG = decoder.preset("llama-tiny")
@@ -234,6 +235,40 @@ def test_a_head_on_a_mesh_is_that_of_one_device(name):
     for a, b in zip([alone, *grads], [found, *its_grads], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert its_terms == pytest.approx(terms, rel=1e-9)
+
+
+PARTS = (1, 2, 1, 2)
+
+
+def embedded(pooling, plan=None):
+    """Loss, accuracy and gradients of a step of embeddings on packs of two questions with their answers."""
+    lengths = torch.tensor([*LENGTHS, T - sum(LENGTHS)])
+    segments = [Documents.of(pack(seed)["segments"], max_documents=8) for seed in (0, 1)]
+    batch = {**TEXTS, "segments": join_documents(segments)}
+    batch["part"] = torch.tensor([*PARTS, 0]).repeat_interleave(lengths).repeat(2)
+    task = Embed(temperature=0.5, pooling=pooling)
+
+    def fn(params, batch):
+        return ftrain.value_and_grad(lambda p, b: task.loss(MODEL, p, b), has_aux=True)(params, batch)
+
+    (loss, terms), grads = ftrain.jit(fn, plan=plan, specs=MODEL.specs if plan else None)(POLICY, batch)
+    return [loss, *leaves(grads)], float(terms["accuracy"])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embeddings_are_compared_over_the_whole_batch(pooling):
+    hidden, ids = MODEL.hidden(POLICY, TEXTS), TEXTS["segments"]
+    texts = [hidden[ids == d] for d in (0, 1, 2, 3, 10, 11, 12, 13)]
+    pooled = torch.stack([t.mean(0) if pooling == "mean" else t[-1] for t in texts])
+    pooled = torch.nn.functional.normalize(pooled, dim=-1)
+    scores = pooled[0::2] @ pooled[1::2].T / 0.5
+    found, accuracy = embedded(pooling)
+    torch.testing.assert_close(found[0], torch.nn.functional.cross_entropy(scores, torch.arange(4)))
+    assert accuracy == (scores.argmax(-1) == torch.arange(4)).double().mean()
+    meshed, its = embedded(pooling, Plan(Mesh(shard=2, kind="virtual")))
+    for a, b in zip(found, meshed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert its == accuracy
 
 
 def test_a_policy_that_is_its_reference_has_no_margin():
