@@ -55,12 +55,15 @@ class ChatTemplate:
                 "chat model; give a template, or train on plain texts"
             )
         self._tokenizer, self._template = tokenizer, template
-        self._options = dict(options or {})
+        self._given = {**tokenizer.special_tokens_map, **(options or {})}
+        self._sources: dict[bool, str] = {}
 
     def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of the template; some have another one for chats with tools."""
-        found: str = self._tokenizer.get_chat_template(self._template, tools=list(tools) or None)
-        return found
+        if bool(tools) not in self._sources:
+            found = self._tokenizer.get_chat_template(self._template, tools=list(tools) or None)
+            self._sources[bool(tools)] = found
+        return self._sources[bool(tools)]
 
     def has_marks(self, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
         """Whether it marks what the model writes, by {% generation %}."""
@@ -87,7 +90,6 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], prompt: bool, marked: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        given = {**self._tokenizer.special_tokens_map, **self._options}
         try:
             rendered: Any = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
@@ -95,7 +97,7 @@ class ChatTemplate:
                 chat_template=self.source(tools),
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt,
-                **given,
+                **self._given,
             )
         except (TemplateError, TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
             raise ValueError(f"the chat template refuses it: {error or type(error).__name__}") from error

@@ -68,7 +68,10 @@ class TurnFinder:
         if not ends:
             raise ValueError("the tokenizer has no control tokens, so nothing can end a turn of the assistant")
         self._end = re.compile(r"\s*(" + "|".join(map(re.escape, ends)) + ")")
+        self._last = re.compile("(?:" + "|".join(map(re.escape, ends)) + r")\s*\Z")
         self._parts, self._stop = self._learn()
+        asked = as_fields([say("user", "2 + 2?")], parts=self._parts)
+        self._prompts = template.render(asked) != template.render(asked, prompt=True)
 
     def _learn(self) -> tuple[bool, str]:
         """Whether contents must be lists of parts, and what ends the assistant's words: one control token, or several.
@@ -146,6 +149,8 @@ class TurnFinder:
 
     def _closed(self, written: _Written) -> _Written:
         """With the token that ends a turn, where the template leaves the last one open."""
+        if self._last.search(written.text):
+            return written
         around = self._around(written, len(written.fields) - 1)
         still_open = around is not None and not written.text[around[1] :].strip()
         return replace(written, text=written.text + self._stop, tail=self._stop) if still_open else written
@@ -161,14 +166,15 @@ class TurnFinder:
         """Places [start, end) where the words may be, without the token that ends them."""
         if marked is not None:
             yield marked[0], self._without_end(written.text, *marked)
-        around, begun = self._around(written, number), self._begun(written, number)
+        begun = self._begun(written, number)
         if begun is not None:
-            if around is not None:
-                yield begun, around[1]
             whole = self._prefix(written, number + 1, prompt=False)
             if whole is not None and whole > begun:
                 yield begun, self._without_end(written.text, begun, whole)
+        around = self._around(written, number)
         if around is not None:
+            if begun is not None:
+                yield begun, around[1]
             yield around
 
     def _without_end(self, text: str, start: int, end: int) -> int:
@@ -182,11 +188,12 @@ class TurnFinder:
         """Where the assistant begins to speak: after the prompt that the model is given there."""
         if not number or written.chat.messages[number].role != "assistant":
             return None
-        asked = self._prefix(written, number, prompt=True)
-        return None if asked == self._prefix(written, number, prompt=False) else asked  # a template without prompts
+        return self._prefix(written, number, prompt=True) if self._prompts else None
 
     def _prefix(self, written: _Written, messages: int, *, prompt: bool) -> int | None:
         """The length of the first messages as text, if the text of all begins so."""
+        if messages == len(written.fields) and not prompt:
+            return len(written.text)
         try:
             begun = self.template.render(written.fields[:messages], written.chat.tools, prompt=prompt)
         except ValueError:
@@ -224,8 +231,11 @@ def _says(spelled: str, message: Message) -> bool:
     Before the words the model may have to write more by itself (a channel, an empty thought), but nothing after them,
     unless it calls tools there.
     """
+    calls = message.extra.get("tool_calls")
+    if not calls and spelled.strip().endswith(message.text.strip()):
+        return True
     words, said = _TAGS.sub("", message.text), _TAGS.sub("", spelled)
     last = _TAGS.sub("", message.text.rpartition("</think>")[2])
-    if message.extra.get("tool_calls"):
-        return last in said and all(call["function"]["name"] in spelled for call in message.extra["tool_calls"])
+    if calls:
+        return last in said and all(call["function"]["name"] in spelled for call in calls)
     return said.endswith((words, last))
