@@ -322,3 +322,31 @@ def test_a_division_of_a_batch_that_would_cut_a_document_is_an_error():
     (step,) = loader_of([[6]], packing=Packing(8))
     with pytest.raises(ValueError, match="a document lies in two packs: it goes on over token 4"):
         Documents.of(step.batch["segments"].ids_T, packs=2)
+
+
+@pytest.fixture(scope="module")
+def waiting():
+    """A run in which long documents wait for others like them."""
+    rng = np.random.default_rng(2)
+    lengths = np.where(rng.random(400) < 0.04, rng.integers(40, 65, 400), rng.integers(1, 12, 400))
+    packing = Packing(64, ranks=4, cost=Cost(quadratic=0.2), buffer=1500, patience=4)
+    loader = loader_of([[int(n)] for n in lengths], packing=packing)
+    steps = list(loader)
+    patient = list(replace(loader, packing=replace(packing, patience=50)))
+    assert any(not equal(a.batch, b.batch) for a, b in zip(steps, patient, strict=False)), "patience runs out"
+    return loader, steps
+
+
+@pytest.mark.parametrize("kill", [1, 3, 5])
+def test_documents_that_wait_for_their_like_wait_no_longer_after_a_resume(waiting, kill):
+    loader, steps = waiting
+    rest = loader.read(steps[kill].position)
+    assert all(equal(a.batch, b.batch) for a, b in zip(rest, steps[kill + 1 :], strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_documents_wait_alike_for_any_number_of_ranks(waiting, ranks):
+    loader, steps = waiting
+    packing = replace(loader.packing, ranks=ranks, micro_batches=4 // ranks)
+    for a, b in zip(replace(loader, packing=packing), steps, strict=True):
+        assert names_in(a.batch) == names_in(b.batch)
