@@ -96,7 +96,7 @@ class _Reading:
         """The adapter that these tensors are, and its deltas."""
         ranks = self._ranks(held)
         made = Adapter(
-            tuple(self._target(path, rank) for path, rank in sorted(ranks.items(), key=lambda x: self._order(x[0]))),
+            tuple(self._target(path, ranks[path]) for path in self.leaves if path in ranks),
             getattr(self.model, "specs", self.model),
             dict.fromkeys(ranks, "the folder"),
             self.names,
@@ -107,9 +107,6 @@ class _Reading:
         if like is not None:
             self._require_like(made, like)
         return made, self._deltas(made, held)
-
-    def _order(self, path: str) -> int:
-        return list(self.leaves).index(path)
 
     def _ranks(self, held: Mapping[str, Tensor]) -> dict[str, int]:
         """The rank of each of our parameters that the file has a delta of."""

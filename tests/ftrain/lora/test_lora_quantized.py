@@ -29,6 +29,15 @@ def test_nf4_is_the_nearest_of_its_table_and_packs_the_first_number_high():
     torch.testing.assert_close(decode(codes, scales, "nf4", torch.float32), expected, rtol=0, atol=0)
 
 
+def test_nf4_has_the_quantiles_that_were_published():
+    """Appendix E of arXiv 2305.14314: quantiles of a normal distribution, 8 above zero and 7 below, and zero."""
+    last = 0.9677083
+    above = torch.special.ndtri(torch.linspace(last, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(last, 0.5, 8, dtype=torch.float64)[:-1])
+    table = torch.cat([above, torch.zeros(1, dtype=torch.float64), below]).sort().values
+    torch.testing.assert_close(torch.tensor(NF4, dtype=torch.float64), table / table.max(), rtol=0, atol=1e-6)
+
+
 def test_int8_is_within_half_a_step():
     weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
     codes, scales = encode(weight, "int8")
