@@ -40,7 +40,7 @@ class FixedNumbers:
                     self._writers.setdefault(storage_id(tensor), (tensor.untyped_storage(), []))[1].append(node)
 
     def find(self, tensor: Tensor) -> float | None:
-        """The number in a tensor of one integer or boolean; None where calls may differ in it."""
+        """The number in an integer or boolean tensor, of one element and any shape; None where calls may differ."""
         node = node_of(tensor)
         if node is None or tensor.is_floating_point() or tensor.is_complex():
             return None
