@@ -5,6 +5,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,17 @@ from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.modules.spec import leaves_with_paths
 from ftrain.run import folder as run_folder
-from ftrain.run.data import make_data
+from ftrain.run.data import RunData, make_data
 from ftrain.run.folder import RunFolder
 from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import is_main, of_main
+from ftrain.run.recipe import Recipe
+from ftrain.run.samples import Samples, prompts_of
 from ftrain.run.session import Run, session
 from ftrain.run.trackers import TRACKERS, require_trackers
 from ftrain.run.training import CHECKPOINTS, Training, train
+from ftrain.tasks import Embed
+from ftrain.tasks.heads import Headed
 
 
 def run(options: TrainOptions) -> int:
@@ -85,11 +90,23 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run) -> int:
             recipe, data.loader, path, files, Report(data.steps, every=10, console=report.console), data.steps,
             seed=options.seed, every=options.every, held_out=data.held_out, jit=jit_options(options, ranks.device),
             plan=options.plan, memory=options.budget or "95%",
-            trackers=tuple(logs),
+            trackers=tuple(logs), samples=_samples(options, recipe, data, tokenizer, ranks),
         )  # fmt: skip
         state = train(training, ranks)
+        if ranks.stopping:
+            report.say(f"stopped after a save; the same command goes on: --out {path}")
+            return 0
         export(recipe, state, options, path, tokenizer=tokenizer, say=report.say)
     return 0
+
+
+def _samples(options: TrainOptions, recipe: Recipe, data: RunData, tokenizer: Any, ranks: Run) -> Samples | None:
+    """What a run of one process answers on its way; models with a head of another kind answer nothing."""
+    if ranks.world > 1 or recipe.model.family is None or isinstance(recipe.task, Headed | Embed):
+        return None
+    prompts = prompts_of(data.held_out, options.every.samples) if options.every.samples else ()
+    stop = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+    return Samples(prompts, tokenizer.decode, stop)
 
 
 def _packs(options: TrainOptions, path: Path, goes_on: bool, ranks: Run) -> int:

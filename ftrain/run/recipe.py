@@ -152,6 +152,10 @@ class Recipe:
             return lora.merge(state.extra[BASE], trained, self.adapter)
         return union(trained, state.extra[FROZEN]) if self.trained is not None else trained
 
+    def seen(self, state: TrainState) -> Tree:
+        """The model's parameters as its loss sees them, nothing dropped and nothing copied: for generation."""
+        return self._bound(self.trained_part(state.params), state.extra, None)
+
     def head_weight(self, state: TrainState) -> Tensor | None:
         """The head that was trained, `[C, D]`, whole; None for tasks without one. All ranks call this together."""
         if not self.head:

@@ -3,7 +3,8 @@ retried.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ftrain.checkpoint import Checkpointer, SaveFailed
@@ -46,37 +47,40 @@ class Saves:
             self._again = self._again or step
         return 0 < self._again <= step
 
-    def save(self, state: Any, step: int, *, good: bool = True) -> None:
-        """Save `state` as that after `step`, while the next steps run; `good`: as in `Checkpointer.save`. A save that
-        has failed is retried after a later step, each time after twice as many.
+    def save(self, state: Any, step: int, *, good: bool = True, metrics: Mapping[str, float] | None = None) -> None:
+        """Save `state` as that after `step`, while the next steps run; `good`, `metrics`: as in `Checkpointer.save`. A
+        save that has failed is retried after a later step, each time after twice as many.
 
         Raises NotSaved if too many saves in a row have failed, and ValueError as `Checkpointer.save` does.
         """
         self._again = 0
         # The first call may raise the failure of the save before.
-        begun = self._attempt(state, step, good=good) or self._attempt(state, step, good=good)
+        attempt = partial(self._attempt, state, step, good=good, metrics=metrics)
+        begun = attempt() or attempt()
         if self._failed > self._most:
             self._say(f"{self._failed} saves in a row have failed: the run ends")
             raise NotSaved
         if not begun:
             self._again = step + 2 ** min(self._failed, 8)
 
-    def save_now(self, state: Any, step: int, *, good: bool = True) -> None:
+    def save_now(self, state: Any, step: int, *, good: bool = True, metrics: Mapping[str, float] | None = None) -> None:
         """Save as `save` does and wait for it, as after the last step; retried for some seconds. Afterwards `held` says
         whether it is stored. ValueError as for `save`.
         """
         self._again, self.held = 0, False
         for pause in _PAUSES:
             time.sleep(pause)
-            self.held = not any_rank(not self._attempt(state, step, good=good, wait=True))
+            self.held = not any_rank(not self._attempt(state, step, good=good, metrics=metrics, wait=True))
             if self.held:
                 return
 
-    def _attempt(self, state: Any, step: int, *, good: bool, wait: bool = False) -> bool:
+    def _attempt(
+        self, state: Any, step: int, *, good: bool, metrics: Mapping[str, float] | None, wait: bool = False
+    ) -> bool:
         if self._files is not None:
             self._files.sync()
         try:
-            self._checkpoints.save(state, step, good=good)
+            self._checkpoints.save(state, step, metrics, good=good)
             if wait:
                 self._checkpoints.wait()
         except SaveFailed as error:

@@ -22,6 +22,8 @@ from ftrain.run.folder import RunFolder
 from ftrain.run.late import Done, Issued, LateReader
 from ftrain.run.progress import Report
 from ftrain.run.recipe import Recipe
+from ftrain.run.samples import FILE, Samples, write
+from ftrain.run.saves import NotSaved, Saves
 from ftrain.run.session import Run
 from ftrain.run.trackers import Log
 from ftrain.runtime.host_copy import HostCopy
@@ -30,6 +32,7 @@ from ftrain.step.api import Step
 from ftrain.step.state import TrainState
 
 CHECKPOINTS, AUTO = "checkpoints", "auto"
+_FAILED_SAVES = 10  # in a row, as on a full disk, before the run ends
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class Every:
     """The held-out loss, which is measured at the start and the end too. 0: only there."""
     keep: int = 2
     """So many of the last checkpoints stay, and the one with the best held-out loss."""
+    samples: int = 2
+    """So many held-out prompts are answered then, into samples.jsonl, in a run of one process."""
     give_up: int = 10
     """So many steps in a row with gradients that are not finite end the run; each changes nothing."""
 
     def __post_init__(self) -> None:
-        for name, least in (("save", 0), ("evaluate", 0), ("keep", 1), ("give_up", 1)):
+        for name, least in (("save", 0), ("evaluate", 0), ("keep", 1), ("samples", 0), ("give_up", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
@@ -60,6 +65,7 @@ class Training:
     - `plan`: "auto" searches the fastest layout within `memory` of a rank; a file that `ftrain plan --apply` wrote has
       it; None takes the sizes of the run's mesh.
     - `jit`: options of `jit` for the step, such as remat and precision.
+    - `samples`: what is answered where the held-out loss is measured; None for nothing, as on several processes.
     - `files`: the run's folder, on the rank that writes. `report`: what a person sees. `trackers`: further logs.
     """
 
@@ -76,13 +82,14 @@ class Training:
     plan: str | None = None
     memory: int | str = "95%"
     trackers: tuple[Log, ...] = ()
+    samples: Samples | None = None
 
 
 def train(t: Training, run: Run) -> TrainState:
     """Train to the end, or until a signal stops the run; the last step is saved. Returns the state.
 
-    All ranks call this together. ValueError for what a step refuses, for a checkpoint of other parameters, and for data
-    that the loader refuses.
+    All ranks call this together. NotSaved, which ends the process, where the disk takes no checkpoint. ValueError for
+    what a step refuses, for a checkpoint of other parameters, and for data that the loader refuses.
     """
     plan, step = laid_out(t, run)
     state = step.init(t.recipe.init, random.key(t.seed).to(run.device))
@@ -91,10 +98,12 @@ def train(t: Training, run: Run) -> TrainState:
     best = {"best": 1, "metric": "loss"} if t.held_out else {}
     keep = Retention(last=t.every.keep, **best)  # type: ignore[arg-type]
     checkpoints = run.checkpointer(t.folder / CHECKPOINTS, keep=keep, specs=t.recipe.specs)
+    saves = Saves(checkpoints, t.files, say=t.report.say, most_failed=_FAILED_SAVES)
     state, position = resumed(t, checkpoints, state)
     done = position.step
     if done == 0 and t.held_out:
         note(t, 0, {"held_out": evaluate(state)})
+        answer(t, 0, state)
     late = LateReader(lambda step: shown(t, step))  # the numbers of a step are read when the next one is under way
     with t.report:
         for number, (data, is_end) in zip(run.steps(done, t.steps), ending(t.loader.read(position)), strict=False):
@@ -106,11 +115,15 @@ def train(t: Training, run: Run) -> TrainState:
             if looked:
                 late.flush()
             loss = note(t, number, {"held_out": evaluate(state)}) if looked and t.held_out else None
-            if over or is_due(number, t.every.save):
-                checkpoints.save(kept(t, state, position), number, loss)
+            if looked:
+                answer(t, number, state)
             if over:
+                saves.save_now(kept(t, state, position), number, metrics=loss)
                 break
-    checkpoints.wait()
+            if saves.wanted(number) or is_due(number, t.every.save):
+                saves.save(kept(t, state, position), number, metrics=loss)
+    if not saves.held:
+        raise NotSaved
     return state
 
 
@@ -207,6 +220,19 @@ def shown(t: Training, step: Done) -> Verdict:
             "nothing: take a lower rate, or look for the row or op that makes them (ftrain.debug.check_finite)"
         )
     return Verdict.GO_ON
+
+
+def answer(t: Training, number: int, state: TrainState) -> None:
+    """Answer the run's prompts; a disk that does not take them is said, and ends nothing."""
+    if t.samples is None or not t.samples.prompts:
+        return
+    answered = t.samples.of(t.recipe, state)
+    t.report.say(f"  {answered[0][0].splitlines()[-1][-60:]!r} -> {answered[0][1]!r}")
+    if t.files is not None:
+        try:
+            write(t.folder, number, answered)
+        except OSError as error:
+            t.report.say(f"{t.folder / FILE} cannot be written: {error}")
 
 
 def note(t: Training, number: int, found: dict[str, float]) -> dict[str, float] | None:

@@ -2,6 +2,11 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +14,11 @@ import torch
 import ftrain
 from ftrain.cli.main import main
 from ftrain.modules.spec import leaves_with_paths
+from ftrain.resilience.signals import EXIT_RESUMABLE
 from ftrain.run.folder import read_config, read_metrics
 from tests.helpers.chat_folders import chats, judgements, preferences, write_chat_model, write_rows
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +54,9 @@ def test_all_parameters_are_trained_and_written_as_a_folder_that_transformers_lo
     shown = capsys.readouterr().out
     assert "60 rows of the format" in shown
     assert "54 rows are trained on and 6 held out" in shown
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [0, 0, 4, 4]
+    assert samples[0]["prompt"].endswith("<|start|>assistant\n")
     first, last = held_out(tmp_path / "run")
     assert last < first - 0.5
     folder = tmp_path / "run" / "model"
@@ -98,6 +109,22 @@ def test_a_run_goes_on_on_other_ranks_and_its_checkpoint_is_exported(model, chat
     assert main(["export", str(whole), "--to", str(tmp_path / "again")]) == 0
     weights = [(f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (whole, tmp_path / "again")]
     assert weights[0] == weights[1]
+
+
+def test_a_run_that_is_stopped_saves_and_goes_on_with_the_same_command(model, chat_file, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    words = [*command("sft", model, chat_file, out, "--steps", "40"), "--every.save", "0", "--held-out", "0"]
+    running = subprocess.Popen([sys.executable, "-m", "ftrain", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while running.poll() is None and not ((out / "metrics.jsonl").is_file() and len(losses(out)) > 2):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=120) == EXIT_RESUMABLE
+    done = len(losses(out))
+    assert 2 < done < 40
+    assert not (out / "model").exists()
+    assert main(words) == 0
+    assert main([*command("sft", model, chat_file, whole, "--steps", "40"), "--held-out", "0"]) == 0
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [("--shard", "2"), ("--replicate", "2"), ("--sequence", "2")])
