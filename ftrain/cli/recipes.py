@@ -33,14 +33,14 @@ def recipe_of(
             rslora=flags.rslora, dora=flags.dora, dropout=flags.dropout,
         )  # fmt: skip
     rate = options.optimizer.schedule(steps, adapter is not None)
-    tx = optimizer(rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay)
+    tx = optimizer(rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay, plus=flags.plus)
     teacher = open_model(options.teacher, native=options.native) if isinstance(options, KdTrain) else None
     wide = "bfloat16" if device.type == "cuda" else "float32"
     base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
     return Recipe(
         model, kind.task(options), tx, adapter, teacher, micro_batches=micro_batches,
         base_dtype=None if base == torch.float32 else base, seed=options.seed,
-        trained=_trained(options, model),
+        trained=_trained(options, model), quantized=None if flags.quantize == "none" else flags.quantize,
     )  # fmt: skip
 
 

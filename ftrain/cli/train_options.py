@@ -32,6 +32,10 @@ class LoraFlags:
     """Scale by alpha / sqrt(rank)."""
     dora: bool = False
     """Directions and magnitudes apart."""
+    plus: float = 1.0
+    """LoRA+: how much faster the factors next to outputs learn than those next to inputs."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """How the matrices of the model below are kept, which are not trained."""
 
     def __post_init__(self) -> None:
         """ValueError for a negative rank."""

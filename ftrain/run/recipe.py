@@ -7,16 +7,17 @@ nothing of the kind.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ftrain import lora, optim, tree
 from ftrain.kernels import random
 from ftrain.kernels.mean import Mean, sum_over_batch
+from ftrain.lora.trees import joined
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree, abstract, init, leaves_with_paths, map_with_paths
 from ftrain.run.parts import part, union
@@ -41,6 +42,7 @@ class Recipe:
     - `base_dtype`: of the parameters that are not trained. `seed`: of dropout.
     - `trained`: the paths of the parameters that are trained (`ftrain.run.parts.trained_paths`); None: all are. Others
       cost no gradient, no optimizer state and no part of the norm.
+    - `quantized`: with an adapter, how the matrices below it are kept (`ftrain.lora.quantize`); None: as they are.
 
     A task with a head has it beside what else is trained: `params` is then `{"model": ..., "task_head": ...}`.
     ValueError for a model with a state, and for an adapter together with a teacher or frozen parts.
@@ -55,6 +57,7 @@ class Recipe:
     base_dtype: torch.dtype | None = None
     seed: int = 0
     trained: frozenset[str] | None = None
+    quantized: Literal["int8", "nf4"] | None = None
 
     def __post_init__(self) -> None:
         if self.model.state:
@@ -66,14 +69,21 @@ class Recipe:
             raise ValueError("a teacher beside an adapter: two bases at once are not carried; train all parameters")
         if self.trained is not None and self.adapter is not None:
             raise ValueError("an adapter freezes all of the model: choose its targets in the place of frozen parts")
+        if self.quantized is not None and (self.adapter is None or self.adapter.dora):
+            raise ValueError("a quantized model is trained by an adapter without magnitudes (dora=False)")
 
     @property
     def specs(self) -> Tree:
         """The `ParamSpec`s of all parameters in the state, for `ftrain.jit(specs=...)` and checkpoints."""
         if self.teacher is not None:
             return {"params": self.model.specs, BASE: self.teacher.specs}
-        own = self.model.specs if self.adapter is None else self.adapter.all_specs()
+        own = self.model.specs if self.adapter is None else joined(self._base_specs, self.adapter.specs)
         return {**own, **self.head}
+
+    @property
+    def _base_specs(self) -> Tree:
+        specs = (self.teacher or self.model).specs
+        return specs if self.quantized is None else lora.quantized_specs(specs, self.quantized)
 
     @property
     def head(self) -> Tree:
@@ -87,14 +97,14 @@ class Recipe:
 
     def init(self, key: Tensor) -> TrainState:
         """A state at step 0 with fresh parameters from the key, int64 `[2]`; `load` puts those of folders into it."""
-        base = init((self.teacher or self.model).specs, random.fold_in(key, 1)) if self.has_base else None
+        base = init(self._base_specs, random.fold_in(key, 1)) if self.has_base else None
         adapter = self.adapter
         trained = init(self.model.specs, key) if adapter is None else adapter.init(key, base=base)
         return self._state(trained, base, init(self.head, random.fold_in(key, 2)))
 
     def abstract(self) -> TrainState:
         """The shapes of a state, on the meta device: for a search of layouts."""
-        base = abstract((self.teacher or self.model).specs) if self.has_base else None
+        base = abstract(self._base_specs) if self.has_base else None
         trained = abstract(self.model.specs if self.adapter is None else self.adapter.specs)
         return self._state(trained, base, abstract(self.head))
 
@@ -109,7 +119,9 @@ class Recipe:
         """Write the weights of the models' folders into a state, each rank its own parts. ValueError for a model
         without a folder.
         """
-        if self.has_base:
+        if self.quantized is not None:
+            _fill_quantized(self.model, state.extra[BASE], self.quantized)
+        elif self.has_base:
             _fill(self.teacher or self.model, state.extra[BASE])
         if self.adapter is None:
             _fill(self.model, self.parameters(state))
@@ -186,6 +198,8 @@ class Recipe:
             return {"head": {name: trained[name] for name in self.head}}
         if not self.task.compares:
             return {}
+        if self.quantized is not None and self.adapter is not None:
+            return {"reference": lora.bind(base, {}, replace(self.adapter, targets=()))}
         return {"reference": base} if self.teacher is None else {"reference": base, "teacher": self.teacher}
 
     def _narrow(self, params: Tree) -> Tree:
@@ -195,13 +209,18 @@ class Recipe:
 
 
 def optimizer(
-    rate: optim.Schedule, *, clip: float, weight_decay: float, b1: float = 0.9, b2: float = 0.999
+    rate: optim.Schedule, *, clip: float, weight_decay: float, b1: float = 0.9, b2: float = 0.999, plus: float = 1.0
 ) -> optim.Transform:
     """AdamW behind clipping by the global norm; matrices decay, vectors do not, and a step whose gradients are not
-    finite changes nothing. Errors are those of the transforms.
+    finite changes nothing. `plus`: how much faster the `B` of an adapter learn (`lora.plus`). Errors are those of the
+    transforms.
     """
-    adamw = optim.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices)
-    return optim.chain(optim.clip_by_global_norm(clip), optim.skip_nonfinite(adamw))
+
+    def adamw(rate: Any) -> optim.Transform:
+        return optim.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices)
+
+    inner = adamw(rate) if plus == 1.0 else lora.plus(adamw, rate, ratio=plus)
+    return optim.chain(optim.clip_by_global_norm(clip), optim.skip_nonfinite(inner))
 
 
 def _matrices(params: Tree) -> Tree:
@@ -212,3 +231,16 @@ def _fill(model: Model, params: Tree) -> None:
     if model.load is None:
         raise ValueError(f"{model.name} has no folder to load weights from")
     model.load(params)
+
+
+def _fill_quantized(model: Model, base: Tree, format: Literal["int8", "nf4"]) -> None:
+    """Read the whole weights, and write their codes into a base, each rank its own parts."""
+    if model.load is None:
+        raise ValueError(f"{model.name} has no folder to load weights from")
+    made = lora.quantize(model.load(), model.specs, format)
+    for (_, leaf), (_, new) in zip(leaves_with_paths(base), leaves_with_paths(made), strict=True):
+        if isinstance(leaf, DTensor):
+            own = distribute_tensor(new.to(leaf.device), leaf.device_mesh, leaf.placements, src_data_rank=None)
+            leaf.to_local().copy_(own.to_local())
+        else:
+            leaf.copy_(new)

@@ -143,6 +143,20 @@ def test_a_layout_that_was_searched_trains_as_one_device(model, chat_file, tmp_p
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_quantized_model_is_trained_by_its_adapter(model, chat_file, tmp_path, task, format):
+    data = chat_file if task == "sft" else write_rows(tmp_path / "p.jsonl", preferences(40))
+    plain, small = tmp_path / "plain", tmp_path / "small"
+    for out, more in ((plain, ()), (small, ("--lora.quantize", format, "--lora.plus", "4"))):
+        assert main(command(task, model, data, out, "--lora.rank", "4", "--rate", "3e-3", *more)) == 0
+    assert losses(small)[0] == pytest.approx(losses(plain)[0], rel=0.05)
+    assert losses(small)[-1] < losses(small)[0]
+    assert main(command(task, model, data, tmp_path / "two", "--lora.rank", "4", "--rate", "3e-3", "--shard", "2",
+                        "--lora.quantize", format, "--lora.plus", "4")) == 0  # fmt: skip
+    assert losses(tmp_path / "two") == pytest.approx(losses(small), rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["dora", "rslora"])
 def test_other_adapters_begin_at_the_model_and_peft_reads_them(model, chat_file, tmp_path, kind):
     assert main(command("sft", model, chat_file, tmp_path / "plain", "--lora.rank", "4")) == 0
