@@ -180,6 +180,16 @@ def test_a_tar_file_that_was_cut_off_is_an_error(tmp_path, left):
         open_source(path)
 
 
+def test_a_tar_file_with_a_broken_header_in_its_middle_is_an_error(tmp_path):
+    """Python's own reader takes it for the end of the file."""
+    path = write_tar(tmp_path / "a.tar", [("a.txt", b"x" * 600), ("b.txt", b"y" * 600)])
+    raw = bytearray(path.read_bytes())
+    raw[1536:2048] = b"?" * 512
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="its last whole member ends at byte 1536"):
+        open_source(path)
+
+
 def test_broken_members_are_rejects_with_their_place(tmp_path):
     source = open_source(write_tar(tmp_path / "a.tar", [("a.txt", b"\xff"), ("b.json", b"{"), ("c.txt", b"fine")]))
     for index, kind in ((0, "not UTF-8"), (1, "invalid JSON")):
