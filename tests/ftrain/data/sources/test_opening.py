@@ -243,6 +243,25 @@ def test_folders_of_texts_and_of_media_with_captions(tmp_path):
         source[2]
 
 
+@pytest.mark.parametrize("spec", [".", "./", "./media", "media/"])
+def test_folders_by_any_of_their_names(tmp_path, monkeypatch, spec):
+    folder = tmp_path / ("media" if "media" in spec else ".")
+    folder.mkdir(exist_ok=True)
+    (folder / "metadata.csv").write_text("file_name,text\n1.png,a cat\n")
+    monkeypatch.chdir(tmp_path)
+    assert open_source(spec)[0].fields["text"] == "a cat"
+
+
+def test_a_metadata_file_and_a_split_at_a_url(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe("/described/metadata.jsonl", b'{"file_name": "a/1.png", "text": "a cat"}\n')
+    row = open_source("memory://described")[0]
+    assert row.fields["image"].startswith("memory://")
+    assert row.fields["image"].endswith("described/a/1.png")
+    write_saved_splits(tmp_path)
+    assert read(open_source(f"file://{tmp_path}/saved")) == ROWS
+
+
 def test_media_with_a_metadata_file(tmp_path):
     rows = [{"file_name": name, "text": "x"} for name in ("a/1.png", "../1.png", "1.exe")] + [{"text": "y"}]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
