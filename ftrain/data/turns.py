@@ -98,37 +98,37 @@ class TurnFinder:
         self._prompts = template.render(asked) != template.render(asked, prompt=True)
 
     def _learn(self) -> _Learned:
-        """What a chat of two questions shows of the template."""
-        chat = [say("user", _QUESTION), say("assistant", _STAND_IN), say("user", "3 + 3?")]
+        """What a chat of two questions shows of the template: with texts as contents, or else with lists of parts."""
         wrong = ""
         for parts in (False, True):
-            fields = as_fields(chat, parts=parts)
             try:
-                before, found, within = self.template.render(fields).partition(_STAND_IN)
-                last = self.template.render(fields[:2]).partition(_STAND_IN)[2]
+                return self._look(parts)
             except ValueError as error:
                 wrong = wrong or str(error)
-                continue
-            opening, _, between_text = before.rpartition(_QUESTION)
-            between = {m.group(1) for m in self._end.finditer(between_text)}
-            first, closing = self._end.match(within), self._end.match(last)
-            if first is not None and (
-                closing is not None or first.group(1) not in between or first.group(1) not in opening
-            ):
-                stop = self._common(within.lstrip(), last.lstrip()) or first.group(1)
-                ends = {
-                    first.group(1),
-                    closing.group(1) if closing else "",
-                    *(m.group(1) for m in self._end.finditer(stop)),
-                }
-                return _Learned(parts, stop, frozenset(between - ends))
-            wrong = "the chat template does not write what the assistant says as it is"
-            if found:
-                wrong = (
-                    f"after what the assistant says the chat template writes no control token but {within[:40]!r}, so "
-                    "that the model does not learn to stop"
-                )
         raise ValueError(f"{wrong}: give another template")
+
+    def _look(self, parts: bool) -> _Learned:
+        fields = as_fields([say("user", _QUESTION), say("assistant", _STAND_IN), say("user", "3 + 3?")], parts=parts)
+        before, found, within = self.template.render(fields).partition(_STAND_IN)
+        if not found:
+            raise ValueError("the chat template does not write what the assistant says as it is")
+        last = self.template.render(fields[:2]).partition(_STAND_IN)[2]
+        opening, _, between = before.rpartition(_QUESTION)
+        openers = set(self._tokens(between))
+        first, closing = self._end.match(within), self._end.match(last)
+        begins_turns = first is not None and first.group(1) in openers and first.group(1) in opening
+        if first is None or (closing is None and begins_turns):
+            raise ValueError(
+                f"after what the assistant says the chat template writes no control token but {within[:40]!r}, so that "
+                "the model does not learn to stop"
+            )
+        stop = self._common(within.lstrip(), last.lstrip()) or first.group(1)
+        ends = {first.group(1), *self._tokens(stop), *([closing.group(1)] if closing else [])}
+        return _Learned(parts, stop, frozenset(openers - ends))
+
+    def _tokens(self, text: str) -> list[str]:
+        """The control tokens in a text."""
+        return [found.group(1) for found in self._end.finditer(text)]
 
     def _common(self, one: str, other: str) -> str:
         """The control tokens, one right after the other, that both texts begin with."""
