@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.bench.data_packing import lengths
+from experiments.bench.data_speed import processes
 from ftrain.data.documents import Document, Group, shifted
 from ftrain.data.encoding_ahead import Workers
 from ftrain.data.loader import Loader
@@ -26,9 +27,7 @@ def encode(length: int) -> Group:
 
 def resident() -> int:
     """Bytes of this process and its children that are in memory."""
-    found, children = [os.getpid()], Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    found += [int(child) for child in children]
-    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in found) * _PAGE
+    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in processes()) * _PAGE
 
 
 def main(marks: list[int]) -> int:

@@ -4,12 +4,13 @@ All on the same texts and tokenizer, with two worker processes. T tokens of a pa
 """
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,19 +160,38 @@ def _tokenise(texts: list[str], encode: Encode, tokens: int, writer: Connection)
             made = 0
 
 
-def tokens_per_second(batches: Iterator[int], *, first: int, tokens: int) -> float:
+class Speed(NamedTuple):
+    """Tokens a second of wall-clock time, and CPU seconds of all processes for a token."""
+
+    per_second: float
+    cpu: float
+
+
+def speed_of(batches: Iterator[int], *, first: int, tokens: int) -> Speed:
     """After `first` tokens, which fill what is read ahead, over as many tokens as are asked for; ends the workers."""
     for made in batches:
         first -= made
         if first <= 0:
             break
-    begun, done = time.perf_counter(), 0
+    begun, cpu, done = time.perf_counter(), cpu_seconds(), 0
     for made in batches:
         done += made
         if done >= tokens:
             break
-    seconds = time.perf_counter() - begun
+    found = Speed(done / (time.perf_counter() - begun), (cpu_seconds() - cpu) / done)
     close: Any = getattr(batches, "close", None)
     if close is not None:
         close()
-    return done / seconds
+    return found
+
+
+def processes() -> list[int]:
+    """This process and its children."""
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return [os.getpid(), *(int(child) for task in tasks for child in task.read_text().split())]
+
+
+def cpu_seconds() -> float:
+    """What this process and its children have used so far."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in processes()]
+    return sum(int(found[11]) + int(found[12]) for found in fields) / os.sysconf("SC_CLK_TCK")

@@ -6,15 +6,15 @@ step trains on depends on neither ranks nor workers, and a position of one run i
 T tokens of a pack, R ranks, M micro-batches, P = R * M packs of a step.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ftrain.data.buffer import Waiting
 from ftrain.data.documents import Group, lay
 from ftrain.data.encoding_ahead import Encode, Places, Rows, Workers, encode_ahead
+from ftrain.data.finishing import Finish, finished
 from ftrain.data.order import Order
 from ftrain.data.packing import Packing, Plan, deal_packs
 from ftrain.data.position import Position
@@ -67,9 +67,10 @@ class Loader:
         at_epoch_end: "carry" packs the last documents of an epoch with the first of the next one; "pack" packs them
             alone, and what room is left is padding. The last epoch always ends so.
         workers: who encodes ahead.
-        rejects: told of every row, taken or not; it ends the run when too many are left out.
-        finish: from a group of `encode` to one with the same tokens: what is only worth doing in the process
-            that trains on the group, such as decoding media.
+        rejects: told of every row, taken or not; it ends the run when too many are left out. None: any number may be
+            left out, and the first of each file is logged.
+        finish: what only the process does that trains on a group, such as decoding media
+            (`ftrain.data.finishing`); `workers.threads` threads do it.
         leaves: names and dtypes of leaves that documents have beside tokens and labels.
         slots: documents for which a pack's offsets have room from the start; more make room, and a step is then traced
             again.
@@ -95,7 +96,7 @@ class Loader:
     at_epoch_end: AtEpochEnd = "carry"
     workers: Workers = Workers()  # noqa: RUF009  # frozen
     rejects: Rejects | None = None
-    finish: Callable[[Group], Group] | None = None
+    finish: Finish | None = None
     leaves: Mapping[str, np.dtype] | None = None
     slots: int = 0
 
@@ -129,6 +130,7 @@ class Loader:
                 sources, `encode` and `rejects` raise.
         """
         position = self.start() if position is None else position
+        rejects = Rejects(limit=1.0) if self.rejects is None else self.rejects
         self._check(position)
         if self.steps is not None and position.step >= self.steps:
             return
@@ -144,14 +146,21 @@ class Loader:
                 cycle=self.order.cycle,
                 last=self._last_place,
                 at_epoch_end=self.at_epoch_end,
-                rejects=self.rejects,
+                rejects=rejects,
             )
-            for found in reading.steps():
-                yield self._step(found)
-                if found.position.step == self.steps:
-                    return
+            planned = self._until_the_end(reading)
+            for found, packs in finished(
+                planned, self._own, self.finish, threads=self.workers.threads, rejects=rejects
+            ):
+                yield self._step(found, packs)
         finally:
             encoded.close()
+
+    def _until_the_end(self, reading: Reading) -> Iterator[StepPacks]:
+        for found in reading.steps():
+            yield found
+            if found.position.step == self.steps:
+                return
 
     @property
     def _last_place(self) -> int:
@@ -171,12 +180,18 @@ class Loader:
                 "with the same budget"
             )
 
-    def _step(self, found: StepPacks) -> Step:
-        packing, position = self.packing, found.position
-        dealt_RM = deal_packs(found.plan.cost_P, ranks=packing.ranks, micro_batches=packing.micro_batches)
+    def _dealt(self, found: StepPacks) -> np.ndarray:
+        packing = self.packing
+        return deal_packs(found.plan.cost_P, ranks=packing.ranks, micro_batches=packing.micro_batches)
+
+    def _own(self, found: StepPacks) -> list[list[Group]]:
+        dealt_RM = self._dealt(found)
         own = dealt_RM.flatten() if self.rank is None else dealt_RM[self.rank]
-        packs = [self._laid(found.packs[pack], position.slots) for pack in own.tolist()]
-        batch = packs[0] if len(packs) == 1 else join_packs(packs)
+        return [[waiting.group(self.packing.tokens) for waiting in found.packs[pack]] for pack in own.tolist()]
+
+    def _step(self, found: StepPacks, packs: Sequence[Sequence[Group]]) -> Step:
+        packing, position = self.packing, found.position
+        laid = [self._laid(pack, position.slots) for pack in packs]
         facts = Facts(
             step=position.step,
             epochs=found.epochs,
@@ -184,15 +199,17 @@ class Loader:
             tokens=int(found.plan.tokens_P.sum()),
             budget=packing.tokens * packing.packs,
             rejected=position.rejected,
-            imbalance=_imbalance(found.plan, dealt_RM),
+            imbalance=_imbalance(found.plan, self._dealt(found)),
         )
-        return Step(batch, facts, position)
+        return Step(laid[0] if len(laid) == 1 else join_packs(laid), facts, position)
 
-    def _laid(self, pack: Sequence[Waiting], slots: int) -> dict[str, Any]:
-        groups = [waiting.group(self.packing.tokens) for waiting in pack]
-        finished = groups if self.finish is None else [self.finish(group) for group in groups]
-        batch: dict[str, Any] = dict(lay(finished, tokens=self.packing.tokens, leaves=self.leaves))
-        batch["segments"] = Documents.of(batch["segments"], max_documents=slots)
+    def _laid(self, groups: Sequence[Group], slots: int) -> dict[str, Any]:
+        batch: dict[str, Any] = dict(lay(groups, tokens=self.packing.tokens, leaves=self.leaves))
+        ids_T = batch["segments"]
+        most = (
+            int(ids_T.max()) + 1
+        )  # above `slots` only where `finish` left groups out and much padding is in their place
+        batch["segments"] = Documents.of(ids_T, max_documents=slots if most <= slots else None)
         return batch
 
 

@@ -46,7 +46,7 @@ class Reading:
         cycle: int,
         last: int,
         at_epoch_end: AtEpochEnd,
-        rejects: Rejects | None,
+        rejects: Rejects,
     ) -> None:
         """ValueError where a document that the position holds is gone."""
         self._encoded, self._position, self._packing, self._rejects = encoded, position, packing, rejects
@@ -131,8 +131,7 @@ class Reading:
             self._reject(error)
             return []
         self._rejected_in_a_row = 0
-        if self._rejects is not None:
-            self._rejects.took()
+        self._rejects.took()
         return made
 
     def _reject(self, error: BadRow) -> None:
@@ -140,8 +139,7 @@ class Reading:
             raise ValueError(f"{error}: raise the tokens of a pack, or let such rows be rejected or cut") from error
         self._rejected += 1
         self._rejected_in_a_row += 1
-        if self._rejects is not None:
-            self._rejects.add(error)
+        self._rejects.add(error)
         self._last_rejected = error
         if self._rejected_in_a_row >= self._cycle:
             raise self._nothing(self._epoch, error)

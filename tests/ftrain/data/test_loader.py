@@ -350,3 +350,24 @@ def test_documents_wait_alike_for_any_number_of_ranks(waiting, ranks):
     packing = replace(loader.packing, ranks=ranks, micro_batches=4 // ranks)
     for a, b in zip(replace(loader, packing=packing), steps, strict=True):
         assert names_in(a.batch) == names_in(b.batch)
+
+
+def test_a_group_that_cannot_be_finished_is_left_out_and_counted():
+    def finish(group):
+        if group.documents[0].tokens[0] == 3:
+            raise BadRow(Place("pictures", 3), "broken picture", "it is cut short")
+        return group
+
+    rejects = Rejects(limit=0.5)
+    loader = loader_of([[4]] * 6, packing=Packing(8), finish=finish, rejects=rejects, workers=Workers(threads=2))
+    found = sum((names_in(step.batch) for step in loader), Counter())
+    assert found == {(name, 4): 1 for name in (1, 2, 4, 5, 6)}
+    assert rejects.by_kind() == {"broken picture": 1}
+
+
+def test_what_finish_raises_otherwise_goes_through():
+    def finish(group):
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(loader_of([[4]], finish=finish))
