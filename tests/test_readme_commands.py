@@ -115,6 +115,13 @@ COMMANDS = {
     "python -m experiments.bench.coverage": Command(
         appended="--set causal_lm --only gpt2 --columns equal --json {here}/coverage-causal_lm.json", says="gpt2"
     ),
+    "python -m experiments.bench.pretrained": Command(
+        appended="--folder {chat} --steps 2 --new 4 --sides native --meshes 'one device'", says="native", long=True
+    ),
+    "python -m experiments.bench.finetune": Command(
+        appended="--folder {chat} --tokens 128 --steps 2 --turns 1 --pairs 2 --pair-steps 1", says="DPO", long=True
+    ),
+    "python -m experiments.bench.data": Command(appended="--parts packing", says="useful", ends=(0, 1), long=True),
     "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences"),
     **{
         f"ftrain train {task} --model DIR --data {file} --out runs/{run}{lora}": Command(
