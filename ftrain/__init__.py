@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 if TYPE_CHECKING:
-    from ftrain import checkpoint, debug, hf, optim, run, tree
+    from ftrain import bridge, checkpoint, data, debug, hf, lora, optim, run, tasks, tree
     from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
     from ftrain.kernels.random import (
         bernoulli,
@@ -64,14 +64,17 @@ _PLACES = {
     "ftrain.tree": ("struct",),
 }  # fmt: skip
 _PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
-_ROOMS = ("checkpoint", "debug", "hf", "kernels", "modules", "optim", "run", "sharding", "tree")
+_ROOMS = (
+    "bridge", "checkpoint", "data", "debug", "hf", "kernels", "lora", "modules", "optim", "run", "sharding", "tasks",
+    "tree",
+)  # fmt: skip
 
 __all__ = [
     "AutoPlan", "Aval", "Layout", "Mean", "Mesh", "OutOfMemory", "Plan", "Precision", "Remat", "SavedPlan", "Step",
-    "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits", "categorical", "checkpoint", "debug",
-    "disable_jit", "explain_oom", "fold_in", "forward", "grad", "hf", "init", "jit", "key", "normal", "optim",
-    "permutation", "profile_nodes", "randint", "run", "split", "struct", "tree", "truncated_normal", "uniform",
-    "value_and_grad", "weighted_sum", "whole_rows", "within_documents",
+    "TrainState", "WeightedSum", "accumulate", "bernoulli", "bits", "bridge", "categorical", "checkpoint", "data",
+    "debug", "disable_jit", "explain_oom", "fold_in", "forward", "grad", "hf", "init", "jit", "key", "lora",
+    "normal", "optim", "permutation", "profile_nodes", "randint", "run", "split", "struct", "tasks", "tree",
+    "truncated_normal", "uniform", "value_and_grad", "weighted_sum", "whole_rows", "within_documents",
 ]  # fmt: skip
 
 # Names from elsewhere, and what does that here.
