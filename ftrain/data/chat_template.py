@@ -36,8 +36,17 @@ def load_tokenizer(folder: str | PathLike[str]) -> Any:
         raise ValueError(f"{folder} has a slow tokenizer, which tells no places of tokens: it needs tokenizer.json")
     beside = Path(folder) / "chat_template.json"  # processors of older models
     if tokenizer.chat_template is None and beside.is_file():
-        tokenizer.chat_template = json.loads(beside.read_text()).get("chat_template")
+        tokenizer.chat_template = _template_of(beside)
     return tokenizer
+
+
+def _template_of(file: Path) -> str | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    template = found.get("chat_template") if isinstance(found, dict) else None
+    return template if isinstance(template, str) else None
 
 
 class ChatTemplate:

@@ -18,7 +18,7 @@ from ftrain.data.chat_template import ChatTemplate, as_fields
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Chat, Message, say
 
-_STAND_IN = "zqStandInForWordsqz"
+_STAND_IN, _QUESTION = "zqStandInForWordsqz", "2 + 2?"
 _TAGS = re.compile(r"\s+|</?think>|</?thinking>")
 
 Fields = list[dict[str, Any]]
@@ -51,6 +51,27 @@ class _Written:
     tail: str = ""
 
 
+@dataclass(frozen=True)
+class _Learned:
+    """How a template writes chats.
+
+    Args:
+        parts: contents must be lists of parts.
+        stop: what ends the assistant's words, one control token or several: what follows them both at the end of a chat
+            and within it, or else the first that follows them within.
+        openers: control tokens between a question and its answer that end no answer: they begin turns.
+    """
+
+    parts: bool
+    stop: str
+    openers: frozenset[str]
+
+
+def _any_of(control: Sequence[str]) -> re.Pattern[str]:
+    """White space and one of these tokens, the longest that is there."""
+    return re.compile(r"\s*(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
+
+
 class TurnFinder:
     """Finds turns in chats of one template.
 
@@ -64,40 +85,50 @@ class TurnFinder:
 
     def __init__(self, template: ChatTemplate, *, control: Sequence[str], opening: Sequence[str] = ()) -> None:
         self.template = template
-        ends = sorted((token for token in control if token not in opening), key=len, reverse=True)
-        if not ends:
+        control = [token for token in control if token not in opening]
+        if not control:
             raise ValueError("the tokenizer has no control tokens, so nothing can end a turn of the assistant")
-        self._end = re.compile(r"\s*(" + "|".join(map(re.escape, ends)) + ")")
+        self._end = _any_of(control)
+        learned = self._learn()
+        self._parts, self._stop = learned.parts, learned.stop
+        ends = [token for token in control if token not in learned.openers]
+        self._end = _any_of(ends)
         self._last = re.compile("(?:" + "|".join(map(re.escape, ends)) + r")\s*\Z")
-        self._parts, self._stop = self._learn()
-        asked = as_fields([say("user", "2 + 2?")], parts=self._parts)
+        asked = as_fields([say("user", _QUESTION)], parts=self._parts)
         self._prompts = template.render(asked) != template.render(asked, prompt=True)
 
-    def _learn(self) -> tuple[bool, str]:
-        """Whether contents must be lists of parts, and what ends the assistant's words: one control token, or several.
-
-        It is what follows them both at the end of a chat and within it, or else what follows them within.
-        """
-        chat = [say("user", "2 + 2?"), say("assistant", _STAND_IN), say("user", "3 + 3?")]
+    def _learn(self) -> _Learned:
+        """What a chat of two questions shows of the template: with texts as contents, or else with lists of parts."""
         wrong = ""
         for parts in (False, True):
-            fields = as_fields(chat, parts=parts)
             try:
-                _, found, within = self.template.render(fields).partition(_STAND_IN)
-                last = self.template.render(fields[:2]).partition(_STAND_IN)[2]
+                return self._look(parts)
             except ValueError as error:
                 wrong = wrong or str(error)
-                continue
-            first = self._end.match(within)
-            if found and first is not None:
-                return parts, self._common(within.lstrip(), last.lstrip()) or first.group(1)
-            wrong = "the chat template does not write what the assistant says as it is"
-            if found:
-                wrong = (
-                    f"after what the assistant says the chat template writes no control token but {within[:40]!r}, so "
-                    "that the model does not learn to stop"
-                )
         raise ValueError(f"{wrong}: give another template")
+
+    def _look(self, parts: bool) -> _Learned:
+        fields = as_fields([say("user", _QUESTION), say("assistant", _STAND_IN), say("user", "3 + 3?")], parts=parts)
+        before, found, within = self.template.render(fields).partition(_STAND_IN)
+        if not found:
+            raise ValueError("the chat template does not write what the assistant says as it is")
+        last = self.template.render(fields[:2]).partition(_STAND_IN)[2]
+        opening, _, between = before.rpartition(_QUESTION)
+        openers = set(self._tokens(between))
+        first, closing = self._end.match(within), self._end.match(last)
+        begins_turns = first is not None and first.group(1) in openers and first.group(1) in opening
+        if first is None or (closing is None and begins_turns):
+            raise ValueError(
+                f"after what the assistant says the chat template writes no control token but {within[:40]!r}, so that "
+                "the model does not learn to stop"
+            )
+        stop = self._common(within.lstrip(), last.lstrip()) or first.group(1)
+        ends = {first.group(1), *self._tokens(stop), *([closing.group(1)] if closing else [])}
+        return _Learned(parts, stop, frozenset(openers - ends))
+
+    def _tokens(self, text: str) -> list[str]:
+        """The control tokens in a text."""
+        return [found.group(1) for found in self._end.finditer(text)]
 
     def _common(self, one: str, other: str) -> str:
         """The control tokens, one right after the other, that both texts begin with."""

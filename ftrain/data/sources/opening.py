@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,7 @@ def _open(path: str, cache: ByteCache) -> Source:
     if is_url(path):
         return _open_url(path, cache)
     if os.path.isdir(path):
-        return _open_folder(
-            path, [str(file) for file in sorted(Path(path).rglob("*")) if _is_visible(file, path)], cache
-        )
+        return _open_folder(str(Path(path)), _inside(Path(path)), cache)
     if os.path.exists(path):
         return _open_file(path, cache)
     if glob.has_magic(path):
@@ -80,8 +78,11 @@ def _open_url(url: str, cache: ByteCache) -> Source:
     return _open_file(url, cache)
 
 
-def _is_visible(file: Path, folder: str) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _inside(folder: Path) -> dict[str, str]:
+    """The files in a folder, but for hidden ones: their paths, and their names within it."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    named = {str(file): file.relative_to(folder) for file in files}
+    return {path: str(name) for path, name in named.items() if not any(part.startswith(".") for part in name.parts)}
 
 
 def _open_each(paths: Sequence[str], cache: ByteCache, named: str) -> Source:
@@ -104,12 +105,14 @@ def _open_file(path: str, cache: ByteCache) -> Source:
     raise ValueError(f"{path}: files that end in {end or 'nothing'} are of no known kind; known are {known}")
 
 
-def _open_folder(folder: str, paths: Sequence[str], cache: ByteCache) -> Source:
-    """A saved dataset, media with a metadata file, data files, media with captions, or texts: the first that it is."""
-    inner = {path: path[len(folder) :].lstrip("/") for path in paths}
-    names = set(inner.values())
+def _open_folder(folder: str, inner: Mapping[str, str], cache: ByteCache) -> Source:
+    """A saved dataset, media with a metadata file, data files, media with captions, or texts: the first that it is.
+
+    `inner`: the paths of its files, with their names within it.
+    """
+    paths, names = list(inner), set(inner.values())
     if "dataset_dict.json" in names:
-        return _open_folder(*_split(folder, paths), cache)
+        return _open_split(folder, inner, cache)
     if "state.json" in names and "dataset_info.json" in names:
         return _open_saved(folder, cache)
     described = [path for path in paths if inner[path] in _METADATA]
@@ -141,13 +144,14 @@ def _described(path: str) -> dict[str, Any]:
     return found
 
 
-def _split(folder: str, paths: Sequence[str]) -> tuple[str, list[str]]:
-    """The folder of the split to train on: the only one, or "train"."""
+def _open_split(folder: str, inner: Mapping[str, str], cache: ByteCache) -> Source:
+    """The split to train on: the only one, or "train"."""
     splits = _described(f"{folder}/dataset_dict.json").get("splits", [])
     chosen = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
-    if chosen is None:
+    if not isinstance(chosen, str):
         raise ValueError(f"{folder} holds the splits {', '.join(map(str, splits))}: name one, as {folder}/NAME")
-    return f"{folder}/{chosen}", [path for path in paths if path.startswith(f"{folder}/{chosen}/")]
+    below = {path: name[len(chosen) + 1 :] for path, name in inner.items() if name.startswith(f"{chosen}/")}
+    return _open_folder(f"{folder}/{chosen}", below, cache)
 
 
 def _open_saved(folder: str, cache: ByteCache) -> Source:

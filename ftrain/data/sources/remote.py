@@ -58,7 +58,11 @@ def matching(url: str) -> list[str]:
     return sorted(system.unstrip_protocol(found) for found in system.glob(path) if system.isfile(found))
 
 
-def inside(url: str) -> list[str]:
-    """The URLs of all files in a folder, sorted. ValueError where fsspec does not know its kind."""
+def inside(url: str) -> dict[str, str]:
+    """All files in a folder, sorted: their URLs, and their names within it.
+
+    ValueError where fsspec does not know its kind.
+    """
     system, path = _resolved(url)
-    return sorted(system.unstrip_protocol(found) for found in system.find(path))
+    found = sorted(system.find(path))
+    return {system.unstrip_protocol(file): file[len(path.rstrip("/")) :].lstrip("/") for file in found}

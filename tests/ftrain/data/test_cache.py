@@ -1,12 +1,13 @@
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftrain.data.cache import ByteCache
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), max_size=60), st.integers(0, 60))
 def test_bytes_stay_below_the_limit_and_values_are_those_of_their_keys(asked, limit):
     cache = ByteCache(limit=limit)

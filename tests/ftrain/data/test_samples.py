@@ -1,9 +1,14 @@
+import io
+import json
 import logging
 import pickle
+import tarfile
 
+import numpy as np
 import pytest
 
-from ftrain.data.rejects import Rejects
+from ftrain.data.media.reader import MediaReader
+from ftrain.data.rejects import BadRow, Rejects
 from ftrain.data.samples import open_samples
 
 
@@ -30,3 +35,60 @@ def test_a_format_can_be_given_and_an_empty_file_is_an_error(write):
         open_samples(write("b.jsonl", "\n\n"))
     with pytest.raises(ValueError, match="no rows that can be read"):
         open_samples(write("c.jsonl", "broken\n"))
+
+
+@pytest.fixture
+def picture():
+    """The bytes of a PNG file of 3 x 5 pixels of one colour."""
+    image = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    image.new("RGB", (5, 3), (10, 20, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
+def is_the_picture(sample, part):
+    array = MediaReader().read(part, sample.place)
+    return array.shape == (3, 5, 3) and (array == [10, 20, 30]).all()
+
+
+def test_pictures_within_rows_of_a_tar_file_and_of_a_saved_dataset(tmp_path, picture):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("1.png", picture), ("1.txt", b"a cat")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = {"image": [{"bytes": picture, "path": None}], "text": ["a cat"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "a.tar", tmp_path / "saved"):
+        samples = open_samples(path)
+        assert samples.format.name == "captioned"
+        assert samples[0].text == "a cat"
+        assert is_the_picture(samples[0], samples[0].media)
+
+
+def test_pictures_beside_the_rows_of_llava_are_found_and_missing_ones_named(tmp_path, picture):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(picture)
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
+    rows = [{"id": i, "image": f"images/{i}.png", "conversations": turns} for i in (1, 2)]
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    samples = open_samples(tmp_path / "llava.json")
+    assert samples.format.name == "llava"
+    assert is_the_picture(samples[0], samples[0].messages[0].media[0])
+    with pytest.raises(BadRow, match=r"llava\.json, row 2: .*images/2\.png cannot be read") as error:
+        is_the_picture(samples[1], samples[1].messages[0].media[0])
+    assert error.value.kind == "media missing"
+
+
+def test_recordings_of_a_saved_dataset_come_at_the_rate_of_the_model(tmp_path):
+    datasets, soundfile = pytest.importorskip("datasets"), pytest.importorskip("soundfile")
+    datasets.disable_progress_bars()
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(800, np.float32), 8_000, format="WAV")
+    rows = {"audio": [{"bytes": file.getvalue(), "path": None}], "transcription": ["silence"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    sample = open_samples(tmp_path / "saved")[0]
+    assert len(MediaReader(audio_rate=16_000).read(sample.media, sample.place)) == 1600

@@ -156,3 +156,17 @@ def test_words_that_the_template_changes_are_a_named_reject(tokenizer):
     with pytest.raises(BadRow, match=r"hides where message 2 \('Hello!") as error:
         ChatEncoder(tokenizer, template=template).encode(CHAT)
     assert error.value.kind == "turn not found"
+
+
+def test_a_turn_that_the_template_does_not_end_is_a_named_reject(tokenizer):
+    """The model would not learn to stop there."""
+    template = tokenizer.chat_template.replace("'<|im_end|>'", "('' if 'fine' in message['content'] else '<|im_end|>')")
+    with pytest.raises(BadRow, match="hides where message 2"):
+        ChatEncoder(tokenizer, template=template).encode(CHAT)
+
+
+def test_a_token_that_begins_turns_ends_none(tokenizer):
+    """Without an end of its own the next thing after the words is the beginning of the next turn."""
+    template = tokenizer.chat_template.replace("<|im_end|>", "")
+    with pytest.raises(ValueError, match=r"writes no control token but .* the model does not learn to stop"):
+        ChatEncoder(tokenizer, template=template).encode(CHAT)

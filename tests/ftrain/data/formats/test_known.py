@@ -39,6 +39,8 @@ ROWS = [
     ("preference", {"prompt": OPENAI[:1], "chosen": OPENAI[1:], "rejected": NO}, CHOICE),
     ("preference", {"prompt": "hi", "chosen": OPENAI, "rejected": [OPENAI[0], *NO]}, CHOICE),
     ("preference-implicit", {"chosen": OPENAI, "rejected": [OPENAI[0], *NO]}, CHOICE),
+    ("preference-implicit", {"chosen": OPENAI, "rejected": [*OPENAI, OPENAI[0], *NO]},
+     samples.Preference((ASKED,), (GOOD,), (GOOD, USER, BAD), place=PLACE)),
     ("preference-implicit", {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
      CHOICE),
     ("preference-alpaca", {"instruction": "hi", "chosen": "yes", "rejected": "no"}, CHOICE),

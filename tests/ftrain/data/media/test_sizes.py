@@ -22,6 +22,7 @@ def test_multiples_are_those_of_qwens_processor(height, width, factor):
     assert rule.size(height, width) == tuple(wanted)
 
 
+@settings(deadline=None)
 @given(sides, sides, st.integers(1, 2000))
 def test_within_is_never_larger_than_it_was_or_may_be(height, width, most):
     new = Within(most).size(height, width)

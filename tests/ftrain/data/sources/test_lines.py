@@ -4,7 +4,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftrain.data.rejects import BadRow
@@ -38,6 +38,7 @@ def test_a_broken_line_is_a_named_reject_and_the_others_are_read(write, line, ki
     assert rows[2].fields == {"a": 3}
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=30), st.integers(1, 40))
 def test_the_index_is_that_of_splitting_whatever_the_pieces_it_is_read_in(tmp_path_factory, parts, chunk):
     path = tmp_path_factory.getbasetemp() / "index.bin"
@@ -53,6 +54,7 @@ def test_the_index_is_that_of_splitting_whatever_the_pieces_it_is_read_in(tmp_pa
 fields = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=8)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(fields, fields), min_size=1, max_size=12), st.integers(1, 30))
 def test_csv_is_read_as_the_standard_library_writes_it(tmp_path_factory, rows, chunk):
     path = tmp_path_factory.getbasetemp() / "a.csv"

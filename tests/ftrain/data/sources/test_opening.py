@@ -172,11 +172,21 @@ def test_a_tar_file_with_links_is_refused(tmp_path):
         open_source(tmp_path / "a.tar")
 
 
-@pytest.mark.parametrize("left", [100, 512, 700, 1024 + 20])
+@pytest.mark.parametrize("left", [100, 600, 1536 + 100, 2 * 1536 - 10, 1536 + 512])
 def test_a_tar_file_that_was_cut_off_is_an_error(tmp_path, left):
     path = write_tar(tmp_path / "a.tar", [("a.txt", b"x" * 600), ("b.txt", b"y" * 600)])
-    path.write_bytes(path.read_bytes()[: 1536 + left] if left != 100 else path.read_bytes()[:left])
+    path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(ValueError, match=r"a\.tar"):
+        open_source(path)
+
+
+def test_a_tar_file_with_a_broken_header_in_its_middle_is_an_error(tmp_path):
+    """Python's own reader takes it for the end of the file."""
+    path = write_tar(tmp_path / "a.tar", [("a.txt", b"x" * 600), ("b.txt", b"y" * 600)])
+    raw = bytearray(path.read_bytes())
+    raw[1536:2048] = b"?" * 512
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="its last whole member ends at byte 1536"):
         open_source(path)
 
 
@@ -231,6 +241,25 @@ def test_folders_of_texts_and_of_media_with_captions(tmp_path):
     assert source[1].fields == {"audio": str(media / "2.wav"), "text": "of 2.caption"}
     with pytest.raises(BadRow, match="no caption beside it"):
         source[2]
+
+
+@pytest.mark.parametrize("spec", [".", "./", "./media", "media/"])
+def test_folders_by_any_of_their_names(tmp_path, monkeypatch, spec):
+    folder = tmp_path / ("media" if "media" in spec else ".")
+    folder.mkdir(exist_ok=True)
+    (folder / "metadata.csv").write_text("file_name,text\n1.png,a cat\n")
+    monkeypatch.chdir(tmp_path)
+    assert open_source(spec)[0].fields["text"] == "a cat"
+
+
+def test_a_metadata_file_and_a_split_at_a_url(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe("/described/metadata.jsonl", b'{"file_name": "a/1.png", "text": "a cat"}\n')
+    row = open_source("memory://described")[0]
+    assert row.fields["image"].startswith("memory://")
+    assert row.fields["image"].endswith("described/a/1.png")
+    write_saved_splits(tmp_path)
+    assert read(open_source(f"file://{tmp_path}/saved")) == ROWS
 
 
 def test_media_with_a_metadata_file(tmp_path):
