@@ -100,8 +100,10 @@ def speed_rows(options: Options) -> list[Row]:
     ours = data_speed.ours(texts, encode, options.tokens)  # once: its workers are started anew, those of others forked
     for number in range(options.rounds + 1):
         for name, side in sides.items():
+            others = () if side is None else data_speed.processes()[1:]
             batches = ours if side is None else side(texts, encode, options.tokens)
-            speed = data_speed.speed_of(batches, first=30 * options.tokens, tokens=options.speed_tokens)
+            first = 30 * options.tokens
+            speed = data_speed.speed_of(batches, first=first, tokens=options.speed_tokens, others=others)
             if number:
                 found[name].append(speed)
             if batches is not ours:

@@ -6,7 +6,7 @@ All on the same texts and tokenizer, with two worker processes. T tokens of a pa
 import multiprocessing
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -167,18 +167,21 @@ class Speed(NamedTuple):
     cpu: float
 
 
-def speed_of(batches: Iterator[int], *, first: int, tokens: int) -> Speed:
-    """After `first` tokens, which fill what is read ahead, over as many tokens as are asked for."""
+def speed_of(batches: Iterator[int], *, first: int, tokens: int, others: Collection[int] = ()) -> Speed:
+    """After `first` tokens, which fill what is read ahead, over as many tokens as are asked for.
+
+    `others`: processes of another side, whose CPU time is not counted.
+    """
     for made in batches:
         first -= made
         if first <= 0:
             break
-    begun, cpu, done = time.perf_counter(), cpu_seconds(), 0
+    begun, cpu, done = time.perf_counter(), cpu_seconds(others), 0
     for made in batches:
         done += made
         if done >= tokens:
             break
-    return Speed(done / (time.perf_counter() - begun), (cpu_seconds() - cpu) / done)
+    return Speed(done / (time.perf_counter() - begun), (cpu_seconds(others) - cpu) / done)
 
 
 def processes() -> list[int]:
@@ -187,7 +190,8 @@ def processes() -> list[int]:
     return [os.getpid(), *(int(child) for task in tasks for child in task.read_text().split())]
 
 
-def cpu_seconds() -> float:
-    """What this process and its children have used so far."""
-    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in processes()]
+def cpu_seconds(others: Collection[int] = ()) -> float:
+    """What this process and its children, but for the `others`, have used so far."""
+    counted = [pid for pid in processes() if pid not in others]
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in counted]
     return sum(int(found[11]) + int(found[12]) for found in fields) / os.sysconf("SC_CLK_TCK")
