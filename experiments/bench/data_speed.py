@@ -6,11 +6,11 @@ All on the same texts and tokenizer, with two worker processes. T tokens of a pa
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Encode:
         return Group((Document(ids, shifted(ids)),))
 
 
-def ours(texts: list[str], encode: Encode, tokens: int) -> Iterator[int]:
+def ours(texts: list[str], encode: Encode, tokens: int) -> Generator[int]:
     """Tokens of each batch that the loader gives."""
     loader = Loader(
         Order([len(texts)], key=0),
@@ -99,7 +99,7 @@ def _as_they_are(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch
     return samples
 
 
-def torchs(texts: list[str], encode: Encode, tokens: int) -> Iterator[int]:
+def torchs(texts: list[str], encode: Encode, tokens: int) -> Generator[int]:
     """Tokens of each batch: samples from torch's workers, packed first fit in the main process (VeOmni's way)."""
     data = DataLoader(
         _Texts(texts, encode), batch_size=_TOGETHER, num_workers=WORKERS, collate_fn=_as_they_are, prefetch_factor=4
@@ -108,7 +108,7 @@ def torchs(texts: list[str], encode: Encode, tokens: int) -> Iterator[int]:
     for samples in data:
         buffer += samples
         while len(buffer) >= _FIRST_FIT_BUFFER:
-            taken, left, used = [], [], 0
+            taken, left, used = list[dict[str, torch.Tensor]](), list[dict[str, torch.Tensor]](), 0
             for sample in buffer:
                 size = len(sample["tokens"])
                 (taken if used + size <= tokens else left).append(sample)
@@ -130,7 +130,7 @@ def _collated(taken: list[dict[str, torch.Tensor]], tokens: int) -> dict[str, to
     return batch
 
 
-def raw(texts: list[str], encode: Encode, tokens: int) -> Iterator[int]:
+def raw(texts: list[str], encode: Encode, tokens: int) -> Generator[int]:
     """Tokens that two processes make of texts and throw away, told every `tokens` of them."""
     context = multiprocessing.get_context("fork")
     ends = [context.Pipe(duplex=False) for _ in range(WORKERS)]
@@ -167,22 +167,21 @@ class Speed(NamedTuple):
     cpu: float
 
 
-def speed_of(batches: Iterator[int], *, first: int, tokens: int) -> Speed:
-    """After `first` tokens, which fill what is read ahead, over as many tokens as are asked for; ends the workers."""
+def speed_of(batches: Iterator[int], *, first: int, tokens: int, others: Collection[int] = ()) -> Speed:
+    """After `first` tokens, which fill what is read ahead, over as many tokens as are asked for.
+
+    `others`: processes of another side, whose CPU time is not counted.
+    """
     for made in batches:
         first -= made
         if first <= 0:
             break
-    begun, cpu, done = time.perf_counter(), cpu_seconds(), 0
+    begun, cpu, done = time.perf_counter(), cpu_seconds(others), 0
     for made in batches:
         done += made
         if done >= tokens:
             break
-    found = Speed(done / (time.perf_counter() - begun), (cpu_seconds() - cpu) / done)
-    close: Any = getattr(batches, "close", None)
-    if close is not None:
-        close()
-    return found
+    return Speed(done / (time.perf_counter() - begun), (cpu_seconds(others) - cpu) / done)
 
 
 def processes() -> list[int]:
@@ -191,7 +190,8 @@ def processes() -> list[int]:
     return [os.getpid(), *(int(child) for task in tasks for child in task.read_text().split())]
 
 
-def cpu_seconds() -> float:
-    """What this process and its children have used so far."""
-    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in processes()]
+def cpu_seconds(others: Collection[int] = ()) -> float:
+    """What this process and its children, but for the `others`, have used so far."""
+    counted = [pid for pid in processes() if pid not in others]
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in counted]
     return sum(int(found[11]) + int(found[12]) for found in fields) / os.sysconf("SC_CLK_TCK")
