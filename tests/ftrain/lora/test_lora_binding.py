@@ -15,6 +15,7 @@ from tests.helpers.adapted_models import bridged, native
 EVERYWHERE = ["**"]
 CASES = {
     "dense": lambda: native("dense"),
+    "dora": lambda: native("dense", dora=True),
     "mixture": lambda: native("mixture"),
     "table, head, router": lambda: native("mixture", EVERYWHERE),
     "llama": lambda: bridged("llama"),
@@ -48,7 +49,7 @@ def test_parts_give_the_loss_and_the_gradients_of_their_sum(kind):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", ["dense", "table, head, router", "llama", "experts"])
+@pytest.mark.parametrize("kind", ["dense", "dora", "table, head, router", "llama", "experts"])
 def test_a_mesh_gives_what_one_device_gives(kind, mesh):
     case = CASES[kind]()
     arguments = case.arguments(packs=2)
