@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,10 +49,13 @@ class LoraFlags:
     dora: bool = False
     """Directions and magnitudes apart."""
 
-    def __post_init__(self) -> None:
-        """ValueError for a negative rank."""
+    def require_sense(self) -> None:
+        """ValueError for a negative rank, and for options of an adapter without one."""
         if self.rank < 0:
             raise ValueError(f"--lora.rank {self.rank} must be at least 0")
+        given = [f.name for f in fields(self) if f.name != "rank" and getattr(self, f.name) != f.default]
+        if given and not self.rank:
+            raise ValueError(f"--lora.{given[0]} is of an adapter, and --lora.rank is 0: give a rank, such as 16")
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def run(options: TrainOptions) -> int:
     """The command: 0 at the end of the run. ValueError for what the user can mend."""
     name, kind = next((name, kind) for name, (made, kind) in KINDS.items() if type(options) is made)
     require_trackers(options.track)
+    options.lora.require_sense()
     device = _device(options.device)
     sizes = options.mesh
     alone = "RANK" not in os.environ
@@ -210,6 +214,8 @@ def _run(name: str, kind: _Kind, options: TrainOptions, ranks: Run) -> int:
     )  # fmt: skip
     for line in data.lines:
         report.say(line)
+    if isinstance(options, KdTrain):
+        _require_same_tokens(tokenizer, options.teacher)
     recipe = _recipe(options, kind, model, data, ranks.device)
     if recipe.adapter is not None:
         report.say(recipe.adapter.table().splitlines()[-1])
@@ -247,8 +253,22 @@ def _recipe(options: TrainOptions, kind: _Kind, model: Model, data: RunData, dev
     base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
     return Recipe(
         model, kind.task(options), tx, adapter, teacher, micro_batches=data.loader.packing.micro_batches,
-        base_dtype=None if base == torch.float32 else base,
+        base_dtype=None if base == torch.float32 else base, seed=options.seed,
     )  # fmt: skip
+
+
+def _require_same_tokens(tokenizer: Any, teacher: Path) -> None:
+    """ValueError for a teacher whose tokenizer gives a token of the student's another id."""
+    if not (teacher / "tokenizer.json").is_file():
+        return  # the sizes of both vocabularies are compared all the same
+    theirs = load_tokenizer(teacher).get_vocab()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if theirs.get(token) != number:
+            said = f"the id {theirs[token]}" if token in theirs else "none"
+            raise ValueError(
+                f"--teacher {teacher}: the token {token!r} has the id {number} for the student, and {said} for the "
+                "teacher: distributions are compared id by id, so take a teacher with the student's tokenizer"
+            )
 
 
 def _jit(options: TrainOptions, device: torch.device) -> dict[str, Any]:
@@ -278,18 +298,22 @@ _MAY_CHANGE = (
 
 
 def _files(path: Path, options: TrainOptions, goes_on: bool) -> RunFolder:
-    """The folder's files. ValueError for a run in it that had other options than those that may change."""
+    """The folder's files. ValueError for a run in it that had other options than those that may change, once it has a
+    checkpoint.
+    """
     config = as_config(options)
     if not goes_on:
         return RunFolder.create(path, config)
     before = run_folder.read_config(path)
+    done = checkpoint.latest(path / CHECKPOINTS)
+    began_anew = done is None and {"model", "data"} <= before.keys()  # nothing of it would go on
     for name, value in config.items():
-        if name not in _MAY_CHANGE and before.get(name) != value:
+        if not began_anew and name not in _MAY_CHANGE and before.get(name) != value:
             raise ValueError(
                 f"the run in {path} has {name} = {before.get(name)!r}, and these options say {value!r}: a run goes on "
                 "with what it was; give the same, another --out, or --resume never with an empty folder"
             )
-    files = RunFolder.resume(path, step=checkpoint.latest(path / CHECKPOINTS) or 0)
+    files = RunFolder.resume(path, step=-1 if done is None else done)  # without a checkpoint step 0 is measured again
     files.configure(config)
     return files
 

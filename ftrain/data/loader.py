@@ -29,7 +29,7 @@ _ENDLESS = 2**40  # places: more than any run reads
 class Facts(NamedTuple):
     """Of the whole step, on all ranks alike.
 
-    - `step`: its number, from 1; `epoch`: that in which the last document was read, from 0.
+    - `step`: its number, from 1; `epoch`: that of its oldest document, from 0.
     - `documents`, `tokens`: in its packs; `budget`: tokens that its packs have room for.
     - `rejected`: rows left out since the start of the run.
     - `imbalance`: what ranks wait for each other, as a part of the mean: the costliest pack of each micro-batch over

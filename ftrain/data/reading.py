@@ -18,8 +18,8 @@ AtEpochEnd = Literal["carry", "pack"]
 
 
 class StepPacks(NamedTuple):
-    """The groups of each of the P packs of a step, their plan, the epoch of the last place that was read, and the
-    position after the step.
+    """The groups of each of the P packs of a step, their plan, the epoch of the oldest of them, and the position after
+    the step.
     """
 
     packs: list[list[Waiting]]
@@ -83,7 +83,8 @@ class Reading:
                 return
             packs, plan = self._buffer.take(step=self._position.step)
             self._position = self._after(packs, plan)
-            yield StepPacks(packs, plan, max(0, self._next - 1) // self._epoch, self._position)
+            oldest = min(waiting.encoded.place for pack in packs for waiting in pack)
+            yield StepPacks(packs, plan, oldest // self._epoch, self._position)
 
     def _after(self, packs: Sequence[Sequence[Waiting]], plan: Plan) -> Position:
         before, tokens = self._position, self._packing.tokens

@@ -34,6 +34,7 @@ class Recipe:
     - `teacher`: for a task that compares with another model than its own; its parameters are the base.
     - `micro_batches`: that a step's batch is divided into, one after the other.
     - `base_dtype`: of the parameters that are not trained.
+    - `seed`: of dropout.
     """
 
     model: Model
@@ -43,6 +44,7 @@ class Recipe:
     teacher: Model | None = None
     micro_batches: int = 1
     base_dtype: torch.dtype | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.model.state:
@@ -83,7 +85,7 @@ class Recipe:
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One update, and metrics: `loss`, each term by its name, `grad_norm` before clipping, `labels` (how many)."""
-        key = random.fold_in(ftrain.key(0, device=state.step.device), state.step)
+        key = random.fold_in(ftrain.key(self.seed, device=state.step.device), state.step)
         loss = self._loss(state.extra.get(BASE), key)
         loss = ftrain.accumulate(loss, self.micro_batches, has_aux=True) if self.micro_batches > 1 else loss
         (value, terms), grads = ftrain.value_and_grad(loss, has_aux=True)(state.params, batch)

@@ -284,3 +284,11 @@ def test_what_a_loader_is_asked_for_must_be_possible():
         Packing(8, ranks=2, buffer=9)
     with pytest.raises(ValueError, match="at_epoch_end='drop'"):
         loader_of([[3]], at_epoch_end="drop")
+
+
+def test_the_epoch_of_a_step_is_that_of_its_oldest_document_however_far_ahead_documents_are_read():
+    rows = [np.arange(4)] * 8
+    loader = Loader(Order([8], key=0), [rows], lambda ids: Group((Document(ids, ids),)), Packing(tokens=16), steps=6)
+    epochs = [step.facts.epoch for step in loader]
+    assert epochs == sorted(epochs)
+    assert epochs[0] == 0 and epochs[-1] <= 3
