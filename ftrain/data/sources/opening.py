@@ -143,7 +143,8 @@ def _trained_on(folder: str, paths: Sequence[str]) -> list[str]:
         return list(paths)
     left = sorted(path for path, split in splits.items() if split and not split.startswith("train"))
     if left:
-        _log.warning('%s: its split "train" is read, and not %s: give other files by name', folder, ", ".join(left[:5]))
+        shown = ", ".join(left[:5])
+        _log.warning('%s: its split "train" is read, and not %s: give other files by name', folder, shown)
     return [path for path in paths if path not in left]
 
 
