@@ -14,7 +14,7 @@ from ftrain import checkpoint
 from ftrain.bridge.opened import open as open_model
 from ftrain.cli.config_file import as_config
 from ftrain.cli.recipes import export, jit_options, recipe_of
-from ftrain.cli.train_options import KINDS, TaskKind, TrainOptions, kind_of
+from ftrain.cli.train_options import KINDS, KdTrain, TaskKind, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.modules.spec import leaves_with_paths
@@ -36,6 +36,7 @@ def run(options: TrainOptions) -> int:
     """The command: 0 at the end of the run. ValueError for what the user can mend."""
     name, kind = kind_of(options)
     require_trackers(options.track)
+    options.lora.require_sense()
     device = device_of(options.device)
     sizes = options.mesh
     alone = "RANK" not in os.environ
@@ -64,6 +65,8 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run) -> int:
     )  # fmt: skip
     for line in data.lines:
         report.say(line)
+    if isinstance(options, KdTrain):
+        _require_same_tokens(tokenizer, options.teacher)
     recipe = recipe_of(
         options,
         kind,
@@ -100,6 +103,20 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run) -> int:
     return 0
 
 
+def _require_same_tokens(tokenizer: Any, teacher: Path) -> None:
+    """ValueError for a teacher whose tokenizer gives a token of the student's another id."""
+    if not (teacher / "tokenizer.json").is_file():
+        return  # the sizes of both vocabularies are compared all the same
+    theirs = load_tokenizer(teacher).get_vocab()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if theirs.get(token) != number:
+            said = f"the id {theirs[token]}" if token in theirs else "none"
+            raise ValueError(
+                f"--teacher {teacher}: the token {token!r} has the id {number} for the student, and {said} for the "
+                "teacher: distributions are compared id by id, so take a teacher with the student's tokenizer"
+            )
+
+
 def _samples(options: TrainOptions, recipe: Recipe, data: RunData, tokenizer: Any, ranks: Run) -> Samples | None:
     """What a run of one process answers on its way; models with a head of another kind answer nothing."""
     if ranks.world > 1 or recipe.model.family is None or isinstance(recipe.task, Headed | Embed):
@@ -132,18 +149,22 @@ _MAY_CHANGE = (
 
 
 def _files(path: Path, options: TrainOptions, goes_on: bool) -> RunFolder:
-    """The folder's files. ValueError for a run in it that had other options than those that may change."""
+    """The folder's files. ValueError for a run in it that had other options than those that may change, once it has a
+    checkpoint.
+    """
     config = as_config(options)
     if not goes_on:
         return RunFolder.create(path, config)
     before = run_folder.read_config(path)
+    done = checkpoint.latest(path / CHECKPOINTS)
+    began_anew = done is None and {"model", "data"} <= before.keys()  # nothing of it would go on
     for name, value in config.items():
-        if name not in _MAY_CHANGE and before.get(name) != value:
+        if not began_anew and name not in _MAY_CHANGE and before.get(name) != value:
             raise ValueError(
                 f"the run in {path} has {name} = {before.get(name)!r}, and these options say {value!r}: a run goes on "
                 "with what it was; give the same, another --out, or --resume never with an empty folder"
             )
-    files = RunFolder.resume(path, step=checkpoint.latest(path / CHECKPOINTS) or 0)
+    files = RunFolder.resume(path, step=-1 if done is None else done)  # without a checkpoint step 0 is measured again
     files.configure(config)
     return files
 

@@ -1,7 +1,7 @@
 """The options of `ftrain train`: what all tasks have, and what each has of its own."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +37,13 @@ class LoraFlags:
     quantize: Literal["none", "int8", "nf4"] = "none"
     """How the matrices of the model below are kept, which are not trained."""
 
-    def __post_init__(self) -> None:
-        """ValueError for a negative rank."""
+    def require_sense(self) -> None:
+        """ValueError for a negative rank, and for options of an adapter without one."""
         if self.rank < 0:
             raise ValueError(f"--lora.rank {self.rank} must be at least 0")
+        given = [f.name for f in fields(self) if f.name != "rank" and getattr(self, f.name) != f.default]
+        if given and not self.rank:
+            raise ValueError(f"--lora.{given[0]} is of an adapter, and --lora.rank is 0: give a rank, such as 16")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Rejects:
     Args:
         limit: the largest share of rejected rows, in [0, 1].
         after: from how many rows on the share is looked at; `finish` looks at it whatever the number.
+        told: whether the first rejected row of each file is logged.
 
     ValueError for a limit that is no share.
 
@@ -64,10 +65,10 @@ class Rejects:
     (2, 1, 'a.jsonl: 1 x invalid JSON (row 2)')
     """
 
-    def __init__(self, *, limit: float = 0.05, after: int = 1000) -> None:
+    def __init__(self, *, limit: float = 0.05, after: int = 1000, told: bool = True) -> None:
         if not 0 <= limit <= 1:
             raise ValueError(f"a limit of rejected rows of {limit} is no share: give a number from 0 to 1")
-        self.limit, self.after = limit, after
+        self.limit, self.after, self.told = limit, after, told
         self.rows = 0
         """Rows seen, taken or not."""
         self.count = 0
@@ -91,7 +92,7 @@ class Rejects:
         kind.count += 1
         if len(kind.places) < _PLACES:
             kind.places.append(error.place)
-        if error.place.file not in self._told and len(self._told) < _MOST_KINDS:
+        if self.told and error.place.file not in self._told and len(self._told) < _MOST_KINDS:
             self._told.add(error.place.file)
             _log.warning("a row is skipped: %s; further ones of this file are counted", error)
         if self.rows >= self.after:

@@ -68,17 +68,25 @@ def open_samples(
         raise ValueError(f"{where} has no rows")
     if format is not None:
         return Samples(source, by_name(format))
-    found = detect(first_rows(source), kinds=kinds, where=where)
+    rows, bad = _first_rows(source, rows=_LOOKED_AT)
+    if not rows and bad is not None:
+        raise ValueError(f"none of the first rows of {where} can be read; the first one: {bad}")
+    found = detect(rows, kinds=kinds, where=where)
     _log.info("%s: %d rows of the format %s (%s)", where, len(source), found.name, found.keys)
     return Samples(source, found)
 
 
 def first_rows(source: Source, *, rows: int = _LOOKED_AT) -> list[Mapping[str, Any]]:
     """The fields of those of the first rows that can be read."""
-    found = []
+    return _first_rows(source, rows=rows)[0]
+
+
+def _first_rows(source: Source, *, rows: int) -> tuple[list[Mapping[str, Any]], BadRow | None]:
+    """The same, and what is wrong with the first one that cannot be read, which is told when it is its turn."""
+    found, first = list[Mapping[str, Any]](), None
     for index in range(min(rows, len(source))):
         try:
             found.append(source[index].fields)
-        except BadRow:
-            continue  # told when it is its turn
-    return found
+        except BadRow as error:
+            first = first or error
+    return found, first

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
@@ -96,6 +95,7 @@ def make_data(
 
     ValueError for data that cannot be read, is of another kind than the task's, or does not fill the ranks.
     """
+    _require_positive(options)
     packs = options.packs or ranks * math.ceil(4 / ranks)
     if packs % ranks:
         raise ValueError(f"--packs {packs} do not divide among {ranks} ranks: give a multiple of {ranks}")
@@ -108,6 +108,7 @@ def make_data(
     if options.held_out_data:
         beside = [open_samples(spec, format=options.format, kinds=encode.takes) for spec in options.held_out_data]
         held = [hold_out(paired(samples) if paired else samples, 0.0, key=seed)[0] for samples in beside]
+        _require_usable(held, encode, options.held_out_data)
     sizes = [len(source) for source in trained]
     order = Order(sizes, key=seed, weights=_weights(options, sizes))
     loader = Loader(
@@ -118,7 +119,7 @@ def make_data(
         f"{spec}: {len(samples):,} rows of the format {samples.format.name}"
         for spec, samples in zip(options.data, opened, strict=True)
     ]
-    counted = _counted(trained, encode)
+    counted = _counted(trained, encode, limit=options.rejected)
     tokens = round(sum(counted.lengths) * sum(sizes) / counted.rows)
     loader = replace(loader, slots=counted.most_in(options.tokens))
     epoch = max(1, math.ceil(tokens / (packs * options.tokens)))
@@ -126,7 +127,17 @@ def make_data(
     exact = "" if counted.rows == sum(sizes) else "about "
     lines.append(f"{sum(sizes):,} rows are trained on and {sum(map(len, held)):,} held out; {exact}{tokens:,} tokens, "
                  f"{packs} packs of {options.tokens} a step, {exact}{epoch:,} steps an epoch")  # fmt: skip
+    if counted.rejects.count:
+        kinds = "; ".join(map(str, counted.rejects))
+        lines.append(f"{counted.rejects.count:,} of {counted.rows:,} rows are left out: {kinds}")
     return RunData(loader, _held_out(held, encode, packing, leaves, loader.slots), steps, tuple(lines))
+
+
+def _require_positive(options: DataOptions) -> None:
+    for name in ("tokens", "packs", "epochs", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
 
 
 def _epochs(options: DataOptions) -> int | None:
@@ -143,11 +154,14 @@ def _weights(options: DataOptions, sizes: Sequence[int]) -> Sequence[float] | No
 
 @dataclass(frozen=True)
 class _Counted:
-    """Of `rows` that were looked at: `lengths` of those that can be used, in tokens, and the most documents of one."""
+    """Of `rows` that were looked at: `lengths` of those that can be used, in tokens, and the most documents of one;
+    `rejects` has the others.
+    """
 
     rows: int
     lengths: tuple[int, ...]
     documents: int
+    rejects: Rejects
 
     def most_in(self, tokens: int) -> int:
         """The most documents that a pack can have, and twice that, as a power of two, where not all rows are known."""
@@ -156,18 +170,27 @@ class _Counted:
         return 1 << (2 * self.documents * most - 1).bit_length()
 
 
-def _counted(sources: Sequence[Subset], encode: RowEncoder) -> _Counted:
-    """Rows spread over all of the data, encoded. ValueError where none can be used."""
-    rows, lengths, documents, all_rows = 0, list[int](), 1, sum(map(len, sources))
+def _counted(sources: Sequence[Subset], encode: RowEncoder, *, limit: float) -> _Counted:
+    """Rows spread over all of the data, encoded. ValueError where none can be used, or where all rows were looked at
+    and too many cannot.
+    """
+    lengths, documents, all_rows = list[int](), 1, sum(map(len, sources))
+    rejects, last = Rejects(limit=limit, after=all_rows + 1, told=False), None  # the loader tells of them
     for row in _spread(sources, max(1, all_rows // _COUNTED)):
-        rows += 1
-        with suppress(BadRow):  # the loader tells of it
+        try:
             group = encode(row())
-            lengths.append(len(group))
-            documents = max(documents, len(group.documents))
+        except BadRow as error:
+            rejects.add(error)
+            last = error
+            continue
+        rejects.took()
+        lengths.append(len(group))
+        documents = max(documents, len(group.documents))
     if not lengths:
-        raise ValueError(f"none of {rows} rows can be trained on; `ftrain data stats` says why")
-    return _Counted(rows, tuple(lengths), documents)
+        raise ValueError(f"none of {rejects.rows} rows can be trained on; the last one: {last}")
+    if rejects.rows == all_rows:
+        rejects.finish()
+    return _Counted(rejects.rows, tuple(lengths), documents, rejects)
 
 
 def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]]:
@@ -179,17 +202,39 @@ def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]
 def _held_out(
     sources: Sequence[Subset], encode: RowEncoder, packing: Packing, leaves: Mapping[str, np.dtype] | None, slots: int
 ) -> tuple[Mapping[str, Any], ...]:
-    """Batches of all rows that are held out, in their order; those that cannot be used are counted and logged."""
-    sizes = [(source, len(source)) for source in sources if len(source)]
-    if not sizes:
-        return ()
-    order = Order([size for _, size in sizes], key=0, shuffle=False)
+    """Batches of all rows that are held out, in their order; those that cannot be used are counted and logged. None
+    where no row can be used.
+    """
+    usable = [source for source in sources if any(_is_usable(row, encode) for row in _spread([source], 1))]
     rejects = Rejects(limit=1.0)
-    loader = Loader(
-        order, [source for source, _ in sizes], encode, replace(packing, patience=0), rank=None, epochs=1,
-        rejects=rejects, leaves=leaves, slots=slots,
-    )  # fmt: skip
-    found = tuple(step.batch for step in loader)
-    if rejects.count:
-        _log.warning("%d of %d held-out rows cannot be used", rejects.count, rejects.rows)
+    unusable = sum(map(len, sources)) - sum(map(len, usable))
+    if usable:
+        order = Order([len(source) for source in usable], key=0, shuffle=False)
+        loader = Loader(
+            order, usable, encode, replace(packing, patience=0), rank=None, epochs=1, rejects=rejects, leaves=leaves,
+            slots=slots,
+        )  # fmt: skip
+        found = tuple(step.batch for step in loader)
+    else:
+        found = ()
+    if rejects.count + unusable:
+        rows = sum(map(len, sources))
+        _log.warning("%d of %d held-out rows cannot be used", rejects.count + unusable, rows)
     return found
+
+
+def _require_usable(sources: Sequence[Subset], encode: RowEncoder, names: Sequence[str]) -> None:
+    """ValueError for held-out data that was asked for and of which nothing can be used."""
+    for source, name in zip(sources, names, strict=True):
+        if not any(_is_usable(row, encode) for row in _spread([source], 1)):
+            raise ValueError(
+                f"--held-out-data {name}: none of {len(source)} rows can be used; `ftrain data stats` says why"
+            )
+
+
+def _is_usable(row: Callable[[], Any], encode: RowEncoder) -> bool:
+    try:
+        encode(row())
+    except BadRow:
+        return False
+    return True

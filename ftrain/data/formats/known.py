@@ -100,9 +100,9 @@ def by_name(name: str) -> Format:
     """
     found = {format.name: format for format in FORMATS}
     if name not in found:
-        raise ValueError(
-            f"there is no format {name!r}; nearest is {nearest(name, list(found))!r} of {', '.join(found)}"
-        )
+        near = nearest(name, list(found))
+        meant = f"did you mean {near!r} of" if near else "there are"
+        raise ValueError(f"there is no format {name!r}; {meant} {', '.join(found)}")
     return found[name]
 
 
@@ -135,6 +135,11 @@ def _unknown(rows: Sequence[Mapping[str, Any]], formats: Sequence[Format], where
     known = "; ".join(f"{format.name}: {format.keys}" for format in formats)
     if not rows:
         return f"{where} has no rows that can be read; known formats are {known}"
+    other = next((format for format in FORMATS if format not in formats and format.matches(rows[0])), None)
+    if other is not None:
+        return (
+            f"{where} has rows of the format {other.name} ({other.keys}), which this task cannot use. It takes {known}"
+        )
     return f"{where} has rows of an unknown format, first of all {shown(rows[0])}. Known formats are {known}"
 
 

@@ -2,7 +2,9 @@
 
 import glob
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,13 @@ from ftrain.data.sources.lines import Csv, JsonLines
 from ftrain.data.sources.source import Joined, Source
 from ftrain.data.sources.tar import TarFile
 
+_log = logging.getLogger("ftrain.data")
 _CACHE = 512 * 2**20
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
+
+_SPLIT = re.compile(r"(?:^|[/._-])(train|training|test|testing|validation|valid|val|dev|eval)(?=[/._-])", re.IGNORECASE)
+"""A part of a file's path that says of which split it is, as the Hub finds splits."""
 
 _Opener = Callable[[File, ByteCache], Source]
 _OPENERS: dict[str, _Opener] = {
@@ -126,11 +132,23 @@ def _open_folder(folder: str, inner: Mapping[str, str], cache: ByteCache) -> Sou
             f"{folder} has data files of several kinds ({', '.join(kinds)}): name one, as {folder}/*{kinds[0]}"
         )
     if kinds:
-        return _open_each([path for path in paths if end_of(path) == kinds[0]], cache, folder)
+        return _open_each(_trained_on(folder, [path for path in paths if end_of(path) == kinds[0]]), cache, folder)
     try:
         return open_texts(paths)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _trained_on(folder: str, paths: Sequence[str]) -> list[str]:
+    """Without the files of other splits, where some are named for the split "train"."""
+    splits = {path: found[-1].lower() if (found := _SPLIT.findall(path[len(folder) :])) else "" for path in paths}
+    if not any(split.startswith("train") for split in splits.values()):
+        return list(paths)
+    left = sorted(path for path, split in splits.items() if split and not split.startswith("train"))
+    if left:
+        shown = ", ".join(left[:5])
+        _log.warning('%s: its split "train" is read, and not %s: give other files by name', folder, shown)
+    return [path for path in paths if path not in left]
 
 
 def _described(path: str) -> dict[str, Any]:

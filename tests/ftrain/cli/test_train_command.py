@@ -12,10 +12,18 @@ import pytest
 import torch
 
 import ftrain
+from ftrain import lora, optim
 from ftrain.cli.main import main
+from ftrain.data.chat_template import load_tokenizer
+from ftrain.data.encoding import ChatEncoder
+from ftrain.data.subset import hold_out
 from ftrain.modules.spec import leaves_with_paths
 from ftrain.resilience.signals import EXIT_RESUMABLE
+from ftrain.run.data import DataOptions, make_data
 from ftrain.run.folder import read_config, read_metrics
+from ftrain.run.recipe import Recipe, optimizer
+from ftrain.tasks import NextToken
+from ftrain.tasks.rows import TextRows
 from tests.helpers.chat_folders import chats, judgements, preferences, write_chat_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -294,10 +302,22 @@ def test_a_file_with_a_mistake_is_refused_with_the_nearest_name(tmp_path, capsys
     assert says in capsys.readouterr().err
 
 
+def swap_tokens(file):
+    """Another tokenizer of the same size: two of its tokens have each other's ids."""
+    made = json.loads(file.read_text())
+    words = made["model"]["vocab"]
+    one, other = (next(word for word, number in words.items() if number == n) for n in (2, 3))
+    words[one], words[other] = 3, 2
+    file.write_text(json.dumps(made))
+
+
 def wrong(model, chat_file, tmp_path):
     """Commands that cannot be carried out, and what is said of them."""
     broken = write_rows(tmp_path / "odd.jsonl", [{"colour": "red", "size": 3}] * 5)
     long = write_rows(tmp_path / "long.jsonl", [{"text": "word " * 200}] * 5)
+    half = write_rows(tmp_path / "half.jsonl", [*chats(10), *[{"messages": None}] * 10])
+    other = shutil.copytree(model, tmp_path / "other")
+    swap_tokens(other / "tokenizer.json")
     run = lambda task, data, *more: command(task, model, data, tmp_path / "run", *more)  # noqa: E731
     return {
         "format": (run("sft", broken), "colour"),
@@ -307,11 +327,22 @@ def wrong(model, chat_file, tmp_path):
         "long": (run("sft", long), "none of 5 rows|rejected|too long"),
         "packs": (run("sft", chat_file, "--shard", "2", "--packs", "3"), "do not divide among 2 ranks"),
         "tracker": (run("sft", chat_file, "--track", "tensorbord"), "not one of tensorboard"),
+        "adapter": (run("sft", chat_file, "--lora.dora"), "--lora.dora is of an adapter, and --lora.rank is 0"),
+        "no packs": (run("sft", chat_file, "--packs", "0"), "--packs 0 must be at least 1"),
+        "no epochs": (run("sft", chat_file, "--epochs", "0"), "--epochs 0 must be at least 1"),
+        "broken": (run("sft", half), "50.0%, more than 5.0%, of 20 rows were rejected"),
+        "teacher": (run("kd", chat_file, "--teacher", str(other)), "has the id 2 for the student, and the id 3"),
         "target": (run("sft", chat_file, "--lora.rank", "2", "--lora.targets", "q_porj"), "q_porj"),
     }
 
 
-@pytest.mark.parametrize("case", ["format", "kind", "absent", "model", "long", "packs", "tracker", "target"])
+CASES = (
+    "format", "kind", "absent", "model", "long", "packs", "tracker", "adapter", "no packs", "no epochs", "broken",
+    "teacher", "target",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_what_cannot_be_trained_is_one_sentence_and_leaves_nothing(case, model, chat_file, tmp_path, capsys):
     words, says = wrong(model, chat_file, tmp_path)[case]
     assert main(words) == 2
@@ -319,6 +350,56 @@ def test_what_cannot_be_trained_is_one_sentence_and_leaves_nothing(case, model, 
     assert error.startswith("ftrain: ")
     assert any(word in error for word in says.split("|")), error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_failed_before_its_first_save_begins_anew_with_mended_options(model, chat_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command("sft", model, chat_file, out, "--budget", "1KiB")) == 2
+    assert (out / "config.json").is_file()
+    assert main(command("sft", model, chat_file, out, "--seed", "1", "--held-out", "0.1")) == 0
+    assert read_config(out)["seed"] == 1
+    assert [row["step"] for row in read_metrics(out) if "held_out" in row] == [0, 4]
+
+
+def test_the_only_held_out_row_may_be_broken(model, tmp_path, caplog):
+    data = write_rows(tmp_path / "a.jsonl", chats(60))
+    held = make_data(DataOptions((str(data),), tokens=128), encode(model), ranks=1, seed=0).held_out
+    assert len(held) == 1
+    rows = chats(60)
+    rows[held_out_row(60)] = {"messages": None}
+    write_rows(data, rows)
+    assert make_data(DataOptions((str(data),), tokens=128), encode(model), ranks=1, seed=0).held_out == ()
+    assert "1 of 1 held-out rows cannot be used" in caplog.text
+    with pytest.raises(ValueError, match="--held-out-data .*none of 5 rows can be used"):
+        bad = write_rows(tmp_path / "bad.jsonl", [{"messages": None}] * 5)
+        make_data(DataOptions((str(data),), held_out_data=(str(bad),)), encode(model), ranks=1, seed=0)
+
+
+def encode(model):
+    return TextRows(ChatEncoder(load_tokenizer(model)))
+
+
+def held_out_row(count):
+    """The number of the row that is held out of so many, of which one is."""
+    (row,) = hold_out(range(count), 0.02, key=0)[1]
+    return row
+
+
+def test_the_seed_chooses_what_dropout_drops(model):
+    opened = ftrain.hf.open(model)
+    adapter = lora.add(opened, ("all-linear",), rank=2, alpha=4.0, dropout=0.5)
+    tokens = torch.arange(32)
+    batch = {"tokens": tokens, "labels": tokens + 1, "segments": torch.zeros(32, dtype=torch.int64)}
+
+    def loss(seed):
+        tx = optimizer(optim.constant(1e-3), clip=1.0, weight_decay=0.0)
+        recipe = Recipe(opened, NextToken(), tx, adapter, seed=seed)
+        state = recipe.init(ftrain.key(0))
+        noisy = ftrain.tree.map(lambda leaf: leaf + 0.3, state.params)
+        return float(recipe.train_step(state.replace(params=noisy), batch)[1]["loss"])
+
+    assert loss(0) == loss(0)
+    assert loss(0) != loss(1)
 
 
 def test_a_run_does_not_go_on_with_other_options(model, chat_file, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 
 from ftrain.data.media.reader import MediaReader
 from ftrain.data.rejects import BadRow, Rejects
+from ftrain.data.sample import Chat, Prose
 from ftrain.data.samples import open_samples
 
 
@@ -33,7 +34,7 @@ def test_a_format_can_be_given_and_an_empty_file_is_an_error(write):
     assert open_samples(write("a.jsonl", [{"text": "x", "label": 1}]), format="text").format.name == "text"
     with pytest.raises(ValueError, match="has no rows"):
         open_samples(write("b.jsonl", "\n\n"))
-    with pytest.raises(ValueError, match="no rows that can be read"):
+    with pytest.raises(ValueError, match="none of the first rows of .* can be read.*row 1: no JSON"):
         open_samples(write("c.jsonl", "broken\n"))
 
 
@@ -92,3 +93,9 @@ def test_recordings_of_a_saved_dataset_come_at_the_rate_of_the_model(tmp_path):
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     sample = open_samples(tmp_path / "saved")[0]
     assert len(MediaReader(audio_rate=16_000).read(sample.media, sample.place)) == 1600
+
+
+def test_rows_of_a_format_that_a_task_cannot_use_are_called_by_its_name(write):
+    path = write("a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(ValueError, match="rows of the format preference .* which this task cannot use"):
+        open_samples(path, kinds=(Chat, Prose))

@@ -306,3 +306,20 @@ def test_nothing_is_no_data():
     with pytest.raises(ValueError, match="no data"):
         open_source([])
     assert len(Joined([])) == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (("train.jsonl", "test.jsonl"), 1),
+        (("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/validation-00000.jsonl"), 2),
+        (("test.jsonl", "validation.jsonl"), 2),
+        (("a.jsonl", "latest.jsonl"), 2),
+    ],
+)
+def test_of_a_folder_with_a_split_to_train_on_the_other_splits_are_left_out_and_named(tmp_path, caplog, names, read):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    assert len(open_source(tmp_path)) == read
+    assert bool(caplog.records) == (read < len(names))
