@@ -224,8 +224,8 @@ def test_the_only_held_out_row_may_be_broken(model, tmp_path, caplog):
     write_rows(data, rows)
     assert make_data(DataOptions((str(data),), tokens=128), encode(model), ranks=1, seed=0).held_out == ()
     assert "1 of 1 held-out rows cannot be used" in caplog.text
-    with pytest.raises(ValueError, match="--held-out-data .*none of 5 rows can be used"):
-        bad = write_rows(tmp_path / "bad.jsonl", [{"messages": None}] * 5)
+    bad = write_rows(tmp_path / "bad.jsonl", [{"messages": None}] * 5)
+    with pytest.raises(ValueError, match=r"--held-out-data .*none of 5 rows can be used"):
         make_data(DataOptions((str(data),), held_out_data=(str(bad),)), encode(model), ranks=1, seed=0)
 
 

@@ -291,4 +291,5 @@ def test_the_epoch_of_a_step_is_that_of_its_oldest_document_however_far_ahead_do
     loader = Loader(Order([8], key=0), [rows], lambda ids: Group((Document(ids, ids),)), Packing(tokens=16), steps=6)
     epochs = [step.facts.epoch for step in loader]
     assert epochs == sorted(epochs)
-    assert epochs[0] == 0 and epochs[-1] <= 3
+    assert epochs[0] == 0
+    assert epochs[-1] <= 3

@@ -29,11 +29,11 @@ def test_a_format_can_be_given_and_an_empty_file_is_an_error(write):
     assert open_samples(write("a.jsonl", [{"text": "x", "label": 1}]), format="text").format.name == "text"
     with pytest.raises(ValueError, match="has no rows"):
         open_samples(write("b.jsonl", "\n\n"))
-    with pytest.raises(ValueError, match="none of the first rows of .* can be read.*row 1: no JSON"):
+    with pytest.raises(ValueError, match=r"none of the first rows of .* can be read.*row 1: no JSON"):
         open_samples(write("c.jsonl", "broken\n"))
 
 
 def test_rows_of_a_format_that_a_task_cannot_use_are_called_by_its_name(write):
     path = write("a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(ValueError, match="rows of the format preference .* which this task cannot use"):
+    with pytest.raises(ValueError, match=r"rows of the format preference .* which this task cannot use"):
         open_samples(path, kinds=(Chat, Prose))
