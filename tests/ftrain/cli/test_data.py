@@ -68,7 +68,7 @@ def test_all_rows_rejected_is_a_failure_and_what_cannot_be_read_an_error(chat, t
     for options, said in (
         (data.DataStats(("none.jsonl",)), "there is no such file"),
         (data.DataStats(()), "no data"),
-        (data.DataStats((str(chat),), format="opneai"), "nearest is 'openai'"),
+        (data.DataStats((str(chat),), format="opneai"), "did you mean 'openai'"),
         (data.DataShow((str(chat),), n=0), "at least 1 row"),
     ):
         with pytest.raises(ValueError, match=said):
