@@ -12,12 +12,8 @@ import numpy as np
 from ftrain.data.documents import Document, Group
 from ftrain.data.encoding import ChatEncoder, Encoded
 from ftrain.data.rejects import BadRow
-<<<<<<< HEAD
 from ftrain.data.sample import Chat, Classed, Judged, Message, Pair, Place, Preference, Prose, Tokens
 from ftrain.tasks.embedding import NEGATIVE, POSITIVE, QUERY
-=======
-from ftrain.data.sample import Chat, Judged, Message, Place, Preference, Prose, Tokens
->>>>>>> 65aba93d95b72f1ae5479b974b66c4a151efb7bd
 from ftrain.tasks.kto import BAD, GOOD, OTHER
 
 

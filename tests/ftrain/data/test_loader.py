@@ -302,7 +302,6 @@ def test_what_a_loader_is_asked_for_must_be_possible():
         loader_of([[3]], at_epoch_end="drop")
 
 
-<<<<<<< HEAD
 def words(sample):
     """Of a text, a document of the lengths of its words."""
     return encode((1, (len(sample.text.split()),)))
@@ -376,12 +375,3 @@ def test_what_finish_raises_otherwise_goes_through():
 
     with pytest.raises(OSError, match="the disk is gone"):
         list(loader_of([[4]], finish=finish))
-=======
-def test_the_epoch_of_a_step_is_that_of_its_oldest_document_however_far_ahead_documents_are_read():
-    rows = [np.arange(4)] * 8
-    loader = Loader(Order([8], key=0), [rows], lambda ids: Group((Document(ids, ids),)), Packing(tokens=16), steps=6)
-    epochs = [step.facts.epoch for step in loader]
-    assert epochs == sorted(epochs)
-    assert epochs[0] == 0
-    assert epochs[-1] <= 3
->>>>>>> 65aba93d95b72f1ae5479b974b66c4a151efb7bd
