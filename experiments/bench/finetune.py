@@ -1,7 +1,7 @@
 """Fine-tuning beside TRL and PEFT: the same model, the same packs, the same rates, in one run and by turns.
 
 SmolLM2-135M-Instruct learns chats (`experiments.finetune`) with LoRA on all linear layers. Their side is TRL's
-`SFTTrainer` with PEFT's adapter on transformers' eager model, fed the packs that our loader makes, with positions that
+`SFTTrainer` with PEFT's adapter on transformers' eager model, which begins with our adapter, fed the packs that our loader makes, with positions that
 tell the documents apart; nothing is recomputed on either side. Each side makes a few steps in turn. Preferences: a step
 of TRL's `DPOTrainer` on as many pairs, padded by its own collator, beside ours, packed.
 
@@ -92,6 +92,13 @@ class _Ours:
         recipe.load(state)
         return _Ours(recipe, ftrain.jit(recipe.train_step, donate="state"), state)
 
+    def start(self, made: Path) -> Path:
+        """The adapter before any step, as a folder of PEFT's: both sides begin with it."""
+        adapter = self.recipe.adapter
+        assert adapter is not None
+        lora.save(self.state.params, adapter, made / "start")
+        return made / "start"
+
     def run(self, batch: Mapping[str, Any]) -> float:
         """A step; its loss."""
         self.state, metrics = self.step(self.state, batch)
@@ -112,7 +119,8 @@ def _sft(options: Options, folder: Path, made: Path) -> Iterator[Row]:
     data = make_data(wanted, encode, ranks=1, seed=0)
     batches = [step.batch for step in data.loader]
     useful = sum(int((b["labels"] != -100).sum()) for b in batches) / len(batches)
-    ours, theirs = _Ours.of(folder, NextToken()), _their_sft(folder, batches, made)
+    ours = _Ours.of(folder, NextToken())
+    theirs = _their_sft(folder, ours.start(made), batches, made)
     spent: dict[str, list[float]] = {"ours": [], "theirs": []}
     share = max(1, options.steps // options.turns)
     for turn in range(0, len(batches), share):
@@ -185,7 +193,7 @@ class _Theirs:
             return float(self.model(**_as_rows(batch)).loss)
 
 
-def _their_sft(folder: Path, batches: Sequence[Mapping[str, Any]], made: Path) -> _Theirs:
+def _their_sft(folder: Path, start: Path, batches: Sequence[Mapping[str, Any]], made: Path) -> _Theirs:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -194,7 +202,7 @@ def _their_sft(folder: Path, batches: Sequence[Mapping[str, Any]], made: Path) -
         output_dir=str(made / "trl"), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         **_common(),
     )  # fmt: skip
-    return _Theirs(SFTTrainer(_their_model(folder), args=config, train_dataset=rows, peft_config=_their_adapter()))
+    return _Theirs(SFTTrainer(_their_model(folder, start), args=config, train_dataset=rows))
 
 
 def _common() -> dict[str, Any]:
@@ -204,16 +212,12 @@ def _common() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _their_model(folder: Path) -> Any:
+def _their_model(folder: Path, start: Path) -> Any:
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
-def _their_adapter() -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return PeftModel.from_pretrained(plain, start, is_trainable=True)
 
 
 def _dpo(options: Options, folder: Path, made: Path) -> Iterator[Row]:
@@ -231,12 +235,13 @@ def _dpo(options: Options, folder: Path, made: Path) -> Iterator[Row]:
         for (question, chosen), other in zip(asked, rejected, strict=True)
     ]
     config = DPOConfig(output_dir=str(made / "dpo"), **{**_common(), "per_device_train_batch_size": len(rows)})
+    ours = _Ours.of(folder, Dpo())
     trainer = DPOTrainer(
-        _their_model(folder), args=config, train_dataset=Dataset.from_list(rows), peft_config=_their_adapter(),
+        _their_model(folder, ours.start(made)), args=config, train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(folder),
     )  # fmt: skip
     padded = next(iter(trainer.get_train_dataloader()))
-    ours, theirs, batch = _Ours.of(folder, Dpo()), _Theirs(trainer), _pairs(folder, rows)
+    theirs, batch = _Theirs(trainer), _pairs(folder, rows)
     spent: dict[str, list[float]] = {"ours": [], "theirs": []}
     losses = [ours.run(batch), theirs.run(padded)]
     for number in range(options.pair_steps):

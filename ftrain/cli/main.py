@@ -4,6 +4,7 @@ A subcommand is a frozen dataclass of options, and a function from these to the 
 asked for, as some need packages that a base install has not.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     does. CUDA's allocator gets expandable segments, unless the environment sets it.
     """
     prefer_expandable_segments()
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # grain warns at each start that JAX, which nobody needs, is absent
     _see_experiments()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in SUBCOMMANDS:

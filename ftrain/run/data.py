@@ -121,7 +121,8 @@ def make_data(
     ]
     counted = _counted(trained, encode, limit=options.rejected)
     tokens = round(sum(counted.lengths) * sum(sizes) / counted.rows)
-    loader = replace(loader, slots=counted.most_in(options.tokens))
+    ahead = max(packs * options.tokens, min(packing.waiting, tokens // 2))  # no document twice within half an epoch
+    loader = replace(loader, slots=counted.most_in(options.tokens), packing=replace(packing, buffer=ahead))
     epoch = max(1, math.ceil(tokens / (packs * options.tokens)))
     steps = options.steps or epoch * (options.epochs or 1)
     exact = "" if counted.rows == sum(sizes) else "about "
