@@ -1,9 +1,10 @@
 """Fine-tuning beside TRL and PEFT: the same model, the same packs, the same rates, in one run and by turns.
 
 SmolLM2-135M-Instruct learns chats (`experiments.finetune`) with LoRA on all linear layers. Their side is TRL's
-`SFTTrainer` with PEFT's adapter on transformers' eager model, which begins with our adapter, fed the packs that our loader makes, with positions that
-tell the documents apart; nothing is recomputed on either side. Each side makes a few steps in turn. Preferences: a step
-of TRL's `DPOTrainer` on as many pairs, padded by its own collator, beside ours, packed.
+`SFTTrainer` with PEFT's adapter on transformers' eager model, which begins with our adapter and is fed the packs that
+our loader makes, with positions that tell the documents apart; nothing is recomputed on either side. Each side makes a
+few steps in turn. Preferences: a step of TRL's `DPOTrainer` on as many pairs, padded by its own collator, beside ours,
+packed.
 
     python -m experiments.bench.finetune --json experiments/bench/results/finetune-cpu.json
 """

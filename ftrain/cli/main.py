@@ -62,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     does. CUDA's allocator gets expandable segments, unless the environment sets it.
     """
     prefer_expandable_segments()
-    logging.getLogger("absl").setLevel(
-        logging.ERROR
-    )  # grain warns at each start that JAX, which nobody needs, is absent
+    logging.getLogger("absl").setLevel(logging.ERROR)  # grain warns at each start that JAX is absent
     _see_experiments()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in SUBCOMMANDS:
