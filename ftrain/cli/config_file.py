@@ -23,6 +23,8 @@ def with_config(options: type, arguments: Sequence[str]) -> list[str]:
     file that cannot be read, a key that the options have not (with the nearest one), a key twice, or a value of another
     kind.
     """
+    if "config" in _kinds(options):
+        return list(arguments)  # a command whose own option it is
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     rest, behind, file = list(arguments[:end]), list(arguments[end:]), None
     while any(word == FLAG or word.startswith(f"{FLAG}=") for word in rest):

@@ -77,10 +77,9 @@ class Recipe:
         """The `ParamSpec`s of all parameters in the state, for `ftrain.jit(specs=...)` and checkpoints."""
         if self.teacher is not None:
             return {"params": self.model.specs, BASE: self.teacher.specs}
-        own = self.model.specs if self.adapter is None else joined(self._base_specs, self.adapter.specs)
+        own = self.model.specs if self.adapter is None else joined(_base_specs(self), self.adapter.specs)
         return {**own, **self.head}
 
-    @property
     def _base_specs(self) -> Tree:
         specs = (self.teacher or self.model).specs
         return specs if self.quantized is None else lora.quantized_specs(specs, self.quantized)
@@ -97,22 +96,22 @@ class Recipe:
 
     def init(self, key: Tensor) -> TrainState:
         """A state at step 0 with fresh parameters from the key, int64 `[2]`; `load` puts those of folders into it."""
-        base = init(self._base_specs, random.fold_in(key, 1)) if self.has_base else None
+        base = init(_base_specs(self), random.fold_in(key, 1)) if self.has_base else None
         adapter = self.adapter
         trained = init(self.model.specs, key) if adapter is None else adapter.init(key, base=base)
         return self._state(trained, base, init(self.head, random.fold_in(key, 2)))
 
     def abstract(self) -> TrainState:
         """The shapes of a state, on the meta device: for a search of layouts."""
-        base = abstract(self._base_specs) if self.has_base else None
+        base = abstract(_base_specs(self)) if self.has_base else None
         trained = abstract(self.model.specs if self.adapter is None else self.adapter.specs)
         return self._state(trained, base, abstract(self.head))
 
     def _state(self, trained: Tree, base: Tree | None, head: Tree) -> TrainState:
-        extra = {} if base is None else {BASE: self._narrow(base)}
+        extra = {} if base is None else {BASE: _narrow(self, base)}
         if self.trained is not None:
             left = {path for path, _ in leaves_with_paths(self.model.specs)} - self.trained
-            extra[FROZEN], trained = self._narrow(part(trained, left)), part(trained, self.trained)
+            extra[FROZEN], trained = _narrow(self, part(trained, left)), part(trained, self.trained)
         return TrainState.create({"model": trained, **head} if head else trained, self.tx, extra=extra)
 
     def load(self, state: TrainState) -> None:
@@ -166,7 +165,7 @@ class Recipe:
 
     def seen(self, state: TrainState) -> Tree:
         """The model's parameters as its loss sees them, nothing dropped and nothing copied: for generation."""
-        return self._bound(self.trained_part(state.params), state.extra, None)
+        return _bound(self, self.trained_part(state.params), state.extra, None)
 
     def head_weight(self, state: TrainState) -> Tensor | None:
         """The head that was trained, `[C, D]`, whole; None for tasks without one. All ranks call this together."""
@@ -182,30 +181,38 @@ class Recipe:
     def _loss(self, extra: Tree, key: Tensor | None) -> Callable[[Tree, Any], tuple[Any, dict[str, Mean]]]:
         def loss(trained: Tree, batch: Any) -> tuple[Any, dict[str, Mean]]:
             seen = forward(lambda tree: tree)(extra)
-            params = self._bound(self.trained_part(trained), seen, key)
-            return self.task.loss(self.model, params, batch, key=key, **self._beside(trained, seen.get(BASE)))
+            params = _bound(self, self.trained_part(trained), seen, key)
+            return self.task.loss(self.model, params, batch, key=key, **_beside(self, trained, seen.get(BASE)))
 
         return loss
 
-    def _bound(self, trained: Tree, extra: Tree, key: Tensor | None) -> Tree:
-        if self.adapter is not None:
-            return lora.bind(extra[BASE], trained, self.adapter, key=key)
-        return union(trained, extra[FROZEN]) if self.trained is not None else trained
 
-    def _beside(self, trained: Tree, base: Tree | None) -> Mapping[str, Any]:
-        """What the loss takes beside the parameters of the model."""
-        if self.head:
-            return {"head": {name: trained[name] for name in self.head}}
-        if not self.task.compares:
-            return {}
-        if self.quantized is not None and self.adapter is not None:
-            return {"reference": lora.bind(base, {}, replace(self.adapter, targets=()))}
-        return {"reference": base} if self.teacher is None else {"reference": base, "teacher": self.teacher}
+def _base_specs(recipe: Recipe) -> Tree:
+    specs = (recipe.teacher or recipe.model).specs
+    return specs if recipe.quantized is None else lora.quantized_specs(specs, recipe.quantized)
 
-    def _narrow(self, params: Tree) -> Tree:
-        if self.base_dtype is None:
-            return params
-        return map_with_paths(lambda _, p: p.to(self.base_dtype) if p.is_floating_point() else p, params)
+
+def _bound(recipe: Recipe, trained: Tree, extra: Tree, key: Tensor | None) -> Tree:
+    if recipe.adapter is not None:
+        return lora.bind(extra[BASE], trained, recipe.adapter, key=key)
+    return union(trained, extra[FROZEN]) if recipe.trained is not None else trained
+
+
+def _beside(recipe: Recipe, trained: Tree, base: Tree | None) -> Mapping[str, Any]:
+    """What the loss takes beside the parameters of the model."""
+    if recipe.head:
+        return {"head": {name: trained[name] for name in recipe.head}}
+    if not recipe.task.compares:
+        return {}
+    if recipe.quantized is not None and recipe.adapter is not None:
+        return {"reference": lora.bind(base, {}, replace(recipe.adapter, targets=()))}
+    return {"reference": base} if recipe.teacher is None else {"reference": base, "teacher": recipe.teacher}
+
+
+def _narrow(recipe: Recipe, params: Tree) -> Tree:
+    if recipe.base_dtype is None:
+        return params
+    return map_with_paths(lambda _, p: p.to(recipe.base_dtype) if p.is_floating_point() else p, params)
 
 
 def optimizer(

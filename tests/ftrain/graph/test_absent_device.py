@@ -33,7 +33,7 @@ NO_PRODUCTS = {
     "offload_wait", "philox", "philox_key", "rms_norm", "rms_norm_backward", "rope", "shift_ranks",
     "sums_of_squares", "swiglu", "swiglu_backward", "batch_norm_cudnn", "batch_norm_miopen", "to_layout",
     "fill_bernoulli", "fill_bernoulli_each", "fill_cauchy", "fill_exponential", "fill_geometric", "fill_log_normal",
-    "fill_normal", "fill_random", "fill_random_below", "fill_random_between", "fill_uniform",
+    "fill_normal", "fill_random", "fill_random_below", "fill_random_between", "fill_uniform", "nf4_numbers",
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_token_ids_keep_their_labels():
 def test_every_format_has_a_row_here_and_is_found_by_name():
     assert {name for name, *_ in ROWS} | {"tokens"} == {format.name for format in FORMATS}
     assert all(by_name(format.name) is format for format in FORMATS)
-    with pytest.raises(ValueError, match="nearest is 'sharegpt'"):
+    with pytest.raises(ValueError, match="did you mean 'sharegpt'"):
         by_name("sharegtp")
 
 
@@ -178,7 +178,7 @@ def test_wanted_kinds_choose_among_formats():
     row = {"text": "hi", "label": 1}
     assert detect([row]).name == "classes"
     assert detect([row], kinds=(samples.Prose,)).name == "text"
-    with pytest.raises(ValueError, match=r'of an unknown format, first of all \{"text": "hi", "label": 1\}'):
+    with pytest.raises(ValueError, match=r'rows of the format classes \("text", "label"\), which this task cannot use'):
         detect([row], kinds=(samples.Preference,))
 
 
