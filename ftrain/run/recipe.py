@@ -80,10 +80,6 @@ class Recipe:
         own = self.model.specs if self.adapter is None else joined(_base_specs(self), self.adapter.specs)
         return {**own, **self.head}
 
-    def _base_specs(self) -> Tree:
-        specs = (self.teacher or self.model).specs
-        return specs if self.quantized is None else lora.quantized_specs(specs, self.quantized)
-
     @property
     def head(self) -> Tree:
         """The specs of the task's head; empty for most."""
