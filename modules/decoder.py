@@ -246,6 +246,12 @@ def _last_norm(params: dict[str, Any], x_TD: Tensor, cfg: DecoderConfig) -> Tens
     return norm.apply(params["norm"], x_TD, eps=cfg.norm_eps)
 
 
+def _head(params: dict[str, Any], cfg: DecoderConfig) -> tuple[Tensor, bool]:
+    """The weight of the head, `[V, D]` where it is the table of tokens (then True), else `[D, V]`."""
+    tied = cfg.tie_embeddings
+    return (params["embedding"]["table_VD"] if tied else params["head"]["w_DV"]), tied
+
+
 def logits(params: dict[str, Any], hidden_TD: Tensor, cfg: DecoderConfig) -> Tensor:
     """Scores of every next token, `[T, V]`: for generation; a loss does not need them (see `loss`)."""
     return hidden_TD @ (params["embedding"]["table_VD"].T if cfg.tie_embeddings else params["head"]["w_DV"])
@@ -269,8 +275,7 @@ def loss(
     >>> mean.count.item(), 4.5 < mean.value().item() < 6.5  # near log(256), the loss of guessing
     (2.0, True)
     """
-    tied = cfg.tie_embeddings
-    head = params["embedding"]["table_VD"] if tied else params["head"]["w_DV"]
+    head, tied = _head(params, cfg)
     weights_T = None if weights_T is None else weights_T.detach()
     total = linear_cross_entropy(hidden_TD, head, labels_T, ignore_index=IGNORE, weights_T=weights_T, transposed=tied)
     labelled_T = labels_T != IGNORE
@@ -281,8 +286,7 @@ def loss(
 
 def token_losses(params: dict[str, Any], hidden_TD: Tensor, labels_T: Tensor, cfg: DecoderConfig) -> Tensor:
     """The cross entropy of each position's label, `[T]` in nats, 0 where it is -100: what `loss` adds up."""
-    tied = cfg.tie_embeddings
-    head = params["embedding"]["table_VD"] if tied else params["head"]["w_DV"]
+    head, tied = _head(params, cfg)
     return linear_token_losses(hidden_TD, head, labels_T, ignore_index=IGNORE, transposed=tied)
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 import ftrain
 from experiments.bench.pretrained_files import write_folder
 from experiments.finetune import chats
+from ftrain.cli.generate import prompt_ids
 from ftrain.cli.main import main as ftrain_command
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.modules.autoregression import generate
@@ -86,7 +87,9 @@ def answers(folder: Path, asked: list[tuple[str, str]]) -> list[str]:
     assert model.load is not None
     params = model.load()
     stop = tokenizer.eos_token_id
-    found = generate(params, [prompt(tokenizer, q) for q, _ in asked], family=model.family, max_new=_LONGEST, stop=stop)
+    found = generate(
+        params, [prompt_ids(tokenizer, q) for q, _ in asked], family=model.family, max_new=_LONGEST, stop=stop
+    )
     return [tokenizer.decode(ids) for ids in found]
 
 
@@ -100,7 +103,7 @@ def answers_of_peft(folder: Path, adapter: Path, asked: list[tuple[str, str]]) -
     model.eval()
     found = []
     for question, _ in asked:
-        ids = torch.tensor([prompt(tokenizer, question)])
+        ids = torch.tensor([prompt_ids(tokenizer, question)])
         out: Any = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=_LONGEST, do_sample=False
         )
@@ -108,14 +111,6 @@ def answers_of_peft(folder: Path, adapter: Path, asked: list[tuple[str, str]]) -
         end = made.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in made else len(made)
         found.append(tokenizer.decode(made[:end]))
     return found
-
-
-def prompt(tokenizer: Any, question: str) -> list[int]:
-    """The tokens of a question, up to where the assistant begins to speak."""
-    chat = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def _print(console: Console, asked: list[tuple[str, str]], before: list[str], after: list[str]) -> None:

@@ -15,7 +15,7 @@ from ftrain.kernels.mean import Mean, weighted_sum
 from ftrain.kernels.whole_batch import within_documents
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Normal, ParamSpec, Tree, leaves_with_paths
-from ftrain.tasks.document_sums import document_ids, first_tokens, sum_by_run
+from ftrain.tasks.document_sums import document_ids, first_tokens, mean_where, sum_by_run
 from ftrain.tasks.task import for_log, require_leaf, without
 
 HEAD = "task_head"
@@ -104,7 +104,7 @@ class Classify(Headed):
         class_T = (kind_T - 1).clamp(min=0)
         losses_T = -torch.log_softmax(scores_TC, -1).gather(-1, class_T[:, None])[:, 0]
         right_T = (scores_TC.argmax(-1) == class_T).to(losses_T.dtype)
-        return _over(losses_T, counted_T), {"accuracy": for_log(_over(right_T, counted_T))}
+        return mean_where(losses_T, counted_T), {"accuracy": for_log(mean_where(right_T, counted_T))}
 
 
 @dataclass(frozen=True)
@@ -146,17 +146,14 @@ class Reward(Headed):
         pair_T = first_tokens(ids_T) & (side_T == 1)
         margin_T = sum_by_run(reward_T * side_T, pair_T)
         terms = {
-            "accuracy": _over((margin_T > 0).to(margin_T.dtype), pair_T),
-            "margin": _over(margin_T, pair_T),
+            "accuracy": mean_where((margin_T > 0).to(margin_T.dtype), pair_T),
+            "margin": mean_where(margin_T, pair_T),
         }
-        loss = _over(-logsigmoid(margin_T), pair_T)
+        loss = mean_where(-logsigmoid(margin_T), pair_T)
         logged = {name: for_log(term) for name, term in terms.items()}
         if not self.centre:
             return loss, logged
         both_T = sum_by_run(torch.where(side_T != 0, reward_T, 0), pair_T)
-        return weighted_sum({"reward": loss, "centre": _over(both_T.square(), pair_T)}, {"centre": self.centre}), logged
-
-
-def _over(x_T: Tensor, counted_T: Tensor) -> Mean:
-    """The mean of what stands at these tokens."""
-    return Mean(torch.where(counted_T, x_T, 0).sum(), counted_T.sum().to(x_T.dtype))
+        return weighted_sum(
+            {"reward": loss, "centre": mean_where(both_T.square(), pair_T)}, {"centre": self.centre}
+        ), logged

@@ -16,7 +16,7 @@ from torch import Tensor
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
-from ftrain.tasks.document_sums import document_ids, first_tokens, sum_by_run
+from ftrain.tasks.document_sums import document_ids, first_tokens, mean_where, sum_by_run
 from ftrain.tasks.task import for_log, require_leaf, require_token_losses, without
 
 GOOD, BAD, OTHER = 1, -1, 2
@@ -67,16 +67,11 @@ class Kto:
         first_T = first_tokens(document_ids(texts))
         ratio_T = sum_by_run(reference_T.detach() - policy_T, first_T)
         good_T, bad_T, other_T = (first_T & (judged_T == kind) for kind in (GOOD, BAD, OTHER))
-        divergence = _mean(ratio_T.detach(), other_T)
+        divergence = mean_where(ratio_T.detach(), other_T)
         kl = divergence.value().clamp(min=0)
         good = 1 - torch.sigmoid(self.beta * (ratio_T - kl))
         bad = 1 - torch.sigmoid(self.beta * (kl - ratio_T))
         loss_T = torch.where(good_T, self.good * good, torch.where(bad_T, self.bad * bad, 0))
         rewards = self.beta * ratio_T.detach()
-        terms = {"kl": divergence, "good": _mean(rewards, good_T), "bad": _mean(rewards, bad_T)}
-        return _mean(loss_T, good_T | bad_T), {name: for_log(term) for name, term in terms.items()}
-
-
-def _mean(x_T: Tensor, counted_T: Tensor) -> Mean:
-    """The mean of what stands at these tokens."""
-    return Mean(torch.where(counted_T, x_T, 0).sum(), counted_T.sum().to(x_T.dtype))
+        terms = {"kl": divergence, "good": mean_where(rewards, good_T), "bad": mean_where(rewards, bad_T)}
+        return mean_where(loss_T, good_T | bad_T), {name: for_log(term) for name, term in terms.items()}

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from ftrain.kernels.mean import Mean, weighted_sum
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
-from ftrain.tasks.document_sums import document_ids, first_tokens, sum_by_run
+from ftrain.tasks.document_sums import document_ids, first_tokens, mean_where, sum_by_run
 from ftrain.tasks.task import for_log, require_leaf, require_token_losses, without
 
 KINDS = ("sigmoid", "ipo", "hinge")
@@ -84,18 +84,18 @@ class Dpo:
             ratio_T = ratio_T / sum_by_run(labelled_T, first_T).clamp(min=1)
         reward_T = sum_by_run(ratio_T * (side_T == 1), pair_T), sum_by_run(ratio_T * (side_T == -1), pair_T)
         margin_T = reward_T[0] - reward_T[1]
-        loss = _over_pairs(self._of_margin(margin_T), pair_T)
+        loss = mean_where(self._of_margin(margin_T), pair_T)
         terms = {
-            "accuracy": _over_pairs((margin_T > 0).to(margin_T.dtype), pair_T),
-            "margin": _over_pairs(self.beta * margin_T, pair_T),
-            "chosen": _over_pairs(self.beta * reward_T[0], pair_T),
-            "rejected": _over_pairs(self.beta * reward_T[1], pair_T),
+            "accuracy": mean_where((margin_T > 0).to(margin_T.dtype), pair_T),
+            "margin": mean_where(self.beta * margin_T, pair_T),
+            "chosen": mean_where(self.beta * reward_T[0], pair_T),
+            "rejected": mean_where(self.beta * reward_T[1], pair_T),
         }
         terms = {name: for_log(mean) for name, mean in terms.items()}
         if not self.sft:
             return loss, terms
         chosen_T = (side_T == 1) & (batch["labels"].flatten() != -100)
-        spoken = _over_pairs(policy_T, chosen_T)
+        spoken = mean_where(policy_T, chosen_T)
         both = weighted_sum({"dpo": loss, "sft": spoken}, {"sft": self.sft})
         return both, {**terms, "sft": for_log(spoken)}
 
@@ -106,8 +106,3 @@ class Dpo:
             return torch.relu(1 - self.beta * margin_T)
         right_T, wrong_T = -logsigmoid(self.beta * margin_T), -logsigmoid(-self.beta * margin_T)
         return (1 - self.label_smoothing) * right_T + self.label_smoothing * wrong_T
-
-
-def _over_pairs(x_T: Tensor, pair_T: Tensor) -> Mean:
-    """The mean of what stands at the first token of each pair."""
-    return Mean(torch.where(pair_T, x_T, 0).sum(), pair_T.sum().to(x_T.dtype))
