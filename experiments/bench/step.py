@@ -10,8 +10,11 @@ import dataclasses
 import functools
 import gc
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -64,6 +67,8 @@ class Options:
     """also run Inductor on both sides (compiling takes minutes on CPU)"""
     only: tuple[Part, ...] = ("llama", "moe", "bridge-llama", "bridge-moe", "trace", "overhead")
     """which parts to run"""
+    neighbours: int = 0
+    """processes that count numbers all the while, on a core each: how steps do on a machine that others use"""
 
 
 class Batch(NamedTuple):
@@ -97,11 +102,25 @@ def main(options: Options) -> list[Row]:
         "overhead": overhead_rows,
     }
     rows: list[Row] = []
-    for name in options.only:
-        rows += parts[name]()
-        gc.collect()
-    publish(rows, f"step, {device_title(options.device)}", options.json)
+    with _busy(options.neighbours):
+        for name in options.only:
+            rows += parts[name]()
+            gc.collect()
+    beside = f", beside {options.neighbours} busy" if options.neighbours else ""
+    publish(rows, f"step, {device_title(options.device)}{beside}", options.json)
     return rows
+
+
+@contextmanager
+def _busy(processes: int) -> Iterator[None]:
+    """So many processes at work while the context is open."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def _shape(family: str, options: Options) -> Shape:
