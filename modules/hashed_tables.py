@@ -40,7 +40,9 @@ class TablesConfig:
             raise ValueError("TablesConfig.rows names no field")
         for field, rows in self.rows.items():
             if rows < 2:
-                raise ValueError(f"TablesConfig.rows[{field!r}]={rows}: a table needs at least 2 rows, one for no value")
+                raise ValueError(
+                    f"TablesConfig.rows[{field!r}]={rows}: a table needs at least 2 rows, one for no value"
+                )
 
 
 def hashed(values: Iterable[str | int | None], field: str, *, cfg: TablesConfig) -> np.ndarray:

@@ -19,7 +19,17 @@ from ftrain.modules.packing import Document, Media, Text, lay, measure
 from ftrain.modules.vision_encoder import VisionConfig, patchify
 
 FIELDS = MappingProxyType(
-    {"country": 64, "age": 16, "film": 8192, "topic": 64, "maker": 1024, "price": 16, "length": 32, "did": 16, "watch": 32}
+    {
+        "country": 64,
+        "age": 16,
+        "film": 8192,
+        "topic": 64,
+        "maker": 1024,
+        "price": 16,
+        "length": 32,
+        "did": 16,
+        "watch": 32,
+    }
 )
 """Rows of the table of each categorical feature."""
 WORDS = ("<events>", "</events>", "<image>", "</image>", "<read>", *TOPICS, *MOODS)

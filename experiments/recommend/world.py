@@ -16,7 +16,20 @@ import numpy as np
 from experiments.omni import digits
 from experiments.omni.digits import CLASSES, Digits
 
-TOPICS = ("cats", "chess", "cooking", "dance", "football", "history", "jazz", "maths", "ocean", "space", "trains", "yoga")
+TOPICS = (
+    "cats",
+    "chess",
+    "cooking",
+    "dance",
+    "football",
+    "history",
+    "jazz",
+    "maths",
+    "ocean",
+    "space",
+    "trains",
+    "yoga",
+)
 MOODS = ("calm", "easy", "fast", "funny", "grand", "loud", "odd", "short")
 HISTORY = 10
 """Events of a person that are told with each impression."""
