@@ -53,7 +53,7 @@ class RecommenderConfig:
 
 
 class Scores(NamedTuple):
-    """What the heads say: logits of a click `[N]`, of a conversion after a click `[N]`, of buckets `[N, B]`; float32."""
+    """Logits of a click `[N]`, of a conversion after a click `[N]`, and of the buckets `[N, B]`, all float32."""
 
     click_N: Tensor
     convert_N: Tensor
@@ -77,7 +77,7 @@ def specs(cfg: RecommenderConfig) -> dict[str, Any]:
     """
     d, f = cfg.d_model, cfg.d_hidden
     outputs = {CLICK: 1, CONVERT: 1, WATCH: len(cfg.watch_s)}
-    tree = {
+    return {
         name: {
             "hidden": linear.specs(d, f, ("embed", "mlp"), bias=True),
             "out": {
@@ -87,7 +87,6 @@ def specs(cfg: RecommenderConfig) -> dict[str, Any]:
         }
         for name, count in outputs.items()
     }
-    return tree
 
 
 def scores(params: Any, hidden_ND: Tensor, *, cfg: RecommenderConfig) -> Scores:
