@@ -40,7 +40,7 @@ def row(
     how: str,
 ) -> Row:
     """A row whose `ok` is `value <= goal`; not `valid` (the sides did not compute the same) fails it."""
-    ok = None if goal is None and valid else valid and value is not None and (goal is None or value <= goal)
+    ok = None if goal is None and valid else bool(valid and value is not None and (goal is None or value <= goal))
     return Row(name, value, unit, goal, ok, peer, how)
 
 
