@@ -30,6 +30,7 @@ class Language:
     `held`: its buffers by name. `accepted`: what its forward pass takes. `paths`: of the modules within it, by their
     id. `head`: the name of the head's weight, "" if the head is no linear layer. `alone`: why documents cannot share a
     pack, empty if they can. `first`: the position of a document's first token. `leaves`: what it reads of a batch.
+    `written`: names of parameters that it writes over while it runs; it is given copies of them.
     """
 
     module: nn.Module
@@ -41,6 +42,7 @@ class Language:
     alone: str = ""
     first: int = 0
     leaves: Mapping[str, Leaf] = field(default_factory=lambda: MappingProxyType(LANGUAGE))
+    written: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, module: nn.Module, stored: Mapping[str, Tensor] | None = None) -> Self:
@@ -91,6 +93,7 @@ class Language:
         require_tokens(self.name, batch, self.leaves)
         self._require_documents_apart(batch)
         tensors = {**self.held, **flatten(params)}
+        tensors |= {name: tensors[name].clone() for name in self.written}
         head = HeadReads(tensors[self.head]) if self.head in tensors else None
         about = Call(folded(batch.get("segments"), batch["tokens"]), drops=key is not None, paths=self.paths)
         draws = drawing(key, batch["tokens"].shape[0])

@@ -30,6 +30,7 @@ from ftrain.bridge.weights import loader, names_of, save, stored_buffers
 from ftrain.modules.autoregression import Family
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
+from ftrain.trace.functionalize import WritesInputs
 from ftrain.trace.tracer import Traced
 
 Task = Literal[
@@ -103,8 +104,19 @@ def from_transformers(
         alone=alone,
         family=_family(config, task, type(module).__name__, trust_remote_code),
         plain=partial(plain_loss, partial(_plain, config, task, trust_remote_code)),
-        why=why,
+        why=why + _told(made.written),
         names=names_of(module, specs),
+    )
+
+
+def _told(written: frozenset[str]) -> str:
+    """What a user is told of parameters that a model writes over, after a comma; empty for none."""
+    if not written:
+        return ""
+    more = f" and {len(written) - 1} more" if len(written) > 1 else ""
+    return (
+        f", with copies of {min(written)!r}{more}, which it writes over while it runs: a step computes with what is "
+        "written there, and the parameters stay as they are"
     )
 
 
@@ -123,16 +135,27 @@ def _suited(make: Callable[..., nn.Module], folder: Path | None) -> tuple[Langua
     """
     try:
         made, specs = _described(partial(make, attention=NAME), folder)
-        return _settled(made, specs, packed(made.logits, abstract(specs), example())), specs, "bridged"
+        return _settled(*_traced(made, specs), specs), specs, "bridged"
     except Exception as error:
         why = f"bridged, with its own attention, as ours does not suit it ({type(error).__name__}: {error})"
     made, specs = _described(partial(make, attention="eager"), folder)
     try:
-        traced = packed(made.logits, abstract(specs), example())
+        made, traced = _traced(made, specs)
     except Exception as error:
         alone = f"it cannot be traced on a pack ({type(error).__name__}: {error})"
         return replace(made, alone=alone), specs, why
-    return _settled(made, specs, traced), specs, why
+    return _settled(made, traced, specs), specs, why
+
+
+def _traced(made: Language, specs: Any) -> tuple[Language, Traced]:
+    """The model's trace on a pack; a model that writes over its parameters is given copies of them."""
+    try:
+        return made, packed(made.logits, abstract(specs), example())
+    except WritesInputs as error:
+        if not all(path.startswith("params.") for path in error.paths):
+            raise
+        given = replace(made, written=frozenset(path.removeprefix("params.") for path in error.paths))
+        return given, packed(given.logits, abstract(specs), example())
 
 
 def _described(make: Callable[[], nn.Module], folder: Path | None) -> tuple[Language, Any]:
@@ -145,7 +168,7 @@ def _described(make: Callable[[], nn.Module], folder: Path | None) -> tuple[Lang
     return Language.of(module, held), nest(specs)
 
 
-def _settled(made: Language, specs: Any, traced: Traced) -> Language:
+def _settled(made: Language, traced: Traced, specs: Any) -> Language:
     """The model with why documents cannot share a pack, if so, and the position of a document's first token."""
     alone = mixing(traced)
     if alone:

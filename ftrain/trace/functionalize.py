@@ -24,6 +24,14 @@ from ftrain.trace.overlapping_writes import settle_overlapping_writes
 from ftrain.trace.preview import strip_preview
 
 
+class WritesInputs(ValueError):
+    """A step writes into its arguments, those of `paths`."""
+
+    def __init__(self, message: str, paths: Sequence[str]) -> None:
+        super().__init__(message)
+        self.paths = tuple(paths)
+
+
 def mutating_nodes(module: fx.GraphModule) -> list[fx.Node]:
     """The nodes whose op writes into one of its arguments, by its schema."""
     return [
@@ -45,8 +53,8 @@ def functionalize(
     - `name_of_captured`: the user's name of a captured tensor, for messages.
 
     A graph without in-place ops is returned itself. Bodies of loops are treated in the same way. ValueError, with the
-    user's line, for a write that reaches an argument of the step or a captured tensor (steps are pure), and for a write
-    through a view whose elements share memory.
+    user's line, for a write that reaches an argument of the step (`WritesInputs`) or a captured tensor (steps are
+    pure), and for a write through a view whose elements share memory.
     """
     for loop in [n for n in module.graph.nodes if is_loop(n)]:
         paths = _paths_in_body(loop, input_paths)
@@ -68,12 +76,13 @@ def functionalize(
     with fake_mode_of(fakes):
         pure = trace_to_graph(torch.func.functionalize(marker.run_flat, remove="mutations"), fakes)
     names = [n.name for n in pure.graph.nodes if n.op == "placeholder"]
-    for node in mutating_nodes(pure):
-        path = input_paths[names.index(node.args[0].name)]  # type: ignore[union-attr]
+    written = [input_paths[names.index(n.args[0].name)] for n in mutating_nodes(pure)]  # type: ignore[union-attr]
+    if written:
         lines = sorted({str(n.meta.get("source")) for n in culprits})
-        raise ValueError(
-            f"the step writes into its input {path!r} (in-place ops at {'; '.join(lines)}): a step is pure, so make a "
-            "new value, e.g. x = x + y, and return it"
+        raise WritesInputs(
+            f"the step writes into its input {written[0]!r} (in-place ops at {'; '.join(lines)}): a step is pure, so "
+            "make a new value, e.g. x = x + y, and return it",
+            written,
         )
     fill_as_eager(pure)
     return pure

@@ -35,15 +35,64 @@ _SMALL = {
 }  # fmt: skip
 """What a configuration is made small with: the fields that it has of these."""
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+_PART = {
+    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 128,
+}  # fmt: skip
+_NO_VOCABULARY = {name: size for name, size in _PART.items() if name != "vocab_size"}
+_LOCAL = {**_PART, "hidden_size_global": 64, "cross_attn_k": 2}
+_LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
 _OWN: Mapping[str, Mapping[str, Any]] = {
     "bamba": _MAMBA,
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4], "local_attention_window_len": 8,
+        "patcher_config": _PART, "encoder_config": _LOCAL, "decoder_config": _LOCAL,
+        "global_config": {**_NO_VOCABULARY, "hidden_size": 64},
+    },
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dory": {"layer_types": ["full_attention", "mlp"], "num_hidden_layers": 2},
+    "dots3_note": {
+        "text_config": {
+            **_PART, **_LATENT, **{f"swa_{name}": size for name, size in _LATENT.items()},
+            "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "sliding_window": 8,
+            "layer_types": ["indexed_attention", "sliding_attention"], "moe_intermediate_size": 16,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "shared_experts_intermediate_size": 16,
+            "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+        "vision_config": {
+            **_NO_VOCABULARY, "mlp_layer_types": ["dense", "dense"], "per_layer_config": None,
+            "adapter_in_dim": 32, "adapter_out_dim": 32,
+        },
+        "audio_config": {**_NO_VOCABULARY, "adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": _MAMBA,
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 4, "hc_lowrank": 8, "ngram_vocab_size_base": 64, "split_ngram_parts": 2,
+    },
+    "reformer": {
+        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "attention_head_size": 8,
+        "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4, "feed_forward_size": 48,
+        "local_attention_probs_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2, "n_mamba_heads": 8,
+        "mamba_d_state": 8, "num_key_value_heads": 4, "adapter_rank": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 """What a type of model needs beside."""
 _PACK, _ACROSS, _ROWS = (9, 7, 16), (21, 11), (16, 16)
 """Lengths of documents: of a pack whose halves are whole documents, of one whose middle is within one, of rows."""
@@ -83,7 +132,8 @@ def _smaller(usual: Mapping[str, Any]) -> dict[str, Any]:
         found |= {name: len(found["layer_types"]) for name in ("num_hidden_layers", "n_layer") if name in usual}
     for name, value in usual.items():
         if isinstance(value, dict) and name.endswith("_config") and "model_type" in value:
-            found[name] = {"model_type": value["model_type"], **_smaller(value)}
+            kind = value["model_type"]
+            found[name] = {"model_type": kind, **_smaller(value), **_OWN.get(kind, {})}
     return found
 
 
