@@ -1,4 +1,4 @@
-"""The gated delta net of Qwen3-Next: a short causal convolution, then a memory by the gated delta rule, then a gate.
+"""The gated delta net of Qwen3-Next and Qwen3.5: a short causal convolution, a memory by the gated delta rule, a gate.
 
 A block with a memory of its own: documents of a pack stay apart, and where ranks share a pack each runs all of it and
 keeps its own rows.
@@ -25,7 +25,8 @@ from ftrain.modules.spec import ParamSpec, Tree, Uniform, fan_in, ones
 class DeltaNetConfig:
     """Shapes: `key_heads`, `heads` of values (a multiple of them), `key_dim`, `value_dim`, `taps` of the convolution.
 
-    `norm_eps`: of the norm of what is read. ValueError for heads that are no multiple.
+    `norm_eps`: of the norm of what is read. `apart`: queries, keys and values, gates, rates, and decays each have a
+    matrix (Qwen3.5), in the place of two that go from key head to key head. ValueError for heads that are no multiple.
     """
 
     d_model: int
@@ -35,6 +36,7 @@ class DeltaNetConfig:
     value_dim: int
     taps: int = 4
     norm_eps: float = 1e-6
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if self.key_heads < 1 or self.heads % self.key_heads:
@@ -64,7 +66,8 @@ class _Inputs(NamedTuple):
 
 def delta_net_block(cfg: DeltaNetConfig) -> Block:
     """`w_in_DM` (for each key head query, key, values, gates), `w_rates_DH` (`[D, 2 H]`: for each key head rates and
-    decays), `conv_C1X`, `decay_log_H`, `decay_bias_H`, `norm_V`, `w_o_HVD`.
+    decays), `conv_C1X`, `decay_log_H`, `decay_bias_H`, `norm_V`, `w_o_HVD`. With `apart` `w_mixed_DC`, `w_gate_DV`
+    (`[D, H V]`), `w_rate_DH` and `w_decay_DH` in the place of the first two.
 
     >>> cfg = DeltaNetConfig(8, key_heads=1, heads=2, key_dim=4, value_dim=3)
     >>> delta_net_block(cfg).specs(1.0)["w_in_DM"].shape
@@ -103,9 +106,11 @@ def delta_net_block(cfg: DeltaNetConfig) -> Block:
 
 def _specs(cfg: DeltaNetConfig, out_gain: float) -> Tree:
     d, channels, wide = cfg.d_model, sum(cfg.parts), cfg.heads * cfg.value_dim
+    together = {"w_in_DM": channels + wide, "w_rates_DH": 2 * cfg.heads}
+    apart = {"w_mixed_DC": channels, "w_gate_DV": wide, "w_rate_DH": cfg.heads, "w_decay_DH": cfg.heads}
+    maps = apart if cfg.apart else together
     return {
-        "w_in_DM": ParamSpec((d, channels + wide), ("embed", "heads"), fan_in(d)),
-        "w_rates_DH": ParamSpec((d, 2 * cfg.heads), ("embed", "heads"), fan_in(d)),
+        **{name: ParamSpec((d, width), ("embed", "heads"), fan_in(d)) for name, width in maps.items()},
         "conv_C1X": ParamSpec((channels, 1, cfg.taps), ("heads", None, "conv_kernel"), fan_in(cfg.taps)),
         "decay_log_H": ParamSpec((cfg.heads,), ("heads",), Uniform(1.0)),
         "decay_bias_H": ParamSpec((cfg.heads,), ("heads",), ones()),
@@ -115,15 +120,27 @@ def _specs(cfg: DeltaNetConfig, out_gain: float) -> Tree:
 
 
 def _inputs(params: Any, x_TD: Tensor, cfg: DeltaNetConfig) -> _Inputs:
+    mixed_TC, gate_TV, rate_TH, decay_TH = (_apart if cfg.apart else _by_key_heads)(params, x_TD, cfg)
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    step_TH = F.softplus(decay_TH.to(wide) + params["decay_bias_H"])
+    gate_THV = gate_TV.reshape(len(x_TD), cfg.heads, cfg.value_dim)
+    return _Inputs(mixed_TC, gate_THV, -params["decay_log_H"].to(wide).exp() * step_TH, rate_TH.sigmoid())
+
+
+def _apart(params: Any, x_TD: Tensor, cfg: DeltaNetConfig) -> tuple[Tensor, ...]:
+    """Channels `[T, C]`, gates `[T, H V]`, rates and decays `[T, H]`, each by a matrix of its own."""
+    del cfg
+    return tuple(x_TD @ params[name] for name in ("w_mixed_DC", "w_gate_DV", "w_rate_DH", "w_decay_DH"))
+
+
+def _by_key_heads(params: Any, x_TD: Tensor, cfg: DeltaNetConfig) -> tuple[Tensor, ...]:
+    """The same of matrices whose columns go from key head to key head."""
     ratio = cfg.heads // cfg.key_heads
     widths = (cfg.key_dim, cfg.key_dim, ratio * cfg.value_dim, ratio * cfg.value_dim)
     q, k, v, gate = (x_TD @ params["w_in_DM"]).unflatten(-1, (cfg.key_heads, -1)).split(widths, -1)
     rate, decay = (x_TD @ params["w_rates_DH"]).unflatten(-1, (cfg.key_heads, -1)).split(ratio, -1)
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    step_TH = F.softplus(decay.flatten(1).to(wide) + params["decay_bias_H"])
     mixed_TC = torch.cat([x.flatten(1) for x in (q, k, v)], -1)
-    gate_THV = gate.reshape(len(x_TD), cfg.heads, cfg.value_dim)
-    return _Inputs(mixed_TC, gate_THV, -params["decay_log_H"].to(wide).exp() * step_TH, rate.flatten(1).sigmoid())
+    return mixed_TC, gate, rate.flatten(1), decay.flatten(1)
 
 
 def _convolved(params: Any, mixed_TC: Tensor, index_T: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Qwen3-Next: three layers of gated delta nets for each of gated attention, centred norms, experts beside a shared one.
 
-The decoder stack with layers of its own (`DecoderConfig.pattern`). Source: Qwen team, Qwen3-Next (2025).
+The decoder stack with layers of its own (`DecoderConfig.pattern`). Source: Qwen team, Qwen3-Next (2025). Families that
+differ in little (`modules/families/qwen3_5.py`) say in what by `Facts`.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ftrain.modules import hf_rope
 from ftrain.modules.attention import AttentionConfig
@@ -41,36 +42,65 @@ _DELTA = (
     ("conv1d.weight", "conv_C1X"),
     ("in_proj_qkvz.weight", "w_in_DM"),
     ("in_proj_ba.weight", "w_rates_DH"),
+    ("in_proj_qkv.weight", "w_mixed_DC"),
+    ("in_proj_z.weight", "w_gate_DV"),
+    ("in_proj_b.weight", "w_rate_DH"),
+    ("in_proj_a.weight", "w_decay_DH"),
     ("norm.weight", "norm_V"),
     ("out_proj.weight", "w_o_HVD"),
 )
 _MLP = (("gate_proj.weight", "w_gate_DF"), ("up_proj.weight", "w_up_DF"), ("down_proj.weight", "w_down_FD"))
 
 
+@dataclass(frozen=True)
+class Facts:
+    """In what families with such layers differ.
+
+    `name`: for messages. `read`: the entries of a configuration that are read. `apart`: delta nets have a matrix for
+    each of their inputs (`DeltaNetConfig.apart`). The others are what transformers' class takes where a configuration
+    says nothing: `kv_heads`, `hidden` of an MLP (0: no layer has one), `experts` (0: no layer has some), `top_k`.
+    """
+
+    name: str
+    read: tuple[str, ...]
+    apart: bool
+    kv_heads: int
+    hidden: int
+    experts: int
+    top_k: int
+
+
+_FACTS = Facts("Qwen3-Next", _READ, apart=False, kv_heads=2, hidden=5632, experts=512, top_k=10)
+
+
 def config(config: Config) -> DecoderConfig:
     """The decoder that a `config.json` of Qwen3-Next describes. ValueError names an entry that it cannot follow."""
-    _refuse(config)
+    return decoder_of(config, _FACTS)
+
+
+def decoder_of(config: Config, facts: Facts) -> DecoderConfig:
+    """The decoder that a `config.json` of a family with these facts describes. ValueError as `config`."""
+    _refuse(config, facts)
     d, layers = size(config, "hidden_size"), size(config, "num_hidden_layers")
     eps = number(config, "rms_norm_eps", 1e-6)
     stack = DecoderConfig(
         vocab=size(config, "vocab_size"),
         d_model=d,
         layers=layers,
-        attention=_attention(config, d, eps),
-        d_hidden=size(config, "intermediate_size", 5632),
-        moe=_experts(config, d),
+        attention=_attention(config, d, eps, facts),
+        d_hidden=size(config, "intermediate_size", facts.hidden) if facts.hidden else 0,
+        moe=_experts(config, d, facts) if facts.experts else None,
         norm_eps=eps,
         norm_kind="centred",
         tie_embeddings=flag(config, "tie_word_embeddings"),
         init_std=number(config, "initializer_range", 0.02),
     )
-    return replace(stack, pattern=tuple(_layers(config, stack)))
+    return replace(stack, pattern=tuple(_layers(config, stack, facts)))
 
 
-def _layers(config: Config, stack: DecoderConfig) -> Iterator[Block]:
-    assert stack.moe is not None
+def _layers(config: Config, stack: DecoderConfig, facts: Facts) -> Iterator[Block]:
     readers = {
-        "linear_attention": delta_net_block(_delta_net(config, stack.d_model, stack.norm_eps)),
+        "linear_attention": delta_net_block(_delta_net(config, stack.d_model, stack.norm_eps, facts)),
         "full_attention": gated_attention_block(stack.attention),
     }
     every = size(config, "full_attention_interval", 4)
@@ -82,19 +112,20 @@ def _layers(config: Config, stack: DecoderConfig) -> Iterator[Block]:
             f"or 'full_attention' for each of {stack.layers}"
         )
     step, dense = size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    mixture, mlp = moe_block(stack.moe), mlp_block(MlpConfig(stack.d_model, stack.d_hidden))
+    mlp = mlp_block(MlpConfig(stack.d_model, stack.d_hidden))
+    mixture = mlp if stack.moe is None else moe_block(stack.moe)
     for i, kind in enumerate(kinds):
         yield layer_with(stack, attention=readers[kind], mlp=mlp if i in dense or (i + 1) % step else mixture)
 
 
-def _attention(config: Config, d: int, eps: float) -> AttentionConfig:
+def _attention(config: Config, d: int, eps: float, facts: Facts) -> AttentionConfig:
     heads = size(config, "num_attention_heads", 16)
     head_dim = size(config, "head_dim", 256 if "head_dim" not in config else d // heads)
     base, scaling = hf_rope.rope_of(config, default_base=10_000.0, part=True)
     return AttentionConfig(
         d,
         heads=heads,
-        kv_heads=size(config, "num_key_value_heads", 2 if "num_key_value_heads" not in config else heads),
+        kv_heads=size(config, "num_key_value_heads", facts.kv_heads if "num_key_value_heads" not in config else heads),
         head_dim=head_dim,
         norm_eps=eps,
         rope_base=base,
@@ -103,7 +134,7 @@ def _attention(config: Config, d: int, eps: float) -> AttentionConfig:
     )
 
 
-def _delta_net(config: Config, d: int, eps: float) -> DeltaNetConfig:
+def _delta_net(config: Config, d: int, eps: float, facts: Facts) -> DeltaNetConfig:
     return DeltaNetConfig(
         d,
         key_heads=size(config, "linear_num_key_heads", 16),
@@ -112,16 +143,17 @@ def _delta_net(config: Config, d: int, eps: float) -> DeltaNetConfig:
         value_dim=size(config, "linear_value_head_dim", 128),
         taps=size(config, "linear_conv_kernel_dim", 4),
         norm_eps=eps,
+        apart=facts.apart,
     )
 
 
-def _experts(config: Config, d: int) -> MoEConfig:
+def _experts(config: Config, d: int, facts: Facts) -> MoEConfig:
     coefficient = config.get("router_aux_loss_coef")
     return MoEConfig(
         d,
         size(config, "moe_intermediate_size", 512),
-        experts=size(config, "num_experts", 512),
-        top_k=size(config, "num_experts_per_tok", 10),
+        experts=size(config, "num_experts", facts.experts),
+        top_k=size(config, "num_experts_per_tok", facts.top_k),
         d_shared=size(config, "shared_expert_intermediate_size", 512),
         shared_gate=True,
         normalize="norm_topk_prob" not in config or flag(config, "norm_topk_prob"),
@@ -129,28 +161,27 @@ def _experts(config: Config, d: int) -> MoEConfig:
     )
 
 
-def _refuse(config: Config) -> None:
-    require_understood(config, _READ)
+def _refuse(config: Config, facts: Facts) -> None:
+    require_understood(config, facts.read)
     if (config.get("hidden_act") or "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act={config['hidden_act']!r}; Qwen3-Next computes 'silu' here")
+        raise ValueError(f"config.json: hidden_act={config['hidden_act']!r}; {facts.name} computes 'silu' here")
     for field in ("attention_bias", "attention_dropout", "quantization_config"):
         if config.get(field):
             raise ValueError(f"config.json: {field}={config[field]!r}, which our decoder does not have")
 
 
 def names(cfg: DecoderConfig) -> Names:
-    """The tensors of Qwen3-Next for causal language modelling with this configuration."""
-    assert cfg.moe is not None
-    experts = cfg.moe.experts
+    """The tensors of Qwen3-Next or a family like it for causal language modelling with this configuration."""
 
     def layer(i: int) -> Iterator[HfTensor]:
         there, here = f"model.layers.{i}", f"layers.{i}"
         own = cfg.own(i)
         assert own is not None
-        part, table = ("self_attn", _ATTENTION) if "w_q_DHK" in own.specs(1.0)["attention"] else ("linear_attn", _DELTA)
-        yield from tensors(f"{there}.{part}", f"{here}.attention", table)
+        leaves = own.specs(1.0)["attention"]
+        part, table = ("self_attn", _ATTENTION) if "w_q_DHK" in leaves else ("linear_attn", _DELTA)
+        yield from tensors(f"{there}.{part}", f"{here}.attention", [(n, leaf) for n, leaf in table if leaf in leaves])
         if own.routers:
-            yield from expert_tensors(f"{there}.mlp", f"{here}.moe", experts)
+            yield from expert_tensors(f"{there}.mlp", f"{here}.moe", own.routers[0].experts)
             yield from tensors(f"{there}.mlp.shared_expert", f"{here}.moe.shared", _MLP)
             gate = f"{there}.mlp.shared_expert_gate.weight"
             yield HfTensor(gate, f"{here}.moe.w_shared_gate_D1", transposed=True)

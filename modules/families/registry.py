@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from ftrain.modules.families import deepseek_v3, gpt_oss, qwen3_next
+from ftrain.modules.families import deepseek_v3, gpt_oss, qwen3_5, qwen3_next
 from ftrain.modules.families.family import TextFamily
 from ftrain.modules.hf_config import decoder_config
 from ftrain.modules.hf_fields import Config
@@ -12,9 +12,17 @@ PLAIN = TextFamily(decoder_config, decoder_names)
 """Llama and its relatives: the decoder as it is (`ftrain.modules.hf_config.FAMILIES`)."""
 
 FAMILIES = MappingProxyType(
-    {"gpt_oss": gpt_oss.FAMILY, "deepseek_v3": deepseek_v3.FAMILY, "qwen3_next": qwen3_next.FAMILY}
+    {
+        "gpt_oss": gpt_oss.FAMILY,
+        "deepseek_v3": deepseek_v3.FAMILY,
+        "qwen3_next": qwen3_next.FAMILY,
+        "qwen3_5_text": qwen3_5.FAMILY,
+        "qwen3_5_moe_text": qwen3_5.MIXTURE,
+        "qwen3_5": qwen3_5.FAMILY,
+        "qwen3_5_moe": qwen3_5.MIXTURE,
+    }
 )
-"""Those with layers of their own, by `model_type`."""
+"""Those with layers of their own, by `model_type`; the last two, which see pictures, to be refused by their name."""
 
 
 def family_of(config: Config) -> TextFamily:
