@@ -41,6 +41,7 @@ class Workers:
       the interpreter, as media do.
     - `chunks`: how many chunks each process (or the threads) may be ahead.
     - `chunk`: documents of a chunk.
+    - `finishing`: threads that finish documents, such as by decoding their media (`Loader.finish`); None: `threads`.
 
     ValueError for numbers below these.
     """
@@ -49,6 +50,7 @@ class Workers:
     threads: int = 0
     chunks: int = 4
     chunk: int = CHUNK
+    finishing: int | None = None
 
     def __post_init__(self) -> None:
         """ValueError for a negative number, or no chunk."""

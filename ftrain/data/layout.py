@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ftrain.data.documents import IGNORE, Document, Group, lay
-from ftrain.data.packing import Packing, Plan, plan_packs
-from ftrain.data.row_plan import RowGroup, plan_rows, rounded
+from ftrain.data.packing import Packing, Plan, Shape, plan_packs
+from ftrain.data.row_plan import RowGroup, plan_rows, rounded, shape_of
 from ftrain.kernels.documents import Documents
 from ftrain.modules.packs import join_packs
 
@@ -52,6 +52,9 @@ class Layout(Protocol):
     def sizes(self, waiting: Sized, packing: Packing) -> RowGroup:
         """What `plan` knows of a group."""
 
+    def shape(self, sizes: RowGroup, packing: Packing) -> Shape:
+        """Of the packs of a step whose oldest group is this one."""
+
     def plan(self, sizes: Sequence[RowGroup], costs_N: np.ndarray, waited_N: np.ndarray, packing: Packing) -> Plan:
         """The packs of the next step, as `plan_packs`; `sizes` of the groups."""
 
@@ -81,6 +84,11 @@ class PackLayout:
         documents = waiting.group(packing.tokens).documents
         media = tuple(sum(n) for n in zip(*(_places(d, self.streams) for d in documents), strict=True))
         return RowGroup(tokens, tokens - sum(media), media, len(documents))
+
+    def shape(self, sizes: RowGroup, packing: Packing) -> Shape:
+        """The budget of tokens, whatever the group."""
+        del sizes
+        return Shape(packing.tokens)
 
     def plan(self, sizes: Sequence[RowGroup], costs_N: np.ndarray, waited_N: np.ndarray, packing: Packing) -> Plan:
         """As `plan_packs`. All packs of a step have room for the media of the one that has most."""
@@ -142,6 +150,10 @@ class RowLayout:
         found = [_places(document, self.streams) for document in waiting.group(packing.tokens).documents]
         text = max(int(n) - sum(media) for n, media in zip(lengths, found, strict=True))
         return RowGroup(tokens, text, tuple(max(of) for of in zip(*found, strict=True)), len(lengths))
+
+    def shape(self, sizes: RowGroup, packing: Packing) -> Shape:
+        """As `shape_of`."""
+        return shape_of(sizes, tokens=packing.tokens, units=[stream.unit for stream in self.streams])
 
     def plan(self, sizes: Sequence[RowGroup], costs_N: np.ndarray, waited_N: np.ndarray, packing: Packing) -> Plan:
         """As `plan_rows`: all rows cost alike, as all are filled up."""

@@ -71,7 +71,7 @@ class Loader:
         rejects: told of every row, taken or not; it ends the run when too many are left out. None: any number may be
             left out, and the first of each file is logged.
         finish: what only the process does that trains on a group, such as decoding media
-            (`ftrain.data.finishing`); `workers.threads` threads do it.
+            (`ftrain.data.finishing`); threads of `workers` do it.
         leaves: names and dtypes of leaves that documents have beside tokens and labels.
         slots: documents for which a pack's offsets have room from the start; more make room, and a step is then traced
             again.
@@ -153,9 +153,8 @@ class Loader:
                 rejects=rejects,
             )
             planned, shapes = self._until_the_end(reading), set[Shape]()
-            for found, packs in finished(
-                planned, self._own, self.finish, threads=self.workers.threads, rejects=rejects
-            ):
+            threads = self.workers.threads if self.workers.finishing is None else self.workers.finishing
+            for found, packs in finished(planned, self._own, self.finish, threads=threads, rejects=rejects):
                 shapes.add(found.plan.shape)
                 yield self._step(found, packs, len(shapes))
         finally:

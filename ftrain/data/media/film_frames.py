@@ -17,7 +17,7 @@ except ImportError as absent:
 
 from ftrain.data.media.limits import Limits
 from ftrain.data.media.opening import media_file, name_of
-from ftrain.data.media.video import upright
+from ftrain.data.media.video import seconds_of, upright
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Place
 
@@ -43,7 +43,7 @@ def film_header(source: Any, place: Place, limits: Limits, *, rate: float) -> Fi
     with _opened(source, place, limits) as container:
         stream, name = container.streams.video[0], name_of(source)
         per_second = stream.average_rate or stream.guessed_rate
-        seconds = _seconds(container)
+        seconds = seconds_of(container)
         if not per_second or not (stream.frames or seconds):
             raise BadRow(place, "broken media", f"{name} does not tell how many frames it has: write it as MP4")
         count = stream.frames or max(1, round(float(seconds or 0.0) * float(per_second)))
@@ -66,31 +66,24 @@ def frames_at(source: Any, place: Place, limits: Limits, numbers: Sequence[int])
     name, found, size = name_of(source), list[np.ndarray](), 0
     limits.check("frames", len(numbers), place, name)
     with _opened(source, place, limits) as container:
-        array, number = None, 0
+        frame = None
         for number, frame in enumerate(container.decode(video=0)):
             wanted = sum(n == number for n in numbers[len(found) :])
-            if wanted or number == 0:
-                limits.check("pixels", frame.width * frame.height, place, name)
-                array = upright(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0))
-                size += wanted * array.nbytes
-                limits.check("decoded_bytes", size, place, name)
-                found += [array] * wanted
-            last = frame
+            limits.check("pixels", frame.width * frame.height, place, name)
+            size += wanted * frame.width * frame.height * 3
+            limits.check("decoded_bytes", size, place, name)
+            if wanted:
+                found += [_array(frame)] * wanted
             if len(found) == len(numbers):
                 break
-        if array is None:
+        if frame is None:
             raise BadRow(place, "broken media", f"{name} has no frame that can be read")
-        if len(found) < len(numbers):
-            array = upright(last.to_ndarray(format="rgb24"), getattr(last, "rotation", 0))
-            found += [array] * (len(numbers) - len(found))
+        found += [_array(frame)] * (len(numbers) - len(found))
     return np.stack(found)
 
 
-def _seconds(container: Any) -> float | None:
-    stream = container.streams.video[0]
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    return None if container.duration is None else container.duration / av.time_base
+def _array(frame: Any) -> np.ndarray:
+    return upright(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0))
 
 
 def _require_frames(array: np.ndarray, place: Place, limits: Limits) -> None:

@@ -73,7 +73,7 @@ def _wanted(
     container: Any, place: Place, limits: Limits, name: str, rate: float, most_frames: int | None
 ) -> Iterator[float]:
     """The times at which frames are taken, from the header; without a length in it as many as are there."""
-    stream, seconds = container.streams.video[0], _seconds(container)
+    stream, seconds = container.streams.video[0], seconds_of(container)
     pixels = stream.codec_context.width * stream.codec_context.height
     limits.check("pixels", pixels, place, name)
     step = 1.0 / rate
