@@ -12,15 +12,19 @@ import torch
 
 from ftrain import checkpoint
 from ftrain.bridge.opened import open as open_model
+from ftrain.bridge.tasks import task_of
 from ftrain.cli.config_file import as_config
 from ftrain.cli.recipes import export, jit_options, recipe_of
 from ftrain.cli.train_options import KINDS, KdTrain, TaskKind, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
+from ftrain.data.media.families import family_of
+from ftrain.data.media_finishing import ReadMedia
 from ftrain.modules.spec import leaves_with_paths
 from ftrain.run import folder as run_folder
 from ftrain.run.data import RunData, make_data
 from ftrain.run.folder import RunFolder
+from ftrain.run.media import layout_of
 from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import is_main, of_main
 from ftrain.run.recipe import Recipe
@@ -54,14 +58,16 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run) -> int:
     options = replace(options, data=replace(options.data, packs=_packs(options, path, goes_on, ranks)))
     tokenizer = load_tokenizer(options.model)
     length = Length(options.data.tokens, options.truncate) if options.data.cut == "never" else Length()
-    encoder = ChatEncoder(tokenizer, train=options.train_on, length=length)
-    model = open_model(options.model, native=options.native)
+    family = family_of(options.model, tokenizer, image_pixels=options.data.image_pixels)
+    encoder = ChatEncoder(tokenizer, train=options.train_on, length=length, media=family)
+    model = open_model(options.model, native=options.native, task=task_of(options.model, media=family is not None))
     report.say(f"{model.name}: {model.why}")
     mesh = ranks.mesh
     leaves = {kind.leaf: np.dtype(np.int64)} if kind.leaf else None
     data = make_data(
         options.data, kind.rows(encoder), ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
-        leaves=leaves,
+        leaves=leaves, layout=layout_of(model, family, sequence=mesh.sequence),
+        finish=None if family is None else ReadMedia(family),
     )  # fmt: skip
     for line in data.lines:
         report.say(line)

@@ -8,8 +8,10 @@ import numpy as np
 from ftrain.data.cost import CostOf
 from ftrain.data.documents import Document, Group
 from ftrain.data.encoding_ahead import Drawn
-from ftrain.data.packing import Packing, Plan, plan_packs
+from ftrain.data.layout import Layout
+from ftrain.data.packing import Packing, Plan
 from ftrain.data.rejects import BadRow
+from ftrain.data.row_plan import RowGroup
 
 TOO_LONG = "longer than a pack"
 """The kind of `BadRow` that says so."""
@@ -50,7 +52,7 @@ def pieces(found: Drawn, packing: Packing, *, since: int) -> list[Waiting]:
     total, tokens = int(found.lengths.sum()), packing.tokens
     if total <= tokens:
         return [Waiting(found, found.lengths, 0, since, found.cost)]
-    if packing.cut == "split" and len(found.lengths) == 1:
+    if packing.cut == "split" and len(found.lengths) == 1 and not found.group().documents[0].parts:
         lengths = [min(tokens, total - start) for start in range(0, total, tokens)]
         costs = [None if found.cost is None else found.cost * length / total for length in lengths]
         return [Waiting(found, np.array([n]), i, since, c) for i, (n, c) in enumerate(zip(lengths, costs, strict=True))]
@@ -61,10 +63,10 @@ def pieces(found: Drawn, packing: Packing, *, since: int) -> list[Waiting]:
 class Buffer:
     """Groups that wait, the oldest first. `tokens`: of all of them."""
 
-    def __init__(self, packing: Packing) -> None:
-        self._packing = packing
+    def __init__(self, packing: Packing, layout: Layout) -> None:
+        self._packing, self._layout = packing, layout
         self._waiting: list[Waiting] = []
-        self._tokens: list[int] = []
+        self._sizes: list[RowGroup] = []
         self._costs = np.zeros(0)  # of the first ones; those that came since have none yet
         self.tokens = 0
 
@@ -84,32 +86,25 @@ class Buffer:
 
     def add(self, waiting: Waiting) -> None:
         """Put a group behind all others."""
-        tokens = int(waiting.lengths.sum())
+        sizes = self._layout.sizes(waiting, self._packing)
         self._waiting.append(waiting)
-        self._tokens.append(tokens)
-        self.tokens += tokens
+        self._sizes.append(sizes)
+        self.tokens += sizes.tokens
 
     def take(self, *, step: int) -> tuple[list[list[Waiting]], Plan]:
         """What each pack of the step after `step` others has, which leaves the buffer, and the plan of the step."""
         packing, waiting = self._packing, self._waiting
         self._costs = np.concatenate([self._costs, _costs(waiting[len(self._costs) :], packing.cost)])
-        plan = plan_packs(
-            np.array(self._tokens, np.int64),
-            self._costs,
-            waited_N=np.array([step - w.since for w in waiting], np.int64),
-            tokens=packing.tokens,
-            packs=packing.packs,
-            patience=packing.patience,
-            tolerance=packing.tolerance,
-        )
+        waited_N = np.array([step - w.since for w in waiting], np.int64)
+        plan = self._layout.plan(self._sizes, self._costs, waited_N, packing)
         found: list[list[Waiting]] = [[] for _ in range(packing.packs)]
         left: list[Waiting] = []
         for w, pack in zip(waiting, plan.pack_N.tolist(), strict=True):
             (found[pack] if pack >= 0 else left).append(w)
         self._waiting = left
-        self._tokens = [n for n, pack in zip(self._tokens, plan.pack_N.tolist(), strict=True) if pack < 0]
+        self._sizes = [group for group, pack in zip(self._sizes, plan.pack_N.tolist(), strict=True) if pack < 0]
         self._costs = self._costs[plan.pack_N < 0]
-        self.tokens = sum(self._tokens)
+        self.tokens = sum(group.tokens for group in self._sizes)
         return found, plan
 
 

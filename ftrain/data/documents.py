@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftrain.data.sample import Part, Place
 from ftrain.modules.packing import padding
 
 IGNORE = -100
@@ -27,13 +28,18 @@ class Document:
         labels: int64 `[n]`, already shifted: the label *for* place t is the token at t + 1, or `IGNORE`; the last one
             is `IGNORE`.
         leaves: further arrays `[n, ...]` of any dtype, one row a token.
+        parts: media that some of the tokens stand for, in their order, with the row that they are of: what `media` is
+            read from, when the document's turn comes (`ftrain.data.media_finishing`).
+        media: arrays of media by the names of the model's leaves, with rows of their own.
 
-    ValueError where these differ in length or dtype.
+    ValueError where tokens, labels and leaves differ in length or dtype.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     leaves: Mapping[str, np.ndarray] = field(default_factory=dict)
+    parts: tuple[tuple[Part, Place], ...] = ()
+    media: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if set(self.leaves) & set(_OWN):

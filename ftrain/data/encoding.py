@@ -12,8 +12,10 @@ import numpy as np
 
 from ftrain.data.chat_template import ChatTemplate
 from ftrain.data.documents import IGNORE, Document, shifted
+from ftrain.data.media.family import MediaFamily, Seen
+from ftrain.data.media.marks import with_media
 from ftrain.data.rejects import BadRow
-from ftrain.data.sample import Chat, Kind, Place, Prose, Tokens
+from ftrain.data.sample import Captioned, Chat, Message, Part, Place, Prose, Tokens, say
 from ftrain.data.turns import Rendered, Turn, TurnFinder
 
 Train = Literal["assistant", "last", "everything"]
@@ -22,26 +24,18 @@ Truncate = Literal["refuse", "left", "right"]
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """`ids` int64 `[n]` and `trained` bool `[n]`: which ids are labels of the token before them."""
+    """`ids` int64 `[n]` and `trained` bool `[n]`: which ids are labels of the token before them. `parts`: media that
+    some of the ids stand for, in their order, with their row.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
+    parts: tuple[tuple[Part, Place], ...] = ()
 
     def document(self, leaves: Mapping[str, np.ndarray] | None = None) -> Document:
         """A document of them, with shifted labels and further leaves `[n, ...]`. ValueError for other lengths."""
-        return Document(self.ids, shifted(np.where(self.trained, self.ids, IGNORE)), dict(leaves or {}))
-
-    def expand(self, token: int, counts: Sequence[int]) -> "Encoded":
-        """The same with the i-th `token`, which stands for an item of media, repeated `counts[i]` times.
-
-        ValueError where there is another number of such tokens than of counts.
-        """
-        places = np.flatnonzero(self.ids == token)
-        if len(places) != len(counts):
-            raise ValueError(f"{len(places)} tokens {token} stand for media, and there are {len(counts)} items")
-        times = np.ones(len(self.ids), np.int64)
-        times[places] = counts
-        return Encoded(np.repeat(self.ids, times), np.repeat(self.trained, times))
+        labels = shifted(np.where(self.trained, self.ids, IGNORE))
+        return Document(self.ids, labels, dict(leaves or {}), self.parts)
 
 
 @dataclass(frozen=True)
@@ -60,12 +54,13 @@ class Length:
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"a length of {self.tokens} tokens: give at least 1")
 
-    def fit(self, encoded: Encoded, place: Place, *, media: bool = False) -> Encoded:
+    def fit(self, encoded: Encoded, place: Place) -> Encoded:
         """What may stay. BadRow for a sample that is too long and is refused; those with media are never cut."""
         if self.tokens is None or len(encoded.ids) <= self.tokens:
             return encoded
-        if self.truncate == "refuse" or media:
-            raise BadRow(place, "too long", f"{len(encoded.ids)} tokens, and at most {self.tokens} are taken")
+        if self.truncate == "refuse" or encoded.parts:
+            media = f", with its {len(encoded.parts)} pictures, recordings or films" if encoded.parts else ""
+            raise BadRow(place, "too long", f"{len(encoded.ids)} tokens{media}, and at most {self.tokens} are taken")
         kept = slice(-self.tokens, None) if self.truncate == "left" else slice(self.tokens)
         return Encoded(encoded.ids[kept], encoded.trained[kept])
 
@@ -80,8 +75,8 @@ class ChatEncoder:
         length: how long samples may be.
         template: a chat template in place of the tokenizer's.
         options: what the template takes besides messages, such as {"enable_thinking": False}.
-        placeholders: by kind of media the text of the token that stands for an item in rendered chats; where it is
-            given, chats with another number of them than of items are rejected.
+        media: how the model sees media (`ftrain.data.media.families.family_of`); None: it does not, and chats with
+            media are rejected.
 
     ValueError where `train` is none of these, or the tokenizer is a slow one. A template that cannot be used is a
     ValueError when the first chat is encoded.
@@ -95,7 +90,7 @@ class ChatEncoder:
         length: Length | None = None,
         template: str | None = None,
         options: Mapping[str, Any] | None = None,
-        placeholders: Mapping[Kind, str] | None = None,
+        media: MediaFamily | None = None,
     ) -> None:
         if train not in ("assistant", "last", "everything"):
             raise ValueError(f"train={train!r} is not 'assistant', 'last' or 'everything'")
@@ -103,7 +98,7 @@ class ChatEncoder:
             raise ValueError("a slow tokenizer tells no places of tokens: give a fast one (tokenizer.json)")
         self.tokenizer, self.train, self.length = tokenizer, train, length or Length()
         self._template, self._options = template, options
-        self._placeholders = dict(placeholders or {})
+        self.media = media
         self._control = _control_tokens(tokenizer)
         self._finder: TurnFinder | None = None
 
@@ -116,19 +111,20 @@ class ChatEncoder:
             self._finder = TurnFinder(template, control=self._control, opening=[t for t in opening if t])
         return self._finder
 
-    def encode(self, sample: Chat | Prose | Tokens) -> Encoded:
-        """The ids and the mask of a sample.
+    def encode(self, sample: Chat | Prose | Tokens | Captioned) -> Encoded:
+        """The ids and the mask of a sample; media with a caption are the question and its answer.
 
         BadRow where it is too long, has nothing to train on, the template refuses it, a text of it spells a control
-        token, or its tokens do not spell its words. ValueError where the template cannot be used at all.
+        token, its tokens do not spell its words, or its media cannot be read. ValueError where the template cannot be
+        used at all.
         """
-        media = False
+        if isinstance(sample, Captioned):
+            sample = Chat((Message("user", (sample.media,)), say("assistant", sample.text)), place=sample.place)
         if isinstance(sample, Chat):
             encoded = self._chat(sample)
-            media = any(message.media for message in sample.messages)
         else:
             encoded = self._prose(sample) if isinstance(sample, Prose) else _tokens(sample)
-        fitted = self.length.fit(encoded, sample.place, media=media)
+        fitted = self.length.fit(encoded, sample.place)
         if not fitted.trained[1:].any():
             cut = " after it was cut" if len(fitted.ids) < len(encoded.ids) else ""
             raise BadRow(
@@ -149,8 +145,10 @@ class ChatEncoder:
     def _chat(self, sample: Chat) -> Encoded:
         for message in sample.messages:
             self._check_words(message.text, sample.place)
+        seen = self._seen(sample)
         rendered = self.turns.find(sample)
-        self._check_placeholders(rendered.text, sample)
+        if self.media is not None:
+            rendered = with_media(rendered, self.media.marks, seen, sample.place)
         trained = [turn for turn in rendered.turns if self._is_trained(turn, sample)]
         if self.train == "last":
             trained = trained[-1:]
@@ -160,9 +158,22 @@ class ChatEncoder:
                 "the tokens of the assistant's turns do not spell their words: the tokenizer joins them with others"
             )
             raise BadRow(sample.place, "mask", detail)
-        if self.train == "everything":
-            return Encoded(encoded.ids, np.ones(len(encoded.ids), bool))
-        return encoded
+        learned = np.ones(len(encoded.ids), bool) if self.train == "everything" else encoded.trained
+        if self.media is None or not seen:
+            return Encoded(encoded.ids, learned)
+        learned &= ~np.isin(encoded.ids, list(self.media.unlearnt))
+        return Encoded(encoded.ids, learned, tuple((part, sample.place) for part, _ in seen))
+
+    def _seen(self, sample: Chat) -> list[tuple[Part, Seen]]:
+        """The media of a chat, in reading order, and what the model will see of each."""
+        parts = [part for message in sample.messages for part in message.media]
+        for part in parts:
+            if self.media is None or part.kind not in self.media.marks:
+                reads = "text" if self.media is None else ", ".join(("text", *self.media.marks))
+                raise BadRow(
+                    sample.place, "media", f"it has media (of the kind {part.kind}), and the model reads {reads} alone"
+                )
+        return [(part, self.media.measure(part, sample.place)) for part in parts] if self.media is not None else []
 
     def _is_trained(self, turn: Turn, sample: Chat) -> bool:
         said = sample.messages[turn.message].train
@@ -173,13 +184,6 @@ class ChatEncoder:
         found = next((token for token in self._control if token in text), None)
         if found is not None:
             raise BadRow(place, "control token in a text", f"a text contains {found!r}, which is a control token")
-
-    def _check_placeholders(self, text: str, sample: Chat) -> None:
-        for kind, token in self._placeholders.items():
-            items = sum(part.kind == kind for message in sample.messages for part in message.parts)
-            if text.count(token) != items:
-                detail = f"the chat template writes {token!r} {text.count(token)} times for {items} items of {kind}"
-                raise BadRow(sample.place, "placeholders", detail)
 
     def _whole(self, rendered: Rendered, trained: Sequence[Turn]) -> Encoded | None:
         """The text in tokens, at once; None where a token lies across the edge of what is trained on."""

@@ -12,7 +12,7 @@ import numpy as np
 from ftrain.data.documents import Document, Group
 from ftrain.data.order import Order, grain
 from ftrain.data.rejects import BadRow
-from ftrain.data.sample import Place
+from ftrain.data.sample import Part, Place
 
 CHUNK = 32
 """Documents that a worker hands over at once, unless told otherwise."""
@@ -41,6 +41,7 @@ class Workers:
       the interpreter, as media do.
     - `chunks`: how many chunks each process (or the threads) may be ahead.
     - `chunk`: documents of a chunk.
+    - `finishing`: threads that finish documents, such as by decoding their media (`Loader.finish`); None: `threads`.
 
     ValueError for numbers below these.
     """
@@ -49,6 +50,7 @@ class Workers:
     threads: int = 0
     chunks: int = 4
     chunk: int = CHUNK
+    finishing: int | None = None
 
     def __post_init__(self) -> None:
         """ValueError for a negative number, or no chunk."""
@@ -176,7 +178,8 @@ class _Chunks:
 class _Chunk:
     """Places one after the other; the arrays of all their documents, joined by name where all have the same ones.
 
-    `counts`: documents of each place; `ends`: int64, of each document in the joined arrays.
+    `counts`: documents of each place; `ends`: int64, of each document in the joined arrays; `parts`: of each document,
+    empty where none has media.
     """
 
     places: list[int]
@@ -186,6 +189,7 @@ class _Chunk:
     rejected: dict[int, BadRow]
     ends: np.ndarray
     arrays: list[dict[str, np.ndarray]]
+    parts: list[tuple[tuple[Part, Place], ...]]
 
     @staticmethod
     def of(places: list[int], found: Sequence[tuple[Place, Group | BadRow]]) -> "_Chunk":
@@ -203,6 +207,7 @@ class _Chunk:
             {place: made for place, (_, made) in zip(places, found, strict=True) if isinstance(made, BadRow)},
             np.cumsum([len(document) for document in documents], dtype=np.int64),
             named,
+            [d.parts for d in documents] if any(d.parts for d in documents) else [],
         )
 
     def encoded(self) -> Iterator[Drawn]:
@@ -225,4 +230,4 @@ class _Chunk:
             start = int(self.ends[number - 1]) if number else 0
             arrays = {name: array[start : int(self.ends[number])] for name, array in arrays.items()}
         leaves = {name: array for name, array in arrays.items() if name not in ("tokens", "labels")}
-        return Document(arrays["tokens"], arrays["labels"], leaves)
+        return Document(arrays["tokens"], arrays["labels"], leaves, self.parts[number] if self.parts else ())

@@ -7,21 +7,20 @@ T tokens of a pack, R ranks, M micro-batches, P = R * M packs of a step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ftrain.data.documents import Group, lay
+from ftrain.data.documents import Group
 from ftrain.data.encoding_ahead import Encode, Places, Rows, Workers, encode_ahead
 from ftrain.data.finishing import Finish, finished
+from ftrain.data.layout import Layout, PackLayout
 from ftrain.data.order import Order
-from ftrain.data.packing import Packing, Plan, deal_packs
+from ftrain.data.packing import Packing, Plan, Shape, deal_packs
 from ftrain.data.position import Position
 from ftrain.data.reading import AtEpochEnd, Reading, StepPacks
 from ftrain.data.rejects import Rejects
-from ftrain.kernels.documents import Documents
-from ftrain.modules.packs import join_packs
 
 _ENDLESS = 2**40  # places: more than any run reads
 
@@ -31,6 +30,7 @@ class Facts(NamedTuple):
 
     - `step`: its number, from 1; `epochs`: how often the data was gone through after it, in rows.
     - `documents`, `tokens`: in its packs; `budget`: tokens that its packs have room for.
+    - `shapes`: of batches, that this reading had up to it; a step is traced once for each.
     - `rejected`: rows left out since the start of the run.
     - `imbalance`: what ranks wait for each other, as a part of the mean: the costliest pack of each micro-batch over
       the mean one, less 1.
@@ -41,6 +41,7 @@ class Facts(NamedTuple):
     documents: int
     tokens: int
     budget: int
+    shapes: int
     rejected: int
     imbalance: float
 
@@ -70,10 +71,11 @@ class Loader:
         rejects: told of every row, taken or not; it ends the run when too many are left out. None: any number may be
             left out, and the first of each file is logged.
         finish: what only the process does that trains on a group, such as decoding media
-            (`ftrain.data.finishing`); `workers.threads` threads do it.
+            (`ftrain.data.finishing`); threads of `workers` do it.
         leaves: names and dtypes of leaves that documents have beside tokens and labels.
         slots: documents for which a pack's offsets have room from the start; more make room, and a step is then traced
             again.
+        layout: how documents lie in a batch; default: in packs. Rows of their own are a `RowLayout`.
 
     Raises:
         ValueError: sources do not have the sizes of the order, a rank that there is not, or no end.
@@ -99,6 +101,7 @@ class Loader:
     finish: Finish | None = None
     leaves: Mapping[str, np.dtype] | None = None
     slots: int = 0
+    layout: Layout = field(default_factory=PackLayout)
 
     def __post_init__(self) -> None:
         """ValueError, as the class says."""
@@ -142,17 +145,18 @@ class Loader:
                 encoded,
                 position,
                 packing=self.packing,
+                layout=self.layout,
                 epoch=len(self.order),
                 cycle=self.order.cycle,
                 last=self._last_place,
                 at_epoch_end=self.at_epoch_end,
                 rejects=rejects,
             )
-            planned = self._until_the_end(reading)
-            for found, packs in finished(
-                planned, self._own, self.finish, threads=self.workers.threads, rejects=rejects
-            ):
-                yield self._step(found, packs)
+            planned, shapes = self._until_the_end(reading), set[Shape]()
+            threads = self.workers.threads if self.workers.finishing is None else self.workers.finishing
+            for found, packs in finished(planned, self._own, self.finish, threads=threads, rejects=rejects):
+                shapes.add(found.plan.shape)
+                yield self._step(found, packs, len(shapes))
         finally:
             encoded.close()
 
@@ -189,28 +193,20 @@ class Loader:
         own = dealt_RM.flatten() if self.rank is None else dealt_RM[self.rank]
         return [[waiting.group(self.packing.tokens) for waiting in found.packs[pack]] for pack in own.tolist()]
 
-    def _step(self, found: StepPacks, packs: Sequence[Sequence[Group]]) -> Step:
+    def _step(self, found: StepPacks, packs: Sequence[Sequence[Group]], shapes: int) -> Step:
         packing, position = self.packing, found.position
-        laid = [self._laid(pack, position.slots) for pack in packs]
+        batch = self.layout.batch(packs, found.plan, slots=position.slots, leaves=self.leaves)
         facts = Facts(
             step=position.step,
             epochs=found.epochs,
             documents=sum(len(waiting.lengths) for pack in found.packs for waiting in pack),
             tokens=int(found.plan.tokens_P.sum()),
-            budget=packing.tokens * packing.packs,
+            budget=found.plan.shape.places * packing.packs,
+            shapes=shapes,
             rejected=position.rejected,
             imbalance=_imbalance(found.plan, self._dealt(found)),
         )
-        return Step(laid[0] if len(laid) == 1 else join_packs(laid), facts, position)
-
-    def _laid(self, groups: Sequence[Group], slots: int) -> dict[str, Any]:
-        batch: dict[str, Any] = dict(lay(groups, tokens=self.packing.tokens, leaves=self.leaves))
-        ids_T = batch["segments"]
-        most = (
-            int(ids_T.max()) + 1
-        )  # above `slots` only where `finish` left groups out and much padding is in their place
-        batch["segments"] = Documents.of(ids_T, max_documents=slots if most <= slots else None)
-        return batch
+        return Step(batch, facts, position)
 
 
 def _imbalance(plan: Plan, dealt_RM: np.ndarray) -> float:

@@ -88,14 +88,34 @@ class Packing:
         return self.held or max(_LEAST_HELD, 1 << (self.waiting // _SHORT - 1).bit_length())
 
 
+class Shape(NamedTuple):
+    """What each pack of a step is: one pack of `length` tokens, or so many `rows` of them; in each pack or row `media`
+    tokens of each kind of media, with those that fill it up.
+    """
+
+    length: int
+    rows: int = 0
+    media: tuple[int, ...] = ()
+
+    @property
+    def places(self) -> int:
+        """Tokens of a pack, with its padding."""
+        return self.length * max(self.rows, 1)
+
+    def __str__(self) -> str:
+        media = "".join(f", {n} of them of media" for n in self.media if n)
+        return f"{self.rows} x {self.length}{media}" if self.rows else f"{self.length}{media}"
+
+
 class Plan(NamedTuple):
     """`pack_N`: int64, the pack of each group, -1 for one that waits. Of each pack: `tokens_P` int64 that are no
-    padding, and `cost_P` float64, in which padding counts as tokens of the cheapest kind.
+    padding, and `cost_P` float64, in which padding counts as tokens of the cheapest kind. `shape`: of each.
     """
 
     pack_N: np.ndarray
     tokens_P: np.ndarray
     cost_P: np.ndarray
+    shape: Shape
 
 
 def plan_packs(
@@ -132,7 +152,7 @@ def plan_packs(
     waited_N = np.zeros(len(lengths_N), np.int64) if waited_N is None else np.asarray(waited_N, np.int64)
     _check(lengths_N, costs_N, waited_N, tokens, packs)
     if not len(lengths_N):
-        return Plan(np.zeros(0, np.int64), np.zeros(packs, np.int64), np.zeros(packs))
+        return Plan(np.zeros(0, np.int64), np.zeros(packs, np.int64), np.zeros(packs), Shape(tokens))
     floor = float((costs_N / lengths_N).min())
     extra_N = costs_N - floor * lengths_N
     step = _Step(tokens, packs, floor, patience, tolerance)
@@ -140,7 +160,7 @@ def plan_packs(
     filling = _Filling(lengths_N, extra_N, tokens, packs)
     filling.spread(_by_age(lengths_N, allowed_N, first_N, int(tokens * packs * _TAKEN_BY_AGE)))
     filling.fill_gaps(allowed_N)
-    return Plan(filling.pack_N, tokens - filling.room_P, floor * tokens + filling.extra_P)
+    return Plan(filling.pack_N, tokens - filling.room_P, floor * tokens + filling.extra_P, Shape(tokens))
 
 
 class _Step(NamedTuple):

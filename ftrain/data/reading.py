@@ -10,6 +10,7 @@ import numpy as np
 
 from ftrain.data.buffer import TOO_LONG, Buffer, Waiting, pieces
 from ftrain.data.encoding_ahead import Drawn
+from ftrain.data.layout import Layout
 from ftrain.data.packing import Packing, Plan
 from ftrain.data.position import Position
 from ftrain.data.rejects import BadRow, Rejects
@@ -42,6 +43,7 @@ class Reading:
         position: Position,
         *,
         packing: Packing,
+        layout: Layout,
         epoch: int,
         cycle: int,
         last: int,
@@ -51,7 +53,7 @@ class Reading:
         """ValueError where a document that the position holds is gone."""
         self._encoded, self._position, self._packing, self._rejects = encoded, position, packing, rejects
         self._epoch, self._cycle, self._last, self._at_epoch_end = epoch, cycle, last, at_epoch_end
-        self._buffer = Buffer(packing)
+        self._buffer = Buffer(packing, layout)
         self._next, self._rejected, self._rejected_in_a_row = position.next, position.rejected, 0
         self._last_rejected: BadRow | None = None
         self._over: list[Waiting] = []  # of the place `_next`, which was read and does not fit into the buffer

@@ -42,7 +42,7 @@ class Stats:
         return self.trained / self.tokens if self.tokens else 0.0
 
 
-def texts_of(sample: Sample) -> Iterator[Chat | Prose | Tokens]:
+def texts_of(sample: Sample) -> Iterator[Chat | Prose | Tokens | Captioned]:
     """What of a sample is put into tokens: both ends of a preference, the judged chat, each text of a pair."""
     place = sample.place
     match sample:
@@ -52,7 +52,7 @@ def texts_of(sample: Sample) -> Iterator[Chat | Prose | Tokens]:
             yield Chat((*prompt, *completion), place=place)
         case Pair(query, positive, negatives):
             yield from (Prose(text, place=place) for text in (query, positive, *negatives))
-        case Captioned(_, text) | Classed(text):
+        case Classed(text):
             yield Prose(text, place=place)
         case _:
             yield sample

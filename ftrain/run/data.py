@@ -11,15 +11,19 @@ import numpy as np
 
 from ftrain.data.documents import Group
 from ftrain.data.encoding_ahead import Workers
+from ftrain.data.finishing import Finish
+from ftrain.data.layout import Layout, PackLayout
 from ftrain.data.loader import Loader
 from ftrain.data.mixture import by_temperature
 from ftrain.data.order import Order
-from ftrain.data.packing import Packing
+from ftrain.data.packing import Packing, Shape
 from ftrain.data.rejects import BadRow, Rejects
 from ftrain.data.samples import Samples, open_samples
 from ftrain.data.subset import Subset, hold_out
 
 _log = logging.getLogger("ftrain.run")
+_DECODING = 4
+"""Threads that decode media."""
 _COUNTED = 2000
 """Rows whose tokens are counted before the run, to know about how many steps it has."""
 
@@ -59,7 +63,9 @@ class DataOptions:
     steps: int | None = None
     """Where the run ends at the latest."""
     workers: int = 0
-    """Processes that read and tokenise ahead; 0: this one."""
+    """Processes that read and tokenise ahead; 0: this one. Media are decoded by threads, a step ahead."""
+    image_pixels: int | None = None
+    """The most pixels of a picture, which is made smaller to fit; default: what the model's folder says."""
     rejected: float = 0.05
     """The share of rows that may be broken before the run stops."""
 
@@ -69,7 +75,7 @@ class RunData:
     """A run's `loader`, the `held_out` batches, `steps` (about, where the data ends the run), and lines for the log."""
 
     loader: Loader
-    held_out: tuple[Mapping[str, Any], ...]
+    held_out: "HeldOut"
     steps: int
     lines: tuple[str, ...]
 
@@ -82,6 +88,8 @@ def make_data(
     seed: int,
     paired: Callable[[Samples], Any] | None = None,
     leaves: Mapping[str, np.dtype] | None = None,
+    layout: Layout | None = None,
+    finish: Finish | None = None,
 ) -> RunData:
     """The data of a run.
 
@@ -92,6 +100,8 @@ def make_data(
         seed: of the order and of what is held out.
         paired: from samples to the rows that `encode` takes, where these are not single samples.
         leaves: names and dtypes of leaves that the documents have beside tokens and labels.
+        layout: how documents lie in a batch; None: in packs.
+        finish: what is done with documents when their turn comes, as their media are read; None: nothing.
 
     ValueError for data that cannot be read, is of another kind than the task's, or does not fill the ranks.
     """
@@ -113,25 +123,34 @@ def make_data(
     order = Order(sizes, key=seed, weights=_weights(options, sizes))
     loader = Loader(
         order, trained, encode, packing, rank=None, epochs=_epochs(options), steps=options.steps,
-        workers=Workers(processes=options.workers), rejects=Rejects(limit=options.rejected), leaves=leaves,
+        workers=Workers(processes=options.workers, finishing=_DECODING),
+        rejects=Rejects(limit=options.rejected), leaves=leaves, layout=layout or PackLayout(), finish=finish,
     )  # fmt: skip
     lines = [
         f"{spec}: {len(samples):,} rows of the format {samples.format.name}"
         for spec, samples in zip(options.data, opened, strict=True)
     ]
-    counted = _counted(trained, encode, limit=options.rejected)
-    tokens = round(sum(counted.lengths) * sum(sizes) / counted.rows)
+    counted = _counted(trained, encode, loader.layout, packing, limit=options.rejected)
+    scale = sum(sizes) / counted.rows
+    tokens = round(sum(counted.lengths) * scale)
     ahead = max(packs * options.tokens, min(packing.waiting, tokens // 2))  # no document twice within half an epoch
     loader = replace(loader, slots=counted.most_in(options.tokens), packing=replace(packing, buffer=ahead))
-    epoch = max(1, math.ceil(tokens / (packs * options.tokens)))
+    epoch = max(1, math.ceil(round(counted.room * scale) / (packs * options.tokens)))
     steps = options.steps or epoch * (options.epochs or 1)
     exact = "" if counted.rows == sum(sizes) else "about "
     lines.append(f"{sum(sizes):,} rows are trained on and {sum(map(len, held)):,} held out; {exact}{tokens:,} tokens, "
                  f"{packs} packs of {options.tokens} a step, {exact}{epoch:,} steps an epoch")  # fmt: skip
+    if any(shape.rows for shape in counted.shapes):
+        shapes = sorted(counted.shapes)
+        lines.append(f"each document is a row: {_number(len(shapes), 'shape')} of packs: {'; '.join(map(str, shapes))}")
     if counted.rejects.count:
         kinds = "; ".join(map(str, counted.rejects))
         lines.append(f"{counted.rejects.count:,} of {counted.rows:,} rows are left out: {kinds}")
-    return RunData(loader, _held_out(held, encode, packing, leaves, loader.slots), steps, tuple(lines))
+    return RunData(loader, _held_out(held, replace(loader, packing=packing)), steps, tuple(lines))
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _require_positive(options: DataOptions) -> None:
@@ -156,13 +175,15 @@ def _weights(options: DataOptions, sizes: Sequence[int]) -> Sequence[float] | No
 @dataclass(frozen=True)
 class _Counted:
     """Of `rows` that were looked at: `lengths` of those that can be used, in tokens, and the most documents of one;
-    `rejects` has the others.
+    `rejects` has the others. `room`: what of the budgets of packs they take, in tokens; `shapes`: of packs.
     """
 
     rows: int
     lengths: tuple[int, ...]
     documents: int
     rejects: Rejects
+    room: int
+    shapes: frozenset[Shape]
 
     def most_in(self, tokens: int) -> int:
         """The most documents that a pack can have, and twice that, as a power of two, where not all rows are known."""
@@ -171,12 +192,30 @@ class _Counted:
         return 1 << (2 * self.documents * most - 1).bit_length()
 
 
-def _counted(sources: Sequence[Subset], encode: RowEncoder, *, limit: float) -> _Counted:
+@dataclass(frozen=True)
+class _Whole:
+    """A group that waits for nothing (`ftrain.data.layout.Sized`)."""
+
+    whole: Group
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(document) for document in self.whole.documents], np.int64)
+
+    def group(self, tokens: int) -> Group:
+        del tokens
+        return self.whole
+
+
+def _counted(
+    sources: Sequence[Subset], encode: RowEncoder, layout: Layout, packing: Packing, *, limit: float
+) -> _Counted:
     """Rows spread over all of the data, encoded. ValueError where none can be used, or where all rows were looked at
     and too many cannot.
     """
     lengths, documents, all_rows = list[int](), 1, sum(map(len, sources))
     rejects, last = Rejects(limit=limit, after=all_rows + 1, told=False), None  # the loader tells of them
+    room, shapes = 0, set[Shape]()
     for row in _spread(sources, max(1, all_rows // _COUNTED)):
         try:
             group = encode(row())
@@ -187,11 +226,14 @@ def _counted(sources: Sequence[Subset], encode: RowEncoder, *, limit: float) -> 
         rejects.took()
         lengths.append(len(group))
         documents = max(documents, len(group.documents))
+        shape = layout.shape(layout.sizes(_Whole(group), packing), packing)
+        shapes.add(shape)
+        room += -(-packing.tokens * len(group.documents) // shape.rows) if shape.rows else len(group)
     if not lengths:
         raise ValueError(f"none of {rejects.rows} rows can be trained on; the last one: {last}")
     if rejects.rows == all_rows:
         rejects.finish()
-    return _Counted(rejects.rows, tuple(lengths), documents, rejects)
+    return _Counted(rejects.rows, tuple(lengths), documents, rejects, room, frozenset(shapes))
 
 
 def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]]:
@@ -200,24 +242,37 @@ def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]
             yield partial(source.__getitem__, index)
 
 
-def _held_out(
-    sources: Sequence[Subset], encode: RowEncoder, packing: Packing, leaves: Mapping[str, np.dtype] | None, slots: int
-) -> tuple[Mapping[str, Any], ...]:
-    """Batches of all rows that are held out, in their order; those that cannot be used are counted and logged. None
-    where no row can be used.
-    """
-    usable = [source for source in sources if any(_is_usable(row, encode) for row in _spread([source], 1))]
+class HeldOut:
+    """The batches of all rows that are held out, in their order. Those with media are made anew at each reading."""
+
+    def __init__(self, loader: Loader | None) -> None:
+        """`loader`: of these rows alone, once; None: there is none that can be used."""
+        self._loader = loader
+        kept = loader is not None and loader.finish is None
+        self._kept = tuple(step.batch for step in loader) if loader is not None and kept else ()
+
+    def __bool__(self) -> bool:
+        return self._loader is not None
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if self._loader is None or self._loader.finish is None:
+            return iter(self._kept)
+        return (step.batch for step in self._loader)
+
+
+def _held_out(sources: Sequence[Subset], like: Loader) -> HeldOut:
+    """Batches as a loader of the run makes them; rows that cannot be used are counted and logged."""
+    usable = [source for source in sources if any(_is_usable(row, like.encode) for row in _spread([source], 1))]
     rejects = Rejects(limit=1.0)
     unusable = sum(map(len, sources)) - sum(map(len, usable))
+    loader = None
     if usable:
         order = Order([len(source) for source in usable], key=0, shuffle=False)
-        loader = Loader(
-            order, usable, encode, replace(packing, patience=0), rank=None, epochs=1, rejects=rejects, leaves=leaves,
-            slots=slots,
+        loader = replace(
+            like, order=order, sources=usable, packing=replace(like.packing, patience=0), epochs=1, steps=None,
+            workers=replace(like.workers, processes=0), rejects=rejects,
         )  # fmt: skip
-        found = tuple(step.batch for step in loader)
-    else:
-        found = ()
+    found = HeldOut(loader)
     if rejects.count + unusable:
         rows = sum(map(len, sources))
         _log.warning("%d of %d held-out rows cannot be used", rejects.count + unusable, rows)
@@ -233,7 +288,7 @@ def _require_usable(sources: Sequence[Subset], encode: RowEncoder, names: Sequen
             )
 
 
-def _is_usable(row: Callable[[], Any], encode: RowEncoder) -> bool:
+def _is_usable(row: Callable[[], Any], encode: Callable[[Any], Any]) -> bool:
     try:
         encode(row())
     except BadRow:

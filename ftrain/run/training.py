@@ -4,7 +4,7 @@ It is one page on purpose. A script that needs another loop copies it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Training:
     steps: int
     seed: int = 0
     every: Every = Every()
-    held_out: tuple[Mapping[str, Any], ...] = ()
+    held_out: Iterable[Mapping[str, Any]] = ()
     jit: Mapping[str, Any] = field(default_factory=dict)
     plan: str | None = None
     memory: int | str = "95%"
@@ -207,6 +207,7 @@ def shown(t: Training, step: Done) -> Verdict:
         "filled": facts.tokens / facts.budget,
         "epochs": round(facts.epochs, 4),
         "rejected": facts.rejected,
+        "shapes": facts.shapes,
     }
     t.report.update(row)
     if t.files is not None:

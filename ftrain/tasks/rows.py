@@ -12,22 +12,22 @@ import numpy as np
 from ftrain.data.documents import Document, Group
 from ftrain.data.encoding import ChatEncoder, Encoded
 from ftrain.data.rejects import BadRow
-from ftrain.data.sample import Chat, Classed, Judged, Message, Pair, Place, Preference, Prose, Tokens
+from ftrain.data.sample import Captioned, Chat, Classed, Judged, Message, Pair, Place, Preference, Prose, Tokens
 from ftrain.tasks.embedding import NEGATIVE, POSITIVE, QUERY
 from ftrain.tasks.kto import BAD, GOOD, OTHER
 
 
 @dataclass(frozen=True, eq=False)
 class TextRows:
-    """Texts, chats and token ids as documents of their own: for pretraining, fine-tuning and distillation."""
+    """Texts, chats, token ids and media with captions as documents of their own: for pretraining, fine-tuning and
+    distillation.
+    """
 
     encoder: ChatEncoder
-    takes: ClassVar[tuple[type, ...]] = (Prose, Chat, Tokens)
+    takes: ClassVar[tuple[type, ...]] = (Prose, Chat, Tokens, Captioned)
 
-    def __call__(self, sample: Prose | Chat | Tokens) -> Group:
-        """One document. BadRow as `ChatEncoder.encode`, and for a chat with media, which would not be seen."""
-        if isinstance(sample, Chat):
-            _require_text(sample.messages, sample.place)
+    def __call__(self, sample: Prose | Chat | Tokens | Captioned) -> Group:
+        """One document. BadRow as `ChatEncoder.encode`."""
         return Group((self.encoder.encode(sample).document(),))
 
 
@@ -107,15 +107,7 @@ class WithNeighbour:
 def _answered(encoder: ChatEncoder, prompt: Sequence[Message], answer: Sequence[Message], place: Place) -> Encoded:
     asked = [replace(message, train=False) for message in prompt]
     said = [replace(message, train=message.role == "assistant") for message in answer]
-    _require_text((*asked, *said), place)
     return encoder.encode(Chat((*asked, *said), place=place))
-
-
-def _require_text(messages: Sequence[Message], place: Place) -> None:
-    """BadRow for media: the documents of these tasks hold tokens alone, and a template may leave media out."""
-    kind = next((part.kind for message in messages for part in message.media), None)
-    if kind is not None:
-        raise BadRow(place, "media", f"it has media (of the kind {kind}), and this task trains on text alone")
 
 
 def _marked(encoded: Encoded, leaf: str, value: int) -> Document:

@@ -3,6 +3,8 @@
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,32 @@ except ImportError as absent:
     raise ValueError('pictures need Pillow: pip install "ftrain-omni[media]"') from absent
 
 from ftrain.data.media.limits import Limits
-from ftrain.data.media.opening import media_bytes, name_of
+from ftrain.data.media.opening import media_bytes, media_file, name_of
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Place
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 _WHITE = (255, 255, 255, 255)
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's
+
+
+def image_size(source: Any, place: Place, limits: Limits) -> tuple[int, int]:
+    """Height and width that `read_image` will give, from the header alone. BadRow as there, where the header tells."""
+    if isinstance(source, np.ndarray):
+        return _checked(source, place, limits).shape[:2]
+    if isinstance(source, Image.Image):
+        return _upright_size(source)
+    with _refused(source, place), media_file(source, place, limits) as file:
+        image = Image.open(file, formats=_FORMATS)
+        limits.check("pixels", image.width * image.height, place, name_of(source))
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    # to ask a PNG for EXIF data that its header has not is to decode it
+    told = image.info.get("exif") if image.format == "PNG" else True
+    turned = told and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_image(source: Any, place: Place, limits: Limits) -> np.ndarray:
@@ -29,12 +51,19 @@ def read_image(source: Any, place: Place, limits: Limits) -> np.ndarray:
     """
     if isinstance(source, np.ndarray):
         return _checked(source, place, limits)
+    with _refused(source, place):
+        image = source if isinstance(source, Image.Image) else _opened(source, place, limits)
+        limits.check("pixels", image.width * image.height, place, name_of(source))
+        return np.asarray(_rgb(ImageOps.exif_transpose(image)), np.uint8)
+
+
+@contextmanager
+def _refused(source: Any, place: Place) -> Iterator[None]:
+    """BadRow for what Pillow refuses within the block."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else _opened(source, place, limits)
-            limits.check("pixels", image.width * image.height, place, name_of(source))
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)), np.uint8)
+            yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadRow(place, "media too large", f"{name_of(source)} is too large a picture: {error}") from error
     except (OSError, SyntaxError, EOFError, struct.error, ValueError, OverflowError) as error:

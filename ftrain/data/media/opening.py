@@ -2,13 +2,14 @@
 
 import base64
 import binascii
+import io
 import re
-from typing import Any
+from typing import IO, Any
 
 from ftrain.data.media.limits import Limits
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Place
-from ftrain.data.sources.files import beside, open_file
+from ftrain.data.sources.files import File, beside, open_file
 
 _DATA_URL = re.compile(r"data:[\w/+.\-]*(?:;[\w=\-]+)*;base64,")
 
@@ -36,6 +37,27 @@ def media_bytes(source: Any, place: Place, limits: Limits) -> bytes:
 
     BadRow where there is no such file, it is too large, on the web, or of another type.
     """
+    found = _found(source, place, limits)
+    if isinstance(found, bytes):
+        return found
+    try:
+        return found.read(0, found.size)
+    except ValueError as error:
+        raise BadRow(place, "media missing", str(error)) from error
+
+
+def media_file(source: Any, place: Place, limits: Limits) -> IO[bytes]:
+    """A handle for reading, of which a header takes the beginning; the caller closes it. BadRow as `media_bytes`."""
+    found = _found(source, place, limits)
+    if isinstance(found, bytes):
+        return io.BytesIO(found)
+    try:
+        return found.open()
+    except ValueError as error:
+        raise BadRow(place, "media missing", str(error)) from error
+
+
+def _found(source: Any, place: Place, limits: Limits) -> bytes | File:
     if isinstance(source, bytes | bytearray | memoryview):
         limits.check("file_bytes", len(source), place, name_of(source))
         return bytes(source)
@@ -49,11 +71,11 @@ def media_bytes(source: Any, place: Place, limits: Limits) -> bytes:
     try:
         file = open_file(path)
         limits.check("file_bytes", file.size, place, path)
-        return file.read(0, file.size)
     except ValueError as error:
         if isinstance(error, BadRow):
             raise
         raise BadRow(place, "media missing", str(error)) from error
+    return file
 
 
 def _decoded(source: str, place: Place, limits: Limits) -> bytes:

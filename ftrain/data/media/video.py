@@ -73,7 +73,7 @@ def _wanted(
     container: Any, place: Place, limits: Limits, name: str, rate: float, most_frames: int | None
 ) -> Iterator[float]:
     """The times at which frames are taken, from the header; without a length in it as many as are there."""
-    stream, seconds = container.streams.video[0], _seconds(container)
+    stream, seconds = container.streams.video[0], seconds_of(container)
     pixels = stream.codec_context.width * stream.codec_context.height
     limits.check("pixels", pixels, place, name)
     step = 1.0 / rate
@@ -108,7 +108,7 @@ def _taken(
         if time - start < target - 1e-3:
             continue
         limits.check("pixels", frame.width * frame.height, place, name)
-        array = _upright(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0))
+        array = upright(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0))
         taken, size = taken + 1, size + array.nbytes
         limits.check("frames", taken, place, name)
         limits.check("decoded_bytes", size, place, name)
@@ -117,7 +117,9 @@ def _taken(
             target = next(wanted, None)
 
 
-def _upright(array: np.ndarray, degrees: float) -> np.ndarray:
-    """Phones write films on their side and note the turn, counterclockwise, beside them."""
+def upright(array: np.ndarray, degrees: float) -> np.ndarray:
+    """A frame uint8 `[H, W, 3]` turned upright: phones write films on their side and note the turn, counterclockwise,
+    beside them.
+    """
     turns = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(array, turns)) if turns else array

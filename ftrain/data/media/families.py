@@ -1,0 +1,137 @@
+"""Which family of media a model's folder is of: read from its configuration and that of its processor."""
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ftrain.data.media.family import MediaFamily
+from ftrain.data.media.limits import Limits
+from ftrain.data.media.patches import Patches
+from ftrain.data.media.qwen import MODELS as QWEN
+from ftrain.data.media.qwen import Films, QwenFamily
+from ftrain.data.media.sizes import Multiples, MultiplesInTime
+from ftrain.files.outside import read_json
+
+_IMAGE_FILES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
+_VIDEO_FILES = (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", ""), *_IMAGE_FILES[1:])
+
+
+def family_of(
+    folder: str | PathLike[str], tokenizer: Any, *, limits: Limits | None = None, image_pixels: int | None = None
+) -> MediaFamily | None:
+    """How the model of a folder sees media; None for one that reads text alone, or media in a way that is not known.
+
+    Args:
+        folder: in Hugging Face's format.
+        tokenizer: of the folder, of transformers.
+        limits: the most that is decoded.
+        image_pixels: the most pixels of a picture; None: what the folder says.
+
+    ValueError for files of the folder that cannot be read or say what is not known.
+    """
+    path = Path(folder)
+    config = _read(path / "config.json")
+    if config.get("model_type") in QWEN:
+        return _qwen(path, config, tokenizer, limits or Limits(), image_pixels)
+    return None
+
+
+def _qwen(path: Path, config: Mapping[str, Any], tokenizer: Any, limits: Limits, image_pixels: int | None) -> Any:
+    kind = config["model_type"]
+    third = kind.startswith("qwen3")
+    images, films = _first(path, _IMAGE_FILES), _first(path, _VIDEO_FILES)
+    if not images:
+        raise ValueError(f"{path} has no preprocessor_config.json, which says how its pictures are read: copy it there")
+    patches, film_patches = _patches(path, images, False), _patches(path, films, third)
+    for one in (patches, film_patches):
+        _require_tower(path, config.get("vision_config") or {}, one)
+    least, most = _bounds(images, 3136, 1003520)
+    size = Multiples(patches.factor, least, _capped(path, image_pixels, least, most))
+    least, most = _bounds(films, *((131072, 786432) if third else (100352, 602112)))
+    in_time = MultiplesInTime(film_patches.factor, least, most, film_patches.in_time)
+    rule = in_time if third else Multiples(film_patches.factor, least, most)
+    taken = Films(
+        film_patches, rule, rate=float(films.get("fps") or 2.0), least=films.get("min_frames") or 4,
+        most=films.get("max_frames") or 768, told=third, timed=kind == "qwen2_5_vl",
+    )  # fmt: skip
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    usual = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    marks = [_token(path, tokenizer, config, name, text) for name, text in zip(names, usual, strict=True)]
+    return QwenFamily(kind, patches, size, taken, *marks, limits=limits)
+
+
+def _patches(path: Path, told: Mapping[str, Any], third: bool) -> Patches:
+    usual = Patches(patch=16, mean=(0.5,) * 3, std=(0.5,) * 3) if third else Patches()
+    for name, value in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
+        if told.get(name, value) not in (value, None):
+            raise ValueError(f"{path}: its processor of pictures has {name} = {told[name]!r}, and {value!r} is known")
+    return Patches(
+        told.get("patch_size") or usual.patch,
+        told.get("merge_size") or usual.merge,
+        told.get("temporal_patch_size") or usual.in_time,
+        told.get("rescale_factor") or usual.scale,
+        tuple(told.get("image_mean") or usual.mean),
+        tuple(told.get("image_std") or usual.std),
+    )
+
+
+def _require_tower(path: Path, tower: Mapping[str, Any], patches: Patches) -> None:
+    """ValueError for patches that the model's tower does not read."""
+    for name, own in (
+        ("patch_size", patches.patch),
+        ("spatial_merge_size", patches.merge),
+        ("temporal_patch_size", patches.in_time),
+    ):
+        if tower.get(name, own) != own:
+            raise ValueError(
+                f"{path}: its processor has patches with {name} = {own}, and its model {tower[name]}: take the "
+                "processor of the model"
+            )
+
+
+def _bounds(told: Mapping[str, Any], least: int, most: int) -> tuple[int, int]:
+    """The least and most pixels, by any of the names that they had."""
+    size = told.get("size") or {}
+    least = told.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or least
+    most = told.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or most
+    return int(least), int(most)
+
+
+def _capped(path: Path, asked: int | None, least: int, most: int) -> int:
+    if asked is None:
+        return most
+    if asked < least:
+        raise ValueError(f"pictures of at most {asked} pixels: {path} makes them of {least} at least; give more")
+    return min(asked, most)
+
+
+def _token(path: Path, tokenizer: Any, config: Mapping[str, Any], name: str, usual: str) -> tuple[str, int]:
+    """The text and the id of a token: the id that the configuration has, or that of the usual text."""
+    number = config.get(name)
+    text = tokenizer.convert_ids_to_tokens(number) if number is not None else usual
+    number = tokenizer.convert_tokens_to_ids(usual) if number is None else number
+    if text is None or number is None or tokenizer.convert_tokens_to_ids(text) != number:
+        raise ValueError(f"{path}: {name} = {number} is no token of its tokenizer: take the tokenizer of the model")
+    return text, int(number)
+
+
+def _first(path: Path, files: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
+    """The first of these that is there: a file, or a field of one."""
+    for name, field in files:
+        if (path / name).is_file():
+            found = _read(path / name)
+            found = found.get(field) or {} if field else found
+            if found:
+                return found
+    return {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = read_json(file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no JSON object")
+    return found

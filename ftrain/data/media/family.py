@@ -1,0 +1,45 @@
+"""How a family of models sees media: how many tokens they take, and the arrays that its tower reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ftrain.data.layout import Stream
+from ftrain.data.sample import Kind, Part, Place
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A piece of media, known from its header: the `text` that stands for it where the chat template wrote its mark,
+    and the `rows` that each of its arrays will have.
+    """
+
+    text: str
+    rows: Mapping[str, int]
+
+
+class MediaFamily(Protocol):
+    """How the model of a folder sees media. It travels to worker processes by pickle."""
+
+    name: str
+    """For messages."""
+
+    @property
+    def marks(self) -> Mapping[Kind, str]:
+        """By kind of media what the chat template writes for an item; kinds that are not here cannot be read."""
+
+    @property
+    def unlearnt(self) -> frozenset[int]:
+        """Ids that stand for media, and that begin and end them: never labels."""
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Its kinds of media among tokens."""
+
+    def measure(self, part: Part, place: Place) -> Seen:
+        """What a piece of media will be, without decoding it. BadRow where it cannot be read, or is too large."""
+
+    def read(self, part: Part, place: Place) -> dict[str, np.ndarray]:
+        """Its arrays, by the names of the model's leaves, with as many rows as `measure` said. BadRow likewise."""

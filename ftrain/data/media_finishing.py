@@ -1,0 +1,33 @@
+"""Reads the media of documents when their turn comes, in the process that trains on them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ftrain.data.documents import Document, Group
+from ftrain.data.media.family import MediaFamily
+from ftrain.data.rejects import BadRow
+
+
+@dataclass(frozen=True)
+class ReadMedia:
+    """A `Finish` of the loader: documents with the arrays of their `parts`, by the `family` of the model."""
+
+    family: MediaFamily
+
+    def __call__(self, group: Group) -> Group:
+        """The group with arrays of media. BadRow where one cannot be read, or is not what its header told."""
+        if not any(document.parts for document in group.documents):
+            return group
+        return replace(group, documents=tuple(self._read(document) for document in group.documents))
+
+    def _read(self, document: Document) -> Document:
+        found: dict[str, list[np.ndarray]] = {}
+        for part, place in document.parts:
+            told, arrays = self.family.measure(part, place).rows, self.family.read(part, place)
+            rows = {name: len(array) for name, array in arrays.items()}
+            if rows != dict(told):
+                raise BadRow(place, "broken media", f"its {part.kind} has {rows} rows, and its header told {dict(told)}")
+            for name, array in arrays.items():
+                found.setdefault(name, []).append(array)
+        return replace(document, media={name: np.concatenate(arrays) for name, arrays in found.items()})

@@ -1,0 +1,64 @@
+"""How a model's documents lie in the batches of a run, with the media that it reads."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftrain.data.layout import Layout, PackLayout, RowLayout
+from ftrain.data.media.family import MediaFamily
+from ftrain.modules.model import Model
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json",
+)  # fmt: skip
+"""Files of a folder that say how media are read, beside those of its tokenizer."""
+_ONLY_FOR_PLACES = ("second_per_grid_ts",)
+
+
+def layout_of(model: Model, family: MediaFamily | None = None, *, sequence: int = 1) -> Layout:
+    """How documents lie in batches of a model: in packs where they may share them, else as rows of their own.
+
+    `family`: how the model sees media; None where it has none, or is not to see them. `sequence`: ranks that share a
+    pack. ValueError for more than one of them and rows.
+    """
+    streams = () if family is None else family.streams
+    if model.packs:
+        return PackLayout(streams, None if model.media is None else _ReadyPack(model))
+    if sequence > 1:
+        raise ValueError(
+            f"--sequence {sequence}: {model.name} takes a row for each document, as {model.alone}, and ranks of a "
+            "sequence axis share packs: divide rows among --shard and --replicate"
+        )
+    return RowLayout(streams, None if model.media is None else _ReadyRows(model))
+
+
+@dataclass(frozen=True)
+class _ReadyRows:
+    """`model.media`, without what it alone reads."""
+
+    model: Model
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = self.model.media(batch)  # type: ignore[misc]
+        return {name: leaf for name, leaf in made.items() if name not in _ONLY_FOR_PLACES}
+
+
+@dataclass(frozen=True)
+class _ReadyPack:
+    """`model.media` of a pack, with room for so many tokens of media."""
+
+    model: Model
+
+    def __call__(self, pack: dict[str, Any], places: tuple[int, ...]) -> dict[str, Any]:
+        made: dict[str, Any] = self.model.media(pack)  # type: ignore[misc]
+        return made
+
+
+def copy_processor(source: Path, to: Path) -> None:
+    """Copy the files that say how media are read from one folder to another; those that are not there are left out.
+    OSError where the disk does not take them.
+    """
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, to / name)

@@ -1,0 +1,95 @@
+"""Tiny vision-language models of transformers as folders, with a tokenizer of bytes, a chat template and a processor."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}"
+    "{% elif p['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif p['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+WORDS = {
+    "vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 512,
+}  # fmt: skip
+EYES = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 4, "depth": 2}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+PIXELS = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+
+
+def byte_tokenizer(template: str = TEMPLATE, special: tuple[str, ...] = SPECIAL, end: str = "<|im_end|>") -> Any:
+    """A token for each byte, and the special ones behind them; the first pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    words.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=end, pad_token=special[0], additional_special_tokens=list(special)
+    )
+    made.chat_template = template
+    return made
+
+
+def qwen_config(kind: str, tokenizer: Any) -> Any:
+    """The configuration of a tiny model: "qwen2_vl", "qwen2_5_vl", "qwen3_vl" or "qwen3_vl_moe"."""
+    import transformers
+
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    texts = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    ids = {name: tokenizer.convert_tokens_to_ids(text) for name, text in zip(names, texts, strict=True)}
+    words = {**WORDS, "rope_parameters": ROPE}
+    if kind == "qwen2_vl":
+        eyes = {"embed_dim": 16, "hidden_size": 32, "num_heads": 2, "depth": 2, "patch_size": 4, "mlp_ratio": 2}
+        return transformers.Qwen2VLConfig(text_config=words, vision_config=eyes, **ids)
+    if kind == "qwen2_5_vl":
+        eyes = {**EYES, "fullatt_block_indexes": [1], "window_size": 16, "out_hidden_size": 32}
+        return transformers.Qwen2_5_VLConfig(text_config=words, vision_config=eyes, **ids)
+    eyes = {**EYES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16, "out_hidden_size": 32}
+    if kind == "qwen3_vl":
+        return transformers.Qwen3VLConfig(text_config={**words, "head_dim": 8}, vision_config=eyes, **ids)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    return transformers.Qwen3VLMoeConfig(text_config={**words, "head_dim": 8, **experts}, vision_config=eyes, **ids)
+
+
+def write_qwen(folder: Path, kind: str = "qwen2_5_vl", *, seed: int = 0, most_pixels: int = 64 * 64) -> Path:
+    """A folder of random weights from the seed, whose pictures have 16 x 16 to `most_pixels` pixels."""
+    import transformers
+
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(seed)
+    auto = transformers.AutoModelForImageTextToText
+    auto.from_config(copy.deepcopy(qwen_config(kind, tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": 16 * 16, "longest_edge": most_pixels}
+    transformers.Qwen2VLImageProcessorPil(**PIXELS, size=size).save_pretrained(folder)
+    return folder
+
+
+def write_pictures(folder: Path, sizes: list[tuple[int, int]], *, seed: int = 0) -> list[str]:
+    """PNG files of noise, of these heights and widths; their names."""
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    for i, (height, width) in enumerate(sizes):
+        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{i}.png")
+    return [f"{i}.png" for i in range(len(sizes))]
+
+
+def seen_chats(names: list[str], *, plain: int = 0) -> list[dict[str, Any]]:
+    """Chats about one picture each, and so many without."""
+    asked = [[{"type": "image", "image": name}, {"type": "text", "text": f"what is {i}?"}] for i, name in enumerate(names)]
+    texts: list[Any] = [*asked, *(f"and {i}?" for i in range(plain))]
+    return [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"it is {i}" + "." * (i % 5)}]}
+        for i, text in enumerate(texts)
+    ]
