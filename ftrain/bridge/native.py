@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
+from ftrain.bridge.depth import with_layers
 from ftrain.hf.described import described_decoder
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.hf.load import fill_hf, load_hf
@@ -28,20 +29,24 @@ from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree, map_with_paths
 
 
-def native_decoder(folder: HfFolder) -> Model:
+def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
     """The decoder of a folder of weights. ValueError if it is of no family that the library has, or if the
     folder's tokenizer has more ids than the table has rows.
+
+    `layers`: with so many of its layers alone, for a look at shapes.
 
     A decoder with loss-free balancing has its routers' biases as `state`, which `load` does not give: they are read at
     once, being small. `save(params, folder, state=None)` writes those of the folder where no others are given.
     """
     most = len(folder.tensors)
-    config = folder.config()
+    whole = folder.config()
+    config = whole if layers is None else with_layers(whole, layers)
     of = family_of(config)
     experts = None if of.stacked else most
     cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=experts, describe=of.config)
     require_rows_for_tokens(folder.path, config)
-    _require_no_heads_beyond(folder, cfg)
+    if layers is None:
+        _require_no_heads_beyond(folder, cfg)
     files = _Files(folder, decoder.specs(cfg), decoder.balance_specs(cfg), of.names(cfg))
     balance = files.balance()
     made = NativeDecoder(cfg, balance)

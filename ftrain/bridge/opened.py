@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from ftrain.bridge.config import read_config
+from ftrain.bridge.depth import with_layers
 from ftrain.bridge.native import native_decoder
 from ftrain.bridge.pretrained import Task, from_transformers
 from ftrain.hf.files import HfFolder
@@ -19,6 +21,7 @@ def open(
     task: Task = "causal_lm",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    layers: int | None = None,
 ) -> Model:
     """The model of a folder in Hugging Face's format; nothing is read but headers. `model.why` says what was taken.
 
@@ -28,6 +31,8 @@ def open(
             "never" leave no choice.
         task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
             model.
+        layers: with so many of its layers alone (`ftrain.bridge.depth`), for a look at shapes: such a model has neither
+            `load` nor `save`. None: all.
 
     Raises:
         ValueError: there is no model in the folder, or none of the kind that was asked for; `native` is another word.
@@ -49,10 +54,15 @@ def open(
         try:
             if task != "causal_lm":
                 raise ValueError(f"task {task!r} has no native model")
-            return native_decoder(HfFolder.open(folder))
+            return _without_files(native_decoder(HfFolder.open(folder), layers=layers), layers)
         except ValueError as error:
             if native == "always":
                 raise
             why = str(error)
-    bridged = from_transformers(folder, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
-    return replace(bridged, why=f"bridged: {why}")
+    source = folder if layers is None else with_layers(read_config(Path(folder), trust_remote_code), layers)
+    bridged = from_transformers(source, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
+    return replace(_without_files(bridged, layers), why=f"bridged: {why}")
+
+
+def _without_files(model: Model, layers: int | None) -> Model:
+    return model if layers is None else replace(model, load=None, save=None)

@@ -47,7 +47,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "export": Subcommand("ftrain.cli.export", "write the folders of a run from its last checkpoint"),
     "params": Subcommand("ftrain.cli.params", "count a model's parameters, and show those that a glob names"),
     "check": Subcommand("ftrain.cli.check", "compare a folder's model with the plain module that it comes from"),
-    "plan": Subcommand("ftrain.cli.plan", "search the layouts of an experiment's step"),
+    "plan": Subcommand("ftrain.cli.plan", "search the layouts of the step of a model's folder, or of an experiment"),
     "convert": Subcommand("ftrain.cli.convert", "weights from and to Hugging Face's format"),
     "replay": Subcommand("ftrain.cli.replay", "run a step of a run again"),
     "launch": Subcommand("ftrain.cli.launch", "write the files that start a command on many nodes", group=True),

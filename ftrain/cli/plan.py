@@ -1,4 +1,4 @@
-"""`ftrain plan EXPERIMENT`: search the layouts of an experiment's step, print them, write the best as a plan."""
+"""`ftrain plan`: search the layouts of the step of a model's folder or an experiment, print them, write the best."""
 
 import importlib
 import inspect
@@ -6,16 +6,18 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 
 from ftrain.analysis.cluster import Cluster, cluster
 from ftrain.analysis.op_times import read_times
+from ftrain.cli.lora_flags import LoraFlags
+from ftrain.graph.text import show_bytes
 from ftrain.plan.check import check_best, processes
 from ftrain.plan.file import PlanFile
 from ftrain.plan.local_machine import from_rank_zero, is_first
@@ -24,18 +26,34 @@ from ftrain.plan.search import Options, Result, search
 from ftrain.plan.space import Space, divisors
 from ftrain.plan.table import print_result
 from ftrain.plan.workload import Workload
+from ftrain.remat.policy import parse_budget
 
 FUNCTION = "plan_for_search"
 _TOKENS = 32 * 1024  # tokens per GPU and step, by default
+_OF_MODELS = ("task", "lora", "freeze", "only", "teacher", "native")
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Search the layouts of an experiment's step on a cluster; no GPU is needed."""
+    """Search the layouts of a step on a cluster; no GPU is needed. The step is that of an experiment's file, or of
+    `ftrain train TASK --model DIR`, whose weights are not read."""
 
-    experiment: tyro.conf.Positional[Path]
-    """A Python file with a function plan_for_search(tokens=..., packs=...)."""
+    experiment: tyro.conf.Positional[Path | None] = None
+    """A Python file with a function plan_for_search(tokens=..., packs=...); or give --model."""
+    model: Path | None = None
+    """A folder in Hugging Face's format."""
+    task: str = "sft"
+    """Of a model's folder: what it is trained for, as in `ftrain train TASK`."""
+    lora: LoraFlags = field(default_factory=LoraFlags)
+    freeze: tuple[str, ...] = ()
+    """Globs over paths of parameters that are not trained."""
+    only: tuple[str, ...] = ()
+    """Globs over paths of the parameters that alone are trained."""
+    teacher: Path | None = None
+    """With --task kd: the teacher's folder."""
+    native: Literal["auto", "always", "never"] = "auto"
+    """auto: a family of the library where it has the model's, transformers' own module elsewhere."""
     gpus: int = 8
     """How many GPUs there are."""
     gpu: str = "h100"
@@ -47,6 +65,8 @@ class PlanOptions:
     """Tokens of a pack: the longest document. K and M are 1024 and 1024^2."""
     packs: int | None = None
     """Packs in a step, over all GPUs; default: one per GPU, fewer where packs are longer than 32K tokens."""
+    budget: str = "95%"
+    """The most memory that a step may use of a GPU, such as 70GiB or 80%."""
     size: str | None = None
     """Size of the model, where the experiment has several: the argument of its plan_for_search(size=...)."""
     traced: int = 24
@@ -90,10 +110,11 @@ def _run(options: PlanOptions) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, quiet=not is_first())
     tokens = tokens_of(options.tokens)
     packs = options.packs or default_packs(options.gpus, tokens)
-    load = partial(load_workload, options.experiment, tokens, packs, options.size)
+    load = _load(options, tokens, packs)
     workload, machine = load(), _machine(options)
     say = partial(console.print, style="dim")
-    result = from_rank_zero(lambda: search(workload, options.gpus, machine, _options_of(options), load=load, say=say))
+    how = _options_of(options, machine)
+    result = from_rank_zero(lambda: search(workload, options.gpus, machine, how, load=load, say=say))
     title = f"{workload.name}: {packs} packs of {tokens} tokens a step on {options.gpus} x {machine.name}"
     print_result(result, title=title, console=console)
     if options.html is not None and is_first():
@@ -113,9 +134,52 @@ def _machine(options: PlanOptions) -> Cluster:
     return known if options.op_times is None else replace(known, measured=read_times(options.op_times))
 
 
-def _options_of(options: PlanOptions) -> Options:
+def _options_of(options: PlanOptions, machine: Cluster) -> Options:
     space = Space(remats=tuple(_remat(text) for text in options.remat), rings=options.rings)
-    return Options(traced=options.traced, processes=options.processes, space=space, seconds=options.seconds)
+    share = share_of(options.budget, machine)
+    return Options(options.traced, options.processes, space, memory=share, seconds=options.seconds)
+
+
+def share_of(budget: str, machine: Cluster) -> float:
+    """The share of a GPU's memory that a budget is. ValueError for one of another form, or beyond the GPU.
+
+    >>> from ftrain.analysis.cluster import cluster
+    >>> from ftrain.cli.plan import share_of
+    >>> share_of("80%", cluster("h100"))
+    0.8
+    """
+    try:
+        found = parse_budget(budget)
+    except ValueError:
+        found = "fit"
+    if isinstance(found, str):
+        raise ValueError(f"--budget {budget!r}: give bytes, 70GiB or 80%")
+    share = found if isinstance(found, float) else found / machine.memory
+    if not 0 < share <= 1:
+        raise ValueError(f"--budget {budget}: a {machine.name} has {show_bytes(int(machine.memory))}")
+    return share
+
+
+def _load(options: PlanOptions, tokens: int, packs: int) -> Callable[[], Workload]:
+    """What makes the workload, also in other processes."""
+    if (options.experiment is None) == (options.model is None):
+        raise ValueError("ftrain plan: give either an experiment's file, or --model DIR")
+    if options.experiment is not None:
+        given = [f.name for f in fields(options) if f.name in _OF_MODELS and getattr(options, f.name) != _default(f)]
+        if given:
+            raise ValueError(f"--{given[0]} is for --model DIR: an experiment's file says itself what it trains")
+        return partial(load_workload, options.experiment, tokens, packs, options.size)
+    if options.size is not None:
+        raise ValueError(f"--size {options.size}: it is for an experiment's file; a folder has one size")
+    from ftrain.cli.plan_model import ModelStep  # the extra `train`, which a search of experiments does not need
+
+    assert options.model is not None
+    chosen = {name: getattr(options, name) for name in _OF_MODELS}
+    return ModelStep(options.model, tokens=tokens, packs=packs, **chosen).workload
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if field.default is MISSING else field.default
 
 
 def default_packs(gpus: int, tokens: int) -> int:

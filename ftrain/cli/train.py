@@ -14,6 +14,7 @@ from ftrain import checkpoint
 from ftrain.bridge.opened import open as open_model
 from ftrain.bridge.tasks import task_of
 from ftrain.cli.config_file import as_config
+from ftrain.cli.planned import Planned, planned_of
 from ftrain.cli.recipes import export, jit_options, recipe_of
 from ftrain.cli.train_options import KINDS, KdTrain, TaskKind, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
@@ -43,19 +44,21 @@ def run(options: TrainOptions) -> int:
     options.lora.require_sense()
     device = device_of(options.device)
     sizes = options.mesh
+    planned = planned_of(options)
     alone = "RANK" not in os.environ
+    sizes = sizes if planned is None else planned.sizes(sizes)
     several = alone and sizes.replicate * (sizes.shard or 1) * sizes.sequence > 1
     with session(
         replicate=sizes.replicate, shard=sizes.shard, sequence=sizes.sequence, expert=sizes.expert,
         kind="virtual" if several else "process", device=device, timeout=sizes.timeout,
     ) as ranks:  # fmt: skip
-        return _run(name, kind, options, ranks)
+        return _run(name, kind, options, ranks, planned)
 
 
-def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run) -> int:
+def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: Planned | None) -> int:
     report = Report(1, console=SteadyConsole(quiet=not is_main()))
     path, goes_on = of_main(_folder(options, name))
-    options = replace(options, data=replace(options.data, packs=_packs(options, path, goes_on, ranks)))
+    options = replace(options, data=replace(options.data, packs=_packs(options, path, goes_on, ranks, planned)))
     tokenizer = load_tokenizer(options.model)
     length = Length(options.data.tokens, options.truncate) if options.data.cut == "never" else Length()
     family = family_of(options.model, tokenizer, image_pixels=options.data.image_pixels)
@@ -78,7 +81,7 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run) -> int:
         kind,
         model,
         steps=data.steps,
-        micro_batches=1 if kind.whole_batch else data.loader.packing.micro_batches,
+        micro_batches=_micro_batches(kind, data, planned),
         device=ranks.device,
     )
     if recipe.adapter is not None:
@@ -132,10 +135,21 @@ def _samples(options: TrainOptions, recipe: Recipe, data: RunData, tokenizer: An
     return Samples(prompts, tokenizer.decode, stop)
 
 
-def _packs(options: TrainOptions, path: Path, goes_on: bool, ranks: Run) -> int:
-    """Packs of a step: as given, or those of the run that goes on, or by the ranks that it begins with."""
+def _micro_batches(kind: TaskKind, data: RunData, planned: Planned | None) -> int:
+    """Into how many a step's batch is divided: a plan file says it, else each has one pack of a rank."""
+    if kind.whole_batch:
+        return 1
+    return data.loader.packing.micro_batches if planned is None else planned.plan.candidate.micro_batches
+
+
+def _packs(options: TrainOptions, path: Path, goes_on: bool, ranks: Run, planned: Planned | None) -> int:
+    """Packs of a step: as given, those of the plan file, those of the run that goes on, or by the ranks that it begins
+    with.
+    """
     if options.data.packs is not None:
         return options.data.packs
+    if planned is not None:
+        return planned.plan.packs
     before = run_folder.read_config(path).get("packs") if goes_on else None
     shares = ranks.mesh.replicate * ranks.mesh.shard
     return int(before) if before else shares * math.ceil(4 / shares)

@@ -1,49 +1,20 @@
 """The options of `ftrain train`: what all tasks have, and what each has of its own."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
 from ftrain import optim
+from ftrain.cli.lora_flags import LoraFlags
 from ftrain.data.encoding import ChatEncoder
 from ftrain.run.data import DataOptions
 from ftrain.run.ranks import MeshFlags
 from ftrain.run.training import Every
 from ftrain.tasks import Classify, Dpo, Embed, Kd, Kto, NextToken, Reward, Task
 from ftrain.tasks.rows import ClassedRows, JudgedRows, PairRows, PreferenceRows, TextRows, WithNeighbour
-
-
-@dataclass(frozen=True)
-class LoraFlags:
-    """An adapter of low rank, which is trained in the place of the model's parameters."""
-
-    rank: int = 0
-    """0: no adapter, all parameters are trained."""
-    alpha: float | None = None
-    """Deltas are scaled by alpha / rank; default: twice the rank."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Which parameters: all-linear, last parts of names (q_proj), or globs over paths."""
-    dropout: float = 0.0
-    """Share of a layer's input that its delta does not see."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank)."""
-    dora: bool = False
-    """Directions and magnitudes apart."""
-    plus: float = 1.0
-    """LoRA+: how much faster the factors next to outputs learn than those next to inputs."""
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    """How the matrices of the model below are kept, which are not trained."""
-
-    def require_sense(self) -> None:
-        """ValueError for a negative rank, and for options of an adapter without one."""
-        if self.rank < 0:
-            raise ValueError(f"--lora.rank {self.rank} must be at least 0")
-        given = [f.name for f in fields(self) if f.name != "rank" and getattr(self, f.name) != f.default]
-        if given and not self.rank:
-            raise ValueError(f"--lora.{given[0]} is of an adapter, and --lora.rank is 0: give a rank, such as 16")
 
 
 @dataclass(frozen=True)
@@ -100,7 +71,8 @@ class TrainOptions:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """In which dtype the loss is computed. auto: bfloat16 on CUDA, float32 on a CPU."""
     plan: str | None = None
-    """auto: search the fastest layout on these ranks at start-up; or a file that `ftrain plan --apply` wrote."""
+    """auto: search the fastest layout within --budget on these ranks at start-up; or a file that `ftrain plan --apply`
+    wrote, whose mesh and packs are then taken."""
     remat: Literal["none", "layer", "all"] = "none"
     """What the backward pass computes again instead of keeping it."""
     budget: str | None = None

@@ -27,6 +27,7 @@ def print_result(result: Result, *, title: str, rows: int = 20, console: Console
     console.print(table)
     if result.prices:
         best = result.prices[0]
+        console.print(summary(best), highlight=False)
         words = why(best.seconds, result.bounds[best.candidate], best.exposed, best.ops)
         if words:
             console.print(f"{best.candidate}: {words}", highlight=False)
@@ -44,6 +45,21 @@ def print_result(result: Result, *, title: str, rows: int = 20, console: Console
     for rejected in grouped(result.rejected):
         fits = f"; what would fit: {rejected.fits}" if rejected.fits else ""
         console.print(f"  {rejected.number:6d}  {rejected.reason}  ({rejected.what}{fits})", highlight=False)
+
+
+def summary(price: Price) -> str:
+    """A layout's speed in all, the memory of a GPU, and what the time of a step goes to, in one sentence."""
+    candidate, waits = price.candidate, price.exposed / price.seconds
+    bound = "messages" if waits > 0.5 else "compute"
+    took: dict[str, float] = {}
+    for op, microseconds in price.ops.items():
+        took[op.op] = took.get(op.op, 0.0) + microseconds
+    most = sorted(took, key=lambda op: -took[op])[:3]
+    return (
+        f"{candidate}: {price.tokens_per_second * candidate.ranks:,.0f} tokens/s on all GPUs; "
+        f"{price.peak / GIB:.1f} GiB of a GPU at the peak, {price.state / GIB:.1f} of them state and batch; bound by "
+        f"{bound} ({waits:.0%} of a step waits for messages; most compute is {', '.join(most)})"
+    )
 
 
 def cells(price: Price) -> list[str]:
