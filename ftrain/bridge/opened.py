@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 
 from ftrain.bridge.native import native_decoder
+from ftrain.bridge.native_sight import native_sight
 from ftrain.bridge.pretrained import Task, from_transformers
 from ftrain.hf.files import HfFolder
+from ftrain.modules.families.registry import seeing_family_of
 from ftrain.modules.model import Model
 
 
@@ -27,7 +29,7 @@ def open(
         native: "auto" takes the library's own family where there is one and transformers' model elsewhere; "always" and
             "never" leave no choice.
         task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
-            model.
+            model, one that sees for "image_text_to_text" too.
 
     Raises:
         ValueError: there is no model in the folder, or none of the kind that was asked for; `native` is another word.
@@ -47,12 +49,18 @@ def open(
     why = 'native="never"'
     if native != "never":
         try:
-            if task != "causal_lm":
-                raise ValueError(f"task {task!r} has no native model")
-            return native_decoder(HfFolder.open(folder))
+            return _native(HfFolder.open(folder), task)
         except ValueError as error:
             if native == "always":
                 raise
             why = str(error)
     bridged = from_transformers(folder, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
     return replace(bridged, why=f"bridged: {why}")
+
+
+def _native(folder: HfFolder, task: Task) -> Model:
+    """The library's own model. ValueError where it has none of the folder's family, or for the task."""
+    seeing = seeing_family_of(folder.config())
+    if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
+        raise ValueError(f"task {task!r} has no native model")
+    return native_decoder(folder) if seeing is None else native_sight(folder, seeing)
