@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ftrain.kernels.chunks import PIECE
 from ftrain.kernels.documents import Segments, ids_of
+from ftrain.kernels.embedding import merge_rows
 from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
 from ftrain.kernels.linear_token_losses import linear_token_losses
 from ftrain.kernels.mean import Mean
@@ -31,6 +32,7 @@ from ftrain.modules.spec import Normal, ParamSpec, Tree
 __all__ = [
     "IGNORE",
     "PRESETS",
+    "Added",
     "DecoderConfig",
     "DecoderStats",
     "apply",
@@ -59,6 +61,25 @@ class DecoderStats(NamedTuple):
     """
 
     router: RouterStats | None
+
+
+class Added(NamedTuple):
+    """Rows that are added to the stream behind the first layers (DeepStack, Meng et al. 2024), of a few of its tokens.
+
+    `rows`: for each of these layers, `[n, D]`; `index_n`: int64, the token of each row, T for none.
+    """
+
+    rows: tuple[Tensor, ...] = ()
+    index_n: Tensor | None = None
+
+    def behind(self, layer: int, x_TD: Tensor) -> Tensor:
+        """The stream behind layer number `layer`, with its rows."""
+        if layer >= len(self.rows) or self.index_n is None:
+            return x_TD
+        return x_TD + merge_rows(torch.zeros_like(x_TD), self.rows[layer], self.index_n)
+
+
+NOTHING_ADDED = Added()
 
 
 def specs(cfg: DecoderConfig) -> dict[str, Any]:
@@ -105,13 +126,15 @@ def apply(
     cfg: DecoderConfig,
     balance: Tree = None,
     valid: Tensor | None = None,
+    added: Added = NOTHING_ADDED,
 ) -> tuple[Tensor, DecoderStats]:
     """Tokens `[T]` (integers) or embeddings `[T, D]` (floats) to the hidden states after the last norm, `[T, D]`.
 
     `positions`: `[T]`, or `[A, T]` with several position axes, starting again in each document. `segments`: `[T]`
     int64 document ids, equal ids adjacent, or `Documents`, with which a CUDA device never waits; `None` is one
     document. `balance`: the state of `balance_specs`, given exactly where the balance is "bias". `valid`: `[T]` bool,
-    false for padding, which routers then do not count. ValueError where shapes do not fit `cfg` or each other.
+    false for padding, which routers then do not count. `added`: rows for the first layers. ValueError where shapes do
+    not fit `cfg` or each other.
 
     >>> from ftrain.kernels import random
     >>> from ftrain.modules import spec
@@ -125,7 +148,7 @@ def apply(
     x_TD = x if x.is_floating_point() else embed(params, x)
     _check_inputs(params, x_TD, positions, segments, cfg)
     at = Context(positions, segments_T=segments, valid_T=valid, biases_LE=_biases(balance))
-    x_TD = _stack(params, x_TD, at, cfg=cfg)
+    x_TD = _stack(params, x_TD, at, cfg=cfg, added=added)
     return _last_norm(params, x_TD, cfg), DecoderStats(_stacked(at.stats))
 
 
@@ -138,11 +161,13 @@ def prefill(
     room: int,
     cfg: DecoderConfig,
     balance: Tree = None,
+    added: Added = NOTHING_ADDED,
 ) -> tuple[Tensor, KvCache]:
     """Hidden states `[T, D]` of B packed sequences, as of `apply`, and the cache from which `extend` goes on.
 
     `length_B`: int64, how many tokens each sequence has, in the order of the pack; one may have none, which segments
-    could not say. `room`: how many tokens each will be extended by at most. `positions`, `balance`: as in `apply`.
+    could not say. `room`: how many tokens each will be extended by at most. `positions`, `balance`, `added`: as in
+    `apply`.
     ValueError if there is no token at all, if lengths are not the pack's, or if attention is not causal.
 
     >>> from ftrain.kernels import random
@@ -164,7 +189,7 @@ def prefill(
     segments_T = torch.repeat_interleave(length_B)
     _check_inputs(params, x_TD, positions, segments_T, cfg)
     at = Prompts(positions, segments_T=segments_T, biases_LE=_biases(balance), length_B=length_B, unpacking=unpacking)
-    x_TD = _stack(params, x_TD, at, cfg=cfg)
+    x_TD = _stack(params, x_TD, at, cfg=cfg, added=added)
     return _last_norm(params, x_TD, cfg), KvCache(tuple(at.entries), length_B, room)
 
 
@@ -217,11 +242,13 @@ def apply_layer(params: dict[str, Any], x_TD: Tensor, *, layer: int, cfg: Decode
     return at.run_layer(layer_block(cfg, layer), params, x_TD, layer=layer)
 
 
-def _stack(params: dict[str, Any], x_TD: Tensor, at: Context, *, cfg: DecoderConfig) -> Tensor:
+def _stack(
+    params: dict[str, Any], x_TD: Tensor, at: Context, *, cfg: DecoderConfig, added: Added = NOTHING_ADDED
+) -> Tensor:
     """All layers; what they keep and count is left in `at`."""
     at.rope(cfg.attention)  # before the layers, of which it is no part
     for i, layer in enumerate(params["layers"]):
-        x_TD = apply_layer(layer, x_TD, layer=i, cfg=cfg, at=at)
+        x_TD = added.behind(i, apply_layer(layer, x_TD, layer=i, cfg=cfg, at=at))
     if at.biases_LE is not None and len(at.stats) != len(at.biases_LE):
         raise ValueError(
             f"decoder: {len(at.stats)} routers have recorded what they did, and the state of balancing has "

@@ -1,4 +1,4 @@
-"""The two-layer MLPs: SwiGLU (Shazeer 2020) and GELU.
+"""The two-layer MLPs: SwiGLU (Shazeer 2020) and GELU, exact or one of its approximations.
 
 Legend: T tokens, D width, F hidden width.
 """
@@ -13,19 +13,20 @@ from ftrain.kernels.swiglu import swiglu
 from ftrain.modules.linear import affine
 from ftrain.modules.spec import ParamSpec, fan_in, zeros
 
-KINDS = ("swiglu", "gelu", "gelu_tanh")
+KINDS = ("swiglu", "gelu", "gelu_tanh", "quick_gelu")
 
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """`kind`: swiglu `(silu(x gate) * x up) down`, or gelu (exact) or gelu_tanh `gelu(x up) down`.
+    """`kind`: swiglu `(silu(x gate) * x up) down`, or `gelu(x up) down` with gelu (exact), gelu_tanh or quick_gelu (`h
+    sigmoid(1.702 h)`, CLIP).
 
     `d_model` is D, `d_hidden` is F; `bias`: of every linear map. ValueError for another kind.
     """
 
     d_model: int
     d_hidden: int
-    kind: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    kind: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ def apply(params: dict[str, Any], x_TD: Tensor, *, cfg: MlpConfig) -> Tensor:
     up_TF = affine(x_TD, params["w_up_DF"], params.get("b_up_F"))
     if cfg.kind == "swiglu":
         hidden_TF = swiglu(affine(x_TD, params["w_gate_DF"], params.get("b_gate_F")), up_TF)
+    elif cfg.kind == "quick_gelu":
+        hidden_TF = up_TF * (1.702 * up_TF).sigmoid()
     else:
         hidden_TF = F.gelu(up_TF, approximate="tanh" if cfg.kind == "gelu_tanh" else "none")
     return affine(hidden_TF, params["w_down_FD"], params.get("b_down_D"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from ftrain.modules.autoregression import Family
 from ftrain.modules.hf_names import Names
 from ftrain.modules.spec import Tree
+from ftrain.sharding.batch import BatchRule
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Model:
     - `save(params, folder)`: in the format that it was loaded from.
     - `media(batch) -> batch`: what the model computes of the shapes of its media, on the host, before a step; None for
       models that need no such thing.
+    - `rules`: how ranks share the leaves of its batch (`Plan(batch=model.rules)`) that have no entry for each token.
     - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm, balancing biases of routers),
       as a tree of tensors; the functions then take it as `state=` and `loss` gives the new one. Empty for most.
     - `packs`: True if several documents may share a pack, with `batch["segments"]`; else `alone` says why not.
@@ -76,3 +78,4 @@ class Model:
     plain: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     why: str = ""
     names: Names = ()
+    rules: Mapping[str, BatchRule] = field(default_factory=dict)

@@ -9,8 +9,10 @@ import torch
 from ftrain.bridge.config import read_config
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.native import native_decoder
+from ftrain.bridge.native_sight import native_sight
 from ftrain.bridge.pretrained import Task, from_transformers
 from ftrain.hf.files import HfFolder
+from ftrain.modules.families.registry import seeing_family_of
 from ftrain.modules.model import Model
 
 
@@ -30,7 +32,7 @@ def open(
         native: "auto" takes the library's own family where there is one and transformers' model elsewhere; "always" and
             "never" leave no choice.
         task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
-            model.
+            model, one that sees for "image_text_to_text" too.
         layers: with so many of its layers alone (`ftrain.bridge.depth`), for a look at shapes: such a model has neither
             `load` nor `save`. None: all.
 
@@ -52,9 +54,7 @@ def open(
     why = 'native="never"'
     if native != "never":
         try:
-            if task != "causal_lm":
-                raise ValueError(f"task {task!r} has no native model")
-            return _without_files(native_decoder(HfFolder.open(folder), layers=layers), layers)
+            return _without_files(_native(HfFolder.open(folder), task, layers), layers)
         except ValueError as error:
             if native == "always":
                 raise
@@ -66,3 +66,15 @@ def open(
 
 def _without_files(model: Model, layers: int | None) -> Model:
     return model if layers is None else replace(model, load=None, save=None)
+
+
+def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
+    """The library's own model. ValueError where it has none of the folder's family, for the task, or of fewer layers."""
+    seeing = seeing_family_of(folder.config())
+    if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
+        raise ValueError(f"task {task!r} has no native model")
+    if seeing is None:
+        return native_decoder(folder, layers=layers)
+    if layers is not None:
+        raise ValueError("a native model that sees has all of its layers")
+    return native_sight(folder, seeing)

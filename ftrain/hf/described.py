@@ -1,10 +1,10 @@
-"""The decoder that a `config.json` from anybody describes: its entries checked, its counts bounded by what is there.
+"""The model that a `config.json` from anybody describes: its entries checked, its counts bounded by what is there.
 
 Work and memory grow with the number of layers and experts, long before a weight is looked for.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ftrain.files.outside import Shape, check, either, flag, listed, number, one_of, record, text, whole
 from ftrain.modules.decoder import DecoderConfig
@@ -53,6 +53,23 @@ _CONFIG = record(
     others=True,
 )
 
+_VISION = record(
+    {},
+    optional={
+        **dict.fromkeys(("depth", "hidden_size", "embed_dim", "out_hidden_size", "num_heads", "patch_size"), _COUNT),
+        **dict.fromkeys(
+            ("spatial_merge_size", "temporal_patch_size", "in_channels", "in_chans", "window_size"), _COUNT
+        ),
+        **dict.fromkeys(("intermediate_size", "num_position_embeddings"), _COUNT),
+        **dict.fromkeys(("mlp_ratio", "tokens_per_second", "initializer_range"), _REAL),
+        **dict.fromkeys(("fullatt_block_indexes", "deepstack_visual_indexes"), _maybe(listed(whole()))),
+        "hidden_act": text(),
+    },
+    others=True,
+)
+Described = TypeVar("Described")
+"""What a rule makes of a configuration."""
+
 
 def described_decoder(
     config: Mapping[str, Any],
@@ -67,7 +84,28 @@ def described_decoder(
     file and the entry.
     """
     check(config, _CONFIG, shown)
-    bounds = {"num_hidden_layers": layers, **({} if experts is None else dict.fromkeys(_EXPERTS, experts))}
+    _require_held(config, {"num_hidden_layers": layers}, shown)
+    if experts is not None:
+        _require_held(config, dict.fromkeys(_EXPERTS, experts), shown)
+    return _described(config, shown, describe)
+
+
+def described_with_sight(
+    config: Mapping[str, Any], shown: str, *, layers: int, describe: Callable[[Mapping[str, Any]], Described]
+) -> Described:
+    """The language model with a vision tower of the configuration in the file `shown`, as `described_decoder`.
+
+    `layers`: the most that the decoder and the tower can have. ValueError names the file and the entry.
+    """
+    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    check(text, _CONFIG, shown)
+    check(vision, _VISION, f"{shown}, vision_config")
+    _require_held(text, {"num_hidden_layers": layers}, shown)
+    _require_held(vision, {"depth": layers}, f"{shown}, vision_config")
+    return _described(config, shown, describe)
+
+
+def _require_held(config: Mapping[str, Any], bounds: Mapping[str, int], shown: str) -> None:
     for field, most in bounds.items():
         found = config.get(field) or 0
         if found > most:
@@ -75,6 +113,9 @@ def described_decoder(
                 f"{shown}: {field} is {found:,}, and there are weights of no more than {most:,}: give the config.json "
                 "that belongs to these weights"
             )
+
+
+def _described(config: Mapping[str, Any], shown: str, describe: Callable[[Mapping[str, Any]], Described]) -> Described:
     try:
         return describe(config)
     except ValueError as error:

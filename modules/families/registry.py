@@ -1,9 +1,10 @@
-"""Which family of text models a `config.json` is of: `model_type` tells."""
+"""Which family a `config.json` is of, of text models or of those that see: `model_type` tells."""
 
 from types import MappingProxyType
 
-from ftrain.modules.families import deepseek_v3, gpt_oss, qwen3_5, qwen3_next
+from ftrain.modules.families import deepseek_v3, gpt_oss, qwen2_vl, qwen3_5, qwen3_next
 from ftrain.modules.families.family import TextFamily
+from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.hf_config import decoder_config
 from ftrain.modules.hf_fields import Config
 from ftrain.modules.hf_names import decoder_names
@@ -24,6 +25,9 @@ FAMILIES = MappingProxyType(
 )
 """Those with layers of their own, by `model_type`; the last two, which see pictures, to be refused by their name."""
 
+SEEING = MappingProxyType({"qwen2_vl": qwen2_vl.FAMILY})
+"""Those that see, by `model_type`."""
+
 
 def family_of(config: Config) -> TextFamily:
     """The family by `model_type`; that of plain decoders for any other type, which its `config` may refuse.
@@ -34,3 +38,9 @@ def family_of(config: Config) -> TextFamily:
     """
     kind = config.get("model_type")
     return FAMILIES.get(kind, PLAIN) if isinstance(kind, str) else PLAIN
+
+
+def seeing_family_of(config: Config) -> VisionLanguageFamily | None:
+    """The family of language models that see, by `model_type`; None for any other."""
+    kind = config.get("model_type")
+    return SEEING.get(kind) if isinstance(kind, str) else None

@@ -1,0 +1,159 @@
+"""The library's own language models that see as a `Model`: where a folder holds a family that it has.
+
+Legend: T tokens of a pack, B rows, L tokens of a row, V vocabulary, D model width, N patches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftrain.bridge.agreement import require_rows_for_tokens
+from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
+from ftrain.hf.described import described_with_sight
+from ftrain.hf.files import CONFIG, HfFolder
+from ftrain.hf.load import fill_hf, load_hf
+from ftrain.hf.save import save_hf
+from ftrain.kernels.documents import Segments
+from ftrain.kernels.mean import Mean
+from ftrain.modules import decoder, vision_language
+from ftrain.modules.families.vision_language import VisionLanguageFamily
+from ftrain.modules.hf_names import Names
+from ftrain.modules.model import Leaf, Model
+from ftrain.modules.pictures import LEAVES as RAW
+from ftrain.modules.spec import Tree
+from ftrain.modules.vision_language import VisionLanguageConfig
+from ftrain.modules.vision_media import RULES, prepare
+from ftrain.trace.spmd import current_sharded
+
+LEAVES = {
+    **LANGUAGE,
+    "positions": Leaf("places of the tokens in time, rows and columns; or one of each, of text", "[T, 3] or [B, L, 3]"),
+    "replaced": Leaf("which tokens a picture's row replaces, of `model.media(batch)`", "[T] or [B, L]"),
+    "media": Leaf("what `model.media(batch)` makes of pictures", "patches first"),
+}
+"""What such a model reads of a batch."""
+
+
+def native_sight(folder: HfFolder, family: VisionLanguageFamily) -> Model:
+    """The model of a folder of weights of the family. ValueError for a configuration that it cannot follow, or if the
+    folder's tokenizer has more ids than the table has rows.
+    """
+    config = folder.config()
+    shown = str(folder.path / CONFIG)
+    cfg = described_with_sight(config, shown, layers=len(folder.tensors), describe=family.config)
+    require_rows_for_tokens(folder.path, config)
+    names = family.names(cfg, {name: stored.shape for name, stored in folder.tensors.items()})
+    specs, made = vision_language.specs(cfg), NativeSight(cfg)
+    kind = config["model_type"]
+    return Model(
+        name=f"{kind} (native)",
+        specs=specs,
+        batch=LEAVES,
+        loss=made.loss,
+        token_losses=made.token_losses,
+        logits=made.logits,
+        hidden=made.hidden,
+        load=partial(_load, folder, specs, names),
+        save=lambda params, to: save_hf(params, to, config, names),
+        media=made.media,
+        rules=RULES,
+        why=f"native: {kind} is a family of the library",
+        names=names,
+    )
+
+
+def _load(folder: HfFolder, specs: Tree, names: Names, into: Tree | None = None) -> Tree:
+    """New parameters, or those of `into` filled."""
+    if into is None:
+        return load_hf(folder, specs, names)
+    fill_hf(into, folder, names)
+    return into
+
+
+@dataclass(frozen=True)
+class NativeSight:
+    """The functions of a `Model` of a language model that sees. It drops nothing, so a key makes no difference."""
+
+    cfg: VisionLanguageConfig
+
+    def media(
+        self, batch: Mapping[str, Any], *, patches: int | None = None, packs: int = 1, parts: int = 1
+    ) -> dict[str, Any]:
+        """The batch that the other functions read, of raw leaves: see `ftrain.modules.vision_media.prepare`."""
+        return prepare(batch, self.cfg.media, patches=patches, packs=packs, parts=parts)
+
+    def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Mean:
+        """The `Mean` cross entropy of the batch's labels. `key`: int64 `[2]`, which nothing draws from.
+
+        ValueError for a batch without labels, or that does not fit.
+        """
+        del key
+        if "labels" not in batch:
+            raise ValueError("a loss needs the batch's 'labels'")
+        return decoder.loss(params["text"], self._run(params, batch), batch["labels"].flatten(), self.cfg.text)
+
+    def token_losses(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+        """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. ValueError for a batch that does
+        not fit.
+        """
+        del key
+        hidden_TD, labels_T = self._run(params, batch), batch["labels"].flatten()
+        losses_T = decoder.token_losses(params["text"], hidden_TD, labels_T, self.cfg.text)
+        return losses_T.unflatten(0, batch["tokens"].shape)
+
+    def logits(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+        """The scores `[T, V]` or `[B, L, V]`. ValueError for a batch that does not fit."""
+        del key
+        scores_TV = decoder.logits(params["text"], self._run(params, batch), self.cfg.text)
+        return scores_TV.unflatten(0, batch["tokens"].shape)
+
+    def hidden(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+        """What the head reads, `[T, D]` or `[B, L, D]`. ValueError for a batch that does not fit."""
+        del key
+        return self._run(params, batch).unflatten(0, batch["tokens"].shape)
+
+    def _run(self, params: Tree, batch: Mapping[str, Any]) -> Tensor:
+        raw = next((leaf for leaf in RAW if leaf in batch), None)
+        if raw is not None:
+            raise ValueError(f"the batch has {raw!r} as it came: give what model.media(batch) makes of it")
+        require_tokens("the model", batch, LEAVES)
+        tokens, replaced = batch["tokens"], batch.get("replaced")
+        _require_a_pack(tokens)
+        given = {
+            "tokens": tokens.flatten(),
+            "positions": _on_three_axes(batch),
+            "replaced": None if replaced is None else replaced.flatten(),
+            "media": batch.get("media"),
+        }
+        return vision_language.hidden(params, given, self.cfg, segments=_documents(batch))[0]
+
+
+def _require_a_pack(tokens: Tensor) -> None:
+    trace = current_sharded()
+    if trace is not None and trace.plan.mesh.size > 1 and tokens.dim() != 1:
+        raise ValueError(
+            f"rows {list(tokens.shape)} on a mesh of {trace.plan.mesh.size} ranks, which share the patches of packs: "
+            "give packs, tokens [T] with segments"
+        )
+
+
+def _on_three_axes(batch: Mapping[str, Any]) -> Tensor:
+    """The places of the folded tokens, `[T, 3]`; those of text are equal on all axes."""
+    tokens, place = batch["tokens"], batch.get("positions")
+    if place is not None and place.dim() == tokens.dim() + 1:
+        return place.reshape(-1, 3)
+    place = positions(batch)
+    place = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape) if place is None else place
+    return place.reshape(-1, 1).expand(-1, 3)
+
+
+def _documents(batch: Mapping[str, Any]) -> Segments | None:
+    """The documents of the folded tokens: a row is one, where nothing is said."""
+    tokens = batch["tokens"]
+    if batch.get("segments") is None and tokens.dim() > 1:
+        return row_documents(len(tokens), tokens.shape[1], tokens.device)
+    return folded(batch.get("segments"), tokens)

@@ -1,0 +1,158 @@
+"""The pictures of a raw batch, checked: which frames there are, and which tokens stand for them.
+
+Raw leaves are those that Qwen's processors make, pictures in the order in which they stand in the tokens. Numpy on the
+host; a picture is an image or a video.
+
+Legend: T tokens, P patches of all pictures of a kind, M tokens of a kind, F frames of a picture, n tokens of a frame.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ftrain.modules.mrope import After, Picture
+from ftrain.modules.patch_grid import Frame, frame
+from ftrain.modules.vision_tower import TowerConfig
+
+KINDS = ("image", "video")
+PIXELS: Mapping[str, str] = MappingProxyType({"image": "pixels", "video": "pixel_values_videos"})
+"""The leaf of a kind's patches, `[P, numbers of a patch]`."""
+GRIDS: Mapping[str, str] = MappingProxyType({"image": "image_grid_thw", "video": "video_grid_thw"})
+"""The leaf of a kind's shapes: frames, rows and columns of patches, `[pictures, 3]`."""
+SECONDS = "second_per_grid_ts"
+"""The leaf of how long a frame of each video lasts, `[videos]`, where times are places."""
+LEAVES = (*PIXELS.values(), *GRIDS.values(), SECONDS)
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """What a model asks of its pictures: those that its `tower` reads, at the tokens `image` and `video`.
+
+    `per_second`: places in time of a second of video (Qwen2.5-VL); None: a frame is one. `split`: each frame of a video
+    stands by itself in the text (Qwen3-VL). `after`: where text goes on behind a video.
+    """
+
+    tower: TowerConfig
+    image: int
+    video: int
+    per_second: float | None = None
+    split: bool = False
+    after: After = "extent"
+
+    @property
+    def square(self) -> int:
+        """Patches that become one token."""
+        return self.tower.merge**2
+
+    def id_of(self, kind: str) -> int:
+        """The token that stands for a picture of a kind."""
+        return self.image if kind == "image" else self.video
+
+
+class Piece(NamedTuple):
+    """A frame: its `kind` of picture, its `arrays`, its first patch among those of its kind, and the tokens `at_n` that
+    its merged squares replace, in the order of `arrays`."""
+
+    kind: str
+    arrays: Frame
+    source: int
+    at_n: np.ndarray
+
+    @property
+    def patches(self) -> int:
+        """How many patches it has."""
+        return len(self.arrays.window_N)
+
+
+def find(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfig) -> tuple[list[Piece], list[Picture]]:
+    """All frames, of images first, and all pictures in the order of the tokens.
+
+    `raw`: leaves of pictures, see `LEAVES`; `tokens_T`: the folded tokens.
+
+    ValueError where pictures and the tokens that stand for them are not equally many or do not lie together, where a
+    shape is empty, no multiple of the merged squares or not that of the patches, or where a number is not finite.
+    """
+    pieces, found = list[Piece](), list[Picture]()
+    for kind in KINDS:
+        grid_N3 = _grids(raw, kind, cfg)
+        at_M = np.flatnonzero(tokens_T == cfg.id_of(kind))
+        merged = int(grid_N3.prod(1).sum()) // cfg.square
+        if merged != len(at_M):
+            raise ValueError(
+                f"the batch has {len(at_M)} tokens of {kind}s (id {cfg.id_of(kind)}), and its {len(grid_N3)} {kind}s "
+                f"have {merged} places: put as many tokens where a {kind} stands as its grid has merged squares"
+            )
+        step_N, cursor = _steps(raw, kind, len(grid_N3), cfg), 0
+        for (frames, height, width), step in zip(grid_N3.tolist(), step_N.tolist(), strict=True):
+            arrays = frame(height, width, cfg.tower.grid)
+            rows, columns = height // cfg.tower.merge, width // cfg.tower.merge
+            at_Fn = at_M[cursor : cursor + frames * rows * columns].reshape(frames, -1)
+            for i, at_n in enumerate(at_Fn):
+                source = (cursor + i * rows * columns) * cfg.square
+                pieces.append(Piece(kind, arrays, source, at_n[arrays.order_n]))
+            for at_n in at_Fn if cfg.split else at_Fn.reshape(1, -1):
+                _require_together(at_n, kind)
+                found.append(Picture(int(at_n[0]), 1 if cfg.split else frames, rows, columns, step))
+            cursor += at_Fn.size
+    return pieces, sorted(found)
+
+
+def _require_together(at_n: np.ndarray, kind: str) -> None:
+    if at_n[-1] - at_n[0] != len(at_n) - 1:
+        raise ValueError(
+            f"the {len(at_n)} tokens of one {kind} that begin at token {at_n[0]} do not stand side by side: the tokens "
+            "and the grids are not of the same pictures, or not in one order"
+        )
+
+
+def _grids(raw: Mapping[str, Any], kind: str, cfg: MediaConfig) -> np.ndarray:
+    """The shapes of a kind's pictures, int64 `[pictures, 3]`, that fit its patches."""
+    grid, pixels, merge = raw.get(GRIDS[kind]), raw.get(PIXELS[kind]), cfg.tower.merge
+    if grid is None and pixels is None:
+        return np.zeros((0, 3), np.int64)
+    if grid is None or pixels is None:
+        there, lacks = (GRIDS, PIXELS) if pixels is None else (PIXELS, GRIDS)
+        raise ValueError(f"the batch has {there[kind]!r} and no {lacks[kind]!r}: give both")
+    grid_N3 = grid.cpu().numpy().astype(np.int64)
+    if grid_N3.ndim != 2 or grid_N3.shape[1] != 3:
+        raise ValueError(f"{GRIDS[kind]} is {list(grid_N3.shape)}: give frames, rows and columns of each, [{kind}s, 3]")
+    for number, (frames, rows, columns) in enumerate(grid_N3.tolist()):
+        if min(frames, rows, columns) < 1 or rows % merge or columns % merge:
+            raise ValueError(
+                f"{kind} {number} has {frames} frames of {rows} x {columns} patches: it needs a frame, and rows and "
+                f"columns that are multiples of {merge}"
+            )
+    _require_patches(pixels, grid_N3, kind, cfg.tower)
+    return grid_N3
+
+
+def _require_patches(pixels: Tensor, grid_N3: np.ndarray, kind: str, tower: TowerConfig) -> None:
+    ends_N = grid_N3.prod(1).cumsum()
+    patches = int(ends_N[-1]) if len(ends_N) else 0
+    if tuple(pixels.shape) != (patches, tower.d_patch) or not pixels.is_floating_point():
+        raise ValueError(
+            f"{PIXELS[kind]} is {pixels.dtype} {list(pixels.shape)}: the shapes of the {kind}s ask for floating "
+            f"numbers, [{patches}, {tower.d_patch}]"
+        )
+    if not bool(pixels.sum().isfinite()) and not bool(pixels.isfinite().all()):
+        patch = int((~pixels.isfinite()).any(1).nonzero()[0])
+        number = int(np.searchsorted(ends_N, patch, side="right"))
+        raise ValueError(
+            f"{kind} {number} has a pixel that is no finite number (patch {patch} of {PIXELS[kind]}): leave it out"
+        )
+
+
+def _steps(raw: Mapping[str, Any], kind: str, pictures: int, cfg: MediaConfig) -> np.ndarray:
+    """The places from one frame to the next of each picture, float32 `[pictures]`."""
+    if kind == "image" or cfg.per_second is None:
+        if kind == "video" and SECONDS in raw:
+            raise ValueError(f"the batch has {SECONDS!r}, and this model counts frames, not seconds: leave it out")
+        return np.ones(pictures, np.float32)
+    seconds_N = np.asarray(raw.get(SECONDS, np.ones(pictures)), np.float32)
+    if seconds_N.shape != (pictures,) or not ((seconds_N > 0) & np.isfinite(seconds_N)).all():
+        raise ValueError(f"{SECONDS} is {seconds_N.tolist()}: give {pictures} numbers above 0, one for each video")
+    return np.float32(cfg.per_second) * seconds_N
