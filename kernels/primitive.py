@@ -18,7 +18,8 @@ _bindings: ContextVar[tuple[Mapping[str, Callable[..., Any]], ...]] = ContextVar
 
 
 def primitive(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make the decorated function rebindable under `name`; the plain function stays reachable as `.local`.
+    """Make the decorated function rebindable under `name`; the plain function stays reachable as `.local`, and what a
+    call would run here and now as `.bound()`, for a binding that does something before it.
 
     >>> from ftrain.kernels.primitive import bind, primitive
     >>> @primitive("double")
@@ -32,14 +33,15 @@ def primitive(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(local: Callable[P, R]) -> Callable[P, R]:
+        def bound() -> Callable[P, R]:
+            return next((layer[name] for layer in reversed(_bindings.get()) if name in layer), local)
+
         @functools.wraps(local)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for layer in reversed(_bindings.get()):
-                if name in layer:
-                    return layer[name](*args, **kwargs)
-            return local(*args, **kwargs)
+            return bound()(*args, **kwargs)
 
         call.local = local  # type: ignore[attr-defined]
+        call.bound = bound  # type: ignore[attr-defined]
         return call
 
     return decorate

@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct learns chats (`experiments.finetune`) with LoRA on all lin
 `SFTTrainer` with PEFT's adapter on transformers' eager model, which begins with our adapter and is fed the packs that
 our loader makes, with positions that tell the documents apart; nothing is recomputed on either side. Each side makes a
 few steps in turn. Preferences: a step of TRL's `DPOTrainer` on as many pairs, padded by its own collator, beside ours,
-packed.
+packed, each question once.
 
     python -m experiments.bench.finetune --json experiments/bench/results/finetune-cpu.json
 """
@@ -250,7 +250,7 @@ def _dpo(options: Options, folder: Path, made: Path) -> Iterator[Row]:
         spent["theirs"].append(_timed(lambda: losses.append(theirs.run(padded))))
         _progress(number + 1, options.pair_steps, spent)
     mine, other = (statistics.median(spent[side]) for side in ("ours", "theirs"))
-    how = f"{len(rows)} pairs, sigmoid, the reference is the base; ours packed into {len(batch['tokens'])} tokens"
+    how = f"{len(rows)} pairs, sigmoid, the reference is the base; ours packed into {len(batch['tokens'])} tokens, questions shared by both answers"
     yield row(
         "DPO: time of a step over TRL's",
         mine / other,
@@ -267,7 +267,7 @@ def _pairs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All pairs as one pack, as long as they are."""
     from ftrain.data.documents import lay
 
-    encode = PreferenceRows(ChatEncoder(load_tokenizer(folder)))
+    encode = PreferenceRows(ChatEncoder(load_tokenizer(folder)), share=True)
     groups = [
         encode(
             Preference(

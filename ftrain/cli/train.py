@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from ftrain.bridge.tasks import task_of
 from ftrain.cli.config_file import as_config
 from ftrain.cli.planned import Planned, planned_of
 from ftrain.cli.recipes import export, jit_options, recipe_of
-from ftrain.cli.train_options import KINDS, KdTrain, TaskKind, TrainOptions, kind_of
+from ftrain.cli.train_options import KINDS, KdTrain, OfPairs, TaskKind, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.data.media.families import family_of
 from ftrain.data.media_finishing import ReadMedia
+from ftrain.modules.model import Model
 from ftrain.modules.spec import leaves_with_paths
 from ftrain.run import folder as run_folder
 from ftrain.run.data import RunData, make_data
@@ -35,6 +37,7 @@ from ftrain.run.trackers import TRACKERS, require_trackers
 from ftrain.run.training import CHECKPOINTS, Training, train
 from ftrain.tasks import Embed
 from ftrain.tasks.heads import Headed
+from ftrain.tasks.shared_prompts import PREFIX, why_not_shared
 
 
 def run(options: TrainOptions) -> int:
@@ -66,9 +69,9 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: 
     model = open_model(options.model, native=options.native, task=task_of(options.model, media=family is not None))
     report.say(f"{model.name}: {model.why}")
     mesh = ranks.mesh
-    leaves = {kind.leaf: np.dtype(np.int64)} if kind.leaf else None
+    encode, leaves = _rows(kind, encoder, options, model, sequence=mesh.sequence, say=report.say)
     data = make_data(
-        options.data, kind.rows(encoder), ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
+        options.data, encode, ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
         leaves=leaves, layout=layout_of(model, family, sequence=mesh.sequence),
         finish=None if family is None else ReadMedia(family),
     )  # fmt: skip
@@ -110,6 +113,25 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: 
             return 0
         export(recipe, state, options, path, tokenizer=tokenizer, say=report.say)
     return 0
+
+
+def _rows(
+    kind: TaskKind,
+    encoder: ChatEncoder,
+    options: TrainOptions,
+    model: Model,
+    *,
+    sequence: int,
+    say: Callable[[str], None],
+) -> tuple[Any, dict[str, np.dtype] | None]:
+    """From a sample to documents, and which leaves those have beside tokens and labels."""
+    encode, names = kind.rows(encoder), (kind.leaf,) if kind.leaf else ()
+    if isinstance(options, OfPairs) and options.share_prompts:
+        why = "ranks share documents" if sequence > 1 else why_not_shared(model)
+        say(f"questions are computed for each answer: {why}" if why else "questions are computed once for both answers")
+        if not why:
+            encode, names = replace(encode, share=True), (*names, PREFIX)
+    return encode, {name: np.dtype(np.int64) for name in names} or None
 
 
 def _require_same_tokens(tokenizer: Any, teacher: Path) -> None:

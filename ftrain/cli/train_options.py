@@ -107,7 +107,15 @@ class Pretrain(TrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoTrain(TrainOptions):
+class OfPairs(TrainOptions):
+    """Tasks whose rows are two answers to one question."""
+
+    share_prompts: bool = True
+    """Compute what both answers of a row begin with once, where the model's tokens meet in causal attention alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoTrain(OfPairs):
     """Preferences: an answer that was chosen beside one that was rejected. With an adapter, the reference is the base
     without it."""
 
@@ -115,7 +123,7 @@ class DpoTrain(TrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KtoTrain(TrainOptions):
+class KtoTrain(OfPairs):
     """Answers that were judged good or bad, one by one."""
 
     kto: Kto = field(default_factory=Kto)
@@ -131,7 +139,7 @@ class KdTrain(TrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardTrain(TrainOptions):
+class RewardTrain(OfPairs):
     """A reward model from preferences: a head of one number, by which a chosen answer is above the rejected one."""
 
     reward: Reward = field(default_factory=Reward)

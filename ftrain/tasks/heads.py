@@ -16,6 +16,7 @@ from ftrain.kernels.whole_batch import within_documents
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Normal, ParamSpec, Tree, leaves_with_paths
 from ftrain.tasks.document_sums import document_ids, first_tokens, mean_where, sum_by_run
+from ftrain.tasks.shared_prompts import sharing
 from ftrain.tasks.task import for_log, require_leaf, without
 
 HEAD = "task_head"
@@ -133,16 +134,17 @@ class Reward(Headed):
 
         Args:
             model, params: what the head stands upon.
-            batch: of the model's leaves, and `side`, as `Dpo.loss` has it.
+            batch: of the model's leaves, and `side` and `prefix`, as `Dpo.loss` has them.
             head: `{"task_head": [D, 1]}`.
             key: int64 `[2]`, for dropout.
 
         ValueError for a batch without `side`, and on a mesh whose ranks share documents.
         """
         side_T = require_leaf("reward", batch, "side", "which says what was chosen (1) and what rejected (-1)")
-        texts = without(batch, "side")
+        with sharing(without(batch, "side")) as texts:
+            scores_T = scores(model, params, head, texts, key)[:, 0]
         ids_T = document_ids(texts)
-        reward_T = torch.where(last_tokens(ids_T), scores(model, params, head, texts, key)[:, 0], 0)
+        reward_T = torch.where(last_tokens(ids_T), scores_T, 0)
         pair_T = first_tokens(ids_T) & (side_T == 1)
         margin_T = sum_by_run(reward_T * side_T, pair_T)
         terms = {

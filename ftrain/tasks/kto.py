@@ -17,6 +17,7 @@ from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
 from ftrain.tasks.document_sums import document_ids, first_tokens, mean_where, sum_by_run
+from ftrain.tasks.shared_prompts import sharing
 from ftrain.tasks.task import for_log, require_leaf, require_token_losses, without
 
 GOOD, BAD, OTHER = 1, -1, 2
@@ -51,7 +52,8 @@ class Kto:
         Args:
             model, params: of the policy.
             batch: of the model's leaves, and `judged`, int64 of the tokens' shape: 1 for the tokens of a good document,
-                -1 for a bad one's, 2 for an answer to another question than its own, 0 elsewhere.
+                -1 for a bad one's, 2 for an answer to another question than its own, 0 elsewhere; and `prefix`, if
+                documents share their beginnings (`ftrain.tasks.shared_prompts`).
             reference: parameters of the reference, which get no gradient.
             key: int64 `[2]`, for dropout of the policy.
 
@@ -60,10 +62,10 @@ class Kto:
         """
         judged_T = require_leaf("kto", batch, "judged", "which says what is good (1), bad (-1), another's answer (2)")
         require_token_losses("kto", model)
-        texts = without(batch, "judged")
-        with torch.no_grad():
-            reference_T = model.token_losses(reference, texts).flatten()  # type: ignore[misc]
-        policy_T = model.token_losses(params, texts, key).flatten()  # type: ignore[misc]
+        with sharing(without(batch, "judged")) as texts:
+            with torch.no_grad():
+                reference_T = model.token_losses(reference, texts).flatten()  # type: ignore[misc]
+            policy_T = model.token_losses(params, texts, key).flatten()  # type: ignore[misc]
         first_T = first_tokens(document_ids(texts))
         ratio_T = sum_by_run(reference_T.detach() - policy_T, first_T)
         good_T, bad_T, other_T = (first_T & (judged_T == kind) for kind in (GOOD, BAD, OTHER))

@@ -18,6 +18,7 @@ from ftrain.kernels.mean import Mean, weighted_sum
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
 from ftrain.tasks.document_sums import document_ids, first_tokens, mean_where, sum_by_run
+from ftrain.tasks.shared_prompts import sharing
 from ftrain.tasks.task import for_log, require_leaf, require_token_losses, without
 
 KINDS = ("sigmoid", "ipo", "hinge")
@@ -63,7 +64,8 @@ class Dpo:
         Args:
             model, params: of the policy.
             batch: of the model's leaves, and `side`, int64 of the tokens' shape: 1 for the tokens of a chosen
-                document, -1 for those of the rejected one right behind it, 0 elsewhere.
+                document, -1 for those of the rejected one right behind it, 0 elsewhere; and `prefix`, if the two share
+                their beginning (`ftrain.tasks.shared_prompts`).
             reference: parameters of the reference, which get no gradient.
             key: int64 `[2]`, for dropout of the policy.
 
@@ -72,10 +74,10 @@ class Dpo:
         """
         side_T = require_leaf("dpo", batch, "side", "which says what was chosen (1) and what rejected (-1)")
         require_token_losses("dpo", model)
-        texts = without(batch, "side")
-        with torch.no_grad():
-            reference_T = model.token_losses(reference, texts).flatten()  # type: ignore[misc]
-        policy_T = model.token_losses(params, texts, key).flatten()  # type: ignore[misc]
+        with sharing(without(batch, "side")) as texts:
+            with torch.no_grad():
+                reference_T = model.token_losses(reference, texts).flatten()  # type: ignore[misc]
+            policy_T = model.token_losses(params, texts, key).flatten()  # type: ignore[misc]
         ratio_T = reference_T.detach() - policy_T  # the log of the ratio of probabilities
         first_T = first_tokens(document_ids(texts))
         pair_T = first_T & (side_T == 1)

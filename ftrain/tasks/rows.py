@@ -15,6 +15,7 @@ from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Captioned, Chat, Classed, Judged, Message, Pair, Place, Preference, Prose, Tokens
 from ftrain.tasks.embedding import NEGATIVE, POSITIVE, QUERY
 from ftrain.tasks.kto import BAD, GOOD, OTHER
+from ftrain.tasks.shared_prompts import shared_documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,23 +34,28 @@ class TextRows:
 
 @dataclass(frozen=True, eq=False)
 class PreferenceRows:
-    """A prompt with the answer that was chosen, and the same prompt with the rejected one; answers have labels."""
+    """A prompt with the answer that was chosen, and the same prompt with the rejected one; answers have labels.
+
+    `share`: what both begin with stands in the pack once (`ftrain.tasks.shared_prompts`).
+    """
 
     encoder: ChatEncoder
+    share: bool = False
     takes: ClassVar[tuple[type, ...]] = (Preference,)
 
     def __call__(self, sample: Preference) -> Group:
         """Two documents, `side` 1 and -1. BadRow as `ChatEncoder.encode`."""
         chosen = _answered(self.encoder, sample.prompt, sample.chosen, sample.place)
         rejected = _answered(self.encoder, sample.prompt, sample.rejected, sample.place)
-        return Group((_marked(chosen, "side", 1), _marked(rejected, "side", -1)))
+        return _pair(_marked(chosen, "side", 1), _marked(rejected, "side", -1), self.share)
 
 
 @dataclass(frozen=True, eq=False)
 class JudgedRows:
-    """A prompt with the answer that was judged, and with an answer to another prompt."""
+    """A prompt with the answer that was judged, and with an answer to another prompt; `share` as `PreferenceRows`."""
 
     encoder: ChatEncoder
+    share: bool = False
     takes: ClassVar[tuple[type, ...]] = (Judged,)
 
     def __call__(self, samples: tuple[Judged, Judged]) -> Group:
@@ -60,7 +66,7 @@ class JudgedRows:
         answered = _answered(self.encoder, own.prompt, own.completion, own.place)
         strange = _answered(self.encoder, own.prompt, other.completion, own.place)
         judged = _marked(answered, "judged", GOOD if own.good else BAD)
-        return Group((judged, _marked(strange, "judged", OTHER)))
+        return _pair(judged, _marked(strange, "judged", OTHER), self.share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +114,10 @@ def _answered(encoder: ChatEncoder, prompt: Sequence[Message], answer: Sequence[
     asked = [replace(message, train=False) for message in prompt]
     said = [replace(message, train=message.role == "assistant") for message in answer]
     return encoder.encode(Chat((*asked, *said), place=place))
+
+
+def _pair(first: Document, second: Document, share: bool) -> Group:
+    return Group(shared_documents(first, second) if share else (first, second))
 
 
 def _marked(encoded: Encoded, leaf: str, value: int) -> Document:
