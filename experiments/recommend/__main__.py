@@ -27,20 +27,20 @@ from ftrain import TrainState, optim
 from ftrain.modules.families import recommender
 from ftrain.modules.families.recommender import Predictions, Scores
 
-_WEIGHTS = {"watch": 0.3}
+_WEIGHTS = {"ctcvr": 2.0, "watch": 0.3}
 
 
 @dataclass(frozen=True)
 class Options:
     """What can be chosen."""
 
-    steps: int = 900
+    steps: int = 700
     """updates of each model"""
     batch: int = 256
     """impressions of a step"""
-    people: int = 1500
+    people: int = 9000
     """people to train on; a fifth as many are held out"""
-    rate: float = 2e-3
+    rate: float = 3e-3
     """peak learning rate of the foundation"""
     towers_rate: float = 2e-3
     """peak learning rate of the two towers"""
@@ -65,7 +65,7 @@ class Side:
 def main(options: Options) -> list[Row]:
     """Train both, judge both, print and write the rows."""
     console = Console(width=110)
-    cfg = world.WorldConfig(people=options.people, held_out_people=max(40, options.people // 5), seed=options.seed)
+    cfg = world.WorldConfig(people=options.people, held_out_people=min(400, options.people), seed=options.seed)
     train, held_out = world.make(cfg)
     clicked_N, converted_N = train.seen.clicked_N, train.seen.converted_N
     rates = (float(clicked_N.mean()), float(converted_N[clicked_N].mean()))

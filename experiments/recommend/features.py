@@ -38,6 +38,7 @@ WATCH_S = (1.0, 3.0, 6.0, 10.0, 15.0, 22.0, 32.0, 47.0, 70.0, 100.0, 150.0, 220.
 """Centres of the buckets of watch time, in seconds."""
 EVENTS = HISTORY + 2
 """A person's facts, the history, what is shown."""
+_AFTER = 2  # tokens behind the event of what is shown: the mark that ends events, and the one that heads read
 _SKIPPED, _CLICKED, _BOUGHT = "skipped", "clicked", "bought"
 
 
@@ -94,7 +95,8 @@ def _events(split: Split, tables: TablesConfig) -> dict[str, np.ndarray]:
         found[name][:, 1:-1] = rows_I[seen.past_film_NH]
         if name != "topic":  # the title says what it is about
             found[name][:, -1] = rows_I[seen.film_N]
-    did_N3 = hashed([_SKIPPED, _CLICKED, _BOUGHT], "did", cfg=tables)
+    did_N3 = hashed([_AFTER = 2  # tokens behind the event of what is shown: the mark that ends events, and the one that heads read
+_SKIPPED, _CLICKED, _BOUGHT], "did", cfg=tables)
     found["did"][:, 1:-1] = did_N3[seen.past_clicked_NH.astype(int) + seen.past_converted_NH]
     buckets_B = hashed(range(len(WATCH_S) + 1), "watch", cfg=tables)
     found["watch"][:, 1:-1] = buckets_B[np.digitize(seen.past_watch_NH, WATCH_S)]
@@ -131,11 +133,14 @@ def budget(features: Features, count: int, *, model: OmniModel) -> Budget:
 
 
 def packed(features: Features, chosen_N: np.ndarray, *, model: OmniModel, size: Budget) -> dict[str, Any]:
-    """The pack of the chosen impressions, with "read_N", the place of each one's last token, and "labels", `[N]`."""
+    """The pack of the chosen impressions, with "read_N" and "shown_N", the places of each one's last token and of the
+    event that says what is shown, and "labels", `[N]`.
+    """
     batch, order = lay([document(features, n) for n in chosen_N], budget=size, model=model)
     ids_T = batch["segments_T"].ids_T.numpy()
     last_N = np.flatnonzero(np.append(ids_T[1:] != ids_T[:-1], True))[: len(chosen_N)]
-    return {**batch, "read_N": torch.from_numpy(last_N), "labels": labels_of(features, chosen_N[order])}
+    places = {"read_N": torch.from_numpy(last_N), "shown_N": torch.from_numpy(last_N - _AFTER)}
+    return {**batch, **places, "labels": labels_of(features, chosen_N[order])}
 
 
 def labels_of(features: Features, chosen_N: np.ndarray) -> dict[str, torch.Tensor]:

@@ -1,4 +1,7 @@
-"""The multi-task foundation: a decoder over events, titles and covers, with three heads on the last token.
+"""The multi-task foundation: a decoder over events, titles and covers, with three heads.
+
+They read the last token's hidden state, and the rows of tables of what is shown as they are (Wide & Deep, Cheng et al.
+2016): what is known of a maker needs no layers.
 
 Legend: N impressions.
 """
@@ -6,6 +9,8 @@ Legend: N impressions.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from experiments.recommend.features import FIELDS, WATCH_S, WORDS, id_of
 from ftrain.kernels.pack import take_rows
@@ -42,7 +47,7 @@ class Foundation:
     @property
     def heads(self) -> RecommenderConfig:
         """The tasks."""
-        return RecommenderConfig(self.width, self.width, WATCH_S, self.rates)
+        return RecommenderConfig(2 * self.width, 2 * self.width, WATCH_S, self.rates)
 
     @property
     def model(self) -> OmniModel:
@@ -67,4 +72,5 @@ class Foundation:
         rows, places, _ = omni.media_rows(params["omni"], batch, model=model)
         x_TD = omni.merge(decoder.embed(params["omni"]["foundation"], batch["tokens_T"]), rows, places)
         hidden_TD, _ = omni.hidden_states(params["omni"], x_TD, batch, model=model)
-        return recommender.scores(params["heads"], take_rows(hidden_TD, batch["read_N"]), cfg=self.heads)
+        read_ND, shown_ND = take_rows(hidden_TD, batch["read_N"]), take_rows(x_TD, batch["shown_N"])
+        return recommender.scores(params["heads"], torch.cat([read_ND, shown_ND], -1), cfg=self.heads)
