@@ -28,6 +28,12 @@ _NUMBERS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     torch.randn: random.normal,
     torch.randn_like: random.normal,
 }
+_IN_PLACE: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+    Tensor.uniform_: lambda draw, low=0.0, to=1.0: draw(random.uniform) * (to - low) + low,
+    Tensor.normal_: lambda draw, mean=0.0, std=1.0: draw(random.normal) * std + mean,
+    Tensor.exponential_: lambda draw, lambd=1.0: -torch.log1p(-draw(random.uniform)) / lambd,
+}
+"""What tensors are filled with, from numbers of their shape that `draw(function)` gives."""
 _OTHERS: set[Callable[..., Any]] = {
     torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like, torch.bernoulli, torch.normal,
     torch.multinomial, torch.randperm, _F.alpha_dropout, _F.feature_alpha_dropout, _F.rrelu, _F.gumbel_softmax,
@@ -36,21 +42,28 @@ _OTHERS: set[Callable[..., Any]] = {
 
 
 @contextmanager
-def drawing(key: Tensor | None, rows: int = 0) -> Iterator[None]:
-    """Within the block dropout, stochastic depth, `torch.rand` and `torch.randn` draw from `key`, int64 `[2]`; without
-    one nothing is dropped.
+def drawing(key: Tensor | None, rows: int = 0, places: int = 0) -> Iterator[None]:
+    """Within the block dropout, stochastic depth, `torch.rand`, `torch.randn` and what fills tensors in their way draw
+    from `key`, int64 `[2]`; without one nothing is dropped.
 
     `rows`: how many rows of the batch there are (a rank's, on a mesh): an array with so many entries along a dim, or a
-    multiple along dim 0, gets for each row the numbers that it has in the whole batch. ValueError, with the line, for
-    other random numbers.
+    multiple along dim 0, gets for each row the numbers that it has in the whole batch. `places`: tokens of a row; a
+    matrix with an entry for each token of each row is divided so too. ValueError, with the line, for other random
+    numbers, and for a module that seeds those of the process.
     """
-    draws = _Draws(key, rows)
+    draws, seed = _Draws(key, rows, places), torch.initial_seed()
     token = _current.set(draws)
     try:
         with draws:
             yield
     finally:
         _current.reset(token)
+    if torch.initial_seed() != seed:
+        raise ValueError(
+            "a bridged module seeds the random numbers of the process while it runs, to draw the same ones again in "
+            "its backward pass (as reversible layers do), which a traced step cannot: a model of this kind is not "
+            "bridged"
+        )
 
 
 def next_key() -> Tensor:
@@ -61,9 +74,9 @@ def next_key() -> Tensor:
 class _Draws(TorchFunctionMode):
     """Each draw takes a key that is folded from the one given, by its number."""
 
-    def __init__(self, key: Tensor | None, rows: int) -> None:
+    def __init__(self, key: Tensor | None, rows: int, places: int = 0) -> None:
         super().__init__()
-        self._key, self._rows, self._drawn = key, rows, 0
+        self._key, self._rows, self._places, self._drawn = key, rows, places, 0
 
     def __torch_function__(
         self,
@@ -85,10 +98,14 @@ class _Draws(TorchFunctionMode):
             return self._recurrent(func, args, kwargs)
         if func in _NUMBERS and self._key is not None and kwargs.get("generator") is None:
             return self._numbers(func, args, kwargs)
+        if func in _IN_PLACE and self._key is not None and kwargs.get("generator") is None:
+            return self._filled(func, *args, **kwargs)
         if func in _OTHERS:
+            known = (func in _NUMBERS or func in _IN_PLACE) and kwargs.get("generator") is None
+            way = "give the model's functions a key, key=ftrain.key(0)" if known else "pass the numbers in the batch"
             raise ValueError(
-                f"{user_source()}: {getattr(func, '__name__', func)} draws random numbers in a bridged module; only "
-                "dropout and stochastic depth draw from a key: make the numbers before and pass them in the batch"
+                f"{user_source()}: {getattr(func, '__name__', func)} draws random numbers in a bridged module, "
+                f"{'and there is no key to draw from' if known else 'which it cannot do from a key'}: {way}"
             )
         return func(*args, **kwargs)
 
@@ -99,6 +116,11 @@ class _Draws(TorchFunctionMode):
         shape = tuple(sizes) if like is None else tuple(like.shape)
         dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
         return self._drawn_over(partial(_NUMBERS[func], dtype=dtype), shape)
+
+    def _filled(self, func: Callable[..., Any], x: Tensor, *how: Any, **named: Any) -> Tensor:
+        """`x`, overwritten with numbers (`x.uniform_(0.9, 1.1)`)."""
+        named = {{"from": "low"}.get(name, name): value for name, value in named.items() if name != "generator"}
+        return x.copy_(_IN_PLACE[func](lambda draw: self._drawn_over(draw, tuple(x.shape)), *how, **named))
 
     def key(self) -> Tensor:
         """The key of the next draw, int64 `[2]`. ValueError without one to fold."""
@@ -168,10 +190,18 @@ class _Draws(TorchFunctionMode):
     def _drawn_over(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
         """`draw(key, shape)`, where the array has rows of the batch with the numbers that each has in the whole."""
         key = self.key()
-        dim = next((i for i, n in enumerate(shape[:2]) if self._rows and n == self._rows), None)
-        if dim is None and self._rows and len(shape) > 2 and shape[0] % self._rows == 0:
-            dim = 0  # parts of rows (windows of pictures), row after row
+        dim = self._dim(shape)
         return draw(key, shape) if dim is None else draw_over_batch(draw, key, shape, dim=dim)
+
+    def _dim(self, shape: tuple[int, ...]) -> int | None:
+        """The dim of an array along which rows of the batch lie; None if none does."""
+        if not self._rows or not shape:
+            return None
+        if shape[0] == self._rows * self._places:
+            return 0  # tokens, row after row
+        if self._rows in shape[:2]:
+            return shape.index(self._rows)
+        return 0 if len(shape) > 2 and shape[0] % self._rows == 0 else None  # parts of rows, such as windows of pictures
 
 
 _current: ContextVar[_Draws | None] = ContextVar("ftrain_bridge_draws", default=None)

@@ -96,7 +96,7 @@ class Language:
         tensors |= {name: tensors[name].clone() for name in self.written}
         head = HeadReads(tensors[self.head]) if self.head in tensors else None
         about = Call(folded(batch.get("segments"), batch["tokens"]), drops=key is not None, paths=self.paths)
-        draws = drawing(key, batch["tokens"].shape[0])
+        draws = drawing(key, *batch["tokens"].shape[:2])
         with as_it_was(self.module), calling(about), draws, head if head is not None else nullcontext():
             found = call(self.module, tensors, (), self._arguments(batch))
         return found.logits, None if head is None else head.read

@@ -1,9 +1,12 @@
 """Remove dead nodes and identities."""
 
+from typing import Any
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ftrain.graph.op_effects import is_pure
+from ftrain.graph.torch_private import size_symbol
 
 _aten = torch.ops.aten
 _IDENTITIES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default, _aten.lift.default}
@@ -28,7 +31,14 @@ def clean(module: fx.GraphModule) -> None:
 def _keeps_layout(node: fx.Node) -> bool:
     before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
     assert after is not None
-    return before is not None and before.shape == after.shape and before.stride() == after.stride()
+    return before is not None and _layout(before) == _layout(after)
+
+
+def _layout(x: Tensor) -> list[Any]:
+    """The sizes and strides of a tensor of any shape; those that depend on data as their symbols, which have no number
+    to compare.
+    """
+    return [n if isinstance(n, int) else size_symbol(n) for n in (*x.shape, *x.stride())]
 
 
 def _is_effect(node: fx.Node) -> bool:

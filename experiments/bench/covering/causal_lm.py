@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ftrain
 from experiments.bench.covering.case import Built, Case, Shared, nothing_to_compare
 from ftrain.bridge import from_transformers
+from ftrain.bridge.draws import drawing
 from ftrain.bridge.skeleton import flatten, nest
 
 _SMALL = {
@@ -25,7 +27,7 @@ _SMALL = {
     "qk_nope_head_dim": 4, "v_head_dim": 8, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "d_model": 32,
     "n_layers": 2, "n_heads": 4, "ffn_dim": 48, "d_ff": 48, "word_embed_proj_dim": 32, "decoder_layers": 2,
     "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "hidden_dropout_prob": 0.0,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "hidden_dropout_prob": 0.0, "residual_dropout": 0.0,
     "attention_probs_dropout_prob": 0.0, "dropout": 0.0, "activation_dropout": 0.0, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "use_cache": False, "shared_expert_intermediate_size": 16,
     "n_shared_experts": 1, "moe_topk": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
@@ -77,6 +79,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     },
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": _MAMBA,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -87,6 +90,11 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4, "feed_forward_size": 48,
         "local_attention_probs_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0,
     },
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "n_mamba_heads": 2,
+        "mamba_d_state": 8, "mamba_dt_rank": 4, "attention_head_dim": 16, "attention_hidden_size": 64,
+    },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2, "n_mamba_heads": 8,
         "mamba_d_state": 8, "num_key_value_heads": 4, "adapter_rank": 8,
@@ -94,6 +102,8 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """What a type of model needs beside."""
+_DRAWS = ("phimoe",)
+"""Types of models whose routers draw at random while they train: their rows have a key, for the plain module too."""
 _PACK, _ACROSS, _ROWS = (9, 7, 16), (21, 11), (16, 16)
 """Lengths of documents: of a pack whose halves are whole documents, of one whose middle is within one, of rows."""
 
@@ -144,7 +154,8 @@ def _build(kind: str) -> Built:
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = nothing_to_compare(lambda: tiny(kind))
     module = nothing_to_compare(lambda: plain_module(config))
-    on_rows = nothing_to_compare(partial(plain, module, _ROWS))
+    key = ftrain.key(7) if kind in _DRAWS else None
+    on_rows = nothing_to_compare(partial(_drawn, module, key) if key is not None else partial(plain, module, _ROWS))
     model = from_transformers(copy.deepcopy(config))
     params = nest({name: p.detach().clone() for name, p in module.named_parameters()})
     splits = {"sequence"} if model.packs else set()
@@ -158,7 +169,8 @@ def _build(kind: str) -> Built:
         splits=frozenset(splits),
         roundtrip=partial(_roundtrip, model, params),
         shared=Shared(pack(_ACROSS), partial(plain, module, _ACROSS)) if model.packs else None,
-        about="packed" if model.packs else "rows",
+        key=key,
+        about="packed" if model.packs else "rows" if key is None else "rows, drawn",
     )
 
 
@@ -188,6 +200,18 @@ def plain(module: nn.Module, lengths: Sequence[int]) -> tuple[float, dict[str, T
         raise RuntimeError(f"the loss is {number}")
     loss.backward()
     return number, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def _drawn(module: nn.Module, key: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """As `plain` for rows, all at once, of a module that draws random numbers: those of `key`, int64 `[2]`."""
+    module.zero_grad()
+    batch = rows(_ROWS)
+    with drawing(key, len(_ROWS)):
+        logits = module(input_ids=batch["tokens"]).logits.float()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return float(loss.detach()), grads
 
 
 def documents(lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

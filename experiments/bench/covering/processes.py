@@ -15,6 +15,8 @@ from experiments.bench.covering.checks import COLUMNS, Cell, Outcome, tried
 SETS = ("causal_lm", "masked_lm", "encoder_decoder", "vision", "audio", "media", "diffusion", "images")
 """The sets of rows: a file of this folder each, with `cases() -> tuple[Case, ...]`."""
 _HERE = "experiments.bench.covering"
+_SLOW = ("torch", "transformers.modeling_utils", "transformers.generation.utils", "transformers.models.auto.modeling_auto")
+"""What all rows would import again, where it is installed."""
 
 
 def sets() -> tuple[str, ...]:
@@ -33,7 +35,7 @@ def cases(name: str) -> tuple[Case, ...]:
 def outcomes(rows: Sequence[tuple[str, str]], *, columns: tuple[str, ...], limit_s: float) -> Iterator[Outcome]:
     """How rows, by set and name, come out, one after the other. `limit_s`: a row that takes longer is ended."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", _HERE + ".checks", *sorted({f"{_HERE}.{of}" for of, _ in rows})])
+    context.set_forkserver_preload([*_SLOW, _HERE + ".checks", *sorted({f"{_HERE}.{of}" for of, _ in rows})])
     for of, name in rows:
         hear, tell = context.Pipe(duplex=False)
         child = context.Process(target=_work, args=(of, name, columns, tell), daemon=True)
