@@ -192,6 +192,21 @@ class Context:
         """Leave what a router did for the caller of the stack; each router does so once."""
         self.stats.append(stats)
 
+    def recorded(self) -> RouterStats | None:
+        """What all routers have recorded, stacked in their order, `[L, E]`; None without one.
+
+        ValueError where they differ in their number of experts, or are not as many as the state of balancing has rows.
+        """
+        if self.biases_LE is not None and len(self.stats) != len(self.biases_LE):
+            raise ValueError(
+                f"decoder: {len(self.stats)} routers have recorded what they did, and the state of balancing has "
+                f"{len(self.biases_LE)} rows: a block that runs routers lists them in Block.routers"
+            )
+        experts = sorted({len(one.load_E) for one in self.stats})
+        if len(experts) > 1:
+            raise ValueError(f"decoder: routers of {experts} experts in one stack, whose statistics cannot be stacked")
+        return RouterStats(*(torch.stack(x) for x in zip(*self.stats, strict=True))) if self.stats else None
+
     def cheaply(self) -> AbstractContextManager[None]:
         """Around anything but experts: reference kernels where tokens are so few that a kernel's call costs most."""
         return nullcontext()

@@ -21,8 +21,8 @@ from ftrain.kernels.embedding import merge_rows
 from ftrain.kernels.linear_cross_entropy import linear_cross_entropy
 from ftrain.kernels.linear_token_losses import linear_token_losses
 from ftrain.kernels.mean import Mean
-from ftrain.kernels.pack import following, pack_index
-from ftrain.modules import embedding, kv_cache, moe, norm
+from ftrain.kernels.pack import following
+from ftrain.modules import embedding, kv_cache, moe, multi_token, norm
 from ftrain.modules.block import Context, Newest, Prompts
 from ftrain.modules.decoder_config import PRESETS, DecoderConfig, layer_block, layer_with, preset
 from ftrain.modules.kv_cache import KvCache
@@ -58,9 +58,11 @@ class DecoderStats(NamedTuple):
     """What a pass through the stack tells besides its output.
 
     `router`: `load_E` and `probability_E` `[L, E]` and `count` `[L]`, stacked over the layers with experts; or `None`.
+    `mtp`: the same of the modules of multi-token prediction, where they ran (`ftrain.modules.multi_token.apply`).
     """
 
     router: RouterStats | None
+    mtp: RouterStats | None = None
 
 
 class Added(NamedTuple):
@@ -83,7 +85,8 @@ NOTHING_ADDED = Added()
 
 
 def specs(cfg: DecoderConfig) -> dict[str, Any]:
-    """`embedding`, `layers` (a list), `norm`, and `head.w_DV` unless the embeddings are tied.
+    """`embedding`, `layers` (a list), `norm`, `head.w_DV` unless the embeddings are tied, and `mtp.layers` (a list)
+    with modules of multi-token prediction (`ftrain.modules.multi_token`).
 
     The last weight of each residual branch starts smaller by `1 / sqrt(2 * layers)` (Radford et al. 2019), so that the
     residual stream's variance does not grow with depth.
@@ -100,16 +103,20 @@ def specs(cfg: DecoderConfig) -> dict[str, Any]:
     }
     if not cfg.tie_embeddings:
         tree["head"] = {"w_DV": ParamSpec((cfg.d_model, cfg.vocab), ("embed", "vocab"), Normal(cfg.init_std))}
+    if cfg.mtp:
+        tree["mtp"] = multi_token.specs(cfg, out_gain=gain)
     return tree
 
 
 def balance_specs(cfg: DecoderConfig) -> dict[str, Any]:
-    """The state of loss-free balancing: `router_bias_LE`, one row per router; empty for other balances."""
+    """The state of loss-free balancing: `router_bias_LE`, one row per router, and of those in `mtp` `mtp_bias_LE`;
+    empty for other balances.
+    """
     if cfg.balance != "bias":
         return {}
-    routers = cfg.routers
-    one = moe.balance_specs(routers[0])["router_bias_E"]
-    return {"router_bias_LE": ParamSpec((len(routers), *one.shape), ("layers", *one.axes), one.init)}
+    one = moe.balance_specs((*cfg.routers, *cfg.mtp_routers)[0])["router_bias_E"]
+    rows = {"router_bias_LE": len(cfg.routers), multi_token.BIASES: len(cfg.mtp_routers)}
+    return {name: ParamSpec((n, *one.shape), ("layers", *one.axes), one.init) for name, n in rows.items() if n}
 
 
 def embed(params: dict[str, Any], tokens_T: Tensor) -> Tensor:
@@ -149,7 +156,7 @@ def apply(
     _check_inputs(params, x_TD, positions, segments, cfg)
     at = Context(positions, segments_T=segments, valid_T=valid, biases_LE=_biases(balance))
     x_TD = _stack(params, x_TD, at, cfg=cfg, added=added)
-    return _last_norm(params, x_TD, cfg), DecoderStats(_stacked(at.stats))
+    return _last_norm(params, x_TD, cfg), DecoderStats(at.recorded())
 
 
 def prefill(
@@ -249,24 +256,12 @@ def _stack(
     at.rope(cfg.attention)  # before the layers, of which it is no part
     for i, layer in enumerate(params["layers"]):
         x_TD = added.behind(i, apply_layer(layer, x_TD, layer=i, cfg=cfg, at=at))
-    if at.biases_LE is not None and len(at.stats) != len(at.biases_LE):
-        raise ValueError(
-            f"decoder: {len(at.stats)} routers have recorded what they did, and the state of balancing has "
-            f"{len(at.biases_LE)} rows: a block that runs routers lists them in Block.routers"
-        )
+    at.recorded()  # checked, in generation too
     return x_TD
 
 
 def _biases(balance: Tree) -> Tensor | None:
     return (balance or {}).get("router_bias_LE")
-
-
-def _stacked(stats: list[RouterStats]) -> RouterStats | None:
-    """Statistics of all routers as one, `[L, E]`; ValueError where they differ in their number of experts."""
-    experts = sorted({len(one.load_E) for one in stats})
-    if len(experts) > 1:
-        raise ValueError(f"decoder: routers of {experts} experts in one stack, whose statistics cannot be stacked")
-    return RouterStats(*(torch.stack(sums) for sums in zip(*stats, strict=True))) if stats else None
 
 
 def _last_norm(params: dict[str, Any], x_TD: Tensor, cfg: DecoderConfig) -> Tensor:
@@ -323,19 +318,19 @@ def next_token_labels(tokens_T: Tensor, segments_T: Segments | None) -> Tensor:
     >>> next_token_labels(torch.tensor([7, 8, 9]), torch.tensor([0, 0, 1])).tolist()
     [8, -100, -100]
     """
-    place_T = pack_index(tokens_T.shape[0], tokens_T.device)
-    last_T = following(place_T) != place_T + 1
-    if segments_T is not None:
-        ids_T = ids_of(segments_T)
-        last_T = last_T | (following(ids_T) != ids_T)
-    return following(tokens_T).masked_fill(last_T, IGNORE)
+    return following(tokens_T).masked_fill(multi_token.last_of_documents(tokens_T, segments_T), IGNORE)
 
 
 def update_balance(balance: Tree, stats: DecoderStats, *, rate: float) -> Tree:
-    """The state of loss-free balancing after a step with these statistics (see `moe.update_bias`)."""
-    if stats.router is None:
-        return balance
-    return {name: moe.update_bias(bias_LE, stats.router.load_E, rate=rate) for name, bias_LE in balance.items()}
+    """The state of loss-free balancing after a step with these statistics (see `moe.update_bias`); biases of routers
+    that did not run stay as they are.
+    """
+    of = {"router_bias_LE": stats.router, multi_token.BIASES: stats.mtp}
+    return {
+        name: bias_LE if found is None else moe.update_bias(bias_LE, found.load_E, rate=rate)
+        for name, bias_LE in balance.items()
+        for found in (of[name],)
+    }
 
 
 def _check_inputs(

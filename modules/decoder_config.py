@@ -23,6 +23,9 @@ class DecoderConfig:
     `tie_embeddings` the head is the token table. `norm_kind`: of the norms of layers and the last (`modules/norm.py`);
     `init_std` is the initial deviation of the table and the head.
 
+    `mtp`: the layer of each module of multi-token prediction (`ftrain.modules.multi_token`), none for most;
+    `mtp_weight`: of the mean of their losses, beside that of the next token.
+
     `pattern`: layers of your own, in turn: layer i is `pattern[i % len(pattern)]`, where None is the layer that the
     other fields describe. `layer_with` makes one of those with another MLP or attention in it.
 
@@ -49,6 +52,8 @@ class DecoderConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     pattern: tuple[Block | None, ...] = ()
+    mtp: tuple[Block, ...] = ()
+    mtp_weight: float = 0.1
 
     def __post_init__(self) -> None:
         for name, part in (("attention", self.attention), ("moe", self.moe)):
@@ -56,7 +61,7 @@ class DecoderConfig:
                 raise ValueError(f"DecoderConfig: {name}.d_model={part.d_model} differs from d_model={self.d_model}")
         if self.d_hidden < 1 and any(not self.own(i) and not self.has_experts(i) for i in range(self.layers)):
             raise ValueError("DecoderConfig: a layer without experts needs d_hidden, the hidden width of its MLP")
-        kinds = {(router.experts, router.balance) for router in self.routers}
+        kinds = {(router.experts, router.balance) for router in (*self.routers, *self.mtp_routers)}
         if len(kinds) > 1:
             raise ValueError(
                 f"DecoderConfig: routers of (experts, balance) {' and '.join(map(str, sorted(kinds)))} in one stack: "
@@ -77,9 +82,14 @@ class DecoderConfig:
         return tuple(router for i in range(self.layers) for router in layer_block(self, i).routers)
 
     @property
+    def mtp_routers(self) -> tuple[MoEConfig, ...]:
+        """The routers of the modules of multi-token prediction, in their order."""
+        return tuple(router for block in self.mtp for router in block.routers)
+
+    @property
     def balance(self) -> Literal["aux", "bias", "none"]:
         """How the load of the routers is kept even, see `MoEConfig`; "none" without a router."""
-        routers = self.routers
+        routers = (*self.routers, *self.mtp_routers)
         return routers[0].balance if routers else "none"
 
     @property

@@ -17,7 +17,7 @@ class HfTensor:
 
     `index`: it holds only this entry of the leaf's first dim (one expert of a stack). `transposed`: its last two dims
     are swapped (a linear layer, stored `[out, in]` there). `copy`: it repeats what another name holds (a tied weight):
-    files may have it, and then it must be equal; it is never written.
+    files may have it, and then it must be equal; it is only written if `written`, and then lies as the other does.
     """
 
     name: str
@@ -25,6 +25,7 @@ class HfTensor:
     index: int | None = None
     transposed: bool = False
     copy: bool = False
+    written: bool = False
 
 
 Names = tuple[HfTensor, ...]
@@ -63,7 +64,7 @@ def decoder_names(cfg: DecoderConfig) -> Names:
     >>> from ftrain.modules.decoder import preset
     >>> decoder_names(preset("llama-tiny"))[1]
     HfTensor(name='model.layers.0.self_attn.q_proj.weight', leaf='layers.0.attention.w_q_DHK', index=None, \
-transposed=True, copy=False)
+transposed=True, copy=False, written=False)
     """
     if cfg.moe is not None and (cfg.moe.shared is not None or cfg.moe.balance == "bias" or cfg.moe.router_bias):
         raise ValueError(

@@ -37,7 +37,8 @@ class Model:
     - `name`: what it is and where it comes from, for logs. `why`: why it is native or bridged.
     - `specs`: the tree of `ParamSpec`s of its parameters.
     - `batch`: what the leaves of its batch are, by name.
-    - `loss(params, batch, key=None) -> Mean`: of the batch's labels, or `(Mean, state)` if it has `state`. `key`: int64
+    - `loss(params, batch, key=None) -> Mean`: of the batch's labels (a `WeightedSum` if it has several terms), or `(Mean,
+      state)` if it has `state`. `key`: int64
       `[2]`, from which dropout draws; without one nothing is dropped.
     - `token_losses(params, batch, key=None)`: the cross entropy of each label, in nats, with the dims of the batch's
       tokens; 0 where there is no label. Scores of all tokens are not held where the head is a linear layer. None where

@@ -4,7 +4,7 @@ Legend: T tokens of a pack, B rows, L tokens of a row, V vocabulary, D model wid
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.hf.load import fill_hf, load_hf
 from ftrain.hf.save import save_hf
 from ftrain.kernels.documents import Segments
-from ftrain.modules import decoder
+from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
+from ftrain.modules import decoder, multi_token
 from ftrain.modules.autoregression import decoder_family
 from ftrain.modules.decoder_config import DecoderConfig
 from ftrain.modules.families.registry import family_of
+from ftrain.modules.hf_fields import size
 from ftrain.modules.hf_names import Names
 from ftrain.modules.model import Model
+from ftrain.modules.moe import RouterStats
 from ftrain.modules.spec import Tree, map_with_paths
 
 
@@ -33,10 +36,11 @@ def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
     """The decoder of a folder of weights. ValueError if it is of no family that the library has, or if the
     folder's tokenizer has more ids than the table has rows.
 
-    `layers`: with so many of its layers alone, for a look at shapes.
+    `layers`: with so many of its layers alone, for a look at shapes; nothing is read then.
 
     A decoder with loss-free balancing has its routers' biases as `state`, which `load` does not give: they are read at
-    once, being small. `save(params, folder, state=None)` writes those of the folder where no others are given.
+    once, being small. `save(params, folder, state=None)` writes those of the folder where no others are given. A folder
+    with modules of multi-token prediction is trained with their loss beside that of the next token.
     """
     most = len(folder.tensors)
     whole = folder.config()
@@ -45,10 +49,10 @@ def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
     experts = None if of.stacked else most
     cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=experts, describe=of.config)
     require_rows_for_tokens(folder.path, config)
-    if layers is None:
-        _require_no_heads_beyond(folder, cfg)
-    files = _Files(folder, decoder.specs(cfg), decoder.balance_specs(cfg), of.names(cfg))
-    balance = files.balance()
+    cfg = _as_far_ahead(folder, cfg, behind=size(whole, "num_hidden_layers"))
+    names = tuple(name for name in of.names(cfg) if not name.written or name.name in folder.tensors)
+    files = _Files(folder, decoder.specs(cfg), decoder.balance_specs(cfg), names)
+    balance = files.balance() if layers is None else map_with_paths(lambda _, s: torch.zeros(s.shape), files.beside)
     made = NativeDecoder(cfg, balance)
     kind = config.get("model_type", "a decoder")
     return Model(
@@ -64,19 +68,26 @@ def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
         state=balance,
         family=decoder_family(cfg, balance=balance or None),
         why=f"native: {kind} is a family of the library",
-        names=tuple(name for name in files.names if not name.leaf.startswith("balance.")),
+        names=tuple(name for name in names if not name.leaf.startswith("balance.") and not name.written),
     )
 
 
-def _require_no_heads_beyond(folder: HfFolder, cfg: DecoderConfig) -> None:
-    """ValueError for a folder that predicts several tokens: its further layers would be lost when it is saved."""
-    beyond = ("mtp.", f"model.layers.{cfg.layers}.")
+def _as_far_ahead(folder: HfFolder, cfg: DecoderConfig, *, behind: int) -> DecoderConfig:
+    """The configuration with the modules of multi-token prediction that it describes, or, where the folder holds
+    nothing of one (transformers saves none, and describes one), without. `behind`: layers of the folder, which its
+    modules lie behind. ValueError for a folder with what it does not describe: it would be lost when it is saved.
+    """
+    beyond = ("mtp.", f"model.layers.{behind}.")
     found = next((name for name in folder.tensors if name.startswith(beyond)), None)
-    if found is not None:
+    if found is None:
+        return replace(cfg, mtp=())
+    if not cfg.mtp or found.startswith("mtp."):
         raise ValueError(
-            f"{folder.path}: {found!r} is of a head of multi-token prediction, which the library does not compute: "
-            "take such tensors out of the folder"
+            f"{folder.path}: {found!r} is of a module of multi-token prediction that the library does not compute "
+            f"({CONFIG} describes {len(cfg.mtp)}, as num_nextn_predict_layers of DeepSeek-V3): take such tensors out "
+            "of the folder"
         )
+    return cfg
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,9 @@ class NativeDecoder:
         """The `Mean` cross entropy of the batch's labels, or with loss-free balancing `(Mean, new state)`: biases moved
         against the load of this batch at the rate of the configuration. `key`: int64 `[2]`, which nothing draws from.
 
+        With modules of multi-token prediction the `WeightedSum` of that mean and of theirs, each of which weighs
+        `mtp_weight` over their number.
+
         ValueError for a batch without labels, or that does not fit.
         """
         del key
@@ -135,10 +149,15 @@ class NativeDecoder:
             raise ValueError("a loss needs the batch's 'labels'")
         hidden_TD, stats = self._run(params, batch, state)
         mean = decoder.loss(params, hidden_TD, batch["labels"].flatten(), self.cfg)
+        loss: Mean | WeightedSum = mean
+        if self.cfg.mtp:
+            ahead, routed = self._ahead(params, batch, hidden_TD, state)
+            loss = weighted_sum({"next": mean, **ahead}, dict.fromkeys(ahead, self.cfg.mtp_weight / len(ahead)))
+            stats = stats._replace(mtp=routed)
         if not self.balance:
-            return mean
-        rate = self.cfg.routers[0].bias_rate
-        return mean, decoder.update_balance(state or self.balance, stats, rate=rate)
+            return loss
+        rate = (*self.cfg.routers, *self.cfg.mtp_routers)[0].bias_rate
+        return loss, decoder.update_balance(state or self.balance, stats, rate=rate)
 
     def token_losses(
         self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
@@ -168,17 +187,37 @@ class NativeDecoder:
 
     def _run(self, params: Tree, batch: Mapping[str, Any], state: Tree | None) -> tuple[Tensor, decoder.DecoderStats]:
         require_tokens("the decoder", batch, LANGUAGE)
-        tokens = batch["tokens"]
-        place = positions(batch)
-        place = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape) if place is None else place
         return decoder.apply(
             params,
-            tokens.flatten(),
-            positions=place.reshape(-1),
+            batch["tokens"].flatten(),
+            positions=_places(batch),
             segments=_documents(batch),
             cfg=self.cfg,
             balance=state or self.balance or None,
         )
+
+    def _ahead(
+        self, params: Tree, batch: Mapping[str, Any], hidden_TD: Tensor, state: Tree | None
+    ) -> tuple[dict[str, Mean], RouterStats | None]:
+        """The losses of the modules of multi-token prediction by name, and what their routers did."""
+        ahead, routed = multi_token.apply(
+            params,
+            hidden_TD,
+            batch["tokens"].flatten(),
+            batch["labels"].flatten(),
+            positions=_places(batch),
+            segments=_documents(batch),
+            cfg=self.cfg,
+            balance=state or self.balance or None,
+        )
+        return {f"mtp_{k}": decoder.loss(params, *one, self.cfg) for k, one in enumerate(ahead, 1)}, routed
+
+
+def _places(batch: Mapping[str, Any]) -> Tensor:
+    """The positions of the folded tokens in their documents, int64 `[T]`."""
+    tokens, place = batch["tokens"], positions(batch)
+    place = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape) if place is None else place
+    return place.reshape(-1)
 
 
 def _documents(batch: Mapping[str, Any]) -> Segments | None:

@@ -29,6 +29,7 @@ _ROPE = record(
     },
     others=True,
 )
+_LAYERS = ("num_hidden_layers", "num_nextn_predict_layers")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _COUNT, _REAL, _FLAG = _maybe(whole(1, 2**40)), _maybe(number(0.0)), _maybe(flag)
 _CONFIG = record(
@@ -39,6 +40,7 @@ _CONFIG = record(
         **dict.fromkeys(
             ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "sliding_window"), _COUNT
         ),
+        "num_nextn_predict_layers": _maybe(whole(0, 2**40)),
         **dict.fromkeys(("rms_norm_eps", "initializer_range", "router_aux_loss_coef"), _REAL),
         **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG),
         "norm_topk_prob": _FLAG,
@@ -84,7 +86,7 @@ def described_decoder(
     file and the entry.
     """
     check(config, _CONFIG, shown)
-    _require_held(config, {"num_hidden_layers": layers}, shown)
+    _require_held(config, dict.fromkeys(_LAYERS, layers), shown)
     if experts is not None:
         _require_held(config, dict.fromkeys(_EXPERTS, experts), shown)
     return _described(config, shown, describe)

@@ -111,15 +111,15 @@ class HfWriter:
         Raises:
             ValueError: as `save_hf`.
         """
-        written = [name for name in names if not name.copy]
-        _check(written, entries)
+        written = [name for name in names if not name.copy or name.written]
+        _check([name for name in written if not name.copy], entries)
         self._folder = Path(folder)
         self._entries = dict(entries)
         self._tensors = {n.name: _entry(n, entries[n.leaf]) for n in written}
         self._files = lay_out(self._tensors, parse_size(max_shard))
         self._file_of = {name: file for file in self._files for name in file.offsets}
         self._of_leaf: dict[str, list[HfTensor]] = {}
-        for name in written:
+        for name in sorted(written, key=lambda name: name.copy):
             self._of_leaf.setdefault(name.leaf, []).append(name)
         self._config = _json(_with_dtype(config, entries))
         self._missing = {path: math.prod(entry.shape) for path, entry in entries.items()}
@@ -152,13 +152,12 @@ class HfWriter:
         """
         entry, names = self._entries[path], self._of_leaf[path]
         self._check_range(path, values, start)
-        if names[0].index is None:
-            offset = start * math.prod(hf_shape(names[0], entry.shape)[1:]) * entry.dtype.itemsize
-            self._put(names[0], part_of_leaf(names[0], values), offset)
-        else:
-            for name in names:
-                if name.index is not None and start <= name.index < start + values.shape[0]:
-                    self._put(name, part_of_leaf(dataclasses.replace(name, index=name.index - start), values), 0)
+        offset = start * math.prod(hf_shape(names[0], entry.shape)[1:]) * entry.dtype.itemsize
+        for name in names:
+            if name.index is None:
+                self._put(name, part_of_leaf(name, values), offset)
+            elif start <= name.index < start + values.shape[0]:
+                self._put(name, part_of_leaf(dataclasses.replace(name, index=name.index - start), values), 0)
         self._missing[path] -= values.numel()
 
     def __exit__(

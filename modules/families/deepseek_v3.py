@@ -2,6 +2,7 @@
 
 The decoder stack with layers of its own (`DecoderConfig.pattern`). The biases that keep the load even
 (`e_score_correction_bias`) are the state of loss-free balancing (`decoder.balance_specs`, `decoder.update_balance`).
+Modules of multi-token prediction are layers behind the last one, always with experts (`modules/multi_token.py`).
 Source: DeepSeek-AI, arXiv 2412.19437.
 """
 
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 from ftrain.kernels.yarn import sharpening
 from ftrain.modules import hf_rope
+from ftrain.modules.block import Block
 from ftrain.modules.decoder_config import DecoderConfig, layer_with
 from ftrain.modules.families.family import TextFamily, expert_tensors, stack_names, tensors
 from ftrain.modules.hf_fields import Config, flag, number, require_understood, size
@@ -18,6 +20,7 @@ from ftrain.modules.latent_attention import LatentAttentionConfig, latent_attent
 from ftrain.modules.layers import mlp_block, moe_block
 from ftrain.modules.mlp import MlpConfig
 from ftrain.modules.moe import MoEConfig
+from ftrain.modules.multi_token import BIASES as MTP_BIASES
 from ftrain.modules.spec import leaves_with_paths
 
 _READ = (
@@ -26,9 +29,9 @@ _READ = (
     "num_attention_heads", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "q_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "quantization_config", "rms_norm_eps", "rope_interleave",
     "routed_scaling_factor", "tie_word_embeddings", "topk_group", "v_head_dim", "moe_layer_freq", "scoring_func",
-    "topk_method", *hf_rope.READ,
+    "topk_method", "num_nextn_predict_layers", *hf_rope.READ,
     # what follows from the others, and what only training or another program reads
-    "head_dim", "qk_head_dim", "num_nextn_predict_layers", "ep_size", "seq_aux", "aux_loss_alpha",
+    "head_dim", "qk_head_dim", "ep_size", "seq_aux", "aux_loss_alpha",
 )  # fmt: skip
 _ONLY = {
     "hidden_act": "silu",
@@ -76,7 +79,13 @@ def config(config: Config) -> DecoderConfig:
     attention, dense = latent_attention_block(reads), mlp_block(MlpConfig(d, stack.d_hidden))
     first = config.get("first_k_dense_replace", 3) or 0
     kinds = [layer_with(stack, attention=attention, mlp=mlp) for mlp in (dense, moe_block(stack.moe))]
-    return replace(stack, dense_layers=min(first, layers), pattern=tuple(kinds[i >= first] for i in range(layers)))
+    ahead = config.get("num_nextn_predict_layers") or 0
+    return replace(
+        stack,
+        dense_layers=min(first, layers),
+        pattern=tuple(kinds[i >= first] for i in range(layers)),
+        mtp=(kinds[True],) * ahead,
+    )
 
 
 def _attention(config: Config, d: int) -> LatentAttentionConfig:
@@ -132,36 +141,55 @@ def _refuse(config: Config) -> None:
             f"config.json: num_key_value_heads={keys} differs from num_attention_heads={heads}: keys of latents are of "
             "each head"
         )
-    first = config.get("first_k_dense_replace", 3)
-    if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 0):
-        raise ValueError(f"config.json: first_k_dense_replace={first!r} must be a whole number of at least 0")
+    for field in ("first_k_dense_replace", "num_nextn_predict_layers"):
+        found = config.get(field)
+        if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
+            raise ValueError(f"config.json: {field}={found!r} must be a whole number of at least 0")
 
 
 def names(cfg: DecoderConfig) -> Names:
-    """The tensors of DeepSeek-V3 for causal language modelling, the balancing biases (at `BIASES`) among them."""
-    assert cfg.moe is not None
-    routed = cfg.moe
+    """The tensors of DeepSeek-V3 for causal language modelling, the balancing biases (at `BIASES`) among them, and
+    those of modules of multi-token prediction, which repeat the table and the head.
+    """
 
     def layer(i: int) -> Iterator[HfTensor]:
-        there, here = f"model.layers.{i}", f"layers.{i}"
         own = cfg.own(i)
         assert own is not None
-        leaves = {path for path, _ in leaves_with_paths(own.specs(1.0)["attention"])}
-        yield from tensors(
-            f"{there}.self_attn", f"{here}.attention", [(n, leaf) for n, leaf in _ATTENTION if leaf in leaves]
-        )
-        if i < cfg.dense_layers:
-            yield from tensors(f"{there}.mlp", f"{here}.mlp", _MLP)
-        else:
-            yield from expert_tensors(f"{there}.mlp", f"{here}.moe", routed.experts)
-            yield from tensors(f"{there}.mlp.shared_experts", f"{here}.moe.shared", _MLP)
-            bias = f"{there}.mlp.gate.e_score_correction_bias"
-            yield HfTensor(bias, BIASES, index=i - cfg.dense_layers)
-        yield HfTensor(f"{there}.input_layernorm.weight", f"{here}.attention_norm.weight_D")
-        yield HfTensor(f"{there}.post_attention_layernorm.weight", f"{here}.mlp_norm.weight_D")
+        bias = (BIASES, i - cfg.dense_layers)
+        yield from _layer(f"model.layers.{i}", f"layers.{i}", own, bias)
 
+    ahead = (name for k in range(len(cfg.mtp)) for name in _ahead(cfg, k))
     # when transformers takes experts apart it sorts all names it has in memory
-    return tuple(sorted(stack_names(cfg, layer), key=natural_order))
+    return tuple(sorted((*stack_names(cfg, layer), *ahead), key=natural_order))
+
+
+def _layer(there: str, here: str, block: Block, bias: tuple[str, int]) -> Iterator[HfTensor]:
+    """The tensors of a layer; `bias`: where the biases of its router are, if it has one."""
+    leaves = {path for path, _ in leaves_with_paths(block.specs(1.0)["attention"])}
+    yield from tensors(
+        f"{there}.self_attn", f"{here}.attention", [(n, leaf) for n, leaf in _ATTENTION if leaf in leaves]
+    )
+    if block.routers:
+        yield from expert_tensors(f"{there}.mlp", f"{here}.moe", block.routers[0].experts)
+        yield from tensors(f"{there}.mlp.shared_experts", f"{here}.moe.shared", _MLP)
+        yield HfTensor(f"{there}.mlp.gate.e_score_correction_bias", bias[0], index=bias[1])
+    else:
+        yield from tensors(f"{there}.mlp", f"{here}.mlp", _MLP)
+    yield HfTensor(f"{there}.input_layernorm.weight", f"{here}.attention_norm.weight_D")
+    yield HfTensor(f"{there}.post_attention_layernorm.weight", f"{here}.mlp_norm.weight_D")
+
+
+def _ahead(cfg: DecoderConfig, module: int) -> Iterator[HfTensor]:
+    """The tensors of a module of multi-token prediction, the first of which is number 0."""
+    there, here = f"model.layers.{cfg.layers + module}", f"mtp.layers.{module}"
+    head, turned = ("embedding.table_VD", False) if cfg.tie_embeddings else ("head.w_DV", True)
+    yield HfTensor(f"{there}.embed_tokens.weight", "embedding.table_VD", copy=True, written=True)
+    yield HfTensor(f"{there}.shared_head.head.weight", head, transposed=turned, copy=True, written=True)
+    yield HfTensor(f"{there}.enorm.weight", f"{here}.token_norm.weight_D")
+    yield HfTensor(f"{there}.hnorm.weight", f"{here}.hidden_norm.weight_D")
+    yield HfTensor(f"{there}.eh_proj.weight", f"{here}.w_join_CD", transposed=True)
+    yield HfTensor(f"{there}.shared_head.norm.weight", f"{here}.norm.weight_D")
+    yield from _layer(there, f"{here}.layer", cfg.mtp[module], (f"balance.{MTP_BIASES}", module))
 
 
 FAMILY = TextFamily(config, names)

@@ -110,6 +110,7 @@ def test_it_generates_what_transformers_does(tmp_path):
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1"),
         ({"n_group": 4}, "groups=4 must divide experts=6"),
         ({"topk_group": 1}, "top_k=3 is more than the 2 experts"),
         ({"hidden_activation": "relu"}, "hidden_activation='relu' is not understood"),
@@ -118,17 +119,6 @@ def test_it_generates_what_transformers_does(tmp_path):
 def test_what_it_cannot_follow_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         laws.described({"model_type": "deepseek_v3", **SIZES, **change})
-
-
-def test_heads_of_multi_token_prediction_are_refused_by_name(tmp_path):
-    """The layer behind the last one, as published folders have it."""
-    from safetensors.torch import load_file, save_file
-
-    laws.saved(laws.random_model(config()), tmp_path)
-    file = tmp_path / "model.safetensors"
-    save_file({**load_file(file), "model.layers.2.enorm.weight": torch.ones(32)}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.enorm\.weight' is of a head of multi-token prediction"):
-        ftrain.hf.open(tmp_path, native="always")
 
 
 def test_only_experts_of_the_best_groups_are_chosen():
