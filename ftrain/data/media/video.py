@@ -62,7 +62,8 @@ def read_video(source: Any, place: Place, limits: Limits, *, rate: float, most_f
     return Film(np.stack([frame for frame, _ in found]), np.array([time for _, time in found]))
 
 
-def _seconds(container: Any) -> float | None:
+def seconds_of(container: Any) -> float | None:
+    """How long a film is, as its container tells; None where it does not."""
     stream = container.streams.video[0]
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)

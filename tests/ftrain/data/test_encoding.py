@@ -183,33 +183,6 @@ def test_a_chat_that_the_template_refuses_is_a_reject(tokenizer):
         encoder.encode(chat("a", "b", system="s"))
 
 
-def test_media_have_placeholders_which_grow_to_their_tokens(tokenizer):
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for p in m['content'] %}{{ '<|endoftext|>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endif %}"
-        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    seen = Message("user", (Part("image", source="a.png"), Part("text", "what?"), Part("image", source="b.png")))
-    sample = Chat((seen, say("assistant", "cats")), place=PLACE)
-    encoder = ChatEncoder(tokenizer, template=template, placeholders={"image": "<|endoftext|>"})
-    encoded = encoder.encode(sample)
-    mark = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    grown = encoded.expand(mark, [3, 5])
-    assert (grown.ids == mark).sum() == 8
-    assert learned(grown, tokenizer) == ["cats<|im_end|>"]
-    with pytest.raises(ValueError, match=r"2 tokens \d+ .* 1 items"):
-        encoded.expand(mark, [3])
-    blind = ChatEncoder(tokenizer, template=template.replace("<|endoftext|>", ""), placeholders=encoder._placeholders)
-    with pytest.raises(BadRow, match="0 times for 2 items of image"):
-        blind.encode(sample)
-
-
-def test_expanding_nothing_changes_nothing():
-    encoded = Encoded(np.array([1, 2]), np.array([False, True]))
-    assert encoded.expand(9, []).ids.tolist() == [1, 2]
-
-
 @pytest.mark.slow
 def test_smollm2_learns_its_words_and_no_prompt(smol):
     encoded = ChatEncoder(smol).encode(chat("What is 2 + 2?", "It is 4.", "And 3 + 3?", "6 🤖\n"))
