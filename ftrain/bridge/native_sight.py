@@ -24,6 +24,7 @@ from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.hf_names import Names
 from ftrain.modules.model import Leaf, Model
 from ftrain.modules.pictures import LEAVES as RAW
+from ftrain.modules.sight_generation import sight_family
 from ftrain.modules.spec import Tree
 from ftrain.modules.vision_language import VisionLanguageConfig
 from ftrain.modules.vision_media import RULES, prepare
@@ -61,6 +62,7 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily) -> Model:
         save=lambda params, to: save_hf(params, to, config, names),
         media=made.media,
         rules=RULES,
+        family=sight_family(cfg),
         why=f"native: {kind} is a family of the library",
         names=names,
     )

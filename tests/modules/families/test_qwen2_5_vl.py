@@ -67,3 +67,7 @@ def test_text_goes_on_behind_all_places_of_a_video_where_the_file_says_so():
 def test_what_it_cannot_follow_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         qwen2_5_vl.config({**config().to_dict(), "vision_config": {**EYES, **changes}})
+
+
+def test_it_writes_what_transformers_does(tmp_path):
+    laws.require_same_text(laws.random_model(config()), media(), tmp_path)

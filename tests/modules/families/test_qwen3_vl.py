@@ -50,3 +50,7 @@ def test_loss_and_gradients_are_those_of_transformers(parts, seed, tmp_path):
 def test_what_it_cannot_follow_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         qwen3_vl.config({**config().to_dict(), "vision_config": {**EYES, **changes}})
+
+
+def test_it_writes_what_transformers_does(tmp_path):
+    laws.require_same_text(laws.random_model(config()), media(), tmp_path)
