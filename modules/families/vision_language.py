@@ -193,7 +193,7 @@ def text_names(cfg: DecoderConfig, prefix: str) -> Names:
 
 @dataclass(frozen=True)
 class TowerNames:
-    """What a family calls the linear layers of an MLP, as (theirs, ours); the norm and the linear layers of a merger; and
+    """What a family calls the linear layers of an MLP, as (theirs, ours); the norm and linear layers of a merger; and
     the list of deep mergers.
     """
 
