@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
+from ftrain.bridge.described import used_experts
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.hf.load import fill_hf, load_hf
@@ -65,6 +66,7 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily) -> Model:
         family=sight_family(cfg),
         why=f"native: {kind} is a family of the library",
         names=names,
+        top_k=used_experts(cfg.text),
     )
 
 

@@ -82,7 +82,7 @@ def test_pictures_that_did_not_reach_their_tokens_give_no_number(native):
     assert native.loss(params, alone).value().isnan()
     changed = {**batch, "tokens": torch.where(batch["tokens"] == laws.IMAGE, 5, batch["tokens"])}
     assert native.loss(params, changed).value().isnan()
-    with pytest.raises(ValueError, match="'pixels' as it came: give what model.media"):
+    with pytest.raises(ValueError, match=r"'pixels' as it came: give what model\.media"):
         native.loss(params, one)
     with pytest.raises(ValueError, match="needs the batch's 'labels'"):
         native.loss(params, {"tokens": one["tokens"]})
