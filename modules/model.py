@@ -59,6 +59,7 @@ class Model:
     - `plain(params, batch) -> (loss, gradients)`: what the module that it was made of gives by itself, eager, document
       by document, in float64: 0-d, and a dict of tensors by dotted path. None for models that have no other form.
     - `names`: what Hugging Face's folders call its parameters; empty where the paths are those names.
+    - `top_k`: how many experts a token uses, of those along the logical axis "expert"; 0 without, or if not known.
     """
 
     name: str
@@ -79,4 +80,5 @@ class Model:
     plain: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     why: str = ""
     names: Names = ()
+    top_k: int = 0
     rules: Mapping[str, BatchRule] = field(default_factory=dict)

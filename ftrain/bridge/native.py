@@ -15,6 +15,7 @@ from torch import Tensor
 from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
 from ftrain.bridge.depth import with_layers
+from ftrain.bridge.described import used_experts
 from ftrain.hf.described import described_decoder
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.hf.load import fill_hf, load_hf
@@ -69,6 +70,7 @@ def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
         family=decoder_family(cfg, balance=balance or None),
         why=f"native: {kind} is a family of the library",
         names=tuple(name for name in names if not name.leaf.startswith("balance.") and not name.written),
+        top_k=used_experts(cfg),
     )
 
 

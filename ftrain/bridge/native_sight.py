@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
+from ftrain.bridge.described import used_experts
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.hf.load import fill_hf, load_hf
@@ -24,6 +25,7 @@ from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.hf_names import Names
 from ftrain.modules.model import Leaf, Model
 from ftrain.modules.pictures import LEAVES as RAW
+from ftrain.modules.sight_generation import sight_family
 from ftrain.modules.spec import Tree
 from ftrain.modules.vision_language import VisionLanguageConfig
 from ftrain.modules.vision_media import RULES, prepare
@@ -61,8 +63,10 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily) -> Model:
         save=lambda params, to: save_hf(params, to, config, names),
         media=made.media,
         rules=RULES,
+        family=sight_family(cfg),
         why=f"native: {kind} is a family of the library",
         names=names,
+        top_k=used_experts(cfg.text),
     )
 
 

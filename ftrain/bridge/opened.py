@@ -69,7 +69,8 @@ def _without_files(model: Model, layers: int | None) -> Model:
 
 
 def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
-    """The library's own model. ValueError where it has none of the folder's family, for the task, or of fewer layers."""
+    """The library's own model. ValueError where it has none of the folder's family, for the task, or of fewer layers.
+    """
     seeing = seeing_family_of(folder.config())
     if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
         raise ValueError(f"task {task!r} has no native model")

@@ -1,4 +1,7 @@
-"""`ftrain params --model DIR`: how many parameters a model has, and which a glob names. Nothing is loaded."""
+"""`ftrain params --model DIR`: how many parameters a model has, and which a glob names. Nothing is loaded.
+
+A `config.json` alone is enough for a model of the library.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ftrain.bridge.described import described
 from ftrain.bridge.opened import open as open_model
 from ftrain.cli.opened import Native
-from ftrain.modules.spec import ParamSpec, leaves_with_paths
+from ftrain.modules.spec import ParamSpec, Tree, leaves_with_paths
 from ftrain.sharding.paths import Rules
 
 
@@ -20,7 +24,7 @@ class ParamsOptions:
     """Count the parameters of a model's folder, all and by component, and list those that a glob names."""
 
     model: Path
-    """A folder in Hugging Face's format; its weights are not read."""
+    """A folder in Hugging Face's format; its weights are not read, nor needed for a family of the library."""
     match: str | None = None
     """A glob over paths: * is one part, ** any number. Default: components are counted."""
     native: Native = "auto"
@@ -29,14 +33,31 @@ class ParamsOptions:
 
 def run(options: ParamsOptions) -> int:
     """The command. ValueError for a folder without a model, and a glob that matches nothing."""
-    model = open_model(options.model, native=options.native)
-    leaves = dict(leaves_with_paths(model.specs))
+    title, specs, top_k = _found(options)
+    leaves = dict(leaves_with_paths(specs))
     console = Console()
-    console.print(f"{model.name}: {model.why}", highlight=False)
+    console.print(title, highlight=False)
     console.print(_matching(leaves, options.match) if options.match else _components(leaves))
     total, expert = _count(leaves.values()), _count(s for s in leaves.values() if "expert" in s.axes)
-    console.print(f"{total:,} parameters" + (f", {expert:,} of them in experts" if expert else ""), highlight=False)
+    text = f"{total:,} parameters" + (f", {expert:,} of them in experts" if expert else "")
+    console.print(f"{text}; a token uses {used(leaves, top_k):,}" if top_k else text, highlight=False)
     return 0
+
+
+def used(leaves: Mapping[str, ParamSpec], top_k: int) -> int:
+    """How many parameters compute a token, where each router sends it to `top_k` experts."""
+    experts = [spec for spec in leaves.values() if "expert" in spec.axes]
+    of_token = sum(spec.elements * top_k // spec.shape[spec.axes.index("expert")] for spec in experts)
+    return _count(leaves.values()) - _count(experts) + of_token
+
+
+def _found(options: ParamsOptions) -> tuple[str, Tree, int]:
+    """What the model is, its specs, and how many experts a token uses."""
+    if options.native != "never" and not any(options.model.glob("*.safetensors*")):
+        kind, specs, top_k = described(options.model)
+        return f"{kind} (native): of its config.json alone", specs, top_k
+    model = open_model(options.model, native=options.native)
+    return f"{model.name}: {model.why}", model.specs, model.top_k
 
 
 def _components(leaves: Mapping[str, ParamSpec]) -> Table:

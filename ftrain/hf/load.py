@@ -165,9 +165,9 @@ def hf_shape(name: HfTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*own[:-2], own[-1], own[-2]) if name.transposed else own
 
 
-def row_dim(name: HfTensor) -> int:
-    """The dim of our leaf whose ranges are ranges of bytes there."""
-    return -1 if name.transposed and name.index is None else 0
+def row_dim(name: HfTensor, dims: int) -> int:
+    """The dim of our leaf, of so many, whose ranges are ranges of bytes there."""
+    return -1 if name.transposed and name.index is None and dims == 2 else 0
 
 
 def part_of_leaf(name: HfTensor, leaf: Tensor) -> Tensor:
@@ -257,6 +257,10 @@ def _fill_one(tensors: Any, name: HfTensor, stored: Stored, leaf: Tensor, part: 
 
 def _copy_transposed(room: Tensor, values: Tensor) -> None:
     """Some rows at a time: that is up to twice as fast, as torch transposes by blocks only what it need not cast."""
+    if values.dim() > 2:
+        for own, matrix in zip(room, values, strict=True):
+            _copy_transposed(own, matrix)
+        return
     for first, rows in enumerate(values.split(_ROWS)):
         room[:, first * _ROWS : first * _ROWS + rows.shape[0]] = rows.mT.contiguous()
 

@@ -140,7 +140,7 @@ class HfWriter:
 
     def dim(self, path: str) -> int:
         """The dim along which the leaf at `path` may be written range by range."""
-        return row_dim(self._of_leaf[path][0])
+        return row_dim(self._of_leaf[path][0], len(self._entries[path].shape))
 
     def write(self, path: str, values: Tensor, *, start: int = 0) -> None:
         """Write the leaf at `path`, cast to the dtype that was announced; or of a large one only the range of

@@ -29,7 +29,7 @@ _CALLED = TowerNames((("fc1", "up"), ("fc2", "down")), MERGER)
 
 def config(config: Config) -> VisionLanguageConfig:
     """The model that a `config.json` of Qwen2-VL describes. ValueError names an entry that it cannot follow."""
-    text = decoder_of(text_of(config), like="qwen2", missing=MISSING, rope_base=ROPE_BASE)
+    text = decoder_of(text_of(config, tied_inside=True), like="qwen2", missing=MISSING, rope_base=ROPE_BASE)
     vision = vision_of(config, ("embed_dim", "mlp_ratio"))
     width = size(vision, "embed_dim", 1280)
     tower = tower_of(

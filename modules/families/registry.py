@@ -2,7 +2,16 @@
 
 from types import MappingProxyType
 
-from ftrain.modules.families import deepseek_v3, gpt_oss, qwen2_vl, qwen3_5, qwen3_next
+from ftrain.modules.families import (
+    deepseek_v3,
+    gpt_oss,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_next,
+    qwen3_vl,
+    qwen3_vl_moe,
+)
 from ftrain.modules.families.family import TextFamily
 from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.hf_config import decoder_config
@@ -25,7 +34,14 @@ FAMILIES = MappingProxyType(
 )
 """Those with layers of their own, by `model_type`; the last two, which see pictures, to be refused by their name."""
 
-SEEING = MappingProxyType({"qwen2_vl": qwen2_vl.FAMILY})
+SEEING = MappingProxyType(
+    {
+        "qwen2_vl": qwen2_vl.FAMILY,
+        "qwen2_5_vl": qwen2_5_vl.FAMILY,
+        "qwen3_vl": qwen3_vl.FAMILY,
+        "qwen3_vl_moe": qwen3_vl_moe.FAMILY,
+    }
+)
 """Those that see, by `model_type`."""
 
 

@@ -43,8 +43,11 @@ _OF_AXES = ("mrope_section", "mrope_interleaved", "interleaved")
 _AXES = (("type", "mrope"), ("rope_type", "mrope"))
 
 
-def text_of(config: Config) -> dict[str, Any]:
+def text_of(config: Config, *, tied_inside: bool = False) -> dict[str, Any]:
     """The decoder's entries, from either place, with "tie_word_embeddings" as the whole model has it.
+
+    `tied_inside`: it may be said in `text_config`, as transformers 4 wrote Qwen2-VL and Qwen2.5-VL; elsewhere it is not
+    meant there.
 
     ValueError for an entry beside `text_config` that says something else than in it, or is not known.
     """
@@ -63,8 +66,7 @@ def text_of(config: Config) -> dict[str, Any]:
             )
         del beside[name]
     require_understood(beside, ())
-    # files of transformers 4 have the tie in text_config, or at the top
-    tied = flag(config, "tie_word_embeddings") or flag(nested, "tie_word_embeddings")
+    tied = flag(config, "tie_word_embeddings") or (tied_inside and flag(nested, "tie_word_embeddings"))
     return {**nested, "tie_word_embeddings": tied}
 
 
@@ -91,7 +93,9 @@ def decoder_of(
         cleaned["rope_theta"] = rope_base
     found = decoder_config(cleaned)
     section = agreed({place: said.get("mrope_section") for place, said in ropes.items()}, *ropes) or sections
-    attention = replace(found.attention, rope_sections=_sections(section, found), rope_interleaved=interleaved)
+    attention = replace(
+        found.attention, rope_sections=_sections(section, found, interleaved), rope_interleaved=interleaved
+    )
     return replace(found, attention=attention)
 
 
@@ -101,15 +105,19 @@ def _of_one_axis(said: Mapping[str, Any]) -> dict[str, Any]:
     return {name: "default" if (name, value) in _AXES else value for name, value in kept.items()}
 
 
-def _sections(section: Any, cfg: DecoderConfig) -> tuple[int, ...]:
+def _sections(section: Any, cfg: DecoderConfig, interleaved: bool) -> tuple[int, ...]:
     half = cfg.attention.head_dim // 2
     whole = isinstance(section, list | tuple) and all(isinstance(n, int) and n >= 0 for n in section)
-    if not whole or len(section) != 3 or sum(section) != half:
+    if not whole or len(section) != 3 or (not interleaved and sum(section) != half):
         raise ValueError(
             f"config.json: mrope_section={section!r} must give time, rows and columns their frequencies, three whole "
             f"numbers that sum to {half}, half of a head"
         )
-    return tuple(section)
+    if not interleaved:
+        return tuple(section)
+    # in turns, an axis has no more than there are turns, and time has what the others leave
+    turns = [len(range(axis, min(half, 3 * section[axis]), 3)) for axis in (1, 2)]
+    return (half - sum(turns), *turns)
 
 
 def vision_of(config: Config, read: tuple[str, ...]) -> Mapping[str, Any]:
@@ -185,8 +193,8 @@ def text_names(cfg: DecoderConfig, prefix: str) -> Names:
 
 @dataclass(frozen=True)
 class TowerNames:
-    """What a family calls the linear layers of an MLP, as (theirs, ours); the norm and linear layers of a merger; and the
-    list of deep mergers.
+    """What a family calls the linear layers of an MLP, as (theirs, ours); the norm and linear layers of a merger; and
+    the list of deep mergers.
     """
 
     mlp: tuple[tuple[str, str], ...]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ftrain
 from ftrain.modules import spec
+from ftrain.modules.autoregression import generate
 from ftrain.modules.model import Model
 from ftrain.modules.pictures import MediaConfig
 from ftrain.sharding import Layout, Mesh
@@ -174,3 +175,19 @@ def on_mesh(native: Model, cfg: MediaConfig, mesh: Mesh, layout: Layout) -> tupl
 
     made = mesh_models.Model(native.specs, lambda p, b: (native.loss(p, b), ()), batch, dict(native.rules))
     return mesh_models.compare(made, mesh_models.plan_for(made, mesh, layout), dtype=torch.float64)
+
+
+def require_same_text(model: Any, cfg: MediaConfig, folder: Path) -> None:
+    """AssertionError unless the native model writes greedily what transformers does, prompts of any kind side by side:
+    with an image and a video, of text alone, and with a video that is longer than it is wide."""
+    native = ftrain.hf.open(saved(model, folder))
+    prompts, wanted = documents(cfg, ((2, (4, 6), 3, (2, 4, 4), 2), (5,), (2, (5, 2, 2)))), []
+    for prompt in prompts:
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        given = asked(model, prompt, attention_mask=torch.ones(1, len(prompt["tokens"])))
+        wanted.append(model.generate(**given, **options)[0, len(prompt["tokens"]) :].tolist())
+    assert native.load is not None
+    assert native.family is not None
+    assert generate(native.load(), prompts, family=native.family, max_new=6) == wanted
+    alone = generate(native.load(), [prompts[1]["tokens"].tolist()], family=native.family, max_new=6)
+    assert alone == [wanted[1]]

@@ -40,3 +40,7 @@ def test_a_mesh_gives_what_one_device_gives(tmp_path):
     loss, gradients = laws.on_mesh(native, media(), Mesh(shard=2, sequence=2, kind="virtual"), Layout(sequence=Ring()))
     assert loss < 1e-12
     assert gradients < 1e-11
+
+
+def test_it_writes_what_transformers_does(tmp_path):
+    laws.require_same_text(laws.random_model(config()), media(), tmp_path)

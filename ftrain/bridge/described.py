@@ -1,0 +1,42 @@
+"""What a `config.json` alone tells of a model of the library: its parameters, before there are weights."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ftrain.hf.described import described_decoder, described_with_sight
+from ftrain.hf.files import CONFIG, read_json
+from ftrain.modules import decoder, vision_language
+from ftrain.modules.decoder_config import DecoderConfig
+from ftrain.modules.families.registry import family_of, seeing_family_of
+from ftrain.modules.spec import Tree
+
+_MOST = 4096
+"""Layers of a model, and experts of a layer: more are taken for a mistake, as the work grows with them."""
+
+
+class Described(NamedTuple):
+    """A model by its `model_type`: the `specs` of its parameters, and how many experts a token uses (`Model.top_k`)."""
+
+    kind: str
+    specs: Tree
+    top_k: int
+
+
+def described(folder: str | Path) -> Described:
+    """The model of the library that the `config.json` in a folder describes; nothing else is read there.
+
+    ValueError for a folder without the file, and for a model that the library does not compute.
+    """
+    file = Path(folder) / CONFIG
+    config = read_json(file)
+    kind, seeing = str(config.get("model_type")), seeing_family_of(config)
+    if seeing is not None:
+        seen = described_with_sight(config, str(file), layers=_MOST, describe=seeing.config)
+        return Described(kind, vision_language.specs(seen), used_experts(seen.text))
+    cfg = described_decoder(config, str(file), layers=_MOST, experts=_MOST, describe=family_of(config).config)
+    return Described(kind, decoder.specs(cfg), used_experts(cfg))
+
+
+def used_experts(cfg: DecoderConfig) -> int:
+    """How many experts a token uses in each layer that has them; 0 without."""
+    return max((router.top_k for router in cfg.routers), default=0)
