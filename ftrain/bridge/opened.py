@@ -1,4 +1,4 @@
-"""`ftrain.hf.open`: the model of a folder: the library's own where it has the family, else transformers' bridged."""
+"""`ftrain.hf.open`: the model of a folder: the library's own where it has the family, else a bridged one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import Literal
 
 import torch
 
+from ftrain.bridge.diffusion import from_diffusers
 from ftrain.bridge.native import native_decoder
+from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.pretrained import Task, from_transformers
-from ftrain.hf.files import HfFolder
+from ftrain.files.outside import JSON_BYTES
+from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_member
 from ftrain.modules.model import Model
 
 
@@ -23,11 +26,11 @@ def open(
     """The model of a folder in Hugging Face's format; nothing is read but headers. `model.why` says what was taken.
 
     Args:
-        folder: holds `config.json` and safetensors.
-        native: "auto" takes the library's own family where there is one and transformers' model elsewhere; "always" and
-            "never" leave no choice.
+        folder: holds `config.json` and safetensors, of transformers or of diffusers (one model, no whole pipeline).
+        native: "auto" takes the library's own family where there is one and transformers' or diffusers' model
+            elsewhere; "always" and "never" leave no choice.
         task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
-            model.
+            model, or a video transformer of Wan's, of `dtype` but for what that keeps in float32.
 
     Raises:
         ValueError: there is no model in the folder, or none of the kind that was asked for; `native` is another word.
@@ -44,6 +47,8 @@ def open(
     """
     if native not in ("auto", "always", "never"):
         raise ValueError(f'native is "auto", "always" or "never", not {native!r}')
+    if _is_of_diffusers(Path(folder)):
+        return _of_diffusers(folder, native, task, dtype)
     why = 'native="never"'
     if native != "never":
         try:
@@ -56,3 +61,24 @@ def open(
             why = str(error)
     bridged = from_transformers(folder, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
     return replace(bridged, why=f"bridged: {why}")
+
+
+def _is_of_diffusers(folder: Path) -> bool:
+    """True for a pipeline, and for a model whose configuration names its class."""
+    if not (folder / CONFIG).is_file():
+        return (folder / "model_index.json").is_file()
+    return "_class_name" in parse_json(read_member(folder, CONFIG, limit=JSON_BYTES), str(folder / CONFIG))
+
+
+def _of_diffusers(folder: str | Path, native: str, task: Task, dtype: torch.dtype) -> Model:
+    if task != "causal_lm":
+        raise ValueError(f"{folder} holds a model of diffusers, which has no task {task!r}")
+    why = 'native="never"'
+    if native != "never":
+        try:
+            return native_wan(folder, dtype=dtype)
+        except ValueError as error:
+            if native == "always":
+                raise
+            why = str(error)
+    return replace(from_diffusers(folder, dtype=dtype), why=f"bridged: {why}")
