@@ -249,22 +249,38 @@ def noised(data_NP: Tensor, noise_NP: Tensor, time_N: Tensor) -> Tensor:
 
 
 def flow_loss(velocity_NP: Tensor, data_NP: Tensor, noise_NP: Tensor, valid_N: Tensor | None = None) -> Mean:
-    """Squared error of the velocity `noise - data` over all numbers of the valid rows (bool `[N]`; None: all).
-
-    Errors are taken and summed in at least float32, whatever the dtypes given. What the other rows hold, NaN included,
-    reaches neither the loss nor a gradient. ValueError if `valid_N` is not bool `[N]`.
+    """`squared_error` of the velocity `noise - data`. ValueError if `valid_N` is not bool `[N]`.
 
     >>> data_NP, noise_NP = torch.zeros(2, 3), torch.ones(2, 3)
     >>> flow_loss(torch.zeros(2, 3), data_NP, noise_NP, torch.tensor([True, False])).value().item()
     1.0
     """
     wide = functools.reduce(torch.promote_types, (velocity_NP.dtype, data_NP.dtype, noise_NP.dtype), torch.float32)
-    error_NP = velocity_NP.to(wide) - (noise_NP.to(wide) - data_NP.to(wide))
+    return squared_error(velocity_NP, noise_NP.to(wide) - data_NP.to(wide), valid_N)
+
+
+def squared_error(velocity_NP: Tensor, target_NP: Tensor, valid_N: Tensor | None = None) -> Mean:
+    """Squared error over all numbers of the valid rows (bool `[N]`; None: all).
+
+    Errors are taken and summed in at least float32, whatever the dtypes given. What the other rows hold, NaN included,
+    reaches neither the loss nor a gradient. ValueError for a target of another shape, or if `valid_N` is not bool
+    `[N]`.
+
+    >>> squared_error(torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([True, False])).value().item()
+    1.0
+    """
+    if velocity_NP.shape != target_NP.shape:
+        raise ValueError(
+            f"the prediction has shape {list(velocity_NP.shape)} and the target {list(target_NP.shape)}: give a target "
+            "of the prediction's shape"
+        )
+    wide = functools.reduce(torch.promote_types, (velocity_NP.dtype, target_NP.dtype), torch.float32)
+    error_NP = velocity_NP.to(wide) - target_NP.to(wide)
     if valid_N is None:
         return Mean.of(error_NP.square())
     if valid_N.dtype != torch.bool or valid_N.shape != velocity_NP.shape[:1]:
         raise ValueError(
-            f"flow_loss: valid_N is {valid_N.dtype} {list(valid_N.shape)}, expected bool [{len(velocity_NP)}]"
+            f"squared error: valid_N is {valid_N.dtype} {list(valid_N.shape)}, expected bool [{len(velocity_NP)}]"
         )
     # selected before the square: its backward multiplies by the error, and 0 * NaN is NaN
     error_NP = torch.where(valid_N[:, None], error_NP, 0)

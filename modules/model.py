@@ -58,7 +58,9 @@ class Model:
     - `family`: how it generates, or None.
     - `plain(params, batch) -> (loss, gradients)`: what the module that it was made of gives by itself, eager, document
       by document, in float64: 0-d, and a dict of tensors by dotted path. None for models that have no other form.
-    - `names`: what Hugging Face's folders call its parameters; empty where the paths are those names.
+    - `names`: what Hugging Face's folders call its parameters; empty where the paths are those names. `other_names`:
+      what programs of others call them, by the program ("comfyui", for files of adapters).
+    - `keep`: globs of the parameters that stay float32 where the others are narrower: for `ftrain.Precision(keep=...)`.
     - `top_k`: how many experts a token uses, of those along the logical axis "expert"; 0 without, or if not known.
     """
 
@@ -82,3 +84,5 @@ class Model:
     names: Names = ()
     top_k: int = 0
     rules: Mapping[str, BatchRule] = field(default_factory=dict)
+    other_names: Mapping[str, Names] = field(default_factory=dict)
+    keep: tuple[str, ...] = ()

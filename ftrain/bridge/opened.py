@@ -1,4 +1,4 @@
-"""`ftrain.hf.open`: the model of a folder: the library's own where it has the family, else transformers' bridged."""
+"""`ftrain.hf.open`: the model of a folder: the library's own where it has the family, else a bridged one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +8,13 @@ import torch
 
 from ftrain.bridge.config import read_config
 from ftrain.bridge.depth import with_layers
+from ftrain.bridge.diffusion import from_diffusers
 from ftrain.bridge.native import native_decoder
 from ftrain.bridge.native_sight import native_sight
+from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.pretrained import Task, from_transformers
+from ftrain.files.outside import JSON_BYTES
+from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_member
 from ftrain.hf.files import HfFolder
 from ftrain.modules.families.registry import seeing_family_of
 from ftrain.modules.model import Model
@@ -28,11 +32,12 @@ def open(
     """The model of a folder in Hugging Face's format; nothing is read but headers. `model.why` says what was taken.
 
     Args:
-        folder: holds `config.json` and safetensors.
-        native: "auto" takes the library's own family where there is one and transformers' model elsewhere; "always" and
-            "never" leave no choice.
+        folder: holds `config.json` and safetensors, of transformers or of diffusers (one model, no whole pipeline).
+        native: "auto" takes the library's own family where there is one and transformers' or diffusers' model
+            elsewhere; "always" and "never" leave no choice.
         task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
-            model, one that sees for "image_text_to_text" too.
+            model, one that sees for "image_text_to_text" too, or a video transformer of Wan's, of `dtype` but for what
+            that keeps in float32.
         layers: with so many of its layers alone (`ftrain.bridge.depth`), for a look at shapes: such a model has neither
             `load` nor `save`. None: all.
 
@@ -51,6 +56,10 @@ def open(
     """
     if native not in ("auto", "always", "never"):
         raise ValueError(f'native is "auto", "always" or "never", not {native!r}')
+    if _is_of_diffusers(Path(folder)):
+        if layers is not None:
+            raise ValueError(f"{folder} holds a model of diffusers, which has all of its layers")
+        return _of_diffusers(folder, native, task, dtype)
     why = 'native="never"'
     if native != "never":
         try:
@@ -69,8 +78,7 @@ def _without_files(model: Model, layers: int | None) -> Model:
 
 
 def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
-    """The library's own model. ValueError where it has none of the folder's family, for the task, or of fewer layers.
-    """
+    """The library's own model. ValueError where it has none of the folder's family, for the task, or of few layers."""
     seeing = seeing_family_of(folder.config())
     if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
         raise ValueError(f"task {task!r} has no native model")
@@ -79,3 +87,24 @@ def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
     if layers is not None:
         raise ValueError("a native model that sees has all of its layers")
     return native_sight(folder, seeing)
+
+
+def _is_of_diffusers(folder: Path) -> bool:
+    """True for a pipeline, and for a model whose configuration names its class."""
+    if not (folder / CONFIG).is_file():
+        return (folder / "model_index.json").is_file()
+    return "_class_name" in parse_json(read_member(folder, CONFIG, limit=JSON_BYTES), str(folder / CONFIG))
+
+
+def _of_diffusers(folder: str | Path, native: str, task: Task, dtype: torch.dtype) -> Model:
+    if task != "causal_lm":
+        raise ValueError(f"{folder} holds a model of diffusers, which has no task {task!r}")
+    why = 'native="never"'
+    if native != "never":
+        try:
+            return native_wan(folder, dtype=dtype)
+        except ValueError as error:
+            if native == "always":
+                raise
+            why = str(error)
+    return replace(from_diffusers(folder, dtype=dtype), why=f"bridged: {why}")

@@ -16,16 +16,13 @@ from torch import Tensor
 
 from ftrain.checkpoint.durable import make_folder, sync_path, write_text
 from ftrain.checkpoint.folders import temporary
-from ftrain.hf.files import CONFIG, INDEX
+from ftrain.hf.files import CONFIG
 from ftrain.hf.gather import Leaves, write_gathered
 from ftrain.hf.load import hf_shape, part_of_leaf, row_dim
 from ftrain.hf.range import require_in_range
-from ftrain.hf.shards import Entry, ShardFile, cast_dtype, index_text, lay_out, parse_size
+from ftrain.hf.shards import TRANSFORMERS, Entry, Form, ShardFile, cast_dtype, index_text, lay_out, parse_size
 from ftrain.modules.hf_names import HfTensor
 from ftrain.modules.spec import leaves_with_paths
-
-# What an earlier save has left, finished or (after a crash) not.
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.tmp-[0-9a-f]+)?")
 
 
 def save_hf(
@@ -36,6 +33,7 @@ def save_hf(
     *,
     max_shard: int | str = "5GB",
     dtype: torch.dtype | None = None,
+    form: Form = TRANSFORMERS,
 ) -> None:
     """Write a tree of parameters as `save_pretrained` of transformers would: the same files, equal to the byte.
 
@@ -53,6 +51,7 @@ def save_hf(
         names: which leaf is which tensor, in the order of the files (see `ftrain.modules.hf_names`).
         max_shard: the largest file, in bytes or as "5GB"; only a single larger tensor makes a larger one.
         dtype: cast floating-point weights to it. Default: as they are.
+        form: of another library's folders (`ftrain.hf.shards.DIFFUSERS`), which are equal to the byte too.
 
     Raises:
         ValueError: a leaf has no name or a name no leaf, or a dtype that the format has not; a number is beyond the
@@ -73,7 +72,7 @@ def save_hf(
     leaves = dict(leaves_with_paths(params))
     names = tuple(names)
     described = {path: Entry(tuple(leaf.shape), cast_dtype(leaf.dtype, dtype)) for path, leaf in leaves.items()}
-    writer = HfWriter(folder, config, described, names, max_shard=max_shard)
+    writer = HfWriter(folder, config, described, names, max_shard=max_shard, form=form)
 
     def write(whole: Leaves) -> None:
         with writer:
@@ -101,12 +100,13 @@ class HfWriter:
         names: Iterable[HfTensor],
         *,
         max_shard: int | str = "5GB",
+        form: Form = TRANSFORMERS,
     ) -> None:
         """Nothing is touched before `with`.
 
         Args:
             entries: shape and dtype of every leaf, by path, as they are to be written.
-            folder, config, names, max_shard: as for `save_hf`.
+            folder, config, names, max_shard, form: as for `save_hf`.
 
         Raises:
             ValueError: as `save_hf`.
@@ -116,18 +116,19 @@ class HfWriter:
         self._folder = Path(folder)
         self._entries = dict(entries)
         self._tensors = {n.name: _entry(n, entries[n.leaf]) for n in written}
-        self._files = lay_out(self._tensors, parse_size(max_shard))
+        self._form = form
+        self._files = lay_out(self._tensors, parse_size(max_shard), form)
         self._file_of = {name: file for file in self._files for name in file.offsets}
         self._of_leaf: dict[str, list[HfTensor]] = {}
         for name in sorted(written, key=lambda name: name.copy):
             self._of_leaf.setdefault(name.leaf, []).append(name)
-        self._config = _json(_with_dtype(config, entries))
+        self._config = _json(_with_dtype(config, entries) if form.tells_dtype else config)
         self._missing = {path: math.prod(entry.shape) for path, entry in entries.items()}
         self._open: dict[str, FileIO] = {}
 
     def __enter__(self) -> "HfWriter":
         make_folder(self._folder)
-        for name in (INDEX, CONFIG, *(file.name for file in self._files)):
+        for name in (self._form.index, CONFIG, *(file.name for file in self._files)):
             if (self._folder / name).is_dir():
                 raise ValueError(f"{self._folder / name} is a folder, where a file is to be written: remove it")
         try:
@@ -199,13 +200,15 @@ class HfWriter:
             os.fsync(made.fileno())
         for title, made in self._open.items():
             os.replace(str(made.name), self._folder / title)
+        # what an earlier save has left, finished or (after a crash) not
+        left = re.compile(rf"{self._form.stem}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.tmp-[0-9a-f]+)?")
         for old in self._folder.iterdir():
-            if _WEIGHTS.fullmatch(old.name) and old.name not in self._open:
+            if left.fullmatch(old.name) and old.name not in self._open:
                 old.unlink()
         if len(self._files) > 1:
-            write_text(self._folder / INDEX, index_text(self._files, self._tensors))
+            write_text(self._folder / self._form.index, index_text(self._files, self._tensors, self._form))
         else:
-            (self._folder / INDEX).unlink(missing_ok=True)
+            (self._folder / self._form.index).unlink(missing_ok=True)
         write_text(self._folder / CONFIG, self._config)
         sync_path(self._folder)
 

@@ -8,12 +8,37 @@ from dataclasses import dataclass
 
 import torch
 
-from ftrain.hf.files import DTYPES, SINGLE
+from ftrain.hf.files import DTYPES, STEM
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANK = {dtype: i for i, dtype in enumerate(DTYPES.values())}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a library's folders look like: the `stem` of their files of weights, whether `config.json` tells their dtype
+    (`tells_dtype`), and whether the index counts parameters (`counts`).
+    """
+
+    stem: str = STEM
+    tells_dtype: bool = True
+    counts: bool = True
+
+    @property
+    def single(self) -> str:
+        """The file, where there is one."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """The index of several."""
+        return f"{self.single}.index.json"
+
+
+TRANSFORMERS = Form()
+DIFFUSERS = Form("diffusion_pytorch_model", tells_dtype=False, counts=False)
 
 
 @dataclass(frozen=True)
@@ -93,12 +118,13 @@ def split(entries: Mapping[str, Entry], max_shard: int) -> list[list[str]]:
     return [*shards, current] if current else shards
 
 
-def lay_out(entries: Mapping[str, Entry], max_shard: int) -> list[ShardFile]:
+def lay_out(entries: Mapping[str, Entry], max_shard: int, form: Form = TRANSFORMERS) -> list[ShardFile]:
     """The files that hold these tensors, in the order given: `model.safetensors`, or shards numbered as there.
 
     Args:
         entries: shape and dtype of each tensor, by its name in the files.
         max_shard: bytes of the largest file; only a single larger tensor makes a larger one.
+        form: of whose folder, for the names of the files.
 
     Raises:
         ValueError: safetensors has not the dtype of a tensor, which is named.
@@ -111,17 +137,16 @@ def lay_out(entries: Mapping[str, Entry], max_shard: int) -> list[ShardFile]:
     """
     shards = split(entries, max_shard)
     count = len(shards)
-    stem = SINGLE.removesuffix(".safetensors")
-    titles = [SINGLE] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    several = [f"{form.stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    titles = [form.single] if count == 1 else several
     return [_file(title, {n: entries[n] for n in names}) for title, names in zip(titles, shards, strict=True)]
 
 
-def index_text(files: list[ShardFile], entries: Mapping[str, Entry]) -> str:
-    """The text of `model.safetensors.index.json`, as transformers writes it."""
-    total = {
-        "total_parameters": sum(math.prod(entry.shape) for entry in entries.values()),
-        "total_size": sum(entry.nbytes for entry in entries.values()),
-    }
+def index_text(files: list[ShardFile], entries: Mapping[str, Entry], form: Form = TRANSFORMERS) -> str:
+    """The text of the index of several files, as the library of this form writes it."""
+    total = {"total_size": sum(entry.nbytes for entry in entries.values())}
+    if form.counts:
+        total["total_parameters"] = sum(math.prod(entry.shape) for entry in entries.values())
     weights = {name: file.name for file in files for name in file.offsets}
     return json.dumps({"metadata": total, "weight_map": weights}, indent=2, sort_keys=True) + "\n"
 

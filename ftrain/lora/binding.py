@@ -109,17 +109,17 @@ class _Shown:
     def of(self, path: str, found: Any) -> Tensor | Blocks:
         """The leaf in the compute dtype of the step, or the blocks that stand for it."""
         if not is_quantized(found):
-            return self._cast(found)
+            return self._cast(path, found)
         dtype = self.specs[path].dtype
-        return blocks_of(found, compute_dtype(found[SCALES]) if dtype == torch.float32 else dtype)
+        return blocks_of(found, compute_dtype(found[SCALES], path) if dtype == torch.float32 else dtype)
 
     def leaf(self, path: str, found: Any) -> Any:
         """As `of`, with quantized leaves as weights."""
         shown = self.of(path, found)
         return weight(Parts(shown)) if isinstance(shown, Blocks) else shown
 
-    def _cast(self, found: Tensor) -> Tensor:
-        return found.detach().to(compute_dtype(found)) if found.is_floating_point() else found
+    def _cast(self, path: str, found: Tensor) -> Tensor:
+        return found.detach().to(compute_dtype(found, path)) if found.is_floating_point() else found
 
 
 def _parts(target: Target, base: Tensor | Blocks, delta: Tree, adapter: Adapter, key: Tensor | None) -> Parts:

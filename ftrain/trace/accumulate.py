@@ -106,7 +106,7 @@ class Accumulated:
         ValueError as for `accumulate`.
         """
         leaves, params_tree = tree.flatten(params)
-        leaves = [v(x) for v, x in zip(compute_views(leaves), leaves, strict=True)]
+        leaves = [v(x) for v, x in zip(compute_views(leaves, tree.paths(params)), leaves, strict=True)]
         call = self._over(batch, leaves, lambda leaves: tree.unflatten(params_tree, leaves))
         (loss, aux), xs, whole = call.shapes, call.xs, call.sums()
         counted = shapes_of_result(lambda: _counts(loss))
@@ -144,7 +144,7 @@ class Accumulated:
                 "an accumulated loss is called as loss(params, batch), differentiated in its first argument, and with "
                 f"the has_aux it was made with ({self.has_aux})"
             )
-        views = compute_views(leaves)
+        views = compute_views(leaves, tree.paths(args[0]))
 
         def params_of(params: list[Tensor]) -> Any:
             (found,) = tree.unflatten(treedef, [v(x) for v, x in zip(views, params, strict=True)])

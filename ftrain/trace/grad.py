@@ -92,7 +92,7 @@ def value_and_grad(
         leaves, treedef = tree.flatten([args[n] for n in numbers])
         _check_floating(args, numbers)
         inner = _depth.get() > 0
-        views = compute_views(leaves, inner=inner)
+        views = compute_views(leaves, within(tree.paths([args[n] for n in numbers])), inner=inner)
         others = [arg if i in numbers else tree.map(materialize, arg) for i, arg in enumerate(args)]
 
         def loss_of_leaves(*new_leaves: Tensor) -> tuple[Any, Any]:
@@ -138,15 +138,24 @@ def forward(fn: Callable[P, R], argnums: int | tuple[int, ...] = 0) -> Callable[
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return fn(
-            *(tree.map(_materialize if i in numbers else materialize, arg) for i, arg in enumerate(args)), **kwargs
+            *(
+                tree.map_with_path(_materialize, arg) if i in numbers else tree.map(materialize, arg)
+                for i, arg in enumerate(args)
+            ),
+            **kwargs,
         )
 
     return wrapped
 
 
-def _materialize(leaf: Any) -> Any:
+def within(paths: list[str]) -> list[str]:
+    """The paths of a list of arguments, each within its argument."""
+    return [path.partition(".")[2] for path in paths]
+
+
+def _materialize(path: str, leaf: Any) -> Any:
     floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return compute_views([leaf], differentiated=False)[0](leaf) if floating else materialize(leaf)
+    return compute_views([leaf], [path], differentiated=False)[0](leaf) if floating else materialize(leaf)
 
 
 def differentiated(loss_of_leaves: _LossOfLeaves, leaves: list[Tensor]) -> _Differentiated:

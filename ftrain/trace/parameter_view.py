@@ -1,6 +1,7 @@
 """The parameters that a loss computes with: cast to the compute dtype, and on a mesh gathered from their pieces."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -12,17 +13,23 @@ View = Callable[[Tensor], Tensor]
 """From a leaf, or a tensor in its place, to the tensor that a loss computes with."""
 
 
-def compute_views(leaves: Sequence[Tensor], *, differentiated: bool = True, inner: bool = False) -> list[View]:
+def compute_views(
+    leaves: Sequence[Tensor], paths: Sequence[str], *, differentiated: bool = True, inner: bool = False
+) -> list[View]:
     """For each leaf, of any shape, the function that casts it to the compute dtype and, on a mesh, gathers it.
 
-    The function also takes a tensor in place of the leaf, e.g. its detached copy. `inner`: within another loss, where
-    what all ranks have is used as it is, and `sum_inner_gradients` sums its gradients. ValueError on a mesh, if the
-    leaves are `differentiated`, for an input of the step whose placement the plan does not know.
+    `paths`: of the leaves in the tree that the loss takes. The function also takes a tensor in place of the leaf, e.g.
+    its detached copy. `inner`: within another loss, where what all ranks have is used as it is, and
+    `sum_inner_gradients` sums its gradients. ValueError on a mesh, if the leaves are `differentiated`, for an input of
+    the step whose placement the plan does not know.
     """
     trace = current_sharded()
     for leaf in leaves if trace is not None and differentiated else ():
         trace.require_known(leaf)  # type: ignore[union-attr]
-    return [_cast if inner and _is_shared(leaf) else _gathered(leaf) or _cast for leaf in leaves]
+    return [
+        partial(_cast, path=path) if inner and _is_shared(leaf) else _gathered(leaf, path) or partial(_cast, path=path)
+        for leaf, path in zip(leaves, paths, strict=True)
+    ]
 
 
 def sum_inner_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -53,16 +60,19 @@ def materialize(leaf: Tensor) -> Tensor:
     trace = current_sharded()
     if trace is None or trace.placement_of_piece(leaf) is None:
         return leaf
-    view = _gathered(leaf, cast=False)
+    view = _gathered(leaf)
     return leaf if view is None else view(leaf)
 
 
-def _cast(x: Tensor) -> Tensor:
-    return x.to(compute_dtype(x))
+def _cast(x: Tensor, *, path: str) -> Tensor:
+    return x.to(compute_dtype(x, path))
 
 
-def _gathered(leaf: Tensor, *, cast: bool = True) -> View | None:
-    """The view that gathers a piece; None without a mesh, and for a tensor that only this rank has."""
+def _gathered(leaf: Tensor, cast_at: str | None = None) -> View | None:
+    """The view that gathers a piece; None without a mesh, and for a tensor that only this rank has.
+
+    `cast_at`: the path by which it is cast; None for no cast.
+    """
     trace = current_sharded()
     found = None if trace is None else trace.array_of(leaf)
     if trace is None or found is None:
@@ -70,7 +80,7 @@ def _gathered(leaf: Tensor, *, cast: bool = True) -> View | None:
     path, placement = found
 
     def view(x: Tensor) -> Tensor:
-        dtype = compute_dtype(x) if cast else None
+        dtype = None if cast_at is None else compute_dtype(x, cast_at)
         whole = use(x, placement, trace.plan.mesh, dtype=dtype, reduce=reduce_dtype())
         trace.note_use(whole, path, placement)
         return whole

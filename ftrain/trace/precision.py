@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ftrain import tree
+from ftrain.sharding.paths import Rules, match
 
 Choice = Literal["auto", "float32", "bfloat16"]
 """The choices of a command line; "auto" is bfloat16 on CUDA and float32 elsewhere."""
@@ -26,22 +27,26 @@ class Precision:
     - `compute`: the dtype to which `value_and_grad` casts float32 parameters for the loss. The cast is part of the
       differentiated function, so gradients have the dtype of the parameters.
     - `reduce`: the dtype in which gradients are summed over ranks.
+    - `keep`: globs of the parameters that stay as they are (`ftrain.sharding.paths.match`), by their path in the
+      argument that is differentiated: what a family computes in float32, as
+      `ftrain.modules.families.wan_config.keep_float32` says.
 
     Each is "bfloat16", "float32" or "float64", a short name ("bf16", "fp32", "fp64"), or a torch dtype; the attribute
     holds the full name. ValueError for any other: float16 needs loss scaling and float8 needs scaled products, which
-    ftrain does not have.
+    ftrain does not have; in a step for a glob that no parameter has.
 
     >>> import torch
     >>> import ftrain
     >>> precision = ftrain.Precision("bf16")
     >>> precision
-    Precision(compute='bfloat16', reduce='float32')
+    Precision(compute='bfloat16', reduce='float32', keep=())
     >>> precision.cast({"w": torch.ones(2), "steps": torch.tensor(3)})
     {'w': tensor([1., 1.], dtype=torch.bfloat16), 'steps': tensor(3)}
     """
 
     compute: str = "float32"
     reduce: str = "float32"
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("compute", "reduce"):
@@ -67,7 +72,11 @@ class Precision:
 
         For code outside of a step, such as generation. Inside of a step use `ftrain.forward`.
         """
-        return tree.map(lambda leaf: leaf.to(self.dtype) if leaf.dtype == torch.float32 else leaf, params)
+        return tree.map_with_path(lambda path, x: x.to(self.dtype) if self.casts(path, x) else x, params)
+
+    def casts(self, path: str, leaf: Tensor) -> bool:
+        """True for a parameter, of any shape, that a loss gets in the compute dtype."""
+        return leaf.dtype == torch.float32 and not any(match(path, glob) for glob in self.keep)
 
 
 def precision_on(device: torch.device, choice: str = "auto") -> Precision:
@@ -79,24 +88,35 @@ def precision_on(device: torch.device, choice: str = "auto") -> Precision:
 
 
 _current: ContextVar[Precision | None] = ContextVar("ftrain_precision", default=None)
+_seen: ContextVar[set[str] | None] = ContextVar("ftrain_precision_seen", default=None)
 
 
 @contextmanager
 def computing_in(precision: Precision | None) -> Iterator[None]:
-    """Within the block `precision` is that of the step under way; None for that of the parameters."""
-    token = _current.set(precision)
+    """Within the block `precision` is that of the step under way; None for that of the parameters.
+
+    ValueError after it for a glob of `keep` that no parameter of the step has.
+    """
+    paths = set[str]()
+    tokens = _current.set(precision), _seen.set(paths)
     try:
         yield
     finally:
-        _current.reset(token)
+        _current.reset(tokens[0])
+        _seen.reset(tokens[1])
+    if precision is not None and precision.keep and paths:
+        Rules(dict.fromkeys(precision.keep, True), of="Precision(keep=...)").require_used(sorted(paths))
 
 
-def compute_dtype(leaf: Tensor) -> torch.dtype:
-    """The dtype that a loss gets for a parameter of any shape: the compute dtype for float32, else its own."""
-    precision = _current.get()
-    if precision is None or leaf.dtype != torch.float32:
-        return leaf.dtype
-    return precision.dtype
+def compute_dtype(leaf: Tensor, path: str) -> torch.dtype:
+    """The dtype that a loss gets for a parameter of any shape: the compute dtype for float32, else its own.
+
+    `path`: of the parameter in the tree that the loss takes.
+    """
+    precision, seen = _current.get(), _seen.get()
+    if seen is not None:
+        seen.add(path)
+    return leaf.dtype if precision is None or not precision.casts(path, leaf) else precision.dtype
 
 
 def reduce_dtype() -> torch.dtype | None:

@@ -14,10 +14,6 @@ from ftrain.modules.hf_fields import Config, number, require_understood, size
 Patch = tuple[int, int, int]
 Range = tuple[float, float]
 
-KEEP_FLOAT32 = ("time.**", "layers.*.table_16D", "layers.*.text_norm.*", "image.norm_*.*", "out.*")
-"""Globs of the parameters that the authors compute with in float32 while the others are narrower: the time, the tables
-of shifts, scales and gates, norms of the stream, the head."""
-
 
 @dataclass(frozen=True)
 class WanConfig:
@@ -245,6 +241,18 @@ def authors_config(cfg: WanConfig) -> dict[str, Any]:
         "text_dim": cfg.d_text,
         "text_len": cfg.text_rows,
     }
+
+
+def keep_float32(cfg: WanConfig) -> tuple[str, ...]:
+    """Globs of the parameters that the authors compute with in float32 while the others are narrower, for
+    `ftrain.Precision(keep=...)`: the time, the tables of shifts, scales and gates, norms of the stream, the head.
+
+    >>> keep_float32(WanConfig(4, 4, d_model=24, layers=1, heads=2, d_hidden=32))
+    ('time.**', 'layers.*.table_16D', 'out.*', 'layers.*.text_norm.*')
+    """
+    norms = ("layers.*.text_norm.*",) if cfg.text_norm else ()
+    pictures = ("image.norm_*.*",) if cfg.d_image else ()
+    return ("time.**", "layers.*.table_16D", "out.*", *norms, *pictures)
 
 
 def expert_times(boundary: float, *, high: bool) -> Range:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import ftrain
-from ftrain import Precision
+from ftrain import Precision, lora
+from ftrain.modules.spec import ParamSpec, fan_in
+from ftrain.sharding import Layout, Mesh, Plan
 from ftrain.trace.precision import precision_on
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -84,3 +86,52 @@ def test_float32_is_the_same_program_as_no_precision():
         for p in (None, Precision())
     ]
     assert graphs[0] == graphs[1]
+
+
+@pytest.mark.parametrize("of", ["gradient", "micro-batches", "forward"])
+def test_kept_parameters_stay_as_they_are(of):
+    """In every way in which a step gives parameters to a function; and in the cast outside of a step."""
+    params = {"layers": [{"w": torch.randn(3, 3), "table": torch.randn(3)}], "head": torch.randn(3)}
+    precision, seen = Precision("bf16", keep=("layers.*.table", "head")), {}
+
+    def loss(params, x):
+        seen.update(zip(ftrain.tree.paths(params), [p.dtype for p in ftrain.tree.leaves(params)], strict=True))
+        layer = params["layers"][0]
+        return ftrain.Mean.of(((x.to(layer["w"].dtype) @ layer["w"]) * layer["table"] * params["head"]).square())
+
+    step = {
+        "gradient": ftrain.value_and_grad(loss),
+        "micro-batches": ftrain.value_and_grad(ftrain.accumulate(loss, 2)),
+        "forward": ftrain.forward(lambda params, x: loss(params, x).value()),
+    }[of]
+    ftrain.jit(step, precision=precision)(params, torch.randn(4, 3))
+    assert seen == {"head": torch.float32, "layers.0.table": torch.float32, "layers.0.w": torch.bfloat16}
+    cast = precision.cast(params)
+    assert seen == dict(zip(ftrain.tree.paths(cast), [p.dtype for p in ftrain.tree.leaves(cast)], strict=True))
+
+
+def test_kept_parameters_stay_as_they_are_on_a_mesh_and_below_an_adapter():
+    specs = {n: ParamSpec((4, 4), ("embed", "mlp"), fan_in(4)) for n in ("w", "wide")}
+    adapter = lora.add(specs, "w", rank=2)
+    params, seen = ftrain.init(specs, ftrain.key(0)), {}
+
+    def loss(params, batch):
+        seen.update({name: leaf.dtype for name, leaf in params.items()})
+        return ftrain.Mean.of((batch.bfloat16() @ params["w"] + batch.bfloat16() @ params["wide"].bfloat16()).square())
+
+    def of_delta(delta, base, batch):
+        return loss(lora.bind(base, delta, adapter), batch)
+
+    precision, x = Precision("bf16", keep=("wide",)), torch.randn(4, 4)
+    plan = Plan(Mesh(shard=2, kind="virtual"), Layout())
+    ftrain.jit(ftrain.value_and_grad(loss), precision=precision, plan=plan, specs=specs)(params, x)
+    assert seen == {"w": torch.bfloat16, "wide": torch.float32}
+    seen.clear()
+    ftrain.jit(ftrain.value_and_grad(of_delta), precision=precision)(adapter.init(ftrain.key(1)), params, x)
+    assert seen == {"w": torch.bfloat16, "wide": torch.float32}
+
+
+def test_a_glob_that_keeps_nothing_is_refused():
+    step = ftrain.jit(ftrain.grad(lambda p: p["head"].sum()), precision=Precision("bf16", keep=("haed",)))
+    with pytest.raises(ValueError, match=r"Precision\(keep=...\): 'haed' matches nothing; nearest: 'head'"):
+        step({"head": torch.ones(2)})

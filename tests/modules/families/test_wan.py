@@ -9,16 +9,16 @@ from ftrain.modules import spec
 from ftrain.modules.families import wan, wan_names
 from ftrain.modules.families.wan_config import (
     BOUNDARIES,
-    KEEP_FLOAT32,
     PUBLISHED,
     WanConfig,
     authors_config,
     config,
     diffusers_config,
     expert_times,
+    keep_float32,
 )
 from ftrain.modules.families.wan_latents import Clip, lay, patchify, unpatchify
-from ftrain.sharding.paths import match
+from ftrain.sharding.paths import Rules, match
 from tests.helpers import tiny_wan
 from tests.helpers.tiny_wan import BOTH_ENDS, TINY, WITH_IMAGE, clips
 
@@ -123,9 +123,10 @@ def test_narrow_weights_leave_the_stream_and_the_time_wide():
         assert found.dtype == torch.float32
         return float((found - exact).norm() / exact.norm())
 
-    assert error(KEEP_FLOAT32) < 0.7 * error(())
-    every = {path for path, _ in spec.leaves_with_paths(wan.specs(config(WITH_IMAGE)))}
-    assert all(any(match(path, glob) for path in every) for glob in KEEP_FLOAT32)
+    assert error(keep_float32(cfg)) < 0.7 * error(())
+    for told in (TINY, WITH_IMAGE, {**TINY, "cross_attn_norm": False}):
+        every = [path for path, _ in spec.leaves_with_paths(wan.specs(config(told)))]
+        Rules(dict.fromkeys(keep_float32(config(told)), True)).require_used(every)
 
 
 @pytest.mark.parametrize(
