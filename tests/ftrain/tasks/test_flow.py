@@ -31,7 +31,9 @@ KINDS = {
 def test_times_lie_where_their_distribution_says(name):
     times = KINDS[name]
     found = times.at(EVENLY)
-    assert times.low <= found.min() and found.max() <= times.high and (found.diff() > 0).all()
+    assert times.low <= found.min()
+    assert found.max() <= times.high
+    assert (found.diff() > 0).all()
     inside = times.share_below(times.high) - times.share_below(times.low)
     for time in torch.linspace(times.low, times.high, 7).tolist()[1:-1]:
         expected = (times.share_below(time) - times.share_below(times.low)) / inside
@@ -77,7 +79,8 @@ def test_rows_of_a_sample_have_one_time_and_one_fate_wherever_they_lie():
     share = dropped(KEY, many, 0.1).double().mean().item()
     assert share == pytest.approx(0.1, abs=0.01)
     assert torch.equal(dropped(KEY, ids_N, 0.5)[:3], dropped(KEY, ids_N, 0.5)[:1].expand(3))
-    assert uniform_of(KEY, many).min() > 0 and uniform_of(KEY, many).max() < 1
+    assert uniform_of(KEY, many).min() > 0
+    assert uniform_of(KEY, many).max() < 1
     correlation = torch.corrcoef(torch.stack([uniform_of(KEY, many), uniform_of(KEY, many + 1)]))[0, 1]
     assert abs(correlation) < 0.03
 
@@ -99,11 +102,14 @@ def test_given_frames_are_data_at_time_zero_outside_of_the_loss():
 
     loss = Flow().loss(field, data, ids_N=torch.tensor([0, 0, 1, 1]), key=KEY, given_N=given_N)
     ((x, time_N),) = asked
-    assert torch.equal(x[given_N], data[given_N]) and not time_N[given_N].any() and time_N[~given_N].all()
+    assert torch.equal(x[given_N], data[given_N])
+    assert not time_N[given_N].any()
+    assert time_N[~given_N].all()
     noisy = Flow().noisy(data, ids_N=torch.tensor([0, 0, 1, 1]), key=KEY)
     torch.testing.assert_close(loss.value(), (noisy.x - noisy.target)[~given_N].square().mean())
     held = holding(DATA.velocity, given_N)(data, torch.full((4,), 0.5))
-    assert not held[given_N].any() and held[~given_N].all()
+    assert not held[given_N].any()
+    assert held[~given_N].all()
 
 
 def test_padding_does_not_count_and_nan_in_it_harms_no_gradient():
@@ -114,7 +120,8 @@ def test_padding_does_not_count_and_nan_in_it_harms_no_gradient():
         return Flow().loss(lambda x, t: w * x, data, ids_N=torch.arange(3), key=KEY, valid_N=valid_N)
 
     value, grad = ftrain.value_and_grad(loss)(torch.tensor(0.5))
-    assert value.isfinite() and grad.isfinite()
+    assert value.isfinite()
+    assert grad.isfinite()
     assert loss(torch.tensor(0.5)).count == 2
 
 
