@@ -138,14 +138,29 @@ def apply(
     if (text_SC is None) != (cfg.d_text == 0):
         raise ValueError(f"dit: d_text={cfg.d_text}, but text was {'not ' if text_SC is None else ''}given")
     x_ND = linear.apply(params["patch"], x_NP)
-    features_NE = time_embedding(time_N, cfg.time_features).to(x_ND.dtype)
-    time_ND = linear.apply(params["time"]["hidden"], nnf.silu(linear.apply(params["time"]["in"], features_NE)))
-    time_N6D = linear.apply(params["time"]["six"], nnf.silu(time_ND)).unflatten(-1, (6, cfg.d_model))
+    time_ND, time_N6D = embedded_time(params, time_N, x_ND.dtype, cfg)
     text = None if text_SC is None else _text(x_ND, segments_N, text_SC, text_segments_S)
     at = Conditions(positions_AN, segments_T=segments_N, time_N6D=time_N6D, text=text)
+    return velocities(params, through_layers(params, x_ND, at, cfg), time_ND, cfg)
+
+
+def embedded_time(params: dict[str, Any], time_N: Tensor, dtype: torch.dtype, cfg: DitConfig) -> tuple[Tensor, Tensor]:
+    """Times `[N]` as the head reads them, `[N, D]`, and what they add to the tables of layers, `[N, 6, D]`."""
+    features_NE = time_embedding(time_N, cfg.time_features).to(dtype)
+    time_ND = linear.apply(params["time"]["hidden"], nnf.silu(linear.apply(params["time"]["in"], features_NE)))
+    return time_ND, linear.apply(params["time"]["six"], nnf.silu(time_ND)).unflatten(-1, (6, cfg.d_model))
+
+
+def through_layers(params: dict[str, Any], x_ND: Tensor, at: "Conditions", cfg: DitConfig) -> Tensor:
+    """The rows `[N, D]` behind the last layer. ValueError where a layer changes their shape or dtype."""
     at.rope(cfg.attention)  # before the layers, of which it is no part
     for i, layer in enumerate(params["layers"]):
         x_ND = at.run_layer(layer_block(cfg, i), layer, x_ND, layer=i)
+    return x_ND
+
+
+def velocities(params: dict[str, Any], x_ND: Tensor, time_ND: Tensor, cfg: DitConfig) -> Tensor:
+    """Rows behind the last layer `[N, D]` as velocities `[N, P]`; `time_ND`: of `embedded_time`."""
     shift_ND, scale_ND = (params["out"]["table_2D"] + time_ND[:, None]).unbind(1)
     x_ND = _plain_norm(x_ND, cfg) * (1 + scale_ND) + shift_ND
     return linear.affine(x_ND, params["out"]["w_DP"], params["out"]["b_P"])
