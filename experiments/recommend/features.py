@@ -95,8 +95,7 @@ def _events(split: Split, tables: TablesConfig) -> dict[str, np.ndarray]:
         found[name][:, 1:-1] = rows_I[seen.past_film_NH]
         if name != "topic":  # the title says what it is about
             found[name][:, -1] = rows_I[seen.film_N]
-    did_N3 = hashed([_AFTER = 2  # tokens behind the event of what is shown: the mark that ends events, and the one that heads read
-_SKIPPED, _CLICKED, _BOUGHT], "did", cfg=tables)
+    did_N3 = hashed([_SKIPPED, _CLICKED, _BOUGHT], "did", cfg=tables)
     found["did"][:, 1:-1] = did_N3[seen.past_clicked_NH.astype(int) + seen.past_converted_NH]
     buckets_B = hashed(range(len(WATCH_S) + 1), "watch", cfg=tables)
     found["watch"][:, 1:-1] = buckets_B[np.digitize(seen.past_watch_NH, WATCH_S)]

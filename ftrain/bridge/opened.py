@@ -15,7 +15,6 @@ from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.pretrained import Task, from_transformers
 from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_member
-from ftrain.hf.files import HfFolder
 from ftrain.modules.families.registry import seeing_family_of
 from ftrain.modules.model import Model
 

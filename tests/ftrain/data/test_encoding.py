@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 from ftrain.data.documents import IGNORE
-from ftrain.data.encoding import ChatEncoder, Encoded, Length
+from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.data.rejects import BadRow
-from ftrain.data.sample import Chat, Message, Part, Place, Prose, Tokens, say
+from ftrain.data.sample import Chat, Place, Prose, Tokens, say
 
 PLACE = Place("chat.jsonl", 7)
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
