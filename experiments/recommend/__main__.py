@@ -27,19 +27,19 @@ from ftrain import TrainState, optim
 from ftrain.modules.families import recommender
 from ftrain.modules.families.recommender import Predictions, Scores
 
-_WEIGHTS = {"ctcvr": 2.0, "watch": 0.3}
+_WEIGHTS = {"ctcvr": 3.0, "watch": 0.3}
 
 
 @dataclass(frozen=True)
 class Options:
     """What can be chosen."""
 
-    steps: int = 700
+    steps: int = 940
     """updates of each model"""
     batch: int = 256
     """impressions of a step"""
-    people: int = 9000
-    """people to train on; a fifth as many are held out"""
+    people: int = 12000
+    """people to train on; as many, at most 1000, are held out"""
     rate: float = 3e-3
     """peak learning rate of the foundation"""
     towers_rate: float = 2e-3
@@ -65,7 +65,7 @@ class Side:
 def main(options: Options) -> list[Row]:
     """Train both, judge both, print and write the rows."""
     console = Console(width=110)
-    cfg = world.WorldConfig(people=options.people, held_out_people=min(400, options.people), seed=options.seed)
+    cfg = world.WorldConfig(people=options.people, held_out_people=min(1000, options.people), seed=options.seed)
     train, held_out = world.make(cfg)
     clicked_N, converted_N = train.seen.clicked_N, train.seen.converted_N
     rates = (float(clicked_N.mean()), float(converted_N[clicked_N].mean()))
