@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ftrain.modules.autoregression import Family
 from ftrain.modules.hf_names import Names
+from ftrain.modules.moe import RouterLoad
 from ftrain.modules.spec import Tree
 from ftrain.sharding.batch import BatchRule
 
@@ -37,9 +38,13 @@ class Model:
     - `name`: what it is and where it comes from, for logs. `why`: why it is native or bridged.
     - `specs`: the tree of `ParamSpec`s of its parameters.
     - `batch`: what the leaves of its batch are, by name.
-    - `loss(params, batch, key=None) -> Mean`: of the batch's labels (a `WeightedSum` if it has several terms), or `(Mean,
-      state)` if it has `state`. `key`: int64
-      `[2]`, from which dropout draws; without one nothing is dropped.
+    - `loss(params, batch, key=None) -> Mean`: of the batch's labels (a `WeightedSum` if it has several terms), or
+      `(Mean, state)` if it has `state`. `key`: int64 `[2]`, from which dropout draws; without one nothing is dropped.
+    - `routed(params, batch, key=None) -> (Mean, loads)`: the mean of `loss`, and what each router did,
+      `ftrain.modules.moe.RouterLoad`s by the path of its layer, which are sums over tokens (`moe.load_metrics` makes
+      numbers for a log of them). None for models without experts.
+    - `rebalanced(state, loads) -> state`: the state after a step whose routers did this, the whole step's loads or
+      those of its micro-batches added up: what `loss` gives beside the mean. None for models without such a state.
     - `token_losses(params, batch, key=None)`: the cross entropy of each label, in nats, with the dims of the batch's
       tokens; 0 where there is no label. Scores of all tokens are not held where the head is a linear layer. None where
       a loss is no sum over tokens.
@@ -68,6 +73,8 @@ class Model:
     specs: Tree
     batch: Mapping[str, Leaf]
     loss: Callable[..., Any]
+    routed: Callable[..., tuple[Any, Mapping[str, RouterLoad]]] | None = None
+    rebalanced: Callable[[Tree, Mapping[str, RouterLoad]], Tree] | None = None
     token_losses: Callable[..., Any] | None = None
     logits: Callable[..., Tensor] | None = None
     hidden: Callable[..., Any] | None = None

@@ -7,6 +7,7 @@ scores for the choice only and nudged against the load after each step (Wang et 
 Legend: T tokens, D model width, E experts, K experts per token, F hidden width of one expert.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,9 @@ from ftrain.kernels.mean import Mean, share, sum_over_batch
 from ftrain.kernels.wide_mm import wide_mm
 from ftrain.modules import mlp
 from ftrain.modules.spec import ParamSpec, fan_in, zeros
+
+BIAS_RATE = 1e-3
+"""How far a step moves a balancing bias (DeepSeek-V3)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class MoEConfig:
     scale: float = 1.0
     balance: Literal["aux", "bias", "none"] = "aux"
     aux_coefficient: float = 1e-3
-    bias_rate: float = 1e-3
+    bias_rate: float = BIAS_RATE
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
@@ -95,6 +99,18 @@ class RouterStats(NamedTuple):
 
     load_E: Tensor
     probability_E: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody needs
+    dropped: Tensor
+
+
+class RouterLoad(NamedTuple):
+    """Where a router sent the tokens of a pass, as sums over its tokens: of any model, ours or bridged.
+
+    Constants, floating. `load_E`: tokens sent to each expert. `count`: tokens, 0-d. `dropped`: pairs of token and
+    expert that no expert computed, 0-d: zero without a static capacity.
+    """
+
+    load_E: Tensor
     count: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody needs
     dropped: Tensor
 
@@ -232,6 +248,51 @@ def _statistics(expert_TK: Tensor, probability_TE: Tensor, valid_T: Tensor | Non
     probability_E = probability_TE.sum(0)
     load_E = torch.zeros_like(probability_E).scatter_add(0, expert_TK.flatten(), one_TK.flatten())
     return RouterStats(load_E.detach(), probability_E, one_T.sum(), one_T.new_zeros(()))
+
+
+def load_of(expert_TK: Tensor, experts: int, dropped: Tensor) -> RouterLoad:
+    """What a router did whose choice is `expert_TK`, int64: ids of `experts` experts, others being of none.
+
+    `dropped`: 0-d, pairs that no expert computed.
+
+    >>> load_of(torch.tensor([[0, 2], [2, 1]]), 3, torch.zeros(())).load_E.tolist()
+    [1.0, 1.0, 2.0]
+    """
+    known_N = expert_TK.flatten().clamp(max=experts)
+    load_E = torch.zeros(experts + 1, device=expert_TK.device).scatter_add(0, known_N, torch.ones_like(known_N.float()))
+    return RouterLoad(load_E[:experts], torch.full_like(load_E[0], len(expert_TK)), dropped.detach())
+
+
+def loads_of(stats: RouterStats) -> list[RouterLoad]:
+    """Of statistics stacked over routers what each of them did."""
+    routers = range(len(stats.load_E))
+    return [RouterLoad(stats.load_E[i].detach(), stats.count[i].detach(), stats.dropped[i].detach()) for i in routers]
+
+
+def load_metrics(loads: Mapping[str, RouterLoad]) -> dict[str, dict[str, Tensor]]:
+    """For each router, by its name, what a log wants of the whole batch of the mesh.
+
+    `shares_E` (of the pairs of token and expert, sum 1), `entropy` (of the shares, 0-d, in nats; at even load the
+    logarithm of the number of experts), `busiest` (the largest share over the even one, 0-d, 1 at even load), and
+    `dropped` (pairs, 0-d).
+
+    >>> even = RouterLoad(torch.full((4,), 6.0), torch.tensor(12.0), torch.tensor(0.0))
+    >>> found = load_metrics({"layers.0": even})["layers.0"]
+    >>> round(found["entropy"].exp().item(), 3), found["busiest"].item()
+    (4.0, 1.0)
+    """
+    return {name: _metrics(load) for name, load in loads.items()}
+
+
+def _metrics(load: RouterLoad) -> dict[str, Tensor]:
+    load_E = sum_over_batch(load.load_E)
+    shares_E = share(load_E, load_E.sum()[None].expand_as(load_E))
+    return {
+        "shares_E": shares_E,
+        "entropy": -torch.special.xlogy(shares_E, shares_E).sum(),
+        "busiest": shares_E.amax() * shares_E.numel(),
+        "dropped": sum_over_batch(load.dropped),
+    }
 
 
 def aux_loss(stats: RouterStats) -> Mean:

@@ -3,10 +3,12 @@
 Legend: T tokens, K experts per token, N = T * K rows, E experts, D model, F hidden of an expert.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from ftrain.bridge.routers import record
 from ftrain.kernels.embedding import embedding
 from ftrain.kernels.experts import experts, experts_swiglu
 from ftrain.kernels.grouped_mm import grouped_mm
@@ -21,6 +23,7 @@ def run_experts(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_
     between them (`_apply_gate`, `act_fn`).
     """
     made: Any = module
+    record(module, index_TK)
     weights_TK = weights_TK.to(hidden_TD.dtype)
     up = made.gate_up_proj if made.has_gate else made.up_proj
     up, down = (w if made.is_transposed else w.transpose(1, 2) for w in (up, made.down_proj))
@@ -44,11 +47,17 @@ def run_experts(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_
 def expert_leaves(module: nn.Module) -> set[str]:
     """The names of the parameters below `module` that `run_experts` reads, with an entry for each expert."""
     found = set()
+    for path, inner in expert_modules(module):
+        own = {name for name, _ in inner.named_parameters(recurse=False)}
+        found |= {f"{path}.{name}" if path else name for name in own & _LEAVES}
+    return found
+
+
+def expert_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules within `module` that `run_experts` computes, with their paths."""
     for path, inner in module.named_modules():
         if all(hasattr(inner, flag) for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated")):
-            own = {name for name, _ in inner.named_parameters(recurse=False)}
-            found |= {f"{path}.{name}" if path else name for name in own & _LEAVES}
-    return found
+            yield path, inner
 
 
 def _bias(module: Any, name: str) -> Tensor | None:

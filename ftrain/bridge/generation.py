@@ -9,7 +9,7 @@ Legend: B prompts, L tokens of a prompt, V vocabulary.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
@@ -41,10 +41,12 @@ class Continued:
     """How a language model of transformers continues prompts.
 
     `make()`: the module with its own attention, which is built without memory at the first prompt. `name`: for errors.
+    `stored`: its buffers by name that a folder holds.
     """
 
     make: Callable[[], nn.Module]
     name: str
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
 
     def family(self) -> Family:
         """The two functions, of prompts that are lists of token ids. `prefill` raises ValueError for an empty one."""
@@ -94,7 +96,7 @@ class Continued:
 
     @cached_property
     def _held(self) -> Mapping[str, Tensor]:
-        return buffers(self._module)
+        return {**buffers(self._module), **self.stored}
 
     @cached_property
     def _accepted(self) -> set[str]:

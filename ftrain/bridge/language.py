@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from ftrain.bridge.attention import Call, calling
 from ftrain.bridge.batches import LANGUAGE, counted, folded, mean_over_labels, positions, require_tokens, rows
 from ftrain.bridge.draws import drawing
+from ftrain.bridge.experts import expert_modules
 from ftrain.bridge.heads import HeadReads, Scores, cross_entropy, token_losses
-from ftrain.bridge.skeleton import as_it_was, buffers, call, flatten, parameters
+from ftrain.bridge.routers import biases_of, counting, moved
+from ftrain.bridge.skeleton import as_it_was, buffers, call, flatten, nest, parameters
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Leaf
+from ftrain.modules.moe import RouterLoad
 from ftrain.modules.spec import Tree
 from ftrain.trace.spmd import current_sharded
 
@@ -31,6 +35,8 @@ class Language:
     id. `head`: the name of the head's weight, "" if the head is no linear layer. `alone`: why documents cannot share a
     pack, empty if they can. `first`: the position of a document's first token. `leaves`: what it reads of a batch.
     `written`: names of parameters that it writes over while it runs; it is given copies of them.
+    `balanced`: by the path of experts the name of their router's balancing biases (`bridge/routers.py`), which are the
+    model's state.
     """
 
     module: nn.Module
@@ -43,56 +49,97 @@ class Language:
     first: int = 0
     leaves: Mapping[str, Leaf] = field(default_factory=lambda: MappingProxyType(LANGUAGE))
     written: frozenset[str] = frozenset()
+    balanced: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def of(cls, module: nn.Module, stored: Mapping[str, Tensor] | None = None) -> Self:
         """The model around a module. `stored`: buffers of any shape, by name, that a folder holds. ValueError for a
         module with a buffer that has no memory.
         """
+        held = {**buffers(module), **(stored or {})}
         return cls(
             module,
             type(module).__name__,
-            {**buffers(module), **(stored or {})},
+            held,
             accepted=frozenset(inspect.signature(module.forward).parameters),
             paths={id(inner): path for path, inner in module.named_modules()},
             head=_head(module),
+            balanced=MappingProxyType(biases_of(expert_modules(module), held)),
         )
 
-    def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Mean:
-        """The mean cross entropy of the batch's labels. `key`: int64 `[2]`, for dropout. ValueError for a batch without
-        labels, or that does not fit.
+    @property
+    def state(self) -> Tree:
+        """The balancing biases of the routers, in at least float32; empty for most models."""
+        found = {name: self.held[name] for name in self.balanced.values()}
+        return nest({name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in found.items()})
+
+    @property
+    def routes(self) -> bool:
+        """True for a model with experts that our primitive computes."""
+        return any(True for _ in expert_modules(self.module))
+
+    def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None) -> Any:
+        """The `Mean` cross entropy of the batch's labels, or `(Mean, new state)` if the model has `state`: biases moved
+        against the load of this batch. `key`: int64 `[2]`, for dropout. ValueError for a batch without labels, or that
+        does not fit.
         """
+        if not self.balanced:
+            return self._mean(params, batch, key, state)
+        mean, loads = self.routed(params, batch, key, state)
+        return mean, self.rebalanced(state or self.state, loads)
+
+    def routed(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> tuple[Mean, Mapping[str, RouterLoad]]:
+        """The mean of `loss`, and what each router did, by the path of its experts. ValueError as `loss`."""
+        with counting(self.paths) as loads:
+            mean = self._mean(params, batch, key, state)
+        return mean, loads
+
+    def rebalanced(self, state: Tree, loads: Mapping[str, RouterLoad]) -> Tree:
+        """The state after a step whose routers did this."""
+        return nest(moved(flatten(state), loads, self.balanced))
+
+    def _mean(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None, state: Tree | None) -> Mean:
         self._require_labels(batch)
-        total = cross_entropy(self._run(params, batch, key)[0], rows(batch["labels"]))
+        total = cross_entropy(self._run(params, batch, key, state)[0], rows(batch["labels"]))
         return mean_over_labels(total, batch["labels"])
 
-    def token_losses(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+    def token_losses(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> Tensor:
         """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. ValueError as `loss`."""
         self._require_labels(batch)
-        found = token_losses(self._run(params, batch, key)[0], rows(batch["labels"]))
+        found = token_losses(self._run(params, batch, key, state)[0], rows(batch["labels"]))
         return found[0] if batch["tokens"].dim() == 1 else found
 
     def _require_labels(self, batch: Mapping[str, Any]) -> None:
         if "labels" not in batch:
             raise ValueError(f"{self.name}: a loss needs the batch's 'labels'")
 
-    def logits(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+    def logits(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> Tensor:
         """The scores `[T, V]` or `[B, L, V]`, in the dtype of the model."""
-        scores = self._run(params, batch, key)[0]
+        scores = self._run(params, batch, key, state)[0]
         scores = scores.tensor() if isinstance(scores, Scores) else scores
         return scores[0] if batch["tokens"].dim() == 1 else scores
 
-    def hidden(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> Tensor:
         """What the head reads, `[T, D]` or `[B, L, D]`. ValueError where the head is no linear layer."""
-        read = self._run(params, batch, key)[1]
+        read = self._run(params, batch, key, state)[1]
         if read is None:
             raise ValueError(f"{self.name}: its head is no linear layer, so there is no input of it to show")
         return read[0] if batch["tokens"].dim() == 1 else read
 
-    def _run(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None) -> tuple[Any, Tensor | None]:
+    def _run(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None, state: Tree | None = None
+    ) -> tuple[Any, Tensor | None]:
         require_tokens(self.name, batch, self.leaves)
         self._require_documents_apart(batch)
-        tensors = {**self.held, **flatten(params)}
+        tensors = {**self.held, **flatten(state or {}), **flatten(params)}
         tensors |= {name: tensors[name].clone() for name in self.written}
         head = HeadReads(tensors[self.head]) if self.head in tensors else None
         about = Call(folded(batch.get("segments"), batch["tokens"]), drops=key is not None, paths=self.paths)

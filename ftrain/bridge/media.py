@@ -46,11 +46,13 @@ class Media(Language):
         named = [n for n, p in names.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         return {NAMES.get(name, name): name for name in named if name not in TEXT and not name.startswith("output_")}
 
-    def _run(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None) -> tuple[Any, Tensor | None]:
+    def _run(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None, state: Tree | None = None
+    ) -> tuple[Any, Tensor | None]:
         require_tokens(self.name, batch, self.leaves)
         self._require_rows(batch)
         leaves = flatten(params)
-        tensors = {**self.held, **leaves}
+        tensors = {**self.held, **flatten(state or {}), **leaves}
         dtype = next(x.dtype for x in leaves.values() if x.dtype.is_floating_point)
         head = HeadReads(tensors[self.head]) if self.head in tensors else None
         about = Call(drops=key is not None, paths=self.paths, unmasked=True)

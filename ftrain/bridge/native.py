@@ -24,13 +24,17 @@ from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
 from ftrain.modules import decoder, multi_token
 from ftrain.modules.autoregression import decoder_family
-from ftrain.modules.decoder_config import DecoderConfig
+from ftrain.modules.decoder_config import DecoderConfig, layer_block
 from ftrain.modules.families.registry import family_of
 from ftrain.modules.hf_fields import size
 from ftrain.modules.hf_names import Names
 from ftrain.modules.model import Model
-from ftrain.modules.moe import RouterStats
+from ftrain.modules.moe import RouterLoad, RouterStats, loads_of, update_bias
+from ftrain.modules.multi_token import BIASES
 from ftrain.modules.spec import Tree, map_with_paths
+
+_AHEAD = "mtp.layers."
+"""The path of the modules of multi-token prediction."""
 
 
 def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
@@ -61,6 +65,8 @@ def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
         specs=files.specs,
         batch=LANGUAGE,
         loss=made.loss,
+        routed=made.routed if cfg.routers or cfg.mtp_routers else None,
+        rebalanced=made.rebalanced if balance else None,
         token_losses=made.token_losses,
         logits=made.logits,
         hidden=made.hidden,
@@ -146,20 +152,38 @@ class NativeDecoder:
 
         ValueError for a batch without labels, or that does not fit.
         """
+        if not self.balance:
+            return self._loss(params, batch, key, state)[0]
+        loss, loads = self.routed(params, batch, key, state)
+        return loss, self.rebalanced(state or self.balance, loads)
+
+    def routed(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> tuple[Mean | WeightedSum, Mapping[str, RouterLoad]]:
+        """The loss without a state, and what each router did, by the path of its layer. ValueError as `loss`."""
+        loss, stats = self._loss(params, batch, key, state)
+        return loss, _loads(self.cfg, stats)
+
+    def rebalanced(self, state: Tree, loads: Mapping[str, RouterLoad]) -> Tree:
+        """The state after a step whose routers did this (`ftrain.modules.moe.update_bias`)."""
+        rate = (*self.cfg.routers, *self.cfg.mtp_routers)[0].bias_rate
+        ahead = [load.load_E for path, load in loads.items() if path.startswith(_AHEAD)]
+        of = {"router_bias_LE": [load.load_E for load in loads.values()][: -len(ahead) or None], BIASES: ahead}
+        return {name: update_bias(bias_LE, torch.stack(of[name]), rate=rate) for name, bias_LE in state.items()}
+
+    def _loss(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None, state: Tree | None
+    ) -> tuple[Mean | WeightedSum, decoder.DecoderStats]:
         del key
         if "labels" not in batch:
             raise ValueError("a loss needs the batch's 'labels'")
         hidden_TD, stats = self._run(params, batch, state)
         mean = decoder.loss(params, hidden_TD, batch["labels"].flatten(), self.cfg)
-        loss: Mean | WeightedSum = mean
-        if self.cfg.mtp:
-            ahead, routed = self._ahead(params, batch, hidden_TD, state)
-            loss = weighted_sum({"next": mean, **ahead}, dict.fromkeys(ahead, self.cfg.mtp_weight / len(ahead)))
-            stats = stats._replace(mtp=routed)
-        if not self.balance:
-            return loss
-        rate = (*self.cfg.routers, *self.cfg.mtp_routers)[0].bias_rate
-        return loss, decoder.update_balance(state or self.balance, stats, rate=rate)
+        if not self.cfg.mtp:
+            return mean, stats
+        ahead, routed = self._ahead(params, batch, hidden_TD, state)
+        weights = dict.fromkeys(ahead, self.cfg.mtp_weight / len(ahead))
+        return weighted_sum({"next": mean, **ahead}, weights), stats._replace(mtp=routed)
 
     def token_losses(
         self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
@@ -213,6 +237,18 @@ class NativeDecoder:
             balance=state or self.balance or None,
         )
         return {f"mtp_{k}": decoder.loss(params, *one, self.cfg) for k, one in enumerate(ahead, 1)}, routed
+
+
+def _loads(cfg: DecoderConfig, stats: decoder.DecoderStats) -> dict[str, RouterLoad]:
+    """What each router did, by the path of its layer; where a layer has several, and their number in it."""
+    layers = [(f"layers.{i}", layer_block(cfg, i)) for i in range(cfg.layers)]
+    ahead = [(f"{_AHEAD}{i}", block) for i, block in enumerate(cfg.mtp)]
+    found = dict[str, RouterLoad]()
+    for blocks, recorded in ((layers, stats.router), (ahead, stats.mtp)):
+        routers = [(path, n, len(block.routers)) for path, block in blocks for n in range(len(block.routers))]
+        names = [path if of == 1 else f"{path}.{n}" for path, n, of in routers]
+        found |= zip(names, loads_of(recorded), strict=True) if recorded is not None else {}
+    return found
 
 
 def _places(batch: Mapping[str, Any]) -> Tensor:

@@ -14,18 +14,21 @@ from ftrain.modules.spec import Tree
 
 
 def plain_loss(
-    make: Callable[[], nn.Module], params: Tree, batch: Mapping[str, Any]
+    make: Callable[[], nn.Module], stored: Mapping[str, Tensor], params: Tree, batch: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean cross entropy of the batch's labels, 0-d, and its gradients by name, in float64.
 
-    `make()`: a module of transformers with memory, with its own attention. Its parameters are overwritten by `params`.
-    Nothing is dropped.
+    `make()`: a module of transformers with memory, with its own attention. Its parameters are overwritten by `params`,
+    what it has beside them by `stored`. Nothing is dropped.
     """
     module = make().double().eval()
     with torch.no_grad():
         own = dict(module.named_parameters())
         for name, x in flatten(params).items():
             own[name].copy_(x)
+        beside = {**dict(module.named_buffers()), **own}
+        for name, x in stored.items():
+            beside[name].copy_(x)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for tokens_L, labels_L in _documents(batch):
         logits = module(input_ids=tokens_L[None]).logits[0]

@@ -27,7 +27,6 @@ from ftrain.bridge.seq2seq_model import seq2seq_model
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
 from ftrain.bridge.weights import loader, names_of, save, stored_buffers
-from ftrain.modules.autoregression import Family
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
 from ftrain.trace.functionalize import WritesInputs
@@ -90,20 +89,26 @@ def from_transformers(
     if task == "image_text_to_text":
         return media_model(make, dtype, folder, _tables)
     made, specs, why = _suited(partial(make, dtype=dtype), folder)
-    module, held, alone = made.module, made.held, made.alone
+    module, alone = made.module, made.alone
+    stored = {name: made.held[name] for name in module.state_dict() if name in made.held}
+    plain = partial(_plain, config, task, trust_remote_code)
     return Model(
         name=f"{type(module).__name__} of transformers",
         specs=specs,
         batch=made.leaves,
         loss=made.loss,
+        routed=made.routed if made.routes else None,
+        rebalanced=made.rebalanced if made.balanced else None,
+        token_losses=made.token_losses,
         logits=made.logits,
         hidden=made.hidden,
         load=loader(module, folder, specs),
-        save=lambda params, to: save(module, params, held, to),
+        save=partial(save, module, made.held),
+        state=made.state,
         packs=not alone,
         alone=alone,
-        family=_family(config, task, type(module).__name__, trust_remote_code),
-        plain=partial(plain_loss, partial(_plain, config, task, trust_remote_code)),
+        family=Continued(plain, made.name, stored).family() if task == "causal_lm" else None,
+        plain=partial(plain_loss, plain, stored),
         why=why + _told(made.written),
         names=names_of(module, specs),
     )
@@ -118,13 +123,6 @@ def _told(written: frozenset[str]) -> str:
         f", with copies of {min(written)!r}{more}, which it writes over while it runs: a step computes with what is "
         "written there, and the parameters stay as they are"
     )
-
-
-def _family(config: Any, task: Task, name: str, trust: bool) -> Family | None:
-    """How the model continues prompts: transformers' module with its own attention, experts and cache."""
-    if task != "causal_lm":
-        return None
-    return Continued(partial(_plain, config, task, trust), name).family()
 
 
 def _suited(make: Callable[..., nn.Module], folder: Path | None) -> tuple[Language, Any, str]:

@@ -42,7 +42,7 @@ def rowwise_model(make: Make, task: str, dtype: torch.dtype, folder: Path | None
         logits=None if task == "features" else made.logits,
         hidden=made.hidden if task == "features" else None,
         load=loader(module, folder, specs),
-        save=lambda params, to, state=None: save(module, params, {**held, **flatten(state or {})}, to),
+        save=partial(save, module, held),
         state=nest({name: held[name] for name in written}),
         packs=False,
         alone="its batch is rows",

@@ -41,11 +41,15 @@ class Seq2Seq(Language):
     The batch's `tokens` are what the decoder reads, `labels` what it is to say at each.
     """
 
-    def _run(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None) -> tuple[Any, Tensor | None]:
-        found, read = self.result(params, batch, key)
+    def _run(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None, state: Tree | None = None
+    ) -> tuple[Any, Tensor | None]:
+        found, read = self.result(params, batch, key, state)
         return found.logits, read
 
-    def result(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> tuple[Any, Tensor | None]:
+    def result(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
+    ) -> tuple[Any, Tensor | None]:
         """What the module gives, and what its head reads, `[B, L, D]` (None where it is no linear layer).
 
         ValueError for a batch that does not fit.
@@ -53,7 +57,7 @@ class Seq2Seq(Language):
         require_tokens(self.name, batch, self.leaves)
         self._require_pairs(batch)
         leaves = flatten(params)
-        tensors = {**self.held, **leaves}
+        tensors = {**self.held, **flatten(state or {}), **leaves}
         if batch["source"].dtype.is_floating_point:
             dtype = next(x.dtype for x in leaves.values() if x.dtype.is_floating_point)
             batch = {**batch, "source": batch["source"].to(dtype)}

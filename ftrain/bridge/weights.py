@@ -83,21 +83,24 @@ def stored_buffers(module: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     return {name: tensor.to(own[name].dtype) for name, tensor in read.items()}
 
 
-def save(module: nn.Module, params: Tree, held: Mapping[str, Tensor], folder: str | Path) -> None:
+def save(
+    module: nn.Module, held: Mapping[str, Tensor], params: Tree, folder: str | Path, state: Tree | None = None
+) -> None:
     """Write the parameters, and the buffers in `held` that a checkpoint has, as transformers' `save_pretrained` does.
 
-    `folder`: is made; `config.json` is written too. The result loads with strict names. Where parameters are divided
-    over processes, each calls this, and rank 0 writes; it then holds all of them.
+    `state`: by their paths, buffers that are written in the place of those in `held`, in their dtypes. `folder`: is
+    made; `config.json` is written too. The result loads with strict names. Where parameters are divided over processes,
+    each calls this, and rank 0 writes; it then holds all of them.
     """
     known = set(module.state_dict())
 
     def write(leaves: Iterator[tuple[str, Tensor]]) -> None:
         tensors = {name: x.cpu() for name, x in leaves}
-        tensors |= {name: x for name, x in held.items() if name in known}
+        tensors |= {name: tensors.get(name, x).to(x.dtype) for name, x in held.items() if name in known}
         tensors |= {name: tensors[own] for name, own in _tied(module).items() if own in tensors}
         module.save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
 
-    write_gathered(flatten(params), write)
+    write_gathered({**flatten(params), **flatten(state or {})}, write)
 
 
 def names_of(module: nn.Module, specs: Tree) -> Names:
