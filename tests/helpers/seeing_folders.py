@@ -1,6 +1,7 @@
 """Tiny vision-language models of transformers as folders, with a tokenizer of bytes, a chat template and a processor."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ TEMPLATE = (
     "{% elif p['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|end|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 WORDS = {
     "vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 512,
@@ -72,6 +81,9 @@ def write_qwen(folder: Path, kind: str = "qwen2_5_vl", *, seed: int = 0, most_pi
     tokenizer.save_pretrained(folder)
     size = {"shortest_edge": 16 * 16, "longest_edge": most_pixels}
     transformers.Qwen2VLImageProcessorPil(**PIXELS, size=size).save_pretrained(folder)
+    means = [0.5] * 3 if kind.startswith("qwen3") else [0.48145466, 0.4578275, 0.40821073]
+    films = {**PIXELS, "size": {**size, "longest_edge": 4 * most_pixels}, "fps": 2, "image_mean": means}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(films))
     return folder
 
 
@@ -87,9 +99,16 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]], *, seed: int = 0)
 
 def seen_chats(names: list[str], *, plain: int = 0) -> list[dict[str, Any]]:
     """Chats about one picture each, and so many without."""
-    asked = [[{"type": "image", "image": name}, {"type": "text", "text": f"what is {i}?"}] for i, name in enumerate(names)]
+    asked = [
+        [{"type": "image", "image": name}, {"type": "text", "text": f"what is {i}?"}] for i, name in enumerate(names)
+    ]
     texts: list[Any] = [*asked, *(f"and {i}?" for i in range(plain))]
     return [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"it is {i}" + "." * (i % 5)}]}
+        {
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": f"it is {i}" + "." * (i % 5)},
+            ]
+        }
         for i, text in enumerate(texts)
     ]

@@ -17,6 +17,11 @@ _IMAGE_FILES = (("processor_config.json", "image_processor"), ("preprocessor_con
 _VIDEO_FILES = (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", ""), *_IMAGE_FILES[1:])
 
 
+def reads_media(folder: str | PathLike[str]) -> bool:
+    """Whether how the model of a folder sees media is known. ValueError for a folder without a configuration."""
+    return _read(Path(folder) / "config.json").get("model_type") in QWEN
+
+
 def family_of(
     folder: str | PathLike[str], tokenizer: Any, *, limits: Limits | None = None, image_pixels: int | None = None
 ) -> MediaFamily | None:

@@ -50,7 +50,12 @@ def folders(tmp_path_factory):
 
 def asked(place, *turns):
     """A chat of two pictures."""
-    parts = (Part("image", source="0.png"), Part("text", "what "), Part("image", source="1.png"), Part("text", "is it?"))
+    parts = (
+        Part("image", source="0.png"),
+        Part("text", "what "),
+        Part("image", source="1.png"),
+        Part("text", "is it?"),
+    )
     return Chat((Message("user", parts), say("assistant", "a cat"), *turns), place=place)
 
 
