@@ -15,7 +15,7 @@ from ftrain.data.sample import Chat, Message, Part, Place, say
 from ftrain.kernels import random
 from ftrain.modules.autoregression import generate
 from ftrain.run.media import layout_of
-from ftrain.run.row_answers import family_of_rows
+from ftrain.run.media_answers import family_of_documents
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(options: GenerateOptions) -> int:
         why = "a plain text has none" if options.plain else f"how the model of {options.model} sees them is not known"
         raise ValueError(f"--image: {why}; ask without pictures")
     opened = open_with_adapter(options.model, options.adapter, native=options.native)
-    family = family_of_rows(opened.model, layout_of(opened.model, media))
+    family = family_of_documents(opened.model, layout_of(opened.model, media))
     asked: list[Any]
     if family is not None and not options.plain:
         asked = [_seen(ChatEncoder(tokenizer, media=media), prompt, options) for prompt in prompts]

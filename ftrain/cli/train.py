@@ -28,10 +28,10 @@ from ftrain.run import folder as run_folder
 from ftrain.run.data import RunData, make_data
 from ftrain.run.folder import RunFolder
 from ftrain.run.media import layout_of
+from ftrain.run.media_answers import family_of_documents
 from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import is_main, of_main
 from ftrain.run.recipe import Recipe
-from ftrain.run.row_answers import family_of_rows
 from ftrain.run.samples import Samples, documents_of, prompts_of
 from ftrain.run.session import Run, session
 from ftrain.run.trackers import TRACKERS, require_trackers
@@ -154,7 +154,7 @@ def _samples(options: TrainOptions, recipe: Recipe, data: RunData, tokenizer: An
     if ranks.world > 1 or isinstance(recipe.task, Headed | Embed):
         return None
     stop = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-    family = family_of_rows(recipe.model, data.loader.layout)
+    family = family_of_documents(recipe.model, data.loader.layout)
     if family is not None:
         return Samples(documents_of(data.held_out, options.every.samples), tokenizer.decode, stop, family=family)
     if recipe.model.family is None:

@@ -1,4 +1,4 @@
-"""Tiny vision-language models of transformers as folders, with a tokenizer of bytes, a chat template and a processor."""
+"""Tiny vision-language models of transformers as folders: a tokenizer of bytes, a chat template, a processor."""
 
 import copy
 import json
@@ -99,16 +99,12 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]], *, seed: int = 0)
 
 def seen_chats(names: list[str], *, plain: int = 0) -> list[dict[str, Any]]:
     """Chats about one picture each, and so many without."""
-    asked = [
+    texts: list[Any] = [
         [{"type": "image", "image": name}, {"type": "text", "text": f"what is {i}?"}] for i, name in enumerate(names)
     ]
-    texts: list[Any] = [*asked, *(f"and {i}?" for i in range(plain))]
+    texts += [f"and {i}?" for i in range(plain)]
+    answers = [f"it is {i}" + "." * (i % 5) for i in range(len(texts))]
     return [
-        {
-            "messages": [
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": f"it is {i}" + "." * (i % 5)},
-            ]
-        }
-        for i, text in enumerate(texts)
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+        for text, answer in zip(texts, answers, strict=True)
     ]

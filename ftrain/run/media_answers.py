@@ -1,4 +1,5 @@
-"""Answers of models that take rows with media and have no cache: all tokens run again for each new one.
+"""Answers of models that read media, to prompts that are documents: with the cache of the model where it has one, else
+all tokens run again for each new one.
 
 Legend: B prompts, L tokens of a row, V vocabulary.
 """
@@ -13,21 +14,36 @@ from torch import Tensor
 
 from ftrain import tree
 from ftrain.data.documents import IGNORE, Document, Group
-from ftrain.data.layout import Layout, RowLayout
+from ftrain.data.layout import Layout, RowLayout, joined
 from ftrain.data.packing import Plan, Shape
 from ftrain.modules.autoregression import Family
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree, leaves_with_paths
 
 
-def family_of_rows(model: Model, layout: Layout) -> Family | None:
-    """How a model that has no `family` of its own continues documents with media, `layout`'s rows; None for models that
-    read no media, or continue by themselves.
+def family_of_documents(model: Model, layout: Layout) -> Family | None:
+    """How a model that reads media continues documents with theirs; None for models that read none. `layout`: of its
+    batches.
     """
-    if model.family is not None or model.media is None or model.logits is None or not isinstance(layout, RowLayout):
+    if model.media is None:
+        return None
+    if model.family is not None:
+        return replace(model.family, prefill=_Prefill(model.family))
+    if model.logits is None or not isinstance(layout, RowLayout):
         return None
     found = _Rows(model, layout)
     return Family(found.prefill, found.extend)
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """That of a family whose prompts are raw leaves."""
+
+    family: Family
+
+    def __call__(self, params: Tree, prompts: Sequence[Document], room: int) -> tuple[Tensor, Any]:
+        given = [{"tokens": torch.from_numpy(p.tokens), **joined([p.media])} for p in prompts]
+        return self.family.prefill(params, given, room)
 
 
 @dataclass(frozen=True)
