@@ -174,8 +174,7 @@ class TurnFinder:
         return Rendered(written.text, tuple(turns))
 
     def asked(self, chat: Chat) -> Rendered:
-        """The text of a chat up to where the assistant begins to speak, no turns. BadRow where the template refuses it.
-        """
+        """The text of a chat up to where the assistant begins to speak. BadRow where the template refuses it."""
         fields = as_fields(chat.messages, parts=self._parts)
         try:
             return Rendered(self.template.render(fields, chat.tools, prompt=True), ())
