@@ -179,8 +179,11 @@ class ChatEncoder:
         """The media of a chat, in reading order, and what the model will see of each."""
         parts = [part for message in sample.messages for part in message.media]
         for part in parts:
-            if self.media is None or part.kind not in self.media.marks:
-                reads = "text" if self.media is None else ", ".join(("text", *self.media.marks))
+            marks = {} if self.media is None else self.media.marks
+            if part.kind not in marks:
+                if self.media is not None and not marks:
+                    self.media.measure(part, sample.place)  # says why
+                reads = ", ".join(("text", *marks))
                 raise BadRow(
                     sample.place, "media", f"it has media (of the kind {part.kind}), and the model reads {reads} alone"
                 )

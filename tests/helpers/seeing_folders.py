@@ -108,3 +108,69 @@ def seen_chats(names: list[str], *, plain: int = 0) -> list[dict[str, Any]]:
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
         for text, answer in zip(texts, answers, strict=True)
     ]
+
+
+TILE_MARKS = {"llava": "<image>", "gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>", "smolvlm": "<image>"}
+"""What the chat template of a family of tiles writes for a picture."""
+TILE_TOKENS = (
+    *SPECIAL, "<image>", "<start_of_image>", "<end_of_image>", "<soft>", "<img>", "</img>", "<IMG_CONTEXT>",
+    "<fake_token_around_image>", "<global-img>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)),
+)  # fmt: skip
+_TILE_EYES = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 16,
+    "patch_size": 4,
+}  # fmt: skip
+
+
+def tile_config(kind: str, tokenizer: Any) -> Any:
+    """The configuration of a tiny model whose pictures are tiles of 16 x 16 pixels: "llava", "gemma3", "internvl" or
+    "smolvlm"."""
+    import transformers as of
+
+    words = {**WORDS, "vocab_size": 288, "num_hidden_layers": 1}
+    eyes = {**_TILE_EYES, "num_image_tokens": 16}
+    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in TILE_TOKENS}
+    if kind == "llava":
+        return of.LlavaConfig(
+            text_config=of.LlamaConfig(**words), image_token_index=ids["<image>"],
+            vision_feature_select_strategy="full", vision_config=of.SiglipVisionConfig(**_TILE_EYES),
+        )  # fmt: skip
+    if kind == "gemma3":
+        text = of.Gemma3TextConfig(**words, head_dim=8, sliding_window=64, query_pre_attn_scalar=8)
+        return of.Gemma3Config(
+            text_config=text, vision_config=of.SiglipVisionConfig(**_TILE_EYES, vision_use_head=False),
+            mm_tokens_per_image=4, image_token_index=ids["<soft>"], boi_token_index=ids["<start_of_image>"],
+            eoi_token_index=ids["<end_of_image>"],
+        )  # fmt: skip
+    if kind == "internvl":
+        sizes = {**_TILE_EYES, "image_size": [16, 16], "patch_size": [4, 4]}
+        return of.InternVLConfig(
+            text_config=of.Qwen2Config(**words), vision_config=of.InternVLVisionConfig(**sizes),
+            image_token_id=ids["<IMG_CONTEXT>"],
+        )  # fmt: skip
+    del eyes["num_image_tokens"]
+    return of.SmolVLMConfig(
+        text_config=of.LlamaConfig(**words), vision_config=of.SmolVLMVisionConfig(**eyes), scale_factor=2,
+        image_token_id=ids["<image>"],
+    )  # fmt: skip
+
+
+def write_tiles(folder: Path, kind: str, *, seed: int = 0) -> Path:
+    """A folder of random weights from the seed."""
+    import transformers as of
+
+    mark = TILE_MARKS[kind]
+    template = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", mark)
+    tokenizer = byte_tokenizer(template, TILE_TOKENS)
+    torch.manual_seed(seed)
+    of.AutoModelForImageTextToText.from_config(tile_config(kind, tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    square = {"height": 16, "width": 16}
+    processor: Any = {
+        "llava": lambda: of.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square),
+        "gemma3": lambda: of.Gemma3ImageProcessorPil(size=square),
+        "internvl": lambda: of.GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=4),
+        "smolvlm": lambda: of.SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
+    }[kind]()
+    processor.save_pretrained(folder)
+    return folder
