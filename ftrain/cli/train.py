@@ -156,7 +156,9 @@ def _samples(options: TrainOptions, recipe: Recipe, data: RunData, tokenizer: An
     stop = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
     family = family_of_documents(recipe.model, data.loader.layout)
     if family is not None:
-        return Samples(documents_of(data.held_out, options.every.samples), tokenizer.decode, stop, family=family)
+        seen = documents_of(data.held_out, options.every.samples)
+        longest = 48 if recipe.model.family is not None else 16  # without a cache each token costs as all before it
+        return Samples(seen, tokenizer.decode, stop, longest, family)
     if recipe.model.family is None:
         return None
     prompts = prompts_of(data.held_out, options.every.samples) if options.every.samples else ()

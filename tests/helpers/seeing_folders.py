@@ -1,6 +1,5 @@
 """Tiny vision-language models of transformers as folders: a tokenizer of bytes, a chat template, a processor."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,14 @@ def byte_tokenizer(template: str = TEMPLATE, special: tuple[str, ...] = SPECIAL,
     return made
 
 
-def qwen_config(kind: str, tokenizer: Any) -> Any:
+def qwen_config(kind: str, tokenizer: Any, *, layers: int = 2) -> Any:
     """The configuration of a tiny model: "qwen2_vl", "qwen2_5_vl", "qwen3_vl" or "qwen3_vl_moe"."""
     import transformers
 
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     texts = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     ids = {name: tokenizer.convert_tokens_to_ids(text) for name, text in zip(names, texts, strict=True)}
-    words = {**WORDS, "rope_parameters": ROPE}
+    words = {**WORDS, "rope_parameters": ROPE, "num_hidden_layers": layers}
     if kind == "qwen2_vl":
         eyes = {"embed_dim": 16, "hidden_size": 32, "num_heads": 2, "depth": 2, "patch_size": 4, "mlp_ratio": 2}
         return transformers.Qwen2VLConfig(text_config=words, vision_config=eyes, **ids)
@@ -70,14 +69,16 @@ def qwen_config(kind: str, tokenizer: Any) -> Any:
     return transformers.Qwen3VLMoeConfig(text_config={**words, "head_dim": 8, **experts}, vision_config=eyes, **ids)
 
 
-def write_qwen(folder: Path, kind: str = "qwen2_5_vl", *, seed: int = 0, most_pixels: int = 64 * 64) -> Path:
+def write_qwen(
+    folder: Path, kind: str = "qwen2_5_vl", *, seed: int = 0, most_pixels: int = 64 * 64, layers: int = 2
+) -> Path:
     """A folder of random weights from the seed, whose pictures have 16 x 16 to `most_pixels` pixels."""
     import transformers
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
     auto = transformers.AutoModelForImageTextToText
-    auto.from_config(copy.deepcopy(qwen_config(kind, tokenizer))).save_pretrained(folder)
+    auto.from_config(qwen_config(kind, tokenizer, layers=layers)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = {"shortest_edge": 16 * 16, "longest_edge": most_pixels}
     transformers.Qwen2VLImageProcessorPil(**PIXELS, size=size).save_pretrained(folder)

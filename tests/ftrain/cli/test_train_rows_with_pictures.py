@@ -18,7 +18,7 @@ from tests.helpers.seeing_folders import seen_chats, write_pictures, write_qwen
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_qwen(tmp_path_factory.mktemp("model"))
+    return write_qwen(tmp_path_factory.mktemp("model"), layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def held_out(out):
 def whole(model, chat_file, tmp_path_factory):
     """A run of three steps."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(model, chat_file, out)) == 0
+    assert main(command(model, chat_file, out, "--every.samples", "1")) == 0
     return out
 
 
@@ -62,7 +62,7 @@ def test_a_run_learns_and_writes_a_folder_that_transformers_loads(whole):
     for name in ("preprocessor_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (whole / "model" / name).is_file()
     answered = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in answered] == [0, 0, 3, 3]
+    assert [row["step"] for row in answered] == [0, 3]
     assert answered[0]["prompt"].count("<|image_pad|>") == 24
 
 
@@ -78,15 +78,15 @@ def test_it_goes_on_where_its_last_save_is_with_the_same_bits(whole, tmp_path):
     assert losses(cut) == losses(whole)
 
 
-def test_ranks_divide_the_rows_and_an_adapter_learns_of_them(model, chat_file, whole, tmp_path):
-    words = ("--shard", "2", "--steps", "2")
+def test_ranks_divide_the_rows(model, chat_file, whole, tmp_path):
+    words = ("--shard", "2", "--steps", "1", "--every.evaluate", "0", "--every.samples", "0")
     assert main(command(model, chat_file, tmp_path / "many", *words)) == 0
     assert losses(tmp_path / "many")[0] == pytest.approx(losses(whole)[0], rel=1e-4)
 
 
 def test_an_adapter_learns_from_pictures(model, chat_file, tmp_path, capsys):
     out = tmp_path / "run"
-    words = ("--lora.rank", "4", "--lora.targets", "q_proj", "v_proj", "--every.samples", "0")
+    words = ("--lora.rank", "4", "--lora.targets", "q_proj", "v_proj", "--every.samples", "0", "--steps", "2")
     assert main(command(model, chat_file, out, *words)) == 0
     first, last = held_out(out)
     assert last < first
