@@ -100,11 +100,11 @@ def _open(paths: tuple[str, ...], format: str | None) -> "Samples":
 
 
 def _encoder(model: Path | None, train: "Train", max_tokens: int | None = None) -> "ChatEncoder | None":
-    return (
-        None
-        if model is None
-        else data.ChatEncoder(data.load_tokenizer(model), train=train, length=data.Length(max_tokens))
-    )
+    if model is None:
+        return None
+    tokenizer = data.load_tokenizer(model)
+    media = data.family_of(model, tokenizer)
+    return data.ChatEncoder(tokenizer, train=train, length=data.Length(max_tokens), media=media)
 
 
 def _headline(samples: "Samples") -> str:

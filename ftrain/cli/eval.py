@@ -10,9 +10,12 @@ from rich.console import Console
 from ftrain.cli.opened import Native, open_with_adapter
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length, Train
+from ftrain.data.media.families import family_of
+from ftrain.data.media_finishing import ReadMedia
 from ftrain.kernels.mean import Mean
 from ftrain.plan.jit import jit
 from ftrain.run.data import DataOptions, make_data
+from ftrain.run.media import layout_of
 from ftrain.tasks.rows import TextRows
 
 
@@ -32,16 +35,23 @@ class EvalOptions:
     """Of a chat: the turns of the assistant, its last one, or everything."""
     tokens: int = 1024
     """Tokens of a pack; longer rows are left out, and counted."""
+    image_pixels: int | None = None
+    """The most pixels of a picture; default: what the model's folder says."""
     native: Native = "auto"
     """auto: a family of the library where it has the model's."""
 
 
 def run(options: EvalOptions) -> int:
     """The command. ValueError for folders and files that cannot be read or do not fit each other."""
-    encoder = ChatEncoder(load_tokenizer(options.model), train=options.train_on, length=Length(options.tokens))
+    tokenizer = load_tokenizer(options.model)
+    family = family_of(options.model, tokenizer, image_pixels=options.image_pixels)
+    encoder = ChatEncoder(tokenizer, train=options.train_on, length=Length(options.tokens), media=family)
     wanted = DataOptions(options.data, options.format, held_out=0.0, tokens=options.tokens, packs=1, rejected=1.0)
-    data = make_data(wanted, TextRows(encoder), ranks=1, seed=0)
     opened = open_with_adapter(options.model, options.adapter, native=options.native)
+    data = make_data(
+        wanted, TextRows(encoder), ranks=1, seed=0, layout=layout_of(opened.model, family),
+        finish=None if family is None else ReadMedia(family),
+    )  # fmt: skip
     console = Console(highlight=False, width=10_000)
     console.print("\n".join(data.lines))
     loss = jit(opened.model.loss)

@@ -6,12 +6,14 @@ from pathlib import Path
 import tyro
 
 from ftrain.bridge.opened import open as open_model
+from ftrain.bridge.tasks import task_of
 from ftrain.checkpoint import Checkpointer
 from ftrain.cli.config_file import with_config
 from ftrain.cli.recipes import export, recipe_of
 from ftrain.cli.train import device_of
 from ftrain.cli.train_options import KINDS, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
+from ftrain.data.media.families import reads_media
 from ftrain.kernels import random
 from ftrain.run import folder as run_folder
 from ftrain.run.training import CHECKPOINTS
@@ -37,7 +39,8 @@ def run(options: ExportOptions) -> int:
         raise ValueError(f"--to {options.to} is not empty: give a new folder")
     made = options_of(options.run)
     device = device_of(made.device)
-    model, tokenizer = open_model(made.model, native=made.native), load_tokenizer(made.model)
+    task = task_of(made.model, media=reads_media(made.model))
+    model, tokenizer = open_model(made.model, native=made.native, task=task), load_tokenizer(made.model)
     recipe = recipe_of(made, kind_of(made)[1], model, steps=1, micro_batches=1, device=device)
     state = recipe.init(random.key(0, device=device))
     recipe.load(state)

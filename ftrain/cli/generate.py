@@ -7,8 +7,15 @@ from typing import Any
 
 from ftrain.cli.opened import Native, open_with_adapter
 from ftrain.data.chat_template import load_tokenizer
+from ftrain.data.documents import Document, Group
+from ftrain.data.encoding import ChatEncoder
+from ftrain.data.media.families import family_of
+from ftrain.data.media_finishing import ReadMedia
+from ftrain.data.sample import Chat, Message, Part, Place, say
 from ftrain.kernels import random
 from ftrain.modules.autoregression import generate
+from ftrain.run.media import layout_of
+from ftrain.run.media_answers import family_of_documents
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,10 @@ class GenerateOptions:
     """Draw from the likeliest tokens that have this probability together."""
     seed: int = 0
     """Of what is drawn."""
+    image: tuple[Path, ...] = ()
+    """Pictures that stand before the text of each prompt."""
+    image_pixels: int | None = None
+    """The most pixels of a picture; default: what the model's folder says."""
     native: Native = "auto"
     """auto: a family of the library where it has the model's."""
 
@@ -45,13 +56,25 @@ def run(options: GenerateOptions) -> int:
     prompts = list(options.prompt) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError('nothing is asked: give --prompt "..." or lines on standard input')
+    media = family_of(options.model, tokenizer, image_pixels=options.image_pixels)
+    if options.image and (media is None or options.plain):
+        why = "a plain text has none" if options.plain else f"how the model of {options.model} sees them is not known"
+        raise ValueError(f"--image: {why}; ask without pictures")
     opened = open_with_adapter(options.model, options.adapter, native=options.native)
-    if opened.model.family is None:
-        raise ValueError(f"{options.model}: {opened.model.name} does not generate")
+    family = family_of_documents(opened.model, layout_of(opened.model, media))
+    asked: list[Any]
+    if family is not None and not options.plain:
+        asked = [_seen(ChatEncoder(tokenizer, media=media), prompt, options) for prompt in prompts]
+    else:
+        family = opened.model.family
+        asked = [prompt_ids(tokenizer, prompt, system=options.system, plain=options.plain) for prompt in prompts]
+    if family is None or (options.image and not isinstance(asked[0], Document)):
+        what = "generate" if family is None else "generate from pictures"
+        raise ValueError(f"{options.model}: {opened.model.name} does not {what}")
     made = generate(
         opened.params,
-        [prompt_ids(tokenizer, prompt, system=options.system, plain=options.plain) for prompt in prompts],
-        family=opened.model.family,
+        asked,
+        family=family,
         max_new=options.max_new,
         stop=stop_ids(options.model, tokenizer),
         key=random.key(options.seed) if options.temperature else None,
@@ -62,6 +85,15 @@ def run(options: GenerateOptions) -> int:
     for prompt, ids in zip(prompts, made, strict=True):
         print(f"> {prompt}\n{tokenizer.decode(ids, skip_special_tokens=True).strip()}\n", flush=True)
     return 0
+
+
+def _seen(encoder: ChatEncoder, prompt: str, options: GenerateOptions) -> Document:
+    """A chat up to where the assistant begins to speak, with its pictures. ValueError for one that cannot be read."""
+    pictures = [Part("image", source=str(path.absolute())) for path in options.image]
+    turns = [say("system", options.system)] if options.system else []
+    chat = Chat((*turns, Message("user", (*pictures, Part("text", prompt)))), place=Place("--prompt", 1))
+    group = Group((encoder.ask(chat).document(),))
+    return (group if encoder.media is None else ReadMedia(encoder.media)(group)).documents[0]
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, system: str | None = None, plain: bool = False) -> list[int]:

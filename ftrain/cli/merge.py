@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ftrain.cli.opened import Native, open_with_adapter
 from ftrain.data.chat_template import load_tokenizer
+from ftrain.run.media import copy_processor
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def run(options: MergeOptions) -> int:
         raise ValueError(f"{opened.model.name} is written to no folder")
     opened.model.save(opened.params, options.to)
     tokenizer.save_pretrained(options.to)
+    copy_processor(options.model, options.to)
     print(f"wrote {options.to}")
     return 0
 

@@ -8,6 +8,8 @@ import torch
 
 from ftrain import lora
 from ftrain.bridge.opened import open as open_model
+from ftrain.bridge.tasks import task_of
+from ftrain.data.media.families import reads_media
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
 
@@ -28,7 +30,8 @@ def open_with_adapter(
     """The model of a folder, loaded. `adapter`: a folder that PEFT or this library wrote. ValueError for either that
     cannot be read, or that do not fit each other.
     """
-    model = open_model(folder, native=native, dtype=dtype)
+    task = task_of(folder, media=reads_media(folder))
+    model = open_model(folder, native=native, dtype=dtype, task=task)
     if model.load is None:
         raise ValueError(f"{folder}: {model.name} has no weights to load")
     params = model.load()

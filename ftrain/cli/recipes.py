@@ -13,6 +13,7 @@ from ftrain.cli.train_options import KdTrain, TaskKind, TrainOptions
 from ftrain.hf.score_head import add_score_head
 from ftrain.modules.model import Model
 from ftrain.remat.policy import Remat
+from ftrain.run.media import copy_processor
 from ftrain.run.parts import trained_paths
 from ftrain.run.ranks import is_main
 from ftrain.run.recipe import Recipe, optimizer
@@ -79,6 +80,7 @@ def export(
         recipe.model.save(recipe.parameters(state), path / "model")
         if is_main():
             tokenizer.save_pretrained(path / "model")
+            copy_processor(options.model, path / "model")
             if head is not None:
                 add_score_head(path / "model", head, pad=tokenizer.pad_token_id)
         say(f"wrote {path / 'model'}, a folder that transformers loads")

@@ -28,10 +28,11 @@ from ftrain.run import folder as run_folder
 from ftrain.run.data import RunData, make_data
 from ftrain.run.folder import RunFolder
 from ftrain.run.media import layout_of
+from ftrain.run.media_answers import family_of_documents
 from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import is_main, of_main
 from ftrain.run.recipe import Recipe
-from ftrain.run.samples import Samples, prompts_of
+from ftrain.run.samples import Samples, documents_of, prompts_of
 from ftrain.run.session import Run, session
 from ftrain.run.trackers import TRACKERS, require_trackers
 from ftrain.run.training import CHECKPOINTS, Training, train
@@ -150,10 +151,17 @@ def _require_same_tokens(tokenizer: Any, teacher: Path) -> None:
 
 def _samples(options: TrainOptions, recipe: Recipe, data: RunData, tokenizer: Any, ranks: Run) -> Samples | None:
     """What a run of one process answers on its way; models with a head of another kind answer nothing."""
-    if ranks.world > 1 or recipe.model.family is None or isinstance(recipe.task, Headed | Embed):
+    if ranks.world > 1 or isinstance(recipe.task, Headed | Embed):
+        return None
+    stop = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+    family = family_of_documents(recipe.model, data.loader.layout)
+    if family is not None:
+        seen = documents_of(data.held_out, options.every.samples)
+        longest = 48 if recipe.model.family is not None else 16  # without a cache each token costs as all before it
+        return Samples(seen, tokenizer.decode, stop, longest, family)
+    if recipe.model.family is None:
         return None
     prompts = prompts_of(data.held_out, options.every.samples) if options.every.samples else ()
-    stop = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
     return Samples(prompts, tokenizer.decode, stop)
 
 

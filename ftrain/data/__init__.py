@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from ftrain.data.documents import IGNORE, Document, Group, lay
     from ftrain.data.encoding import ChatEncoder, Encoded, Length
     from ftrain.data.encoding_ahead import Workers, mean_tokens
+    from ftrain.data.layout import PackLayout, RowLayout
     from ftrain.data.loader import Facts, Loader, Step
+    from ftrain.data.media.families import family_of
+    from ftrain.data.media_finishing import ReadMedia
     from ftrain.data.mixture import by_temperature, by_tokens
     from ftrain.data.order import Order
     from ftrain.data.packing import Packing
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE", "BadRow", "ChatEncoder", "Cost", "Document", "Encoded", "Facts", "Group", "Length", "Loader", "Order",
-    "Packing", "Position", "Rejects", "Samples", "Stats", "Step", "Workers", "as_html", "by_temperature",
-    "by_tokens", "count", "lay", "load_tokenizer", "mean_tokens", "open_samples", "open_source", "show_rows",
+    "PackLayout", "Packing", "Position", "ReadMedia", "Rejects", "RowLayout", "Samples", "Stats", "Step", "Workers",
+    "as_html", "by_temperature", "by_tokens", "count", "family_of", "lay", "load_tokenizer", "mean_tokens",
+    "open_samples", "open_source", "show_rows",
 ]  # fmt: skip
 __getattr__ = lazy_names(
     "ftrain.data",
@@ -38,6 +42,9 @@ __getattr__ = lazy_names(
         "encoding": ("ChatEncoder", "Encoded", "Length"),
         "encoding_ahead": ("Workers", "mean_tokens"),
         "loader": ("Facts", "Loader", "Step"),
+        "layout": ("PackLayout", "RowLayout"),
+        "media.families": ("family_of",),
+        "media_finishing": ("ReadMedia",),
         "mixture": ("by_temperature", "by_tokens"),
         "order": ("Order",),
         "packing": ("Packing",),

@@ -132,6 +132,17 @@ class ChatEncoder:
             )
         return fitted
 
+    def ask(self, sample: Chat) -> Encoded:
+        """The ids of a chat up to where the assistant begins to speak, none of which is trained on. BadRow and
+        ValueError as `encode`.
+        """
+        seen = self._seen(sample)
+        rendered = self.turns.asked(sample)
+        if self.media is not None:
+            rendered = with_media(rendered, self.media.marks, seen, sample.place)
+        ids = np.asarray(self.tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        return Encoded(ids, np.zeros(len(ids), bool), tuple((part, sample.place) for part, _ in seen))
+
     def _prose(self, sample: Prose) -> Encoded:
         """A text, with the tokens that the tokenizer puts around texts, and the one that ends them."""
         self._check_words(sample.text, sample.place)
@@ -168,8 +179,11 @@ class ChatEncoder:
         """The media of a chat, in reading order, and what the model will see of each."""
         parts = [part for message in sample.messages for part in message.media]
         for part in parts:
-            if self.media is None or part.kind not in self.media.marks:
-                reads = "text" if self.media is None else ", ".join(("text", *self.media.marks))
+            marks = {} if self.media is None else self.media.marks
+            if part.kind not in marks:
+                if self.media is not None and not marks:
+                    self.media.measure(part, sample.place)  # says why
+                reads = ", ".join(("text", *marks))
                 raise BadRow(
                     sample.place, "media", f"it has media (of the kind {part.kind}), and the model reads {reads} alone"
                 )

@@ -207,9 +207,7 @@ def _count(document: Document, stream: Stream) -> int:
     return int((document.tokens == stream.token).sum())
 
 
-def _further(
-    rows: Sequence[Document | None], length: int, told: Mapping[str, np.dtype]
-) -> dict[str, torch.Tensor]:
+def _further(rows: Sequence[Document | None], length: int, told: Mapping[str, np.dtype]) -> dict[str, torch.Tensor]:
     """Further leaves of the documents as rows `[B, L, ...]`, 0 in padding."""
     kinds = {name: (np.dtype(dtype), ()) for name, dtype in told.items()}
     for document in rows:

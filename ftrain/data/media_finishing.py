@@ -27,7 +27,9 @@ class ReadMedia:
             told, arrays = self.family.measure(part, place).rows, self.family.read(part, place)
             rows = {name: len(array) for name, array in arrays.items()}
             if rows != dict(told):
-                raise BadRow(place, "broken media", f"its {part.kind} has {rows} rows, and its header told {dict(told)}")
+                raise BadRow(
+                    place, "broken media", f"its {part.kind} has {rows} rows, and its header told {dict(told)}"
+                )
             for name, array in arrays.items():
                 found.setdefault(name, []).append(array)
         return replace(document, media={name: np.concatenate(arrays) for name, arrays in found.items()})

@@ -2,8 +2,8 @@
 pack apart, or that read media by rows. Pure functions of sizes.
 
 A step's packs are all of one shape, so that ranks and micro-batches share one program: B rows of L tokens, and as many
-tokens of each kind of media in every row. What a row lacks is padding, and media that nobody sees (`ftrain.data.layout`).
-Lengths and numbers of media are rounded up to few sizes, so a run has few shapes.
+tokens of each kind of media in every row. What a row lacks is padding, and media that nobody sees
+(`ftrain.data.layout`). Lengths and numbers of media are rounded up to few sizes, so a run has few shapes.
 
 Legend: N groups of the buffer, K kinds of media, P packs of a step, B rows of a pack, L tokens of a row.
 """
@@ -45,8 +45,8 @@ def rounded(count: int, unit: int = 1) -> int:
 def shape_of(group: RowGroup, *, tokens: int, units: Sequence[int]) -> Shape:
     """The shape of a pack for groups like this one.
 
-    `tokens`: of a pack, at most so many in all its rows together; a row may be longer by some hundredths where its media
-    are rounded up. `units`: tokens of the smallest piece of each kind of media.
+    `tokens`: of a pack, at most so many in all its rows together; a row may be longer by some hundredths where its
+    media are rounded up. `units`: tokens of the smallest piece of each kind of media.
 
     >>> shape_of(RowGroup(90, 30, (60,), 1), tokens=1024, units=(1,))
     Shape(length=96, rows=10, media=(64,))

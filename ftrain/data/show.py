@@ -1,6 +1,7 @@
 """Samples as their tokens, with what is trained on told apart: for the terminal (rich) and as an HTML page."""
 
 import html
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Captioned, Chat, Classed, Judged, Message, Pair, Preference, Prose, Sample, Tokens
 from ftrain.data.samples import Samples
 from ftrain.data.stats import texts_of
+
+_MANY = re.compile(r"(<[^<>\s]{1,40}>)\1{3,}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def _shown(sample: Sample, encoder: ChatEncoder | None) -> Iterator[Shown]:
         which = f" {names[number]}" if len(names) > 1 else ""
         counts = f"{int(encoded.trained[1:].sum())} of {len(encoded.ids)} tokens are trained on"
         yield Shown(
-            f"{sample.place}: {type(sample).__name__}{which}, {counts}", tuple(runs_of(encoded, encoder.tokenizer))
+            f"{sample.place}: {type(sample).__name__}{which}, {counts}",
+            tuple(_shortened(run) for run in runs_of(encoded, encoder.tokenizer)),
         )
 
 
@@ -64,6 +68,12 @@ def runs_of(encoded: Encoded, tokenizer: Any) -> Iterator[Run]:
             text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             yield Run(text, bool(encoded.trained[start]))
             start = end
+
+
+def _shortened(run: Run) -> Run:
+    """With one of many equal control tokens that follow each other, as the places of a picture do, and their number."""
+    text = _MANY.sub(lambda found: f"{found[1]}*{len(found[0]) // len(found[1])}", run.text)
+    return Run(text, run.trained)
 
 
 def plain_text(sample: Sample) -> str:

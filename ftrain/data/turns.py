@@ -173,6 +173,14 @@ class TurnFinder:
             turns.append(found)
         return Rendered(written.text, tuple(turns))
 
+    def asked(self, chat: Chat) -> Rendered:
+        """The text of a chat up to where the assistant begins to speak. BadRow where the template refuses it."""
+        fields = as_fields(chat.messages, parts=self._parts)
+        try:
+            return Rendered(self.template.render(fields, chat.tools, prompt=True), ())
+        except ValueError as error:
+            raise BadRow(chat.place, "template", str(error)) from error
+
     def _whole(self, fields: Fields, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         if self.template.has_marks(tools):
             return self.template.render_marked(fields, tools)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from ftrain.data.documents import Group
+from ftrain.data.documents import Document, Group
 from ftrain.data.encoding_ahead import Workers
 from ftrain.data.finishing import Finish
 from ftrain.data.layout import Layout, PackLayout
@@ -253,6 +253,16 @@ class HeldOut:
 
     def __bool__(self) -> bool:
         return self._loader is not None
+
+    def documents(self) -> Iterator[Document]:
+        """The documents, in the order of their rows, with their media; those that cannot be used are left out."""
+        for row in _spread(self._loader.sources, 1) if self._loader is not None else ():
+            try:
+                group = self._loader.encode(row())
+                group = group if self._loader.finish is None else self._loader.finish(group)
+            except BadRow:
+                continue  # told when batches are made of it
+            yield from group.documents
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         if self._loader is None or self._loader.finish is None:

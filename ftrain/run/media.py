@@ -30,7 +30,7 @@ def layout_of(model: Model, family: MediaFamily | None = None, *, sequence: int 
             f"--sequence {sequence}: {model.name} takes a row for each document, as {model.alone}, and ranks of a "
             "sequence axis share packs: divide rows among --shard and --replicate"
         )
-    return RowLayout(streams, None if model.media is None else _ReadyRows(model))
+    return RowLayout(streams, None if model.media is None else _ReadyRows(model, family))
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class _ReadyRows:
     """`model.media`, without what it alone reads."""
 
     model: Model
+    family: MediaFamily | None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = self.model.media(batch)  # type: ignore[misc]
+        given = batch if self.family is None else self.family.arranged(batch)
+        made: dict[str, Any] = self.model.media(given)  # type: ignore[misc]
         return {name: leaf for name, leaf in made.items() if name not in _ONLY_FOR_PLACES}
 
 

@@ -5,22 +5,31 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ftrain.data.media.family import MediaFamily
+from ftrain.data.media.family import Blind, MediaFamily
 from ftrain.data.media.limits import Limits
 from ftrain.data.media.patches import Patches
 from ftrain.data.media.qwen import MODELS as QWEN
 from ftrain.data.media.qwen import Films, QwenFamily
 from ftrain.data.media.sizes import Multiples, MultiplesInTime
+from ftrain.data.media.tile_families import MODELS as TILES
+from ftrain.data.media.tile_families import tile_family
 from ftrain.files.outside import read_json
 
+_SENSES = ("vision_config", "audio_config", "thinker_config")
+_PROCESSOR = (("processor_config.json", ""),)
 _IMAGE_FILES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
 _VIDEO_FILES = (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", ""), *_IMAGE_FILES[1:])
+
+
+def reads_media(folder: str | PathLike[str]) -> bool:
+    """Whether how the model of a folder sees media is known. ValueError for a folder without a configuration."""
+    return _read(Path(folder) / "config.json").get("model_type") in (*QWEN, *TILES)
 
 
 def family_of(
     folder: str | PathLike[str], tokenizer: Any, *, limits: Limits | None = None, image_pixels: int | None = None
 ) -> MediaFamily | None:
-    """How the model of a folder sees media; None for one that reads text alone, or media in a way that is not known.
+    """How the model of a folder sees media; None for one that reads text alone. One whose way is not known sees none.
 
     Args:
         folder: in Hugging Face's format.
@@ -32,9 +41,14 @@ def family_of(
     """
     path = Path(folder)
     config = _read(path / "config.json")
-    if config.get("model_type") in QWEN:
-        return _qwen(path, config, tokenizer, limits or Limits(), image_pixels)
-    return None
+    kind, most = config.get("model_type"), limits or Limits()
+    if kind in QWEN:
+        return _qwen(path, config, tokenizer, most, image_pixels)
+    if kind in TILES and image_pixels is not None:
+        raise ValueError(f"{path}: pictures of {kind} are tiles of one size: leave --image-pixels out")
+    if kind in TILES:
+        return tile_family(path, config, tokenizer, _first(path, _PROCESSOR), most)
+    return Blind(str(kind)) if any(name in config for name in _SENSES) else None
 
 
 def _qwen(path: Path, config: Mapping[str, Any], tokenizer: Any, limits: Limits, image_pixels: int | None) -> Any:

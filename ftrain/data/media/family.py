@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ftrain.data.layout import Stream
+from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Kind, Part, Place
 
 
@@ -43,3 +44,41 @@ class MediaFamily(Protocol):
 
     def read(self, part: Part, place: Place) -> dict[str, np.ndarray]:
         """Its arrays, by the names of the model's leaves, with as many rows as `measure` said. BadRow likewise."""
+
+    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of rows `[B, L]` with their arrays, as the model takes them."""
+
+
+@dataclass(frozen=True)
+class Blind:
+    """How a model sees media whose ways are not known: it reads text alone, and nothing is asked of it."""
+
+    name: str
+
+    @property
+    def marks(self) -> Mapping[Kind, str]:
+        """None."""
+        return {}
+
+    @property
+    def unlearnt(self) -> frozenset[int]:
+        """None."""
+        return frozenset()
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """None."""
+        return ()
+
+    def measure(self, part: Part, place: Place) -> Seen:
+        """BadRow, for any media."""
+        raise BadRow(place, "media", f"it has media (of the kind {part.kind}), and how {self.name} sees is not known")
+
+    def read(self, part: Part, place: Place) -> dict[str, np.ndarray]:
+        """BadRow, for any media."""
+        self.measure(part, place)
+        return {}
+
+    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch."""
+        return batch

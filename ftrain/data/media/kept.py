@@ -1,4 +1,4 @@
-"""What was read of media and may be asked for again, by several threads: headers, and arrays up to a number of bytes."""
+"""What was read of media and may be asked for again, by several threads: headers and arrays, up to some bytes."""
 
 from collections.abc import Callable
 from threading import Lock

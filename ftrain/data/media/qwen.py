@@ -6,6 +6,7 @@ P patches, C numbers of a patch, n pictures or films.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -123,6 +124,10 @@ class QwenFamily:
             a_second = len(numbers) / header.frames * header.rate
             found["second_per_grid_ts"] = np.array([self.films.patches.in_time / a_second], np.float32)
         return found
+
+    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch."""
+        return batch
 
     def _picture_size(self, part: Part, place: Place) -> tuple[int, int]:
         size = self.kept.header(part, place, lambda: media.images.image_size(part.source, place, self.limits))
