@@ -55,7 +55,8 @@ class Model:
     - `load(specs=None) -> params`: the weights, each rank's own part where a plan says so; None without a folder.
     - `save(params, folder)`: in the format that it was loaded from.
     - `media(batch) -> batch`: what the model computes of the shapes of its media, on the host, before a step; None for
-      models that need no such thing.
+      models that need no such thing. Where documents share packs it takes `packs=`, how many one after the other the
+      tokens are, and `places=`, for how many tokens of media each has room.
     - `rules`: how ranks share the leaves of its batch (`Plan(batch=model.rules)`) that have no entry for each token.
     - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm, balancing biases of routers),
       as a tree of tensors; the functions then take it as `state=` and `loss` gives the new one. Empty for most.

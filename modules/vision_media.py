@@ -29,7 +29,13 @@ _ALONE = 16  # tokens of a frame of padding where there is no picture
 
 
 def prepare(
-    raw: Mapping[str, Any], cfg: MediaConfig, *, patches: int | None = None, packs: int = 1, parts: int = 1
+    raw: Mapping[str, Any],
+    cfg: MediaConfig,
+    *,
+    patches: int | None = None,
+    places: int | None = None,
+    packs: int = 1,
+    parts: int = 1,
 ) -> dict[str, Any]:
     """The batch that a model reads, of raw leaves.
 
@@ -39,7 +45,7 @@ def prepare(
             `[patches, numbers]`, "image_grid_thw" and "video_grid_thw" `[pictures, 3]`, "second_per_grid_ts"
             `[videos]`.
         cfg: the model's.
-        patches: for each pack; None: as many as the pack with the most has.
+        patches: for each pack; None: as many as the pack with the most has. places: the same, counted in tokens.
         packs: how many equal packs the tokens are.
         parts: the ranks that share a pack, whose patches no frame may share.
 
@@ -56,6 +62,8 @@ def prepare(
     tokens_T = raw["tokens"].flatten().cpu().numpy()
     if tokens_T.size % packs or (packs > 1 and raw["tokens"].dim() > 1):
         raise ValueError(f"tokens {list(raw['tokens'].shape)} are not {packs} equal packs, one after the other")
+    if patches is None and places is not None:
+        patches = places * cfg.square
     pieces, pictures = find(raw, tokens_T, cfg)
     made = {name: leaf for name, leaf in raw.items() if name not in LEAVES}
     shape = raw["tokens"].shape
@@ -138,7 +146,9 @@ def _laid(
         for piece in pieces:
             here, arrays = slice(begin, begin + piece.patches), piece.arrays
             own = raw[PIXELS[piece.kind]][piece.source : piece.source + piece.patches].cpu()
-            pixels[here] = own.unflatten(0, (-1, square))[torch.from_numpy(arrays.order_n)].flatten(0, 1)
+            if tower.window is not None:
+                own = own.unflatten(0, (-1, square))[torch.from_numpy(arrays.order_n)].flatten(0, 1)
+            pixels[here] = own
             leaves["places"][here], leaves["frames"][here] = arrays.places_N2, begin
             leaves["windows"][here] = begin + arrays.window_N
             if tower.side is not None:

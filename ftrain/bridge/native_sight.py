@@ -85,10 +85,16 @@ class NativeSight:
     cfg: VisionLanguageConfig
 
     def media(
-        self, batch: Mapping[str, Any], *, patches: int | None = None, packs: int = 1, parts: int = 1
+        self,
+        batch: Mapping[str, Any],
+        *,
+        patches: int | None = None,
+        places: int | None = None,
+        packs: int = 1,
+        parts: int = 1,
     ) -> dict[str, Any]:
         """The batch that the other functions read, of raw leaves: see `ftrain.modules.vision_media.prepare`."""
-        return prepare(batch, self.cfg.media, patches=patches, packs=packs, parts=parts)
+        return prepare(batch, self.cfg.media, patches=patches, places=places, packs=packs, parts=parts)
 
     def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Mean:
         """The `Mean` cross entropy of the batch's labels. `key`: int64 `[2]`, which nothing draws from.

@@ -49,6 +49,10 @@ class Sized(Protocol):
 class Layout(Protocol):
     """Which groups make the next step, and the batch that they are."""
 
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Kinds of media that the model reads."""
+
     def sizes(self, waiting: Sized, packing: Packing) -> RowGroup:
         """What `plan` knows of a group."""
 
@@ -69,12 +73,12 @@ class PackLayout:
     """Documents one after the other in packs `[T]`, told apart by `segments`.
 
     `streams`: kinds of media that the model reads, of which all packs of a step have room for as many places (a leaf's
-    rows are then those of one pack after the other). `ready(pack, places)`: what the model makes of a pack with media
-    before a step; `places`: tokens of each kind of media for which it makes room.
+    rows are then those of one pack after the other). `ready(batch, places, packs)`: what the model makes of so many packs
+    with media before a step; `places`: tokens of each kind of media for which it makes room in each.
     """
 
     streams: tuple[Stream, ...] = ()
-    ready: Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]] | None = None
+    ready: Callable[[dict[str, Any], tuple[int, ...], int], dict[str, Any]] | None = None
 
     def sizes(self, waiting: Sized, packing: Packing) -> RowGroup:
         """All tokens, and those of media of all its documents together."""
@@ -115,7 +119,11 @@ class PackLayout:
     ) -> dict[str, Any]:
         """Packs one after the other; ids of documents as `Documents`."""
         laid = [self._laid(groups, plan, slots, leaves) for groups in packs]
-        return laid[0] if len(laid) == 1 else join_packs(laid)
+        batch = laid[0] if len(laid) == 1 else join_packs(laid)
+        if self.ready is None:
+            return batch
+        batch |= joined([document.media for groups in packs for group in groups for document in group.documents])
+        return self.ready(batch, plan.shape.media, len(packs))
 
     def _laid(
         self, groups: Sequence[Group], plan: Plan, slots: int, leaves: Mapping[str, np.dtype] | None
@@ -124,10 +132,7 @@ class PackLayout:
         ids_T = pack["segments"]
         most = int(ids_T.max()) + 1  # above `slots` only where groups were left out and much padding is in their place
         pack["segments"] = Documents.of(ids_T, max_documents=slots if most <= slots else None)
-        if self.ready is None:
-            return pack
-        pack |= joined([document.media for group in groups for document in group.documents])
-        return self.ready(pack, plan.shape.media)
+        return pack
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ def layout_of(model: Model, family: MediaFamily | None = None, *, sequence: int 
     pack. ValueError for more than one of them and rows.
     """
     streams = () if family is None else family.streams
+    if model.packs and streams and sequence > 1:
+        raise ValueError(
+            f"--sequence {sequence}: ranks that share a pack would share its pictures, whose frames are not dealt to "
+            "them here: divide packs among --shard and --replicate"
+        )
     if model.packs:
         return PackLayout(streams, None if model.media is None else _ReadyPack(model))
     if sequence > 1:
@@ -48,12 +53,15 @@ class _ReadyRows:
 
 @dataclass(frozen=True)
 class _ReadyPack:
-    """`model.media` of a pack, with room for so many tokens of media."""
+    """`model.media` of packs, with room for so many tokens of media in each: in a model that sees for some at least, so
+    that all batches have the same leaves.
+    """
 
     model: Model
 
-    def __call__(self, pack: dict[str, Any], places: tuple[int, ...]) -> dict[str, Any]:
-        made: dict[str, Any] = self.model.media(pack)  # type: ignore[misc]
+    def __call__(self, batch: dict[str, Any], places: tuple[int, ...], packs: int) -> dict[str, Any]:
+        room = max(1, sum(places)) if places else None
+        made: dict[str, Any] = self.model.media(batch, places=room, packs=packs)  # type: ignore[misc]
         return made
 
 

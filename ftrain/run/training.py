@@ -135,20 +135,21 @@ def is_due(number: int, every: int) -> bool:
 def laid_out(t: Training, run: Run) -> tuple[Plan, Step]:
     """The plan of the run, and the jitted step: by the sizes of the run's mesh, by a plan file, or by a search."""
     options: dict[str, Any] = {"specs": t.recipe.specs, "donate": "state", **t.jit}
+    rules = t.recipe.model.rules if t.loader.layout.streams else {}
     if t.plan is None:
-        plan = run.plan()
+        plan = run.plan(batch=rules)
         return plan, jit(t.recipe.train_step, plan=plan, **options)
     kind: Any = run.mesh.kind
     if t.plan == AUTO:
         packs = t.loader.packing.packs // t.recipe.micro_batches
-        source: Any = AutoPlan(ranks=run.mesh.size, kind=kind, packs=packs, memory=t.memory)
+        source: Any = AutoPlan(ranks=run.mesh.size, kind=kind, packs=packs, memory=t.memory, batch=rules)
     else:
         source = SavedPlan(t.plan, kind=kind)
     step = jit(t.recipe.train_step, plan=source, **options)
     batches = t.loader.read()
     chosen = step.choose(t.recipe.abstract(), next(batches).batch)
     batches.close()  # type: ignore[attr-defined]
-    plan = Plan(run.mesh) if chosen is None else chosen
+    plan = Plan(run.mesh, batch=rules) if chosen is None else chosen
     t.report.say(f"plan: {plan.mesh}, of {t.plan}")
     return plan, step
 
