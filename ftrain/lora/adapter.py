@@ -29,6 +29,7 @@ class Adapter:
     - `targets`: the changed parameters, in the order of their paths.
     - `named_by`: the target, as the caller wrote it, that named each path.
     - `base`: the specs of the model. `names`: its names in Hugging Face's folders, where they are others.
+      `other_names`: those in files of other programs, by the style of `save_file`.
     - `rslora`: deltas are scaled by `alpha / sqrt(rank)`. `dora`: weights have a magnitude of their own.
     - `dropout`: share of a layer's input that its delta does not see, where `bind` has a key.
     """
@@ -37,6 +38,7 @@ class Adapter:
     base: Tree = field(repr=False, compare=False)
     named_by: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     names: tuple[HfTensor, ...] = field(default=(), repr=False, compare=False)
+    other_names: Mapping[str, tuple[HfTensor, ...]] = field(default_factory=dict, repr=False, compare=False)
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
@@ -115,14 +117,16 @@ def add(
     _require_range(rank, alpha, dropout)
     base = getattr(model, "specs", model)
     names = tuple(names or getattr(model, "names", ()))
+    others = dict(getattr(model, "other_names", {}))
     leaves = dict(leaves_with_paths(base))
-    found = matched(leaves, [targets] if isinstance(targets, str) else targets, exclude, names)
+    known = [*names, *(name for own in others.values() for name in own)]
+    found = matched(leaves, [targets] if isinstance(targets, str) else targets, exclude, known)
     alpha = float(rank if alpha is None else alpha)
     how = _Orientation(tuple(inputs_first), biases_say_inputs_first(leaves))
     made = tuple(target_of(path, leaves[path], rank, alpha, how.of, rslora=rslora) for path in found)
     for target in made:
         _require_possible(target, dora=dora, dropout=dropout)
-    return Adapter(made, base, found, names, rslora=rslora, dora=dora, dropout=dropout)
+    return Adapter(made, base, found, names, others, rslora=rslora, dora=dora, dropout=dropout)
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,15 @@ def short_names(adapter: Adapter, found: list[Place]) -> list[str]:
         known = {path for path, spec in leaves_with_paths(adapter.base) if len(spec.shape) > 1}
     changed = {place.module for place in found}
     left = {name.removesuffix(".weight") for name in known if name.endswith(".weight")} - changed
-    others = {module.rpartition(".")[2] for module in left}
-    short = {module.rpartition(".")[2] if module.rpartition(".")[2] not in others else module for module in changed}
-    return sorted(short)
+    others = {_short(module) for module in left}
+    return sorted({_short(module) if _short(module) not in others else module for module in changed})
+
+
+def _short(module: str) -> str:
+    """The last part of a name that is no number: PEFT takes every module that ends with it, layers by number too."""
+    parts = module.split(".")
+    first = next((i for i in reversed(range(len(parts))) if not parts[i].isdigit()), 0)
+    return ".".join(parts[first:])
 
 
 def _plain(number: float) -> float | int:

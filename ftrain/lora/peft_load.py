@@ -100,6 +100,7 @@ class _Reading:
             getattr(self.model, "specs", self.model),
             dict.fromkeys(ranks, "the folder"),
             self.names,
+            dict(getattr(self.model, "other_names", {})),
             rslora=bool(self.config.get("use_rslora")),
             dora=bool(self.config.get("use_dora")),
             dropout=float(self.config.get("lora_dropout", 0.0)),

@@ -231,6 +231,7 @@ def _read_in(params: Tree, x_SC: Tensor, approximate: str) -> Tensor:
 
 def _image(params: Tree, image_IC: Tensor, narrow: torch.dtype, cfg: WanConfig) -> Tensor:
     """Rows of the image encoder as rows of the stream's width."""
+    image_IC = image_IC.to(accumulate_dtype(narrow))
     if cfg.image_places:
         if len(image_IC) % cfg.image_places:
             raise ValueError(f"wan: {len(image_IC)} rows of pictures are not {cfg.image_places} for each clip")

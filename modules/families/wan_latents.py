@@ -8,10 +8,9 @@ rows, I rows of pictures, M times.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,9 +19,6 @@ from torch import Tensor
 from ftrain.kernels.documents import Documents
 from ftrain.modules.families.wan_config import Patch, WanConfig
 from ftrain.sharding.batch import BatchRule, Replicated, Tokens
-
-RULES: Mapping[str, BatchRule] = MappingProxyType({"times": Replicated(), "text": Tokens(), "image": Tokens()})
-"""What `ftrain.sharding.Plan(batch=...)` must know of the leaves of `lay`: all others have an entry for each row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +38,16 @@ class Clip:
     image_IC: Tensor | None = None
     target_CFHW: Tensor | None = None
     learned_F: Tensor | None = None
+
+
+def rules(cfg: WanConfig) -> dict[str, BatchRule]:
+    """What `ftrain.sharding.Plan(batch=...)` must know of the leaves of `lay`: all others have an entry for each row.
+
+    >>> sorted(rules(WanConfig(4, 4, d_model=24, layers=1, heads=2, d_hidden=32)))
+    ['text', 'times']
+    """
+    pictures: dict[str, BatchRule] = {"image": Tokens()} if cfg.d_image else {}
+    return {"times": Replicated(), "text": Tokens(), **pictures}
 
 
 def patchify(latents_CFHW: Tensor, patch: Patch) -> Tensor:
