@@ -113,7 +113,7 @@ def fold(
     if checkpoints is None or not done:
         done = 0
     else:
-        tree = _resumed(stages, tree, seed, checkpoints, done)
+        tree = saved_tree(stages, tree, done, seed=seed, checkpoints=checkpoints)
     numbers = range(done + 1, total + 1) if run is None else run.steps(done, total)
     for number in numbers:
         index, at = place_of(stages, number)
@@ -164,14 +164,31 @@ def _stepped(stage: Stage, tree: Tree, number: int, seed: int) -> tuple[Tree, di
     return tree, metrics
 
 
-def _resumed(stages: Sequence[Stage], tree: Tree, seed: int, checkpoints: Checkpointer, done: int) -> Tree:
-    index, at = place_of(stages, done)
-    saved = checkpoints.restore({"stage": "", "number": 0}, done, partial=True)
+def end_of(stages: Sequence[Stage], name: str) -> int:
+    """The step of the workflow that is a stage's last one. ValueError for a stage that is none of them.
+
+    >>> end_of([Stage("a", 3, [(always, print)], print), Stage("b", 2, [(always, print)], print)], "b")
+    5
+    """
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise ValueError(f"there is no stage {name!r}: stages are {', '.join(names)}")
+    return sum(stage.steps for stage in stages[: names.index(name) + 1])
+
+
+def saved_tree(stages: Sequence[Stage], tree: Tree, number: int, *, seed: int, checkpoints: Checkpointer) -> Tree:
+    """The tree that was saved at a step of the workflow, in the form that its stage has.
+
+    `tree`: as before the first stage. ValueError for a checkpoint of other stages. What the checkpoints raise.
+    """
+    index, at = place_of(stages, number)
+    saved = checkpoints.restore({"stage": "", "number": 0}, number, partial=True)
     if (saved["stage"], saved["number"]) != (stages[index].name, at):
         raise ValueError(
-            f"the checkpoint of step {done} is of step {saved['number']} of stage {saved['stage']!r}, and by these stages it "
-            f"would be of step {at} of {stages[index].name!r}: stages that are done keep their order, names and lengths"
+            f"the checkpoint of step {number} is of step {saved['number']} of stage {saved['stage']!r}, and by these "
+            f"stages it would be of step {at} of {stages[index].name!r}: stages that are done keep their order, names "
+            "and lengths"
         )
     for stage in stages[: index + 1]:
         tree = stage.start(tree, random.fold_in(stage.key(seed), stage.steps))
-    return checkpoints.restore({"tree": tree, "stage": "", "number": 0}, done)["tree"]
+    return checkpoints.restore({"tree": tree, "stage": "", "number": 0}, number)["tree"]

@@ -12,6 +12,8 @@ from torch import Tensor
 from ftrain.kernels import random
 from ftrain.modules.flow_sampling import renoised, rows_at
 from ftrain.modules.velocity import Velocity, clean, require_descending
+from ftrain.tasks.distill.trajectory import place_of
+from ftrain.tasks.flow import Flow
 
 Chunk = Callable[[Any, Tensor, Tensor, int], tuple[Tensor, Any]]
 """A causal field: from a cache of the chunks before, rows `[n, ...]`, their times `[n]` and the chunk's number to
@@ -46,6 +48,19 @@ def rollout(
         for number in range(exit):
             x = _step(velocity, x, times, number, key)
     return clean(x, rows_at(times[exit], x), velocity(x, rows_at(times[exit], x)))
+
+
+def from_data(student: Velocity, data: Tensor, times: Sequence[float], *, ids_N: Tensor, key: Tensor) -> Tensor:
+    """What a student predicts of noisy real data `[N, ...]`, in the place of a rollout: one call, at one of its times for
+    each sample, all as likely. It never sees what its own first steps make of noise.
+
+    `times`: of the student, down to 0. `ids_N`: int64, the sample of each row. `key`: int64 `[2]`. ValueError for times
+    that do not go down.
+    """
+    times, _ = _checked(times, None)
+    at = torch.tensor(times, dtype=torch.promote_types(data.dtype, torch.float32), device=data.device)
+    noisy = Flow().noisy(data, ids_N=ids_N, key=key, time_N=at[place_of(key, ids_N, len(times) - 1)])
+    return clean(noisy.x, noisy.time_N, student(noisy.x, noisy.time_N))
 
 
 def causal_rollout(

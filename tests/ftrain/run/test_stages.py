@@ -6,7 +6,7 @@ import torch
 import ftrain
 from ftrain import key
 from ftrain.checkpoint import Checkpointer
-from ftrain.run.stages import Stage, always, every, fold, place_of
+from ftrain.run.stages import Stage, always, end_of, every, fold, place_of, saved_tree
 
 SEED = 3
 
@@ -100,7 +100,11 @@ def test_keys_of_a_stage_do_not_depend_on_the_stages_before():
 
 def test_a_folder_of_other_stages_is_refused(tmp_path):
     with Checkpointer(tmp_path, background=False) as checkpoints:
-        fold(stages(), START, seed=SEED, checkpoints=checkpoints)
+        whole = fold(stages(), START, seed=SEED, checkpoints=checkpoints)
+        at_end = end_of(stages(), "warm")
+        warm = saved_tree(stages(), START, at_end, seed=SEED, checkpoints=checkpoints)
+        assert equal(warm, fold(stages()[:1], START, seed=SEED))
+        assert equal(saved_tree(stages(), START, 12, seed=SEED, checkpoints=checkpoints), whole)
         with pytest.raises(
             ValueError, match=r"is of step 7 of stage 'main', and by these stages it would be of step 8"
         ):
@@ -115,6 +119,8 @@ def test_what_cannot_be_is_refused():
         fold([stages()[0], stages()[0]], START, seed=0)
     with pytest.raises(ValueError, match="steps=0"):
         Stage("a", 0, [(always, train)], data)
+    with pytest.raises(ValueError, match="no stage 'cold': stages are warm, main"):
+        end_of(stages(), "cold")
     with pytest.raises(ValueError, match=r"every\(0\)"):
         every(0)
     more = lambda tree, batch, key: ({**tree, "new": torch.zeros(1)}, {})  # noqa: E731

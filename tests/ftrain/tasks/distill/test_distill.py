@@ -118,7 +118,9 @@ def test_the_direction_of_distribution_matching_is_the_difference_of_scores():
     x = OTHER.sample(N, 3)
     g = dmd.direction(x, DATA.velocity, OTHER.velocity, **GIVEN)
     noisy = Flow(dmd.times).noisy(x, **GIVEN)
-    scores = torch.stack([OTHER.score(r, float(t)) - DATA.score(r, float(t)) for r, t in zip(noisy.x, noisy.time_N, strict=False)])
+    scores = torch.stack(
+        [OTHER.score(r, float(t)) - DATA.score(r, float(t)) for r, t in zip(noisy.x, noisy.time_N, strict=False)]
+    )
     t = noisy.time_N[:, None].double()
     torch.testing.assert_close(g, t**2 / (1 - t) * scores, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(dmd.direction(x, DATA.velocity, DATA.velocity, **GIVEN), torch.zeros_like(x))
