@@ -89,6 +89,7 @@ COMMANDS = {
         says="every node's values are finite",
         long=True,
     ),
+    "python -m experiments.recommend": Command(appended="--steps 2 --batch 32 --people 40", says="CTCVR AUC"),
     "python -m experiments.bench.step": Command(
         appended="--quick --rounds 1 --no-compiled --only overhead", says="overhead of a call"
     ),
