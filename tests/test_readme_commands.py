@@ -228,6 +228,8 @@ def test_the_arguments_that_the_readme_writes_are_understood(command: str) -> No
     if words[0] == "torchrun":
         importlib.import_module("torch.distributed.run").parse_args(words[1:])
     module = importlib.import_module(words[at + 1])
+    if hasattr(module, "__path__"):  # a package, of which its __main__ is run
+        module = importlib.import_module(f"{words[at + 1]}.__main__")
     tyro.cli(getattr(module, options_of(module.__file__)), args=words[at + 2 :])
 
 
