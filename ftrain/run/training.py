@@ -18,12 +18,14 @@ from ftrain.kernels.mean import Mean
 from ftrain.plan.auto import AutoPlan, SavedPlan
 from ftrain.plan.jit import jit
 from ftrain.resilience.anomalies import BadSteps, Verdict
+from ftrain.resilience.skipped import read_skipped
 from ftrain.run.averages import with_average
 from ftrain.run.example import example_of
 from ftrain.run.folder import RunFolder
 from ftrain.run.guard import Guard
 from ftrain.run.late import Done, Issued, LateReader
 from ftrain.run.progress import Report
+from ftrain.run.ranks import of_main
 from ftrain.run.recipe import Recipe, kept, restored
 from ftrain.run.samples import FILE, Samples, write
 from ftrain.run.saves import NotSaved, Saves
@@ -189,7 +191,8 @@ class Going:
 
 def batches(g: "Going", position: Position) -> Iterator[Read]:
     """The steps' batches after a position, without those that the run leaves out."""
-    loader, left_out = g.t.loader, () if g.guard is None else g.guard.skipped.positions
+    loader = g.t.loader
+    left_out = (of_main(read_skipped(g.t.folder)) if g.guard is None else g.guard.skipped).positions
     if loader.steps is not None:
         loader = replace(loader, steps=loader.steps + len(left_out))
     steps = loader.read(position)

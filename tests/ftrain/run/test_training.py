@@ -1,5 +1,6 @@
 """The loop of a run: averages of what is trained, bad steps that are undone, a model's state that goes on."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -61,7 +62,8 @@ def test_an_average_begins_with_the_folders_weights_and_follows_what_is_trained(
 def run_of(recipe, folder, out, bad):
     """Ten steps of one pack each, saved after each second."""
     data = data_of(folder)
-    with session(kind="process") as ranks, RunFolder.create(out, {}) as files:
+    files = RunFolder.resume(out, step=8) if out.exists() else RunFolder.create(out, {})
+    with session(kind="process") as ranks, files:
         t = Training(
             recipe, data.loader, out, files, Report(10, every=100), 10, every=Every(save=2, evaluate=0), bad=bad
         )
@@ -91,6 +93,10 @@ def test_batches_of_bad_steps_are_left_out_and_the_steps_before_stay(folder, tmp
     assert {k: v for k, v in mended.items() if k < first} == {k: v for k, v in losses.items() if k < first}
     assert read_skipped(tmp_path / "mended").positions[0] == first - 1
     assert (tmp_path / "mended" / "replay" / f"step_{first}" / "batch.safetensors").is_file()
+    shutil.rmtree(tmp_path / "mended" / "checkpoints" / "global_step_10")  # and a run that goes on leaves them out too
+    again = run_of(recipe, folder, tmp_path / "mended", None)
+    assert {row["step"]: row["loss"] for row in read_metrics(tmp_path / "mended")} == mended
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(again.params))
 
 
 def test_the_state_of_a_model_goes_on_with_the_steps(folder, tmp_path):
