@@ -53,6 +53,8 @@ class Model:
       state if it has `state`.
     - `outputs(params, batch, key=None)`: what the model predicts where that is no scores of tokens.
     - `load(specs=None) -> params`: the weights, each rank's own part where a plan says so; None without a folder.
+    - `read(path)`: the weight of one parameter from the folder, whole, on the CPU, in the dtype of its spec; None where
+      weights are not read one by one.
     - `save(params, folder)`: in the format that it was loaded from.
     - `media(batch) -> batch`: what the model computes of the shapes of its media, on the host, before a step; None for
       models that need no such thing. Where documents share packs it takes `packs=`, how many one after the other the
@@ -81,6 +83,7 @@ class Model:
     hidden: Callable[..., Any] | None = None
     outputs: Callable[..., Any] | None = None
     load: Callable[..., Tree] | None = None
+    read: Callable[[str], Tensor] | None = None
     save: Callable[..., None] | None = None
     media: Callable[..., Any] | None = None
     state: Tree = field(default_factory=dict)

@@ -16,10 +16,12 @@ from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.described import used_experts
+from ftrain.checkpoint.shard_layout import whole
 from ftrain.hf.described import described_decoder
 from ftrain.hf.files import CONFIG, HfFolder
-from ftrain.hf.load import fill_hf, load_hf
+from ftrain.hf.load import fill_hf, load_hf, read_parts
 from ftrain.hf.save import save_hf
+from ftrain.hf.shards import Entry
 from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
 from ftrain.modules import decoder, multi_token
@@ -31,7 +33,7 @@ from ftrain.modules.hf_names import Names
 from ftrain.modules.model import Model
 from ftrain.modules.moe import RouterLoad, RouterStats, loads_of, update_bias
 from ftrain.modules.multi_token import BIASES
-from ftrain.modules.spec import Tree, map_with_paths
+from ftrain.modules.spec import Tree, leaves_with_paths, map_with_paths
 
 _AHEAD = "mtp.layers."
 """The path of the modules of multi-token prediction."""
@@ -48,13 +50,13 @@ def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
     with modules of multi-token prediction is trained with their loss beside that of the next token.
     """
     most = len(folder.tensors)
-    whole = folder.config()
-    config = whole if layers is None else with_layers(whole, layers)
+    described = folder.config()
+    config = described if layers is None else with_layers(described, layers)
     of = family_of(config)
     experts = None if of.stacked else most
     cfg = described_decoder(config, str(folder.path / CONFIG), layers=most, experts=experts, describe=of.config)
     require_rows_for_tokens(folder.path, config)
-    cfg = _as_far_ahead(folder, cfg, behind=size(whole, "num_hidden_layers"))
+    cfg = _as_far_ahead(folder, cfg, behind=size(described, "num_hidden_layers"))
     names = tuple(name for name in of.names(cfg) if not name.written or name.name in folder.tensors)
     files = _Files(folder, decoder.specs(cfg), decoder.balance_specs(cfg), names)
     balance = files.balance() if layers is None else map_with_paths(lambda _, s: torch.zeros(s.shape), files.beside)
@@ -71,6 +73,7 @@ def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
         logits=made.logits,
         hidden=made.hidden,
         load=files.load,
+        read=files.read,
         save=partial(files.save, balance),
         state=balance,
         family=decoder_family(cfg, balance=balance or None),
@@ -116,6 +119,13 @@ class _Files:
             self._with(into, map_with_paths(lambda _, s: torch.empty(s.shape), self.beside)), self.folder, self.names
         )
         return into
+
+    def read(self, path: str) -> Tensor:
+        """One parameter, whole. ValueError as `load_hf`."""
+        spec = dict(leaves_with_paths(self.specs))[path]
+        names = [name for name in self.names if name.leaf == path]
+        part = {path: whole(spec.shape)}
+        return read_parts(self.folder, {path: Entry(spec.shape, spec.dtype)}, names, part)[path]
 
     def balance(self) -> Tree:
         """The state of balancing, `router_bias_LE`; empty without one."""

@@ -73,7 +73,7 @@ def open(
 
 
 def _without_files(model: Model, layers: int | None) -> Model:
-    return model if layers is None else replace(model, load=None, save=None)
+    return model if layers is None else replace(model, load=None, read=None, save=None)
 
 
 def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:

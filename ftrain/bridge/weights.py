@@ -69,6 +69,27 @@ def loader(module: nn.Module, folder: Path | None, specs: Tree) -> Callable[...,
     return None if folder is None else read
 
 
+def reader(module: nn.Module, folder: Path | None, specs: Tree) -> Callable[[str], Tensor] | None:
+    """A function that reads one parameter of a folder, whole, in the dtype of its spec; None without a folder. The
+    function raises ValueError for one that is missing or of another shape.
+    """
+
+    def read(path: str) -> Tensor:
+        assert folder is not None
+        here, spec, tied = HfFolder.open(folder), flatten(specs)[path], _tied(module)
+        _require_plain(here)
+        names = {path, *(name for name, own in tied.items() if own == path)}
+        found = next((x for name, x in _parameters(module, here, names) if tied.get(name, name) == path), None)
+        if found is None or tuple(found.shape) != tuple(spec.shape):
+            told = "nothing" if found is None else f"shape {list(found.shape)}"
+            raise ValueError(f"{folder} has {told} for {path!r}, which has shape {list(spec.shape)}")
+        made = torch.empty(spec.shape, dtype=spec.dtype)
+        _copy(made, found, whole(tuple(spec.shape)), f"{folder}: {path}")
+        return made
+
+    return None if folder is None else read
+
+
 def stored_buffers(module: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     """What a folder holds beside the parameters that are trained, by name: statistics of a normalization, biases of a
     router, tables of positions. Empty for a folder without weights. ValueError for one of another shape.

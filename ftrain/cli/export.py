@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -9,6 +10,7 @@ from ftrain.bridge.opened import open as open_model
 from ftrain.bridge.tasks import task_of
 from ftrain.checkpoint import Checkpointer
 from ftrain.cli.config_file import with_config
+from ftrain.cli.opened import require_new
 from ftrain.cli.recipes import export, recipe_of
 from ftrain.cli.train import device_of
 from ftrain.cli.train_options import KINDS, TrainOptions, kind_of
@@ -16,6 +18,7 @@ from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.media.families import reads_media
 from ftrain.kernels import random
 from ftrain.run import folder as run_folder
+from ftrain.run.recipe import kept, restored
 from ftrain.run.training import CHECKPOINTS
 
 
@@ -31,13 +34,16 @@ class ExportOptions:
     """The checkpoint; default: the last one."""
     merged: bool = False
     """Of an adapter also the model with it."""
+    weights: Literal["as-run", "averaged", "last"] = "as-run"
+    """Of a run with --ema: its running average, or its last parameters."""
 
 
 def run(options: ExportOptions) -> int:
     """The command. ValueError for a folder that is no such run, or has no checkpoint, and for a new one that is not."""
-    if options.to.exists() and any(options.to.iterdir()):
-        raise ValueError(f"--to {options.to} is not empty: give a new folder")
+    require_new(options.to)
     made = options_of(options.run)
+    if options.weights == "averaged" and not made.ema:
+        raise ValueError(f"--weights averaged: {options.run} kept no average (--ema)")
     device = device_of(made.device)
     task = task_of(made.model, media=reads_media(made.model))
     model, tokenizer = open_model(made.model, native=made.native, task=task), load_tokenizer(made.model)
@@ -48,9 +54,10 @@ def run(options: ExportOptions) -> int:
         step = checkpoints.latest() if options.step is None else options.step
         if step is None:
             raise ValueError(f"{options.run} has no checkpoint yet")
-        found = checkpoints.restore({"state": state.replace(extra={})}, step, partial=True)
-    state = found["state"].replace(extra=state.extra)
-    wanted = replace(made, save_merged=options.merged or made.save_merged)
+        found = checkpoints.restore({"state": kept(state)}, step, partial=True)
+    state = restored(recipe, found["state"], state)
+    uses = {"as-run": made.ema_use, "averaged": ("export",), "last": ()}
+    wanted = replace(made, save_merged=options.merged or made.save_merged, ema_use=uses[options.weights])
     export(recipe, state, wanted, options.to, tokenizer=tokenizer, say=print)
     return 0
 

@@ -20,6 +20,9 @@ class LoraFlags:
     """Scale by alpha / sqrt(rank)."""
     dora: bool = False
     """Directions and magnitudes apart."""
+    pissa: bool = False
+    """Begin with the largest singular directions of the weights, which the frozen model gives up; the adapter that is
+    written has twice the rank, upon the model as it is in its folder."""
     plus: float = 1.0
     """LoRA+: how much faster the factors next to outputs learn than those next to inputs."""
     quantize: Literal["none", "int8", "nf4"] = "none"

@@ -45,6 +45,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "eval": Subcommand("ftrain.cli.eval", "the mean loss of a model on data files"),
     "merge": Subcommand("ftrain.cli.merge", "write a model's folder with an adapter merged into it"),
     "export": Subcommand("ftrain.cli.export", "write the folders of a run from its last checkpoint"),
+    "report": Subcommand("ftrain.cli.report", "what a run trained, how its numbers went, and where it ended"),
     "params": Subcommand("ftrain.cli.params", "count a model's parameters, and show those that a glob names"),
     "check": Subcommand("ftrain.cli.check", "compare a folder's model with the plain module that it comes from"),
     "plan": Subcommand("ftrain.cli.plan", "search the layouts of the step of a model's folder, or of an experiment"),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftrain.cli.opened import Native, open_with_adapter
+from ftrain.cli.opened import Native, open_with_adapter, require_new
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.run.media import copy_processor
 
@@ -24,8 +24,7 @@ class MergeOptions:
 
 def run(options: MergeOptions) -> int:
     """The command. ValueError for folders that do not fit each other, and for a new folder that holds something."""
-    if options.to.exists() and any(options.to.iterdir()):
-        raise ValueError(f"--to {options.to} is not empty: give a new folder")
+    require_new(options.to)
     tokenizer = load_tokenizer(options.model)
     opened = open_with_adapter(options.model, options.adapter, native=options.native)
     if opened.model.save is None:

@@ -39,3 +39,9 @@ def open_with_adapter(
         made, delta = lora.load(adapter, model)
         params = lora.merge(params, delta, made)
     return Opened(model, params)
+
+
+def require_new(folder: Path) -> None:
+    """ValueError for a folder of `--to` that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--to {folder} is not empty: give a new folder")

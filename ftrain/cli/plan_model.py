@@ -12,7 +12,7 @@ from ftrain.bridge.config import read_config
 from ftrain.bridge.depth import stack_of
 from ftrain.bridge.opened import open as open_model
 from ftrain.cli.lora_flags import LoraFlags
-from ftrain.cli.recipes import jit_options, recipe_of
+from ftrain.cli.recipes import at_once, jit_options, recipe_of
 from ftrain.cli.train_options import KINDS, TrainOptions
 from ftrain.run.data import DataOptions
 from ftrain.run.planning import RecipeWorkload
@@ -54,7 +54,7 @@ class ModelStep:
             self.packs,
             (kind.leaf,) if kind.leaf else (),
             jit_options(options, _GPU).get("precision"),
-            kind.whole_batch,
+            at_once(options, kind, model),
         )
 
     def _options(self) -> TrainOptions:

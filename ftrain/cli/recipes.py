@@ -13,10 +13,11 @@ from ftrain.cli.train_options import KdTrain, TaskKind, TrainOptions
 from ftrain.hf.score_head import add_score_head
 from ftrain.modules.model import Model
 from ftrain.remat.policy import Remat
+from ftrain.run.averages import with_average
 from ftrain.run.media import copy_processor
 from ftrain.run.parts import trained_paths
 from ftrain.run.ranks import is_main
-from ftrain.run.recipe import Recipe, optimizer
+from ftrain.run.recipe import START, STATE, Recipe, optimizer
 from ftrain.trace.precision import Precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,7 +35,12 @@ def recipe_of(
             rslora=flags.rslora, dora=flags.dora, dropout=flags.dropout,
         )  # fmt: skip
     rate = options.optimizer.schedule(steps, adapter is not None)
-    tx = optimizer(rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay, plus=flags.plus)
+    if not 0 <= options.ema < 1:
+        raise ValueError(f"--ema {options.ema} must be at least 0 and below 1, such as 0.999")
+    tx = optimizer(
+        rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay, plus=flags.plus,
+        ema=options.ema,
+    )  # fmt: skip
     teacher = open_model(options.teacher, native=options.native) if isinstance(options, KdTrain) else None
     wide = "bfloat16" if device.type == "cuda" else "float32"
     base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
@@ -42,7 +48,16 @@ def recipe_of(
         model, kind.task(options), tx, adapter, teacher, micro_batches=micro_batches,
         base_dtype=None if base == torch.float32 else base, seed=options.seed,
         trained=_trained(options, model), quantized=None if flags.quantize == "none" else flags.quantize,
+        pissa=flags.pissa,
     )  # fmt: skip
+
+
+def at_once(options: TrainOptions, kind: TaskKind, model: Model) -> bool:
+    """Whether a step's batch is one, without micro-batches: where its loss compares all of it, or where the model's
+    state moves by all of it.
+    """
+    recipe = recipe_of(options, kind, model, steps=1, micro_batches=1, device=torch.device("cpu"))
+    return kind.whole_batch or (recipe.changes_state and model.rebalanced is None)
 
 
 def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:
@@ -73,11 +88,13 @@ def export(
     """Write what was trained into a folder, as folders that others load. All ranks call this together. ValueError for a
     model that is written to no folder.
     """
+    state = with_average(state) if "export" in options.ema_use else state
     head = recipe.head_weight(state)
     if recipe.adapter is None or options.save_merged:
         if recipe.model.save is None:
             raise ValueError(f"{recipe.model.name} is written to no folder")
-        recipe.model.save(recipe.parameters(state), path / "model")
+        beside = {"state": state.extra[STATE]} if recipe.changes_state else {}
+        recipe.model.save(recipe.parameters(state), path / "model", **beside)
         if is_main():
             tokenizer.save_pretrained(path / "model")
             copy_processor(options.model, path / "model")
@@ -85,7 +102,10 @@ def export(
                 add_score_head(path / "model", head, pad=tokenizer.pad_token_id)
         say(f"wrote {path / 'model'}, a folder that transformers loads")
     if recipe.adapter is not None:
-        lora.save(recipe.trained_part(state.params), recipe.adapter, path / "adapter", base=str(options.model))
+        delta, adapter = recipe.trained_part(state.params), recipe.adapter
+        if recipe.pissa:  # upon the model as it is in its folder
+            adapter, delta = lora.beyond(state.extra[START], delta, adapter)
+        lora.save(delta, adapter, path / "adapter", base=str(options.model))
         if head is not None and is_main():
             save_file({"score.weight": head.cpu().contiguous()}, path / "adapter" / "score.safetensors")
         say(f"wrote {path / 'adapter'}, a folder that PEFT loads")

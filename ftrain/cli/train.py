@@ -16,14 +16,15 @@ from ftrain.bridge.opened import open as open_model
 from ftrain.bridge.tasks import task_of
 from ftrain.cli.config_file import as_config
 from ftrain.cli.planned import Planned, planned_of
-from ftrain.cli.recipes import export, jit_options, recipe_of
+from ftrain.cli.recipes import at_once, export, jit_options, recipe_of
+from ftrain.cli.told import steps_of, summed_heads, telling, trained_by
 from ftrain.cli.train_options import KINDS, KdTrain, OfPairs, TaskKind, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.data.media.families import family_of
 from ftrain.data.media_finishing import ReadMedia
 from ftrain.modules.model import Model
-from ftrain.modules.spec import leaves_with_paths
+from ftrain.resilience.anomalies import BadSteps
 from ftrain.run import folder as run_folder
 from ftrain.run.data import RunData, make_data
 from ftrain.run.folder import RunFolder
@@ -32,10 +33,11 @@ from ftrain.run.media_answers import family_of_documents
 from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import is_main, of_main
 from ftrain.run.recipe import Recipe
+from ftrain.run.remembered import Remembered
 from ftrain.run.samples import Samples, documents_of, prompts_of
 from ftrain.run.session import Run, session
 from ftrain.run.trackers import TRACKERS, require_trackers
-from ftrain.run.training import CHECKPOINTS, Training, train
+from ftrain.run.training import CHECKPOINTS, Training, prepare, train
 from ftrain.tasks import Embed
 from ftrain.tasks.heads import Headed
 from ftrain.tasks.shared_prompts import PREFIX, why_not_shared
@@ -46,6 +48,7 @@ def run(options: TrainOptions) -> int:
     name, kind = kind_of(options)
     require_trackers(options.track)
     options.lora.require_sense()
+    bad = options.bad.policy()
     device = device_of(options.device)
     sizes = options.mesh
     planned = planned_of(options)
@@ -56,13 +59,17 @@ def run(options: TrainOptions) -> int:
         replicate=sizes.replicate, shard=sizes.shard, sequence=sizes.sequence, expert=sizes.expert,
         kind="virtual" if several else "process", device=device, timeout=sizes.timeout,
     ) as ranks:  # fmt: skip
-        return _run(name, kind, options, ranks, planned)
+        return _run(name, kind, options, ranks, planned, bad)
 
 
-def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: Planned | None) -> int:
+def _run(
+    name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: Planned | None, bad: BadSteps | None
+) -> int:
     report = Report(1, console=SteadyConsole(quiet=not is_main()))
     path, goes_on = of_main(_folder(options, name))
     options = replace(options, data=replace(options.data, packs=_packs(options, path, goes_on, ranks, planned)))
+    if is_main():
+        _require_goes_on(path, options, goes_on)
     tokenizer = load_tokenizer(options.model)
     length = Length(options.data.tokens, options.truncate) if options.data.cut == "never" else Length()
     family = family_of(options.model, tokenizer, image_pixels=options.data.image_pixels)
@@ -71,8 +78,9 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: 
     report.say(f"{model.name}: {model.why}")
     mesh = ranks.mesh
     encode, leaves = _rows(kind, encoder, options, model, sequence=mesh.sequence, say=report.say)
+    rows: Any = Remembered(encode)
     data = make_data(
-        options.data, encode, ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
+        options.data, rows, ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
         leaves=leaves, layout=layout_of(model, family, sequence=mesh.sequence),
         finish=None if family is None else ReadMedia(family),
     )  # fmt: skip
@@ -80,39 +88,30 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: 
         report.say(line)
     if isinstance(options, KdTrain):
         _require_same_tokens(tokenizer, options.teacher)
-    recipe = recipe_of(
-        options,
-        kind,
-        model,
-        steps=data.steps,
-        micro_batches=_micro_batches(kind, data, planned),
-        device=ranks.device,
-    )
-    if recipe.adapter is not None:
-        report.say(recipe.adapter.table().splitlines()[-1])
-    if recipe.trained is not None:
-        numbers = {path: math.prod(spec.shape) for path, spec in leaves_with_paths(model.specs)}
-        counted = sum(numbers[path] for path in recipe.trained)
-        report.say(f"{len(recipe.trained)} parameters, {counted:,} numbers of {sum(numbers.values()):,}, are trained")
+    micro_batches = 1 if at_once(options, kind, model) else _micro_batches(data, planned)
+    recipe = recipe_of(options, kind, model, steps=data.steps, micro_batches=micro_batches, device=ranks.device)
+    for line in (trained_by(name, recipe), *(summed_heads(recipe.adapter) if recipe.adapter is not None else ())):
+        report.say(line)
+    training = Training(
+        recipe, data.loader, path, None, Report(data.steps, every=10, console=report.console), data.steps,
+        seed=options.seed, every=options.every, held_out=data.held_out, jit=jit_options(options, ranks.device),
+        plan=options.plan, memory=options.budget or "95%", samples=_samples(options, recipe, data, tokenizer, ranks),
+        averaged="evaluate" in options.ema_use, bad=bad,
+    )  # fmt: skip
+    prepared = prepare(training, ranks)  # what cannot be is refused before the run's folder exists
     with ExitStack() as opened:
         files = opened.enter_context(_files(path, options, goes_on)) if is_main() else None
+        told = opened.enter_context(telling(files, {"trained": trained_by(name, recipe), "data": list(data.lines)}))
         report.say(f"run folder: {path}")
-        logs = (
-            tuple(opened.enter_context(TRACKERS[t](path, name, as_config(options))) for t in options.track)
-            if files
-            else ()
-        )
-        training = Training(
-            recipe, data.loader, path, files, Report(data.steps, every=10, console=report.console), data.steps,
-            seed=options.seed, every=options.every, held_out=data.held_out, jit=jit_options(options, ranks.device),
-            plan=options.plan, memory=options.budget or "95%",
-            trackers=tuple(logs), samples=_samples(options, recipe, data, tokenizer, ranks),
-        )  # fmt: skip
-        state = train(training, ranks)
+        logs = tuple(opened.enter_context(TRACKERS[t](path, name, as_config(options))) for t in options.track if files)
+        state = train(replace(training, files=files, trackers=logs), ranks, prepared)
+        told |= {"rejected": [str(kind) for kind in data.loader.rejects or ()]}
         if ranks.stopping:
+            told["ended"] = f"stopped by a signal after step {steps_of(state)}; the same command goes on"
             report.say(f"stopped after a save; the same command goes on: --out {path}")
             return 0
         export(recipe, state, options, path, tokenizer=tokenizer, say=report.say)
+        told["ended"] = f"finished after step {steps_of(state)}"
     return 0
 
 
@@ -165,10 +164,8 @@ def _samples(options: TrainOptions, recipe: Recipe, data: RunData, tokenizer: An
     return Samples(prompts, tokenizer.decode, stop)
 
 
-def _micro_batches(kind: TaskKind, data: RunData, planned: Planned | None) -> int:
+def _micro_batches(data: RunData, planned: Planned | None) -> int:
     """Into how many a step's batch is divided: a plan file says it, else each has one pack of a rank."""
-    if kind.whole_batch:
-        return 1
     return data.loader.packing.micro_batches if planned is None else planned.plan.candidate.micro_batches
 
 
@@ -195,16 +192,29 @@ def _folder(options: TrainOptions, name: str) -> tuple[Path, bool]:
 _MAY_CHANGE = (
     "out", "resume", "steps", "epochs", "every", "track", "workers", "device", "backend", "replicate", "shard",
     "sequence", "expert", "timeout", "plan", "remat", "budget", "save_merged", "rejected",
+    "ema_use", "skip_bad", "bad_steps", "spike",
 )  # fmt: skip
 
 
 def _files(path: Path, options: TrainOptions, goes_on: bool) -> RunFolder:
-    """The folder's files. ValueError for a run in it that had other options than those that may change, once it has a
-    checkpoint.
-    """
+    """The folder's files; errors are those of `_require_goes_on`."""
     config = as_config(options)
     if not goes_on:
         return RunFolder.create(path, config)
+    done = checkpoint.latest(path / CHECKPOINTS)
+    files = RunFolder.resume(path, step=-1 if done is None else done)  # without a checkpoint step 0 is measured again
+    files.configure(config)
+    return files
+
+
+def _require_goes_on(path: Path, options: TrainOptions, goes_on: bool) -> None:
+    """ValueError for a folder that is in use, and for a run in it that had other options than those that may change,
+    once it has a checkpoint.
+    """
+    if not goes_on:
+        run_folder.require_empty(path)
+        return
+    config = as_config(options)
     before = run_folder.read_config(path)
     done = checkpoint.latest(path / CHECKPOINTS)
     began_anew = done is None and {"model", "data"} <= before.keys()  # nothing of it would go on
@@ -214,9 +224,6 @@ def _files(path: Path, options: TrainOptions, goes_on: bool) -> RunFolder:
                 f"the run in {path} has {name} = {before.get(name)!r}, and these options say {value!r}: a run goes on "
                 "with what it was; give the same, another --out, or --resume never with an empty folder"
             )
-    files = RunFolder.resume(path, step=-1 if done is None else done)  # without a checkpoint step 0 is measured again
-    files.configure(config)
-    return files
 
 
 def device_of(choice: str) -> torch.device:

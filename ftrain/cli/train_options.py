@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes
 from ftrain import optim
 from ftrain.cli.lora_flags import LoraFlags
 from ftrain.data.encoding import ChatEncoder
+from ftrain.resilience.anomalies import BadSteps, Spikes
 from ftrain.run.data import DataOptions
 from ftrain.run.ranks import MeshFlags
 from ftrain.run.training import Every
@@ -43,6 +44,31 @@ class OptimizerFlags:
 
 
 @dataclass(frozen=True)
+class BadFlags:
+    """What happens to steps that go wrong. Without these a step whose gradients are not finite changes nothing, and
+    many in a row end the run."""
+
+    skip_bad: bool = False
+    """Go back to the last checkpoint before bad steps, and leave out their batches."""
+    bad_steps: int = 3
+    """With --skip-bad: so many bad steps in a row, whose loss or gradients are not finite or whose loss is a spike."""
+    spike: float = 0.0
+    """With --skip-bad: a loss so many robust deviations above the median of the last 64 is a spike; 0: none is."""
+
+    def policy(self) -> BadSteps | None:
+        """What counts as bad; None where nothing is undone. ValueError for numbers out of range, and for those that are
+        given without --skip-bad.
+        """
+        if not self.skip_bad:
+            if (self.bad_steps, self.spike) != (BadFlags.bad_steps, BadFlags.spike):
+                raise ValueError("--bad-steps and --spike say when bad steps are undone: give --skip-bad too")
+            return None
+        if self.bad_steps < 1 or self.spike < 0:
+            raise ValueError(f"--bad-steps {self.bad_steps} must be at least 1, and --spike {self.spike} at least 0")
+        return BadSteps(self.bad_steps, Spikes(z=self.spike) if self.spike else None)
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """What all tasks have."""
 
@@ -59,7 +85,12 @@ class TrainOptions:
     only: tuple[str, ...] = ()
     """Globs over paths of the parameters that alone are trained."""
     optimizer: OmitArgPrefixes[OptimizerFlags] = field(default_factory=OptimizerFlags)
+    ema: float = 0.0
+    """Keep a running average of what is trained, with this decay, such as 0.999; 0: none."""
+    ema_use: tuple[Literal["evaluate", "export"], ...] = ("evaluate", "export")
+    """What the average is taken for, in the place of the last parameters: held-out losses and answers, and folders."""
     every: Every = field(default_factory=Every)
+    bad: OmitArgPrefixes[BadFlags] = field(default_factory=BadFlags)
     native: Literal["auto", "always", "never"] = "auto"
     """auto: a family of the library where it has the model's, transformers' own module elsewhere."""
     train_on: Literal["assistant", "last", "everything"] = "assistant"

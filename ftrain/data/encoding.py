@@ -3,6 +3,7 @@
 n tokens of a sample.
 """
 
+import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,9 +128,8 @@ class ChatEncoder:
         fitted = self.length.fit(encoded, sample.place)
         if not fitted.trained[1:].any():
             cut = " after it was cut" if len(fitted.ids) < len(encoded.ids) else ""
-            raise BadRow(
-                sample.place, "nothing to train on", f"none of its {len(fitted.ids)} tokens is trained on{cut}"
-            )
+            detail = f"none of its {len(fitted.ids)} tokens is trained on{cut}{_without_assistant(sample)}"
+            raise BadRow(sample.place, "nothing to train on", detail)
         return fitted
 
     def ask(self, sample: Chat) -> Encoded:
@@ -241,6 +241,16 @@ class ChatEncoder:
 def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return tuple(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
+
+
+def _without_assistant(sample: Prose | Chat | Tokens) -> str:
+    """Says which roles a chat has, where none is the assistant's, whose turns have labels."""
+    roles = list(dict.fromkeys(m.role for m in sample.messages)) if isinstance(sample, Chat) else []
+    if not roles or "assistant" in roles:
+        return ""
+    near = difflib.get_close_matches("assistant", roles, 1)
+    meant = f" (did you mean 'assistant' by {near[0]!r}?)" if near else ""
+    return f": no turn is the assistant's, its roles are {', '.join(map(repr, roles))}{meant}"
 
 
 def _tokens(sample: Tokens) -> Encoded:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ftrain.lora.peft_load import load
     from ftrain.lora.quantized import quantize, quantized_specs
     from ftrain.lora.rates import plus
-    from ftrain.lora.singular_start import beyond, pissa
+    from ftrain.lora.singular_start import beyond, pissa, pissa_into, shift_base
 
 __all__ = [
     "Adapter",
@@ -30,11 +30,13 @@ __all__ = [
     "load",
     "merge",
     "pissa",
+    "pissa_into",
     "plus",
     "quantize",
     "quantized_specs",
     "save",
     "save_file",
+    "shift_base",
 ]
 __getattr__ = lazy_names(
     "ftrain.lora",
@@ -44,7 +46,7 @@ __getattr__ = lazy_names(
         "one_file": ("save_file",),
         "peft": ("save",),
         "peft_load": ("load",),
-        "singular_start": ("beyond", "pissa"),
+        "singular_start": ("beyond", "pissa", "pissa_into", "shift_base"),
         "quantized": ("quantize", "quantized_specs"),
         "rates": ("plus",),
     },

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ftrain.kernels import random
 from ftrain.lora.adapter import Adapter
@@ -15,6 +14,7 @@ from ftrain.lora.blocks import Blocks
 from ftrain.lora.dora import gain
 from ftrain.lora.dropout import Dropped
 from ftrain.lora.low_rank import Parts
+from ftrain.lora.pieces import divided, gathered
 from ftrain.lora.products import weight
 from ftrain.lora.quantized import SCALES, blocks_of, is_quantized
 from ftrain.lora.targets import Target
@@ -67,28 +67,16 @@ def merge(base: Tree, delta: Tree, adapter: Adapter) -> Tree:
     targets = {target.path: target for target in adapter.targets}
 
     def whole(path: str, x: Any) -> Tensor:
-        own = mapped(x, lambda _, leaf: _gathered(leaf))
+        own = mapped(x, lambda _, leaf: gathered(leaf))
         shown = specs.of(path, own)
         if path not in targets:
             return shown.decoded() if isinstance(shown, Blocks) else x
-        near = {path: mapped(entry(delta, path), lambda _, leaf: _gathered(leaf))}
+        near = {path: mapped(entry(delta, path), lambda _, leaf: gathered(leaf))}
         parts = _parts(targets[path], shown, adapter.tree(near), adapter, None)
-        return _divided(summed(parts), x)
+        return divided(summed(parts), x)
 
     with torch.no_grad():
         return mapped(base, whole, is_quantized)
-
-
-def _gathered(x: Tensor) -> Tensor:
-    """The whole array: of pieces, sums of products would be rounded otherwise than on one device."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def _divided(x: Tensor, like: Any) -> Tensor:
-    """The array divided as the leaf that it takes the place of."""
-    if not isinstance(like, DTensor):
-        return x
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def summed(parts: Parts) -> Tensor:

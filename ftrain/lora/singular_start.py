@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ftrain.lora.adapter import Adapter
+from ftrain.lora.pieces import gathered, write
 from ftrain.lora.targets import Target
 from ftrain.lora.trees import SUFFIX, entry, leaf, replaced
 from ftrain.modules.spec import Tree
@@ -42,6 +43,40 @@ def pissa(base: Tree, delta: Tree, adapter: Adapter) -> tuple[Tree, Tree]:
         new_delta[f"{target.path}{SUFFIX}.A"] = a_Ir.to(own["A"])
         new_delta[f"{target.path}{SUFFIX}.B"] = b_rO.to(own["B"])
     return replaced(base, new_base), replaced(delta, new_delta)
+
+
+def pissa_into(base: Tree, delta: Tree, adapter: Adapter) -> None:
+    """As `pissa`, written into the leaves of `base` and `delta`, one after the other, each rank its own parts.
+
+    Ranks call this together, and one's singular directions are taken by all. Errors are those of `pissa`.
+    """
+    if adapter.dora:
+        raise ValueError("lora: PiSSA is a start of deltas without magnitudes: take dora=False")
+    with torch.no_grad():
+        for target in adapter.targets:
+            held, own = leaf(base, target.path), entry(delta, target.path)
+            a_Ir, b_rO, rest = _split(target, gathered(held))
+            for into, new in ((held, rest), (own["A"], a_Ir), (own["B"], b_rO)):
+                write(into, new)
+
+
+def shift_base(base: Tree, old: Tree, new: Tree, adapter: Adapter) -> None:
+    """Write into a base, which with the deltas `old` adds up to a model, what adds up to it with the deltas `new`.
+
+    So a run that goes on has the start that it saved, also where singular directions come out with other signs. Where
+    both are the same to the bit nothing is written.
+    """
+    with torch.no_grad():
+        for target in adapter.targets:
+            held = leaf(base, target.path)
+            before, after = ([gathered(entry(x, target.path)[n]) for n in "AB"] for x in (old, new))
+            if all(map(torch.equal, before, after)):
+                continue
+            whole = gathered(held)
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            more_IO = target.scale * (before[0].to(wide) @ before[1].to(wide) - after[0].to(wide) @ after[1].to(wide))
+            moved = more_IO if target.inputs_first else more_IO.mT
+            write(held, (whole.to(wide) + moved.reshape(whole.shape)).to(whole.dtype))
 
 
 def _split(target: Target, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

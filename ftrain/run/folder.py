@@ -56,10 +56,10 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
         """A new run with this config. ValueError if the folder holds anything, is in use, or cannot be written."""
-        _require_empty(path)
+        require_empty(path)
         lock = _locked(path)
         try:
-            _require_empty(path)  # another process may have been here before the lock
+            require_empty(path)  # another process may have been here before the lock
             write_json(path / CONFIG, config)
             return cls(path, lock)
         except BaseException:
@@ -195,7 +195,8 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _require_empty(path: Path) -> None:
+def require_empty(path: Path) -> None:
+    """ValueError for a folder that holds anything but what a run that never began has left."""
     entries = path.iterdir() if path.is_dir() else ()
     held = sorted(entry.name for entry in entries if entry.name != LOCK and not is_leftover(entry))
     if held:

@@ -16,13 +16,11 @@ import torch
 
 from ftrain import tree
 from ftrain.bridge.depth import Stack
-from ftrain.data.documents import Document, Group, lay
-from ftrain.kernels.documents import Documents
-from ftrain.modules.packs import join_packs
 from ftrain.modules.spec import Tree, leaves_with_paths
 from ftrain.plan.space import Candidate, ModelShape
 from ftrain.plan.step_workload import StepWorkload
 from ftrain.plan.workload import WorkloadStep
+from ftrain.run.example import example_batch
 from ftrain.run.recipe import Recipe
 from ftrain.step.plan_source import PlanRequest
 from ftrain.trace.precision import Precision
@@ -108,11 +106,8 @@ class RecipeWorkload:
     @cached_property
     def _batch(self) -> Any:
         """The shapes of a step's batch."""
-        ids = np.zeros(self.tokens, np.int64)
-        document = Document(ids, ids, dict.fromkeys(self.leaves, ids))
-        pack: dict[str, Any] = dict(lay([Group((document,))], tokens=self.tokens))
-        pack["segments"] = Documents.of(pack["segments"])
-        return tree.map(_abstract, join_packs([pack] * self.packs) if self.packs > 1 else pack)
+        leaves = dict.fromkeys(self.leaves, np.dtype(np.int64))
+        return tree.map(_abstract, example_batch(self.tokens, self.packs, leaves=leaves))
 
 
 def _kinds(specs: Tree) -> Counter[Any]:

@@ -2,8 +2,9 @@
 
 The state is a `TrainState`. `params` is what is trained: the model's parameters, or with an adapter its deltas.
 `extra["base"]` has what is compared with or built upon: with an adapter the model's parameters, else those that the
-task compares with. `extra["frozen"]` has the model's parameters that are not trained. Either is absent where there is
-nothing of the kind.
+task compares with. `extra["frozen"]` has the model's parameters that are not trained. `extra["start"]` has the deltas
+that an adapter began with where they are a part of the model (PiSSA). `extra["model_state"]` has what the model's
+forward changes, such as statistics. Each is absent where there is nothing of the kind; the last two are in checkpoints.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,22 +13,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ftrain import lora, optim, tree
 from ftrain.kernels import random
 from ftrain.kernels.mean import Mean, sum_over_batch
-from ftrain.lora.trees import joined
+from ftrain.lora.pieces import write
+from ftrain.lora.trees import joined, leaf, part, union
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree, abstract, init, leaves_with_paths, map_with_paths
-from ftrain.run.parts import part, union
+from ftrain.run.averages import begin_average
 from ftrain.step.state import TrainState
 from ftrain.tasks.heads import HEAD, Headed
+from ftrain.tasks.language import NextToken
 from ftrain.tasks.task import Task
 from ftrain.trace.accumulate import accumulate
 from ftrain.trace.grad import forward, value_and_grad
 
-BASE, FROZEN = "base", "frozen"
+BASE, FROZEN, START, STATE = "base", "frozen", "start", "model_state"
+SAVED = (START, STATE)
+"""What of `extra` only a checkpoint has; the rest is in the models' folders."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,15 @@ class Recipe:
     - `trained`: the paths of the parameters that are trained (`ftrain.run.parts.trained_paths`); None: all are. Others
       cost no gradient, no optimizer state and no part of the norm.
     - `quantized`: with an adapter, how the matrices below it are kept (`ftrain.lora.quantize`); None: as they are.
+    - `pissa`: the adapter begins with the largest singular directions of the model's weights, as they are in its folder
+      (`ftrain.lora.pissa`).
 
     A task with a head has it beside what else is trained: `params` is then `{"model": ..., "task_head": ...}`.
-    ValueError for a model with a state, and for an adapter together with a teacher or frozen parts.
+    A model with a state (statistics of BatchNorm, balancing biases of routers) is trained with it where the task is
+    next tokens and all parameters are trained; an adapter and other tasks leave the state as it is.
+
+    ValueError for micro-batches with a state that changes by more than sums over them, for an adapter together with a
+    teacher or frozen parts, and for PiSSA without an adapter that it can begin.
     """
 
     model: Model
@@ -58,12 +69,18 @@ class Recipe:
     seed: int = 0
     trained: frozenset[str] | None = None
     quantized: Literal["int8", "nf4"] | None = None
+    pissa: bool = False
 
     def __post_init__(self) -> None:
-        if self.model.state:
+        if self.changes_state and self.model.rebalanced is None and self.micro_batches > 1:
             raise ValueError(
-                f"{self.model.name} changes a state in its forward pass ({', '.join(self.model.state)}), which a "
-                "recipe does not carry: write the step by hand (README, 'A step'), with model.loss(..., state=...)"
+                f"{self.model.name} changes a state in its forward pass ({', '.join(self.model.state)}), by all of a "
+                f"step's batch at once: take micro_batches=1, not {self.micro_batches}"
+            )
+        if self.pissa and (self.adapter is None or self.adapter.dora or self.quantized is not None):
+            raise ValueError(
+                "PiSSA begins an adapter without magnitudes upon weights that are not quantized: give --lora.rank, and "
+                "leave --lora.dora and --lora.quantize out"
             )
         if self.teacher is not None and self.adapter is not None:
             raise ValueError("a teacher beside an adapter: two bases at once are not carried; train all parameters")
@@ -90,21 +107,33 @@ class Recipe:
         """Whether the state carries parameters that are not trained."""
         return self.adapter is not None or self.task.compares
 
+    @property
+    def changes_state(self) -> bool:
+        """Whether a step changes the model's state, which is then carried from step to step."""
+        known = isinstance(self.task, NextToken) and self.task.gives_state
+        return bool(self.model.state) and known and self.adapter is None
+
     def init(self, key: Tensor) -> TrainState:
         """A state at step 0 with fresh parameters from the key, int64 `[2]`; `load` puts those of folders into it."""
         base = init(_base_specs(self), random.fold_in(key, 1)) if self.has_base else None
         adapter = self.adapter
         trained = init(self.model.specs, key) if adapter is None else adapter.init(key, base=base)
-        return self._state(trained, base, init(self.head, random.fold_in(key, 2)))
+        state = tree.map(lambda x: x.to(key.device, copy=True), self.model.state) if self.changes_state else {}
+        return self._state(trained, base, init(self.head, random.fold_in(key, 2)), state)
 
     def abstract(self) -> TrainState:
         """The shapes of a state, on the meta device: for a search of layouts."""
         base = abstract(_base_specs(self)) if self.has_base else None
         trained = abstract(self.model.specs if self.adapter is None else self.adapter.specs)
-        return self._state(trained, base, abstract(self.head))
+        state = tree.map(lambda x: torch.empty_like(x, device="meta"), self.model.state) if self.changes_state else {}
+        return self._state(trained, base, abstract(self.head), state)
 
-    def _state(self, trained: Tree, base: Tree | None, head: Tree) -> TrainState:
+    def _state(self, trained: Tree, base: Tree | None, head: Tree, state: Tree) -> TrainState:
         extra = {} if base is None else {BASE: _narrow(self, base)}
+        if self.pissa:
+            extra[START] = tree.map(torch.clone, trained)
+        if state:
+            extra[STATE] = state
         if self.trained is not None:
             left = {path for path, _ in leaves_with_paths(self.model.specs)} - self.trained
             extra[FROZEN], trained = _narrow(self, part(trained, left)), part(trained, self.trained)
@@ -120,20 +149,30 @@ class Recipe:
             _fill(self.teacher or self.model, state.extra[BASE])
         if self.adapter is None:
             _fill(self.model, self.parameters(state))
+        elif self.pissa:
+            lora.pissa_into(state.extra[BASE], state.extra[START], self.adapter)
+            tree.map(lambda own, start: own.copy_(start), self.trained_part(state.params), state.extra[START])
         elif self.adapter.dora:
             own = self.trained_part(state.params)
             measured = self.adapter.init(random.key(0), base=state.extra[BASE])
             for (path, leaf), (_, new) in zip(leaves_with_paths(own), leaves_with_paths(measured), strict=True):
                 if path.endswith(".magnitude"):
                     leaf.copy_(new)
+        begin_average(state)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One update, and metrics: `loss`, each term by its name, `grad_norm` before clipping, `labels` (how many)."""
         key = random.fold_in(random.key(self.seed, device=state.step.device), state.step)
-        loss = self._loss(state.extra, key)
+        loss = _loss_of(self, state.extra, key)
         loss = accumulate(loss, self.micro_batches, has_aux=True) if self.micro_batches > 1 else loss
-        (value, terms), grads = value_and_grad(loss, has_aux=True)(state.params, batch)
+        (value, (terms, after)), grads = value_and_grad(loss, has_aux=True)(state.params, batch)
         updated = state.apply(self.tx, grads)
+        if self.changes_state:
+            good = updated.opt_state[1].skipped_in_a_row == 0
+            if self.model.rebalanced is not None:
+                after = self.model.rebalanced(state.extra[STATE], after)
+            after = tree.map(lambda new, old: torch.where(good, new, old), after, state.extra[STATE])
+            updated = updated.replace(extra={**state.extra, STATE: after})
         return updated, {
             "loss": value,
             "terms": {name: term.value() for name, term in terms.items()},
@@ -146,9 +185,9 @@ class Recipe:
         """The loss and the terms of a batch as `Mean`s by name, nothing dropped; those of many batches are pooled."""
 
         def of(params: Tree, batch: Any) -> Any:
-            return self._loss(state.extra, None)(params, batch)
+            return _loss_of(self, state.extra, None)(params, batch)
 
-        loss, terms = forward(of)(state.params, batch)
+        loss, (terms, _) = forward(of)(state.params, batch)
         mean = loss if isinstance(loss, Mean) else Mean(loss.value(), torch.ones(()))
         return {"loss": mean, **terms}
 
@@ -174,13 +213,37 @@ class Recipe:
         """What is trained of the model, without the task's head."""
         return params["model"] if self.head else params
 
-    def _loss(self, extra: Tree, key: Tensor | None) -> Callable[[Tree, Any], tuple[Any, dict[str, Mean]]]:
-        def loss(trained: Tree, batch: Any) -> tuple[Any, dict[str, Mean]]:
-            seen = forward(lambda tree: tree)(extra)
-            params = _bound(self, self.trained_part(trained), seen, key)
-            return self.task.loss(self.model, params, batch, key=key, **_beside(self, trained, seen.get(BASE)))
 
-        return loss
+def kept(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a recipe's state: all but the parameters that a folder has."""
+    return state.replace(extra={name: x for name, x in dict(state.extra).items() if name in SAVED})
+
+
+def restored(recipe: Recipe, found: TrainState, loaded: TrainState) -> TrainState:
+    """The state that goes on: what a checkpoint of `kept` held, and of the `loaded` state what it did not."""
+    if recipe.pissa and recipe.adapter is not None:
+        lora.shift_base(loaded.extra[BASE], loaded.extra[START], found.extra[START], recipe.adapter)
+    return found.replace(extra={**loaded.extra, **found.extra})
+
+
+def _loss_of(
+    recipe: Recipe, extra: Tree, key: Tensor | None
+) -> Callable[[Tree, Any], tuple[Any, tuple[dict[str, Mean], Tree]]]:
+    """The loss of what is trained and a batch, and beside it the task's terms and what makes the model's new state."""
+
+    def loss(trained: Tree, batch: Any) -> tuple[Any, tuple[dict[str, Mean], Tree]]:
+        seen = forward(lambda tree: tree)({name: x for name, x in dict(extra).items() if name != STATE})
+        params = _bound(recipe, recipe.trained_part(trained), seen, key)
+        beside = _beside(recipe, trained, seen)
+        if not recipe.changes_state:
+            value, terms = recipe.task.loss(recipe.model, params, batch, key=key, **beside)
+            return value, (terms, {})
+        (value, after), terms = recipe.task.loss(
+            recipe.model, params, batch, key=key, **{"state": extra[STATE], **beside}
+        )
+        return value, (terms, after)
+
+    return loss
 
 
 def _base_specs(recipe: Recipe) -> Tree:
@@ -194,12 +257,15 @@ def _bound(recipe: Recipe, trained: Tree, extra: Tree, key: Tensor | None) -> Tr
     return union(trained, extra[FROZEN]) if recipe.trained is not None else trained
 
 
-def _beside(recipe: Recipe, trained: Tree, base: Tree | None) -> Mapping[str, Any]:
+def _beside(recipe: Recipe, trained: Tree, seen: Tree) -> Mapping[str, Any]:
     """What the loss takes beside the parameters of the model."""
+    base = seen.get(BASE)
     if recipe.head:
         return {"head": {name: trained[name] for name in recipe.head}}
     if not recipe.task.compares:
         return {}
+    if recipe.pissa and recipe.adapter is not None:
+        return {"reference": lora.bind(base, seen[START], recipe.adapter)}
     if recipe.quantized is not None and recipe.adapter is not None:
         return {"reference": lora.bind(base, {}, replace(recipe.adapter, targets=()))}
     return {"reference": base} if recipe.teacher is None else {"reference": base, "teacher": recipe.teacher}
@@ -212,10 +278,18 @@ def _narrow(recipe: Recipe, params: Tree) -> Tree:
 
 
 def optimizer(
-    rate: optim.Schedule, *, clip: float, weight_decay: float, b1: float = 0.9, b2: float = 0.999, plus: float = 1.0
+    rate: optim.Schedule,
+    *,
+    clip: float,
+    weight_decay: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    plus: float = 1.0,
+    ema: float = 0.0,
 ) -> optim.Transform:
     """AdamW behind clipping by the global norm; matrices decay, vectors do not, and a step whose gradients are not
-    finite changes nothing. `plus`: how much faster the `B` of an adapter learn (`lora.plus`). Errors are those of the
+    finite changes nothing. `plus`: how much faster the `B` of an adapter learn (`lora.plus`). `ema`: the decay of a
+    running average of what is trained, with warm-up; 0: none (`ftrain.run.averages`). Errors are those of the
     transforms.
     """
 
@@ -223,6 +297,7 @@ def optimizer(
         return optim.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices)
 
     inner = adamw(rate) if plus == 1.0 else lora.plus(adamw, rate, ratio=plus)
+    inner = optim.chain(inner, optim.ema(ema, warmup=True)) if ema else inner
     return optim.chain(optim.clip_by_global_norm(clip), optim.skip_nonfinite(inner))
 
 
@@ -231,19 +306,27 @@ def _matrices(params: Tree) -> Tree:
 
 
 def _fill(model: Model, params: Tree) -> None:
-    if model.load is None:
-        raise ValueError(f"{model.name} has no folder to load weights from")
+    _require_folder(model)
+    assert model.load is not None
     model.load(params)
 
 
-def _fill_quantized(model: Model, base: Tree, format: Literal["int8", "nf4"]) -> None:
-    """Read the whole weights, and write their codes into a base, each rank its own parts."""
+def _require_folder(model: Model) -> None:
     if model.load is None:
         raise ValueError(f"{model.name} has no folder to load weights from")
-    made = lora.quantize(model.load(), model.specs, format)
-    for (_, leaf), (_, new) in zip(leaves_with_paths(base), leaves_with_paths(made), strict=True):
-        if isinstance(leaf, DTensor):
-            own = distribute_tensor(new.to(leaf.device), leaf.device_mesh, leaf.placements, src_data_rank=None)
-            leaf.to_local().copy_(own.to_local())
-        else:
-            leaf.copy_(new)
+
+
+def _fill_quantized(model: Model, base: Tree, format: Literal["int8", "nf4"]) -> None:
+    """Read the weights one after the other, and write them or their codes into a base, each rank its own parts."""
+    if model.read is None:
+        _require_folder(model)
+        raise ValueError(f"{model.name} does not read its weights one by one, so it is not quantized while it is read")
+    made = {path for path, _ in leaves_with_paths(base)}
+    for path, spec in leaves_with_paths(model.specs):
+        whole = model.read(path)
+        if path in made:
+            write(leaf(base, path), whole)
+            continue
+        codes = lora.quantize({"w": whole}, {"w": spec}, format, "w")["w"]
+        for name, new in codes.items():
+            write(leaf(base, f"{path}.{name}"), new)

@@ -5,9 +5,9 @@ It is one page on purpose. A script that needs another loop copies it.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftrain.checkpoint import Checkpointer, Retention
 from ftrain.data.loader import Loader
@@ -17,11 +17,16 @@ from ftrain.kernels import random
 from ftrain.kernels.mean import Mean
 from ftrain.plan.auto import AutoPlan, SavedPlan
 from ftrain.plan.jit import jit
-from ftrain.resilience.anomalies import Verdict
+from ftrain.resilience.anomalies import BadSteps, Verdict
+from ftrain.resilience.skipped import read_skipped
+from ftrain.run.averages import with_average
+from ftrain.run.example import example_of
 from ftrain.run.folder import RunFolder
+from ftrain.run.guard import Guard
 from ftrain.run.late import Done, Issued, LateReader
 from ftrain.run.progress import Report
-from ftrain.run.recipe import Recipe
+from ftrain.run.ranks import of_main
+from ftrain.run.recipe import Recipe, kept, restored
 from ftrain.run.samples import FILE, Samples, write
 from ftrain.run.saves import NotSaved, Saves
 from ftrain.run.session import Run
@@ -66,6 +71,8 @@ class Training:
       it; None takes the sizes of the run's mesh.
     - `jit`: options of `jit` for the step, such as remat and precision.
     - `samples`: what is answered where the held-out loss is measured; None for nothing, as on several processes.
+    - `averaged`: held-out losses and answers are those of the running average, where the optimizer keeps one.
+    - `bad`: which steps are bad, and when the run goes back to before them and leaves out their batches; None: never.
     - `files`: the run's folder, on the rank that writes. `report`: what a person sees. `trackers`: further logs.
     """
 
@@ -83,47 +90,124 @@ class Training:
     memory: int | str = "95%"
     trackers: tuple[Log, ...] = ()
     samples: Samples | None = None
+    averaged: bool = False
+    bad: BadSteps | None = None
 
 
-def train(t: Training, run: Run) -> TrainState:
-    """Train to the end, or until a signal stops the run; the last step is saved. Returns the state.
+class Prepared(NamedTuple):
+    """A step that is ready to run: its `plan`, the jitted `step`, the state that the run begins with, and `peak`, the
+    most bytes of a rank that a step is planned to hold.
+    """
 
-    All ranks call this together. NotSaved, which ends the process, where the disk takes no checkpoint. ValueError for
-    what a step refuses, for a checkpoint of other parameters, and for data that the loader refuses.
+    plan: Plan
+    step: Step
+    state: TrainState
+    peak: int
+
+
+def prepare(t: Training, run: Run) -> Prepared:
+    """Lay out the step, make and load its state, and trace it: nothing is written yet. All ranks call this together.
+
+    ValueError for a layout that cannot be, for what a step refuses, and for weights that do not fit.
     """
     plan, step = laid_out(t, run)
-    state = step.init(t.recipe.init, random.key(t.seed).to(run.device))
-    t.recipe.load(state)
-    evaluate = evaluator(t, run, plan)
+    state = fresh(t, run, step)
+    compiled = step.lower(state, run.share(example_of(t.loader), plan=plan))
+    return Prepared(plan, step, state, compiled.memory().total)
+
+
+def train(t: Training, run: Run, prepared: Prepared | None = None) -> TrainState:
+    """Train to the end, or until a signal stops the run; the last step is saved. Returns the state.
+
+    All ranks call this together. `prepared`: by `prepare`, whose state is used up. NotSaved, which ends the process,
+    where the disk takes no checkpoint. ValueError for what a step refuses, for a checkpoint of other parameters, and
+    for data that the loader refuses.
+    """
+    ready = prepared or prepare(t, run)
+    evaluate = evaluator(t, run, ready.plan)
     best = {"best": 1, "metric": "loss"} if t.held_out else {}
     keep = Retention(last=t.every.keep, **best)  # type: ignore[arg-type]
     checkpoints = run.checkpointer(t.folder / CHECKPOINTS, keep=keep, specs=t.recipe.specs)
     saves = Saves(checkpoints, t.files, say=t.report.say, most_failed=_FAILED_SAVES)
-    state, position = resumed(t, checkpoints, state)
-    done = position.step
+    going = Going(t, run, ready, evaluate, saves)
+    state, position, done = resumed(t, checkpoints, ready.state)
     if done == 0 and t.held_out:
         note(t, 0, {"held_out": evaluate(state)})
         answer(t, 0, state)
-    late = LateReader(lambda step: shown(t, step))  # the numbers of a step are read when the next one is under way
+    going.guard = None if t.bad is None else Guard(t.bad, t.folder, done=done, last=t.steps)
     with t.report:
-        for number, (data, is_end) in zip(run.steps(done, t.steps), ending(t.loader.read(position)), strict=False):
-            began = time.perf_counter()
-            state, metrics = step(state, run.share(data.batch, plan=plan))
-            position, over = data.position, is_end or run.is_last
-            late.issued(Issued(number, data.facts, HostCopy(metrics), began, time.perf_counter()))
-            looked = over or is_due(number, t.every.evaluate)
-            if looked:
-                late.flush()
-            loss = note(t, number, {"held_out": evaluate(state)}) if looked and t.held_out else None
-            if looked:
-                answer(t, number, state)
-            if over:
-                saves.save_now(kept(t, state, position), number, metrics=loss)
+        while True:
+            state, verdict = train_on(going, state, position, done)
+            if verdict is Verdict.GO_ON or going.guard is None:
                 break
-            if saves.wanted(number) or is_due(number, t.every.save):
-                saves.save(kept(t, state, position), number, metrics=loss)
+            done, words = going.guard.go_back(checkpoints)
+            t.report.say(words)
+            if t.files is not None:
+                t.files.go_back(done)
+            state, position, done = resumed(t, checkpoints, state if done else fresh(t, run, ready.step))
     if not saves.held:
         raise NotSaved
+    return state
+
+
+def train_on(g: "Going", state: TrainState, position: Position, done: int) -> tuple[TrainState, Verdict]:
+    """Train after step `done` until a step says that the run must go back, or else to the end, which is saved."""
+    t, run, guard = g.t, g.run, g.guard
+    late = LateReader(lambda step: shown(g, step))  # the numbers of a step are read when the next one is under way
+    for number, (data, is_end) in zip(run.steps(done, t.steps), ending(batches(g, position)), strict=False):
+        began = time.perf_counter()
+        state, metrics = g.ready.step(state, run.share(data.batch, plan=g.ready.plan))
+        position, over = data.position, is_end or run.is_last
+        verdict = late.issued(Issued(number, data, HostCopy(metrics), began, time.perf_counter()))
+        looked = over or is_due(number, t.every.evaluate)
+        saved = not over and (g.saves.wanted(number) or is_due(number, t.every.save))
+        if verdict is Verdict.GO_ON and (looked or (saved and guard is not None)):
+            verdict = late.flush()
+        if verdict is Verdict.ROLL_BACK:
+            return state, verdict
+        loss = note(t, number, {"held_out": g.evaluate(state)}) if looked and t.held_out else None
+        if looked:
+            answer(t, number, state)
+        calm = guard is None or guard.calm
+        if over:
+            g.saves.save_now(kept_of(t, state, position), number, metrics=loss, good=calm)
+            break
+        if saved:
+            g.saves.save(kept_of(t, state, position), number, metrics=loss, good=calm)
+    return state, Verdict.GO_ON
+
+
+@dataclass
+class Going:
+    """A run that is under way: what is `ready` of it, what can `evaluate` a state, its `saves`, and its `guard`."""
+
+    t: Training
+    run: Run
+    ready: Prepared
+    evaluate: Callable[[TrainState], float]
+    saves: Saves
+    guard: Guard | None = None
+
+
+def batches(g: "Going", position: Position) -> Iterator[Read]:
+    """The steps' batches after a position, without those that the run leaves out."""
+    loader = g.t.loader
+    left_out = (of_main(read_skipped(g.t.folder)) if g.guard is None else g.guard.skipped).positions
+    if loader.steps is not None:
+        loader = replace(loader, steps=loader.steps + len(left_out))
+    steps = loader.read(position)
+    try:
+        for read in steps:
+            if read.position.step - 1 not in left_out:
+                yield read
+    finally:
+        steps.close()  # type: ignore[attr-defined]
+
+
+def fresh(t: Training, run: Run, step: Step) -> TrainState:
+    """The state at step 0, with the weights of folders."""
+    state = step.init(t.recipe.init, random.key(t.seed).to(run.device))
+    t.recipe.load(state)
     return state
 
 
@@ -146,9 +230,7 @@ def laid_out(t: Training, run: Run) -> tuple[Plan, Step]:
     else:
         source = SavedPlan(t.plan, kind=kind)
     step = jit(t.recipe.train_step, plan=source, **options)
-    batches = t.loader.read()
-    chosen = step.choose(t.recipe.abstract(), next(batches).batch)
-    batches.close()  # type: ignore[attr-defined]
+    chosen = step.choose(t.recipe.abstract(), example_of(t.loader))
     plan = Plan(run.mesh, batch=rules) if chosen is None else chosen
     t.report.say(f"plan: {plan.mesh}, of {t.plan}")
     return plan, step
@@ -172,31 +254,32 @@ def evaluator(t: Training, run: Run, plan: Plan) -> Callable[[TrainState], float
     function = jit(t.recipe.evaluate, plan=plan, specs=t.recipe.specs, **options)
 
     def evaluate(state: TrainState) -> float:
+        state = with_average(state) if t.averaged else state
         found = [function(state, run.share(batch, plan=plan))["loss"] for batch in t.held_out]
         return Mean.pool([Mean(m.total.cpu(), m.count.cpu()) for m in found]).item()
 
     return evaluate
 
 
-def kept(t: Training, state: TrainState, position: Position) -> dict[str, Any]:
+def kept_of(t: Training, state: TrainState, position: Position) -> dict[str, Any]:
     """What a checkpoint holds: the state without parameters that a folder has, and the position in the data."""
-    return {"state": state.replace(extra={}), "data": position.tree(t.loader.packing.capacity)}
+    return {"state": kept(state), "data": position.tree(t.loader.packing.capacity)}
 
 
-def resumed(t: Training, checkpoints: Checkpointer, state: TrainState) -> tuple[TrainState, Position]:
-    """The state and position of the last checkpoint; those given, at the start, where there is none."""
+def resumed(t: Training, checkpoints: Checkpointer, state: TrainState) -> tuple[TrainState, Position, int]:
+    """The state and position of the last checkpoint, and its step; those of the start where there is none."""
     done = checkpoints.latest()
     if not done:
-        return state, t.loader.start()
-    wanted = kept(t, state, t.loader.start()) | {"data": Position.abstract(t.loader.packing.capacity)}
+        return state, t.loader.start(), 0
+    wanted = kept_of(t, state, t.loader.start()) | {"data": Position.abstract(t.loader.packing.capacity)}
     found = checkpoints.restore(wanted, done)
     t.report.say(f"goes on after step {done}")
-    return found["state"].replace(extra=state.extra), Position.of(found["data"])
+    return restored(t.recipe, found["state"], state), Position.of(found["data"]), done
 
 
-def shown(t: Training, step: Done) -> Verdict:
-    """Show and log a step's numbers. ValueError once too many steps in a row changed nothing."""
-    found, facts = step.metrics, step.batch
+def shown(g: Going, step: Done) -> Verdict:
+    """Show and log a step's numbers, and judge it. ValueError once too many steps in a row changed nothing."""
+    t, found, facts = g.t, step.metrics, step.batch.facts
     row = {
         "step": step.number,
         "loss": float(found["loss"]),
@@ -209,10 +292,12 @@ def shown(t: Training, step: Done) -> Verdict:
         "epochs": round(facts.epochs, 4),
         "rejected": facts.rejected,
         "shapes": facts.shapes,
+        "peak_bytes": g.ready.peak,
     }
     t.report.update(row)
+    verdict = Verdict.GO_ON if g.guard is None else g.guard.look(row, step.batch.batch)
     if t.files is not None:
-        t.files.log(row)
+        t.files.log(row if g.guard is None else {**row, **g.guard.counts()})
     for log in t.trackers:
         log(step.number, {name: value for name, value in row.items() if name != "step"})
     skipped = int(found["skipped_in_a_row"])
@@ -221,14 +306,14 @@ def shown(t: Training, step: Done) -> Verdict:
             f"{skipped} steps in a row up to step {step.number} had gradients that are not finite and changed "
             "nothing: take a lower rate, or look for the row or op that makes them (ftrain.debug.check_finite)"
         )
-    return Verdict.GO_ON
+    return verdict
 
 
 def answer(t: Training, number: int, state: TrainState) -> None:
     """Answer the run's prompts; a disk that does not take them is said, and ends nothing."""
     if t.samples is None or not t.samples.prompts:
         return
-    answered = t.samples.of(t.recipe, state)
+    answered = t.samples.of(t.recipe, with_average(state) if t.averaged else state)
     t.report.say(f"  {answered[0][0].splitlines()[-1][-60:]!r} -> {answered[0][1]!r}")
     if t.files is not None:
         try:

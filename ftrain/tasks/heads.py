@@ -3,6 +3,7 @@
 Legend: T tokens of the batch, D model width, C outputs of the head.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,15 +25,15 @@ HEAD = "task_head"
 
 
 @dataclass(frozen=True)
-class Headed:
+class Headed(ABC):
     """What tasks with a head have in common. `outputs`: C, of the head."""
 
     compares: ClassVar[bool] = False
 
     @property
+    @abstractmethod
     def outputs(self) -> int:
         """C, how many numbers the head gives."""
-        raise NotImplementedError
 
     def head_specs(self, model: Model) -> Tree:
         """The `ParamSpec` of the head, `[D, C]`. ValueError for a model that does not show what its own head reads."""

@@ -39,20 +39,37 @@ class NextToken:
         if self.weighted and self.average == "documents":
             raise ValueError("weights of labels and average='documents' say two things: choose one")
 
+    @property
+    def gives_state(self) -> bool:
+        """Whether the loss of a model with state gives the new one."""
+        return self.average == "tokens" and not self.weighted
+
     def loss(
-        self, model: Model, params: Tree, batch: Mapping[str, Any], *, key: Tensor | None = None
+        self,
+        model: Model,
+        params: Tree,
+        batch: Mapping[str, Any],
+        *,
+        key: Tensor | None = None,
+        state: Tree | None = None,
     ) -> tuple[Any, dict[str, Mean]]:
         """The mean over the labels of the batch, and no terms.
 
         Args:
-            model, params: what is trained. A model with state gives `((Mean, state), terms)` in the place of the mean.
+            model, params: what is trained.
             batch: of the model's leaves, with `labels`; `weights` where they are asked for.
             key: int64 `[2]`, for dropout.
+            state: of a model that has one; None: its own, which stays. In the place of the mean there is then a pair of
+                it and the new state, or for a model that is `rebalanced` what its routers did.
 
         ValueError for a batch without them, and with weights or "documents" for a model without losses of tokens.
         """
-        if self.average == "tokens" and not self.weighted:
-            return model.loss(params, batch, key), {}
+        if self.gives_state:
+            if state is not None:
+                changed = model.loss if model.rebalanced is None else model.routed
+                return changed(params, batch, key, state=state), {}  # type: ignore[misc]
+            found = model.loss(params, batch, key)
+            return found[0] if model.state else found, {}
         require_token_losses("next tokens by weights or documents", model)
         losses_T = model.token_losses(params, without(batch, "weights") if self.weighted else batch, key).flatten()  # type: ignore[misc]
         labelled_T = (batch["labels"].flatten() != -100).to(losses_T.dtype)
