@@ -74,7 +74,8 @@ def _run(name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: 
     data = make_data(
         options.data, encode, ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
         leaves=leaves, layout=layout_of(model, family, sequence=mesh.sequence),
-        finish=None if family is None else ReadMedia(family),
+        finish=None if family is None else ReadMedia(family), mine=ranks.rank // mesh.sequence,
+        others=None if family is None or ranks.world == 1 or options.plan else ReadMedia(family, decoded=False),
     )  # fmt: skip
     for line in data.lines:
         report.say(line)

@@ -90,6 +90,8 @@ def make_data(
     leaves: Mapping[str, np.dtype] | None = None,
     layout: Layout | None = None,
     finish: Finish | None = None,
+    others: Finish | None = None,
+    mine: int = 0,
 ) -> RunData:
     """The data of a run.
 
@@ -102,6 +104,7 @@ def make_data(
         leaves: names and dtypes of leaves that the documents have beside tokens and labels.
         layout: how documents lie in a batch; None: in packs.
         finish: what is done with documents when their turn comes, as their media are read; None: nothing.
+        others, mine: what is done with documents of other ranks than number `mine`; None: the same.
 
     ValueError for data that cannot be read, is of another kind than the task's, or does not fill the ranks.
     """
@@ -125,6 +128,7 @@ def make_data(
         order, trained, encode, packing, rank=None, epochs=_epochs(options), steps=options.steps,
         workers=Workers(processes=options.workers, finishing=_DECODING),
         rejects=Rejects(limit=options.rejected), leaves=leaves, layout=layout or PackLayout(), finish=finish,
+        others=others, mine=mine,
     )  # fmt: skip
     lines = [
         f"{spec}: {len(samples):,} rows of the format {samples.format.name}"
