@@ -22,8 +22,9 @@ _VIDEO_FILES = (("processor_config.json", "video_processor"), ("video_preprocess
 
 
 def reads_media(folder: str | PathLike[str]) -> bool:
-    """Whether how the model of a folder sees media is known. ValueError for a folder without a configuration."""
-    return _read(Path(folder) / "config.json").get("model_type") in (*QWEN, *TILES)
+    """Whether how the model of a folder sees media is known. ValueError for a configuration that cannot be read."""
+    file = Path(folder) / "config.json"
+    return file.is_file() and _read(file).get("model_type") in (*QWEN, *TILES)
 
 
 def family_of(
@@ -40,7 +41,7 @@ def family_of(
     ValueError for files of the folder that cannot be read or say what is not known.
     """
     path = Path(folder)
-    config = _read(path / "config.json")
+    config = _read(path / "config.json") if (path / "config.json").is_file() else {}
     kind, most = config.get("model_type"), limits or Limits()
     if kind in QWEN:
         return _qwen(path, config, tokenizer, most, image_pixels)
