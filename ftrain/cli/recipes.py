@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 from ftrain import lora
 from ftrain.bridge.opened import open as open_model
+from ftrain.bridge.tasks import task_of
 from ftrain.cli.train_options import KdTrain, TaskKind, TrainOptions
+from ftrain.data.media.families import reads_media
 from ftrain.hf.score_head import add_score_head
 from ftrain.modules.model import Model
 from ftrain.remat.policy import Remat
@@ -35,7 +37,7 @@ def recipe_of(
         )  # fmt: skip
     rate = options.optimizer.schedule(steps, adapter is not None)
     tx = optimizer(rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay, plus=flags.plus)
-    teacher = open_model(options.teacher, native=options.native) if isinstance(options, KdTrain) else None
+    teacher = _teacher(options) if isinstance(options, KdTrain) else None
     wide = "bfloat16" if device.type == "cuda" else "float32"
     base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
     return Recipe(
@@ -43,6 +45,11 @@ def recipe_of(
         base_dtype=None if base == torch.float32 else base, seed=options.seed,
         trained=_trained(options, model), quantized=None if flags.quantize == "none" else flags.quantize,
     )  # fmt: skip
+
+
+def _teacher(options: KdTrain) -> Model:
+    task = task_of(options.teacher, media=reads_media(options.teacher))
+    return open_model(options.teacher, native=options.native, task=task)
 
 
 def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:

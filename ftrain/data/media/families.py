@@ -45,8 +45,8 @@ def family_of(
     kind, most = config.get("model_type"), limits or Limits()
     if kind in QWEN:
         return _qwen(path, config, tokenizer, most, image_pixels)
-    if kind in TILES and image_pixels is not None:
-        raise ValueError(f"{path}: pictures of {kind} are tiles of one size: leave --image-pixels out")
+    if image_pixels is not None:
+        raise ValueError(f"{path}: the size of pictures cannot be chosen for {kind}: leave --image-pixels out")
     if kind in TILES:
         return tile_family(path, config, tokenizer, _first(path, _PROCESSOR), most)
     return Blind(str(kind)) if any(name in config for name in _SENSES) else None
