@@ -72,8 +72,8 @@ def _qwen(path: Path, config: Mapping[str, Any], tokenizer: Any, limits: Limits,
     )  # fmt: skip
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     usual = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    marks = [_token(path, tokenizer, config, name, text) for name, text in zip(names, usual, strict=True)]
-    return QwenFamily(kind, patches, size, taken, *marks, limits=limits)
+    image, film, start, end = (_token(path, tokenizer, config, n, text) for n, text in zip(names, usual, strict=True))
+    return QwenFamily(kind, patches, size, taken, picture=image, film=film, start=start, end=end, limits=limits)
 
 
 def _patches(path: Path, told: Mapping[str, Any], third: bool) -> Patches:

@@ -24,8 +24,9 @@ class Seen:
 class MediaFamily(Protocol):
     """How the model of a folder sees media. It travels to worker processes by pickle."""
 
-    name: str
-    """For messages."""
+    @property
+    def name(self) -> str:
+        """For messages."""
 
     @property
     def marks(self) -> Mapping[Kind, str]:

@@ -144,7 +144,7 @@ class QwenFamily:
         frames = len(self.films.numbers(header.frames, header.rate))
         return _by_rule(partial(self.films.sized, frames), (header.height, header.width), part, place)
 
-    def _header(self, part: Part, place: Place) -> "media.film_frames.FilmHeader":
+    def _header(self, part: Part, place: Place) -> Any:
         rate = self.films.rate
         return self.kept.header(
             part, place, lambda: media.film_frames.film_header(part.source, place, self.limits, rate=rate)
