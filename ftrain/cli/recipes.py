@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 from ftrain import lora
 from ftrain.bridge.opened import open as open_model
+from ftrain.bridge.tasks import task_of
 from ftrain.cli.train_options import KdTrain, TaskKind, TrainOptions
+from ftrain.data.media.families import reads_media
 from ftrain.hf.score_head import add_score_head
 from ftrain.modules.model import Model
 from ftrain.remat.policy import Remat
@@ -41,7 +43,7 @@ def recipe_of(
         rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay, plus=flags.plus,
         ema=options.ema,
     )  # fmt: skip
-    teacher = open_model(options.teacher, native=options.native) if isinstance(options, KdTrain) else None
+    teacher = _teacher(options) if isinstance(options, KdTrain) else None
     wide = "bfloat16" if device.type == "cuda" else "float32"
     base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
     return Recipe(
@@ -58,6 +60,11 @@ def at_once(options: TrainOptions, kind: TaskKind, model: Model) -> bool:
     """
     recipe = recipe_of(options, kind, model, steps=1, micro_batches=1, device=torch.device("cpu"))
     return kind.whole_batch or (recipe.changes_state and model.rebalanced is None)
+
+
+def _teacher(options: KdTrain) -> Model:
+    task = task_of(options.teacher, media=reads_media(options.teacher))
+    return open_model(options.teacher, native=options.native, task=task)
 
 
 def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:

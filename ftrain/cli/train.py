@@ -82,7 +82,8 @@ def _run(
     data = make_data(
         options.data, rows, ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
         leaves=leaves, layout=layout_of(model, family, sequence=mesh.sequence),
-        finish=None if family is None else ReadMedia(family),
+        finish=None if family is None else ReadMedia(family), mine=ranks.rank // mesh.sequence,
+        others=None if family is None or ranks.world == 1 or options.plan else ReadMedia(family, decoded=False),
     )  # fmt: skip
     for line in data.lines:
         report.say(line)

@@ -18,7 +18,7 @@ _AHEAD = 1  # steps: more of them hold more decoded media in memory
 def finished(
     steps: Iterator[_Step],
     own: Callable[[_Step], list[list[Group]]],
-    finish: Finish | None,
+    finish: Callable[[int], Finish] | None,
     *,
     threads: int,
     rejects: Rejects,
@@ -31,7 +31,7 @@ def finished(
     Args:
         steps: in their order.
         own: the groups of each pack of this process, as `encode` made them.
-        finish: None leaves them as they are.
+        finish: from the number of a pack among these to what is done with its groups; None leaves them as they are.
         threads: that call it, at least one.
         rejects: of this process.
     """
@@ -43,7 +43,7 @@ def finished(
     begun: deque[tuple[_Step, list[list[Future[Group]]]]] = deque()
     try:
         for step in steps:
-            begun.append((step, [[pool.submit(finish, group) for group in pack] for pack in own(step)]))
+            begun.append((step, [[pool.submit(finish(i), group) for group in p] for i, p in enumerate(own(step))]))
             if len(begun) > _AHEAD:
                 yield _results(*begun.popleft(), rejects)
         while begun:

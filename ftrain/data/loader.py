@@ -72,6 +72,8 @@ class Loader:
             left out, and the first of each file is logged.
         finish: what only the process does that trains on a group, such as decoding media
             (`ftrain.data.finishing`); threads of `workers` do it.
+        others: where this process gets the packs of all ranks and trains on some: `mine` is the rank whose packs it
+            trains on, and `others` does with groups of the other packs what `finish` does with its own.
         leaves: names and dtypes of leaves that documents have beside tokens and labels.
         slots: documents for which a pack's offsets have room from the start; more make room, and a step is then traced
             again.
@@ -99,6 +101,8 @@ class Loader:
     workers: Workers = Workers()  # noqa: RUF009  # frozen
     rejects: Rejects | None = None
     finish: Finish | None = None
+    others: Finish | None = None
+    mine: int = 0
     leaves: Mapping[str, np.dtype] | None = None
     slots: int = 0
     layout: Layout = field(default_factory=PackLayout)
@@ -154,7 +158,8 @@ class Loader:
             )
             planned, shapes = self._until_the_end(reading), set[Shape]()
             threads = self.workers.threads if self.workers.finishing is None else self.workers.finishing
-            for found, packs in finished(planned, self._own, self.finish, threads=threads, rejects=rejects):
+            finish = None if self.finish is None else self._finish
+            for found, packs in finished(planned, self._own, finish, threads=threads, rejects=rejects):
                 shapes.add(found.plan.shape)
                 yield self._step(found, packs, len(shapes))
         finally:
@@ -192,6 +197,12 @@ class Loader:
         dealt_RM = self._dealt(found)
         own = dealt_RM.flatten() if self.rank is None else dealt_RM[self.rank]
         return [[waiting.group(self.packing.tokens) for waiting in found.packs[pack]] for pack in own.tolist()]
+
+    def _finish(self, pack: int) -> Finish:
+        """What is done with the groups of a pack, by its number among those that this process gets."""
+        assert self.finish is not None
+        foreign = self.others is not None and pack // self.packing.micro_batches != self.mine
+        return self.others if foreign and self.others is not None else self.finish
 
     def _step(self, found: StepPacks, packs: Sequence[Sequence[Group]], shapes: int) -> Step:
         packing, position = self.packing, found.position

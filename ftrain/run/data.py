@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from ftrain.data.documents import Document, Group
-from ftrain.data.encoding_ahead import Workers
+from ftrain.data.encoding_ahead import Rows, Workers
 from ftrain.data.finishing import Finish
 from ftrain.data.layout import Layout, PackLayout
 from ftrain.data.loader import Loader
@@ -90,6 +90,8 @@ def make_data(
     leaves: Mapping[str, np.dtype] | None = None,
     layout: Layout | None = None,
     finish: Finish | None = None,
+    others: Finish | None = None,
+    mine: int = 0,
 ) -> RunData:
     """The data of a run.
 
@@ -102,6 +104,7 @@ def make_data(
         leaves: names and dtypes of leaves that the documents have beside tokens and labels.
         layout: how documents lie in a batch; None: in packs.
         finish: what is done with documents when their turn comes, as their media are read; None: nothing.
+        others, mine: what is done with documents of other ranks than number `mine`; None: the same.
 
     ValueError for data that cannot be read, is of another kind than the task's, or does not fill the ranks.
     """
@@ -125,6 +128,7 @@ def make_data(
         order, trained, encode, packing, rank=None, epochs=_epochs(options), steps=options.steps,
         workers=Workers(processes=options.workers, finishing=_DECODING),
         rejects=Rejects(limit=options.rejected), leaves=leaves, layout=layout or PackLayout(), finish=finish,
+        others=others, mine=mine,
     )  # fmt: skip
     lines = [
         f"{spec}: {len(samples):,} rows of the format {samples.format.name}"
@@ -236,7 +240,7 @@ def _counted(
     return _Counted(rejects.rows, tuple(lengths), documents, rejects, room, frozenset(shapes))
 
 
-def _spread(sources: Sequence[Subset], every: int) -> Iterator[Callable[[], Any]]:
+def _spread(sources: Sequence[Rows], every: int) -> Iterator[Callable[[], Any]]:
     for source in sources:
         for index in range(0, len(source), every):
             yield partial(source.__getitem__, index)
@@ -256,13 +260,15 @@ class HeldOut:
 
     def documents(self) -> Iterator[Document]:
         """The documents, in the order of their rows, with their media; those that cannot be used are left out."""
-        for row in _spread(self._loader.sources, 1) if self._loader is not None else ():
+        made = self._loader
+        for row in _spread(made.sources, 1) if made is not None else ():
             try:
-                group = self._loader.encode(row())
-                group = group if self._loader.finish is None else self._loader.finish(group)
+                group = None if made is None else made.encode(row())
+                if made is not None and made.finish is not None and group is not None:
+                    group = made.finish(group)
             except BadRow:
                 continue  # told when batches are made of it
-            yield from group.documents
+            yield from () if group is None else group.documents
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         if self._loader is None or self._loader.finish is None:

@@ -22,8 +22,9 @@ _VIDEO_FILES = (("processor_config.json", "video_processor"), ("video_preprocess
 
 
 def reads_media(folder: str | PathLike[str]) -> bool:
-    """Whether how the model of a folder sees media is known. ValueError for a folder without a configuration."""
-    return _read(Path(folder) / "config.json").get("model_type") in (*QWEN, *TILES)
+    """Whether how the model of a folder sees media is known. ValueError for a configuration that cannot be read."""
+    file = Path(folder) / "config.json"
+    return file.is_file() and _read(file).get("model_type") in (*QWEN, *TILES)
 
 
 def family_of(
@@ -40,12 +41,12 @@ def family_of(
     ValueError for files of the folder that cannot be read or say what is not known.
     """
     path = Path(folder)
-    config = _read(path / "config.json")
+    config = _read(path / "config.json") if (path / "config.json").is_file() else {}
     kind, most = config.get("model_type"), limits or Limits()
     if kind in QWEN:
         return _qwen(path, config, tokenizer, most, image_pixels)
-    if kind in TILES and image_pixels is not None:
-        raise ValueError(f"{path}: pictures of {kind} are tiles of one size: leave --image-pixels out")
+    if image_pixels is not None:
+        raise ValueError(f"{path}: the size of pictures cannot be chosen for {kind}: leave --image-pixels out")
     if kind in TILES:
         return tile_family(path, config, tokenizer, _first(path, _PROCESSOR), most)
     return Blind(str(kind)) if any(name in config for name in _SENSES) else None
@@ -71,8 +72,8 @@ def _qwen(path: Path, config: Mapping[str, Any], tokenizer: Any, limits: Limits,
     )  # fmt: skip
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     usual = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    marks = [_token(path, tokenizer, config, name, text) for name, text in zip(names, usual, strict=True)]
-    return QwenFamily(kind, patches, size, taken, *marks, limits=limits)
+    image, film, start, end = (_token(path, tokenizer, config, n, text) for n, text in zip(names, usual, strict=True))
+    return QwenFamily(kind, patches, size, taken, picture=image, film=film, start=start, end=end, limits=limits)
 
 
 def _patches(path: Path, told: Mapping[str, Any], third: bool) -> Patches:

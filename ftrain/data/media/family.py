@@ -24,8 +24,9 @@ class Seen:
 class MediaFamily(Protocol):
     """How the model of a folder sees media. It travels to worker processes by pickle."""
 
-    name: str
-    """For messages."""
+    @property
+    def name(self) -> str:
+        """For messages."""
 
     @property
     def marks(self) -> Mapping[Kind, str]:
@@ -42,8 +43,11 @@ class MediaFamily(Protocol):
     def measure(self, part: Part, place: Place) -> Seen:
         """What a piece of media will be, without decoding it. BadRow where it cannot be read, or is too large."""
 
-    def read(self, part: Part, place: Place) -> dict[str, np.ndarray]:
-        """Its arrays, by the names of the model's leaves, with as many rows as `measure` said. BadRow likewise."""
+    def read(self, part: Part, place: Place, *, decoded: bool = True) -> dict[str, np.ndarray]:
+        """Its arrays, by the names of the model's leaves, with as many rows as `measure` said. BadRow likewise.
+
+        `decoded`: False leaves the pixels zero, for who needs shapes alone.
+        """
 
     def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of rows `[B, L]` with their arrays, as the model takes them."""
@@ -74,8 +78,9 @@ class Blind:
         """BadRow, for any media."""
         raise BadRow(place, "media", f"it has media (of the kind {part.kind}), and how {self.name} sees is not known")
 
-    def read(self, part: Part, place: Place) -> dict[str, np.ndarray]:
+    def read(self, part: Part, place: Place, *, decoded: bool = True) -> dict[str, np.ndarray]:
         """BadRow, for any media."""
+        del decoded
         self.measure(part, place)
         return {}
 

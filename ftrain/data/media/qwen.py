@@ -106,24 +106,30 @@ class QwenFamily:
         rows |= {_FILM[0]: grid[0] * grid[1] * grid[2], _FILM[1]: 1}
         return Seen(self._told(numbers, header.rate, grid), rows)
 
-    def read(self, part: Part, place: Place) -> dict[str, np.ndarray]:
+    def read(self, part: Part, place: Place, *, decoded: bool = True) -> dict[str, np.ndarray]:
         """`pixels` float32 `[P, C]` and `image_grid_thw` int64 `[1, 3]`; of a film `pixel_values_videos` and
-        `video_grid_thw`, and where a model takes it `second_per_grid_ts` float32 `[1]`. BadRow as `measure`.
+        `video_grid_thw`, and where a model takes it `second_per_grid_ts` float32 `[1]`. Patches are zeros if not
+        `decoded`. BadRow as `measure`.
         """
         if part.kind == "image":
             height, width = self._picture_size(part, place)
-            image = self.kept.array(part, place, lambda: self._picture(part, place, height, width))
             grid = self.patches.grid(1, height, width)
-            return {"pixels": self.patches(image[None]), "image_grid_thw": np.array([grid], np.int64)}
+            found = {"image_grid_thw": np.array([grid], np.int64)}
+            if not decoded:
+                return {"pixels": _zeros(self.patches, grid), **found}
+            image = self.kept.array(part, place, lambda: self._picture(part, place, height, width))
+            return {"pixels": self.patches(image[None]), **found}
         header, (height, width) = self._header(part, place), self._film_size(part, place)
         numbers = self.films.numbers(header.frames, header.rate)
-        frames = self.kept.array(part, place, lambda: self._frames(part, place, numbers, height, width))
-        grid = self.films.patches.grid(len(frames), height, width)
-        found = {_FILM[0]: self.films.patches(frames), _FILM[1]: np.array([grid], np.int64)}
+        grid = self.films.patches.grid(len(numbers), height, width)
+        found = {_FILM[1]: np.array([grid], np.int64)}
         if self.films.timed:
             a_second = len(numbers) / header.frames * header.rate
             found["second_per_grid_ts"] = np.array([self.films.patches.in_time / a_second], np.float32)
-        return found
+        if not decoded:
+            return {_FILM[0]: _zeros(self.films.patches, grid), **found}
+        frames = self.kept.array(part, place, lambda: self._frames(part, place, numbers, height, width))
+        return {_FILM[0]: self.films.patches(frames), **found}
 
     def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch."""
@@ -138,7 +144,7 @@ class QwenFamily:
         frames = len(self.films.numbers(header.frames, header.rate))
         return _by_rule(partial(self.films.sized, frames), (header.height, header.width), part, place)
 
-    def _header(self, part: Part, place: Place) -> "media.film_frames.FilmHeader":
+    def _header(self, part: Part, place: Place) -> Any:
         rate = self.films.rate
         return self.kept.header(
             part, place, lambda: media.film_frames.film_header(part.source, place, self.limits, rate=rate)
@@ -175,6 +181,10 @@ def _by_rule(rule: object, size: tuple[int, ...], part: Part, place: Place) -> t
     except ValueError as error:
         raise BadRow(place, "media of this shape", f"{name_of(part.source)}: {error}") from error
     return found
+
+
+def _zeros(patches: Patches, grid: tuple[int, int, int]) -> np.ndarray:
+    return np.zeros((grid[0] * grid[1] * grid[2], patches.numbers), np.float32)
 
 
 def _filled(patches: Patches, pixels: str, grid: str, timed: bool, tokens: int) -> dict[str, np.ndarray]:

@@ -48,15 +48,15 @@ def tile_family(
         return made(cut=partial(whole, token * unit), mark=token, around=(), unit=unit)
     if kind == "internvl":
         start, end = (getattr(tokenizer, f"{name}_image_token", text) for name, text in _INTERN_EDGES)
-        unit = told.get("image_seq_length") or _square(vision, size) * float(config.get("downsample_ratio", 0.5)) ** 2
-        cut = InternCut(process, start, token, end, int(unit))
-        return made(cut=cut, mark=token, around=_ids(tokenizer, start, end), unit=int(unit))
+        usual = _square(vision, size) * float(config.get("downsample_ratio", 0.5)) ** 2
+        unit = int(told.get("image_seq_length") or usual)
+        cut = InternCut(process, start, token, end, unit)
+        return made(cut=cut, mark=token, around=_ids(tokenizer, start, end), unit=unit)
     edge = getattr(tokenizer, "fake_image_token", "<fake_token_around_image>")
     all_of_it = getattr(tokenizer, "global_image_token", "<global-img>")
-    unit = told.get("image_seq_len") or _square(vision, size) / int(config.get("scale_factor", 2)) ** 2
-    cut = SmolCut(process, edge, token, all_of_it, int(unit))
-    around = _ids(tokenizer, edge, all_of_it)
-    return made(cut=cut, mark=token, around=around, unit=int(unit), by_rows=True)
+    unit = int(told.get("image_seq_len") or _square(vision, size) // int(config.get("scale_factor", 2)) ** 2)
+    cut = SmolCut(process, edge, token, all_of_it, unit)
+    return made(cut=cut, mark=token, around=_ids(tokenizer, edge, all_of_it), unit=unit, by_rows=True)
 
 
 _INTERN_EDGES = (("start", "<img>"), ("end", "</img>"))

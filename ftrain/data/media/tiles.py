@@ -76,8 +76,10 @@ class TileFamily:
         tiles, text = self.kept.header(part, place, lambda: self._cut(part, place))
         return Seen(text, {"pixels": tiles})
 
-    def read(self, part: Part, place: Place) -> dict[str, np.ndarray]:
-        """`pixels` float32 `[n, 3, H, W]`. BadRow as `measure`."""
+    def read(self, part: Part, place: Place, *, decoded: bool = True) -> dict[str, np.ndarray]:
+        """`pixels` float32 `[n, 3, H, W]`, zeros if not `decoded`. BadRow as `measure`."""
+        if not decoded:
+            return {"pixels": np.zeros((self.measure(part, place).rows["pixels"], 3, *self.size), np.float32)}
         return {"pixels": self.kept.array(part, place, lambda: self._tiles(part, place))}
 
     def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:

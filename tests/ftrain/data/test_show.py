@@ -81,7 +81,9 @@ def test_samples_of_every_kind_are_shown_without_a_tokenizer_and_counted_with_on
     for piece in pieces:
         assert piece in shown.runs[0].text
     assert shown.runs[0].trained is None
-    assert count(samples, ChatEncoder(tokenizer)).taken == 1
+    found = count(samples, ChatEncoder(tokenizer))
+    assert found.taken == ("image" not in row)
+    assert [kind.kind for kind in found.rejected] == ["media"] * ("image" in row)  # a model of text sees none
 
 
 def test_both_ends_of_a_preference_are_shown(write, tokenizer):

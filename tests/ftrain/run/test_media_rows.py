@@ -17,14 +17,17 @@ from ftrain.bridge import from_transformers
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.documents import Group
 from ftrain.data.encoding import ChatEncoder, Length
+from ftrain.data.loader import Loader
 from ftrain.data.media.families import family_of
 from ftrain.data.media.limits import Limits
 from ftrain.data.media_finishing import ReadMedia
+from ftrain.data.order import Order
 from ftrain.data.packing import Packing
 from ftrain.data.rejects import BadRow
 from ftrain.data.row_plan import RowGroup
 from ftrain.data.sample import Captioned, Chat, Message, Part, Place, say
 from ftrain.run.media import layout_of
+from ftrain.tasks.rows import TextRows
 from tests.helpers.seeing_folders import TEMPLATE, write_pictures, write_qwen
 
 PROCESSORS = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VL"}
@@ -242,3 +245,28 @@ def test_the_shapes_of_a_run_are_few():
         assert shape.media[0] >= group.media[0]
         assert 30 + shape.media[0] + 1 <= shape.length
         assert shape.rows * shape.length <= 1024 * 1.04
+
+
+def test_each_process_decodes_the_media_of_its_own_packs_alone(folders, pictures):
+    encoder, family, place = opened(folders("qwen2_5_vl"), pictures)
+    rows = [
+        Chat((Message("user", (Part("image", source="0.png"),)), say("assistant", f"{i}")), place=place)
+        for i in range(8)
+    ]
+    model = from_transformers(folders("qwen2_5_vl"), task="image_text_to_text")
+    shared = {
+        "order": Order([8], key=0), "sources": [rows], "encode": TextRows(encoder), "rank": None,
+        "packing": Packing(128, ranks=2, micro_batches=1), "layout": layout_of(model, family),
+        "finish": ReadMedia(family), "others": ReadMedia(family, decoded=False),
+    }  # fmt: skip
+    steps = [list(Loader(**shared, mine=mine)) for mine in range(2)]
+    assert len(steps[0]) == len(steps[1]) == 4
+    for step in zip(*steps, strict=True):
+        pixels = [found.batch["media"]["pixels"] for found in step]
+        assert pixels[0].shape == pixels[1].shape
+        rows_of_one = len(pixels[0]) // 2
+        assert pixels[0][:rows_of_one].any()
+        assert not pixels[0][rows_of_one:].any()
+        assert pixels[1][rows_of_one:].any()
+        assert not pixels[1][:rows_of_one].any()
+        assert torch.equal(step[0].batch["positions"], step[1].batch["positions"])
