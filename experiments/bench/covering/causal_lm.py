@@ -159,7 +159,7 @@ def _build(kind: str) -> Built:
     key = ftrain.key(7) if kind in _DRAWS else None
     on_rows = nothing_to_compare(partial(_drawn, module, key) if key is not None else partial(plain, module, _ROWS))
     model = from_transformers(copy.deepcopy(config))
-    params = nest({name: p.detach().clone() for name, p in module.named_parameters()})
+    params = nest({name: module.get_parameter(name).detach().clone() for name in flatten(model.specs)})
     splits = {"sequence"} if model.packs else set()
     if any(spec.axes[:1] == ("expert",) for spec in flatten(model.specs).values()):
         splits.add("expert")
