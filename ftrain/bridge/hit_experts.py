@@ -6,6 +6,7 @@ each of these the tokens, compute them, and add them to the result. An expert wi
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class _Some:
 
 def _experts() -> nn.Module | None:
     """The module that runs, if it is named Experts."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module):
