@@ -201,7 +201,9 @@ class _Draws(TorchFunctionMode):
             return 0  # tokens, row after row
         if self._rows in shape[:2]:
             return shape.index(self._rows)
-        return 0 if len(shape) > 2 and shape[0] % self._rows == 0 else None  # parts of rows, such as windows of pictures
+        return (
+            0 if len(shape) > 2 and shape[0] % self._rows == 0 else None
+        )  # parts of rows, such as windows of pictures
 
 
 _current: ContextVar[_Draws | None] = ContextVar("ftrain_bridge_draws", default=None)

@@ -18,6 +18,7 @@ from ftrain.bridge.batches import LANGUAGE, counted, folded, mean_over_labels, p
 from ftrain.bridge.draws import drawing
 from ftrain.bridge.experts import expert_modules
 from ftrain.bridge.heads import HeadReads, Scores, cross_entropy, token_losses
+from ftrain.bridge.hit_experts import EveryExpert
 from ftrain.bridge.routers import biases_of, counting, moved
 from ftrain.bridge.skeleton import as_it_was, buffers, call, flatten, nest, parameters
 from ftrain.kernels.mean import Mean
@@ -144,7 +145,8 @@ class Language:
         head = HeadReads(tensors[self.head]) if self.head in tensors else None
         about = Call(folded(batch.get("segments"), batch["tokens"]), drops=key is not None, paths=self.paths)
         draws = drawing(key, *batch["tokens"].shape[:2])
-        with as_it_was(self.module), calling(about), draws, head if head is not None else nullcontext():
+        read = head if head is not None else nullcontext()
+        with as_it_was(self.module), calling(about), draws, EveryExpert(), read:
             found = call(self.module, tensors, (), self._arguments(batch))
         return found.logits, None if head is None else head.read
 

@@ -34,6 +34,7 @@ _SMALL = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "sliding_window": 8, "n_positions": 128,
     "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2,
     "num_experts_per_token": 2, "num_expert_group": 1, "layer_group_size": 2, "num_kv_shared_layers": 0,
+    "zero_expert_num": 2,
 }  # fmt: skip
 """What a configuration is made small with: the fields that it has of these."""
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
@@ -80,6 +81,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": _MAMBA,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "longcat_flash": {"num_layers": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -157,7 +159,7 @@ def _build(kind: str) -> Built:
     key = ftrain.key(7) if kind in _DRAWS else None
     on_rows = nothing_to_compare(partial(_drawn, module, key) if key is not None else partial(plain, module, _ROWS))
     model = from_transformers(copy.deepcopy(config))
-    params = nest({name: p.detach().clone() for name, p in module.named_parameters()})
+    params = nest({name: module.get_parameter(name).detach().clone() for name in flatten(model.specs)})
     splits = {"sequence"} if model.packs else set()
     if any(spec.axes[:1] == ("expert",) for spec in flatten(model.specs).values()):
         splits.add("expert")

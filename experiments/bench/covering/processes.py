@@ -15,7 +15,12 @@ from experiments.bench.covering.checks import COLUMNS, Cell, Outcome, tried
 SETS = ("causal_lm", "masked_lm", "encoder_decoder", "vision", "audio", "media", "diffusion", "images")
 """The sets of rows: a file of this folder each, with `cases() -> tuple[Case, ...]`."""
 _HERE = "experiments.bench.covering"
-_SLOW = ("torch", "transformers.modeling_utils", "transformers.generation.utils", "transformers.models.auto.modeling_auto")
+_SLOW = (
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+)
 """What all rows would import again, where it is installed."""
 
 

@@ -18,9 +18,11 @@ def test_tensors_are_filled_from_the_key():
     with drawing(ftrain.key(1)):
         uniform, normal = torch.empty(4000).uniform_(2.0, to=4.0), torch.empty(4000).normal_(1.0, 3.0)
         waiting = torch.empty(4000).exponential_(0.5)
-    assert 2.0 <= float(uniform.min()) < float(uniform.max()) < 4.0 and abs(float(uniform.mean()) - 3.0) < 0.05
-    assert abs(float(normal.mean()) - 1.0) < 0.2 and abs(float(normal.std()) - 3.0) < 0.2
-    assert float(waiting.min()) >= 0.0 and abs(float(waiting.mean()) - 2.0) < 0.2
+    assert 2.0 <= float(uniform.min()) < float(uniform.max()) < 4.0
+    assert float(waiting.min()) >= 0.0
+    torch.testing.assert_close(uniform.mean(), torch.tensor(3.0), rtol=0, atol=0.05)
+    torch.testing.assert_close(torch.stack([normal.mean(), normal.std()]), torch.tensor([1.0, 3.0]), rtol=0, atol=0.2)
+    torch.testing.assert_close(waiting.mean(), torch.tensor(2.0), rtol=0, atol=0.2)
     with drawing(ftrain.key(1)):
         assert torch.equal(uniform, torch.empty(4000).uniform_(2.0, to=4.0))
 
@@ -34,7 +36,7 @@ def test_what_cannot_be_drawn_is_refused_with_the_way_out():
         torch.manual_seed(torch.initial_seed() + 1)
 
 
-def test_a_router_that_draws_is_the_plain_one_and_the_same_on_a_mesh():
+def test_on_a_mesh_a_router_draws_what_the_plain_one_draws_from_the_key():
     config = transformers.PhimoeConfig(
         vocab_size=61, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4, max_position_embeddings=32, input_jitter_noise=0.1, pad_token_id=0,
@@ -51,10 +53,9 @@ def test_a_router_that_draws_is_the_plain_one_and_the_same_on_a_mesh():
     loss = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), batch["labels"].flatten())
     loss.backward()
 
-    plan = Plan(Mesh(shard=2, kind="virtual"), Layout())
-    grad = ftrain.value_and_grad(model.loss)
-    for options in ({}, {"plan": plan, "specs": model.specs}):
-        value, grads = ftrain.jit(lambda params, batch, key: grad(params, batch, key), **options)(params, batch, ftrain.key(4))
-        torch.testing.assert_close(value, loss.detach())
-        for name, found in flatten(grads).items():
-            torch.testing.assert_close(found, module.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    plan, grad = Plan(Mesh(shard=2, kind="virtual"), Layout()), ftrain.value_and_grad(model.loss)
+    step = ftrain.jit(lambda params, batch, key: grad(params, batch, key), plan=plan, specs=model.specs)
+    value, grads = step(params, batch, ftrain.key(4))
+    torch.testing.assert_close(value, loss.detach())
+    for name, found in flatten(grads).items():
+        torch.testing.assert_close(found, module.get_parameter(name).grad, rtol=1e-4, atol=1e-6)

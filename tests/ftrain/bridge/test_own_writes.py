@@ -18,8 +18,8 @@ def config():
     return transformers.Gemma3nTextConfig(
         vocab_size=61, vocab_size_per_layer_input=61, hidden_size=16, hidden_size_per_layer_input=4,
         intermediate_size=[8], num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        num_kv_shared_layers=0, laurel_rank=4, altup_num_inputs=2, altup_coef_clip=BOUND, layer_types=["full_attention"],
-        activation_sparsity_pattern=[0.0], pad_token_id=0,
+        num_kv_shared_layers=0, laurel_rank=4, altup_num_inputs=2, altup_coef_clip=BOUND,
+        layer_types=["full_attention"], activation_sparsity_pattern=[0.0], pad_token_id=0,
     )  # fmt: skip
 
 

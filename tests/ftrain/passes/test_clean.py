@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import ftrain
 from ftrain.passes.clean import clean
 from tests.helpers.graphs import graph_of, ops_of
 
@@ -35,3 +36,9 @@ def test_checks_are_kept():
     module = graph_of(function, torch.ones(2))
     clean(module)
     assert any("assert" in name for name in ops_of(module))
+
+
+def test_sizes_that_depend_on_data_are_not_taken_for_others():
+    step = ftrain.jit(lambda x, w: (x[x[:, 0, 0] > 0] @ w).sum())  # folds [n, 2, 3] to [2 n, 3]
+    x, w = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0)), torch.ones(3, 4)
+    torch.testing.assert_close(step(x, w), (x[x[:, 0, 0] > 0] @ w).sum())
