@@ -98,7 +98,12 @@ def bridged(config, batch, **options):
     params = nest({name: p.detach().clone() for name, p in module.named_parameters()})
     if "plan" in options:
         options["specs"] = model.specs
-    step = ftrain.jit(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch), **options)
+
+    def of_model(params, batch):
+        found = model.loss(params, batch)
+        return found[0] if model.state else found
+
+    step = ftrain.jit(lambda params, batch: ftrain.value_and_grad(of_model)(params, batch), **options)
     return step(params, batch), (loss, grads)
 
 
