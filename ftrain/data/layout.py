@@ -73,8 +73,8 @@ class PackLayout:
     """Documents one after the other in packs `[T]`, told apart by `segments`.
 
     `streams`: kinds of media that the model reads, of which all packs of a step have room for as many places (a leaf's
-    rows are then those of one pack after the other). `ready(batch, places, packs)`: what the model makes of so many packs
-    with media before a step; `places`: tokens of each kind of media for which it makes room in each.
+    rows are then those of one pack after the other). `ready(batch, places, packs)`: what the model makes of so many
+    packs with media before a step; `places`: tokens of each kind of media for which it makes room in each.
     """
 
     streams: tuple[Stream, ...] = ()
