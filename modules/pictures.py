@@ -25,7 +25,9 @@ GRIDS: Mapping[str, str] = MappingProxyType({"image": "image_grid_thw", "video":
 """The leaf of a kind's shapes: frames, rows and columns of patches, `[pictures, 3]`."""
 SECONDS = "second_per_grid_ts"
 """The leaf of how long a frame of each video lasts, `[videos]`, where times are places."""
-LEAVES = (*PIXELS.values(), *GRIDS.values(), SECONDS)
+TYPES = "mm_token_type_ids"
+"""The leaf in which processors of transformers say once more what each token stands for: 1 an image, 2 a video."""
+LEAVES = (*PIXELS.values(), *GRIDS.values(), SECONDS, TYPES)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def find(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfig) -> tupl
     ValueError where pictures and the tokens that stand for them are not equally many or do not lie together, where a
     shape is empty, no multiple of the merged squares or not that of the patches, or where a number is not finite.
     """
+    _require_types(raw, tokens_T, cfg)
     pieces, found = list[Piece](), list[Picture]()
     for kind in KINDS:
         grid_N3 = _grids(raw, kind, cfg)
@@ -99,6 +102,15 @@ def find(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfig) -> tupl
                 found.append(Picture(int(at_n[0]), 1 if cfg.split else frames, rows, columns, step))
             cursor += at_Fn.size
     return pieces, sorted(found)
+
+
+def _require_types(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfig) -> None:
+    if TYPES not in raw:
+        return
+    type_T = np.asarray(raw[TYPES]).ravel()
+    known_T = 1 * (tokens_T == cfg.image) + 2 * (tokens_T == cfg.video)
+    if type_T.shape != known_T.shape or (type_T != known_T).any():
+        raise ValueError(f"{TYPES} says another kind of some token than its id: give the tokens that it came with")
 
 
 def _require_together(at_n: np.ndarray, kind: str) -> None:

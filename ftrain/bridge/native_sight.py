@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
+from ftrain.bridge.depth import with_layers
 from ftrain.bridge.described import used_experts
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
@@ -40,11 +41,16 @@ LEAVES = {
 """What such a model reads of a batch."""
 
 
-def native_sight(folder: HfFolder, family: VisionLanguageFamily) -> Model:
+def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int | None = None) -> Model:
     """The model of a folder of weights of the family. ValueError for a configuration that it cannot follow, or if the
     folder's tokenizer has more ids than the table has rows.
+
+    `layers`: with so many of its decoder's layers alone, for a look at shapes.
     """
     config = folder.config()
+    if layers is not None:
+        inner = config.get("text_config")
+        config = {**config, "text_config": with_layers(inner, layers)} if inner else with_layers(config, layers)
     shown = str(folder.path / CONFIG)
     cfg = described_with_sight(config, shown, layers=len(folder.tensors), describe=family.config)
     require_rows_for_tokens(folder.path, config)

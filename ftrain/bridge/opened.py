@@ -77,15 +77,11 @@ def _without_files(model: Model, layers: int | None) -> Model:
 
 
 def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
-    """The library's own model. ValueError where it has none of the folder's family, for the task, or of few layers."""
+    """The library's own model. ValueError where it has none of the folder's family, or for the task."""
     seeing = seeing_family_of(folder.config())
     if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
         raise ValueError(f"task {task!r} has no native model")
-    if seeing is None:
-        return native_decoder(folder, layers=layers)
-    if layers is not None:
-        raise ValueError("a native model that sees has all of its layers")
-    return native_sight(folder, seeing)
+    return native_decoder(folder, layers=layers) if seeing is None else native_sight(folder, seeing, layers=layers)
 
 
 def _is_of_diffusers(folder: Path) -> bool:

@@ -79,6 +79,7 @@ def changed(**leaves):
         (changed(pixels=torch.full((8, 1), torch.nan)), "image 0 has a pixel that is no finite number"),
         (changed(pixels=torch.ones(8, 1, dtype=torch.int64)), "floating numbers"),
         (changed(second_per_grid_ts=torch.ones(1)), "counts frames, not seconds"),
+        (changed(mm_token_type_ids=torch.zeros(len(raw()["tokens"]))), "mm_token_type_ids says another kind"),
         ({k: v for k, v in raw().items() if k != "pixels"}, "'image_grid_thw' and no 'pixels'"),
         (changed(segments=torch.tensor([0, 0, 0, 0, *[1] * (len(raw()["tokens"]) - 4)])), "lies in two documents"),
         (changed(tokens=torch.tensor([60, 5, 60, 61, 61])), "2 tokens of one image that begin at token 0 do not stand"),

@@ -137,3 +137,10 @@ def test_what_a_file_says_wrongly_is_refused_by_name(entry, message, folder, tmp
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         ftrain.hf.open(tmp_path, native="always")
+
+
+def test_fewer_layers_of_the_decoder_for_a_look_at_shapes(folder, native):
+    model = ftrain.hf.open(folder, native="always", layers=1)
+    assert [len(model.specs[part]["layers"]) for part in ("text", "vision")] == [1, 2]
+    assert model.load is None
+    assert model.specs["vision"] == native.specs["vision"]

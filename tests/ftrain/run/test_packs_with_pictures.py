@@ -4,9 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
-pytest.importorskip("PIL")
-
 import ftrain
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder
@@ -17,6 +14,9 @@ from ftrain.data.sample import Chat, Message, Part, Place, say
 from ftrain.run.media import layout_of
 from ftrain.tasks.rows import TextRows
 from tests.helpers.seeing_folders import write_pictures, write_qwen
+
+pytest.importorskip("transformers", minversion="5.24")
+pytest.importorskip("PIL")
 
 
 @pytest.fixture(scope="module")
