@@ -54,7 +54,9 @@ def test_a_router_that_draws_is_the_plain_one_and_the_same_on_a_mesh():
     plan = Plan(Mesh(shard=2, kind="virtual"), Layout())
     grad = ftrain.value_and_grad(model.loss)
     for options in ({}, {"plan": plan, "specs": model.specs}):
-        value, grads = ftrain.jit(lambda params, batch, key: grad(params, batch, key), **options)(params, batch, ftrain.key(4))
+        value, grads = ftrain.jit(lambda params, batch, key: grad(params, batch, key), **options)(
+            params, batch, ftrain.key(4)
+        )
         torch.testing.assert_close(value, loss.detach())
         for name, found in flatten(grads).items():
             torch.testing.assert_close(found, module.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
