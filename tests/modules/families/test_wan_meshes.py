@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ftrain
+from experiments.wan_plan import forward_flops
 from ftrain.bridge.native_wan import NativeWan
 from ftrain.modules import spec
 from ftrain.modules.families import wan
@@ -57,16 +58,6 @@ def test_a_mesh_gives_what_one_device_gives(kind, mesh, how):
 ROWS = {"480 x 832, 81 frames": 21 * 30 * 52, "720 x 1280, 81 frames": 21 * 45 * 80}
 
 
-def formula(cfg, n):
-    """FLOPs of a forward pass over n rows of one clip (a multiply-add is two): products of rows, attention."""
-    d, ff, pictures = cfg.d_model, cfg.d_hidden, 257 if cfg.d_image else 0
-    products = cfg.layers * (12 * n * d**2 + 4 * (cfg.text_rows + pictures) * d**2 + 4 * n * d * ff)
-    products += 2 * n * cfg.row_in * d + 2 * n * d * cfg.row_out + 2 * cfg.text_rows * (cfg.d_text * d + d**2)
-    products += 2 * (cfg.time_features * d + d**2 + 6 * d**2)
-    products += 2 * pictures * (cfg.d_image**2 + cfg.d_image * d)
-    return products, cfg.layers * (4 * n**2 * d + 4 * n * (cfg.text_rows + pictures) * d)
-
-
 def abstract(cfg, n):
     """The batch of one clip of n rows, without memory."""
     empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
@@ -89,7 +80,7 @@ PUBLISHED_FORWARD = {
 
 def test_the_formula_gives_the_published_numbers():
     for (name, shape), wanted in PUBLISHED_FORWARD.items():
-        assert sum(formula(config(PUBLISHED[name]), ROWS[shape])) == pytest.approx(wanted, rel=1e-4), name
+        assert sum(forward_flops(config(PUBLISHED[name]), ROWS[shape])) == pytest.approx(wanted, rel=1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -103,7 +94,7 @@ def test_flops_of_a_step_are_those_of_the_formula(name, shape):
     cfg, n = replace(config(PUBLISHED[name]), layers=1), ROWS[shape]
     step = ftrain.jit(ftrain.value_and_grad(NativeWan(cfg).loss), precision="bf16")
     cost = step.lower(spec.abstract(wan.specs(cfg)), abstract(cfg, n)).cost()
-    products, attention = formula(cfg, n)
+    products, attention = forward_flops(cfg, n)
     assert cost.unpriced == ()
     assert cost.by_phase["forward"] == products + attention
     no_gradient = 2 * cfg.d_model * (n * cfg.row_in + cfg.text_rows * cfg.d_text + cfg.time_features)
