@@ -51,10 +51,10 @@ def setting(options: Options) -> tuple[Setting, Judge]:
     """The sizes, and the judge."""
     film = Film()
     copies, width, batch = (1, 16, 4) if options.small else (8, 64, 64)
-    trained, held_out = sources(film, copies=copies, seed=options.seed)
+    trained, _ = sources(film, copies=copies, seed=options.seed)
     lengths = Lengths(2, 2, 2, 2, 2, 2) if options.small else Lengths()
     painter = Painter(film, width=width, layers=1 if options.small else 4)
-    judged = judge.train(trained, held_out, steps=5 if options.small else 600, seed=options.seed)
+    judged = judge.train(trained, steps=5 if options.small else 600, seed=options.seed)
     return Setting(painter, trained, lengths, batch=batch, seed=options.seed), judged
 
 

@@ -56,8 +56,9 @@ class Painter:
 
         def field(x_NP: Tensor, time_N: Tensor) -> Tensor:
             return dit.apply(
-                params["dit"], x_NP, time_N=time_N, positions_AN=positions_AN, segments_N=equal_documents(B, self.film.rows),
-                cfg=self.cfg, text_SC=torch.nn.functional.embedding(words_BW.flatten(), params["words"]),
+                params["dit"], x_NP, time_N=time_N, positions_AN=positions_AN,
+                segments_N=equal_documents(B, self.film.rows), cfg=self.cfg,
+                text_SC=torch.nn.functional.embedding(words_BW.flatten(), params["words"]),
                 text_segments_S=equal_documents(B, W),
             )  # fmt: skip
 

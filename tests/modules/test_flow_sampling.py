@@ -79,7 +79,7 @@ def test_times_that_cannot_be_are_refused():
         euler(DATA.velocity, NOISE, (0.0, 1.0))
     with pytest.raises(ValueError, match="must end at 0"):
         few_steps(DATA.velocity, NOISE, (1.0, 0.5), key=random.key(0))
-    with pytest.raises(ValueError, match="it begins below 1, e.g. at 0.999"):
+    with pytest.raises(ValueError, match=r"it begins below 1, e.g. at 0.999"):
         unipc(DATA.velocity, NOISE, (1.0, 0.0))
     with pytest.raises(ValueError, match="at least one step"):
         timetable(0)

@@ -85,7 +85,7 @@ class ContinuousConsistency:
     def loss(
         self,
         student: Velocity,
-        teacher: Velocity,
+        teacher: Velocity | None,
         data: Tensor,
         *,
         ids_N: Tensor,
@@ -94,12 +94,12 @@ class ContinuousConsistency:
     ) -> Mean:
         """The mean squared distance of the student's velocity from `v - t du/dt`.
 
-        Arguments and errors are those of `Progressive.loss`, with `data` `[N, ...]`. Without a teacher of its own, give
-        the velocity of the noise and data at hand: `noise - data` on average is the field that has no guidance.
+        `teacher`: None takes `noise - data` for v, whose mean is the field without guidance: training from data alone.
+        Other arguments and errors are those of `Progressive.loss`, with `data` `[N, ...]`.
         """
         noisy = Flow(self.times).noisy(data, ids_N=ids_N, key=key)
         with torch.no_grad():
-            velocity = teacher(noisy.x, noisy.time_N)
+            velocity = noisy.target.to(noisy.x.dtype) if teacher is None else teacher(noisy.x, noisy.time_N)
             target = velocity - along(noisy.time_N, noisy.x) * self.slope(student, noisy.x, noisy.time_N, velocity)
         return squared_error(student(noisy.x, noisy.time_N), target, counted_N)
 

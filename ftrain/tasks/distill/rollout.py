@@ -51,8 +51,8 @@ def rollout(
 
 
 def from_data(student: Velocity, data: Tensor, times: Sequence[float], *, ids_N: Tensor, key: Tensor) -> Tensor:
-    """What a student predicts of noisy real data `[N, ...]`, in the place of a rollout: one call, at one of its times for
-    each sample, all as likely. It never sees what its own first steps make of noise.
+    """What a student predicts of noisy real data `[N, ...]`, in the place of a rollout: one call, at one of its times
+    for each sample, all as likely. It never sees what its own first steps make of noise.
 
     `times`: of the student, down to 0. `ids_N`: int64, the sample of each row. `key`: int64 `[2]`. ValueError for times
     that do not go down.

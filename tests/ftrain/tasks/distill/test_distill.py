@@ -13,6 +13,7 @@ from ftrain.kernels import random
 from ftrain.modules.flow_sampling import few_steps
 from ftrain.modules.spec import ParamSpec, fan_in
 from ftrain.modules.velocity import along, clean, guided, timetable
+from ftrain.sharding import Mesh, Plan
 from ftrain.tasks.distill import (
     Baked,
     Consistency,
@@ -102,6 +103,10 @@ def test_a_perfect_student_is_consistent_and_another_is_not():
     of = lambda field: continuous.loss(field, DATA.velocity, SAMPLES, **GIVEN).item()  # noqa: E731
     assert of(perfect) < 1e-6
     assert of(DATA.velocity) > 1e-2
+    flat = torch.full_like(SAMPLES, 0.3)  # whose slope is zero: what is left is noise less data
+    alone = continuous.loss(lambda x, t: flat, None, SAMPLES, **GIVEN)
+    noisy = Flow(continuous.times).noisy(SAMPLES, **GIVEN)
+    torch.testing.assert_close(alone.value(), (flat - noisy.target).square().mean())
 
 
 def test_the_slope_of_a_field_along_a_path_is_its_derivative():
@@ -347,3 +352,47 @@ def test_roles_are_views_of_one_base_and_an_update_writes_one_of_them():
 def test_what_cannot_be_is_refused(made, said):
     with pytest.raises(ValueError, match=said):
         made()
+
+
+FIELD = {
+    "w_in": ParamSpec((2, 8), ("embed", "mlp"), fan_in(2)),
+    "w_out": ParamSpec((8, 2), ("mlp", "embed"), fan_in(8)),
+}
+
+
+def of(params):
+    return lambda x, time_N: torch.tanh(x @ params["w_in"] + along(time_N, x)) @ params["w_out"]
+
+
+def three_roles(tree, batch, key, tx=None):
+    """A step of the critic and one of the student, whose teacher is a third tree."""
+    dmd, given = Dmd(Times(low=0.1, high=0.9)), {"ids_N": batch["ids"], "key": key}
+    made = lambda own: rollout(of(own), batch["noise"], TIMES, key=key, exit=1)  # noqa: E731
+    critic = lambda own, seen, batch: (dmd.critic_loss(of(own), made(seen["student"]), **given), ())  # noqa: E731
+
+    def student(own, seen, batch):
+        teacher = guided(of(seen["teacher"]), lambda x, t: 0 * x, 2.0)
+        return dmd.loss(made(own), teacher, of(seen["critic"]), **given), ()
+
+    tree, first, _ = updated(tree, Role("critic"), tx, critic, batch)
+    tree, second, _ = updated(tree, Role("student"), tx, student, batch)
+    return tree, (first, second)
+
+
+def test_three_roles_on_a_mesh_are_those_of_one_device():
+    """Rows of four samples, which two ranks divide; the noise between steps and of the comparison is one device's."""
+    tx, wide = optim.adamw(0.1), lambda tree: ftrain.tree.map(torch.Tensor.double, tree)
+    tree = {"teacher": wide(ftrain.init(FIELD, random.key(1)))}
+    for number, name in enumerate(("critic", "student")):
+        tree = Role(name).begun(tree, wide(ftrain.init(FIELD, random.key(2 + number))), tx)
+    batch = {"noise": Gaussian().sample(8, 2), "ids": torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])}
+    expected, values = three_roles(tree, batch, KEY, tx)
+    specs = dict.fromkeys(("teacher", "critic", "student"), FIELD)
+    step = ftrain.jit(partial(three_roles, tx=tx), plan=Plan(Mesh(shard=2, kind="virtual")), specs=specs)
+    found, again = step(tree, batch, KEY)
+    torch.testing.assert_close(again, values)
+    torch.testing.assert_close(found["student"], expected["student"])
+    torch.testing.assert_close(found["critic"], expected["critic"])
+    split = ftrain.jit(partial(three_roles, tx=tx), plan=Plan(Mesh(sequence=2, kind="virtual")), specs=specs)
+    with pytest.raises(ValueError, match="share"):
+        split(tree, batch, KEY)
