@@ -212,13 +212,11 @@ class Flow:
         time_N = self.times.draw(key, ids_N) if time_N is None else time_N
         noise = noise_like(data, key)
         x = between(data, noise, time_N)
-        counted_N = valid_N
         if given_N is not None:
             x = torch.where(given_N.view(-1, *[1] * (data.dim() - 1)), data, x)
             time_N = torch.where(given_N, 0, time_N)
-            counted_N = ~given_N if valid_N is None else valid_N & ~given_N
         wide = torch.promote_types(data.dtype, torch.float32)
-        return Noisy(x, time_N, noise.to(wide) - data.to(wide), counted_N)
+        return Noisy(x, time_N, noise.to(wide) - data.to(wide), counted(given_N, valid_N))
 
     def weight(self, time_N: Tensor) -> Tensor | None:
         """What the squared error of each row is multiplied by, `[N]`; None for 1.
@@ -254,6 +252,17 @@ class Flow:
             noisy = self.noisy(data, ids_N=ids_N, key=key, given_N=given_N, valid_N=valid_N, time_N=time_N)
             found[f"{time:g}"] = squared_error(velocity(noisy.x, noisy.time_N), noisy.target, noisy.counted_N)
         return found
+
+
+def counted(given_N: Tensor | None, valid_N: Tensor | None) -> Tensor | None:
+    """Rows that a loss counts, bool `[N]`: those that are valid and not given; None where all are.
+
+    >>> counted(torch.tensor([True, False]), None).tolist()
+    [False, True]
+    """
+    if given_N is None:
+        return valid_N
+    return ~given_N if valid_N is None else valid_N & ~given_N
 
 
 def noise_like(data: Tensor, key: Tensor, *, stream: int = _NOISE) -> Tensor:
