@@ -64,6 +64,9 @@ def test_given_rows_stay_as_they_are():
     given_N = torch.arange(50) < 10
     found = euler(holding(DATA.velocity, given_N), NOISE, timetable(8))
     assert torch.equal(found[:10], NOISE[:10])
+    few = few_steps(DATA.velocity, NOISE, (1.0, 0.5, 0.0), key=random.key(0), given_N=given_N)
+    assert torch.equal(few[:10], NOISE[:10])
+    assert not torch.equal(few[10:], NOISE[10:])
     assert not torch.equal(found[10:], NOISE[10:])
 
 

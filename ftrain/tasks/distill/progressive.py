@@ -43,8 +43,8 @@ class Progressive:
         """The mean squared distance from the velocity that leads where the teacher goes in two steps.
 
         `teacher`: in the first round with guidance, if it is to be learnt as well. `data`: `[N, ...]`, which gets noise
-        of one of the times. `ids_N`: int64, the sample of each row. `key`: int64 `[2]`. `given_N`, `valid_N`, errors: as
-        in `Flow.loss`.
+        of one of the times. `ids_N`: int64, the sample of each row. `key`: int64 `[2]`. `given_N`, `valid_N`, errors:
+        as in `Flow.loss`.
         """
         at = torch.tensor(list(self.times), dtype=torch.float32, device=data.device)
         place_N = place_of(key, ids_N, len(self.times) - 1)
