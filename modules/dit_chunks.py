@@ -108,8 +108,8 @@ class Chunk(Conditions):
         scale: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """What each row reads from its chunk and the chunks before, `[T, H, V]`, of queries `[T, H, K]`, keys `[T, G, K]`
-        and values `[T, G, V]`. ValueError for a causal mask or a window.
+        """What each row reads from its chunk and the chunks before, `[T, H, V]`, of queries `[T, H, K]`, keys `[T, G,
+        K]` and values `[T, G, V]`. ValueError for a causal mask or a window.
         """
         if causal or window is not None:
             raise ValueError(
