@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ftrain
-from experiments.distill.films import WORDS
+from experiments.distill.films import PATCH, WORDS
 from experiments.distill.painter import Painter
 from experiments.distill.workflow import FOUR, FRAMES, ONE
 from experiments.omni.digits import CLASSES
@@ -68,7 +68,7 @@ def films(
     found = []
     for number, words in enumerate(words_BW.split(together)):
         key = random.fold_in(random.key(seed), number)
-        noise_NP = ftrain.normal(key, (len(words) * painter.film.rows, painter.cfg.d_in))
+        noise_NP = ftrain.normal(key, (len(words) * painter.film.rows, PATCH * PATCH))
         with torch.no_grad():
             found.append(sampler.make(params, words, noise_NP, random.fold_in(key, 1)).numpy())
     return painter.film.to_films(np.concatenate(found))
