@@ -108,6 +108,9 @@ class Chunk(Conditions):
         scale: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
+        """What each row reads from its chunk and the chunks before, `[T, H, V]`, of queries `[T, H, K]`, keys `[T, G,
+        K]` and values `[T, G, V]`. ValueError for a causal mask or a window.
+        """
         if causal or window is not None:
             raise ValueError(
                 f"dit_chunks: attention with causal={causal}, window={window}: rows of a chunk see each other and all "

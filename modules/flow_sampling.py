@@ -7,6 +7,7 @@ Python: they trace, and a host never waits.
 Legend: N rows of the batch, `...` further dims of a row.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ftrain.kernels import random
 from ftrain.kernels.pack import draw_over_batch
-from ftrain.modules.velocity import Velocity, between, clean, require_descending
+from ftrain.modules.velocity import Velocity, between, clean, holding, require_descending
 
 
 def rows_at(time: float, x: Tensor) -> Tensor:
@@ -42,17 +43,20 @@ def path(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> list[Tens
     times = tuple(times)
     require_descending(times, "euler")
     found = [noise]
-    for now, then in zip(times, times[1:], strict=False):
+    for now, then in itertools.pairwise(times):
         x = found[-1]
         found.append(x + (then - now) * velocity(x, rows_at(now, x)))
     return found
 
 
-def few_steps(velocity: Velocity, noise: Tensor, times: Sequence[float], *, key: Tensor) -> Tensor:
+def few_steps(
+    velocity: Velocity, noise: Tensor, times: Sequence[float], *, key: Tensor, given_N: Tensor | None = None
+) -> Tensor:
     """The data `[N, ...]` of a distilled student: at each time it predicts the data, which gets new noise of the next.
 
     `noise`: at the first of `times`, which go down to 0. `key`: int64 `[2]`, of the new noise; rows of the batch get
-    the numbers of one device on any mesh. ValueError for times that do not go down to 0.
+    the numbers of one device on any mesh. `given_N`: bool `[N]`, rows that are data already, and stay as they are.
+    ValueError for times that do not go down to 0.
 
     >>> few_steps(lambda x, time_N: x, torch.ones(1, 1), (1.0, 0.0), key=random.key(0)).item()
     0.0
@@ -62,17 +66,20 @@ def few_steps(velocity: Velocity, noise: Tensor, times: Sequence[float], *, key:
     if times[-1] != 0:
         raise ValueError(f"few_steps: times={times} must end at 0, where the data is")
     x = noise
+    field = velocity if given_N is None else holding(velocity, given_N)
     for number, now in enumerate(times[:-1]):
-        data = clean(x, rows_at(now, x), velocity(x, rows_at(now, x)))
-        x = data if times[number + 1] == 0 else renoised(data, times[number + 1], random.fold_in(key, number))
+        data = clean(x, rows_at(now, x), field(x, rows_at(now, x)))
+        then = times[number + 1]
+        x = data if then == 0 else renoised(data, then, random.fold_in(key, number), given_N=given_N)
     return x
 
 
-def renoised(data: Tensor, time: float, key: Tensor) -> Tensor:
-    """Rows `[N, ...]` with new noise of that time. `key`: int64 `[2]`."""
+def renoised(data: Tensor, time: float, key: Tensor, *, given_N: Tensor | None = None) -> Tensor:
+    """Rows `[N, ...]` with new noise of that time, but for those that are `given_N` (bool). `key`: int64 `[2]`."""
     draw = partial(random.normal, dtype=torch.promote_types(data.dtype, torch.float32))
     noise = draw_over_batch(draw, key, tuple(data.shape)).to(data.dtype)
-    return between(data, noise, rows_at(time, data))
+    x = between(data, noise, rows_at(time, data))
+    return x if given_N is None else torch.where(given_N.view(-1, *[1] * (data.dim() - 1)), data, x)
 
 
 def unipc(velocity: Velocity, noise: Tensor, times: Sequence[float], *, order: int = 2) -> Tensor:

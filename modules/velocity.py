@@ -7,6 +7,7 @@ a `Velocity`: `velocity(x, time_N)`. Samples lie row by row, with a time for eac
 Legend: N rows of the batch (samples, or latent rows of packed samples), `...` further dims of a row.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -118,6 +119,6 @@ def timetable(steps: int, *, shift: float = 1.0, first: float = 1.0) -> tuple[fl
 
 def require_descending(times: tuple[float, ...], who: str) -> None:
     """ValueError unless times go down within [0, 1], two at least; `who` asks."""
-    falls = all(a > b for a, b in zip(times, times[1:], strict=False))
+    falls = all(a > b for a, b in itertools.pairwise(times))
     if len(times) < 2 or not falls or not (times[-1] >= 0 and times[0] <= 1):
         raise ValueError(f"{who}: times={times} must go down from at most 1 to at least 0, in one step or more")

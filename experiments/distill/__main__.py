@@ -51,10 +51,10 @@ def setting(options: Options) -> tuple[Setting, Judge]:
     """The sizes, and the judge."""
     film = Film()
     copies, width, batch = (1, 16, 4) if options.small else (8, 64, 64)
-    trained, held_out = sources(film, copies=copies, seed=options.seed)
+    trained, _ = sources(film, copies=copies, seed=options.seed)
     lengths = Lengths(2, 2, 2, 2, 2, 2) if options.small else Lengths()
     painter = Painter(film, width=width, layers=1 if options.small else 4)
-    judged = judge.train(trained, held_out, steps=5 if options.small else 600, seed=options.seed)
+    judged = judge.train(trained, steps=5 if options.small else 600, seed=options.seed)
     return Setting(painter, trained, lengths, batch=batch, seed=options.seed), judged
 
 
@@ -71,18 +71,18 @@ def main(options: Options) -> int:
             said = ", ".join(f"{what} {float(value):.4f}" for what, value in metrics.items())
             console.print(f"{time.monotonic() - began:6.0f} s  {name} {number}: {said}")
 
-    words_BW = all_words(options.films)
+    words_BW, known = all_words(options.films), samplers(s.painter, s.guidance)
     made, measured = {"real": real(s, options, len(words_BW))}, dict[str, Measures]()
     with Checkpointer(options.out / "checkpoints") as checkpoints:
         fold(workflow, {}, seed=s.seed, checkpoints=checkpoints, save=200, log=log)
-        for name, sampler in samplers(s.painter, s.guidance).items():
+        for name, sampler in known.items():
             tree = saved_tree(workflow, {}, end_of(workflow, name), seed=s.seed, checkpoints=checkpoints)
             own = result(tree, "teacher" if name == "teacher" else "student")
             made[name] = films(s.painter, sampler, own, words_BW, seed=s.seed), words_BW
     for name, (films_BSHW, told_BW) in made.items():
         measured[name] = judged.measure(films_BSHW, told_BW)
     show(console, measured, s)
-    grid({name: found for name, (found, _) in made.items() if name != "real"}, words_BW, options.out / "films.png")
+    grid({known[name].name: made[name][0] for name in known}, words_BW, options.out / "films.png")
     summary = {name: asdict(found) for name, found in measured.items()}
     write_json(options.out / "summary.json", {**summary, "seconds": round(time.monotonic() - began, 1)})
     console.print(f"{time.monotonic() - began:.0f} seconds in all; films in {options.out / 'films.png'}")

@@ -54,7 +54,7 @@ def scores(params: Any, frames_MHW: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Measures:
     """Of films: the share of frames in which the judge sees the digit that was asked for, the Frechet distance of the
-    frames' features from those of real films of held-out writers, and the mean distance in pixels of a digit's motion
+    frames' features from those of real films to train on, and the mean distance in pixels of a digit's motion
     between frames from the one that was asked for.
     """
 
@@ -65,10 +65,13 @@ class Measures:
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained net. `mean`, `covariance`: of the features of real held-out frames."""
+    """A trained net. `unit`: the deviation of each feature of real frames, by which features are divided; `mean`,
+    `covariance`: of theirs.
+    """
 
     params: Any
     film: Film
+    unit: Tensor
     mean: np.ndarray
     covariance: np.ndarray
 
@@ -76,7 +79,7 @@ class Judge:
         """Films against their words."""
         frames = torch.from_numpy(films_BSHW).flatten(0, 1).clamp(-1, 1).float()
         with torch.no_grad():
-            found = features(self.params, frames)
+            found = features(self.params, frames) / self.unit
             seen_BS = scores(self.params, frames).argmax(-1).view(len(films_BSHW), -1)
         right = (seen_BS == words_BW[:, :1]).double().mean().item()
         mean, covariance = moments(found)
@@ -84,8 +87,8 @@ class Judge:
         return Measures(right, distance, motion_error(films_BSHW, words_BW, speed=self.film.video.speed))
 
 
-def train(trained: Source, held_out: Source, *, steps: int, seed: int, judged: int = 600) -> Judge:
-    """A judge from `steps` steps of 48 films; its held-out features are those of `judged` films."""
+def train(trained: Source, *, steps: int, seed: int, judged: int = 600) -> Judge:
+    """A judge from `steps` steps of 48 films; it compares features with those of `judged` real films."""
     film = trained.film
     params = ftrain.init(specs(film.video.side), ftrain.fold_in(ftrain.key(seed), 1))
     tx = optim.adamw(
@@ -104,8 +107,9 @@ def train(trained: Source, held_out: Source, *, steps: int, seed: int, judged: i
         frames, labels = _frames(trained, 48, seed=seed + 1, number=number)
         state, _ = jitted(state, frames, labels)
     with torch.no_grad():
-        mean, covariance = moments(features(state.params, _frames(held_out, judged, seed=seed, number=0)[0]))
-    return Judge(state.params, film, mean, covariance)
+        found = features(state.params, _frames(trained, judged, seed=seed, number=0)[0])
+    unit = found.std(0).clamp(min=1e-2)
+    return Judge(state.params, film, unit, *moments(found / unit))
 
 
 def _frames(source: Source, films: int, *, seed: int, number: int) -> tuple[Tensor, Tensor]:

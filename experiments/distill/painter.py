@@ -18,7 +18,7 @@ from ftrain.modules.spec import Normal, ParamSpec
 from ftrain.modules.velocity import Velocity
 from ftrain.tasks.distill.rollout import Chunk
 
-_D_WORD = 32
+_D_WORD, _D_PLACE = 32, 16
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,19 @@ class Painter:
 
     @property
     def cfg(self) -> DitConfig:
-        """The transformer."""
+        """The transformer. Rotations tell it how far apart rows are, and a table where in a film a row is: its numbers
+        stand beside those of the row, and what comes out in their place is left.
+        """
         return DitConfig(
-            d_in=PATCH * PATCH, d_model=self.width, layers=self.layers, heads=4, d_hidden=3 * self.width,
+            d_in=PATCH * PATCH + _D_PLACE, d_model=self.width, layers=self.layers, heads=4, d_hidden=3 * self.width,
             d_text=_D_WORD, time_features=64,
         )  # fmt: skip
 
     @property
     def specs(self) -> dict[str, Any]:
-        """`words`, a table, and `dit`."""
+        """`words` and `places`, tables, and `dit`."""
         return {
+            "places": ParamSpec((self.film.rows, _D_PLACE), (None, None), Normal(1.0)),
             "words": ParamSpec((len(WORDS), _D_WORD), ("vocab", "embed"), Normal(1.0)),
             "dit": dit.specs(self.cfg),
         }
@@ -55,11 +58,14 @@ class Painter:
         positions_AN = self.film.positions(B)
 
         def field(x_NP: Tensor, time_N: Tensor) -> Tensor:
-            return dit.apply(
-                params["dit"], x_NP, time_N=time_N, positions_AN=positions_AN, segments_N=equal_documents(B, self.film.rows),
-                cfg=self.cfg, text_SC=torch.nn.functional.embedding(words_BW.flatten(), params["words"]),
+            placed_NP = torch.cat([x_NP, params["places"].repeat(B, 1)], 1)
+            velocity_NP = dit.apply(
+                params["dit"], placed_NP, time_N=time_N, positions_AN=positions_AN,
+                segments_N=equal_documents(B, self.film.rows), cfg=self.cfg,
+                text_SC=torch.nn.functional.embedding(words_BW.flatten(), params["words"]),
                 text_segments_S=equal_documents(B, W),
             )  # fmt: skip
+            return velocity_NP[:, : PATCH * PATCH]
 
         return field
 
@@ -80,10 +86,12 @@ class Painter:
         text_SC = torch.nn.functional.embedding(words_BW.flatten(), params["words"])
 
         def field(cache: Cache, x_nP: Tensor, time_n: Tensor, number: int) -> tuple[Tensor, Cache]:
-            return dit_chunks.apply(
-                params["dit"], x_nP, cache, samples=B, time_n=time_n, positions_An=places[number].T, cfg=self.cfg,
-                text_SC=text_SC,
+            own = params["places"].unflatten(0, (self.film.video.frames, -1))[number]
+            velocity_nP, cache = dit_chunks.apply(
+                params["dit"], torch.cat([x_nP, own.repeat(B, 1)], 1), cache, samples=B, time_n=time_n,
+                positions_An=places[number].T, cfg=self.cfg, text_SC=text_SC,
             )  # fmt: skip
+            return velocity_nP[:, : PATCH * PATCH], cache
 
         return field
 

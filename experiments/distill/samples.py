@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 import ftrain
-from experiments.distill.films import WORDS
+from experiments.distill.films import PATCH, WORDS
 from experiments.distill.painter import Painter
 from experiments.distill.workflow import FOUR, FRAMES, ONE
+from experiments.omni.digits import CLASSES
+from experiments.omni.video import DIRECTIONS
 from ftrain.kernels import random
 from ftrain.modules.flow_sampling import euler, few_steps
 from ftrain.modules.velocity import timetable
@@ -66,30 +68,36 @@ def films(
     found = []
     for number, words in enumerate(words_BW.split(together)):
         key = random.fold_in(random.key(seed), number)
-        noise_NP = ftrain.normal(key, (len(words) * painter.film.rows, painter.cfg.d_in))
+        noise_NP = ftrain.normal(key, (len(words) * painter.film.rows, PATCH * PATCH))
         with torch.no_grad():
             found.append(sampler.make(params, words, noise_NP, random.fold_in(key, 1)).numpy())
     return painter.film.to_films(np.concatenate(found))
 
 
-def grid(rows: Mapping[str, np.ndarray], words_BW: Tensor, file: Path, *, columns: int = 10) -> None:
-    """The first films of each sampler, one under the other: a PNG in which a film is a strip of its frames."""
+def grid(rows: Mapping[str, np.ndarray], words_BW: Tensor, file: Path) -> None:
+    """A film of each digit by each sampler, one under the other: a PNG in which a film is a strip of its frames.
+
+    The films are those of `all_words`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 * columns, 0.75 * len(rows) + 0.5), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, films_BSHW) in enumerate(rows.items()):
-        for place in range(columns):
-            at, film = axes[line][place], films_BSHW[place]
-            at.imshow(
-                np.concatenate([np.pad(f, 1, constant_values=1) for f in film], 1), cmap="gray_r", vmin=-1, vmax=1
-            )
-            at.set_xticks([])
-            at.set_yticks([])
-            if line == 0:
-                at.set_title(" ".join(WORDS[word] for word in words_BW[place].tolist()), fontsize=8)
-            if place == 0:
-                at.set_ylabel(name.replace(", ", "\n").replace("before", "\nbefore"), fontsize=7)
+    ways = len(DIRECTIONS)
+    chosen = [digit * ways + digit % ways for digit in range(CLASSES)]
+    ink = np.concatenate([np.concatenate([_strip(films[at]) for at in chosen], 1) for films in rows.values()])
+    high, wide = ink.shape[0] / len(rows), ink.shape[1] / len(chosen)
+    figure = Figure(figsize=(1.5 * len(chosen) + 1, 0.7 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(ink, cmap="gray_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    titles = [" ".join(WORDS[word] for word in words_BW[at].tolist()) for at in chosen]
+    axes.set_xticks([(place + 0.5) * wide for place in range(len(chosen))], titles, fontsize=8)
+    axes.set_yticks([(line + 0.5) * high for line in range(len(rows))], list(rows), fontsize=8)
+    axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_figure(file, dpi=100, format="png")
+
+
+def _strip(film_SHW: np.ndarray) -> np.ndarray:
+    """The frames side by side, each with a frame of ink, and room around them."""
+    framed = [np.pad(np.pad(image, 1, constant_values=0.2), 1, constant_values=-1) for image in film_SHW]
+    return np.pad(np.concatenate(framed, 1), ((1, 1), (2, 2)), constant_values=-1)

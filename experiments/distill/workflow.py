@@ -84,7 +84,7 @@ def stages(s: Setting) -> list[Stage]:
 
 def result(tree: Any, name: str) -> Any:
     """The averaged parameters of a trained role."""
-    return tree[f"{name}_opt"][-1].average
+    return tree[f"{name}_opt"][-1].average[name]
 
 
 def optimizer(rate: float, steps: int, *, b1: float = 0.9) -> optim.Transform:
@@ -167,7 +167,9 @@ def _rolled_out(s: Setting, exit: int, own: Any, batch: Batch, key: Tensor) -> T
 
 
 def _matched(s: Setting, name: str, steps: int, made: list[tuple[When, Made]], *, rate: float, first: bool) -> Stage:
-    """A stage of distribution matching; `made`: when which films are made. `first`: the critic begins as the teacher."""
+    """A stage of distribution matching. `made`: when which films are made. `first`: the critic begins as the teacher,
+    and not as it was left.
+    """
     slow, fast, ids_N = optimizer(rate, steps // s.every, b1=0.0), optimizer(2 * rate, steps, b1=0.0), s.ids_N
 
     def critic_loss(make: Made, own: Any, tree: Any, batch: Batch, key: Tensor) -> Mean:

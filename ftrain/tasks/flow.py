@@ -46,8 +46,8 @@ def uniform_of(key: Tensor, ids_N: Tensor) -> Tensor:
 def dropped(key: Tensor, ids_S: Tensor, share: float) -> Tensor:
     """Which samples train without their condition, bool like `ids_S`, so that guidance has its other side.
 
-    `key`: int64 `[2]`, that of the loss. `ids_S`: int64 ids of the samples, one for each row of the condition. ValueError
-    for a share outside of [0, 1).
+    `key`: int64 `[2]`, that of the loss. `ids_S`: int64 ids of the samples, one for each row of the condition.
+    ValueError for a share outside of [0, 1).
 
     >>> dropped(random.key(1), torch.tensor([0, 0, 1, 2]), 0.5).tolist()
     [True, True, True, False]
@@ -212,13 +212,11 @@ class Flow:
         time_N = self.times.draw(key, ids_N) if time_N is None else time_N
         noise = noise_like(data, key)
         x = between(data, noise, time_N)
-        counted_N = valid_N
         if given_N is not None:
             x = torch.where(given_N.view(-1, *[1] * (data.dim() - 1)), data, x)
             time_N = torch.where(given_N, 0, time_N)
-            counted_N = ~given_N if valid_N is None else valid_N & ~given_N
         wide = torch.promote_types(data.dtype, torch.float32)
-        return Noisy(x, time_N, noise.to(wide) - data.to(wide), counted_N)
+        return Noisy(x, time_N, noise.to(wide) - data.to(wide), counted(given_N, valid_N))
 
     def weight(self, time_N: Tensor) -> Tensor | None:
         """What the squared error of each row is multiplied by, `[N]`; None for 1.
@@ -256,8 +254,19 @@ class Flow:
         return found
 
 
+def counted(given_N: Tensor | None, valid_N: Tensor | None) -> Tensor | None:
+    """Rows that a loss counts, bool `[N]`: those that are valid and not given; None where all are.
+
+    >>> counted(torch.tensor([True, False]), None).tolist()
+    [False, True]
+    """
+    if given_N is None:
+        return valid_N
+    return ~given_N if valid_N is None else valid_N & ~given_N
+
+
 def noise_like(data: Tensor, key: Tensor, *, stream: int = _NOISE) -> Tensor:
-    """Normal numbers like `data` `[N, ...]`: of one device on any mesh. `key`: int64 `[2]`; `stream`: which use of it."""
+    """Normal numbers like `data` `[N, ...]`: of one device on any mesh. `key`: int64 `[2]`; `stream`: a use of it."""
 
     draw = partial(random.normal, dtype=torch.promote_types(data.dtype, torch.float32))
     return draw_over_batch(draw, random.fold_in(key, stream), tuple(data.shape)).to(data.dtype)
@@ -266,7 +275,7 @@ def noise_like(data: Tensor, key: Tensor, *, stream: int = _NOISE) -> Tensor:
 def squared_error(
     found: Tensor, target: Tensor, counted_N: Tensor | None = None, weight_N: Tensor | None = None
 ) -> Mean:
-    """The mean of squared differences over all numbers of the counted rows (bool `[N]`; None: all), in at least float32.
+    """The mean of squared differences over all numbers of the counted rows (bool `[N]`; None: all), at least float32.
 
     `found`, `target`: `[N, ...]`. `weight_N`: of each row; the count does not contain it. What other rows hold, NaN
     included, reaches neither the loss nor a gradient. ValueError for two shapes.

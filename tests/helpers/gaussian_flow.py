@@ -1,4 +1,4 @@
-"""Flow matching of normal data, where velocities, paths, losses and the steps of a perfect student are known exactly."""
+"""Flow matching of normal data, whose velocities, paths, losses and perfect students are known exactly."""
 
 from dataclasses import dataclass
 

@@ -64,6 +64,9 @@ def test_given_rows_stay_as_they_are():
     given_N = torch.arange(50) < 10
     found = euler(holding(DATA.velocity, given_N), NOISE, timetable(8))
     assert torch.equal(found[:10], NOISE[:10])
+    few = few_steps(DATA.velocity, NOISE, (1.0, 0.5, 0.0), key=random.key(0), given_N=given_N)
+    assert torch.equal(few[:10], NOISE[:10])
+    assert not torch.equal(few[10:], NOISE[10:])
     assert not torch.equal(found[10:], NOISE[10:])
 
 
@@ -79,7 +82,7 @@ def test_times_that_cannot_be_are_refused():
         euler(DATA.velocity, NOISE, (0.0, 1.0))
     with pytest.raises(ValueError, match="must end at 0"):
         few_steps(DATA.velocity, NOISE, (1.0, 0.5), key=random.key(0))
-    with pytest.raises(ValueError, match="it begins below 1, e.g. at 0.999"):
+    with pytest.raises(ValueError, match=r"it begins below 1, e.g. at 0.999"):
         unipc(DATA.velocity, NOISE, (1.0, 0.0))
     with pytest.raises(ValueError, match="at least one step"):
         timetable(0)

@@ -40,7 +40,8 @@ class Consistency:
         *,
         ids_N: Tensor,
         key: Tensor,
-        counted_N: Tensor | None = None,
+        given_N: Tensor | None = None,
+        valid_N: Tensor | None = None,
     ) -> Mean:
         """The mean squared distance of the data that the student predicts from what its average predicts one step on.
 
@@ -50,12 +51,12 @@ class Consistency:
         """
         at = torch.tensor(list(self.times), dtype=torch.float32, device=data.device)
         place_N = place_of(key, ids_N, len(self.times) - 1)
-        time_N, to_N = at[place_N], at[place_N + 1]
-        noisy = Flow().noisy(data, ids_N=ids_N, key=key, time_N=time_N)
+        noisy = Flow().noisy(data, ids_N=ids_N, key=key, time_N=at[place_N], given_N=given_N, valid_N=valid_N)
+        time_N, to_N = noisy.time_N, torch.minimum(at[place_N + 1], noisy.time_N)  # given rows stay at 0
         with torch.no_grad():
             x = moved(noisy.x, time_N, to_N, teacher(noisy.x, time_N))
             target = clean(x, to_N, average(x, to_N))
-        return squared_error(clean(noisy.x, time_N, student(noisy.x, time_N)), target, counted_N)
+        return squared_error(clean(noisy.x, time_N, student(noisy.x, time_N)), target, noisy.counted_N)
 
 
 @dataclass(frozen=True)
@@ -85,27 +86,36 @@ class ContinuousConsistency:
     def loss(
         self,
         student: Velocity,
-        teacher: Velocity,
+        teacher: Velocity | None,
         data: Tensor,
         *,
         ids_N: Tensor,
         key: Tensor,
-        counted_N: Tensor | None = None,
+        given_N: Tensor | None = None,
+        valid_N: Tensor | None = None,
     ) -> Mean:
         """The mean squared distance of the student's velocity from `v - t du/dt`.
 
-        Arguments and errors are those of `Progressive.loss`, with `data` `[N, ...]`. Without a teacher of its own, give
-        the velocity of the noise and data at hand: `noise - data` on average is the field that has no guidance.
+        `teacher`: None takes `noise - data` for v, whose mean is the field without guidance: training from data alone.
+        Other arguments and errors are those of `Progressive.loss`, with `data` `[N, ...]`.
         """
-        noisy = Flow(self.times).noisy(data, ids_N=ids_N, key=key)
+        noisy = Flow(self.times).noisy(data, ids_N=ids_N, key=key, given_N=given_N, valid_N=valid_N)
         with torch.no_grad():
-            velocity = teacher(noisy.x, noisy.time_N)
-            target = velocity - along(noisy.time_N, noisy.x) * self.slope(student, noisy.x, noisy.time_N, velocity)
-        return squared_error(student(noisy.x, noisy.time_N), target, counted_N)
+            velocity = noisy.target.to(noisy.x.dtype) if teacher is None else teacher(noisy.x, noisy.time_N)
+            slope = self.slope(student, noisy.x, noisy.time_N, velocity, given_N=given_N)
+            target = velocity - along(noisy.time_N, noisy.x) * slope
+        return squared_error(student(noisy.x, noisy.time_N), target, noisy.counted_N)
 
-    def slope(self, student: Velocity, x: Tensor, time_N: Tensor, velocity: Tensor) -> Tensor:
-        """du/dt `[N, ...]` at rows `x` that move by `velocity`, both `[N, ...]`; at the ends of time to one side."""
+    def slope(
+        self, student: Velocity, x: Tensor, time_N: Tensor, velocity: Tensor, *, given_N: Tensor | None = None
+    ) -> Tensor:
+        """du/dt `[N, ...]` at rows `x` that move by `velocity`, both `[N, ...]`; at the ends of time to one side.
+
+        Rows that are `given_N` (bool) stay where they are; of them nothing is said.
+        """
         before_N, after_N = (time_N - self.epsilon).clamp(min=0), (time_N + self.epsilon).clamp(max=1)
+        if given_N is not None:
+            before_N, after_N = torch.where(given_N, time_N, before_N), torch.where(given_N, time_N, after_N)
         early, late = (student(moved(x, time_N, then_N, velocity), then_N) for then_N in (before_N, after_N))
         found = (late - early) / along(after_N - before_N, x)
         if self.bound is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ftrain.kernels.mean import Mean, sum_over_batch
 from ftrain.modules.velocity import Velocity, clean
 from ftrain.tasks.document_sums import first_tokens, sum_by_run
-from ftrain.tasks.flow import Flow, Times, squared_error
+from ftrain.tasks.flow import Flow, Times, counted, squared_error
 
 SCALES = ("sample", "batch", "none")
 
@@ -46,7 +46,8 @@ class Dmd:
         *,
         ids_N: Tensor,
         key: Tensor,
-        counted_N: Tensor | None = None,
+        given_N: Tensor | None = None,
+        valid_N: Tensor | None = None,
     ) -> Mean:
         """Half the mean square of the direction g, whose gradient by the samples is g over the count of numbers.
 
@@ -55,13 +56,13 @@ class Dmd:
                 product of its rollout with g.
             teacher: with guidance, if it is to be learnt as well; it and the critic get no gradient.
             ids_N: int64, the sample of each row. `key`: int64 `[2]`, of the step.
-            counted_N: bool, rows that count; None for all.
+            given_N, valid_N: as in `Flow.loss`.
 
         ValueError as `Flow.loss`, and for scale="sample" on a mesh whose ranks share samples.
         """
-        g = self.direction(x.detach(), teacher, critic, ids_N=ids_N, key=key, counted_N=counted_N)
+        g = self.direction(x.detach(), teacher, critic, ids_N=ids_N, key=key, given_N=given_N, valid_N=valid_N)
         wide = torch.promote_types(x.dtype, torch.float32)
-        pulled = squared_error(x.to(wide), (x.to(wide) - g).detach(), counted_N)
+        pulled = squared_error(x.to(wide), (x.to(wide) - g).detach(), counted(given_N, valid_N))
         return Mean(pulled.total / 2, pulled.count)
 
     def direction(
@@ -72,7 +73,8 @@ class Dmd:
         *,
         ids_N: Tensor,
         key: Tensor,
-        counted_N: Tensor | None = None,
+        given_N: Tensor | None = None,
+        valid_N: Tensor | None = None,
     ) -> Tensor:
         """g, `[N, ...]` in at least float32: what the critic predicts less what the teacher predicts, scaled.
 
@@ -81,11 +83,11 @@ class Dmd:
         ...]`.
         """
         with torch.no_grad():
-            noisy = Flow(self.times).noisy(x, ids_N=ids_N, key=key)
+            noisy = Flow(self.times).noisy(x, ids_N=ids_N, key=key, given_N=given_N, valid_N=valid_N)
             wide = noisy.target.dtype
             real = clean(noisy.x, noisy.time_N, teacher(noisy.x, noisy.time_N)).to(wide)
             own = clean(noisy.x, noisy.time_N, critic(noisy.x, noisy.time_N)).to(wide)
-            return (own - real) / self._size(x.to(wide) - real, ids_N, counted_N)
+            return (own - real) / self._size(x.to(wide) - real, ids_N, noisy.counted_N)
 
     def _size(self, distance: Tensor, ids_N: Tensor, counted_N: Tensor | None) -> Tensor | float:
         if self.scale == "none":
@@ -102,10 +104,17 @@ class Dmd:
         return size_N if self.scale == "batch" else size_N.view(-1, *[1] * (distance.dim() - 1))
 
     def critic_loss(
-        self, critic: Velocity, x: Tensor, *, ids_N: Tensor, key: Tensor, counted_N: Tensor | None = None
+        self,
+        critic: Velocity,
+        x: Tensor,
+        *,
+        ids_N: Tensor,
+        key: Tensor,
+        given_N: Tensor | None = None,
+        valid_N: Tensor | None = None,
     ) -> Mean:
         """Flow matching of the student's samples `x` `[N, ...]`, which get no gradient, at the times of the comparison.
 
         Arguments and errors are those of `loss`.
         """
-        return Flow(self.times).loss(critic, x.detach(), ids_N=ids_N, key=key, valid_N=counted_N)
+        return Flow(self.times).loss(critic, x.detach(), ids_N=ids_N, key=key, given_N=given_N, valid_N=valid_N)

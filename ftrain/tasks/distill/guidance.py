@@ -37,17 +37,18 @@ class Baked:
         *,
         ids_N: Tensor,
         key: Tensor,
-        counted_N: Tensor | None = None,
+        given_N: Tensor | None = None,
+        valid_N: Tensor | None = None,
     ) -> Mean:
         """The mean squared distance of the student's velocity from the guided one of the two fields of the teacher.
 
-        `data`: `[N, ...]`. `ids_N`: int64, the sample of each row. `key`: int64 `[2]`. `counted_N`: bool; None for all.
-        ValueError as `Flow.loss`.
+        `data`: `[N, ...]`. `ids_N`: int64, the sample of each row. `key`: int64 `[2]`. `given_N`, `valid_N`,
+        errors: as in `Flow.loss`.
         """
-        noisy = Flow(self.times).noisy(data, ids_N=ids_N, key=key, valid_N=counted_N)
+        noisy = Flow(self.times).noisy(data, ids_N=ids_N, key=key, given_N=given_N, valid_N=valid_N)
         with torch.no_grad():
             target = guided(conditional, unconditional, self.scale)(noisy.x, noisy.time_N)
-        return squared_error(student(noisy.x, noisy.time_N), target, counted_N)
+        return squared_error(student(noisy.x, noisy.time_N), target, noisy.counted_N)
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,13 @@ class Role:
         return f"{self.own}_opt"
 
     def begun(self, tree: RoleTree, own: Tree, tx: Transform) -> dict[str, Any]:
-        """The tree with this subtree and a fresh state of its optimizer."""
+        """The tree with this subtree and a fresh state of its optimizer.
+
+        The optimizer's trees of parameters are `{own: ...}`: on a mesh a leaf is known by the end of its path, and
+        roles may have equal paths.
+        """
         own = trees.map(lambda x: x.detach().clone(), own)  # no leaf at two places of a tree that a step overwrites
-        return {**tree, self.own: own, self.opt: tx.init(own)}
+        return {**tree, self.own: own, self.opt: tx.init({self.own: own})}
 
 
 def _entry(tree: RoleTree, name: str) -> Any:
@@ -86,8 +90,8 @@ def updated(
         return loss(role.of(seen, own), {**seen, role.own: own}, batch)
 
     (value, log), grads = value_and_grad(of, has_aux=True)(own, batch)
-    updates, state = tx.update(grads, state, own)
-    return {**tree, role.own: apply_updates(own, updates), role.opt: state}, value, log
+    updates, state = tx.update({role.own: grads}, state, {role.own: own})
+    return {**tree, **apply_updates({role.own: own}, updates), role.opt: state}, value, log
 
 
 def averaged(average: Tree, params: Tree, decay: float) -> Tree:

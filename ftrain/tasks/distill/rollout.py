@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ftrain.kernels import random
 from ftrain.modules.flow_sampling import renoised, rows_at
-from ftrain.modules.velocity import Velocity, clean, require_descending
+from ftrain.modules.velocity import Velocity, clean, holding, require_descending
 from ftrain.tasks.distill.trajectory import place_of
 from ftrain.tasks.flow import Flow
 
@@ -33,33 +33,51 @@ def exit_step(seed: int, number: int, steps: int) -> int:
 
 
 def rollout(
-    velocity: Velocity, noise: Tensor, times: Sequence[float], *, key: Tensor, exit: int | None = None
+    velocity: Velocity,
+    noise: Tensor,
+    times: Sequence[float],
+    *,
+    key: Tensor,
+    exit: int | None = None,
+    given_N: Tensor | None = None,
 ) -> Tensor:
     """The data that a student predicts at step number `exit` of its few, after those before it without gradient.
 
     - `noise`: `[N, ...]`, at the first of `times`. `key`: int64 `[2]`, of the noise between steps.
     - `exit`: None is the last step: the sample that it makes when it is used.
+    - `given_N`: bool, rows that are data already, and stay as they are.
 
     ValueError for times that do not go down, or no such step.
     """
     times, exit = _checked(times, exit)
     x = noise
+    field = velocity if given_N is None else holding(velocity, given_N)
     with torch.no_grad():
         for number in range(exit):
-            x = _step(velocity, x, times, number, key)
-    return clean(x, rows_at(times[exit], x), velocity(x, rows_at(times[exit], x)))
+            data = clean(x, rows_at(times[number], x), field(x, rows_at(times[number], x)))
+            x = renoised(data, times[number + 1], random.fold_in(key, number), given_N=given_N)
+    return clean(x, rows_at(times[exit], x), field(x, rows_at(times[exit], x)))
 
 
-def from_data(student: Velocity, data: Tensor, times: Sequence[float], *, ids_N: Tensor, key: Tensor) -> Tensor:
-    """What a student predicts of noisy real data `[N, ...]`, in the place of a rollout: one call, at one of its times for
-    each sample, all as likely. It never sees what its own first steps make of noise.
+def from_data(
+    student: Velocity,
+    data: Tensor,
+    times: Sequence[float],
+    *,
+    ids_N: Tensor,
+    key: Tensor,
+    given_N: Tensor | None = None,
+) -> Tensor:
+    """What a student predicts of noisy real data `[N, ...]`, in the place of a rollout: one call, at one of its times
+    for each sample, all as likely. It never sees what its own first steps make of noise.
 
-    `times`: of the student, down to 0. `ids_N`: int64, the sample of each row. `key`: int64 `[2]`. ValueError for times
-    that do not go down.
+    `times`: of the student, down to 0. `ids_N`: int64, the sample of each row. `key`: int64 `[2]`. `given_N`: bool,
+    rows that are data already. ValueError for times that do not go down.
     """
     times, _ = _checked(times, None)
     at = torch.tensor(times, dtype=torch.promote_types(data.dtype, torch.float32), device=data.device)
-    noisy = Flow().noisy(data, ids_N=ids_N, key=key, time_N=at[place_of(key, ids_N, len(times) - 1)])
+    time_N = at[place_of(key, ids_N, len(times) - 1)]
+    noisy = Flow().noisy(data, ids_N=ids_N, key=key, time_N=time_N, given_N=given_N)
     return clean(noisy.x, noisy.time_N, student(noisy.x, noisy.time_N))
 
 
@@ -103,11 +121,6 @@ def with_history(chunk: Chunk, cache: Any, chunks: Sequence[Tensor]) -> list[Vel
 
 def _at_chunk(chunk: Chunk, cache: Any, number: int) -> Velocity:
     return lambda x, time_N: chunk(cache, x, time_N, number)[0]
-
-
-def _step(velocity: Velocity, x: Tensor, times: tuple[float, ...], number: int, key: Tensor) -> Tensor:
-    data = clean(x, rows_at(times[number], x), velocity(x, rows_at(times[number], x)))
-    return renoised(data, times[number + 1], random.fold_in(key, number))
 
 
 def _checked(times: Sequence[float], exit: int | None) -> tuple[tuple[float, ...], int]:

@@ -15,7 +15,7 @@ from ftrain.kernels import random
 from ftrain.kernels.mean import Mean
 from ftrain.modules.flow_sampling import path
 from ftrain.modules.velocity import Velocity, along, clean, require_descending
-from ftrain.tasks.flow import squared_error, uniform_of
+from ftrain.tasks.flow import counted, squared_error, uniform_of
 
 KINDS = ("data", "secant")
 _PLACE = 3  # stream of the key: those of ftrain.tasks.flow are 0 to 2
@@ -59,7 +59,8 @@ class Trajectory:
         *,
         ids_N: Tensor,
         key: Tensor,
-        counted_N: Tensor | None = None,
+        given_N: Tensor | None = None,
+        valid_N: Tensor | None = None,
     ) -> Mean:
         """The mean squared distance at one of the K times for each sample, all of them as likely.
 
@@ -68,7 +69,7 @@ class Trajectory:
             states: `[K + 1, N, ...]`, of `states`.
             times: those of the states, down to 0.
             ids_N: int64, the sample of each row. `key`: int64 `[2]`, of the step.
-            counted_N: bool, rows that count; None for all.
+            given_N, valid_N: as in `Flow.loss`; given rows are equal in all states.
 
         ValueError for times that do not fit.
         """
@@ -78,11 +79,12 @@ class Trajectory:
             raise ValueError(f"trajectory: {len(states)} states at {len(times)} times: each time has one")
         place_N = place_of(key, ids_N, len(times) - 1)
         at = torch.tensor(times, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
-        x, time_N = taken(states, place_N), at[place_N]
+        x, time_N = taken(states, place_N), at[place_N] if given_N is None else torch.where(given_N, 0, at[place_N])
+        counted_N = counted(given_N, valid_N)
         velocity = student(x, time_N)
         if self.kind == "data":
             return squared_error(clean(x, time_N, velocity), states[-1], counted_N)
-        step_N = at[place_N + 1] - time_N
+        step_N = at[place_N + 1] - at[place_N]
         return squared_error(velocity, (taken(states, place_N + 1) - x) / along(step_N, x), counted_N)
 
 

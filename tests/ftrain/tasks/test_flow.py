@@ -167,13 +167,13 @@ def test_a_mesh_draws_the_same_times_noise_and_drops(mesh):
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="is not one of uniform, logit_normal, mode"):
         Times("cosine")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="low=0.9 and high=0.2 must be in order"):
+    with pytest.raises(ValueError, match=r"low=0.9 and high=0.2 must be in order"):
         Times(low=0.9, high=0.2)
-    with pytest.raises(ValueError, match="'sigma_sqrt' is t \\*\\* -2, which has no mean"):
+    with pytest.raises(ValueError, match=r"'sigma_sqrt' is t \*\* -2, which has no mean"):
         Flow(weighting="sigma_sqrt")
-    with pytest.raises(ValueError, match="ids_N is torch.int64 \\[1\\], expected int64 \\[2\\]"):
+    with pytest.raises(ValueError, match=r"ids_N is torch.int64 \[1\], expected int64 \[2\]"):
         Flow().loss(DATA.velocity, torch.zeros(2, 1), ids_N=torch.zeros(1, dtype=torch.int64), key=KEY)
-    with pytest.raises(ValueError, match="given_N is torch.float32"):
+    with pytest.raises(ValueError, match=r"given_N is torch.float32"):
         Flow().loss(DATA.velocity, torch.zeros(2, 1), ids_N=torch.arange(2), key=KEY, given_N=torch.zeros(2))
     with pytest.raises(ValueError, match="a field gave"):
         squared_error(torch.zeros(2, 1), torch.zeros(2, 2))
