@@ -250,7 +250,10 @@ def _dpo(options: Options, folder: Path, made: Path) -> Iterator[Row]:
         spent["theirs"].append(_timed(lambda: losses.append(theirs.run(padded))))
         _progress(number + 1, options.pair_steps, spent)
     mine, other = (statistics.median(spent[side]) for side in ("ours", "theirs"))
-    how = f"{len(rows)} pairs, sigmoid, the reference is the base; ours packed into {len(batch['tokens'])} tokens, questions shared by both answers"
+    how = (
+        f"{len(rows)} pairs, sigmoid, the reference is the base; ours packed into {len(batch['tokens'])} tokens, questions "
+        "shared by both answers"
+    )
     yield row(
         "DPO: time of a step over TRL's",
         mine / other,
