@@ -10,7 +10,7 @@ from ftrain.modules import decoder, spec
 from ftrain.modules.model import Model
 from ftrain.sharding import Mesh
 from tests.helpers import text_families as laws
-from tests.modules.families.test_deepseek_v3 import SIZES, config
+from tests.helpers.deepseek import SIZES, config
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
