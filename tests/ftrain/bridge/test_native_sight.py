@@ -121,6 +121,14 @@ def test_files_of_transformers_4_and_of_its_memory_are_read_and_kept(folder, nat
     assert model.specs == native.specs
 
 
+def test_what_text_config_says_decides_beside_what_files_of_transformers_4_repeat(folder, native, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    repeated = {"hidden_size": 16, "sliding_window": 32768, "vision_token_id": 59}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **repeated}))
+    save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
+    assert ftrain.hf.open(tmp_path, native="always").specs == native.specs
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
