@@ -66,6 +66,11 @@ def test_rows_are_documents_of_a_pack(native):
     assert native.hidden(params, found).shape == (2, 11, 16)
 
 
+def test_a_parameter_is_read_alone(native):
+    path = "vision.layers.0.attention.w_qkv_D3HK"
+    assert torch.equal(native.read(path), native.load()["vision"]["layers"][0]["attention"]["w_qkv_D3HK"])
+
+
 def test_text_needs_no_preparation(native):
     params, (one,) = native.load(), laws.documents(MEDIA, ((9,),))
     found = native.loss(params, one).value()
