@@ -49,7 +49,7 @@ def text_of(config: Config, *, tied_inside: bool = False) -> dict[str, Any]:
     `tied_inside`: it may be said in `text_config`, as transformers 4 wrote Qwen2-VL and Qwen2.5-VL; elsewhere it is not
     meant there.
 
-    Where there is `text_config` it decides. ValueError for an entry beside it that says something else, or is not known.
+    Where there is `text_config` it decides. ValueError for an entry beside it that says something else or is unknown.
     """
     nested = config.get("text_config")
     top = {name: value for name, value in config.items() if name not in _TOP}
