@@ -58,7 +58,7 @@ def native_decoder(folder: HfFolder, *, layers: int | None = None) -> Model:
     require_rows_for_tokens(folder.path, config)
     cfg = _as_far_ahead(folder, cfg, behind=size(described, "num_hidden_layers"))
     names = tuple(name for name in of.names(cfg) if not name.written or name.name in folder.tensors)
-    files = _Files(folder, decoder.specs(cfg), decoder.balance_specs(cfg), names)
+    files = NativeFiles(folder, decoder.specs(cfg), decoder.balance_specs(cfg), names)
     balance = files.balance() if layers is None else map_with_paths(lambda _, s: torch.zeros(s.shape), files.beside)
     made = NativeDecoder(cfg, balance)
     kind = config.get("model_type", "a decoder")
@@ -102,7 +102,7 @@ def _as_far_ahead(folder: HfFolder, cfg: DecoderConfig, *, behind: int) -> Decod
 
 
 @dataclass(frozen=True)
-class _Files:
+class NativeFiles:
     """A folder, and what of it is parameters and what the state of balancing, which lies at `balance` in its names."""
 
     folder: HfFolder
@@ -174,7 +174,7 @@ class NativeDecoder:
         nothing draws from. ValueError as `loss`.
         """
         loss, stats = self._loss(params, batch, key, state)
-        return loss, _loads(self.cfg, stats)
+        return loss, router_loads(self.cfg, stats)
 
     def rebalanced(self, state: Tree, loads: Mapping[str, RouterLoad]) -> Tree:
         """The state after a step whose routers did this (`ftrain.modules.moe.update_bias`)."""
@@ -251,7 +251,7 @@ class NativeDecoder:
         return {f"mtp_{k}": decoder.loss(params, *one, self.cfg) for k, one in enumerate(ahead, 1)}, routed
 
 
-def _loads(cfg: DecoderConfig, stats: decoder.DecoderStats) -> dict[str, RouterLoad]:
+def router_loads(cfg: DecoderConfig, stats: decoder.DecoderStats) -> dict[str, RouterLoad]:
     """What each router did, by the path of its layer; where a layer has several, and their number in it."""
     layers = [(f"layers.{i}", layer_block(cfg, i)) for i in range(cfg.layers)]
     ahead = [(f"{_AHEAD}{i}", block) for i, block in enumerate(cfg.mtp)]

@@ -15,16 +15,15 @@ from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.described import used_experts
+from ftrain.bridge.native import NativeFiles, router_loads
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
-from ftrain.hf.load import fill_hf, load_hf
-from ftrain.hf.save import save_hf
 from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder, vision_language
 from ftrain.modules.families.vision_language import VisionLanguageFamily
-from ftrain.modules.hf_names import Names
 from ftrain.modules.model import Leaf, Model
+from ftrain.modules.moe import RouterLoad
 from ftrain.modules.pictures import LEAVES as RAW
 from ftrain.modules.sight_generation import sight_family
 from ftrain.modules.spec import Tree
@@ -55,18 +54,20 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int 
     cfg = described_with_sight(config, shown, layers=len(folder.tensors), describe=family.config)
     require_rows_for_tokens(folder.path, config)
     names = family.names(cfg, {name: stored.shape for name, stored in folder.tensors.items()})
-    specs, made = vision_language.specs(cfg), NativeSight(cfg)
+    files, made = NativeFiles(folder, vision_language.specs(cfg), {}, names), NativeSight(cfg)
     kind = config["model_type"]
     return Model(
         name=f"{kind} (native)",
-        specs=specs,
+        specs=files.specs,
         batch=LEAVES,
         loss=made.loss,
+        routed=made.routed if cfg.text.routers else None,
         token_losses=made.token_losses,
         logits=made.logits,
         hidden=made.hidden,
-        load=partial(_load, folder, specs, names),
-        save=lambda params, to: save_hf(params, to, config, names),
+        load=files.load,
+        read=files.read,
+        save=partial(files.save, {}),
         media=made.media,
         rules=RULES,
         family=sight_family(cfg),
@@ -74,14 +75,6 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int 
         names=names,
         top_k=used_experts(cfg.text),
     )
-
-
-def _load(folder: HfFolder, specs: Tree, names: Names, into: Tree | None = None) -> Tree:
-    """New parameters, or those of `into` filled."""
-    if into is None:
-        return load_hf(folder, specs, names)
-    fill_hf(into, folder, names)
-    return into
 
 
 @dataclass(frozen=True)
@@ -107,32 +100,43 @@ class NativeSight:
 
         ValueError for a batch without labels, or that does not fit.
         """
+        return self.routed(params, batch, key)[0]
+
+    def routed(
+        self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None
+    ) -> tuple[Mean, Mapping[str, RouterLoad]]:
+        """The loss, and what each router did, by the path of its layer. `key`: int64 `[2]`, which nothing draws from.
+
+        ValueError as `loss`.
+        """
         del key
         if "labels" not in batch:
             raise ValueError("a loss needs the batch's 'labels'")
-        return decoder.loss(params["text"], self._run(params, batch), batch["labels"].flatten(), self.cfg.text)
+        hidden_TD, stats = self._run(params, batch)
+        mean = decoder.loss(params["text"], hidden_TD, batch["labels"].flatten(), self.cfg.text)
+        return mean, {f"text.{path}": load for path, load in router_loads(self.cfg.text, stats).items()}
 
     def token_losses(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
         """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. ValueError for a batch that does
         not fit.
         """
         del key
-        hidden_TD, labels_T = self._run(params, batch), batch["labels"].flatten()
+        hidden_TD, labels_T = self._run(params, batch)[0], batch["labels"].flatten()
         losses_T = decoder.token_losses(params["text"], hidden_TD, labels_T, self.cfg.text)
         return losses_T.unflatten(0, batch["tokens"].shape)
 
     def logits(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
         """The scores `[T, V]` or `[B, L, V]`. ValueError for a batch that does not fit."""
         del key
-        scores_TV = decoder.logits(params["text"], self._run(params, batch), self.cfg.text)
+        scores_TV = decoder.logits(params["text"], self._run(params, batch)[0], self.cfg.text)
         return scores_TV.unflatten(0, batch["tokens"].shape)
 
     def hidden(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
         """What the head reads, `[T, D]` or `[B, L, D]`. ValueError for a batch that does not fit."""
         del key
-        return self._run(params, batch).unflatten(0, batch["tokens"].shape)
+        return self._run(params, batch)[0].unflatten(0, batch["tokens"].shape)
 
-    def _run(self, params: Tree, batch: Mapping[str, Any]) -> Tensor:
+    def _run(self, params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, decoder.DecoderStats]:
         raw = next((leaf for leaf in RAW if leaf in batch), None)
         if raw is not None:
             raise ValueError(f"the batch has {raw!r} as it came: give what model.media(batch) makes of it")
@@ -145,7 +149,7 @@ class NativeSight:
             "replaced": None if replaced is None else replaced.flatten(),
             "media": batch.get("media"),
         }
-        return vision_language.hidden(params, given, self.cfg, segments=_documents(batch))[0]
+        return vision_language.hidden(params, given, self.cfg, segments=_documents(batch))
 
 
 def _require_a_pack(tokens: Tensor) -> None:

@@ -49,7 +49,7 @@ def text_of(config: Config, *, tied_inside: bool = False) -> dict[str, Any]:
     `tied_inside`: it may be said in `text_config`, as transformers 4 wrote Qwen2-VL and Qwen2.5-VL; elsewhere it is not
     meant there.
 
-    ValueError for an entry beside `text_config` that says something else than in it, or is not known.
+    Where there is `text_config` it decides. ValueError for an entry beside it that says something else or is unknown.
     """
     nested = config.get("text_config")
     top = {name: value for name, value in config.items() if name not in _TOP}
@@ -59,7 +59,7 @@ def text_of(config: Config, *, tied_inside: bool = False) -> dict[str, Any]:
         raise ValueError(f"config.json: text_config={nested!r} must be an object")
     beside = {name: value for name, value in top.items() if name != "model_type"}
     for name in [name for name in beside if name in nested]:
-        if beside[name] != nested[name]:
+        if beside[name] != nested[name] and None not in (beside[name], nested[name]):
             raise ValueError(
                 f"config.json: {name}={beside[name]!r} and text_config.{name}={nested[name]!r} contradict each other: "
                 "leave the one that is meant"

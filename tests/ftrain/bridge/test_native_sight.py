@@ -66,6 +66,11 @@ def test_rows_are_documents_of_a_pack(native):
     assert native.hidden(params, found).shape == (2, 11, 16)
 
 
+def test_a_parameter_is_read_alone(native):
+    path = "vision.layers.0.attention.w_qkv_D3HK"
+    assert torch.equal(native.read(path), native.load()["vision"]["layers"][0]["attention"]["w_qkv_D3HK"])
+
+
 def test_text_needs_no_preparation(native):
     params, (one,) = native.load(), laws.documents(MEDIA, ((9,),))
     found = native.loss(params, one).value()
@@ -119,6 +124,14 @@ def test_files_of_transformers_4_and_of_its_memory_are_read_and_kept(folder, nat
         for file in ("config.json", "model.safetensors"):
             assert (tmp_path / "again" / file).read_bytes() == (other / file).read_bytes()
     assert model.specs == native.specs
+
+
+def test_what_text_config_says_decides_beside_what_files_of_transformers_4_repeat(folder, native, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    repeated = {"hidden_size": 16, "sliding_window": 32768, "vision_token_id": 59}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **repeated}))
+    save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
+    assert ftrain.hf.open(tmp_path, native="always").specs == native.specs
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_a_mesh_gives_what_one_device_gives(tmp_path):
     small = config(num_hidden_layers=1)
     small.vision_config.depth = 1
     native = ftrain.hf.open(laws.saved(laws.random_model(small), tmp_path))
-    loss, gradients = laws.on_mesh(native, media(), Mesh(shard=2, sequence=2, kind="virtual"), Layout(sequence=Ring()))
+    loss, gradients = laws.on_mesh(native, media(), Mesh(sequence=2, kind="virtual"), Layout(sequence=Ring()))
     assert loss < 1e-12
     assert gradients < 1e-11
 

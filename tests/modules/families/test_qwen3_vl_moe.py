@@ -41,6 +41,10 @@ def test_loss_and_gradients_are_those_of_transformers(words, parts, seed, tmp_pa
     made = laws.require_those_of_transformers(config(**words), tmp_path, media(), parts, seed=seed)
     laws.require_saved_as_it_was(made, tmp_path)
     assert made.why == "native: qwen3_vl_moe is a family of the library"
+    tokens = made.media(laws.pack(laws.documents(media(), parts, seed=seed)))
+    _, loads = made.routed(made.load(), tokens)
+    assert list(loads) == [f"text.layers.{i}" for i in range(len(words.get("mlp_only_layers", [])), 2)]
+    assert all(load.load_E.sum() == 2 * len(tokens["tokens"]) for load in loads.values())
 
 
 @pytest.mark.parametrize("width", [12, 8, 16])
