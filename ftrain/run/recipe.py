@@ -182,14 +182,15 @@ class Recipe:
         }
 
     def evaluate(self, state: TrainState, batch: Any) -> dict[str, Mean]:
-        """The loss and the terms of a batch as `Mean`s by name, nothing dropped; those of many batches are pooled."""
+        """The loss and the terms of a batch as `Mean`s by name, nothing dropped; those of many batches are pooled. Of a
+        sum of several losses it is the first, which the others only help (tokens further ahead, a weight on answers).
+        """
 
         def of(params: Tree, batch: Any) -> Any:
             return _loss_of(self, state.extra, None)(params, batch)
 
         loss, (terms, _) = forward(of)(state.params, batch)
-        mean = loss if isinstance(loss, Mean) else Mean(loss.value(), torch.ones(()))
-        return {"loss": mean, **terms}
+        return {"loss": loss if isinstance(loss, Mean) else loss.terms[0], **terms}
 
     def parameters(self, state: TrainState) -> Tree:
         """The model's parameters after training, merged with the adapter's deltas, for `model.save`."""

@@ -129,3 +129,19 @@ def test_the_state_of_a_model_goes_on_with_the_steps(folder, tmp_path):
     assert not torch.equal(after["norm.running_mean"], before["norm.running_mean"])
     assert set(kept(state).extra) == {STATE}
     assert torch.equal(model.state["norm"]["running_mean"], before["norm.running_mean"])
+
+
+def test_a_held_out_loss_of_several_is_the_first(folder):
+    """Tokens further ahead, or a weight on chosen answers, help to learn; they are no part of what is compared."""
+    model = ftrain.hf.open(folder)
+
+    def loss(params, batch, key=None):
+        mean = model.loss(params, batch, key)
+        return ftrain.weighted_sum({"next": mean, "further": ftrain.Mean(mean.total * 3, mean.count)}, {"further": 0.1})
+
+    recipes = recipe_of(model), recipe_of(replace(model, loss=loss))
+    read = next(iter(data_of(folder).loader))
+    states = [recipe.init(ftrain.key(0)) for recipe in recipes]
+    found = [recipe.evaluate(state, read.batch)["loss"] for recipe, state in zip(recipes, states, strict=True)]
+    assert found[1].item() == found[0].item()
+    assert found[1].count == (read.batch["labels"] != -100).sum()
