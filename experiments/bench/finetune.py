@@ -251,8 +251,8 @@ def _dpo(options: Options, folder: Path, made: Path) -> Iterator[Row]:
         _progress(number + 1, options.pair_steps, spent)
     mine, other = (statistics.median(spent[side]) for side in ("ours", "theirs"))
     how = (
-        f"{len(rows)} pairs, sigmoid, the reference is the base; ours packed into {len(batch['tokens'])} tokens, questions "
-        "shared by both answers"
+        f"{len(rows)} pairs, sigmoid, the reference is the base; ours packed into {len(batch['tokens'])} tokens, "
+        "questions shared by both answers"
     )
     yield row(
         "DPO: time of a step over TRL's",

@@ -92,7 +92,9 @@ class Language:
     def routed(
         self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
     ) -> tuple[Mean, Mapping[str, RouterLoad]]:
-        """The mean of `loss`, and what each router did, by the path of its experts. ValueError as `loss`."""
+        """The mean of `loss`, and what each router did, by the path of its experts. `key`: int64 `[2]`. ValueError as
+        `loss`.
+        """
         with counting(self.paths) as loads:
             mean = self._mean(params, batch, key, state)
         return mean, loads

@@ -170,7 +170,9 @@ class NativeDecoder:
     def routed(
         self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None, state: Tree | None = None
     ) -> tuple[Mean | WeightedSum, Mapping[str, RouterLoad]]:
-        """The loss without a state, and what each router did, by the path of its layer. ValueError as `loss`."""
+        """The loss without a state, and what each router did, by the path of its layer. `key`: int64 `[2]`. ValueError
+        as `loss`.
+        """
         loss, stats = self._loss(params, batch, key, state)
         return loss, _loads(self.cfg, stats)
 
