@@ -355,6 +355,8 @@ def test_what_cannot_be_trained_is_one_sentence_and_leaves_nothing(case, model, 
 def test_a_run_that_failed_before_its_first_save_begins_anew_with_mended_options(model, chat_file, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(command("sft", model, chat_file, out, "--budget", "1KiB")) == 2
+    assert not out.exists()  # what cannot be is refused before anything is written
+    assert main(command("sft", model, chat_file, out, "--rate", "1e30", "--every.give-up", "1")) == 2
     assert (out / "config.json").is_file()
     assert main(command("sft", model, chat_file, out, "--seed", "1", "--held-out", "0.1")) == 0
     assert read_config(out)["seed"] == 1
@@ -364,11 +366,11 @@ def test_a_run_that_failed_before_its_first_save_begins_anew_with_mended_options
 def test_the_only_held_out_row_may_be_broken(model, tmp_path, caplog):
     data = write_rows(tmp_path / "a.jsonl", chats(60))
     held = make_data(DataOptions((str(data),), tokens=128), encode(model), ranks=1, seed=0).held_out
-    assert len(held) == 1
+    assert len(list(held)) == 1
     rows = chats(60)
     rows[held_out_row(60)] = {"messages": None}
     write_rows(data, rows)
-    assert make_data(DataOptions((str(data),), tokens=128), encode(model), ranks=1, seed=0).held_out == ()
+    assert not make_data(DataOptions((str(data),), tokens=128), encode(model), ranks=1, seed=0).held_out
     assert "1 of 1 held-out rows cannot be used" in caplog.text
     bad = write_rows(tmp_path / "bad.jsonl", [{"messages": None}] * 5)
     with pytest.raises(ValueError, match=r"--held-out-data .*none of 5 rows can be used"):
