@@ -18,7 +18,7 @@ from ftrain.bridge.media_leaves import prepared
 from ftrain.bridge.rowwise_model import Make
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import loader, save, stored_buffers
+from ftrain.bridge.weights import loader, saver, stored_buffers
 from ftrain.modules.model import Model
 
 Tables = Callable[[nn.Module], set[str]]
@@ -45,7 +45,7 @@ def media_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: Tab
         logits=made.logits,
         hidden=made.hidden,
         load=loader(module, folder, specs),
-        save=partial(save, module, made.held),
+        save=saver(module, made.held),
         state=made.state,
         media=partial(prepared, module),
         packs=False,

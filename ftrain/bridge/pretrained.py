@@ -26,7 +26,7 @@ from ftrain.bridge.rowwise_model import rowwise_model
 from ftrain.bridge.seq2seq_model import seq2seq_model
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import loader, names_of, reader, save, stored_buffers
+from ftrain.bridge.weights import loader, names_of, reader, saver, stored_buffers
 from ftrain.modules.model import Model
 from ftrain.modules.spec import abstract
 from ftrain.trace.functionalize import WritesInputs
@@ -104,7 +104,7 @@ def from_transformers(
         hidden=made.hidden,
         load=loader(module, folder, specs),
         read=reader(module, folder, specs),
-        save=partial(save, module, made.held),
+        save=saver(module, made.held),
         state=made.state,
         packs=not alone,
         alone=alone,

@@ -14,7 +14,7 @@ from ftrain.bridge.modules import Bridged, statistics
 from ftrain.bridge.rowwise import Rowwise
 from ftrain.bridge.skeleton import buffers, build, flatten, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import loader, save, stored_buffers
+from ftrain.bridge.weights import loader, saver, stored_buffers
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
@@ -42,7 +42,7 @@ def rowwise_model(make: Make, task: str, dtype: torch.dtype, folder: Path | None
         logits=None if task == "features" else made.logits,
         hidden=made.hidden if task == "features" else None,
         load=loader(module, folder, specs),
-        save=partial(save, module, held),
+        save=saver(module, held),
         state=nest({name: held[name] for name in written}),
         packs=False,
         alone="its batch is rows",

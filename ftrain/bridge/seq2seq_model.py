@@ -19,7 +19,7 @@ from ftrain.bridge.rowwise_model import Make, plain_loss_of, suited
 from ftrain.bridge.seq2seq import Seq2Seq, leaves
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
-from ftrain.bridge.weights import loader, save, stored_buffers
+from ftrain.bridge.weights import loader, saver, stored_buffers
 from ftrain.kernels.documents import ids_of
 from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Model
@@ -48,7 +48,7 @@ def seq2seq_model(make: Make, dtype: torch.dtype, folder: Path | None, tables: T
         logits=made.logits,
         hidden=made.hidden,
         load=loader(module, folder, specs),
-        save=partial(save, module, made.held),
+        save=saver(module, made.held),
         state=made.state,
         packs=not alone,
         alone=alone,

@@ -104,6 +104,17 @@ def stored_buffers(module: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     return {name: tensor.to(own[name].dtype) for name, tensor in read.items()}
 
 
+def saver(module: nn.Module, held: Mapping[str, Tensor]) -> Callable[..., None]:
+    """`save` of a module and its buffers, as the function that a model has. It is no `partial`: what a `partial` calls
+    counts as read by each step that reads its model, and the writing of a folder would trace all steps again.
+    """
+
+    def saved(params: Tree, folder: str | Path, state: Tree | None = None) -> None:
+        save(module, held, params, folder, state)
+
+    return saved
+
+
 def save(
     module: nn.Module, held: Mapping[str, Tensor], params: Tree, folder: str | Path, state: Tree | None = None
 ) -> None:

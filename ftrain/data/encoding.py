@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ftrain.data.chat_template import ChatTemplate
+from ftrain.data.chat_template import ChatTemplate, as_fields
 from ftrain.data.documents import IGNORE, Document, shifted
 from ftrain.data.media.family import MediaFamily, Seen
 from ftrain.data.media.marks import with_media
@@ -137,7 +137,7 @@ class ChatEncoder:
         ValueError as `encode`.
         """
         seen = self._seen(sample)
-        rendered = self.turns.asked(sample)
+        rendered = _asked(self.turns, sample)
         if self.media is not None:
             rendered = with_media(rendered, self.media.marks, seen, sample.place)
         ids = np.asarray(self.tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
@@ -236,6 +236,15 @@ class ChatEncoder:
         if spelled == text or spelled.lstrip(" ") == text.lstrip(" "):
             return True
         return unicodedata.normalize("NFKC", spelled).strip() == unicodedata.normalize("NFKC", text).strip()
+
+
+def _asked(turns: TurnFinder, chat: Chat) -> Rendered:
+    """The text of a chat up to where the assistant begins to speak. BadRow where the template refuses it."""
+    try:
+        text = turns.template.render(as_fields(chat.messages, parts=turns.parts), chat.tools, prompt=True)
+    except ValueError as error:
+        raise BadRow(chat.place, "template", str(error)) from error
+    return Rendered(text, ())
 
 
 def _control_tokens(tokenizer: Any) -> tuple[str, ...]:

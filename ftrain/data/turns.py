@@ -73,7 +73,7 @@ def _any_of(control: Sequence[str]) -> re.Pattern[str]:
 
 
 class TurnFinder:
-    """Finds turns in chats of one template.
+    """Finds turns in chats of one template. `parts`: whether contents must be lists of parts for it.
 
     Args:
         template: how chats are written.
@@ -90,11 +90,11 @@ class TurnFinder:
             raise ValueError("the tokenizer has no control tokens, so nothing can end a turn of the assistant")
         self._end = _any_of(control)
         learned = self._learn()
-        self._parts, self._stop = learned.parts, learned.stop
+        self.parts, self._stop = learned.parts, learned.stop
         ends = [token for token in control if token not in learned.openers]
         self._end = _any_of(ends)
         self._last = re.compile("(?:" + "|".join(map(re.escape, ends)) + r")\s*\Z")
-        asked = as_fields([say("user", _QUESTION)], parts=self._parts)
+        asked = as_fields([say("user", _QUESTION)], parts=self.parts)
         self._prompts = template.render(asked) != template.render(asked, prompt=True)
 
     def _learn(self) -> _Learned:
@@ -154,7 +154,7 @@ class TurnFinder:
         """
         if not chat.messages:
             raise BadRow(chat.place, "no messages", "a chat of no messages")
-        fields = as_fields(chat.messages, parts=self._parts)
+        fields = as_fields(chat.messages, parts=self.parts)
         try:
             text, marks = self._whole(fields, chat.tools)
         except ValueError as error:
@@ -172,14 +172,6 @@ class TurnFinder:
                 raise BadRow(chat.place, "turn not found", detail)
             turns.append(found)
         return Rendered(written.text, tuple(turns))
-
-    def asked(self, chat: Chat) -> Rendered:
-        """The text of a chat up to where the assistant begins to speak. BadRow where the template refuses it."""
-        fields = as_fields(chat.messages, parts=self._parts)
-        try:
-            return Rendered(self.template.render(fields, chat.tools, prompt=True), ())
-        except ValueError as error:
-            raise BadRow(chat.place, "template", str(error)) from error
 
     def _whole(self, fields: Fields, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         if self.template.has_marks(tools):

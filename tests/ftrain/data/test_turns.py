@@ -88,7 +88,7 @@ def test_masks_are_those_of_trl_but_for_what_follows_the_end_of_a_turn(tokenizer
     encoder = ChatEncoder(with_control, template=template)
     encoded = encoder.encode(sample)
     theirs = with_control.apply_chat_template(
-        as_fields(sample.messages, parts=encoder.turns._parts),
+        as_fields(sample.messages, parts=encoder.turns.parts),
         chat_template=template,
         return_dict=True,
         return_assistant_tokens_mask=True,

@@ -13,9 +13,10 @@ pytest.importorskip("PIL")
 import transformers
 from PIL import Image
 
+import ftrain
 from ftrain.bridge import from_transformers
 from ftrain.data.chat_template import load_tokenizer
-from ftrain.data.documents import Group
+from ftrain.data.documents import Document, Group
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.data.loader import Loader
 from ftrain.data.media.families import family_of
@@ -270,3 +271,15 @@ def test_each_process_decodes_the_media_of_its_own_packs_alone(folders, pictures
         assert pixels[1][rows_of_one:].any()
         assert not pixels[1][:rows_of_one].any()
         assert torch.equal(step[0].batch["positions"], step[1].batch["positions"])
+
+
+def test_texts_of_a_model_whose_documents_cannot_share_a_pack_are_rows():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2}
+    model = from_transformers(transformers.MambaConfig(vocab_size=32, **sizes))
+    assert not model.packs
+    params, layout = ftrain.init(model.specs, ftrain.key(0)), layout_of(model)
+    groups = [Group((Document(ids, np.append(ids[1:], -100)),)) for ids in (np.arange(9), np.arange(20, 26))]
+    alone = [model.loss(params, batch_of(layout, [group])) for group in groups]
+    together = batch_of(layout, groups)
+    assert together["tokens"].shape == (42, 12)
+    torch.testing.assert_close(model.loss(params, together).total, sum(mean.total for mean in alone))
