@@ -106,8 +106,10 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
 """What a type of model needs beside."""
 _DRAWS = ("phimoe",)
 """Types of models whose routers draw at random while they train: their rows have a key, for the plain module too."""
-_PACK, _ACROSS, _ROWS = (9, 7, 16), (21, 11), (16, 16)
-"""Lengths of documents: of a pack whose halves are whole documents, of one whose middle is within one, of rows."""
+_PACK, _ACROSS, _ROWS, _DRAWN = (9, 7, 16), (21, 11), (16, 16), (8, 8, 8, 8)
+"""Lengths of documents: of a pack whose halves are whole documents, of one whose middle is within one, of rows, of rows
+with a key, of which a rank has several.
+"""
 
 
 def cases() -> tuple[Case, ...]:
@@ -166,7 +168,7 @@ def _build(kind: str) -> Built:
     return Built(
         model=model,
         params=params,
-        batch=pack(_PACK) if model.packs else rows(_ROWS),
+        batch=pack(_PACK) if model.packs else rows(_ROWS if key is None else _DRAWN),
         expected=partial(plain, module, _PACK) if model.packs else lambda: on_rows,
         splits=frozenset(splits),
         roundtrip=partial(_roundtrip, model, params),
@@ -207,8 +209,8 @@ def plain(module: nn.Module, lengths: Sequence[int]) -> tuple[float, dict[str, T
 def _drawn(module: nn.Module, key: Tensor) -> tuple[float, dict[str, Tensor]]:
     """As `plain` for rows, all at once, of a module that draws random numbers: those of `key`, int64 `[2]`."""
     module.zero_grad()
-    batch = rows(_ROWS)
-    with drawing(key, len(_ROWS)):
+    batch = rows(_DRAWN)
+    with drawing(key, *batch["tokens"].shape):
         logits = module(input_ids=batch["tokens"]).logits.float()
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
     loss.backward()
