@@ -171,7 +171,7 @@ def _build(kind: str) -> Built:
         batch=pack(_PACK) if model.packs else rows(_ROWS if key is None else _DRAWN),
         expected=partial(plain, module, _PACK) if model.packs else lambda: on_rows,
         splits=frozenset(splits),
-        roundtrip=partial(_roundtrip, model, params),
+        roundtrip=partial(_roundtrip, type(module), model, params),
         shared=Shared(pack(_ACROSS), partial(plain, module, _ACROSS)) if model.packs else None,
         key=key,
         about="packed" if model.packs else "rows" if key is None else "rows, drawn",
@@ -238,13 +238,11 @@ def rows(lengths: Sequence[int]) -> Mapping[str, Tensor]:
     return {"tokens": torch.stack(tokens), "labels": torch.stack(labels)}
 
 
-def _roundtrip(model: Any, params: Any) -> None:
-    """Save, and load with transformers and with the bridge. ValueError for another name or number."""
-    from transformers import AutoModelForCausalLM
-
+def _roundtrip(kind: Any, model: Any, params: Any) -> None:
+    """Save, and load with transformers' class and with the bridge. AssertionError for another name or number."""
     with tempfile.TemporaryDirectory() as folder:
         model.save(params, folder)
-        loaded, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded, told = kind.from_pretrained(folder, output_loading_info=True)
         strange = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
         if strange:
             raise AssertionError(f"transformers reads it with other names: {strange[:3]}")
