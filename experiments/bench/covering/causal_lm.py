@@ -34,7 +34,7 @@ _SMALL = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "sliding_window": 8, "n_positions": 128,
     "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2,
     "num_experts_per_token": 2, "num_expert_group": 1, "layer_group_size": 2, "num_kv_shared_layers": 0,
-    "zero_expert_num": 2,
+    "zero_expert_num": 2, "unpadded_vocab_size": 250,
 }  # fmt: skip
 """What a configuration is made small with: the fields that it has of these."""
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
