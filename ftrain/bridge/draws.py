@@ -47,9 +47,9 @@ def drawing(key: Tensor | None, rows: int = 0, places: int = 0) -> Iterator[None
     from `key`, int64 `[2]`; without one nothing is dropped.
 
     `rows`: how many rows of the batch there are (a rank's, on a mesh): an array with so many entries along a dim, or a
-    multiple along dim 0, gets for each row the numbers that it has in the whole batch. `places`: tokens of a row; a
-    matrix with an entry for each token of each row is divided so too. ValueError, with the line, for other random
-    numbers, and for a module that seeds those of the process.
+    multiple along dim 0, gets for each row the numbers that it has in the whole batch. `places`: tokens of a row; an
+    array with an entry for each token of each row is divided so too, where there are several rows. ValueError, with the
+    line, for other random numbers, and for a module that seeds those of the process.
     """
     draws, seed = _Draws(key, rows, places), torch.initial_seed()
     token = _current.set(draws)
@@ -197,8 +197,10 @@ class _Draws(TorchFunctionMode):
         """The dim of an array along which rows of the batch lie; None if none does."""
         if not self._rows or not shape:
             return None
-        if shape[0] == self._rows * self._places:
+        if shape[0] == self._rows * self._places and self._rows > 1:
             return 0  # tokens, row after row
+        if len(shape) == 2 and self._rows == 1 and shape[0] == self._places:
+            return None  # tokens of the only row, or places that all rows share: a mesh refuses what it cannot tell
         if self._rows in shape[:2]:
             return shape.index(self._rows)
         return (

@@ -34,7 +34,7 @@ _SMALL = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "sliding_window": 8, "n_positions": 128,
     "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2,
     "num_experts_per_token": 2, "num_expert_group": 1, "layer_group_size": 2, "num_kv_shared_layers": 0,
-    "zero_expert_num": 2,
+    "zero_expert_num": 2, "unpadded_vocab_size": 250,
 }  # fmt: skip
 """What a configuration is made small with: the fields that it has of these."""
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
@@ -106,8 +106,10 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
 """What a type of model needs beside."""
 _DRAWS = ("phimoe",)
 """Types of models whose routers draw at random while they train: their rows have a key, for the plain module too."""
-_PACK, _ACROSS, _ROWS = (9, 7, 16), (21, 11), (16, 16)
-"""Lengths of documents: of a pack whose halves are whole documents, of one whose middle is within one, of rows."""
+_PACK, _ACROSS, _ROWS, _DRAWN = (9, 7, 16), (21, 11), (16, 16), (8, 8, 8, 8)
+"""Lengths of documents: of a pack whose halves are whole documents, of one whose middle is within one, of rows, of rows
+with a key, of which a rank has several.
+"""
 
 
 def cases() -> tuple[Case, ...]:
@@ -166,10 +168,10 @@ def _build(kind: str) -> Built:
     return Built(
         model=model,
         params=params,
-        batch=pack(_PACK) if model.packs else rows(_ROWS),
+        batch=pack(_PACK) if model.packs else rows(_ROWS if key is None else _DRAWN),
         expected=partial(plain, module, _PACK) if model.packs else lambda: on_rows,
         splits=frozenset(splits),
-        roundtrip=partial(_roundtrip, model, params),
+        roundtrip=partial(_roundtrip, type(module), model, params),
         shared=Shared(pack(_ACROSS), partial(plain, module, _ACROSS)) if model.packs else None,
         key=key,
         about="packed" if model.packs else "rows" if key is None else "rows, drawn",
@@ -207,8 +209,8 @@ def plain(module: nn.Module, lengths: Sequence[int]) -> tuple[float, dict[str, T
 def _drawn(module: nn.Module, key: Tensor) -> tuple[float, dict[str, Tensor]]:
     """As `plain` for rows, all at once, of a module that draws random numbers: those of `key`, int64 `[2]`."""
     module.zero_grad()
-    batch = rows(_ROWS)
-    with drawing(key, len(_ROWS)):
+    batch = rows(_DRAWN)
+    with drawing(key, *batch["tokens"].shape):
         logits = module(input_ids=batch["tokens"]).logits.float()
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
     loss.backward()
@@ -236,13 +238,11 @@ def rows(lengths: Sequence[int]) -> Mapping[str, Tensor]:
     return {"tokens": torch.stack(tokens), "labels": torch.stack(labels)}
 
 
-def _roundtrip(model: Any, params: Any) -> None:
-    """Save, and load with transformers and with the bridge. ValueError for another name or number."""
-    from transformers import AutoModelForCausalLM
-
+def _roundtrip(kind: Any, model: Any, params: Any) -> None:
+    """Save, and load with transformers' class and with the bridge. AssertionError for another name or number."""
     with tempfile.TemporaryDirectory() as folder:
         model.save(params, folder)
-        loaded, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded, told = kind.from_pretrained(folder, output_loading_info=True)
         strange = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
         if strange:
             raise AssertionError(f"transformers reads it with other names: {strange[:3]}")

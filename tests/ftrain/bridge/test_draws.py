@@ -46,16 +46,23 @@ def test_on_a_mesh_a_router_draws_what_the_plain_one_draws_from_the_key():
     module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
     params = nest({name: p.detach().clone() for name, p in module.named_parameters()})
     model = from_transformers(copy.deepcopy(config))
-    tokens_BL = torch.randint(3, 61, (2, 6), generator=torch.Generator().manual_seed(1))
+    tokens_BL = torch.randint(3, 61, (4, 6), generator=torch.Generator().manual_seed(1))
     batch = {"tokens": tokens_BL, "labels": tokens_BL.roll(-1, 1)}
-    with drawing(ftrain.key(4), 2, 6):
+    with drawing(ftrain.key(4), 4, 6):
         logits_BLV = module(tokens_BL).logits
     loss = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), batch["labels"].flatten())
     loss.backward()
 
     plan, grad = Plan(Mesh(shard=2, kind="virtual"), Layout()), ftrain.value_and_grad(model.loss)
-    step = ftrain.jit(lambda params, batch, key: grad(params, batch, key), plan=plan, specs=model.specs)
-    value, grads = step(params, batch, ftrain.key(4))
+
+    def step(batch):
+        run = ftrain.jit(lambda params, batch, key: grad(params, batch, key), plan=plan, specs=model.specs)
+        return run(params, batch, ftrain.key(4))
+
+    value, grads = step(batch)
     torch.testing.assert_close(value, loss.detach())
     for name, found in flatten(grads).items():
         torch.testing.assert_close(found, module.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    two = {name: x[:2] for name, x in batch.items()}  # a row a rank: its tokens, or places that all rows share
+    with pytest.raises(ValueError, match="reads a whole array, and a rank holds a piece of it"):
+        step(two)
