@@ -47,10 +47,9 @@ def native_wan_vae(source: str | Path | Mapping[str, Any], *, dtype: torch.dtype
     """
     folder = None if isinstance(source, Mapping) else HfFolder.open(source, stem=DIFFUSERS.stem)
     told = dict(source) if isinstance(source, Mapping) else _told(Path(source))
-    if told.get("_class_name") != CLASS:
-        raise ValueError(
-            f"config.json: _class_name={told.get('_class_name')!r} is no video autoencoder of Wan's: {CLASS}"
-        )
+    name = told.get("_class_name")
+    if name != CLASS:
+        raise ValueError(f"config.json: _class_name={name!r} is no video autoencoder of Wan's: {CLASS}")
     cfg = wan_vae.config(told)
     specs = map_with_paths(lambda _, spec: replace(spec, dtype=dtype), wan_vae.specs(cfg))
     names = tuple(HfTensor(path, path) for path, _ in leaves_with_paths(specs))
@@ -87,7 +86,7 @@ class NativeWanVae:
         return Mean(error.sum() + NEARNESS * error.numel() / beyond.numel() * beyond.sum(), count)
 
     def outputs(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
-        """The frames that come back, `[B, C, T, H, W]`. `key`: int64 `[2]`. ValueError for a batch that does not fit."""
+        """Frames that come back, `[B, C, T, H, W]`. `key`: int64 `[2]`. ValueError for a batch that does not fit."""
         return self._run(params, batch, key)[0]
 
     def hidden(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
