@@ -83,6 +83,11 @@ def described(config: Config, folder: HfFolder | None = None) -> WanConfig:
     return wan_config.config(config, image=has_image, times=_times(folder.path))
 
 
+def config_of(folder: str | Path) -> WanConfig:
+    """What the Wan transformer of a folder is, for `wan_latents.lay`. ValueError as `native_wan`."""
+    return described(_read(Path(folder), CONFIG), HfFolder.open(folder, stem=FORM.stem))
+
+
 def model_of(cfg: WanConfig, told: Config, folder: HfFolder | None, *, dtype: torch.dtype = torch.float32) -> Model:
     """The model of a configuration, which `told` describes in a folder's words. ValueError where it cannot be told."""
     specs, names = _in_dtype(wan.specs(cfg), cfg, dtype), wan_names.LAYOUTS[told["_class_name"]](cfg)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,8 @@ from ftrain.bridge.diffusion import from_diffusers
 from ftrain.bridge.native import native_decoder
 from ftrain.bridge.native_sight import native_sight
 from ftrain.bridge.native_wan import native_wan
+from ftrain.bridge.native_wan_vae import CLASS as WAN_VAE
+from ftrain.bridge.native_wan_vae import native_wan_vae
 from ftrain.bridge.pretrained import Task, from_transformers
 from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_member
@@ -88,7 +90,14 @@ def _is_of_diffusers(folder: Path) -> bool:
     """True for a pipeline, and for a model whose configuration names its class."""
     if not (folder / CONFIG).is_file():
         return (folder / "model_index.json").is_file()
-    return "_class_name" in parse_json(read_member(folder, CONFIG, limit=JSON_BYTES), str(folder / CONFIG))
+    return _class_of(folder) is not None
+
+
+def _class_of(folder: Path) -> Any:
+    """What the configuration calls its class, as diffusers does; None for other configurations."""
+    if not (folder / CONFIG).is_file():
+        return None
+    return parse_json(read_member(folder, CONFIG, limit=JSON_BYTES), str(folder / CONFIG)).get("_class_name")
 
 
 def _of_diffusers(folder: str | Path, native: str, task: Task, dtype: torch.dtype) -> Model:
@@ -97,7 +106,8 @@ def _of_diffusers(folder: str | Path, native: str, task: Task, dtype: torch.dtyp
     why = 'native="never"'
     if native != "never":
         try:
-            return native_wan(folder, dtype=dtype)
+            family = native_wan_vae if _class_of(Path(folder)) == WAN_VAE else native_wan
+            return family(folder, dtype=dtype)
         except ValueError as error:
             if native == "always":
                 raise

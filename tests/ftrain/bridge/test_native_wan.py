@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import ftrain
-from ftrain.bridge.native_wan import native_wan
+from ftrain.bridge.native_wan import config_of, native_wan
 from ftrain.bridge.skeleton import flatten
 from ftrain.hf.save import save_hf
 from ftrain.hf.shards import DIFFUSERS as FORM
@@ -139,6 +139,7 @@ def test_the_two_experts_of_a_pipeline_know_their_noise(folders, tmp_path):
     told = {"boundary_ratio": 0.875, "transformer": of, "transformer_2": of}
     (tmp_path / "model_index.json").write_text(json.dumps(told))
     high, low = (ftrain.hf.open(tmp_path / name) for name in ("transformer", "transformer_2"))
+    assert config_of(tmp_path / "transformer") == config(TINY, times=(0.875, 1.0))
     assert "for times from 0.875 to 1" in high.name
     assert "for times from 0 to 0.875" in low.name
     (tmp_path / "model_index.json").write_text(json.dumps({**told, "transformer_2": [None, None]}))
