@@ -19,14 +19,11 @@ from ftrain.modules.velocity import Velocity
 from ftrain.tasks.distill.rollout import Chunk
 
 _D_WORD, _D_PLACE = 32, 16
-_LEAST_TIME = 0.05  # by which a distance from the film is divided at least
 
 
 @dataclass(frozen=True)
 class Painter:
-    """A model of films. `width`, `layers`: of the transformer, which predicts the film; its field is what leads there.
-    Most of a film is paper, which is said more easily than the noise upon it (Li and He, arXiv 2511.13720).
-    """
+    """A model of films. `width`, `layers`: of the transformer."""
 
     film: Film
     width: int = 64
@@ -62,13 +59,13 @@ class Painter:
 
         def field(x_NP: Tensor, time_N: Tensor) -> Tensor:
             placed_NP = torch.cat([x_NP, params["places"].repeat(B, 1)], 1)
-            film_NP = dit.apply(
+            velocity_NP = dit.apply(
                 params["dit"], placed_NP, time_N=time_N, positions_AN=positions_AN,
                 segments_N=equal_documents(B, self.film.rows), cfg=self.cfg,
                 text_SC=torch.nn.functional.embedding(words_BW.flatten(), params["words"]),
                 text_segments_S=equal_documents(B, W),
             )  # fmt: skip
-            return _towards(x_NP, time_N, film_NP)
+            return velocity_NP[:, : PATCH * PATCH]
 
         return field
 
@@ -90,11 +87,11 @@ class Painter:
 
         def field(cache: Cache, x_nP: Tensor, time_n: Tensor, number: int) -> tuple[Tensor, Cache]:
             own = params["places"].unflatten(0, (self.film.video.frames, -1))[number]
-            frame_nP, cache = dit_chunks.apply(
+            velocity_nP, cache = dit_chunks.apply(
                 params["dit"], torch.cat([x_nP, own.repeat(B, 1)], 1), cache, samples=B, time_n=time_n,
                 positions_An=places[number].T, cfg=self.cfg, text_SC=text_SC,
             )  # fmt: skip
-            return _towards(x_nP, time_n, frame_nP), cache
+            return velocity_nP[:, : PATCH * PATCH], cache
 
         return field
 
@@ -105,8 +102,3 @@ class Painter:
     def joined(self, frames: Sequence[Tensor]) -> Tensor:
         """Films of frames' rows, `[N, P]`."""
         return joined_chunks(frames, samples=len(frames[0]) // self.film.squares)
-
-
-def _towards(x_NP: Tensor, time_N: Tensor, film_NP: Tensor) -> Tensor:
-    """The velocity of rows whose data is predicted to be the first numbers of `film_NP`."""
-    return (x_NP - film_NP[:, : PATCH * PATCH]) / time_N[:, None].clamp(min=_LEAST_TIME)

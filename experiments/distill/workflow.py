@@ -36,12 +36,12 @@ _SLOW = 0.98  # decay of the averages that are measured and handed on
 class Lengths:
     """Steps of each stage."""
 
-    teacher: int = 800
-    consistency: int = 300
-    four: int = 450
-    one: int = 300
-    causal: int = 250
-    frames: int = 300
+    teacher: int = 2400
+    consistency: int = 400
+    four: int = 600
+    one: int = 400
+    causal: int = 400
+    frames: int = 500
 
 
 @dataclass(frozen=True)
