@@ -22,7 +22,7 @@ When = Callable[[int], bool]
 """Whether something is done at a step of a stage, by its number from 0. The same on every rank: numbers of Python."""
 
 StepFunction = Callable[[Tree, Any, Tensor], tuple[Tree, Mapping[str, Any]]]
-"""`(tree, batch, key) -> (tree, metrics)`, pure, mostly jitted; `key`: int64 `[2]`, of this step and place alone, on the
+"""`(tree, batch, key) -> (tree, metrics)`, pure, mostly jitted; `key`: int64 `[2]`, of this step and place alone, on
 the device of the tree."""
 
 Log = Callable[[str, int, Mapping[str, Any]], None]
