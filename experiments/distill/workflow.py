@@ -54,7 +54,7 @@ class Setting:
     source: Source
     lengths: Lengths = field(default_factory=Lengths)
     batch: int = 64
-    guidance: float = 2.5
+    guidance: float = 2.0
     every: int = 2
     seed: int = 0
     dmd: Dmd = field(default_factory=lambda: Dmd(Times(low=0.02, high=0.98)))
