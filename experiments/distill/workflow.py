@@ -36,7 +36,7 @@ _SLOW = 0.98  # decay of the averages that are measured and handed on
 class Lengths:
     """Steps of each stage."""
 
-    teacher: int = 2400
+    teacher: int = 1200
     consistency: int = 400
     four: int = 600
     one: int = 400
