@@ -14,6 +14,7 @@ from torch import Tensor
 from ftrain import tree as trees
 from ftrain.checkpoint import Checkpointer
 from ftrain.kernels import random
+from ftrain.optim.transform import device_of
 from ftrain.run.session import Run
 
 Tree = Any
@@ -21,7 +22,8 @@ When = Callable[[int], bool]
 """Whether something is done at a step of a stage, by its number from 0. The same on every rank: numbers of Python."""
 
 StepFunction = Callable[[Tree, Any, Tensor], tuple[Tree, Mapping[str, Any]]]
-"""`(tree, batch, key) -> (tree, metrics)`, pure, mostly jitted; `key`: int64 `[2]`, of this step and place alone."""
+"""`(tree, batch, key) -> (tree, metrics)`, pure, mostly jitted; `key`: int64 `[2]`, of this step and place alone, on
+the device of the tree."""
 
 Log = Callable[[str, int, Mapping[str, Any]], None]
 """`(stage, number, metrics)`, after each step; what the metrics hold may still be on the way from a device."""
@@ -145,7 +147,7 @@ def place_of(stages: Sequence[Stage], number: int) -> tuple[int, int]:
 
 def _stepped(stage: Stage, tree: Tree, number: int, seed: int) -> tuple[Tree, dict[str, Any]]:
     """The tree after one step number (from 0), and what its steps report."""
-    key, batch = random.fold_in(stage.key(seed), number), stage.data(number)
+    key, batch = random.fold_in(stage.key(seed), number).to(device_of(tree)), stage.data(number)
     metrics: dict[str, Any] = {}
     for place, (when, step) in enumerate(stage.schedule):
         if not when(number):

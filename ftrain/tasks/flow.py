@@ -202,7 +202,7 @@ class Flow:
         valid_N: Tensor | None = None,
         time_N: Tensor | None = None,
     ) -> Noisy:
-        """What `loss` asks the field about; arguments and errors are its own. `data`: `[N, ...]`.
+        """What `loss` asks the field about; arguments are its own, `data` `[N, ...]`. ValueError as there.
 
         `time_N`: these times, in the place of drawn ones.
         """

@@ -45,9 +45,9 @@ class Consistency:
     ) -> Mean:
         """The mean squared distance of the data that the student predicts from what its average predicts one step on.
 
-        `average`: the student of slowly moving parameters (`roles.averaged`), or of its own. `teacher`: with guidance,
-        if it is to be learnt as well. Other arguments and errors are those of `Progressive.loss`, with `data` `[N,
-        ...]`.
+        `average`: the student with slowly moving parameters (`roles.averaged`), or the student itself. `teacher`: with
+        guidance, if it is to be learnt as well. Other arguments (`data` `[N, ...]`, `key` int64 `[2]`) and errors are
+        those of `Progressive.loss`.
         """
         at = torch.tensor(list(self.times), dtype=torch.float32, device=data.device)
         place_N = place_of(key, ids_N, len(self.times) - 1)

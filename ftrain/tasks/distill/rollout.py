@@ -27,7 +27,7 @@ def exit_step(seed: int, number: int, steps: int) -> int:
     A step takes it as a number of Python, so that it is traced once for each exit.
 
     >>> [exit_step(0, number, 4) for number in range(8)]
-    [1, 3, 3, 2, 0, 1, 1, 2]
+    [1, 0, 1, 2, 2, 2, 0, 0]
     """
     return int(random.randint(random.fold_in(random.key(seed), number), (1,), low=0, high=steps))
 
@@ -91,7 +91,9 @@ def causal_rollout(
     `exit`, this is how the student is used.
 
     - `cache`: of no chunk, a value: nothing is written into it, so a step may be computed again.
-    - `noises`: `[n, ...]` of each chunk. `times`, `key`, `exit`, errors: as in `rollout`; all chunks end at one step.
+    - `noises`: `[n, ...]` of each chunk. `times`, `key`, `exit`: as in `rollout`; all chunks end at one step.
+
+    ValueError as `rollout`.
     """
     times, exit = _checked(times, exit)
     made = list[Tensor]()

@@ -43,6 +43,8 @@ class Trajectory:
 
     - `kind`: "data", the distance of the predicted data from where the path ends (Liu et al., arXiv 2209.03003; the
       ODE start of CausVid); "secant", the distance from the velocity that leads to the next state in one step.
+
+    ValueError for another kind.
     """
 
     kind: Literal["data", "secant"] = "data"
