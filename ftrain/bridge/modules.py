@@ -118,7 +118,7 @@ class Bridged:
         versions = {name: x._version for name, x in before.items()}
         args, kwargs = self._arguments(batch)
         tensors = {f"inner.{name}": x for name, x in {**before, **flatten(params)}.items()}
-        with drawing(key, _rows(batch)), WholeBatch():
+        with drawing(key, _rows(batch), watched=True), WholeBatch():
             result, after = call(self._wrapped, tensors, args, kwargs)
         changed = {n for n, x in after.items() if n in before and (x is not before[n] or x._version != versions[n])}
         strange = sorted(changed - set(self.written))
