@@ -295,3 +295,37 @@ def test_a_module_that_mixes_rows_in_another_way_is_refused_with_the_line(how):
     step = ftrain.jit(lambda params, batch: model.loss(params, batch).value(), plan=plan, specs=model.specs)
     with pytest.raises(ValueError, match=r"test_from_module.py:\d+.* mixes rows of the batch"):
         step(model.load(), batch())
+
+
+def test_parts_that_a_module_computes_again_are_refused_with_the_line():
+    model = from_module(Mixing(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False)), squares)
+    for wrap in (ftrain.jit, lambda step: step):
+        step = wrap(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch))
+        with pytest.raises(ValueError, match=r"test_from_module.py:\d+ .*computes again.*remat=\"layer\""):
+            step(model.load(), batch())
+
+
+def lazy():
+    return nn.LazyLinear(3)
+
+
+def hooked():
+    module = nn.Linear(6, 3)
+    module.weight.register_hook(lambda grad: grad / 2)
+    return module
+
+
+def weight_norm_of_old():
+    module = nn.Linear(6, 3)
+    nn.utils.weight_norm(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(lazy, "has no shape before a first call"), (hooked, "has a hook"), (weight_norm_of_old, "cannot be copied")],
+)
+def test_a_module_that_a_copy_would_not_be_is_refused_with_the_way_out(make, says):
+    with pytest.raises(ValueError, match=says):
+        from_module(make(), squares)
