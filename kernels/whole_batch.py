@@ -13,6 +13,7 @@ from torch import Tensor
 from ftrain.kernels.primitive import primitive
 
 _within: ContextVar[bool] = ContextVar("ftrain_within_documents", default=False)
+_unwatched: ContextVar[bool] = ContextVar("ftrain_unwatched_modes", default=False)
 
 
 @primitive("whole_rows")
@@ -62,3 +63,20 @@ def within_documents() -> Iterator[None]:
 def stays_within_documents() -> bool:
     """True within the block of `within_documents`."""
     return _within.get()
+
+
+@contextmanager
+def unwatched_modes() -> Iterator[None]:
+    """Within the block functions that reach torch through a mode (a `TorchFunctionMode`) are not looked at for mixing
+    rows of the batch: of the module that runs there something else has shown that it keeps them apart.
+    """
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)
+
+
+def modes_are_watched() -> bool:
+    """False within the block of `unwatched_modes`."""
+    return not _unwatched.get()

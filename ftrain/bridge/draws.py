@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -15,12 +15,16 @@ from ftrain.bridge.dropped_attention import multi_head, scaled_dot_product
 from ftrain.graph.source import user_source
 from ftrain.kernels import random
 from ftrain.kernels.pack import draw_over_batch
+from ftrain.kernels.whole_batch import unwatched_modes
 
 _F = torch.nn.functional
 _DROPOUTS: set[Callable[..., Any]] = {_F.dropout, _F.dropout1d, _F.dropout2d, _F.dropout3d, torch.dropout}
 _CHANNELS: Mapping[Callable[..., Any], int] = {_F.dropout1d: 1, _F.dropout2d: 2, _F.dropout3d: 3}
 _SCALED, _HEADS = _F.scaled_dot_product_attention, _F.multi_head_attention_forward
 _OF_HEADS = tuple(inspect.signature(_HEADS).parameters)
+_OF_SCALED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_DROPPING: Mapping[Callable[..., Any], tuple[str, ...]] = {_SCALED: _OF_SCALED, _HEADS: _OF_HEADS}
+"""Functions that drop weights of attention, and the names of their arguments."""
 _RECURRENT: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _NUMBERS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     torch.rand: random.uniform,
@@ -42,19 +46,20 @@ _OTHERS: set[Callable[..., Any]] = {
 
 
 @contextmanager
-def drawing(key: Tensor | None, rows: int = 0, places: int = 0) -> Iterator[None]:
+def drawing(key: Tensor | None, rows: int = 0, places: int = 0, *, watched: bool = False) -> Iterator[None]:
     """Within the block dropout, stochastic depth, `torch.rand`, `torch.randn` and what fills tensors in their way draw
     from `key`, int64 `[2]`; without one nothing is dropped.
 
     `rows`: how many rows of the batch there are (a rank's, on a mesh): an array with so many entries along a dim, or a
     multiple along dim 0, gets for each row the numbers that it has in the whole batch. `places`: tokens of a row; an
-    array with an entry for each token of each row is divided so too, where there are several rows. ValueError, with the
-    line, for other random numbers, and for a module that seeds those of the process.
+    array with an entry for each token of each row is divided so too, where there are several rows. `watched`: on a
+    mesh, what the module does with rows is looked at, as in a loss of the user's own. ValueError, with the line, for
+    other random numbers, and for a module that seeds those of the process.
     """
     draws, seed = _Draws(key, rows, places), torch.initial_seed()
     token = _current.set(draws)
     try:
-        with draws:
+        with nullcontext() if watched else unwatched_modes(), draws:
             yield
     finally:
         _current.reset(token)
@@ -90,12 +95,14 @@ class _Draws(TorchFunctionMode):
             return self._dropped(func, *args, **kwargs)
         if func is Tensor.bernoulli_:
             return self._chosen(*args, **kwargs)
-        if func is _SCALED:
+        if func is _SCALED and self._key is not None and _given(_OF_SCALED, args, kwargs).get("dropout_p"):
             return self._scaled(*args, **kwargs)
-        if func is _HEADS:
-            return self._heads(*args, **kwargs)
+        if func is _HEADS and self._drops_in_heads(_given(_OF_HEADS, args, kwargs)):
+            return multi_head(self._ones, _HEADS, _given(_OF_HEADS, args, kwargs))
+        if func in _DROPPING:
+            args, kwargs = (), {**_given(_DROPPING[func], args, kwargs), "dropout_p": 0.0}
         if func in _RECURRENT:
-            return self._recurrent(func, args, kwargs)
+            args = self._recurrent(func, args)
         if func in _NUMBERS and self._key is not None and kwargs.get("generator") is None:
             return self._numbers(func, args, kwargs)
         if func in _IN_PLACE and self._key is not None and kwargs.get("generator") is None:
@@ -159,20 +166,14 @@ class _Draws(TorchFunctionMode):
         is_causal: bool = False,
         **options: Any,
     ) -> Tensor:
-        """Attention that drops weights by our numbers, or, without a key, none."""
-        if self._key is None or not dropout_p:
-            return _SCALED(query, key, value, attn_mask, 0.0, is_causal, **options)
+        """Attention that drops weights by our numbers."""
         return scaled_dot_product(self._ones, query, key, value, attn_mask, dropout_p, is_causal, **options)
 
-    def _heads(self, *args: Any, **kwargs: Any) -> Any:
-        """Attention of `nn.MultiheadAttention`, as `_scaled`."""
-        given = {**dict(zip(_OF_HEADS, args, strict=False)), **kwargs}
-        if self._key is None or not given.get("training", True) or not given["dropout_p"]:
-            return _HEADS(**{**given, "dropout_p": 0.0})
-        return multi_head(self._ones, _HEADS, given)
+    def _drops_in_heads(self, given: Mapping[str, Any]) -> bool:
+        return self._key is not None and bool(given.get("training", True) and given["dropout_p"])
 
-    def _recurrent(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """A recurrent network whose layers drop what they pass on: without a key nothing, with one it is refused."""
+    def _recurrent(self, func: Callable[..., Any], args: Sequence[Any]) -> list[Any]:
+        """The arguments of a recurrent network whose layers drop nothing; with a key what would drop is refused."""
         given = list(args)
         at = next(i for i, x in enumerate(given) if isinstance(x, float))
         if given[at] and self._key is not None and given[at + 1]:
@@ -181,7 +182,7 @@ class _Draws(TorchFunctionMode):
                 "from a key: set its dropout to 0 and put nn.Dropout between layers"
             )
         given[at] = 0.0
-        return func(*given, **kwargs)
+        return given
 
     def _ones(self, shape: tuple[int, ...], p: float) -> Tensor:
         """Ones with probability `p`, else zeros."""
@@ -209,3 +210,8 @@ class _Draws(TorchFunctionMode):
 
 
 _current: ContextVar[_Draws | None] = ContextVar("ftrain_bridge_draws", default=None)
+
+
+def _given(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}

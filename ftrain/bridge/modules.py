@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ftrain.bridge.draws import drawing
@@ -40,8 +41,8 @@ def from_module(
     The model's functions: `loss(params, batch, key=None, state=None)` gives a `Mean`, or `(Mean, state)` if the module
     has state; `logits` gives what the module gives. `load()` gives the module's own numbers.
 
-    ValueError for a loss that is no `Mean`, for arguments that the batch has not, and, when it runs, for a buffer that
-    a forward writes and that is no state.
+    ValueError for a loss that is no `Mean`, for arguments that the batch has not, for parameters with hooks or without a
+    shape, for a module that cannot be copied, and, when it runs, for a buffer that a forward writes and that is no state.
 
     >>> import ftrain, torch
     >>> from ftrain.bridge import from_module
@@ -54,7 +55,7 @@ def from_module(
     >>> sorted(grads)
     ['bias', 'weight']
     """
-    own = copy.deepcopy(module)
+    own = _copied(module)
     held = {name: x.clone() for name, x in buffers(own).items()}
     known = statistics(own)
     written = tuple(name for name in held if name in known or any(fnmatchcase(name, g) for g in state))
@@ -118,7 +119,7 @@ class Bridged:
         versions = {name: x._version for name, x in before.items()}
         args, kwargs = self._arguments(batch)
         tensors = {f"inner.{name}": x for name, x in {**before, **flatten(params)}.items()}
-        with drawing(key, _rows(batch)), WholeBatch():
+        with drawing(key, _rows(batch), watched=True), WholeBatch():
             result, after = call(self._wrapped, tensors, args, kwargs)
         changed = {n for n, x in after.items() if n in before and (x is not before[n] or x._version != versions[n])}
         strange = sorted(changed - set(self.written))
@@ -163,6 +164,31 @@ def statistics(module: nn.Module) -> tuple[str, ...]:
     """The names of the buffers that normalizations over the batch write."""
     norms = {path for path, inner in module.named_modules() if isinstance(inner, nn.modules.batchnorm._NormBase)}
     return tuple(name for name, _ in module.named_buffers() if name.rpartition(".")[0] in norms)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy that shares no memory. ValueError for a module of which a copy would compute something else, or none."""
+    name = type(module).__name__
+    for path, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"{name}: parameter {path!r} has no shape before a first call: call the module once on a batch, then "
+                "bridge it"
+            )
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{name}: parameter {path!r} has a hook on its gradient, which a pure function's parameters have not: "
+                "remove the hook, and change the gradients between value_and_grad and the update"
+            )
+    if any(isinstance(inner, torch.jit.ScriptModule) for inner in module.modules()):
+        raise ValueError(f"{name}: a part of it is TorchScript, which cannot be traced: give the module that it was")
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} cannot be copied ({str(error).partition('. ')[0]}): it keeps a tensor that was computed, or "
+            "something that has no copy; of torch.nn.utils.weight_norm take torch.nn.utils.parametrizations.weight_norm"
+        ) from error
 
 
 def _rows(batch: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -98,20 +99,33 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...]
 
     Tied weights follow the one that is given. Parameters that the module does not train (`requires_grad` is False) get
     no gradient. The module is left as it was. ValueError, with the line, for a module that converts a layer of its own
-    while it runs (`layer.to(dtype)`).
+    while it runs (`layer.to(dtype)`), and for one that computes parts again in its backward pass
+    (`torch.utils.checkpoint`), which would find the module's own numbers there and not those of `tensors`.
     """
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     given = {name: x.detach() if name in frozen else x for name, x in tensors.items()}
     try:
-        return functional_call(module, given, args, dict(kwargs), tie_weights=True)
+        with disable_saved_tensors_hooks(_RUNS_AGAIN):
+            return functional_call(module, given, args, dict(kwargs), tie_weights=True)
     except RuntimeError as error:
-        if "Couldn't swap" not in str(error):
+        what = next((words for sign, words in _REFUSED.items() if sign in str(error)), None)
+        if what is None:
             raise
         frame = next(f for f in reversed(traceback.extract_tb(error.__traceback__)) if "/torch/" not in f.filename)
         raise ValueError(
-            f"{type(module).__name__}: at {frame.filename}:{frame.lineno} ({frame.line}) it converts a layer of its "
-            "own while it runs, which no pure function can: a model of this kind is not bridged"
+            f"{type(module).__name__}: at {frame.filename}:{frame.lineno} ({frame.line}) it {what}"
         ) from error
+
+
+_RUNS_AGAIN = "hooks on what is saved for the backward pass"
+_REFUSED = {
+    "Couldn't swap": "converts a layer of its own while it runs, which no pure function can: a model of this kind is "
+    "not bridged",
+    _RUNS_AGAIN: "computes again, or fetches, in its backward pass what it needs there (torch.utils.checkpoint, "
+    "saved_tensors_hooks), where a pure function's parameters are no longer the module's: turn this off in the module "
+    "(of transformers: gradient_checkpointing_disable()), and give ftrain.jit remat=\"layer\"",
+}
+"""What a module may not do while it runs, in words, by a part of torch's message."""
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from ftrain.sharding.placement import use
+from ftrain.trace.provenance import current_provenance
 from ftrain.trace.precision import compute_dtype, reduce_dtype
 from ftrain.trace.spmd import batch_sum, current_sharded
 
@@ -65,7 +66,15 @@ def materialize(leaf: Tensor) -> Tensor:
 
 
 def _cast(x: Tensor, *, path: str) -> Tensor:
-    return x.to(compute_dtype(x, path))
+    return _noted(x.to(compute_dtype(x, path)), x, path)
+
+
+def _noted(copy: Tensor, x: Tensor, path: str) -> Tensor:
+    """`copy`, of the parameter `x` at `path`, into which the loss may not write if it is another tensor."""
+    provenance = current_provenance()
+    if copy is not x and provenance is not None:
+        provenance.note_copy(copy, path)
+    return copy
 
 
 def _gathered(leaf: Tensor, cast_at: str | None = None) -> View | None:
@@ -83,6 +92,6 @@ def _gathered(leaf: Tensor, cast_at: str | None = None) -> View | None:
         dtype = None if cast_at is None else compute_dtype(x, cast_at)
         whole = use(x, placement, trace.plan.mesh, dtype=dtype, reduce=reduce_dtype())
         trace.note_use(whole, path, placement)
-        return whole
+        return _noted(whole, x, path)
 
     return view

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from ftrain.graph.source import is_models, is_users
 from ftrain.graph.torch_private import vmapped_dims
+from ftrain.kernels.whole_batch import modes_are_watched
 from ftrain.sharding.placement import Placement
 from ftrain.trace import piece_reductions
 from ftrain.trace.batch_mixing import BatchMixing
@@ -382,7 +383,11 @@ _LIBRARY = tuple(str(Path(torch.__file__).parent / name) + os.sep for name in ("
 
 
 def _caller(frame: FrameType) -> FrameType:
-    """The frame that called the function, without the files of `_METHODS`."""
-    while frame.f_back is not None and frame.f_code.co_filename in _METHODS:
+    """The frame that called the function, without the files of `_METHODS` and other modes that pass it on."""
+    while frame.f_back is not None and _passes_on(frame.f_code):
         frame = frame.f_back
     return frame
+
+
+def _passes_on(code: CodeType) -> bool:
+    return code.co_filename in _METHODS or (code.co_name == "__torch_function__" and modes_are_watched())

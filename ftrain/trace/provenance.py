@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.graph.source import SourceLine, user_source
-from ftrain.graph.torch_private import DEVICE_QUERY, device_of_fake, next_seq_nr, tracing_graph
+from ftrain.graph.torch_private import DEVICE_QUERY, device_of_fake, next_seq_nr, node_of, tracing_graph
 from ftrain.sharding.spmd import current_filled, current_purpose
 from ftrain.trace.fixed_numbers import READ, FixedNumbers
 from ftrain.trace.origins import Origins
@@ -101,6 +101,11 @@ class Provenance(TorchDispatchMode):
                 if filled != 1:
                     node.meta["filled"] = filled
         return out
+
+    def note_copy(self, copy: Tensor, path: str) -> None:
+        """A loss computes with `copy`, of any shape, in the place of the parameter at `path`: no op may write into it."""
+        if node_of(copy) is not None:
+            self._unseen.note_copy(copy, path)
 
     def _origin(self) -> tuple[int, SourceLine | None]:
         """The number and the line of the forward op that is computed or differentiated now."""

@@ -65,6 +65,10 @@ _COMPILED = (
     "calls a function that torch.compile made, which cannot be traced: call the plain function (a compiled module's "
     "_orig_mod); ftrain.jit(backend='inductor') compiles the whole step"
 )
+_REENTRANT = (
+    "uses torch.utils.checkpoint with use_reentrant=True, which a traced step cannot hold: leave it out, and give "
+    "ftrain.jit remat='layer' (in a loss of your own, use_reentrant=False)"
+)
 _FORWARD_MODE = (
     "differentiates a vmap over torch.func.hessian or jacfwd, which torch cannot trace: take "
     "torch.func.jacrev(torch.func.grad(f)) in the place of the hessian"
@@ -241,6 +245,8 @@ def _reason(error: Exception, asked: str | None = None) -> str | None:
         return _EXCHANGED.format(what=asked or "swap_tensors")
     if "dynamo-optimized function" in words:
         return _COMPILED
+    if "use_reentrant=True" in words:
+        return _REENTRANT
     if "HigherOrderOperator" in words:
         return _OPERATOR.format(what=_between(words, "HigherOrderOperator ", " "))
     if "Sparse" in words or "sparse" in words:

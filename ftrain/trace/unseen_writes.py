@@ -4,6 +4,9 @@ After a write into a tensor, autograd regenerates each view of it from its base,
 trace it calls the op that created the view again, and this op gets the base with its new shape: after `h.t_()`, a view
 `v = h[:2]` that was taken before would get the derivative of columns. Also, autograd does not see writes into lists of
 tensors.
+
+What a loss computes with in the place of a parameter, gathered from its pieces or cast, is no parameter: a write into it
+would be lost, and is refused too.
 """
 
 import functools
@@ -28,11 +31,19 @@ class UnseenWrites:
         self._made, self._source = made, source
         self._reshaped: dict[int, tuple[str, torch.UntypedStorage]] = {}
         """By identity of memory, where a view of it got another shape; the storage is held to keep the identity."""
+        self._parameters: dict[int, tuple[str, torch.UntypedStorage]] = {}
+        """By identity of memory, the paths of parameters of which it is a gathered or cast copy."""
+
+    def note_copy(self, copy: Tensor, path: str) -> None:
+        """A loss computes with `copy`, of any shape, in the place of the parameter at `path`."""
+        self._parameters[storage_id(copy)] = path, copy.untyped_storage()
 
     def check(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
         """Untraceable, a ValueError, with the user's line, if `op(*args)` would make a gradient wrong."""
         if not op._schema.is_mutable:
             return
+        if self._parameters:
+            self._refuse_lost(op, args)
         if _writes_a_list(op):
             self._refuse_a_list(op, args)
         elif torch.Tag.inplace_view in op.tags:
@@ -66,6 +77,18 @@ class UnseenWrites:
                 f"its shape changed in place ({before[0]}), so that gradients would be wrong: make a new value"
                 f"{_instead(_name(op))}"
             )
+
+    def _refuse_lost(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+        """Untraceable for a write into what stands for a parameter."""
+        for argument, given in zip(op._schema.arguments, args, strict=False):
+            written = isinstance(given, Tensor) and argument.alias_info is not None and argument.alias_info.is_write
+            path = self._parameters.get(storage_id(given)) if written else None
+            if path is not None:
+                raise Untraceable(
+                    f"{self._source()}: {_name(op)} writes into the parameter {path[0]!r}, of which a loss has a copy "
+                    "(gathered from the ranks, or cast), so that it would be lost: a step is pure, so make a new value, "
+                    "e.g. x = x + y, and change the parameter in the update"
+                )
 
     def _refuse_a_list(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
         flat = [x for argument in args for x in (argument if isinstance(argument, list | tuple) else [argument])]

@@ -254,3 +254,78 @@ def test_what_does_not_fit_is_named(make, says):
     model = make()
     with pytest.raises(ValueError, match=says):
         model.loss(model.load(), batch())
+
+
+class Mixing(nn.Module):
+    """Looks across the rows of its batch, in the way that `how` says."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.how = nn.Linear(6, 4), nn.Linear(4, 3), how
+
+    def forward(self, x):
+        return self.last(self.how(self.first(x)))
+
+
+def attended(h):
+    return nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0]
+
+
+@pytest.mark.parametrize("how", [lambda h: h - h.mean(0), lambda h: h + h.roll(1, 0)], ids=["means", "shifts"])
+def test_a_module_that_looks_across_rows_sees_those_of_all_ranks(how):
+    model = from_module(Mixing(how), squares)
+
+    def step(params, batch):
+        return ftrain.value_and_grad(model.loss)(params, batch)
+
+    alone = ftrain.jit(step)(model.load(), batch())
+    plan = Plan(Mesh(shard=2, kind="virtual"), Layout())
+    shared = ftrain.jit(step, plan=plan, specs=model.specs)(model.load(), batch())
+    for a, b in zip(tree.leaves(alone), tree.leaves(shared), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda h: h[h[:, 0].argsort()], lambda h: h + h[0], attended], ids=["sorts", "reads one", "attends"]
+)
+def test_a_module_that_mixes_rows_in_another_way_is_refused_with_the_line(how):
+    model = from_module(Mixing(how), squares)
+    plan = Plan(Mesh(shard=2, kind="virtual"), Layout())
+    step = ftrain.jit(lambda params, batch: model.loss(params, batch).value(), plan=plan, specs=model.specs)
+    with pytest.raises(ValueError, match=r"test_from_module.py:\d+.* mixes rows of the batch"):
+        step(model.load(), batch())
+
+
+def test_parts_that_a_module_computes_again_are_refused_with_the_line():
+    model = from_module(Mixing(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False)), squares)
+    for wrap in (ftrain.jit, lambda step: step):
+        step = wrap(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch))
+        with pytest.raises(ValueError, match=r"test_from_module.py:\d+ .*computes again.*remat=\"layer\""):
+            step(model.load(), batch())
+
+
+def lazy():
+    return nn.LazyLinear(3)
+
+
+def hooked():
+    module = nn.Linear(6, 3)
+    module.weight.register_hook(lambda grad: grad / 2)
+    return module
+
+
+def weight_norm_of_old():
+    module = nn.Linear(6, 3)
+    nn.utils.weight_norm(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(lazy, "has no shape before a first call"), (hooked, "has a hook"), (weight_norm_of_old, "cannot be copied")],
+)
+def test_a_module_that_a_copy_would_not_be_is_refused_with_the_way_out(make, says):
+    with pytest.raises(ValueError, match=says):
+        from_module(make(), squares)

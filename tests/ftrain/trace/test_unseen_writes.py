@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 import ftrain
+from ftrain.modules.spec import ParamSpec, fan_in
+from ftrain.sharding import Layout, Mesh, Plan
 
 K = torch.linspace(1.0, 2.0, 9, dtype=torch.float64)
 
@@ -166,3 +168,18 @@ def test_a_constant_that_is_turned_may_have_views():
 
     w, x = arrays()
     torch.testing.assert_close(ftrain.jit(ftrain.grad(loss))(w, x), torch.func.grad(loss)(w, x))
+
+
+@pytest.mark.parametrize("options", ["mesh", "cast"])
+def test_a_write_into_the_copy_of_a_parameter_is_refused_as_into_the_parameter(options):
+    def loss(params, batch):
+        with torch.no_grad():
+            params["w"].data.clamp_(-0.1, 0.1)
+        return ftrain.Mean.of((batch["x"] * params["w"]).square())
+
+    specs = {"w": ParamSpec((4,), (None,), fan_in(4))}
+    mesh = {"plan": Plan(Mesh(shard=2, kind="virtual"), Layout(parameters=("shard",))), "specs": specs}
+    how = {"mesh": mesh, "cast": {"precision": ftrain.Precision(compute="bfloat16")}}[options]
+    step = ftrain.jit(lambda params, batch: ftrain.value_and_grad(loss)(params, batch), **how)
+    with pytest.raises(ValueError, match=r"test_unseen_writes.py:\d+ .*clamp_ writes into the parameter '(params.)?w'"):
+        step(ftrain.init(specs, ftrain.key(0)), {"x": torch.ones(8, 4)})
