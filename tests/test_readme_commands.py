@@ -167,6 +167,17 @@ COMMANDS = {
         {"runs/lora": "{here}/run", "exported": "{here}/exported", "ftrain": f"{TRAINED} && ftrain"},
         leaves="exported/adapter",
     ),
+    "ftrain plan --model DIR --tokens 4096 --gpus 8 --budget 70GiB --lora.rank 16 --apply plan.json": Command(
+        {"DIR": "{chat}", "4096": "256", "--gpus 8": "--gpus 2", "plan.json": "{here}/plan.json"},
+        "--traced 1 --processes 1",
+        leaves="plan.json",
+        long=True,
+    ),
+    "ftrain report runs/lora --html lora.html": Command(
+        {"runs/lora": "{here}/run", "lora.html": "{here}/lora.html", "ftrain": f"{TRAINED} && ftrain"},
+        leaves="lora.html",
+        long=True,
+    ),
     "ftrain params --model DIR": Command({"DIR": "{chat}"}, says="parameters"),
     "ftrain check --model DIR --shard 2": Command({"DIR": "{chat}"}, says="equal"),
     "ftrain launch slurm --out job.sh --nodes 4 -- train sft --config sft.yaml --out runs/big": Command(

@@ -53,7 +53,7 @@ class ModelStep:
             self.tokens,
             self.packs,
             (kind.leaf,) if kind.leaf else (),
-            jit_options(options, _GPU).get("precision"),
+            jit_options(options, model, _GPU).get("precision"),
             at_once(options, kind, model),
         )
 

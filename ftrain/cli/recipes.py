@@ -73,13 +73,13 @@ def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:
     return trained_paths(model.specs, freeze=options.freeze, only=options.only)
 
 
-def jit_options(options: TrainOptions, device: torch.device) -> dict[str, Any]:
+def jit_options(options: TrainOptions, model: Model, device: torch.device) -> dict[str, Any]:
     """What `ftrain.jit` is told beside the plan."""
     chosen = options.precision
     chosen = ("bfloat16" if device.type == "cuda" else "float32") if chosen == "auto" else chosen
     found: dict[str, Any] = {"backend": options.backend}
     if chosen != "float32":
-        found["precision"] = Precision(compute=chosen)
+        found["precision"] = Precision(compute=chosen, keep=model.keep)
     if options.plan is not None:
         return found  # which says what is computed again, too
     if options.budget is not None:

@@ -95,7 +95,7 @@ def _run(
         report.say(line)
     training = Training(
         recipe, data.loader, path, None, Report(data.steps, every=10, console=report.console), data.steps,
-        seed=options.seed, every=options.every, held_out=data.held_out, jit=jit_options(options, ranks.device),
+        seed=options.seed, every=options.every, held_out=data.held_out, jit=jit_options(options, model, ranks.device),
         plan=options.plan, memory=options.budget or "95%", samples=_samples(options, recipe, data, tokenizer, ranks),
         averaged="evaluate" in options.ema_use, bad=bad,
     )  # fmt: skip

@@ -6,8 +6,8 @@ from functools import partial
 from torch import Tensor
 
 from ftrain.sharding.placement import use
-from ftrain.trace.provenance import current_provenance
 from ftrain.trace.precision import compute_dtype, reduce_dtype
+from ftrain.trace.provenance import current_provenance
 from ftrain.trace.spmd import batch_sum, current_sharded
 
 View = Callable[[Tensor], Tensor]
