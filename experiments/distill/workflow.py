@@ -38,11 +38,11 @@ class Lengths:
     """Steps of each stage."""
 
     teacher: int = 1200
-    consistency: int = 400
-    four: int = 600
-    one: int = 400
-    causal: int = 400
-    frames: int = 500
+    consistency: int = 300
+    four: int = 400
+    one: int = 300
+    causal: int = 300
+    frames: int = 300
 
 
 @dataclass(frozen=True)
