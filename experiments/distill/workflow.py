@@ -3,6 +3,7 @@
 Legend: B films, N rows.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,11 +38,11 @@ class Lengths:
     """Steps of each stage."""
 
     teacher: int = 1200
-    consistency: int = 400
-    four: int = 600
-    one: int = 400
-    causal: int = 400
-    frames: int = 500
+    consistency: int = 300
+    four: int = 400
+    one: int = 300
+    causal: int = 300
+    frames: int = 300
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ class Setting:
         """The film of each row."""
         return self.painter.ids(self.batch)
 
-    def data(self, stage: int) -> Callable[[int], Batch]:
+    def data(self, stage: str) -> Callable[[int], Batch]:
         """The batches of a stage."""
-        return lambda number: self.source.batch(self.batch, seed=self.seed + stage, number=number)
+        seed = self.seed ^ zlib.crc32(stage.encode())
+        return lambda number: self.source.batch(self.batch, seed=seed, number=number)
 
 
 def stages(s: Setting) -> list[Stage]:
@@ -136,7 +138,7 @@ def teacher(s: Setting, steps: int) -> Stage:
     def start(tree: Any, key: Tensor) -> Any:
         return TEACHER.begun({}, ftrain.init(s.painter.specs, key), tx)
 
-    return Stage("teacher", steps, [(always, trained(TEACHER, tx, loss))], s.data(0), start)
+    return Stage("teacher", steps, [(always, trained(TEACHER, tx, loss))], s.data("teacher"), start)
 
 
 def consistency(s: Setting, steps: int) -> Stage:
@@ -153,7 +155,7 @@ def consistency(s: Setting, steps: int) -> Stage:
         own = result(tree, "teacher")
         return STUDENT.begun({"teacher": own}, own, tx)
 
-    return Stage("consistency", steps, [(always, trained(STUDENT, tx, loss))], s.data(1), start)
+    return Stage("consistency", steps, [(always, trained(STUDENT, tx, loss))], s.data("consistency"), start)
 
 
 def matching(s: Setting, name: str, steps: int, times: tuple[float, ...]) -> Stage:
@@ -212,7 +214,7 @@ def _matched(s: Setting, name: str, steps: int, made: list[tuple[When, Made]], *
 
     schedule = [(when, trained(CRITIC, fast, partial(critic_loss, make))) for when, make in made]
     schedule += [(both(when), trained(STUDENT, slow, partial(student_loss, make))) for when, make in made]
-    return Stage(name, steps, schedule, s.data(2 + len(name)), start)
+    return Stage(name, steps, schedule, s.data(name), start)
 
 
 def causal(s: Setting, steps: int) -> Stage:
@@ -232,4 +234,4 @@ def causal(s: Setting, steps: int) -> Stage:
     def start(tree: Any, key: Tensor) -> Any:
         return STUDENT.begun({"teacher": tree["teacher"]}, tree["teacher"], tx)
 
-    return Stage("causal", steps, [(always, trained(STUDENT, tx, loss))], s.data(1), start)
+    return Stage("causal", steps, [(always, trained(STUDENT, tx, loss))], s.data("causal"), start)
