@@ -298,7 +298,9 @@ def test_a_module_that_mixes_rows_in_another_way_is_refused_with_the_line(how):
 
 
 def test_parts_that_a_module_computes_again_are_refused_with_the_line():
-    model = from_module(Mixing(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False)), squares)
+    model = from_module(
+        Mixing(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False)), squares
+    )
     for wrap in (ftrain.jit, lambda step: step):
         step = wrap(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch))
         with pytest.raises(ValueError, match=r"test_from_module.py:\d+ .*computes again.*remat=\"layer\""):
