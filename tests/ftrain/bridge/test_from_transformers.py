@@ -277,7 +277,11 @@ def test_a_folder_that_is_not_tied_as_it_says_is_refused(tmp_path):
 def test_recompute_that_a_configuration_asks_for_is_left_to_jit():
     config = PACKED["llama"]()
     config.gradient_checkpointing = True
-    assert not from_transformers(config).alone
+    model = from_transformers(config)
+    params = ftrain.init(model.specs, ftrain.key(0))
+    step = ftrain.jit(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch))
+    assert torch.isfinite(step(params, pack())[0])
+    assert config.gradient_checkpointing
 
 
 def test_a_trained_folder_loads_with_strict_names(tmp_path: Path):
