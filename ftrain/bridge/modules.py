@@ -41,8 +41,9 @@ def from_module(
     The model's functions: `loss(params, batch, key=None, state=None)` gives a `Mean`, or `(Mean, state)` if the module
     has state; `logits` gives what the module gives. `load()` gives the module's own numbers.
 
-    ValueError for a loss that is no `Mean`, for arguments that the batch has not, for parameters with hooks or without a
-    shape, for a module that cannot be copied, and, when it runs, for a buffer that a forward writes and that is no state.
+    ValueError for a loss that is no `Mean`, for arguments that the batch has not, for parameters with hooks or without
+    a shape, for a module that cannot be copied, and, when it runs, for a buffer that a forward writes and that is no
+    state.
 
     >>> import ftrain, torch
     >>> from ftrain.bridge import from_module

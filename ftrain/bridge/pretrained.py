@@ -195,15 +195,23 @@ def _make(
             if "Unrecognized configuration class" not in str(error):
                 raise
         else:
-            return module.train()
+            return _in_training(module)
     part = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration", None)
     if task == "image_text_to_text" and part is not None:  # a part of a larger model, such as an omni thinker
         thinker: nn.Module = part._from_config(copy.deepcopy(config), **options)
-        return thinker.train()
+        return _in_training(thinker)
     raise ValueError(
         f"transformers has no {config.model_type} for task {task!r} ({', '.join(_CLASSES[task])}): choose another task "
         f"of {', '.join(_CLASSES)}"
     )
+
+
+def _in_training(module: nn.Module) -> nn.Module:
+    """In training, without the recompute that a configuration may ask for: jit has its own."""
+    for inner in module.modules():
+        if getattr(inner, "gradient_checkpointing", False):
+            inner.gradient_checkpointing = False
+    return module.train()
 
 
 def _plain(config: Any, task: Task, trust: bool) -> nn.Module:

@@ -123,7 +123,7 @@ _REFUSED = {
     "not bridged",
     _RUNS_AGAIN: "computes again, or fetches, in its backward pass what it needs there (torch.utils.checkpoint, "
     "saved_tensors_hooks), where a pure function's parameters are no longer the module's: turn this off in the module "
-    "(of transformers: gradient_checkpointing_disable()), and give ftrain.jit remat=\"layer\"",
+    '(of transformers: gradient_checkpointing_disable()), and give ftrain.jit remat="layer"',
 }
 """What a module may not do while it runs, in words, by a part of torch's message."""
 

@@ -33,7 +33,8 @@ def load(module: nn.Module, folder: HfFolder, specs: Tree, into: Tree | None = N
     `into`: a tree of parameters to be overwritten instead, of which each rank reads and keeps its own part. Beyond the
     result there is at most one group in memory: a tensor, or those of a layer that are stored apart and used together.
 
-    ValueError for a tensor that is missing, unexpected, quantized or of another shape, and for numbers beyond a dtype.
+    ValueError for a tensor that is missing, unexpected, quantized or of another shape, for numbers beyond a dtype, and
+    for two names of one parameter with different numbers.
     """
     _require_plain(folder)
     wanted = flatten(specs)
@@ -42,18 +43,24 @@ def load(module: nn.Module, folder: HfFolder, specs: Tree, into: Tree | None = N
     held = named_leaves(into)
     tied = _tied(module)
     missing, others = set(wanted), {*dict(module.named_buffers()), *fixed(module)}
-    for name, tensor in _parameters(module, folder):
-        name = tied.get(name, name)
+    for stored, tensor in _parameters(module, folder):
+        name = tied.get(stored, stored)
         if name not in wanted:
             if name in others:
                 continue
             raise ValueError(f"{folder.path}: it holds {name!r}, which {type(module).__name__} has not")
         if tuple(tensor.shape) != tuple(wanted[name].shape):
             raise ValueError(f"{folder.path}: {name!r} has shape {list(tensor.shape)}, not {list(wanted[name].shape)}")
-        missing.discard(name)
         layout = held.layouts.get(name)
         part = layout.mine if layout is not None else whole(tuple(tensor.shape))
-        _copy(held.tensors[name], tensor, part, f"{folder.path}: {name}")
+        if name in missing:
+            _copy(held.tensors[name], tensor, part, f"{folder.path}: {stored}")
+        elif not _repeats(held.tensors[name], tensor, part):
+            raise ValueError(
+                f"{folder.path}: {stored!r} should repeat the numbers of {name!r} under another name, but differs: "
+                "these weights are not tied; set tie_word_embeddings to false in config.json"
+            )
+        missing.discard(name)
     if missing:
         raise ValueError(f"{folder.path} has nothing for {sorted(missing)[0]!r} ({len(missing)} missing)")
     return into
@@ -146,11 +153,21 @@ def names_of(module: nn.Module, specs: Tree) -> Names:
 
 
 def _copy(target: Tensor, tensor: Tensor, part: Slice, where: str) -> None:
-    piece = tensor[tuple(slice(start, start + size) for start, size in part)]
-    own = target[tuple(slice(0, size) for _, size in part)]  # a piece may be padded
+    own, piece = _parts(target, tensor, part)
     with torch.no_grad():
         own.copy_(piece)
     require_in_range(piece, own, where)
+
+
+def _repeats(target: Tensor, tensor: Tensor, part: Slice) -> bool:
+    own, piece = _parts(target, tensor, part)
+    return torch.equal(own, piece.to(own))
+
+
+def _parts(target: Tensor, tensor: Tensor, part: Slice) -> tuple[Tensor, Tensor]:
+    """Of a rank's piece, which may be padded, what is filled, and of a file's tensor what belongs there."""
+    piece = tensor[tuple(slice(start, start + size) for start, size in part)]
+    return target[tuple(slice(0, size) for _, size in part)], piece
 
 
 def _tied(module: nn.Module) -> dict[str, str]:

@@ -215,6 +215,8 @@ def _looked_up(node: fx.Node, kinds: Kinds) -> Found:
     dim: int = 0 if name == "embedding" else node.args[1] % value.dim()  # type: ignore[operator,assignment]
     if own is None:
         return NOTHING
+    if name == "embedding" and index.what == "rows" and True in node.args[3:4]:
+        return MIXED  # scale_grad_by_freq: its backward counts an index over the whole batch
     if kind.partial:
         return MIXED if index.what == "rows" else Found(kind) if index == SAME else NOTHING
     if kind.what == "rows" and kind.dim == dim:

@@ -103,7 +103,7 @@ class Provenance(TorchDispatchMode):
         return out
 
     def note_copy(self, copy: Tensor, path: str) -> None:
-        """A loss computes with `copy`, of any shape, in the place of the parameter at `path`: no op may write into it."""
+        """A loss computes with `copy`, of any shape, in the place of the parameter at `path`; no op may write it."""
         if node_of(copy) is not None:
             self._unseen.note_copy(copy, path)
 

@@ -5,8 +5,8 @@ trace it calls the op that created the view again, and this op gets the base wit
 `v = h[:2]` that was taken before would get the derivative of columns. Also, autograd does not see writes into lists of
 tensors.
 
-What a loss computes with in the place of a parameter, gathered from its pieces or cast, is no parameter: a write into it
-would be lost, and is refused too.
+What a loss computes with in the place of a parameter, gathered from its pieces or cast, is no parameter: a write into
+it would be lost, and is refused too.
 """
 
 import functools
@@ -86,8 +86,8 @@ class UnseenWrites:
             if path is not None:
                 raise Untraceable(
                     f"{self._source()}: {_name(op)} writes into the parameter {path[0]!r}, of which a loss has a copy "
-                    "(gathered from the ranks, or cast), so that it would be lost: a step is pure, so make a new value, "
-                    "e.g. x = x + y, and change the parameter in the update"
+                    "(gathered from the ranks, or cast), so that it would be lost: a step is pure, so make a new "
+                    "value, e.g. x = x + y, and change the parameter in the update"
                 )
 
     def _refuse_a_list(self, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:

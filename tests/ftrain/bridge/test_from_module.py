@@ -298,7 +298,9 @@ def test_a_module_that_mixes_rows_in_another_way_is_refused_with_the_line(how):
 
 
 def test_parts_that_a_module_computes_again_are_refused_with_the_line():
-    model = from_module(Mixing(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False)), squares)
+    model = from_module(
+        Mixing(lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False)), squares
+    )
     for wrap in (ftrain.jit, lambda step: step):
         step = wrap(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch))
         with pytest.raises(ValueError, match=r"test_from_module.py:\d+ .*computes again.*remat=\"layer\""):
@@ -329,3 +331,12 @@ def weight_norm_of_old():
 def test_a_module_that_a_copy_would_not_be_is_refused_with_the_way_out(make, says):
     with pytest.raises(ValueError, match=says):
         from_module(make(), squares)
+
+
+def test_gradients_by_how_often_an_index_is_read_are_refused_on_a_mesh():
+    table = nn.Embedding(4, 3, scale_grad_by_freq=True)
+    model = from_module(table, squares, inputs=lambda batch: (batch["i"],))
+    plan = Plan(Mesh(shard=2, kind="virtual"), Layout())
+    step = ftrain.jit(lambda p, batch: ftrain.value_and_grad(model.loss)(p, batch), plan=plan, specs=model.specs)
+    with pytest.raises(ValueError, match=r"embedding at .* mixes rows of the batch"):
+        step(model.load(), {"i": torch.tensor([0, 1, 2, 3, 0, 0, 1, 2]), "y": batch()["y"]})

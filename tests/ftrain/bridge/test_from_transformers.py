@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ftrain
 from ftrain import tree
@@ -262,6 +263,25 @@ def test_a_folder_goes_in_and_comes_out_byte_by_byte(kind, tmp_path):
     model.save(params, tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "in").iterdir())
     assert filecmp.cmpfiles(tmp_path / "in", tmp_path / "out", files, shallow=False) == (files, [], [])
+
+
+def test_a_folder_that_is_not_tied_as_it_says_is_refused(tmp_path):
+    plain(PACKED["tied"]())[0].save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    table = next(name for name in held if "embed" in name)
+    save_file({**held, "lm_head.weight": held[table].flip(0)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"should repeat the numbers of .* set tie_word_embeddings to false"):
+        from_transformers(tmp_path).load()
+
+
+def test_recompute_that_a_configuration_asks_for_is_left_to_jit():
+    config = PACKED["llama"]()
+    config.gradient_checkpointing = True
+    model = from_transformers(config)
+    params = ftrain.init(model.specs, ftrain.key(0))
+    step = ftrain.jit(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch))
+    assert torch.isfinite(step(params, pack())[0])
+    assert config.gradient_checkpointing
 
 
 def test_a_trained_folder_loads_with_strict_names(tmp_path: Path):
