@@ -1,5 +1,6 @@
 # make omni   make the environment if need be, and run the main job
 # make finetune   make the environment if need be, and fine-tune a chat model on a small file, with LoRA
+# make distill   make the environment if need be, and distil a small video model to few steps
 # make test   make the environment if need be, and run the whole suite, in JOBS (2) processes
 # make test-exhaustive   every mesh of up to 16 ranks, of which the suite takes some
 # make test-nullgpu   laws of the CUDA build, on a device that computes nothing; makes an environment of its own; LAWS
@@ -25,7 +26,7 @@ NVIDIA_HEADERS = $(addprefix -I ,$(wildcard $(VENV_CUDA)/lib/python3*/site-packa
 	$(VENV_CUDA)/lib/python3*/site-packages/triton/backends/nvidia/include /usr/local/cuda/include))
 NULLGPU_LIBRARIES := $(addprefix $(NULLGPU)/,libnullgpu.so libcuda.so.1 libnvrtc.so.13)
 
-.PHONY: omni finetune test test-exhaustive test-nullgpu lint clean
+.PHONY: omni finetune distill test test-exhaustive test-nullgpu lint clean
 .DELETE_ON_ERROR:
 
 omni: $(RUN_STAMP)
@@ -33,6 +34,9 @@ omni: $(RUN_STAMP)
 
 finetune: $(FINETUNE_STAMP)
 	$(BIN)/python -m experiments.finetune $(ARGS)
+
+distill: $(RUN_STAMP)
+	$(BIN)/python -m experiments.distill $(ARGS)
 
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -186,6 +186,7 @@ COMMANDS = {
     "ftrain doctor": Command(says="CPU cores"),
     "make omni": Command(),
     "make finetune": Command(),
+    "make distill": Command(),
     "make test": Command(),
     "make test-exhaustive": Command(),
     "make test-nullgpu": Command(),
