@@ -210,7 +210,7 @@ def _in_training(module: nn.Module) -> nn.Module:
     """In training, without the recompute that a configuration may ask for: jit has its own."""
     for inner in module.modules():
         if getattr(inner, "gradient_checkpointing", False):
-            inner.gradient_checkpointing = False
+            inner.gradient_checkpointing = False  # type: ignore[assignment]
     return module.train()
 
 
