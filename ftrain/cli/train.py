@@ -77,6 +77,11 @@ def _run(
     model = open_model(options.model, native=options.native, task=task_of(options.model, media=family is not None))
     report.say(f"{model.name}: {model.why}")
     mesh = ranks.mesh
+    if options.data.tokens % mesh.sequence:
+        raise ValueError(
+            f"--tokens {options.data.tokens} of a pack do not divide among --sequence {mesh.sequence} ranks: take a "
+            "multiple"
+        )
     encode, leaves = _rows(kind, encoder, options, model, sequence=mesh.sequence, say=report.say)
     rows: Any = Remembered(encode)
     data = make_data(

@@ -46,7 +46,7 @@ def test_a_run_is_told_on_the_terminal_and_as_a_page(finished, tmp_path, capsys)
     ):
         assert words in shown
     page = (tmp_path / "run.html").read_text()
-    assert page.count("<polyline") == 5  # the loss, the held-out one, the norm, the speed
+    assert page.count("<polyline") == 4  # the loss, the held-out one, the norm, the speed
     assert "&quot;rank&quot;: 2" in page
 
 
@@ -63,5 +63,5 @@ def test_a_run_that_was_killed_or_failed_says_so(finished, model, tmp_path, caps
 
 def test_a_layout_that_cannot_be_is_refused_before_the_folder_exists(model, tmp_path, capsys):
     assert train(model, tmp_path / "run", "--sequence", "3") == 2
-    assert "sequence" in capsys.readouterr().err
+    assert "--tokens 128 of a pack do not divide among --sequence 3 ranks" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
