@@ -135,6 +135,17 @@ def share(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(empty, 0, total / torch.where(empty, 1, count))
 
 
+def mean_where(x_N: Tensor, counted_N: Tensor) -> Mean:
+    """The mean of `x_N` `[N]` over the entries that are counted (bool `[N]`); what the others hold is not read.
+
+    >>> import torch
+    >>> from ftrain.kernels.mean import mean_where
+    >>> mean_where(torch.tensor([1.0, 5.0, 3.0]), torch.tensor([True, False, True])).item()
+    2.0
+    """
+    return Mean(torch.where(counted_N, x_N, 0).sum(), counted_N.sum().to(x_N.dtype))
+
+
 def weighted_sum(terms: Mapping[str, Mean], weights: Mapping[str, float]) -> WeightedSum:
     """The sum of named means, each times its weight: `terms` maps a name to its mean, `weights` a name to a number.
 

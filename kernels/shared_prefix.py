@@ -78,18 +78,16 @@ def _documents(
     segments: Segments, begin_T: Tensor, end_T: Tensor, of_S: Tensor, used_S: Tensor
 ) -> tuple[Segments, Segments]:
     """The documents of queries and keys; rows that nobody reads are a document without queries."""
+    index_T = document_index(ids_of(segments))
+    kv_index_S = torch.where(used_S, index_T[of_S], -1)
     if not isinstance(segments, Documents):
-        index_T = document_index(segments)
-        return index_T, torch.where(used_S, index_T[of_S], -1)
-    tokens, rows = begin_T.shape[0], of_S.shape[0]
+        return index_T, kv_index_S
+    rows = of_S.shape[0]
     offsets_N = torch.cat([segments.offsets_N, segments.offsets_N[-1:]])
     begins = torch.cat([begin_T, end_T[-1:]])[segments.offsets_N.long()]
     kv_offsets_N = torch.cat([begins, torch.full_like(begins[:1], rows)]).to(offsets_N.dtype)
-    index_T = document_index(segments.ids_T)
     queries = Documents(index_T, offsets_N, segments.longest)
-    keys = Documents(torch.where(used_S, index_T[of_S], -1), kv_offsets_N, min(2 * segments.longest, rows))
-    assert tokens == index_T.shape[0]
-    return queries, keys
+    return queries, Documents(kv_index_S, kv_offsets_N, min(2 * segments.longest, rows))
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ftrain.bridge.batches import folded, row_documents
 from ftrain.kernels.documents import ids_of
-from ftrain.kernels.mean import Mean
 from ftrain.kernels.whole_batch import within_documents
 
 
@@ -49,12 +48,3 @@ def sum_by_run(x_T: Tensor, first_T: Tensor) -> Tensor:
     with within_documents():
         run_T = (first_T.long().cumsum(0) - 1).clamp(min=0)
         return torch.zeros_like(x_T).index_add(0, run_T, x_T)[run_T]
-
-
-def mean_where(x_T: Tensor, counted_T: Tensor) -> Mean:
-    """The mean of `x_T` `[T]` at the tokens that are counted (bool `[T]`): one of each document, or of each pair.
-
-    >>> mean_where(torch.tensor([1.0, 5.0, 3.0]), torch.tensor([True, False, True])).item()
-    2.0
-    """
-    return Mean(torch.where(counted_T, x_T, 0).sum(), counted_T.sum().to(x_T.dtype))

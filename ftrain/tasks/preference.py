@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ftrain.kernels.mean import Mean, weighted_sum
+from ftrain.kernels.mean import Mean, mean_where, weighted_sum
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
-from ftrain.tasks.document_sums import document_ids, first_tokens, mean_where, sum_by_run
+from ftrain.tasks.document_sums import document_ids, first_tokens, sum_by_run
 from ftrain.tasks.shared_prompts import sharing
 from ftrain.tasks.task import for_log, require_leaf, require_token_losses, without
 

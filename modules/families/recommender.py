@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftrain.kernels.mean import Mean
+from ftrain.kernels.mean import Mean, mean_where
 from ftrain.modules import linear
 from ftrain.modules.spec import Normal, ParamSpec, zeros
 
@@ -123,9 +123,9 @@ def loss_terms(found: Scores, labels: Mapping[str, Tensor], *, cfg: RecommenderC
     buckets_NB = share_between(labels["watch_s"].float(), cfg=cfg)
     watch_N = -(buckets_NB * F.log_softmax(found.watch_NB, dim=-1)).sum(-1)
     return {
-        "ctr": _mean_where(ctr_N, counted_N),
-        "ctcvr": _mean_where(both_N, counted_N),
-        "watch": _mean_where(watch_N, clicked_N),
+        "ctr": mean_where(ctr_N, counted_N),
+        "ctcvr": mean_where(both_N, counted_N),
+        "watch": mean_where(watch_N, clicked_N),
     }
 
 
@@ -163,7 +163,3 @@ def predict(found: Scores, *, cfg: RecommenderConfig) -> Predictions:
     click_N, convert_N = torch.sigmoid(found.click_N), torch.sigmoid(found.convert_N)
     centres_B = torch.tensor(cfg.watch_s, dtype=torch.float32, device=click_N.device)
     return Predictions(click_N, convert_N, click_N * convert_N, torch.softmax(found.watch_NB, dim=-1) @ centres_B)
-
-
-def _mean_where(value_N: Tensor, chosen_N: Tensor) -> Mean:
-    return Mean(torch.where(chosen_N, value_N, 0).sum(), chosen_N.sum().float())
