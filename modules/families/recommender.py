@@ -137,10 +137,13 @@ def log_both(found: Scores) -> Tensor:
 def log_not_both(found: Scores) -> Tensor:
     """`log(1 - p(click) p(conversion | click))`, `[N]`, without a difference of near numbers.
 
-    With a and b the two scores, `1 - s(a) s(b) = (e^-a + e^-b + e^(-a-b)) s(a) s(b)`.
+    Where the product is small it is taken from 1. Elsewhere, with a and b the two scores,
+    `1 - s(a) s(b) = (e^-a + e^-b + e^(-a-b)) s(a) s(b)`.
     """
-    a_N, b_N = found.click_N, found.convert_N
-    return torch.logsumexp(torch.stack([-a_N, -b_N, -a_N - b_N]), 0) + log_both(found)
+    a_N, b_N, log_N = found.click_N, found.convert_N, log_both(found)
+    of_small_N = torch.log1p(-torch.exp(log_N.clamp(max=-0.5)))
+    of_large_N = torch.logsumexp(torch.stack([-a_N, -b_N, -a_N - b_N]), 0) + log_N
+    return torch.where(log_N < -0.7, of_small_N, of_large_N)
 
 
 def share_between(watch_N: Tensor, *, cfg: RecommenderConfig) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import ftrain
@@ -26,13 +26,15 @@ def labels(clicked: list[int], converted: list[int], watch: list[float], counted
 
 
 @given(st.floats(-60, 60), st.floats(-60, 60), st.booleans())
+@example(0.0, -8.0, False)
 @settings(deadline=None, max_examples=60)
 def test_the_funnels_loss_is_that_of_the_product_of_both_probabilities(a: float, b: float, bought: bool) -> None:
     found = Scores(torch.tensor([a]), torch.tensor([b]), torch.zeros(1, 4))
     terms = recommender.loss_terms(found, labels([bought], [bought], [1.0]), cfg=CFG)
     a, b = float(torch.tensor(a)), float(torch.tensor(b))
     both = -math.log1p(math.exp(-a)) - math.log1p(math.exp(-b))
-    neither = math.log(math.exp(-a) + math.exp(-b) + math.exp(-a - b)) + both if not bought else 0.0
+    odds = math.exp(-a) + math.exp(-b) + math.exp(-a - b)
+    neither = (math.log1p(-math.exp(both)) if both < -1e-2 else math.log(odds) + both) if not bought else 0.0
     assert terms["ctcvr"].item() == pytest.approx(-both if bought else -neither, rel=1e-5, abs=1e-6)
 
 
