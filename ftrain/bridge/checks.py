@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftrain.bridge.plain import widened
 from ftrain.bridge.skeleton import flatten
 from ftrain.kernels import random
 from ftrain.modules.model import Model
-from ftrain.modules.spec import Tree, init, map_with_paths
+from ftrain.modules.spec import Tree, init
 from ftrain.plan.jit import jit
 from ftrain.sharding.plan import Plan
 from ftrain.trace.grad import value_and_grad
@@ -70,7 +71,8 @@ def check(
     - `plan`: to compare on a mesh, most often a virtual one: `Plan(Mesh(shard=2, sequence=2, kind="virtual"))`.
     - `tolerance`: of the loss, and of each gradient relative to its norm.
 
-    Nothing is dropped, as without a key. ValueError for a model that has no plain form.
+    Nothing is dropped, as without a key; floating leaves of the batch are made float64. ValueError for a model that
+    has no plain form: a native one, and a module without a loss.
 
     >>> import torch
     >>> from ftrain.bridge import check, from_transformers
@@ -86,13 +88,12 @@ def check(
     if params is None:
         params = model.load() if model.load is not None else init(model.specs, random.key(0))
     loss, grads = model.plain(params, batch)
-    wide = map_with_paths(lambda _, x: x.double() if x.dtype.is_floating_point else x, params)
 
-    def step(params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, Tree]:
-        return value_and_grad(lambda p, b: _loss(model, p, b))(params, batch)
+    def step(params: Tree, batch: Mapping[str, Any], state: Tree) -> tuple[Tensor, Tree]:
+        return value_and_grad(lambda p, b: _loss(model, p, b, state))(params, batch)
 
     jitted = jit(step) if plan is None else jit(step, plan=plan, specs=model.specs)
-    found, of_model = jitted(wide, dict(batch))
+    found, of_model = jitted(widened(params), widened(dict(batch)), widened(model.state))
     where = "one device" if plan is None else str(plan.mesh)
     apart = abs(float(found) - float(loss))
     rows = [Row("loss", apart, apart <= tolerance)]
@@ -103,10 +104,9 @@ def check(
     return Checked(model.name, where, tuple(rows))
 
 
-def _loss(model: Model, params: Tree, batch: Mapping[str, Any]) -> Any:
+def _loss(model: Model, params: Tree, batch: Mapping[str, Any], state: Tree) -> Any:
     """The loss without the new state of a model that has one."""
-    found = model.loss(params, batch)
-    return found[0] if model.state else found
+    return model.loss(params, batch, state=state)[0] if state else model.loss(params, batch)
 
 
 def _apart(found: Tensor, expected: Tensor, floor: float) -> float:

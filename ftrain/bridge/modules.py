@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ftrain.bridge.draws import drawing
+from ftrain.bridge.plain import plain_loss_of, widened
 from ftrain.bridge.skeleton import buffers, call, detached, flatten, nest, parameters
 from ftrain.bridge.specs import inits_of, specs_of
 from ftrain.bridge.statistics import WholeBatch
@@ -68,6 +69,7 @@ def from_module(
         loss=bridged.loss,
         logits=bridged.logits,
         load=lambda into=None: _own_numbers(module, into),
+        plain=None if loss is None else bridged.plain,
         state=nest({name: held[name] for name in written}),
         packs=False,
         alone="nothing is known of its dims",
@@ -95,16 +97,32 @@ class Bridged:
 
         ValueError without a loss, for one that gives no `Mean`, and as `run`.
         """
+        result, after = self.run(params, batch, key, state)
+        mean = self._mean(result, batch)
+        return (mean, after) if self.written else mean
+
+    def _mean(self, result: Any, batch: Any) -> Mean:
         if self.loss_of is None:
             raise ValueError(f"{self.name} has no loss: from_module(module, loss) takes one")
-        result, after = self.run(params, batch, key, state)
         mean = self.loss_of(result, batch)
         if not isinstance(mean, Mean):
             raise ValueError(
                 f"{self.name}: its loss gives a {type(mean).__name__}, not a ftrain.Mean(total, count), which says "
                 "what it is a mean of"
             )
-        return (mean, after) if self.written else mean
+        return mean
+
+    def plain(self, params: Tree, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the module by itself, eager, in float64, 0-d, and its gradients by name. Nothing is dropped.
+
+        ValueError as `loss`.
+        """
+
+        def loss(module: nn.Module, batch: Any) -> Mean:
+            args, kwargs = self._arguments(batch)
+            return self._mean(module(*args, **kwargs), batch)
+
+        return plain_loss_of(copy.deepcopy(self.module), loss, params, widened(batch), as_it_is=True)
 
     def logits(self, params: Tree, batch: Any, key: Tensor | None = None, state: Tree | None = None) -> Any:
         """What the module gives for the batch. `key`: int64 `[2]`, for dropout."""

@@ -1,4 +1,4 @@
-"""A language model of transformers by itself: eager, in float64, one document after the other."""
+"""A module by itself, eager, in float64: a language model of transformers one document after the other, or any."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ftrain.bridge.batches import IGNORED, rows
-from ftrain.bridge.skeleton import flatten
+from ftrain.bridge.draws import drawing
+from ftrain.bridge.modes import running
+from ftrain.bridge.skeleton import flatten, parameters
 from ftrain.kernels.documents import ids_of
-from ftrain.modules.spec import Tree
+from ftrain.kernels.mean import Mean
+from ftrain.modules.spec import Tree, map_with_paths
 
 
 def plain_loss(
@@ -48,3 +51,26 @@ def _documents(batch: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         starts = [0, *(torch.nonzero(ids.diff()).flatten() + 1).tolist(), len(ids)]
         for start, end in pairwise(starts):
             yield tokens[row, start:end], labels[row, start:end]
+
+
+def plain_loss_of(
+    module: nn.Module, loss: Callable[[nn.Module, Any], Mean], params: Tree, batch: Any, *, as_it_is: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a module by itself, 0-d, and its gradients by name, in float64. Nothing is dropped.
+
+    `module`: has memory; its parameters are overwritten. `as_it_is`: in the mode in which it is, not by `running`.
+    """
+    module = module.double()
+    own = parameters(module)
+    with torch.no_grad():
+        for name, x in flatten(params).items():
+            own[name].copy_(x)
+    with drawing(None) if as_it_is else running(module, drawing=False):
+        value = loss(module, batch).value()
+    value.backward()
+    return value.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
+
+
+def widened(tree: Tree) -> Tree:
+    """The tree with its floating leaves in float64."""
+    return map_with_paths(lambda _, x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ftrain.bridge.attention import NAME
-from ftrain.bridge.modes import running
 from ftrain.bridge.modules import Bridged, statistics
+from ftrain.bridge.plain import plain_loss_of
 from ftrain.bridge.rowwise import Rowwise
-from ftrain.bridge.skeleton import buffers, build, flatten, nest, parameters
+from ftrain.bridge.skeleton import buffers, build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of
 from ftrain.bridge.weights import loader, saver, stored_buffers
-from ftrain.kernels.mean import Mean
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
 
@@ -61,24 +60,6 @@ def suited(make: Make) -> nn.Module:
         return build(partial(make, attention="eager"))
     asks: Any = module._can_set_attn_implementation
     return module if asks() else build(partial(make, attention="eager"))
-
-
-def plain_loss_of(
-    module: nn.Module, loss: Callable[[nn.Module, Any], Mean], params: Tree, batch: Mapping[str, Any]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a module by itself, 0-d, and its gradients by name, in float64. Nothing is dropped.
-
-    `module`: has memory; its parameters are overwritten.
-    """
-    module = module.double()
-    own = parameters(module)
-    with torch.no_grad():
-        for name, x in flatten(params).items():
-            own[name].copy_(x)
-    with running(module, drawing=False):
-        value = loss(module, batch).value()
-    value.backward()
-    return value.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
 
 
 def _plain(make: Make, made: Rowwise, params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

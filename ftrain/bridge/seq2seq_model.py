@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ftrain.bridge.batches import IGNORED, rows
 from ftrain.bridge.pairs import apart
-from ftrain.bridge.rowwise_model import Make, plain_loss_of, suited
+from ftrain.bridge.plain import plain_loss_of
+from ftrain.bridge.rowwise_model import Make, suited
 from ftrain.bridge.seq2seq import Seq2Seq, leaves
 from ftrain.bridge.skeleton import build, nest, parameters
 from ftrain.bridge.specs import beginnings, fix, inits_of, specs_of

@@ -17,9 +17,11 @@ class Kind(NamedTuple):
     """What a value is of the batch.
 
     - `what`: "same" on all ranks; "rows", a rank's share along `dim`; "mean", whose average over ranks is the whole
-      batch's; "sum", whose sum (or average, of unequal shares) over ranks is; "unknown".
+      batch's; "sum", whose sum (or average, of unequal shares) over ranks is; "found", what `nonzero` gives of rows
+      along `dim`, and "places", the column of it that says which rows; "unknown".
     - `order`: of rows, "tokens" or "rows" where the shares of all ranks, joined by that rule, are the batch's; the name
-      of a part, for some of them; else "".
+      of a part, for some of them; "own" and a name, for those that the data choose; else "". Of places, the number of
+      rows, their order, and that of the rows chosen.
     """
 
     what: str
@@ -39,7 +41,12 @@ class Kind(NamedTuple):
     @property
     def part(self) -> bool:
         """True for some of a rank's rows, chosen by their places."""
-        return bool(self.order) and not self.ordered
+        return bool(self.order) and not self.ordered and not self.order.startswith("own ")
+
+    @property
+    def own(self) -> bool:
+        """True for what is another on each rank: its rows, and places among them."""
+        return self.what in ("rows", "found", "places")
 
 
 SAME, UNKNOWN = Kind("same"), Kind("unknown")
@@ -92,6 +99,11 @@ def joined(rows: list[Kind]) -> str:
     """The order of what is made of several row by row."""
     orders = {k.order for k in rows}
     return orders.pop() if len(orders) == 1 else ""
+
+
+def own_order(chooser: fx.Node) -> str:
+    """The order of the rows that this node, a mask or what finds places, chooses."""
+    return f"own {chooser}"
 
 
 _FILLS = {"full": "fill_value", "new_full": "fill_value", "full_like": "fill_value", "scalar_tensor": "s"}

@@ -18,6 +18,7 @@ from ftrain.trace.batch_kinds import (
     reader,
     rows_in,
 )  # fmt: skip
+from ftrain.trace.batch_places import found, write_at
 from ftrain.trace.spread_ops import reduced_dims, tensor_of
 
 
@@ -202,6 +203,9 @@ def _drawn(node: fx.Node, kinds: Kinds) -> Found:
 
 def _into_places(node: fx.Node, kinds: Kinds) -> Found:
     """Rows that are added up, or put, at places which an index names: a rank has only its own."""
+    at_places = write_at(node, kinds)
+    if at_places is not None:
+        return at_places
     target = kinds.get(node.args[0], UNKNOWN)  # type: ignore[arg-type]
     given = [k for n, k in kinds.items() if n is not node.args[0]]
     if target.what == "rows" or not any(k.what == "rows" or k.partial for k in given):
@@ -309,6 +313,7 @@ MATH_RULES: dict[str, Rule] = {
     **dict.fromkeys(("bincount", "histc"), _counted),
     **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _transformed),
     **dict.fromkeys(("trace",), _kept_parts),
+    "nonzero": found,
     **dict.fromkeys(("bucketize", "searchsorted"), _places_in_table),
     **dict.fromkeys(("bernoulli", "rrelu_with_noise", "multinomial", "log_sigmoid_forward"), _drawn),
     "linalg_cross": _crossed,

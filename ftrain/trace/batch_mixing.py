@@ -33,6 +33,7 @@ from ftrain.sharding.batch import TokenOrder
 from ftrain.sharding.mesh import Mesh
 from ftrain.sharding.whole_rows import mean_of_ranks
 from ftrain.trace.batch_backward import require_part_of_sum, watched_hook
+from ftrain.trace.batch_functions import kept_apart
 from ftrain.trace.batch_gathering import RowsOfAll, Run, kind_of
 from ftrain.trace.batch_kinds import Kind, number_in
 from ftrain.trace.batch_rows import BatchRows, summed
@@ -43,8 +44,6 @@ from ftrain.trace.spmd import batch_sum
 from ftrain.trace.spread_ops import tensor_of
 from ftrain.trace.whole_arrays import WholeArrays, map_tensors, writes
 
-_BY_ROW = {torch.nn.functional.instance_norm, torch.instance_norm}
-"""Functions of each row alone, which work on rows and channels as one dim."""
 _OVER_LABELS = {torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss}
 """Functions whose mean is over the labels that are not ignored, by their weights."""
 
@@ -85,8 +84,9 @@ class BatchMixing:
             args = (args[0], *map_tensors(self._finished, args[1:]))
         if func in _OVER_LABELS and (found := self._over_labels(func, run, args, kwargs, line)) is not None:
             return found
-        if func in _BY_ROW:
-            return self._by_row(run, args, kwargs)
+        apart = kept_apart(func, args, kwargs, self._kind)
+        if apart is not None:
+            return self._apart(run(args, kwargs), apart)
         before = last_node(graph)
         result = run(args, kwargs)
         cause = None if stays_within_documents() else self._cause(before, result)
@@ -139,7 +139,7 @@ class BatchMixing:
 
     def _concerned(self, values: Any) -> bool:
         kinds = (self._kind(t) for t in tensors_in(values))
-        return any(kind.what == "rows" or kind.partial for kind in kinds)
+        return any(kind.own or kind.partial for kind in kinds)
 
     def _note_own_parts(self, values: Any) -> None:
         """Beside a part of a sum two things are parts too, though all ranks have them alike: zeros, as a running total
@@ -187,12 +187,12 @@ class BatchMixing:
             return False
         return "slice" in str(node.target) and value.shape[kind.dim] != after.shape[kind.dim]
 
-    def _by_row(self, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """A function whose ops would look as if they mixed rows, and do not."""
-        kind, result = self._kind(args[0] if args else kwargs.get("input")), run(args, kwargs)
-        node = node_of(result)
-        if node is not None and kind.what == "rows":
-            self._rows.set(node, kind)
+    def _apart(self, result: Any, kinds: Sequence[Kind]) -> Any:
+        """The result of a function that keeps rows apart, whose tensors are of these kinds."""
+        for tensor, kind in zip(tensors_in(result), kinds, strict=True):
+            node = node_of(tensor)
+            if node is not None:
+                self._rows.set(node, kind)
         return result
 
     def _over_labels(

@@ -16,6 +16,7 @@ from ftrain.graph.loop import is_loop
 from ftrain.trace.batch_entry_rules import ENTRY_RULES, matrices
 from ftrain.trace.batch_kinds import MIXED, NOTHING, SAME, UNKNOWN, Found, Kind, Kinds, name_of, reader
 from ftrain.trace.batch_math_rules import MATH_RULES, elementwise, leading, loss
+from ftrain.trace.batch_places import of_columns
 from ftrain.trace.batch_shape_rules import SHAPE_RULES, part_of_result
 from ftrain.trace.spread import Spreads
 from ftrain.trace.spread_ops import CONSTANTS, group_of, is_elementwise, tensor_of
@@ -59,7 +60,7 @@ class BatchRows:
         if tensor_of(node) is None and name_of(node) in ("sym_size", "sym_numel"):
             return False  # a number of rows that depends on the data: what reads it is looked at
         kinds = (self.of(n).kind for n in node.all_input_nodes)
-        return self.of(node).kind == UNKNOWN and any(k.what == "rows" or k.partial for k in kinds)
+        return self.of(node).kind == UNKNOWN and any(k.own or k.partial for k in kinds)
 
     def _compute(self, node: fx.Node) -> Found:
         if node in self._known:
@@ -72,7 +73,7 @@ class BatchRows:
         if node.op != "call_function" or is_loop(node) or group_of(node) is not None or node.meta.get("purpose"):
             return NOTHING
         kinds = {n: self._known[n].kind for n in node.all_input_nodes}
-        if not any(k.what == "rows" or k.partial for k in kinds.values()):
+        if not any(k.own or k.partial for k in kinds.values()):
             return NOTHING
         found = by_rule(node, kinds)
         value = tensor_of(node)
@@ -87,6 +88,8 @@ def by_rule(node: fx.Node, kinds: Kinds) -> Found:
     if getattr(node.target, "__name__", "") == "getitem":
         return part_of_result(node, kinds)
     name = name_of(node)
+    if node.args and isinstance(node.args[0], fx.Node) and kinds[node.args[0]].what in ("found", "places"):
+        return of_columns(node, kinds)
     if reader(node)("reduction") is not None:
         return loss(node, kinds)
     rule = SHAPE_RULES.get(name) or MATH_RULES.get(name) or ENTRY_RULES.get(name)

@@ -18,15 +18,19 @@ from ftrain.trace.batch_kinds import (
     first_of,
     joined,
     name_of,
+    own_order,
     reader,
     rows_in,
 )  # fmt: skip
+from ftrain.trace.batch_places import column, read_at
 from ftrain.trace.spread_ops import tensor_of
 
 
 def part_of_result(node: fx.Node, kinds: Kinds) -> Found:
     """One tensor of several that an op gives."""
     kind, value = next(iter(kinds.values())), tensor_of(node)
+    if kind.what == "found":
+        return column(kind, node.args[1])
     size = value is not None and kind.what == "rows" and kind.dim < value.dim()
     if size and kind.part:
         kind = kind._replace(order=f"{kind.order} {node.args[1]}")
@@ -219,6 +223,8 @@ def _looked_up(node: fx.Node, kinds: Kinds) -> Found:
         return MIXED  # scale_grad_by_freq: its backward counts an index over the whole batch
     if kind.partial:
         return MIXED if index.what == "rows" else Found(kind) if index == SAME else NOTHING
+    if index.what == "places":
+        return read_at(kind, value, [(dim, index, own)]) if name != "gather" else NOTHING
     if kind.what == "rows" and kind.dim == dim:
         if index.what != "unknown":
             return MIXED
@@ -241,13 +247,15 @@ def _indexed(node: fx.Node, kinds: Kinds) -> Found:
     indices = [(d, kinds.get(n, UNKNOWN), tensor_of(n)) for d, n in at]
     if not indices or any(own is None for _, _, own in indices):
         return NOTHING
+    if any(k.what == "places" for _, k, _ in indices):
+        return read_at(kind, tensor_of(node.args[0]), indices)
     by_rows = [k for _, k, _ in indices if k.what == "rows"]
     if kind.partial:
         return MIXED if by_rows else Found(kind) if all(k == SAME for _, k, _ in indices) else NOTHING
     first, rank = indices[0][0], max(own.dim() for *_, own in indices)  # type: ignore[union-attr]
     if any(own.dtype in (torch.bool, torch.uint8) for *_, own in indices):  # type: ignore[union-attr]
-        chosen = len(indices) == 1 and kind.what == "rows" and kind.dim == first and by_rows
-        return Found(Kind("rows", first)) if chosen else NOTHING
+        chosen = len(indices) == 1 and by_rows and (kind == SAME or (kind.what == "rows" and kind.dim == first))
+        return Found(Kind("rows", first, own_order(at[0][1]))) if chosen else NOTHING
     adjacent = [d for d, *_ in indices] == list(range(first, first + len(indices)))
     if kind.what == "rows" and kind.dim not in [d for d, *_ in indices]:
         gone = len(indices) - rank if first < kind.dim else 0

@@ -76,6 +76,10 @@ _FORWARD_MODE = (
 _TWO_DEVICES = ("at least two devices, meta and", "two different devices meta, ")
 """Of torch 2.13 and 2.11."""
 _SPARSE = "uses a sparse tensor, which a traced step cannot hold: use sparse=False, or to_dense()"
+_PACKED = (
+    "packs sequences by lengths that only the data have (pack_padded_sequence): run the network on padded sequences, "
+    "and take each row's result at its length"
+)
 _UNKNOWN_OP = "calls {what}, for which torch has no shape rule, so it cannot be traced: register one (register_fake)"
 
 
@@ -106,6 +110,8 @@ class RefuseUnseen(TorchFunctionMode):
         if func == _SET_DATA:
             source = user_source()
             raise Untraceable(f"{source}: the step {_EXCHANGED.format(what=_text_at(source) or 'x.data = y')}")
+        if getattr(func, "__name__", "") == "_pack_padded_sequence":
+            raise Untraceable(f"{user_source()}: the step {_PACKED}")
         if func == Tensor.data_ptr:
             raise Untraceable(f"{user_source()}: the step {_ADDRESS.format(what=_text_at(user_source()))}")
         try:
@@ -229,6 +235,8 @@ def _reason(error: Exception, asked: str | None = None) -> str | None:
         return _SHOWN.format(what=asked or "f'{loss:.3f}', round(loss)")
     if isinstance(error, DATA_DEPENDENT):
         return _NUMBER.format(what=asked or "float(loss), an `if` on it, an assert")
+    if "memory format option is only supported by strided tensors" in words:
+        return _SPARSE
     if "its data is not allocated yet" in words:
         return _OF_NUMBERS.format(what=asked or "torch.tensor([a, b])")
     if isinstance(error, DYNAMIC_SHAPE) and "ctc_loss" in words:

@@ -121,7 +121,44 @@ doubled.register_autograd(lambda ctx, gradient: 2 * gradient)
 CELL = {}
 exec(compile("def standardised(h): return (h - h.mean(0)) / h.std(0)", "<cell 1>", "exec"), CELL)  # code of no file
 
+
+def experts_by_places(h):
+    out = torch.zeros_like(h)
+    for e, factor in enumerate((2.0, 3.0)):
+        t, k = torch.where(h.detach().topk(2, 1).indices == e)
+        out = out.index_add(0, t, h[t].sin() * factor * (k + 1.0)[:, None])
+    return out
+
+
+def experts_by_masks(h):
+    out = torch.zeros_like(h)
+    for column in range(2):
+        chosen = h[:, column] > 0
+        out[chosen] += h[chosen].pow(3)
+    return out
+
+
+def rows_at_places(h):
+    t = (h[:, 0] > 0).nonzero().squeeze(1)
+    return h.index_copy(0, t, h.index_select(0, t).exp())
+
+
+def attention_of_padded_rows(h):
+    x = h.view(-1, 2, 2).transpose(0, 1)
+    w = torch.arange(12, dtype=F64).view(6, 2).sin()
+    y, weights = F.multi_head_attention_forward(
+        x, x, x, 2, 1, w, torch.zeros(6, dtype=F64), None, None, False, 0.0, w[:2], torch.zeros(2, dtype=F64),
+        key_padding_mask=h[:, :2].detach() > 1,
+    )  # fmt: skip
+    return (y.transpose(0, 1) + weights).flatten(1)
+
+
 RIGHT = {
+    "experts by places": experts_by_places,
+    "experts by masks": experts_by_masks,
+    "rows at places": rows_at_places,
+    "attention of padded rows": attention_of_padded_rows,
+    "bags of embeddings": lambda h: F.embedding_bag((h.detach() > 0).long(), h.new_ones(2, 4).cumsum(0), mode="mean"),
     "mean": lambda h: h - h.mean(0),
     "mean of all": lambda h: h * h.mean(),
     "running mean": lambda h: h - (0.9 * torch.ones_like(h[..., 0:1]) + 0.1 * h.mean(0, keepdim=True)),
@@ -183,6 +220,15 @@ def test_ops_that_mix_rows(mesh, name):
 
 
 REFUSED = {
+    "a mean of places": lambda h, b: h * (h[:, 0] > 0).nonzero().double().mean(),
+    "places that are counted on": lambda h, b: h.index_select(0, (h[:, 0] > 0).nonzero()[:, 0] // 2),
+    "a table by places": lambda h, b: torch.arange(8.0, dtype=F64)[torch.where(h[:, 0] > 0)[0]],
+    "written at other places": lambda h, b: torch.zeros_like(h).index_add(
+        0, torch.where(h[:, 0] > 0)[0], h[torch.where(h[:, 0] > 0)[0]].flip(0)
+    ),
+    "a bag of all rows": lambda h, b: F.embedding_bag(
+        (h.detach() > 0).long().flatten(), h.new_ones(2, 4), torch.tensor([0, 3])
+    ),
     "two parts": lambda h, b: h.chunk(2)[0] - h.chunk(2)[1],
     "pairs of chosen and rejected": lambda h, b: (lambda chosen, rejected: chosen - rejected)(*h.chunk(2)),
     "neighbours": lambda h, b: h.diff(dim=0),
