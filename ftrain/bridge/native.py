@@ -17,8 +17,9 @@ from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, r
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.described import used_experts
 from ftrain.checkpoint.shard_layout import whole
+from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.described import described_decoder
-from ftrain.hf.files import CONFIG, HfFolder
+from ftrain.hf.files import CONFIG, HfFolder, read_member
 from ftrain.hf.load import fill_hf, load_hf, read_parts
 from ftrain.hf.save import save_hf
 from ftrain.hf.shards import Entry
@@ -101,6 +102,10 @@ def _as_far_ahead(folder: HfFolder, cfg: DecoderConfig, *, behind: int) -> Decod
     return cfg
 
 
+GENERATION = "generation_config.json"
+"""What a folder says of how its model generates, which `save` keeps."""
+
+
 @dataclass(frozen=True)
 class NativeFiles:
     """A folder, and what of it is parameters and what the state of balancing, which lies at `balance` in its names."""
@@ -137,7 +142,9 @@ class NativeFiles:
 
     def save(self, balance: Tree, params: Tree, folder: str | Path, state: Tree | None = None) -> None:
         """Write the parameters, and this state or `balance`, to a folder."""
-        save_hf(self._with(params, state or balance), folder, self.folder.config(), self.names)
+        kept = self.folder.path / GENERATION
+        beside = {GENERATION: read_member(kept.parent, GENERATION, limit=JSON_BYTES)} if kept.is_file() else {}
+        save_hf(self._with(params, state or balance), folder, self.folder.config(), self.names, beside=beside)
 
     def _with(self, tree: Tree, beside: Tree) -> Tree:
         return {**tree, "balance": beside} if beside else tree

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import types
 from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftrain.checkpoint.durable import make_folder, sync_path, write_text
+from ftrain.checkpoint.durable import make_folder, sync_path, write_bytes, write_text
 from ftrain.checkpoint.folders import temporary
 from ftrain.hf.files import CONFIG
 from ftrain.hf.gather import Leaves, write_gathered
@@ -34,6 +35,7 @@ def save_hf(
     max_shard: int | str = "5GB",
     dtype: torch.dtype | None = None,
     form: Form = TRANSFORMERS,
+    beside: Mapping[str, bytes] = types.MappingProxyType({}),
 ) -> None:
     """Write a tree of parameters as `save_pretrained` of transformers would: the same files, equal to the byte.
 
@@ -52,6 +54,7 @@ def save_hf(
         max_shard: the largest file, in bytes or as "5GB"; only a single larger tensor makes a larger one.
         dtype: cast floating-point weights to it. Default: as they are.
         form: of another library's folders (`ftrain.hf.shards.DIFFUSERS`), which are equal to the byte too.
+        beside: other files of the folder by name, such as `generation_config.json`, written after the weights.
 
     Raises:
         ValueError: a leaf has no name or a name no leaf, or a dtype that the format has not; a number is beyond the
@@ -78,6 +81,8 @@ def save_hf(
         with writer:
             for path, leaf in whole:
                 writer.write(path, leaf)
+        for name, content in beside.items():
+            write_bytes(Path(folder) / name, content)
 
     write_gathered(leaves, write)
 

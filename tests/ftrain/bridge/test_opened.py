@@ -47,7 +47,8 @@ def test_a_saved_native_model_is_the_folder(llama, tmp_path_factory):
     to = tmp_path_factory.mktemp("out")
     model = ftrain.hf.open(llama)
     model.save(model.load(), to)
-    assert (to / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "generation_config.json"):
+        assert (to / name).read_bytes() == (llama / name).read_bytes()
 
 
 def test_a_native_model_generates(llama):
