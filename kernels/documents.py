@@ -79,6 +79,16 @@ class Documents:
         offsets_N = torch.tensor([0, *(end for row in rows for end in row)], dtype=torch.int32)
         return Documents(segments_T, offsets_N.to(segments_T.device), bound)
 
+    @staticmethod
+    def equal(documents: int, length: int, device: torch.device) -> "Documents":
+        """So many documents of so many tokens each, one after the other.
+
+        >>> Documents.equal(2, 3, torch.device("cpu")).offsets_N
+        tensor([0, 3, 6], dtype=torch.int32)
+        """
+        ids_T = torch.arange(documents, device=device).repeat_interleave(length)
+        return Documents(ids_T, torch.arange(documents + 1, dtype=torch.int32, device=device) * length, length)
+
     def every(self, stride: int) -> "Documents":
         """The documents of every `stride`-th token, from the first on: for a sequence that was downsampled by that
         factor.

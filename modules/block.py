@@ -212,6 +212,14 @@ class Context:
         return nullcontext()
 
 
+class WholeItems(Context):
+    """`Context` of items (pictures, frames) of which each rank of a mesh has its own, whole: none reads another's."""
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, **options: Any) -> Tensor:
+        own: Tensor = attention.local(q_THK, k_TGK, v_TGV, segments_T=self.segments_T, **options)  # type: ignore[attr-defined]
+        return own
+
+
 class _WholePack(Context):
     """`Context` of a block that is given the tokens of other ranks too."""
 

@@ -1,4 +1,4 @@
-"""The transformer that vision and audio encoders share: pre-norm layers, bidirectional within an item of the pack.
+"""The transformer that encoders of pictures, sound and text share: pre-norm layers within an item of the pack.
 
 Each layer is a `Block` (modules/block.py), the built-in one or another that the configuration gives, as in a decoder.
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from ftrain.kernels.documents import Segments
 from ftrain.modules import norm
 from ftrain.modules.attention import AttentionConfig
-from ftrain.modules.block import Block, Context, in_turn, require_no_routers
+from ftrain.modules.block import Block, Context, WholeItems, in_turn, require_no_routers
 from ftrain.modules.layers import attention_block, mlp_block, residual_layer
+from ftrain.modules.mlp import Kind as MlpKind
 from ftrain.modules.mlp import MlpConfig
 
 
@@ -23,14 +24,16 @@ class StackConfig:
     """`layers` layers `d_model` wide, `heads` heads, an MLP of `d_hidden`.
 
     `position_axes` is how many coordinates a row has (1 time, 2 row and column, 3 time, row and column); each has an
-    equal share of the head dim, and its own whole range of rotary frequencies up to base `rope_base`.
+    equal share of the head dim, and its own whole range of rotary frequencies up to base `rope_base`. Without one
+    (None) nothing turns: places are in the rows, and positions are not read. `mlp_kind`: of the MLPs; `eps`: of the
+    norms; `causal`: a row sees none behind it.
 
     `pattern`: layers of your own, in turn: layer i is `pattern[i % len(pattern)]`, where None is the layer that the
     other fields describe. `layer_with` makes one of those with another MLP or attention in it.
 
     Raises:
-        ValueError: `d_model` over `heads` is no even whole number, or has fewer pairs than there are position axes, or
-            a block of `pattern` has routers.
+        ValueError: `d_model` over `heads` is no whole number, or with rotation no even one, or one with fewer pairs
+            than there are position axes, or a block of `pattern` has routers.
     """
 
     d_model: int
@@ -38,11 +41,18 @@ class StackConfig:
     heads: int
     d_hidden: int
     position_axes: int = 1
-    rope_base: float = 10_000.0
+    rope_base: float | None = 10_000.0
     pattern: tuple[Block | None, ...] = ()
+    mlp_kind: MlpKind = "gelu"
+    eps: float = 1e-6
+    causal: bool = False
 
     def __post_init__(self) -> None:
         require_no_routers(self.pattern, "StackConfig")
+        if self.rope_base is None:
+            if self.d_model % self.heads:
+                raise ValueError(f"d_model={self.d_model} over heads={self.heads} must give a whole head dim")
+            return
         if self.d_model % self.heads or (self.d_model // self.heads) % 2:
             raise ValueError(f"d_model={self.d_model} over heads={self.heads} must give a whole, even head dim")
         if self.d_model // self.heads // 2 < self.position_axes:
@@ -54,6 +64,7 @@ class StackConfig:
     @property
     def attention(self) -> AttentionConfig:
         """The attention of each layer."""
+        turns = self.rope_base is not None
         return AttentionConfig(
             d_model=self.d_model,
             heads=self.heads,
@@ -61,16 +72,16 @@ class StackConfig:
             head_dim=self.d_model // self.heads,
             bias=True,
             out_bias=True,
-            causal=False,
+            causal=self.causal,
             rope_base=self.rope_base,
-            rope_sections=_sections(self.d_model // self.heads // 2, self.position_axes),
-            rope_per_axis_ladder=self.position_axes > 1,
+            rope_sections=_sections(self.d_model // self.heads // 2, self.position_axes) if turns else None,
+            rope_per_axis_ladder=turns and self.position_axes > 1,
         )
 
     @property
     def mlp(self) -> MlpConfig:
         """The MLP of each layer."""
-        return MlpConfig(self.d_model, self.d_hidden, kind="gelu", bias=True)
+        return MlpConfig(self.d_model, self.d_hidden, kind=self.mlp_kind, bias=True)
 
 
 def _sections(pairs: int, axes: int) -> tuple[int, ...] | None:
@@ -86,6 +97,7 @@ def layer_with(cfg: StackConfig, *, attention: Block | None = None, mlp: Block |
         cfg.d_model,
         attention=attention or attention_block(cfg.attention),
         mlp=mlp or mlp_block(cfg.mlp),
+        eps=cfg.eps,
         kind="layer",
         norms=("norm_attention", "norm_mlp"),
     )
@@ -103,11 +115,13 @@ def specs(cfg: StackConfig) -> dict[str, Any]:
     return {"layers": layers, "norm_out": norm.specs(cfg.d_model, kind="layer")}
 
 
-def apply(params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Segments, cfg: StackConfig) -> Tensor:
+def apply(
+    params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Segments, cfg: StackConfig, whole: bool = False
+) -> Tensor:
     """`[T, D]` to normalised `[T, D]`; `positions` int64 `[T]`, or `[A, T]` for several axes; each item by itself.
 
-    `segments_T`: ids of the items, int64 `[T]`, or `Documents`. ValueError where a layer changes the shape or the dtype
-    of the rows.
+    `segments_T`: ids of the items, int64 `[T]`, or `Documents`. `whole`: a rank of a mesh has items of its own, whole.
+    ValueError where a layer changes the shape or the dtype of the rows.
 
     >>> import torch
     >>> from ftrain.kernels import random
@@ -118,8 +132,8 @@ def apply(params: Any, x_TD: Tensor, *, positions: Tensor, segments_T: Segments,
     >>> list(out_TD.shape)
     [3, 16]
     """
-    at = Context(positions, segments_T=segments_T)
+    at = (WholeItems if whole else Context)(positions, segments_T=segments_T)
     at.rope(cfg.attention)  # before the layers, of which it is no part
     for i, layer in enumerate(params["layers"]):
         x_TD = at.run_layer(layer_block(cfg, i), layer, x_TD, layer=i)
-    return norm.apply(params["norm_out"], x_TD)
+    return norm.apply(params["norm_out"], x_TD, eps=cfg.eps)

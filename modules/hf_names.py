@@ -31,7 +31,7 @@ class HfTensor:
 Names = tuple[HfTensor, ...]
 
 # What older files hold besides weights, and what follows from the configuration.
-DERIVED = ("*.rotary_emb.inv_freq",)
+DERIVED = ("*.rotary_emb.inv_freq", "*.embeddings.position_ids")
 
 # Their name, our leaf, and the field of AttentionConfig that says whether there is one.
 _ATTENTION = (

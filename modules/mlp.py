@@ -14,6 +14,7 @@ from ftrain.modules.linear import affine
 from ftrain.modules.spec import ParamSpec, fan_in, zeros
 
 KINDS = ("swiglu", "gelu", "gelu_tanh", "quick_gelu")
+Kind = Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MlpConfig:
 
     d_model: int
     d_hidden: int
-    kind: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    kind: Kind = "swiglu"
     bias: bool = False
 
     def __post_init__(self) -> None:

@@ -15,12 +15,11 @@ from typing import Any, Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftrain.kernels.attention import attention
 from ftrain.kernels.embedding import embedding
 from ftrain.kernels.rope import rope as rotate
 from ftrain.modules import norm
 from ftrain.modules.attention import AttentionConfig
-from ftrain.modules.block import Block, Context
+from ftrain.modules.block import Block, Context, WholeItems
 from ftrain.modules.layers import mlp_block, residual_layer
 from ftrain.modules.linear import affine
 from ftrain.modules.mlp import MlpConfig
@@ -199,8 +198,8 @@ def apply(params: Any, media: Mapping[str, Any], cfg: TowerConfig) -> Seen:
         )
     x_ND = _patches(params, media, cfg)
     places_2N = media["places"].mT
-    frames, layer = _WholeFrames(places_2N, segments_T=media["frames"]), layer_block(cfg)
-    windows = frames if cfg.window is None else _WholeFrames(places_2N, segments_T=media["windows"])
+    frames, layer = WholeItems(places_2N, segments_T=media["frames"]), layer_block(cfg)
+    windows = frames if cfg.window is None else WholeItems(places_2N, segments_T=media["windows"])
     for at in (frames, windows):
         at.rope(cfg.attention)  # before the layers, of which it is no part
     deep = list[Tensor]()
@@ -210,14 +209,6 @@ def apply(params: Any, media: Mapping[str, Any], cfg: TowerConfig) -> Seen:
             merger = params["deep"][cfg.deep_layers.index(i)]
             deep.append(_merged(merger, x_ND.reshape(-1, cfg.d_merged), cfg))
     return Seen(_merged(params["merger"], x_ND, cfg), tuple(deep))
-
-
-class _WholeFrames(Context):
-    """`Context` of frames of which each rank of a mesh has its own, whole: none reads those of another."""
-
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, **options: Any) -> Tensor:
-        own: Tensor = attention.local(q_THK, k_TGK, v_TGV, segments_T=self.segments_T, **options)  # type: ignore[attr-defined]
-        return own
 
 
 def _patches(params: Any, media: Mapping[str, Any], cfg: TowerConfig) -> Tensor:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from ftrain.hf.described import described_decoder, described_with_sight
+from ftrain.hf.described import described_decoder, described_image_text, described_with_sight
 from ftrain.hf.files import CONFIG, read_json
-from ftrain.modules import decoder, vision_language
+from ftrain.modules import decoder, image_text, vision_language
 from ftrain.modules.decoder_config import DecoderConfig
-from ftrain.modules.families.registry import family_of, seeing_family_of
+from ftrain.modules.families.registry import family_of, paired_family_of, seeing_family_of
 from ftrain.modules.spec import Tree
 
 _MOST = 4096
@@ -29,7 +29,10 @@ def described(folder: str | Path) -> Described:
     """
     file = Path(folder) / CONFIG
     config = read_json(file)
-    kind, seeing = str(config.get("model_type")), seeing_family_of(config)
+    kind, seeing, paired = str(config.get("model_type")), seeing_family_of(config), paired_family_of(config)
+    if paired is not None:
+        pair = described_image_text(config, str(file), layers=_MOST, describe=paired.config)
+        return Described(kind, image_text.specs(pair), 0)
     if seeing is not None:
         seen = described_with_sight(config, str(file), layers=_MOST, describe=seeing.config)
         return Described(kind, vision_language.specs(seen), used_experts(seen.text))

@@ -10,6 +10,7 @@ from ftrain.bridge.config import read_config
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.diffusion import from_diffusers
 from ftrain.bridge.native import native_decoder
+from ftrain.bridge.native_image_text import native_image_text
 from ftrain.bridge.native_sight import native_sight
 from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.native_wan_vae import CLASS as WAN_VAE
@@ -17,7 +18,7 @@ from ftrain.bridge.native_wan_vae import native_wan_vae
 from ftrain.bridge.pretrained import Task, from_transformers
 from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_member
-from ftrain.modules.families.registry import seeing_family_of
+from ftrain.modules.families.registry import paired_family_of, seeing_family_of
 from ftrain.modules.model import Model
 
 
@@ -80,6 +81,11 @@ def _without_files(model: Model, layers: int | None) -> Model:
 
 def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
     """The library's own model. ValueError where it has none of the folder's family, or for the task."""
+    paired = paired_family_of(folder.config())
+    if paired is not None and task in ("causal_lm", "features"):
+        if layers is not None:
+            raise ValueError(f"{folder.path} holds two encoders, which have all of their layers")
+        return native_image_text(folder, paired)
     seeing = seeing_family_of(folder.config())
     if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
         raise ValueError(f"task {task!r} has no native model")

@@ -69,6 +69,17 @@ _VISION = record(
     },
     others=True,
 )
+_PICTURES = record(
+    {},
+    optional={
+        **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), _COUNT),
+        **dict.fromkeys(("vocab_size", "max_position_embeddings", "projection_dim", "projection_size"), _COUNT),
+        **dict.fromkeys(("image_size", "patch_size", "num_channels"), _COUNT),
+        "layer_norm_eps": _REAL,
+        "hidden_act": text(),
+    },
+    others=True,
+)
 Described = TypeVar("Described")
 """What a rule makes of a configuration."""
 
@@ -104,6 +115,19 @@ def described_with_sight(
     check(vision, _VISION, f"{shown}, vision_config")
     _require_held(text, {"num_hidden_layers": layers}, shown)
     _require_held(vision, {"depth": layers}, f"{shown}, vision_config")
+    return _described(config, shown, describe)
+
+
+def described_image_text(
+    config: Mapping[str, Any], shown: str, *, layers: int, describe: Callable[[Mapping[str, Any]], Described]
+) -> Described:
+    """The pair of encoders of the configuration in the file `shown`, each of no more than `layers` layers, as
+    `described_decoder`. ValueError names the file and the entry.
+    """
+    for name in ("text_config", "vision_config"):
+        part, where = config.get(name) or {}, f"{shown}, {name}"
+        check(part, _PICTURES, where)
+        _require_held(part, {"num_hidden_layers": layers}, where)
     return _described(config, shown, describe)
 
 

@@ -1,10 +1,11 @@
-"""Which family a `config.json` is of, of text models or of those that see: `model_type` tells."""
+"""Which family a `config.json` is of: of text models, of those that see, of pairs of encoders."""
 
 from types import MappingProxyType
 
 from ftrain.modules.families import (
     deepseek_v3,
     gpt_oss,
+    image_text,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
@@ -13,6 +14,7 @@ from ftrain.modules.families import (
     qwen3_vl_moe,
 )
 from ftrain.modules.families.family import TextFamily
+from ftrain.modules.families.image_text import ImageTextFamily
 from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.hf_config import decoder_config
 from ftrain.modules.hf_fields import Config
@@ -44,6 +46,9 @@ SEEING = MappingProxyType(
 )
 """Those that see, by `model_type`."""
 
+PAIRED = MappingProxyType({"clip": image_text.CLIP, "siglip": image_text.SIGLIP})
+"""Pairs of encoders of pictures and texts, by `model_type`."""
+
 
 def family_of(config: Config) -> TextFamily:
     """The family by `model_type`; that of plain decoders for any other type, which its `config` may refuse.
@@ -60,3 +65,9 @@ def seeing_family_of(config: Config) -> VisionLanguageFamily | None:
     """The family of language models that see, by `model_type`; None for any other."""
     kind = config.get("model_type")
     return SEEING.get(kind) if isinstance(kind, str) else None
+
+
+def paired_family_of(config: Config) -> ImageTextFamily | None:
+    """The family of pairs of encoders of pictures and texts, by `model_type`; None for any other."""
+    kind = config.get("model_type")
+    return PAIRED.get(kind) if isinstance(kind, str) else None
