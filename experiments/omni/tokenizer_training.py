@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ftrain
 from ftrain import Precision, optim
-from ftrain.modules import vq_image
+from ftrain.modules import codebook, vq_image
 from ftrain.modules.vq_image import VqConfig
 
 _REVIVE_EVERY = 50
@@ -67,5 +67,5 @@ def train_tokenizer(
 def _revived(state: TokenizerState, images_BCHW: Tensor, key: Tensor, cfg: VqConfig) -> TokenizerState:
     """Codes that were not used are put where the data is, and counting starts again."""
     rows = vq_image.latents(state.params, images_BCHW, cfg=cfg)
-    books = vq_image.revive(state.params["codebooks_QKZ"], state.usage_QK, rows, key=key)
+    books = codebook.revive(state.params["codebooks_QKZ"], state.usage_QK, rows, key=key)
     return state._replace(params={**state.params, "codebooks_QKZ": books}, usage_QK=torch.zeros_like(state.usage_QK))

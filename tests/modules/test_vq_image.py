@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ftrain.kernels import random
-from ftrain.modules import spec, vq_image
+from ftrain.modules import codebook, spec, vq_image
 from ftrain.modules.vq_image import VqConfig
 
 TINY = VqConfig(size=8, channels=1, widths=(8, 16), codes=16, d_code=4, groups=4)
@@ -42,7 +42,7 @@ def test_images_become_codes_and_codes_become_images(cfg: VqConfig) -> None:
 
 def test_nearest_is_the_entry_at_the_least_distance() -> None:
     rows, book = torch.randn(50, 4), torch.randn(9, 4)
-    assert torch.equal(vq_image.nearest(rows, book), torch.cdist(rows.double(), book.double()).argmin(1))
+    assert torch.equal(codebook.nearest(rows, book), torch.cdist(rows.double(), book.double()).argmin(1))
 
 
 def test_each_level_quantizes_what_those_before_it_leave_over() -> None:
@@ -51,7 +51,7 @@ def test_each_level_quantizes_what_those_before_it_leave_over() -> None:
     left_QRZ, books_QKZ = vq_image.latents(params, batch, cfg=DEEP), params["codebooks_QKZ"]
     for level in range(DEEP.depth):
         entries_RZ = books_QKZ[level][codes_BQn[:, level].flatten()]
-        assert torch.equal(vq_image.nearest(left_QRZ[level], books_QKZ[level]), codes_BQn[:, level].flatten())
+        assert torch.equal(codebook.nearest(left_QRZ[level], books_QKZ[level]), codes_BQn[:, level].flatten())
         if level + 1 < DEEP.depth:
             torch.testing.assert_close(left_QRZ[level] - entries_RZ, left_QRZ[level + 1])
 
@@ -105,7 +105,7 @@ def test_revive_moves_exactly_the_unused_entries_onto_rows_of_their_level(cfg: V
     books_QKZ, rows_QRZ = params["codebooks_QKZ"], vq_image.latents(params, batch, cfg=cfg)
     used_QK = vq_image.usage(vq_image.encode(params, batch, cfg=cfg), cfg)
     assert used_QK.sum() == 4 * cfg.codes_per_image
-    new_QKZ = vq_image.revive(books_QKZ, used_QK, rows_QRZ, key=random.key(1))
+    new_QKZ = codebook.revive(books_QKZ, used_QK, rows_QRZ, key=random.key(1))
     assert torch.equal(new_QKZ[used_QK >= 1], books_QKZ[used_QK >= 1])
     for new_KZ, used_K, rows_RZ in zip(new_QKZ, used_QK, rows_QRZ, strict=True):
         moved = new_KZ[used_K < 1]
