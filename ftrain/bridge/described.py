@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftrain.hf.described import described_decoder, described_image_text, described_with_sight
+from ftrain.bridge.native_mimi import KIND as MIMI
 from ftrain.hf.files import CONFIG, read_json
 from ftrain.modules import decoder, image_text, vision_language
 from ftrain.modules.decoder_config import DecoderConfig
 from ftrain.modules.families.registry import family_of, paired_family_of, seeing_family_of
+from ftrain.modules.families import mimi, mimi_config
 from ftrain.modules.spec import Tree
 
 _MOST = 4096
@@ -33,6 +35,8 @@ def described(folder: str | Path) -> Described:
     if paired is not None:
         pair = described_image_text(config, str(file), layers=_MOST, describe=paired.config)
         return Described(kind, image_text.specs(pair), 0)
+    if kind == MIMI:
+        return Described(kind, mimi.specs(mimi_config.config(config)), 0)
     if seeing is not None:
         seen = described_with_sight(config, str(file), layers=_MOST, describe=seeing.config)
         return Described(kind, vision_language.specs(seen), used_experts(seen.text))

@@ -11,6 +11,8 @@ from ftrain.bridge.depth import with_layers
 from ftrain.bridge.diffusion import from_diffusers
 from ftrain.bridge.native import native_decoder
 from ftrain.bridge.native_image_text import native_image_text
+from ftrain.bridge.native_mimi import KIND as MIMI
+from ftrain.bridge.native_mimi import native_mimi
 from ftrain.bridge.native_sight import native_sight
 from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.native_wan_vae import CLASS as WAN_VAE
@@ -38,8 +40,8 @@ def open(
         native: "auto" takes the library's own family where there is one and transformers' or diffusers' model
             elsewhere; "always" and "never" leave no choice.
         task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
-            model, one that sees for "image_text_to_text" too, or a video transformer of Wan's, of `dtype` but for what
-            that keeps in float32.
+            model, one that sees for "image_text_to_text" too, a residual audio codec (Mimi), or a video transformer of
+            Wan's, of `dtype` but for what that keeps in float32.
         layers: with so many of its layers alone (`ftrain.bridge.depth`), for a look at shapes: such a model has neither
             `load` nor `save`. None: all.
 
@@ -86,6 +88,8 @@ def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
         if layers is not None:
             raise ValueError(f"{folder.path} holds two encoders, which have all of their layers")
         return native_image_text(folder, paired)
+    if folder.config().get("model_type") == MIMI and task == "causal_lm" and layers is None:
+        return native_mimi(folder)
     seeing = seeing_family_of(folder.config())
     if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
         raise ValueError(f"task {task!r} has no native model")
