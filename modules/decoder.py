@@ -10,6 +10,7 @@ the same layers, whose queries then read from the cache (modules/kv_cache.py).
 Legend: T tokens, B sequences, D model width, V vocabulary, E experts, L layers with experts, A position axes.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,10 +60,12 @@ class DecoderStats(NamedTuple):
 
     `router`: `load_E` and `probability_E` `[L, E]` and `count` `[L]`, stacked over the layers with experts; or `None`.
     `mtp`: the same of the modules of multi-token prediction, where they ran (`ftrain.modules.multi_token.apply`).
+    `kept`: the streams `[T, D]` that `apply` was asked to keep, in the order in which it was.
     """
 
     router: RouterStats | None
     mtp: RouterStats | None = None
+    kept: tuple[Tensor, ...] = ()
 
 
 class Added(NamedTuple):
@@ -134,14 +137,17 @@ def apply(
     balance: Tree = None,
     valid: Tensor | None = None,
     added: Added = NOTHING_ADDED,
+    keep: Sequence[int] = (),
 ) -> tuple[Tensor, DecoderStats]:
     """Tokens `[T]` (integers) or embeddings `[T, D]` (floats) to the hidden states after the last norm, `[T, D]`.
 
     `positions`: `[T]`, or `[A, T]` with several position axes, starting again in each document. `segments`: `[T]`
     int64 document ids, equal ids adjacent, or `Documents`, with which a CUDA device never waits; `None` is one
     document. `balance`: the state of `balance_specs`, given exactly where the balance is "bias". `valid`: `[T]` bool,
-    false for padding, which routers then do not count. `added`: rows for the first layers. ValueError where shapes do
-    not fit `cfg` or each other.
+    false for padding, which routers then do not count. `added`: rows for the first layers. `keep`: which streams the
+    statistics hold beside, as transformers counts hidden states: 0 is what the first layer reads, i what layer i - 1
+    makes of it, before rows are added, and the number of layers the result. ValueError where shapes do not fit `cfg` or
+    each other, and for a stream that is not there.
 
     >>> from ftrain.kernels import random
     >>> from ftrain.modules import spec
@@ -155,8 +161,12 @@ def apply(
     x_TD = x if x.is_floating_point() else embed(params, x)
     _check_inputs(params, x_TD, positions, segments, cfg)
     at = Context(positions, segments_T=segments, valid_T=valid, biases_LE=_biases(balance))
-    x_TD = _stack(params, x_TD, at, cfg=cfg, added=added)
-    return _last_norm(params, x_TD, cfg), DecoderStats(at.recorded())
+    streams: dict[int, Tensor | None] = dict.fromkeys(keep)
+    _check_kept(keep, cfg)
+    x_TD = _stack(params, x_TD, at, cfg=cfg, added=added, streams=streams)
+    hidden_TD = streams[cfg.layers] = _last_norm(params, x_TD, cfg)
+    kept = tuple(stream for stream in (streams[i] for i in keep) if stream is not None)
+    return hidden_TD, DecoderStats(at.recorded(), kept=kept)
 
 
 def prefill(
@@ -250,14 +260,34 @@ def apply_layer(params: dict[str, Any], x_TD: Tensor, *, layer: int, cfg: Decode
 
 
 def _stack(
-    params: dict[str, Any], x_TD: Tensor, at: Context, *, cfg: DecoderConfig, added: Added = NOTHING_ADDED
+    params: dict[str, Any],
+    x_TD: Tensor,
+    at: Context,
+    *,
+    cfg: DecoderConfig,
+    added: Added = NOTHING_ADDED,
+    streams: dict[int, Tensor | None] | None = None,
 ) -> Tensor:
-    """All layers; what they keep and count is left in `at`."""
+    """All layers; what they keep and count is left in `at`, and the streams that are asked for in `streams`."""
+    kept: dict[int, Tensor | None] = {} if streams is None else streams
     at.rope(cfg.attention)  # before the layers, of which it is no part
     for i, layer in enumerate(params["layers"]):
-        x_TD = added.behind(i, apply_layer(layer, x_TD, layer=i, cfg=cfg, at=at))
+        if i == 0 and i in kept:
+            kept[i] = x_TD
+        x_TD = apply_layer(layer, x_TD, layer=i, cfg=cfg, at=at)
+        if i + 1 in kept:
+            kept[i + 1] = x_TD
+        x_TD = added.behind(i, x_TD)
     at.recorded()  # checked, in generation too
     return x_TD
+
+
+def _check_kept(keep: Sequence[int], cfg: DecoderConfig) -> None:
+    strange = [i for i in keep if not 0 <= i <= cfg.layers]
+    if strange:
+        raise ValueError(
+            f"decoder: keep={tuple(keep)} names stream {strange[0]}: {cfg.layers} layers have 0 to that number"
+        )
 
 
 def _biases(balance: Tree) -> Tensor | None:

@@ -3,7 +3,7 @@
 Legend: T tokens, n tokens of pictures, D width of the decoder, B prompts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,19 @@ def embed(params: Tree, batch: Mapping[str, Any], cfg: VisionLanguageConfig) -> 
 
 
 def hidden(
-    params: Tree, batch: Mapping[str, Any], cfg: VisionLanguageConfig, *, segments: Segments | None = None
+    params: Tree,
+    batch: Mapping[str, Any],
+    cfg: VisionLanguageConfig,
+    *,
+    segments: Segments | None = None,
+    keep: Sequence[int] = (),
 ) -> tuple[Tensor, DecoderStats]:
-    """The decoder's hidden states `[T, D]` and its statistics. `batch`: as for `embed`, with "positions" `[T, 3]`."""
+    """The decoder's hidden states `[T, D]` and its statistics. `batch`: as for `embed`, with "positions" `[T, 3]`.
+
+    `keep`: streams that the statistics hold beside (`ftrain.modules.decoder.apply`): 0 are the embeddings with the rows
+    of media in them.
+    """
     x_TD, added = embed(params, batch, cfg)
     return decoder.apply(
-        params["text"], x_TD, positions=batch["positions"].mT, segments=segments, cfg=cfg.text, added=added
+        params["text"], x_TD, positions=batch["positions"].mT, segments=segments, cfg=cfg.text, added=added, keep=keep
     )

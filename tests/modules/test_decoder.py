@@ -35,6 +35,20 @@ def test_packed_documents_do_not_see_each_other(cfg):
         torch.testing.assert_close(packed[mine], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_streams_between_layers_are_kept_as_transformers_counts_them():
+    """Before what is added behind a layer; and the first layers alone give the same."""
+    params, rows = params_of(DENSE), torch.ones(2, DENSE.d_model)
+    added = decoder.Added((rows,), torch.tensor([3, 7]))
+    hidden, stats = run(DENSE, params, added=added, keep=(2, 0, 1))
+    first = Context(POSITIONS, segments_T=SEGMENTS)
+    embedded = decoder.embed(params, TOKENS)
+    behind = decoder.apply_layer(params["layers"][0], embedded, layer=0, cfg=DENSE, at=first)
+    for kept, wanted in zip(stats.kept, (hidden, embedded, behind), strict=True):
+        assert torch.equal(kept, wanted)
+    with pytest.raises(ValueError, match=r"keep=\(3,\) names stream 3: 2 layers have 0 to that number"):
+        run(DENSE, params, keep=(3,))
+
+
 def test_the_future_does_not_matter():
     params = params_of(DENSE)
     changed = TOKENS.clone()
