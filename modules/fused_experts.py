@@ -1,5 +1,7 @@
 """Experts, each a SwiGLU MLP, whose gate and up projections are one weight (Qwen3-VL-MoE), behind a router of ours.
 
+Shared experts beside them have their weights apart, as in `ftrain.modules.moe`.
+
 Legend: T tokens, N rows sorted by expert, D model width, E experts, F hidden width of an expert.
 """
 
@@ -17,7 +19,7 @@ from ftrain.modules.spec import ParamSpec, fan_in
 
 
 def fused_experts_block(cfg: MoEConfig) -> Block:
-    """`router_specs`, `w_gate_up_EDF` (`[E, D, 2 F]`, gates first) and `w_down_EFD`. Shared experts are not read.
+    """`router_specs`, `w_gate_up_EDF` (`[E, D, 2 F]`, gates first), `w_down_EFD`, and `shared_specs`.
 
     >>> fused_experts_block(MoEConfig(8, 4, experts=2, top_k=1)).specs(1.0)["w_gate_up_EDF"].shape
     (2, 8, 8)
@@ -29,7 +31,8 @@ def fused_experts_block(cfg: MoEConfig) -> Block:
             params["w_router_DE"], x_TD, cfg=cfg, bias_E=at.bias_E(), valid_T=at.valid_T
         )
         at.record(stats._replace(dropped=dropped_rows(expert_TK, leaves[0])))
-        return experts(x_TD, expert_TK, weights_TK, leaves, _network)
+        out_TD = experts(x_TD, expert_TK, weights_TK, leaves, _network)
+        return moe.with_shared(params, x_TD, out_TD, cfg=cfg)
 
     return Block(lambda out_gain: _specs(cfg, out_gain), apply, routers=(cfg,))
 
@@ -40,10 +43,11 @@ def _network(rows_ND: Tensor, offsets_E: Tensor, expert_N: Tensor, leaves: tuple
     return grouped_mm(swiglu(gate_NF, up_NF), leaves[1], offsets_E)
 
 
-def _specs(cfg: MoEConfig, out_gain: float) -> dict[str, ParamSpec]:
+def _specs(cfg: MoEConfig, out_gain: float) -> dict[str, Any]:
     d, e, f = cfg.d_model, cfg.experts, cfg.d_expert
     return {
         **moe.router_specs(cfg),
         "w_gate_up_EDF": ParamSpec((e, d, 2 * f), ("expert", "embed", "mlp"), fan_in(d)),
         "w_down_EFD": ParamSpec((e, f, d), ("expert", "mlp", "embed"), fan_in(f, gain=out_gain)),
+        **moe.shared_specs(cfg, out_gain=out_gain),
     }

@@ -131,11 +131,16 @@ def specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
         "w_up_EDF": ParamSpec((e, d, f), ("expert", "embed", "mlp"), fan_in(d)),
         "w_down_EFD": ParamSpec((e, f, d), ("expert", "mlp", "embed"), fan_in(f, gain=out_gain)),
     }
-    if cfg.shared is not None:
-        tree["shared"] = mlp.specs(cfg.shared, out_gain=out_gain)
-        if cfg.shared_gate:
-            tree["w_shared_gate_D1"] = ParamSpec((d, 1), ("embed", None), fan_in(d))
-    return tree
+    return {**tree, **shared_specs(cfg, out_gain=out_gain)}
+
+
+def shared_specs(cfg: MoEConfig, *, out_gain: float = 1.0) -> dict[str, Any]:
+    """As configured `shared` (an MLP) and `w_shared_gate_D1`; `out_gain` as in `specs`."""
+    if cfg.shared is None:
+        return {}
+    gate = ParamSpec((cfg.d_model, 1), ("embed", None), fan_in(cfg.d_model))
+    tree = {"shared": mlp.specs(cfg.shared, out_gain=out_gain)}
+    return {**tree, "w_shared_gate_D1": gate} if cfg.shared_gate else tree
 
 
 def router_specs(cfg: MoEConfig) -> dict[str, ParamSpec]:
@@ -176,14 +181,15 @@ def apply(
     )
     stats = stats._replace(dropped=dropped_rows(expert_TK, params["w_gate_EDF"]))
     out_TD = experts_swiglu(x_TD, expert_TK, weights_TK, params["w_gate_EDF"], params["w_up_EDF"], params["w_down_EFD"])
-    return out_TD + _shared(params, x_TD, cfg) if cfg.shared is not None else out_TD, stats
+    return with_shared(params, x_TD, out_TD, cfg=cfg), stats
 
 
-def _shared(params: dict[str, Any], x_TD: Tensor, cfg: MoEConfig) -> Tensor:
-    """What the shared experts add."""
-    assert cfg.shared is not None
-    out_TD = mlp.apply(params["shared"], x_TD, cfg=cfg.shared)
-    return out_TD * (x_TD @ params["w_shared_gate_D1"]).sigmoid() if cfg.shared_gate else out_TD
+def with_shared(params: dict[str, Any], x_TD: Tensor, out_TD: Tensor, *, cfg: MoEConfig) -> Tensor:
+    """What the chosen experts made of the tokens `x_TD`, with what the shared ones add, `[T, D]`."""
+    if cfg.shared is None:
+        return out_TD
+    shared_TD = mlp.apply(params["shared"], x_TD, cfg=cfg.shared)
+    return out_TD + (shared_TD * (x_TD @ params["w_shared_gate_D1"]).sigmoid() if cfg.shared_gate else shared_TD)
 
 
 def route(
