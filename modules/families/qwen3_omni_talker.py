@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftrain.kernels.documents import Segments
 from ftrain.kernels.embedding import embedding, merge_rows
 from ftrain.kernels.mean import Mean
 from ftrain.kernels.pack import pack_tokens, take_rows
 from ftrain.modules import code_predictor, decoder, linear
 from ftrain.modules.code_predictor import PredictorConfig
-from ftrain.modules.decoder import DecoderStats
 from ftrain.modules.decoder_config import DecoderConfig, layer_with
 from ftrain.modules.families.family import tensors
 from ftrain.modules.families.vision_language import Shapes, decoder_of
@@ -31,11 +29,15 @@ from ftrain.modules.hf_config import decoder_config
 from ftrain.modules.hf_fields import Config, require_understood, size
 from ftrain.modules.hf_names import HfTensor, Names, decoder_names, natural_order, under
 from ftrain.modules.layers import moe_block
+from ftrain.modules.sampling import Sampling
 from ftrain.modules.spec import Tree
+from ftrain.modules.speech_lines import ChatIds, CodeIds, qwen3_line
+from ftrain.modules.speech_packs import SpeechConfig
+from ftrain.modules.talker import Talker
 
 ROPE_BASE, SECTIONS = 1e4, (24, 20, 20)
 """What transformers takes for entries of the stack that are not there."""
-_CODES = ("codec_bos_id", "codec_eos_token_id", "codec_nothink_id", "codec_pad_id", "codec_think_bos_id",
+_CODES = ("codec_bos_id", "codec_eos_token_id", "codec_pad_id", "codec_nothink_id", "codec_think_bos_id",
           "codec_think_eos_id")  # fmt: skip
 _READ = (
     "accept_hidden_layer", "code_predictor_config", "num_code_groups", "speaker_id", "text_config",
@@ -56,26 +58,11 @@ _SHARED = (
 
 
 @dataclass(frozen=True)
-class SpeechIds:
-    """Codes that are no sound: `begin` and `end` of speech, `pad`, and those that say that nothing is thought before it
-    (`nothink`, `think_begin`, `think_end`); and the code of each voice, by its name.
-    """
-
-    begin: int
-    end: int
-    pad: int
-    nothink: int
-    think_begin: int
-    think_end: int
-    voices: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True)
 class TalkerConfig:
     """A `stack` over first codes, its `predictor` of the others, and projections of `d_hidden` from the thinker's rows.
 
     `d_thinker`: the width of those rows; `layer`: the layer of the thinker whose output is read of media (0: its input
-    rows). `ids`: see `SpeechIds`.
+    rows). `ids`: codes that are no sound; `voices`: the code of each voice, by its name.
 
     ValueError where the predictor is of another width than the stack, or an id is none of its codes.
     """
@@ -85,7 +72,8 @@ class TalkerConfig:
     d_thinker: int
     d_hidden: int
     layer: int
-    ids: SpeechIds
+    ids: CodeIds
+    voices: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.predictor.stack.d_model != self.stack.d_model:
@@ -93,10 +81,11 @@ class TalkerConfig:
                 f"the code predictor is {self.predictor.stack.d_model} wide and the talker, whose states it reads, "
                 f"{self.stack.d_model}"
             )
-        ids = self.ids
-        named = [ids.begin, ids.end, ids.pad, ids.nothink, ids.think_begin, ids.think_end, *dict(ids.voices).values()]
+        named = [self.ids.begin, self.ids.end, self.ids.pad, *self.ids.silent, *dict(self.voices).values()]
         if not 0 <= min(named) <= max(named) < self.stack.vocab:
-            raise ValueError(f"{ids} names a code outside of the talker's {self.stack.vocab}")
+            raise ValueError(
+                f"{self.ids} or a voice of {self.voices} names a code outside of the talker's {self.stack.vocab}"
+            )
 
 
 def specs(cfg: TalkerConfig) -> Tree:
@@ -125,12 +114,12 @@ def project(params: Tree, rows_SW: Tensor) -> Tensor:
 def embed(params: Tree, batch: Mapping[str, Any]) -> Tensor:
     """The stream `[S, D]`.
 
-    `batch`: "rows" `[S, W]`, of the thinker; "seen", bool `[S]`, which of them are hidden states of media; "codes",
+    `batch`: "rows" `[S, W]`, of the thinker; "words", int64 `[S]`, below 0 where the row is a state of media; "codes",
     int64 `[S]`, the first code of each token, below 0 for none; and where there are frames "frames": "codes" `[N, R +
     1]`, all codes of each, below 0 for a row without a frame, and "index" `[N]`, the token of each frame, S for none.
     """
     words_SD, media_SD = (project(params[name], batch["rows"]) for _, name in _PROJECTIONS)
-    x_SD = torch.where(batch["seen"][:, None], media_SD, words_SD) + first_rows(params, batch["codes"])
+    x_SD = torch.where(batch["words"][:, None] < 0, media_SD, words_SD) + first_rows(params, batch["codes"])
     frames = batch.get("frames")
     if frames is None:
         return x_SD
@@ -142,22 +131,6 @@ def first_rows(params: Tree, codes_S: Tensor) -> Tensor:
     """The rows of first codes, int64 `[S]`, in their table, `[S, D]`; zeros for those below 0."""
     rows_SD = embedding(codes_S.clamp(min=0), params["stack"]["embedding"]["table_VD"])
     return rows_SD.masked_fill(codes_S[:, None] < 0, 0)
-
-
-def hidden(
-    params: Tree, batch: Mapping[str, Any], cfg: TalkerConfig, *, segments: Segments | None = None
-) -> tuple[Tensor, DecoderStats]:
-    """The states `[S, D]` from which the next first codes are read, and what routers did.
-
-    `batch`: as for `embed`, with "positions" `[S, 3]`.
-    """
-    x_SD = embed(params, batch)
-    return decoder.apply(params["stack"], x_SD, positions=batch["positions"].mT, segments=segments, cfg=cfg.stack)
-
-
-def logits(params: Tree, hidden_SD: Tensor, cfg: TalkerConfig) -> Tensor:
-    """The scores of every next first code, `[S, V]`."""
-    return decoder.logits(params["stack"], hidden_SD, cfg.stack)
 
 
 def losses(params: Tree, hidden_SD: Tensor, batch: Mapping[str, Any], cfg: TalkerConfig) -> dict[str, Mean]:
@@ -173,6 +146,31 @@ def losses(params: Tree, hidden_SD: Tensor, batch: Mapping[str, Any], cfg: Talke
     state_ND = take_rows(hidden_SD, torch.where(index_N == nowhere, nowhere, index_N - 1))
     first_ND, rest_NR = first_rows(params, frames["codes"][:, 0]), frames["codes"][:, 1:]
     return {**found, "residuals": code_predictor.loss(params["predictor"], state_ND, first_ND, rest_NR, cfg.predictor)}
+
+
+def talker(cfg: TalkerConfig, chat: ChatIds) -> Talker:
+    """The talker's functions. `chat`: ids of the thinker's vocabulary."""
+
+    def frame(params: Tree, state_BD: Tensor, first_B: Tensor, key: Tensor | None, how: Sampling) -> Tensor:
+        first_BD = first_rows(params, first_B)
+        rest_BR = code_predictor.generate(params["predictor"], state_BD, first_BD, cfg.predictor, key=key, how=how)
+        return torch.cat([first_B[:, None], rest_BR], 1)
+
+    def go_on(params: Tree, codes_BG: Tensor, rows_BW: Tensor) -> Tensor:
+        rest_BD = code_predictor.embed(params["predictor"], codes_BG[:, 1:])
+        return first_rows(params, codes_BG[:, 0]) + rest_BD + project(params["words"], rows_BW)
+
+    return Talker(
+        specs(cfg),
+        cfg.stack,
+        layer=cfg.layer,
+        speech=SpeechConfig(qwen3_line, chat, cfg.ids, cfg.predictor.groups, cfg.predictor.stack.vocab),
+        ends=(cfg.ids.end,),
+        embed=embed,
+        losses=lambda params, hidden_SD, batch: losses(params, hidden_SD, batch, cfg),
+        frame=frame,
+        go_on=go_on,
+    )
 
 
 def config(config: Config, *, shapes: Shapes | None = None, prefix: str = "") -> TalkerConfig:
@@ -201,7 +199,7 @@ def config(config: Config, *, shapes: Shapes | None = None, prefix: str = "") ->
     if size(rest, "num_code_groups", groups) != groups:
         raise ValueError(f"config.json: num_code_groups={groups} of the talker are {rest['num_code_groups']} elsewhere")
     predictor = decoder_config({"num_key_value_heads": 8, **rest, "num_code_groups": None, "model_type": "qwen3"})
-    begin, end, nothink, pad, think_begin, think_end = (_id(config, name) for name in _CODES)
+    begin, end, pad, *silent = (_id(config, name) for name in _CODES)
     voices = config.get("speaker_id") or {}
     return TalkerConfig(
         replace(stack, moe=routed, pattern=(layer_with(replace(stack, moe=routed), mlp=experts(routed)),)),
@@ -209,7 +207,8 @@ def config(config: Config, *, shapes: Shapes | None = None, prefix: str = "") ->
         d_thinker=size(config, "thinker_hidden_size", 2048),
         d_hidden=size(text, "intermediate_size", 2048),
         layer=_id(config, "accept_hidden_layer"),
-        ids=SpeechIds(begin, end, pad, nothink, think_begin, think_end, tuple((v, _id(voices, v)) for v in voices)),
+        ids=CodeIds(begin, end, pad, tuple(silent)),
+        voices=tuple((voice, _id(voices, voice)) for voice in voices),
     )
 
 

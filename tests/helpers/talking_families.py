@@ -98,7 +98,7 @@ def document(prompt: int, frames: int, *, seed: int) -> dict[str, Any]:
     place = torch.arange(length)[:, None] + torch.randint(0, 2, (length, 3), generator=generator)
     return {
         "rows": torch.randn(length, WIDTH, generator=generator),
-        "seen": torch.arange(length) % 3 + 1 == torch.where(torch.arange(length) < prompt - 1, 1, 0),
+        "words": torch.where((torch.arange(length) % 3 == 0) & (torch.arange(length) < prompt - 1), -1, 7),
         "codes": first,
         "positions": place,
         "labels": labels,
@@ -130,7 +130,7 @@ def pack(given: Sequence[dict[str, Any]], *, tokens: int | None = None, frames: 
 def theirs(model: Any, one: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """transformers' scores of one document, and the sums of the two cross entropies, by its modules one by one."""
     rest, tables = one["frames"]["codes"][:, 1:], model.code_predictor.get_input_embeddings()
-    x = torch.where(one["seen"][:, None], model.hidden_projection(one["rows"]), model.text_projection(one["rows"]))
+    x = torch.where(one["words"][:, None] < 0, model.hidden_projection(one["rows"]), model.text_projection(one["rows"]))
     coded = one["codes"] >= 0
     x = x + model.get_input_embeddings()(one["codes"].clamp(min=0)) * coded[:, None]
     if len(rest):

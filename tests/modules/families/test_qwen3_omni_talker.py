@@ -9,6 +9,7 @@ import torch
 from ftrain.kernels.mean import weighted_sum
 from ftrain.modules.families import qwen3_omni_talker as family
 from ftrain.modules.sampling import Sampling
+from ftrain.modules.speech_lines import ChatIds
 from ftrain.modules.talker_generation import Choice, Utterance, speak
 from ftrain.sharding import BatchRows, Layout, Mesh, TokenIndices
 from tests.helpers import mesh_models
@@ -16,12 +17,17 @@ from tests.helpers import talking_families as laws
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
+CHAT = ChatIds(30, 31, 32)
 RULES = {"frames.*": BatchRows(), "frames.index": TokenIndices()}
 
 
+def talker_of(cfg):
+    return family.talker(cfg, CHAT)
+
+
 def loss(cfg, params, batch):
-    hidden_SD, _ = family.hidden(params, batch, cfg, segments=batch["segments"])
-    return hidden_SD, family.losses(params, hidden_SD, batch, cfg)
+    hidden_SD, _ = talker_of(cfg).hidden(params, batch, segments=batch["segments"])
+    return hidden_SD, talker_of(cfg).losses(params, hidden_SD, batch)
 
 
 def random_model(seed=0, **changes):
@@ -45,7 +51,7 @@ def test_losses_and_gradients_are_those_of_transformers(seed, changes, tmp_path)
     wanted = [laws.theirs(model, one) for one in given]
     scores_SV = torch.cat([scores for scores, _ in wanted])
     hidden_SD, found = loss(cfg, params, batch)
-    torch.testing.assert_close(family.logits(params, hidden_SD, cfg), scores_SV, rtol=0, atol=2e-5)
+    torch.testing.assert_close(talker_of(cfg).logits(params, hidden_SD), scores_SV, rtol=0, atol=2e-5)
     count = {"codes": int((batch["labels"] >= 0).sum()), "residuals": 10 * (laws.GROUPS - 1)}
     means = {name: sum(sums[name] for _, sums in wanted) / count[name] for name in count}
     for name, mean in found.items():
@@ -108,7 +114,7 @@ def spoken(model, one, new):
     """What transformers speaks greedily: first codes, and frames."""
     prompt = one.prompt
     media, words = model.hidden_projection(prompt["rows"]), model.text_projection(prompt["rows"])
-    x = torch.where(prompt["seen"][:, None], media, words)
+    x = torch.where(prompt["words"][:, None] < 0, media, words)
     x = x + model.get_input_embeddings()(prompt["codes"].clamp(min=0)) * (prompt["codes"] >= 0)[:, None]
     found = model.generate(
         inputs_embeds=x[None],
@@ -134,7 +140,7 @@ def test_it_speaks_what_transformers_does(tmp_path):
     model = random_model(3)
     cfg, params, _, _ = laws.as_ours(model, tmp_path, family)
     utterances = [asked(0, 6, 3), asked(1, 4, 12)]
-    found = speak(params, utterances, cfg, max_frames=8, how=Choice(never=(16, 17), again=1.3))
+    found = speak(params, utterances, talker_of(cfg), max_frames=8, how=Choice(never=(16, 17), again=1.3))
     for codes_NG, one in zip(found, utterances, strict=True):
         first, frames = spoken(model, one, 8)
         end = first.index(cfg.ids.end) if cfg.ids.end in first else len(first)
@@ -147,16 +153,19 @@ def test_speech_is_drawn_with_a_key_and_ends_at_its_end():
     params = mesh_models.Model(family.specs(cfg), None, None, {}).params(torch.float32)
     how = Choice(first=Sampling(1.0), rest=Sampling(1.0, top_k=3))
     key = torch.tensor([1, 2])
-    drawn = [speak(params, [asked(0, 6, 3)], cfg, max_frames=4, key=key, how=how)[0] for _ in range(2)]
+    drawn = [speak(params, [asked(0, 6, 3)], talker_of(cfg), max_frames=4, key=key, how=how)[0] for _ in range(2)]
     assert torch.equal(*drawn)
     silent = tuple(i for i in range(cfg.stack.vocab) if i != cfg.ids.end)
-    assert speak(params, [asked(0, 6, 3)], cfg, max_frames=4, how=Choice(never=silent))[0].shape == (0, laws.GROUPS)
+    assert speak(params, [asked(0, 6, 3)], talker_of(cfg), max_frames=4, how=Choice(never=silent))[0].shape == (
+        0,
+        laws.GROUPS,
+    )
     one = asked(0, 6, 3)
     nothing = one._replace(prompt={name: leaf[:0] for name, leaf in one.prompt.items()})
     with pytest.raises(ValueError, match="the prompt of utterance 1 is empty"):
-        speak(params, [one, nothing], cfg, max_frames=4)
+        speak(params, [one, nothing], talker_of(cfg), max_frames=4)
     with pytest.raises(ValueError, match="must be 0, or above 0 with a random key"):
-        speak(params, [asked(0, 6, 3)], cfg, max_frames=4, how=how)
+        speak(params, [asked(0, 6, 3)], talker_of(cfg), max_frames=4, how=how)
 
 
 @pytest.mark.parametrize(
