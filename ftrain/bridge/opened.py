@@ -14,6 +14,7 @@ from ftrain.bridge.native_image_text import native_image_text
 from ftrain.bridge.native_mimi import KIND as MIMI
 from ftrain.bridge.native_mimi import native_mimi
 from ftrain.bridge.native_sight import native_sight
+from ftrain.bridge.native_umt5 import is_encoder, native_umt5
 from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.native_wan_vae import CLASS as WAN_VAE
 from ftrain.bridge.native_wan_vae import native_wan_vae
@@ -42,6 +43,8 @@ def open(
         task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
             model, one that sees for "image_text_to_text" too, a residual audio codec (Mimi), or a video transformer of
             Wan's, of `dtype` but for what that keeps in float32.
+            model, one that sees for "image_text_to_text" too, or Wan's text encoder, autoencoder or video transformer,
+            of `dtype` but for what that keeps in float32.
         layers: with so many of its layers alone (`ftrain.bridge.depth`), for a look at shapes: such a model has neither
             `load` nor `save`. None: all.
 
@@ -67,7 +70,7 @@ def open(
     why = 'native="never"'
     if native != "never":
         try:
-            return _without_files(_native(HfFolder.open(folder), task, layers), layers)
+            return _without_files(_native(HfFolder.open(folder), task, dtype, layers), layers)
         except ValueError as error:
             if native == "always":
                 raise
@@ -81,7 +84,7 @@ def _without_files(model: Model, layers: int | None) -> Model:
     return model if layers is None else replace(model, load=None, read=None, save=None)
 
 
-def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
+def _native(folder: HfFolder, task: Task, dtype: torch.dtype, layers: int | None) -> Model:
     """The library's own model. ValueError where it has none of the folder's family, or for the task."""
     paired = paired_family_of(folder.config())
     if paired is not None and task in ("causal_lm", "features"):
@@ -90,6 +93,10 @@ def _native(folder: HfFolder, task: Task, layers: int | None) -> Model:
         return native_image_text(folder, paired)
     if folder.config().get("model_type") == MIMI and task == "causal_lm" and layers is None:
         return native_mimi(folder)
+    if is_encoder(folder.config()) and task in ("causal_lm", "features"):
+        if layers is not None:
+            raise ValueError(f"{folder.path} holds an encoder of texts, which has all of its layers")
+        return native_umt5(folder, dtype=dtype)
     seeing = seeing_family_of(folder.config())
     if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
         raise ValueError(f"task {task!r} has no native model")
