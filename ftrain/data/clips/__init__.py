@@ -1,0 +1,1 @@
+"""Clips of videos for training: which frames, at which size, with which captions, and their cache of latents."""
