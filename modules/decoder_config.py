@@ -152,3 +152,8 @@ def preset(name: str) -> DecoderConfig:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ValueError(f"no decoder is called {name!r}; nearest: {near!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def used_experts(cfg: DecoderConfig) -> int:
+    """How many experts a token uses in each layer that has them; 0 without."""
+    return max((router.top_k for router in cfg.routers), default=0)

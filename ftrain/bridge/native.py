@@ -15,7 +15,6 @@ from torch import Tensor
 from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
 from ftrain.bridge.depth import with_layers
-from ftrain.bridge.described import used_experts
 from ftrain.checkpoint.shard_layout import whole
 from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.described import described_decoder
@@ -27,7 +26,7 @@ from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
 from ftrain.modules import decoder, multi_token
 from ftrain.modules.autoregression import decoder_family
-from ftrain.modules.decoder_config import DecoderConfig, layer_block
+from ftrain.modules.decoder_config import DecoderConfig, layer_block, used_experts
 from ftrain.modules.families.registry import family_of
 from ftrain.modules.hf_fields import size
 from ftrain.modules.hf_names import Names

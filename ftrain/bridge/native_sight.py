@@ -14,13 +14,13 @@ from torch import Tensor
 from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
 from ftrain.bridge.depth import with_layers
-from ftrain.bridge.described import used_experts
 from ftrain.bridge.native import NativeFiles, router_loads
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder, vision_language
+from ftrain.modules.decoder_config import used_experts
 from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.model import Leaf, Model
 from ftrain.modules.moe import RouterLoad

@@ -9,19 +9,13 @@ import torch
 from ftrain.bridge.config import read_config
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.diffusion import from_diffusers
-from ftrain.bridge.native import native_decoder
-from ftrain.bridge.native_image_text import native_image_text
-from ftrain.bridge.native_mimi import KIND as MIMI
-from ftrain.bridge.native_mimi import native_mimi
-from ftrain.bridge.native_sight import native_sight
-from ftrain.bridge.native_umt5 import is_encoder, native_umt5
 from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.native_wan_vae import CLASS as WAN_VAE
 from ftrain.bridge.native_wan_vae import native_wan_vae
+from ftrain.bridge.natives import native_of
 from ftrain.bridge.pretrained import Task, from_transformers
 from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.files import CONFIG, HfFolder, parse_json, read_member
-from ftrain.modules.families.registry import paired_family_of, seeing_family_of
 from ftrain.modules.model import Model
 
 
@@ -41,10 +35,8 @@ def open(
         native: "auto" takes the library's own family where there is one and transformers' or diffusers' model
             elsewhere; "always" and "never" leave no choice.
         task, dtype, trust_remote_code: as for `ftrain.bridge.from_transformers`; a native model is a causal language
-            model, one that sees for "image_text_to_text" too, a residual audio codec (Mimi), or a video transformer of
-            Wan's, of `dtype` but for what that keeps in float32.
-            model, one that sees for "image_text_to_text" too, or Wan's text encoder, autoencoder or video transformer,
-            of `dtype` but for what that keeps in float32.
+            model, one that sees for "image_text_to_text" too, what else `ftrain.bridge.natives` lists, or Wan's
+            autoencoder or video transformer, of `dtype` but for what that keeps in float32.
         layers: with so many of its layers alone (`ftrain.bridge.depth`), for a look at shapes: such a model has neither
             `load` nor `save`. None: all.
 
@@ -86,21 +78,12 @@ def _without_files(model: Model, layers: int | None) -> Model:
 
 def _native(folder: HfFolder, task: Task, dtype: torch.dtype, layers: int | None) -> Model:
     """The library's own model. ValueError where it has none of the folder's family, or for the task."""
-    paired = paired_family_of(folder.config())
-    if paired is not None and task in ("causal_lm", "features"):
-        if layers is not None:
-            raise ValueError(f"{folder.path} holds two encoders, which have all of their layers")
-        return native_image_text(folder, paired)
-    if folder.config().get("model_type") == MIMI and task == "causal_lm" and layers is None:
-        return native_mimi(folder)
-    if is_encoder(folder.config()) and task in ("causal_lm", "features"):
-        if layers is not None:
-            raise ValueError(f"{folder.path} holds an encoder of texts, which has all of its layers")
-        return native_umt5(folder, dtype=dtype)
-    seeing = seeing_family_of(folder.config())
-    if task not in ("causal_lm", "image_text_to_text") or (seeing is None and task != "causal_lm"):
+    native = native_of(folder.config())
+    if task not in native.tasks:
         raise ValueError(f"task {task!r} has no native model")
-    return native_decoder(folder, layers=layers) if seeing is None else native_sight(folder, seeing, layers=layers)
+    if layers is not None and not native.layered:
+        raise ValueError(f"{folder.path} holds {native.what}, which has all of its layers")
+    return native.open(folder, dtype, layers)
 
 
 def _is_of_diffusers(folder: Path) -> bool:
