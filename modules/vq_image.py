@@ -21,7 +21,6 @@ from ftrain.kernels.mean import Mean
 from ftrain.modules import codebook, picture_networks
 from ftrain.modules.codebook import Quantized
 from ftrain.modules.picture_networks import NetworkConfig, conv, conv_specs
-from ftrain.modules.spec import Normal, ParamSpec
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class VqConfig:
     which a linear map takes to the width of codes and back, and attention at the resolutions `attention`.
     `codes` entries of width `d_code` for each of `depth` levels; with `normalise`, which goes with one level, compared
     on the unit sphere. `commitment` weighs the pull of the encoder towards its codes, `pull` that of the codebook
-    towards the encoder, 0 where it follows averages (`codebook.follow`). `groups` is the number of groups in the group
-    norms, a divisor of every width.
+    towards the encoder, 0 where it follows averages (modules/codebook_averages.py). `groups` is the number of groups in
+    the group norms, a divisor of every width.
 
     Raises:
         ValueError: `size` cannot be halved `len(widths) - 1` times, `groups` does not divide a width, there are fewer
@@ -105,10 +104,9 @@ class VqConfig:
 
 def specs(cfg: VqConfig) -> dict[str, Any]:
     """`encoder`, `codebooks_QKZ`, `decoder`, and where networks have latents of their own `to_code` and `from_code`."""
-    init, shape = Normal(cfg.d_code**-0.5), (cfg.depth, cfg.codes, cfg.d_code)
     tree = {
         "encoder": picture_networks.encoder_specs(cfg.network),
-        "codebooks_QKZ": ParamSpec(shape, (None, "codebook", "code_dim"), init),
+        "codebooks_QKZ": codebook.specs(cfg.depth, cfg.codes, cfg.d_code),
         "decoder": picture_networks.decoder_specs(cfg.network),
     }
     if not cfg.latent:
@@ -132,7 +130,7 @@ def encode(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
     """
     with torch.no_grad():
         rows_RZ = _latent_rows(params, images_BCHW, cfg)
-        return _by_image(codebook.quantize(rows_RZ, _books(params, cfg)).codes_QR, cfg)
+        return _numbered(codebook.quantize(rows_RZ, _books(params, cfg)), cfg)
 
 
 def decode(params: Any, codes_BN: Tensor, *, cfg: VqConfig) -> Tensor:
@@ -143,15 +141,12 @@ def decode(params: Any, codes_BN: Tensor, *, cfg: VqConfig) -> Tensor:
     """
     if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.codes_per_image:
         raise ValueError(f"decode takes codes [B, {cfg.codes_per_image}], got {list(codes_BN.shape)}")
-    levels = (codes_BN % cfg.codes).unflatten(1, (cfg.depth, -1)).unbind(1)
-    books = _books(params, cfg).unbind(0)
-    rows = [book_KZ.index_select(0, codes.flatten()) for book_KZ, codes in zip(books, levels, strict=True)]
-    return _decoded(params, torch.stack(rows).sum(0), cfg)
+    return _decoded(params, codebook.rows_of(codes_BN, _books(params, cfg)), cfg)
 
 
 class Autoencoded(NamedTuple):
     """What training makes of images: `loss`, its `terms`, the codes `[B, N]`, `images` that come back `[B, C, H, W]`
-    (for a loss of one's own), and `found`, what `codebook.follow` reads.
+    (for a loss of one's own), and `found`, what `codebook_averages.moved` reads.
     """
 
     loss: Mean
@@ -177,24 +172,12 @@ def autoencoded(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Autoencod
     """
     latent_RZ = _latent_rows(params, images_BCHW, cfg)
     found = codebook.quantize(latent_RZ, _books(params, cfg))
-    made_RZ = found.entries_QRZ.detach().cumsum(0)
-    straight_RZ = latent_RZ + (made_RZ[-1] - latent_RZ).detach()
-    images, back_BCHW = images_BCHW.shape[0], _decoded(params, straight_RZ, cfg)
-    terms = {
-        "reconstruction": _per_image(back_BCHW - images_BCHW, images),
-        "codebook": _per_image(found.entries_QRZ - found.left_QRZ, images, cfg.depth),
-        "commitment": _per_image(latent_RZ - made_RZ, images, cfg.depth),
-    }
+    images, back_BCHW = images_BCHW.shape[0], _decoded(params, codebook.straight_through(latent_RZ, found), cfg)
+    terms = {"reconstruction": codebook.per_item(back_BCHW - images_BCHW, images), **codebook.item_terms(found, images)}
     total = terms["reconstruction"].total + cfg.commitment * terms["commitment"].total
     total = total + cfg.pull * terms["codebook"].total if cfg.pull else total
     mean = Mean(total, terms["codebook"].count)
-    return Autoencoded(mean, terms, _by_image(found.codes_QR, cfg), back_BCHW, found)
-
-
-def _per_image(difference: Tensor, images: int, levels: int = 1) -> Mean:
-    """The mean square within an image, summed over images and levels, with the number of images."""
-    total = difference.square().sum() * (images * levels / max(difference.numel(), 1))
-    return Mean(total, torch.full((), images, dtype=torch.float32, device=difference.device))
+    return Autoencoded(mean, terms, _numbered(found, cfg), back_BCHW, found)
 
 
 def usage(codes: Tensor, cfg: VqConfig) -> Tensor:
@@ -207,7 +190,7 @@ def latents(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
 
     R are the places of all images, one image after the other. No gradient. ValueError for images of another size.
     """
-    return codebook.quantize(_latent_rows(params, images_BCHW, cfg), _books(params, cfg)).left_QRZ
+    return codebook.quantize(_latent_rows(params, images_BCHW, cfg).detach(), _books(params, cfg)).left_QRZ
 
 
 def _check(images_BCHW: Tensor, cfg: VqConfig) -> Tensor:
@@ -243,6 +226,5 @@ def _decoded(params: Any, rows_RZ: Tensor, cfg: VqConfig) -> Tensor:
     return picture_networks.decode(params["decoder"], grid_BZhw, cfg.network, guide_BZhw=code_BZhw)
 
 
-def _by_image(codes_QR: Tensor, cfg: VqConfig) -> Tensor:
-    """`[Q, R]` to `[B, N]`."""
-    return codes_QR.unflatten(1, (-1, cfg.grid**2)).transpose(0, 1).flatten(1)
+def _numbered(found: Quantized, cfg: VqConfig) -> Tensor:
+    return codebook.numbered(found.codes_QR, cfg.grid**2, cfg.codes)

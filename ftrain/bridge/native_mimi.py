@@ -19,7 +19,7 @@ from ftrain.hf.load import fill_hf, load_hf
 from ftrain.hf.save import save_hf
 from ftrain.kernels import random
 from ftrain.kernels.mean import Mean, WeightedSum, mean_where, weighted_sum
-from ftrain.modules import residual_vq
+from ftrain.modules import codebook, codebook_averages
 from ftrain.modules.families import mimi, mimi_config
 from ftrain.modules.families.mimi_config import MimiConfig
 from ftrain.modules.hf_fields import Config
@@ -108,18 +108,20 @@ class NativeMimi:
         places_F = torch.arange(latents_BDF.shape[-1], device=latents_BDF.device)
         counted_R = (places_F < frames_B[:, None]).flatten()
         found = mimi.quantize(params, held, latents_BDF, self.cfg)
-        rows_RZ = {name: residual_vq.straight_through(*one) for name, one in found.items()}
+        rows_RZ = {name: codebook.straight_through(*one) for name, one in found.items()}
         made_BCS = mimi.decode_rows(params, rows_RZ, self.cfg, recordings=len(audio_BCS))[..., : audio_BCS.shape[-1]]
         wide = torch.promote_types(made_BCS.dtype, torch.float32)
         apart_BCS = (made_BCS.to(wide) - audio_BCS.to(wide)).abs()
         heard_BS = torch.arange(audio_BCS.shape[-1], device=audio_BCS.device) < samples_B[:, None]
-        commitments = [residual_vq.commitment(one, counted_R) for _, one in found.values()]
+        commitments = [codebook.commitment(one, counted_R) for _, one in found.values()]
         terms = {
             "waveform": mean_where(apart_BCS.flatten(), heard_BS[:, None].expand_as(apart_BCS).flatten()),
             "commitment": Mean.pool(commitments),
             **spectral_terms(made_BCS, audio_BCS, SpectralConfig(self.cfg.rate), samples_B),
         }
-        moved = {name: residual_vq.moved(held[name], one, counted_R, decay=DECAY) for name, (_, one) in found.items()}
+        moved = {
+            name: codebook_averages.moved(held[name], one, counted_R, decay=DECAY) for name, (_, one) in found.items()
+        }
         return terms, moved
 
     def outputs(

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ftrain.modules import residual_vq, seanet
+from ftrain.modules import codebook, codebook_averages, seanet
 from ftrain.modules.block import Block, Context, WholeItems
+from ftrain.modules.codebook import Quantized
 from ftrain.modules.families.family import tensors
 from ftrain.modules.families.mimi_config import MimiConfig
 from ftrain.modules.hf_names import HfTensor, Names
 from ftrain.modules.layers import attention_block, mlp_block, residual_layer
-from ftrain.modules.residual_vq import Quantized
-from ftrain.modules.spec import Constant, ParamSpec, Tree, fan_in, leaves_with_paths
+from ftrain.modules.spec import Constant, ParamSpec, Tree, fan_in, leaves_with_paths, ones
 
 SEMANTIC, ACOUSTIC = "semantic_residual_vector_quantizer", "acoustic_residual_vector_quantizer"
 
@@ -59,9 +59,15 @@ def _projection(into: int, out: int) -> Tree:
 
 
 def state_specs(cfg: MimiConfig) -> dict[str, Any]:
-    """Both quantizers' codebooks (`ftrain.modules.residual_vq.state_specs`), which no gradient reaches."""
+    """Both quantizers' codebooks (`ftrain.modules.codebook_averages`), which no gradient reaches."""
     levels = {SEMANTIC: cfg.semantic, ACOUSTIC: cfg.levels - cfg.semantic}
-    return {name: residual_vq.state_specs(n, cfg.codes, cfg.d_code) for name, n in levels.items()}
+    return {name: _state(n, cfg) for name, n in levels.items()}
+
+
+def _state(levels: int, cfg: MimiConfig) -> dict[str, ParamSpec]:
+    """With `initialized_Q1`, ones, which files of the family have beside the averages."""
+    averages = codebook_averages.state_specs(levels, cfg.codes, cfg.d_code)
+    return {**averages, "initialized_Q1": ParamSpec((levels, 1), (None, None), ones())}
 
 
 def _layer(cfg: MimiConfig) -> Block:
@@ -161,7 +167,7 @@ def quantize(
     for name, own in ((SEMANTIC, cfg.semantic), (ACOUSTIC, levels - cfg.semantic)):
         if own:
             rows_RZ = _projected(params, name, "input_proj", latents_BDF).mT.flatten(0, 1)
-            found[name] = rows_RZ, residual_vq.quantize(rows_RZ, residual_vq.books(state[name]), levels=own)
+            found[name] = rows_RZ, codebook.quantize(rows_RZ, codebook_averages.books(state[name]), levels=own)
     return found
 
 
@@ -206,7 +212,7 @@ def decode(params: Tree, state: Tree, codes_BQF: Tensor, cfg: MimiConfig) -> Ten
     parts = {SEMANTIC: codes_QR[: cfg.semantic], ACOUSTIC: codes_QR[cfg.semantic :]}
     dtype = _dtype(params)
     rows_RZ = {
-        name: residual_vq.named(codes, residual_vq.books(state[name]).to(dtype))
+        name: codebook.named(codes, codebook_averages.books(state[name]).to(dtype))
         for name, codes in parts.items()
         if len(codes)
     }

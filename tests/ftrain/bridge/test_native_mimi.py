@@ -8,7 +8,7 @@ import torch
 import ftrain
 from ftrain.bridge.described import described
 from ftrain.bridge.native_mimi import DECAY, WEIGHTS, native_mimi
-from ftrain.modules import residual_vq, spec
+from ftrain.modules import codebook_averages, spec
 from ftrain.modules.families import mimi, mimi_config
 from ftrain.modules.spectral_loss import SpectralConfig, spectral_terms
 from ftrain.sharding import Mesh
@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_the_formula():
     for name, levels in ((mimi.SEMANTIC, 1), (mimi.ACOUSTIC, 3)):
         left = torch.einsum("bdf,zd->bfz", latents, params["quantizer"][name]["input_proj"]["weight"][..., 0])
         left = rows[name] = left.flatten(0, 1)
-        books, choices = residual_vq.books(model.state[name]).double(), []
+        books, choices = codebook_averages.books(model.state[name]).double(), []
         for level in range(levels):
             choices.append(torch.cdist(left, books[level]).argmin(1))
             left = left - books[level][choices[-1]]
