@@ -37,8 +37,8 @@ def sight_family(cfg: VisionLanguageConfig) -> Family:
     """
 
     def prefill(params: Tree, prompts: Sequence[Prompt], room: int) -> tuple[Tensor, _Now]:
-        raw, lengths = _joined(prompts)
-        batch = _on(prepare(raw, cfg.media), params["text"]["embedding"]["table_VD"].device)
+        raw, lengths = joined(prompts)
+        batch = on_device(prepare(raw, cfg.media), params["text"]["embedding"]["table_VD"].device)
         x_TD, added = vision_language.embed(params, batch, cfg)
         length_B = torch.tensor(lengths, device=x_TD.device)
         hidden_TD, cache = decoder.prefill(
@@ -62,8 +62,8 @@ def sight_family(cfg: VisionLanguageConfig) -> Family:
     return Family(prefill, extend)
 
 
-def _joined(prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[int]]:
-    """The prompts as one raw pack, and their lengths."""
+def joined(prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[int]]:
+    """The prompts as one raw pack, and their lengths. ValueError where there is none, an empty one, or rows."""
     given = [
         dict(prompt) if isinstance(prompt, Mapping) else {"tokens": torch.tensor(prompt, dtype=torch.int64)}
         for prompt in prompts
@@ -81,5 +81,6 @@ def _joined(prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[int]]:
     return {**raw, "segments": torch.repeat_interleave(torch.tensor(lengths))}, lengths
 
 
-def _on(tree: Any, device: torch.device) -> Any:
-    return {name: _on(x, device) for name, x in tree.items()} if isinstance(tree, dict) else tree.to(device)
+def on_device(tree: Any, device: torch.device) -> Any:
+    """A batch of nested dicts of tensors on the device."""
+    return {name: on_device(x, device) for name, x in tree.items()} if isinstance(tree, dict) else tree.to(device)

@@ -90,6 +90,21 @@ def mean_over_labels(total: Tensor, labels: Tensor) -> Mean:
     return Mean(total, (labels != IGNORED).sum().to(total.dtype))
 
 
+def places_of(batch: Mapping[str, Any]) -> Tensor:
+    """The positions of the folded tokens in their documents, int64 `[T]`. ValueError as `positions`."""
+    tokens, place = batch["tokens"], positions(batch)
+    place = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape) if place is None else place
+    return place.reshape(-1)
+
+
+def documents_of(batch: Mapping[str, Any]) -> Segments | None:
+    """The documents of the folded tokens: a row is one, where nothing is said."""
+    tokens = batch["tokens"]
+    if batch.get("segments") is None and tokens.dim() > 1:
+        return row_documents(len(tokens), tokens.shape[1], tokens.device)
+    return folded(batch.get("segments"), tokens)
+
+
 def require_tokens(name: str, batch: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> None:
     """ValueError for a batch without a leaf that the model `name` needs, or with one that it does not know."""
     missing = [leaf for leaf, about in leaves.items() if about.needed and leaf not in batch]

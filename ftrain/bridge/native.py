@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ftrain.bridge.agreement import require_rows_for_tokens
-from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
+from ftrain.bridge.batches import LANGUAGE, documents_of, places_of, require_tokens
 from ftrain.bridge.depth import with_layers
 from ftrain.checkpoint.shard_layout import whole
 from ftrain.files.outside import JSON_BYTES
@@ -22,7 +22,6 @@ from ftrain.hf.files import CONFIG, HfFolder, read_member
 from ftrain.hf.load import fill_hf, load_hf, read_parts
 from ftrain.hf.save import save_hf
 from ftrain.hf.shards import Entry
-from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
 from ftrain.modules import decoder, multi_token
 from ftrain.modules.autoregression import decoder_family
@@ -234,8 +233,8 @@ class NativeDecoder:
         return decoder.apply(
             params,
             batch["tokens"].flatten(),
-            positions=_places(batch),
-            segments=_documents(batch),
+            positions=places_of(batch),
+            segments=documents_of(batch),
             cfg=self.cfg,
             balance=state or self.balance or None,
         )
@@ -249,8 +248,8 @@ class NativeDecoder:
             hidden_TD,
             batch["tokens"].flatten(),
             batch["labels"].flatten(),
-            positions=_places(batch),
-            segments=_documents(batch),
+            positions=places_of(batch),
+            segments=documents_of(batch),
             cfg=self.cfg,
             balance=state or self.balance or None,
         )
@@ -267,18 +266,3 @@ def router_loads(cfg: DecoderConfig, stats: decoder.DecoderStats) -> dict[str, R
         names = [path if of == 1 else f"{path}.{n}" for path, n, of in routers]
         found |= zip(names, loads_of(recorded), strict=True) if recorded is not None else {}
     return found
-
-
-def _places(batch: Mapping[str, Any]) -> Tensor:
-    """The positions of the folded tokens in their documents, int64 `[T]`."""
-    tokens, place = batch["tokens"], positions(batch)
-    place = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape) if place is None else place
-    return place.reshape(-1)
-
-
-def _documents(batch: Mapping[str, Any]) -> Segments | None:
-    """The documents of the folded tokens: a row is one, where nothing is said."""
-    tokens = batch["tokens"]
-    if batch.get("segments") is None and tokens.dim() > 1:
-        return row_documents(len(tokens), tokens.shape[1], tokens.device)
-    return folded(batch.get("segments"), tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ftrain.bridge.batches import require_tokens
 from ftrain.bridge.native import NativeFiles
-from ftrain.hf.described import described_image_text
+from ftrain.hf.described import described_in_parts
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.kernels.mean import Mean
 from ftrain.modules import image_text
@@ -33,6 +33,8 @@ LEAVES: Mapping[str, Leaf] = MappingProxyType(
 )
 RULES: Mapping[str, BatchRule] = MappingProxyType({"tokens": BatchRows(), "pixels": BatchRows()})
 """How ranks share the pairs."""
+PARTS = ("text_config", "vision_config")
+"""The parts of a configuration."""
 
 
 def native_image_text(folder: HfFolder, family: ImageTextFamily) -> Model:
@@ -41,7 +43,9 @@ def native_image_text(folder: HfFolder, family: ImageTextFamily) -> Model:
     `loss` is the family's over all pairs of the step; `hidden` gives points `[2 B, E]`, of texts and then of pictures.
     """
     config = folder.config()
-    cfg = described_image_text(config, str(folder.path / CONFIG), layers=len(folder.tensors), describe=family.config)
+    cfg = described_in_parts(
+        config, str(folder.path / CONFIG), layers=len(folder.tensors), describe=family.config, parts=PARTS
+    )
     names = family.names(cfg)
     files, made = NativeFiles(folder, image_text.specs(cfg), {}, names), NativeImageText(cfg)
     kind = config["model_type"]

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ftrain.bridge.agreement import require_rows_for_tokens
-from ftrain.bridge.batches import LANGUAGE, folded, positions, require_tokens, row_documents
+from ftrain.bridge.batches import LANGUAGE, documents_of, positions, require_tokens
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.native import NativeFiles, router_loads
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
-from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder, vision_language
 from ftrain.modules.decoder_config import used_experts
@@ -149,7 +148,7 @@ class NativeSight:
             "replaced": None if replaced is None else replaced.flatten(),
             "media": batch.get("media"),
         }
-        return vision_language.hidden(params, given, self.cfg, segments=_documents(batch))
+        return vision_language.hidden(params, given, self.cfg, segments=documents_of(batch))
 
 
 def _require_a_pack(tokens: Tensor) -> None:
@@ -169,11 +168,3 @@ def _on_three_axes(batch: Mapping[str, Any]) -> Tensor:
     place = positions(batch)
     place = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape) if place is None else place
     return place.reshape(-1, 1).expand(-1, 3)
-
-
-def _documents(batch: Mapping[str, Any]) -> Segments | None:
-    """The documents of the folded tokens: a row is one, where nothing is said."""
-    tokens = batch["tokens"]
-    if batch.get("segments") is None and tokens.dim() > 1:
-        return row_documents(len(tokens), tokens.shape[1], tokens.device)
-    return folded(batch.get("segments"), tokens)

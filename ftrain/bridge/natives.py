@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from ftrain.bridge import native_mimi, native_umt5
+from ftrain.bridge import native_image_text, native_janus, native_mimi, native_umt5
 from ftrain.bridge.native import native_decoder
-from ftrain.bridge.native_image_text import native_image_text
 from ftrain.bridge.native_sight import native_sight
-from ftrain.hf.described import described_decoder, described_image_text, described_with_sight
+from ftrain.hf.described import described_decoder, described_in_parts, described_with_sight
 from ftrain.hf.files import HfFolder
-from ftrain.modules import decoder, image_text, vision_language
+from ftrain.modules import decoder, image_text, janus, vision_language
 from ftrain.modules.decoder_config import used_experts
+from ftrain.modules.families import janus as janus_family
 from ftrain.modules.families import mimi, mimi_config, umt5
 from ftrain.modules.families.registry import family_of, paired_family_of, seeing_family_of
 from ftrain.modules.hf_fields import Config
@@ -65,14 +65,19 @@ def native_of(config: Config) -> Native:
 def _open_pair(folder: HfFolder, dtype: torch.dtype, layers: int | None) -> Model:
     family = paired_family_of(folder.config())
     assert family is not None
-    return native_image_text(folder, family)
+    return native_image_text.native_image_text(folder, family)
 
 
 def _describe_pair(config: Config, file: str) -> Described:
     family = paired_family_of(config)
     assert family is not None
-    pair = described_image_text(config, file, layers=_MOST, describe=family.config)
+    pair = described_in_parts(config, file, layers=_MOST, describe=family.config, parts=native_image_text.PARTS)
     return Described(_kind(config), image_text.specs(pair), 0)
+
+
+def _describe_janus(config: Config, file: str) -> Described:
+    cfg = described_in_parts(config, file, layers=_MOST, describe=janus_family.config, parts=native_janus.PARTS)
+    return Described(native_janus.KIND, janus.specs(cfg), 0)
 
 
 def _open_seeing(folder: HfFolder, dtype: torch.dtype, layers: int | None) -> Model:
@@ -108,6 +113,10 @@ NATIVES = (
     Native(
         "a pair of encoders", lambda config: paired_family_of(config) is not None, ("causal_lm", "features"),
         _open_pair, _describe_pair,
+    ),
+    Native(
+        "a language model that sees and draws", lambda config: config.get("model_type") == native_janus.KIND,
+        ("causal_lm", "image_text_to_text"), lambda folder, _, __: native_janus.native_janus(folder), _describe_janus,
     ),
     Native(
         "an audio codec", lambda config: config.get("model_type") == native_mimi.KIND, ("causal_lm", "features"),

@@ -3,7 +3,7 @@
 Work and memory grow with the number of layers and experts, long before a weight is looked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from ftrain.files.outside import Shape, check, either, flag, listed, number, one_of, record, text, whole
@@ -69,13 +69,19 @@ _VISION = record(
     },
     others=True,
 )
-_PICTURES = record(
+_PART = record(
     {},
     optional={
         **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), _COUNT),
         **dict.fromkeys(("vocab_size", "max_position_embeddings", "projection_dim", "projection_size"), _COUNT),
-        **dict.fromkeys(("image_size", "patch_size", "num_channels"), _COUNT),
-        "layer_norm_eps": _REAL,
+        **dict.fromkeys(("image_size", "patch_size", "num_channels", "num_image_tokens", "depth"), _COUNT),
+        **dict.fromkeys(("embed_dim", "num_embeddings", "latent_channels", "base_channels", "num_res_blocks"), _COUNT),
+        **dict.fromkeys(("num_key_value_heads", "head_dim"), _COUNT),
+        **dict.fromkeys(("layer_norm_eps", "rms_norm_eps", "mlp_ratio"), _REAL),
+        "rope_theta": _maybe(number(1e-6)),
+        "rope_parameters": _maybe(_ROPE),
+        "rope_scaling": _maybe(_ROPE),
+        "channel_multiplier": _maybe(listed(whole(1, 2**20))),
         "hidden_act": text(),
     },
     others=True,
@@ -118,16 +124,22 @@ def described_with_sight(
     return _described(config, shown, describe)
 
 
-def described_image_text(
-    config: Mapping[str, Any], shown: str, *, layers: int, describe: Callable[[Mapping[str, Any]], Described]
+def described_in_parts(
+    config: Mapping[str, Any],
+    shown: str,
+    *,
+    layers: int,
+    describe: Callable[[Mapping[str, Any]], Described],
+    parts: Collection[str],
 ) -> Described:
-    """The pair of encoders of the configuration in the file `shown`, each of no more than `layers` layers, as
-    `described_decoder`. ValueError names the file and the entry.
+    """The model of the configuration in the file `shown`, whose encoders and decoder are described in entries of the
+    names `parts`, each of no more than `layers` layers, as `described_decoder`. ValueError names the file and the
+    entry.
     """
-    for name in ("text_config", "vision_config"):
+    for name in parts:
         part, where = config.get(name) or {}, f"{shown}, {name}"
-        check(part, _PICTURES, where)
-        _require_held(part, {"num_hidden_layers": layers}, where)
+        check(part, _PART, where)
+        _require_held(part, {"num_hidden_layers": layers, "num_res_blocks": layers, "depth": layers}, where)
     return _described(config, shown, describe)
 
 
