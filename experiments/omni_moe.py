@@ -1,8 +1,8 @@
-"""Train an omni-modal sparse-MoE model on real data: it reads images, videos, spoken words and text, and draws.
+"""Train an omni-modal sparse-MoE model on real data: it reads images, videos, spoken words and text, draws and speaks.
 
 Handwritten digits (scikit-learn), words in six languages, and speech by espeak-ng; nothing is downloaded. The run ends
 with a table of accuracy on held-out writers, voices and combinations, and leaves under `runs/omni_moe/<time>/`:
-metrics.jsonl, config.json, summary.json, curves.png, samples.png, step.html and checkpoints/.
+metrics.jsonl, config.json, summary.json, curves.png, samples.png, spoken.wav, step.html and checkpoints/.
 """
 
 import os
@@ -20,8 +20,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from experiments.omni import figures, job, run_length
-from experiments.omni.evaluation import GOALS, Evaluator, accuracy_table, summary
+from experiments.omni import corpus, figures, font, job, run_length, vocoder
+from experiments.omni.evaluation import GOALS, NOVEL_GOALS, Evaluator, accuracy_table, summary
 from experiments.omni.job import Job
 from experiments.omni.planning import mesh_flags, plan_for_search
 from experiments.omni.run_length import Length
@@ -51,6 +51,7 @@ __all__ = ["Options", "main", "plan_for_search"]
 
 EXPERIMENT = "omni_moe"
 _SHOWN = 6  # examples of each task in samples.png
+_NOVEL = "of these, combinations that training leaves out"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Options:
     """Train the omni-modal MoE of the given size, and report how well it does on what it has never seen."""
 
     size: Literal["smoke", "tiny", "small", "medium", "30b-a3b"] = "tiny"
-    """Widths and depths; tiny is made for two CPU cores, smoke only shows that all parts run."""
+    """Widths, depths and how much data is made, of which larger models see more. tiny is made for two CPU cores, smoke
+    only shows that all parts run."""
     steps: int | None = None
     """Training steps; default 1100, or as many as the run has that goes on. More of them make it longer."""
     decay: Literal["cosine", "constant"] = "cosine"
@@ -126,6 +128,7 @@ def main(options: Options) -> int:
 
 
 def _run(options: Options, device: torch.device, mesh: Mesh | None) -> int:
+    font.find()  # before hours of training, not after them
     path, resumed, length = of_main(_choose_folder(options))
     config = _config(options, length, device, mesh)
     run = RunFolder.create(path, config) if not resumed and is_main() else None
@@ -351,10 +354,10 @@ def _counted_flops(cost: Cost) -> int:
 def _finish(work: Job, state: TrainState, options: Options, run: RunFolder, report: Report) -> None:
     """Ask the held-out questions; write the table and the pictures."""
     report.say("asking held-out questions ...")
-    evaluator = Evaluator(work.model, work.sources, work.judge, work.seed, count=options.held_out)
+    evaluator = Evaluator(work.model, work.sources, work.judge, work.listener, work.seed, count=options.held_out)
     params = work.precision.cast(state.params)
     answers = {task: evaluator.answers(task, params, state.extra["balance"]) for task in work.tasks}
-    table = summary(answers, work.judge)
+    table = summary(answers, work.judge, work.listener)
     run.summarise(table)
     title = _title(work, run)
     figures.curves(run_folder.read_metrics(run.path), run.path / "curves.png", title=title)
@@ -362,8 +365,14 @@ def _finish(work: Job, state: TrainState, options: Options, run: RunFolder, repo
     reals = {int(d): drawn.images_NHWC[i] for i, d in reversed(list(enumerate(drawn.labels_N)))}
     shown = {task: given[:_SHOWN] for task, given in answers.items()}
     figures.samples(shown, reals, run.path / "samples.png", title=title)
+    said = [a.wave_S for given in shown.values() for a in given if a.wave_S is not None]
+    if said:
+        vocoder.write_wav(run.path / "spoken.wav", said, rate=corpus.RATE)
     report.show(accuracy_table(table["held_out"], counts=table["examples"], goals=GOALS))
-    report.say(f"wrote {run.path}/ summary.json, metrics.jsonl, curves.png, samples.png, step.html")
+    if table["novel"]:
+        report.show(accuracy_table(table["novel"], counts=table["novel_examples"], goals=NOVEL_GOALS, title=_NOVEL))
+    also = ", spoken.wav" if said else ""
+    report.say(f"wrote {run.path}/ summary.json, metrics.jsonl, curves.png, samples.png{also}, step.html")
 
 
 if __name__ == "__main__":

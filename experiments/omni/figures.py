@@ -1,8 +1,9 @@
 """The two pictures of a run: `curves.png`, how it learned, and `samples.png`, what it answers, for a person to judge.
 
-Legend: H rows, W columns, C channels, S frames, F mel frames, M mel bands.
+Legend: H rows, W columns, C channels, S frames (of a wave: samples), F mel frames, M mel bands.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,30 +14,57 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 
+from experiments.omni import font
+from experiments.omni.digits import CLASSES
 from experiments.omni.language import LANGUAGES
+from experiments.omni.listener import word_number
 from experiments.omni.tasks import Example
 
 _NEIGHBOURS = 10  # steps on either side of one, over which curves are averaged
 _CELL = (2.2, 2.2)  # inches
 _HEAD = 0.4  # inches, of the line over all samples
-_ENGLISH, _CHINESE = (next(l for l in LANGUAGES if l.tag == tag) for tag in ("en:", "zh:"))
+_TITLED = ("drawn", "spoken", "real")
+_LINE = 34  # letters
+_SMALL, _TINY = 8, 6  # points, of a short answer and of one of several lines
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model answered to an example: words, or an image `[H, W, C]` (with the digit the judge saw in it)."""
+    """What the model answered to an example: words; an image `[H, W, C]`, with the digit that the judge saw in it; or a
+    sound, as mel frames `[F, M]` and as the wave `[S]` in which the listener heard a word (`listener.word_number`).
+    """
 
     example: Example
     words: str = ""
     image_HWC: np.ndarray | None = None
+    mel_FM: np.ndarray | None = None
+    wave_S: np.ndarray | None = None
     recognised: int = -1
 
     @property
     def right(self) -> bool:
-        """Whether all words are right, or the drawing was recognised as what was asked for."""
+        """Whether all words are right, or the drawing or sound was recognised as what was asked for."""
         if self.image_HWC is not None:
             return self.recognised == self.example.digit
+        if self.mel_FM is not None:
+            return self.recognised == word_number(self.example.spoken, self.example.digit)
         return self.words == " ".join(self.example.answer)
+
+    @property
+    def told(self) -> str:
+        """What the model answered, and if that is wrong the truth, for people."""
+        if self.image_HWC is not None:
+            said, truth = f"looks like {self.recognised}", str(self.example.digit)
+        elif self.mel_FM is not None:
+            said = f"sounds like {_spoken(*divmod(self.recognised, CLASSES))}"
+            truth = _spoken(self.example.spoken, self.example.digit)
+        else:
+            said, truth = self.words or "(nothing)", " ".join(self.example.answer)
+        return said if self.right else f"{said}, truth: {truth}"
+
+
+def _spoken(language: int, digit: int) -> str:
+    return f"{LANGUAGES[language].tag} {LANGUAGES[language].numbers[digit]}"
 
 
 def curves(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str) -> None:
@@ -94,8 +122,8 @@ def samples(
 ) -> None:
     """A grid as a PNG, one row of examples for each task: what was shown and asked, the answer and the truth.
 
-    Drawings stand beside a real image of the digit, from `reals` (digit to `[H, W, C]`). Right answers are green.
-    Chinese words are glossed in brackets, which the head line says.
+    Drawings stand beside a real image of the digit, from `reals` (digit to `[H, W, C]`), sounds beside a real one of
+    the word. Right answers are green. ValueError where the font of Chinese words is not installed.
     """
     if not answers or not all(answers.values()):
         counts = {task: len(row) for task, row in answers.items()}
@@ -104,7 +132,7 @@ def samples(
     height = _CELL[1] * len(answers)
     picture = Figure(figsize=(_CELL[0] * columns, height + _HEAD))
     head, figure = picture.subfigures(2, 1, height_ratios=(_HEAD, height))
-    told = f"{title}\ngreen: right; red: wrong; [word]: English for a Chinese word"
+    told = f"{title}\ngreen: right; red: wrong"
     head.text(0.5, 0.5, told, ha="center", va="center", size=8)
     for down, (task, row) in enumerate(answers.items()):
         for across, answer in enumerate(row):
@@ -125,42 +153,40 @@ def _cell(
     panels = [(kind, value) for kind, value in answer.example.shown if isinstance(value, np.ndarray)]
     if answer.image_HWC is not None:
         panels += [("drawn", answer.image_HWC), ("real", reals[answer.example.digit])]
+    if answer.mel_FM is not None:
+        panels += [("spoken", answer.mel_FM), ("real", answer.example.document[-1].array)]  # type: ignore[union-attr]
 
     def place(x: float, y: float) -> tuple[float, float]:
         return corner[0] + x / parts[0], corner[1] + y / parts[1]
 
     for number, (kind, value) in enumerate(panels):
         width = 0.9 / len(panels)
-        size = (width * 0.9 / parts[0], 0.58 / parts[1])
+        size = (width * 0.9 / parts[0], _height(kind) / parts[1])
         _panel(figure.add_axes((*place(0.06 + number * width, 0.16), *size)), kind, value)
     asked = (value if isinstance(value, str) else f"<{kind}>" for kind, value in answer.example.shown)
-    figure.text(*place(0.5, 0.83), readable(" ".join(asked)), ha="center", va="center", size=7)
-    drawing = answer.image_HWC is not None
-    said = f"looks like {answer.recognised}" if drawing else readable(answer.words) or "(nothing)"
-    truth = str(answer.example.digit) if drawing else readable(" ".join(answer.example.answer))
-    text = said if answer.right else f"{said}, truth: {truth}"
-    figure.text(*place(0.5, 0.08), text, ha="center", va="center", size=8, color="green" if answer.right else "red")
+    figure.text(*place(0.5, 0.83), " ".join(asked), ha="center", va="center", fontproperties=font.of_size(7))
+    text, color = textwrap.fill(answer.told, _LINE, max_lines=4, placeholder=" …"), "green" if answer.right else "red"
+    letters = font.of_size(_TINY if "\n" in text else _SMALL)
+    figure.text(*place(0.5, 0.08), text, ha="center", va="center", fontproperties=letters, color=color)
 
 
-def readable(text: str) -> str:
-    """Chinese words as the English ones in brackets, since the font that matplotlib carries cannot draw them."""
-    english = {word: f"[{meant}]" for word, meant in zip(_CHINESE.words, _ENGLISH.words, strict=True)}
-    english.pop(_CHINESE.tag)
-    return " ".join(english.get(word, word) for word in text.split())
+def _height(kind: str) -> float:
+    """Of a panel, whose title, if it has one, lies over it."""
+    return 0.5 if kind in _TITLED else 0.58
 
 
 def _panel(axes: Axes, kind: str, value: np.ndarray) -> None:
     """An image, a video's frames side by side, or a spectrogram."""
     axes.set_xticks([])
     axes.set_yticks([])
-    if kind == "audio":
+    if kind in _TITLED:
+        axes.set_title(kind, fontsize=7)
+    if value.ndim == 2:
         axes.imshow(value.T, origin="lower", aspect="auto", cmap="magma")
         return
     if kind == "video":
         value = np.concatenate([np.pad(frame, ((0, 0), (0, 1), (0, 0)), constant_values=1) for frame in value], axis=1)
     axes.imshow(value[..., 0], cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
-    if kind in ("drawn", "real"):
-        axes.set_title(kind, fontsize=7)
 
 
 def _save(figure: Figure, file: Path) -> None:

@@ -8,24 +8,39 @@ from typing import Any, Literal
 import torch
 
 import ftrain
-from experiments.omni import batches, corpus, judge, model, planning, sources, tasks, tokenizer_training, training
+from experiments.omni import (
+    batches,
+    corpus,
+    judge,
+    listener,
+    model,
+    planning,
+    sources,
+    tasks,
+    tokenizer_training,
+    training,
+)
 from experiments.omni.batches import Batches
 from experiments.omni.judge import Judge
+from experiments.omni.listener import Listener
 from experiments.omni.sources import Sources
 from experiments.omni.tasks import Mixture
 from experiments.omni.training import TrainConfig
-from ftrain import Precision, TrainState, optim
+from ftrain import Precision, TrainState, optim, tree
 from ftrain.analysis.hardware import free_bytes
-from ftrain.modules import omni, spec
+from ftrain.modules import omni, spec, vq_audio
 from ftrain.modules.omni import OmniModel
 from ftrain.sharding import Mesh
 
+_MEASURED = 256  # sounds, of which the tokenizer's error is said
 _BYTES_PER_PARAMETER = 16  # float32 master, two moments, gradient
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run made ready. `step`: the jitted step; `tasks`: names in the order of `batch["task_T"]`."""
+    """A run made ready. `step`: the jitted step; `tasks`: names in the order of `batch["task_T"]`; `listener`: None
+    without speech.
+    """
 
     size: str
     model: OmniModel
@@ -36,6 +51,7 @@ class Job:
     transform: optim.Transform
     step: ftrain.Step
     judge: Judge
+    listener: Listener | None
     seed: int
     device: torch.device
     precision: Precision
@@ -48,9 +64,17 @@ class Job:
         return TrainState.create(params, self.transform, extra={"balance": balance})
 
     def fresh_state(self, say: Callable[[str], None]) -> TrainState:
-        """The state at step 0, with an image tokenizer trained on the real images that are trained on."""
+        """The state at step 0, with tokenizers of the real images and sounds that are trained on."""
         key = ftrain.key(self.seed).to(self.device)
         state = self.step.init(lambda key: training.init_state(self.model, self.transform, key), key)
+        made = {"image": self._image_tokenizer(say)}
+        if self.sources.train.speech is not None:
+            made["audio"] = self._audio_tokenizer(say)
+        held = self.step.shard({"decoders": {name: {"tokenizer": tokenizer} for name, tokenizer in made.items()}})
+        decoders = {name: {**state.params["decoders"][name], **part} for name, part in held["decoders"].items()}
+        return state.replace(params={**state.params, "decoders": decoders})
+
+    def _image_tokenizer(self, say: Callable[[str], None]) -> Any:
         began = time.monotonic()
         images_NCHW = self.sources.train.drawn.images_NHWC.transpose(0, 3, 1, 2).copy()
         config = model.vq_config(self.size)
@@ -64,9 +88,20 @@ class Job:
         )
         say(f"image tokenizer: {config.codes_per_image} codes an image, squared error {error:.4f}, "
             f"{time.monotonic() - began:.0f} s")  # fmt: skip
-        held = self.step.shard({"decoders": {"image": {"tokenizer": tokenizer}}})["decoders"]["image"]["tokenizer"]
-        params = {**state.params, "decoders": {"image": {**state.params["decoders"]["image"], "tokenizer": held}}}
-        return state.replace(params=params)
+        return tokenizer
+
+    def _audio_tokenizer(self, say: Callable[[str], None]) -> Any:
+        """Fitted on the CPU, so that its codes do not depend on the device."""
+        assert self.sources.train.speech is not None
+        began = time.monotonic()
+        mels_NFM, config = torch.from_numpy(self.sources.train.speech.said_NFM), model.vq_audio_config(self.size)
+        tokenizer = vq_audio.fit(mels_NFM, cfg=config, key=ftrain.key(self.seed))
+        some_NFM = mels_NFM[:: max(1, len(mels_NFM) // _MEASURED)]
+        made_NFM = vq_audio.decode(tokenizer, vq_audio.encode(tokenizer, some_NFM, cfg=config), cfg=config)
+        error = (made_NFM - some_NFM).square().mean().item()
+        say(f"audio tokenizer: {config.codes_per_clip} codes a word, squared error {error:.4f}, "
+            f"{time.monotonic() - began:.0f} s")  # fmt: skip
+        return tree.map(lambda leaf: leaf.to(self.device), tokenizer)
 
 
 def make(
@@ -92,13 +127,12 @@ def make(
     """
     began = time.monotonic()
     readers = model.readers(size)
-    documents, few = model.parts(size).documents, model.parts(size).few
-    data = sources.load(
-        readers, speech=corpus.load(cfg=corpus.FEW if few else None), copies=0 if few else 16, seed=seed
-    )
+    documents, amount = model.parts(size).documents, model.parts(size).data
+    data = sources.load(readers, speech=corpus.load(cfg=amount.speech), copies=amount.copies, seed=seed)
     spoken = data.train.speech is not None
     clips = f"{len(data.train.speech.mels_NFM):,} spoken words" if data.train.speech else f"no audio: {data.silence}"
-    say(f"data: {len(data.train.drawn.labels_N):,} handwritten digits, {clips} ({time.monotonic() - began:.0f} s)")
+    shapes = f"{len(data.train.drawn.labels_N):,} handwritten digits in {amount.copies + 1} shapes"
+    say(f"data: {shapes}, {clips} ({time.monotonic() - began:.0f} s)")
     net = model.omni_model(size, data.words, audio=spoken)
     parameters = spec.count(omni.specs(net))
     _check_memory(size, parameters, device)
@@ -127,8 +161,11 @@ def make(
         specs=omni.specs(net),
     )
     say(f"model: {size}, {parameters / 1e6:.2f} M parameters, {packs * feed.budget.tokens:,} tokens a step")
-    grader = judge.train(data.train.drawn, data.held_out.drawn, copies=0 if few else 3, seed=seed)
-    work = Job(size, net, data, names, feed, config, tx, step, grader, seed, device, precision, tokenizer_steps)
+    grader = judge.train(data.train.drawn, data.held_out.drawn, copies=amount.graded, seed=seed)
+    ear = None
+    if data.train.speech is not None and data.held_out.speech is not None and readers.audio is not None:
+        ear = listener.train(data.train.speech, data.held_out.speech, cfg=readers.audio)
+    work = Job(size, net, data, names, feed, config, tx, step, grader, ear, seed, device, precision, tokenizer_steps)
     chosen = step.choose(work.abstract_state(), feed.at(0))
     if chosen is not None:
         say(f"mesh: {chosen.mesh} ({chosen.mesh.kind})")

@@ -13,7 +13,8 @@ from experiments.omni.video import DIRECTIONS
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 MARKS = (
-    "<image>", "</image>", "<audio>", "</audio>", "<video>", "</video>", "<image_out>", "</image_out>",
+    "<image>", "</image>", "<audio>", "</audio>", "<video>", "</video>", "<image_out>", "</image_out>", "<audio_out>",
+    "</audio_out>",
 )  # fmt: skip
 SPECIAL = (PAD, BOS, EOS, *MARKS)
 
@@ -21,7 +22,8 @@ SPECIAL = (PAD, BOS, EOS, *MARKS)
 @dataclass(frozen=True)
 class Language:
     """`voice` is espeak-ng's name of the language; `numbers` are the words of 0 to 18, `directions` those of
-    `video.DIRECTIONS`; `read`, `write`, `watch`, `draw` ask for an image's, a sound's, a video's words and a drawing.
+    `video.DIRECTIONS`; `read`, `write`, `watch` ask for an image's, a sound's, a video's words, `draw` for a
+    drawing, `say` for a spoken word.
     """
 
     tag: str
@@ -32,6 +34,7 @@ class Language:
     write: str
     watch: str
     draw: str
+    say: str
     plus: str
     equals: str
 
@@ -42,7 +45,7 @@ class Language:
     @property
     def words(self) -> tuple[str, ...]:
         """Every word of the language that the experiment uses, its tag first."""
-        verbs = (self.read, self.write, self.watch, self.draw, self.plus, self.equals)
+        verbs = (self.read, self.write, self.watch, self.draw, self.say, self.plus, self.equals)
         return (self.tag, *self.numbers, *self.directions, *verbs)
 
 
@@ -56,41 +59,41 @@ LANGUAGES = (
         "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen",
         "left right up down",
-        "read write watch draw plus equals",
+        "read write watch draw say plus equals",
     ),
     _language(
         "de",
         "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn "
         "siebzehn achtzehn",
         "links rechts hoch runter",
-        "lies schreib schau zeichne plus gleich",
+        "lies schreib schau zeichne sprich plus gleich",
     ),
     _language(
         "fr",
         "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept "
         "dix-huit",
         "gauche droite haut bas",
-        "lis écris regarde dessine plus égale",
+        "lis écris regarde dessine dis plus égale",
     ),
     _language(
         "es",
         "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis "
         "diecisiete dieciocho",
         "izquierda derecha arriba abajo",
-        "lee escribe mira dibuja más igual",
+        "lee escribe mira dibuja di más igual",
     ),
     _language(
         "it",
         "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici "
         "diciassette diciotto",
         "sinistra destra su giù",
-        "leggi scrivi guarda disegna più uguale",
+        "leggi scrivi guarda disegna pronuncia più uguale",
     ),
     _language(
         "cmn",
         "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八",
         "左 右 上 下",
-        "读 写 看 画 加 等于",
+        "读 写 看 画 说 加 等于",
         tag="zh",
     ),
 )

@@ -1,11 +1,12 @@
-"""The omni-modal sparse-MoE model of the experiment, in several sizes."""
+"""The omni-modal sparse-MoE model of the experiment, in several sizes, and how much data each is trained on."""
 
 from dataclasses import dataclass
 
 from experiments.omni import corpus
+from experiments.omni.corpus import CorpusConfig
 from experiments.omni.language import Tokenizer
 from experiments.omni.sources import Readers
-from ftrain.modules import audio_encoder, image_decoder, vision_encoder
+from ftrain.modules import audio_decoder, audio_encoder, image_decoder, vision_encoder
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.audio_encoder import CONV_STRIDE, AudioConfig
 from ftrain.modules.decoder import DecoderConfig, preset
@@ -13,19 +14,34 @@ from ftrain.modules.image_decoder import ImageDecoderConfig
 from ftrain.modules.moe import MoEConfig
 from ftrain.modules.omni import OmniModel
 from ftrain.modules.vision_encoder import VisionConfig
+from ftrain.modules.vq_audio import VqAudioConfig
 from ftrain.modules.vq_image import VqConfig
 
 IMAGE_SIZE = 8
 _HOP = 128  # samples between mel frames
+_SPAN = 8  # mel frames to a code: 93 ms
 _INIT_STD = 0.3  # rows of text as large as rows of media: with 0.02, all tasks but one stay at chance 200 steps longer
 
 
 @dataclass(frozen=True)
-class Size:
-    """Widths of the foundation and of the encoders; `documents` are those of a training batch.
+class Data:
+    """What is made to train on: `copies` bent versions of each handwritten digit, and the spoken words of `speech`.
 
-    `few`: a sixteenth of the spoken words and no bent digits are made for it. "smoke" has one layer of each kind, and
-    such data: it shows in a minute that all parts run, and learns little.
+    `graded` bent versions are what the judge of drawings is trained on.
+    """
+
+    copies: int
+    speech: CorpusConfig
+    graded: int = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths of the foundation and of the encoders; `documents` are those of a training batch, and `data` what they are
+    drawn from: a larger model has both larger.
+
+    "smoke" has one layer of each kind, and a sixteenth of the spoken words: it shows in a minute that all parts run,
+    and learns little.
     """
 
     d_model: int
@@ -38,14 +54,14 @@ class Size:
     audio_width: int
     encoder_layers: int
     documents: int
-    few: bool = False
+    data: Data
 
 
 SIZES = {
-    "smoke": Size(32, 1, 2, 1, 4, 32, 32, 32, 1, 32, few=True),
-    "tiny": Size(96, 3, 4, 2, 8, 96, 64, 64, 2, 128),
-    "small": Size(256, 6, 8, 4, 16, 256, 192, 128, 4, 256),
-    "medium": Size(768, 12, 12, 4, 32, 512, 384, 384, 8, 1024),
+    "smoke": Size(32, 1, 2, 1, 4, 32, 32, 32, 1, 32, Data(0, corpus.FEW, graded=0)),
+    "tiny": Size(96, 3, 4, 2, 8, 96, 64, 64, 2, 128, Data(16, CorpusConfig())),
+    "small": Size(256, 6, 8, 4, 16, 256, 192, 128, 4, 256, Data(32, CorpusConfig(train_takes=6))),
+    "medium": Size(768, 12, 12, 4, 32, 512, 384, 384, 8, 1024, Data(64, CorpusConfig(train_takes=14))),
 }
 NAMES = (*SIZES, "30b-a3b")
 
@@ -78,6 +94,16 @@ def vq_config(size: str) -> VqConfig:
     """
     widths = {"smoke": (8, 8, 8), "tiny": (16, 32, 32)}.get(size, (32, 64, 64))
     return VqConfig(IMAGE_SIZE, channels=1, widths=widths, codes=64, d_code=16, depth=2, normalise=False)
+
+
+def vq_audio_config(size: str) -> VqAudioConfig:
+    """The tokenizer of spoken words: seven places in time, coarse to fine.
+
+    The coarsest codes of a clip say which word it is, the others how it sounds.
+    """
+    frames, mels = corpus.SAMPLES // _HOP, audio_config(size, 1).mels
+    codes = {"smoke": 16, "tiny": 128}.get(size, 256)
+    return VqAudioConfig(frames, mels, span=_SPAN, codes=codes, depth=2 if size == "smoke" else 4)
 
 
 def image_config(size: str, d_out: int) -> VisionConfig:
@@ -117,7 +143,7 @@ def readers(size: str) -> Readers:
 
 
 def omni_model(size: str, words: Tokenizer, *, audio: bool) -> OmniModel:
-    """Foundation, encoders and decoder of a size; without `audio` there is no audio encoder."""
+    """Foundation, encoders and decoders of a size; without `audio` it neither hears nor speaks."""
     base, configs = foundation(size, len(words)), readers(size)
 
     def marks(name: str) -> dict[str, int]:
@@ -127,10 +153,14 @@ def omni_model(size: str, words: Tokenizer, *, audio: bool) -> OmniModel:
         "image": vision_encoder.encoder(configs.image, **marks("image")),
         "video": vision_encoder.encoder(configs.video, **marks("video")),
     }
+    images = ImageDecoderConfig(vq=vq_config(size), d_model=base.d_model, init_std=base.init_std)
+    decoders = {"image": image_decoder.decoder(images, **marks("image_out"))}
     if audio and configs.audio is not None:
         encoders["audio"] = audio_encoder.encoder(configs.audio, **marks("audio"))
-    images = ImageDecoderConfig(vq=vq_config(size), d_model=base.d_model, init_std=base.init_std)
-    return OmniModel(base, encoders, {"image": image_decoder.decoder(images, **marks("image_out"))})
+        decoders["audio"] = audio_decoder.decoder(
+            vq_audio_config(size), base.d_model, init_std=base.init_std, **marks("audio_out")
+        )
+    return OmniModel(base, encoders, decoders)
 
 
 def width(size: str) -> int:

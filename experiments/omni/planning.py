@@ -32,7 +32,7 @@ AUTO = "auto"
 WHOLE = Layout(sequence=None)
 """Each rank holds whole items of media."""
 _CPU = torch.device("cpu")
-_TASKS = ("text", "text_to_image")  # what reads and what draws; their names only tell which is which
+_TASKS = ("text", "text_to_image", "text_to_audio")  # what reads, draws, speaks: the names only tell which is which
 _READ = 0.25  # of a pack's tokens
 _DRAWN = 0.125
 _DOCUMENTS = 64  # places for documents, or for items of a modality, in a pack
@@ -93,8 +93,8 @@ def _packs_and_parts(mesh: Mesh) -> tuple[int, int]:
 class OmniWorkload:
     """The omni MoE of a size with the experiment's own step and optimizer, in bfloat16 over float32 masters.
 
-    A quarter of a pack's tokens come from encoders, each of which reads as many rows, and an eighth are codes of
-    drawings. The foundation shares packs and experts; the layouts of encoders and decoders are `parts`.
+    A quarter of a pack's tokens come from encoders, each of which reads as many rows, and an eighth each are codes of
+    drawings and of sounds. The foundation shares packs and experts; the layouts of encoders and decoders are `parts`.
     """
 
     size: str

@@ -32,9 +32,12 @@ class Readers:
 
 @dataclass(frozen=True)
 class Speech:
-    """Spoken digits: mel features float32 `[N, F, M]`, and the clips that they are of."""
+    """Spoken digits: mel features float32 `[N, F, M]` as they are read, the same as they are said (with the means of
+    their bands), and the clips that they are of.
+    """
 
     mels_NFM: np.ndarray
+    said_NFM: np.ndarray
     clips: Clips
 
 
@@ -101,5 +104,15 @@ def features(clips: Clips, cfg: AudioConfig | None) -> Speech:
     """
     if cfg is None or cfg.rate != corpus.RATE:
         raise ValueError(f"speech is at {corpus.RATE} samples a second, the audio encoder wants {cfg and cfg.rate}")
-    mels_NFM = np.stack([clip_features(wave_S, cfg=cfg)["mel_FM"] for wave_S in clips.waves_NS])
-    return Speech(mels_NFM - mels_NFM.mean(axis=1, keepdims=True), clips)
+    said_NFM = log_mels(clips.waves_NS, cfg)
+    return Speech(less_means(said_NFM), said_NFM, clips)
+
+
+def log_mels(waves_NS: np.ndarray, cfg: AudioConfig) -> np.ndarray:
+    """Log-mel frames float32 `[N, F, M]` of waves at `cfg.rate`."""
+    return np.stack([clip_features(wave_S, cfg=cfg)["mel_FM"] for wave_S in waves_NS])
+
+
+def less_means(mels_NFM: np.ndarray) -> np.ndarray:
+    """Each band less its mean over the clip."""
+    return mels_NFM - mels_NFM.mean(axis=1, keepdims=True)

@@ -3,8 +3,8 @@
 An example is a pure function of (task, index, seed, split): the same in any run, in any order, after a resume. Training
 examples are drawn at random; held-out examples go through the held-out images or clips in a fixed shuffled order, so
 that the first so many cover that many different ones. Held out as well are combinations, each part of which is trained
-on: a video's digit, direction and language, a sound's digit, language and language of the answer, two digits that are
-added. Those are among the held-out examples, marked `novel`.
+on: a video's digit, direction and language, a sound's digit, language and language of the answer, a word to be spoken
+in another language and that language, two digits that are added. Those are among the held-out examples, marked `novel`.
 
 Legend: H rows, W columns, C channels, F mel frames, M mel bands.
 """
@@ -26,6 +26,9 @@ from ftrain.modules.vision_encoder import patchify
 # cannot be held out so: a model learns that the digit is never the one that moves there (47% right, others 96%).
 HELD_OUT_SUMS = frozenset({(0, 7), (1, 4), (2, 6), (3, 8), (4, 7), (5, 9)})
 
+LONGEST_ANSWER = 3
+"""Two words and the end mark."""
+
 _SNOW = 0.2  # standard deviation, ink being 1 and paper -1: 0.5% more of the held-out writers' digits are recognised
 
 Shown = tuple[str, np.ndarray | str]
@@ -35,9 +38,9 @@ Shown = tuple[str, np.ndarray | str]
 class Example:
     """`document` is the prompt followed by the answer, which alone is trained on.
 
-    `answer` is the words to say, or empty where `digit` is to be drawn. `shown` is the prompt for people: ("text",
-    words), ("image", `[H, W, C]`), ("video", `[S, H, W, C]`), ("audio", mels `[F, M]`). `novel` marks a combination
-    that training leaves out.
+    `answer` is the words to write, or empty where `digit` is to be drawn, or spoken in language number `spoken`.
+    `shown` is the prompt for people: ("text", words), ("image", `[H, W, C]`), ("video", `[S, H, W, C]`), ("audio", mels
+    `[F, M]`). `novel` marks a combination that training leaves out.
     """
 
     task: str
@@ -47,6 +50,7 @@ class Example:
     digit: int
     shown: tuple[Shown, ...]
     novel: bool = False
+    spoken: int = -1
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,16 @@ class _Draw:
 
     def language(self, *beside: int) -> tuple[Language, bool]:
         """A language, and whether it is held out with the numbers `beside`; in training one that is not."""
+        number, novel = self.language_number(*beside)
+        return LANGUAGES[number], novel
+
+    def language_number(self, *beside: int) -> tuple[int, bool]:
+        """The same by its number."""
         while True:
             number = int(self.rng.integers(len(LANGUAGES)))
             novel = bool(beside) and is_held_out(*beside, number)
             if not (novel and self.training):
-                return LANGUAGES[number], novel
+                return number, novel
 
 
 @dataclass(frozen=True)
@@ -202,6 +211,20 @@ def _audio_to_image(draw: _Draw) -> Example:
     return _drawn(draw, [_say(draw, language.tag, language.draw), piece], piece.digit)
 
 
+def _text_to_audio(draw: _Draw) -> Example:
+    """`es: di three` -> a sound of `tres`, by any of the voices."""
+    written, digit = divmod(draw.choose(len(LANGUAGES) * CLASSES if _clips(draw) else 0), CLASSES)
+    number, novel = draw.language_number(digit, written)
+    language = LANGUAGES[number]
+    pieces = [_say(draw, language.tag, language.say, LANGUAGES[written].numbers[digit])]
+    prompt, speech = _opened(draw, pieces), draw.items.speech
+    assert speech is not None
+    places = np.flatnonzero((speech.clips.labels_N == digit) & (speech.clips.languages_N == number))
+    target = Target("audio", speech.said_NFM[places[draw.rng.integers(len(places))]])
+    shown = tuple(p.shown for p in pieces)
+    return Example(draw.task, (*prompt, target), prompt, (), digit, shown, novel, number)
+
+
 def _arithmetic(draw: _Draw) -> Example:
     """`zh: <image> 加 <audio> 等于` -> the sum; each operand is shown, said or written, and at least one is shown."""
     language, _ = draw.language()
@@ -236,10 +259,11 @@ TASKS: Mapping[str, Callable[[_Draw], Example]] = MappingProxyType(
         "video_to_text": _video_to_text,
         "text_to_image": _text_to_image,
         "audio_to_image": _audio_to_image,
+        "text_to_audio": _text_to_audio,
         "arithmetic": _arithmetic,
     }
 )
-NEED_SPEECH = frozenset({"audio_to_text", "audio_to_image"})
+NEED_SPEECH = frozenset({"audio_to_text", "audio_to_image", "text_to_audio"})
 WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
         "image_to_text": 1.25,
@@ -247,6 +271,7 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
         "video_to_text": 5.0,
         "text_to_image": 1.0,
         "audio_to_image": 1.0,
+        "text_to_audio": 1.0,
         "arithmetic": 1.0,
     }
 )

@@ -18,7 +18,7 @@ from ftrain.modules import decoder as foundation
 from ftrain.modules import omni
 from ftrain.modules.decoder import DecoderStats
 from ftrain.modules.mesh_packing import BATCH
-from ftrain.modules.omni import OmniModel
+from ftrain.modules.omni import Decoder, OmniModel
 from ftrain.sharding import BatchRows, Layout, Mesh, Plan
 
 IGNORE = foundation.IGNORE
@@ -42,13 +42,23 @@ class TrainConfig:
     max_norm: float = 5.0
 
 
-# The loss of a drawing is large to the end (many images are right); at 1 its gradient drowns those of the words.
-_DRAWING_WEIGHT = 0.3
+# The loss of a drawing or a sound is large to the end (many are right); at 1 its gradient drowns those of the words.
+_MEDIA_WEIGHT = 0.3
 
 
 def loss_weights(tasks: tuple[str, ...]) -> dict[str, float]:
     """How much each task's mean loss counts."""
-    return {task: _DRAWING_WEIGHT if task.endswith("_to_image") else 1.0 for task in tasks}
+    return {task: 1.0 if made_by(task) is None else _MEDIA_WEIGHT for task in tasks}
+
+
+def made_by(task: str) -> str | None:
+    """The name of the decoder that makes a task's answer, None where the answer is words.
+
+    >>> made_by("audio_to_image"), made_by("audio_to_text")
+    ('image', None)
+    """
+    made = task.rpartition("_to_")[2]
+    return made if made in ("image", "audio") else None
 
 
 def schedule(cfg: TrainConfig) -> optim.Schedule:
@@ -73,7 +83,7 @@ def _of_length(cfg: TrainConfig, steps: int) -> optim.Schedule:
 
 
 def transform(cfg: TrainConfig) -> optim.Transform:
-    """Muon on the matrices of layers, AdamW on all else but the frozen tokenizer, which has no optimizer state.
+    """Muon on the matrices of layers, AdamW on all else but the frozen tokenizers, which have no optimizer state.
 
     Muon's steps are scaled to AdamW's size, so that both take one rate; with AdamW alone audio stays at chance for 200
     steps longer. A step whose gradients are not finite changes nothing.
@@ -106,29 +116,31 @@ def task_losses(
 ) -> tuple[dict[str, Mean], DecoderStats]:
     """The loss of each task of the mixture as a `Mean`; `batch["task_T"]` says which task a token belongs to.
 
-    A task's loss is over its text labels, and over its image codes where it draws.
+    A task's loss is over its text labels, or over its codes where it draws or speaks.
     """
     rows, places, codes = omni.media_rows(params, batch, model=model)
     x_TD = omni.merge(foundation.embed(params["foundation"], batch["tokens_T"]), rows, places)
     hidden_TD, stats = omni.hidden_states(params, x_TD, batch, model=model, balance=balance)
     terms = {}
     for number, task in enumerate(tasks):
-        if task.endswith("_to_image"):
-            terms[task] = _image_loss(params, hidden_TD, batch, codes, model, number)
+        decoder = made_by(task)
+        if decoder is not None:
+            terms[task] = _code_loss(params, hidden_TD, batch, codes[decoder], model.decoder(decoder), decoder, number)
         else:
             labels_T = torch.where(batch["task_T"] == number, batch["labels_T"], IGNORE)
             terms[task] = foundation.loss(params["foundation"], hidden_TD, labels_T, model.foundation)
     return terms, stats
 
 
-def _image_loss(
-    params: Any, hidden_TD: Tensor, batch: Mapping[str, Any], codes: dict[str, Tensor], model: OmniModel, number: int
+def _code_loss(
+    params: Any, hidden_TD: Tensor, batch: Mapping[str, Any], codes_n: Tensor, decoder: Decoder, name: str, number: int
 ) -> Mean:
-    place_n = batch["decoders"]["image"]["index_n"]
+    """The loss of task `number` over the codes that the decoder called `name` makes."""
+    place_n = batch["decoders"][name]["index_n"]
     nowhere = pack_tokens(hidden_TD.shape[0])
-    labels_n = torch.where(batch["decoders"]["image"]["task_n"] == number, codes["image"], IGNORE)
+    labels_n = torch.where(batch["decoders"][name]["task_n"] == number, codes_n, IGNORE)
     hidden_nD = take_rows(hidden_TD, torch.where(place_n < nowhere, place_n - 1, nowhere))
-    return model.decoder("image").lm_head(params["decoders"]["image"], hidden_nD, labels_n)
+    return decoder.lm_head(params["decoders"][name], hidden_nD, labels_n)
 
 
 def _dropped(stats: DecoderStats) -> Tensor:
@@ -139,7 +151,7 @@ def _dropped(stats: DecoderStats) -> Tensor:
 
 
 def plan(mesh: Mesh) -> Plan:
-    """Encoders and the drawing decoder hold whole items on each rank; the foundation shares sequences and experts."""
+    """Encoders and decoders hold whole items on each rank; the foundation shares sequences and experts."""
     whole = Layout(sequence=None)
     rules = {**BATCH, "decoders.*.task_n": BatchRows()}
     return Plan(mesh, Layout(), batch=rules, components={"encoders": whole, "decoders": whole})

@@ -30,7 +30,7 @@ def noise(count: int, seed: int) -> Clips:
 
 @functools.cache
 def mixture() -> tuple[tasks.Mixture, omni.OmniModel]:
-    """The mixture of all six tasks, and the model in its smallest size."""
+    """The mixture of all tasks, and the model in its smallest size."""
     data = sources.load(omni_model.readers("smoke"), speech=Corpus(noise(120, 0), noise(60, 1)), copies=1)
     return tasks.Mixture(data, 0), omni_model.omni_model("smoke", data.words, audio=True)
 

@@ -2,14 +2,18 @@
 
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib import image as pictures
+from matplotlib.ft2font import FT2Font
 from rich.console import Console
 
-from experiments.omni import evaluation, figures
+from experiments.omni import evaluation, figures, font
+from experiments.omni.language import LANGUAGES
 from experiments.omni.tasks import Example
+from ftrain.modules.packing import Target
 from ftrain.run import progress
 
 METRICS = {"loss": 2.0, "loss/text": 1.5, "loss/image": 0.5, "tokens_per_s": 12_345.0, "mfu": 0.25, "peak_bytes": 2**28}
@@ -84,16 +88,24 @@ def answers():
     video, mel = np.stack([INK[..., :]] * 3), np.random.default_rng(0).normal(size=(56, 40))
     told = Example("video_to_text", (), (), ("三", "左"), 3, (("text", "zh: 看"), ("video", video)))
     drawn = Example("audio_to_image", (), (), (), 4, (("text", "en: draw"), ("audio", mel)))
+    spoken = Example("text_to_audio", (Target("audio", mel),), (), (), 3, (("text", "zh: 说 trois"),), spoken=5)
     return {
         "video_to_text": [figures.Answer(told, "三 左"), figures.Answer(told, "三 右")],
         "audio_to_image": [figures.Answer(drawn, image_HWC=INK, recognised=4)],
+        "text_to_audio": [figures.Answer(spoken, mel_FM=mel, wave_S=np.zeros(7_168), recognised=53)],
     }
 
 
-def test_an_answer_is_right_if_all_its_words_are_or_the_judge_sees_the_digit():
+def test_an_answer_is_right_if_all_its_words_are_or_the_judge_knows_what_was_made():
     right, wrong = answers()["video_to_text"]
     assert right.right
     assert not wrong.right
+    (spoken,) = answers()["text_to_audio"]
+    assert spoken.right
+    assert spoken.told == "sounds like zh: 三"
+    other = replace(spoken, recognised=33)
+    assert not other.right
+    assert other.told == "sounds like es: tres, truth: zh: 三"
     (drawn,) = answers()["audio_to_image"]
     assert drawn.right
     assert not figures.Answer(drawn.example, image_HWC=INK, recognised=5).right
@@ -102,10 +114,17 @@ def test_an_answer_is_right_if_all_its_words_are_or_the_judge_sees_the_digit():
 def test_samples_are_one_picture_without_missing_letters(tmp_path, recwarn):
     figures.samples(answers(), {4: INK}, tmp_path / "samples.png", title="tiny, run 1")
     picture = pictures.imread(tmp_path / "samples.png")
-    assert picture.shape[0] == picture.shape[1] + 44  # the head line: 0.4 inches
+    assert picture.shape[0] == picture.shape[1] * 3 // 2 + 44  # three rows of two, and the head line: 0.4 inches
     assert picture[..., :3].std() > 0.05
     assert not [warning for warning in recwarn if "missing" in str(warning.message)]
-    assert figures.readable("zh: 画 三") == "zh: [draw] [three]"
+
+
+def test_the_font_has_the_letters_of_all_words_and_is_asked_for_by_name():
+    letters = {letter for language in LANGUAGES for word in language.words for letter in word}
+    assert len(letters) > 50
+    assert letters <= {chr(code) for code in FT2Font(str(font.find())).get_charmap()}
+    with pytest.raises(ValueError, match=r"the font WenQuanYi Micro Hei .* `pip install paperang-p2-fonts-cjk`"):
+        font.find("no_such_package")
 
 
 def test_samples_need_answers(tmp_path):

@@ -6,7 +6,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from experiments.omni import digits, sources, tasks
+from experiments.omni import digits, sources, tasks, training
 from experiments.omni.corpus import Clips, Corpus, Delivery
 from experiments.omni.language import EOS, LANGUAGES
 from experiments.omni.speech import Silence
@@ -68,9 +68,9 @@ def test_a_document_is_a_prompt_and_an_answer_that_alone_is_trained_on(task, spl
         *before, last = example.document
         assert tuple(before) == tuple(example.prompt)
         assert not any(isinstance(part, Target) or (isinstance(part, Text) and part.train) for part in before)
-        if task.endswith("_to_image"):
+        if training.made_by(task) is not None:
             assert isinstance(last, Target)
-            assert last.array.shape == (1, 8, 8)
+            assert last.array.shape == ((1, 8, 8) if last.modality == "image" else (56, 40))
             assert example.answer == ()
         else:
             assert last.train
@@ -83,7 +83,7 @@ def test_answers_are_words_of_the_language_that_the_prompt_asks_for(task):
         example = tasks.sample(task, i, sources=SOURCES, seed=0, split="held_out")
         tag = example.shown[0][1].split()[0]
         language = next(language for language in LANGUAGES if language.tag == tag)
-        assert example.answer[0] == language.numbers[example.digit]
+        assert example.answer[-1 if task == "arithmetic" else 0] == language.numbers[example.digit]
         assert set(example.answer) <= set(language.words)
 
 
@@ -99,7 +99,7 @@ def test_held_out_images_are_never_in_training_examples():
         assert not held_out & set(images_of(example))
         for part in example.document:
             if isinstance(part, Target):
-                assert part.array.transpose(1, 2, 0).tobytes() not in held_out
+                assert part.modality == "audio" or part.array.transpose(1, 2, 0).tobytes() not in held_out
     assert set(SOURCES.train.images.places_N) == set(range(1438))
     shown = {
         image
@@ -121,7 +121,7 @@ def test_training_reads_only_training_clips_and_held_out_all_held_out_clips():
     assert heard == kept
 
 
-@pytest.mark.parametrize("task", ["audio_to_text", "video_to_text", "arithmetic"])
+@pytest.mark.parametrize("task", ["audio_to_text", "video_to_text", "text_to_audio", "arithmetic"])
 def test_held_out_combinations_are_tested_and_never_trained_on(task):
     novel = {"train": 0, "held_out": 0}
     for split in novel:
@@ -161,6 +161,25 @@ def test_held_out_drawings_go_through_every_prompt():
     assert len(asked) == 60
 
 
+def test_held_out_words_to_be_spoken_go_through_every_written_word():
+    asked = [tasks.sample("text_to_audio", i, sources=SOURCES, seed=0, split="held_out") for i in range(60)]
+    assert len({(example.digit, example.shown[0][1].split()[-1]) for example in asked}) > 50  # some are spelt alike
+
+
+def test_a_word_is_spoken_in_the_language_that_the_prompt_asks_for():
+    clips = SOURCES.train.speech
+    for i in range(60):
+        example = tasks.sample("text_to_audio", i, sources=SOURCES, seed=0, split="train")
+        tag, verb, word = example.shown[0][1].split()
+        language = LANGUAGES[example.spoken]
+        assert (tag, verb) == (language.tag, language.say)
+        assert word in {other.numbers[example.digit] for other in LANGUAGES}
+        spoken = [i for i, clip_FM in enumerate(clips.said_NFM) if np.array_equal(clip_FM, example.document[-1].array)]
+        assert [(clips.clips.languages_N[i], clips.clips.labels_N[i]) for i in spoken] == [
+            (example.spoken, example.digit)
+        ]
+
+
 def test_the_mixture_follows_its_weights_and_repeats():
     mixture = tasks.Mixture(SOURCES, seed=0, weights={"image_to_text": 3.0, "arithmetic": 1.0})
     names = [mixture.example(i).task for i in range(400)]
@@ -175,8 +194,9 @@ def test_without_speech_the_tasks_that_need_it_are_left_out():
     assert set(tasks.possible(silent)) == {"image_to_text", "video_to_text", "text_to_image", "arithmetic"}
     mixture = tasks.Mixture(silent, seed=0)
     assert {mixture.example(i).task for i in range(100)} == set(tasks.possible(silent))
-    with pytest.raises(ValueError, match="'audio_to_text' needs speech: no voice"):
-        tasks.sample("audio_to_text", 0, sources=silent, seed=0, split="train")
+    for task in sorted(tasks.NEED_SPEECH):
+        with pytest.raises(ValueError, match=f"{task!r} needs speech: no voice"):
+            tasks.sample(task, 0, sources=silent, seed=0, split="train")
     with pytest.raises(ValueError, match="leave no task"):
         tasks.Mixture(silent, seed=0, weights={"audio_to_text": 1.0})
 

@@ -1,0 +1,29 @@
+"""A font with the letters of all six languages: WenQuanYi Micro Hei, which PyPI's `paperang-p2-fonts-cjk` carries.
+
+matplotlib's own has no Chinese ones.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from matplotlib.font_manager import FontProperties
+
+NAME = "WenQuanYi Micro Hei"
+_PACKAGE, _DISTRIBUTION = "paperang_p2_fonts_cjk", "paperang-p2-fonts-cjk"
+
+
+def find(package: str = _PACKAGE) -> Path:
+    """The font's file. ValueError that names the font where the package that carries it is not installed."""
+    spec = find_spec(package)
+    file = Path(spec.origin).parent / "fonts" / "wqy-microhei.ttc" if spec is not None and spec.origin else None
+    if file is None or not file.is_file():
+        raise ValueError(
+            f"samples.png has Chinese words, and the font {NAME} that draws them is not here: `pip install "
+            f"{_DISTRIBUTION}`, which the extra `data` names, brings it"
+        )
+    return file
+
+
+def of_size(points: float) -> FontProperties:
+    """The font in a size, for matplotlib's `fontproperties`."""
+    return FontProperties(fname=str(find()), size=points)

@@ -1,0 +1,75 @@
+"""Words that a model says: waves of mel frames that sound like them, and a listener that knows real words."""
+
+import wave
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from experiments.omni import listener, sources, vocoder
+from experiments.omni.corpus import RATE, SAMPLES, Clips, Delivery
+from experiments.omni.model import SIZES, audio_config
+
+CFG = audio_config("tiny", 16)
+
+
+def chirps(count: int, seed: int) -> np.ndarray:
+    """Waves `[N, S]` of tones that rise or fall at their own pace, number i from its own pitch."""
+    rng = np.random.default_rng(seed)
+    time_S = np.arange(SAMPLES) / RATE
+    start_N1 = 300 + 250 * (np.arange(count) % 10)[:, None] + rng.uniform(-40, 40, (count, 1))
+    wave_NS = np.sin(2 * np.pi * (start_N1 + 150 * time_S) * time_S) * rng.uniform(0.05, 0.2, (count, 1))
+    return (wave_NS + rng.normal(0, 0.002, wave_NS.shape)).astype(np.float32)
+
+
+def speech(count: int, seed: int) -> sources.Speech:
+    labels_N = np.arange(count) % 10
+    clips = Clips(chirps(count, seed), labels_N, np.zeros(count, np.int64), (Delivery("v", 175, 50),) * count)
+    return sources.features(clips, CFG)
+
+
+def test_a_wave_of_mel_frames_has_these_mel_frames() -> None:
+    """But for a few per cent: mel frames do not hold phases, and bands are wider than the bins between them."""
+    said_NFM = sources.log_mels(chirps(4, 0), CFG)
+    again_NFM = sources.log_mels(vocoder.waves(said_NFM, cfg=CFG), CFG)
+    loud = said_NFM > said_NFM.max() - 0.5  # of the loudest band: 20 dB
+    assert np.abs(again_NFM - said_NFM)[loud].mean() < 0.06
+    assert np.abs(again_NFM - said_NFM.mean((0, 1)))[loud].mean() > 0.2
+    assert np.array_equal(vocoder.waves(said_NFM, cfg=CFG), vocoder.waves(said_NFM, cfg=CFG))
+    with pytest.raises(ValueError, match=r"waves are made of clips \[N, F, 40\], got \[4, 56, 39\]"):
+        vocoder.waves(said_NFM[..., 1:], cfg=CFG)
+
+
+def test_the_listener_recognises_words_of_voices_it_has_not_heard_and_says_how_many() -> None:
+    ear = listener.train(speech(80, 0), speech(20, 1), cfg=CFG)
+    assert ear.held_out_accuracy > 0.9
+    heard_N = ear.recognise(chirps(30, 2))
+    assert (heard_N == np.arange(30) % 10).mean() > 0.9
+    assert (ear.recognise(vocoder.waves(sources.log_mels(chirps(30, 2), CFG), cfg=CFG)) == heard_N).mean() > 0.9
+
+
+def test_a_word_of_another_language_is_another_word() -> None:
+    assert listener.word_number(0, 3) != listener.word_number(3, 3)
+    assert len({listener.word_number(language, digit) for language in range(6) for digit in range(10)}) == 60
+
+
+def test_a_wav_file_has_all_words_with_pauses(tmp_path) -> None:
+    said = [np.full(1000, 0.5, np.float32), np.full(500, 2.0, np.float32)]
+    vocoder.write_wav(tmp_path / "spoken.wav", said, rate=RATE)
+    with wave.open(str(tmp_path / "spoken.wav")) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (RATE, 1, 2)
+        samples_S = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    assert len(samples_S) == 1500 + 2 * (RATE // 4)
+    assert samples_S[:1000].tolist() == [16_383] * 1000
+    assert samples_S.max() == 32_767  # what is too loud is cut
+
+
+def test_a_larger_model_is_larger_in_all_and_trained_on_more() -> None:
+    ladder = [SIZES[name] for name in ("smoke", "tiny", "small", "medium")]
+    for less, more in pairwise(ladder):
+        assert less.d_model < more.d_model
+        assert less.layers < more.layers
+        assert less.documents < more.documents
+        assert less.data.copies < more.data.copies
+        takes = [len(size.data.speech.trained_voices) * size.data.speech.train_takes for size in (less, more)]
+        assert takes[0] < takes[1]
