@@ -139,8 +139,8 @@ def _low_pass(up: int, down: int) -> np.ndarray:
     return firwin(20 * max(up, down) + 1, 1 / max(up, down), window=("kaiser", 5.0)).astype(np.float32)
 
 
-def cut(sound: Sound) -> np.ndarray:
-    """A clip float32 `[SAMPLES]` at `RATE`: silence before and after removed, of equal loudness, zeros behind."""
+def cut(sound: Sound, *, samples: int = SAMPLES) -> np.ndarray:
+    """A clip float32 `[samples]` at `RATE`: silence before and after removed, of equal loudness, zeros behind."""
     common = math.gcd(RATE, sound.rate)
     up, down = RATE // common, sound.rate // common
     wave_S = sound.samples_S.astype(np.float32) / 32_768
@@ -150,6 +150,6 @@ def cut(sound: Sound) -> np.ndarray:
     if not loud.size:
         raise ValueError(f"a sound of {len(sound.samples_S)} samples is silent")
     lead = int(_LEAD_S * RATE)
-    wave_S = wave_S[max(0, loud[0] - lead) : loud[-1] + lead][:SAMPLES]
+    wave_S = wave_S[max(0, loud[0] - lead) : loud[-1] + lead][:samples]
     wave_S = wave_S * (_LOUDNESS / np.sqrt(np.mean(wave_S**2)))
-    return np.pad(wave_S, (0, SAMPLES - len(wave_S))).astype(np.float32)
+    return np.pad(wave_S, (0, samples - len(wave_S))).astype(np.float32)
