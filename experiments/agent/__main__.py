@@ -1,0 +1,191 @@
+"""Train an agent on trajectories of screenshots and actions, and let it act in desktops with tasks it has never seen.
+
+python -m experiments.agent [--out FOLDER] [--json FILE] [--small]
+
+The training is one command, `ftrain train sft`, on trajectories as chats; then the agent's actions are executed.
+"""
+
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.agent import folder, trajectories
+from experiments.agent.desk import Action, Desk, make
+from experiments.bench.machine import Machine
+from ftrain.cli.generate import stop_ids
+from ftrain.cli.main import main as ftrain_command
+from ftrain.cli.opened import open_with_adapter
+from ftrain.data.chat_template import load_tokenizer
+from ftrain.data.documents import Document, Group
+from ftrain.data.encoding import ChatEncoder
+from ftrain.data.media.families import family_of
+from ftrain.data.media_finishing import ReadMedia
+from ftrain.modules.autoregression import Family, generate
+from ftrain.run.folder import read_metrics, write_json
+from ftrain.run.media import layout_of
+from ftrain.run.media_answers import family_of_documents
+
+_LONGEST = 16  # tokens of an action
+_MOST = 6  # actions of an episode
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be chosen."""
+
+    out: Path = Path("runs/agent")
+    """Folder of the model, the data, and the run; a run in it is not done again."""
+    json: Path | None = None
+    """Where figures are written."""
+    small: bool = False
+    """A few trajectories and steps, to see that all runs."""
+    trajectories: int = 4000
+    """To train on."""
+    steps: int = 600
+    """Steps of two packs of 1024 tokens."""
+    episodes: int = 100
+    """Held-out tasks that the agent acts in."""
+    rate: float = 3e-3
+    """Learning rate."""
+    threads: int = 2
+    """CPU threads of each op."""
+    seed: int = 0
+    """Of weights, tasks and order."""
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A trained model that answers chats with screenshots: an encoder of chats, parameters, and how they go on."""
+
+    encode: ChatEncoder
+    read: ReadMedia
+    params: Any
+    family: Family
+    stop: list[int]
+
+    @staticmethod
+    def of(model: Path) -> "Agent":
+        """The model of a folder. ValueError for one that does not see."""
+        tokenizer = load_tokenizer(model)
+        media = family_of(model, tokenizer)
+        opened = open_with_adapter(model, None)
+        family = family_of_documents(opened.model, layout_of(opened.model, media))
+        if media is None or family is None:
+            raise ValueError(f"{model}: {opened.model.name} does not answer to pictures")
+        encode = ChatEncoder(tokenizer, media=media)
+        return Agent(encode, ReadMedia(media), opened.params, family, stop_ids(model, tokenizer))
+
+    def says(self, desks: list[Desk], screens: list[list[np.ndarray]], said: list[list[str]]) -> list[str]:
+        """What it says next in each of several trajectories."""
+        asked: list[Document] = []
+        for desk, seen, texts in zip(desks, screens, said, strict=True):
+            group = Group((self.encode.ask(trajectories.chat(str(desk.task), seen, texts)).document(),))
+            asked.append(self.read(group).documents[0])
+        made = generate(self.params, asked, family=self.family, max_new=_LONGEST, stop=self.stop)
+        return [self.encode.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made]
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Write the data, train, act, tell."""
+    torch.set_num_threads(options.threads)
+    began, console = time.monotonic(), Console(width=110)
+    data, model, run = options.out / "data", options.out / "model", options.out / "run"
+    count, steps, episodes = (32, 4, 4) if options.small else (options.trajectories, options.steps, options.episodes)
+    train, held_out = trajectories.write(data, trajectories=count, held_out=max(8, count // 40), seed=options.seed)
+    if not (model / "config.json").is_file():
+        folder.write(model, words(200, options.seed), seed=options.seed)
+    code = ftrain_command(
+        [
+            "train", "sft", "--model", str(model), "--data", str(train), "--held-out-data", str(held_out),
+            "--out", str(run), "--tokens", "1024", "--packs", "2", "--steps", str(steps), "--rate", str(options.rate),
+            "--every.evaluate", str(max(1, steps // 4)), "--every.samples", "0", "--seed", str(options.seed),
+        ]
+    )  # fmt: skip
+    if code:
+        raise ValueError(f"the training ended with code {code}")
+    rng = np.random.default_rng([options.seed, 2])
+    found = act(Agent.of(run / "model"), [make(rng, held_out=True) for _ in range(episodes)])
+    table(found, console)
+    rows = read_metrics(run)
+    curve = [{"step": row["step"], "loss": row["held_out"]} for row in rows if "held_out" in row]
+    result = {**asdict(Machine.here()), "seed": options.seed, "steps": steps, "trajectories": count,
+              "seconds": round(time.monotonic() - began), "held_out_loss": curve, "acting": found}  # fmt: skip
+    if options.json is not None:
+        write_json(options.json, result)
+    return result
+
+
+def words(count: int, seed: int) -> list[str]:
+    """What is said in so many trajectories, for the tokenizer."""
+    rng, texts = np.random.default_rng([seed, 3]), list[str]()
+    for _ in range(count):
+        desk = make(rng, held_out=False)
+        texts.append(str(desk.task))
+        while not desk.finished:
+            texts.append(trajectories.thought(desk, desk.right_action()))
+            desk = desk.after(desk.right_action())
+    return texts
+
+
+def act(agent: Agent, desks: list[Desk]) -> dict[str, Any]:
+    """Let the agent act in each desktop until it says that it has finished, or for `_MOST` actions.
+
+    `success`: the share of tasks that are done; `opened`, `typed`, `sent`: of those whose part is right; `random`: the
+    share that an agent would do that clicks on icons at random.
+    """
+    screens, said = [[np.asarray(desk.screenshot())] for desk in desks], [list[str]() for _ in desks]
+    no_action = 0
+    for _ in range(_MOST):
+        open_ = [i for i, desk in enumerate(desks) if not desk.finished]
+        if not open_:
+            break
+        texts = agent.says([desks[i] for i in open_], [screens[i] for i in open_], [said[i] for i in open_])
+        for i, text in zip(open_, texts, strict=True):
+            try:
+                desks[i] = desks[i].after(trajectories.action_of(text))
+            except ValueError:
+                no_action += 1
+                desks[i] = desks[i].after(Action("finish"))
+            said[i].append(text)
+            screens[i].append(np.asarray(desks[i].screenshot()))
+    parts = {
+        "opened": [desk.opened == desk.task.opens for desk in desks],
+        "typed": [desk.typed == desk.task.word for desk in desks],
+        "sent": [desk.sent == desk.task.sends for desk in desks],
+    }
+    return {
+        "episodes": len(desks),
+        "success": float(np.mean([desk.success for desk in desks])),
+        **{name: float(np.mean(right)) for name, right in parts.items()},
+        "random": float(np.mean([1 / len(desk.home) / len(desk.form) for desk in desks])),
+        "no_action": no_action,
+        "actions": dict(Counter(len(desk.done) for desk in desks)),
+    }
+
+
+def table(found: dict[str, Any], console: Console) -> None:
+    """What was measured."""
+    shown = Table(title=f"{found['episodes']} tasks with pairs of icons that no training trajectory has")
+    shown.add_column("")
+    shown.add_column("share", justify="right")
+    for name, title in (("opened", "opened the right form"), ("typed", "typed the word"),
+                        ("sent", "sent by the right icon"), ("success", "done, and said so"),
+                        ("random", "done by clicking on icons at random")):  # fmt: skip
+        shown.add_row(title, f"{found[name]:.1%}")
+    console.print(shown)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except ValueError as error:
+        sys.exit(f"agent: {error}")
