@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import ftrain
-from experiments.long_context import haystack, model
+from experiments.long_context import haystack, model, plan
 from experiments.long_context.haystack import KINDS, Needle, Sources, Split
 from experiments.omni import corpus, digits
 from experiments.omni.corpus import Clips
@@ -13,6 +13,7 @@ from experiments.omni.language import LANGUAGES, SPECIAL, Tokenizer
 from experiments.omni.sources import HELD_OUT, TRAIN, Speech
 from ftrain.kernels import random
 from ftrain.modules import decoder, omni
+from ftrain.plan.space import Candidate
 
 NUMBERS = LANGUAGES[0].numbers[:10]
 
@@ -88,3 +89,17 @@ def test_a_document_reads_the_same_alone_and_behind_another(of) -> None:
 def test_shares_are_told_by_depth() -> None:
     needles = [Needle(0, depth, 1) for depth in (0.05, 0.15, 0.5, 0.99)]
     assert haystack.depths(needles, np.array([1, 0, 1, 0]), parts=5) == [0.5, None, 1.0, None, 0.0]
+
+
+def test_a_million_tokens_are_planned_with_what_windows_leave_to_do() -> None:
+    some, every = (plan.plan_for_search(tokens=1 << 20, packs=1, size=size) for size in ("windows", "every"))
+    assert some.stacks == {"turns": 8}
+    kinds = [some.cfg.own(i) is not None for i in range(6)]
+    assert kinds == [False] * 5 + [True]
+    share = some.model_shape.attention_flops / every.model_shape.attention_flops
+    assert share == pytest.approx((1 + 5 * 2048 / (1 << 20)) / 6)
+    assert some.model_shape.weight_flops == every.model_shape.weight_flops
+    candidate = Candidate(1, 8, 1, 1, None, 1, "none")
+    assert len(some.make({"turns": 1}, candidate).specs["layers"]) == plan.TURN
+    with pytest.raises(ValueError, match="windows"):
+        plan.plan_for_search(tokens=64, packs=1, size="all")
