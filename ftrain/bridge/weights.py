@@ -137,7 +137,8 @@ def save(
         tensors = {name: x.cpu() for name, x in leaves}
         tensors |= {name: tensors.get(name, x).to(x.dtype) for name, x in held.items() if name in known}
         tensors |= {name: tensors[own] for name, own in _tied(module).items() if own in tensors}
-        module.save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
+        # of a copy: transformers notes in the configuration what it wrote, which a step that reads it would see
+        deepcopy(module).save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
 
     write_gathered({**flatten(params), **flatten(state or {})}, write)
 

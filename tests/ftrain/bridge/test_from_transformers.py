@@ -205,12 +205,13 @@ def test_a_model_is_made_with_one_trace(kind, calls):
 
 
 @pytest.mark.filterwarnings("error:.*traced again")
-def test_a_step_is_traced_once():
+def test_a_step_is_traced_once(tmp_path):
     model = from_transformers(PACKED["llama"]())
     params = ftrain.init(model.specs, ftrain.key(0))
     step = ftrain.jit(lambda params, batch: ftrain.value_and_grad(model.loss)(params, batch))
     for _ in range(2):
         step(params, pack())
+        model.save(params, tmp_path)
 
 
 def test_only_experts_that_our_primitive_reads_are_divided_as_experts():
