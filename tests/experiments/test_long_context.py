@@ -28,7 +28,8 @@ def of() -> Sources:
     clips = Clips(np.zeros((20, 1)), np.arange(20) % 10, np.zeros(20, np.int64), ())
     text, sides = np.array(words.encode("this that then")), digits.split()
     made = [
-        Split(n, rng.choice(text, 500), d, Speech(mels, mels, clips)) for n, d in zip((TRAIN, HELD_OUT), sides, strict=True)
+        Split(n, rng.choice(text, 500), d, Speech(mels, mels, clips))
+        for n, d in zip((TRAIN, HELD_OUT), sides, strict=True)
     ]
     return Sources(*made, words, image, audio)
 
