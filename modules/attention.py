@@ -26,12 +26,13 @@ class AttentionConfig:
 
     `heads` query heads share `kv_heads` key/value heads (GQA, Ainslie et al. 2023), each `head_dim` wide. `qk_norm`:
     RMS norm of each head's queries and keys before rotation (Qwen3), with `norm_eps`. `bias`: of queries, keys and
-    values; `out_bias`: of the output. `causal` and `window` (tokens a query sees, itself included; `None`: all) are the
-    mask within a document. `rope_base` `None` means no rotation; `rope_sections` splits the rotated frequencies among
-    several position axes (M-RoPE), in blocks or, with `rope_interleaved`, in turns; with `rope_per_axis_ladder` each
-    axis has the whole range of frequencies (vision). `rope_scaling` stretches them for long texts (Llama 3.1, YaRN).
-    `rope_dim`: only so many dims of a head are rotated, the first ones (`None`: all). `sinks`: each query head has a
-    learned score that takes its part of the softmax (gpt-oss).
+    values, of keys only with `key_bias` too (Whisper has none); `out_bias`: of the output. `causal` and `window`
+    (tokens a query sees, itself included; `None`: all) are the mask within a document. `rope_base` `None` means no
+    rotation; `rope_sections` splits the rotated frequencies among several position axes (M-RoPE), in blocks or, with
+    `rope_interleaved`, in turns; with `rope_per_axis_ladder` each axis has the whole range of frequencies (vision).
+    `rope_scaling` stretches them for long texts (Llama 3.1, YaRN). `rope_dim`: only so many dims of a head are rotated,
+    the first ones (`None`: all). `sinks`: each query head has a learned score that takes its part of the softmax
+    (gpt-oss).
 
     Raises:
         ValueError: `heads` is no multiple of `kv_heads`, or rotary positions are given an odd number of dims, or more
@@ -45,6 +46,7 @@ class AttentionConfig:
     qk_norm: bool = False
     norm_eps: float = 1e-6
     bias: bool = False
+    key_bias: bool = True
     out_bias: bool = False
     causal: bool = True
     window: int | None = None
@@ -89,7 +91,8 @@ def specs(cfg: AttentionConfig, *, out_gain: float = 1.0) -> dict[str, ParamSpec
     }
     if cfg.bias:
         tree["b_q_HK"] = ParamSpec((hk,), ("heads",), zeros())
-        tree["b_k_GK"] = ParamSpec((gk,), ("kv_heads",), zeros())
+        if cfg.key_bias:
+            tree["b_k_GK"] = ParamSpec((gk,), ("kv_heads",), zeros())
         tree["b_v_GK"] = ParamSpec((gk,), ("kv_heads",), zeros())
     if cfg.out_bias:
         tree["b_o_D"] = ParamSpec((d,), ("embed",), zeros())

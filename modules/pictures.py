@@ -6,7 +6,7 @@ host; a picture is an image or a video.
 Legend: T tokens, P patches of all pictures of a kind, M tokens of a kind, F frames of a picture, n tokens of a frame.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ftrain.modules.mrope import After, Picture
+from ftrain.modules.mrope import After, Picture, Scene
 from ftrain.modules.patch_grid import Frame, frame
+from ftrain.modules.scenes import scene
+from ftrain.modules.sounds import LEAVES as SOUND_LEAVES
+from ftrain.modules.sounds import Clip, SoundConfig
 from ftrain.modules.vision_tower import TowerConfig
 
 KINDS = ("image", "video")
@@ -25,9 +28,11 @@ GRIDS: Mapping[str, str] = MappingProxyType({"image": "image_grid_thw", "video":
 """The leaf of a kind's shapes: frames, rows and columns of patches, `[pictures, 3]`."""
 SECONDS = "second_per_grid_ts"
 """The leaf of how long a frame of each video lasts, `[videos]`, where times are places."""
+OTHER_SECONDS = "video_second_per_grid"
+"""The same as processors of models that hear call it."""
 TYPES = "mm_token_type_ids"
 """The leaf in which processors of transformers say once more what each token stands for: 1 an image, 2 a video."""
-LEAVES = (*PIXELS.values(), *GRIDS.values(), SECONDS, TYPES)
+LEAVES = (*PIXELS.values(), *GRIDS.values(), SECONDS, OTHER_SECONDS, TYPES, *SOUND_LEAVES)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class MediaConfig:
     """What a model asks of its pictures: those that its `tower` reads, at the tokens `image` and `video`.
 
     `per_second`: places in time of a second of video (Qwen2.5-VL); None: a frame is one. `split`: each frame of a video
-    stands by itself in the text (Qwen3-VL). `after`: where text goes on behind a video.
+    stands by itself in the text (Qwen3-VL). `after`: where text goes on behind a video. `sound`: what it hears, if it
+    does; `exact`: places are numbers of any kind, float32 (Qwen3-Omni).
     """
 
     tower: TowerConfig
@@ -44,11 +50,23 @@ class MediaConfig:
     per_second: float | None = None
     split: bool = False
     after: After = "extent"
+    sound: SoundConfig | None = None
+    exact: bool = False
 
     @property
     def square(self) -> int:
         """Patches that become one token."""
         return self.tower.merge**2
+
+    @property
+    def rate(self) -> float:
+        """What the step of a video is multiplied by: where a model hears, steps are seconds."""
+        return 1.0 if self.sound is None or self.per_second is None else self.per_second
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens that stand for media."""
+        return (self.image, self.video, *([] if self.sound is None else [self.sound.token]))
 
     def id_of(self, kind: str) -> int:
         """The token that stands for a picture of a kind."""
@@ -70,16 +88,20 @@ class Piece(NamedTuple):
         return len(self.arrays.window_N)
 
 
-def find(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfig) -> tuple[list[Piece], list[Picture]]:
+def find(
+    raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfig, clips: Sequence[Clip] = ()
+) -> tuple[list[Piece], list[Picture | Scene]]:
     """All frames, of images first, and all pictures in the order of the tokens.
 
-    `raw`: leaves of pictures, see `LEAVES`; `tokens_T`: the folded tokens.
+    `raw`: leaves of pictures, see `LEAVES`; `tokens_T`: the folded tokens; `clips`: the recordings, of which some may
+    be the sound of videos.
 
     ValueError where pictures and the tokens that stand for them are not equally many or do not lie together, where a
     shape is empty, no multiple of the merged squares or not that of the patches, or where a number is not finite.
     """
     _require_types(raw, tokens_T, cfg)
-    pieces, found = list[Piece](), list[Picture]()
+    pieces, found = list[Piece](), list[Picture | Scene]()
+    alone = {int(clip.at_n[0]): clip for clip in clips}
     for kind in KINDS:
         grid_N3 = _grids(raw, kind, cfg)
         at_M = np.flatnonzero(tokens_T == cfg.id_of(kind))
@@ -98,10 +120,27 @@ def find(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfig) -> tupl
                 source = (cursor + i * rows * columns) * cfg.square
                 pieces.append(Piece(kind, arrays, source, at_n[arrays.order_n]))
             for at_n in at_Fn if cfg.split else at_Fn.reshape(1, -1):
-                _require_together(at_n, kind)
-                found.append(Picture(int(at_n[0]), 1 if cfg.split else frames, rows, columns, step))
+                picture = Picture(int(at_n[0]), 1 if cfg.split else frames, rows, columns, step, cfg.rate)
+                found.append(_placed(picture, at_n, tokens_T, alone, kind, cfg))
             cursor += at_Fn.size
-    return pieces, sorted(found)
+    for clip in alone.values():
+        _require_together(clip.at_n, "recording")
+    return pieces, sorted(found, key=lambda item: item.first)
+
+
+def _placed(
+    picture: Picture, at_n: np.ndarray, tokens_T: np.ndarray, alone: dict[int, Clip], kind: str, cfg: MediaConfig
+) -> Picture | Scene:
+    """The picture, or with the sound that is mixed with it, which then stands no more `alone`, a scene."""
+    if cfg.sound is None or kind != "video" or at_n[0] == 0 or tokens_T[at_n[0] - 1] != cfg.sound.start:
+        _require_together(at_n, kind)
+        return picture
+    first = min((begin for begin in alone if begin > at_n[0]), default=None)
+    if first is None:
+        raise ValueError(f"the video at token {at_n[0]} stands where its sound is to be mixed with it, and has none")
+    clip = alone.pop(first)
+    stretch = cfg.sound.interleave
+    return scene(picture, at_n, clip.at_n, interleave=stretch, exact=cfg.exact, room=len(tokens_T))
 
 
 def _require_types(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfig) -> None:
@@ -109,6 +148,8 @@ def _require_types(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: MediaConfi
         return
     type_T = np.asarray(raw[TYPES]).ravel()
     known_T = 1 * (tokens_T == cfg.image) + 2 * (tokens_T == cfg.video)
+    if cfg.sound is not None:
+        known_T += 3 * (tokens_T == cfg.sound.token)
     if type_T.shape != known_T.shape or (type_T != known_T).any():
         raise ValueError(f"{TYPES} says another kind of some token than its id: give the tokens that it came with")
 
@@ -117,7 +158,7 @@ def _require_together(at_n: np.ndarray, kind: str) -> None:
     if at_n[-1] - at_n[0] != len(at_n) - 1:
         raise ValueError(
             f"the {len(at_n)} tokens of one {kind} that begin at token {at_n[0]} do not stand side by side: the tokens "
-            "and the grids are not of the same pictures, or not in one order"
+            "and the shapes are not of the same media, or not in one order"
         )
 
 
@@ -159,12 +200,15 @@ def _require_patches(pixels: Tensor, grid_N3: np.ndarray, kind: str, tower: Towe
 
 
 def _steps(raw: Mapping[str, Any], kind: str, pictures: int, cfg: MediaConfig) -> np.ndarray:
-    """The places from one frame to the next of each picture, float32 `[pictures]`."""
+    """The places from one frame to the next of each picture, but for `cfg.rate`, float32 `[pictures]`."""
+    name = OTHER_SECONDS if OTHER_SECONDS in raw else SECONDS
     if kind == "image" or cfg.per_second is None:
-        if kind == "video" and SECONDS in raw:
-            raise ValueError(f"the batch has {SECONDS!r}, and this model counts frames, not seconds: leave it out")
+        if kind == "video" and name in raw:
+            raise ValueError(f"the batch has {name!r}, and this model counts frames, not seconds: leave it out")
         return np.ones(pictures, np.float32)
-    seconds_N = np.asarray(raw.get(SECONDS, np.ones(pictures)), np.float32)
+    if cfg.sound is not None and pictures and name not in raw:
+        raise ValueError(f"the batch has {pictures} videos and no {OTHER_SECONDS!r}: give how long a frame of each is")
+    seconds_N = np.asarray(raw.get(name, np.ones(pictures)), np.float32)
     if seconds_N.shape != (pictures,) or not ((seconds_N > 0) & np.isfinite(seconds_N)).all():
-        raise ValueError(f"{SECONDS} is {seconds_N.tolist()}: give {pictures} numbers above 0, one for each video")
-    return np.float32(cfg.per_second) * seconds_N
+        raise ValueError(f"{name} is {seconds_N.tolist()}: give {pictures} numbers above 0, one for each video")
+    return seconds_N if cfg.sound is not None else np.float32(cfg.per_second) * seconds_N

@@ -1,11 +1,11 @@
-"""Text that a language model writes about what it sees, for `ftrain.modules.autoregression.generate`.
+"""Text that a language model writes about what it sees and hears, for `ftrain.modules.autoregression.generate`.
 
-Pictures are read once, with the prompts; from then on each step is one token of each prompt, as without pictures.
+Media are read once, with the prompts; from then on each step is one token of each prompt, as without media.
 
 Legend: B prompts, V vocabulary, D model width, T tokens of all prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ftrain.modules import decoder, vision_language
 from ftrain.modules.autoregression import Family
 from ftrain.modules.kv_cache import KvCache
+from ftrain.modules.sounds import folded
 from ftrain.modules.spec import Tree
 from ftrain.modules.vision_language import VisionLanguageConfig
 from ftrain.modules.vision_media import prepare
@@ -33,11 +34,11 @@ def sight_family(cfg: VisionLanguageConfig) -> Family:
     """The text of such a model; prompts are `Prompt`s.
 
     What is written goes on behind the place of the prompt's last token. Its `prefill` raises ValueError where there is
-    no prompt, or an empty one, and for pictures as `prepare` does.
+    no prompt, or an empty one, and for media as `prepare` does.
     """
 
     def prefill(params: Tree, prompts: Sequence[Prompt], room: int) -> tuple[Tensor, _Now]:
-        raw, lengths = joined(prompts)
+        raw, lengths = joined(prompts, fold=_folding(cfg))
         batch = on_device(prepare(raw, cfg.media), params["text"]["embedding"]["table_VD"].device)
         x_TD, added = vision_language.embed(params, batch, cfg)
         length_B = torch.tensor(lengths, device=x_TD.device)
@@ -62,8 +63,19 @@ def sight_family(cfg: VisionLanguageConfig) -> Family:
     return Family(prefill, extend)
 
 
-def joined(prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[int]]:
-    """The prompts as one raw pack, and their lengths. ValueError where there is none, an empty one, or rows."""
+def _folding(cfg: VisionLanguageConfig) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """What makes leaves of a pack of a prompt's recordings; None for a model that does not hear."""
+    sound = cfg.media.sound
+    return None if sound is None else lambda prompt: folded(prompt, sound.tower)
+
+
+def joined(
+    prompts: Sequence[Prompt], *, fold: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> tuple[dict[str, Tensor], list[int]]:
+    """The prompts as one raw pack, and their lengths. ValueError where there is none, an empty one, or rows.
+
+    `fold`: what is done with the leaves of each before they are joined.
+    """
     given = [
         dict(prompt) if isinstance(prompt, Mapping) else {"tokens": torch.tensor(prompt, dtype=torch.int64)}
         for prompt in prompts
@@ -76,6 +88,7 @@ def joined(prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[int]]:
         prompt.pop("labels", None)
         if prompt["tokens"].dim() != 1 or "segments" in prompt:
             raise ValueError("a prompt is one document: tokens [T] without segments")
+    given = given if fold is None else [fold(prompt) for prompt in given]
     names = dict.fromkeys(name for prompt in given for name in prompt)
     raw = {name: torch.cat([prompt[name] for prompt in given if name in prompt]) for name in names}
     return {**raw, "segments": torch.repeat_interleave(torch.tensor(lengths))}, lengths

@@ -1,4 +1,5 @@
-"""Language models that see (Qwen2-VL and its successors): a vision tower whose rows stand among a decoder's tokens.
+"""Language models that see, and some that hear (Qwen2-VL and its successors): towers whose rows stand among a decoder's
+tokens.
 
 Legend: T tokens, n tokens of pictures, D width of the decoder, B prompts.
 """
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ftrain.kernels.documents import Segments
 from ftrain.kernels.embedding import merge_rows
-from ftrain.modules import decoder, vision_tower
+from ftrain.modules import audio_tower, decoder, vision_tower
 from ftrain.modules.decoder import Added, DecoderStats
 from ftrain.modules.decoder_config import DecoderConfig
 from ftrain.modules.pictures import MediaConfig
@@ -21,9 +22,9 @@ from ftrain.modules.spec import Tree
 
 @dataclass(frozen=True)
 class VisionLanguageConfig:
-    """A decoder `text`, and what it sees by `media`.
+    """A decoder `text`, and what it sees and hears by `media`.
 
-    ValueError where the tower's rows are of another width, where positions have not three axes, or where the tower
+    ValueError where a tower's rows are of another width, where positions have not three axes, or where the tower
     gives rows for more layers than the decoder has.
     """
 
@@ -34,6 +35,9 @@ class VisionLanguageConfig:
         tower, sections = self.media.tower, self.text.attention.rope_sections
         if tower.d_out != self.text.d_model:
             raise ValueError(f"the tower's rows are {tower.d_out} wide, the decoder's {self.text.d_model}")
+        sound = self.media.sound
+        if sound is not None and sound.tower.d_out != self.text.d_model:
+            raise ValueError(f"rows of sound are {sound.tower.d_out} wide, the decoder's {self.text.d_model}")
         if sections is None or len(sections) != 3:
             raise ValueError(f"rope_sections={sections}: tokens among pictures have places on three axes")
         if len(tower.deep_layers) > self.text.layers:
@@ -41,17 +45,20 @@ class VisionLanguageConfig:
 
 
 def specs(cfg: VisionLanguageConfig) -> dict[str, Tree]:
-    """`text` (`decoder.specs`) and `vision` (`vision_tower.specs`)."""
-    return {"text": decoder.specs(cfg.text), "vision": vision_tower.specs(cfg.media.tower)}
+    """`text` (`decoder.specs`) and `vision` (`vision_tower.specs`); with sound `audio` (`audio_tower.specs`)."""
+    found = {"text": decoder.specs(cfg.text), "vision": vision_tower.specs(cfg.media.tower)}
+    if cfg.media.sound is not None:
+        found["audio"] = audio_tower.specs(cfg.media.sound.tower)
+    return found
 
 
 def embed(params: Tree, batch: Mapping[str, Any], cfg: VisionLanguageConfig) -> tuple[Tensor, Added]:
-    """The stream `[T, D]` of folded tokens with the rows of pictures in it, and what is added behind its first layers.
+    """The stream `[T, D]` of folded tokens with the rows of media in it, and what is added behind its first layers.
 
-    `batch`: "tokens" `[T]`, and of `ftrain.modules.vision_media.prepare` "replaced" `[T]` and "media". A token of a
-    picture without a picture's row, or a row for another token, gives NaN: no number that looks like one.
+    `batch`: "tokens" `[T]`, and of `ftrain.modules.vision_media.prepare` "replaced" `[T]`, "media" and "audio". A token
+    of media without a row of them, or a row for another token, gives NaN: no number that looks like one.
     """
-    tokens_T, media = batch["tokens"], batch.get("media")
+    tokens_T, media, audio = batch["tokens"], batch.get("media"), batch.get("audio")
     x_TD = decoder.embed(params["text"], tokens_T)
     added = Added()
     if media is not None:
@@ -59,8 +66,11 @@ def embed(params: Tree, batch: Mapping[str, Any], cfg: VisionLanguageConfig) -> 
         rows = [rows_nD.to(x_TD.dtype) for rows_nD in (seen.rows_nV, *seen.deep)]
         x_TD = merge_rows(x_TD, rows[0], media["index"])
         added = Added(tuple(rows[1:]), media["index"])
+    if audio is not None and cfg.media.sound is not None:
+        rows_nD = audio_tower.apply(params["audio"], audio, cfg.media.sound.tower)
+        x_TD = merge_rows(x_TD, rows_nD.to(x_TD.dtype), audio["index"])
     replaced_T = batch.get("replaced")
-    stands_T = (tokens_T == cfg.media.image) | (tokens_T == cfg.media.video)
+    stands_T = torch.stack([tokens_T == token for token in cfg.media.ids]).any(0)
     wrong_T = stands_T if replaced_T is None else stands_T != replaced_T
     return x_TD.masked_fill(wrong_T[:, None], torch.nan), added
 

@@ -1,4 +1,4 @@
-"""Pictures of a batch made ready for a vision tower, on the host: laid side by side, and every token placed.
+"""Media of a batch made ready for the towers, on the host: pictures laid side by side, and every token placed.
 
 What goes out has shapes that follow from the numbers of tokens and patches alone, so that other pictures of the same
 total need no new trace. For ranks of a mesh, each pack's frames are dealt to equal parts of its patches; none lies in
@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from ftrain.kernels.documents import ids_of
-from ftrain.modules.dealing import item_parts
-from ftrain.modules.mrope import Picture, places
+from ftrain.modules.media_parts import PICTURES, deal
+from ftrain.modules.mrope import Picture, Scene, places
 from ftrain.modules.packing import padding
 from ftrain.modules.pictures import LEAVES, PIXELS, MediaConfig, Piece, find
+from ftrain.modules.sound_media import laid_sound
+from ftrain.modules.sounds import listen
 from ftrain.sharding.batch import BatchRows, BatchRule, TokenIndices
 
-RULES: Mapping[str, BatchRule] = MappingProxyType({"media.*": BatchRows(), "media.index": TokenIndices()})
-"""How ranks share what `prepare` makes of pictures; all other leaves have one entry per token."""
+RULES: Mapping[str, BatchRule] = MappingProxyType(
+    {"media.*": BatchRows(), "media.index": TokenIndices(), "audio.*": BatchRows(), "audio.index": TokenIndices()}
+)
+"""How ranks share what `prepare` makes of media; all other leaves have one entry per token."""
 
 _ALONE = 16  # tokens of a frame of padding where there is no picture
 
@@ -34,6 +38,7 @@ def prepare(
     *,
     patches: int | None = None,
     places: int | None = None,
+    chunks: int | None = None,
     packs: int = 1,
     parts: int = 1,
 ) -> dict[str, Any]:
@@ -43,35 +48,46 @@ def prepare(
         raw: "tokens" `[T]` of packs, one after the other, or rows `[B, L]`; "segments", "labels" and whatever else has
             entries for tokens; and of pictures (`ftrain.modules.pictures`) "pixels" and "pixel_values_videos"
             `[patches, numbers]`, "image_grid_thw" and "video_grid_thw" `[pictures, 3]`, "second_per_grid_ts"
-            `[videos]`.
+            `[videos]`; and of a model that hears recordings (`ftrain.modules.sounds`).
         cfg: the model's.
         patches: for each pack; None: as many as the pack with the most has. places: the same, counted in tokens.
+        chunks: of recordings for each pack; None: as many as the pack with the most has.
         packs: how many equal packs the tokens are.
         parts: the ranks that share a pack, whose patches no frame may share.
 
     Returns:
-        The raw leaves of tokens, "positions" (int64, three for each token, in the last dim), "replaced" (bool: a
-        picture's row stands in the place of the token), and where there are pictures or `patches` "media", of all packs
-        one after the other: "pixels", "places" `[N, 2]`, "frames" `[N]`, "index" `[n]`, and as the tower has it
-        "windows" `[N]`, "taps" and "shares" `[N, 4]`.
+        The raw leaves of tokens, "positions" (int64, three for each token, in the last dim; float32 where places are
+        exact), "replaced" (bool: a row of media stands in the place of the token), and where there are pictures or
+        `patches` "media", of all packs one after the other: "pixels", "places" `[N, 2]`, "frames" `[N]`, "index" `[n]`,
+        and as the tower has it "windows" `[N]`, "taps" and "shares" `[N, 4]`; where there are recordings or `chunks`
+        "audio" (`ftrain.modules.sound_media`).
 
     Raises:
-        ValueError: as `ftrain.modules.pictures.find`; a picture lies in two documents; `patches` are too few, or no
-            `parts` of whole squares; tokens are no equal packs.
+        ValueError: as `ftrain.modules.pictures.find` and `ftrain.modules.sounds.listen`; a picture or a recording lies
+            in two documents; `patches` or `chunks` are too few, or no `parts` of whole squares; tokens are no equal
+            packs.
     """
     tokens_T = raw["tokens"].flatten().cpu().numpy()
     if tokens_T.size % packs or (packs > 1 and raw["tokens"].dim() > 1):
         raise ValueError(f"tokens {list(raw['tokens'].shape)} are not {packs} equal packs, one after the other")
     if patches is None and places is not None:
         patches = places * cfg.square
-    pieces, pictures = find(raw, tokens_T, cfg)
+    clips, frames_FM = ([], None) if cfg.sound is None else listen(raw, tokens_T, cfg.sound)
+    pieces, pictures = find(raw, tokens_T, cfg, clips)
+    bounds = _bounds(raw, packs)
+    for clip in clips:
+        _document(int(clip.at_n[0]), int(clip.at_n[-1] - clip.at_n[0]) + 1, bounds, "recording")
     made = {name: leaf for name, leaf in raw.items() if name not in LEAVES}
     shape = raw["tokens"].shape
-    made["positions"] = torch.from_numpy(_positions(_bounds(raw, packs), pictures, cfg)).unflatten(0, shape)
-    made["replaced"] = torch.from_numpy(np.isin(tokens_T, [cfg.image, cfg.video])).unflatten(0, shape)
+    made["positions"] = torch.from_numpy(_positions(bounds, pictures, cfg)).unflatten(0, shape)
+    made["replaced"] = torch.from_numpy(np.isin(tokens_T, cfg.ids)).unflatten(0, shape)
     if pieces or patches is not None:
-        dealt, room = _dealt(pieces, tokens_T.size, cfg, patches=patches, packs=packs, parts=parts)
-        made["media"] = _laid(dealt, room, raw, cfg, tokens=tokens_T.size)
+        sizes, homes = [one.patches for one in pieces], [int(one.at_n[0]) * packs // tokens_T.size for one in pieces]
+        dealt, room = deal(sizes, homes, unit=cfg.square, budget=patches, packs=packs, parts=parts, told=PICTURES)
+        made["media"] = _laid([[pieces[i] for i in own] for own in dealt], room, raw, cfg, tokens=tokens_T.size)
+    if cfg.sound is not None and frames_FM is not None and (clips or chunks is not None):
+        room_for = {"tokens": tokens_T.size, "chunks": chunks, "packs": packs, "parts": parts}
+        made["audio"] = laid_sound(clips, frames_FM, cfg.sound, **room_for)
     return made
 
 
@@ -86,49 +102,22 @@ def _bounds(raw: Mapping[str, Any], packs: int) -> np.ndarray:
     return np.append(np.flatnonzero(new_T), new_T.size)
 
 
-def _positions(bounds: np.ndarray, pictures: Sequence[Picture], cfg: MediaConfig) -> np.ndarray:
-    """The places of all tokens, int64 `[tokens, 3]`."""
-    held: list[list[Picture]] = [[] for _ in bounds[1:]]
-    for picture in pictures:
-        document = int(np.searchsorted(bounds, picture.first, side="right")) - 1
-        if picture.first + picture.tokens > bounds[document + 1]:
-            raise ValueError(f"the picture whose tokens begin at token {picture.first} lies in two documents")
-        held[document].append(picture)
+def _positions(bounds: np.ndarray, items: Sequence[Picture | Scene], cfg: MediaConfig) -> np.ndarray:
+    """The places of all tokens, int64 or float32 `[tokens, 3]`."""
+    held: list[list[Picture | Scene]] = [[] for _ in bounds[1:]]
+    for item in items:
+        held[_document(item.first, item.tokens, bounds, "picture")].append(item)
     spans = zip(bounds[:-1].tolist(), bounds[1:].tolist(), held, strict=True)
-    return np.concatenate([np.zeros((0, 3), np.int64), *(places(*span, after=cfg.after) for span in spans)])
+    found = [places(*span, after=cfg.after, exact=cfg.exact) for span in spans]
+    return np.concatenate(found) if found else places(0, 0, [], exact=cfg.exact)
 
 
-def _dealt(
-    pieces: Sequence[Piece], tokens: int, cfg: MediaConfig, *, patches: int | None, packs: int, parts: int
-) -> tuple[list[list[Piece]], int]:
-    """The frames of each part of each pack, and how many patches a part has room for."""
-    if patches is not None and (patches < 1 or patches % (cfg.square * parts)):
-        raise ValueError(f"patches={patches} are not {parts} equal parts of whole squares of {cfg.square}")
-    held: list[list[Piece]] = [[] for _ in range(packs)]
-    for piece in pieces:
-        held[int(piece.at_n[0]) * packs // tokens].append(piece)
-    most = max(sum(piece.patches for piece in own) for own in held)
-    room = -(-most // (cfg.square * parts)) * cfg.square if patches is None else patches // parts
-    while (chosen := _parts_of(held, parts, room)) is None:
-        if patches is not None:
-            longest = max(piece.patches for piece in pieces)
-            raise ValueError(
-                f"a pack has pictures of {most} patches, in frames of up to {longest}, for which patches={patches} in "
-                f"{parts} parts have no room: raise it, or give a pack fewer pictures"
-            )
-        room += cfg.square
-    return chosen, room
-
-
-def _parts_of(held: Sequence[Sequence[Piece]], parts: int, room: int) -> list[list[Piece]] | None:
-    found: list[list[Piece]] = [[] for _ in range(len(held) * parts)]
-    for pack, own in enumerate(held):
-        part_of = item_parts([piece.patches for piece in own], parts=parts, capacity=room)
-        if part_of is None:
-            return None
-        for piece, part in zip(own, part_of, strict=True):
-            found[pack * parts + part].append(piece)
-    return found
+def _document(first: int, tokens: int, bounds: np.ndarray, what: str) -> int:
+    """The document that holds these tokens. ValueError where they lie in two."""
+    document = int(np.searchsorted(bounds, first, side="right")) - 1
+    if first + tokens > bounds[document + 1]:
+        raise ValueError(f"the {what} whose tokens begin at token {first} lies in two documents")
+    return document
 
 
 def _laid(

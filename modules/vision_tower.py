@@ -20,7 +20,7 @@ from ftrain.kernels.rope import rope as rotate
 from ftrain.modules import norm
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.block import Block, Context, WholeItems
-from ftrain.modules.layers import mlp_block, residual_layer
+from ftrain.modules.layers import attention_block, mlp_block, residual_layer
 from ftrain.modules.linear import affine
 from ftrain.modules.mlp import MlpConfig
 from ftrain.modules.patch_grid import Grid
@@ -37,7 +37,8 @@ class TowerConfig:
     A patch is `frames` frames of `patch` x `patch` pixels of `channels` channels; `merge` x `merge` patches become one
     token. `norm_kind`, `mlp_kind`, `mlp_bias`: of the layers; `patch_bias`: of the first projection. `window`: tokens a
     side of windows, which all layers but `full_layers` attend within; None: no layer does. `side`: rows and columns of
-    a learned table of places; None: none. `deep_layers`: behind which the hidden states are merged too.
+    a learned table of places; None: none. `deep_layers`: behind which the hidden states are merged too. `joint`:
+    queries, keys and values are one projection.
 
     ValueError where heads do not divide the width into four equal parts, or a layer is named that is not there.
     """
@@ -58,6 +59,7 @@ class TowerConfig:
     full_layers: tuple[int, ...] = ()
     side: int | None = None
     deep_layers: tuple[int, ...] = ()
+    joint: bool = True
     rope_base: float = 10_000.0
     init_std: float = 0.02
 
@@ -89,7 +91,7 @@ class TowerConfig:
 
     @property
     def attention(self) -> AttentionConfig:
-        """The attention of each layer, whose queries, keys and values are one projection."""
+        """The attention of each layer."""
         head_dim = self.d_model // self.heads
         return AttentionConfig(
             self.d_model,
@@ -149,11 +151,13 @@ def _merger_specs(cfg: TowerConfig, normed: int) -> Tree:
 
 
 def layer_block(cfg: TowerConfig) -> Block:
-    """The layer: `norm1`, `attention` (`w_qkv_D3HK` `[D, 3 H K]`, `w_o_HKD` and their biases), `norm2`, `mlp`."""
+    """The layer: `norm1`, `attention` (`w_qkv_D3HK` `[D, 3 H K]`, `w_o_HKD` and their biases; as in
+    `ftrain.modules.attention` unless they are joint), `norm2`, `mlp`.
+    """
     mlp = MlpConfig(cfg.d_model, cfg.d_hidden, kind=cfg.mlp_kind, bias=True)
     return residual_layer(
         cfg.d_model,
-        attention=_attention_block(cfg.attention),
+        attention=_joint_attention(cfg.attention) if cfg.joint else attention_block(cfg.attention),
         mlp=mlp_block(mlp),
         eps=EPS,
         kind=cfg.norm_kind,
@@ -161,7 +165,7 @@ def layer_block(cfg: TowerConfig) -> Block:
     )
 
 
-def _attention_block(cfg: AttentionConfig) -> Block:
+def _joint_attention(cfg: AttentionConfig) -> Block:
     d, hk = cfg.d_model, cfg.heads * cfg.head_dim
 
     def specs(out_gain: float) -> Tree:
