@@ -28,7 +28,7 @@ from ftrain.modules.autoregression import decoder_family
 from ftrain.modules.decoder_config import DecoderConfig, layer_block, used_experts
 from ftrain.modules.families.registry import family_of
 from ftrain.modules.hf_fields import size
-from ftrain.modules.hf_names import Names
+from ftrain.modules.hf_names import DERIVED, HfTensor, Names, natural_order
 from ftrain.modules.model import Model
 from ftrain.modules.moe import RouterLoad, RouterStats, loads_of, update_bias
 from ftrain.modules.multi_token import BIASES
@@ -106,21 +106,25 @@ GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class NativeFiles:
-    """A folder, and what of it is parameters and what the state of balancing, which lies at `balance` in its names."""
+    """A folder, and what of it is parameters and what the state of balancing, which lies at `balance` in its names.
+
+    `others`: its tensors that are neither, which a folder that is saved gets as they are.
+    """
 
     folder: HfFolder
     specs: Tree
     beside: Tree
     names: Names
+    others: tuple[str, ...] = ()
 
     def load(self, into: Tree | None = None) -> Tree:
         """New parameters, or those of `into` filled."""
+        self.folder.require_all_known((*(name.name for name in self.names), *self.others), besides=DERIVED)
         if into is None:
-            found = load_hf(self.folder, self._with(self.specs, self.beside), self.names)
+            found = load_hf(self.folder, self._with(self.specs, self.beside), self.names, unexpected="ignore")
             return {name: found[name] for name in self.specs}
-        fill_hf(
-            self._with(into, map_with_paths(lambda _, s: torch.empty(s.shape), self.beside)), self.folder, self.names
-        )
+        beside = map_with_paths(lambda _, s: torch.empty(s.shape), self.beside)
+        fill_hf(self._with(into, beside), self.folder, self.names, unexpected="ignore")
         return into
 
     def read(self, path: str) -> Tensor:
@@ -139,10 +143,18 @@ class NativeFiles:
         return found
 
     def save(self, balance: Tree, params: Tree, folder: str | Path, state: Tree | None = None) -> None:
-        """Write the parameters, and this state or `balance`, to a folder."""
-        kept = self.folder.path / GENERATION
-        beside = {GENERATION: read_member(kept.parent, GENERATION, limit=JSON_BYTES)} if kept.is_file() else {}
-        save_hf(self._with(params, state or balance), folder, self.folder.config(), self.names, beside=beside)
+        """Write the parameters, and this state or `balance`, to a folder, with the `others`, which are read now."""
+        tree, names = self._with(params, state or balance), self.names
+        if self.others:
+            kept = tuple(HfTensor(name, f"others.{name}") for name in self.others)
+            stored = {n.leaf: self.folder.find(n.name, wanted_for=n.name) for n in kept}
+            entries = {leaf: Entry(one.shape, one.dtype) for leaf, one in stored.items()}
+            read = read_parts(self.folder, entries, kept, {leaf: whole(one.shape) for leaf, one in stored.items()})
+            tree = {**tree, "others": {name: read[f"others.{name}"] for name in self.others}}
+            names = tuple(sorted((*names, *kept), key=natural_order))
+        told = self.folder.path / GENERATION
+        beside = {GENERATION: read_member(told.parent, GENERATION, limit=JSON_BYTES)} if told.is_file() else {}
+        save_hf(tree, folder, self.folder.config(), names, beside=beside)
 
     def _with(self, tree: Tree, beside: Tree) -> Tree:
         return {**tree, "balance": beside} if beside else tree

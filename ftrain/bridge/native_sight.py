@@ -1,4 +1,4 @@
-"""The library's own language models that see as a `Model`: where a folder holds a family that it has.
+"""The library's own language models that see, and hear, as a `Model`: where a folder holds a family that it has.
 
 Legend: T tokens of a pack, B rows, L tokens of a row, V vocabulary, D model width, N patches.
 """
@@ -20,6 +20,7 @@ from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder, vision_language
 from ftrain.modules.decoder_config import used_experts
+from ftrain.modules.families.omni_thinker import OTHERS
 from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.model import Leaf, Model
 from ftrain.modules.moe import RouterLoad
@@ -33,10 +34,12 @@ from ftrain.trace.spmd import current_sharded
 LEAVES = {
     **LANGUAGE,
     "positions": Leaf("places of the tokens in time, rows and columns; or one of each, of text", "[T, 3] or [B, L, 3]"),
-    "replaced": Leaf("which tokens a picture's row replaces, of `model.media(batch)`", "[T] or [B, L]"),
+    "replaced": Leaf("which tokens a row of media replaces, of `model.media(batch)`", "[T] or [B, L]"),
     "media": Leaf("what `model.media(batch)` makes of pictures", "patches first"),
 }
 """What such a model reads of a batch."""
+HEARS = {"audio": Leaf("what `model.media(batch)` makes of recordings", "chunks or rows first")}
+"""What one reads that hears too."""
 
 
 def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int | None = None) -> Model:
@@ -45,20 +48,18 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int 
 
     `layers`: with so many of its decoder's layers alone, for a look at shapes.
     """
-    config = folder.config()
-    if layers is not None:
-        inner = config.get("text_config")
-        config = {**config, "text_config": with_layers(inner, layers)} if inner else with_layers(config, layers)
+    config = folder.config() if layers is None else _with_layers(folder.config(), layers)
     shown = str(folder.path / CONFIG)
     cfg = described_with_sight(config, shown, layers=len(folder.tensors), describe=family.config)
-    require_rows_for_tokens(folder.path, config)
+    require_rows_for_tokens(folder.path, config.get("thinker_config") or config)
     names = family.names(cfg, {name: stored.shape for name, stored in folder.tensors.items()})
-    files, made = NativeFiles(folder, vision_language.specs(cfg), {}, names), NativeSight(cfg)
+    others = tuple(name for name in folder.tensors if cfg.media.sound is not None and name.startswith(OTHERS))
+    files, made = NativeFiles(folder, vision_language.specs(cfg), {}, names, others), NativeSight(cfg)
     kind = config["model_type"]
     return Model(
         name=f"{kind} (native)",
         specs=files.specs,
-        batch=LEAVES,
+        batch=LEAVES if cfg.media.sound is None else {**LEAVES, **HEARS},
         loss=made.loss,
         routed=made.routed if cfg.text.routers else None,
         token_losses=made.token_losses,
@@ -76,6 +77,19 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int 
     )
 
 
+def _with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The configuration with so many layers of the decoder, wherever its entries are."""
+    for place in ("thinker_config", "text_config"):
+        if config.get(place):
+            inner = config[place]
+            return {
+                **config,
+                place: _with_layers(inner, layers) if place == "thinker_config" else with_layers(inner, layers),
+            }
+    made: dict[str, Any] = with_layers(config, layers)
+    return made
+
+
 @dataclass(frozen=True)
 class NativeSight:
     """The functions of a `Model` of a language model that sees. It drops nothing, so a key makes no difference."""
@@ -88,11 +102,13 @@ class NativeSight:
         *,
         patches: int | None = None,
         places: int | None = None,
+        chunks: int | None = None,
         packs: int = 1,
         parts: int = 1,
     ) -> dict[str, Any]:
         """The batch that the other functions read, of raw leaves: see `ftrain.modules.vision_media.prepare`."""
-        return prepare(batch, self.cfg.media, patches=patches, places=places, packs=packs, parts=parts)
+        room = {"patches": patches, "places": places, "chunks": chunks}
+        return prepare(batch, self.cfg.media, **room, packs=packs, parts=parts)
 
     def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Mean:
         """The `Mean` cross entropy of the batch's labels. `key`: int64 `[2]`, which nothing draws from.
@@ -139,7 +155,7 @@ class NativeSight:
         raw = next((leaf for leaf in RAW if leaf in batch), None)
         if raw is not None:
             raise ValueError(f"the batch has {raw!r} as it came: give what model.media(batch) makes of it")
-        require_tokens("the model", batch, LEAVES)
+        require_tokens("the model", batch, LEAVES if self.cfg.media.sound is None else {**LEAVES, **HEARS})
         tokens, replaced = batch["tokens"], batch.get("replaced")
         _require_a_pack(tokens)
         given = {
@@ -147,6 +163,7 @@ class NativeSight:
             "positions": _on_three_axes(batch),
             "replaced": None if replaced is None else replaced.flatten(),
             "media": batch.get("media"),
+            "audio": batch.get("audio"),
         }
         return vision_language.hidden(params, given, self.cfg, segments=documents_of(batch))
 

@@ -86,6 +86,25 @@ _PART = record(
     },
     others=True,
 )
+_SOUND_LAYERS = ("encoder_layers", "num_hidden_layers")
+_AUDIO = record(
+    {},
+    optional={
+        **dict.fromkeys((*_SOUND_LAYERS, "d_model", "encoder_attention_heads", "encoder_ffn_dim"), _COUNT),
+        **dict.fromkeys(("n_window", "n_window_infer", "num_mel_bins", "output_dim", "max_source_positions"), _COUNT),
+        **dict.fromkeys(("downsample_hidden_size", "conv_chunksize"), _COUNT),
+        "activation_function": text(),
+    },
+    others=True,
+)
+_THINKER = record(
+    {},
+    optional={
+        **dict.fromkeys(("position_id_per_seconds", "seconds_per_chunk"), _REAL),
+        **dict.fromkeys(("text_config", "vision_config", "audio_config"), _maybe(record({}, others=True))),
+    },
+    others=True,
+)
 Described = TypeVar("Described")
 """What a rule makes of a configuration."""
 
@@ -112,15 +131,19 @@ def described_decoder(
 def described_with_sight(
     config: Mapping[str, Any], shown: str, *, layers: int, describe: Callable[[Mapping[str, Any]], Described]
 ) -> Described:
-    """The language model with a vision tower of the configuration in the file `shown`, as `described_decoder`.
+    """The language model with towers of the configuration in the file `shown`, as `described_decoder`.
 
-    `layers`: the most that the decoder and the tower can have. ValueError names the file and the entry.
+    `layers`: the most that the decoder and each tower can have. ValueError names the file and the entry.
     """
-    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    own = config.get("thinker_config") or config
+    check(own, _THINKER, shown)
+    text, vision, audio = own.get("text_config") or own, own.get("vision_config") or {}, own.get("audio_config") or {}
     check(text, _CONFIG, shown)
     check(vision, _VISION, f"{shown}, vision_config")
+    check(audio, _AUDIO, f"{shown}, audio_config")
     _require_held(text, {"num_hidden_layers": layers}, shown)
     _require_held(vision, {"depth": layers}, f"{shown}, vision_config")
+    _require_held(audio, dict.fromkeys(_SOUND_LAYERS, layers), f"{shown}, audio_config")
     return _described(config, shown, describe)
 
 

@@ -21,6 +21,7 @@ from ftrain.modules.hf_fields import Config, size
 from ftrain.modules.hf_names import HfTensor, Names
 from ftrain.modules.pictures import MediaConfig
 from ftrain.modules.vision_language import VisionLanguageConfig
+from ftrain.modules.vision_tower import TowerConfig
 
 ROPE_BASE, SECTIONS = 5e5, (24, 20, 20)
 """What transformers takes for entries of the decoder that are not there."""
@@ -38,12 +39,17 @@ def config(config: Config) -> VisionLanguageConfig:
 
 def media(config: Config) -> MediaConfig:
     """What a model of this family sees, with experts or without. ValueError names an entry that it cannot follow."""
+    return media_of(config, tower(config), split=True)
+
+
+def tower(config: Config) -> TowerConfig:
+    """The tower. ValueError names an entry that it cannot follow."""
     vision = vision_of(config, _READ)
     places, deep = size(vision, "num_position_embeddings", 2304), vision.get("deepstack_visual_indexes")
     side = math.isqrt(places)
     if side**2 != places:
         raise ValueError(f"config.json: vision_config.num_position_embeddings={places} places are no square table")
-    tower = tower_of(
+    return tower_of(
         {"depth": 27, **vision},
         patch=16,
         act="gelu_pytorch_tanh",
@@ -54,7 +60,6 @@ def media(config: Config) -> MediaConfig:
         side=side,
         deep_layers=tuple((8, 16, 24) if deep is None else deep),
     )
-    return media_of(config, tower, split=True)
 
 
 def parts(cfg: VisionLanguageConfig) -> list[HfTensor]:

@@ -6,10 +6,12 @@ from ftrain.modules.families import (
     deepseek_v3,
     gpt_oss,
     image_text,
+    qwen2_5_omni,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
     qwen3_next,
+    qwen3_omni,
     qwen3_vl,
     qwen3_vl_moe,
 )
@@ -42,9 +44,13 @@ SEEING = MappingProxyType(
         "qwen2_5_vl": qwen2_5_vl.FAMILY,
         "qwen3_vl": qwen3_vl.FAMILY,
         "qwen3_vl_moe": qwen3_vl_moe.FAMILY,
+        "qwen2_5_omni": qwen2_5_omni.FAMILY,
+        "qwen2_5_omni_thinker": qwen2_5_omni.FAMILY,
+        "qwen3_omni_moe": qwen3_omni.FAMILY,
+        "qwen3_omni_moe_thinker": qwen3_omni.FAMILY,
     }
 )
-"""Those that see, by `model_type`."""
+"""Those that see, and those that hear too, by `model_type`; of whole omni models the thinker."""
 
 PAIRED = MappingProxyType({"clip": image_text.CLIP, "siglip": image_text.SIGLIP})
 """Pairs of encoders of pictures and texts, by `model_type`."""

@@ -213,7 +213,8 @@ def tower_names(cfg: TowerConfig, prefix: str, called: TowerNames) -> Iterator[H
         there, here = f"{prefix}blocks.{i}", f"vision.layers.{i}"
         for norm in ("norm1", "norm2"):
             yield from _norm(f"{there}.{norm}", f"{here}.{norm}", cfg)
-        yield from _linear(f"{there}.attn.qkv", f"{here}.attention", "qkv_D3HK", "qkv_3HK")
+        for name, weight, bias in _JOINT if cfg.joint else _APART:
+            yield from _linear(f"{there}.attn.{name}", f"{here}.attention", weight, bias)
         yield from _linear(f"{there}.attn.proj", f"{here}.attention", "o_HKD", "o_D")
         for name, ours in called.mlp:
             dims, out = ("FD", "D") if ours == "down" else ("DF", "F")
@@ -225,6 +226,10 @@ def tower_names(cfg: TowerConfig, prefix: str, called: TowerNames) -> Iterator[H
         yield from _norm(norm, f"{here}.norm", cfg)
         yield from _linear(first, here, "up_MM", "up_M")
         yield from _linear(second, here, "out_MV", "out_V")
+
+
+_JOINT = (("qkv", "qkv_D3HK", "qkv_3HK"),)
+_APART = (("q", "q_DHK", "q_HK"), ("k", "k_DGK", "k_GK"), ("v", "v_DGK", "v_GK"))
 
 
 def _norm(there: str, here: str, cfg: TowerConfig) -> Iterator[HfTensor]:
