@@ -58,7 +58,7 @@ class Model:
     - `save(params, folder)`: in the format that it was loaded from.
     - `media(batch) -> batch`: what the model computes of the shapes of its media, on the host, before a step; None for
       models that need no such thing. Where documents share packs it takes `packs=`, how many one after the other the
-      tokens are, and `places=`, for how many tokens of media each has room.
+      tokens are, and `places=`, for how many tokens of pictures each has room; where it hears `chunks=` of recordings.
     - `rules`: how ranks share the leaves of its batch (`Plan(batch=model.rules)`) that have no entry for each token.
     - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm, balancing biases of routers),
       as a tree of tensors; the functions then take it as `state=` and `loss` gives the new one. Empty for most.

@@ -146,11 +146,11 @@ class NativeFiles:
         """Write the parameters, and this state or `balance`, to a folder, with the `others`, which are read now."""
         tree, names = self._with(params, state or balance), self.names
         if self.others:
-            kept = tuple(HfTensor(name, f"others.{name}") for name in self.others)
-            stored = {n.leaf: self.folder.find(n.name, wanted_for=n.name) for n in kept}
+            kept = tuple(HfTensor(name, f"others.{i}") for i, name in enumerate(self.others))
+            stored = {one.leaf: self.folder.tensors[one.name] for one in kept}
             entries = {leaf: Entry(one.shape, one.dtype) for leaf, one in stored.items()}
             read = read_parts(self.folder, entries, kept, {leaf: whole(one.shape) for leaf, one in stored.items()})
-            tree = {**tree, "others": {name: read[f"others.{name}"] for name in self.others}}
+            tree = {**tree, "others": list(read.values())}
             names = tuple(sorted((*names, *kept), key=natural_order))
         told = self.folder.path / GENERATION
         beside = {GENERATION: read_member(told.parent, GENERATION, limit=JSON_BYTES)} if told.is_file() else {}

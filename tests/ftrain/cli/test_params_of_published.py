@@ -1,7 +1,7 @@
 """`ftrain params` of published configurations, from the file alone.
 
 The totals are those of transformers' modules on the meta device: `sum(p.numel() for p in model.parameters())` of
-`AutoModelForImageTextToText.from_config(config)` within `torch.device("meta")`.
+`AutoModelForImageTextToText.from_config(config)`, or of a thinker's class, within `torch.device("meta")`.
 """
 
 import json
@@ -49,6 +49,49 @@ def third(kind, **text):
     }
 
 
+def hears(kind, audio, **thinker):
+    """The entries of a whole omni model, of which the thinker is counted."""
+    audio = {"d_model": 1280, "encoder_layers": 32, "encoder_ffn_dim": 5120, "num_mel_bins": 128, **audio}
+    audio |= {"encoder_attention_heads": 20, "activation_function": "gelu", "scale_embedding": False}
+    talker = {"talker_config": {"hidden_size": 896}, "enable_audio_output": True}
+    return {"model_type": kind, "thinker_config": {**thinker, "audio_config": audio}, **talker}
+
+
+def second_omni():
+    """Qwen2.5-Omni-7B."""
+    eyes, rope = and_a_half()["vision_config"], {"type": "default", "rope_type": "default"}
+    words = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    words |= {"model_type": "qwen2_5_omni_text"}
+    words |= {"num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1e6, "init_std": 0.02}
+    words |= {"rope_scaling": {**rope, "mrope_section": [16, 24, 24]}, "sliding_window": 32768, "use_cache": True}
+    ids = {"audio_token_index": 151646, "audio_start_token_id": 151647, "seconds_per_chunk": 2, "init_std": 0.02}
+    ids |= {"position_id_per_seconds": 25, "vision_token_id": 151654, "tts_text_end_token_id": 151861}
+    eyes |= {"embed_dim": 1280, "init_std": 0.02}
+    audio = {"n_window": 100, "output_dim": 3584, "init_std": 0.02, "num_hidden_layers": 32}
+    return hears("qwen2_5_omni", audio, text_config=words, vision_config=eyes, **ids)
+
+
+def third_omni():
+    """Qwen3-Omni-30B-A3B."""
+    words = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    words |= {"model_type": "qwen3_omni_moe_text"}
+    words |= {
+        "head_dim": 128,
+        "vocab_size": 152064,
+        "rope_theta": 1e6,
+        "use_qk_norm": True,
+        "use_sliding_window": False,
+    }
+    words |= {"rope_scaling": {**THIRD, "interleaved": True}, "shared_expert_intermediate_size": 0, "pruned_heads": {}}
+    words |= {**EXPERTS, "moe_intermediate_size": 768, "mlp_only_layers": [], "intermediate_size": 768}
+    eyes = {**third("qwen3_vl")["vision_config"], "out_hidden_size": 2048, "image_size": 768, "tokens_per_second": 2}
+    eyes |= {"apply_vit_abs_pos_embed": True}
+    audio = {"n_window": 50, "n_window_infer": 800, "output_dim": 2048, "downsample_hidden_size": 480}
+    audio |= {"conv_chunksize": 500, "max_source_positions": 1500, "num_hidden_layers": 32}
+    ids = {"audio_token_id": 151675, "audio_start_token_id": 151669, "position_id_per_seconds": 13, "dtype": "bfloat16"}
+    return hears("qwen3_omni_moe", audio, text_config=words, vision_config=eyes, **ids)
+
+
 EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "norm_topk_prob": True}
 
 
@@ -67,8 +110,16 @@ EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size"
             third("qwen3_vl_moe", num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4, **EXPERTS),
             "235,670,022,896 parameters, 227,096,395,776 of them in experts; a token uses 22,767,151,856",
         ),
+        (second_omni(), "8,931,813,888 parameters"),
+        (
+            third_omni(),
+            "31,719,205,488 parameters, 28,991,029,248 of them in experts; a token uses 4,540,115,568",
+        ),
     ],
-    ids=["Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen2-VL-72B", "Qwen2.5-VL-7B", "Qwen3-VL-8B", "Qwen3-VL-235B-A22B"],
+    ids=[
+        *("Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen2-VL-72B", "Qwen2.5-VL-7B", "Qwen3-VL-8B", "Qwen3-VL-235B-A22B"),
+        *("Qwen2.5-Omni-7B", "Qwen3-Omni-30B-A3B"),
+    ],
 )
 def test_totals_are_those_of_transformers(config, said, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -4,6 +4,7 @@ transformers'."""
 import pytest
 import torch
 
+from ftrain import tree
 from ftrain.modules.families import qwen3_omni
 from ftrain.sharding import Layout, Mesh
 from tests.helpers import hearing_families as laws
@@ -128,3 +129,55 @@ def test_streams_that_a_talker_reads_are_those_of_transformers(tmp_path):
     kept = laws.streams(laws.opened(model, tmp_path), qwen3_omni.config(config().to_dict()), one, keep=(0, 1, 2))
     for ours, theirs in zip(kept, wanted, strict=True):
         torch.testing.assert_close(ours, theirs[0], rtol=0, atol=2e-5)
+
+
+PREDICTOR = {"vocab_size": 32, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 6}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+TALKER = {
+    "code_predictor_config": {**PREDICTOR, **HEADS, "num_code_groups": 3},
+    "num_code_groups": 3,
+    "thinker_hidden_size": 16,
+    "accept_hidden_layer": 1,
+    "text_config": {
+        **PREDICTOR,
+        **HEADS,
+        "vocab_size": 64,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+        "rope_parameters": ROPE,
+    },
+    "spatial_merge_size": 2,
+    "speaker_id": {"ethan": 50},
+}
+VOICE = {
+    "codebook_size": 8,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_quantizers": 3,
+    "upsample_rates": (2,),
+    "upsampling_ratios": (2,),
+    "decoder_dim": 8,
+    "sliding_window": 4,
+}
+
+
+def test_the_folder_of_a_whole_model_keeps_its_other_parts_to_the_byte(tmp_path):
+    of = transformers
+    whole = of.Qwen3OmniMoeConfig(thinker_config=config().to_dict(), talker_config=TALKER, code2wav_config=VOICE)
+    model = laws.random_model(of.Qwen3OmniMoeForConditionalGeneration, whole)
+    made = laws.opened(model, tmp_path / "weights")
+    seen.require_saved_as_it_was(made, tmp_path)
+    alone = laws.opened(model.thinker, tmp_path / "alone")
+    assert tree.diff(made.load(), alone.load()) == ""
+    assert made.why == "native: qwen3_omni_moe is a family of the library"
+    changed = tree.map(lambda leaf: leaf + 1, made.load())
+    made.save(changed, tmp_path / "trained")
+    read, info = of.Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path / "trained", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(read.talker.codec_head.weight, model.talker.codec_head.weight)
+    assert torch.equal(read.thinker.lm_head.weight, model.thinker.lm_head.weight + 1)
