@@ -42,8 +42,10 @@ def random_model(make: Any, config: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def document(parts: Sequence[Part], cfg: MediaConfig, *, seed: int = 0) -> dict[str, Any]:
-    """The raw leaves of one document: random words, pixels and frames of sound; labels where a word follows."""
+def document(parts: Sequence[Part], cfg: MediaConfig, *, seed: int = 0, seconds: float | None = None) -> dict[str, Any]:
+    """The raw leaves of one document: random words, pixels and frames of sound; labels where a word follows. `seconds`:
+    of a frame of its videos; None: each has its own.
+    """
     generator, ids, found = torch.Generator().manual_seed(seed), list[int](), dict[str, list[Any]]()
     assert cfg.sound is not None
     for part in parts:
@@ -66,11 +68,11 @@ def document(parts: Sequence[Part], cfg: MediaConfig, *, seed: int = 0) -> dict[
         if kind == "image":
             ids += [START, *[IMAGE] * each, END]
             continue
-        seconds = 0.4 + 0.3 * len(found["video_grid_thw"])
-        found.setdefault("video_second_per_grid", []).append(torch.tensor([seconds]))
+        each_has = seconds or 0.4 + 0.3 * len(found["video_grid_thw"])
+        found.setdefault("video_second_per_grid", []).append(torch.tensor([each_has]))
         between = [VIDEO] * (each * frames)
         if kind == "scene":
-            between = [HARK, *mixed(frames, each, heard, seconds, cfg), HUSH]
+            between = [HARK, *mixed(frames, each, heard, each_has, cfg), HUSH]
         ids += [START, *between, END]
     tokens = torch.tensor(ids)
     labels = torch.cat([tokens[1:], torch.tensor([-100])])

@@ -7,42 +7,11 @@ from ftrain.modules.families import qwen2_5_omni
 from ftrain.sharding import Layout, Mesh
 from tests.helpers import hearing_families as laws
 from tests.helpers import seeing_families as seen
+from tests.helpers import tiny_thinkers
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
+pytest.importorskip("transformers", minversion="5.24")
 
-THINKER = transformers.Qwen2_5OmniThinkerForConditionalGeneration
-WORDS = {**seen.WORDS, "vocab_size": laws.VOCAB}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-EYES = {
-    "depth": 3,
-    "hidden_size": 8,
-    "out_hidden_size": 16,
-    "num_heads": 2,
-    "intermediate_size": 12,
-    "patch_size": 2,
-    "window_size": 8,
-    "fullatt_block_indexes": [1],
-}
-FLAT = {**EYES, "depth": 1, "fullatt_block_indexes": []}
-EARS = {
-    "num_mel_bins": 4,
-    "encoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 12,
-    "d_model": 8,
-    "n_window": 10,
-    "output_dim": 16,
-    "max_source_positions": 20,
-}
-IDS = {
-    "audio_token_index": laws.AUDIO,
-    "image_token_index": seen.IMAGE,
-    "video_token_index": seen.VIDEO,
-    "audio_start_token_id": laws.HARK,
-    "audio_end_token_id": laws.HUSH,
-    "vision_start_token_id": seen.START,
-    "vision_end_token_id": seen.END,
-}
+FLAT = {"depth": 1, "fullatt_block_indexes": []}
 MIXED = (
     (4, (4, 6), 2, ("sound", 50), 3, (2, 4, 4), 1, ("sound", 4), 4),
     (3, 6),
@@ -54,9 +23,12 @@ SLOW = ((2, ("scene", 6, 4, 4, 9), 1, ("scene", 2, 8, 4, 600), 2),)
 """Sound that ends before its video, and one that is longer."""
 
 
-def config(ears=EARS, eyes=EYES, **words):
-    text = {**WORDS, "rope_parameters": ROPE, **words}
-    return transformers.Qwen2_5OmniThinkerConfig(text_config=text, vision_config=eyes, audio_config=ears, **IDS)
+def config(**parts):
+    return tiny_thinkers.qwen2_5(**parts)[1]
+
+
+def random_model(seed=0, **parts):
+    return laws.random_model(*tiny_thinkers.qwen2_5(**parts), seed)
 
 
 def media(**changes):
@@ -65,7 +37,7 @@ def media(**changes):
 
 @pytest.mark.parametrize(("parts", "seed"), [(MIXED, 0), (SLOW, 1)])
 def test_loss_and_gradients_are_those_of_transformers(parts, seed, tmp_path):
-    model = laws.random_model(THINKER, config(), seed)
+    model = random_model(seed)
     made = laws.require_those_of_transformers(model, tmp_path, media(), parts, seed=seed)
     seen.require_saved_as_it_was(made, tmp_path)
     assert made.why == "native: qwen2_5_omni_thinker is a family of the library"
@@ -73,7 +45,7 @@ def test_loss_and_gradients_are_those_of_transformers(parts, seed, tmp_path):
 
 def test_it_writes_what_transformers_does(tmp_path):
     prompts = ((2, (4, 6), 3, ("sound", 30), 2), (5,), (1, ("scene", 2, 4, 4, 207), 2))
-    laws.require_same_text(laws.random_model(THINKER, config()), media(), prompts, tmp_path)
+    laws.require_same_text(random_model(), media(), prompts, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +56,7 @@ def test_it_writes_what_transformers_does(tmp_path):
     ],
 )
 def test_a_mesh_gives_what_one_device_gives(mesh, tmp_path):
-    made = laws.opened(
-        laws.random_model(THINKER, config({**EARS, "encoder_layers": 1}, FLAT, num_hidden_layers=1)), tmp_path
-    )
+    made = laws.opened(random_model(ears={"encoder_layers": 1}, eyes=FLAT, num_hidden_layers=1), tmp_path)
     parts = ((2, (2, 4), ("sound", 30), 2), (1, ("scene", 2, 2, 2, 90), 3))
     loss, gradients = laws.on_mesh(made, media(), parts, mesh, Layout(), tokens=64)
     assert loss < 1e-12
@@ -105,7 +75,7 @@ def test_a_mesh_gives_what_one_device_gives(mesh, tmp_path):
 )
 def test_what_it_cannot_follow_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        qwen2_5_omni.config({**config().to_dict(), "audio_config": {**EARS, **changes}})
+        qwen2_5_omni.config(config(ears=changes).to_dict())
 
 
 def test_a_tower_of_sound_and_a_thinker_must_be_there():
@@ -120,7 +90,7 @@ def test_a_tower_of_sound_and_a_thinker_must_be_there():
 
 def test_streams_that_a_talker_reads_are_those_of_transformers(tmp_path):
     """Embeddings with media in them, and what a layer makes, as transformers counts hidden states."""
-    model = laws.random_model(THINKER, config())
+    model = random_model()
     (one,) = laws.documents(media(), (MIXED[0],))
     with torch.no_grad():
         wanted = model(**laws.asked(one), output_hidden_states=True, use_cache=False).hidden_states

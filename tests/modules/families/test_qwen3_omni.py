@@ -9,50 +9,10 @@ from ftrain.modules.families import qwen3_omni
 from ftrain.sharding import Layout, Mesh
 from tests.helpers import hearing_families as laws
 from tests.helpers import seeing_families as seen
+from tests.helpers import tiny_thinkers
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-THINKER = transformers.Qwen3OmniMoeThinkerForConditionalGeneration
-WORDS = {
-    **seen.WORDS,
-    "vocab_size": laws.VOCAB,
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-EYES = {
-    "depth": 3,
-    "hidden_size": 8,
-    "out_hidden_size": 16,
-    "num_heads": 2,
-    "intermediate_size": 12,
-    "patch_size": 2,
-    "num_position_embeddings": 9,
-    "deepstack_visual_indexes": [2, 0],
-}
-EARS = {
-    "num_mel_bins": 8,
-    "encoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 12,
-    "d_model": 8,
-    "n_window_infer": 200,
-    "output_dim": 16,
-    "max_source_positions": 20,
-    "downsample_hidden_size": 4,
-}
-IDS = {
-    "audio_token_id": laws.AUDIO,
-    "image_token_id": seen.IMAGE,
-    "video_token_id": seen.VIDEO,
-    "audio_start_token_id": laws.HARK,
-    "audio_end_token_id": laws.HUSH,
-    "vision_start_token_id": seen.START,
-    "vision_end_token_id": seen.END,
-    "position_id_per_seconds": 13,
-}
 MIXED = (
     (4, (4, 6), 2, ("sound", 150), 3, (2, 4, 4), 5),
     (3, 6),
@@ -62,9 +22,12 @@ MIXED = (
 """As of Qwen2.5-Omni; each recording, or one beside it, fills a chunk (`ftrain.modules.audio_tower`)."""
 
 
-def config(ears=EARS, eyes=EYES, **words):
-    text = {**WORDS, "rope_parameters": ROPE, **words}
-    return transformers.Qwen3OmniMoeThinkerConfig(text_config=text, vision_config=eyes, audio_config=ears, **IDS)
+def config(**parts):
+    return tiny_thinkers.qwen3(**parts)[1]
+
+
+def random_model(seed=0, **parts):
+    return laws.random_model(*tiny_thinkers.qwen3(**parts), seed)
 
 
 def media():
@@ -79,7 +42,7 @@ def media():
     ],
 )
 def test_loss_and_gradients_are_those_of_transformers(words, parts, seed, tmp_path):
-    model = laws.random_model(THINKER, config(**words), seed)
+    model = random_model(seed, **words)
     made = laws.require_those_of_transformers(model, tmp_path, media(), parts, seed=seed)
     seen.require_saved_as_it_was(made, tmp_path)
     assert made.why == "native: qwen3_omni_moe_thinker is a family of the library"
@@ -88,7 +51,7 @@ def test_loss_and_gradients_are_those_of_transformers(words, parts, seed, tmp_pa
 
 def test_it_writes_what_transformers_does(tmp_path):
     prompts = ((2, (4, 6), 3, ("sound", 130), 2), (5,), (1, ("scene", 2, 4, 4, 207), 2))
-    laws.require_same_text(laws.random_model(THINKER, config()), media(), prompts, tmp_path)
+    laws.require_same_text(random_model(), media(), prompts, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +62,8 @@ def test_it_writes_what_transformers_does(tmp_path):
     ],
 )
 def test_a_mesh_gives_what_one_device_gives(mesh, tmp_path):
-    eyes = {**EYES, "depth": 1, "deepstack_visual_indexes": [0]}
-    model = laws.random_model(THINKER, config({**EARS, "encoder_layers": 1}, eyes, num_hidden_layers=1))
+    eyes = {"depth": 1, "deepstack_visual_indexes": [0]}
+    model = random_model(ears={"encoder_layers": 1}, eyes=eyes, num_hidden_layers=1)
     parts = ((2, (2, 4), ("sound", 120), 2), (1, ("scene", 2, 2, 2, 30), 3))
     loss, gradients = laws.on_mesh(laws.opened(model, tmp_path), media(), parts, mesh, Layout(), tokens=64)
     assert loss < 1e-12
@@ -117,12 +80,12 @@ def test_a_mesh_gives_what_one_device_gives(mesh, tmp_path):
 )
 def test_what_it_cannot_follow_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        qwen3_omni.config({**config().to_dict(), "audio_config": {**EARS, **changes}})
+        qwen3_omni.config(config(ears=changes).to_dict())
 
 
 def test_streams_that_a_talker_reads_are_those_of_transformers(tmp_path):
     """Embeddings with media in them, and what a layer makes before deep rows are added."""
-    model = laws.random_model(THINKER, config())
+    model = random_model()
     (one,) = laws.documents(media(), (MIXED[0],))
     with torch.no_grad():
         wanted = model(**laws.asked(one), output_hidden_states=True, use_cache=False).hidden_states
@@ -146,7 +109,7 @@ TALKER = {
         "num_experts_per_tok": 1,
         "moe_intermediate_size": 8,
         "shared_expert_intermediate_size": 8,
-        "rope_parameters": ROPE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]},
     },
     "spatial_merge_size": 2,
     "speaker_id": {"ethan": 50},
