@@ -6,10 +6,8 @@ The shape is Whisper's (Radford et al. 2022), over clips of any length packed si
 Legend: S samples, F mel frames of the pack, B frequency bins, M mel bands, D encoder width, n tokens.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from ftrain.kernels.documents import every, ids_of
 from ftrain.modules import encoder_stack, linear
 from ftrain.modules.block import Block
 from ftrain.modules.encoder_stack import StackConfig
+from ftrain.modules.log_mel import log_mel, require_wave
 from ftrain.modules.omni import Encoder, Row
 from ftrain.modules.spec import ParamSpec, fan_in, zeros
 
@@ -60,60 +59,16 @@ class AudioConfig:
         return StackConfig(self.d_model, self.layers, self.heads, hidden, pattern=self.pattern)
 
 
-@cache
-def mel_filters(rate: int, n_fft: int, mels: int) -> np.ndarray:
-    """Triangular filters `[n_fft // 2 + 1, mels]`, float64, from 0 Hz to half the rate, on Slaney's mel scale.
-
-    The scale is linear to 1 kHz (200/3 Hz per mel) and logarithmic above (27 mels to a factor of 6.4), each filter has
-    the same area (Slaney, Auditory Toolbox, 1998): librosa's default, and Whisper's.
-    """
-    edges_hz = _mel_to_hz(np.linspace(0.0, _hz_to_mel(rate / 2), mels + 2))
-    bins_hz = np.linspace(0.0, rate / 2, n_fft // 2 + 1)[:, None]
-    low, centre, high = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
-    triangles = np.minimum((bins_hz - low) / (centre - low), (high - bins_hz) / (high - centre))
-    return np.maximum(triangles, 0.0) * 2.0 / (high - low)
-
-
-def _hz_to_mel(hz: float) -> float:
-    return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) * 27 / math.log(6.4)
-
-
-def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
-    return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * math.log(6.4) / 27))
-
-
-def log_mel(wave_S: Tensor, *, rate: int, n_fft: int, hop: int, mels: int) -> Tensor:
-    """Log-mel spectrogram `[S // hop, mels]` of a mono wave in [-1, 1], scaled as Whisper does.
-
-    Power spectra of Hann windows centred on samples 0, hop, 2 hop, ... (reflected at the ends; the frame centred on the
-    end is left out), mel filters, log10 of at least 1e-10, cut at 8 below the clip's loudest, then `(x + 4) / 4`.
-
-    ValueError for more than one channel, or a clip shorter than half a window.
-
-    >>> list(log_mel(torch.zeros(1600), rate=16_000, n_fft=400, hop=160, mels=80).shape)
-    [10, 80]
-    """
-    if wave_S.ndim != 1 or wave_S.shape[0] <= n_fft // 2 or wave_S.shape[0] < hop:
-        raise ValueError(
-            f"log_mel takes one channel [S] of more than {max(n_fft // 2, hop - 1)} samples, got {list(wave_S.shape)}"
-        )
-    window = torch.hann_window(n_fft, dtype=wave_S.dtype, device=wave_S.device)
-    spectrum = torch.stft(wave_S, n_fft, hop, window=window, center=True, pad_mode="reflect", return_complex=True)
-    power_FB = spectrum[:, : wave_S.shape[0] // hop].abs().square().T
-    filters_BM = torch.from_numpy(mel_filters(rate, n_fft, mels)).to(power_FB)
-    log_FM = (power_FB @ filters_BM).clamp(min=1e-10).log10()
-    return (torch.maximum(log_FM, log_FM.max() - 8.0) + 4.0) / 4.0
-
-
 def clip_features(wave: np.ndarray | Tensor, *, cfg: AudioConfig) -> dict[str, np.ndarray]:
     """One clip's features: `mel_FM` float32 `[F, M]` of its wave `[S]`, silence filling its last token.
 
-    `wave`: one channel of numbers of any dtype, about -1 to 1, at `cfg.rate` samples per second. F is a multiple of
-    `cfg.rows_per_token`. ValueError for several channels.
+    `wave`: one channel of floating numbers, about -1 to 1, at `cfg.rate` samples per second. F is a multiple of
+    `cfg.rows_per_token`. ValueError for several channels, and for numbers that are whole or not finite.
 
     >>> clip_features(np.zeros(16_000), cfg=AudioConfig(32, layers=1, heads=2, d_out=64))["mel_FM"].shape
     (104, 80)
     """
+    require_wave(np.asarray(wave), rate=cfg.rate, wanted=cfg.rate)
     wave_S = torch.as_tensor(np.asarray(wave, np.float32))
     token = cfg.rows_per_token * cfg.hop
     short = -wave_S.shape[-1] % token if wave_S.shape[-1] else token

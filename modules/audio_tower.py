@@ -109,7 +109,7 @@ def specs(cfg: AudioTowerConfig) -> dict[str, Any]:
 
     >>> from ftrain.modules import spec
     >>> spec.count(specs(AudioTowerConfig(8, layers=1, heads=2, d_hidden=16, chunk=20, mels=4, d_out=6)))
-    926
+    966
     """
     d, h = cfg.d_model, cfg.channels
     sizes = [(cfg.mels, d), (d, d)] if h is None else [(1, h), (h, h), (h, h)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ftrain.kernels.mean import Mean, mean_where
-from ftrain.modules.audio_encoder import mel_filters
+from ftrain.modules.log_mel import mel_filters
 
 _QUIET = 1e-5  # magnitudes below are as this one
 _BANDS = 5 / 32  # of a window's samples

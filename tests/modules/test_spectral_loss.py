@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftrain.modules.audio_encoder import mel_filters
+from ftrain.modules.log_mel import mel_filters
 from ftrain.modules.spectral_loss import SpectralConfig, spectral_terms
 
 SMALL = SpectralConfig(8000, sizes=(32, 64))

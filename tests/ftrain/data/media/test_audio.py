@@ -119,3 +119,17 @@ def test_log_mel_without_a_length_and_of_too_little():
     assert LogMel(seconds=None)(tone(1.0)).shape == (80, 100)
     with pytest.raises(ValueError, match="shorter than a window"):
         LogMel(seconds=None)(np.zeros(100, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("sound", "rate", "message"),
+    [
+        (tone(1.0), 8000, "8000 samples a second, and 16000 are heard: resample"),
+        ((tone(1.0) * 32767).astype(np.int16), 16_000, "a wave of int16: give floating numbers"),
+        (np.append(tone(1.0), np.nan), 16_000, "sample 16000 of a wave is no finite number"),
+        (tone(1.0)[:, None].repeat(2, 1), 16_000, "give one channel"),
+    ],
+)
+def test_waves_that_are_not_heard_as_they_are_are_refused(sound, rate, message):
+    with pytest.raises(ValueError, match=message):
+        LogMel()(sound, rate=rate)
