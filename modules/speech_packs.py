@@ -144,7 +144,7 @@ def _turns(tokens_T: np.ndarray, bounds: np.ndarray, chat: ChatIds) -> list[list
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         firsts = (begin + np.flatnonzero(tokens_T[begin:end] == chat.turn)).tolist()
         roles = [int(tokens_T[first + 1]) if first + 1 < end else NOTHING for first in firsts]
-        found.append([Turn(*turn) for turn in zip(roles, firsts, [*firsts[1:], end], strict=True)])
+        found.append([Turn(*turn) for turn in zip(roles, firsts, [*firsts, end][1:], strict=True)])
     return found
 
 

@@ -141,14 +141,19 @@ def theirs(model: Any, one: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     entropy = torch.nn.functional.cross_entropy
     found = {"codes": entropy(scores, one["labels"], ignore_index=-100, reduction="sum"), "residuals": scores.sum() * 0}
     if len(rest):
-        at = one["frames"]["index"]
-        first = model.get_input_embeddings()(one["codes"][at])
-        for g in range(GROUPS - 1):  # one prefix after the other, as in generation
-            before = [tables[k](rest[:, k]) for k in range(g)]
-            given = torch.stack([hidden[at - 1], first, *before], 1)
-            logits = model.code_predictor(inputs_embeds=given, use_cache=False).logits[:, -1]
-            found["residuals"] = found["residuals"] + entropy(logits, rest[:, g], reduction="sum")
+        found["residuals"] = residuals(model, hidden[one["frames"]["index"] - 1], one["frames"]["codes"])
     return scores, found
+
+
+def residuals(model: Any, states: Tensor, codes: Tensor) -> Tensor:
+    """The sum of the cross entropies of the codes behind the first, by transformers' code predictor."""
+    tables, found = model.code_predictor.get_input_embeddings(), torch.zeros(())
+    first = model.get_input_embeddings()(codes[:, 0])
+    for g in range(1, GROUPS):  # one prefix after the other, as in generation
+        before = [tables[k - 1](codes[:, k]) for k in range(1, g)]
+        logits = model.code_predictor(inputs_embeds=torch.stack([states, first, *before], 1), use_cache=False).logits
+        found = found + torch.nn.functional.cross_entropy(logits[:, -1], codes[:, g], reduction="sum")
+    return found
 
 
 def as_ours(model: Any, folder: Path, family: Any, *, told: bool = True) -> tuple[Any, Any, Names, HfFolder]:

@@ -22,8 +22,9 @@ def seen(tokens, places=None):
 
 
 def raw(tokens, frames, voices, codes, **more):
-    given = {"speech": torch.tensor(codes).reshape(sum(frames), -1), "speech_frames": torch.tensor(frames)}
-    return {"tokens": torch.tensor(tokens), **given, "speech_voices": torch.tensor(voices), **more}
+    numbers = {"speech_frames": torch.tensor(frames, dtype=torch.int64), "speech_voices": torch.tensor(voices)}
+    codes_FG = torch.as_tensor(codes).reshape(sum(frames), -1) if frames else codes
+    return {"tokens": torch.tensor(tokens), "speech": codes_FG, **numbers, **more}
 
 
 def test_qwen3_hears_the_users_turns_and_speaks_beside_the_words():
@@ -74,6 +75,16 @@ def test_packs_have_their_own_lines_and_room():
     assert found["states"]["source"].tolist() == [4, 5, 64, 64, 36, 37, 52, 53]
     assert found["codes"][[15, 55, 74]].tolist() == [20, 21, 20]
     assert found["segments"].ids_T.unique_consecutive().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_document_without_a_turn_has_nothing_to_speak():
+    batch = raw([*ASKED, *ANSWER, 0, 0], [1], [20], [[1, 2]], segments=torch.tensor([0] * 16 + [1] * 2))
+    found = prepare(batch, seen(batch["tokens"]), THREE, tokens=20)
+    assert found["labels"][17:].tolist() == [1, 15, -100]
+    batch = raw([0, 0], [], [], torch.zeros(0, 2, dtype=torch.int64))
+    found = prepare(batch, seen(batch["tokens"]), THREE, frames=2)
+    assert found["words"].tolist() == [PAD, PAD]
+    assert found["frames"]["index"].tolist() == [2, 2]
 
 
 def wrong(**changes):
