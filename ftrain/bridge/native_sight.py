@@ -151,7 +151,10 @@ class NativeSight:
         del key
         return self._run(params, batch)[0].unflatten(0, batch["tokens"].shape)
 
-    def _run(self, params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, decoder.DecoderStats]:
+    def given(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Segments | None]:
+        """What `ftrain.modules.vision_language` reads of a batch, folded, and its documents. ValueError for a batch
+        that does not fit.
+        """
         raw = next((leaf for leaf in RAW if leaf in batch), None)
         if raw is not None:
             raise ValueError(f"the batch has {raw!r} as it came: give what model.media(batch) makes of it")
@@ -165,7 +168,11 @@ class NativeSight:
             "media": batch.get("media"),
             "audio": batch.get("audio"),
         }
-        return vision_language.hidden(params, given, self.cfg, segments=documents_of(batch))
+        return given, documents_of(batch)
+
+    def _run(self, params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, decoder.DecoderStats]:
+        given, segments = self.given(batch)
+        return vision_language.hidden(params, given, self.cfg, segments=segments)
 
 
 def _require_a_pack(tokens: Tensor) -> None:

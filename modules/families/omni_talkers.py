@@ -1,0 +1,72 @@
+"""The talkers of whole models (Qwen3-Omni, Qwen2.5-Omni) by the `model_type` of their `config.json`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ftrain.modules.families import qwen2_5_omni_talker, qwen3_omni_talker
+from ftrain.modules.families.vision_language import Shapes
+from ftrain.modules.hf_fields import Config, size
+from ftrain.modules.hf_names import Names
+from ftrain.modules.speech_lines import ChatIds
+from ftrain.modules.talker import Talker
+from ftrain.modules.vision_language import VisionLanguageConfig
+
+PREFIX = "talker."
+"""What a talker's tensors in the folder of a whole model begin with."""
+
+
+@dataclass(frozen=True)
+class TalkerFamily:
+    """A family of talkers.
+
+    - `talker(config, thinker, shapes)`: the talker of a whole model's `config.json`, whose thinker was read, and its
+      names in a folder of tensors of these shapes. ValueError names an entry that it cannot follow.
+    """
+
+    talker: Callable[[Config, VisionLanguageConfig, Shapes], tuple[Talker, Names]]
+
+
+def _qwen3(config: Config, thinker: VisionLanguageConfig, shapes: Shapes) -> tuple[Talker, Names]:
+    cfg = qwen3_omni_talker.config(_of_talker(config), shapes=shapes, prefix=PREFIX)
+    _require_width(cfg.d_thinker, thinker)
+    usual = {"begin": ("tts_bos", 151672), "end": ("tts_eos", 151673), "pad": ("tts_pad", 151671)}
+    usual |= {"turn": ("im_start", 151644), "end_of_turn": ("im_end", 151645)}
+    usual |= {"user": ("user", 872), "assistant": ("assistant", 77091)}
+    chat = ChatIds(**{own: size(config, f"{name}_token_id", default) for own, (name, default) in usual.items()})
+    return qwen3_omni_talker.talker(cfg, chat), qwen3_omni_talker.names(cfg, shapes, prefix=PREFIX)
+
+
+def _qwen2_5(config: Config, thinker: VisionLanguageConfig, shapes: Shapes) -> tuple[Talker, Names]:
+    del shapes
+    told = _of_talker(config)
+    cfg = qwen2_5_omni_talker.config(told)
+    _require_width(cfg.d_thinker, thinker)
+    usual = {"begin": ("start", 151860), "end": ("end", 151861), "pad": ("pad", 151859)}
+    chat = ChatIds(**{own: size(told, f"tts_text_{name}_token_id", default) for own, (name, default) in usual.items()})
+    made = qwen2_5_omni_talker.talker(cfg, chat, layer=thinker.text.layers)
+    return made, qwen2_5_omni_talker.names(cfg, prefix=PREFIX)
+
+
+def _of_talker(config: Config) -> Mapping[str, Any]:
+    found = config.get("talker_config")
+    if not isinstance(found, Mapping) or config.get("enable_audio_output") is False:
+        raise ValueError(
+            f"config.json: enable_audio_output={config.get('enable_audio_output')!r} with talker_config "
+            f"{'an object' if isinstance(found, Mapping) else repr(found)}: the model has no talker"
+        )
+    return found
+
+
+def _require_width(width: int, thinker: VisionLanguageConfig) -> None:
+    if width != thinker.text.d_model:
+        raise ValueError(
+            f"config.json: the talker reads rows {width} wide, and the thinker's are {thinker.text.d_model}"
+        )
+
+
+TALKERS: Mapping[str, TalkerFamily] = MappingProxyType(
+    {"qwen3_omni_moe": TalkerFamily(_qwen3), "qwen2_5_omni": TalkerFamily(_qwen2_5)}
+)
+"""By `model_type`."""

@@ -1,0 +1,150 @@
+"""Tiny whole models of transformers that think and talk, conversations with speech, and its losses of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftrain.modules.pictures import MediaConfig
+from tests.helpers import hearing_families as hearing
+from tests.helpers import talking_families as talkers
+from tests.helpers.seeing_families import END, IMAGE, START, VIDEO, WORDS
+
+TURN, STOP, USER, ASSISTANT, NEW, BEGIN, FINISH, PAD, VOCAB = 70, 71, 72, 73, 74, 75, 76, 77, 80
+"""Tokens of turns, and words beside speech."""
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+_EYES = {
+    "depth": 1,
+    "hidden_size": 8,
+    "out_hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 12,
+    "patch_size": 2,
+    "num_position_embeddings": 9,
+    "deepstack_visual_indexes": [0],
+}
+_EARS = {
+    "num_mel_bins": 8,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 12,
+    "d_model": 8,
+    "n_window_infer": 200,
+    "output_dim": 16,
+    "max_source_positions": 20,
+    "downsample_hidden_size": 4,
+}
+_EXPERTS = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+_MEDIA_IDS = {
+    "audio_token_id": hearing.AUDIO,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "audio_start_token_id": hearing.HARK,
+    "vision_start_token_id": START,
+    "position_id_per_seconds": 13,
+}
+_CODE2WAV = {
+    "codebook_size": talkers.CODES,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "sliding_window": 4,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_quantizers": talkers.GROUPS,
+    "upsample_rates": [3, 2],
+    "upsampling_ratios": [2],
+    "decoder_dim": 16,
+}
+
+
+def qwen3_omni(*, words: Any = None, **speech: Any) -> Any:
+    """A configuration of transformers' whole Qwen3-Omni."""
+    import transformers
+
+    text = {**WORDS, **_EXPERTS, "vocab_size": VOCAB, "rope_parameters": _ROPE, **(words or {})}
+    ids = {**_MEDIA_IDS, "vision_end_token_id": END, "audio_end_token_id": hearing.HUSH}
+    return transformers.Qwen3OmniMoeConfig(
+        thinker_config={"text_config": text, "vision_config": _EYES, "audio_config": _EARS, **ids},
+        talker_config=talkers.config(**{**_MEDIA_IDS, **speech}).to_dict(),
+        code2wav_config=_CODE2WAV,
+        im_start_token_id=TURN,
+        im_end_token_id=STOP,
+        user_token_id=USER,
+        assistant_token_id=ASSISTANT,
+        tts_bos_token_id=BEGIN,
+        tts_eos_token_id=FINISH,
+        tts_pad_token_id=PAD,
+    )
+
+
+def conversation(
+    asked: Sequence[hearing.Part], answer: int, frames: int | None, cfg: MediaConfig, *, seed: int
+) -> dict[str, Any]:
+    """A question and its answer of so many words; with frames it is spoken, by a voice of the talker."""
+    generator = torch.Generator().manual_seed(seed)
+    made = hearing.document(asked, cfg, seed=seed)
+    said = torch.randint(3, 60, (answer,), generator=generator).tolist()
+    turns = [TURN, USER, NEW, *made["tokens"].tolist(), STOP, NEW, TURN, ASSISTANT, NEW, *said, STOP, NEW]
+    tokens = torch.tensor(turns)
+    labels = torch.cat([tokens[1:], torch.tensor([-100])])
+    labels[: len(tokens) - answer - 3] = -100
+    codes = torch.randint(0, talkers.CODES, (frames or 0, talkers.GROUPS), generator=generator)
+    speech = {"speech": codes, "speech_frames": torch.tensor([frames or 0]), "speech_voices": torch.tensor([20])}
+    return {**made, "tokens": tokens, "labels": labels, **speech}
+
+
+def positions_of(model: Any, one: dict[str, Any], ids: Tensor) -> Tensor:
+    """transformers' positions of a talker's tokens, `[3, 1, S]`, whose ids of the thinker these are.
+
+    By the function of its thinker, since that of its talker reads an entry that the talker's configuration has not.
+    """
+    if not any(name in one for name in ("image_grid_thw", "video_grid_thw", "sound")):
+        return torch.arange(len(ids)).expand(3, 1, -1)
+    found: Tensor = model.thinker.get_rope_index(
+        ids[None],
+        one.get("image_grid_thw"),
+        one.get("video_grid_thw"),
+        torch.ones(1, len(ids)),
+        hearing.is_scene(one),
+        one.get("sound_frames"),
+        one.get("video_second_per_grid"),
+    )[0]
+    return found
+
+
+def theirs(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
+    """The sums of the cross entropies of a conversation, by transformers' modules and its way to prompt the talker."""
+    layer, tokens, codes = model.config.talker_config.accept_hidden_layer, one["tokens"], one["speech"]
+    given = hearing.asked(one, use_cache=False, use_audio_in_video=hearing.is_scene(one))
+    run = model.thinker(**given, output_hidden_states=True)
+    entropy = torch.nn.functional.cross_entropy
+    found = {"text": entropy(run.logits[0], one["labels"], reduction="sum")}
+    if not len(codes):
+        return found
+    embedded, states = run.hidden_states[0], run.hidden_states[layer]
+    begin = int(((tokens[:-1] == TURN) & (tokens[1:] == ASSISTANT)).nonzero()[-1])
+    end = begin + 3 + int((tokens[begin + 3 :] == STOP).nonzero()[0])
+    media = torch.isin(tokens, torch.tensor([IMAGE, VIDEO, hearing.AUDIO]))[None]
+    user = model._get_talker_user_parts(0, begin, media, states, embedded)
+    special = model.thinker.get_input_embeddings()(torch.tensor([[BEGIN, FINISH, PAD]]))
+    words = dict(zip(("bos", "eos", "pad"), model.talker.text_projection(special).chunk(3, 1), strict=True))
+    mine, _, trailing = model._get_talker_assistant_parts(
+        begin, end, 20, embedded, *(words[name] for name in ("pad", "bos", "eos"))
+    )
+    missing = max(0, len(codes) - trailing.shape[1])
+    beside = torch.cat([trailing[:, : len(codes)], words["pad"].expand(1, missing, -1)], 1)
+    rest, tables = codes[:, 1:], model.talker.code_predictor.get_input_embeddings()
+    first = model.talker.get_input_embeddings()(codes[:, 0])
+    added = torch.stack([first, *(table(rest[:, g]) for g, table in enumerate(tables))]).sum(0)
+    x = torch.cat([user, mine, added + beside], 1)
+    ids = torch.cat([tokens[:begin], torch.full((x.shape[1] - begin,), PAD)])
+    place = positions_of(model, one, ids)
+    hidden = model.talker.model(inputs_embeds=x, position_ids=place, use_cache=False)[0][0]
+    at = torch.arange(x.shape[1] - len(codes), x.shape[1])
+    ends = torch.tensor([talkers.SPEECH["codec_eos_token_id"]])
+    labels = torch.cat([codes[:, 0], ends])
+    found["codes"] = entropy(model.talker.codec_head(hidden[at[0] - 1 :]), labels, reduction="sum")
+    found["residuals"] = talkers.residuals(model.talker, hidden[at - 1], codes)
+    return found
