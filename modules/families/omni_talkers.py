@@ -17,6 +17,14 @@ PREFIX = "talker."
 """What a talker's tensors in the folder of a whole model begin with."""
 
 
+_TURNS = {
+    "turn": ("im_start", 151644),
+    "end_of_turn": ("im_end", 151645),
+    "user": ("user", 872),
+    "assistant": ("assistant", 77091),
+}
+
+
 @dataclass(frozen=True)
 class TalkerFamily:
     """A family of talkers.
@@ -31,10 +39,7 @@ class TalkerFamily:
 def _qwen3(config: Config, thinker: VisionLanguageConfig, shapes: Shapes) -> tuple[Talker, Names]:
     cfg = qwen3_omni_talker.config(_of_talker(config), shapes=shapes, prefix=PREFIX)
     _require_width(cfg.d_thinker, thinker)
-    usual = {"begin": ("tts_bos", 151672), "end": ("tts_eos", 151673), "pad": ("tts_pad", 151671)}
-    usual |= {"turn": ("im_start", 151644), "end_of_turn": ("im_end", 151645)}
-    usual |= {"user": ("user", 872), "assistant": ("assistant", 77091)}
-    chat = ChatIds(**{own: size(config, f"{name}_token_id", default) for own, (name, default) in usual.items()})
+    chat = _ids(config, {"begin": ("tts_bos", 151672), "end": ("tts_eos", 151673), "pad": ("tts_pad", 151671)}, _TURNS)
     return qwen3_omni_talker.talker(cfg, chat), qwen3_omni_talker.names(cfg, shapes, prefix=PREFIX)
 
 
@@ -43,10 +48,18 @@ def _qwen2_5(config: Config, thinker: VisionLanguageConfig, shapes: Shapes) -> t
     told = _of_talker(config)
     cfg = qwen2_5_omni_talker.config(told)
     _require_width(cfg.d_thinker, thinker)
-    usual = {"begin": ("start", 151860), "end": ("end", 151861), "pad": ("pad", 151859)}
-    chat = ChatIds(**{own: size(told, f"tts_text_{name}_token_id", default) for own, (name, default) in usual.items()})
+    words = {"begin": ("tts_text_start", 151860), "end": ("tts_text_end", 151861), "pad": ("tts_text_pad", 151859)}
+    # of turns files of this family say nothing; whose tokenizer has other ids gives the entries of Qwen3-Omni
+    said = {f"{name}_token_id": told.get(f"{name}_token_id") for name, _ in words.values()}
+    chat = _ids({**config, **said}, words, _TURNS)
     made = qwen2_5_omni_talker.talker(cfg, chat, layer=thinker.text.layers)
     return made, qwen2_5_omni_talker.names(cfg, prefix=PREFIX)
+
+
+def _ids(config: Config, *named: Mapping[str, tuple[str, int]]) -> ChatIds:
+    """Ids of the thinker by the names of `ChatIds`, of entries called so and "_token_id", with what is usual."""
+    usual = {own: told for names in named for own, told in names.items()}
+    return ChatIds(**{own: size(config, f"{name}_token_id", default) for own, (name, default) in usual.items()})
 
 
 def _of_talker(config: Config) -> Mapping[str, Any]:

@@ -79,10 +79,92 @@ def qwen3_omni(*, words: Any = None, **speech: Any) -> Any:
     )
 
 
+_OLD_IDS = {
+    "audio_token_index": hearing.AUDIO,
+    "image_token_index": IMAGE,
+    "video_token_index": VIDEO,
+    "audio_start_token_id": hearing.HARK,
+    "vision_start_token_id": START,
+}
+_OLD_EYES = {**{name: n for name, n in _EYES.items() if name not in ("num_position_embeddings",
+             "deepstack_visual_indexes")}, "window_size": 8, "fullatt_block_indexes": [0]}  # fmt: skip
+_OLD_EARS = {**{name: n for name, n in _EARS.items() if name not in ("n_window_infer", "downsample_hidden_size")},
+             "num_mel_bins": 4, "n_window": 10}  # fmt: skip
+OLD_TALKER = {
+    "vocab_size": 24,
+    "embedding_size": 16,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "tts_codec_pad_token_id": 13,
+    "tts_codec_start_token_id": 14,
+    "tts_codec_end_token_id": 15,
+    "tts_codec_mask_token_id": 16,
+    "tts_text_start_token_id": BEGIN,
+    "tts_text_end_token_id": FINISH,
+    "tts_text_pad_token_id": PAD,
+}
+_DIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "emb_dim": 8,
+    "block_size": 4,
+    "look_ahead_layers": [1],
+    "look_backward_layers": [0],
+    "num_embeds": 13,
+    "mel_dim": 8,
+    "enc_emb_dim": 6,
+    "enc_dim": 8,
+    "enc_channels": [8, 8, 8, 8, 24],
+    "enc_attention_channels": 4,
+    "enc_res2net_scale": 2,
+    "enc_se_channels": 4,
+}
+_BIGVGAN = {
+    "mel_dim": 8,
+    "upsample_initial_channel": 8,
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3, 5]],
+    "upsample_rates": [2, 2],
+    "upsample_kernel_sizes": [4, 4],
+}
+
+
+def qwen2_5_omni() -> Any:
+    """A configuration of transformers' whole Qwen2.5-Omni; of turns it says nothing, and ours are other entries."""
+    import transformers
+
+    rope = {name: x for name, x in _ROPE.items() if name != "mrope_interleaved"}
+    text = {**WORDS, "vocab_size": VOCAB, "rope_parameters": rope}
+    ids = {**_OLD_IDS, "vision_end_token_id": END, "audio_end_token_id": hearing.HUSH}
+    return transformers.Qwen2_5OmniConfig(
+        thinker_config={"text_config": text, "vision_config": _OLD_EYES, "audio_config": _OLD_EARS, **ids},
+        talker_config={**OLD_TALKER, **ids, "rope_parameters": rope},
+        token2wav_config={"dit_config": _DIT, "bigvgan_config": _BIGVGAN},
+        im_start_token_id=TURN,
+        im_end_token_id=STOP,
+        user_token_id=USER,
+        assistant_token_id=ASSISTANT,
+    )
+
+
 def conversation(
-    asked: Sequence[hearing.Part], answer: int, frames: int | None, cfg: MediaConfig, *, seed: int
+    asked: Sequence[hearing.Part],
+    answer: int,
+    frames: int | None,
+    cfg: MediaConfig,
+    *,
+    seed: int,
+    groups: int = talkers.GROUPS,
+    voice: int = 20,
 ) -> dict[str, Any]:
-    """A question and its answer of so many words; with frames it is spoken, by a voice of the talker."""
+    """A question and its answer of so many words; with frames of so many codes it is spoken, by this voice."""
     generator = torch.Generator().manual_seed(seed)
     made = hearing.document(asked, cfg, seed=seed)
     said = torch.randint(3, 60, (answer,), generator=generator).tolist()
@@ -90,8 +172,8 @@ def conversation(
     tokens = torch.tensor(turns)
     labels = torch.cat([tokens[1:], torch.tensor([-100])])
     labels[: len(tokens) - answer - 3] = -100
-    codes = torch.randint(0, talkers.CODES, (frames or 0, talkers.GROUPS), generator=generator)
-    speech = {"speech": codes, "speech_frames": torch.tensor([frames or 0]), "speech_voices": torch.tensor([20])}
+    codes = torch.randint(0, talkers.CODES, (frames or 0, groups), generator=generator)
+    speech = {"speech": codes, "speech_frames": torch.tensor([frames or 0]), "speech_voices": torch.tensor([voice])}
     return {**made, "tokens": tokens, "labels": labels, **speech}
 
 
@@ -117,8 +199,7 @@ def positions_of(model: Any, one: dict[str, Any], ids: Tensor) -> Tensor:
 def theirs(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
     """The sums of the cross entropies of a conversation, by transformers' modules and its way to prompt the talker."""
     layer, tokens, codes = model.config.talker_config.accept_hidden_layer, one["tokens"], one["speech"]
-    given = hearing.asked(one, use_cache=False, use_audio_in_video=hearing.is_scene(one))
-    run = model.thinker(**given, output_hidden_states=True)
+    run = model.thinker(**asked_of(one), output_hidden_states=True)
     entropy = torch.nn.functional.cross_entropy
     found = {"text": entropy(run.logits[0], one["labels"], reduction="sum")}
     if not len(codes):
@@ -148,3 +229,70 @@ def theirs(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
     found["codes"] = entropy(model.talker.codec_head(hidden[at[0] - 1 :]), labels, reduction="sum")
     found["residuals"] = talkers.residuals(model.talker, hidden[at - 1], codes)
     return found
+
+
+def theirs_of_old(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
+    """The same of Qwen2.5-Omni, whose way to prompt its talker is within `generate`."""
+    entropy = torch.nn.functional.cross_entropy
+    run = model.thinker(**asked_of(one), output_hidden_states=True)
+    found = {"text": entropy(run.logits[0], one["labels"], reduction="sum")}
+    codes = one["speech"][:, 0]
+    if not len(codes):
+        return found
+    x, beside, place = prompt_of_old(model, one, run)
+    coded = model.talker.get_input_embeddings()
+    x = torch.cat([x[:-2], x[-2:] + coded(torch.tensor([13, 14]))])
+    more = beside[: len(codes)]
+    more = torch.cat([more, beside[-1:].expand(len(codes) - len(more), -1)])
+    place = torch.cat([place, place[..., -1:] + 1 + torch.arange(len(codes))], -1)
+    given = torch.cat([x, coded(codes) + more])[None]
+    scores = model.talker(inputs_embeds=given, position_ids=place, use_cache=False).logits[0]
+    found["codes"] = entropy(scores[len(x) - 1 :], torch.cat([codes, torch.tensor([15])]), reduction="sum")
+    return found
+
+
+def prompt_of_old(model: Any, one: dict[str, Any], run: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The talker's prompt `[S, W]` without codes, the rows beside frames, and places `[3, 1, S]`."""
+    tokens, words = one["tokens"], model.thinker.get_input_embeddings()
+    begin = 3 + int(((tokens[:-1] == TURN) & (tokens[1:] == ASSISTANT)).nonzero()[-1])
+    end = begin + int((torch.cat([tokens[begin:], torch.tensor([STOP])]) == STOP).nonzero()[0])
+    media = torch.isin(tokens, torch.tensor([IMAGE, VIDEO, hearing.AUDIO]))
+    embedded, states = run.hidden_states[0][0], run.hidden_states[-1][0]
+    before = (states + embedded.masked_fill(media[:, None], 0))[:begin]
+    reply = (states + embedded)[begin:end]
+    special = words(torch.tensor([BEGIN, FINISH, PAD]))
+    x, beside = torch.cat([before, special[:1], reply[:1]]), torch.cat([reply[1:], special[1:]])
+    ids = torch.cat([tokens[:begin], torch.tensor([BEGIN]), tokens[begin : begin + 1]])
+    return x, beside, positions_of(model, one, ids)
+
+
+def asked_of(one: dict[str, Any]) -> dict[str, Any]:
+    """What transformers' thinker is given of a conversation."""
+    return hearing.asked(one, use_cache=False, use_audio_in_video=hearing.is_scene(one))
+
+
+@torch.no_grad()
+def spoken_by_old(model: Any, one: dict[str, Any], *, frames: int) -> list[int]:
+    """What Qwen2.5-Omni's talker says greedily, without the code that begins speech and with its penalty for codes that
+    were said, from the whole sequence again for each code.
+
+    Not by its `generate`: that of transformers 5.24 makes a mask of the prompt, and its `forward` then gives no places
+    to what comes with media, and no code to the last two tokens.
+    """
+    import transformers
+
+    x, beside, place = prompt_of_old(model, one, model.thinker(**asked_of(one), output_hidden_states=True))
+    coded, said = model.talker.get_input_embeddings(), [16, 13, 14]
+    x = torch.cat([x[:-2], x[-2:] + coded(torch.tensor([13, 14]))])
+    less = transformers.RepetitionPenaltyLogitsProcessor(1.05)
+    for step in range(frames):
+        scores = model.talker(inputs_embeds=x[None], position_ids=place, use_cache=False).logits[:, -1]
+        scores = less(torch.tensor([said]), scores)
+        scores[:, 14] = -torch.inf
+        code = int(scores.argmax())
+        if code in (13, 15):
+            break
+        said.append(code)
+        x = torch.cat([x, coded(torch.tensor([code])) + beside[min(step, len(beside) - 1)]])
+        place = torch.cat([place, place[..., -1:] + 1], -1)
+    return said[3:]

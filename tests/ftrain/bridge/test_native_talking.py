@@ -136,6 +136,68 @@ def test_it_writes_speaks_and_sounds_as_transformers(talk, folder):
     torch.testing.assert_close(qwen3_omni_code2wav.decode(player, codes_NG, sounds), wave[0, 0], rtol=0, atol=1e-4)
 
 
+OLD = transformers.Qwen2_5OmniForConditionalGeneration
+OLD_TALKS = (
+    ((2, (4, 6), 1, ("sound", 50), 2), 4, 6),
+    ((3,), 5, 3),
+    ((1, ("scene", 4, 4, 4, 207), 2), 1, 2),
+    ((2,), 2, None),
+)
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """A folder of a whole Qwen2.5-Omni."""
+    return saved(old_model(), tmp_path_factory.mktemp("old") / "weights")
+
+
+def old_model():
+    return hearing.random_model(OLD, laws.qwen2_5_omni())
+
+
+def old_conversations(folder, talks=OLD_TALKS):
+    media = talking_config(folder).thinker.media
+    voice = {"groups": 1, "voice": laws.BEGIN}
+    return [laws.conversation(*talk, media, seed=i, **voice) for i, talk in enumerate(talks)]
+
+
+def test_losses_and_gradients_of_qwen2_5_are_those_of_transformers(old, tmp_path):
+    model, given, native = old_model(), old_conversations(old), native_talking(old, flows=True)
+    params, batch = native.load(), native.media(pack(given, tokens=400))
+    wanted = [laws.theirs_of_old(model, one) for one in given]
+    sums = {name: sum(one[name] for one in wanted if name in one) for name in wanted[0]}
+    count = {"text": sum(int((one["labels"] >= 0).sum()) for one in given), "codes": 14}
+    found = native.loss(params, batch)
+    assert [int(mean.count) for mean in found.terms] == list(count.values())
+    for mean, name in zip(found.terms, count, strict=True):
+        assert abs(mean.item() - sums[name].item() / count[name]) < 2e-5
+    sum(sums[name] / count[name] for name in count).backward()
+    grads = torch.func.grad(lambda p: native.loss(p, batch).value())(params)
+    with torch.no_grad():
+        for leaf in model.parameters():
+            leaf.copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    require_equal_gradients(grads, native_talking(saved(model, tmp_path)).load(), within=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_qwen2_5_speaks_as_transformers(number, old):
+    """Code by code, of an answer that is there."""
+    model, cfg, one = old_model(), talking_config(old), old_conversations(old)[number]
+    said = {name: leaf for name, leaf in one.items() if not name.startswith("speech") and name != "labels"}
+    params = native_talking(old).load()
+    utterance = talking.to_speak(params, prepare(said, cfg.thinker.media), cfg, voice=laws.BEGIN)
+    how = Choice(never=(14,), again=1.05, said=(16, 13, 14))
+    (codes_NG,) = speak(params["talker"], [utterance], cfg.talker, max_frames=8, how=how)
+    assert codes_NG[:, 0].tolist() == laws.spoken_by_old(model, one, frames=8)
+
+
+def test_folders_of_qwen2_5_come_back_as_they_were(old, tmp_path):
+    native = native_talking(old)
+    native.save(native.load(), tmp_path)
+    for file in ("model.safetensors", "config.json"):
+        assert (old / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
 @pytest.mark.exhaustive  # a talker alone on the same mesh is in tests/modules/families
 def test_a_mesh_gives_what_one_device_gives(tmp_path):
     """Packs of two data ranks, each shared by two, over which experts lie too."""
