@@ -17,6 +17,7 @@ from ftrain.bridge.depth import with_layers
 from ftrain.bridge.native import NativeFiles, router_loads
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
+from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder, vision_language
 from ftrain.modules.decoder_config import used_experts

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ftrain.bridge.described import used_experts
 from ftrain.bridge.native import NativeFiles, router_loads
 from ftrain.bridge.native_sight import HEARS, LEAVES, NativeSight
 from ftrain.hf.described import described_with_sight
@@ -22,6 +21,7 @@ from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.kernels.mean import WeightedSum, weighted_sum
 from ftrain.modules import speech_packs, talking
 from ftrain.modules.autoregression import Family
+from ftrain.modules.decoder_config import used_experts
 from ftrain.modules.families.omni_talkers import TALKERS
 from ftrain.modules.families.registry import seeing_family_of
 from ftrain.modules.hf_names import natural_order, under
