@@ -16,7 +16,9 @@ from ftrain.kernels.documents import ids_of
 from ftrain.modules.janus import JanusConfig
 from ftrain.sharding.batch import BatchRows, BatchRule, TokenIndices
 
-RULES: Mapping[str, BatchRule] = MappingProxyType({"media.**": BatchRows(), "media.*.index": TokenIndices()})
+RULES: Mapping[str, BatchRule] = MappingProxyType(
+    {"media.**": BatchRows(optional=True), "media.*.index": TokenIndices(optional=True)}
+)
 """How ranks share what `prepare` makes of pictures; all other leaves have one entry per token."""
 SEEN, TARGETS, CODES, DRAWN = "pixels", "targets", "codes", "drawn"
 LEAVES = (SEEN, TARGETS, CODES, DRAWN)

@@ -25,9 +25,9 @@ SPEECH, FRAMES, VOICES = "speech", "speech_frames", "speech_voices"
 LEAVES = (SPEECH, FRAMES, VOICES)
 RULES: Mapping[str, BatchRule] = MappingProxyType(
     {
-        "speech.frames.*": BatchRows(),
-        "speech.frames.index": TokenIndices(),
-        "speech.states.*": TokenIndices(),
+        "speech.frames.*": BatchRows(optional=True),
+        "speech.frames.index": TokenIndices(optional=True),
+        "speech.states.*": TokenIndices(optional=True),
     }
 )
 """How ranks share what `prepare` makes; all other leaves have one entry per token."""

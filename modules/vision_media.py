@@ -25,9 +25,14 @@ from ftrain.modules.sounds import listen
 from ftrain.sharding.batch import BatchRows, BatchRule, TokenIndices
 
 RULES: Mapping[str, BatchRule] = MappingProxyType(
-    {"media.*": BatchRows(), "media.index": TokenIndices(), "audio.*": BatchRows(), "audio.index": TokenIndices()}
+    {
+        "media.*": BatchRows(optional=True),
+        "media.index": TokenIndices(optional=True),
+        "audio.*": BatchRows(optional=True),
+        "audio.index": TokenIndices(optional=True),
+    }
 )
-"""How ranks share what `prepare` makes of media; all other leaves have one entry per token."""
+"""How ranks share what `prepare` makes of media, where there are any; all other leaves have one entry per token."""
 
 _ALONE = 16  # tokens of a frame of padding where there is no picture
 

@@ -5,7 +5,7 @@ sequence axis share a pack. A pack's tokens are divided into chunks, and its med
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ class Tokens:
 class BatchRows:
     """A leaf whose `dim` is divided evenly among all ranks: features of media, targets of decoders.
 
+    `optional`: a batch may lack such leaves; else a rule that matches none is an error.
+
     >>> import torch
     >>> from ftrain.sharding import BatchRows, Mesh
     >>> from ftrain.sharding.batch import TokenOrder, share
@@ -34,13 +36,14 @@ class BatchRows:
     """
 
     dim: int = 0
+    optional: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
 class TokenIndices:
     """int64 rows that hold the index in the batch of the token that a row stands at; the number of tokens means none.
 
-    The rows are divided evenly among all ranks, and a rank sees indices in its own pack.
+    The rows are divided evenly among all ranks, and a rank sees indices in its own pack. `optional`: as of `BatchRows`.
 
     >>> import torch
     >>> from ftrain.sharding import Mesh, TokenIndices
@@ -49,6 +52,8 @@ class TokenIndices:
     >>> share(index, TokenIndices(), path="index", tokens=8, order=TokenOrder(), mesh=mesh, rank=1)
     tensor([1, 3])
     """
+
+    optional: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Offsets:
 
 
 BatchRule = Tokens | BatchRows | TokenIndices | Replicated | Offsets
+
+
+def may_be_missing(rule: BatchRule) -> bool:
+    """True for a rule about leaves that a batch may lack."""
+    return isinstance(rule, BatchRows | TokenIndices) and rule.optional
 
 
 def default_rule(path: str) -> BatchRule:

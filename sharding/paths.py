@@ -9,7 +9,7 @@ then with more that are partly so, then with more `*`. The order in which rules 
 import difflib
 import fnmatch
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Generic, TypeVar
@@ -114,11 +114,14 @@ class Rules(Generic[T]):
         glob = self.glob_of(path)
         return glob is not None and specificity(glob)[:2] != (0, 0)
 
-    def require_used(self, paths: Iterable[str]) -> None:
-        """ValueError that names a glob which matches none of `paths`, and the nearest of them."""
+    def require_used(self, paths: Iterable[str], *, unless: Callable[[T], bool] = lambda _: False) -> None:
+        """ValueError that names a glob which matches none of `paths`, and the nearest of them.
+
+        `unless`: true of a value whose glob need not match.
+        """
         known = list(paths)
-        for glob in self.values:
-            if not any(self._matches(path, glob) for path in known):
+        for glob, value in self.values.items():
+            if not unless(value) and not any(self._matches(path, glob) for path in known):
                 raise ValueError(f"{self.of}: {glob!r} matches nothing{_hint(glob, known)}")
 
     def _matches(self, path: str, glob: str) -> bool:

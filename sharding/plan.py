@@ -5,7 +5,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Never
 
-from ftrain.sharding.batch import BatchRule, TokenOrder, default_rule
+from ftrain.sharding.batch import BatchRule, TokenOrder, default_rule, may_be_missing
 from ftrain.sharding.layout import Hybrid, Layout, Ring
 from ftrain.sharding.link import Link
 from ftrain.sharding.mesh import Mesh
@@ -133,7 +133,7 @@ class Plan:
 
     def require_batch(self, paths: Iterable[str]) -> None:
         """ValueError that names a glob of `batch` which matches none of these paths, and the nearest of them."""
-        self._batch.require_used(paths)
+        self._batch.require_used(paths, unless=may_be_missing)
 
     def describe(self, specs: Any) -> str:
         """A table of all parameters: path, shape, how each dim is divided, a rank's shape and bytes; and the sum of

@@ -34,6 +34,7 @@ from ftrain.sharding.batch import (
     TokenIndices,
     Tokens,
     default_rule,
+    may_be_missing,
     require_alike,
 )
 from ftrain.sharding.collectives import gather_pieces
@@ -93,7 +94,7 @@ def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxy
     trace = current_sharded()
     own = Rules(dict(rules), "accumulate(batch=...)", below=True)
     paths, leaves = tree.paths(batch), tree.leaves(batch)
-    own.require_used(paths)
+    own.require_used(paths, unless=may_be_missing)
     found = [_rule(path, leaf, own, trace) for path, leaf in zip(paths, leaves, strict=True)]
     if trace is None:
         require_alike(_unnamed(paths, leaves, found, own), paths, rules=own.of)

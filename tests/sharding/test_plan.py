@@ -123,3 +123,8 @@ def test_batch_rules_that_tie_or_match_nothing_are_named():
     plan.require_batch(["image.pixels", "audio.rows"])
     with pytest.raises(ValueError, match=r"Plan\(batch=...\): '\*\*\.rows' matches nothing; nearest: 'image\.row'"):
         plan.require_batch(["image.row"])
+
+
+def test_a_rule_of_leaves_that_a_batch_may_lack_need_not_match():
+    media = {"media.*": BatchRows(optional=True), "media.index": TokenIndices(optional=True)}
+    Plan(Mesh(shard=2, kind="virtual"), batch=media).require_batch(["tokens"])
