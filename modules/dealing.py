@@ -113,6 +113,18 @@ class _Filled:
             self._items[name] += rows
 
 
+def eased(count: int) -> int:
+    """The next number that is a power of two or three halves of one, at least 1: few numbers occur, and less than half
+    of one is to spare.
+
+    >>> from ftrain.modules.dealing import eased
+    >>> [eased(n) for n in (0, 1, 3, 5, 7, 13)]
+    [1, 1, 3, 6, 8, 16]
+    """
+    power = 1 << max(0, count - 1).bit_length()
+    return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
+
+
 def item_parts(rows: Sequence[int], *, parts: int, capacity: int) -> list[int] | None:
     """Which of `parts` parts each item goes to: the longest first, each to the emptiest part; None if one has no room.
 

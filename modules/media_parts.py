@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ftrain.modules.dealing import item_parts
+from ftrain.modules.dealing import eased, item_parts
 
 
 class Told(NamedTuple):
@@ -21,12 +21,21 @@ SOUND = Told("chunks", "chunks", "whole chunks, multiples of", "recordings", "wi
 
 
 def deal(
-    sizes: Sequence[int], homes: Sequence[int], *, unit: int, budget: int | None, packs: int, parts: int, told: Told
+    sizes: Sequence[int],
+    homes: Sequence[int],
+    *,
+    unit: int,
+    budget: int | None,
+    packs: int,
+    parts: int,
+    told: Told,
+    easily: bool = False,
 ) -> tuple[list[list[int]], int]:
     """The numbers of the pieces of each part of each pack, and how much a part has room for.
 
     `sizes`: of the pieces, multiples of `unit`; `homes`: their packs. `budget`: the room of a pack; None: as much as
-    that with the most needs. ValueError where the budget is no `parts` of whole units, or too small.
+    that with the most needs, or `easily` somewhat more (`eased`). ValueError where the budget is no `parts` of whole
+    units, or too small.
     """
     if budget is not None and (budget < 1 or budget % (unit * parts)):
         raise ValueError(f"{told.budget}={budget} are not {parts} equal parts of {told.groups} {unit}")
@@ -42,7 +51,7 @@ def deal(
                 f"{told.budget}={budget} in {parts} parts have no room: raise it, or give a pack fewer {told.media}"
             )
         room += unit
-    return chosen, room
+    return chosen, eased(room // unit) * unit if easily and budget is None else room
 
 
 def _parts_of(held: Sequence[Sequence[int]], sizes: Sequence[int], parts: int, room: int) -> list[list[int]] | None:

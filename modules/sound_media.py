@@ -54,11 +54,12 @@ def laid_sound(
     chunks: int | None,
     packs: int,
     parts: int,
+    easily: bool = False,
 ) -> dict[str, Tensor]:
     """What `ftrain.modules.audio_tower.apply` reads of recordings, and "index", the token of each row that it makes.
 
     `tokens`: of the batch, the index of a row that has none. `chunks`: for each pack; None: as many as that with the
-    most needs. ValueError where they are too few.
+    most needs, or `easily` somewhat more, so that few numbers of chunks occur. ValueError where they are too few.
 
     The leaves are "mel" `[C, M, W]`, "heard" `[C]`, "parts" `[N]`, and "index", `[N]` or of pairs `[N / 2]`.
     """
@@ -66,7 +67,7 @@ def laid_sound(
     windows = [window for clip in clips for window in windows_of(clip, cfg)]
     homes = [int(window.at_n[0]) * packs // tokens for window in windows]
     sizes = [-(-window.frames // tower.chunk) for window in windows]
-    dealt, room = deal(sizes, homes, unit=1, budget=chunks, packs=packs, parts=parts, told=SOUND)
+    dealt, room = deal(sizes, homes, unit=1, budget=chunks, packs=packs, parts=parts, told=SOUND, easily=easily)
     count, paired = room * len(dealt), 1 + tower.paired
     mel_CWM = torch.zeros(count, tower.chunk, tower.mels, dtype=frames_FM.dtype)
     heard_C, index_CR = np.zeros(count, np.int64), np.full((count, tower.rows // paired), tokens)

@@ -55,8 +55,10 @@ def prepare(
             `[patches, numbers]`, "image_grid_thw" and "video_grid_thw" `[pictures, 3]`, "second_per_grid_ts"
             `[videos]`; and of a model that hears recordings (`ftrain.modules.sounds`).
         cfg: the model's.
-        patches: for each pack; None: as many as the pack with the most has. places: the same, counted in tokens.
-        chunks: of recordings for each pack; None: as many as the pack with the most has.
+        patches: for each pack; None: as many as the pack with the most has. places: the same, counted in tokens of
+            pictures.
+        chunks: of recordings for each pack; None: as many as the pack with the most has, or, with `places`, somewhat
+            more, and at least one, so that batches of a run have the same leaves and few shapes.
         packs: how many equal packs the tokens are.
         parts: the ranks that share a pack, whose patches no frame may share.
 
@@ -90,9 +92,9 @@ def prepare(
         sizes, homes = [one.patches for one in pieces], [int(one.at_n[0]) * packs // tokens_T.size for one in pieces]
         dealt, room = deal(sizes, homes, unit=cfg.square, budget=patches, packs=packs, parts=parts, told=PICTURES)
         made["media"] = _laid([[pieces[i] for i in own] for own in dealt], room, raw, cfg, tokens=tokens_T.size)
-    if cfg.sound is not None and frames_FM is not None and (clips or chunks is not None):
+    if cfg.sound is not None and frames_FM is not None and (clips or chunks is not None or places is not None):
         room_for = {"tokens": tokens_T.size, "chunks": chunks, "packs": packs, "parts": parts}
-        made["audio"] = laid_sound(clips, frames_FM, cfg.sound, **room_for)
+        made["audio"] = laid_sound(clips, frames_FM, cfg.sound, **room_for, easily=places is not None)
     return made
 
 

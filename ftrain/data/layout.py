@@ -28,11 +28,13 @@ class Stream:
     - `unit`: tokens of the smallest piece.
     - `fill(tokens)`: media of so many tokens, a multiple of `unit`, that stand for nothing: what fills up a row behind
       its document, where no token that is trained on sees it.
+    - `heard`: it is sound, of which packs have room in chunks.
     """
 
     token: int
     unit: int
     fill: Callable[[int], Arrays]
+    heard: bool = False
 
 
 class Sized(Protocol):

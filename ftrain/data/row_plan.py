@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftrain.data.packing import Plan, Shape
+from ftrain.modules.dealing import eased
 
 _FINE = 32  # parts of the budget by which sizes are rounded up, where those of the ladder do not fit into it
 
@@ -36,10 +37,7 @@ def rounded(count: int, unit: int = 1) -> int:
     ([0, 1, 3, 6, 8, 96], 512)
     """
     units = -(-count // unit)
-    if not units:
-        return 0
-    power = 1 << (units - 1).bit_length()
-    return unit * (power * 3 // 4 if units <= power * 3 // 4 else power)
+    return unit * eased(units) if units else 0
 
 
 def shape_of(group: RowGroup, *, tokens: int, units: Sequence[int]) -> Shape:

@@ -29,7 +29,7 @@ def layout_of(model: Model, family: MediaFamily | None = None, *, sequence: int 
             "them here: divide packs among --shard and --replicate"
         )
     if model.packs:
-        return PackLayout(streams, None if model.media is None else _ReadyPack(model))
+        return PackLayout(streams, None if model.media is None else _ReadyPack(model, tuple(s.heard for s in streams)))
     if sequence > 1:
         raise ValueError(
             f"--sequence {sequence}: {model.name} takes a row for each document, as {model.alone}, and ranks of a "
@@ -54,13 +54,15 @@ class _ReadyRows:
 @dataclass(frozen=True)
 class _ReadyPack:
     """`model.media` of packs, with room for so many tokens of media in each: in a model that sees for some at least, so
-    that all batches have the same leaves.
+    that all batches have the same leaves. `heard`: which kinds of media are sound.
     """
 
     model: Model
+    heard: tuple[bool, ...] = ()
 
     def __call__(self, batch: dict[str, Any], places: tuple[int, ...], packs: int) -> dict[str, Any]:
-        room = max(1, sum(places)) if places else None
+        pictures = sum(room for room, heard in zip(places, self.heard, strict=True) if not heard)
+        room = max(1, pictures) if places else None
         made: dict[str, Any] = self.model.media(batch, places=room, packs=packs)  # type: ignore[misc]
         return made
 

@@ -13,30 +13,31 @@ _EARS = {
     "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 12, "d_model": 8, "output_dim": 16,
     "max_source_positions": 20,
 }  # fmt: skip
-_AROUND = {
-    "audio_start_token_id": laws.HARK, "audio_end_token_id": laws.HUSH, "vision_start_token_id": seen.START,
-    "vision_end_token_id": seen.END,
+IDS = {
+    "audio": laws.AUDIO, "image": seen.IMAGE, "video": seen.VIDEO, "audio_start": laws.HARK, "audio_end": laws.HUSH,
+    "vision_start": seen.START, "vision_end": seen.END,
 }  # fmt: skip
-_IDS = {"audio": laws.AUDIO, "image": seen.IMAGE, "video": seen.VIDEO}
+"""The tokens of media and around them."""
 _EXPERTS = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
 
-def qwen2_5(*, ears: Any = None, eyes: Any = None, **words: Any) -> tuple[Any, Any]:
-    """The thinker of Qwen2.5-Omni, whose chunks have 20 frames; `ears`, `eyes`, `words`: entries of its parts."""
+def qwen2_5(*, ears: Any = None, eyes: Any = None, ids: Any = None, **words: Any) -> tuple[Any, Any]:
+    """The thinker of Qwen2.5-Omni, whose chunks have 20 frames; `ears`, `eyes`, `words`: entries of its parts; `ids`:
+    in the place of `IDS`.
+    """
     import transformers
 
     config = transformers.Qwen2_5OmniThinkerConfig(
         text_config={**seen.WORDS, "vocab_size": laws.VOCAB, "rope_parameters": _ROPE, **words},
         vision_config={**_EYES, "window_size": 8, "fullatt_block_indexes": [1], **(eyes or {})},
         audio_config={**_EARS, "num_mel_bins": 4, "n_window": 10, **(ears or {})},
-        **{f"{kind}_token_index": token for kind, token in _IDS.items()},
-        **_AROUND,
+        **{f"{kind}_token_{'id' if '_' in kind else 'index'}": token for kind, token in (ids or IDS).items()},
     )
     return transformers.Qwen2_5OmniThinkerForConditionalGeneration, config
 
 
-def qwen3(*, ears: Any = None, eyes: Any = None, **words: Any) -> tuple[Any, Any]:
-    """The thinker of Qwen3-Omni, two of whose chunks make a window; `ears`, `eyes`, `words`: entries of its parts."""
+def qwen3(*, ears: Any = None, eyes: Any = None, ids: Any = None, **words: Any) -> tuple[Any, Any]:
+    """The thinker of Qwen3-Omni, two of whose chunks make a window; arguments as of `qwen2_5`."""
     import transformers
 
     rope = {**_ROPE, "mrope_interleaved": True}
@@ -45,7 +46,6 @@ def qwen3(*, ears: Any = None, eyes: Any = None, **words: Any) -> tuple[Any, Any
         vision_config={**_EYES, "num_position_embeddings": 9, "deepstack_visual_indexes": [2, 0], **(eyes or {})},
         audio_config={**_EARS, "num_mel_bins": 8, "n_window_infer": 200, "downsample_hidden_size": 4, **(ears or {})},
         position_id_per_seconds=13,
-        **{f"{kind}_token_id": token for kind, token in _IDS.items()},
-        **_AROUND,
+        **{f"{kind}_token_id": token for kind, token in (ids or IDS).items()},
     )
     return transformers.Qwen3OmniMoeThinkerForConditionalGeneration, config

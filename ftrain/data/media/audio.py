@@ -39,6 +39,24 @@ def read_audio(source: Any, place: Place, limits: Limits, *, rate: int) -> np.nd
     return resample(mono, found, rate)
 
 
+def heard_samples(source: Any, place: Place, limits: Limits, *, rate: int) -> int:
+    """How many samples `read_audio` gives of a recording, from its header where soundfile knows it. BadRow likewise."""
+    if isinstance(source, tuple) and len(source) == 2:
+        samples, found = len(source[0]), int(source[1])
+    else:
+        raw = media_bytes(source, place, limits)
+        try:
+            with soundfile.SoundFile(io.BytesIO(raw)) as file:
+                limits.check("seconds", file.frames / file.samplerate, place, name_of(source))
+                samples, found = file.frames, file.samplerate
+        except soundfile.LibsndfileError:
+            sound, found = media.audio_av.decode(raw, place, limits, name_of(source))
+            samples = len(sound)
+    if not samples:
+        raise BadRow(place, "broken media", f"{name_of(source)} is an empty recording")
+    return -(-samples * rate // found)
+
+
 def _decoded(raw: bytes, place: Place, limits: Limits, name: str) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:

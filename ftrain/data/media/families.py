@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from ftrain.data.media.family import Blind, MediaFamily
+from ftrain.data.media.hearing import Hearing
 from ftrain.data.media.limits import Limits
+from ftrain.data.media.log_mel import LogMel
 from ftrain.data.media.patches import Patches
 from ftrain.data.media.qwen import MODELS as QWEN
-from ftrain.data.media.qwen import Films, QwenFamily
+from ftrain.data.media.qwen import OMNI, Films, QwenFamily
 from ftrain.data.media.sizes import Multiples, MultiplesInTime
 from ftrain.data.media.tile_families import MODELS as TILES
 from ftrain.data.media.tile_families import tile_family
 from ftrain.files.outside import read_json
+from ftrain.modules.families.registry import seeing_family_of
 
 _SENSES = ("vision_config", "audio_config", "thinker_config")
 _PROCESSOR = (("processor_config.json", ""),)
 _IMAGE_FILES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
+_SOUND_FILES = (("processor_config.json", "feature_extractor"), ("preprocessor_config.json", ""))
 _VIDEO_FILES = (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", ""), *_IMAGE_FILES[1:])
 
 
@@ -54,26 +58,74 @@ def family_of(
 
 def _qwen(path: Path, config: Mapping[str, Any], tokenizer: Any, limits: Limits, image_pixels: int | None) -> Any:
     kind = config["model_type"]
-    third = kind.startswith("qwen3")
+    omni = kind in OMNI
+    told = config.get("thinker_config") or config
+    third, apart = kind.startswith("qwen3"), kind.startswith("qwen3") and not omni
     images, films = _first(path, _IMAGE_FILES), _first(path, _VIDEO_FILES)
     if not images:
         raise ValueError(f"{path} has no preprocessor_config.json, which says how its pictures are read: copy it there")
-    patches, film_patches = _patches(path, images, False), _patches(path, films, third)
+    patches, film_patches = _patches(path, images, third and omni), _patches(path, films, third)
     for one in (patches, film_patches):
-        _require_tower(path, config.get("vision_config") or {}, one)
+        _require_tower(path, told.get("vision_config") or {}, one)
     least, most = _bounds(images, 3136, 1003520)
     size = Multiples(patches.factor, least, _capped(path, image_pixels, least, most))
-    least, most = _bounds(films, *((131072, 786432) if third else (100352, 602112)))
+    # processors of omni models have a size of films of their own, whatever their files say
+    least, most = _bounds({} if omni else films, *_film_bounds(apart, film_patches.factor if omni else 28))
     in_time = MultiplesInTime(film_patches.factor, least, most, film_patches.in_time)
-    rule = in_time if third else Multiples(film_patches.factor, least, most)
+    rule = in_time if apart else Multiples(film_patches.factor, least, most)
     taken = Films(
         film_patches, rule, rate=float(films.get("fps") or 2.0), least=films.get("min_frames") or 4,
-        most=films.get("max_frames") or 768, told=third, timed=kind == "qwen2_5_vl",
+        most=films.get("max_frames") or 768, told=apart, timed=omni or kind == "qwen2_5_vl",
     )  # fmt: skip
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    usual = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    image, film, start, end = (_token(path, tokenizer, config, n, text) for n, text in zip(names, usual, strict=True))
-    return QwenFamily(kind, patches, size, taken, picture=image, film=film, start=start, end=end, limits=limits)
+    usual = _SECOND_OMNI if omni and not third else _USUAL
+    image, film, start, end = (_token(path, tokenizer, told, n, usual[n]) for n in _NAMES)
+    hearing = _hearing(path, config, tokenizer, usual, limits) if omni else None
+    ids = {"picture": image, "film": film, "start": start, "end": end}
+    return QwenFamily(kind, patches, size, taken, **ids, limits=limits, hearing=hearing)
+
+
+_NAMES = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_HEARD_NAMES = ("audio_token_id", "audio_start_token_id", "audio_end_token_id")
+_USUAL = {
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "audio_token_id": "<|audio_pad|>",
+    "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    "audio_start_token_id": "<|audio_start|>", "audio_end_token_id": "<|audio_end|>",
+}  # fmt: skip
+_SECOND_OMNI = {
+    "image_token_id": "<|IMAGE|>", "video_token_id": "<|VIDEO|>", "audio_token_id": "<|AUDIO|>",
+    "vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>",
+    "audio_start_token_id": "<|audio_bos|>", "audio_end_token_id": "<|audio_eos|>",
+}  # fmt: skip
+
+
+def _film_bounds(apart: bool, factor: int) -> tuple[int, int]:
+    return (131072, 786432) if apart else (128 * factor**2, 768 * factor**2)
+
+
+def _hearing(
+    path: Path, config: Mapping[str, Any], tokenizer: Any, usual: Mapping[str, str], limits: Limits
+) -> Hearing:
+    """How an omni model hears: by its tower, and by its processor's features. ValueError for what is not known."""
+    family, told = seeing_family_of(config), config.get("thinker_config") or config
+    sound = None if family is None else family.config(config).media.sound
+    assert sound is not None
+    features = _first(path, _SOUND_FILES)
+    if features.get("dither"):
+        raise ValueError(f"{path}: its processor of sound has dither = {features['dither']!r}, and none is known")
+    bands = features.get("feature_size") or sound.tower.mels
+    if bands != sound.tower.mels:
+        raise ValueError(f"{path}: its processor has {bands} bands of sound, and its model {sound.tower.mels}")
+    mel = LogMel(
+        bands,
+        features.get("sampling_rate") or 16_000,
+        features.get("n_fft") or 400,
+        features.get("hop_length") or 160,
+        seconds=None,
+    )
+    places = (_token(path, tokenizer, told, name, usual[name]) for name in _HEARD_NAMES)
+    second = not config["model_type"].startswith("qwen3")
+    most = float(features.get("chunk_length") or 300) if second else None
+    return Hearing(mel, sound.tower, *places, most=most, limits=limits)
 
 
 def _patches(path: Path, told: Mapping[str, Any], third: bool) -> Patches:
@@ -123,7 +175,7 @@ def _capped(path: Path, asked: int | None, least: int, most: int) -> int:
 
 def _token(path: Path, tokenizer: Any, config: Mapping[str, Any], name: str, usual: str) -> tuple[str, int]:
     """The text and the id of a token: the id that the configuration has, or that of the usual text."""
-    number = config.get(name)
+    number = config.get(name, config.get(name.replace("_token_id", "_token_index")))
     text = tokenizer.convert_ids_to_tokens(number) if number is not None else usual
     number = tokenizer.convert_tokens_to_ids(usual) if number is None else number
     if text is None or number is None or tokenizer.convert_tokens_to_ids(text) != number:

@@ -1,4 +1,4 @@
-"""How Qwen's vision-language models see: pictures and films of any size, as patches.
+"""How Qwen's vision-language and omni models see, and hear: pictures and films of any size, as patches; recordings.
 
 P patches, C numbers of a patch, n pictures or films.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from ftrain.data import media
 from ftrain.data.layout import Stream
 from ftrain.data.media.family import Seen
+from ftrain.data.media.hearing import Hearing
 from ftrain.data.media.kept import Kept
 from ftrain.data.media.limits import Limits
 from ftrain.data.media.opening import name_of
@@ -21,7 +22,9 @@ from ftrain.data.media.sizes import Multiples, MultiplesInTime
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Kind, Part, Place
 
-MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+OMNI = ("qwen2_5_omni", "qwen2_5_omni_thinker", "qwen3_omni_moe", "qwen3_omni_moe_thinker")
+"""The model types of configurations of models that hear."""
+MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *OMNI)
 """The model types of configurations."""
 
 
@@ -73,28 +76,39 @@ class QwenFamily:
     end: tuple[str, int]
     limits: Limits = Limits()  # noqa: RUF009  # frozen
     kept: Kept = field(default_factory=Kept)
+    hearing: Hearing | None = None
 
     @property
     def marks(self) -> Mapping[Kind, str]:
-        """Pictures and films; of films whose frames are told apart, with the tokens around."""
+        """Pictures, films and recordings; of films whose frames are told apart, with the tokens around."""
         film = self.film[0]
-        return {"image": self.picture[0], "video": f"{self.start[0]}{film}{self.end[0]}" if self.films.told else film}
+        found: dict[Kind, str] = {"image": self.picture[0], "video": film}
+        if self.films.told:
+            found["video"] = f"{self.start[0]}{film}{self.end[0]}"
+        return found if self.hearing is None else {**found, "audio": self.hearing.place[0]}
 
     @property
     def unlearnt(self) -> frozenset[int]:
         """Of places, and around them."""
-        return frozenset((self.picture[1], self.film[1], self.start[1], self.end[1]))
+        heard = () if self.hearing is None else (self.hearing.place[1], self.hearing.start[1], self.hearing.end[1])
+        return frozenset((self.picture[1], self.film[1], self.start[1], self.end[1], *heard))
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        """Pictures, then films."""
+        """Pictures, then films, then recordings."""
+        heard = [] if self.hearing is None else [Stream(self.hearing.place[1], 1, self.hearing.filled, heard=True)]
         return (
             Stream(self.picture[1], 1, partial(_filled, self.patches, "pixels", "image_grid_thw", False)),
             Stream(self.film[1], 1, partial(_filled, self.films.patches, *_FILM, self.films.timed)),
+            *heard,
         )
 
     def measure(self, part: Part, place: Place) -> Seen:
-        """The tokens of a picture or a film, from its header. BadRow where it cannot be read, or is too large."""
+        """The tokens of a picture, a film or a recording, from its header. BadRow where it cannot be read, or is too
+        large.
+        """
+        if part.kind == "audio" and self.hearing is not None:
+            return self.hearing.measure(part, place)
         if part.kind == "image":
             grid = self.patches.grid(1, *self._picture_size(part, place))
             rows = {"pixels": grid[1] * grid[2], "image_grid_thw": 1}
@@ -108,9 +122,11 @@ class QwenFamily:
 
     def read(self, part: Part, place: Place, *, decoded: bool = True) -> dict[str, np.ndarray]:
         """`pixels` float32 `[P, C]` and `image_grid_thw` int64 `[1, 3]`; of a film `pixel_values_videos` and
-        `video_grid_thw`, and where a model takes it `second_per_grid_ts` float32 `[1]`. Patches are zeros if not
-        `decoded`. BadRow as `measure`.
+        `video_grid_thw`, and where a model takes it `second_per_grid_ts` float32 `[1]`; of a recording as
+        `ftrain.data.media.hearing`. Patches are zeros if not `decoded`. BadRow as `measure`.
         """
+        if part.kind == "audio" and self.hearing is not None:
+            return self.hearing.read(part, place, decoded=decoded)
         if part.kind == "image":
             height, width = self._picture_size(part, place)
             grid = self.patches.grid(1, height, width)
