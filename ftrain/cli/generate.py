@@ -11,7 +11,7 @@ from ftrain.data.documents import Document, Group
 from ftrain.data.encoding import ChatEncoder
 from ftrain.data.media.families import family_of
 from ftrain.data.media_finishing import ReadMedia
-from ftrain.data.sample import Chat, Message, Part, Place, say
+from ftrain.data.sample import Chat, Kind, Message, Part, Place, say
 from ftrain.kernels import random
 from ftrain.modules.autoregression import generate
 from ftrain.run.media import layout_of
@@ -44,6 +44,8 @@ class GenerateOptions:
     """Of what is drawn."""
     image: tuple[Path, ...] = ()
     """Pictures that stand before the text of each prompt."""
+    audio: tuple[Path, ...] = ()
+    """Recordings that stand behind the pictures, before the text of each prompt."""
     image_pixels: int | None = None
     """The most pixels of a picture; default: what the model's folder says."""
     native: Native = "auto"
@@ -57,9 +59,13 @@ def run(options: GenerateOptions) -> int:
     if not prompts:
         raise ValueError('nothing is asked: give --prompt "..." or lines on standard input')
     media = family_of(options.model, tokenizer, image_pixels=options.image_pixels)
-    if options.image and (media is None or options.plain):
-        why = "a plain text has none" if options.plain else f"how the model of {options.model} sees them is not known"
-        raise ValueError(f"--image: {why}; ask without pictures")
+    kinds: dict[Kind, tuple[Path, ...]] = {"image": options.image, "audio": options.audio}
+    for option, paths in kinds.items():
+        if paths and (options.plain or media is None or option not in media.marks):
+            why = (
+                "a plain text has none" if options.plain else f"how the model of {options.model} reads them is unknown"
+            )
+            raise ValueError(f"--{option}: {why}; ask without")
     opened = open_with_adapter(options.model, options.adapter, native=options.native)
     family = family_of_documents(opened.model, layout_of(opened.model, media))
     asked: list[Any]
@@ -68,8 +74,8 @@ def run(options: GenerateOptions) -> int:
     else:
         family = opened.model.family
         asked = [prompt_ids(tokenizer, prompt, system=options.system, plain=options.plain) for prompt in prompts]
-    if family is None or (options.image and not isinstance(asked[0], Document)):
-        what = "generate" if family is None else "generate from pictures"
+    if family is None or ((options.image or options.audio) and not isinstance(asked[0], Document)):
+        what = "generate" if family is None else "generate from media"
         raise ValueError(f"{options.model}: {opened.model.name} does not {what}")
     made = generate(
         opened.params,
@@ -88,10 +94,11 @@ def run(options: GenerateOptions) -> int:
 
 
 def _seen(encoder: ChatEncoder, prompt: str, options: GenerateOptions) -> Document:
-    """A chat up to where the assistant begins to speak, with its pictures. ValueError for one that cannot be read."""
-    pictures = [Part("image", source=str(path.absolute())) for path in options.image]
+    """A chat up to where the assistant begins to speak, with its media. ValueError for one that cannot be read."""
+    media = [Part("image", source=str(path.absolute())) for path in options.image]
+    media += [Part("audio", source=str(path.absolute())) for path in options.audio]
     turns = [say("system", options.system)] if options.system else []
-    chat = Chat((*turns, Message("user", (*pictures, Part("text", prompt)))), place=Place("--prompt", 1))
+    chat = Chat((*turns, Message("user", (*media, Part("text", prompt)))), place=Place("--prompt", 1))
     group = Group((encoder.ask(chat).document(),))
     return (group if encoder.media is None else ReadMedia(encoder.media)(group)).documents[0]
 

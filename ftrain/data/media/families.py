@@ -80,8 +80,7 @@ def _qwen(path: Path, config: Mapping[str, Any], tokenizer: Any, limits: Limits,
     usual = _SECOND_OMNI if omni and not third else _USUAL
     image, film, start, end = (_token(path, tokenizer, told, n, usual[n]) for n in _NAMES)
     hearing = _hearing(path, config, tokenizer, usual, limits) if omni else None
-    ids = {"picture": image, "film": film, "start": start, "end": end}
-    return QwenFamily(kind, patches, size, taken, **ids, limits=limits, hearing=hearing)
+    return QwenFamily(kind, patches, size, taken, image, film, start, end, limits=limits, hearing=hearing)
 
 
 _NAMES = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -122,10 +121,10 @@ def _hearing(
         features.get("hop_length") or 160,
         seconds=None,
     )
-    places = (_token(path, tokenizer, told, name, usual[name]) for name in _HEARD_NAMES)
+    place, start, end = (_token(path, tokenizer, told, name, usual[name]) for name in _HEARD_NAMES)
     second = not config["model_type"].startswith("qwen3")
     most = float(features.get("chunk_length") or 300) if second else None
-    return Hearing(mel, sound.tower, *places, most=most, limits=limits)
+    return Hearing(mel, sound.tower, place, start, end, most=most, limits=limits)
 
 
 def _patches(path: Path, told: Mapping[str, Any], third: bool) -> Patches:
