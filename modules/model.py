@@ -69,6 +69,7 @@ class Model:
     - `names`: what Hugging Face's folders call its parameters; empty where the paths are those names. `other_names`:
       what programs of others call them, by the program ("comfyui", for files of adapters).
     - `keep`: globs of the parameters that stay float32 where the others are narrower: for `ftrain.Precision(keep=...)`.
+    - `frozen`: globs of what a run leaves as it is unless it is told what to train: parts that no loss reaches.
     - `top_k`: how many experts a token uses, of those along the logical axis "expert"; 0 without, or if not known.
     """
 
@@ -97,3 +98,4 @@ class Model:
     rules: Mapping[str, BatchRule] = field(default_factory=dict)
     other_names: Mapping[str, Names] = field(default_factory=dict)
     keep: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()

@@ -41,7 +41,8 @@ def native_janus(folder: HfFolder) -> Model:
     """The model of a folder of weights. ValueError for a configuration that it cannot follow, or if the folder's
     tokenizer has more ids than the table has rows.
 
-    A batch's `loss` is that of its labels, and where pictures are drawn that of their codes beside it.
+    A batch's `loss` is that of its labels, and where pictures are drawn that of their codes beside it. No loss reaches
+    the tokenizer, which is `frozen`.
     """
     config = folder.config()
     shown = str(folder.path / CONFIG)
@@ -65,6 +66,7 @@ def native_janus(folder: HfFolder) -> Model:
         family=janus_text(cfg),
         why=f"native: {KIND} is a family of the library",
         names=names,
+        frozen=("codec",),
     )
 
 

@@ -68,9 +68,11 @@ def _teacher(options: KdTrain) -> Model:
 
 
 def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:
-    if not (options.freeze or options.only):
+    told = options.only or options.lora.rank  # an adapter leaves all of the model as it is
+    freeze = options.freeze if told else (*dict.fromkeys((*model.frozen, *options.freeze)),)
+    if not (freeze or options.only):
         return None
-    return trained_paths(model.specs, freeze=options.freeze, only=options.only)
+    return trained_paths(model.specs, freeze=freeze, only=options.only)
 
 
 def jit_options(options: TrainOptions, model: Model, device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Janus equals transformers' for the same weights: what it sees, draws, writes; its folders; and on meshes itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,15 @@ from torch.nn.functional import cross_entropy
 
 import ftrain
 from ftrain.bridge.described import described
+from ftrain.cli.lora_flags import LoraFlags
+from ftrain.cli.recipes import recipe_of
+from ftrain.cli.train_options import KINDS, Sft
 from ftrain.kernels.documents import Documents
 from ftrain.modules import janus_generation, spec, vq_image
 from ftrain.modules.autoregression import generate, generate_ids
 from ftrain.modules.families import janus
 from ftrain.modules.janus_media import prepare
+from ftrain.run.data import DataOptions
 from ftrain.sharding import Mesh
 from tests.helpers import mesh_models
 from tests.helpers.text_families import require_equal_gradients, saved
@@ -194,6 +199,18 @@ def test_pictures_to_be_drawn_become_their_codes_in_the_step(tmp_path):
     for pictures in (None, 3):
         found = native.loss(params, native.media({**one, "targets": targets}, pictures=pictures)).value()
         torch.testing.assert_close(found, wanted)
+
+
+def test_a_run_leaves_the_tokenizer_as_it_is(tmp_path):
+    """Nothing of a loss reaches it, and decay would."""
+    native = ftrain.hf.open(saved(random_model(config(layers=1)), tmp_path))
+    options = Sft(model=tmp_path, data=DataOptions(()), out=tmp_path)
+    kind, given = KINDS["sft"][1], {"steps": 1, "micro_batches": 1, "device": torch.device("cpu")}
+    trained = recipe_of(options, kind, native, **given).trained
+    assert {path.split(".")[0] for path in trained} == {*native.specs} - {"codec"}
+    only = recipe_of(replace(options, only=("codec",)), kind, native, **given).trained
+    assert {path.split(".")[0] for path in only} == {"codec"}
+    assert recipe_of(replace(options, lora=LoraFlags(rank=2)), kind, native, **given).trained is None
 
 
 def test_a_published_model_is_counted_from_its_configuration(tmp_path):
