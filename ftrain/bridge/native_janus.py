@@ -45,6 +45,8 @@ def native_janus(folder: HfFolder) -> Model:
     the tokenizer, which is `frozen`.
     """
     config = folder.config()
+    if "tie_word_embeddings" not in config and "lm_head.weight" in folder.tensors:
+        config = {**config, "tie_word_embeddings": False}  # folders of transformers 4 do not say it
     shown = str(folder.path / CONFIG)
     cfg = described_in_parts(config, shown, layers=len(folder.tensors), describe=family.config, parts=PARTS)
     require_rows_for_tokens(folder.path, config)

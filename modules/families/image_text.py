@@ -29,7 +29,8 @@ KINDS: Mapping[str, Kind] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "
 """Activations of encoders, by transformers' names."""
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 _OF_PICTURES = ("image_size", "patch_size", "num_channels")
-_ELSEWHERE = ("initializer_factor", "projection_dim")
+_ELSEWHERE = ("initializer_factor", "projection_dim", "tie_word_embeddings")
+"""What older files say of an encoder too, and nothing of it depends on."""
 _CLIP: dict[str, Any] = {"act": "quick_gelu", "eps": 1e-5}
 _SIGLIP: dict[str, Any] = {"act": "gelu_pytorch_tanh", "eps": 1e-6}
 

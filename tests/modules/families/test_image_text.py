@@ -82,6 +82,24 @@ def test_points_loss_and_gradients_are_those_of_transformers(kind, text, eyes, s
     require_equal_gradients(grads, ftrain.hf.open(saved(model, tmp_path / "gradients")).load(), within=1e-4)
 
 
+def test_a_folder_of_transformers_4_is_read(tmp_path):
+    """It says more of each encoder, and holds the numbers of its places."""
+    from safetensors.torch import load_file, save_file
+
+    model = random_model(config("clip"))
+    told = json.loads((saved(model, tmp_path) / "config.json").read_text())
+    said = {"tie_word_embeddings": True, "pruned_heads": {}, "top_k": 50, "return_dict": True, "dropout": 0.0}
+    for part in ("text_config", "vision_config"):
+        told[part] |= said
+    (tmp_path / "config.json").write_text(json.dumps({**told, "text_config_dict": None}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["text_model.embeddings.position_ids"] = torch.arange(7)[None]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    native = ftrain.hf.open(tmp_path, native="always")
+    wanted = model(input_ids=pairs()["tokens"], pixel_values=pairs()["pixels"], return_loss=True).loss
+    torch.testing.assert_close(native.loss(native.load(), pairs()).value(), wanted, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_pictures_of_another_size_have_interpolated_places(kind, tmp_path):
     model, batch = random_model(config(kind)), pairs(2, size=12)

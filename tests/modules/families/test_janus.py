@@ -131,6 +131,15 @@ def test_losses_and_gradients_are_those_of_transformers(parts, options, seed, tm
     require_equal_gradients(grads, ftrain.hf.open(saved(model, tmp_path / "gradients")).load(), within=1e-4)
 
 
+def test_a_folder_that_says_nothing_of_tying_has_the_head_that_it_holds(tmp_path):
+    model = random_model(config(layers=1))
+    told = json.loads((saved(model, tmp_path) / "config.json").read_text())
+    del told["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    native = ftrain.hf.open(tmp_path, native="always")
+    torch.testing.assert_close(native.load()["text"]["head"]["w_DV"].mT, model.lm_head.weight, rtol=0, atol=0)
+
+
 def test_it_writes_and_draws_what_transformers_does(tmp_path):
     """Greedily, prompts of different kinds and lengths side by side; transformers cannot draw without guidance."""
     model = random_model(config())
