@@ -89,6 +89,10 @@ class Documents:
         ids_T = torch.arange(documents, device=device).repeat_interleave(length)
         return Documents(ids_T, torch.arange(documents + 1, dtype=torch.int32, device=device) * length, length)
 
+    def to(self, device: torch.device) -> "Documents":
+        """The same on a device."""
+        return Documents(self.ids_T.to(device), self.offsets_N.to(device), self.longest)
+
     def every(self, stride: int) -> "Documents":
         """The documents of every `stride`-th token, from the first on: for a sequence that was downsampled by that
         factor.

@@ -1,8 +1,8 @@
 """Media of a batch made ready for the towers, on the host: pictures laid side by side, and every token placed.
 
-What goes out has shapes that follow from the numbers of tokens and patches alone, so that other pictures of the same
-total need no new trace. For ranks of a mesh, each pack's frames are dealt to equal parts of its patches; none lies in
-two.
+What goes out has shapes that follow from the numbers of tokens and patches, and bounds that grow by fours of how many
+frames there are and how large, so that other pictures of the same total mostly need no new trace. For ranks of a mesh,
+each pack's frames are dealt to equal parts of its patches; none lies in two.
 
 Legend: T tokens of a pack, N patches of a pack, n = N / merge**2 its tokens, B rows, L tokens of a row.
 """
@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftrain.kernels.documents import ids_of
+from ftrain.kernels.documents import Documents, ids_of
 from ftrain.modules.media_parts import PICTURES, deal
 from ftrain.modules.mrope import Picture, Scene, places
 from ftrain.modules.packing import padding
 from ftrain.modules.pictures import LEAVES, PIXELS, MediaConfig, Piece, find
 from ftrain.modules.sound_media import laid_sound
 from ftrain.modules.sounds import listen
-from ftrain.sharding.batch import BatchRows, BatchRule, TokenIndices
+from ftrain.modules.vision_tower import TowerConfig
+from ftrain.sharding.batch import BatchRows, BatchRule, Offsets, TokenIndices
 
 RULES: Mapping[str, BatchRule] = MappingProxyType(
     {
         "media.*": BatchRows(optional=True),
+        "media.*.offsets_N": Offsets(of="rows", optional=True),
         "media.index": TokenIndices(optional=True),
         "audio.*": BatchRows(optional=True),
         "audio.index": TokenIndices(optional=True),
@@ -35,6 +37,7 @@ RULES: Mapping[str, BatchRule] = MappingProxyType(
 """How ranks share what `prepare` makes of media, where there are any; all other leaves have one entry per token."""
 
 _ALONE = 16  # tokens of a frame of padding where there is no picture
+_LEAST = {"frames": (64, 1024), "windows": (256, 1)}  # frames of a part, and patches of one, whose bounds grow by fours
 
 
 def prepare(
@@ -65,9 +68,9 @@ def prepare(
     Returns:
         The raw leaves of tokens, "positions" (int64, three for each token, in the last dim; float32 where places are
         exact), "replaced" (bool: a row of media stands in the place of the token), and where there are pictures or
-        `patches` "media", of all packs one after the other: "pixels", "places" `[N, 2]`, "frames" `[N]`, "index" `[n]`,
-        and as the tower has it "windows" `[N]`, "taps" and "shares" `[N, 4]`; where there are recordings or `chunks`
-        "audio" (`ftrain.modules.sound_media`).
+        `patches` "media", of all packs one after the other: "pixels", "places" `[N, 2]`, "frames" (`Documents`),
+        "index" `[n]`, and as the tower has it "windows" (`Documents`), "taps" and "shares" `[N, 4]`; where there are
+        recordings or `chunks` "audio" (`ftrain.modules.sound_media`).
 
     Raises:
         ValueError: as `ftrain.modules.pictures.find` and `ftrain.modules.sounds.listen`; a picture or a recording lies
@@ -136,7 +139,7 @@ def _laid(
     pixels = torch.zeros(size, tower.d_patch, dtype=given[0].dtype if given else torch.float32)
     leaves = {"places": np.zeros((size, 2), np.int64), "frames": np.arange(size), "windows": np.arange(size)}
     leaves |= {"taps": np.zeros((size, 4), np.int64), "shares": np.zeros((size, 4), np.float32)}
-    index_n = np.full(size // square, tokens)
+    index_n, longest = np.full(size // square, tokens), _longest(dealt, tower)
     for part, pieces in enumerate(dealt):
         begin = part * room
         for piece in pieces:
@@ -151,9 +154,33 @@ def _laid(
                 leaves["taps"][here], leaves["shares"][here] = arrays.taps_N4, arrays.shares_N4
             index_n[begin // square : here.stop // square] = piece.at_n
             begin = here.stop
-        longest = max((piece.patches for piece in pieces), default=_ALONE * square)
-        rest_N, _ = padding((part + 1) * room - begin, longest, begin)
-        leaves["frames"][begin : begin + len(rest_N)] = leaves["windows"][begin : begin + len(rest_N)] = rest_N
+        for name, most in longest.items():
+            leaves[name][begin : (part + 1) * room], _ = padding((part + 1) * room - begin, most, begin)
     kept = {"places", "frames", *(["windows"] if tower.window else []), *(["taps", "shares"] if tower.side else [])}
-    made = {name: torch.from_numpy(array) for name, array in leaves.items() if name in kept}
+    made: dict[str, Any] = {name: torch.from_numpy(array) for name, array in leaves.items() if name in kept}
+    for name in kept & longest.keys():
+        made[name] = _documents(made[name], len(dealt), *_LEAST[name])
     return {"pixels": pixels, "index": torch.from_numpy(index_n), **made}
+
+
+def _longest(dealt: Sequence[Sequence[Piece]], tower: TowerConfig) -> dict[str, int]:
+    """The patches of the longest frame, and of a window."""
+    most = max((piece.patches for pieces in dealt for piece in pieces), default=_ALONE * tower.merge**2)
+    return {"frames": most, "windows": ((tower.window or 1) * tower.merge) ** 2}
+
+
+def _documents(ids_N: Tensor, parts: int, most: int, longest: int) -> Documents:
+    """Documents of these ids in so many parts, with few different bounds: of their number, and of their length."""
+    new_N = torch.ones(len(ids_N), dtype=torch.bool)
+    new_N[1:] = ids_N[1:] != ids_N[:-1]
+    found = int(new_N.view(parts, -1).sum(1).max())
+    lengths = torch.diff(new_N.nonzero().flatten(), append=torch.tensor([len(ids_N)]))
+    bounds = (_by_fours(found, most), _by_fours(int(lengths.max()), longest))
+    return Documents.of(ids_N, max_documents=bounds[0], longest=bounds[1], packs=parts)
+
+
+def _by_fours(count: int, least: int) -> int:
+    """The next of `least`, four times as many, and so on."""
+    while least < count:
+        least *= 4
+    return least

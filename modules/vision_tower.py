@@ -190,9 +190,9 @@ def _joint_attention(cfg: AttentionConfig) -> Block:
 def apply(params: Any, media: Mapping[str, Any], cfg: TowerConfig) -> Seen:
     """Patches of pictures, as `ftrain.modules.vision_media` lays them, to the decoder's rows `[n, V]`.
 
-    `media`: "pixels" `[N, C]`, "places" (row and column) `[N, 2]`, "frames" (ids) `[N]`, and as configured "windows"
-    (ids) `[N]`, "taps" `[N, 4]` and "shares" `[N, 4]`. Computes in the dtype of the parameters. ValueError where N is
-    not whole squares, or patches are of another size.
+    `media`: "pixels" `[N, C]`, "places" (row and column) `[N, 2]`, "frames" (`Documents`, or ids `[N]`), and as
+    configured "windows" (the same), "taps" `[N, 4]` and "shares" `[N, 4]`. Computes in the dtype of the parameters.
+    ValueError where N is not whole squares, or patches are of another size.
     """
     pixels_NC = media["pixels"]
     if pixels_NC.shape[-1] != cfg.d_patch or len(pixels_NC) % cfg.merge**2:

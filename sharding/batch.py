@@ -67,10 +67,12 @@ class Offsets:
     the batch.
 
     `of`: "packs" (each rank sees the offsets of its whole pack), or "rows" (those of its own rows of media).
+    `optional`: as of `BatchRows`.
     """
 
     dim: int = 0
     of: Literal["packs", "rows"] = "packs"
+    optional: bool = field(default=False, repr=False)
 
 
 BatchRule = Tokens | BatchRows | TokenIndices | Replicated | Offsets
@@ -78,7 +80,7 @@ BatchRule = Tokens | BatchRows | TokenIndices | Replicated | Offsets
 
 def may_be_missing(rule: BatchRule) -> bool:
     """True for a rule about leaves that a batch may lack."""
-    return isinstance(rule, BatchRows | TokenIndices) and rule.optional
+    return isinstance(rule, BatchRows | TokenIndices | Offsets) and rule.optional
 
 
 def default_rule(path: str) -> BatchRule:

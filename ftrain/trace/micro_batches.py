@@ -100,7 +100,7 @@ def divide(batch: Any, count: int, rules: Mapping[str, BatchRule] = MappingProxy
         require_alike(_unnamed(paths, leaves, found, own), paths, rules=own.of)
     cut = _Division(count, _tokens(leaves, found), trace)
     made = [cut.leaf(path, leaf, rule) for path, leaf, rule in zip(paths, leaves, found, strict=True)]
-    treedef = tree.flatten(_with_bound(batch, cut.tokens // count * cut.ranks))[1]
+    treedef = tree.flatten(_with_bound(batch, count, cut.ranks))[1]
     divided = [x for x, rule in zip(made, found, strict=True) if not isinstance(rule, Replicated)]
     rules_of_divided = (rule for rule in found if not isinstance(rule, Replicated))
     notes = [_RowNote.of(trace, x, rule) for x, rule in zip(divided, rules_of_divided, strict=True)]
@@ -167,10 +167,13 @@ def _tokens(leaves: Sequence[Any], rules: Sequence[BatchRule]) -> int:
     return int(next(sizes, 0))
 
 
-def _with_bound(batch: Any, tokens: int) -> Any:
-    """The batch with the bound on documents' lengths lowered to `tokens`, the tokens of a micro-batch."""
+def _with_bound(batch: Any, count: int, ranks: int) -> Any:
+    """The batch with the bound on documents' lengths lowered to what a micro-batch of `ranks` ranks has of them."""
     nodes, treedef = tree.flatten_until(batch, Documents)
-    bounded = [replace(x, longest=min(x.longest, tokens)) if isinstance(x, Documents) and tokens else x for x in nodes]
+    bounded = [
+        replace(x, longest=min(x.longest, x.ids_T.shape[0] // count * ranks)) if isinstance(x, Documents) else x
+        for x in nodes
+    ]
     return tree.unflatten(treedef, bounded)
 
 

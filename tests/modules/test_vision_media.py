@@ -24,8 +24,9 @@ def test_every_token_of_a_picture_gets_its_own_patches():
     assert media["index"].tolist() == made["replaced"].nonzero().flatten().tolist()  # the image is the first
     both = torch.cat([given["pixels"], given["pixel_values_videos"]])
     assert torch.equal(media["pixels"], both)
-    assert media["frames"].tolist() == [0] * 8 + [8] * 4 + [12] * 4
-    assert torch.unique(media["windows"]).numel() == 4
+    assert media["frames"].ids_T.tolist() == [0] * 8 + [8] * 4 + [12] * 4
+    assert (media["frames"].offsets_N[:4].tolist(), media["frames"].longest) == ([0, 8, 12, 16], 1024)
+    assert torch.unique(media["windows"].ids_T).numel() == 4
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -38,7 +39,7 @@ def test_packs_and_parts_hold_whole_frames_of_their_own(parts):
     media = prepare(joined, CFG, patches=64, packs=2, parts=parts)["media"]
     assert media["pixels"].shape == (128, 1)
     room = 64 // parts
-    for part, ids in enumerate(media["frames"].split(room)):
+    for part, ids in enumerate(media["frames"].ids_T.split(room)):
         assert ((ids >= part * room) & (ids < (part + 1) * room)).all()
     for pack, index in enumerate(media["index"].chunk(2)):
         there = index[index < 2 * size]
