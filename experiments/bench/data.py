@@ -2,7 +2,8 @@
 
     python -m experiments.bench.data [--json FILE] [--rounds 3]
 
-Packing is computed, on one stream of lengths, beside first fit. Speed is of alternating rounds, medians; ratios are
+Packing is computed, on one stream of lengths, beside first fit; packs with media beside those of which encoders are
+not looked at. Speed is of alternating rounds, medians; ratios are
 taken within a round, since other work on the machine changes it from one to the next.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments.bench import data_packing, data_speed
+from experiments.bench import data_packing, data_speed, media_packing
 from experiments.bench.table import Row, publish, row
 from ftrain.data.cost import Cost
 from ftrain.data.packing import Packing
@@ -44,13 +45,17 @@ class Options:
     """Tokens of each side of a round."""
     tokenizer: Path | None = None
     """A tokenizer.json; default: one made of Python's documentation."""
-    parts: tuple[str, ...] = ("packing", "speed", "memory")
-    """Which of packing, speed and memory."""
+    media_tokens: int = 32_768
+    """Budget of a pack with films and pictures."""
+    media_steps: int = 30
+    """Simulated steps of these."""
+    parts: tuple[str, ...] = ("packing", "media", "speed", "memory")
+    """Which of packing, media, speed and memory."""
 
 
 def main(options: Options) -> int:
     """Print the table; 1 if a goal is missed."""
-    of_parts = {"packing": packing_rows, "speed": speed_rows, "memory": memory_rows}
+    of_parts = {"packing": packing_rows, "media": media_rows, "speed": speed_rows, "memory": memory_rows}
     unknown = [part for part in options.parts if part not in of_parts]
     if unknown:
         raise SystemExit(f"--parts {unknown[0]}: it is none of {', '.join(of_parts)}")
@@ -86,6 +91,27 @@ def packing_rows(options: Options) -> list[Row]:
                 peer=1e6 * theirs.seconds, how=how),
         ]  # fmt: skip
     return rows
+
+
+def media_rows(options: Options) -> list[Row]:
+    """What ranks wait for each other in encoders and in the decoder, of a video-heavy mixture."""
+    packing = Packing(options.media_tokens, ranks=options.ranks)
+    ours, other = (media_packing.measured(packing, steps=options.media_steps, even=even) for even in (True, False))
+    how = (
+        f"{options.media_steps} steps over {options.ranks} simulated ranks, packs of {options.media_tokens} tokens, "
+        f"half of the documents with a film, a quarter with pictures; FLOPs of {media_packing.MODEL} by formula; peer: "
+        "packs of which only the decoder is made even"
+    )
+    waited = "; what ranks wait for the slowest, over the mean, all steps together"
+    return [
+        row("media: encoders' cost of the slowest rank above the mean", 100 * ours.encoder, "%", goal=5.0,
+            peer=100 * other.encoder, how=how + waited),
+        row("media: the decoder's", 100 * ours.decoder, "%", goal=5.0, peer=100 * other.decoder, how=how + waited),
+        row("media: encoders', worst step", 100 * ours.worst_encoder, "%", peer=100 * other.worst_encoder, how=how),
+        row("media: the decoder's, worst step", 100 * ours.worst_decoder, "%", peer=100 * other.worst_decoder, how=how),
+        row("media: padding of the budget", 100 * ours.padding, "%", goal=1.5, peer=100 * other.padding, how=how),
+        row("media: CPU time of the plan, a step", 1e3 * ours.seconds, "ms", peer=1e3 * other.seconds, how=how),
+    ]  # fmt: skip
 
 
 Side = Callable[[list[str], data_speed.Encode, int], Generator[int]]

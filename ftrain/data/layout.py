@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ftrain.data.documents import IGNORE, Document, Group, lay
+from ftrain.data.even_packs import even_plan
 from ftrain.data.packing import Packing, Plan, Shape, plan_packs
 from ftrain.data.row_plan import RowGroup, plan_rows, rounded, shape_of
 from ftrain.kernels.documents import Documents
@@ -29,12 +30,21 @@ class Stream:
     - `fill(tokens)`: media of so many tokens, a multiple of `unit`, that stand for nothing: what fills up a row behind
       its document, where no token that is trained on sees it.
     - `heard`: it is sound, of which packs have room in chunks.
+    - `quadratic`: what an encoder computes for n tokens that stand side by side is `n + quadratic * n**2`, where a
+      token without the others is one.
     """
 
     token: int
     unit: int
     fill: Callable[[int], Arrays]
     heard: bool = False
+    quadratic: float = 0.0
+
+    def seen(self, tokens_n: np.ndarray) -> float:
+        """What an encoder computes for the media of a document of these tokens, int64 `[n]`."""
+        at_n = np.flatnonzero(tokens_n == self.token)
+        lengths = np.diff(np.flatnonzero(np.diff(at_n, prepend=-2, append=-2) != 1)).astype(np.float64)
+        return float((lengths + self.quadratic * lengths**2).sum())
 
 
 class Sized(Protocol):
@@ -75,8 +85,9 @@ class PackLayout:
     """Documents one after the other in packs `[T]`, told apart by `segments`.
 
     `streams`: kinds of media that the model reads, of which all packs of a step have room for as many places (a leaf's
-    rows are then those of one pack after the other). `ready(batch, places, packs)`: what the model makes of so many
-    packs with media before a step; `places`: tokens of each kind of media for which it makes room in each.
+    rows are then those of one pack after the other), and about as much to encode (`ftrain.data.even_packs`).
+    `ready(batch, places, packs)`: what the model makes of so many packs with media before a step; `places`: tokens of
+    each kind of media for which it makes room in each.
     """
 
     streams: tuple[Stream, ...] = ()
@@ -89,7 +100,8 @@ class PackLayout:
             return RowGroup(tokens, tokens, (), len(waiting.lengths))
         documents = waiting.group(packing.tokens).documents
         media = tuple(sum(n) for n in zip(*(_places(d, self.streams) for d in documents), strict=True))
-        return RowGroup(tokens, tokens - sum(media), media, len(documents))
+        seen = sum(stream.seen(document.tokens) for document in documents for stream in self.streams)
+        return RowGroup(tokens, tokens - sum(media), media, len(documents), seen)
 
     def shape(self, sizes: RowGroup, packing: Packing) -> Shape:
         """The budget of tokens, whatever the group."""
@@ -97,9 +109,12 @@ class PackLayout:
         return Shape(packing.tokens)
 
     def plan(self, sizes: Sequence[RowGroup], costs_N: np.ndarray, waited_N: np.ndarray, packing: Packing) -> Plan:
-        """As `plan_packs`. All packs of a step have room for the media of the one that has most."""
+        """As `plan_packs`, and even in what encoders compute. All packs of a step have room for the media of the one
+        that has most.
+        """
+        lengths_N = np.array([group.tokens for group in sizes], np.int64)
         plan = plan_packs(
-            np.array([group.tokens for group in sizes], np.int64),
+            lengths_N,
             costs_N,
             waited_N=waited_N,
             tokens=packing.tokens,
@@ -109,6 +124,8 @@ class PackLayout:
         )
         if not self.streams:
             return plan
+        seen_N = np.array([group.seen for group in sizes])
+        plan = even_plan(plan, lengths_N, np.stack([costs_N, seen_N], 1), waited_N >= packing.patience)
         media_NK = np.array([group.media for group in sizes], np.int64).reshape(len(sizes), len(self.streams))
         most_K = [media_NK[plan.pack_N == pack].sum(0) for pack in range(packing.packs)]
         media = tuple(

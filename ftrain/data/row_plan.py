@@ -21,13 +21,15 @@ _FINE = 32  # parts of the budget by which sizes are rounded up, where those of 
 
 class RowGroup(NamedTuple):
     """Sizes of a group: `tokens` of all its documents together, `text` the most tokens of one that stand for no media,
-    `media` the most tokens of one of each kind of media, and how many `documents`, each a row.
+    `media` the most tokens of one of each kind of media, and how many `documents`, each a row. `seen`: what encoders
+    compute of all its media, in units of a token (`ftrain.data.layout.Stream`).
     """
 
     tokens: int
     text: int
     media: tuple[int, ...]
     documents: int
+    seen: float = 0.0
 
 
 def rounded(count: int, unit: int = 1) -> int:

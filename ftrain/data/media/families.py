@@ -80,7 +80,11 @@ def _qwen(path: Path, config: Mapping[str, Any], tokenizer: Any, limits: Limits,
     usual = _SECOND_OMNI if omni and not third else _USUAL
     image, film, start, end = (_token(path, tokenizer, told, n, usual[n]) for n in _NAMES)
     hearing = _hearing(path, config, tokenizer, usual, limits) if omni else None
-    return QwenFamily(kind, patches, size, taken, image, film, start, end, limits=limits, hearing=hearing)
+    quadratic = _quadratic(told.get("vision_config") or {}, patches.merge)
+    return QwenFamily(
+        kind, patches, size, taken, picture=image, film=film, start=start, end=end, limits=limits, quadratic=quadratic,
+        hearing=hearing,
+    )  # fmt: skip
 
 
 _NAMES = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -125,6 +129,16 @@ def _hearing(
     second = not config["model_type"].startswith("qwen3")
     most = float(features.get("chunk_length") or 300) if second else None
     return Hearing(mel, sound.tower, place, start, end, most=most, limits=limits)
+
+
+def _quadratic(vision: Mapping[str, Any], merge: int) -> float:
+    """What attention costs for the square of a frame's tokens, over what a token's products cost: of layers with
+    `12 * width**2` weights, of which only some see whole frames where others see windows.
+    """
+    width, depth, whole = vision.get("embed_dim") or vision.get("hidden_size"), vision.get("depth"), 1.0
+    if "fullatt_block_indexes" in vision and depth:
+        whole = len(vision["fullatt_block_indexes"]) / depth
+    return whole * merge**2 / (6 * width) if width else 0.0
 
 
 def _patches(path: Path, told: Mapping[str, Any], third: bool) -> Patches:

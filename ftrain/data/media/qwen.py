@@ -64,6 +64,7 @@ class QwenFamily:
     """Pictures are of the size that `size` gives them.
 
     `picture`, `film`: the texts and ids of the tokens that stand for a place of one; `start`, `end`: of those around.
+    `quadratic`: what attention in a frame costs the tower (`ftrain.data.layout.Stream`).
     """
 
     name: str
@@ -77,6 +78,7 @@ class QwenFamily:
     limits: Limits = Limits()  # noqa: RUF009  # frozen
     kept: Kept = field(default_factory=Kept)
     hearing: Hearing | None = None
+    quadratic: float = 0.0
 
     @property
     def marks(self) -> Mapping[Kind, str]:
@@ -95,11 +97,13 @@ class QwenFamily:
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        """Pictures, then films, then recordings."""
+        """Pictures, then films, whose tokens tell their frames where these are told apart, then recordings."""
+        filled = partial(_filled, self.patches, "pixels", "image_grid_thw", False)
+        of_films = partial(_filled, self.films.patches, *_FILM, self.films.timed)
         heard = [] if self.hearing is None else [Stream(self.hearing.place[1], 1, self.hearing.filled, heard=True)]
         return (
-            Stream(self.picture[1], 1, partial(_filled, self.patches, "pixels", "image_grid_thw", False)),
-            Stream(self.film[1], 1, partial(_filled, self.films.patches, *_FILM, self.films.timed)),
+            Stream(self.picture[1], 1, filled, quadratic=self.quadratic),
+            Stream(self.film[1], 1, of_films, quadratic=self.quadratic if self.films.told else 0.0),
             *heard,
         )
 
