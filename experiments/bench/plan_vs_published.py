@@ -6,7 +6,8 @@ Each row is a published run: its model, its GPUs, its layout. Time is that of th
 and priced on paper; memory is what the published program holds where its sources tell that (`peers.py`), else what ours
 would. Fitted are `Efficiency.network` on a row whose step is mostly messages and `.matmul` on one that is mostly
 products; all other rows are predictions. Published programs keep and fuse other things than ours, so the goals (15 % of
-throughput, 10 % of memory) also judge how alike the programs are.
+throughput, 10 % of memory) also judge how alike the programs are. Models that see are priced in the layouts that a
+search found (`experiments/plans/`): do they fit?
 """
 
 import sys
@@ -18,12 +19,15 @@ import tyro
 from experiments.bench.peers import WITH_ALL_TO_ALL, Fsdp2
 from experiments.bench.table import Row, publish, row
 from experiments.decoder_plan import DecoderWorkload
+from experiments.sight_plan import plan_for_search as seeing
 from experiments.wan_plan import plan_for_search as wan
 from ftrain.analysis.cluster import GIB, Cluster, cluster
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.decoder import DecoderConfig, preset
-from ftrain.plan.cost import Price, price
+from ftrain.plan.cost import MEMORY, Price, price
+from ftrain.plan.file import load_plan
 from ftrain.plan.space import Candidate
+from ftrain.plan.table import summary
 from ftrain.sharding import Ulysses
 
 FITTED_ON = ("VeOmni 72B, SP8, 8K", "VeOmni 72B, SP4, 16K")
@@ -43,6 +47,13 @@ _MEGATRON = (
     "parallel 4, no rate of tokens and no memory; ours: 16 packs of one clip, Ulysses over 8 (there is no tensor "
     "parallelism here), float32 residual stream, what costs less than 4 us/MB recomputed"
 )
+_PAPER = (
+    "arXiv 2508.02317: a 30B omni mixture with more than 2,800 tokens/s of one GPU, and 160K of context by FSDP, "
+    "sequence and expert parallelism on 128 GPUs; the rate's length of documents and GPU are not told; ours: packs of "
+    "one document of so many tokens, half of them of films, the whole model trained"
+)
+PLANS = Path(__file__).resolve().parents[1] / "plans"
+_RATES = {"qwen3-vl-30b-a3b": 2800.0}
 _MOST = 1e6  # us/MB: all of a layer is made again, its parameters are gathered once for the backward, as FSDP2 does
 
 
@@ -132,7 +143,7 @@ def main(options: Options) -> int:
     chosen = [r for r in runs() if options.only in r.name]
     prices = [predict(r) for r in chosen]
     rows = [x for r, p in zip(chosen, prices, strict=True) for x in rows_of(r, p)]
-    rows += order_rows(chosen, prices) + video_rows(options.only)
+    rows += order_rows(chosen, prices) + video_rows(options.only) + seeing_rows(options.only)
     publish(rows, "plan against published", options.json)
     return int(any(r.ok is False for r in rows))
 
@@ -190,6 +201,29 @@ def video_rows(only: str = "") -> list[Row]:
         how = "ours alone: nobody has published it; one clip, Ulysses over 8, what costs less than 100 us/MB recomputed"
         peer = f"{p.seconds:.2f} s, {p.tokens_per_second:.0f} tok/s, {p.peak / GIB:.1f} GiB"
         found.append(row(f"{name}: MFU", 100 * p.mfu_full, "%", how=how, peer=peer))
+    return found
+
+
+def seeing_rows(only: str = "") -> list[Row]:
+    """Models that see, on 128 H100 in the layouts that a search found: the memory of a GPU, and the rate.
+
+    `only`: runs whose name contains this.
+    """
+    found = list[Row]()
+    for file in sorted(PLANS.glob("*.json")):
+        plan = load_plan(file)
+        name = f"{plan.workload}, {plan.candidate.ranks} H100, {plan.tokens // 1024}K"
+        if only in name:
+            p = price(
+                seeing(tokens=plan.tokens, packs=plan.packs, size=plan.workload), plan.candidate, cluster(plan.cluster)
+            )
+            how, rate = f"{_PAPER}; {summary(p)}", _RATES.get(plan.workload)
+            told = f"{p.mfu:.1%} MFU causal, {p.mfu_full:.1%} not"
+            found += [
+                row(f"{name}: memory", p.peak / GIB, "GiB", goal=MEMORY * cluster(plan.cluster).memory / GIB, how=how),
+                row(f"{name}: tokens/s of a GPU", p.tokens_per_second, "1/s", how=how,
+                    peer=f"{told}; published {rate:.0f}, of unknown length" if rate else told),
+            ]  # fmt: skip
     return found
 
 
