@@ -97,7 +97,8 @@ def measured(packing: Packing, *, steps: int, even: bool, seed: int = 0) -> Step
     for number in range(steps):
         while sum(row.tokens for row in rows) < packing.waiting:
             words, media = next(source)
-            seen = stream.seen(np.concatenate([np.r_[np.zeros(n), 1] for n in media])) if len(media) and even else 0.0
+            tokens = np.concatenate([np.r_[np.full(n, _TOKEN), _TOKEN + 1] for n in media] or [np.zeros(0)])
+            seen = stream.seen(tokens)[0] if even else 0.0
             rows.append(RowGroup(words + int(media.sum()), words, (int(media.sum()),), 1, seen))
             flops.append(flops_of(media))
             since.append(number)

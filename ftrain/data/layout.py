@@ -32,6 +32,8 @@ class Stream:
     - `heard`: it is sound, of which packs have room in chunks.
     - `quadratic`: what an encoder computes for n tokens that stand side by side is `n + quadratic * n**2`, where a
       token without the others is one.
+    - `piece`: the most tokens of what an encoder reads as a whole, where several such pieces stand side by side (frames
+      of a film); None: what stands side by side is one.
     """
 
     token: int
@@ -39,12 +41,18 @@ class Stream:
     fill: Callable[[int], Arrays]
     heard: bool = False
     quadratic: float = 0.0
+    piece: int | None = None
 
-    def seen(self, tokens_n: np.ndarray) -> float:
-        """What an encoder computes for the media of a document of these tokens, int64 `[n]`."""
+    def seen(self, tokens_n: np.ndarray) -> tuple[float, int]:
+        """Of a document of these tokens, int64 `[n]`: what an encoder computes for its media, and a bound of the tokens
+        of a piece of them.
+        """
         at_n = np.flatnonzero(tokens_n == self.token)
-        lengths = np.diff(np.flatnonzero(np.diff(at_n, prepend=-2, append=-2) != 1)).astype(np.float64)
-        return float((lengths + self.quadratic * lengths**2).sum())
+        lengths = np.diff(np.flatnonzero(np.diff(at_n, prepend=-2, append=-2) != 1))
+        cost, longest = float((lengths + self.quadratic * lengths.astype(np.float64) ** 2).sum()), 0
+        if len(lengths):
+            longest = int(lengths.max()) if self.piece is None else min(self.piece, int(lengths.max()))
+        return cost, longest
 
 
 class Sized(Protocol):
@@ -87,11 +95,13 @@ class PackLayout:
     `streams`: kinds of media that the model reads, of which all packs of a step have room for as many places (a leaf's
     rows are then those of one pack after the other), and about as much to encode (`ftrain.data.even_packs`).
     `ready(batch, places, packs)`: what the model makes of so many packs with media before a step; `places`: tokens of
-    each kind of media for which it makes room in each.
+    each kind of media for which it makes room in each. `parts`: ranks that share a pack, each of which encodes pieces
+    of its own; there is then room for these however they come.
     """
 
     streams: tuple[Stream, ...] = ()
     ready: Callable[[dict[str, Any], tuple[int, ...], int], dict[str, Any]] | None = None
+    parts: int = 1
 
     def sizes(self, waiting: Sized, packing: Packing) -> RowGroup:
         """All tokens, and those of media of all its documents together."""
@@ -100,8 +110,9 @@ class PackLayout:
             return RowGroup(tokens, tokens, (), len(waiting.lengths))
         documents = waiting.group(packing.tokens).documents
         media = tuple(sum(n) for n in zip(*(_places(d, self.streams) for d in documents), strict=True))
-        seen = sum(stream.seen(document.tokens) for document in documents for stream in self.streams)
-        return RowGroup(tokens, tokens - sum(media), media, len(documents), seen)
+        seen = [stream.seen(document.tokens) for document in documents for stream in self.streams]
+        cost, longest = sum(cost for cost, _ in seen), max(longest for _, longest in seen)
+        return RowGroup(tokens, tokens - sum(media), media, len(documents), cost, longest)
 
     def shape(self, sizes: RowGroup, packing: Packing) -> Shape:
         """The budget of tokens, whatever the group."""
@@ -131,7 +142,18 @@ class PackLayout:
         media = tuple(
             rounded(int(n), stream.unit) for n, stream in zip(np.max(most_K, axis=0), self.streams, strict=True)
         )
+        if self.parts > 1:
+            longest = max(
+                (g.longest for g, pack in zip(sizes, plan.pack_N.tolist(), strict=True) if pack >= 0), default=0
+            )
+            media = (self._room(sum(media), rounded(longest)) - sum(media[1:]), *media[1:])
         return plan._replace(shape=plan.shape._replace(media=media))
+
+    def _room(self, tokens: int, longest: int) -> int:
+        """In how many places of equal parts so many tokens fit, in pieces of at most `longest`, each whole in a part:
+        the longest first, each to the emptiest part, fill no part above an equal share and a piece.
+        """
+        return self.parts * max(1, -(-tokens // self.parts) + longest)
 
     def batch(
         self, packs: Sequence[Sequence[Group]], plan: Plan, *, slots: int, leaves: Mapping[str, np.dtype] | None

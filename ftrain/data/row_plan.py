@@ -22,7 +22,8 @@ _FINE = 32  # parts of the budget by which sizes are rounded up, where those of 
 class RowGroup(NamedTuple):
     """Sizes of a group: `tokens` of all its documents together, `text` the most tokens of one that stand for no media,
     `media` the most tokens of one of each kind of media, and how many `documents`, each a row. `seen`: what encoders
-    compute of all its media, in units of a token (`ftrain.data.layout.Stream`).
+    compute of all its media, in units of a token, `longest`: a bound of the tokens of a piece of them
+    (`ftrain.data.layout.Stream`).
     """
 
     tokens: int
@@ -30,6 +31,7 @@ class RowGroup(NamedTuple):
     media: tuple[int, ...]
     documents: int
     seen: float = 0.0
+    longest: int = 0
 
 
 def rounded(count: int, unit: int = 1) -> int:

@@ -20,16 +20,13 @@ def layout_of(model: Model, family: MediaFamily | None = None, *, sequence: int 
     """How documents lie in batches of a model: in packs where they may share them, else as rows of their own.
 
     `family`: how the model sees media; None where it has none, or is not to see them. `sequence`: ranks that share a
-    pack. ValueError for more than one of them and rows.
+    pack, each of which encodes frames of its own. ValueError for more than one of them and rows.
     """
     streams = () if family is None else family.streams
-    if model.packs and streams and sequence > 1:
-        raise ValueError(
-            f"--sequence {sequence}: ranks that share a pack would share its pictures, whose frames are not dealt to "
-            "them here: divide packs among --shard and --replicate"
-        )
     if model.packs:
-        return PackLayout(streams, None if model.media is None else _ReadyPack(model, tuple(s.heard for s in streams)))
+        heard = tuple(stream.heard for stream in streams)
+        ready = None if model.media is None else _ReadyPack(model, heard, sequence)
+        return PackLayout(streams, ready, parts=sequence)
     if sequence > 1:
         raise ValueError(
             f"--sequence {sequence}: {model.name} takes a row for each document, as {model.alone}, and ranks of a "
@@ -54,16 +51,17 @@ class _ReadyRows:
 @dataclass(frozen=True)
 class _ReadyPack:
     """`model.media` of packs, with room for so many tokens of media in each: in a model that sees for some at least, so
-    that all batches have the same leaves. `heard`: which kinds of media are sound.
+    that all batches have the same leaves. `heard`: which kinds of media are sound. `parts`: ranks that share a pack.
     """
 
     model: Model
     heard: tuple[bool, ...] = ()
+    parts: int = 1
 
     def __call__(self, batch: dict[str, Any], places: tuple[int, ...], packs: int) -> dict[str, Any]:
         pictures = sum(room for room, heard in zip(places, self.heard, strict=True) if not heard)
-        room = max(1, pictures) if places else None
-        made: dict[str, Any] = self.model.media(batch, places=room, packs=packs)  # type: ignore[misc]
+        room = max(self.parts, pictures) if places else None
+        made: dict[str, Any] = self.model.media(batch, places=room, packs=packs, parts=self.parts)  # type: ignore[misc]
         return made
 
 

@@ -100,12 +100,12 @@ class QwenFamily:
         """Pictures, then films, whose tokens tell their frames where these are told apart, then recordings."""
         filled = partial(_filled, self.patches, "pixels", "image_grid_thw", False)
         of_films = partial(_filled, self.films.patches, *_FILM, self.films.timed)
+        picture = Stream(self.picture[1], 1, filled, quadratic=self.quadratic)
         heard = [] if self.hearing is None else [Stream(self.hearing.place[1], 1, self.hearing.filled, heard=True)]
-        return (
-            Stream(self.picture[1], 1, filled, quadratic=self.quadratic),
-            Stream(self.film[1], 1, of_films, quadratic=self.quadratic if self.films.told else 0.0),
-            *heard,
-        )
+        if self.films.told or not isinstance(self.films.size, Multiples):
+            return picture, Stream(self.film[1], 1, of_films, quadratic=self.quadratic), *heard
+        most = self.films.size.most_pixels // self.films.size.factor**2
+        return picture, Stream(self.film[1], 1, of_films, piece=most), *heard
 
     def measure(self, part: Part, place: Place) -> Seen:
         """The tokens of a picture, a film or a recording, from its header. BadRow where it cannot be read, or is too

@@ -50,8 +50,9 @@ def test_what_cannot_be_evener_stays():
 
 def test_an_encoder_counts_pieces_that_stand_side_by_side():
     tokens_n = np.array([7, 7, 1, 7, 2, 2, 7])
-    assert Stream(7, 1, dict, quadratic=0.5).seen(tokens_n) == 4 + 0.5 * (4 + 1 + 1)
-    assert Stream(9, 1, dict, quadratic=0.5).seen(tokens_n) == 0
+    assert Stream(7, 1, dict, quadratic=0.5).seen(tokens_n) == (4 + 0.5 * (4 + 1 + 1), 2)
+    assert Stream(7, 1, dict, piece=1).seen(tokens_n) == (4, 1)
+    assert Stream(9, 1, dict, quadratic=0.5).seen(tokens_n) == (0, 0)
 
 
 def test_the_layout_of_packs_with_media_is_even():

@@ -1,15 +1,18 @@
 """Chats with pictures in packs of a native model: packs side by side, on ranks or one, give the loss of each alone."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 
 import ftrain
 from ftrain.data.chat_template import load_tokenizer
+from ftrain.data.documents import Group
 from ftrain.data.encoding import ChatEncoder
 from ftrain.data.media.families import family_of
 from ftrain.data.media_finishing import ReadMedia
-from ftrain.data.packing import Plan, Shape
+from ftrain.data.packing import Packing, Plan, Shape
 from ftrain.data.sample import Chat, Message, Part, Place, say
 from ftrain.run.media import layout_of
 from ftrain.tasks.rows import TextRows
@@ -60,7 +63,31 @@ def test_text_alone_has_the_leaves_of_pictures_too(parts):
     assert set(laid(model, family, [[text]], room=0)["media"]) == set(laid(model, family, [[one]], room=64)["media"])
 
 
-def test_ranks_that_share_a_pack_are_refused_by_name(parts):
-    model, family, _ = parts
-    with pytest.raises(ValueError, match="--sequence 2: ranks that share a pack would share its pictures"):
-        layout_of(model, family, sequence=2)
+def test_ranks_that_share_a_pack_encode_frames_of_their_own(parts):
+    """In room that the plan of a step makes for them, whichever they are."""
+    model, family, (one, other, text) = parts
+    params, layout, groups = model.load(), layout_of(model, family, sequence=2), (one, other, text)
+    packing = Packing(256)
+    sizes = [layout.sizes(Held(group), packing) for group in groups]
+    plan = layout.plan(sizes, np.ones(3), np.zeros(3, np.int64), packing)
+    batch = layout.batch([groups], plan, slots=0, leaves=None)
+    media, places = batch["media"], plan.shape.media[0]
+    assert places % 2 == 0
+    assert media["pixels"].shape[0] == 4 * places
+    for index_n in media["index"].chunk(2):
+        assert 0 < (index_n < 256).sum() < sum(sum(size.media) for size in sizes)
+    whole = layout_of(model, family).batch([groups], plan, slots=0, leaves=None)
+    torch.testing.assert_close(model.loss(params, batch), model.loss(params, whole))
+
+
+class Held(NamedTuple):
+    """A group that waits."""
+
+    found: Group
+
+    @property
+    def lengths(self):
+        return np.array([len(document) for document in self.found.documents])
+
+    def group(self, tokens):
+        return self.found
