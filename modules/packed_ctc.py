@@ -40,13 +40,21 @@ RULES: Mapping[str, BatchRule] = MappingProxyType(
 
 
 def lay(
-    places: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], *, tokens: int, rows: int | None = None
+    places: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    rows: int | None = None,
+    frames: int = 1,
+    length: int = 1,
 ) -> Transcripts:
     """Transcripts of recordings whose frames are at these places of a pack of so many `tokens`.
 
-    `rows`: how many there are together, the rest without frames and text; None for those given. ValueError where the
-    counts differ, a place is not in the pack, or a text cannot be laid over so few frames (two equal tokens in a row
-    need a frame between them).
+    The arrays have `rows` rows, the rest without frames and text (None: those given), and room for at least so many
+    `frames` and a text of so many tokens (`length`), so that all packs can have arrays of one size.
+
+    ValueError where the counts differ, a place is not in the pack, or a text cannot be laid over so few frames (two
+    equal tokens in a row need a frame between them).
 
     >>> lay([[0, 1, 2, 3]], [[5, 5]], tokens=6).place_BL.tolist()
     [[0, 1, 2, 3]]
@@ -63,8 +71,8 @@ def lay(
             )
         if any(not 0 <= place < tokens for place in own):
             raise ValueError(f"recording {i}: its frames are at {min(own)} to {max(own)} of a pack of {tokens} tokens")
-    place_BL = torch.full((rows, max(1, *map(len, places), 1)), tokens)
-    text_BN = torch.zeros(rows, max(1, *map(len, texts), 1), dtype=torch.int64)
+    place_BL = torch.full((rows, max(frames, *map(len, places), 1)), tokens)
+    text_BN = torch.zeros(rows, max(length, *map(len, texts), 1), dtype=torch.int64)
     length_B = torch.zeros(rows, dtype=torch.int64)
     for i, (own, text) in enumerate(zip(places, texts, strict=True)):
         place_BL[i, : len(own)] = torch.tensor(own)

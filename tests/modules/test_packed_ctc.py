@@ -45,11 +45,11 @@ def of_torch(x_TV, places, texts):
     return torch.stack(found).sum(), sum(map(len, texts))
 
 
-@pytest.mark.parametrize("rows", [None, 5])
-def test_it_is_torchs_with_its_gradient(rows):
+@pytest.mark.parametrize("room", [{}, {"rows": 5, "frames": 20, "length": 6}], ids=str)
+def test_it_is_torchs_with_its_gradient(room):
     places, texts = recordings()
     ours, theirs = scores(48), scores(48)
-    found = ctc_loss(ours, lay(places, texts, tokens=48, rows=rows), blank=BLANK)
+    found = ctc_loss(ours, lay(places, texts, tokens=48, **room), blank=BLANK)
     total, count = of_torch(theirs, places, texts)
     torch.testing.assert_close(found.total, total, rtol=1e-12, atol=0)
     assert found.count == count
