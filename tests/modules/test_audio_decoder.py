@@ -11,7 +11,7 @@ from ftrain.modules.packing import Target, Text, exact_budget, pack
 from ftrain.modules.vq_audio import VqAudioConfig
 from tests.helpers import tiny_omni
 
-VQ = VqAudioConfig(frames=8, mels=5, span=4, width=16, blocks=1, codes=8, d_code=4, depth=2)
+VQ = VqAudioConfig(frames=8, mels=5, span=4, codes=8, d_code=4, depth=2)
 MODEL = OmniModel(tiny_omni.FOUNDATION, {}, {"audio": audio_decoder.decoder(VQ, tiny_omni.D, begin=36, end=37)})
 
 
@@ -30,9 +30,7 @@ def test_its_loss_is_over_codes_and_leaves_the_tokenizer_without_gradient() -> N
     grads = torch.func.grad(loss)(params)["decoders"]["audio"]
     assert 0.5 < loss(params).item() / np.log(VQ.vocabulary) < 2
     assert grads["head_DC"].any()
-    assert not any(
-        leaf.any() for leaf in [grads["tokenizer"]["codebooks_QKZ"], grads["tokenizer"]["encoder"]["in"]["w"]]
-    )
+    assert not any(leaf.any() for leaf in grads["tokenizer"].values())
     assert not omni.trainable(MODEL)["decoders"]["audio"]["tokenizer"]["codebooks_QKZ"]
 
 
