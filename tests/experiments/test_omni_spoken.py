@@ -1,14 +1,19 @@
 """Words that a model says: waves of mel frames that sound like them, and a listener that knows real words."""
 
 import wave
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+import ftrain
 from experiments.omni import listener, sources, vocoder
-from experiments.omni.corpus import RATE, SAMPLES, Clips, Delivery
-from experiments.omni.model import SIZES, audio_config
+from experiments.omni.corpus import RATE, SAMPLES, Clips, Corpus, Delivery
+from experiments.omni.evaluation import Evaluator
+from experiments.omni.model import SIZES, audio_config, omni_model, readers
+from ftrain.modules import decoder as foundation
+from ftrain.modules import omni
 
 CFG = audio_config("tiny", 16)
 
@@ -22,9 +27,10 @@ def chirps(count: int, seed: int) -> np.ndarray:
     return (wave_NS + rng.normal(0, 0.002, wave_NS.shape)).astype(np.float32)
 
 
-def speech(count: int, seed: int) -> sources.Speech:
+def speech(count: int, seed: int, languages: int = 1) -> sources.Speech:
     labels_N = np.arange(count) % 10
-    clips = Clips(chirps(count, seed), labels_N, np.zeros(count, np.int64), (Delivery("v", 175, 50),) * count)
+    languages_N = np.arange(count) // 10 % languages
+    clips = Clips(chirps(count, seed), labels_N, languages_N, (Delivery("v", 175, 50),) * count)
     return sources.features(clips, CFG)
 
 
@@ -73,3 +79,20 @@ def test_a_larger_model_is_larger_in_all_and_trained_on_more() -> None:
         assert less.data.copies < more.data.copies
         takes = [len(size.data.speech.trained_voices) * size.data.speech.train_takes for size in (less, more)]
         assert takes[0] < takes[1]
+
+
+def test_what_a_model_says_is_judged_as_a_wave_and_the_same_each_time() -> None:
+    heard = Corpus(speech(120, 0, languages=6).clips, speech(60, 1, languages=6).clips)
+    data = sources.load(readers("smoke"), speech=heard, copies=0)
+    net = omni_model("smoke", data.words, audio=True)
+    params = ftrain.init(omni.specs(net), ftrain.key(0))
+    balance = ftrain.init(foundation.balance_specs(net.foundation), ftrain.key(1))
+    ear = listener.train(data.train.speech, data.held_out.speech, cfg=data.readers.audio)
+    ask = Evaluator(net, data, None, ear, seed=0, count=3)
+    answers = ask.answers("text_to_audio", params, balance)
+    assert [answer.mel_FM.shape for answer in answers] == [(56, 40)] * 3
+    assert [int(ear.recognise(answer.wave_S[None])[0]) for answer in answers] == [a.recognised for a in answers]
+    again = ask.answers("text_to_audio", params, balance)
+    assert all(np.array_equal(one.wave_S, two.wave_S) for one, two in zip(answers, again, strict=True))
+    with pytest.raises(ValueError, match="judged by a listener"):
+        replace(ask, listener=None).answers("text_to_audio", params, balance)
