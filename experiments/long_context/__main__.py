@@ -5,7 +5,7 @@ python -m experiments.long_context [--out FOLDER] [--json FILE] [--small]
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +18,20 @@ from rich.table import Table
 
 import ftrain
 from experiments.bench.machine import Machine
+from experiments.curve import Curve
 from experiments.long_context import haystack, model
 from experiments.long_context.haystack import KINDS, Needle, Sources
 from experiments.omni import training
 from experiments.omni.sources import HELD_OUT, TRAIN
 from ftrain import TrainState
+from ftrain.checkpoint import Checkpointer
 from ftrain.modules import decoder, omni
 from ftrain.modules.omni import OmniModel
 from ftrain.run.folder import write_json
+from ftrain.run.stages import Stage, always, fold
 
 
-class Stage(NamedTuple):
+class Part(NamedTuple):
     """So many `steps` on packs of `documents` documents of `tokens` tokens, with so many needles in each."""
 
     steps: int
@@ -37,7 +40,7 @@ class Stage(NamedTuple):
     needles: int
 
 
-CURRICULUM = (Stage(200, 32, 64, 4), Stage(150, 12, 256, 12), Stage(50, 2, 2048, 15), Stage(10, 1, 8192, 15))
+CURRICULUM = (Part(240, 32, 64, 4), Part(100, 8, 256, 12), Part(30, 2, 1024, 15))
 LENGTHS = (256, 2048, 8192, 32_768)
 
 
@@ -45,6 +48,8 @@ LENGTHS = (256, 2048, 8192, 32_768)
 class Options:
     """What can be chosen."""
 
+    out: Path = Path("runs/long_context")
+    """Folder of checkpoints; a run that was stopped goes on."""
     json: Path | None = None
     """Where figures are written."""
     small: bool = False
@@ -65,58 +70,61 @@ Say = Callable[[str], None]
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Train through the curriculum, ask at every length after each stage, and tell the last answers by depth."""
+    """Train through the curriculum, then look for needles at every length."""
     torch.set_num_threads(options.threads)
     console, began = Console(width=110), time.monotonic()
 
     def say(line: str) -> None:
         console.print(f"{time.monotonic() - began:6.0f} s  {line}", highlight=False)
 
-    stages = (Stage(2, 2, 64, 3), Stage(1, 1, 256, 6)) if options.small else CURRICULUM
+    parts = (Part(2, 2, 64, 3), Part(1, 1, 256, 6)) if options.small else CURRICULUM
     lengths = (256, 512) if options.small else LENGTHS
     of = haystack.load(*model.readers(), takes=1 if options.small else 6, seed=options.seed)
     net = model.omni_model(of)
     say(f"{len(of.train.text_N):,} words of text, {len(of.train.speech.mels_NFM):,} spoken digits, "
         f"{len(of.train.images.labels_N):,} pictures of digits to train on")  # fmt: skip
-    tx = model.optimizer(options.rate, sum(s.steps for s in stages))
-    step = ftrain.jit(training.train_step(net, tx, KINDS, dict.fromkeys(KINDS, 1.0)), donate="state")
-    state = training.init_state(net, tx, ftrain.key(options.seed))
-    curves: list[dict[str, Any]] = []
-    told: list[dict[str, Any]] = []
-    number = 0
-    for stage in stages:
-        state, number = train(step, state, of, net, stage, number, options, curves, say)
-        asked = [ask(state, of, net, tokens, options) for tokens in lengths if tokens <= 8192 or stage is stages[-1]]
-        told.append({"after": stage._asdict(), "held_out": asked})
-        say("; ".join(f"{a['tokens']:,}: {_shares(a['by_kind'])}" for a in asked))
-    table(told[-1]["held_out"], console)
+    curve = Curve(options.out / "losses.jsonl", 1 if options.small else 10, say)
+    state = train(of, net, parts, options, curve)
+    asked = []
+    for tokens in lengths:
+        asked.append(ask(state, of, net, tokens, options))
+        say(f"{tokens:,} tokens: {_shares(asked[-1]['by_kind'])}")
+    table(asked, console)
     found = {**asdict(Machine.here()), "seed": options.seed, "needles": options.needles, "rate": options.rate,
-             "seconds": round(time.monotonic() - began), "losses": curves, "stages": told}  # fmt: skip
+             "curriculum": [part._asdict() for part in parts], "seconds": round(time.monotonic() - began),
+             "losses": curve.rows(), "held_out": asked}  # fmt: skip
     if options.json is not None:
         write_json(options.json, found)
     return found
 
 
-def train(
-    step: Any, state: TrainState, of: Sources, net: OmniModel, stage: Stage, number: int, options: Options,
-    curves: list[dict[str, Any]], say: Say,
-) -> tuple[TrainState, int]:  # fmt: skip
-    """The state and the number of the next step after a stage; mean losses of its parts go to `curves`."""
-    each, losses = max(1, stage.steps // 5), list[np.ndarray]()
-    for i in range(stage.steps):
-        made = haystack.batch(
-            of, net, split=TRAIN, documents=stage.documents, tokens=stage.tokens, needles=stage.needles,
-            seed=options.seed, number=number,
-        )  # fmt: skip
-        state, metrics = step(state, made.batch)
-        losses.append(np.array([float(metrics["terms"][kind]) for kind in KINDS]))
-        number += 1
-        if (i + 1) % each == 0:
-            mean = dict(zip(KINDS, np.mean(losses, 0).round(4).tolist(), strict=True))
-            curves.append({"step": number, "tokens": stage.tokens, **mean})
-            say(f"step {number}, {stage.documents} x {stage.tokens}: {mean}")
-            losses.clear()
-    return state, number
+def train(of: Sources, net: OmniModel, parts: Sequence[Part], options: Options, curve: Curve) -> TrainState:
+    """The state after all parts. A folder that holds a part of the training is gone on from."""
+    tx = model.optimizer(options.rate, sum(part.steps for part in parts))
+    plain = training.train_step(net, tx, KINDS, dict.fromkeys(KINDS, 1.0))
+
+    @ftrain.jit(donate="state")
+    def step(state: TrainState, batch: Any, key: Any) -> Any:
+        del key
+        state, metrics = plain(state, batch)
+        return state, metrics["terms"]
+
+    def stage(number: int, part: Part) -> Stage:
+        def data(i: int) -> dict[str, Any]:
+            return haystack.batch(
+                of, net, split=TRAIN, documents=part.documents, tokens=part.tokens, needles=part.needles,
+                seed=options.seed, number=number << 32 | i,
+            ).batch  # fmt: skip
+
+        def start(state: Any, key: Any) -> TrainState:
+            return training.init_state(net, tx, key) if number == 0 else state
+
+        return Stage(f"{part.tokens:,} tokens", part.steps, [(always, step)], data, start)
+
+    with Checkpointer(options.out / "checkpoints") as checkpoints:
+        stages = [stage(number, part) for number, part in enumerate(parts)]
+        state: TrainState = fold(stages, {}, seed=options.seed, checkpoints=checkpoints, save=40, log=curve.log)
+    return state
 
 
 def ask(state: TrainState, of: Sources, net: OmniModel, tokens: int, options: Options) -> dict[str, Any]:

@@ -5,7 +5,7 @@ python -m experiments.spoken [--out FOLDER] [--json FILE] [--small]
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from scipy.io import wavfile
 
 import ftrain
 from experiments.bench.machine import Machine
+from experiments.curve import Curve
 from experiments.omni.corpus import RATE
 from experiments.omni.language import BOS, EOS, Tokenizer
 from experiments.spoken import codec, listener, model, questions
@@ -27,23 +28,25 @@ from experiments.spoken.listener import Listener
 from experiments.spoken.model import Both, Talker
 from experiments.spoken.questions import QUESTIONS, SPEAKERS, WORDS, Recordings, Said
 from ftrain import TrainState
+from ftrain.checkpoint import Checkpointer
 from ftrain.modules.audio_encoder import clip_features
 from ftrain.modules.generation import generate_text
 from ftrain.modules.packing import Document, Media, Text, exact_budget, pack
 from ftrain.run.folder import write_json
+from ftrain.run.stages import Stage, always, fold
 
 
 @dataclass(frozen=True)
 class Options:
     """What can be chosen."""
 
-    out: Path | None = None
-    """A folder for the sound of some answers."""
+    out: Path = Path("runs/spoken")
+    """Folder of checkpoints and of the sound of some answers; a run that was stopped goes on."""
     json: Path | None = None
     """Where figures are written."""
     small: bool = False
     """A few voices and steps, to see that all runs."""
-    steps: int = 400
+    steps: int = 160
     """Training steps."""
     documents: int = 32
     """Questions of a step."""
@@ -96,23 +99,23 @@ def main(options: Options) -> dict[str, Any]:
     net = model.thinker(of.words)
     both = Both(net, Talker(net.foundation.d_model, *of.codes_NTQ.shape[1:], of.codec.entries), joint=options.joint)
     say(f"{len(of.heard.asked.what_N):,} questions, {len(of.codes_NTQ)} answers of {of.codes_NTQ.shape[1:]} codes")
-    state, losses = train(both, of, options, say)
+    curve = Curve(options.out / "losses.jsonl", 1 if options.small else 20, say)
+    state = train(both, of, options, curve)
     words, unseen = of.heard.words, of.heard.held_out_words
     judge = listener.train(words.waves_NS, words.what_N, unseen.waves_NS, unseen.what_N)
     answers = answer(both, of, state.params)
     heard = score(answers, of, judge)
     table(heard, console)
-    if options.out is not None:
-        keep(answers, of, options.out)
+    keep(answers, of, options.out)
     found = {**asdict(Machine.here()), "seed": options.seed, "steps": options.steps, "joint": options.joint,
-             "seconds": round(time.monotonic() - began), "losses": losses, "held_out": heard}  # fmt: skip
+             "seconds": round(time.monotonic() - began), "losses": curve.rows(), "held_out": heard}  # fmt: skip
     if options.json is not None:
         write_json(options.json, found)
     return found
 
 
-def train(both: Both, of: World, options: Options, say: Callable[[str], None]) -> tuple[TrainState, list[Any]]:
-    """The trained state, and the mean losses of its tenths."""
+def train(both: Both, of: World, options: Options, curve: Curve) -> TrainState:
+    """The trained state. A folder that holds a part of the training is gone on from."""
     steps = 2 if options.small else options.steps
     tx, weights = model.optimizer(options.rate, steps), {"text": 1.0, "speech": 1.0}
 
@@ -121,24 +124,22 @@ def train(both: Both, of: World, options: Options, say: Callable[[str], None]) -
         return ftrain.weighted_sum(terms, weights), {name: mean.value() for name, mean in terms.items()}
 
     @ftrain.jit(donate="state")
-    def step(state: TrainState, batch: Any) -> Any:
+    def step(state: TrainState, batch: Any, key: Any) -> Any:
+        del key
         (_, terms), grads = ftrain.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
         return state.apply(tx, grads), terms
 
-    state = TrainState.create(ftrain.init(both.specs(), ftrain.key(options.seed)), tx)
-    order = questions.batches(of.heard.asked, options.documents, seed=options.seed)
-    rng = np.random.default_rng(options.seed)
-    losses: list[dict[str, float]] = []
-    recent: list[dict[str, float]] = []
-    for i in range(steps):
-        state, terms = step(state, training_batch(both, of, next(order), rng))
-        recent.append({name: float(value) for name, value in terms.items()})
-        if (i + 1) % max(1, steps // 10) == 0:
-            mean = {name: round(float(np.mean([r[name] for r in recent])), 4) for name in recent[0]}
-            losses.append({"step": i + 1, **mean})
-            say(f"step {i + 1}: {mean}")
-            recent.clear()
-    return state, losses
+    def data(number: int) -> dict[str, Any]:
+        chosen = questions.chosen(of.heard.asked, options.documents, seed=options.seed, number=number)
+        return training_batch(both, of, chosen, np.random.default_rng([options.seed, number]))
+
+    def start(tree: Any, key: Any) -> TrainState:
+        return TrainState.create(ftrain.init(both.specs(), key), tx)
+
+    with Checkpointer(options.out / "checkpoints") as checkpoints:
+        stage = Stage("both", steps, [(always, step)], data, start)
+        state: TrainState = fold([stage], {}, seed=options.seed, checkpoints=checkpoints, save=40, log=curve.log)
+    return state
 
 
 def training_batch(both: Both, of: World, chosen: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:

@@ -91,20 +91,20 @@ def _vectors(mels_NFM: np.ndarray) -> np.ndarray:
 
 def waves(mels_NFM: np.ndarray) -> np.ndarray:
     """Waves float32 `[N, F * HOP]` whose mels are about these, of the loudness that the clips of the corpus have."""
-    power_NFM = 10.0 ** (torch.from_numpy(mels_NFM).double() * 4 - 4)
-    filters_BM = torch.from_numpy(mel_filters(RATE, N_FFT, MELS))
+    power_NFM = 10.0 ** (torch.from_numpy(mels_NFM).float() * 4 - 4)
+    filters_BM = torch.from_numpy(mel_filters(RATE, N_FFT, MELS)).float()
     magnitude_NFB = _spread(power_NFM, filters_BM).sqrt()
-    window, samples = torch.hann_window(N_FFT, dtype=torch.float64), mels_NFM.shape[1] * HOP
+    window, samples = torch.hann_window(N_FFT), mels_NFM.shape[1] * HOP
     # the last frame, centred on the end, is not among the mels
     magnitude_NBF = torch.cat([magnitude_NFB, magnitude_NFB[:, -1:]], 1).mT
-    spectrum = magnitude_NBF.to(torch.complex128)
+    spectrum = magnitude_NBF.to(torch.complex64)
     for _ in range(_ROUNDS):
         made = torch.istft(spectrum, N_FFT, HOP, window=window, length=samples)
         again = torch.stft(made, N_FFT, HOP, window=window, return_complex=True)
         spectrum = magnitude_NBF * again / again.abs().clamp(min=1e-8)
     made = torch.istft(spectrum, N_FFT, HOP, window=window, length=samples)
     loud = made.square().mean(1, keepdim=True).sqrt().clamp(min=1e-8)
-    return (made * 0.1 / loud).float().numpy()
+    return (made * 0.1 / loud).numpy()
 
 
 def _spread(power_NFM: torch.Tensor, filters_BM: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ all trained voices.
 Legend: N clips, S samples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -97,12 +97,9 @@ def _clip(speaker: Speaker, text: str, voice: str, speed: int, pitch: int, sampl
     return cut(speaker.say(text, voice=f"en+{voice}", speed=speed, pitch=pitch), samples=samples)
 
 
-def batches(said: Said, size: int, *, seed: int) -> Iterator[np.ndarray]:
-    """Places of so many clips for each step, without end: each clip once in each round."""
-    rng = np.random.default_rng(seed)
-    left = np.empty(0, np.int64)
-    while True:
-        while len(left) < size:
-            left = np.concatenate([left, rng.permutation(len(said.what_N))])
-        yield left[:size]
-        left = left[size:]
+def chosen(said: Said, size: int, *, seed: int, number: int) -> np.ndarray:
+    """The places of the clips of batch `number` of `size`: each clip once in each round, in an order of its own."""
+    count = len(said.what_N)
+    at = np.arange(number * size, (number + 1) * size)
+    rounds = {r: np.random.default_rng([seed, r]).permutation(count) for r in dict.fromkeys((at // count).tolist())}
+    return np.array([rounds[int(i // count)][i % count] for i in at])

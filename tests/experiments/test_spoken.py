@@ -92,3 +92,10 @@ def test_the_talkers_gradient_reaches_the_thinker_by_choice(params, joint) -> No
     assert any(bool(g.abs().max() > 0) for g in ftrain.tree.leaves(grads["talker"]))
     reached = any(bool(g.abs().max() > 0) for g in ftrain.tree.leaves(grads["thinker"]))
     assert reached is joint
+
+
+def test_each_question_comes_once_in_a_round() -> None:
+    said = questions.Said(np.zeros((10, 4)), np.zeros(10, np.int64), np.zeros(10, np.int64))
+    places = np.concatenate([questions.chosen(said, 4, seed=0, number=number) for number in range(5)])
+    assert sorted(places[:10]) == sorted(places[10:]) == list(range(10))
+    assert (places[:10] != places[10:]).any()
