@@ -6,7 +6,6 @@ The training is one command, `ftrain train sft`, on trajectories as chats; then 
 """
 
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +96,7 @@ class Agent:
 def main(options: Options) -> dict[str, Any]:
     """Write the data, train, act, tell."""
     torch.set_num_threads(options.threads)
-    began, console = time.monotonic(), Console(width=110)
+    console = Console(width=110)
     data, model, run = options.out / "data", options.out / "model", options.out / "run"
     count, steps, episodes = (32, 4, 4) if options.small else (options.trajectories, options.steps, options.episodes)
     train, held_out = trajectories.write(data, trajectories=count, held_out=max(8, count // 40), seed=options.seed)
@@ -118,7 +117,7 @@ def main(options: Options) -> dict[str, Any]:
     rows = read_metrics(run)
     curve = [{"step": row["step"], "loss": row["held_out"]} for row in rows if "held_out" in row]
     result = {**asdict(Machine.here()), "seed": options.seed, "steps": steps, "trajectories": count,
-              "seconds": round(time.monotonic() - began), "held_out_loss": curve, "acting": found}  # fmt: skip
+              "held_out_loss": curve, "acting": found}  # fmt: skip
     if options.json is not None:
         write_json(options.json, result)
     return result

@@ -91,8 +91,7 @@ def main(options: Options) -> dict[str, Any]:
         say(f"{tokens:,} tokens: {_shares(asked[-1]['by_kind'])}")
     table(asked, console)
     found = {**asdict(Machine.here()), "seed": options.seed, "needles": options.needles, "rate": options.rate,
-             "curriculum": [part._asdict() for part in parts], "seconds": round(time.monotonic() - began),
-             "losses": curve.rows(), "held_out": asked}  # fmt: skip
+             "curriculum": [part._asdict() for part in parts], "losses": curve.rows(), "held_out": asked}  # fmt: skip
     if options.json is not None:
         write_json(options.json, found)
     return found

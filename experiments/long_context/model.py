@@ -46,7 +46,7 @@ def foundation(vocab: int) -> DecoderConfig:
     heads = AttentionConfig(D_MODEL, heads=4, kv_heads=2, head_dim=D_MODEL // 4, qk_norm=True, window=WINDOW)
     wide = replace(heads, heads=2, kv_heads=1, head_dim=D_MODEL // 2, window=None, rope_base=None)
     experts = MoEConfig(D_MODEL, D_MODEL, experts=8, top_k=2, shared_experts=1, score="sigmoid", balance="bias")
-    cfg = DecoderConfig(vocab, D_MODEL, 3, heads, moe=experts, init_std=0.2)
+    cfg = DecoderConfig(vocab, D_MODEL, 3, heads, moe=experts, tie_embeddings=True, init_std=0.3)
     short = layer_with(cfg, attention=attention_block(replace(heads, window=_SHORT)))
     return replace(cfg, pattern=(short, layer_with(cfg, attention=seeing_all(wide)), None))
 

@@ -15,21 +15,21 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from scipy.io import wavfile
 
 import ftrain
 from experiments.bench.machine import Machine
 from experiments.curve import Curve
+from experiments.omni import vocoder
 from experiments.omni.corpus import RATE
 from experiments.omni.language import BOS, EOS, Tokenizer
+from experiments.omni.sources import less_means, log_mels
 from experiments.spoken import codec, listener, model, questions
-from experiments.spoken.codec import Codec
+from experiments.spoken.codec import SOUND, Codec
 from experiments.spoken.listener import Listener
 from experiments.spoken.model import Both, Talker
 from experiments.spoken.questions import QUESTIONS, SPEAKERS, WORDS, Recordings, Said
 from ftrain import TrainState
 from ftrain.checkpoint import Checkpointer
-from ftrain.modules.audio_encoder import clip_features
 from ftrain.modules.generation import generate_text
 from ftrain.modules.packing import Document, Media, Text, exact_budget, pack
 from ftrain.run.folder import write_json
@@ -74,7 +74,7 @@ class World(NamedTuple):
 def world(options: Options) -> World:
     """Record, and fit the codec to real words and answers."""
     heard = questions.record(takes=1, voices=4) if options.small else questions.record(takes=2, seed=options.seed)
-    words_NFM, answers_NFM = (codec.mels(said.waves_NS) for said in (heard.words, heard.answers))
+    words_NFM, answers_NFM = (log_mels(said.waves_NS, SOUND) for said in (heard.words, heard.answers))
     entries = 16 if options.small else 128
     made = codec.fit(np.concatenate([words_NFM, *[answers_NFM] * 4]), entries=entries, seed=options.seed)
     asked, held_out = (_features(said) for said in (heard.asked, heard.held_out))
@@ -82,9 +82,8 @@ def world(options: Options) -> World:
 
 
 def _features(said: Said) -> np.ndarray:
-    """Log-mel features, each band less its mean over the clip."""
-    mels_NFM = np.stack([clip_features(wave_S, cfg=model.hearing())["mel_FM"] for wave_S in said.waves_NS])
-    return mels_NFM - mels_NFM.mean(1, keepdims=True)
+    """Log-mel features as the thinker hears them."""
+    return less_means(log_mels(said.waves_NS, model.hearing()))
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def main(options: Options) -> dict[str, Any]:
     table(heard, console)
     keep(answers, of, options.out)
     found = {**asdict(Machine.here()), "seed": options.seed, "steps": options.steps, "joint": options.joint,
-             "seconds": round(time.monotonic() - began), "losses": curve.rows(), "held_out": heard}  # fmt: skip
+             "losses": curve.rows(), "held_out": heard}  # fmt: skip
     if options.json is not None:
         write_json(options.json, found)
     return found
@@ -202,7 +201,7 @@ def answer(both: Both, of: World, params: Any) -> Answers:
     back = np.argsort(order)
     known = {of.words.id(word): number for number, word in enumerate(WORDS)}
     thought_N = np.array([known.get(said[0], -1) for said in ids])
-    return Answers(thought_N, codec.waves(of.codec.decode(codes_BTQ[back])), speaker_N)
+    return Answers(thought_N, vocoder.waves(of.codec.decode(codes_BTQ[back]), cfg=SOUND), speaker_N)
 
 
 def score(answers: Answers, of: World, judge: Listener) -> dict[str, Any]:
@@ -236,12 +235,11 @@ def table(found: dict[str, Any], console: Console) -> None:
 
 
 def keep(answers: Answers, of: World, folder: Path) -> None:
-    """Question and answer of each kind of question, as WAV files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Some held-out questions and their answers, as WAV files."""
     for i in range(0, len(answers.waves_NS), 24):
-        both = np.concatenate([of.heard.held_out.waves_NS[i], answers.waves_NS[i]])
+        said = [wave_S / np.abs(wave_S).max() for wave_S in (of.heard.held_out.waves_NS[i], answers.waves_NS[i])]
         name = QUESTIONS[of.heard.held_out.what_N[i]][0].replace(" ", "-")
-        wavfile.write(folder / f"{name}.wav", RATE, (both / np.abs(both).max() * 32_000).astype(np.int16))
+        vocoder.write_wav(folder / f"{name}.wav", said, rate=RATE)
 
 
 if __name__ == "__main__":

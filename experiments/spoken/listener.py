@@ -11,7 +11,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from experiments.spoken import codec
+from experiments.omni.sources import less_means, log_mels
+from experiments.spoken.codec import SOUND
 
 _SHIFTS = (-2, 0, 2)  # mel frames
 
@@ -30,7 +31,7 @@ class Listener:
 
 def train(waves_NS: np.ndarray, words_N: np.ndarray, unseen_NS: np.ndarray, unseen_words_N: np.ndarray) -> Listener:
     """A support vector machine on mel frames of real words, each also a little earlier and later."""
-    mels_NFM = codec.mels(waves_NS)
+    mels_NFM = log_mels(waves_NS, SOUND)
     copies = [np.roll(mels_NFM, by, axis=1) for by in _SHIFTS]
     x = np.concatenate([_flat(copy) for copy in copies])
     found = make_pipeline(StandardScaler(), PCA(100, whiten=True, random_state=0), SVC(C=10, gamma=0.01))
@@ -41,9 +42,9 @@ def train(waves_NS: np.ndarray, words_N: np.ndarray, unseen_NS: np.ndarray, unse
 
 def features(waves_NS: np.ndarray) -> np.ndarray:
     """Mel frames, each band less its mean over the clip, two neighbours averaged: `[N, F / 2 * M]`."""
-    return _flat(codec.mels(waves_NS))
+    return _flat(log_mels(waves_NS, SOUND))
 
 
 def _flat(mels_NFM: np.ndarray) -> np.ndarray:
-    level = mels_NFM - mels_NFM.mean(1, keepdims=True)
+    level = less_means(mels_NFM)
     return level.reshape(len(level), level.shape[1] // 2, 2, -1).mean(2).reshape(len(level), -1)

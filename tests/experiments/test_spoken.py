@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import ftrain
+from experiments.omni import vocoder
 from experiments.omni.corpus import RATE
+from experiments.omni.sources import log_mels
 from experiments.spoken import __main__ as command
 from experiments.spoken import codec, model, questions
+from experiments.spoken.codec import SOUND
 from experiments.spoken.model import Both, Talker
 from experiments.spoken.questions import QUESTIONS, WORDS
 from ftrain.kernels import random
@@ -49,12 +52,12 @@ def test_a_wave_is_codes_and_comes_back() -> None:
     """Two pure tones, as codes of one entry each, are tones of the same pitch again."""
     time_S = np.arange(questions.ANSWERING) / RATE
     tones_NS = np.stack([0.1 * np.sin(2 * np.pi * hz * time_S) for hz in (440.0, 1500.0)]).astype(np.float32)
-    tones_NFM = codec.mels(tones_NS)
+    tones_NFM = log_mels(tones_NS, SOUND)
     made = codec.fit(tones_NFM, levels=2, entries=4)
     codes_NTQ = made.encode(tones_NFM)
-    assert codes_NTQ.shape == (2, questions.ANSWERING // codec.HOP // codec.TOGETHER, 2)
+    assert codes_NTQ.shape == (2, questions.ANSWERING // SOUND.hop // codec.TOGETHER, 2)
     assert codes_NTQ.max() < 4
-    heard_NS = codec.waves(made.decode(codes_NTQ))
+    heard_NS = vocoder.waves(made.decode(codes_NTQ), cfg=SOUND)
     assert heard_NS.shape == tones_NS.shape
     for wave_S, hz in zip(heard_NS, (440.0, 1500.0), strict=True):
         loudest = np.abs(np.fft.rfft(wave_S)).argmax() * RATE / len(wave_S)
