@@ -49,7 +49,7 @@ class Options:
     """A few trajectories and steps, to see that all runs."""
     trajectories: int = 4000
     """To train on."""
-    steps: int = 600
+    steps: int = 400
     """Steps of two packs of 1024 tokens."""
     episodes: int = 100
     """Held-out tasks that the agent acts in."""
