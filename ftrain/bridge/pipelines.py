@@ -13,6 +13,7 @@ from ftrain.files.outside import JSON_BYTES
 from ftrain.hf.files import CONFIG, STEM, HfFolder, opened, parse_json, read_member
 from ftrain.hf.shards import DIFFUSERS
 from ftrain.modules.families.wan_config import WanConfig
+from ftrain.modules.hf_fields import number
 
 INDEX = "model_index.json"
 KINDS = ("WanPipeline", "WanImageToVideoPipeline")
@@ -83,3 +84,12 @@ def digest(folder: Path) -> str:
             raw = file.get_tensor(name).reshape(-1).view(torch.uint8)
         found.update(raw[:: max(1, len(raw) // _SAMPLED)].numpy().tobytes())
     return found.hexdigest()
+
+
+def shift_of(folder: WanFolder) -> float:
+    """The shift that a pipeline's scheduler says, 3 where it says none. ValueError for one that is no number."""
+    path, name = folder.path / "scheduler", "scheduler_config.json"
+    if not (path / name).is_file():
+        return 3.0
+    told = parse_json(read_member(path, name, limit=JSON_BYTES), str(path / name))
+    return number(told, "flow_shift" if "flow_shift" in told else "shift", 3.0)

@@ -39,10 +39,11 @@ class Subcommand:
 
 
 SUBCOMMANDS: dict[str, Subcommand] = {
-    "train": Subcommand("ftrain.cli.train", "train a model that exists on data that exists", group=True),
+    "train": Subcommand("ftrain.cli.trainings", "train a model that exists on data that exists", group=True),
     "data": Subcommand("ftrain.cli.data", "count and show what is in data files", group=True),
     "encode": Subcommand("ftrain.cli.encode", "latents, texts and conditions of a folder of videos, for training"),
     "generate": Subcommand("ftrain.cli.generate", "answer prompts with a model's folder, and an adapter"),
+    "sample": Subcommand("ftrain.cli.sample", "films of a video pipeline, with or without an adapter"),
     "eval": Subcommand("ftrain.cli.eval", "the mean loss of a model on data files"),
     "merge": Subcommand("ftrain.cli.merge", "write a model's folder with an adapter merged into it"),
     "export": Subcommand("ftrain.cli.export", "write the folders of a run from its last checkpoint"),

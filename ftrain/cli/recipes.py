@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from ftrain import lora
 from ftrain.bridge.opened import open as open_model
 from ftrain.bridge.tasks import task_of
-from ftrain.cli.train_options import KdTrain, TaskKind, TrainOptions
+from ftrain.cli.train_options import KdTrain, RunOptions, TaskKind, TrainOptions
 from ftrain.data.media.families import reads_media
 from ftrain.hf.score_head import add_score_head
 from ftrain.modules.model import Model
@@ -20,6 +20,7 @@ from ftrain.run.media import copy_processor
 from ftrain.run.parts import trained_paths
 from ftrain.run.ranks import is_main
 from ftrain.run.recipe import START, STATE, Recipe, optimizer
+from ftrain.tasks.task import Task
 from ftrain.trace.precision import Precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,6 +30,23 @@ def recipe_of(
     options: TrainOptions, kind: TaskKind, model: Model, *, steps: int, micro_batches: int, device: torch.device
 ) -> Recipe:
     """The recipe of a run of so many steps. ValueError for options that do not fit the model or each other."""
+    teacher = _teacher(options) if isinstance(options, KdTrain) else None
+    return recipe_with(
+        options, kind.task(options), model, teacher=teacher, steps=steps, micro_batches=micro_batches, device=device
+    )
+
+
+def recipe_with(
+    options: RunOptions,
+    task: Task,
+    model: Model,
+    *,
+    steps: int,
+    micro_batches: int,
+    device: torch.device,
+    teacher: Model | None = None,
+) -> Recipe:
+    """The recipe of a run of so many steps for any task. ValueError as `recipe_of`."""
     flags = options.lora
     adapter = None
     if flags.rank:
@@ -43,11 +61,10 @@ def recipe_of(
         rate, clip=options.optimizer.clip, weight_decay=options.optimizer.weight_decay, plus=flags.plus,
         ema=options.ema,
     )  # fmt: skip
-    teacher = _teacher(options) if isinstance(options, KdTrain) else None
     wide = "bfloat16" if device.type == "cuda" else "float32"
     base = DTYPES[wide if options.base_dtype == "auto" else options.base_dtype]
     return Recipe(
-        model, kind.task(options), tx, adapter, teacher, micro_batches=micro_batches,
+        model, task, tx, adapter, teacher, micro_batches=micro_batches,
         base_dtype=None if base == torch.float32 else base, seed=options.seed,
         trained=_trained(options, model), quantized=None if flags.quantize == "none" else flags.quantize,
         pissa=flags.pissa,
@@ -67,7 +84,7 @@ def _teacher(options: KdTrain) -> Model:
     return open_model(options.teacher, native=options.native, task=task)
 
 
-def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:
+def _trained(options: RunOptions, model: Model) -> frozenset[str] | None:
     told = options.only or options.lora.rank  # an adapter leaves all of the model as it is
     freeze = options.freeze if told else (*dict.fromkeys((*model.frozen, *options.freeze)),)
     if not (freeze or options.only):
@@ -75,14 +92,14 @@ def _trained(options: TrainOptions, model: Model) -> frozenset[str] | None:
     return trained_paths(model.specs, freeze=freeze, only=options.only)
 
 
-def jit_options(options: TrainOptions, model: Model, device: torch.device) -> dict[str, Any]:
+def jit_options(options: RunOptions, model: Model, device: torch.device) -> dict[str, Any]:
     """What `ftrain.jit` is told beside the plan."""
     chosen = options.precision
     chosen = ("bfloat16" if device.type == "cuda" else "float32") if chosen == "auto" else chosen
     found: dict[str, Any] = {"backend": options.backend}
     if chosen != "float32":
         found["precision"] = Precision(compute=chosen, keep=model.keep)
-    if options.plan is not None:
+    if isinstance(options, TrainOptions) and options.plan is not None:
         return found  # which says what is computed again, too
     if options.budget is not None:
         found["remat"] = Remat(budget=options.budget)

@@ -18,7 +18,7 @@ from ftrain.cli.config_file import as_config
 from ftrain.cli.planned import Planned, planned_of
 from ftrain.cli.recipes import at_once, export, jit_options, recipe_of
 from ftrain.cli.told import steps_of, summed_heads, telling, trained_by
-from ftrain.cli.train_options import KINDS, KdTrain, OfPairs, TaskKind, TrainOptions, kind_of
+from ftrain.cli.train_options import KINDS, KdTrain, OfPairs, RunOptions, TaskKind, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.data.media.families import family_of
@@ -66,10 +66,10 @@ def _run(
     name: str, kind: TaskKind, options: TrainOptions, ranks: Run, planned: Planned | None, bad: BadSteps | None
 ) -> int:
     report = Report(1, console=SteadyConsole(quiet=not is_main()))
-    path, goes_on = of_main(_folder(options, name))
+    path, goes_on = of_main(folder_of(options, name))
     options = replace(options, data=replace(options.data, packs=_packs(options, path, goes_on, ranks, planned)))
     if is_main():
-        _require_goes_on(path, options, goes_on)
+        require_goes_on(path, options, goes_on)
     tokenizer = load_tokenizer(options.model)
     length = Length(options.data.tokens, options.truncate) if options.data.cut == "never" else Length()
     family = family_of(options.model, tokenizer, image_pixels=options.data.image_pixels)
@@ -106,7 +106,7 @@ def _run(
     )  # fmt: skip
     prepared = prepare(training, ranks)  # what cannot be is refused before the run's folder exists
     with ExitStack() as opened:
-        files = opened.enter_context(_files(path, options, goes_on)) if is_main() else None
+        files = opened.enter_context(files_of(path, options, goes_on)) if is_main() else None
         told = opened.enter_context(telling(files, {"trained": trained_by(name, recipe), "data": list(data.lines)}))
         report.say(f"run folder: {path}")
         logs = tuple(opened.enter_context(TRACKERS[t](path, name, as_config(options))) for t in options.track if files)
@@ -188,7 +188,7 @@ def _packs(options: TrainOptions, path: Path, goes_on: bool, ranks: Run, planned
     return int(before) if before else shares * math.ceil(4 / shares)
 
 
-def _folder(options: TrainOptions, name: str) -> tuple[Path, bool]:
+def folder_of(options: RunOptions, name: str) -> tuple[Path, bool]:
     """The run's folder, and whether a run in it goes on."""
     path = options.out or run_folder.default_path(name)
     goes_on = options.resume == "auto" and (path / run_folder.CONFIG).is_file()
@@ -202,8 +202,8 @@ _MAY_CHANGE = (
 )  # fmt: skip
 
 
-def _files(path: Path, options: TrainOptions, goes_on: bool) -> RunFolder:
-    """The folder's files; errors are those of `_require_goes_on`."""
+def files_of(path: Path, options: RunOptions, goes_on: bool) -> RunFolder:
+    """The folder's files; errors are those of `require_goes_on`."""
     config = as_config(options)
     if not goes_on:
         return RunFolder.create(path, config)
@@ -213,7 +213,7 @@ def _files(path: Path, options: TrainOptions, goes_on: bool) -> RunFolder:
     return files
 
 
-def _require_goes_on(path: Path, options: TrainOptions, goes_on: bool) -> None:
+def require_goes_on(path: Path, options: RunOptions, goes_on: bool) -> None:
     """ValueError for a folder that is in use, and for a run in it that had other options than those that may change,
     once it has a checkpoint.
     """

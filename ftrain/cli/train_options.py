@@ -68,13 +68,12 @@ class BadFlags:
         return BadSteps(self.bad_steps, Spikes(z=self.spike) if self.spike else None)
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What all tasks have."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What runs of all kinds have."""
 
     model: Path
     """A folder in Hugging Face's format."""
-    data: OmitArgPrefixes[DataOptions]
     out: Path | None = None
     """The run's folder; default runs/<task>/<time>. A folder that holds a run of the same options goes on."""
     resume: Literal["auto", "never"] = "auto"
@@ -91,19 +90,10 @@ class TrainOptions:
     """What the average is taken for, in the place of the last parameters: held-out losses and answers, and folders."""
     every: Every = field(default_factory=Every)
     bad: OmitArgPrefixes[BadFlags] = field(default_factory=BadFlags)
-    native: Literal["auto", "always", "never"] = "auto"
-    """auto: a family of the library where it has the model's, transformers' own module elsewhere."""
-    train_on: Literal["assistant", "last", "everything"] = "assistant"
-    """Of a chat: the turns of the assistant, its last one, or all tokens."""
-    truncate: Literal["refuse", "left", "right"] = "refuse"
-    """What happens to a row of more tokens than a pack."""
     base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the parameters that are not trained. auto: bfloat16 on CUDA, float32 on a CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """In which dtype the loss is computed. auto: bfloat16 on CUDA, float32 on a CPU."""
-    plan: str | None = None
-    """auto: search the fastest layout within --budget on these ranks at start-up; or a file that `ftrain plan --apply`
-    wrote, whose mesh and packs are then taken."""
     remat: Literal["none", "layer", "all"] = "none"
     """What the backward pass computes again instead of keeping it."""
     budget: str | None = None
@@ -118,6 +108,22 @@ class TrainOptions:
     """Of new parameters, the order of the data, and dropout."""
     track: tuple[str, ...] = ()
     """Further logs: tensorboard, trackio, wandb, swanlab, mlflow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions):
+    """What all tasks of language models have."""
+
+    data: OmitArgPrefixes[DataOptions]
+    native: Literal["auto", "always", "never"] = "auto"
+    """auto: a family of the library where it has the model's, transformers' own module elsewhere."""
+    train_on: Literal["assistant", "last", "everything"] = "assistant"
+    """Of a chat: the turns of the assistant, its last one, or all tokens."""
+    truncate: Literal["refuse", "left", "right"] = "refuse"
+    """What happens to a row of more tokens than a pack."""
+    plan: str | None = None
+    """auto: search the fastest layout within --budget on these ranks at start-up; or a file that `ftrain plan --apply`
+    wrote, whose mesh and packs are then taken."""
     save_merged: bool = False
     """With an adapter, also write the model with it, as a folder."""
 

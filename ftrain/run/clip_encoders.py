@@ -40,9 +40,8 @@ class VideoCoder:
     @staticmethod
     def open(folder: WanFolder, *, device: torch.device, dtype: torch.dtype, frames: int | None = None) -> "VideoCoder":
         """ValueError for a pipeline without one that the library has."""
-        path = folder.part("vae")
-        cfg = wan_vae.config(parse_json(read_member(path, CONFIG, limit=JSON_BYTES), str(path / CONFIG)))
-        return VideoCoder(cfg, _loaded(native_wan_vae(path, dtype=dtype), device), frames)
+        model = native_wan_vae(folder.part("vae"), dtype=dtype)
+        return VideoCoder(coder_config(folder), _loaded(model, device), frames)
 
     def latents(self, video_3FHW: Tensor) -> Tensor:
         """Scaled means of the latents of a video in [-1, 1], `[Z, f, h, w]`. ValueError for sizes that do not fit."""
@@ -67,6 +66,12 @@ class VideoCoder:
     def _own(self, x: Tensor) -> Tensor:
         bias = self.params["quant_conv"]["bias"]
         return x.to(bias.device, bias.dtype)
+
+
+def coder_config(folder: WanFolder) -> WanVaeConfig:
+    """What the autoencoder of a pipeline is. ValueError where it has none that the library has."""
+    path = folder.part("vae")
+    return wan_vae.config(parse_json(read_member(path, CONFIG, limit=JSON_BYTES), str(path / CONFIG)))
 
 
 @dataclass(frozen=True)

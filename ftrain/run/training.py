@@ -71,6 +71,8 @@ class Training:
       it; None takes the sizes of the run's mesh.
     - `jit`: options of `jit` for the step, such as remat and precision.
     - `samples`: what is answered where the held-out loss is measured; None for nothing, as on several processes.
+    - `show`: writes what the model makes of a recipe, a state and the number of the step, where held-out losses are
+      measured; a line for the log.
     - `averaged`: held-out losses and answers are those of the running average, where the optimizer keeps one.
     - `bad`: which steps are bad, and when the run goes back to before them and leaves out their batches; None: never.
     - `files`: the run's folder, on the rank that writes. `report`: what a person sees. `trackers`: further logs.
@@ -90,6 +92,7 @@ class Training:
     memory: int | str = "95%"
     trackers: tuple[Log, ...] = ()
     samples: Samples | None = None
+    show: Callable[[Recipe, TrainState, int], str] | None = None
     averaged: bool = False
     bad: BadSteps | None = None
 
@@ -131,8 +134,8 @@ def train(t: Training, run: Run, prepared: Prepared | None = None) -> TrainState
     saves = Saves(checkpoints, t.files, say=t.report.say, most_failed=_FAILED_SAVES)
     going = Going(t, run, ready, evaluate, saves)
     state, position, done = resumed(t, checkpoints, ready.state)
-    if done == 0 and t.held_out:
-        note(t, 0, {"held_out": evaluate(state)})
+    if done == 0 and (t.held_out or t.show is not None):
+        note(t, 0, evaluate(state) if t.held_out else {})
         answer(t, 0, state)
     going.guard = None if t.bad is None else Guard(t.bad, t.folder, done=done, last=t.steps)
     with t.report:
@@ -165,7 +168,7 @@ def train_on(g: "Going", state: TrainState, position: Position, done: int) -> tu
             verdict = late.flush()
         if verdict is Verdict.ROLL_BACK:
             return state, verdict
-        loss = note(t, number, {"held_out": g.evaluate(state)}) if looked and t.held_out else None
+        loss = note(t, number, g.evaluate(state)) if looked and t.held_out else None
         if looked:
             answer(t, number, state)
         calm = guard is None or guard.calm
@@ -184,7 +187,7 @@ class Going:
     t: Training
     run: Run
     ready: Prepared
-    evaluate: Callable[[TrainState], float]
+    evaluate: Callable[[TrainState], dict[str, float]]
     saves: Saves
     guard: Guard | None = None
 
@@ -219,7 +222,7 @@ def is_due(number: int, every: int) -> bool:
 def laid_out(t: Training, run: Run) -> tuple[Plan, Step]:
     """The plan of the run, and the jitted step: by the sizes of the run's mesh, by a plan file, or by a search."""
     options: dict[str, Any] = {"specs": t.recipe.specs, "donate": "state", **t.jit}
-    rules = t.recipe.model.rules if t.loader.layout.streams else {}
+    rules = t.recipe.model.rules if t.loader.finish is not None else {}
     if t.plan is None:
         plan = run.plan(batch=rules)
         return plan, jit(t.recipe.train_step, plan=plan, **options)
@@ -248,15 +251,19 @@ def ending(steps: Iterator[Read]) -> Iterator[tuple[Read, bool]]:
         steps.close()  # type: ignore[attr-defined]
 
 
-def evaluator(t: Training, run: Run, plan: Plan) -> Callable[[TrainState], float]:
-    """The mean held-out loss of a state, on the plan of the run."""
+def evaluator(t: Training, run: Run, plan: Plan) -> Callable[[TrainState], dict[str, float]]:
+    """The mean held-out loss of a state, `held_out`, and each of its terms, on the plan of the run."""
     options = {name: value for name, value in t.jit.items() if name in ("precision", "backend")}
     function = jit(t.recipe.evaluate, plan=plan, specs=t.recipe.specs, **options)
 
-    def evaluate(state: TrainState) -> float:
+    def evaluate(state: TrainState) -> dict[str, float]:
         state = with_average(state) if t.averaged else state
-        found = [function(state, run.share(batch, plan=plan))["loss"] for batch in t.held_out]
-        return Mean.pool([Mean(m.total.cpu(), m.count.cpu()) for m in found]).item()
+        found = [function(state, run.share(batch, plan=plan)) for batch in t.held_out]
+        pooled = {
+            name: Mean.pool([Mean(of[name].total.cpu(), of[name].count.cpu()) for of in found]).item()
+            for name in (found[0] if found else ())
+        }
+        return {("held_out" if name == "loss" else f"held_out/{name}"): value for name, value in pooled.items()}
 
     return evaluate
 
@@ -311,6 +318,11 @@ def shown(g: Going, step: Done) -> Verdict:
 
 def answer(t: Training, number: int, state: TrainState) -> None:
     """Answer the run's prompts; a disk that does not take them is said, and ends nothing."""
+    if t.show is not None:
+        try:
+            t.report.say(t.show(t.recipe, with_average(state) if t.averaged else state, number))
+        except OSError as error:
+            t.report.say(f"what the model makes cannot be written: {error}")
     if t.samples is None or not t.samples.prompts:
         return
     answered = t.samples.of(t.recipe, with_average(state) if t.averaged else state)

@@ -129,6 +129,9 @@ def lay(
             a time out of the model's range, or there is no room for a pack.
     """
     made = [[_rows_of(clip, cfg) for clip in pack] for pack in packs]
+    first = next((clip for pack in made for clip in pack), None)
+    if first is None:
+        raise ValueError("packs without a clip: give one at least")
     most = max(sum(len(c.latents) for c in pack) for pack in made)
     room = _up(most if rows is None else rows, multiple)
     slots = max(len(pack) for pack in made) if clips is None else clips
@@ -142,10 +145,11 @@ def lay(
         )
     batch: dict[str, Any] = {}
     for kind, length in kinds.items():
-        batch[kind] = torch.cat([_filled([getattr(c, kind) for c in pack], length) for pack in made])
+        like = getattr(first, kind)
+        batch[kind] = torch.cat([_filled([getattr(c, kind) for c in pack], length, like) for pack in made])
         name = "segments" if kind == "latents" else f"{kind}_segments"
         batch[name] = _documents([[len(getattr(c, kind)) for c in pack] for pack in made], length, slots + 1)
-    batch["positions"] = torch.cat([_filled([c.positions for c in pack], room) for pack in made])
+    batch["positions"] = torch.cat([_filled([c.positions for c in pack], room, first.positions) for pack in made])
     return {**batch, **_targets(made, room), **_times(made, room, times)}
 
 
@@ -216,9 +220,9 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _filled(parts: Sequence[Tensor], length: int) -> Tensor:
-    """The parts one after the other, and zeros."""
-    whole = torch.cat(list(parts))
+def _filled(parts: Sequence[Tensor], length: int, like: Tensor) -> Tensor:
+    """The parts one after the other, and zeros; `like` one of another pack, where this one has none."""
+    whole = torch.cat([like[:0], *parts])
     return torch.cat([whole, whole.new_zeros(length - len(whole), *whole.shape[1:])])
 
 
@@ -235,28 +239,29 @@ def _documents(lengths: list[list[int]], length: int, slots: int) -> Documents:
 
 def _targets(made: list[list[_Rows]], room: int) -> dict[str, Tensor]:
     given = [c.target is not None for pack in made for c in pack]
+    first = next(clip for pack in made for clip in pack)
     if not any(given):
         return {}
     if not all(given):
         raise ValueError("some clips have a target and some have none")
     return {
-        "target": torch.cat([_filled([c.target for c in pack], room) for pack in made]),  # type: ignore[misc]
-        "valid": torch.cat([_filled([c.valid for c in pack], room) for pack in made]),
+        "target": torch.cat([_filled([c.target for c in pack], room, first.target) for pack in made]),  # type: ignore
+        "valid": torch.cat([_filled([c.valid for c in pack], room, first.valid) for pack in made]),
     }
 
 
 def _times(made: list[list[_Rows]], room: int, slots: int | None) -> dict[str, Tensor]:
     """The times of each clip once, and the number of each row's."""
     told = [[c.times.unique(return_inverse=True) for c in pack] for pack in made]
-    most = max(sum(len(values) for values, _ in pack) for pack in told)
+    most = max(1, *(sum(len(values) for values, _ in pack) for pack in told))
     slots = most if slots is None else slots
     if most > slots:
         raise ValueError(f"a pack has {most} different times, and there is room for {slots}")
     times, rows = list[Tensor](), list[Tensor]()
     for number, pack in enumerate(told):
         starts = accumulate((len(values) for values, _ in pack), initial=number * slots)
-        times.append(_filled([values for values, _ in pack], slots))
+        times.append(_filled([values for values, _ in pack], slots, torch.zeros(0)))
         at = [inverse + start for (_, inverse), start in zip(pack, starts, strict=False)]
-        rows.append(_filled(at, room))
+        rows.append(_filled(at, room, torch.zeros(0, dtype=torch.int64)))
     whole = torch.cat(times)
     return {"times": whole} if len(whole) == 1 else {"times": whole, "time_rows": torch.cat(rows)}

@@ -106,7 +106,7 @@ def fitted(frames_FHWC: np.ndarray, size: Size, *, resize: Resize, place: Place)
     if frames != size.frames or (resize == "refuse" and (height, width) != size[1:]):
         found = Size(frames, height, width)
         raise BadRow(place, "another size", f"it is {found}, not {size}: take --resize crop or stretch")
-    pixels_FCHW = torch.from_numpy(np.ascontiguousarray(frames_FHWC)).permute(0, 3, 1, 2)
+    pixels_FCHW = torch.from_numpy(np.require(frames_FHWC, requirements=["C", "W"])).permute(0, 3, 1, 2)
     if (height, width) != size[1:]:
         scale = max(size.height / height, size.width / width)
         covers = (max(size.height, round(height * scale)), max(size.width, round(width * scale)))
