@@ -21,6 +21,8 @@ UMT5: dict[str, Any] = {
 }  # fmt: skip
 WITH_FRAME = {**tiny_wan.TINY, "in_channels": 12}
 """As Wan 2.2's image to video has it: latents, a mask of four channels and latents of the first frame."""
+WITH_ENCODER = {**WITH_FRAME, "image_dim": 10, "added_kv_proj_dim": 40}
+"""As Wan 2.1's image to video has it: rows of an image encoder too."""
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0, "num_train_timesteps": 1000,
     "prediction_type": "flow_prediction", "use_flow_sigmas": True,
@@ -45,6 +47,10 @@ def write_pipeline(
     for number, (name, model) in enumerate(written.items()):
         _save(model, folder / name, seed=10 * seed + number)
     _tokenizer().save_pretrained(folder / "tokenizer")
+    if transformer.get("image_dim"):
+        _write_image_encoder(folder)
+        parts = {"image_encoder": "CLIPVisionModel", "image_processor": "CLIPImageProcessor"}
+        more |= {name: ["transformers", kind] for name, kind in parts.items()}
     (folder / "scheduler").mkdir(parents=True)
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
     index: dict[str, Any] = {
@@ -68,6 +74,18 @@ def _save(model: Model, folder: Path, *, seed: int) -> None:
     )
     assert model.save is not None
     model.save(moved, folder)
+
+
+def _write_image_encoder(folder: Path) -> None:
+    """Of CLIP, with 5 rows of 10 for a picture, of which the last layer but one is read."""
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 10, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=14)).save_pretrained(folder / "image_encoder")
+    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(folder / "image_processor")
 
 
 def _tokenizer() -> Any:

@@ -14,7 +14,7 @@ from ftrain.data.media.film_frames import frames_at
 from ftrain.data.media.limits import Limits
 from ftrain.data.sample import Place
 from ftrain.run.encoding import EncodeJob, encode
-from tests.helpers.tiny_wan_pipeline import WITH_FRAME, write_film, write_films, write_pipeline
+from tests.helpers.tiny_wan_pipeline import WITH_ENCODER, write_film, write_films, write_pipeline
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def root(tmp_path_factory):
     """A pipeline in `wan`, films in `films`: three of 12 frames of 32 x 48, and one that is long and tall."""
     root = tmp_path_factory.mktemp("encode")
-    write_pipeline(root / "wan", transformer=WITH_FRAME)
+    write_pipeline(root / "wan", transformer=WITH_ENCODER)
     write_films(root / "films", 3)
     write_film(root / "films/long.mkv", frames=34, size=(64, 40), seed=3)
     (root / "films/long.txt").write_text("long  &amp; tall")
@@ -55,6 +55,7 @@ def test_clips_are_what_the_encoders_make_of_frames_and_captions(root, cache):
     torch.testing.assert_close(held["latents"], vae.hidden(params, {"video": video})[0], atol=1e-5, rtol=1e-5)
     alone = torch.cat([video[:, :, :1], torch.zeros_like(video[:, :, 1:])], 2)
     torch.testing.assert_close(held["condition"], vae.hidden(params, {"video": alone})[0], atol=1e-5, rtol=1e-5)
+    assert held["image"].shape == (5, 10)
     text = ftrain.hf.open(root / "wan/text_encoder")
     letters = "a square that moves, number 1"
     from transformers import AutoTokenizer
@@ -100,7 +101,7 @@ def test_all_clips_of_a_long_video_and_other_ways_to_its_size(root, tmp_path):
 
 
 def test_another_encoder_or_way_is_refused_by_name(root, cache, tmp_path):
-    write_pipeline(tmp_path / "wan", transformer=WITH_FRAME, seed=1)
+    write_pipeline(tmp_path / "wan", transformer=WITH_ENCODER, seed=1)
     with pytest.raises(ValueError, match=r"text_encoder = that of .*/encode0/wan/text_encoder, and .* encode into"):
         encode(job(root, cache.folder, model=tmp_path / "wan"), device=CPU)
     with pytest.raises(ValueError, match=r"was made with fps = 16.0, and these options say 8.0: give the same"):

@@ -7,12 +7,15 @@ import torch
 
 pytest.importorskip("av")
 
+from PIL import Image
+
 import ftrain
 from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.pipelines import WanFolder
-from ftrain.run.clip_encoders import TextCoder, VideoCoder
+from ftrain.run.clip_encoders import ImageCoder, TextCoder, VideoCoder
 from ftrain.run.film_sampling import Asked, Expert, Sampling, make_film, noise_of
-from tests.helpers.tiny_wan_pipeline import WITH_FRAME, write_pipeline
+from tests.helpers.tiny_wan import TINY
+from tests.helpers.tiny_wan_pipeline import WITH_ENCODER, WITH_FRAME, write_pipeline
 
 CPU = torch.device("cpu")
 SIZE = (4, 3, 4, 6)
@@ -73,25 +76,37 @@ def test_a_film_of_a_text_is_diffusers_film(experts, sampler):
     assert float((found - NOISE[0]).abs().max()) > 0.5
 
 
-@pytest.mark.parametrize("kind", ["channels", "clean first"])
+TOLD = {"channels": WITH_FRAME, "encoder": WITH_ENCODER, "clean first": TINY}
+
+
+@pytest.mark.parametrize("kind", list(TOLD))
 def test_a_film_that_begins_with_a_picture_is_diffusers_film(kind, tmp_path):
-    """The picture in channels of its own (2.2's 14B), or in its place at time 0 (the 5B)."""
+    """The picture in channels of its own (2.2's 14B), as rows of an image encoder too (2.1's), or in its place at time
+    0 (the 5B)."""
     clean = kind == "clean first"
-    told = {"transformer": {**WITH_FRAME, "in_channels": 4 if clean else 12}}
-    path = write_pipeline(tmp_path / "wan", **told, expand_timesteps=clean)
-    pipe = theirs(path, "WanImageToVideoPipeline", expand_timesteps=clean)
-    picture = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(1))
+    path = write_pipeline(tmp_path / "wan", transformer=TOLD[kind], expand_timesteps=clean)
+    folder, more, rows = WanFolder.open(path), {}, None
+    picture = torch.randint(0, 256, (32, 48, 3), generator=torch.Generator().manual_seed(1)).byte()
+    video = torch.zeros(3, 9, 32, 48)
+    video[:, 0] = picture.permute(2, 0, 1) / 127.5 - 1
+    if kind == "encoder":
+        import transformers
+
+        encoder = ImageCoder.open(folder, device=CPU)
+        more = {"image_encoder": encoder.module, "image_processor": encoder.processor}
+        assert isinstance(encoder.module, transformers.CLIPVisionModel)
+        with torch.no_grad():
+            rows = encoder.rows(video)
+    pipe = theirs(path, "WanImageToVideoPipeline", expand_timesteps=clean, **more)
     (expert,), texts, coder = ours(path)
     padded = [torch.cat([text, torch.zeros(512 - len(text), 12)])[None] for text in texts]
     told = {"prompt_embeds": padded[0], "negative_prompt_embeds": padded[1]}
-    wanted = pipe(picture, **told, **HOW, latents=NOISE.clone(), output_type="latent").frames[0]
-    video = torch.zeros(3, 9, 32, 48)
-    video[:, 0] = picture * 2 - 1
+    image = Image.fromarray(picture.numpy())
+    wanted = pipe(image, **told, **HOW, latents=NOISE.clone(), output_type="latent").frames[0]
     with torch.no_grad():
-        given = (
-            {"first_ZHW": coder.latents(video[:, :1])[:, 0]} if clean else {"condition_ZFHW": coder.first_frame(video)}
-        )
-    found = make_film(Asked(SIZE, *texts, **given), [expert], Sampling("unipc", 6, 3.0, 4.0), noise_ZFHW=NOISE[0])
+        first = coder.latents(video[:, :1])[:, 0] if clean else None
+        asked = Asked(SIZE, *texts, None if clean else coder.first_frame(video), rows, first)
+    found = make_film(asked, [expert], Sampling("unipc", 6, 3.0, 4.0), noise_ZFHW=NOISE[0])
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
