@@ -24,7 +24,9 @@ from ftrain.modules.autoregression import Family
 from ftrain.modules.decoder_config import used_experts
 from ftrain.modules.families.omni_talkers import TALKERS
 from ftrain.modules.families.registry import seeing_family_of
-from ftrain.modules.hf_names import natural_order, under
+from ftrain.modules.families.vision_language import Shapes
+from ftrain.modules.hf_fields import Config
+from ftrain.modules.hf_names import Names, natural_order, under
 from ftrain.modules.model import Leaf, Model
 from ftrain.modules.moe import RouterLoad
 from ftrain.modules.sight_generation import sight_family
@@ -40,6 +42,8 @@ SPEAKS = {
     ),
 }
 """What such a model reads of a batch."""
+_MOST = 4096
+"""Layers of a model without weights: more are taken for a mistake."""
 _WAVES = ("code2wav.", "token2wav.")
 
 
@@ -97,16 +101,24 @@ def talking_config(folder: str | Path | HfFolder, *, flows: bool = False) -> Tal
     return _described(folder if isinstance(folder, HfFolder) else HfFolder.open(folder), flows)[0]
 
 
-def _described(folder: HfFolder, flows: bool) -> tuple[TalkingConfig, Any]:
-    config, shown = folder.config(), str(folder.path / CONFIG)
+def _described(folder: HfFolder, flows: bool) -> tuple[TalkingConfig, Names]:
+    shapes = {name: stored.shape for name, stored in folder.tensors.items()}
+    return described_talking(folder.config(), str(folder.path / CONFIG), shapes, flows=flows)
+
+
+def described_talking(
+    config: Config, shown: str, shapes: Shapes, *, flows: bool = False
+) -> tuple[TalkingConfig, Names]:
+    """The thinker and talker of the configuration in the file `shown`, and their names in a folder of tensors of these
+    `shapes`; without any they are taken for few enough. ValueError as `native_talking`.
+    """
     family, talkers = seeing_family_of(config), TALKERS.get(str(config.get("model_type")))
     if family is None or talkers is None:
         raise ValueError(
             f"{shown}: model_type={config.get('model_type')!r} is no whole model with a talker; known: "
             f"{', '.join(TALKERS)}"
         )
-    shapes = {name: stored.shape for name, stored in folder.tensors.items()}
-    thinker = described_with_sight(config, shown, layers=len(shapes), describe=family.config)
+    thinker = described_with_sight(config, shown, layers=len(shapes) or _MOST, describe=family.config)
     talker, names = talkers.talker(config, thinker, shapes)
     cfg = TalkingConfig(thinker, talker, flows=flows)
     return cfg, (*under(family.names(thinker, shapes), "thinker"), *under(names, "talker"))

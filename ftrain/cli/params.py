@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ftrain.bridge.described import described
+from ftrain.bridge.described import described, described_whole
 from ftrain.bridge.opened import open as open_model
 from ftrain.cli.opened import Native
 from ftrain.modules.spec import ParamSpec, Tree, leaves_with_paths
@@ -29,6 +29,8 @@ class ParamsOptions:
     """A glob over paths: * is one part, ** any number. Default: components are counted."""
     native: Native = "auto"
     """auto: a family of the library where it has the model's."""
+    whole: bool = False
+    """Of an omni model its talker too, and what plays its codes; by its config.json alone."""
 
 
 def run(options: ParamsOptions) -> int:
@@ -53,6 +55,9 @@ def used(leaves: Mapping[str, ParamSpec], top_k: int) -> int:
 
 def _found(options: ParamsOptions) -> tuple[str, Tree, int]:
     """What the model is, its specs, and how many experts a token uses."""
+    if options.whole:
+        kind, specs, top_k = described_whole(options.model)
+        return f"{kind} (native), whole: of its config.json alone", specs, top_k
     if options.native != "never" and not any(options.model.glob("*.safetensors*")):
         kind, specs, top_k = described(options.model)
         return f"{kind} (native): of its config.json alone", specs, top_k

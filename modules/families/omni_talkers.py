@@ -1,4 +1,6 @@
-"""The talkers of whole models (Qwen3-Omni, Qwen2.5-Omni) by the `model_type` of their `config.json`."""
+"""What speaks in whole models (Qwen3-Omni, Qwen2.5-Omni) by the `model_type` of their `config.json`: talkers, and what
+plays their codes.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,9 +33,11 @@ class TalkerFamily:
 
     - `talker(config, thinker, shapes)`: the talker of a whole model's `config.json`, whose thinker was read, and its
       names in a folder of tensors of these shapes. ValueError names an entry that it cannot follow.
+    - `plays`: the part that makes waves of codes, if the library has it (`qwen3_omni_code2wav`).
     """
 
     talker: Callable[[Config, VisionLanguageConfig, Shapes], tuple[Talker, Names]]
+    plays: str | None = None
 
 
 def _qwen3(config: Config, thinker: VisionLanguageConfig, shapes: Shapes) -> tuple[Talker, Names]:
@@ -80,6 +84,9 @@ def _require_width(width: int, thinker: VisionLanguageConfig) -> None:
 
 
 TALKERS: Mapping[str, TalkerFamily] = MappingProxyType(
-    {"qwen3_omni_moe": TalkerFamily(_qwen3), "qwen2_5_omni": TalkerFamily(_qwen2_5)}
+    {
+        "qwen3_omni_moe": TalkerFamily(_qwen3, plays="code2wav"),
+        "qwen2_5_omni": TalkerFamily(_qwen2_5),
+    }
 )
 """By `model_type`."""

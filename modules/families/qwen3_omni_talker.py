@@ -196,8 +196,11 @@ def config(config: Config, *, shapes: Shapes | None = None, prefix: str = "") ->
     routed = replace(stack.moe, d_shared=shared, shared_gate=True)
     experts = fused_experts_block if is_fused(shapes or {}, prefix) else moe_block
     groups = size(config, "num_code_groups", 32)
-    if size(rest, "num_code_groups", groups) != groups:
-        raise ValueError(f"config.json: num_code_groups={groups} of the talker are {rest['num_code_groups']} elsewhere")
+    if (of_rest := size(rest, "num_code_groups", 32)) != groups:
+        raise ValueError(
+            f"config.json: num_code_groups={groups} of the talker are {of_rest} in code_predictor_config: leave what "
+            "the weights have"
+        )
     predictor = decoder_config({"num_key_value_heads": 8, **rest, "num_code_groups": None, "model_type": "qwen3"})
     begin, end, pad, *silent = (_id(config, name) for name in _CODES)
     voices = config.get("speaker_id") or {}

@@ -7,6 +7,7 @@ The totals are those of transformers' modules on the meta device: `sum(p.numel()
 import json
 
 import pytest
+import torch
 
 from ftrain.cli.params import ParamsOptions, run
 
@@ -125,6 +126,54 @@ def test_totals_are_those_of_transformers(config, said, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run(ParamsOptions(tmp_path)) == 0
     assert " ".join(capsys.readouterr().out.split()).endswith(said)
+
+
+TALKER = {
+    "num_code_groups": 16,
+    "thinker_hidden_size": 2048,
+    "accept_hidden_layer": 24,
+    "codec_bos_id": 2149,
+    "codec_eos_token_id": 2150,
+    "codec_nothink_id": 2155,
+    "codec_pad_id": 2148,
+    "codec_think_bos_id": 2156,
+    "codec_think_eos_id": 2157,
+    "speaker_id": {"chelsie": 2301},
+    "spatial_merge_size": 2,
+    "position_id_per_seconds": 13,
+}
+STACK = {"hidden_size": 1024, "num_attention_heads": 16, "head_dim": 128, "rope_theta": 1e6}
+SPEAKS = {
+    "num_hidden_layers": 20,
+    "num_key_value_heads": 2,
+    "vocab_size": 3072,
+    "num_experts": 128,
+    "num_experts_per_tok": 6,
+}
+SPEAKS |= {"moe_intermediate_size": 384, "shared_expert_intermediate_size": 768, "intermediate_size": 2048}
+REST = {
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 8,
+    "vocab_size": 2048,
+    "intermediate_size": 3072,
+    "num_code_groups": 16,
+}
+
+
+def test_a_whole_model_is_counted_with_what_speaks_in_it(tmp_path, capsys):
+    """As large as transformers' modules on the meta device."""
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    talker = {**TALKER, "text_config": {**STACK, **SPEAKS}, "code_predictor_config": {**STACK, **REST}}
+    config = {**third_omni(), "talker_config": talker, "code2wav_config": {}}
+    with torch.device("meta"):
+        wanted = transformers.Qwen3OmniMoeForConditionalGeneration._from_config(
+            transformers.Qwen3OmniMoeConfig.from_dict(config)
+        )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(ParamsOptions(tmp_path, whole=True)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{sum(p.numel() for p in wanted.parameters()):,} parameters" in said
+    assert "code2wav" in said
 
 
 def test_a_folder_without_anything_is_refused(tmp_path):
