@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftrain.modules.audio_encoder import AudioConfig, mel_filters
+from ftrain.modules.audio_encoder import AudioConfig
+from ftrain.modules.log_mel import mel_filters
 
 _ROUNDS = 32
 _MOMENTUM = 0.99  # Perraudin et al. 2013: as good in 32 rounds as without it in some hundred
