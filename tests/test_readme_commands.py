@@ -136,8 +136,11 @@ COMMANDS = {
     },
     **{
         f"ftrain train {task} --model DIR --data FILE{more}": Command(
-            {"DIR": "{chat}", "FILE": "{chat}/" + file}, f"{SHORT_RUN} --out {{here}}/run", leaves="run/metrics.jsonl"
-        )
+            {"DIR": "{chat}", "FILE": "{chat}/" + file},
+            f"{SHORT_RUN} --out {{here}}/run",
+            leaves="run/metrics.jsonl",
+            long=True,
+        )  # fmt: skip
         for task, file, more in (
             ("sft", "chat.jsonl", " --lora.rank 16"),
             ("dpo", "pairs.jsonl", " --lora.rank 16"),

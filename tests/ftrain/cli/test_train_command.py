@@ -151,8 +151,14 @@ def test_a_layout_that_was_searched_trains_as_one_device(model, chat_file, tmp_p
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-@pytest.mark.parametrize("format", ["int8", "nf4"])
-@pytest.mark.parametrize("task", ["sft", "dpo"])
+_LONG = pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize(
+    ("task", "format"),
+    [("sft", "nf4"), pytest.param("dpo", "int8", marks=_LONG), pytest.param("dpo", "nf4", marks=_LONG),
+     pytest.param("sft", "int8", marks=_LONG)],
+)  # fmt: skip
 def test_a_quantized_model_is_trained_by_its_adapter(model, chat_file, tmp_path, task, format):
     data = chat_file if task == "sft" else write_rows(tmp_path / "p.jsonl", preferences(40))
     plain, small = tmp_path / "plain", tmp_path / "small"
