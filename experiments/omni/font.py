@@ -1,4 +1,4 @@
-"""A font with the letters of all six languages: WenQuanYi Micro Hei, which PyPI's `paperang-p2-fonts-cjk` carries.
+"""A font with the letters of all six languages: Noto Sans SC, which PyPI's `zhplot` carries.
 
 matplotlib's own has no Chinese ones.
 """
@@ -8,18 +8,18 @@ from pathlib import Path
 
 from matplotlib.font_manager import FontProperties
 
-NAME = "WenQuanYi Micro Hei"
-_PACKAGE, _DISTRIBUTION = "paperang_p2_fonts_cjk", "paperang-p2-fonts-cjk"
+NAME = "Noto Sans SC"
+_PACKAGE = "zhplot"
 
 
 def find(package: str = _PACKAGE) -> Path:
     """The font's file. ValueError that names the font where the package that carries it is not installed."""
     spec = find_spec(package)
-    file = Path(spec.origin).parent / "fonts" / "wqy-microhei.ttc" if spec is not None and spec.origin else None
+    file = Path(spec.origin).parent / "fonts" / "NotoSansSC-Regular.ttf" if spec is not None and spec.origin else None
     if file is None or not file.is_file():
         raise ValueError(
             f"samples.png has Chinese words, and the font {NAME} that draws them is not here: `pip install "
-            f"{_DISTRIBUTION}`, which the extra `data` names, brings it"
+            f"{_PACKAGE}`, which the extra `data` names, brings it"
         )
     return file
 

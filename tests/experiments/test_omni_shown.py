@@ -123,7 +123,7 @@ def test_the_font_has_the_letters_of_all_words_and_is_asked_for_by_name():
     letters = {letter for language in LANGUAGES for word in language.words for letter in word}
     assert len(letters) > 50
     assert letters <= {chr(code) for code in FT2Font(str(font.find())).get_charmap()}
-    with pytest.raises(ValueError, match=r"the font WenQuanYi Micro Hei .* `pip install paperang-p2-fonts-cjk`"):
+    with pytest.raises(ValueError, match=r"the font Noto Sans SC .* `pip install zhplot`"):
         font.find("no_such_package")
 
 
