@@ -5,8 +5,9 @@ with frames, rows and columns of a video in patches and the frames of its sound.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -205,9 +206,18 @@ def streams(
 
 
 def on_mesh(
-    native: Model, cfg: MediaConfig, parts: Sequence[Sequence[Part]], mesh: Mesh, layout: Layout, *, tokens: int
+    native: Model,
+    cfg: MediaConfig,
+    parts: Sequence[Sequence[Part]],
+    mesh: Mesh,
+    layout: Layout,
+    *,
+    tokens: int,
+    apart: Mapping[str, Layout] = MappingProxyType({}),
 ) -> tuple[float, float]:
-    """Relative differences of the loss and of the gradients between one device and the mesh, in float64."""
+    """Relative differences of the loss and of the gradients between one device and the mesh, in float64. `apart`:
+    layouts of components of their own.
+    """
 
     def batch(packs: int) -> dict[str, Any]:
         raw = pack([pack(documents(cfg, parts, seed=i), tokens=tokens) for i in range(packs)])
@@ -218,7 +228,7 @@ def on_mesh(
         return made
 
     made = mesh_models.Model(native.specs, lambda p, b: (native.loss(p, b), ()), batch, dict(native.rules))
-    return mesh_models.compare(made, mesh_models.plan_for(made, mesh, layout), dtype=torch.float64)
+    return mesh_models.compare(made, mesh_models.plan_for(made, mesh, layout, components=apart), dtype=torch.float64)
 
 
 def require_same_text(model: Any, cfg: MediaConfig, parts: Sequence[Sequence[Part]], folder: Path) -> None:

@@ -48,17 +48,22 @@ def test_it_writes_what_transformers_does(tmp_path):
     laws.require_same_text(random_model(), media(), prompts, tmp_path)
 
 
+TOWERS = {"vision": Layout(("shard",), sequence=None), "audio": Layout((), sequence=None)}
+
+
 @pytest.mark.parametrize(
-    "mesh",
+    ("mesh", "apart"),
     [
-        Mesh(sequence=2, kind="virtual"),
-        pytest.param(Mesh(shard=2, sequence=2, kind="virtual"), marks=pytest.mark.exhaustive),
+        (Mesh(sequence=2, kind="virtual"), TOWERS),
+        pytest.param(Mesh(shard=2, sequence=2, kind="virtual"), TOWERS, marks=pytest.mark.exhaustive),
+        pytest.param(Mesh(shard=2, sequence=2, kind="virtual"), {}, marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_mesh_gives_what_one_device_gives(mesh, tmp_path):
+def test_a_mesh_gives_what_one_device_gives(mesh, apart, tmp_path):
+    """Also with the towers laid out apart from the decoder."""
     made = laws.opened(random_model(ears={"encoder_layers": 1}, eyes=FLAT, num_hidden_layers=1), tmp_path)
     parts = ((2, (2, 4), ("sound", 30), 2), (1, ("scene", 2, 2, 2, 90), 3))
-    loss, gradients = laws.on_mesh(made, media(), parts, mesh, Layout(), tokens=64)
+    loss, gradients = laws.on_mesh(made, media(), parts, mesh, Layout(), tokens=64, apart=apart)
     assert loss < 1e-12
     assert gradients < 1e-11
 
