@@ -13,7 +13,7 @@ import numpy as np
 from ftrain.data import media
 from ftrain.data.layout import Stream
 from ftrain.data.media.family import Seen
-from ftrain.data.media.hearing import Hearing
+from ftrain.data.media.hearing import SOUND, Hearing
 from ftrain.data.media.kept import Kept
 from ftrain.data.media.limits import Limits
 from ftrain.data.media.opening import name_of
@@ -152,7 +152,12 @@ class QwenFamily:
         return {_FILM[0]: self.films.patches(frames), **found}
 
     def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch."""
+        """The batch. ValueError for recordings in rows, which no bridged model takes."""
+        if SOUND in batch:
+            raise ValueError(
+                f"recordings for {self.name} as transformers has it, which takes rows: train the library's own model "
+                "of the folder (native auto, not never)"
+            )
         return batch
 
     def _picture_size(self, part: Part, place: Place) -> tuple[int, int]:

@@ -82,3 +82,9 @@ def test_what_cannot_be_heard_is_refused_by_name(folder, family):
     (folder / "broken.wav").write_bytes(b"RIFF")
     with pytest.raises(BadRow):
         family.measure(Part("audio", source="broken.wav"), at(folder))
+
+
+def test_a_bridged_model_is_given_no_recordings(family):
+    assert family.arranged({"tokens": 0}) == {"tokens": 0}
+    with pytest.raises(ValueError, match="train the library's own model"):
+        family.arranged({"tokens": 0, "sound": 0})
