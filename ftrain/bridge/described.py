@@ -5,7 +5,6 @@ from pathlib import Path
 from ftrain.bridge.native_talking import described_talking
 from ftrain.bridge.natives import Described, native_of
 from ftrain.hf.files import CONFIG, read_json
-from ftrain.modules.families import qwen3_omni_code2wav
 from ftrain.modules.families.omni_talkers import TALKERS
 from ftrain.modules.talking import specs
 
@@ -21,7 +20,7 @@ def described(folder: str | Path) -> Described:
 
 
 def described_whole(folder: str | Path) -> Described:
-    """The same of a model that speaks, with its talker and, of Qwen3-Omni, what plays its codes. Experts of the two
+    """The same of a model that speaks, with its talker and what makes waves of codes. Experts of thinker and talker
     differ in number, so it does not tell how many a token uses.
 
     ValueError as `described`, and for a model that does not speak.
@@ -30,7 +29,5 @@ def described_whole(folder: str | Path) -> Described:
     config = read_json(file)
     kind = str(config.get("model_type"))
     found = specs(described_talking(config, str(file), {}, flows=False)[0])
-    plays = TALKERS[kind].plays
-    if plays is not None:
-        found[plays] = qwen3_omni_code2wav.specs(qwen3_omni_code2wav.config(config.get(f"{plays}_config") or {}))
-    return Described(kind, found, 0)
+    player = TALKERS[kind].player
+    return Described(kind, {**found, player.part: player.specs(player.of(config))}, 0)

@@ -18,11 +18,12 @@ from ftrain.bridge.native import NativeFiles, router_loads
 from ftrain.bridge.native_sight import HEARS, LEAVES, NativeSight
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
+from ftrain.hf.load import load_hf
 from ftrain.kernels.mean import WeightedSum, weighted_sum
 from ftrain.modules import speech_packs, talking
 from ftrain.modules.autoregression import Family
 from ftrain.modules.decoder_config import used_experts
-from ftrain.modules.families.omni_talkers import TALKERS
+from ftrain.modules.families.omni_talkers import TALKERS, TalkerFamily
 from ftrain.modules.families.registry import seeing_family_of
 from ftrain.modules.families.vision_language import Shapes
 from ftrain.modules.hf_fields import Config
@@ -101,6 +102,29 @@ def talking_config(folder: str | Path | HfFolder, *, flows: bool = False) -> Tal
     return _described(folder if isinstance(folder, HfFolder) else HfFolder.open(folder), flows)[0]
 
 
+def load_player(folder: str | Path | HfFolder) -> tuple[Any, Tree]:
+    """What makes waves of codes in a folder of a whole model, its configuration and its parameters: for `decode` of
+    `ftrain.modules.families.qwen3_omni_code2wav` or `qwen2_5_omni_token2wav`.
+
+    ValueError for a folder of no such model, or that it cannot follow.
+    """
+    here = folder if isinstance(folder, HfFolder) else HfFolder.open(folder)
+    player = _family_of(here.config(), str(here.path / CONFIG)).player
+    cfg = player.of(here.config())
+    names = player.names(cfg, prefix=f"{player.part}.")
+    return cfg, load_hf(here, player.specs(cfg), names, unexpected="ignore")
+
+
+def _family_of(config: Config, shown: str) -> TalkerFamily:
+    found = TALKERS.get(str(config.get("model_type")))
+    if found is None:
+        raise ValueError(
+            f"{shown}: model_type={config.get('model_type')!r} is no whole model with a talker; known: "
+            f"{', '.join(TALKERS)}"
+        )
+    return found
+
+
 def _described(folder: HfFolder, flows: bool) -> tuple[TalkingConfig, Names]:
     shapes = {name: stored.shape for name, stored in folder.tensors.items()}
     return described_talking(folder.config(), str(folder.path / CONFIG), shapes, flows=flows)
@@ -112,12 +136,8 @@ def described_talking(
     """The thinker and talker of the configuration in the file `shown`, and their names in a folder of tensors of these
     `shapes`; without any they are taken for few enough. ValueError as `native_talking`.
     """
-    family, talkers = seeing_family_of(config), TALKERS.get(str(config.get("model_type")))
-    if family is None or talkers is None:
-        raise ValueError(
-            f"{shown}: model_type={config.get('model_type')!r} is no whole model with a talker; known: "
-            f"{', '.join(TALKERS)}"
-        )
+    talkers, family = _family_of(config, shown), seeing_family_of(config)
+    assert family is not None
     thinker = described_with_sight(config, shown, layers=len(shapes) or _MOST, describe=family.config)
     talker, names = talkers.talker(config, thinker, shapes)
     cfg = TalkingConfig(thinker, talker, flows=flows)

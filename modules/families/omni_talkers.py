@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ftrain.modules.families import qwen2_5_omni_talker, qwen3_omni_talker
+from ftrain.modules.families import (
+    qwen2_5_omni_talker,
+    qwen2_5_omni_token2wav,
+    qwen3_omni_code2wav,
+    qwen3_omni_talker,
+)
+from ftrain.modules.families import qwen2_5_omni_token2wav_files as token2wav_files
 from ftrain.modules.families.vision_language import Shapes
 from ftrain.modules.hf_fields import Config, size
 from ftrain.modules.hf_names import Names
+from ftrain.modules.spec import Tree
 from ftrain.modules.speech_lines import ChatIds
 from ftrain.modules.talker import Talker
 from ftrain.modules.vision_language import VisionLanguageConfig
@@ -28,16 +35,35 @@ _TURNS = {
 
 
 @dataclass(frozen=True)
+class Player:
+    """What makes waves of a talker's codes: the `part` of a whole model, of whose configuration `config` makes ours;
+    `specs(cfg)` and `names(cfg, prefix=)` are those of its parameters. `config` raises ValueError.
+    """
+
+    part: str
+    config: Callable[[Config], Any]
+    specs: Callable[[Any], Tree]
+    names: Callable[..., Names]
+
+    def of(self, config: Config) -> Any:
+        """Its configuration, of a whole model's. ValueError where that has none, or one that it cannot follow."""
+        found = config.get(f"{self.part}_config")
+        if not isinstance(found, Mapping):
+            raise ValueError(f"config.json: {self.part}_config={found!r} must be an object, what makes waves of codes")
+        return self.config(found)
+
+
+@dataclass(frozen=True)
 class TalkerFamily:
     """A family of talkers.
 
     - `talker(config, thinker, shapes)`: the talker of a whole model's `config.json`, whose thinker was read, and its
       names in a folder of tensors of these shapes. ValueError names an entry that it cannot follow.
-    - `plays`: the part that makes waves of codes, if the library has it (`qwen3_omni_code2wav`).
+    - `player`: what makes waves of its codes.
     """
 
     talker: Callable[[Config, VisionLanguageConfig, Shapes], tuple[Talker, Names]]
-    plays: str | None = None
+    player: Player
 
 
 def _qwen3(config: Config, thinker: VisionLanguageConfig, shapes: Shapes) -> tuple[Talker, Names]:
@@ -83,10 +109,12 @@ def _require_width(width: int, thinker: VisionLanguageConfig) -> None:
         )
 
 
+_CODE2WAV = Player("code2wav", qwen3_omni_code2wav.config, qwen3_omni_code2wav.specs, qwen3_omni_code2wav.names)
+_TOKEN2WAV = Player("token2wav", token2wav_files.config, qwen2_5_omni_token2wav.specs, token2wav_files.names)
 TALKERS: Mapping[str, TalkerFamily] = MappingProxyType(
     {
-        "qwen3_omni_moe": TalkerFamily(_qwen3, plays="code2wav"),
-        "qwen2_5_omni": TalkerFamily(_qwen2_5),
+        "qwen3_omni_moe": TalkerFamily(_qwen3, _CODE2WAV),
+        "qwen2_5_omni": TalkerFamily(_qwen2_5, _TOKEN2WAV),
     }
 )
 """By `model_type`."""

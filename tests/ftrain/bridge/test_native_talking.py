@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from ftrain.bridge.native_talking import native_talking, talking_config
-from ftrain.hf import load_hf
-from ftrain.hf.files import HfFolder
+from ftrain.bridge.native_talking import load_player, native_talking, talking_config
 from ftrain.modules import spec, talking
 from ftrain.modules.autoregression import generate
-from ftrain.modules.families import qwen3_omni_code2wav
+from ftrain.modules.families import qwen2_5_omni_token2wav, qwen3_omni_code2wav
 from ftrain.modules.talker_generation import Choice, speak
 from ftrain.modules.vision_media import prepare
 from ftrain.sharding import Layout, Mesh
@@ -129,10 +127,7 @@ def test_it_writes_speaks_and_sounds_as_transformers(talk, folder):
     (codes_NG,) = speak(
         params["talker"], [utterance], cfg.talker, max_frames=8, how=Choice(never=tuple(silent), again=1.05)
     )
-    here = HfFolder.open(folder)
-    sounds = qwen3_omni_code2wav.config(here.config()["code2wav_config"])
-    names = qwen3_omni_code2wav.names(sounds, prefix="code2wav.")
-    player = load_hf(here, qwen3_omni_code2wav.specs(sounds), names, unexpected="ignore")
+    sounds, player = load_player(folder)
     torch.testing.assert_close(qwen3_omni_code2wav.decode(player, codes_NG, sounds), wave[0, 0], rtol=0, atol=1e-4)
 
 
@@ -189,6 +184,26 @@ def test_qwen2_5_speaks_as_transformers(number, old):
     how = Choice(never=(14,), again=1.05, said=(16, 13, 14))
     (codes_NG,) = speak(params["talker"], [utterance], cfg.talker, max_frames=8, how=how)
     assert codes_NG[:, 0].tolist() == laws.spoken_by_old(model, one, frames=8)
+
+
+def test_qwen2_5_sounds_as_transformers(old):
+    """In a voice, from the same noise."""
+    model, (cfg, player) = old_model(), load_player(old)
+    codes, voice, reference = torch.tensor([[1, 5, 7, 2]]), torch.ones(1, 6), torch.randn(1, 9, 8)
+    torch.manual_seed(4)
+    wanted = model.token2wav(codes, voice, reference, num_steps=3)
+    torch.manual_seed(4)
+    told = {"codes": codes, "voice": voice, "reference": reference}
+    found = qwen2_5_omni_token2wav.decode(player, told, torch.randn(1, 8, 8), cfg, steps=3)
+    torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-4)
+
+
+def test_another_model_does_not_speak(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=9, **sizes))
+    for opening in (native_talking, load_player, talking_config):
+        with pytest.raises(ValueError, match="model_type='llama' is no whole model with a talker"):
+            opening(saved(model, tmp_path))
 
 
 def test_folders_of_qwen2_5_come_back_as_they_were(old, tmp_path):
