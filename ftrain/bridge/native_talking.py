@@ -48,7 +48,7 @@ _MOST = 4096
 _WAVES = ("code2wav.", "token2wav.")
 
 
-def native_talking(
+def open_talking(
     folder: str | Path | HfFolder, *, flows: bool = False, weights: Mapping[str, float] | None = None
 ) -> Model:
     """The thinker and the talker of a folder of a whole model, trained together.
@@ -98,7 +98,7 @@ def native_talking(
 
 
 def talking_config(folder: str | Path | HfFolder, *, flows: bool = False) -> TalkingConfig:
-    """What a folder of a whole model describes, for `ftrain.modules.talking`. ValueError as `native_talking`."""
+    """What a folder of a whole model describes, for `ftrain.modules.talking`. ValueError as `open_talking`."""
     return _described(folder if isinstance(folder, HfFolder) else HfFolder.open(folder), flows)[0]
 
 
@@ -134,7 +134,7 @@ def described_talking(
     config: Config, shown: str, shapes: Shapes, *, flows: bool = False
 ) -> tuple[TalkingConfig, Names]:
     """The thinker and talker of the configuration in the file `shown`, and their names in a folder of tensors of these
-    `shapes`; without any they are taken for few enough. ValueError as `native_talking`.
+    `shapes`; without any they are taken for few enough. ValueError as `open_talking`.
     """
     talkers, family = _family_of(config, shown), seeing_family_of(config)
     assert family is not None

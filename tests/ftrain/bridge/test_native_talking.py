@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ftrain.bridge.native_talking import load_player, native_talking, talking_config
+from ftrain.bridge.native_talking import load_player, open_talking, talking_config
 from ftrain.modules import spec, talking
 from ftrain.modules.autoregression import generate
 from ftrain.modules.families import qwen2_5_omni_token2wav, qwen3_omni_code2wav
@@ -48,7 +48,7 @@ def conversations(folder, talks=TALKS, seed=0):
 def test_losses_and_gradients_are_those_of_transformers(flows, folder, tmp_path):
     """Of packed conversations, while transformers has each alone; the talker's gradient goes on, or ends."""
     model, given = WHOLE.from_pretrained(folder, attn_implementation="eager"), conversations(folder)
-    native = native_talking(folder, flows=flows)
+    native = open_talking(folder, flows=flows)
     params = native.load()
     spec.check(params, native.specs)
     batch = native.media(pack(given, tokens=260))
@@ -71,11 +71,11 @@ def test_losses_and_gradients_are_those_of_transformers(flows, folder, tmp_path)
     with torch.no_grad():
         for leaf in model.parameters():
             leaf.copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-    require_equal_gradients(grads, native_talking(saved(model, tmp_path)).load(), within=1e-4)
+    require_equal_gradients(grads, open_talking(saved(model, tmp_path)).load(), within=1e-4)
 
 
 def test_folders_come_back_as_they_were(folder, tmp_path):
-    native = native_talking(folder)
+    native = open_talking(folder)
     native.save(native.load(), tmp_path)
     for file in ("model.safetensors", "config.json"):
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes()
@@ -85,7 +85,7 @@ def test_folders_come_back_as_they_were(folder, tmp_path):
 
 
 def test_routers_are_told_by_part_and_a_batch_may_have_either_loss(folder):
-    native = native_talking(folder, weights={"residuals": 0.5})
+    native = open_talking(folder, weights={"residuals": 0.5})
     params, given = native.load(), conversations(folder, TALKS[1:2])
     batch = native.media(pack(given, tokens=40))
     loss, loads = native.routed(params, batch)
@@ -97,7 +97,7 @@ def test_routers_are_told_by_part_and_a_batch_may_have_either_loss(folder):
     with pytest.raises(ValueError, match="a loss needs the batch's 'labels', or its 'speech'"):
         native.loss(params, {name: leaf for name, leaf in written.items() if name != "labels"})
     with pytest.raises(ValueError, match="weights has 'speech'"):
-        native_talking(folder, weights={"speech": 1.0})
+        open_talking(folder, weights={"speech": 1.0})
 
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`:UserWarning")
@@ -105,7 +105,7 @@ def test_routers_are_told_by_part_and_a_batch_may_have_either_loss(folder):
 def test_it_writes_speaks_and_sounds_as_transformers(talk, folder):
     """Word by word, code by code, and the wave."""
     model = WHOLE.from_pretrained(folder, attn_implementation="eager")
-    native, cfg, silent = native_talking(folder), talking_config(folder), list(range(talkers.CODES, 24))
+    native, cfg, silent = open_talking(folder), talking_config(folder), list(range(talkers.CODES, 24))
     (one,) = conversations(folder, ((*talk, None),))
     asked = {name: leaf for name, leaf in one.items() if not name.startswith("speech") and name != "labels"}
     asked["tokens"] = asked["tokens"][: len(asked["tokens"]) - talk[1] - 2]
@@ -157,7 +157,7 @@ def old_conversations(folder, talks=OLD_TALKS):
 
 
 def test_losses_and_gradients_of_qwen2_5_are_those_of_transformers(old, tmp_path):
-    model, given, native = old_model(), old_conversations(old), native_talking(old, flows=True)
+    model, given, native = old_model(), old_conversations(old), open_talking(old, flows=True)
     params, batch = native.load(), native.media(pack(given, tokens=400))
     wanted = [laws.theirs_of_old(model, one) for one in given]
     sums = {name: sum(one[name] for one in wanted if name in one) for name in wanted[0]}
@@ -171,7 +171,7 @@ def test_losses_and_gradients_of_qwen2_5_are_those_of_transformers(old, tmp_path
     with torch.no_grad():
         for leaf in model.parameters():
             leaf.copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-    require_equal_gradients(grads, native_talking(saved(model, tmp_path)).load(), within=1e-4)
+    require_equal_gradients(grads, open_talking(saved(model, tmp_path)).load(), within=1e-4)
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -179,7 +179,7 @@ def test_qwen2_5_speaks_as_transformers(number, old):
     """Code by code, of an answer that is there."""
     model, cfg, one = old_model(), talking_config(old), old_conversations(old)[number]
     said = {name: leaf for name, leaf in one.items() if not name.startswith("speech") and name != "labels"}
-    params = native_talking(old).load()
+    params = open_talking(old).load()
     utterance = talking.to_speak(params, prepare(said, cfg.thinker.media), cfg, voice=laws.BEGIN)
     how = Choice(never=(14,), again=1.05, said=(16, 13, 14))
     (codes_NG,) = speak(params["talker"], [utterance], cfg.talker, max_frames=8, how=how)
@@ -201,13 +201,13 @@ def test_qwen2_5_sounds_as_transformers(old):
 def test_another_model_does_not_speak(tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=9, **sizes))
-    for opening in (native_talking, load_player, talking_config):
+    for opening in (open_talking, load_player, talking_config):
         with pytest.raises(ValueError, match="model_type='llama' is no whole model with a talker"):
             opening(saved(model, tmp_path))
 
 
 def test_folders_of_qwen2_5_come_back_as_they_were(old, tmp_path):
-    native = native_talking(old)
+    native = open_talking(old)
     native.save(native.load(), tmp_path)
     for file in ("model.safetensors", "config.json"):
         assert (old / file).read_bytes() == (tmp_path / file).read_bytes()
@@ -218,7 +218,7 @@ def test_a_mesh_gives_what_one_device_gives(tmp_path):
     """Packs of two data ranks, each shared by two, over which experts lie too."""
     shallow = {"stack": {"num_hidden_layers": 1}, "predictor": {"num_hidden_layers": 1}, "accept_hidden_layer": 1}
     folder = saved(random_model(words={"num_hidden_layers": 1}, **shallow), tmp_path)
-    native = native_talking(folder, flows=True)
+    native = open_talking(folder, flows=True)
     mesh = Mesh(shard=2, sequence=2, expert=2, kind="virtual")
 
     def batch(packs):
