@@ -12,7 +12,7 @@ THREE = SpeechConfig(qwen3_line, CHAT, CodeIds(14, 15, 13, silent=(16, 17, 18)),
 TWO = SpeechConfig(qwen2_5_line, CHAT, CodeIds(14, 15, 13), groups=1, sounds=12)
 ASKED = [TURN, USER, NEW, 1, MEDIA, MEDIA, 2, STOP, NEW]
 ANSWER = [TURN, ASSISTANT, NEW, 5, 6, STOP, NEW]
-PLACES = [0, 1, 2, 3, 4, 4, 6, 7, 8]
+PLACES = [0, 1, 2, 3, 4, 4, 5, 6, 7]
 """Of the question, in which two tokens of media stand at one time."""
 
 
@@ -29,13 +29,13 @@ def raw(tokens, frames, voices, codes, **more):
 
 def test_qwen3_hears_the_users_turns_and_speaks_beside_the_words():
     batch = raw([*ASKED, *ANSWER], [3], [20], [[1, 2], [3, 4], [5, 6]])
-    found = prepare(batch, seen(batch["tokens"], [*PLACES, *range(9, 16)]), THREE, tokens=22)
+    found = prepare(batch, seen(batch["tokens"], [*PLACES, *range(8, 15)]), THREE, tokens=22)
     prefix = [TURN, ASSISTANT, NEW, PAD, PAD, PAD, PAD, BEGIN, 5]
     words = [TURN, USER, NEW, 1, -1, -1, 2, STOP, NEW, *prefix, 6, END, PAD]
     assert found["words"].tolist() == [*words, PAD]
     assert found["codes"].tolist() == [-1] * 12 + [16, 17, 18, 20, 13, 14, 1, 3, 5, -1]
     assert found["labels"].tolist() == [-100] * 17 + [1, 3, 5, 15, -100]
-    assert found["positions"][:, 1].tolist() == [*PLACES, *range(9, 21), 0]
+    assert found["positions"][:, 1].tolist() == [*PLACES, *range(8, 20), 0]
     assert found["segments"].ids_T.tolist() == [0] * 21 + [1]
     assert found["frames"]["codes"].tolist() == [[1, 2], [3, 4], [5, 6]]
     assert found["frames"]["index"].tolist() == [18, 19, 20]
@@ -45,22 +45,22 @@ def test_qwen3_hears_the_users_turns_and_speaks_beside_the_words():
 def test_a_turn_before_is_left_out_and_places_close_up():
     tokens = [TURN, 77, NEW, STOP, *ASKED, *ANSWER, TURN, USER, NEW, 3, STOP, *ANSWER]
     batch = raw(tokens, [0, 1], [0, 20], [[1, 2]])
-    places = [0, 1, 2, 3, *(4 + n for n in PLACES), *range(13, 32)]
+    places = [0, 1, 2, 3, *(4 + n for n in PLACES), *range(12, 31)]
     found = prepare(batch, seen(batch["tokens"], places[: len(tokens)]), THREE)
     assert found["words"][:14].tolist() == [TURN, USER, NEW, 1, -1, -1, 2, STOP, NEW, TURN, USER, NEW, 3, STOP]
-    assert found["positions"][:15, 0].tolist() == [*PLACES, *range(9, 15)]
+    assert found["positions"][:15, 0].tolist() == [*PLACES, *range(8, 14)]
     assert found["states"]["source"].tolist() == [8, 9]
     assert found["labels"][22:25].tolist() == [1, 15, -100]
 
 
 def test_qwen2_5_hears_all_and_adds_states_to_words():
     batch = raw([*ASKED, *ANSWER], [3], [79], [1, 3, 5])
-    found = prepare(batch, seen(batch["tokens"], [*PLACES, *range(9, 16)]), TWO, tokens=17)
+    found = prepare(batch, seen(batch["tokens"], [*PLACES, *range(8, 15)]), TWO, tokens=17)
     words = [TURN, USER, NEW, 1, -1, -1, 2, STOP, NEW, TURN, ASSISTANT, NEW, 79, 5, 6, END, PAD]
     assert found["words"].tolist() == words
     assert found["codes"].tolist() == [-1] * 12 + [13, 14, 1, 3, 5]
     assert found["labels"].tolist() == [-100] * 13 + [1, 3, 5, 15]
-    assert found["positions"][:, 2].tolist() == [*PLACES, *range(9, 17)]
+    assert found["positions"][:, 2].tolist() == [*PLACES, *range(8, 16)]
     assert found["states"]["source"].tolist() == [*range(12), 12, 13]
     assert found["states"]["index"].tolist() == [*range(12), 13, 14]
 
