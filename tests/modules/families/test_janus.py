@@ -18,7 +18,7 @@ from ftrain.modules.autoregression import generate, generate_ids
 from ftrain.modules.families import janus
 from ftrain.modules.janus_media import prepare
 from ftrain.run.data import DataOptions
-from ftrain.sharding import Mesh
+from ftrain.sharding import Layout, Mesh
 from tests.helpers import mesh_models
 from tests.helpers.text_families import require_equal_gradients, saved
 
@@ -177,8 +177,8 @@ def test_it_writes_and_draws_what_transformers_does(tmp_path):
 
 
 def test_a_mesh_gives_what_one_device_gives(tmp_path):
-    """Ranks have pictures of their own, whole; a pack's tokens are shared, and a code may be on another rank than the
-    token that it is predicted from."""
+    """Ranks have pictures of their own, whole, and copies of the towers; they share a pack's tokens and the decoder, so
+    a code may be on another rank than the token that it is predicted from."""
     native = ftrain.hf.open(saved(random_model(config(layers=1, times=(1,))), tmp_path))
 
     def batch(packs):
@@ -190,7 +190,8 @@ def test_a_mesh_gives_what_one_device_gives(tmp_path):
         return made
 
     made = mesh_models.Model(native.specs, lambda p, b: (native.loss(p, b), ()), batch, dict(native.rules))
-    plan = mesh_models.plan_for(made, Mesh(shard=2, sequence=2, kind="virtual"))
+    towers = dict.fromkeys(("vision", "codec"), Layout(parameters=()))
+    plan = mesh_models.plan_for(made, Mesh(shard=2, sequence=2, kind="virtual"), components=towers)
     loss, gradients = mesh_models.compare(made, plan, dtype=torch.float64)
     assert loss < 1e-12
     assert gradients < 1e-11
