@@ -142,7 +142,10 @@ def test_a_folder_that_says_nothing_of_tying_has_the_head_that_it_holds(tmp_path
 
 def test_it_writes_and_draws_what_transformers_does(tmp_path):
     """Greedily, prompts of different kinds and lengths side by side; transformers cannot draw without guidance."""
-    model = random_model(config())
+    model = random_model(config(), 2)
+    with torch.no_grad():  # let what was drawn decide what is drawn
+        model.model.generation_head.vision_head.bias.zero_()
+        model.model.generation_embeddings.weight.mul_(5)
     native = ftrain.hf.open(saved(model, tmp_path))
     params, cfg = native.load(), janus.config(model.config.to_dict())
     prompts = [document(own, seed=i) for i, own in enumerate(((2, "see", 3), (5,), ("see", 1, "see", 1)))]
@@ -161,6 +164,7 @@ def test_it_writes_and_draws_what_transformers_does(tmp_path):
     asked = [[BOS, 5, 9, 7, BEGIN], [BOS, 11, BEGIN]]
     empty = [janus_generation.without_words(one, keep=(BOS, BEGIN), fill=PAD) for one in asked]
     model.generation_config.generation_kwargs = {"boi_token_id": BEGIN}
+    drawn = dict[float, list[list[int]]]()
     for guidance in (1.5, 4.0):
         wanted = [
             model.generate(
@@ -171,7 +175,9 @@ def test_it_writes_and_draws_what_transformers_does(tmp_path):
         ]  # fmt: skip
         family = janus_generation.janus_codes(cfg, guidance=guidance, unconditional=empty)
         codes = generate_ids(params, asked, family=family, max_new=cfg.drawn_tokens)
-        assert codes.tolist() == wanted
+        drawn[guidance] = codes.tolist()
+        assert drawn[guidance] == wanted
+    assert drawn[1.5] != drawn[4.0]
     picture = vq_image.decode(params["codec"], codes, cfg=cfg.codec)
     torch.testing.assert_close(picture.permute(0, 2, 3, 1), model.decode_image_tokens(codes), rtol=0, atol=2e-5)
 
