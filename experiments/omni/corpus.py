@@ -28,6 +28,8 @@ TRAINED_VOICES = (
     "anika", "antonio", "aunty", "belinda", "ed", "edward", "grandma", "grandpa", "gustave", "john", "linda", "miguel",
     "pablo", "pedro", "rob", "robert", "shelby",
 )  # fmt: skip
+SPEAKERS = TRAINED_VOICES[:4]
+"""In whose voices a model learns to speak. Of all voices it would learn more slowly how a word sounds."""
 HELD_OUT_VOICES = ("m3", "m8", "Mike", "Andrea", "boris", "paul", "steph", "travis")
 SPEEDS = (150, 175, 200, 230)
 PITCHES = (20, 40, 60, 80)

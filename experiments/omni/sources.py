@@ -3,7 +3,9 @@
 Legend: N items, F mel frames, M mel bands, H rows, W columns, C channels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -39,6 +41,17 @@ class Speech:
     mels_NFM: np.ndarray
     said_NFM: np.ndarray
     clips: Clips
+
+    @cached_property
+    def spoken(self) -> Mapping[tuple[int, int], np.ndarray]:
+        """Which clips a model learns to say: by language and digit, places `[n]`, of speakers where there are any."""
+        speakers_N = np.array([delivery.voice in corpus.SPEAKERS for delivery in self.clips.deliveries])
+        chosen_N = speakers_N if speakers_N.any() else ~speakers_N
+        words = np.stack([self.clips.languages_N, self.clips.labels_N], axis=1)
+        return {
+            (int(language), int(digit)): np.flatnonzero(chosen_N & (words == (language, digit)).all(axis=1))
+            for language, digit in np.unique(words, axis=0)
+        }
 
 
 @dataclass(frozen=True)

@@ -212,14 +212,14 @@ def _audio_to_image(draw: _Draw) -> Example:
 
 
 def _text_to_audio(draw: _Draw) -> Example:
-    """`es: di three` -> a sound of `tres`, by any of the voices."""
+    """`es: di three` -> a sound of `tres`, by one of the speakers (held out: by any voice)."""
     written, digit = divmod(draw.choose(len(LANGUAGES) * CLASSES if _clips(draw) else 0), CLASSES)
     number, novel = draw.language_number(digit, written)
     language = LANGUAGES[number]
     pieces = [_say(draw, language.tag, language.say, LANGUAGES[written].numbers[digit])]
     prompt, speech = _opened(draw, pieces), draw.items.speech
     assert speech is not None
-    places = np.flatnonzero((speech.clips.labels_N == digit) & (speech.clips.languages_N == number))
+    places = speech.spoken[number, digit]
     target = Target("audio", speech.said_NFM[places[draw.rng.integers(len(places))]])
     shown = tuple(p.shown for p in pieces)
     return Example(draw.task, (*prompt, target), prompt, (), digit, shown, novel, number)

@@ -9,7 +9,7 @@ import pytest
 
 import ftrain
 from experiments.omni import listener, sources, vocoder
-from experiments.omni.corpus import RATE, SAMPLES, Clips, Corpus, Delivery
+from experiments.omni.corpus import RATE, SAMPLES, SPEAKERS, Clips, Corpus, Delivery
 from experiments.omni.evaluation import Evaluator
 from experiments.omni.model import SIZES, audio_config, omni_model, readers
 from ftrain.modules import decoder as foundation
@@ -57,6 +57,17 @@ def test_the_listener_recognises_words_of_voices_it_has_not_heard_and_says_how_m
 def test_a_word_of_another_language_is_another_word() -> None:
     assert listener.word_number(0, 3) != listener.word_number(3, 3)
     assert len({listener.word_number(language, digit) for language in range(6) for digit in range(10)}) == 60
+
+
+def test_a_model_learns_to_speak_from_speakers_and_where_there_are_none_from_all() -> None:
+    heard = speech(40, 0, languages=2)
+    others = tuple(Delivery(SPEAKERS[0] if i % 2 else "other", 175, 50) for i in range(40))
+    some = replace(heard, clips=heard.clips._replace(deliveries=others))
+    assert sorted(np.concatenate(list(heard.spoken.values())).tolist()) == list(range(40))
+    assert sorted(np.concatenate(list(some.spoken.values())).tolist()) == list(range(1, 40, 2))
+    for (language, digit), places in some.spoken.items():
+        assert (heard.clips.languages_N[places] == language).all()
+        assert (heard.clips.labels_N[places] == digit).all()
 
 
 def test_a_wav_file_has_all_words_with_pauses(tmp_path) -> None:
