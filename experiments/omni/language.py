@@ -16,14 +16,16 @@ MARKS = (
     "<image>", "</image>", "<audio>", "</audio>", "<video>", "</video>", "<image_out>", "</image_out>", "<audio_out>",
     "</audio_out>",
 )  # fmt: skip
-SPECIAL = (PAD, BOS, EOS, *MARKS)
+NUMERALS = tuple("0123456789")
+"""Of all languages; what counts is told from what is counted."""
+SPECIAL = (PAD, BOS, EOS, *MARKS, *NUMERALS)
 
 
 @dataclass(frozen=True)
 class Language:
     """`voice` is espeak-ng's name of the language; `numbers` are the words of 0 to 18, `directions` those of
     `video.DIRECTIONS`; `read`, `write`, `watch` ask for an image's, a sound's, a video's words, `draw` for a
-    drawing, `say` for a spoken word.
+    drawing, `say` for a spoken word, `count` for counting on.
     """
 
     tag: str
@@ -35,6 +37,7 @@ class Language:
     watch: str
     draw: str
     say: str
+    count: str
     plus: str
     equals: str
 
@@ -45,7 +48,7 @@ class Language:
     @property
     def words(self) -> tuple[str, ...]:
         """Every word of the language that the experiment uses, its tag first."""
-        verbs = (self.read, self.write, self.watch, self.draw, self.say, self.plus, self.equals)
+        verbs = (self.read, self.write, self.watch, self.draw, self.say, self.count, self.plus, self.equals)
         return (self.tag, *self.numbers, *self.directions, *verbs)
 
 
@@ -59,41 +62,41 @@ LANGUAGES = (
         "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen",
         "left right up down",
-        "read write watch draw say plus equals",
+        "read write watch draw say count plus equals",
     ),
     _language(
         "de",
         "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn "
         "siebzehn achtzehn",
         "links rechts hoch runter",
-        "lies schreib schau zeichne sprich plus gleich",
+        "lies schreib schau zeichne sprich zähl plus gleich",
     ),
     _language(
         "fr",
         "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept "
         "dix-huit",
         "gauche droite haut bas",
-        "lis écris regarde dessine dis plus égale",
+        "lis écris regarde dessine dis compte plus égale",
     ),
     _language(
         "es",
         "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis "
         "diecisiete dieciocho",
         "izquierda derecha arriba abajo",
-        "lee escribe mira dibuja di más igual",
+        "lee escribe mira dibuja di cuenta más igual",
     ),
     _language(
         "it",
         "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici "
         "diciassette diciotto",
         "sinistra destra su giù",
-        "leggi scrivi guarda disegna pronuncia più uguale",
+        "leggi scrivi guarda disegna pronuncia conta più uguale",
     ),
     _language(
         "cmn",
         "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八",
         "左 右 上 下",
-        "读 写 看 画 说 加 等于",
+        "读 写 看 画 说 数 加 等于",
         tag="zh",
     ),
 )

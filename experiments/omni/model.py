@@ -59,7 +59,7 @@ class Size:
 
 SIZES = {
     "smoke": Size(32, 1, 2, 1, 4, 32, 32, 32, 1, 32, Data(0, corpus.FEW, graded=0)),
-    "tiny": Size(96, 3, 4, 2, 8, 96, 64, 64, 2, 128, Data(16, CorpusConfig())),
+    "tiny": Size(96, 3, 4, 2, 8, 96, 64, 64, 2, 160, Data(16, CorpusConfig())),
     "small": Size(256, 6, 8, 4, 16, 256, 192, 128, 4, 256, Data(32, CorpusConfig(train_takes=6))),
     "medium": Size(768, 12, 12, 4, 32, 512, 384, 384, 8, 1024, Data(64, CorpusConfig(train_takes=14))),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.omni import digits, sources, tasks, training
 from experiments.omni.corpus import Clips, Corpus, Delivery
-from experiments.omni.language import EOS, LANGUAGES
+from experiments.omni.language import EOS, LANGUAGES, NUMERALS
 from experiments.omni.speech import Silence
 from ftrain.modules.audio_encoder import AudioConfig
 from ftrain.modules.packing import Media, Target, Text
@@ -84,7 +84,7 @@ def test_answers_are_words_of_the_language_that_the_prompt_asks_for(task):
         tag = example.shown[0][1].split()[0]
         language = next(language for language in LANGUAGES if language.tag == tag)
         assert example.answer[-1 if task == "arithmetic" else 0] == language.numbers[example.digit]
-        assert set(example.answer) <= set(language.words)
+        assert set(example.answer) <= {*language.words, *NUMERALS}
 
 
 def images_of(example):
@@ -154,6 +154,37 @@ def test_sums_are_of_what_is_shown():
         assert "image" in kinds
         assert 0 <= example.digit <= 18
     assert seen == {("image",), ("image", "image"), ("audio", "image")}
+
+
+def test_a_sum_is_answered_by_reading_and_counting():
+    for i in range(60):
+        example = tasks.sample("arithmetic", i, sources=SOURCES, seed=0, split="held_out")
+        language = next(language for language in LANGUAGES if language.tag == example.shown[0][1])
+        first, second, *steps = example.answer
+        assert language.numbers.index(first) + int(second) == example.digit
+        assert steps[::2] == [str(done) for done in range(int(second) + 1)]
+        assert steps[1::2] == list(language.numbers[language.numbers.index(first) : example.digit + 1])
+        assert len(example.answer) < tasks.LONGEST_ANSWER
+
+
+def test_training_reads_every_pair_and_counts_from_anywhere_but_never_adds_a_held_out_pair():
+    read, counted, added = set(), set(), set()
+    for i in range(4000):
+        example = tasks.sample("arithmetic", i, sources=SOURCES, seed=0, split="train")
+        tag, *words = " ".join(value for kind, value in example.shown if kind == "text").split()
+        language = next(language for language in LANGUAGES if language.tag == tag)
+        if words[0] == language.count:
+            target, count, running = int(words[1]), int(words[2]), language.numbers.index(words[3])
+            assert example.answer == tasks.counted(language, target, count, running)[2:]
+            counted.add(tuple(sorted((target, running - count))))
+            continue
+        pair = tuple(sorted((language.numbers.index(example.answer[0]), int(example.answer[1]))))
+        (read if words[0] == language.read else added).add(pair)
+    assert len(read) == 55
+    assert len(added) == 55 - len(tasks.HELD_OUT_SUMS)
+    assert not (added | counted) & tasks.HELD_OUT_SUMS
+    of_no_sum = [pair for pair in counted if min(pair) < 0 or max(pair) > 9]
+    assert len(of_no_sum) > 20
 
 
 def test_held_out_drawings_go_through_every_prompt():
