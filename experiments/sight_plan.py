@@ -1,10 +1,10 @@
-"""Language models that see as a search of layouts sees them: `ftrain plan experiments/sight_plan.py --gpus 128`.
+"""Language models that see, and some that hear, as a search of layouts sees them.
 
     ftrain plan experiments/sight_plan.py --size qwen2-vl-7b --tokens 192K --gpus 128 --apply plan.json
 
-Half of a pack's tokens are of films, whose frames have 448 x 448 pixels or the nearest that the tower reads; frames are
-dealt to all ranks alike. The tower is divided over all ranks and each frame is whole on one (FSDP); the decoder has the
-layout that is searched for.
+Half of a pack's tokens are of films, whose frames have 448 x 448 pixels or the nearest that the tower reads, and of
+models that hear an eighth of recordings; frames and chunks of sound are dealt to all ranks alike. The towers are
+divided over all ranks, and what they read is whole on one (FSDP); the decoder has the layout that is searched for.
 """
 
 import math
@@ -21,7 +21,8 @@ from experiments.decoder_plan import abstract_state, active_weights
 from ftrain import Aval, Precision, TrainState, optim
 from ftrain.bridge.native_sight import NativeSight
 from ftrain.kernels.documents import Documents
-from ftrain.modules import spec, vision_language, vision_tower
+from ftrain.modules import audio_tower, spec, vision_language, vision_tower
+from ftrain.modules.audio_tower import AudioTowerConfig
 from ftrain.modules.families.registry import SEEING
 from ftrain.modules.vision_language import VisionLanguageConfig
 from ftrain.modules.vision_media import RULES
@@ -30,7 +31,7 @@ from ftrain.plan.workload import WorkloadStep
 from ftrain.sharding import Layout
 
 _CPU = torch.device("cpu")
-_SEEN = 0.5  # of a pack's tokens
+_SEEN, _HEARD = 0.5, 0.125  # of a pack's tokens
 _PIXELS = 448  # a side of a frame
 _DOCUMENTS = 64  # places for documents in a pack, or for what a rank has of frames and windows, in tokens of them
 
@@ -63,6 +64,11 @@ _EYES3 = {
     "depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304, "patch_size": 16,
     "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
 }  # fmt: skip
+_EARS = {
+    "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "num_mel_bins": 128,
+    "n_window": 50, "n_window_infer": 800, "output_dim": 2048, "downsample_hidden_size": 480,
+    "max_source_positions": 1500,
+}  # fmt: skip
 PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen2-vl-7b": {
@@ -89,9 +95,20 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                             **_experts(128, 1536)},
             "vision_config": {**_EYES3, "out_hidden_size": 4096},
         },
+        "qwen3-omni-30b-a3b": {
+            "model_type": "qwen3_omni_moe",
+            "thinker_config": {
+                "text_config": {"model_type": "qwen3_omni_moe_text", **_decoder(2048, 48, 32, 4, 768), **_QWEN3,
+                                **_experts(128, 768), "vocab_size": 152_064, "rope_theta": 1e6},
+                "vision_config": {**_EYES3, "out_hidden_size": 2048},
+                "audio_config": _EARS, "position_id_per_seconds": 13, "audio_token_id": 151_675,
+                "audio_start_token_id": 151_669,
+            },
+        },
     }
 )  # fmt: skip
-"""Entries of the published `config.json` of each size, as far as they say what is computed."""
+"""Entries of the published `config.json` of each size, as far as they say what is computed; of whole omni models the
+thinker."""
 
 
 def plan_for_search(*, tokens: int, packs: int, size: str = "qwen3-vl-30b-a3b") -> "SightWorkload":
@@ -111,7 +128,8 @@ def described(size: str) -> VisionLanguageConfig:
 class SightWorkload:
     """All of a model that sees trained with AdamW and clipping in bfloat16 over float32 masters, next-token loss.
 
-    Each pack is one document, the longest that there can be, `seen` of whose tokens are of films.
+    Each pack is one document, the longest that there can be, `seen` of whose tokens are of films, and of a model that
+    hears `heard` of recordings.
     """
 
     name: str
@@ -119,22 +137,27 @@ class SightWorkload:
     tokens: int
     packs: int
     seen: float = _SEEN
+    heard: float = _HEARD
 
     @property
     def stacks(self) -> Mapping[str, int]:
-        """The decoder's layers, and those of the tower, which are taken to be alike in each."""
-        return {"text": self.cfg.text.layers, "vision": self.cfg.media.tower.layers}
+        """The decoder's layers, and those of the towers, which are taken to be alike in each."""
+        found = {"text": self.cfg.text.layers, "vision": self.cfg.media.tower.layers}
+        sound = self.cfg.media.sound
+        return found if sound is None else {**found, "audio": sound.tower.layers}
 
     @cached_property
     def model_shape(self) -> ModelShape:
         """As of the decoder; the tower's products and its attention, which is not causal, count as the decoder's
         products.
         """
-        text, tower = self.cfg.text, self.cfg.media.tower
+        text, tower, sound = self.cfg.text, self.cfg.media.tower, self.cfg.media.sound
         heads, patches = text.attention, self.seen * tower.merge**2
         near = (tower.window or 0) * tower.merge
         pairs = [self._side**2 if near == 0 or i in tower.full_layers else near**2 for i in range(tower.layers)]
         seen = 12.0 * sum(pairs) * tower.d_model * patches
+        if sound is not None:
+            seen += 6.0 * spec.count(audio_tower.specs(sound.tower)) * self.heard
         return ModelShape(
             tokens=self.tokens,
             packs=self.packs,
@@ -167,21 +190,23 @@ class SightWorkload:
             self._batch(candidate),
             specs,
             RULES,
-            components(candidate),
+            components(candidate, hears=cfg.media.sound is not None),
             precision=Precision(compute="bfloat16"),
             init=lambda key: TrainState.create(ftrain.init(specs, key), tx),
         )
 
     def shallow(self, depths: Mapping[str, int]) -> VisionLanguageConfig:
-        """The model with so many layers in each stack; a part of the tower has one deep layer, if any, and its frames
-        are all seen through windows, if any.
+        """The model with so many layers in each stack; a part of the tower that sees has one deep layer, if any, and
+        its frames are all seen through windows, if any.
         """
         text, media, layers = self.cfg.text, self.cfg.media, depths["vision"]
-        tower = media.tower
+        tower, sound = media.tower, media.sound
+        if sound is not None:
+            sound = replace(sound, tower=replace(sound.tower, layers=depths["audio"]))
         if layers < tower.layers:
             tower = replace(tower, layers=layers, full_layers=(), deep_layers=(0,) if tower.deep_layers else ())
         text = replace(text, layers=depths["text"], pattern=text.pattern[: depths["text"]])
-        return replace(self.cfg, text=text, media=replace(media, tower=tower))
+        return replace(self.cfg, text=text, media=replace(media, tower=tower, sound=sound))
 
     @property
     def _side(self) -> int:
@@ -205,17 +230,28 @@ class SightWorkload:
         if tower.side is not None:
             media |= {"taps": _ids(N, 4), "shares": Aval((N, 4), torch.float32, _CPU)}
         leaves: dict[str, Any] = {name: _ids(T) for name in ("tokens", "labels")}
-        leaves |= {"positions": _ids(T, 3), "replaced": Aval((T,), torch.bool, _CPU)}
+        exact = torch.float32 if self.cfg.media.exact else torch.int64
+        leaves |= {"positions": Aval((T, 3), exact, _CPU), "replaced": Aval((T,), torch.bool, _CPU)}
         offsets = Aval((self.packs * _DOCUMENTS + 1,), torch.int32, _CPU)
         segments = Documents(_ids(T), offsets, self.tokens)  # type: ignore[arg-type]
-        return {**leaves, "segments": segments, "media": media}
+        sound = self.cfg.media.sound
+        heard = {} if sound is None else {"audio": self._sound(sound.tower, parts)}
+        return {**leaves, "segments": segments, "media": media, **heard}
+
+    def _sound(self, tower: AudioTowerConfig, parts: int) -> dict[str, Aval]:
+        """Chunks of recordings, as many in each of so many parts."""
+        each = tower.rows // (1 + tower.paired)
+        C = max(1, math.ceil(self.tokens * self.packs * self.heard / each / parts)) * parts
+        found = {"mel": Aval((C, tower.mels, tower.chunk), torch.float32, _CPU), "heard": _ids(C)}
+        return {**found, "parts": _ids(C * tower.rows), "index": _ids(C * each)}
 
 
-def components(candidate: Candidate) -> dict[str, Layout]:
-    """The tower's parameters are divided over all ranks of a replica and its frames are whole; the decoder's are as
-    `candidate` says: experts over all ranks and sent tokens (`expert` of them hold one set).
+def components(candidate: Candidate, *, hears: bool = False) -> dict[str, Layout]:
+    """The towers' parameters are divided over all ranks of a replica, and what they read is whole; the decoder's are as
+    `candidate` says. Where tokens are sent to experts, those of attention are divided within a sequence and copied
+    elsewhere (HSDP).
     """
-    found = {"vision": Layout(sequence=None)}
+    found = dict.fromkeys(("vision", *(("audio",) if hears else ())), Layout(sequence=None))
     if candidate.expert > 1 and candidate.sequence > 1:
         within = Layout(("sequence",), sequence=candidate.attention)
         found["text.layers.*.attention"] = within

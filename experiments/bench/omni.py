@@ -89,8 +89,12 @@ def compare(kind: Kind, options: Options) -> list[Row]:
         ours = ftrain.hf.open(made, native="always")
         assert ours.load is not None
         params = ours.load()
-    batches = omni_samples.packs(kind, theirs.config, rounds + 3, tokens=options.tokens, quick=options.quick)
-    sides = [_ours(ours, params, batches, tokens=options.tokens), _theirs(theirs, batches)]
+    batches = omni_samples.packs(theirs.config, rounds + 3, tokens=options.tokens, quick=options.quick)
+    hears = omni_samples.media_of(theirs.config).sound is not None
+    sides = [
+        _ours(ours, params, batches, tokens=options.tokens, hears=hears),
+        _theirs(theirs, [omni_samples.padded(batch, hears=hears) for batch in batches]),
+    ]
     for number in range(rounds + 2):
         for side in sides:
             side.run(number, kept=number >= 2)
@@ -113,10 +117,12 @@ def _told(side: Side) -> str:
     return f"{side.name} {side.seconds[-1]:.2f} s" if side.seconds else f"{side.name} warm"
 
 
-def _ours(model: Model, params: Any, batches: Sequence[Sequence[dict[str, Tensor]]], *, tokens: int) -> Side:
+def _ours(
+    model: Model, params: Any, batches: Sequence[Sequence[dict[str, Tensor]]], *, tokens: int, hears: bool
+) -> Side:
     """Packs of equal budgets, made before: the loader does it beside the step."""
     assert model.media is not None
-    budgets = omni_samples.budgets(batches)
+    budgets = omni_samples.budgets(batches, hears=hears)
     packs = [model.media(omni_samples.pack(batch, tokens=tokens), **budgets) for batch in batches]
     tx = chain(clip_by_global_norm(LARGEST_NORM), adamw(RATE, weight_decay=DECAY))
 
@@ -134,8 +140,7 @@ def _ours(model: Model, params: Any, batches: Sequence[Sequence[dict[str, Tensor
     return Side("ftrain", step)
 
 
-def _theirs(model: Any, batches: Sequence[Sequence[dict[str, Tensor]]]) -> Side:
-    rows = [omni_samples.padded(batch) for batch in batches]
+def _theirs(model: Any, rows: Sequence[dict[str, Any]]) -> Side:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=DECAY, fused=True)
 

@@ -67,6 +67,7 @@ _TAGGED = record(
         "factor": number(1e-6),
         "dim": whole(0, 16),
         "of": text(_GLOB),
+        "optional": flag,
     },
 )
 _LAYOUT = record(

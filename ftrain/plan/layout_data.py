@@ -1,7 +1,7 @@
 """Layouts and batch rules as plain data, for plan files."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from ftrain.sharding.batch import BatchRows, BatchRule, Offsets, Replicated, TokenIndices, Tokens
@@ -17,6 +17,8 @@ _RULES: Mapping[str, type] = {
     "same": Replicated,
     "offsets": Offsets,
 }
+_LATER = ("optional",)
+"""What older files do not say."""
 _WORD = {kind: word for words in (_SEQUENCE, _EXPERTS, _RULES) for word, kind in words.items()}
 
 
@@ -64,7 +66,9 @@ def _untagged(data: Mapping[str, Any] | None, kinds: Mapping[str, type], what: s
     if kind is None:
         raise ValueError(f"{what} {data.get('kind')!r} is not one of {', '.join(kinds)}")
     given = {name: value for name, value in data.items() if name != "kind"}
-    _check_keys(given, {f.name for f in fields(kind)}, f"{what} {data['kind']!r}")
+    known = {f.name: f.default for f in fields(kind)}
+    later = {name for name in _LATER if known.get(name, MISSING) is not MISSING}
+    _check_keys(given, set(known) - (later - set(given)), f"{what} {data['kind']!r}")
     return kind(**given)
 
 

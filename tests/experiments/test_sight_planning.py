@@ -37,6 +37,7 @@ def test_published_sizes_have_as_many_parameters_as_they_should():
         "qwen2.5-vl-7b": 8_292_166_656,
         "qwen3-vl-30b-a3b": 31_070_754_032,
         "qwen3-vl-235b-a22b": 235_670_022_896,
+        "qwen3-omni-30b-a3b": 31_719_205_488,
     }
     assert {size: spec.count(vision_language.specs(described(size))) for size in PUBLISHED} == wanted
 

@@ -9,6 +9,7 @@ import torch
 import ftrain
 from ftrain import AutoPlan, Aval, Remat, SavedPlan, tree
 from ftrain.modules.mesh_packing import BATCH
+from ftrain.modules.vision_media import RULES
 from ftrain.plan.file import PlanFile, load_plan
 from ftrain.plan.search import Options, Space
 from ftrain.plan.space import Candidate
@@ -71,6 +72,11 @@ def test_everything_of_a_plan_is_written_and_read(tmp_path):
     plan = SavedPlan(tmp_path / "plan.json")
     assert data["components"]["a.*"]["sequence"] == {"kind": "ring", "zigzag": False}
     assert load_plan(plan.file) == file
+    optional = replace(file, batch=dict(RULES))
+    assert load_plan(optional.save(tmp_path / "plan.json")) == optional
+    del data["batch"]["encoders.*.features.*"]["optional"]  # as older files were written
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert load_plan(tmp_path / "plan.json") == file
 
 
 def test_a_plan_for_one_rank_is_no_mesh(tmp_path):
