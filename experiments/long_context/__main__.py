@@ -21,11 +21,10 @@ from experiments.bench.machine import Machine
 from experiments.curve import Curve
 from experiments.long_context import haystack, model
 from experiments.long_context.haystack import KINDS, Needle, Sources
-from experiments.omni import training
 from experiments.omni.sources import HELD_OUT, TRAIN
 from ftrain import TrainState
 from ftrain.checkpoint import Checkpointer
-from ftrain.modules import decoder, omni
+from ftrain.modules import decoder
 from ftrain.modules.omni import OmniModel
 from ftrain.run.folder import write_json
 from ftrain.run.stages import Stage, always, fold
@@ -40,7 +39,7 @@ class Part(NamedTuple):
     needles: int
 
 
-CURRICULUM = (Part(240, 32, 64, 4), Part(100, 8, 256, 12), Part(30, 2, 1024, 15))
+CURRICULUM = (Part(420, 32, 64, 4), Part(120, 8, 256, 8), Part(30, 2, 1024, 8))
 LENGTHS = (256, 2048, 8192, 32_768)
 
 
@@ -54,9 +53,9 @@ class Options:
     """Where figures are written."""
     small: bool = False
     """A few steps on short documents, to see that all runs."""
-    needles: int = 15
-    """Digits that are hidden in each held-out document, a third of each kind."""
-    questions: int = 150
+    needles: int = 8
+    """Digits that are hidden in each held-out document, about a third of each kind."""
+    questions: int = 160
     """Held-out needles that are looked for at each length."""
     rate: float = 3e-3
     """Learning rate."""
@@ -100,13 +99,7 @@ def main(options: Options) -> dict[str, Any]:
 def train(of: Sources, net: OmniModel, parts: Sequence[Part], options: Options, curve: Curve) -> TrainState:
     """The state after all parts. A folder that holds a part of the training is gone on from."""
     tx = model.optimizer(options.rate, sum(part.steps for part in parts))
-    plain = training.train_step(net, tx, KINDS, dict.fromkeys(KINDS, 1.0))
-
-    @ftrain.jit(donate="state")
-    def step(state: TrainState, batch: Any, key: Any) -> Any:
-        del key
-        state, metrics = plain(state, batch)
-        return state, metrics["terms"]
+    step = ftrain.jit(model.train_step(net, tx), donate="state")
 
     def stage(number: int, part: Part) -> Stage:
         def data(i: int) -> dict[str, Any]:
@@ -116,7 +109,7 @@ def train(of: Sources, net: OmniModel, parts: Sequence[Part], options: Options, 
             ).batch  # fmt: skip
 
         def start(state: Any, key: Any) -> TrainState:
-            return training.init_state(net, tx, key) if number == 0 else state
+            return model.init_state(net, tx, key) if number == 0 else state
 
         return Stage(f"{part.tokens:,} tokens", part.steps, [(always, step)], data, start)
 
@@ -134,10 +127,7 @@ def ask(state: TrainState, of: Sources, net: OmniModel, tokens: int, options: Op
     """
 
     def answer(params: Any, balance: Any, batch: Any) -> Any:
-        rows, places, _ = omni.media_rows(params, batch, model=net)
-        x_TD = omni.merge(decoder.embed(params["foundation"], batch["tokens_T"]), rows, places)
-        hidden_TD, _ = omni.hidden_states(params, x_TD, batch, model=net, balance=balance)
-        hidden_AD = hidden_TD.index_select(0, batch["place_A"])
+        hidden_AD, _ = model.thoughts(params, batch, model=net, balance=balance)
         return decoder.logits(params["foundation"], hidden_AD, net.foundation).argmax(-1) == batch["answer_A"]
 
     run, needles, right = ftrain.jit(answer), list[Needle](), list[np.ndarray]()

@@ -34,10 +34,7 @@ KINDS = ("word", "picture", "sound")
 
 IS, ASKED = "is", "?"
 _ENGLISH = LANGUAGES[0]
-NAMES = (
-    "red", "green", "blue", "white", "black", "yellow", "grey", "brown", "pink", "orange", "purple", "gold", "silver",
-    "violet", "crimson", "azure",
-)  # fmt: skip
+NAMES = ("red", "green", "blue", "white", "black", "yellow", "pink", "brown")
 _COMMON = 1000  # words of the text that are tokens, 92% of it; others are left out
 _HELD_OUT = 0.2
 
@@ -162,9 +159,7 @@ def _value(of: Sources, source: Split, kind: str, rng: np.random.Generator) -> t
 
 
 class Asked(NamedTuple):
-    """A `batch` of documents of one length, and the needles in the order of its answers; `place_A`, `answer_A`: the
-    tokens before which the answers stand, and the answers' ids.
-    """
+    """A `batch` of documents of one length, and the needles in the order of its answers."""
 
     batch: dict[str, Any]
     needles: tuple[Needle, ...]
@@ -175,8 +170,8 @@ def batch(
 ) -> Asked:
     """Batch `number` of a split: `documents` documents of `tokens` tokens each in one pack, the same for the same seed.
 
-    Beside what `ftrain.modules.packing` lays out: `task_T`, the kind of the answer that each token is to give, -1 for
-    none; `place_A` and `answer_A`, the tokens that answer and the ids of their answers.
+    Beside what `ftrain.modules.packing` lays out: `place_A`, the tokens that answer, `answer_A`, the ids of their
+    answers, and `kind_A`, in which of `KINDS` each was hidden.
     """
     stream = (seed << 1 | (split == HELD_OUT), number)
     rng = np.random.Generator(np.random.Philox(key=np.array(stream, np.uint64)))
@@ -185,9 +180,8 @@ def batch(
     asked = tuple(needle for i in laid.taken for needle in made[i].needles)
     labels_T = laid.batch["labels_T"]
     place_A = (labels_T != -100).nonzero().flatten()
-    task_T = torch.full_like(labels_T, -1)
-    task_T[place_A] = torch.tensor([needle.kind for needle in asked])
-    return Asked({**laid.batch, "task_T": task_T, "place_A": place_A, "answer_A": labels_T[place_A]}, asked)
+    kind_A = torch.tensor([needle.kind for needle in asked])
+    return Asked({**laid.batch, "place_A": place_A, "answer_A": labels_T[place_A], "kind_A": kind_A}, asked)
 
 
 def depths(needles: Sequence[Needle], right_A: np.ndarray, *, parts: int = 5) -> list[float | None]:

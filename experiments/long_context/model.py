@@ -1,21 +1,26 @@
 """The model: layers that see a window, a few that see all, experts in each, and encoders of pictures and sound.
 
-Legend: T tokens, D width, H query heads, G key/value heads, K head dim.
+Legend: T tokens, A answers, D width, H query heads, G key/value heads, K head dim.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import log
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from experiments.long_context.haystack import Sources
+import ftrain
+from experiments.long_context.haystack import KINDS, Sources
 from experiments.omni import corpus
-from ftrain import optim
-from ftrain.modules import attention, audio_encoder, vision_encoder
+from ftrain import TrainState, optim
+from ftrain.kernels.pack import take_rows
+from ftrain.modules import attention, audio_encoder, decoder, omni, vision_encoder
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.audio_encoder import CONV_STRIDE, AudioConfig
 from ftrain.modules.block import Block, Context
-from ftrain.modules.decoder import DecoderConfig, layer_with
+from ftrain.modules.decoder import DecoderConfig, DecoderStats, layer_with
 from ftrain.modules.layers import attention_block
 from ftrain.modules.moe import MoEConfig
 from ftrain.modules.omni import OmniModel
@@ -78,6 +83,48 @@ def omni_model(of: Sources) -> OmniModel:
         "audio": audio_encoder.encoder(of.audio, **marks("audio")),
     }
     return OmniModel(foundation(len(of.words)), encoders)
+
+
+def thoughts(params: Any, batch: Mapping[str, Any], *, model: OmniModel, balance: Any) -> tuple[Tensor, DecoderStats]:
+    """Hidden states `[A, D]` of the tokens that answer, and the foundation's statistics."""
+    rows, places, _ = omni.media_rows(params, batch, model=model)
+    x_TD = omni.merge(decoder.embed(params["foundation"], batch["tokens_T"]), rows, places)
+    hidden_TD, stats = omni.hidden_states(params, x_TD, batch, model=model, balance=balance)
+    return take_rows(hidden_TD, batch["place_A"]), stats
+
+
+def init_state(model: OmniModel, tx: optim.Transform, key: Tensor) -> TrainState:
+    """Fresh parameters, optimizer state and balance of the experts."""
+    params = ftrain.init(omni.specs(model), ftrain.fold_in(key, 0))
+    balance = ftrain.init(decoder.balance_specs(model.foundation), ftrain.fold_in(key, 1))
+    return TrainState.create(params, tx, extra={"balance": balance})
+
+
+Step = Callable[[TrainState, Any, Tensor], tuple[TrainState, dict[str, Any]]]
+
+
+def train_step(model: OmniModel, tx: optim.Transform) -> Step:
+    """The pure step `(state, batch, key) -> (state, losses)`: nats of an answer by kind of needle; no key is used."""
+
+    def step(state: TrainState, batch: Any, key: Tensor) -> tuple[TrainState, dict[str, Any]]:
+        del key
+        balance = state.extra["balance"]
+
+        def loss_fn(params: Any, batch: Any) -> Any:
+            hidden_AD, stats = thoughts(params, batch, model=model, balance=balance)
+            terms = {}
+            for number, kind in enumerate(KINDS):
+                labels_A = torch.where(batch["kind_A"] == number, batch["answer_A"], decoder.IGNORE)
+                terms[kind] = decoder.loss(params["foundation"], hidden_AD, labels_A, model.foundation)
+            return ftrain.weighted_sum(terms, {}), (terms, stats)
+
+        (_, (terms, stats)), grads = ftrain.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        assert model.foundation.moe is not None
+        moved = decoder.update_balance(balance, stats, rate=model.foundation.moe.bias_rate)
+        losses = {kind: mean.value() for kind, mean in terms.items()}
+        return state.apply(tx, grads).replace(extra={"balance": moved}), losses
+
+    return step
 
 
 def optimizer(rate: float, steps: int) -> optim.Transform:

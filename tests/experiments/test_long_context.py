@@ -49,7 +49,8 @@ def test_a_document_has_its_length_and_its_needles_where_they_are_said_to_be(of)
     assert told == [NUMBERS[needle.digit] for needle in made.needles]
     before = of.words.decode(made.batch["tokens_T"][made.batch["place_A"]].tolist()).split()
     assert set(before) == {haystack.ASKED}
-    assert sorted(made.batch["task_T"][made.batch["place_A"]].tolist()) == sorted([*range(len(KINDS))] * 6)
+    assert made.batch["kind_A"].tolist() == [needle.kind for needle in made.needles]
+    assert sorted(made.batch["kind_A"].tolist()) == sorted([*range(len(KINDS))] * 6)
     with pytest.raises(ValueError, match="room for fewer"):
         haystack.hide(of, split=TRAIN, tokens=40, needles=6, rng=np.random.default_rng(0))
 
