@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -13,13 +13,15 @@ from ftrain.cli.config_file import with_config
 from ftrain.cli.opened import require_new
 from ftrain.cli.recipes import export, recipe_of
 from ftrain.cli.train import device_of
-from ftrain.cli.train_options import KINDS, TrainOptions, kind_of
+from ftrain.cli.train_options import KINDS, RunOptions, TrainOptions, kind_of
+from ftrain.cli.train_video import VideoTrain, export_video, video_recipe
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.media.families import reads_media
 from ftrain.kernels import random
 from ftrain.run import folder as run_folder
-from ftrain.run.recipe import kept, restored
+from ftrain.run.recipe import Recipe, kept, restored
 from ftrain.run.training import CHECKPOINTS
+from ftrain.step.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -44,32 +46,41 @@ def run(options: ExportOptions) -> int:
     made = options_of(options.run)
     if options.weights == "averaged" and not made.ema:
         raise ValueError(f"--weights averaged: {options.run} kept no average (--ema)")
-    device = device_of(made.device)
-    task = task_of(made.model, media=reads_media(made.model))
-    model, tokenizer = open_model(made.model, native=made.native, task=task), load_tokenizer(made.model)
-    recipe = recipe_of(made, kind_of(made)[1], model, steps=1, micro_batches=1, device=device)
-    state = recipe.init(random.key(0, device=device))
+    uses: dict[str, Any] = {"as-run": made.ema_use, "averaged": ("export",), "last": ()}
+    wanted = replace(made, save_merged=options.merged or made.save_merged, ema_use=uses[options.weights])
+    if isinstance(wanted, VideoTrain):
+        recipe = video_recipe(wanted, device=device_of(made.device))
+        for line in export_video(recipe, _state(recipe, options, made), wanted, options.to):
+            print(line)
+        return 0
+    task = task_of(wanted.model, media=reads_media(wanted.model))
+    model, tokenizer = open_model(wanted.model, native=wanted.native, task=task), load_tokenizer(wanted.model)
+    recipe = recipe_of(wanted, kind_of(wanted)[1], model, steps=1, micro_batches=1, device=device_of(made.device))
+    export(recipe, _state(recipe, options, made), wanted, options.to, tokenizer=tokenizer, say=print)
+    return 0
+
+
+def _state(recipe: Recipe, options: ExportOptions, made: RunOptions) -> TrainState:
+    """The state of the checkpoint. ValueError where there is none."""
+    state = recipe.init(random.key(0, device=device_of(made.device)))
     recipe.load(state)
     with Checkpointer(options.run / CHECKPOINTS) as checkpoints:
         step = checkpoints.latest() if options.step is None else options.step
         if step is None:
             raise ValueError(f"{options.run} has no checkpoint yet")
         found = checkpoints.restore({"state": kept(state)}, step, partial=True)
-    state = restored(recipe, found["state"], state)
-    uses = {"as-run": made.ema_use, "averaged": ("export",), "last": ()}
-    wanted = replace(made, save_merged=options.merged or made.save_merged, ema_use=uses[options.weights])
-    export(recipe, state, wanted, options.to, tokenizer=tokenizer, say=print)
-    return 0
+    return restored(recipe, found["state"], state)
 
 
-def options_of(run: Path) -> TrainOptions:
+def options_of(run: Path) -> TrainOptions | VideoTrain:
     """The options of a run of `ftrain train`. ValueError for a folder that is not one."""
     config = run_folder.read_config(run)
-    task = next((name for name in KINDS if name in config), None)
+    kinds: dict[str, type] = {**{name: kind for name, (kind, _) in KINDS.items()}, "video": VideoTrain}
+    task = next((name for name in kinds if name in config), None)
     if task is None:
-        raise ValueError(f"{run} is no run of `ftrain train`: its config.json names none of {', '.join(KINDS)}")
-    kind = KINDS[task][0]
-    found: TrainOptions = tyro.cli(kind, args=with_config(kind, ["--config", str(run / run_folder.CONFIG)]))
+        raise ValueError(f"{run} is no run of `ftrain train`: its config.json names none of {', '.join(kinds)}")
+    words = with_config(kinds[task], ["--config", str(run / run_folder.CONFIG)])
+    found: TrainOptions | VideoTrain = tyro.cli(kinds[task], args=words)
     return found
 
 

@@ -198,7 +198,7 @@ def folder_of(options: RunOptions, name: str) -> tuple[Path, bool]:
 _MAY_CHANGE = (
     "out", "resume", "steps", "epochs", "every", "track", "workers", "device", "backend", "replicate", "shard",
     "sequence", "expert", "timeout", "plan", "remat", "budget", "save_merged", "rejected",
-    "ema_use", "skip_bad", "bad_steps", "spike",
+    "ema_use", "skip_bad", "bad_steps", "spike", "show", "formats",
 )  # fmt: skip
 
 

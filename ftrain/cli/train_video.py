@@ -1,10 +1,11 @@
 """`ftrain train video --model PIPELINE --data CACHE`: a video transformer of Wan's learns clips of `ftrain encode`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from ftrain.run.recipe import Recipe
 from ftrain.run.session import Run, session
 from ftrain.run.trackers import TRACKERS, require_trackers
 from ftrain.run.training import Training, prepare, train
+from ftrain.sharding.batch import BatchRule
 from ftrain.tasks.video import VideoFlow
 
 Style = Literal["comfyui", "diffusers", "kohya"]
@@ -83,7 +85,9 @@ def run(options: VideoTrain) -> int:
             options.data, WanFolder.open(options.model), part=options.part, mesh=ranks.mesh, rank=ranks.rank,
             world=ranks.world, drop=options.video.drop, seed=options.seed,
         )  # fmt: skip
-        recipe = _recipe(options, data, ranks.device)
+        recipe = video_recipe(
+            options, device=ranks.device, steps=data.steps, micro_batches=data.micro_batches, rules=data.rules
+        )
         for line in (*data.lines, trained_by("video", recipe)):
             report.say(line)
         training = Training(
@@ -92,15 +96,15 @@ def run(options: VideoTrain) -> int:
             jit=jit_options(options, recipe.model, ranks.device), memory=options.budget or "95%",
             averaged="evaluate" in options.ema_use, bad=bad, show=_show(options, data, ranks, path),
         )  # fmt: skip
-        return _train(options, training, ranks, path, goes_on)
+        return _train(options, training, ranks, path, goes_on, data.lines)
 
 
-def _train(options: VideoTrain, training: Training, ranks: Run, path: Path, goes_on: bool) -> int:
+def _train(options: VideoTrain, training: Training, ranks: Run, path: Path, goes_on: bool, lines: Sequence[str]) -> int:
     recipe, report = training.recipe, training.report
     prepared = prepare(training, ranks)  # what cannot be is refused before the run's folder exists
     with ExitStack() as opened:
         files = opened.enter_context(files_of(path, options, goes_on)) if is_main() else None
-        told = opened.enter_context(telling(files, {"trained": trained_by("video", recipe)}))
+        told = opened.enter_context(telling(files, {"trained": trained_by("video", recipe), "data": list(lines)}))
         report.say(f"run folder: {path}")
         tracks = options.track if files else ()
         logs = tuple(opened.enter_context(TRACKERS[t](path, "video", as_config(options))) for t in tracks)
@@ -138,27 +142,30 @@ def _show(options: VideoTrain, data: ClipData, ranks: Run, path: Path) -> FilmSh
     )  # fmt: skip
 
 
-def _recipe(options: VideoTrain, data: ClipData, device: torch.device) -> Recipe:
-    """ValueError for times that are not the expert's, and as `recipe_with`."""
-    model = native_wan(WanFolder.open(options.model).part(options.part))
-    low, high = data.cfg.times
+def video_recipe(
+    options: VideoTrain,
+    *,
+    device: torch.device,
+    steps: int = 1,
+    micro_batches: int = 1,
+    rules: Mapping[str, BatchRule] = MappingProxyType({}),
+) -> Recipe:
+    """The recipe of a run of so many steps. `rules`: of its batches. ValueError for times that are not the expert's,
+    and for options that do not fit the model or each other.
+    """
+    folder = WanFolder.open(options.model)
+    model, (low, high) = native_wan(folder.part(options.part)), folder.config(options.part).times
     asked = (options.video.low, options.video.high)
     for name, time in zip(("low", "high"), asked, strict=True):
         if time is not None and not low <= time <= high:
             raise ValueError(
                 f"--video.{name} {time:g}: {options.part} is for times from {low:g} to {high:g}; take times of this "
-                f"range, or train the other expert by --part"
+                "range, or train the other expert by --part"
             )
-    task = replace(
-        options.video, low=low if asked[0] is None else asked[0], high=high if asked[1] is None else asked[1]
-    )
+    own = tuple(of_model if time is None else time for time, of_model in zip(asked, (low, high), strict=True))
+    task = replace(options.video, low=own[0], high=own[1])
     return recipe_with(
-        options,
-        task,
-        replace(model, rules=data.rules),
-        steps=data.steps,
-        micro_batches=data.micro_batches,
-        device=device,
+        options, task, replace(model, rules=rules), steps=steps, micro_batches=micro_batches, device=device
     )
 
 

@@ -23,7 +23,9 @@ class ReadMedia:
         """The group with arrays of media. BadRow where one cannot be read, or is not what its header told."""
         if not any(document.parts for document in group.documents):
             return group
-        return replace(group, documents=tuple(self._read(document) for document in group.documents))
+        # a list first: a tuple that a thread makes of a generator breaks where another thread asks gc for all objects
+        read = [self._read(document) for document in group.documents]
+        return replace(group, documents=tuple(read))
 
     def _read(self, document: Document) -> Document:
         found: dict[str, list[np.ndarray]] = {}

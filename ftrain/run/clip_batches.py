@@ -57,7 +57,9 @@ class ReadClips:
 
     def __call__(self, group: Group) -> Group:
         """BadRow for a clip whose file is damaged, or that lacks what the model reads."""
-        return Group(tuple(self._read(document) for document in group.documents), group.cost)
+        # a list first: a tuple that a thread makes of a generator breaks where another thread asks gc for all objects
+        read = [self._read(document) for document in group.documents]
+        return Group(tuple(read), group.cost)
 
     def _read(self, document: Document) -> Document:
         clip, place = document.parts[0][0].source, document.parts[0][1]

@@ -53,6 +53,9 @@ def test_a_run_learns_and_goes_on_to_the_bit(root, tmp_path):
     assert all(torch.equal(whole[name], half[name]) for name in whole)
     before = load_file(root / "wan/transformer_2" / DATA)
     assert not torch.equal(whole["proj_out.weight"], before["proj_out.weight"])
+    assert main(["export", str(tmp_path / "half"), "--to", str(tmp_path / "exported")]) == 0
+    exported = load_file(tmp_path / "exported/transformer_2" / DATA)
+    assert all(torch.equal(half[name], exported[name]) for name in half)
     losses = [row["loss"] for row in read_metrics(tmp_path / "whole")]
     assert len(losses) == 4
     assert [row["loss"] for row in read_metrics(tmp_path / "half")] == losses
