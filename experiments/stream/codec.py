@@ -43,7 +43,7 @@ _SHOWN = 25
 class Options:
     """What can be chosen."""
 
-    steps: int = 250
+    steps: int = 120
     """updates"""
     batch: int = 8
     """clips of a step"""

@@ -98,10 +98,15 @@ def judge(trained: Said, held_out: Said) -> Judge:
     return Judge(made.classifier, float(np.mean(made.told(held_out.units_NU) == held_out.number_N)))
 
 
-def learnt_units(of: Clips, *, seed: int = 0, steps: int = 60, batch: int = 1024) -> torch.Tensor:
-    """The units of sound `[CODES, W]`: moving averages of the pieces of clips that are nearest; dead ones revived."""
-    rows, key = torch.from_numpy(_pieces(_mels(of)).reshape(-1, WINDOW)), random.key(seed)
-    state = spec.init(codebook_averages.state_specs(1, CODES, WINDOW), key)
+def learnt_units(of: Clips, *, seed: int = 0, steps: int = 60) -> torch.Tensor:
+    """The units of sound `[CODES, W]` that clips are made of."""
+    return averaged(_pieces(_mels(of)).reshape(-1, WINDOW), CODES, seed=seed, steps=steps)
+
+
+def averaged(rows_RW: np.ndarray, entries: int, *, seed: int, steps: int = 60, batch: int = 1024) -> torch.Tensor:
+    """A codebook `[entries, W]`: moving averages of the rows that are nearest; dead ones revived."""
+    rows, key = torch.from_numpy(rows_RW), random.key(seed)
+    state = spec.init(codebook_averages.state_specs(1, entries, rows.shape[1]), key)
     state = codebook_averages.revived(state, rows[None], key=key, least=2.0)
     rng = np.random.default_rng(seed)
     for step in range(steps):
