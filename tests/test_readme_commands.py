@@ -140,7 +140,7 @@ COMMANDS = {
             f"{SHORT_RUN} --out {{here}}/run",
             leaves="run/metrics.jsonl",
             long=True,
-        )  # fmt: skip
+        )
         for task, file, more in (
             ("sft", "chat.jsonl", " --lora.rank 16"),
             ("dpo", "pairs.jsonl", " --lora.rank 16"),
