@@ -97,14 +97,14 @@ class Bridged:
 
         ValueError without a loss, for one that gives no `Mean`, and as `run`.
         """
-        result, after = self.run(params, batch, key, state)
-        mean = self._mean(result, batch)
-        return (mean, after) if self.written else mean
-
-    def _mean(self, result: Any, batch: Any) -> Mean:
         if self.loss_of is None:
             raise ValueError(f"{self.name} has no loss: from_module(module, loss) takes one")
-        mean = self.loss_of(result, batch)
+        result, after = self.run(params, batch, key, state)
+        mean = self._mean(self.loss_of, result, batch)
+        return (mean, after) if self.written else mean
+
+    def _mean(self, loss: Loss, result: Any, batch: Any) -> Mean:
+        mean = loss(result, batch)
         if not isinstance(mean, Mean):
             raise ValueError(
                 f"{self.name}: its loss gives a {type(mean).__name__}, not a ftrain.Mean(total, count), which says "
@@ -118,9 +118,12 @@ class Bridged:
         ValueError as `loss`.
         """
 
+        loss_of = self.loss_of
+        assert loss_of is not None
+
         def loss(module: nn.Module, batch: Any) -> Mean:
             args, kwargs = self._arguments(batch)
-            return self._mean(module(*args, **kwargs), batch)
+            return self._mean(loss_of, module(*args, **kwargs), batch)
 
         return plain_loss_of(copy.deepcopy(self.module), loss, params, widened(batch), as_it_is=True)
 
