@@ -23,6 +23,7 @@ from experiments.stream.fitting import Options, fit, loss_rows
 from experiments.stream.words import NUMBERS, Said, spelled
 
 _MOST = 160  # documents of each kind that are judged
+_COPIES = 8
 
 
 class Things(NamedTuple):
@@ -42,10 +43,11 @@ def main(options: Options) -> list[Row]:
 
 
 def things(clips: tuple[Any, Any], images: tuple[digits.Digits, digits.Digits], *, seed: int = 0) -> Things:
-    """Of clips and images, to train on and held out."""
+    """Of clips and images, to train on (images bent in several ways too) and held out."""
     units, shades_KP = words.learnt_units(clips[0], seed=seed), answer.shades(images[0], seed=seed)
     said = words.said(clips[0], units), words.said(clips[1], units)
-    seen = answer.pictures(images[0], shades_KP), answer.pictures(images[1], shades_KP)
+    bent = digits.enlarge(images[0], copies=_COPIES, seed=seed)
+    seen = answer.pictures(bent, shades_KP), answer.pictures(images[1], shades_KP)
     return Things(said, seen, shades_KP, words.judge(*said), judge_of_digits.train(*images, copies=0))
 
 
