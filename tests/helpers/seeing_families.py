@@ -164,11 +164,15 @@ def require_saved_as_it_was(native: Model, tmp_path: Path) -> None:
 
 
 def on_mesh(native: Model, cfg: MediaConfig, mesh: Mesh, layout: Layout) -> tuple[float, float]:
-    """Relative differences of the loss and of the gradients between one device and the mesh, in float64."""
+    """Relative differences of the loss and of the gradients between one device and the mesh, in float64.
+
+    Of several packs the first is of text alone: its ranks have no pictures.
+    """
 
     def batch(packs: int) -> dict[str, Any]:
-        raw = pack([one for i in range(packs) for one in [pack(documents(cfg, seed=i), tokens=96)]])
-        raw["segments"] = torch.cat([pack(documents(cfg, seed=i), tokens=96)["segments"] + 9 * i for i in range(packs)])
+        own = [pack(documents(cfg, ((5,), (40,)) if i < packs - 1 else MIXED, seed=i), tokens=96) for i in range(packs)]
+        raw = pack(own)
+        raw["segments"] = torch.cat([one["segments"] + 9 * i for i, one in enumerate(own)])
         assert native.media is not None
         made: dict[str, Any] = native.media(raw, patches=208, packs=packs, parts=mesh.sequence)
         return made
