@@ -39,7 +39,7 @@ class Part(NamedTuple):
     needles: int
 
 
-CURRICULUM = (Part(420, 32, 64, 4), Part(120, 8, 256, 8), Part(30, 2, 1024, 8))
+CURRICULUM = (Part(300, 20, 96, 6), Part(80, 4, 512, 8))
 LENGTHS = (256, 2048, 8192, 32_768)
 
 

@@ -1,7 +1,7 @@
 """Long documents: real English text in which named digits are hidden, written, drawn and spoken; questions at the end.
 
-A document of 2,000 tokens with three needles reads `... red is four ... blue is <image> ... gold is <audio> ... blue ?
-two red ? four gold ? nine`. The text is that of Python's own manual, pictures are scikit-learn's handwritten digits,
+A document of 2,000 tokens with three needles reads `... red is four ... blue is <image> ... pink is <audio> ... blue ?
+two red ? four pink ? nine`. The text is that of Python's own manual, pictures are scikit-learn's handwritten digits,
 spoken words are espeak-ng's. Held out are the last fifth of the text, the writers of `experiments.omni.digits`, and the
 voices of `experiments.omni.corpus`.
 

@@ -27,7 +27,9 @@ from ftrain.modules.omni import OmniModel
 from ftrain.modules.vision_encoder import VisionConfig
 
 D_MODEL = 64
-WINDOW = 64
+WINDOW = 16
+"""Below the shortest documents: in a window that holds a whole document needles are found by it, and then no more."""
+
 _SHORT = 4  # from a picture back to its name
 _HOP = 128
 _FLOOR = 256  # tokens: below, the scores of global layers are as they are
@@ -49,7 +51,7 @@ def foundation(vocab: int) -> DecoderConfig:
     The short one joins a name to what stands behind it, which an attention over many tokens learns late.
     """
     heads = AttentionConfig(D_MODEL, heads=4, kv_heads=2, head_dim=D_MODEL // 4, qk_norm=True, window=WINDOW)
-    wide = replace(heads, heads=2, kv_heads=1, head_dim=D_MODEL // 2, window=None, rope_base=None)
+    wide = replace(heads, heads=2, kv_heads=1, head_dim=D_MODEL // 2, window=None, rope_base=None, qk_norm=False)
     experts = MoEConfig(D_MODEL, D_MODEL, experts=8, top_k=2, shared_experts=1, score="sigmoid", balance="bias")
     cfg = DecoderConfig(vocab, D_MODEL, 3, heads, moe=experts, tie_embeddings=True, init_std=0.3)
     short = layer_with(cfg, attention=attention_block(replace(heads, window=_SHORT)))
