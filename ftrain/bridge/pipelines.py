@@ -17,7 +17,7 @@ from ftrain.modules.hf_fields import number
 
 INDEX = "model_index.json"
 KINDS = ("WanPipeline", "WanImageToVideoPipeline")
-_SAMPLED = 4096  # bytes of each tensor in a digest
+_BLOCKS, _BLOCK = 16, 256  # of each tensor in a digest: few pages of a file of many gigabytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class WanFolder:
 
 def digest(folder: Path) -> str:
     """What tells the weights of a folder from others: of its `config.json`, and of each tensor its name, shape, dtype
-    and 4,096 bytes spread over it. ValueError for a folder without safetensors.
+    and 4,096 bytes in 16 blocks spread over it. ValueError for a folder without safetensors.
     """
     stem = DIFFUSERS.stem if any(folder.glob(f"{DIFFUSERS.stem}*")) else STEM
     held, found = HfFolder.open(folder, stem=stem), hashlib.sha256()
@@ -82,7 +82,9 @@ def digest(folder: Path) -> str:
         found.update(f"{name} {stored.shape} {stored.dtype}".encode())
         with opened(stored.file) as file:
             raw = file.get_tensor(name).reshape(-1).view(torch.uint8)
-        found.update(raw[:: max(1, len(raw) // _SAMPLED)].numpy().tobytes())
+        step = max(_BLOCK, len(raw) // _BLOCKS)
+        for start in range(0, len(raw), step):
+            found.update(raw[start : start + _BLOCK].numpy().tobytes())
     return found.hexdigest()
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ftrain.cli.recipes import DTYPES
 from ftrain.cli.train import device_of
-from ftrain.data.clips.cache import Cache
+from ftrain.data.clips.cache import Cache, missing_shards
 from ftrain.data.clips.frames import Cut
 from ftrain.data.clips.sizes import Resize
 from ftrain.run.encoding import EncodeJob, encode
@@ -73,11 +73,11 @@ def run(options: EncodeOptions) -> int:
         options.rejected,
     )  # fmt: skip
     encode(job, device=device, part=part, parts=parts)
-    try:
-        found = Cache.open(options.out)
-    except ValueError as error:  # others are not done yet
-        print(error)
+    missing = missing_shards(options.out)
+    if missing:
+        print(f"{options.out}: {len(missing)} shards are left for other processes")
         return 0
+    found = Cache.open(options.out)
     sizes = sorted({clip.size for clip in found.clips})
     told = ", ".join("x".join(map(str, size)) for size in sizes)
     print(f"{options.out}: {len(found)} clips of {told}; {len(found.left_out)} videos were left out")

@@ -79,7 +79,7 @@ class ReadClips:
         return Document(document.tokens, document.labels, media=media)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClipLayout(PackLayout):
     """Clips in packs as `ftrain.tasks.video` reads them.
 
@@ -89,7 +89,7 @@ class ClipLayout(PackLayout):
     - `mask`: channels of a condition that tell which frames are given; 0 without conditions.
     """
 
-    cfg: WanConfig | None = None
+    cfg: WanConfig
     most: int = 1
     multiple: int = 1
     clean_first: bool = False
@@ -101,7 +101,6 @@ class ClipLayout(PackLayout):
     ) -> dict[str, Any]:
         """The leaves that `ftrain.tasks.video.BATCH` tells, and those of the model."""
         del slots, leaves
-        assert self.cfg is not None
         documents = [[document for group in pack for document in group.documents] for pack in packs]
         laid = lay(
             [[self._clip(document.media) for document in pack] for pack in documents],
@@ -129,7 +128,6 @@ class ClipLayout(PackLayout):
         return found
 
     def _clip(self, media: Mapping[str, np.ndarray]) -> Clip:
-        assert self.cfg is not None
         latents = torch.from_numpy(media["latents"])
         if "condition" in media:
             beside = torch.from_numpy(media["condition"])
@@ -139,7 +137,6 @@ class ClipLayout(PackLayout):
 
     def _given(self, pack: Sequence[Document], rows: int) -> Tensor:
         """Which rows of a pack are of a first frame."""
-        assert self.cfg is not None
         found = torch.zeros(rows, dtype=torch.bool)
         first = 0
         for document in pack:

@@ -83,6 +83,13 @@ def config_of(folder: Path) -> dict[str, Any]:
     return parse_json(read_member(folder, CONFIG, limit=JSON_BYTES), str(folder / CONFIG))
 
 
+def missing_shards(folder: Path) -> list[int]:
+    """Numbers of the shards that are not written yet. ValueError for a folder without a cache."""
+    config = config_of(folder)
+    check(config, record({"shards": whole(1, 10**8)}, others=True), str(folder / CONFIG))
+    return [n for n in range(config["shards"]) if not shard_of(folder, n).is_file()]
+
+
 def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """ValueError for the first entry in which two descriptions of a cache differ."""
     for name in sorted({*before, *now}):
@@ -143,9 +150,7 @@ class Cache:
         """Read the headers of all shards. ValueError for a folder without a cache, one that is not finished, a damaged
         shard, or one without clips.
         """
-        config = config_of(folder)
-        check(config, record({"shards": whole(1, 10**8)}, others=True), str(folder / CONFIG))
-        missing = [n for n in range(config["shards"]) if not shard_of(folder, n).is_file()]
+        config, missing = config_of(folder), missing_shards(folder)
         if missing or not (folder / EMPTY).is_file():
             done = config["shards"] - len(missing)
             raise ValueError(
