@@ -106,7 +106,9 @@ def _weights(value: Any) -> Any:
 
 
 def _said(value: Any) -> Any:
-    return f"that of {value.get('path')}" if isinstance(value, dict) and "digest" in value else value
+    if isinstance(value, dict) and "digest" in value:
+        return f"that of {value.get('path')} (weights {str(value['digest'])[:8]})"
+    return value
 
 
 def shard_of(folder: Path, number: int) -> Path:
