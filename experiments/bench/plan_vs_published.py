@@ -53,7 +53,7 @@ _PAPER = (
     "one document of so many tokens, half of them of films, the whole model trained"
 )
 PLANS = Path(__file__).resolve().parents[1] / "plans"
-_RATES = {"qwen3-vl-30b-a3b": 2800.0}
+_RATES = {"qwen3-vl-30b-a3b": 2800.0, "qwen3-omni-30b-a3b": 2800.0}
 _MOST = 1e6  # us/MB: all of a layer is made again, its parameters are gathered once for the backward, as FSDP2 does
 
 
