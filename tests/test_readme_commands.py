@@ -21,15 +21,8 @@ import pytest
 import torch
 import tyro
 
-import ftrain
-from ftrain import lora
 from ftrain.cli.main import SUBCOMMANDS, parse
-from ftrain.hf import save_hf
-from ftrain.hf.convert import hf_to_checkpoint
-from ftrain.modules import decoder
-from ftrain.modules.hf_config import hf_config
-from ftrain.modules.hf_names import decoder_names
-from tests.helpers.chat_folders import chats, preferences, write_chat_model, write_rows
+from tests.helpers import readme_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("make", "python", "python3", "ftrain", "torchrun", "pip")
@@ -46,10 +39,10 @@ class Command:
     """How a command of README is run.
 
     `replaced`: words that become others; `appended`: options behind all others. In both `{here}` is an empty folder of
-    the test, `{hf}` a small model of Hugging Face's, with the same as a checkpoint in `{hf}/ckpt`, and `{chat}` a small
-    chat model with an adapter and data files. `ends`: the exit
-    codes that are right, `says`: what is printed, `leaves`: a file that is there afterwards. `long`: more than ten
-    seconds of a core even so.
+    the test, `{hf}` a small model of Hugging Face's, with the same as a checkpoint in `{hf}/ckpt`, `{chat}` a small
+    chat model with an adapter and data files, `{video}` a small pipeline of Wan's with films, a cache and an adapter.
+    `ends`: the exit codes that are right, `says`: what is printed, `leaves`: a file that is there afterwards. `long`:
+    more than ten seconds of a core even so.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -89,6 +82,19 @@ COMMANDS = {
         says="every node's values are finite",
         long=True,
     ),
+    **{
+        f"python -m experiments.{name}": Command(
+            appended=f"{less} --json {{here}}/figures.json", ends=(0, 1), leaves="figures.json", long=True
+        )
+        for name, less in (
+            ("spoken", "--small --threads 1 --out {here}/run"),
+            ("stream", "--steps 2 --batch 4"),
+            ("ming", "--steps 2 --batch 4"),
+            ("pictures.janus", "--steps 2 --codec-steps 2 --batch 4"),
+            ("long_context", "--small --threads 1 --out {here}/run"),
+            ("agent", "--small --threads 1 --out {here}/run"),
+        )
+    },
     "python -m experiments.recommend": Command(appended="--steps 2 --batch 32 --people 40", says="CTCVR AUC"),
     "python -m experiments.bench.step": Command(
         appended="--quick --rounds 1 --no-compiled --only overhead", says="overhead of a call"
@@ -123,6 +129,9 @@ COMMANDS = {
         appended="--folder {chat} --tokens 128 --steps 2 --turns 1 --pairs 2 --pair-steps 1", says="DPO", long=True
     ),
     "python -m experiments.bench.data": Command(appended="--parts packing", says="useful", ends=(0, 1), long=True),
+    "python -m experiments.bench.omni": Command(
+        appended="--quick --models qwen2.5-vl --tokens 512", says="useful tokens", ends=(0, 1), long=True
+    ),
     "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences"),
     **{
         f"ftrain train {task} --model DIR --data {file} --out runs/{run}{lora}": Command(
@@ -179,6 +188,23 @@ COMMANDS = {
     "ftrain report runs/lora --html lora.html": Command(
         {"runs/lora": "{here}/run", "lora.html": "{here}/lora.html", "ftrain": f"{TRAINED} && ftrain"},
         leaves="lora.html",
+        long=True,
+    ),
+    "ftrain encode --model WAN --videos clips --out cache --sizes 81x480x832": Command(
+        {"WAN": "{video}/wan", "clips": "{video}/films", "--out cache": "--out {here}/cache", "81x480x832": "9x32x48"},
+        leaves="cache",
+        long=True,
+    ),
+    "ftrain train video --model WAN --data cache --out runs/video --lora.rank 32": Command(
+        {"WAN": "{video}/wan", "--data cache": "--data {video}/cache", "runs/video": "{here}/run", "rank 32": "rank 2"},
+        "--steps 1 --held-out 0",
+        leaves="run/adapter",
+        long=True,
+    ),
+    'ftrain sample --model WAN --adapter runs/video/adapter --prompt "a cat on a wall" --out cat.mp4': Command(
+        {"WAN": "{video}/wan", "runs/video/adapter": "{video}/adapter", "cat.mp4": "{here}/cat.mp4"},
+        "--size 9x32x48 --steps 2",
+        leaves="cat.mp4",
         long=True,
     ),
     "ftrain params --model DIR": Command({"DIR": "{chat}"}, says="parameters"),
@@ -275,33 +301,19 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model in Hugging Face's format, and beneath it as a checkpoint."""
-    folder = tmp_path_factory.mktemp("hf")
-    cfg = decoder.preset("qwen3-moe-tiny")
-    save_hf(ftrain.init(decoder.specs(cfg), ftrain.key(0)), folder, hf_config(cfg), decoder_names(cfg))
-    hf_to_checkpoint(folder, str(folder / "ckpt"))
-    return folder
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What commands are run on, by the names of `Command`."""
+    kinds = {"hf": readme_folders.write_model, "chat": readme_folders.write_chat, "video": readme_folders.write_video}
+    return {name: write(tmp_path_factory.mktemp(name)) for name, write in kinds.items()}
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small chat model, an adapter for it, data files, and the options of a run in a file."""
-    folder = write_chat_model(tmp_path_factory.mktemp("chat"))
-    write_rows(folder / "chat.jsonl", chats(30))
-    write_rows(folder / "pairs.jsonl", preferences(30))
-    (folder / "sft.yaml").write_text(f"model: {folder}\ndata: [{folder}/chat.jsonl]\n")
-    adapter = lora.add(ftrain.hf.open(folder), "all-linear", rank=2)
-    lora.save(adapter.init(ftrain.key(0)), adapter, folder / "adapter")
-    return folder
-
-
-def run(command: str, programs: Path, hf: Path, chat: Path, here: Path) -> None:
+def run(command: str, programs: Path, folders: dict[str, Path], here: Path) -> None:
     how, line = COMMANDS[command], command
     for old, new in how.replaced.items():
         line = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", lambda _, new=new: new, line)
-    line = f"{line} {how.appended}".replace("{here}", str(here)).replace("{hf}", str(hf))
-    line = line.replace("{chat}", str(chat))
+    line = f"{line} {how.appended}"
+    for name, folder in {"here": here, **folders}.items():
+        line = line.replace(f"{{{name}}}", str(folder))
     packages = [str(ROOT), str(Path(torch.__file__).parents[1])]
     env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": os.pathsep.join(packages), "FTRAIN_CACHE": str(here / "cache"), "COLUMNS": "160"}
@@ -317,14 +329,14 @@ def run(command: str, programs: Path, hf: Path, chat: Path, here: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SHORT)
-def test_the_command_runs(command: str, programs: Path, hf: Path, chat: Path, tmp_path: Path) -> None:
-    run(command, programs, hf, chat, tmp_path)
+def test_the_command_runs(command: str, programs: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    run(command, programs, folders, tmp_path)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("command", LONG)
-def test_the_long_command_runs(command: str, programs: Path, hf: Path, chat: Path, tmp_path: Path) -> None:
-    run(command, programs, hf, chat, tmp_path)
+def test_the_long_command_runs(command: str, programs: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    run(command, programs, folders, tmp_path)
 
 
 def absent(modules: list[str]) -> list[str]:
