@@ -53,7 +53,9 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int 
     shown = str(folder.path / CONFIG)
     cfg = described_with_sight(config, shown, layers=len(folder.tensors), describe=family.config)
     require_rows_for_tokens(folder.path, config.get("thinker_config") or config)
-    names = family.names(cfg, {name: stored.shape for name, stored in folder.tensors.items()})
+    shapes = {name: stored.shape for name, stored in folder.tensors.items()}
+    cfg = family.laid(cfg, shapes)
+    names = family.names(cfg, shapes)
     others = tuple(name for name in folder.tensors if cfg.media.sound is not None and name.startswith(OTHERS))
     files, made = NativeFiles(folder, vision_language.specs(cfg), {}, names, others), NativeSight(cfg)
     kind = config["model_type"]

@@ -1,7 +1,8 @@
 """Qwen3-VL with experts in the decoder: the router's weights sum to one whatever the file says.
 
 Files have the experts of a layer as two tensors, `[E, D, 2 F]` and `[E, F, D]` as they are published, with the last two
-dims swapped where transformers saves a model that it has made itself. Source: Qwen team, Qwen3-VL (arXiv 2511.21631).
+dims swapped where transformers saves a model that it has made itself. Files of others have each expert by itself, as
+those of Qwen3-MoE. Source: Qwen team, Qwen3-VL (arXiv 2511.21631).
 """
 
 from dataclasses import replace
@@ -35,8 +36,16 @@ def _with_fused_experts(text: DecoderConfig) -> DecoderConfig:
     return replace(text, pattern=tuple(layers))
 
 
+def laid(cfg: VisionLanguageConfig, shapes: Shapes) -> VisionLanguageConfig:
+    """With one tensor for each expert's gate, up and down where a folder's experts lie one by one."""
+    there = f"model.language_model.layers.{cfg.text.dense_layers}.mlp.experts.0.gate_proj.weight"
+    return replace(cfg, text=replace(cfg.text, pattern=())) if there in shapes else cfg
+
+
 def names(cfg: VisionLanguageConfig, shapes: Shapes) -> Names:
     """The tensors of Qwen3-VL-MoE, which lie as those of these shapes do."""
+    if not cfg.text.pattern:
+        return tuple(sorted(qwen3_vl.parts(cfg), key=natural_order))
     found = [name for name in qwen3_vl.parts(cfg) if name.index is None]  # but for experts one by one
     for i in range(cfg.text.dense_layers, cfg.text.layers):
         there, here = f"model.language_model.layers.{i}.mlp.experts", f"text.layers.{i}.moe"
@@ -53,4 +62,4 @@ def _swapped(cfg: DecoderConfig, gate_up: tuple[int, ...] | None, down: tuple[in
     return (gate_up, down) == ((e, 2 * f, d), (e, d, f)) != ((e, d, 2 * f), (e, f, d))
 
 
-FAMILY = VisionLanguageFamily(config, names)
+FAMILY = VisionLanguageFamily(config, names, laid)

@@ -1,6 +1,7 @@
 """Qwen3-VL with experts equals transformers', in both layouts of its files; and on meshes itself."""
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import ftrain
@@ -57,6 +58,25 @@ def test_files_as_they_are_published_have_the_last_two_dims_swapped(width, tmp_p
     save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
     model = ftrain.hf.open(folder)
     assert tree.diff(model.load(), wanted) == ""
+    laws.require_saved_as_it_was(model, tmp_path)
+
+
+def test_experts_one_by_one_are_the_same_model(tmp_path):
+    folder = laws.saved(laws.random_model(config(mlp_only_layers=[0])), tmp_path / "weights")
+    fused = ftrain.hf.open(folder)
+    batch = fused.media(laws.pack(laws.documents(media(), laws.MIXED)))
+    wanted = fused.loss(fused.load(), batch).value()
+    split = {}
+    for name, x in load_file(folder / "model.safetensors").items():
+        there = name.rpartition(".")[0]
+        for e in range(4 if ".experts." in name else 0):
+            parts = x[e].chunk(2) if name.endswith("gate_up_proj") else (x[e],)
+            kinds = ("gate", "up") if len(parts) == 2 else ("down",)
+            split |= {f"{there}.{e}.{k}_proj.weight": one.clone() for k, one in zip(kinds, parts, strict=True)}
+        split |= {} if ".experts." in name else {name: x}
+    save_file(split, folder / "model.safetensors", metadata={"format": "pt"})
+    model = ftrain.hf.open(folder)
+    torch.testing.assert_close(model.loss(model.load(), batch).value(), wanted, rtol=1e-6, atol=1e-6)
     laws.require_saved_as_it_was(model, tmp_path)
 
 
