@@ -27,8 +27,8 @@ class VisionLanguageFamily:
     """A family of language models that see.
 
     - `config(config)`: the model that a `config.json` describes. ValueError names an entry that it cannot follow.
-    - `laid(cfg, shapes)`: the same model with parameters as a folder of tensors of these shapes has them, where the family
-      knows several ways.
+    - `laid(cfg, shapes)`: the same model with parameters as a folder of tensors of these shapes has them, where the
+      family knows several ways.
     - `names(cfg, shapes)`: the tensors of such a model in a folder that holds tensors of these shapes, as it calls them
       and lays them, in the order in which transformers 5 saves them.
     """
