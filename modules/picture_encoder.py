@@ -83,7 +83,7 @@ def specs(cfg: PictureConfig) -> dict[str, Tree]:
 
     >>> from ftrain.modules import spec
     >>> spec.count(specs(PictureConfig(16, layers=1, heads=2, d_hidden=32, size=8, patch=4)))
-    3120
+    3104
     """
     d, places = cfg.d_model, cfg.side**2 + cfg.class_row
     patch = {

@@ -68,6 +68,12 @@ def test_what_tests_share_is_in_their_helpers():
     assert found == []
 
 
+def test_names_of_test_files_are_their_own():
+    """pytest imports them by these names: of two alike only one is found."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py") if "nullgpu" not in file.parts]
+    assert sorted(names) == sorted(set(names))
+
+
 _RAISES = "def _g():\n raise KeyError('x')"
 _UNSAID = "f raises KeyError and does not say so"
 _BARE = "B.f has no docstring"

@@ -65,7 +65,7 @@ def evened(
 
     >>> lengths, costs = np.array([4, 4, 4, 4]), np.array([[4.0, 4], [4, 4], [4, 0], [4, 0]])
     >>> evened(np.array([0, 0, 1, 1]), lengths, costs, tokens=8, packs=2).tolist()
-    [1, 0, 0, 1]
+    [0, 1, 0, 1]
     """
     filled = _Packs.of(pack_N, lengths_N, costs_NK, tokens, packs)
     kept_N = np.arange(len(lengths_N)) == 0 if kept_N is None else kept_N

@@ -15,7 +15,7 @@ def encoder_config(config: Config) -> AudioTowerConfig:
     ValueError names an entry that it cannot follow.
 
     >>> from ftrain.modules.families.whisper import encoder_config
-    >>> encoder_config({"d_model": 1280, "encoder_layers": 32, "num_mel_bins": 128}).chunk
+    >>> encoder_config({"d_model": 1280, "encoder_attention_heads": 20, "num_mel_bins": 128}).chunk
     3000
     """
     if config.get("activation_function", "gelu") != "gelu":
