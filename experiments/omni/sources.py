@@ -44,14 +44,15 @@ class Speech:
 
     @cached_property
     def spoken(self) -> Mapping[tuple[int, int], np.ndarray]:
-        """Which clips a model learns to say: by language and digit, places `[n]`, of speakers where there are any."""
+        """Which clips a model learns to say: by language and digit, places `[n]`, of speakers where any says the word."""
         speakers_N = np.array([delivery.voice in corpus.SPEAKERS for delivery in self.clips.deliveries])
-        chosen_N = speakers_N if speakers_N.any() else ~speakers_N
-        words = np.stack([self.clips.languages_N, self.clips.labels_N], axis=1)
-        return {
-            (int(language), int(digit)): np.flatnonzero(chosen_N & (words == (language, digit)).all(axis=1))
-            for language, digit in np.unique(words, axis=0)
-        }
+        words, found = np.stack([self.clips.languages_N, self.clips.labels_N], axis=1), {}
+        for language, digit in np.unique(words, axis=0):
+            of_word_N = (words == (language, digit)).all(axis=1)
+            by_speakers_N = of_word_N & speakers_N
+            chosen_N = by_speakers_N if by_speakers_N.any() else of_word_N
+            found[int(language), int(digit)] = np.flatnonzero(chosen_N)
+        return found
 
 
 @dataclass(frozen=True)
