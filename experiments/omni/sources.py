@@ -44,7 +44,7 @@ class Speech:
 
     @cached_property
     def spoken(self) -> Mapping[tuple[int, int], np.ndarray]:
-        """Which clips a model learns to say: by language and digit, places `[n]`, of speakers where any says the word."""
+        """Which clips a model learns to say: by language and digit, places `[n]`, of speakers if any says the word."""
         speakers_N = np.array([delivery.voice in corpus.SPEAKERS for delivery in self.clips.deliveries])
         words, found = np.stack([self.clips.languages_N, self.clips.labels_N], axis=1), {}
         for language, digit in np.unique(words, axis=0):

@@ -311,8 +311,8 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
         "video_to_text": 5.0,
         "text_to_image": 1.0,
         "audio_to_image": 1.0,
-        "text_to_audio": 1.5,
-        "arithmetic": 3.0,
+        "text_to_audio": 2.5,
+        "arithmetic": 2.0,
     }
 )
 
