@@ -83,7 +83,7 @@ def test_a_run_of_whole_windows_trains_on_each_example_once(steps: int, document
     moved = [
         (number // documents, step) for step, held in enumerate(seen) for number in held if number // documents != step
     ]
-    assert 0 < len(moved) < 0.1 * steps * documents
+    assert 0 < len(moved) < 0.15 * steps * documents  # the fewer documents, the more their lengths differ
     assert all(home in window_of(step) for home, step in moved)
 
 
