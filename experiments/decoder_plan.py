@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import ftrain
-from ftrain import Aval, Mean, Precision, TrainState, optim, tree
+from experiments.planned_step import planned_step
+from ftrain import Aval, Mean, Precision, tree
 from ftrain.modules import decoder, moe
 from ftrain.modules.decoder import DecoderConfig
 from ftrain.plan.space import Candidate, ModelShape
@@ -67,8 +68,7 @@ class DecoderWorkload:
 
     def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
         """The training step of a decoder of `depths["layers"]` layers."""
-        cfg, micro = replace(self.cfg, layers=depths["layers"]), candidate.micro_batches
-        tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
+        cfg = replace(self.cfg, layers=depths["layers"])
         segmented, whole_logits = self.segmented, self.whole_logits
 
         def loss_fn(params: Any, batch: Any) -> Any:
@@ -84,33 +84,18 @@ class DecoderWorkload:
             terms["balance"] = moe.aux_loss(stats.router)
             return ftrain.weighted_sum(terms, {"balance": 1e-3})
 
-        loss = ftrain.accumulate(loss_fn, micro) if micro > 1 else loss_fn
-
-        def step(state: TrainState, batch: Any) -> Any:
-            value, grads = ftrain.value_and_grad(loss)(state.params, batch)
-            return state.apply(tx, grads), {"loss": value}
-
-        specs = decoder.specs(cfg)
         whole = self.tokens * self.packs
         batch = {name: Aval((whole,), torch.int64, _CPU) for name in _LEAVES if segmented or name != "segments_T"}
-
-        def init(key: Any) -> TrainState:
-            return TrainState.create(ftrain.init(specs, key), tx)
-
-        precision = Precision(compute=self.compute)
-        return WorkloadStep(step, abstract_state(specs, tx), batch, specs, {}, precision=precision, init=init)
+        return planned_step(
+            loss_fn, decoder.specs(cfg), batch, rate=1e-4, micro_batches=candidate.micro_batches,
+            precision=Precision(compute=self.compute),
+        )  # fmt: skip
 
 
 def plain_loss(scores_TV: Tensor, labels_T: Tensor) -> Mean:
     """Cross entropy of scores `[T, V]`, in float32."""
     total = cross_entropy(scores_TV.float(), labels_T, reduction="sum", ignore_index=decoder.IGNORE)
     return Mean(total, (labels_T != decoder.IGNORE).sum().float())
-
-
-def abstract_state(specs: Any, tx: Any) -> Any:
-    """The shapes of a fresh training state, made of meta tensors."""
-    params = tree.map(lambda s: torch.empty(s.shape, dtype=s.dtype, device="meta"), specs)
-    return tree.map(lambda x: Aval(tuple(x.shape), x.dtype, _CPU), TrainState.create(params, tx))
 
 
 def active_weights(cfg: DecoderConfig) -> int:

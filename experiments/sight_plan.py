@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-import ftrain
-from experiments.decoder_plan import abstract_state, active_weights
-from ftrain import Aval, Precision, TrainState, optim
+from experiments.decoder_plan import active_weights
+from experiments.planned_step import planned_step
+from ftrain import Aval, Precision
 from ftrain.bridge.native_sight import NativeSight
 from ftrain.kernels.documents import Documents
 from ftrain.modules import audio_tower, spec, vision_language, vision_tower
@@ -174,26 +174,12 @@ class SightWorkload:
 
     def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
         """The training step of a model with so many layers in the decoder and in the tower."""
-        cfg, micro = self.shallow(depths), candidate.micro_batches
-        tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-5))
-        model = NativeSight(cfg)
-        loss = ftrain.accumulate(model.loss, micro) if micro > 1 else model.loss
-
-        def step(state: TrainState, batch: Any) -> Any:
-            value, grads = ftrain.value_and_grad(loss)(state.params, batch)
-            return state.apply(tx, grads), {"loss": value}
-
-        specs = vision_language.specs(cfg)
-        return WorkloadStep(
-            step,
-            abstract_state(specs, tx),
-            self._batch(candidate),
-            specs,
-            RULES,
-            components(candidate, hears=cfg.media.sound is not None),
-            precision=Precision(compute="bfloat16"),
-            init=lambda key: TrainState.create(ftrain.init(specs, key), tx),
-        )
+        cfg = self.shallow(depths)
+        return planned_step(
+            NativeSight(cfg).loss, vision_language.specs(cfg), self._batch(candidate), rate=1e-5,
+            micro_batches=candidate.micro_batches, precision=Precision(compute="bfloat16"), rules=RULES,
+            components=components(candidate, hears=cfg.media.sound is not None),
+        )  # fmt: skip
 
     def shallow(self, depths: Mapping[str, int]) -> VisionLanguageConfig:
         """The model with so many layers in each stack; a part of the tower that sees has one deep layer, if any, and

@@ -6,13 +6,11 @@ Tokens are patches of latents: `--tokens 75600` is a clip of 81 frames of 720 x 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
-import ftrain
-from experiments.decoder_plan import abstract_state
-from ftrain import Aval, Precision, TrainState, optim
+from experiments.planned_step import planned_step
+from ftrain import Aval, Precision
 from ftrain.bridge.native_wan import NativeWan
 from ftrain.modules.families import wan
 from ftrain.modules.families.wan_config import PUBLISHED, WanConfig, config, keep_float32
@@ -67,25 +65,11 @@ class WanWorkload:
 
     def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
         """The training step of a model of `depths["layers"]` layers."""
-        cfg, micro = replace(self.cfg, layers=depths["layers"]), candidate.micro_batches
-        tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-5))
-        model, by_row = NativeWan(cfg), rules(cfg)
-        loss = ftrain.accumulate(model.loss, micro) if micro > 1 else model.loss
-
-        def step(state: TrainState, batch: Any) -> Any:
-            value, grads = ftrain.value_and_grad(loss)(state.params, batch)
-            return state.apply(tx, grads), {"loss": value}
-
-        specs = wan.specs(cfg)
-        return WorkloadStep(
-            step,
-            abstract_state(specs, tx),
-            self._batch(),
-            specs,
-            by_row,
-            precision=Precision(compute="bfloat16", keep=keep_float32(cfg)),
-            init=lambda key: TrainState.create(ftrain.init(specs, key), tx),
-        )
+        cfg = replace(self.cfg, layers=depths["layers"])
+        return planned_step(
+            NativeWan(cfg).loss, wan.specs(cfg), self._batch(), rate=1e-5, micro_batches=candidate.micro_batches,
+            precision=Precision(compute="bfloat16", keep=keep_float32(cfg)), rules=rules(cfg),
+        )  # fmt: skip
 
     def _batch(self) -> dict[str, Aval]:
         cfg, rows = self.cfg, self.tokens * self.packs

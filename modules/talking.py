@@ -19,6 +19,7 @@ from ftrain.kernels.mean import Mean
 from ftrain.kernels.pack import take_rows
 from ftrain.modules import decoder, vision_language
 from ftrain.modules.decoder import DecoderStats
+from ftrain.modules.sight_generation import on_device
 from ftrain.modules.spec import Tree
 from ftrain.modules.speech_lines import Thought, Utterance
 from ftrain.modules.speech_packs import FRAMES, SPEECH, VOICES, utterances
@@ -114,7 +115,7 @@ def to_speak(params: Tree, batch: Mapping[str, Any], cfg: TalkingConfig, *, voic
         at_M = np.flatnonzero(state_n >= 0)
         states = {"source": torch.from_numpy(state_n[at_M]), "index": torch.from_numpy(at_M)}
         given = {"words": torch.from_numpy(word_n), "states": states}
-        return rows(params["thinker"], state_TW, _on(given, state_TW.device))
+        return rows(params["thinker"], state_TW, on_device(given, state_TW.device))
 
     prompt = {"words": line.word_s, "codes": line.code_s, "positions": line.place_s3}
     found = {name: torch.from_numpy(leaf).to(state_TW.device) for name, leaf in prompt.items()}
@@ -140,7 +141,3 @@ def _last(batch: Mapping[str, Any], cfg: TalkingConfig, voice: int) -> Utterance
     if (tokens_T[said.turns[-1].end :] == speech.chat.turn).any():
         raise ValueError("the last turn of the document is not an assistant's: give the document with its answer")
     return said._replace(frames_FG=np.zeros((0, speech.groups), np.int64))
-
-
-def _on(tree: Any, device: torch.device) -> Any:
-    return {name: _on(x, device) for name, x in tree.items()} if isinstance(tree, dict) else tree.to(device)

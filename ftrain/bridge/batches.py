@@ -3,7 +3,7 @@
 Legend: T tokens of a pack, B rows, L tokens of a row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -115,3 +115,10 @@ def require_tokens(name: str, batch: Mapping[str, Any], leaves: Mapping[str, Lea
         raise ValueError(
             f"{name}: the batch has {unknown[0]!r}, which the model does not read; it reads {', '.join(leaves)}"
         )
+
+
+def require_made(batch: Mapping[str, Any], raw: Iterable[str]) -> None:
+    """ValueError that names a leaf of media as it came (any of `raw`), which `model.media` has not seen."""
+    found = next((leaf for leaf in raw if leaf in batch), None)
+    if found is not None:
+        raise ValueError(f"the batch has {found!r} as it came: give what model.media(batch) makes of it")

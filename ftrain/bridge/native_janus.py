@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ftrain.bridge.agreement import require_rows_for_tokens
-from ftrain.bridge.batches import LANGUAGE, documents_of, places_of, require_tokens
+from ftrain.bridge.batches import LANGUAGE, documents_of, places_of, require_made, require_tokens
 from ftrain.bridge.native import NativeFiles
 from ftrain.hf.described import described_in_parts
 from ftrain.hf.files import CONFIG, HfFolder
@@ -135,9 +135,7 @@ class NativeJanus:
         return self._run(params, batch)[0].unflatten(0, batch["tokens"].shape)
 
     def _run(self, params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        raw = next((leaf for leaf in RAW if leaf in batch), None)
-        if raw is not None:
-            raise ValueError(f"the batch has {raw!r} as it came: give what model.media(batch) makes of it")
+        require_made(batch, RAW)
         require_tokens("the model", batch, LEAVES)
         tokens, replaced = batch["tokens"], batch.get("replaced")
         given = {**batch, "tokens": tokens.flatten(), "replaced": None if replaced is None else replaced.flatten()}

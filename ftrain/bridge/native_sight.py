@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ftrain.bridge.agreement import require_rows_for_tokens
-from ftrain.bridge.batches import LANGUAGE, documents_of, positions, require_tokens
+from ftrain.bridge.batches import LANGUAGE, documents_of, positions, require_made, require_tokens
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.native import NativeFiles, router_loads
 from ftrain.hf.described import described_with_sight
@@ -158,9 +158,7 @@ class NativeSight:
         """What `ftrain.modules.vision_language` reads of a batch, folded, and its documents. ValueError for a batch
         that does not fit.
         """
-        raw = next((leaf for leaf in RAW if leaf in batch), None)
-        if raw is not None:
-            raise ValueError(f"the batch has {raw!r} as it came: give what model.media(batch) makes of it")
+        require_made(batch, RAW)
         require_tokens("the model", batch, LEAVES if self.cfg.media.sound is None else {**LEAVES, **HEARS})
         tokens, replaced = batch["tokens"], batch.get("replaced")
         _require_a_pack(tokens)
