@@ -16,16 +16,20 @@ from ftrain.sharding.mesh import Mesh
 
 @dataclass(frozen=True)
 class Tokens:
-    """A leaf with one entry per token along `dim`: token ids `[T]`, positions `[A, T]` with `dim=1`."""
+    """A leaf with one entry per token along `dim`: token ids `[T]`, positions `[A, T]` with `dim=1`.
+
+    `optional`: a batch may lack such leaves; else a rule that matches none is an error.
+    """
 
     dim: int = 0
+    optional: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
 class BatchRows:
     """A leaf whose `dim` is divided evenly among all ranks: features of media, targets of decoders.
 
-    `optional`: a batch may lack such leaves; else a rule that matches none is an error.
+    `optional`: as of `Tokens`.
 
     >>> import torch
     >>> from ftrain.sharding import BatchRows, Mesh
@@ -43,7 +47,7 @@ class BatchRows:
 class TokenIndices:
     """int64 rows that hold the index in the batch of the token that a row stands at; the number of tokens means none.
 
-    The rows are divided evenly among all ranks, and a rank sees indices in its own pack. `optional`: as of `BatchRows`.
+    The rows are divided evenly among all ranks, and a rank sees indices in its own pack. `optional`: as of `Tokens`.
 
     >>> import torch
     >>> from ftrain.sharding import Mesh, TokenIndices
@@ -58,7 +62,9 @@ class TokenIndices:
 
 @dataclass(frozen=True)
 class Replicated:
-    """A leaf that every rank sees whole, such as a 0-d temperature."""
+    """A leaf that every rank sees whole, such as a 0-d temperature. `optional`: as of `Tokens`."""
+
+    optional: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Offsets:
     the batch.
 
     `of`: "packs" (each rank sees the offsets of its whole pack), or "rows" (those of its own rows of media).
-    `optional`: as of `BatchRows`.
+    `optional`: as of `Tokens`.
     """
 
     dim: int = 0
@@ -80,7 +86,7 @@ BatchRule = Tokens | BatchRows | TokenIndices | Replicated | Offsets
 
 def may_be_missing(rule: BatchRule) -> bool:
     """True for a rule about leaves that a batch may lack."""
-    return isinstance(rule, BatchRows | TokenIndices | Offsets) and rule.optional
+    return rule.optional
 
 
 def default_rule(path: str) -> BatchRule:

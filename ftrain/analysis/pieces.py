@@ -25,7 +25,7 @@ from ftrain.graph.aliasing import storage
 from ftrain.graph.in_place_ops import IN_PLACE_OPS, PASSED_ON
 from ftrain.graph.loop import is_loop, loop_body
 from ftrain.graph.sizes import sized
-from ftrain.graph.torch_private import storage_id
+from ftrain.graph.torch_memory import storage_id
 from ftrain.kernels.offload import offload_start, offload_wait
 
 Workspace = Callable[[fx.Node], int]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ftrain.checkpoint.leaves import Leaves
-from ftrain.graph.torch_private import version_of
+from ftrain.graph.torch_memory import version_of
 from ftrain.runtime.borrow import Borrow, borrowable
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ftrain.graph.torch_private import storage_id
+from ftrain.graph.torch_memory import storage_id
 
 
 def storage(node: fx.Node) -> int | None:

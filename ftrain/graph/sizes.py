@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.graph.loop import is_loop, loop_body
-from ftrain.graph.torch_private import concrete_size, largest_sizes, size_symbol
+from ftrain.graph.torch_sizes import concrete_size, largest_sizes, size_symbol
 from ftrain.sharding.sizes import is_size
 
 _UNBOUNDED = 1  # of which not even the largest is known

@@ -1,16 +1,12 @@
-"""Every private torch name that the trainer uses, with one canary test each: an upgrade of torch has one place."""
+"""Private torch names that the trainer uses, with one canary test each: an upgrade of torch has few places. Those about
+memory stand in `torch_memory.py`, those about sizes that depend on data in `torch_sizes.py`.
+"""
 
 import logging
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import count
-from operator import attrgetter
-from pathlib import Path
-from sys import getrefcount
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -31,41 +27,16 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
+
+from ftrain.graph.torch_sizes import SizesOfData
 
 __all__ = ["FakeTensor", "FakeTensorMode"]
 
 
-class _Shapes(ShapeEnv):
-    """Symbols for sizes that depend on data, which tell who asks for a number that only data have."""
-
-    def _make_data_dependent_error(self, *args: Any, **kwargs: Any) -> Any:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith(_OF_SYMBOLS):
-            frame = frame.f_back
-        for note in _notes.get():
-            note(frame)
-        return super()._make_data_dependent_error(*args, **kwargs)
-
-
-_OF_SYMBOLS = (torch.__file__, str(Path(torch.__file__).parent / "fx" / "experimental"))
-_notes: ContextVar[tuple[Callable[[FrameType | None], None], ...]] = ContextVar("ftrain_notes_of_numbers", default=())
-
-
-@contextmanager
-def noting_numbers(note: Callable[[FrameType | None], None]) -> Iterator[None]:
-    """Within the block, `note` is called with the frame that asked for a number that only data have."""
-    token = _notes.set((*_notes.get(), note))
-    try:
-        yield
-    finally:
-        _notes.reset(token)
-
-
 def new_fake_mode() -> FakeTensorMode:
     """A mode in which tensors have shapes and no memory; sizes that depend on data get symbols."""
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=_Shapes())
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=SizesOfData())
 
 
 DEVICE_QUERY = torch.ops.prim.device.default
@@ -266,11 +237,6 @@ def number_of(tensor: Tensor) -> float | None:
         return float(known.item())
 
 
-def size_symbol(size: torch.SymInt) -> Any:
-    """The symbol that stands for a size which depends on data."""
-    return size.node.expr
-
-
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """True within `torch.autocast` for any device."""
 
@@ -285,16 +251,6 @@ def attention_choices() -> tuple[bool, bool, bool]:
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_math_sdp_enabled(),
     )
-
-
-def addresses_equal(tensors: Sequence[Tensor], addresses: Sequence[int], slots: Sequence[int]) -> bool:
-    """True if `tensors[i]` lies at `addresses[i]` (`data_ptr`) for all i of `slots`; in C++ where torch was built for
-    CUDA.
-    """
-    compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-    if compare is not None:
-        return compare(tensors, addresses, slots)
-    return [tensors[i].data_ptr() for i in slots] == [addresses[i] for i in slots]
 
 
 def functions_are_watched() -> bool:
@@ -362,36 +318,6 @@ def real_state() -> bytes:
         return torch.get_rng_state().numpy().tobytes()
 
 
-def free_sizes(value: Any) -> set[Any]:
-    """The symbols of sizes that depend on data in a fake value: of a tensor's shape, of a number, of several."""
-    if isinstance(value, list | tuple):
-        return set().union(*map(free_sizes, value))
-    if isinstance(value, Tensor):
-        return set().union(*(free_sizes(n) for n in value.shape))
-    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt | torch.SymFloat) else set()
-
-
-def largest_sizes(value: Any, known: Collection[Any]) -> dict[Any, int | None]:
-    """The symbols in a fake value (a tensor, a number or several) that are not in `known`, each with the largest number
-    it can be; None where that is unknown or 2^40 and more.
-    """
-    found: dict[Any, int | None] = {}
-    for part in value if isinstance(value, list | tuple) else [value]:
-        sizes = part.shape if isinstance(part, Tensor) else [part]
-        for size in sizes:
-            if isinstance(size, torch.SymInt):
-                ranges = size.node.shape_env.var_to_range
-                for symbol in sorted(size.node.expr.free_symbols - set(known), key=str):
-                    most = ranges[symbol].upper if symbol in ranges else None
-                    found[symbol] = int(most) if most is not None and most.is_Integer and most < 2**40 else None
-    return found
-
-
-def concrete_size(size: int | torch.SymInt, symbols: dict[Any, int]) -> int:
-    """A size with numbers in the place of symbols."""
-    return size if isinstance(size, int) else int(size.node.expr.xreplace(symbols))
-
-
 def below_autograd() -> Any:
     """A guard that skips autograd's dispatch: a traced graph already holds its backward."""
     return torch._C._AutoDispatchBelowAutograd()
@@ -400,66 +326,6 @@ def below_autograd() -> Any:
 def keep_busy(cycles: int) -> None:
     """Keep the current CUDA device idle for so many of its clock's cycles, after the work that it was given before."""
     torch.cuda._sleep(cycles)
-
-
-def storage_id(tensor: Tensor) -> int:
-    """Identity of the memory that a tensor of any shape looks at; equal for views of one another, also for fake
-    tensors.
-    """
-    return tensor.untyped_storage()._cdata
-
-
-_identity_of = attrgetter("_cdata")
-_handles_of: Callable[[Tensor], int] = Tensor._use_count  # type: ignore[attr-defined]
-
-
-class References(NamedTuple):
-    """How many references there are to the memory of some tensors, each a list in their order; built in C, since every
-    step asks for each leaf of its state.
-    """
-
-    memory: list[int]
-    """Of tensors to a memory: views, detached tensors, numpy's arrays."""
-    objects: list[int]
-    """Of Python to the objects that stand for a memory (`untyped_storage`)."""
-    handles: list[int]
-    """Of C++ to a tensor: values that a backward needs, DLPack."""
-
-
-def storage_ids(tensors: Sequence[Tensor]) -> list[int]:
-    """`storage_id` of each, which are not those of memory that was freed as long as there is a `weak_reference`."""
-    return [*map(_identity_of, map(Tensor.untyped_storage, tensors))]
-
-
-def references(tensors: Sequence[Tensor]) -> tuple[list[int], References]:
-    """`storage_ids`, and the references to these tensors' memory at this moment."""
-    storages = [*map(Tensor.untyped_storage, tensors)]
-    ids = [*map(_identity_of, storages)]
-    memory, handles = [*map(torch._C._storage_Use_Count, ids)], [*map(_handles_of, tensors)]
-    return ids, References(memory, [*map(getrefcount, storages)], handles)
-
-
-def weak_reference(tensor: Tensor) -> Any:
-    """Keeps the identity of the memory of a tensor of any shape from being used again, and not the memory."""
-    return StorageWeakRef(tensor.untyped_storage())
-
-
-plain_functions: Callable[[], Any] = torch._C.DisableTorchFunctionSubclass
-"""A context in which classes of tensors have no say in what torch's functions do."""
-
-
-def set_memory(tensor: Tensor, other: Tensor) -> None:
-    """Let a tensor of any class look at the memory of `other`, with its shape and dtype."""
-    with plain_functions():
-        tensor.data = other
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often the memory of a tensor (any shape) was written in place by eager code, through any view of it.
-
-    0 for inference tensors, of which torch does not count it.
-    """
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def new_fake_like(tensor: Tensor) -> Tensor:
@@ -527,10 +393,3 @@ def value_of(node: fx.Node) -> Any:
     flat = torch.utils._pytree.tree_leaves((args, kwargs, node.meta.get("val")))
     with fake_mode_of([a for a in flat if isinstance(a, FakeTensor)]):
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def tensor_without_memory(kind: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of a subclass `kind` with this shape and without elements, for one that computes by `__torch_function__`
-    and `__torch_dispatch__` alone; in a trace it is no node.
-    """
-    return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)

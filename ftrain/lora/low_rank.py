@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftrain.graph.torch_private import tensor_without_memory
+from ftrain.graph.torch_memory import tensor_without_memory
 from ftrain.kernels.stand_in import StandIn
 from ftrain.lora.blocks import Blocks
 from ftrain.lora.dropout import Dropped

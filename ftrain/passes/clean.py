@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.graph.op_effects import is_pure
-from ftrain.graph.torch_private import size_symbol
+from ftrain.graph.torch_sizes import size_symbol
 
 _aten = torch.ops.aten
 _IDENTITIES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default, _aten.lift.default}

@@ -9,7 +9,7 @@ from ftrain.analysis.flops import is_view
 from ftrain.analysis.op_times import OpTimes
 from ftrain.analysis.pieces import storages_of
 from ftrain.graph.layers import layer_of_node
-from ftrain.graph.torch_private import storage_id
+from ftrain.graph.torch_memory import storage_id
 from ftrain.remat.mincut import Item
 from ftrain.remat.peak import PeakModel
 from ftrain.remat.policy import Remat, is_forward, must_keep

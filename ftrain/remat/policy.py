@@ -14,7 +14,9 @@ from ftrain import tree
 from ftrain.graph.layers import has_layers, layer_of_node
 from ftrain.graph.loop import is_loop, loop_body
 from ftrain.graph.op_effects import is_pure
-from ftrain.graph.torch_private import free_sizes, storage_id, value_of
+from ftrain.graph.torch_memory import storage_id
+from ftrain.graph.torch_private import value_of
+from ftrain.graph.torch_sizes import free_sizes
 from ftrain.sharding.paths import Rules
 
 

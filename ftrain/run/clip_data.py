@@ -22,7 +22,7 @@ from ftrain.run.clip_encoders import Reads, coder_config, weights_of
 from ftrain.run.data import HeldOut
 from ftrain.sharding import Mesh
 from ftrain.sharding.batch import BatchRule
-from ftrain.tasks.video import rules_of
+from ftrain.tasks.video import RULES
 
 _AHEAD = 4  # steps whose clips wait for packs, and threads that read them
 
@@ -127,10 +127,9 @@ def make_clip_data(
         f"{len(clips)} clips of {', '.join('x'.join(map(str, size)) for size in sizes)}; {len(_all(held))} of them are "
         f"held out; {packs} packs of {tokens:,} patches a step, about {epoch:,} steps an epoch",
     )
-    rules = rules_of(image=reads.image, empty=bool(drop))
     fps = caches[0].config.get("fps")
     return ClipData(
-        loader, _held_out(held, loader), steps, cfg, rules, packs // ranks, lines, caches[0].empty_text(),
+        loader, _held_out(held, loader), steps, cfg, RULES, packs // ranks, lines, caches[0].empty_text(),
         float(fps) if isinstance(fps, int | float) and fps > 0 else 16.0, tuple(_all(held)), tuple(_all(trained)),
     )  # fmt: skip
 

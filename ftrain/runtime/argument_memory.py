@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ftrain.graph.torch_private import storage_id
+from ftrain.graph.torch_memory import storage_id
 
 _STAYS = 3
 """An argument that stayed at an address for so many calls is expected to stay at its next one."""

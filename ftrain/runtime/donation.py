@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ftrain.graph.torch_private import plain_functions, references, set_memory, storage_id
+from ftrain.graph.torch_memory import (
+    plain_functions,
+    references,
+    set_memory,
+    storage_id,
+)
 
 DONATED_PATH = "_donated_path"
 """The attribute in which a donated leaf keeps its name."""

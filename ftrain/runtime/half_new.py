@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ftrain.graph.torch_private import plain_functions
+from ftrain.graph.torch_memory import plain_functions
 from ftrain.sharding.private import dtensor_like, local_of, spec_of
 from ftrain.sharding.processes import PIECE
 

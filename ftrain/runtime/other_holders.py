@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from ftrain.graph.text import show_bytes
-from ftrain.graph.torch_private import References, references, storage_id, storage_ids, weak_reference
+from ftrain.graph.torch_memory import (
+    References,
+    references,
+    storage_id,
+    storage_ids,
+    weak_reference,
+)
 from ftrain.runtime.argument_memory import ArgumentMemory
 from ftrain.runtime.borrow import Borrow
 from ftrain.runtime.donation import empty_all_on

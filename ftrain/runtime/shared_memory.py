@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ftrain.graph.torch_private import addresses_equal
+from ftrain.graph.torch_memory import addresses_equal
 
 
 class _Span(NamedTuple):

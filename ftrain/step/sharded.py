@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from ftrain import tree
 from ftrain.graph.collectives import groups_of
 from ftrain.graph.op_effects import draws
-from ftrain.graph.torch_private import storage_id
+from ftrain.graph.torch_memory import storage_id
 from ftrain.kernels.mean import Mean
 from ftrain.kernels.primitive import bind
 from ftrain.runtime.donation import give_away

@@ -36,17 +36,11 @@ BATCH: Mapping[str, Leaf] = {
 }
 """Leaves of the task's own; others (`positions`, `segments`, `image`, ...) are the model's."""
 RULES: Mapping[str, BatchRule] = {
-    "clips": Replicated(), "empty": Replicated(),
-    "text": Tokens(), "text_clip": Tokens(), "text_row": Tokens(), "image": Tokens(),
+    "clips": Replicated(), "empty": Replicated(optional=True),
+    "text": Tokens(), "text_clip": Tokens(), "text_row": Tokens(), "image": Tokens(optional=True),
 }  # fmt: skip
-"""How ranks share them; a leaf that a model has not is left out (`rules_of`)."""
+"""How ranks share them: `image` if a model reads rows of pictures, `empty` if captions are left out."""
 _SEED = 17  # of the noise of held-out losses, which are measured without a key
-
-
-def rules_of(*, image: bool, empty: bool) -> dict[str, BatchRule]:
-    """The rules for a model with rows of pictures or without, and for captions that are left out or not."""
-    absent = {"image"} - ({"image"} if image else set()) | {"empty"} - ({"empty"} if empty else set())
-    return {name: rule for name, rule in RULES.items() if name not in absent}
 
 
 @dataclass(frozen=True)

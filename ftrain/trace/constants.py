@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.graph.loop import is_loop, loop_body
-from ftrain.graph.torch_private import FakeTensor, fake_mode_of, storage_id, value_of
+from ftrain.graph.torch_memory import storage_id
+from ftrain.graph.torch_private import FakeTensor, fake_mode_of, value_of
 
 
 def share_memory_of_constants(module: fx.GraphModule) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.graph.op_effects import argument_reader, draws, hidden_writes, is_pure
-from ftrain.graph.torch_private import FakeTensor, computed_really, node_of, storage_id
+from ftrain.graph.torch_memory import storage_id
+from ftrain.graph.torch_private import FakeTensor, computed_really, node_of
 
 READ = torch.ops.aten._local_scalar_dense.default
 """The op of `x.item()`, `bool(x)`, `int(x)`."""

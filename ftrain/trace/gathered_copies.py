@@ -7,7 +7,8 @@ from torch import Tensor, fx
 
 from ftrain import tree
 from ftrain.graph.source import user_source
-from ftrain.graph.torch_private import node_of, storage_id, tracing_graph
+from ftrain.graph.torch_memory import storage_id
+from ftrain.graph.torch_private import node_of, tracing_graph
 
 
 class _ViewOfCopy(NamedTuple):

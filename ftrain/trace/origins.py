@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ftrain.graph.op_effects import draws
-from ftrain.graph.torch_private import storage_id
+from ftrain.graph.torch_memory import storage_id
 
 
 class Origins:

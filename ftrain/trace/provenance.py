@@ -16,7 +16,13 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.graph.source import SourceLine, user_source
-from ftrain.graph.torch_private import DEVICE_QUERY, device_of_fake, next_seq_nr, node_of, tracing_graph
+from ftrain.graph.torch_private import (
+    DEVICE_QUERY,
+    device_of_fake,
+    next_seq_nr,
+    node_of,
+    tracing_graph,
+)
 from ftrain.sharding.spmd import current_filled, current_purpose
 from ftrain.trace.fixed_numbers import READ, FixedNumbers
 from ftrain.trace.origins import Origins

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ftrain.graph.source import SourceLine, is_users, user_source
-from ftrain.graph.torch_private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED, noting_numbers
+from ftrain.graph.torch_private import DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED
+from ftrain.graph.torch_sizes import noting_numbers
 
 _NUMBER = (
     "reads the number in a tensor ({what}), which a traced step does not have: choose with torch.where, return it as a "

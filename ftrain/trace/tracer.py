@@ -15,7 +15,12 @@ from torch import Tensor, fx, nn
 from ftrain import tree
 from ftrain.graph.absent_device import absent_device, choosing_for, put_on, traceable
 from ftrain.graph.layouts import laid_plainly
-from ftrain.graph.torch_private import FakeTensor, new_fake_mode, snapshot, trace_to_graph
+from ftrain.graph.torch_private import (
+    FakeTensor,
+    new_fake_mode,
+    snapshot,
+    trace_to_graph,
+)
 from ftrain.trace.ambient import tracing_modes
 from ftrain.trace.captured import captured_name, captured_tensors, require_untrained
 from ftrain.trace.constants import share_memory_of_constants

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftrain.graph.torch_private import storage_id
+from ftrain.graph.torch_memory import storage_id
 from ftrain.trace.refusals import Untraceable
 
 

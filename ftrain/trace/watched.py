@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ftrain.graph.torch_private import plain_functions
+from ftrain.graph.torch_memory import plain_functions
 from ftrain.trace.plain_values import LONGEST, SIMPLE, form_of, forms_of
 
 MISSING = object()

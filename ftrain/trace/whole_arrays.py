@@ -27,7 +27,12 @@ from torch import Tensor, fx
 from ftrain import tree
 from ftrain.graph.op_effects import Effect, effect_of
 from ftrain.graph.source import user_source
-from ftrain.graph.torch_private import functional_transform, node_of, quiet_shape_rules, tracing_graph
+from ftrain.graph.torch_private import (
+    functional_transform,
+    node_of,
+    quiet_shape_rules,
+    tracing_graph,
+)
 from ftrain.sharding.placement import Placement, Split
 from ftrain.sharding.shards import piece_of, whole_of
 from ftrain.trace.gathered_copies import GatheredCopies, last_node, tensors_in, writes_since

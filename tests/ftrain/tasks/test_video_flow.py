@@ -17,7 +17,7 @@ from ftrain.modules.spec import Normal, map_with_paths
 from ftrain.run.clip_batches import ClipLayout
 from ftrain.sharding import Layout, Mesh
 from ftrain.tasks.flow import dropped
-from ftrain.tasks.video import VideoFlow, rules_of
+from ftrain.tasks.video import RULES, VideoFlow
 from tests.helpers import mesh_models
 from tests.helpers.tiny_wan import TINY
 from tests.helpers.tiny_wan_pipeline import WITH_FRAME
@@ -135,7 +135,7 @@ def test_a_mesh_gives_what_one_device_gives(mesh):
         given = [media(TINY, seed=i)[i % 2 :] for i in range(packs)]
         return batch_of(TINY, given, multiple=4, clean_first=True, empty=torch.ones(1, 12))
 
-    model = mesh_models.Model(made.specs, loss, batch, rules_of(image=False, empty=True))
+    model = mesh_models.Model(made.specs, loss, batch, dict(RULES))
     apart, gradients = mesh_models.compare(model, mesh_models.plan_for(model, mesh, Layout()), dtype=torch.float64)
     assert apart < 1e-12
     assert gradients < 1e-11
