@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ftrain.kernels.documents import ids_of
 from ftrain.modules import norm
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.block import Block, WholeItems
@@ -163,8 +164,9 @@ def apply(params: Any, sound: Mapping[str, Any], cfg: AudioTowerConfig) -> Tenso
     """Chunks of recordings, as `ftrain.modules.sound_media` lays them, to rows: the decoder's, `[n, V]` with n = N, or
     half of it where rows are paired; or without `d_out` the tower's own `[N, D]`.
 
-    `sound`: "mel" `[C, M, W]`, "heard" `[C]` (how many frames of each are no filling), and "parts" `[N]` (ids of what
-    attends to itself). Computes in the dtype of the parameters. ValueError where chunks are of another size.
+    `sound`: "mel" `[C, M, W]`, "heard" `[C]` (how many frames of each are no filling), and "parts" (ids `[N]` of what
+    attends to itself, or `Documents`). Computes in the dtype of the parameters. ValueError where chunks are of
+    another size.
     """
     mel_CMW = sound["mel"]
     if mel_CMW.dim() != 3 or mel_CMW.shape[1:] != (cfg.mels, cfg.chunk):
@@ -173,8 +175,8 @@ def apply(params: Any, sound: Mapping[str, Any], cfg: AudioTowerConfig) -> Tenso
         )
     x_CRD = _shortened(params, mel_CMW, sound["heard"], cfg)
     x_CRD = x_CRD + (params["table_RD"] if cfg.table else sines(cfg.rows, cfg.d_model, x_CRD))
-    x_ND, parts_N = x_CRD.flatten(0, 1), sound["parts"]
-    at, layer = WholeItems(parts_N, segments_T=parts_N), layer_block(cfg)
+    x_ND, parts = x_CRD.flatten(0, 1), sound["parts"]
+    at, layer = WholeItems(ids_of(parts), segments_T=parts), layer_block(cfg)
     for i, own in enumerate(params["layers"]):
         x_ND = at.run_layer(layer, own, x_ND, layer=i)
     if cfg.paired:

@@ -33,10 +33,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Media:
-    """An item that the foundation reads: the arrays that its encoder's `features` name, rows first."""
+    """An item that the foundation reads: the arrays that its encoder's `features` name, rows first.
+
+    `order`: where in the item each token that the encoder makes is read, whole numbers from 0 and once each, with 0
+    for the first; -1 for one that is not read (of silence behind a recording, say). None: as they come, all of them.
+    """
 
     modality: str
     features: Mapping[str, np.ndarray | Tensor]
+    order: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def measure(document: Document, *, model: OmniModel) -> Size:
                 count = _check_features(modality, features, model)
                 rows[modality] = rows.get(modality, 0) + count
                 items.setdefault(modality, []).append(count)
-                tokens += 2 + count // model.encoder(modality).rows_per_token
+                tokens += 2 + _check_order(part, count // model.encoder(modality).rows_per_token)
             case Target(modality, array):
                 decoder = model.decoder(modality)
                 _check_shape(f"target {modality!r}", tuple(array.shape), decoder.target)
@@ -104,6 +109,20 @@ def _check_features(modality: str, features: Mapping[str, np.ndarray | Tensor], 
     if rows == 0 or rows % encoder.rows_per_token:
         raise ValueError(f"a {modality!r} item has {rows} rows: not a positive multiple of {encoder.rows_per_token}")
     return rows
+
+
+def _check_order(part: Media, made: int) -> int:
+    """How many tokens of an item are read, of so many that are made, after checking their order."""
+    if part.order is None:
+        return made
+    order_n = np.asarray(part.order)
+    read = np.sort(order_n[order_n >= 0])
+    if order_n.shape != (made,) or order_n[0] != 0 or (read != np.arange(len(read))).any():
+        raise ValueError(
+            f"a {part.modality!r} item of {made} tokens has the order {order_n.tolist()}: give each its place, the "
+            "first 0, no number twice and none left out, and -1 to those that are not read"
+        )
+    return len(read)
 
 
 def _check_shape(what: str, shape: tuple[int, ...], row: Row) -> None:
@@ -256,8 +275,8 @@ def _surround(part: Media | Target, model: OmniModel) -> tuple[int, int, int]:
         decoder = model.decoder(part.modality)
         return decoder.begin, decoder.end, decoder.codes_per_target
     encoder = model.encoder(part.modality)
-    rows = next(iter(part.features.values())).shape[0] // encoder.rows_per_token
-    return encoder.begin, encoder.end, rows
+    made = next(iter(part.features.values())).shape[0] // encoder.rows_per_token
+    return encoder.begin, encoder.end, made if part.order is None else int(np.max(part.order)) + 1
 
 
 def _check_ids(tokens_T: np.ndarray, segments_T: np.ndarray, vocab: int) -> None:
@@ -283,8 +302,18 @@ def _join_media(found: Sequence[_Placed], encoder: Encoder, name: str, budget: B
     rest, _ = padding(N - sum(counts), longest_item(counts, name, budget), len(found), budget.places(name, N))
     segments_N = np.concatenate([np.repeat(np.arange(len(found)), counts), rest])
     features["segments_N"] = budget.documents(name, segments_N)
-    runs = [(item.place, count // per_token) for item, count in zip(found, counts, strict=True)]
-    return {"features": features, "index_n": _index(runs, N // per_token, budget.tokens)}
+    places = [
+        _read_at(item, count // per_token, nowhere=budget.tokens) for item, count in zip(found, counts, strict=True)
+    ]
+    return {"features": features, "index_n": _index(places, N // per_token, budget.tokens)}
+
+
+def _read_at(item: _Placed, made: int, *, nowhere: int) -> np.ndarray:
+    """The place in the stream of each token that is made of an item."""
+    order_n = item.part.order  # type: ignore[union-attr]
+    if order_n is None:
+        return np.arange(item.place, item.place + made)
+    return np.where(order_n < 0, nowhere, item.place + order_n)
 
 
 def longest_item(counts: Sequence[int], name: str, budget: Budget, size: int | None = None) -> int:
@@ -298,7 +327,7 @@ def longest_item(counts: Sequence[int], name: str, budget: Budget, size: int | N
 def _join_targets(found: Sequence[_Placed], decoder: Decoder, *, budget: int, end: int) -> dict[str, Any]:
     """One decoder's part of the batch: stacked targets and places of their codes."""
     target = _join([np.asarray(item.part.array)[None] for item in found], decoder.target, budget)  # type: ignore[union-attr]
-    places = [(item.place, decoder.codes_per_target) for item in found]
+    places = [np.arange(item.place, item.place + decoder.codes_per_target) for item in found]
     return {"target": target, "index_n": _index(places, budget * decoder.codes_per_target, end)}
 
 
@@ -312,11 +341,7 @@ def _join(arrays: Sequence[np.ndarray | Tensor], row: Row, budget: int) -> Tenso
     return torch.from_numpy(out)
 
 
-def _index(places: Sequence[tuple[int, int]], size: int, end: int) -> Tensor:
-    """`(place, count)` runs as one index of `size`, filled up with `end`, which drops a row."""
-    index_n = np.full(size, end, np.int64)
-    cursor = 0
-    for place, count in places:
-        index_n[cursor : cursor + count] = np.arange(place, place + count)
-        cursor += count
-    return torch.from_numpy(index_n)
+def _index(places: Sequence[np.ndarray], size: int, end: int) -> Tensor:
+    """The places of items as one index of `size`, filled up with `end`, which drops a row."""
+    found_n = np.concatenate([*places, np.zeros(0, np.int64)])
+    return torch.from_numpy(np.concatenate([found_n, np.full(size - len(found_n), end)]).astype(np.int64))

@@ -32,6 +32,15 @@ def test_one_document_laid_out_by_hand() -> None:
     np.testing.assert_array_equal(batch["decoders"]["draw"]["target"][0].numpy(), document[3].array)
 
 
+def test_tokens_of_media_are_read_in_their_own_order_and_some_not_at_all() -> None:
+    item = replace(image(0, 8, 12), order=np.array([0, 2, 1, 3, -1, -1]))
+    document = [Text([1]), item, Text([2], train=True)]
+    batch = pack([document], budget=Budget(9, {"image": 32}), model=MODEL).batch
+    assert measure(document, model=MODEL).tokens == 8
+    assert batch["tokens_T"].tolist() == [1, 30, 0, 0, 0, 0, 31, 2, 0]
+    assert batch["encoders"]["image"]["index_n"].tolist() == [2, 4, 3, 5, 9, 9, 9, 9]
+
+
 def test_the_first_token_of_a_document_is_nobodys_label() -> None:
     batch = pack([[Text([1, 2], train=True)], [Text([3, 4], train=True)]], budget=Budget(5), model=MODEL).batch
     assert batch["labels_T"].tolist() == [2, IGNORE, 4, IGNORE, IGNORE]
@@ -148,6 +157,9 @@ def test_measure_counts_boundaries_rows_and_targets() -> None:
         ([[Text([1])], [Text([1] * 97)]], r"document 1 needs 97 tokens \(the budget holds 96\)"),
         ([[image(0, 16, 16)]], r"document 0 needs 64 image rows \(the budget holds 48\)"),
         ([[drawing(i) for i in range(4)]], r"4 draw targets \(the budget holds 3\)"),
+        ([[replace(image(0), order=np.array([0, 1, 3, -1]))]], r"order \[0, 1, 3, -1\]: give each"),
+        ([[replace(image(0), order=np.arange(3))]], "'image' item of 4 tokens has the order"),
+        ([[replace(image(0), order=np.array([1, 0, 2, 3]))]], r"order \[1, 0, 2, 3\]"),
         ([[Media("smell", {})]], r"no encoder for modality 'smell'; it has \['audio', 'image', 'video'\]"),
         ([[Target("image", np.zeros(1))]], r"no decoder for modality 'image'; it has \['draw'\]"),
         ([[Text([1, 2])], [Text([3, 40])]], r"token id 40 at place 1 of packed document 1 is outside \[0, 40\)"),

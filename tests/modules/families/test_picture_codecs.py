@@ -1,11 +1,14 @@
 """Picture tokenizers equal their originals for the same weights: Janus's (VQ-16) and MoVQGAN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import mse_loss, normalize
 
 import ftrain
 from ftrain.modules import spec, vq_image
+from ftrain.modules.families import vq_model
 from ftrain.modules.families.picture_codecs import codec_tensors, janus_codec
 from ftrain.modules.vq_image import VqConfig
 from tests.helpers.text_families import require_equal_gradients
@@ -91,11 +94,9 @@ def test_movqgan_is_that_of_diffusers():
             layers_per_block=1, latent_channels=4, num_vq_embeddings=12, vq_embed_dim=4, norm_type="spatial",
         )
     )  # fmt: skip
-    cfg = VqConfig(
-        size=8, widths=(32, 64), codes=12, d_code=4, normalise=False, groups=32, networks="movq", latent=4,
-        attention=(1,), commitment=1.0, pull=0.25,
-    )  # fmt: skip
-    names = {name: _leaf_of(name) for name, _ in model.named_parameters()}
+    given = {"_class_name": vq_model.CLASS, **model.config}
+    cfg = replace(vq_model.config(given, grid=4), commitment=1.0, pull=0.25)
+    names = {found.name: found.leaf for found in vq_model.names(cfg)}
     params = tree_of(cfg, dict(model.named_parameters()), names)
     latents = model.encode(images()).latents
     torch.testing.assert_close(vq_image.latent_grid(params, images(), cfg=cfg), latents, rtol=0, atol=2e-5)
@@ -105,33 +106,6 @@ def test_movqgan_is_that_of_diffusers():
     assert abs(loss.item() - wanted.item()) < 2e-5
     wanted.backward()
     require_equal_gradients(grads, tree_of(cfg, gradients_of(model), names), within=1e-4)
-
-
-_RENAMED = (
-    ("post_quant_conv", "from_code"), ("quant_conv", "to_code"),
-    ("conv_norm_out", "norm_out"), ("mid_block.resnets.", "middle."), ("mid_block.attentions.0", "middle.0.attention"),
-    ("down_blocks.", "stages."), ("up_blocks.", "stages."), ("resnets.", ""), ("conv_shortcut", "skip"),
-    ("to_out.0", "out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
-    ("group_norm", "norm"), ("spatial_norm", "norm"), ("norm_layer.", ""), ("conv_y", "scale"), ("conv_b", "shift"),
-)  # fmt: skip
-
-
-def _leaf_of(name):
-    """Where a parameter of diffusers' is in our tree."""
-    if name == "quantize.embedding.weight":
-        return "codebooks_QKZ"
-    for way in ("down", "up"):
-        if f"{way}samplers" in name:
-            return f"{name.split('.')[0]}.{way}.0.{'w_OIhw' if name.endswith('weight') else 'b_O'}"
-    for there, here in _RENAMED:
-        name = name.replace(there, here)
-    parts = name.split(".")
-    if "attentions" in parts:
-        i = parts.index("attentions")
-        parts[i : i + 2] = [parts[i + 1], "attention"]
-    normed = parts[-2].startswith("norm")
-    last = {"weight": "weight_C" if normed else "w_OIhw", "bias": "bias_C" if normed else "b_O"}
-    return ".".join([*parts[:-1], last[parts[-1]]])
 
 
 @pytest.mark.parametrize(
@@ -146,6 +120,23 @@ def _leaf_of(name):
 def test_a_tokenizer_that_nobody_computes_is_refused(entry, says):
     with pytest.raises(ValueError, match=says):
         janus_codec({**JANUS, **entry}, grid=4)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"_class_name": "AutoencoderKL"}, "'AutoencoderKL' is no VQModel"),
+        ({"block_out_channels": [64, 0]}, r"block_out_channels=\[64, 0\] must be whole numbers"),
+        ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "attention at different resolutions"),
+        ({"down_block_types": ["DownBlock2D", "DownBlock2D"]}, r"down_block_types=\['DownBlock2D'.* must be 2 of"),
+        ({"norm_type": "spatial", "norm_num_groups": 16}, "norm_type='spatial' with norm_num_groups=16"),
+        ({"act_fn": "gelu"}, "act_fn='gelu'; the networks here compute 'silu'"),
+        ({"lookup_from_codebook": True}, "lookup_from_codebook=True is not understood"),
+    ],
+)
+def test_a_tokenizer_of_diffusers_that_nobody_computes_is_refused(entry, says):
+    with pytest.raises(ValueError, match=says):
+        vq_model.config({"_class_name": "VQModel", "block_out_channels": [64, 64], **entry}, grid=4)
 
 
 @pytest.mark.parametrize(
