@@ -90,6 +90,7 @@ COMMANDS = {
             ("spoken", "--small --threads 1 --out {here}/run"),
             ("stream", "--steps 2 --batch 4"),
             ("ming", "--steps 2 --batch 4"),
+            ("composed", "--steps 2 --dozens 1 --tokenizer-steps 2 --held-out 6"),
             ("pictures.janus", "--steps 2 --codec-steps 2 --batch 4"),
             ("long_context", "--small --threads 1 --out {here}/run"),
             ("agent", "--small --threads 1 --out {here}/run"),

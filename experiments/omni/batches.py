@@ -14,7 +14,6 @@ from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
 
 from experiments.omni.choice import WINDOW, Choice
@@ -103,15 +102,21 @@ class Batches:
         packed = pack_for_mesh(
             [e.document for e in examples], budget=self.budget, model=self.model, packs=self.packs, parts=self.parts
         )
-        batch = _as_arrays(packed.batch)
-        taken = np.array([self.tasks.index(examples[i].task) for i in packed.taken])
-        segments_T = batch["segments_T"].ids_T
-        numbers = np.full(segments_T.max() + 1, -1)
-        numbers[np.unique(segments_T[batch["valid_T"]])[: len(taken)]] = taken
-        batch["task_T"] = numbers[segments_T]
-        for decoder in batch["decoders"].values():
-            decoder["task_n"] = np.append(batch["task_T"], -1)[decoder["index_n"]]
-        return batch
+        return _as_arrays(with_tasks(packed.batch, [self.tasks.index(examples[i].task) for i in packed.taken]))
+
+
+def with_tasks(batch: dict[str, Any], tasks: Sequence[int]) -> dict[str, Any]:
+    """A packed batch with the number of each token's task, `task_T`, and of each code's, `task_n`; -1 on padding.
+
+    `tasks`: the number of each document, in the order of the pack.
+    """
+    segments_T = batch["segments_T"].ids_T
+    numbers = torch.full((int(segments_T.max()) + 1,), -1)
+    numbers[segments_T[batch["valid_T"]].unique()] = torch.tensor(tasks)
+    task_T = numbers[segments_T]
+    of_code = torch.cat([task_T, torch.tensor([-1])])
+    decoders = {name: {**own, "task_n": of_code[own["index_n"]]} for name, own in batch["decoders"].items()}
+    return {**batch, "task_T": task_T, "decoders": decoders}
 
 
 def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, packs: int = 1, parts: int = 1) -> Budget:

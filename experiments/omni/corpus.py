@@ -101,6 +101,12 @@ def load(
     return Corpus(_join([train for train, _ in parts]), _join([held_out for _, held_out in parts]))
 
 
+def part(of: Clips, chosen_N: np.ndarray) -> Clips:
+    """Those clips that are chosen (bool `[N]`)."""
+    deliveries = tuple(delivery for delivery, chosen in zip(of.deliveries, chosen_N, strict=True) if chosen)
+    return Clips(of.waves_NS[chosen_N], of.labels_N[chosen_N], of.languages_N[chosen_N], deliveries)
+
+
 def _speak(way: Way, language: Language, number: int, cfg: CorpusConfig) -> tuple[list[tuple], list[tuple]]:
     """One language by a speaker of its own, so that languages can be made side by side; clips to train on, held out."""
     clips: tuple[list[tuple], list[tuple]] = ([], [])

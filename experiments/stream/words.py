@@ -79,7 +79,7 @@ def clips(*, takes: int = 4, seed: int = 0) -> tuple[Clips, Clips, Clips]:
     if isinstance(made, Silence):
         raise ValueError(made.reason)
     apart_N = np.isin([delivery.voice for delivery in made.held_out.deliveries], corpus.HELD_OUT_VOICES)
-    return made.train, _part(made.held_out, ~apart_N), _part(made.held_out, apart_N)
+    return made.train, corpus.part(made.held_out, ~apart_N), corpus.part(made.held_out, apart_N)
 
 
 def said(of: Clips, units_KW: torch.Tensor) -> Said:
@@ -125,11 +125,6 @@ def _mels(clips: Clips) -> np.ndarray:
 def _pieces(mels_NFM: np.ndarray) -> np.ndarray:
     """Four mel frames each, `[N, U, W]`."""
     return mels_NFM.reshape(len(mels_NFM), UNITS, WINDOW)
-
-
-def _part(of: Clips, chosen_N: np.ndarray) -> Clips:
-    deliveries = tuple(delivery for delivery, chosen in zip(of.deliveries, chosen_N, strict=True) if chosen)
-    return Clips(of.waves_NS[chosen_N], of.labels_N[chosen_N], of.languages_N[chosen_N], deliveries)
 
 
 def _marks(units_NU: np.ndarray) -> np.ndarray:
