@@ -21,7 +21,6 @@ from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder, vision_language
 from ftrain.modules.decoder_config import used_experts
-from ftrain.modules.families.omni_thinker import OTHERS
 from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.model import Leaf, Model
 from ftrain.modules.moe import RouterLoad
@@ -54,9 +53,9 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int 
     cfg = described_with_sight(config, shown, layers=len(folder.tensors), describe=family.config)
     require_rows_for_tokens(folder.path, config.get("thinker_config") or config)
     shapes = {name: stored.shape for name, stored in folder.tensors.items()}
-    cfg = family.laid(cfg, shapes)
+    cfg = family.laid(config, cfg, shapes)
     names = family.names(cfg, shapes)
-    others = tuple(name for name in folder.tensors if cfg.media.sound is not None and name.startswith(OTHERS))
+    others = tuple(name for name in folder.tensors if name.startswith(family.others))
     files, made = NativeFiles(folder, vision_language.specs(cfg), {}, names, others), NativeSight(cfg)
     kind = config["model_type"]
     return Model(

@@ -61,4 +61,15 @@ def expert_tensors(there: str, here: str, experts: int) -> Iterator[HfTensor]:
         leaf = f"{here}.w_{name}_{'EFD' if name == 'down' else 'EDF'}"
         for e in range(experts):
             yield HfTensor(f"{there}.experts.{e}.{name}_proj.weight", leaf, index=e, transposed=True)
-    yield HfTensor(f"{there}.gate.weight", f"{here}.w_router_DE", transposed=True)
+    yield _router(there, here)
+
+
+def fused_expert_tensors(there: str, here: str) -> Iterator[HfTensor]:
+    """The same with one tensor for the gates and ups of all experts, `[E, 2 F, D]`, and one for their downs."""
+    yield HfTensor(f"{there}.experts.gate_up_proj", f"{here}.w_gate_up_EDF", transposed=True)
+    yield HfTensor(f"{there}.experts.down_proj", f"{here}.w_down_EFD", transposed=True)
+    yield _router(there, here)
+
+
+def _router(there: str, here: str) -> HfTensor:
+    return HfTensor(f"{there}.gate.weight", f"{here}.w_router_DE", transposed=True)

@@ -6,6 +6,7 @@ of two seconds. Source: Qwen team, Qwen2.5-Omni (arXiv 2503.20215).
 
 from ftrain.modules.families import qwen2_5_vl
 from ftrain.modules.families.omni_thinker import (
+    OTHERS,
     audio_of,
     audio_tower_of,
     omni_media_of,
@@ -40,4 +41,4 @@ def names(cfg: VisionLanguageConfig, shapes: Shapes) -> Names:
     return thinker_names(cfg, shapes, qwen2_5_vl.CALLED, _OUT)
 
 
-FAMILY = VisionLanguageFamily(config, names)
+FAMILY = VisionLanguageFamily(config, names, others=OTHERS)

@@ -1,7 +1,6 @@
 """Qwen3.5's text models: Qwen3-Next with a matrix for each input of a delta net, and an MLP or experts in every layer.
 
-The folders of its vision-language models are described by a `text_config` within another configuration; they are
-refused, since their text alone, saved, would be without the tower of vision. Source: Qwen team, Qwen3.5 (2026).
+Source: Qwen team, Qwen3.5 (2026).
 """
 
 from collections.abc import Mapping
@@ -21,38 +20,41 @@ _BOTH = (
 _EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "shared_expert_intermediate_size")
 _AXES = ("mrope_section", "mrope_interleaved")
 """How positions of pictures are rotated: of text all three axes are one."""
+_ALWAYS = {"attn_output_gate": (True,), "output_gate_type": ("swish", "silu"), "mamba_ssm_dtype": ("float32",)}
+"""Entries of published files that say what models of the family always do."""
+_AHEAD = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+"""Of a module of multi-token prediction, which neither transformers nor the library computes."""
 
-_DENSE = Facts("Qwen3.5", (*_BOTH, "intermediate_size"), apart=True, kv_heads=4, hidden=12_288, experts=0, top_k=0)
-_MIXTURE = Facts("Qwen3.5-MoE", (*_BOTH, *_EXPERTS), apart=True, kv_heads=2, hidden=0, experts=256, top_k=8)
+DENSE = Facts("Qwen3.5", (*_BOTH, "intermediate_size"), apart=True, kv_heads=4, hidden=12_288, experts=0, top_k=0)
+MIXTURE = Facts("Qwen3.5-MoE", (*_BOTH, *_EXPERTS), apart=True, kv_heads=2, hidden=0, experts=256, top_k=8)
 
 
 def config(config: Config) -> DecoderConfig:
     """The decoder that a `config.json` of Qwen3.5's text models describes. ValueError names an entry that it cannot
     follow.
     """
-    return decoder_of(_of_text(config), _DENSE)
+    return decoder_of(of_text(config), DENSE)
 
 
 def mixture_config(config: Config) -> DecoderConfig:
     """The same with experts: Qwen3.5-MoE. ValueError as `config`."""
-    return decoder_of(_of_text(config), _MIXTURE)
+    return decoder_of(of_text(config), MIXTURE)
 
 
-def _of_text(config: Config) -> Config:
-    """The configuration without what only pictures need. ValueError for that of a vision-language model."""
-    if "text_config" in config:
-        kind = config.get("model_type")
-        raise ValueError(
-            f"config.json: text_config: {kind} sees pictures, and the library computes its text alone: open it with "
-            'task="image_text_to_text", or save its text as a folder of its own (transformers\' AutoModelForCausalLM, '
-            "save_pretrained)"
-        )
+def of_text(config: Config) -> Config:
+    """The entries of a text model without what only pictures need, and what it does in any case. ValueError for an
+    entry that says something else.
+    """
+    for name, values in _ALWAYS.items():
+        if config.get(name, values[0]) not in (*values, None):
+            raise ValueError(f"config.json: {name}={config[name]!r}; Qwen3.5 computes {values[0]!r} here")
     said = {place: config[place] for place in ("rope_parameters", "rope_scaling") if config.get(place)}
-    return {**config, **{place: _without_axes(part) for place, part in said.items()}}
+    kept = {name: x for name, x in config.items() if name not in (*_ALWAYS, *_AHEAD)}
+    return {**kept, **{place: _without_axes(part) for place, part in said.items()}}
 
 
 def _without_axes(said: object) -> object:
     return {name: x for name, x in said.items() if name not in _AXES} if isinstance(said, Mapping) else said
 
 
-FAMILY, MIXTURE = TextFamily(config, names), TextFamily(mixture_config, names)
+FAMILY, MIXED_FAMILY = TextFamily(config, names), TextFamily(mixture_config, names)

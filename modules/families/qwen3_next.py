@@ -4,7 +4,7 @@ The decoder stack with layers of its own (`DecoderConfig.pattern`). Source: Qwen
 differ in little (`modules/families/qwen3_5.py`) say in what by `Facts`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ftrain.modules import hf_rope
@@ -12,7 +12,8 @@ from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.block import Block
 from ftrain.modules.decoder_config import DecoderConfig, layer_with
 from ftrain.modules.delta_net import DeltaNetConfig, delta_net_block
-from ftrain.modules.families.family import TextFamily, expert_tensors, stack_names, tensors
+from ftrain.modules.families.family import TextFamily, expert_tensors, fused_expert_tensors, stack_names, tensors
+from ftrain.modules.fused_experts import fused_experts_block
 from ftrain.modules.gated_attention import gated_attention_block
 from ftrain.modules.hf_fields import Config, flag, number, require_understood, size
 from ftrain.modules.hf_names import HfTensor, Names, natural_order
@@ -78,8 +79,18 @@ def config(config: Config) -> DecoderConfig:
     return decoder_of(config, _FACTS)
 
 
-def decoder_of(config: Config, facts: Facts) -> DecoderConfig:
-    """The decoder that a `config.json` of a family with these facts describes. ValueError as `config`."""
+def decoder_of(
+    config: Config,
+    facts: Facts,
+    *,
+    fused: bool = False,
+    placed: Callable[[AttentionConfig], AttentionConfig] = lambda attention: attention,
+) -> DecoderConfig:
+    """The decoder that a `config.json` of a family with these facts describes.
+
+    `fused`: parameters hold the gates and ups of a layer's experts as one (`ftrain.modules.fused_experts`). `placed`:
+    makes attention over places on one axis one over places of another kind. ValueError as `config`.
+    """
     _refuse(config, facts)
     d, layers = size(config, "hidden_size"), size(config, "num_hidden_layers")
     eps = number(config, "rms_norm_eps", 1e-6)
@@ -87,7 +98,7 @@ def decoder_of(config: Config, facts: Facts) -> DecoderConfig:
         vocab=size(config, "vocab_size"),
         d_model=d,
         layers=layers,
-        attention=_attention(config, d, eps, facts),
+        attention=placed(_attention(config, d, eps, facts)),
         d_hidden=size(config, "intermediate_size", facts.hidden) if facts.hidden else 0,
         moe=_experts(config, d, facts) if facts.experts else None,
         norm_eps=eps,
@@ -95,10 +106,10 @@ def decoder_of(config: Config, facts: Facts) -> DecoderConfig:
         tie_embeddings=flag(config, "tie_word_embeddings"),
         init_std=number(config, "initializer_range", 0.02),
     )
-    return replace(stack, pattern=tuple(_layers(config, stack, facts)))
+    return replace(stack, pattern=tuple(_layers(config, stack, facts, fused)))
 
 
-def _layers(config: Config, stack: DecoderConfig, facts: Facts) -> Iterator[Block]:
+def _layers(config: Config, stack: DecoderConfig, facts: Facts, fused: bool) -> Iterator[Block]:
     readers = {
         "linear_attention": delta_net_block(_delta_net(config, stack.d_model, stack.norm_eps, facts)),
         "full_attention": gated_attention_block(stack.attention),
@@ -113,7 +124,7 @@ def _layers(config: Config, stack: DecoderConfig, facts: Facts) -> Iterator[Bloc
         )
     step, dense = size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     mlp = mlp_block(MlpConfig(stack.d_model, stack.d_hidden))
-    mixture = mlp if stack.moe is None else moe_block(stack.moe)
+    mixture = mlp if stack.moe is None else (fused_experts_block if fused else moe_block)(stack.moe)
     for i, kind in enumerate(kinds):
         yield layer_with(stack, attention=readers[kind], mlp=mlp if i in dense or (i + 1) % step else mixture)
 
@@ -181,7 +192,10 @@ def names(cfg: DecoderConfig) -> Names:
         part, table = ("self_attn", _ATTENTION) if "w_q_DHK" in leaves else ("linear_attn", _DELTA)
         yield from tensors(f"{there}.{part}", f"{here}.attention", [(n, leaf) for n, leaf in table if leaf in leaves])
         if own.routers:
-            yield from expert_tensors(f"{there}.mlp", f"{here}.moe", own.routers[0].experts)
+            if "w_gate_up_EDF" in own.specs(1.0)["moe"]:
+                yield from fused_expert_tensors(f"{there}.mlp", f"{here}.moe")
+            else:
+                yield from expert_tensors(f"{there}.mlp", f"{here}.moe", own.routers[0].experts)
             yield from tensors(f"{there}.mlp.shared_expert", f"{here}.moe.shared", _MLP)
             gate = f"{there}.mlp.shared_expert_gate.weight"
             yield HfTensor(gate, f"{here}.moe.w_shared_gate_D1", transposed=True)

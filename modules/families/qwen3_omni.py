@@ -8,6 +8,7 @@ team, Qwen3-Omni (arXiv 2509.17765).
 from ftrain.modules.audio_tower import AudioTowerConfig
 from ftrain.modules.families import qwen2_vl, qwen3_vl
 from ftrain.modules.families.omni_thinker import (
+    OTHERS,
     audio_of,
     audio_tower_of,
     omni_media_of,
@@ -75,4 +76,4 @@ def names(cfg: VisionLanguageConfig, shapes: Shapes) -> Names:
     return thinker_names(cfg, shapes, _CALLED, _OUT)
 
 
-FAMILY = VisionLanguageFamily(config, names)
+FAMILY = VisionLanguageFamily(config, names, others=OTHERS)

@@ -4,7 +4,9 @@ Source: Qwen team, Qwen3-VL (arXiv 2511.21631).
 """
 
 import math
+from collections.abc import Callable
 
+from ftrain.modules.decoder_config import DecoderConfig
 from ftrain.modules.families.vision_language import (
     Shapes,
     TowerNames,
@@ -18,14 +20,15 @@ from ftrain.modules.families.vision_language import (
     vision_of,
 )
 from ftrain.modules.hf_fields import Config, size
-from ftrain.modules.hf_names import HfTensor, Names
+from ftrain.modules.hf_names import HfTensor, Names, decoder_names
 from ftrain.modules.pictures import MediaConfig
 from ftrain.modules.vision_language import VisionLanguageConfig
 from ftrain.modules.vision_tower import TowerConfig
 
 ROPE_BASE, SECTIONS = 5e5, (24, 20, 20)
 """What transformers takes for entries of the decoder that are not there."""
-_READ = ("deepstack_visual_indexes", "intermediate_size", "num_position_embeddings", "out_hidden_size")
+_DEEP = "deepstack_visual_indexes"
+_READ = ("intermediate_size", "num_position_embeddings", "out_hidden_size")
 _CALLED = TowerNames(mlp=(("linear_fc1", "up"), ("linear_fc2", "down")), merger=("norm", "linear_fc1", "linear_fc2"))
 
 
@@ -42,10 +45,12 @@ def media(config: Config) -> MediaConfig:
     return media_of(config, tower(config), split=True)
 
 
-def tower(config: Config) -> TowerConfig:
-    """The tower. ValueError names an entry that it cannot follow."""
-    vision = vision_of(config, _READ)
-    places, deep = size(vision, "num_position_embeddings", 2304), vision.get("deepstack_visual_indexes")
+def tower(config: Config, *, deep: bool = True) -> TowerConfig:
+    """The tower; `deep`: of a family whose decoder may read deep layers. ValueError names an entry that it cannot
+    follow.
+    """
+    vision = vision_of(config, (*_READ, _DEEP) if deep else _READ)
+    places, read = size(vision, "num_position_embeddings", 2304), vision.get(_DEEP)
     side = math.isqrt(places)
     if side**2 != places:
         raise ValueError(f"config.json: vision_config.num_position_embeddings={places} places are no square table")
@@ -58,15 +63,19 @@ def tower(config: Config) -> TowerConfig:
         d_out=size(vision, "out_hidden_size", 3584),
         patch_bias=True,
         side=side,
-        deep_layers=tuple((8, 16, 24) if deep is None else deep),
+        deep_layers=tuple((8, 16, 24) if read is None and deep else read or ()),
     )
 
 
-def parts(cfg: VisionLanguageConfig) -> list[HfTensor]:
-    """The tensors but for those of a decoder's own layers, in the order of transformers' modules."""
+def parts(
+    cfg: VisionLanguageConfig, text: Callable[[DecoderConfig], Names] = decoder_names
+) -> list[HfTensor]:
+    """The tensors but for those of a decoder's own layers, in the order of transformers' modules. `text`: names of the
+    family of text models.
+    """
     return [
         *tower_names(cfg.media.tower, "model.visual.", _CALLED),
-        *text_names(cfg.text, "model.language_model."),
+        *text_names(cfg.text, "model.language_model.", text),
     ]
 
 

@@ -36,8 +36,9 @@ def _with_fused_experts(text: DecoderConfig) -> DecoderConfig:
     return replace(text, pattern=tuple(layers))
 
 
-def laid(cfg: VisionLanguageConfig, shapes: Shapes) -> VisionLanguageConfig:
+def laid(config: Config, cfg: VisionLanguageConfig, shapes: Shapes) -> VisionLanguageConfig:
     """With one tensor for each expert's gate, up and down where a folder's experts lie one by one."""
+    del config
     there = f"model.language_model.layers.{cfg.text.dense_layers}.mlp.experts.0.gate_proj.weight"
     return replace(cfg, text=replace(cfg.text, pattern=())) if there in shapes else cfg
 

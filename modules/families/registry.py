@@ -10,6 +10,7 @@ from ftrain.modules.families import (
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
+    qwen3_5_vl,
     qwen3_next,
     qwen3_omni,
     qwen3_vl,
@@ -31,12 +32,10 @@ FAMILIES = MappingProxyType(
         "deepseek_v3": deepseek_v3.FAMILY,
         "qwen3_next": qwen3_next.FAMILY,
         "qwen3_5_text": qwen3_5.FAMILY,
-        "qwen3_5_moe_text": qwen3_5.MIXTURE,
-        "qwen3_5": qwen3_5.FAMILY,
-        "qwen3_5_moe": qwen3_5.MIXTURE,
+        "qwen3_5_moe_text": qwen3_5.MIXED_FAMILY,
     }
 )
-"""Those with layers of their own, by `model_type`; the last two, which see pictures, to be refused by their name."""
+"""Those with layers of their own, by `model_type`."""
 
 SEEING = MappingProxyType(
     {
@@ -44,6 +43,8 @@ SEEING = MappingProxyType(
         "qwen2_5_vl": qwen2_5_vl.FAMILY,
         "qwen3_vl": qwen3_vl.FAMILY,
         "qwen3_vl_moe": qwen3_vl_moe.FAMILY,
+        "qwen3_5": qwen3_5_vl.FAMILY,
+        "qwen3_5_moe": qwen3_5_vl.MIXED_FAMILY,
         "qwen2_5_omni": qwen2_5_omni.FAMILY,
         "qwen2_5_omni_thinker": qwen2_5_omni.FAMILY,
         "qwen3_omni_moe": qwen3_omni.FAMILY,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.decoder_config import DecoderConfig
 from ftrain.modules.hf_config import decoder_config
 from ftrain.modules.hf_fields import Config, agreed, flag, number, require_understood, size
@@ -27,15 +28,17 @@ class VisionLanguageFamily:
     """A family of language models that see.
 
     - `config(config)`: the model that a `config.json` describes. ValueError names an entry that it cannot follow.
-    - `laid(cfg, shapes)`: the same model with parameters as a folder of tensors of these shapes has them, where the
-      family knows several ways.
+    - `laid(config, cfg, shapes)`: the same model with parameters as a folder of tensors of these shapes has them, where
+      the family knows several ways.
     - `names(cfg, shapes)`: the tensors of such a model in a folder that holds tensors of these shapes, as it calls them
       and lays them, in the order in which transformers 5 saves them.
+    - `others`: what tensors begin with that such a folder may hold beside, which are kept as they are.
     """
 
     config: Callable[[Config], VisionLanguageConfig]
     names: Callable[[VisionLanguageConfig, Shapes], Names]
-    laid: Callable[[VisionLanguageConfig, Shapes], VisionLanguageConfig] = lambda cfg, _: cfg
+    laid: Callable[[Config, VisionLanguageConfig, Shapes], VisionLanguageConfig] = lambda _, cfg, __: cfg
+    others: tuple[str, ...] = ()
 
 
 _TOP = (
@@ -96,10 +99,7 @@ def decoder_of(
         cleaned["rope_theta"] = rope_base
     found = decoder_config(cleaned)
     section = agreed({place: said.get("mrope_section") for place, said in ropes.items()}, *ropes) or sections
-    attention = replace(
-        found.attention, rope_sections=_sections(section, found, interleaved), rope_interleaved=interleaved
-    )
-    return replace(found, attention=attention)
+    return replace(found, attention=on_three_axes(found.attention, section, interleaved=interleaved))
 
 
 def _of_one_axis(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,13 +108,20 @@ def _of_one_axis(said: Mapping[str, Any]) -> dict[str, Any]:
     return {name: "default" if (name, value) in _AXES else value for name, value in kept.items()}
 
 
-def _sections(section: Any, cfg: DecoderConfig, interleaved: bool) -> tuple[int, ...]:
-    half = cfg.attention.head_dim // 2
+def on_three_axes(cfg: AttentionConfig, section: Any, *, interleaved: bool) -> AttentionConfig:
+    """The attention with places on three axes, of which a file says by `section` how many frequencies turn with each.
+
+    ValueError where that is no such thing.
+    """
+    return replace(cfg, rope_sections=_sections(section, cfg.rotated // 2, interleaved), rope_interleaved=interleaved)
+
+
+def _sections(section: Any, half: int, interleaved: bool) -> tuple[int, ...]:
     whole = isinstance(section, list | tuple) and all(isinstance(n, int) and n >= 0 for n in section)
     if not whole or len(section) != 3 or (not interleaved and sum(section) != half):
         raise ValueError(
             f"config.json: mrope_section={section!r} must give time, rows and columns their frequencies, three whole "
-            f"numbers that sum to {half}, half of a head"
+            f"numbers that sum to {half}, half of what is rotated of a head"
         )
     if not interleaved:
         return tuple(section)
@@ -188,9 +195,11 @@ def is_nested(shapes: Shapes) -> bool:
     return any(name.startswith("model.visual.") for name in shapes)
 
 
-def text_names(cfg: DecoderConfig, prefix: str) -> Names:
-    """The decoder's tensors, those of its body called `prefix` and something."""
-    found = [(n.name.removeprefix("model."), n) for n in decoder_names(cfg)]
+def text_names(
+    cfg: DecoderConfig, prefix: str, names: Callable[[DecoderConfig], Names] = decoder_names
+) -> Names:
+    """The decoder's tensors, those of its body called `prefix` and something. `names`: of its family of text models."""
+    found = [(n.name.removeprefix("model."), n) for n in names(cfg)]
     return tuple(replace(n, name=n.name if n.name == own else prefix + own, leaf=f"text.{n.leaf}") for own, n in found)
 
 

@@ -135,21 +135,27 @@ def require_those_of_transformers(
     *,
     seed: int = 0,
     within: float = 1e-4,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Places, loss, scores and every gradient of packed documents are those of transformers, which has each alone."""
+    """Places, loss, scores and every gradient of packed documents are those of transformers, which has each alone.
+
+    `dtype`: in which ours are computed; in float64 only the rounding of transformers in float32 is left between the
+    two.
+    """
     model = random_model(config, seed)
     native = ftrain.hf.open(saved(model, tmp_path / "weights"), native="always")
     params, given = native.load(), documents(cfg, parts, seed=seed)
     spec.check(params, native.specs)
     assert native.media is not None
     assert native.logits is not None
+    params = spec.map_with_paths(lambda _, leaf: leaf.to(dtype), params)
     batch = native.media(pack(given))
     assert torch.equal(batch["positions"], torch.cat([positions_of(model, one) for one in given]))
     scores = native.logits(params, batch)
     grads, mean = torch.func.grad_and_value(lambda p: native.loss(p, batch).value())(params)
     loss, wanted_scores, wanted = theirs(model, given, tmp_path / "gradients")
     assert abs(mean.item() - loss) < 2e-5
-    torch.testing.assert_close(scores, wanted_scores, rtol=0, atol=2e-5)
+    torch.testing.assert_close(scores.to(wanted_scores.dtype), wanted_scores, rtol=0, atol=2e-5)
     require_equal_gradients(grads, wanted, within=within)
     return native
 
