@@ -3,7 +3,7 @@
 A plan rebinds these primitives: the tokens of a pack may be shared by several ranks, in consecutive runs or otherwise.
 On one device the pack is the tokens themselves.
 
-Legend: T tokens here, D model, N rows, P tokens of the pack.
+Legend: T tokens here, D model, N rows, P tokens of the pack, H heads, h = H / ranks of them, C numbers of a head.
 """
 
 from collections.abc import Callable
@@ -57,6 +57,38 @@ def take_rows(x_TD: Tensor, place_N: Tensor) -> Tensor:
     tokens = x_TD.shape[0]
     rows_ND = torch.nn.functional.embedding(torch.where(place_N == tokens, 0, place_N), x_TD)
     return rows_ND.masked_fill((place_N == tokens)[:, None], 0)
+
+
+@primitive("pack_rows")
+def pack_rows(x_T: Tensor) -> Tensor:
+    """The rows of all tokens of the pack, in its order, `[P, ...]` of `x_T` (`[T, ...]`, any dtype); differentiable."""
+    return x_T
+
+
+@primitive("divide_heads")
+def divide_heads(x_THC: Tensor) -> Tensor:
+    """All tokens of the pack, in its order, with this rank's share of the heads, `[P, h, C]`; differentiable.
+
+    For what reads a document's earlier tokens head by head. The ranks that share the pack divide H.
+
+    >>> import torch
+    >>> from ftrain.kernels.pack import divide_heads
+    >>> list(divide_heads(torch.ones(5, 4, 3)).shape)  # on one device
+    [5, 4, 3]
+    """
+    return x_THC
+
+
+@primitive("join_heads")
+def join_heads(x_PhC: Tensor) -> Tensor:
+    """All heads of this rank's tokens, `[T, H, C]`: the inverse of `divide_heads`."""
+    return x_PhC
+
+
+@primitive("own_heads")
+def own_heads(x_H: Tensor) -> Tensor:
+    """This rank's share of what each head has, `[h, ...]` of `x_H` (`[H, ...]`), as `divide_heads` deals heads out."""
+    return x_H
 
 
 @primitive("draw_over_batch")

@@ -21,7 +21,7 @@ from torch import Tensor
 from ftrain.kernels.attention import attention
 from ftrain.kernels.backend import reference_kernels
 from ftrain.kernels.documents import Segments, ids_of
-from ftrain.kernels.pack import pack_index, pack_tokens, take_rows
+from ftrain.kernels.pack import pack_index, pack_rows, pack_tokens
 from ftrain.kernels.whole_batch import within_documents
 from ftrain.modules import attention as attention_module
 from ftrain.modules import kv_cache
@@ -59,6 +59,9 @@ class Block:
       by `at.attend` alone, unless the block has a `cache`.
     - `cache`: how it goes on token by token, for a block that reads other tokens by itself. Where ranks share a
       sequence, each runs such a block on the whole pack, and keeps its own rows.
+    - `heads`: of a block with a cache that reads other tokens head by head. Ranks that share a sequence and divide so
+      many heads run it on their own rows: it exchanges them for some heads of all tokens by
+      `ftrain.kernels.pack.divide_heads` and `join_heads` where `at.sharing(len(x_TD))` is more than 1.
     - `routers`: those of ours that `apply` runs (`ftrain.modules.layers.moe_block`), in their order; a block that
       contains others lists theirs.
 
@@ -75,6 +78,7 @@ class Block:
     apply: Callable[[Any, Tensor, "Context"], Tensor]
     cache: Cache | None = None
     routers: tuple[MoEConfig, ...] = ()
+    heads: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +105,22 @@ class Context:
 
         A block that contains others runs them by this. ValueError where the result has another shape.
         """
-        if block.cache is not None and pack_tokens(len(x_TD)) != len(x_TD):
+        ranks = self.sharing(len(x_TD))
+        if block.cache is not None and ranks > 1 and (not block.heads or block.heads % ranks):
             return _checked(block, self._on_the_pack(block, params, x_TD), x_TD)
-        with nullcontext() if block.cache is None else within_documents():
+        with nullcontext() if block.cache is None or ranks > 1 else within_documents():
             return _checked(block, block.apply(params, x_TD, self), x_TD)
+
+    def sharing(self, tokens: int) -> int:
+        """How many ranks share the pack, given how many of its tokens this one holds."""
+        return pack_tokens(tokens) // max(1, tokens)
+
+    def pack_ids(self, tokens: int, device: torch.device) -> Tensor:
+        """The id of the document of each token of the pack, int64 `[P]` on `device`; `tokens`: that this rank holds."""
+        if self.sharing(tokens) > 1:
+            return self._whole_pack().pack_ids(pack_tokens(tokens), device)
+        ids_T = _ids(self.segments_T)
+        return torch.zeros(tokens, dtype=torch.int64, device=device) if ids_T is None else ids_T
 
     def run_layer(self, block: Block, params: Any, x_TD: Tensor, *, layer: int) -> Tensor:
         """The rows, `[T, D]`, that layer number `layer` of a stack makes of rows, as `run`.
@@ -120,23 +136,21 @@ class Context:
 
     def _on_the_pack(self, block: Block, params: Any, x_TD: Tensor) -> Tensor:
         """Where ranks share a pack, a block that reads other tokens by itself gets all of them, on every rank."""
-        place_P = torch.arange(pack_tokens(len(x_TD)), device=x_TD.device)
-        at = self._whole_packs[0] if self._whole_packs else self._whole_pack(place_P)
-        return block.apply(params, take_rows(x_TD, place_P), at).index_select(0, pack_index(len(x_TD), x_TD.device))
+        y_PD = block.apply(params, pack_rows(x_TD), self._whole_pack())
+        return y_PD.index_select(0, pack_index(len(x_TD), x_TD.device))
 
-    def _whole_pack(self, place_P: Tensor) -> "_WholePack":
+    def _whole_pack(self) -> "_WholePack":
         """What is known of the tokens of all ranks, gathered once for all layers."""
-        tokens = self.positions.shape[-1]
-
-        def gathered(x: Tensor | None) -> Tensor | None:
-            return None if x is None else take_rows(x.long().reshape(-1, tokens).mT, place_P).mT.squeeze(0)
-
-        positions, segments_P = gathered(self.positions), gathered(_ids(self.segments_T))
-        valid_P = gathered(self.valid_T)
-        assert positions is not None
-        whole = _WholePack(positions, segments_T=segments_P, valid_T=None if valid_P is None else valid_P.bool())
-        self._whole_packs.append(whole)
-        return whole
+        if not self._whole_packs:
+            ids_T = _ids(self.segments_T)
+            self._whole_packs.append(
+                _WholePack(
+                    pack_rows(self.positions.movedim(-1, 0)).movedim(0, -1),
+                    segments_T=None if ids_T is None else pack_rows(ids_T),
+                    valid_T=None if self.valid_T is None else pack_rows(self.valid_T),
+                )
+            )
+        return self._whole_packs[0]
 
     def attend(
         self,
@@ -222,6 +236,10 @@ class WholeItems(Context):
 
 class _WholePack(Context):
     """`Context` of a block that is given the tokens of other ranks too."""
+
+    def sharing(self, tokens: int) -> int:
+        del tokens
+        return 1
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, **_: Any) -> Tensor:
         raise ValueError(

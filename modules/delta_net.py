@@ -1,21 +1,22 @@
 """The gated delta net of Qwen3-Next and Qwen3.5: a short causal convolution, a memory by the gated delta rule, a gate.
 
-A block with a memory of its own: documents of a pack stay apart, and where ranks share a pack each runs all of it and
-keeps its own rows.
+A block with a memory of its own: documents of a pack stay apart. Where ranks share a pack and divide its key heads,
+each works out its heads of all tokens.
 
-Legend: T tokens, B sequences, D model width, J key heads, H value heads (J times R), K key dim, V value dim, C channels
-of the convolution (2 J K + H V), X taps, M = C + H V.
+Legend: T tokens, P tokens of the pack, B sequences, D model width, J key heads, H value heads (J times R), j and h of
+them on a rank, K key dim, V value dim, C channels of the convolution (2 J K + H V), X taps, M = C + H V.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftrain.kernels.documents import document_index, ids_of
+from ftrain.kernels.documents import document_index
 from ftrain.kernels.gated_delta_rule import gated_delta_rule, gated_delta_step
+from ftrain.kernels.pack import divide_heads, join_heads, own_heads
 from ftrain.kernels.rms_norm import rms_norm
 from ftrain.modules.block import Block, Cache, Context, Newest, Prompts
 from ftrain.modules.spec import ParamSpec, Tree, Uniform, fan_in, ones
@@ -56,10 +57,9 @@ class Memory(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What a token gives: channels before the convolution, gate, log of the decay, rate."""
+    """What a token gives the memory: channels before the convolution, and what decay and rate are made of."""
 
     mixed_TC: Tensor
-    gate_THV: Tensor
     decay_TH: Tensor
     rate_TH: Tensor
 
@@ -75,33 +75,34 @@ def delta_net_block(cfg: DeltaNetConfig) -> Block:
     """
 
     def apply(params: Any, x_TD: Tensor, at: Context) -> Tensor:
-        given = _inputs(params, x_TD, cfg)
-        index_T = document_index(_ids(at, len(x_TD)))
-        q, k, v = (x.transpose(0, 1)[None] for x in _heads(_convolved(params, given.mixed_TC, index_T), cfg))
-        decay, rate = given.decay_TH.mT[None], given.rate_TH.mT[None]
-        out_BHLV, _ = gated_delta_rule(q, k, v, decay, rate, documents_BL=index_T[None])
-        return _output(params, out_BHLV[0].transpose(0, 1), given.gate_THV, cfg)
+        given, gate_THV = _inputs(params, x_TD, cfg)
+        if at.sharing(len(x_TD)) == 1:
+            out_THV = _read(params, given, at.pack_ids(len(x_TD), x_TD.device), cfg)
+        else:
+            own, of_all, own_cfg = _divided(params, given, cfg)
+            out_THV = join_heads(_read(own, of_all, at.pack_ids(len(x_TD), x_TD.device), own_cfg))
+        return _output(params, out_THV, gate_THV, cfg)
 
     def prefill(params: Any, x_TD: Tensor, at: Prompts) -> tuple[Tensor, Memory]:
-        given, where = _inputs(params, x_TD, cfg), at.unpacking
+        (given, gate_THV), where = _inputs(params, x_TD, cfg), at.unpacking
         index_T = where.sequence_T
         q, k, v = (at.unpack(x) for x in _heads(_convolved(params, given.mixed_TC, index_T), cfg))
         # behind a sequence's end nothing decays and nothing is written
-        decay, rate = (at.unpack(x[..., None])[..., 0] for x in (given.decay_TH, given.rate_TH))
+        decay, rate = (at.unpack(x[..., None])[..., 0] for x in _decays(params, given))
         out_BHLV, state_BHKV = gated_delta_rule(q, k, v, decay, rate)
         out_THV = out_BHLV[where.sequence_T, :, where.place_T]
         tail_BXC = _tails(at.unpack(given.mixed_TC[:, None])[:, 0], at.length_B, cfg.taps)
-        return _output(params, out_THV, given.gate_THV, cfg), Memory(tail_BXC, state_BHKV)
+        return _output(params, out_THV, gate_THV, cfg), Memory(tail_BXC, state_BHKV)
 
     def extend(params: Any, x_BD: Tensor, state: Memory, at: Newest) -> tuple[Tensor, Memory]:
-        given = _inputs(params, x_BD, cfg)
+        given, gate_BHV = _inputs(params, x_BD, cfg)
         window_BXC = torch.cat([state.tail_BXC, given.mixed_TC[:, None]], 1)
         mixed_BC = F.silu(torch.einsum("bxc,cx->bc", window_BXC, params["conv_C1X"][:, 0]))
         q, k, v = _heads(mixed_BC, cfg)
-        out_BHV, state_BHKV = gated_delta_step(q, k, v, given.decay_TH, given.rate_TH, state.state_BHKV)
-        return _output(params, out_BHV, given.gate_THV, cfg), Memory(window_BXC[:, 1:], state_BHKV)
+        out_BHV, state_BHKV = gated_delta_step(q, k, v, *_decays(params, given), state.state_BHKV)
+        return _output(params, out_BHV, gate_BHV, cfg), Memory(window_BXC[:, 1:], state_BHKV)
 
-    return Block(lambda out_gain: _specs(cfg, out_gain), apply, Cache(prefill, extend))
+    return Block(lambda out_gain: _specs(cfg, out_gain), apply, Cache(prefill, extend), heads=cfg.key_heads)
 
 
 def _specs(cfg: DeltaNetConfig, out_gain: float) -> Tree:
@@ -119,12 +120,40 @@ def _specs(cfg: DeltaNetConfig, out_gain: float) -> Tree:
     }
 
 
-def _inputs(params: Any, x_TD: Tensor, cfg: DeltaNetConfig) -> _Inputs:
+def _inputs(params: Any, x_TD: Tensor, cfg: DeltaNetConfig) -> tuple[_Inputs, Tensor]:
+    """What tokens give, and their gates `[T, H, V]`."""
     mixed_TC, gate_TV, rate_TH, decay_TH = (_apart if cfg.apart else _by_key_heads)(params, x_TD, cfg)
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    step_TH = F.softplus(decay_TH.to(wide) + params["decay_bias_H"])
-    gate_THV = gate_TV.reshape(len(x_TD), cfg.heads, cfg.value_dim)
-    return _Inputs(mixed_TC, gate_THV, -params["decay_log_H"].to(wide).exp() * step_TH, rate_TH.sigmoid())
+    return _Inputs(mixed_TC, decay_TH, rate_TH), gate_TV.reshape(len(x_TD), cfg.heads, cfg.value_dim)
+
+
+def _read(params: Any, given: _Inputs, ids_P: Tensor, cfg: DeltaNetConfig) -> Tensor:
+    """What the queries of all tokens of a pack read within their documents, `[P, H, V]`."""
+    index_P = document_index(ids_P)
+    mixed_PC = _convolved(params, given.mixed_TC, index_P)
+    q, k, v = (x.transpose(0, 1)[None] for x in _heads(mixed_PC, cfg))
+    decay, rate = (x.mT[None] for x in _decays(params, given))
+    out_BHLV, _ = gated_delta_rule(q, k, v, decay, rate, documents_BL=index_P[None])
+    return out_BHLV[0].transpose(0, 1)
+
+
+def _divided(params: Any, given: _Inputs, cfg: DeltaNetConfig) -> tuple[Tree, _Inputs, DeltaNetConfig]:
+    """This rank's heads: their parameters, what all tokens of the pack give them, and their shapes."""
+    rows = [*given.mixed_TC.split(cfg.parts, -1), given.decay_TH, given.rate_TH]
+    parts_TJC = [x.unflatten(-1, (cfg.key_heads, -1)) for x in rows]
+    got_PjC = divide_heads(torch.cat(parts_TJC, -1)).split([x.shape[-1] for x in parts_TJC], -1)
+    q, k, v, decay_Ph, rate_Ph = (x.flatten(1) for x in got_PjC)
+    taps = [x.unflatten(0, (cfg.key_heads, -1)) for x in params["conv_C1X"].split(cfg.parts)]
+    own = {name: own_heads(params[name]) for name in ("decay_log_H", "decay_bias_H")}
+    own["conv_C1X"] = torch.cat([own_heads(x).flatten(0, 1) for x in taps])
+    shapes = replace(cfg, key_heads=got_PjC[0].shape[1], heads=decay_Ph.shape[1])
+    return own, _Inputs(torch.cat([q, k, v], -1), decay_Ph, rate_Ph), shapes
+
+
+def _decays(params: Any, given: _Inputs) -> tuple[Tensor, Tensor]:
+    """The log of the decay, and the rate, each `[T, H]`."""
+    wide = torch.promote_types(given.decay_TH.dtype, torch.float32)
+    step_TH = F.softplus(given.decay_TH.to(wide) + params["decay_bias_H"])
+    return -params["decay_log_H"].to(wide).exp() * step_TH, given.rate_TH.sigmoid()
 
 
 def _apart(params: Any, x_TD: Tensor, cfg: DeltaNetConfig) -> tuple[Tensor, ...]:
@@ -178,9 +207,3 @@ def _tails(mixed_BSC: Tensor, length_B: Tensor, taps: int) -> Tensor:
     row_B1 = torch.arange(len(length_B), device=length_B.device)[:, None]
     found_BXC = mixed_BSC[row_B1, place_BX.clamp(min=0)]
     return torch.where((place_BX >= 0)[..., None], found_BXC, 0)
-
-
-def _ids(at: Context, tokens: int) -> Tensor:
-    if at.segments_T is None:
-        return torch.zeros(tokens, dtype=torch.int64, device=at.positions.device)
-    return ids_of(at.segments_T)

@@ -17,8 +17,9 @@ from ftrain.sharding import exchange, matrices, shards
 from ftrain.sharding.experts import dropped_rows_sharded, experts_sharded
 from ftrain.sharding.layout import CapacityFactor
 from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.pack_heads import divide_heads_sharded, join_heads_sharded, own_heads_sharded
 from ftrain.sharding.placement import Placement
-from ftrain.sharding.sequence_attention import pack_documents, sequence_attention
+from ftrain.sharding.sequence_attention import gather_tokens, pack_documents, sequence_attention
 from ftrain.sharding.spmd import purpose
 from ftrain.sharding.whole_rows import whole_rows_sharded
 from ftrain.trace.refusals import Untraceable
@@ -55,6 +56,10 @@ def bindings(trace: ShardedTrace) -> dict[str, Callable[..., Any]]:
         rows["take"] = partial(exchange.take_rows_sharded, mesh=mesh, order=order)
         rows["following"] = partial(exchange.following_sharded, mesh=mesh, order=order)
         rows["pack_index"] = partial(exchange.pack_index_sharded, mesh=mesh, order=order)
+        rows["pack_rows"] = lambda x_T: gather_tokens(x_T, mesh, order, purpose="pack_rows")
+        rows["divide_heads"] = partial(divide_heads_sharded, mesh=mesh, order=order)
+        rows["join_heads"] = partial(join_heads_sharded, mesh=mesh, order=order)
+        rows["own_heads"] = partial(own_heads_sharded, mesh=mesh)
         rows["pack_tokens"] = lambda tokens: tokens * mesh.sequence
     return rows
 

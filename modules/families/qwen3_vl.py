@@ -67,9 +67,7 @@ def tower(config: Config, *, deep: bool = True) -> TowerConfig:
     )
 
 
-def parts(
-    cfg: VisionLanguageConfig, text: Callable[[DecoderConfig], Names] = decoder_names
-) -> list[HfTensor]:
+def parts(cfg: VisionLanguageConfig, text: Callable[[DecoderConfig], Names] = decoder_names) -> list[HfTensor]:
     """The tensors but for those of a decoder's own layers, in the order of transformers' modules. `text`: names of the
     family of text models.
     """

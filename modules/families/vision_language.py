@@ -195,9 +195,7 @@ def is_nested(shapes: Shapes) -> bool:
     return any(name.startswith("model.visual.") for name in shapes)
 
 
-def text_names(
-    cfg: DecoderConfig, prefix: str, names: Callable[[DecoderConfig], Names] = decoder_names
-) -> Names:
+def text_names(cfg: DecoderConfig, prefix: str, names: Callable[[DecoderConfig], Names] = decoder_names) -> Names:
     """The decoder's tensors, those of its body called `prefix` and something. `names`: of its family of text models."""
     found = [(n.name.removeprefix("model."), n) for n in names(cfg)]
     return tuple(replace(n, name=n.name if n.name == own else prefix + own, leaf=f"text.{n.leaf}") for own, n in found)

@@ -9,6 +9,7 @@ from ftrain.kernels.pack import following, take_rows
 from ftrain.sharding import exchange
 from ftrain.sharding.batch import TokenOrder, Tokens, join_tokens, share
 from ftrain.sharding.mesh import Mesh
+from ftrain.sharding.pack_heads import divide_heads_sharded, join_heads_sharded, own_heads_sharded
 from tests.helpers.ranks import on_ranks
 
 MESH = Mesh(1, 1, 4, kind="virtual")
@@ -102,3 +103,31 @@ def test_only_rows_that_have_a_place_elsewhere_are_sent():
 
     for rank, (send_n,) in enumerate(on_ranks(step, MESH, index)):
         assert send_n.tolist() == [N if r == rank else 0 for r in range(4)]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_heads_of_all_tokens_are_divided_and_come_back(order):
+    """A product with what is behind a token, head by head: value, gradients, and of the heads' own weights."""
+    x, w, c = random(P, 8, D), random(8, seed=1), random(P, 8, D, seed=2)
+
+    def before(x, w):
+        return x.cumsum(0) * w[:, None]
+
+    def step(x, w, c):
+        a, b = x.detach().requires_grad_(), w.detach().requires_grad_()
+        own = own_heads_sharded(b, mesh=MESH)
+        y = join_heads_sharded(before(divide_heads_sharded(a, mesh=MESH, order=order), own), mesh=MESH, order=order)
+        return [y.detach(), *torch.autograd.grad((y * c).sum(), (a, b))]
+
+    got = on_ranks(step, MESH, shares(x, order), [w] * 4, shares(c, order))
+    a, b = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = before(a, b)
+    dx, dw = torch.autograd.grad((y * c).sum(), (a, b))
+    torch.testing.assert_close(join_tokens([g[0] for g in got], 0, order), y.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(join_tokens([g[1] for g in got], 0, order), dx, rtol=0, atol=0)
+    torch.testing.assert_close(sum(g[2] for g in got), dw, rtol=1e-12, atol=1e-12)
+
+
+def test_heads_that_ranks_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="6 heads do not divide over a sequence axis of 4"):
+        own_heads_sharded(random(6), mesh=MESH)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import ftrain
 from ftrain.modules.families import qwen3_5_vl
 from tests.helpers import seeing_families as laws
 
