@@ -49,7 +49,9 @@ def byte_tokenizer(template: str = TEMPLATE, special: tuple[str, ...] = SPECIAL,
 
 
 def qwen_config(kind: str, tokenizer: Any, *, layers: int = 2) -> Any:
-    """The configuration of a tiny model: "qwen2_vl", "qwen2_5_vl", "qwen3_vl" or "qwen3_vl_moe"."""
+    """The configuration of a tiny model: "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5" or
+    "qwen3_5_moe".
+    """
     import transformers
 
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -62,11 +64,29 @@ def qwen_config(kind: str, tokenizer: Any, *, layers: int = 2) -> Any:
     if kind == "qwen2_5_vl":
         eyes = {**EYES, "fullatt_block_indexes": [1], "window_size": 16, "out_hidden_size": 32}
         return transformers.Qwen2_5_VLConfig(text_config=words, vision_config=eyes, **ids)
-    eyes = {**EYES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16, "out_hidden_size": 32}
+    eyes = {**EYES, "num_position_embeddings": 16, "out_hidden_size": 32}
+    if kind.startswith("qwen3_5"):
+        return _hybrid_config(kind, words, eyes, ids)
+    eyes["deepstack_visual_indexes"] = [0]
     if kind == "qwen3_vl":
         return transformers.Qwen3VLConfig(text_config={**words, "head_dim": 8}, vision_config=eyes, **ids)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
     return transformers.Qwen3VLMoeConfig(text_config={**words, "head_dim": 8, **experts}, vision_config=eyes, **ids)
+
+
+def _hybrid_config(kind: str, words: dict[str, Any], eyes: dict[str, Any], ids: dict[str, int]) -> Any:
+    """Of Qwen3.5: layers of delta nets and of attention, with an MLP or with experts."""
+    import transformers
+
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    words |= {**heads, "linear_value_head_dim": 8, "head_dim": 16, "full_attention_interval": 2}
+    words["rope_parameters"] = {**ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    if kind == "qwen3_5":
+        return transformers.Qwen3_5Config(text_config=words, vision_config=eyes, **ids)
+    del words["intermediate_size"]
+    words |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    words["shared_expert_intermediate_size"] = 16
+    return transformers.Qwen3_5MoeConfig(text_config=words, vision_config=eyes, **ids)
 
 
 def write_qwen(

@@ -24,7 +24,7 @@ from ftrain.data.sample import Kind, Part, Place
 
 OMNI = ("qwen2_5_omni", "qwen2_5_omni_thinker", "qwen3_omni_moe", "qwen3_omni_moe_thinker")
 """The model types of configurations of models that hear."""
-MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *OMNI)
+MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", *OMNI)
 """The model types of configurations."""
 
 
@@ -32,7 +32,7 @@ MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *OMNI)
 class Films:
     """Which frames of a film are taken, and in which size: at `rate` a second, at least and at most so many.
 
-    `told`: frames are told apart by the seconds at which they are shown, as text (Qwen3-VL). `timed`: the model takes
+    `told`: frames are told apart by the seconds at which they are shown, as text (Qwen3-VL, Qwen3.5). `timed`: the model takes
     the seconds between them (Qwen2.5-VL).
     """
 

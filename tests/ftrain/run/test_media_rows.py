@@ -31,7 +31,13 @@ from ftrain.run.media import layout_of
 from ftrain.tasks.rows import TextRows
 from tests.helpers.seeing_folders import TEMPLATE, write_pictures, write_qwen
 
-PROCESSORS = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VL"}
+PROCESSORS = {
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VL",
+    "qwen3_5": "Qwen3VL",
+}
 
 
 @pytest.fixture(scope="module")

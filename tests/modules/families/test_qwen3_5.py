@@ -50,11 +50,14 @@ def native(request, tmp_path_factory):
     return made
 
 
+def test_it_is_a_family_of_the_library(native):
+    assert native.why.endswith("is a family of the library")
+
+
+@pytest.mark.parametrize("native", ["qwen3_5_moe_text"], indirect=True)
 def test_a_mesh_gives_what_one_device_gives(native):
     """Where ranks share a pack each works out its heads of the delta nets for all tokens."""
-    experts = "moe" in native.name
-    mesh = Mesh(shard=2, expert=2, kind="virtual") if experts else Mesh(sequence=4, kind="virtual")
-    loss, gradients = laws.on_mesh(native, mesh)
+    loss, gradients = laws.on_mesh(native, Mesh(sequence=2, expert=2, kind="virtual"))
     assert loss < 1e-12
     assert gradients < 1e-11
 
