@@ -23,6 +23,7 @@ from ftrain.bridge.native_sight import NativeSight
 from ftrain.kernels.documents import Documents
 from ftrain.modules import audio_tower, spec, vision_language, vision_tower
 from ftrain.modules.audio_tower import AudioTowerConfig
+from ftrain.modules.decoder_config import layer_block
 from ftrain.modules.families.registry import SEEING
 from ftrain.modules.vision_language import VisionLanguageConfig
 from ftrain.modules.vision_media import RULES
@@ -39,6 +40,14 @@ _QWEN2 = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mro
 _QWEN3 = {
     "rms_norm_eps": 1e-6, "rope_theta": 5e6, "head_dim": 128, "vocab_size": 151_936,
     "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+}  # fmt: skip
+_QWEN35 = {
+    "rms_norm_eps": 1e-6, "head_dim": 256, "vocab_size": 248_320, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    },
 }  # fmt: skip
 
 
@@ -64,6 +73,7 @@ _EYES3 = {
     "depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304, "patch_size": 16,
     "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
 }  # fmt: skip
+_EYES35 = {name: said for name, said in _EYES3.items() if name != "deepstack_visual_indexes"}
 _EARS = {
     "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "num_mel_bins": 128,
     "n_window": 50, "n_window_infer": 800, "output_dim": 2048, "downsample_hidden_size": 480,
@@ -94,6 +104,18 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "text_config": {"model_type": "qwen3_vl_moe_text", **_decoder(4096, 94, 64, 4, 12_288), **_QWEN3,
                             **_experts(128, 1536)},
             "vision_config": {**_EYES3, "out_hidden_size": 4096},
+        },
+        "qwen3.5-9b": {
+            "model_type": "qwen3_5",
+            "text_config": {"model_type": "qwen3_5_text", **_decoder(4096, 32, 16, 4, 12_288), **_QWEN35},
+            "vision_config": {**_EYES35, "out_hidden_size": 4096},
+        },
+        "qwen3.5-35b-a3b": {
+            "model_type": "qwen3_5_moe",
+            "text_config": {"model_type": "qwen3_5_moe_text", **_decoder(2048, 40, 16, 2, 0), **_QWEN35,
+                            "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+                            "shared_expert_intermediate_size": 512},
+            "vision_config": {**_EYES35, "out_hidden_size": 2048},
         },
         "qwen3-omni-30b-a3b": {
             "model_type": "qwen3_omni_moe",
@@ -141,8 +163,10 @@ class SightWorkload:
 
     @property
     def stacks(self) -> Mapping[str, int]:
-        """The decoder's layers, and those of the towers, which are taken to be alike in each."""
-        found = {"text": self.cfg.text.layers, "vision": self.cfg.media.tower.layers}
+        """The decoder's turns of layers, which are one layer where all are of the same parameters, and the layers of
+        the towers, which are taken to be alike in each.
+        """
+        found = {"text": self.cfg.text.layers // len(self._turn), "vision": self.cfg.media.tower.layers}
         sound = self.cfg.media.sound
         return found if sound is None else {**found, "audio": sound.tower.layers}
 
@@ -167,13 +191,13 @@ class SightWorkload:
             kv_heads=heads.kv_heads,
             head_dim=heads.head_dim,
             weight_flops=6.0 * active_weights(text) + 6.0 * _products(self.cfg, self.seen) + seen,
-            attention_flops=12.0 * self.tokens * heads.heads * heads.head_dim * text.layers,
+            attention_flops=12.0 * self.tokens * heads.heads * heads.head_dim * self._attending,
             experts=text.moe.experts if text.moe else 0,
             top_k=text.moe.top_k if text.moe else 0,
         )
 
     def make(self, depths: Mapping[str, int], candidate: Candidate) -> WorkloadStep:
-        """The training step of a model with so many layers in the decoder and in the tower."""
+        """The training step of a model with so many turns of layers in the decoder and layers in the tower."""
         cfg = self.shallow(depths)
         return planned_step(
             NativeSight(cfg).loss, vision_language.specs(cfg), self._batch(candidate), rate=1e-5,
@@ -182,7 +206,7 @@ class SightWorkload:
         )  # fmt: skip
 
     def shallow(self, depths: Mapping[str, int]) -> VisionLanguageConfig:
-        """The model with so many layers in each stack; a part of the tower that sees has one deep layer, if any, and
+        """The model with so much of each stack; a part of the tower that sees has one deep layer, if any, and
         its frames are all seen through windows, if any.
         """
         text, media, layers = self.cfg.text, self.cfg.media, depths["vision"]
@@ -191,8 +215,22 @@ class SightWorkload:
             sound = replace(sound, tower=replace(sound.tower, layers=depths["audio"]))
         if layers < tower.layers:
             tower = replace(tower, layers=layers, full_layers=(), deep_layers=(0,) if tower.deep_layers else ())
-        text = replace(text, layers=depths["text"], pattern=text.pattern[: depths["text"]])
+        kept = depths["text"] * len(self._turn)
+        text = replace(text, layers=kept, pattern=text.pattern[:kept])
         return replace(self.cfg, text=text, media=replace(media, tower=tower, sound=sound))
+
+    @cached_property
+    def _turn(self) -> list[spec.Tree]:
+        """The parameters of the first layers of the decoder, after which the same come again."""
+        text = self.cfg.text
+        each = [layer_block(text, i).specs(1.0) for i in range(text.layers)]
+        turns = (n for n in range(1, text.layers + 1) if text.layers % n == 0)
+        return next(each[:n] for n in turns if each[n:] == each[:-n])
+
+    @property
+    def _attending(self) -> int:
+        """How many layers of the decoder attend."""
+        return sum("w_k_DGK" in layer["attention"] for layer in self._turn) * self.stacks["text"]
 
     @property
     def _side(self) -> int:

@@ -37,6 +37,8 @@ def test_published_sizes_have_as_many_parameters_as_they_should():
         "qwen2.5-vl-7b": 8_292_166_656,
         "qwen3-vl-30b-a3b": 31_070_754_032,
         "qwen3-vl-235b-a22b": 235_670_022_896,
+        "qwen3.5-9b": 9_409_813_744,
+        "qwen3.5-35b-a3b": 35_107_181_936,
         "qwen3-omni-30b-a3b": 31_719_205_488,
     }
     assert {size: spec.count(vision_language.specs(described(size))) for size in PUBLISHED} == wanted
@@ -47,6 +49,15 @@ def test_the_experiment_offers_them():
     assert (workload.model_shape.heads, dict(workload.stacks)) == (28, {"text": 28, "vision": 32})
     with pytest.raises(ValueError, match="--size 1b is not one of qwen2-vl-7b, "):
         load_workload(FILE, 1024, 1, "1b")
+
+
+def test_layers_that_differ_are_priced_by_the_turn():
+    """Three delta nets and an attention are a turn of Qwen3.5."""
+    workload = SightWorkload("hybrid", described("qwen3.5-9b"), tokens=1024, packs=1)
+    assert dict(workload.stacks) == {"text": 8, "vision": 27}
+    assert workload.model_shape.attention_flops == 12 * 1024 * 16 * 256 * 8
+    found = [workload.shallow({"text": 1, "vision": 1}).text.own(i).specs(1.0)["attention"] for i in range(4)]
+    assert ["conv_C1X" in layer for layer in found] == [True, True, True, False]
 
 
 def test_a_layout_is_counted_and_nothing_is_allocated():

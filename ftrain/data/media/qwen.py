@@ -32,8 +32,8 @@ MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen
 class Films:
     """Which frames of a film are taken, and in which size: at `rate` a second, at least and at most so many.
 
-    `told`: frames are told apart by the seconds at which they are shown, as text (Qwen3-VL, Qwen3.5). `timed`: the model takes
-    the seconds between them (Qwen2.5-VL).
+    `told`: frames are told apart by the seconds at which they are shown, as text (Qwen3-VL, Qwen3.5). `timed`: the
+    model takes the seconds between them (Qwen2.5-VL).
     """
 
     patches: Patches
