@@ -48,11 +48,12 @@ def pack_for_mesh(
 ) -> Packed:
     """All documents in `packs` packs, in which no item of media lies in two of `parts` equal runs of rows.
 
-    Documents are dealt so that packs have about equal work (`dealing.deal`). Each modality of the budget is in the
-    batch, as padding where no document has it, so that all packs have the same arrays. These have the budget's sizes;
-    where the packs have no room for all documents they are larger, by as many quarters as it takes, and a jitted step
-    is traced for those sizes too. `overflow="leave"` keeps to the budget and says in `left` which documents are not in
-    the batch. ValueError if a budget does not divide by `parts`, or for a document that alone exceeds it.
+    Documents are dealt so that packs have about equal work (`dealing.deal`). Each modality that the budget has room for
+    is in the batch, as padding where no document has it, so that all packs have the same arrays. These have the
+    budget's sizes; where the packs have no room for all documents they are larger, by as many quarters as it takes, and
+    a jitted step is traced for those sizes too. `overflow="leave"` keeps to the budget and says in `left` which
+    documents are not in the batch. ValueError if a budget does not divide by `parts`, or for a document that alone
+    exceeds it.
 
     >>> from ftrain.modules.decoder import preset
     >>> from ftrain.modules.packing import Text
@@ -73,7 +74,7 @@ def pack_for_mesh(
     made, taken = list[dict[str, Any]](), list[int]()
     for numbers in dealt.packs:
         batch, order = lay([documents[i] for i in numbers], budget=budget, model=model, absent="pad")
-        encoders = {name: _divide(batch["encoders"][name], name, parts, budget) for name in budget.rows}
+        encoders = {name: _divide(encoder, name, parts, budget) for name, encoder in batch["encoders"].items()}
         made.append({**batch, "encoders": encoders})
         taken += [numbers[i] for i in order]
     return Packed(_join_packs(made, budget, parts), taken, dealt.left)

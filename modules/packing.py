@@ -176,7 +176,8 @@ def lay(
     `[B, ...]` and `index_n` (the place of each code).
 
     A modality that no document has is left out of the batch (`absent="drop"`), or is there as padding, so that the tree
-    of arrays never changes (`absent="pad"`). Without documents all is padding.
+    of arrays never changes (`absent="pad"`); one for which the budget has no room is never there. Without documents all
+    is padding.
 
     Raises:
         ValueError: `absent` is neither; the documents do not fit; a document has a modality that the model has not, or
@@ -184,19 +185,20 @@ def lay(
     """
     if absent not in ("drop", "pad"):
         raise ValueError(f"absent={absent!r} is not 'drop' or 'pad'")
-    lengths = [measure(document, model=model).tokens for document in documents]
-    order = sorted(range(len(documents)), key=lambda i: -lengths[i])
+    sizes = [measure(document, model=model) for document in documents]
+    needs(sizes, budget)
+    order = sorted(range(len(documents)), key=lambda i: -sizes[i].tokens)
     batch, media, targets = _lay_tokens([documents[i] for i in order], budget, model)
     pad = absent == "pad"
     batch["encoders"] = {
         name: _join_media(media.get(name, []), model.encoder(name), name, budget)
-        for name in budget.rows
-        if pad or name in media
+        for name, rows in budget.rows.items()
+        if rows and (pad or name in media)
     }
     batch["decoders"] = {
         name: _join_targets(targets.get(name, []), model.decoder(name), budget=count, end=budget.tokens)
         for name, count in budget.targets.items()
-        if pad or name in targets
+        if count and (pad or name in targets)
     }
     return batch, order
 

@@ -8,6 +8,7 @@ Legend: T tokens of the pack.
 import contextlib
 import multiprocessing
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 
 from experiments.omni.choice import WINDOW, Choice
-from experiments.omni.tasks import Mixture
+from experiments.omni.sources import TRAIN
+from experiments.omni.tasks import Mixture, sample
 from ftrain import tree
 from ftrain.modules.budget import Bound, Budget, Size
 from ftrain.modules.mesh_packing import pack_for_mesh
@@ -27,6 +29,7 @@ from ftrain.resilience.signals import SIGNALS
 
 _ROOM_FOR_TOKENS, _ROOM_FOR_MEDIA, _ROOM_FOR_DOCUMENTS = 1.08, 1.25, 2
 _MEASURED = 512  # examples whose mean need stands for all
+_OF_A_TASK = 32  # examples of a task, however rare, whose largest need there is room for
 _TOKENS_TOGETHER = 64  # a part of a pack is whole blocks of so many tokens
 
 
@@ -125,14 +128,15 @@ def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, packs:
     All packs together have room for the mean need of so many examples and some more; media, of which there are few,
     vary more than tokens. One of several packs has its share of that, room for the largest example, and one example's
     tokens more, since examples are not divided: then what fits the step fits its packs but in the rarest cases. Sizes
-    are rounded up so that each of `parts` ranks gets whole items.
+    are rounded up so that each of `parts` ranks gets whole items. What no example has gets room for one item of
+    padding, so that the batches of all mixtures have the same arrays.
     """
-    sizes = [measure(mixture.example(i).document, model=model) for i in range(_MEASURED)]
-    longest = max(size.tokens for size in sizes)
+    sizes, rare = _measured(mixture, model)
+    longest = max(size.tokens for size in (*sizes, *rare))
     tokens = _up(_mean_need([s.tokens for s in sizes], documents, _ROOM_FOR_TOKENS), _TOKENS_TOGETHER)
     if packs > 1:
         tokens = -(-tokens // packs) + longest
-    rows = {name: _rows(name, sizes, model, documents, packs, parts) for name in model.encoders}
+    rows = {name: _rows(name, sizes, rare, model, documents, packs, parts) for name in model.encoders}
     items = {name: rows[name] // e.rows_per_token for name, e in model.encoders.items()}  # as many as can be
     most = _ROOM_FOR_DOCUMENTS * -(-documents // packs)
     return Budget(
@@ -140,23 +144,48 @@ def fitting_budget(mixture: Mixture, model: OmniModel, *, documents: int, packs:
         rows=rows,
         bounds={"tokens": Bound(most), **{name: Bound(count) for name, count in items.items()}},
         targets={
-            name: _share_of_media([s.targets.get(name, 0) for s in sizes], documents, packs, multiple=parts)
+            name: _share_of_media(
+                [s.targets.get(name, 0) for s in sizes],
+                documents,
+                packs,
+                least=max((s.targets.get(name, 0) for s in rare), default=0),
+                multiple=parts,
+            )
             for name in model.decoders
         },
     )
 
 
-def _rows(name: str, sizes: Sequence[Size], model: OmniModel, documents: int, packs: int, parts: int) -> int:
+def _measured(mixture: Mixture, model: OmniModel) -> tuple[list[Size], list[Size]]:
+    """Sizes of examples as the mixture draws them, and of some of each task that is hardly among these."""
+    drawn = [mixture.example(i) for i in range(_MEASURED)]
+    seen = Counter(example.task for example in drawn)
+    more = [
+        sample(task, i, sources=mixture.sources, seed=mixture.seed, split=TRAIN)
+        for task in mixture.drawn
+        for i in range(_OF_A_TASK - seen[task])
+    ]
+    sizes, rare = ([measure(e.document, model=model) for e in examples] for examples in (drawn, more))
+    return sizes, rare
+
+
+def _rows(
+    name: str, sizes: list[Size], rare: list[Size], model: OmniModel, documents: int, packs: int, parts: int
+) -> int:
     """One pack's rows of an encoder: whole items in each of `parts` parts."""
-    item = max((n for s in sizes for n in s.items.get(name, ())), default=model.encoder(name).rows_per_token)
-    return _share_of_media([s.rows.get(name, 0) for s in sizes], documents, packs, multiple=parts * item)
+    found = [*sizes, *rare]
+    item = max((n for s in found for n in s.items.get(name, ())), default=model.encoder(name).rows_per_token)
+    least = max(s.rows.get(name, 0) for s in found)
+    return _share_of_media([s.rows.get(name, 0) for s in sizes], documents, packs, least=least, multiple=parts * item)
 
 
-def _share_of_media(needs: Sequence[int], documents: int, packs: int, *, multiple: int) -> int:
-    """What one pack has of what the step has room for, at least one example's; the step has whole examples' rows."""
-    largest = max(1, *needs)
+def _share_of_media(needs: Sequence[int], documents: int, packs: int, *, least: int, multiple: int) -> int:
+    """What one pack has of what the step has room for, at least one example's, and `least`, and not nothing; the step
+    has whole examples' rows.
+    """
+    largest = max(1, least, *needs)
     whole = _up(_mean_need(needs, documents, _ROOM_FOR_MEDIA), largest)
-    return _up(max(-(-whole // packs), *needs), multiple)
+    return _up(max(-(-whole // packs), largest), multiple)
 
 
 def _mean_need(needs: Sequence[int], documents: int, room: float) -> int:

@@ -347,6 +347,11 @@ class Mixture:
         if not sum(self.weights.get(task, 0.0) for task in possible(self.sources)):
             raise ValueError(f"weights={dict(self.weights)} leave no task that the sources allow")
 
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """The tasks of which there are examples."""
+        return tuple(task for task in possible(self.sources) if self.weights.get(task, 0.0) > 0)
+
     def example(self, index: int) -> Example:
         """Training example `index` (from 0): a pure function of the index."""
         tasks = possible(self.sources)

@@ -15,6 +15,8 @@ from experiments.omni.choice import WINDOW, window_of
 from experiments.omni.corpus import Clips, Corpus, Delivery
 from ftrain import optim, tree
 from ftrain.modules import omni
+from ftrain.modules.budget import needs
+from ftrain.modules.packing import measure
 from ftrain.sharding import Mesh
 
 STEPS = 36  # not whole windows
@@ -107,6 +109,24 @@ def test_windows_divide_a_run_of_any_length() -> None:
     windows = [window_of(step) for step in range(4 * WINDOW)]
     assert all(step in window for step, window in enumerate(windows))
     assert all(windows[s] == window for window in windows for s in window)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"text_to_image": 1.0}, {"image_to_text": 1.0, "arithmetic": 1e-9}], ids=["draws", "rarely adds"]
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mixture_that_leaves_encoders_out_has_the_arrays_of_all(weights: dict[str, float], ranks: int) -> None:
+    """With room for one item of what it has not, and for the largest example of a task that it hardly draws."""
+    mix, net = mixture()
+    few = replace(mix, weights=weights)
+    budget = fitting_budget(few, net, documents=8, packs=ranks, parts=ranks)
+    run = replace(feed(), mixture=few, documents=8, budget=budget, packs=ranks, parts=ranks)
+    batch = run.at(0)
+    assert set(batch["encoders"]) == set(net.encoders)
+    assert set(batch["decoders"]) == set(net.decoders)
+    added = [tasks.sample("arithmetic", i, sources=few.sources, seed=0, split="train") for i in range(20)]
+    if "arithmetic" in weights:
+        needs([measure(example.document, model=net) for example in added], budget)
 
 
 def test_a_budget_that_is_too_small_grows_and_loses_nothing() -> None:

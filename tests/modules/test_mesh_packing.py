@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ftrain.modules.budget import Bound, Budget
 from ftrain.modules.mesh_packing import BATCH, pack_for_mesh
+from ftrain.modules.packing import lay
 from ftrain.sharding.batch import BatchRows, TokenIndices
 from tests.helpers.tiny_omni import MODEL, documents
 
@@ -116,6 +117,16 @@ def test_packs_without_documents_are_padding():
     assert bool((batch["labels_T"].view(2, 64)[1] == -100).all())
     assert batch["valid_T"].view(2, 64).sum(1).tolist() == [len(batch["valid_T"].nonzero()), 0]
     assert torch.equal(batch["encoders"]["image"]["index_n"].view(2, -1)[1].unique(), torch.tensor([128]))
+
+
+def test_a_modality_without_room_is_not_in_the_batch():
+    """Documents of text alone are packed by any budget, and media that have no place are refused."""
+    budget = Budget(64, rows={"image": 0, "audio": 96}, targets={"draw": 0})
+    batch = pack_for_mesh(documents()[2:3], budget=budget, model=MODEL, packs=2, parts=4).batch
+    assert (set(batch["encoders"]), set(batch["decoders"])) == ({"audio"}, set())
+    for absent in ("drop", "pad"):
+        with pytest.raises(ValueError, match=r"document 0 needs 16 image rows \(the budget holds 0\)"):
+            lay(documents()[:1], budget=budget, model=MODEL, absent=absent)
 
 
 @pytest.mark.parametrize(("budget", "message"), [
