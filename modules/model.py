@@ -32,6 +32,23 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Towers:
+    """What a model computes of media alone, before its layers see them, and that can be computed once for many steps.
+
+    - `paths`: of the parameters that it reads, nodes of the tree.
+    - `rows(params, batch)`: of those parameters and what `Model.media` makes of media, the rows that stand for them:
+      "media" `[n, R, D]` of pictures and films, "audio" `[n, D]`, at the tokens that the "index" of each says.
+    - `width`: by the raw leaf that a tower reads the dims of its rows, `(R, D)` or `(D,)`.
+    - `config`: what the towers are, as plain data.
+    """
+
+    paths: tuple[str, ...]
+    rows: Callable[[Tree, Mapping[str, Any]], dict[str, Tensor]]
+    width: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Model:
     """A model as pure functions over a tree of parameters.
 
@@ -59,6 +76,8 @@ class Model:
     - `media(batch) -> batch`: what the model computes of the shapes of its media, on the host, before a step; None for
       models that need no such thing. Where documents share packs it takes `packs=`, how many one after the other the
       tokens are, and `places=`, for how many tokens of pictures each has room; where it hears `chunks=` of recordings.
+    - `towers`: what it computes of media alone; None where that is not computed apart. `media(batch, rows=True)` then
+      takes such rows in the place of media.
     - `rules`: how ranks share the leaves of its batch (`Plan(batch=model.rules)`) that have no entry for each token.
     - `state`: what a forward pass changes beside the parameters (statistics of BatchNorm, balancing biases of routers),
       as a tree of tensors; the functions then take it as `state=` and `loss` gives the new one. Empty for most.
@@ -87,6 +106,7 @@ class Model:
     read: Callable[[str], Tensor] | None = None
     save: Callable[..., None] | None = None
     media: Callable[..., Any] | None = None
+    towers: Towers | None = None
     state: Tree = field(default_factory=dict)
     packs: bool = True
     alone: str = ""

@@ -24,6 +24,9 @@ from ftrain.modules.vision_tower import TowerConfig
 KINDS = ("image", "video")
 PIXELS: Mapping[str, str] = MappingProxyType({"image": "pixels", "video": "pixel_values_videos"})
 """The leaf of a kind's patches, `[P, numbers of a patch]`."""
+ROWS: Mapping[str, str] = MappingProxyType({"image": "image_rows", "video": "video_rows"})
+"""The leaf that stands for a kind's patches where the tower read them before: its rows, `[tokens, R, width]`, of tokens
+in reading order, R one and as many as there are deep layers."""
 GRIDS: Mapping[str, str] = MappingProxyType({"image": "image_grid_thw", "video": "video_grid_thw"})
 """The leaf of a kind's shapes: frames, rows and columns of patches, `[pictures, 3]`."""
 SECONDS = "second_per_grid_ts"
@@ -32,7 +35,7 @@ OTHER_SECONDS = "video_second_per_grid"
 """The same as processors of models that hear call it."""
 TYPES = "mm_token_type_ids"
 """The leaf in which processors of transformers say once more what each token stands for: 1 an image, 2 a video."""
-LEAVES = (*PIXELS.values(), *GRIDS.values(), SECONDS, OTHER_SECONDS, TYPES, *SOUND_LEAVES)
+LEAVES = (*PIXELS.values(), *ROWS.values(), *GRIDS.values(), SECONDS, OTHER_SECONDS, TYPES, *SOUND_LEAVES)
 
 
 @dataclass(frozen=True)
@@ -164,11 +167,14 @@ def _require_together(at_n: np.ndarray, kind: str) -> None:
 
 def _grids(raw: Mapping[str, Any], kind: str, cfg: MediaConfig) -> np.ndarray:
     """The shapes of a kind's pictures, int64 `[pictures, 3]`, that fit its patches."""
-    grid, pixels, merge = raw.get(GRIDS[kind]), raw.get(PIXELS[kind]), cfg.tower.merge
-    if grid is None and pixels is None:
+    if PIXELS[kind] in raw and ROWS[kind] in raw:
+        raise ValueError(f"the batch has {PIXELS[kind]!r} and {ROWS[kind]!r}, what a tower reads and makes: give one")
+    leaf = ROWS if ROWS[kind] in raw else PIXELS
+    grid, given, merge = raw.get(GRIDS[kind]), raw.get(leaf[kind]), cfg.tower.merge
+    if grid is None and given is None:
         return np.zeros((0, 3), np.int64)
-    if grid is None or pixels is None:
-        there, lacks = (GRIDS, PIXELS) if pixels is None else (PIXELS, GRIDS)
+    if grid is None or given is None:
+        there, lacks = (GRIDS, leaf) if given is None else (leaf, GRIDS)
         raise ValueError(f"the batch has {there[kind]!r} and no {lacks[kind]!r}: give both")
     grid_N3 = grid.cpu().numpy().astype(np.int64)
     if grid_N3.ndim != 2 or grid_N3.shape[1] != 3:
@@ -179,24 +185,27 @@ def _grids(raw: Mapping[str, Any], kind: str, cfg: MediaConfig) -> np.ndarray:
                 f"{kind} {number} has {frames} frames of {rows} x {columns} patches: it needs a frame, and rows and "
                 f"columns that are multiples of {merge}"
             )
-    _require_patches(pixels, grid_N3, kind, cfg.tower)
+    tower, ends_N = cfg.tower, grid_N3.prod(1).cumsum()
+    if leaf is ROWS:
+        _require_numbers(given, ends_N // cfg.square, (1 + len(tower.deep_layers), tower.d_out), kind, ROWS[kind])
+    else:
+        _require_numbers(given, ends_N, (tower.d_patch,), kind, PIXELS[kind])
     return grid_N3
 
 
-def _require_patches(pixels: Tensor, grid_N3: np.ndarray, kind: str, tower: TowerConfig) -> None:
-    ends_N = grid_N3.prod(1).cumsum()
-    patches = int(ends_N[-1]) if len(ends_N) else 0
-    if tuple(pixels.shape) != (patches, tower.d_patch) or not pixels.is_floating_point():
+def _require_numbers(given: Tensor, ends_N: np.ndarray, row: tuple[int, ...], kind: str, leaf: str) -> None:
+    """ValueError for patches, or rows of the tower, that are not those of the pictures, which end at `ends_N`."""
+    wanted = (int(ends_N[-1]) if len(ends_N) else 0, *row)
+    if tuple(given.shape) != wanted or not given.is_floating_point():
         raise ValueError(
-            f"{PIXELS[kind]} is {pixels.dtype} {list(pixels.shape)}: the shapes of the {kind}s ask for floating "
-            f"numbers, [{patches}, {tower.d_patch}]"
+            f"{leaf} is {given.dtype} {list(given.shape)}: the shapes of the {kind}s ask for floating numbers, "
+            f"{list(wanted)}"
         )
-    if not bool(pixels.sum().isfinite()) and not bool(pixels.isfinite().all()):
-        patch = int((~pixels.isfinite()).any(1).nonzero()[0])
-        number = int(np.searchsorted(ends_N, patch, side="right"))
-        raise ValueError(
-            f"{kind} {number} has a pixel that is no finite number (patch {patch} of {PIXELS[kind]}): leave it out"
-        )
+    if not bool(given.sum().isfinite()) and not bool(given.isfinite().all()):
+        at = int((~given.isfinite()).flatten(1).any(1).nonzero()[0])
+        number = int(np.searchsorted(ends_N, at, side="right"))
+        what = "a pixel that is no finite number (patch" if leaf == PIXELS[kind] else "no finite numbers (row"
+        raise ValueError(f"{kind} {number} has {what} {at} of {leaf}): leave it out")
 
 
 def _steps(raw: Mapping[str, Any], kind: str, pictures: int, cfg: MediaConfig) -> np.ndarray:

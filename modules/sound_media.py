@@ -55,13 +55,16 @@ def laid_sound(
     packs: int,
     parts: int,
     easily: bool = False,
+    rows_nV: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What `ftrain.modules.audio_tower.apply` reads of recordings, and "index", the token of each row that it makes.
 
     `tokens`: of the batch, the index of a row that has none. `chunks`: for each pack; None: as many as that with the
-    most needs, or `easily` somewhat more, so that few numbers of chunks occur. ValueError where they are too few.
+    most needs, or `easily` somewhat more, so that few numbers of chunks occur. `rows_nV`: what the tower made of all
+    recordings before, in the order of the tokens. ValueError where there are too few chunks.
 
-    The leaves are "mel" `[C, M, W]`, "heard" `[C]`, "parts" `[N]`, and "index", `[N]` or of pairs `[N / 2]`.
+    The leaves are "mel" `[C, M, W]`, "heard" `[C]`, "parts" `[N]`, and "index", `[N]` or of pairs `[N / 2]`; of
+    `rows_nV` "rows" and "index" alone.
     """
     tower = cfg.tower
     windows = [window for clip in clips for window in windows_of(clip, cfg)]
@@ -69,6 +72,10 @@ def laid_sound(
     sizes = [-(-window.frames // tower.chunk) for window in windows]
     dealt, room = deal(sizes, homes, unit=1, budget=chunks, packs=packs, parts=parts, told=SOUND, easily=easily)
     count, paired = room * len(dealt), 1 + tower.paired
+    if rows_nV is not None:
+        return _laid_rows(
+            [[windows[i].at_n for i in own] for own in dealt], room * tower.rows // paired, rows_nV, tokens
+        )
     mel_CWM = torch.zeros(count, tower.chunk, tower.mels, dtype=frames_FM.dtype)
     heard_C, index_CR = np.zeros(count, np.int64), np.full((count, tower.rows // paired), tokens)
     parts_CR = (np.arange(count) * tower.rows)[:, None].repeat(tower.rows, axis=1)
@@ -85,6 +92,21 @@ def laid_sound(
             begin = here.stop
     leaves = {"heard": heard_C, "parts": parts_CR.reshape(-1), "index": index_CR.reshape(-1)}
     return {"mel": mel_CWM.mT.contiguous(), **{name: torch.from_numpy(leaf) for name, leaf in leaves.items()}}
+
+
+def _laid_rows(dealt: Sequence[Sequence[np.ndarray]], room: int, rows_nV: Tensor, tokens: int) -> dict[str, Tensor]:
+    """Rows that were made before, those of each part in so much room. `dealt`: the tokens of the windows of parts."""
+    size = room * len(dealt)
+    order_n = np.sort(np.concatenate([np.zeros(0, np.int64), *(at_n for own in dealt for at_n in own)]))
+    found, index_n = torch.zeros(size, rows_nV.shape[1], dtype=rows_nV.dtype), np.full(size, tokens)
+    for part, own in enumerate(dealt):
+        begin = part * room
+        for at_n in own:
+            here = slice(begin, begin + len(at_n))
+            found[here] = rows_nV[torch.from_numpy(np.searchsorted(order_n, at_n))]
+            index_n[here] = at_n
+            begin = here.stop
+    return {"rows": found, "index": torch.from_numpy(index_n)}
 
 
 def _fill(mel_CWM: Tensor, heard_C: np.ndarray, window: Window, frames_FM: Tensor) -> None:

@@ -17,9 +17,11 @@ from ftrain.modules.audio_tower import AudioTowerConfig
 
 SOUND, FRAMES = "sound", "sound_frames"
 """The leaves of recordings one after the other, floating `[F, M]`, and of their lengths in frames, int64 `[c]`."""
+ROWS = "sound_rows"
+"""The leaf in the place of `SOUND` where the tower read it before: its rows, floating `[tokens, width]`."""
 FEATURES, MASK = "input_features", "feature_attention_mask"
 """The same as transformers' processors make it: floating `[c, M, L]`, and which of the frames are sound, `[c, L]`."""
-LEAVES = (SOUND, FRAMES, FEATURES, MASK)
+LEAVES = (SOUND, ROWS, FRAMES, FEATURES, MASK)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Clip(NamedTuple):
 
 
 def listen(raw: Mapping[str, Any], tokens_T: np.ndarray, cfg: SoundConfig) -> tuple[list[Clip], Tensor]:
-    """All recordings in the order of the tokens, and the frames of all, floating `[F, M]`.
+    """All recordings in the order of the tokens, and the frames of all, floating `[F, M]`, of which there are none
+    where their rows are given.
 
     `raw`: leaves of recordings, see `LEAVES`; `tokens_T`: the folded tokens.
 
@@ -88,6 +91,8 @@ def folded(raw: Mapping[str, Any], tower: AudioTowerConfig) -> dict[str, Any]:
 
 def _frames(raw: Mapping[str, Any], tower: AudioTowerConfig) -> tuple[Tensor, np.ndarray]:
     """The frames of all recordings `[F, M]`, and their lengths."""
+    if ROWS in raw:
+        return _none(raw, tower)
     for there, lacks in ((SOUND, FRAMES), (FRAMES, SOUND), (FEATURES, MASK), (MASK, FEATURES)):
         if there in raw and lacks not in raw:
             raise ValueError(f"the batch has {there!r} and no {lacks!r}: give both")
@@ -106,6 +111,17 @@ def _frames(raw: Mapping[str, Any], tower: AudioTowerConfig) -> tuple[Tensor, np
     if (length_c < 0).any() or length_c.sum() != len(frames_FM):
         raise ValueError(f"{FRAMES} {length_c.tolist()} are not the lengths of {len(frames_FM)} frames of {SOUND!r}")
     return frames_FM, length_c
+
+
+def _none(raw: Mapping[str, Any], tower: AudioTowerConfig) -> tuple[Tensor, np.ndarray]:
+    """No frames, and the lengths of recordings whose rows are given."""
+    if SOUND in raw or FEATURES in raw or FRAMES not in raw:
+        raise ValueError(f"the batch has {ROWS!r}, rows of its recordings: give {FRAMES!r} beside, and no sound")
+    rows, length_c = raw[ROWS], np.asarray(raw[FRAMES]).astype(np.int64)
+    wanted = [sum(tower.tokens_of(int(length)) for length in length_c), tower.d_out or tower.d_model]
+    if list(rows.shape) != wanted or not rows.is_floating_point() or not bool(rows.isfinite().all()):
+        raise ValueError(f"{ROWS} is {rows.dtype} {list(rows.shape)}: give finite floating numbers, {wanted}")
+    return torch.zeros(0, tower.mels), length_c
 
 
 def _unpadded(sound_cML: Tensor, mask_cL: Tensor, tower: AudioTowerConfig) -> tuple[Tensor, np.ndarray]:

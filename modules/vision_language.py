@@ -17,6 +17,7 @@ from ftrain.modules import audio_tower, decoder, vision_tower
 from ftrain.modules.decoder import Added, DecoderStats
 from ftrain.modules.decoder_config import DecoderConfig
 from ftrain.modules.pictures import MediaConfig
+from ftrain.modules.sounds import SoundConfig
 from ftrain.modules.spec import Tree
 
 
@@ -55,24 +56,48 @@ def specs(cfg: VisionLanguageConfig) -> dict[str, Tree]:
 def embed(params: Tree, batch: Mapping[str, Any], cfg: VisionLanguageConfig) -> tuple[Tensor, Added]:
     """The stream `[T, D]` of folded tokens with the rows of media in it, and what is added behind its first layers.
 
-    `batch`: "tokens" `[T]`, and of `ftrain.modules.vision_media.prepare` "replaced" `[T]`, "media" and "audio". A token
-    of media without a row of them, or a row for another token, gives NaN: no number that looks like one.
+    `batch`: "tokens" `[T]`, and of `ftrain.modules.vision_media.prepare` "replaced" `[T]`, "media" and "audio", whose
+    towers are not run where they hold "rows". A token of media without a row of them, or a row for another token, gives
+    NaN: no number that looks like one.
     """
     tokens_T, media, audio = batch["tokens"], batch.get("media"), batch.get("audio")
     x_TD = decoder.embed(params["text"], tokens_T)
     added = Added()
     if media is not None:
-        seen = vision_tower.apply(params["vision"], media, cfg.media.tower)
-        rows = [rows_nD.to(x_TD.dtype) for rows_nD in (seen.rows_nV, *seen.deep)]
+        rows = [rows_nD.to(x_TD.dtype) for rows_nD in _seen(params, media, cfg)]
         x_TD = merge_rows(x_TD, rows[0], media["index"])
         added = Added(tuple(rows[1:]), media["index"])
     if audio is not None and cfg.media.sound is not None:
-        rows_nD = audio_tower.apply(params["audio"], audio, cfg.media.sound.tower)
-        x_TD = merge_rows(x_TD, rows_nD.to(x_TD.dtype), audio["index"])
+        x_TD = merge_rows(x_TD, _heard(params, audio, cfg.media.sound).to(x_TD.dtype), audio["index"])
     replaced_T = batch.get("replaced")
     stands_T = torch.stack([tokens_T == token for token in cfg.media.ids]).any(0)
     wrong_T = stands_T if replaced_T is None else stands_T != replaced_T
     return x_TD.masked_fill(wrong_T[:, None], torch.nan), added
+
+
+def tower_rows(params: Tree, batch: Mapping[str, Any], cfg: VisionLanguageConfig) -> dict[str, Tensor]:
+    """What the towers make of the batch's "media" `[n, R, D]` and "audio" `[n, D]`, of those that it has: what can be
+    given as rows (`ftrain.modules.vision_media.prepare`). `params`: "vision", and with sound "audio".
+    """
+    found, media, audio = dict[str, Tensor](), batch.get("media"), batch.get("audio")
+    if media is not None:
+        found["media"] = torch.stack(tuple(_seen(params, media, cfg)), 1)
+    if audio is not None and cfg.media.sound is not None:
+        found["audio"] = _heard(params, audio, cfg.media.sound)
+    return found
+
+
+def _seen(params: Tree, media: Mapping[str, Any], cfg: VisionLanguageConfig) -> Sequence[Tensor]:
+    """The rows `[n, D]` of pictures: those among the tokens, then those behind the first layers."""
+    if "rows" in media:
+        return media["rows"].unbind(1)
+    seen = vision_tower.apply(params["vision"], media, cfg.media.tower)
+    return seen.rows_nV, *seen.deep
+
+
+def _heard(params: Tree, audio: Mapping[str, Any], sound: SoundConfig) -> Tensor:
+    rows_nD: Tensor = audio["rows"] if "rows" in audio else audio_tower.apply(params["audio"], audio, sound.tower)
+    return rows_nD
 
 
 def hidden(

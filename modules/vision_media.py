@@ -19,9 +19,10 @@ from ftrain.kernels.documents import Documents, ids_of
 from ftrain.modules.media_parts import PICTURES, deal
 from ftrain.modules.mrope import Picture, Scene, places
 from ftrain.modules.packing import padding
-from ftrain.modules.pictures import LEAVES, PIXELS, MediaConfig, Piece, find
+from ftrain.modules.pictures import LEAVES, PIXELS, ROWS, MediaConfig, Piece, find
 from ftrain.modules.sound_media import laid_sound
-from ftrain.modules.sounds import listen
+from ftrain.modules.sounds import FEATURES, SOUND, listen
+from ftrain.modules.sounds import ROWS as SOUND_ROWS
 from ftrain.modules.vision_tower import TowerConfig
 from ftrain.sharding.batch import BatchRows, BatchRule, Offsets, TokenIndices
 
@@ -49,6 +50,7 @@ def prepare(
     chunks: int | None = None,
     packs: int = 1,
     parts: int = 1,
+    rows: bool = False,
 ) -> dict[str, Any]:
     """The batch that a model reads, of raw leaves.
 
@@ -64,13 +66,15 @@ def prepare(
             more, and at least one, so that batches of a run have the same leaves and few shapes.
         packs: how many equal packs the tokens are.
         parts: the ranks that share a pack, whose patches no frame may share.
+        rows: media are given as the rows that towers made of them before: "image_rows", "video_rows", "sound_rows"; a
+            batch that has one of these needs not be told.
 
     Returns:
         The raw leaves of tokens, "positions" (int64, three for each token, in the last dim; float32 where places are
         exact), "replaced" (bool: a row of media stands in the place of the token), and where there are pictures or
         `patches` "media", of all packs one after the other: "pixels", "places" `[N, 2]`, "frames" (`Documents`),
         "index" `[n]`, and as the tower has it "windows" (`Documents`), "taps" and "shares" `[N, 4]`; where there are
-        recordings or `chunks` "audio" (`ftrain.modules.sound_media`).
+        recordings or `chunks` "audio" (`ftrain.modules.sound_media`). With `rows` both have "rows" and "index" alone.
 
     Raises:
         ValueError: as `ftrain.modules.pictures.find` and `ftrain.modules.sounds.listen`; a picture or a recording lies
@@ -82,6 +86,7 @@ def prepare(
         raise ValueError(f"tokens {list(raw['tokens'].shape)} are not {packs} equal packs, one after the other")
     if patches is None and places is not None:
         patches = places * cfg.square
+    rows = _are_rows(raw, rows)
     clips, frames_FM = ([], None) if cfg.sound is None else listen(raw, tokens_T, cfg.sound)
     pieces, pictures = find(raw, tokens_T, cfg, clips)
     bounds = _bounds(raw, packs)
@@ -94,11 +99,24 @@ def prepare(
     if pieces or patches is not None:
         sizes, homes = [one.patches for one in pieces], [int(one.at_n[0]) * packs // tokens_T.size for one in pieces]
         dealt, room = deal(sizes, homes, unit=cfg.square, budget=patches, packs=packs, parts=parts, told=PICTURES)
-        made["media"] = _laid([[pieces[i] for i in own] for own in dealt], room, raw, cfg, tokens=tokens_T.size)
+        laid = _laid_rows if rows else _laid
+        made["media"] = laid([[pieces[i] for i in own] for own in dealt], room, raw, cfg, tokens=tokens_T.size)
     if cfg.sound is not None and frames_FM is not None and (clips or chunks is not None or places is not None):
         room_for = {"tokens": tokens_T.size, "chunks": chunks, "packs": packs, "parts": parts}
-        made["audio"] = laid_sound(clips, frames_FM, cfg.sound, **room_for, easily=places is not None)
+        tower = cfg.sound.tower
+        rows_nV = raw.get(SOUND_ROWS, torch.zeros(0, tower.d_out or tower.d_model)) if rows else None
+        made["audio"] = laid_sound(clips, frames_FM, cfg.sound, **room_for, easily=places is not None, rows_nV=rows_nV)
     return made
+
+
+def _are_rows(raw: Mapping[str, Any], told: bool) -> bool:
+    """Whether media are given as rows. ValueError for a batch that has some as rows, and others not."""
+    there = [name for name in (*ROWS.values(), SOUND_ROWS) if name in raw]
+    others = [name for name in (*PIXELS.values(), SOUND, FEATURES) if name in raw]
+    if others and (there or told):
+        rows = there[0] if there else "rows of media"
+        raise ValueError(f"the batch has {others[0]!r} beside {rows}: give what towers made of all media, or of none")
+    return told or bool(there)
 
 
 def _bounds(raw: Mapping[str, Any], packs: int) -> np.ndarray:
@@ -161,6 +179,24 @@ def _laid(
     for name in kept & longest.keys():
         made[name] = _documents(made[name], len(dealt), *_LEAST[name])
     return {"pixels": pixels, "index": torch.from_numpy(index_n), **made}
+
+
+def _laid_rows(
+    dealt: Sequence[Sequence[Piece]], room: int, raw: Mapping[str, Any], cfg: MediaConfig, *, tokens: int
+) -> dict[str, Tensor]:
+    """The same of rows that the tower made before: "rows" `[n, R, V]` and "index"."""
+    square, width = cfg.square, (1 + len(cfg.tower.deep_layers), cfg.tower.d_out)
+    given = {kind: raw[name].cpu() for kind, name in ROWS.items() if name in raw}
+    size, dtype = room * len(dealt) // square, next((x.dtype for x in given.values()), torch.float32)
+    rows_nRV, index_n = torch.zeros(size, *width, dtype=dtype), np.full(size, tokens)
+    for part, pieces in enumerate(dealt):
+        begin = part * room // square
+        for piece in pieces:
+            here, first = slice(begin, begin + len(piece.at_n)), piece.source // square
+            rows_nRV[here] = given[piece.kind][first + torch.from_numpy(piece.arrays.order_n)]
+            index_n[here] = piece.at_n
+            begin = here.stop
+    return {"rows": rows_nRV, "index": torch.from_numpy(index_n)}
 
 
 def _longest(dealt: Sequence[Sequence[Piece]], tower: TowerConfig) -> dict[str, int]:

@@ -4,7 +4,7 @@ Legend: T tokens of a pack, B rows, L tokens of a row, V vocabulary, D model wid
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,12 @@ from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder, vision_language
 from ftrain.modules.decoder_config import used_experts
 from ftrain.modules.families.vision_language import VisionLanguageFamily
-from ftrain.modules.model import Leaf, Model
+from ftrain.modules.model import Leaf, Model, Towers
 from ftrain.modules.moe import RouterLoad
 from ftrain.modules.pictures import LEAVES as RAW
+from ftrain.modules.pictures import PIXELS
 from ftrain.modules.sight_generation import sight_family
+from ftrain.modules.sounds import SOUND
 from ftrain.modules.spec import Tree
 from ftrain.modules.vision_language import VisionLanguageConfig
 from ftrain.modules.vision_media import RULES, prepare
@@ -71,12 +73,30 @@ def native_sight(folder: HfFolder, family: VisionLanguageFamily, *, layers: int 
         read=files.read,
         save=partial(files.save, {}),
         media=made.media,
+        towers=towers_of(cfg),
         rules=RULES,
         family=sight_family(cfg),
         why=f"native: {kind} is a family of the library",
         names=names,
         top_k=used_experts(cfg.text),
     )
+
+
+def towers_of(cfg: VisionLanguageConfig, *, below: str = "") -> Towers:
+    """The towers of such a model, whose parameters are `below` this node of the tree that a run trains."""
+    heard = cfg.media.sound
+    towers = {"vision": asdict(cfg.media.tower)} | ({} if heard is None else {"audio": asdict(heard.tower)})
+
+    def rows(params: Tree, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        own = params[below.removesuffix(".")] if below else params
+        return vision_language.tower_rows(own, batch, cfg)
+
+    width: dict[str, tuple[int, ...]] = dict.fromkeys(
+        PIXELS.values(), (1 + len(cfg.media.tower.deep_layers), cfg.media.tower.d_out)
+    )
+    if heard is not None:
+        width[SOUND] = (heard.tower.d_out or heard.tower.d_model,)
+    return Towers(tuple(f"{below}{name}" for name in towers), rows, width, towers)
 
 
 def _with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -107,10 +127,11 @@ class NativeSight:
         chunks: int | None = None,
         packs: int = 1,
         parts: int = 1,
+        rows: bool = False,
     ) -> dict[str, Any]:
         """The batch that the other functions read, of raw leaves: see `ftrain.modules.vision_media.prepare`."""
         room = {"patches": patches, "places": places, "chunks": chunks}
-        return prepare(batch, self.cfg.media, **room, packs=packs, parts=parts)
+        return prepare(batch, self.cfg.media, **room, packs=packs, parts=parts, rows=rows)
 
     def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Mean:
         """The `Mean` cross entropy of the batch's labels. `key`: int64 `[2]`, which nothing draws from.

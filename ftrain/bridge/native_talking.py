@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ftrain.bridge.native import NativeFiles, router_loads
-from ftrain.bridge.native_sight import HEARS, LEAVES, NativeSight
+from ftrain.bridge.native_sight import HEARS, LEAVES, NativeSight, towers_of
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.hf.load import load_hf
@@ -86,6 +86,7 @@ def open_talking(
         read=files.read,
         save=partial(files.save, {}),
         media=made.media,
+        towers=towers_of(cfg.thinker, below="thinker."),
         rules={**RULES, **speech_packs.RULES},
         family=Family(
             lambda params, prompts, room: writes.prefill(params["thinker"], prompts, room),
@@ -162,12 +163,14 @@ class NativeTalking:
         states: int | None = None,
         packs: int = 1,
         parts: int = 1,
+        rows: bool = False,
     ) -> dict[str, Any]:
         """The batch that the other functions read, of raw leaves: see `ftrain.modules.vision_media.prepare`, and
         where a leaf of speech is given `ftrain.modules.speech_packs.prepare`.
         """
         heard = {name: leaf for name, leaf in batch.items() if name not in speech_packs.LEAVES}
-        made = self._sight.media(heard, patches=patches, places=places, chunks=chunks, packs=packs, parts=parts)
+        room = {"patches": patches, "places": places, "chunks": chunks}
+        made = self._sight.media(heard, **room, packs=packs, parts=parts, rows=rows)
         if not any(name in batch for name in speech_packs.LEAVES):
             return made
         speech = speech_packs.prepare(

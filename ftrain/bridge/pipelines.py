@@ -1,23 +1,20 @@
 """A folder of Wan's as diffusers writes whole pipelines: which models are in it, and what tells them apart."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ftrain.bridge.native_wan import config_of
 from ftrain.files.outside import JSON_BYTES
-from ftrain.hf.files import CONFIG, STEM, HfFolder, opened, parse_json, read_member
+from ftrain.hf.digests import weights_digest
+from ftrain.hf.files import CONFIG, STEM, HfFolder, parse_json, read_member
 from ftrain.hf.shards import DIFFUSERS
 from ftrain.modules.families.wan_config import WanConfig
 from ftrain.modules.hf_fields import number
 
 INDEX = "model_index.json"
 KINDS = ("WanPipeline", "WanImageToVideoPipeline")
-_BLOCKS, _BLOCK = 16, 256  # of each tensor in a digest: few pages of a file of many gigabytes
 
 
 @dataclass(frozen=True)
@@ -73,19 +70,9 @@ def digest(folder: Path) -> str:
     and 4,096 bytes in 16 blocks spread over it. ValueError for a folder without safetensors.
     """
     stem = DIFFUSERS.stem if any(folder.glob(f"{DIFFUSERS.stem}*")) else STEM
-    held, found = HfFolder.open(folder, stem=stem), hashlib.sha256()
+    held = HfFolder.open(folder, stem=stem)
     told = parse_json(read_member(folder, CONFIG, limit=JSON_BYTES), str(folder / CONFIG))
-    settled = {name: value for name, value in told.items() if not name.startswith("_") and "version" not in name}
-    found.update(repr(sorted(settled.items())).encode())
-    for name in sorted(held.tensors):
-        stored = held.tensors[name]
-        found.update(f"{name} {stored.shape} {stored.dtype}".encode())
-        with opened(stored.file) as file:
-            raw = file.get_tensor(name).reshape(-1).view(torch.uint8)
-        step = max(_BLOCK, len(raw) // _BLOCKS)
-        for start in range(0, len(raw), step):
-            found.update(raw[start : start + _BLOCK].numpy().tobytes())
-    return found.hexdigest()
+    return weights_digest(held, told, held.tensors)
 
 
 def shift_of(folder: WanFolder) -> float:

@@ -16,7 +16,7 @@ from ftrain.bridge.opened import open as open_model
 from ftrain.bridge.tasks import task_of
 from ftrain.cli.config_file import as_config
 from ftrain.cli.planned import Planned, planned_of
-from ftrain.cli.recipes import at_once, export, jit_options, recipe_of
+from ftrain.cli.recipes import DTYPES, at_once, export, jit_options, recipe_of
 from ftrain.cli.told import steps_of, summed_heads, telling, trained_by
 from ftrain.cli.train_options import KINDS, KdTrain, OfPairs, RunOptions, TaskKind, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
@@ -30,6 +30,7 @@ from ftrain.run.data import RunData, make_data
 from ftrain.run.folder import RunFolder
 from ftrain.run.media import layout_of
 from ftrain.run.media_answers import family_of_documents
+from ftrain.run.media_rows import fill, ready_rows
 from ftrain.run.progress import Report, SteadyConsole
 from ftrain.run.ranks import is_main, of_main
 from ftrain.run.recipe import Recipe
@@ -83,12 +84,15 @@ def _run(
             "multiple"
         )
     encode, leaves = _rows(kind, encoder, options, model, sequence=mesh.sequence, say=report.say)
+    kept = options.data.cache_media
+    ready = None if kept is None else ready_rows(kept, family, model)
+    seen = family if ready is None else ready
     rows: Any = Remembered(encode)
     data = make_data(
         options.data, rows, ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
-        leaves=leaves, layout=layout_of(model, family, sequence=mesh.sequence),
-        finish=None if family is None else ReadMedia(family), mine=ranks.rank // mesh.sequence,
-        others=None if family is None or ranks.world == 1 or options.plan else ReadMedia(family, decoded=False),
+        leaves=leaves, layout=layout_of(model, seen, sequence=mesh.sequence, rows=ready is not None),
+        finish=None if seen is None else ReadMedia(seen), mine=ranks.rank // mesh.sequence,
+        others=None if seen is None or ranks.world == 1 or options.plan else ReadMedia(seen, decoded=False),
     )  # fmt: skip
     for line in data.lines:
         report.say(line)
@@ -96,6 +100,12 @@ def _run(
         _require_same_tokens(tokenizer, options.teacher)
     micro_batches = 1 if at_once(options, kind, model) else _micro_batches(data, planned)
     recipe = recipe_of(options, kind, model, steps=data.steps, micro_batches=micro_batches, device=ranks.device)
+    if ready is not None:
+        precision = jit_options(options, model, ranks.device).get("precision")
+        fill(
+            ready, recipe, data, options.model, compute=None if precision is None else DTYPES[precision.compute],
+            device=ranks.device, rank=ranks.rank, world=ranks.world, say=report.say,
+        )  # fmt: skip
     for line in (trained_by(name, recipe), *(summed_heads(recipe.adapter) if recipe.adapter is not None else ())):
         report.say(line)
     training = Training(
@@ -197,7 +207,7 @@ def folder_of(options: RunOptions, name: str) -> tuple[Path, bool]:
 
 _MAY_CHANGE = (
     "out", "resume", "steps", "epochs", "every", "track", "workers", "device", "backend", "replicate", "shard",
-    "sequence", "expert", "timeout", "plan", "remat", "budget", "save_merged", "rejected",
+    "sequence", "expert", "timeout", "plan", "remat", "budget", "save_merged", "rejected", "cache_media",
     "ema_use", "skip_bad", "bad_steps", "spike", "show", "formats",
 )  # fmt: skip
 

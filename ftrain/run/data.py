@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -66,6 +67,9 @@ class DataOptions:
     """Processes that read and tokenise ahead; 0: this one. Media are decoded by threads, a step ahead."""
     image_pixels: int | None = None
     """The most pixels of a picture, which is made smaller to fit; default: what the model's folder says."""
+    cache_media: Path | None = None
+    """A folder for what frozen towers make of media: filled before the first step, then read in the place of running
+    them."""
     rejected: float = 0.05
     """The share of rows that may be broken before the run stops."""
 
@@ -78,6 +82,11 @@ class RunData:
     held_out: "HeldOut"
     steps: int
     lines: tuple[str, ...]
+
+    def rows(self) -> Iterator[Callable[[], Any]]:
+        """All rows, those that are held out too, to be read by a call."""
+        yield from _spread(self.loader.sources, 1)
+        yield from self.held_out.rows()
 
 
 def make_data(
@@ -258,10 +267,14 @@ class HeldOut:
     def __bool__(self) -> bool:
         return self._loader is not None
 
+    def rows(self) -> Iterator[Callable[[], Any]]:
+        """The rows, to be read by a call."""
+        return _spread(self._loader.sources if self._loader is not None else (), 1)
+
     def documents(self) -> Iterator[Document]:
         """The documents, in the order of their rows, with their media; those that cannot be used are left out."""
         made = self._loader
-        for row in _spread(made.sources, 1) if made is not None else ():
+        for row in self.rows():
             try:
                 group = None if made is None else made.encode(row())
                 if made is not None and made.finish is not None and group is not None:

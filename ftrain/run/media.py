@@ -16,16 +16,17 @@ PROCESSOR_FILES = (
 _ONLY_FOR_PLACES = ("second_per_grid_ts",)
 
 
-def layout_of(model: Model, family: MediaFamily | None = None, *, sequence: int = 1) -> Layout:
+def layout_of(model: Model, family: MediaFamily | None = None, *, sequence: int = 1, rows: bool = False) -> Layout:
     """How documents lie in batches of a model: in packs where they may share them, else as rows of their own.
 
     `family`: how the model sees media; None where it has none, or is not to see them. `sequence`: ranks that share a
-    pack, each of which encodes frames of its own. ValueError for more than one of them and rows.
+    pack, each of which encodes frames of its own. `rows`: the family gives what towers made of media before. ValueError
+    for more than one rank and rows of documents.
     """
     streams = () if family is None else family.streams
     if model.packs:
         heard = tuple(stream.heard for stream in streams)
-        ready = None if model.media is None else _ReadyPack(model, heard, sequence)
+        ready = None if model.media is None else _ReadyPack(model, heard, sequence, rows)
         return PackLayout(streams, ready, parts=sequence)
     if sequence > 1:
         raise ValueError(
@@ -52,16 +53,19 @@ class _ReadyRows:
 class _ReadyPack:
     """`model.media` of packs, with room for so many tokens of media in each: in a model that sees for some at least, so
     that all batches have the same leaves. `heard`: which kinds of media are sound. `parts`: ranks that share a pack.
+    `rows`: media are rows of towers.
     """
 
     model: Model
     heard: tuple[bool, ...] = ()
     parts: int = 1
+    rows: bool = False
 
     def __call__(self, batch: dict[str, Any], places: tuple[int, ...], packs: int) -> dict[str, Any]:
         pictures = sum(room for room, heard in zip(places, self.heard, strict=True) if not heard)
         room = max(self.parts, pictures) if places else None
-        made: dict[str, Any] = self.model.media(batch, places=room, packs=packs, parts=self.parts)  # type: ignore[misc]
+        told: dict[str, Any] = {"rows": True} if self.rows else {}
+        made: dict[str, Any] = self.model.media(batch, places=room, packs=packs, parts=self.parts, **told)  # type: ignore[misc]
         return made
 
 

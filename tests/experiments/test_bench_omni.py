@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from experiments.bench import omni_samples
+from experiments.bench import cached_media, omni_samples
+from experiments.bench.omni import Options
 
 pytest.importorskip("transformers", minversion="5.24")
 
@@ -29,3 +30,9 @@ def test_packs_and_rows_hold_the_same(kind):
         places = sum(int((pack["tokens"] == token).sum()) for token in (cfg.image, cfg.video))
         assert places * cfg.square == seen <= budgets["patches"]
         assert ("input_features" in rows) == ("sound" in pack)
+
+
+def test_steps_by_rows_have_the_losses_of_steps_by_towers():
+    time, memory = cached_media.compare("qwen3-omni", Options(tokens=256, quick=True))
+    assert time.ok is None  # False where the losses differ
+    assert "by rows over that by towers" in memory.name
