@@ -33,8 +33,7 @@ def scene(
     if interleave is None:
         return Scene(first, own_n3[order_n], _by_time(own_n3[order_n, 0], heard_n[order_n], first))
     stretch_n = np.concatenate([_stretches(own_n3[: len(at_V), 0], interleave), np.arange(len(at_A)) // interleave])
-    wanted_n = np.lexsort((heard_n, stretch_n))
-    if (heard_n[wanted_n] != heard_n[order_n]).any():
+    if (mixed(own_n3[: len(at_V), 0], len(at_A), interleave=interleave) != heard_n[order_n]).any():
         raise ValueError(_wrong(first, f"are not mixed by stretches of {interleave} places in time"))
     late_n = stretch_n == stretch_n.max()
     last = int((late_n & heard_n).sum()) or int(late_n.sum())
@@ -44,6 +43,25 @@ def scene(
     end = own_n3[-last:].max() + 1
     edge = np.ones((2, 3), kind)
     return Scene(first - 2, np.concatenate([0 * edge, own_n3, end * edge]), last=1)
+
+
+def mixed(time_V: np.ndarray, sound: int, *, interleave: int | None) -> np.ndarray:
+    """How the tokens of a video, shown at these places in time, lie among the `sound` tokens of its sound: bool `[n]`,
+    where it is heard. `interleave`: as of `scene`.
+
+    >>> "".join("va"[heard] for heard in mixed(np.array([0, 0, 2, 2]), 3, interleave=2).astype(int))
+    'vvaavva'
+    >>> "".join("va"[heard] for heard in mixed(np.array([0, 1.5]), 3, interleave=None).astype(int))
+    'vaava'
+    """
+    time_A = np.arange(sound)
+    heard_n = np.arange(len(time_V) + sound) >= len(time_V)
+    if interleave is None:
+        late_n = np.concatenate([time_V, time_A])
+    else:
+        late_n = np.concatenate([_stretches(time_V, interleave), time_A // interleave])
+    found: np.ndarray = heard_n[np.lexsort((heard_n, late_n))]
+    return found
 
 
 def _stretches(time_V: np.ndarray, interleave: int) -> np.ndarray:

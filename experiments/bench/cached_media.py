@@ -71,10 +71,11 @@ def compare(kind: Kind, options: Options) -> list[Row]:
         f"a pack of {options.tokens} tokens a step, of which {media:.0%} stand for media; towers frozen, all else "
         f"trained, float32, AdamW; medians of {rounds} alternating steps; valid only if losses agree to {_SAME_LOSS}"
     )
-    ratio = statistics.median(a / b for a, b in zip(rows.seconds, towers.seconds, strict=True))
+    ratio = statistics.median(a / b for a, b in zip(rows.cpu_seconds, towers.cpu_seconds, strict=True))
     return [
-        row(f"{kind}: time of a step by rows over that by towers", ratio, "x", peer=statistics.median(towers.seconds),
-            valid=apart <= _SAME_LOSS, how=f"{how}; peer: by towers in seconds"),
+        row(f"{kind}: CPU time of a step by rows over that by towers", ratio, "x",
+            peer=statistics.median(towers.cpu_seconds), valid=apart <= _SAME_LOSS,
+            how=f"{how}; peer: by towers in seconds"),
         row(f"{kind}: memory above the state by rows over that by towers", rows.peak / towers.peak, "x",
             peer=towers.peak / 2**20, how=f"{how}; peer: by towers in MiB"),
     ]  # fmt: skip

@@ -29,11 +29,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a message: a text, or media whose `source` is a path, the bytes of a file, or a decoded array."""
+    """A piece of a message: a text, or media whose `source` is a path, the bytes of a file, or a decoded array.
+    `sound`: of a film, whose own sound is heard with it.
+    """
 
     kind: Kind
     text: str = ""
     source: Any = None
+    sound: bool = False
 
 
 @dataclass(frozen=True)

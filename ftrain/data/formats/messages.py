@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftrain.data.formats.fields import Fields, list_of, object_of, parsed
+from ftrain.data.formats.fields import Fields, flag_of, list_of, object_of, parsed
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Kind, Message, Part, Place
 
@@ -79,7 +79,8 @@ def _part(value: Any, number: int, place: Place) -> Part:
     source = media_source(fields, _MEDIA[kind])
     if source is None:
         raise BadRow(place, "media missing", f"a part of message {number} is {kind!r}, without a path, bytes or URL")
-    return Part(_MEDIA[kind], source=source)
+    heard = _MEDIA[kind] == "video" and fields.get("audio") is not None and flag_of(fields, "audio", place)
+    return Part(_MEDIA[kind], source=source, sound=heard)
 
 
 def media_source(fields: Fields, kind: Kind) -> Any:

@@ -110,8 +110,11 @@ def _hearing(
 ) -> Hearing:
     """How an omni model hears: by its tower, and by its processor's features. ValueError for what is not known."""
     family, told = seeing_family_of(config), config.get("thinker_config") or config
-    sound = None if family is None else family.config(config).media.sound
+    media = None if family is None else family.config(config).media
+    assert media is not None
+    sound, per_second = media.sound, media.per_second
     assert sound is not None
+    assert per_second is not None
     features = _first(path, _SOUND_FILES)
     if features.get("dither"):
         raise ValueError(f"{path}: its processor of sound has dither = {features['dither']!r}, and none is known")
@@ -128,7 +131,8 @@ def _hearing(
     place, start, end = (_token(path, tokenizer, told, name, usual[name]) for name in _HEARD_NAMES)
     second = not config["model_type"].startswith("qwen3")
     most = float(features.get("chunk_length") or 300) if second else None
-    return Hearing(mel, sound.tower, place, start, end, most=most, limits=limits)
+    stretch = sound.interleave
+    return Hearing(mel, sound.tower, place, start, end, per_second, stretch=stretch, most=most, limits=limits)
 
 
 def _quadratic(vision: Mapping[str, Any], merge: int) -> float:

@@ -16,6 +16,7 @@ from ftrain.data.media.opening import name_of
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Part, Place
 from ftrain.modules.audio_tower import AudioTowerConfig
+from ftrain.modules.scenes import mixed
 
 SOUND, FRAMES = "sound", "sound_frames"
 
@@ -26,6 +27,8 @@ class Hearing:
 
     - `mel`: the spectrogram, of recordings as long as they are.
     - `place`: the text and the id of the token that stands for a place; `start`, `end`: of those around.
+    - `per_second`: places in time of a second of a film; `stretch`: of the stretches by which a film and its sound are
+      mixed, None where that is by time (`ftrain.modules.scenes`).
     - `most`: seconds of a recording, where silence is behind each (Qwen2.5-Omni); None: it ends where it ends.
     """
 
@@ -34,9 +37,20 @@ class Hearing:
     place: tuple[str, int]
     start: tuple[str, int]
     end: tuple[str, int]
+    per_second: float
+    stretch: int | None = None
     most: float | None = None
     limits: Limits = Limits()  # noqa: RUF009  # frozen
     kept: Kept = field(default_factory=Kept)
+
+    def beside(self, film: str, times: np.ndarray, heard: Seen) -> str:
+        """The text of a film that is heard: the tokens around its sound, and between them those of both, mixed. `film`:
+        of a token that is shown, of which there is one for each of the seconds `times`; `heard`: its sound.
+        """
+        sound = heard.text.count(self.place[0])
+        texts = np.array([film, self.place[0]])
+        mixture = mixed(times * self.per_second, sound, interleave=self.stretch)
+        return f"{self.start[0]}{''.join(texts[mixture.astype(int)])}{self.end[0]}"
 
     def measure(self, part: Part, place: Place) -> Seen:
         """The tokens of a recording, from its header. BadRow where it cannot be read, or is too long or too short."""

@@ -122,12 +122,18 @@ class QwenFamily:
         grid = self.films.patches.grid(len(numbers), *self._film_size(part, place))
         rows = dict.fromkeys(("second_per_grid_ts",) if self.films.timed else (), 1)
         rows |= {_FILM[0]: grid[0] * grid[1] * grid[2], _FILM[1]: 1}
-        return Seen(self._told(numbers, header.rate, grid), rows)
+        if not part.sound:
+            return Seen(self._told(numbers, header.rate, grid), rows)
+        hearing = self._hears(part, place)
+        heard = hearing.measure(Part("audio", source=part.source), place)
+        each, step = self.films.patches.tokens((1, *grid[1:])), self._step(numbers, header)
+        text = hearing.beside(self.film[0], (np.arange(grid[0]) * step).repeat(each), heard)
+        return Seen(text, {**rows, **heard.rows})
 
     def read(self, part: Part, place: Place, *, decoded: bool = True) -> dict[str, np.ndarray]:
         """`pixels` float32 `[P, C]` and `image_grid_thw` int64 `[1, 3]`; of a film `pixel_values_videos` and
-        `video_grid_thw`, and where a model takes it `second_per_grid_ts` float32 `[1]`; of a recording as
-        `ftrain.data.media.hearing`. Patches are zeros if not `decoded`. BadRow as `measure`.
+        `video_grid_thw`, and where a model takes it `second_per_grid_ts` float32 `[1]`; of a recording, and of a film
+        that is heard, as `ftrain.data.media.hearing`. Patches are zeros if not `decoded`. BadRow as `measure`.
         """
         if part.kind == "audio" and self.hearing is not None:
             return self.hearing.read(part, place, decoded=decoded)
@@ -144,8 +150,10 @@ class QwenFamily:
         grid = self.films.patches.grid(len(numbers), height, width)
         found = {_FILM[1]: np.array([grid], np.int64)}
         if self.films.timed:
-            a_second = len(numbers) / header.frames * header.rate
-            found["second_per_grid_ts"] = np.array([self.films.patches.in_time / a_second], np.float32)
+            found["second_per_grid_ts"] = np.array([self._step(numbers, header)], np.float32)
+        if part.sound:
+            sound = Part("audio", source=part.source)
+            found |= self._hears(part, place).read(sound, place, decoded=decoded)
         if not decoded:
             return {_FILM[0]: _zeros(self.films.patches, grid), **found}
         frames = self.kept.array(part, place, lambda: self._frames(part, place, numbers, height, width))
@@ -159,6 +167,17 @@ class QwenFamily:
                 "of the folder (native auto, not never)"
             )
         return batch
+
+    def _hears(self, part: Part, place: Place) -> Hearing:
+        if self.hearing is None:
+            raise BadRow(
+                place, "media", f"{name_of(part.source)} is to be heard (audio: true), and {self.name} is deaf"
+            )
+        return self.hearing
+
+    def _step(self, numbers: list[int], header: Any) -> float:
+        """Seconds from one patch in time to the next."""
+        return float(self.films.patches.in_time / (len(numbers) / header.frames * header.rate))
 
     def _picture_size(self, part: Part, place: Place) -> tuple[int, int]:
         size = self.kept.header(part, place, lambda: media.images.image_size(part.source, place, self.limits))

@@ -32,7 +32,7 @@ class ReadyRows:
     family: QwenFamily
     cache: RowCache
     width: Mapping[str, tuple[int, ...]]
-    _keys: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
+    _keys: dict[tuple[str, bool, str], str] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -90,9 +90,9 @@ class ReadyRows:
         path = path_of(part.source, place)
         if path is None:
             return key_of(part, place, self.family.limits)
-        if (part.kind, path) not in self._keys:
-            self._keys[part.kind, path] = key_of(part, place, self.family.limits)
-        return self._keys[part.kind, path]
+        if (part.kind, part.sound, path) not in self._keys:
+            self._keys[part.kind, part.sound, path] = key_of(part, place, self.family.limits)
+        return self._keys[part.kind, part.sound, path]
 
     def tokens(self, name: str) -> int:
         """The id of the tokens that stand for what a tower reads as the leaf `name`."""

@@ -78,7 +78,7 @@ def key_of(part: Part, place: Place, limits: Limits) -> str:
     """What tells a piece of media from others: its kind and a digest of its content, wherever it lies. BadRow where it
     cannot be read.
     """
-    found = hashlib.sha256(f"{part.kind} ".encode())
+    found = hashlib.sha256(f"{part.kind}{' that is heard' if part.sound else ''} ".encode())
     source, rate = part.source, None
     if isinstance(source, tuple) and len(source) == 2:
         source, rate = np.asarray(source[0]), source[1]

@@ -40,10 +40,16 @@ class Case:
         (write_qwen if kind in SEES else write_thinker)(folder, kind)
         self.tokenizer, self.model = load_tokenizer(folder), ftrain.hf.open(folder, task="image_text_to_text")
         self.family, self.place = family_of(folder, self.tokenizer), Place(str(folder / "chat.jsonl"), 1)
-        pictures, film = write_pictures(folder, [(40, 70), (33, 50)]), write_film(folder / "film.mkv", frames=4)
+        pictures, film = (
+            write_pictures(folder, [(40, 70), (33, 50)]),
+            write_film(folder / "film.mkv", frames=4, seconds=1.5),
+        )
         media = [("image", pictures[0]), ("video", film), ("image", pictures[1])]
-        media += [("audio", name) for name in (write_sounds(folder, [0.7, 1.3]) if kind in HEARS else ())]
-        own = [(Part(kind, source=name), Part("text", "?")) for kind, name in media]
+        media += [("audio", name) for name in (write_sounds(folder, [0.7]) if kind in HEARS else ())]
+        own = [
+            (Part(what, source=name, sound=what == "video" and kind in HEARS), Part("text", "?"))
+            for what, name in media
+        ]
         own += [(*own[0], *own[-1]), (Part("text", "and this?"),)]
         self.chats = [Chat((Message("user", parts), say("assistant", "a cat")), place=self.place) for parts in own]
         rows = TextRows(ChatEncoder(self.tokenizer, media=self.family))

@@ -95,6 +95,7 @@ def test_a_chat_with_tools_pictures_and_flags():
                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
                 {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
                 {"type": "video", "video": "a.mp4"},
+                {"type": "video", "video": "a.mp4", "audio": True},
             ]},
             {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0},
             {"role": "tool", "content": "4", "tool_call_id": "1"},
@@ -103,9 +104,10 @@ def test_a_chat_with_tools_pictures_and_flags():
         "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
     }  # fmt: skip
     chat = detect([row]).read(row, PLACE)
-    assert [part.kind for part in chat.messages[0].parts] == ["text", "image", "audio", "video"]
+    assert [part.kind for part in chat.messages[0].parts] == ["text", "image", "audio", "video", "video"]
+    assert [part.sound for part in chat.messages[0].parts[3:]] == [False, True]
     assert [part.source for part in chat.messages[0].media] == [
-        "data:image/png;base64,AA==", "data:audio;base64,AAAA", "a.mp4",
+        "data:image/png;base64,AA==", "data:audio;base64,AAAA", "a.mp4", "a.mp4",
     ]  # fmt: skip
     assert chat.messages[1].extra["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2}}
     assert [m.train for m in chat.messages] == [None, False, None, None]
@@ -134,6 +136,8 @@ BROKEN = [
     ("openai", {"messages": [{"role": None, "content": "x"}]}, "null field"),
     ("openai", {"messages": [None]}, "wrong type"),
     ("openai", {"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "unknown part"),
+    ("openai", {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4", "audio": "a.wav"}]}]},
+     "wrong type"),
     ("openai", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "media missing"),
     ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "unknown role"),
     ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "null field"),
