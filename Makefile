@@ -26,6 +26,9 @@ NVIDIA_HEADERS = $(addprefix -I ,$(wildcard $(VENV_CUDA)/lib/python3*/site-packa
 	$(VENV_CUDA)/lib/python3*/site-packages/triton/backends/nvidia/include /usr/local/cuda/include))
 NULLGPU_LIBRARIES := $(addprefix $(NULLGPU)/,libnullgpu.so libcuda.so.1 libnvrtc.so.13)
 
+# Each of the many processes that tests start would compile every file anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: omni finetune distill test test-exhaustive test-nullgpu lint clean
 .DELETE_ON_ERROR:
 
