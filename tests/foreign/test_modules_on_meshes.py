@@ -16,7 +16,7 @@ ON_MESH = (
     "conv1d", "conv2d", "squeeze and excitation", "unet", "embedding", "tied", "lstm", "attention", "encoder layer",
     "transformer", "a cache of angles", "top-k experts", "batch norm in evaluation",
 )  # fmt: skip
-MESHES = [Mesh(shard=2, kind="virtual"), Mesh(replicate=2, kind="virtual")]
+SHARD, REPLICATE = Mesh(shard=2, kind="virtual"), Mesh(replicate=2, kind="virtual")
 
 
 def three_steps(module, params, batch, run):
@@ -47,20 +47,18 @@ def prepared(name):
     return module, params, batch.double() if batch.is_floating_point() else batch
 
 
+@pytest.mark.parametrize("mesh", [SHARD, pytest.param(REPLICATE, marks=pytest.mark.exhaustive)], ids=str)
 @pytest.mark.parametrize("name", ON_MESH)
-def test_a_module_trains_on_a_mesh_as_on_one_device(name):
+def test_a_module_trains_on_a_mesh_as_on_one_device(name, mesh):
     module, params, batch = prepared(name)
     expected = three_steps(module, params, batch, lambda step: step)
-    for mesh in MESHES:
-        plan = Plan(mesh, Layout())
-        found = three_steps(
-            module, params, batch, lambda step, plan=plan: ftrain.jit(step, plan=plan, specs=spec.of(params))
-        )
-        assert_equal(found, expected, str(mesh))
+    plan = Plan(mesh, Layout())
+    found = three_steps(module, params, batch, lambda step: ftrain.jit(step, plan=plan, specs=spec.of(params)))
+    assert_equal(found, expected, str(mesh))
 
 
 def test_statistics_of_one_ranks_share_are_refused():
     module, params, batch = prepared("batch norm without statistics")
-    plan = Plan(MESHES[0], Layout())
+    plan = Plan(SHARD, Layout())
     with pytest.raises(ValueError, match=r"batch_norm at .*tests.* mixes rows of the batch"):
         three_steps(module, params, batch, lambda step: ftrain.jit(step, plan=plan, specs=spec.of(params)))

@@ -123,8 +123,22 @@ def test_a_pack_of_documents_is_rows_of_the_plain_module(kind):
     assert_equal(*bridged(PACKED[kind](), pack()))
 
 
-@pytest.mark.parametrize("kind", ["llama", "experts", "roberta"])
-@pytest.mark.parametrize("mesh", [Mesh(shard=2, kind="virtual"), Mesh(sequence=2, kind="virtual")], ids=str)
+LONG = pytest.mark.exhaustive
+SHARD, SEQUENCE = Mesh(shard=2, kind="virtual"), Mesh(sequence=2, kind="virtual")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("llama", SEQUENCE),
+        ("experts", SHARD),
+        ("roberta", SEQUENCE),
+        pytest.param("llama", SHARD, marks=LONG),
+        pytest.param("experts", SEQUENCE, marks=LONG),
+        pytest.param("roberta", SHARD, marks=LONG),
+    ],
+    ids=str,
+)
 def test_a_pack_on_a_mesh(kind, mesh):
     places = torch.arange(LENGTH).repeat(DOCUMENTS)
     assert_equal(*bridged(PACKED[kind](), {**pack(), "positions": places}, plan=Plan(mesh, Layout())))

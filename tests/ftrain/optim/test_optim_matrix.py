@@ -53,7 +53,13 @@ def trained(step: Any, tx: optim.Transform) -> TrainState:
     return state
 
 
-@pytest.mark.parametrize("way", WAYS)
+WITHIN = ("one device", "two shards")
+"""Ways that are within the ones after them, which add donation and replicas; `make test-exhaustive` has them."""
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.exhaustive if way in WITHIN else []) for way in WAYS]
+)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_jitted_step_is_the_eager_one_and_is_traced_once(name: str, way: str) -> None:
     tx = TRANSFORMS[name]
