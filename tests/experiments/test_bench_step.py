@@ -7,7 +7,7 @@ from experiments.bench.step import Options, Part
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.exhaustive)])
 def test_both_sides_make_the_same_losses(precision: str) -> None:
     options = Options(quick=True, rounds=1, compiled=False, only=("llama",), precision=precision)
     rows = {r.name: r for r in step.main(options)}
@@ -17,7 +17,13 @@ def test_both_sides_make_the_same_losses(precision: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "family"), [("bridge-llama", "llama"), ("bridge-moe", "qwen3-moe")])
+@pytest.mark.parametrize(
+    ("part", "family"),
+    [
+        pytest.param("bridge-llama", "llama", marks=pytest.mark.exhaustive),
+        ("bridge-moe", "qwen3-moe"),
+    ],
+)
 def test_a_bridged_model_makes_the_losses_of_its_module(part: Part, family: str) -> None:
     rows = {r.name: r for r in step.main(Options(quick=True, rounds=1, only=(part,)))}
     for side in ("ftrain aten", "ftrain aten by layer"):

@@ -151,7 +151,7 @@ def test_the_likeliest_tokens_of_the_teacher_tell_at_most_what_all_tell():
 
 
 def gradients(name, plan=None):
-    """Loss, terms and every gradient of a jitted step."""
+    """Loss, terms and every gradient of a step, which runs op by op where there is no plan."""
     task, options = TASKS[name]
     reference = options.get("reference")
 
@@ -163,13 +163,19 @@ def gradients(name, plan=None):
 
     state = {"params": POLICY} if reference is None else {"params": POLICY, "reference": reference}
     specs = dict.fromkeys(state, MODEL.specs)
-    step = ftrain.jit(fn, plan=plan, specs=specs if plan else None)
+    step = fn if plan is None else ftrain.jit(fn, plan=plan, specs=specs)
     (loss, terms), grads = step(state, batch_of(name))
     return [loss.value() if hasattr(loss, "value") else loss, *leaves(grads)], {k: float(v) for k, v in terms.items()}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param(name, mesh, marks=[] if (i + j) % 2 == 0 or name == "dpo" else pytest.mark.exhaustive)
+        for i, name in enumerate(TASKS)
+        for j, mesh in enumerate(MESHES)
+    ],
+)
 def test_a_mesh_is_one_device(name, mesh):
     alone, terms = gradients(name)
     found, its_terms = gradients(name, Plan(Mesh(**MESHES[mesh], kind="virtual")))
@@ -206,7 +212,8 @@ def with_head(name, plan=None):
 
         return ftrain.value_and_grad(loss, has_aux=True)(state, batch)
 
-    (loss, terms), grads = ftrain.jit(fn, plan=plan, specs=specs if plan else None)(state, batch)
+    step = fn if plan is None else ftrain.jit(fn, plan=plan, specs=specs)
+    (loss, terms), grads = step(state, batch)
     return batch, head, loss, {k: float(v) for k, v in terms.items()}, leaves(grads)
 
 
@@ -251,7 +258,8 @@ def embedded(pooling, plan=None):
     def fn(params, batch):
         return ftrain.value_and_grad(lambda p, b: task.loss(MODEL, p, b), has_aux=True)(params, batch)
 
-    (loss, terms), grads = ftrain.jit(fn, plan=plan, specs=MODEL.specs if plan else None)(POLICY, batch)
+    step = fn if plan is None else ftrain.jit(fn, plan=plan, specs=MODEL.specs)
+    (loss, terms), grads = step(POLICY, batch)
     return [loss, *leaves(grads)], float(terms["accuracy"])
 
 
