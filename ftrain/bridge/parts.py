@@ -69,7 +69,7 @@ def picture_part(path: str | Path) -> Part[TowerConfig]:
         raise ValueError(f"{folder.path}: {config.get('model_type')!r} is of no family with a tower of pictures")
     shown, most = str(folder.path / CONFIG), len(folder.tensors)
     shapes = {name: stored.shape for name, stored in folder.tensors.items()}
-    whole = family.laid(described_with_sight(config, shown, layers=most, describe=family.config), shapes)
+    whole = family.laid(config, described_with_sight(config, shown, layers=most, describe=family.config), shapes)
     names = tuple(name for name in family.names(whole, shapes) if name.leaf.startswith("vision."))
     tower = whole.media.tower
     return Part(tower, partial(_branch, folder, "vision", vision_tower.specs(tower), names))

@@ -54,6 +54,8 @@ def why_not_shared(model: Model) -> str:
         return model.alone or "its documents cannot share a pack"
     if model.hidden is None or model.state:
         return "it has no hidden states of its own" if model.hidden is None else "it has state"
+    if model.media is not None:
+        return "its encoders of media attend too, each to its own"
     try:
         traced = packed(_checked(model), abstract(model.specs), example())
     except ValueError as error:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftrain.data.formats.fields import Fields, is_list, list_of, maybe_text, text_of, words_of
-from ftrain.data.formats.media_marks import media_lists, with_marks
 from ftrain.data.formats.messages import messages_of, tools_of
 from ftrain.data.formats.sharegpt import with_system
 from ftrain.data.rejects import BadRow
@@ -38,10 +37,10 @@ def _history(fields: Fields, place: Place) -> tuple[Message, ...]:
 
 
 def read_swift(fields: Fields, place: Place) -> Chat:
-    """A chat of ms-swift's {"query", "response", "history", "system", "images", ...}. BadRow where it is none."""
+    """A chat of ms-swift's {"query", "response", "history", "system"}. BadRow where it is none."""
     asked = swift_prompt(fields, place)
     chat = (*asked, say("assistant", words_of(fields, "response", place)))
-    return Chat(with_marks(chat, media_lists(fields, place), place), tools_of(fields, place), place=place)
+    return Chat(chat, tools_of(fields, place), place=place)
 
 
 def swift_prompt(fields: Fields, place: Place) -> tuple[Message, ...]:
@@ -50,21 +49,11 @@ def swift_prompt(fields: Fields, place: Place) -> tuple[Message, ...]:
     return with_system(maybe_text(fields, "system", place), (*_history(fields, place), question))
 
 
-def read_swift_messages(fields: Fields, place: Place) -> Chat:
-    """A chat of {"messages", "images", "audios", "videos"} with marks such as <image> in the texts.
-
-    BadRow where it is none, or marks and files differ in number.
-    """
+def read_messages(fields: Fields, place: Place) -> Chat:
+    """A chat of {"messages": [{"role", "content"}], "system", "tools"}. BadRow where it is none."""
     messages = messages_of(list_of(fields, "messages", place), place)
     messages = with_system(maybe_text(fields, "system", place), messages)
-    if not any(message.media for message in messages):
-        messages = with_marks(messages, media_lists(fields, place), place)
     return Chat(messages, tools_of(fields, place), place=place)
-
-
-def read_openai(fields: Fields, place: Place) -> Chat:
-    """A chat of {"messages": [{"role", "content"}], "tools"}. BadRow where it is none."""
-    return Chat(messages_of(list_of(fields, "messages", place), place), tools_of(fields, place), place=place)
 
 
 def read_completion(fields: Fields, place: Place) -> Chat:

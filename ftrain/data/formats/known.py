@@ -8,7 +8,7 @@ from typing import Any
 from ftrain.data import sample as samples
 from ftrain.data.formats import instructions, judgements, plain, sharegpt
 from ftrain.data.formats.fields import Fields, is_list
-from ftrain.data.formats.media_marks import has_media
+from ftrain.data.formats.media_marks import has_media, with_files
 from ftrain.data.sample import Place, Sample
 from ftrain.tree import nearest
 
@@ -17,7 +17,7 @@ _CUT = 300
 
 @dataclass(frozen=True)
 class Format:
-    """How rows are read: `read(fields, place)` makes the sample, or raises BadRow.
+    """How rows are read: `made(fields, place)` makes the sample of the texts, or raises BadRow.
 
     `keys` tells users which fields it has; `makes` is the class of its samples; `matches(fields)` is by names alone, so
     that a row with null in a field is one of its format.
@@ -27,7 +27,11 @@ class Format:
     keys: str
     makes: type
     matches: Callable[[Fields], bool]
-    read: Callable[[Fields, Place], Sample]
+    made: Callable[[Fields, Place], Sample]
+
+    def read(self, fields: Fields, place: Place) -> Sample:
+        """The sample of a row, with the media that its fields name. BadRow where it is none of this format."""
+        return with_files(self.made(fields, place), fields, place)
 
 
 def _has(*names: str) -> Callable[[Fields], bool]:
@@ -67,14 +71,14 @@ FORMATS: tuple[Format, ...] = (
     Format("kto-chat", '"messages" or "conversations", "kto_tag"', samples.Judged, _is_judged_chat,
            judgements.read_judged_chat),
     Format("llava", f'{_SHAREGPT}, "image"', samples.Chat, lambda f: sharegpt.is_sharegpt(f) and has_media(f),
-           sharegpt.read_llava),
+           sharegpt.read),
     Format("sharegpt", f'{_SHAREGPT}, "system", "tools"', samples.Chat, sharegpt.is_sharegpt, sharegpt.read),
     Format("swift-messages", f'{_OPENAI}, "images"', samples.Chat, lambda f: is_list(f, "messages") and has_media(f),
-           instructions.read_swift_messages),
-    Format("openai", f'{_OPENAI}, "tools"', samples.Chat, _has("messages"), instructions.read_openai),
+           instructions.read_messages),
+    Format("openai", f'{_OPENAI}, "tools"', samples.Chat, _has("messages"), instructions.read_messages),
     Format("openai-conversations", '"conversations": [{"role", "content"}]', samples.Chat,
            lambda f: is_list(f, "conversations"),
-           lambda f, place: instructions.read_openai({**f, "messages": f["conversations"]}, place)),
+           lambda f, place: instructions.read_messages({**f, "messages": f["conversations"]}, place)),
     Format("swift", '"query", "response", "history", "images"', samples.Chat, _has("query", "response"),
            instructions.read_swift),
     Format("alpaca", '"instruction", "input", "output"', samples.Chat, _has("instruction", "output"),

@@ -20,7 +20,9 @@ _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "ass
 
 
 def messages_of(values: Sequence[Any], place: Place) -> tuple[Message, ...]:
-    """Messages of objects with "role" and "content". BadRow where one of them is no message, or there is none.
+    """Messages of objects with "role" and "content". A part of media without a source stands for a file of the row.
+
+    BadRow where one of them is no message, or there is none.
 
     >>> messages_of([{"role": "user", "content": "hi"}], Place("a.jsonl", 1))[0].text
     'hi'
@@ -76,11 +78,8 @@ def _part(value: Any, number: int, place: Place) -> Part:
         return Part("text", text)
     if kind not in _MEDIA:
         raise BadRow(place, "unknown part", f"a part of message {number} has the type {kind!r}")
-    source = media_source(fields, _MEDIA[kind])
-    if source is None:
-        raise BadRow(place, "media missing", f"a part of message {number} is {kind!r}, without a path, bytes or URL")
     heard = _MEDIA[kind] == "video" and fields.get("audio") is not None and flag_of(fields, "audio", place)
-    return Part(_MEDIA[kind], source=source, sound=heard)
+    return Part(_MEDIA[kind], source=media_source(fields, _MEDIA[kind]), sound=heard)
 
 
 def media_source(fields: Fields, kind: Kind) -> Any:

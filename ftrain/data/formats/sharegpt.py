@@ -1,10 +1,9 @@
-"""ShareGPT's conversations, of "from" and "value", and those of LLaVA with pictures in them."""
+"""ShareGPT's conversations, and LLaVA's: turns of "from" and "value"."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftrain.data.formats.fields import Fields, list_of, maybe_text, object_of, parsed, text_of
-from ftrain.data.formats.media_marks import media_lists, with_marks
 from ftrain.data.formats.messages import call_of, tools_of
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Chat, Message, Place, say
@@ -41,21 +40,9 @@ def turn_of(fields: Fields, number: int, place: Place) -> Message:
 
 
 def read(fields: Fields, place: Place) -> Chat:
-    """A chat of {"conversations": [{"from", "value"}], "system", "tools"}, and the media that its texts mark.
-
-    BadRow where it is none.
-    """
+    """A chat of {"conversations": [{"from", "value"}], "system", "tools"}. BadRow where it is none."""
     messages = turns_of(list_of(fields, "conversations", place), place)
     return Chat(with_system(maybe_text(fields, "system", place), messages), tools_of(fields, place), place=place)
-
-
-def read_llava(fields: Fields, place: Place) -> Chat:
-    """The same with "image" (or "images", "video", ...): files for the marks <image> in the texts, in their order.
-
-    BadRow where there are more marks than files, or fewer.
-    """
-    chat = read(fields, place)
-    return Chat(with_marks(chat.messages, media_lists(fields, place), place), chat.tools, place=place)
 
 
 def with_system(system: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:

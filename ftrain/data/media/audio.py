@@ -22,12 +22,12 @@ from ftrain.data.sample import Place
 def read_audio(source: Any, place: Place, limits: Limits, *, rate: int) -> np.ndarray:
     """A recording as float32 `[samples]` in [-1, 1], `rate` samples a second; channels are averaged.
 
-    `source`: a path, the bytes of a file, or (array [samples] or [samples, channels], rate). BadRow where it is too
-    long (which is seen before it is decoded, or at the latest when the limit is reached), broken, empty, or of an
-    unknown format.
+    `source`: a path, the bytes of a file, or (array [samples] or [samples, channels], rate) of floats in [-1, 1] or of
+    int16. BadRow where it is too long (which is seen before it is decoded, or at the latest when the limit is reached),
+    broken, empty, or of an unknown format.
     """
     if isinstance(source, tuple) and len(source) == 2:
-        sound, found = np.asarray(source[0], np.float32), int(source[1])
+        sound, found = _given(source, place)
         limits.check("seconds", len(sound) / max(1, found), place, "an array")
     else:
         sound, found = _decoded(media_bytes(source, place, limits), place, limits, name_of(source))
@@ -39,10 +39,27 @@ def read_audio(source: Any, place: Place, limits: Limits, *, rate: int) -> np.nd
     return resample(mono, found, rate)
 
 
+def _given(source: tuple[Any, Any], place: Place) -> tuple[np.ndarray, int]:
+    """An array and its rate: float32 in [-1, 1]. BadRow where they are none, or numbers of an unknown range."""
+    try:
+        sound, rate = np.asarray(source[0]), int(source[1])
+    except (ValueError, TypeError) as error:
+        raise BadRow(place, "broken media", f"an array of a recording and its rate: {error}") from error
+    if sound.ndim not in (1, 2) or rate < 1:
+        raise BadRow(place, "broken media", f"a recording {list(sound.shape)} at {rate} a second, not [samples]")
+    if sound.dtype == np.int16:
+        return sound.astype(np.float32) / 32768, rate
+    if sound.dtype.kind != "f" and sound.size and (sound.dtype.kind not in "iu" or sound.max() > 1 or sound.min() < -1):
+        detail = f"a recording of {sound.dtype}, whose loudest nothing tells: give int16, or floats in [-1, 1]"
+        raise BadRow(place, "broken media", detail)
+    return sound.astype(np.float32), rate
+
+
 def heard_samples(source: Any, place: Place, limits: Limits, *, rate: int) -> int:
     """How many samples `read_audio` gives of a recording, from its header where soundfile knows it. BadRow likewise."""
     if isinstance(source, tuple) and len(source) == 2:
-        samples, found = len(source[0]), int(source[1])
+        sound, found = _given(source, place)
+        samples = len(sound)
     else:
         raw = media_bytes(source, place, limits)
         try:

@@ -20,6 +20,7 @@ from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Place
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+_DEEP = ("PNG", "PPM")  # in which Pillow's mode "I" is of 16 bits
 _WHITE = (255, 255, 255, 255)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's
 
@@ -54,7 +55,7 @@ def read_image(source: Any, place: Place, limits: Limits) -> np.ndarray:
     with _refused(source, place):
         image = source if isinstance(source, Image.Image) else _opened(source, place, limits)
         limits.check("pixels", image.width * image.height, place, name_of(source))
-        return np.asarray(_rgb(ImageOps.exif_transpose(image)), np.uint8)
+        return np.asarray(_rgb(_of_eight_bits(ImageOps.exif_transpose(image), image.format)), np.uint8)
 
 
 @contextmanager
@@ -76,11 +77,17 @@ def _opened(source: Any, place: Place, limits: Limits) -> Image.Image:
     return Image.open(io.BytesIO(media_bytes(source, place, limits)), formats=_FORMATS)
 
 
+def _of_eight_bits(image: Image.Image, format: str | None) -> Image.Image:
+    """A picture of one deep channel with 8 bits, others as they are. ValueError where nothing says what is white."""
+    if image.mode == "F" or (image.mode == "I" and format not in _DEEP):
+        kind = "with a point" if image.mode == "F" else "of 32 bits"
+        raise ValueError(f"its pixels are numbers {kind}, of which none is said to be white: save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image, np.float64) * (255.0 / 65535.0)).astype(np.uint8))
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel
-        values = np.asarray(image, np.float64)
-        scale = 255.0 / (65535.0 if values.max(initial=0) > 255 else 255.0)
-        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         above = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", above.size, _WHITE), above).convert("RGB")

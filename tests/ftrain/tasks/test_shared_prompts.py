@@ -1,5 +1,7 @@
 """Answers that share their question: what is shared, in which models, and losses and gradients of whole documents."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,7 @@ def test_only_models_whose_tokens_meet_in_causal_attention_share() -> None:
     assert "reads other tokens" in why_not_shared(model_of(recurrent)) or "not known" in why_not_shared(
         model_of(recurrent)
     )
+    assert "encoders of media" in why_not_shared(replace(MODEL, media=lambda batch: batch))
 
 
 def test_rows_are_refused() -> None:

@@ -73,6 +73,35 @@ def test_rows_are_told_by_their_fields_and_say_what_they_say(name, row, wanted):
     assert found.makes is type(wanted)
 
 
+def pictures_asked(sample):
+    """Sources of the pictures that stand in what is asked."""
+    chat = isinstance(sample, samples.Chat)
+    asked = sample.messages[:-1] if chat else sample.prompt
+    return [part.source for message in asked for part in message.media]
+
+
+WORDS = [(name, row, made) for name, row, made in ROWS if "image" not in row and "images" not in row]
+
+
+@pytest.mark.parametrize(("name", "row", "made"), WORDS, ids=[f"{i}-{name}" for i, (name, *_) in enumerate(WORDS)])
+def test_files_beside_the_texts_are_seen_or_refused_by_every_format(name, row, made):
+    row = {**row, "images": ["a.png"]}
+    if isinstance(made, samples.Chat | samples.Preference | samples.Judged):
+        assert pictures_asked(by_name(name).read(row, PLACE)) == ["a.png"]
+        return
+    with pytest.raises(BadRow, match="1 x image") as error:
+        by_name(name).read(row, PLACE)
+    assert error.value.kind == "marks and media differ"
+
+
+def test_parts_without_a_source_stand_for_the_files_of_a_row():
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]}
+    row = {"prompt": [asked], "chosen": OPENAI[1:], "rejected": NO, "images": ["a", b"b"]}
+    assert pictures_asked(detect([row]).read(row, PLACE)) == ["a", b"b"]
+    named = [{"role": "user", "content": [{"type": "image", "image": "a"}]}, *OPENAI[1:]]
+    assert pictures_asked(by_name("openai").read({"messages": named, "images": ["a"]}, PLACE)) == ["a"]
+
+
 def test_token_ids_keep_their_labels():
     found = detect([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]}])
     tokens = found.read({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, PLACE)
@@ -147,6 +176,13 @@ BROKEN = [
     ("swift-messages", {"messages": [{"role": "user", "content": "<image>"}], "images": ["a", "b"]},
      "marks and media differ"),
     ("swift-messages", {"messages": [{"role": "user", "content": "<image>"}], "images": [None]}, "media missing"),
+    ("openai", {"messages": [{"role": "user", "content": [{"type": "image"}] * 2}], "images": ["a"]},
+     "marks and media differ"),
+    ("openai", {"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}]}], "images": ["b"]},
+     "marks and media differ"),
+    ("preference", {"prompt": "x", "chosen": [{"role": "assistant", "content": [{"type": "image"}]}], "rejected": "y",
+                    "images": ["a"]}, "media missing"),
+    ("tokens", {"input_ids": [1], "images": ["a"]}, "marks and media differ"),
     ("alpaca", {"instruction": "x", "output": ""}, "empty text"),
     ("preference", {"prompt": "x", "chosen": "y", "rejected": "y"}, "nothing to choose"),
     ("preference", {"prompt": "x", "chosen": None, "rejected": "y"}, "null field"),

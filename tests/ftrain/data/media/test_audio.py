@@ -7,7 +7,7 @@ pytest.importorskip("soundfile")
 
 import soundfile
 
-from ftrain.data.media.audio import read_audio, resample
+from ftrain.data.media.audio import heard_samples, read_audio, resample
 from ftrain.data.media.limits import Limits
 from ftrain.data.media.log_mel import LogMel
 from ftrain.data.rejects import BadRow
@@ -52,6 +52,16 @@ def test_channels_are_averaged_and_arrays_are_taken():
     wanted = (left + right) / 2
     for source in (encoded(stereo, 16_000, subtype="FLOAT"), (stereo, 16_000)):
         assert np.abs(read_audio(source, PLACE, Limits(), rate=16_000) - wanted).max() < 1e-6
+
+
+def test_whole_numbers_are_of_a_known_range_or_refused():
+    loud = (tone() * 32768).astype(np.int16)
+    assert (read_audio((loud, 16_000), PLACE, Limits(), rate=16_000) == loud / np.float32(32768)).all()
+    assert not read_audio(([0] * 99, 16_000), PLACE, Limits(), rate=16_000).any()
+    for source in ((loud.tolist(), 16_000), ([[1.0], [1.0, 2.0]], 9), ([0.5, None], 9), (tone(), 0), (tone(), None)):
+        for read in (read_audio, heard_samples):
+            with pytest.raises(BadRow, match=r"rows/chat\.jsonl, row 4: an? "):
+                read(source, PLACE, Limits(), rate=16_000)
 
 
 def test_kinds_that_soundfile_does_not_know_are_read_by_av():

@@ -64,7 +64,10 @@ def test_what_is_transparent_is_white_in_every_mode():
 
 def test_grey_cmyk_and_sixteen_bits():
     deep = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
-    assert (read_image(encoded(deep), PLACE, LIMITS) == 127).all()
+    for kind in ("PNG", "TIFF", "PPM"):
+        assert (read_image(encoded(deep, kind), PLACE, LIMITS) == 127).all()
+    dark = Image.fromarray(np.full((2, 2), 200, np.uint16))
+    assert (read_image(encoded(dark), PLACE, LIMITS) == 0).all()
     assert (read_image(encoded(Image.new("L", (2, 2), 7)), PLACE, LIMITS) == 7).all()
     assert read_image(encoded(Image.new("CMYK", (2, 2)), "JPEG"), PLACE, LIMITS).shape == (2, 2, 3)
 
@@ -108,6 +111,9 @@ def test_files_are_not_read_past_their_limit(tmp_path):
         (b"", "broken media"),
         (b"no picture", "broken media"),
         (encoded(Image.fromarray(gradient(99, 99)))[:200], "broken media"),
+        (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), "broken media"),
+        (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "broken media"),
+        (encoded(Image.fromarray(np.full((4, 4), 200, np.int32)), "TIFF"), "broken media"),
         (None, "media missing"),
         (3, "media missing"),
         ("", "media missing"),
