@@ -98,6 +98,16 @@ class WeightedSum(NamedTuple):
         totals, counts = sum_over_batch(self.totals()), self.counts()
         return self.combine(totals, counts)
 
+    def item(self) -> float:
+        """The value as a Python float. Within a traced step it is not known yet, which is a ValueError there."""
+        return float(self.value())
+
+    def __float__(self) -> float:
+        return self.item()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else repr(self)
+
     def totals(self) -> Tensor:
         """The total of each term on this rank, `[n]`, at least float32."""
         return torch.stack([_wide(t.total) for t in self.terms])

@@ -123,9 +123,12 @@ def rows_of(codes_BN: Tensor, books_QKZ: Tensor) -> Tensor:
     """What numbered codes `[B, N]` of all levels add up to at each place of the items, `[R, Z]`.
 
     At a place of level q only q's entries stand; a code of another level is read as the entry of the same number.
+    ValueError on a CPU for a code that is of no level.
     """
     levels, entries = books_QKZ.shape[:2]
-    return named((codes_BN % entries).unflatten(1, (levels, -1)).transpose(0, 1).flatten(1), books_QKZ)
+    level_BN = (codes_BN // entries).clamp(0, levels - 1)  # what is of none stays beyond the entries, for `named`
+    codes_QR = (codes_BN - level_BN * entries).unflatten(1, (levels, -1)).transpose(0, 1).flatten(1)
+    return named(codes_QR, books_QKZ)
 
 
 def usage(codes: Tensor, *, levels: int, entries: int) -> Tensor:

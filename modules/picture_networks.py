@@ -25,8 +25,8 @@ class NetworkConfig:
     has a block more at each resolution, all as in VQGAN. `attention`: the resolutions, numbered from 0, where attention
     follows each block. `guide`: channels of the codes' entries that the decoder's norms read, MoVQGAN's; 0: none do.
 
-    ValueError where there is no width, `groups` does not divide one, or `attention` names a resolution that is not
-    there.
+    ValueError where there is no width, a size is below 1, `groups` does not divide a width, or `attention` names a
+    resolution that is not there.
     """
 
     channels: int
@@ -41,6 +41,9 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if not self.widths:
             raise ValueError("NetworkConfig: widths is empty: give the channels at each resolution")
+        if min(self.channels, self.blocks, self.groups, *self.widths) < 1:
+            sizes = f"channels={self.channels}, blocks={self.blocks}, groups={self.groups} and widths={self.widths}"
+            raise ValueError(f"{sizes} must be at least 1")
         if any(width % self.groups for width in self.widths):
             raise ValueError(f"groups={self.groups} does not divide every one of widths={self.widths}")
         strange = [i for i in self.attention if not 0 <= i < len(self.widths)]

@@ -141,7 +141,7 @@ def decode(params: Any, codes_BN: Tensor, *, cfg: VqAudioConfig) -> Tensor:
     """Codes `[B, N]` to log-mel clips `[B, F, M]`.
 
     A code of another level than its place's is read as the entry of the same number. ValueError where N is not the
-    number of codes of a clip.
+    number of codes of a clip, and on a CPU for a code that is of no level.
     """
     if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.codes_per_clip:
         raise ValueError(f"decode takes codes [B, {cfg.codes_per_clip}], got {list(codes_BN.shape)}")

@@ -37,7 +37,8 @@ class VqConfig:
 
     Raises:
         ValueError: `size` cannot be halved `len(widths) - 1` times, `groups` does not divide a width, there are fewer
-            than 2 codes or than 1 level, several levels with `normalise`, or `latent` where networks have none.
+            than 2 codes or than 1 level, several levels with `normalise`, `latent` where networks have none, a size
+            below 1, or a negative weight.
     """
 
     size: int
@@ -56,7 +57,7 @@ class VqConfig:
     pull: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.widths or self.size % self.factor:
+        if self.widths and (self.size < 1 or self.size % self.factor):
             raise ValueError(f"VqConfig: size={self.size} is not a multiple of {self.factor} (widths={self.widths})")
         if (self.networks == "plain") != (self.latent == 0):
             raise ValueError(f"VqConfig: latent={self.latent} with networks={self.networks!r}: plain ones have none")
@@ -64,8 +65,12 @@ class VqConfig:
             _ = self.network
         except ValueError as error:
             raise ValueError(f"VqConfig: {error}") from None
-        if self.codes < 2:
-            raise ValueError(f"VqConfig: codes={self.codes} must be at least 2")
+        if self.codes < 2 or self.d_code < 1:
+            raise ValueError(
+                f"VqConfig: codes={self.codes} must be at least 2, and their width d_code={self.d_code} at least 1"
+            )
+        if self.commitment < 0 or self.pull < 0:
+            raise ValueError(f"VqConfig: commitment={self.commitment} and pull={self.pull} must not be negative")
         if self.depth < 1 or (self.depth > 1 and self.normalise):
             raise ValueError(
                 f"VqConfig: depth={self.depth} with normalise={self.normalise}: need at least one level, and several "
@@ -118,7 +123,7 @@ def specs(cfg: VqConfig) -> dict[str, Any]:
 def encode(params: Any, images_BCHW: Tensor, *, cfg: VqConfig) -> Tensor:
     """Images (float, about [-1, 1]) to codes `[B, N]` int64, level by level and row by row; no gradient.
 
-    ValueError for images of another shape than `[B, channels, size, size]`.
+    ValueError for images of another shape than `[B, channels, size, size]`, or of whole numbers.
 
     >>> from ftrain.kernels import random
     >>> from ftrain.modules import spec
@@ -137,7 +142,7 @@ def decode(params: Any, codes_BN: Tensor, *, cfg: VqConfig) -> Tensor:
     """Codes `[B, N]` to images `[B, C, H, W]`, differentiable in the parameters.
 
     At a place of level q only q's entries stand; a code of another level is read as the entry of the same number.
-    ValueError where N is not the number of codes of an image.
+    ValueError where N is not the number of codes of an image, and on a CPU for a code that is of no level.
     """
     if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.codes_per_image:
         raise ValueError(f"decode takes codes [B, {cfg.codes_per_image}], got {list(codes_BN.shape)}")
@@ -197,6 +202,8 @@ def _check(images_BCHW: Tensor, cfg: VqConfig) -> Tensor:
     expected = (cfg.channels, cfg.size, cfg.size)
     if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
         raise ValueError(f"images must be [B, {', '.join(map(str, expected))}], got {list(images_BCHW.shape)}")
+    if not images_BCHW.is_floating_point():
+        raise ValueError(f"images are {images_BCHW.dtype}: give floating numbers in [-1, 1], such as x / 127.5 - 1")
     return images_BCHW
 
 

@@ -33,7 +33,7 @@ KIND = "mimi"
 BATCH: Mapping[str, Leaf] = MappingProxyType(
     {
         "audio": Leaf("samples in [-1, 1] at the codec's rate", "[B, C, S]", needed=True),
-        "samples": Leaf("how many samples of each recording count, from its start; absent: all", "[B]"),
+        "samples": Leaf("how many samples of each recording count, from its start; absent, or more: all", "[B]"),
     }
 )
 WEIGHTS: Mapping[str, float] = MappingProxyType({"waveform": 0.1, "commitment": 0.25})
@@ -149,7 +149,12 @@ class NativeMimi:
         audio_BCS = batch["audio"]
         whole_B = torch.full((len(audio_BCS),), audio_BCS.shape[-1], device=audio_BCS.device)
         samples_B = batch.get("samples", whole_B)
-        return audio_BCS, samples_B, mimi.latents(params, audio_BCS, self.cfg)
+        if samples_B.shape != whole_B.shape or samples_B.is_floating_point():
+            raise ValueError(
+                f"samples {list(samples_B.shape)} of {samples_B.dtype}: give int64 [{len(audio_BCS)}], one for each "
+                "recording"
+            )
+        return audio_BCS, torch.minimum(samples_B, whole_B), mimi.latents(params, audio_BCS, self.cfg)
 
 
 def _told(source: str | Path | HfFolder | Mapping[str, Any]) -> tuple[HfFolder | None, Config]:

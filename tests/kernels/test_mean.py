@@ -60,6 +60,8 @@ def test_narrow_values_are_summed_and_counted_wide(dtype):
 def test_numbers_of_python():
     mean = Mean(torch.tensor(3.0), torch.tensor(2))
     assert (float(mean), mean.item(), f"{mean:.3f}") == (1.5, 1.5, "1.500")
+    both = weighted_sum({"a": mean, "b": mean}, {"a": 1.0, "b": 2.0})
+    assert (float(both), both.item(), f"{both:.1f}") == (4.5, 4.5, "4.5")
     assert float(Mean.pool([mean, Mean(torch.tensor(5.0), torch.tensor(6))])) == 1.0
     with pytest.raises(ValueError, match="no means to pool"):
         Mean.pool([])

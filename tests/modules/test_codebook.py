@@ -1,5 +1,6 @@
 """Codes of items: their numbers, what they name, and how evenly entries are used."""
 
+import pytest
 import torch
 
 from ftrain.modules import codebook
@@ -12,6 +13,11 @@ def test_numbered_codes_name_the_rows_that_were_quantized() -> None:
     assert codes_BN.shape == (3, 16)
     assert torch.equal(codes_BN[1, 8:], found.codes_QR[1, 8:16] + 5)
     torch.testing.assert_close(codebook.rows_of(codes_BN, books_QKZ), found.entries_QRZ.sum(0))
+    other_BN = torch.cat([codes_BN[:, 8:], codes_BN[:, :8] % 5], 1)  # each level's codes at the places of the other
+    torch.testing.assert_close(codebook.rows_of(other_BN, books_QKZ), codebook.named(found.codes_QR.flip(0), books_QKZ))
+    for none in (-1, 10):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            codebook.rows_of(torch.full((1, 2), none), books_QKZ)
     used_QK = codebook.usage(codes_BN, levels=2, entries=5)
     assert torch.equal(used_QK, torch.stack([codes.bincount(minlength=5) for codes in found.codes_QR]).float())
 

@@ -127,6 +127,7 @@ def test_training_brings_two_tones_back():
     [
         ({"wave": audio()}, "the batch has no 'audio'"),
         ({"audio": audio(), "x": 1}, "has 'x', which the model does not"),
+        ({"audio": audio(), "samples": torch.tensor([9])}, r"give int64 \[2\], one for each recording"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(batch, message):
