@@ -55,7 +55,8 @@ def read_image(source: Any, place: Place, limits: Limits) -> np.ndarray:
     with _refused(source, place):
         image = source if isinstance(source, Image.Image) else _opened(source, place, limits)
         limits.check("pixels", image.width * image.height, place, name_of(source))
-        return np.asarray(_rgb(_of_eight_bits(ImageOps.exif_transpose(image), image.format)), np.uint8)
+        upright = ImageOps.exif_transpose(image)
+        return np.asarray(_rgb(_of_eight_bits(upright, image.format, source, place)), np.uint8)
 
 
 @contextmanager
@@ -77,11 +78,12 @@ def _opened(source: Any, place: Place, limits: Limits) -> Image.Image:
     return Image.open(io.BytesIO(media_bytes(source, place, limits)), formats=_FORMATS)
 
 
-def _of_eight_bits(image: Image.Image, format: str | None) -> Image.Image:
-    """A picture of one deep channel with 8 bits, others as they are. ValueError where nothing says what is white."""
+def _of_eight_bits(image: Image.Image, format: str | None, source: Any, place: Place) -> Image.Image:
+    """A picture of one deep channel with 8 bits, others as they are. BadRow where nothing says what is white."""
     if image.mode == "F" or (image.mode == "I" and format not in _DEEP):
         kind = "with a point" if image.mode == "F" else "of 32 bits"
-        raise ValueError(f"its pixels are numbers {kind}, of which none is said to be white: save it with 8 or 16 bits")
+        detail = f"{name_of(source)} has numbers {kind}, of which none is said to be white: save it with 8 or 16 bits"
+        raise BadRow(place, "broken media", detail)
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image, np.float64) * (255.0 / 65535.0)).astype(np.uint8))
