@@ -29,8 +29,8 @@ class DecoderConfig:
     `pattern`: layers of your own, in turn: layer i is `pattern[i % len(pattern)]`, where None is the layer that the
     other fields describe. `layer_with` makes one of those with another MLP or attention in it.
 
-    ValueError where widths differ, an MLP has no `d_hidden`, or routers of different layers differ in their number of
-    experts or their balance (statistics and biases are stacked over layers).
+    ValueError where a size is below 1, widths differ, an MLP has no `d_hidden`, or routers of different layers differ
+    in their number of experts or their balance (statistics and biases are stacked over layers).
 
     >>> from dataclasses import replace
     >>> base = preset("llama-tiny")
@@ -56,6 +56,9 @@ class DecoderConfig:
     mtp_weight: float = 0.1
 
     def __post_init__(self) -> None:
+        if min(self.vocab, self.d_model, self.layers) < 1:
+            sizes = f"vocab={self.vocab}, d_model={self.d_model} and layers={self.layers}"
+            raise ValueError(f"DecoderConfig: {sizes} must be at least 1")
         for name, part in (("attention", self.attention), ("moe", self.moe)):
             if part is not None and part.d_model != self.d_model:
                 raise ValueError(f"DecoderConfig: {name}.d_model={part.d_model} differs from d_model={self.d_model}")

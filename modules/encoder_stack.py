@@ -32,8 +32,8 @@ class StackConfig:
     other fields describe. `layer_with` makes one of those with another MLP or attention in it.
 
     Raises:
-        ValueError: `d_model` over `heads` is no whole number, or with rotation no even one, or one with fewer pairs
-            than there are position axes, or a block of `pattern` has routers.
+        ValueError: a size is below 1, `d_model` over `heads` is no whole number, or with rotation no even one, or one
+            with fewer pairs than there are position axes, or a block of `pattern` has routers.
     """
 
     d_model: int
@@ -49,6 +49,9 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         require_no_routers(self.pattern, "StackConfig")
+        if min(self.d_model, self.layers, self.heads, self.d_hidden) < 1:
+            sizes = f"d_model={self.d_model}, layers={self.layers}, heads={self.heads} and d_hidden={self.d_hidden}"
+            raise ValueError(f"StackConfig: {sizes} must be at least 1")
         if self.rope_base is None:
             if self.d_model % self.heads:
                 raise ValueError(f"d_model={self.d_model} over heads={self.heads} must give a whole head dim")

@@ -151,16 +151,29 @@ class Rows(NamedTuple):
 
 
 def media_rows(params: Tree, batch: Mapping[str, Any], *, model: OmniModel) -> Rows:
-    """Run the encoders, and the decoders' `lm_encode`, of the modalities that are in the batch, and of no others."""
+    """Run the encoders, and the decoders' `lm_encode`, of the modalities that are in the batch, and of no others.
+
+    ValueError for rows that are not as wide as the foundation's.
+    """
     out = Rows([], [], {})
     for name, part in batch.get("encoders", {}).items():
-        out.rows.append(model.encoder(name).lm_encode(params["encoders"][name], part["features"]))
+        rows = model.encoder(name).lm_encode(params["encoders"][name], part["features"])
+        out.rows.append(_as_wide(rows, f"encoder {name!r}", model))
         out.places.append(part["index_n"])
     for name, part in batch.get("decoders", {}).items():
         embeds, out.codes[name] = model.decoder(name).lm_encode(params["decoders"][name], part["target"])
-        out.rows.append(embeds)
+        out.rows.append(_as_wide(embeds, f"decoder {name!r}", model))
         out.places.append(part["index_n"])
     return out
+
+
+def _as_wide(rows_nD: Tensor, who: str, model: OmniModel) -> Tensor:
+    if rows_nD.ndim != 2 or rows_nD.shape[1] != model.foundation.d_model:
+        raise ValueError(
+            f"the {who} makes rows {list(rows_nD.shape)}, and those of the foundation are {model.foundation.d_model} "
+            "wide: give it that as d_out or d_model"
+        )
+    return rows_nD
 
 
 def merge(x_TD: Tensor, rows: list[Tensor], places: list[Tensor]) -> Tensor:

@@ -89,7 +89,7 @@ def measure(document: Document, *, model: OmniModel) -> Size:
                 tokens += 2 + _check_order(part, count // model.encoder(modality).rows_per_token)
             case Target(modality, array):
                 decoder = model.decoder(modality)
-                _check_shape(f"target {modality!r}", tuple(array.shape), decoder.target)
+                _check_array(f"target {modality!r}", array, tuple(array.shape), decoder.target)
                 targets[modality] = targets.get(modality, 0) + 1
                 tokens += 2 + decoder.codes_per_target
     return Size(tokens, rows, targets, items)
@@ -105,7 +105,7 @@ def _check_features(modality: str, features: Mapping[str, np.ndarray | Tensor], 
     if len(set(counts.values())) != 1:
         raise ValueError(f"features of one {modality!r} item differ in rows: {counts}")
     for name, array in features.items():
-        _check_shape(f"feature {modality}.{name}", tuple(array.shape[1:]), encoder.features[name])
+        _check_array(f"feature {modality}.{name}", array, tuple(array.shape[1:]), encoder.features[name])
     if rows == 0 or rows % encoder.rows_per_token:
         raise ValueError(f"a {modality!r} item has {rows} rows: not a positive multiple of {encoder.rows_per_token}")
     return rows
@@ -125,9 +125,20 @@ def _check_order(part: Media, made: int) -> int:
     return len(read)
 
 
-def _check_shape(what: str, shape: tuple[int, ...], row: Row) -> None:
+def _check_array(what: str, array: np.ndarray | Tensor, shape: tuple[int, ...], row: Row) -> None:
+    """ValueError for rows of another shape, and for whole numbers in the place of others, or the reverse."""
     if shape != tuple(row.shape):
         raise ValueError(f"{what} has shape {list(shape)}, the model takes {list(row.shape)}")
+    floating = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+    if floating != (np.dtype(row.dtype).kind == "f"):
+        raise ValueError(f"{what} is of {array.dtype}, the model takes {row.dtype}: bring it into the model's range")
+
+
+def _ids(part: Text) -> np.ndarray:
+    ids = np.asarray(part.ids)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise ValueError(f"token ids of {ids.dtype}: give whole numbers")
+    return ids
 
 
 def exact_budget(documents: Sequence[Document], *, model: OmniModel) -> Budget:
@@ -227,10 +238,11 @@ def _lay_tokens(
         for part in document:
             begin = cursor
             if isinstance(part, Text):
-                cursor += len(part.ids)
-                tokens_T[begin:cursor] = part.ids
+                ids = _ids(part)
+                cursor += len(ids)
+                tokens_T[begin:cursor] = ids
                 if part.train:
-                    wanted_T[begin:cursor] = part.ids
+                    wanted_T[begin:cursor] = ids
                 continue
             opening, closing, rows = _surround(part, model)
             cursor += rows + 2

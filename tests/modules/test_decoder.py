@@ -186,6 +186,7 @@ def test_inputs_that_do_not_fit_are_named(options, message):
     ("options", "message"),
     [
         ({"d_model": 32}, "attention.d_model=64 differs from d_model=32"),
+        ({"layers": 0}, "layers=0 must be at least 1"),
         ({"d_hidden": 0}, "needs d_hidden"),
         ({"d_hidden": 0, "moe": SPARSE.moe, "dense_layers": 1}, "needs d_hidden"),
     ],

@@ -113,6 +113,8 @@ def test_what_an_encoder_cannot_do_with_a_block_is_said() -> None:
     experts = encoder_stack.layer_with(CFG, mlp=moe_block(MoEConfig(D, 4, experts=4, top_k=2)))
     with pytest.raises(ValueError, match=r"StackConfig: a block of pattern has routers, whose statistics only a decod"):
         replace(CFG, pattern=(experts,))
+    with pytest.raises(ValueError, match=r"layers=0, .* must be at least 1"):
+        replace(CFG, layers=0)
     cfg = replace(CFG, layers=2, pattern=(None, Block(lambda gain: {}, lambda params, x_TD, at: x_TD.float())))
     with pytest.raises(ValueError, match=r"layer 1 makes torch\.float32 rows of torch\.float64"):
         encoder_stack.apply(

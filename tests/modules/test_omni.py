@@ -10,10 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ftrain import tree
 from ftrain.kernels import random
 from ftrain.kernels.mean import weighted_sum
-from ftrain.modules import omni, spec
+from ftrain.modules import omni, spec, vision_encoder
 from ftrain.modules.omni import OmniModel
 from ftrain.modules.packing import Budget, Text, exact_budget, pack
-from tests.helpers.tiny_omni import MODEL, documents, drawing, image
+from tests.helpers.tiny_omni import IMAGE, MODEL, documents, drawing, image
 
 WEIGHTS = {"balance": 0.01}
 
@@ -125,6 +125,13 @@ def test_a_modality_that_the_model_lacks_is_named() -> None:
         omni.loss_terms(parameters(smaller), batch, model=smaller)
     with pytest.raises(ValueError, match="cannot be called 'text'"):
         OmniModel(MODEL.foundation, decoders={"text": MODEL.decoders["draw"]})
+
+
+def test_parts_that_are_not_as_wide_as_the_foundation_are_named() -> None:
+    narrow = vision_encoder.encoder(dataclasses.replace(IMAGE, d_out=8), begin=30, end=31)
+    other = dataclasses.replace(MODEL, encoders={**MODEL.encoders, "image": narrow})
+    with pytest.raises(ValueError, match=r"the encoder 'image' makes rows \[\d+, 8\], and those of the foundation are"):
+        omni.loss_terms(parameters(other), batch_of([documents()[0]]), model=other)
 
 
 def test_each_code_is_predicted_from_the_state_before_it() -> None:
