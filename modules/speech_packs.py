@@ -36,7 +36,7 @@ RULES: Mapping[str, BatchRule] = MappingProxyType(
 @dataclass(frozen=True)
 class SpeechConfig:
     """How a model's conversations become lines: `line` (`ftrain.modules.speech_lines`), with the ids `chat` and
-    `codes`; `groups` codes of a frame, each of `sounds`.
+    `codes`; `groups` codes of a frame, each of `sounds`; voices are ids below `voices`.
     """
 
     line: Callable[[Utterance, Thought, ChatIds, CodeIds], Line]
@@ -44,6 +44,7 @@ class SpeechConfig:
     codes: CodeIds
     groups: int
     sounds: int
+    voices: int
 
 
 def prepare(
@@ -164,6 +165,13 @@ def _speech(raw: Mapping[str, Any], turns: int, cfg: SpeechConfig) -> tuple[np.n
             f"{SPEECH} is {speech.dtype} {list(speech.shape)}: give integers [frames, {cfg.groups}], all codes of each "
             "frame"
         )
+    for name, told_a in ((FRAMES, length_a), (VOICES, voice_a)):
+        if told_a.numel() and told_a.is_floating_point():
+            raise ValueError(f"{name} is {told_a.dtype}: give integers")
+    strange_a = (length_a > 0) & ((voice_a < 0) | (voice_a >= cfg.voices))
+    if bool(strange_a.any()):
+        turn = int(strange_a.nonzero()[0])
+        raise ValueError(f"{VOICES} of turn {turn} is {int(voice_a[turn])}: ids of voices are 0 to {cfg.voices - 1}")
     if bool((length_a < 0).any()) or int(length_a.sum()) != len(speech):
         raise ValueError(f"{FRAMES} {length_a.tolist()} are not the turns of {len(speech)} frames of {SPEECH!r}")
     wrong_F = ((speech < 0) | (speech >= cfg.sounds)).any(1)

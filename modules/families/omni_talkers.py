@@ -82,7 +82,7 @@ def _qwen2_5(config: Config, thinker: VisionLanguageConfig, shapes: Shapes) -> t
     # of turns files of this family say nothing; whose tokenizer has other ids gives the entries of Qwen3-Omni
     said = {f"{name}_token_id": told.get(f"{name}_token_id") for name, _ in words.values()}
     chat = _ids({**config, **said}, words, _TURNS)
-    made = qwen2_5_omni_talker.talker(cfg, chat, layer=thinker.text.layers)
+    made = qwen2_5_omni_talker.talker(cfg, chat, layer=thinker.text.layers, words=thinker.text.vocab)
     return made, qwen2_5_omni_talker.names(cfg, prefix=PREFIX)
 
 

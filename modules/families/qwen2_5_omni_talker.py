@@ -89,14 +89,16 @@ def losses(params: Tree, hidden_SD: Tensor, batch: Mapping[str, Any], cfg: Talke
     return {"codes": decoder.loss(params["stack"], hidden_SD, batch["labels"], cfg.stack)}
 
 
-def talker(cfg: TalkerConfig, chat: ChatIds, *, layer: int) -> Talker:
-    """The talker's functions. `chat`: ids of the thinker's vocabulary; `layer`: how many layers the thinker has."""
+def talker(cfg: TalkerConfig, chat: ChatIds, *, layer: int, words: int) -> Talker:
+    """The talker's functions. `chat`: ids of the thinker's vocabulary; `layer`: how many layers the thinker has;
+    `words`: its vocabulary, of which voices are.
+    """
     sounds = min(cfg.ids.begin, cfg.ids.end, cfg.ids.pad)
     return Talker(
         specs(cfg),
         cfg.stack,
         layer=layer,
-        speech=SpeechConfig(qwen2_5_line, chat, cfg.ids, groups=1, sounds=sounds),
+        speech=SpeechConfig(qwen2_5_line, chat, cfg.ids, groups=1, sounds=sounds, voices=words),
         ends=(cfg.ids.pad, cfg.ids.end),
         embed=lambda params, batch: embed(params, batch, cfg),
         losses=lambda params, hidden_SD, batch: losses(params, hidden_SD, batch, cfg),

@@ -164,7 +164,9 @@ def talker(cfg: TalkerConfig, chat: ChatIds) -> Talker:
         specs(cfg),
         cfg.stack,
         layer=cfg.layer,
-        speech=SpeechConfig(qwen3_line, chat, cfg.ids, cfg.predictor.groups, cfg.predictor.stack.vocab),
+        speech=SpeechConfig(
+            qwen3_line, chat, cfg.ids, cfg.predictor.groups, cfg.predictor.stack.vocab, voices=cfg.stack.vocab
+        ),
         ends=(cfg.ids.end,),
         embed=embed,
         losses=lambda params, hidden_SD, batch: losses(params, hidden_SD, batch, cfg),

@@ -8,8 +8,8 @@ from ftrain.modules.speech_packs import SpeechConfig, prepare
 
 BEGIN, END, PAD, TURN, STOP, USER, ASSISTANT, NEW, MEDIA = 80, 81, 82, 70, 71, 72, 73, 74, 75
 CHAT = ChatIds(BEGIN, END, PAD, turn=TURN, end_of_turn=STOP, user=USER, assistant=ASSISTANT)
-THREE = SpeechConfig(qwen3_line, CHAT, CodeIds(14, 15, 13, silent=(16, 17, 18)), groups=2, sounds=12)
-TWO = SpeechConfig(qwen2_5_line, CHAT, CodeIds(14, 15, 13), groups=1, sounds=12)
+THREE = SpeechConfig(qwen3_line, CHAT, CodeIds(14, 15, 13, silent=(16, 17, 18)), groups=2, sounds=12, voices=24)
+TWO = SpeechConfig(qwen2_5_line, CHAT, CodeIds(14, 15, 13), groups=1, sounds=12, voices=80)
 ASKED = [TURN, USER, NEW, 1, MEDIA, MEDIA, 2, STOP, NEW]
 ANSWER = [TURN, ASSISTANT, NEW, 5, 6, STOP, NEW]
 PLACES = [0, 1, 2, 3, 4, 4, 5, 6, 7]
@@ -95,6 +95,9 @@ def wrong(**changes):
     ("batch", "message"),
     [
         (wrong(speech_frames=torch.tensor([1, 1])), "has 1 turns of an assistant, speech_frames .2."),
+        (wrong(speech_voices=torch.tensor([-1])), "speech_voices of turn 0 is -1: ids of voices are 0 to 23"),
+        (wrong(speech_voices=torch.tensor([24])), "speech_voices of turn 0 is 24: ids"),
+        (wrong(speech_voices=torch.tensor([2.0])), r"speech_voices is torch.float32: give integers"),
         (wrong(speech_frames=torch.tensor([2])), "are not the turns of 1 frames"),
         (wrong(speech=torch.tensor([[1.0, 2.0]])), "speech is torch.float32 .1, 2.: give integers .frames, 2."),
         (wrong(speech=torch.tensor([[1]])), "give integers .frames, 2."),
