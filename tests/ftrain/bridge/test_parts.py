@@ -10,8 +10,10 @@ from torch.nn.functional import gelu
 import ftrain
 from ftrain.bridge.parts import foundation_part, picture_part, sound_part, tokenizer_part
 from ftrain.modules import decoder, linear, omni, tower_encoders, vq_image
+from ftrain.modules.audio_tower import AudioTowerConfig
 from ftrain.modules.omni import OmniModel
 from ftrain.modules.packing import Text, exact_budget, pack
+from ftrain.modules.vision_tower import TowerConfig
 from tests.helpers import part_folders
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -120,3 +122,40 @@ def test_a_tokenizer_of_pictures(norm_type, tmp_path):
     torch.testing.assert_close(vq_image.latent_grid(params, images, cfg=part.cfg), latents, rtol=0, atol=2e-5)
     torch.testing.assert_close(codes.flatten(), wanted.flatten())
     torch.testing.assert_close(vq_image.decode(params, codes, cfg=part.cfg), back, rtol=0, atol=2e-5)
+
+
+def test_folders_of_other_models_are_refused(tmp_path):
+    part_folders.sounds(tmp_path / "sounds")
+    part_folders.foundation("llama", tmp_path / "text", words=["?"])
+    with pytest.raises(ValueError, match="'whisper' is of no family with a tower of pictures"):
+        picture_part(tmp_path / "sounds")
+    with pytest.raises(ValueError, match="'llama' is not 'whisper'"):
+        sound_part(tmp_path / "text")
+    with pytest.raises(ValueError, match="diffusion_pytorch_model"):
+        tokenizer_part(tmp_path / "text", grid=4)
+
+
+EYE = TowerConfig(16, layers=1, heads=2, d_hidden=8, d_out=8, patch=2, channels=1)
+EAR = AudioTowerConfig(8, layers=1, heads=2, d_hidden=8, chunk=20, mels=4, table=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: tower_encoders.seeing(replace(EYE, deep_layers=(0,)), 8, **MARKS),
+            r"deep_layers=\(0,\) and side=None",
+        ),
+        (lambda: tower_encoders.seeing(replace(EYE, side=4), 8, **MARKS), "side=4 cannot be an encoder"),
+        (lambda: tower_encoders.seen("read", np.zeros((4, 6, 1)), EYE), r"\[4, 6, 1\].* H and W multiples of 4"),
+        (lambda: tower_encoders.seen("read", np.zeros((4, 4, 3)), EYE), r"takes \[H, W, 1\]"),
+        (lambda: tower_encoders.seen("read", np.zeros((3, 4, 4, 1)), EYE), "S a multiple of 2"),
+        (lambda: tower_encoders.hearing(EAR, 8, merge=4, **MARKS), "merge=4 does not divide the 10 rows"),
+        (lambda: tower_encoders.hearing(replace(EAR, paired=True), 8, merge=2, **MARKS), "rows that are not paired"),
+        (lambda: tower_encoders.heard("read", np.zeros(0), EAR, merge=2), "no samples"),
+        (lambda: tower_encoders.heard("read", np.zeros(9, np.int16), EAR, merge=2), "a wave of int16"),
+    ],
+)
+def test_what_towers_cannot_take_is_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
