@@ -45,17 +45,17 @@ class Options:
     """published folders in the place of random parts"""
     freeze: tuple[Frozen, ...] = ()
     """parts that stay as they begin"""
-    steps: int = 500
+    steps: int = 240
     """updates"""
     dozens: int = 4
     """twelve documents of a step each"""
     rate: float = 2e-3
     """peak learning rate"""
-    tokenizer_steps: int = 400
+    tokenizer_steps: int = 240
     """updates of the tokenizer of pictures before, where it is no folder's"""
     takes: int = 4
     """how often each trained voice says each number"""
-    held_out: int = 180
+    held_out: int = 120
     """held-out questions of each kind"""
     threads: int = 1
     """CPU threads of each op"""
