@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftrain.kernels.dtypes import accumulate_dtype
+from ftrain.kernels.memory_scan import before, memory_scan
 
 CHUNK = 64
 
@@ -36,7 +37,8 @@ def gated_delta_rule(
     - `documents_BL`: int64 ids, at least 0, equal ids adjacent; None is one document in each row.
     - `chunk`: tokens of a chunk; the result does not depend on it but for rounding.
 
-    Computed in float32 (float64 for float64). Plain torch, differentiable to any order. Cost grows with `L * chunk`.
+    Computed in float32 (float64 for float64), differentiable to any order. Cost grows with `L * chunk`, the number of
+    ops does not grow with L.
 
     >>> import torch
     >>> from ftrain.kernels.gated_delta_rule import gated_delta_rule
@@ -59,14 +61,11 @@ def gated_delta_rule(
     right = torch.cat([v * rate[..., None], k * rate[..., None] * since], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     new, read = solved.split((v.shape[-1], k.shape[-1]), -1)
-    inner = (q @ k.mT) * between
-    state = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1])
-    outs = []
-    for n in range(q.shape[2]):
-        change = new[:, :, n] - read[:, :, n] @ state
-        outs.append((q * since)[:, :, n] @ state + inner[:, :, n] @ change)
-        state = state * kept[:, :, n, None, None] + (k * until)[:, :, n].mT @ change
-    return torch.cat(outs, 2)[:, :, :length].to(q_BHLK.dtype), state
+    written = k * until
+    state = memory_scan(kept, written, read, written.mT @ new)
+    met = before(state)
+    out = (q * since) @ met + ((q @ k.mT) * between) @ (new - read @ met)
+    return out.flatten(2, 3)[:, :, :length].to(q_BHLK.dtype), state[:, :, -1]
 
 
 def gated_delta_step(

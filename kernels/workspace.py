@@ -23,6 +23,7 @@ _FILES = [
         "grouped_mm",
         "layer_norm",
         "linear_cross_entropy_cost",
+        "memory_scan",
         "moe",
         "philox",
         "quantiles",

@@ -14,6 +14,7 @@ from ftrain.kernels.experts import experts as all_experts
 from ftrain.kernels.experts import experts_swiglu
 from ftrain.kernels.grouped_mm import grouped_mm
 from ftrain.kernels.layer_norm import layer_norm
+from ftrain.kernels.memory_scan import memory_scan
 from ftrain.kernels.moe import combine, moe_dispatch
 from ftrain.kernels.rms_norm import rms_norm
 from ftrain.kernels.rope import rope, rope_table
@@ -93,6 +94,12 @@ CASES = {
         ((9, 3),),
         (POSITIONS,),
         ops=("embedding", "embedding_backward"),
+    ),
+    "memory_scan": Case(
+        memory_scan,
+        ((1, 1, 3), (1, 1, 3, 2, 3), (1, 1, 3, 2, 3), (1, 1, 3, 3, 1)),
+        fast="loop",
+        ops=("memory_scan", "memory_scan"),
     ),
     "merge_rows": Case(merge_rows, ((5, 3), (4, 3)), (INDEX,), ops=("merge_rows", "merge_rows_backward")),
 }

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ftrain.kernels import embedding, grouped_mm, moe, philox, random, rms_norm, rope, swiglu
+from ftrain.kernels import embedding, grouped_mm, memory_scan, moe, philox, random, rms_norm, rope, swiglu
 
-FILES = (embedding, grouped_mm, moe, philox, rms_norm, rope, swiglu)
+FILES = (embedding, grouped_mm, memory_scan, moe, philox, rms_norm, rope, swiglu)
 RULES = {name: rule for file in FILES for name, rule in file.WORKSPACE.items()}
 N, D = 8192, 256
 SLACK = 1 << 16  # statistics of rows and other vectors that no rule counts
@@ -51,6 +51,8 @@ def cases(dtype):
     yield "embedding_backward", (dy, tokens, 1000)
     yield "merge_rows", (x, dy[:500], index)
     yield "merge_rows_backward", (dy, index)
+    steps, states = torch.randn(1, 16, 8, 64, 128).to(dtype), torch.randn(1, 16, 8, 128, 96).to(dtype)
+    yield "memory_scan", (steps[..., 0, 0], steps, steps, states)
     yield "grouped_mm", (x, w, offsets)
     yield "grouped_mm_backward_x", (dy[:, :128], w, offsets)
     yield "grouped_mm_backward_w", (dy[:, :128], x, offsets)
