@@ -57,6 +57,7 @@ class Model:
     - `batch`: what the leaves of its batch are, by name.
     - `loss(params, batch, key=None) -> Mean`: of the batch's labels (a `WeightedSum` if it has several terms), or
       `(Mean, state)` if it has `state`. `key`: int64 `[2]`, from which dropout draws; without one nothing is dropped.
+    - `terms`: names of the means of its loss, where that has several and a batch all of them.
     - `routed(params, batch, key=None) -> (Mean, loads)`: the mean of `loss`, and what each router did,
       `ftrain.modules.moe.RouterLoad`s by the path of its layer, which are sums over tokens (`moe.load_metrics` makes
       numbers for a log of them). None for models without experts.
@@ -96,6 +97,7 @@ class Model:
     specs: Tree
     batch: Mapping[str, Leaf]
     loss: Callable[..., Any]
+    terms: tuple[str, ...] = ()
     routed: Callable[..., tuple[Any, Mapping[str, RouterLoad]]] | None = None
     rebalanced: Callable[[Tree, Mapping[str, RouterLoad]], Tree] | None = None
     token_losses: Callable[..., Any] | None = None

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from ftrain.kernels.documents import Documents, ids_of
+from ftrain.modules.dealing import eased
 from ftrain.modules.packing import padding
 from ftrain.modules.speech_lines import NOTHING, ChatIds, CodeIds, Line, Thought, Turn, Utterance
 from ftrain.sharding.batch import BatchRows, BatchRule, TokenIndices
 
 SPEECH, FRAMES, VOICES = "speech", "speech_frames", "speech_voices"
 LEAVES = (SPEECH, FRAMES, VOICES)
+_LEAST = 32  # rows of a part where few shapes are to occur
 RULES: Mapping[str, BatchRule] = MappingProxyType(
     {
         "speech.frames.*": BatchRows(optional=True),
@@ -57,6 +59,7 @@ def prepare(
     states: int | None = None,
     packs: int = 1,
     parts: int = 1,
+    easily: bool = False,
 ) -> dict[str, Any]:
     """The talker's batch, "speech" of the whole one.
 
@@ -68,6 +71,7 @@ def prepare(
         frames, states: rows of frames and of states for each pack; None: as many as the pack with the most needs.
         packs: how many equal packs the tokens are.
         parts: the ranks that share a pack.
+        easily: rooms that are not given are somewhat larger, so that few shapes occur.
 
     Returns:
         "words" int64 `[S]`, ids of the thinker, below 0 for media; "codes" and "labels" int64 `[S]`, the first code of
@@ -93,18 +97,21 @@ def prepare(
                 "a pack more tokens, or fewer or shorter spoken turns"
             )
     room = {
-        "frames": _room("frames", [sum(line.frames for line in own) for own in lines], frames, parts),
-        "states": _room("states", [sum(int((x.state_s >= 0).sum()) for x in own) for own in lines], states, parts),
+        "frames": _room("frames", [sum(line.frames for line in own) for own in lines], frames, parts, easily),
+        "states": _room(
+            "states", [sum(int((x.state_s >= 0).sum()) for x in own) for own in lines], states, parts, easily
+        ),
     }
     made = _laid(lines, spoken, size, room, cfg, thought_tokens=len(thought.tokens_T))
     found = {name: _tensors(leaf) for name, leaf in made.items()}
     return {**found, "segments": Documents.of(found["segments"], packs=packs)}
 
 
-def _room(what: str, needed: Sequence[int], given: int | None, parts: int) -> int:
+def _room(what: str, needed: Sequence[int], given: int | None, parts: int, easily: bool) -> int:
     most = max(1, *needed)
     if given is None:
-        return -(-most // parts) * parts
+        each = -(-most // parts)
+        return (eased(max(_LEAST, each)) if easily else each) * parts
     if given < most or given % parts:
         raise ValueError(
             f"a pack's speech has {most} {what}, for which {what}={given} in {parts} equal parts have no room: raise it"

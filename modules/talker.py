@@ -27,7 +27,7 @@ class Talker:
     - `layer`: which of the thinker's streams its states are (`keep` of `ftrain.modules.decoder.apply`).
     - `speech`: how its lines are made; `ends`: the codes that end speech.
     - `embed(params, batch) -> [S, D]`: the stream of a batch, with "rows" `[S, W]` of the thinker.
-    - `losses(params, hidden_SD, batch)`: its means, by their names.
+    - `losses(params, hidden_SD, batch)`: its means, by their names, `terms`.
     - `frame(params, state_BD, first_B, key, how) -> [B, G]`: all codes of frames whose first ones are known.
     - `go_on(params, codes_BG, rows_BW) -> [B, D]`: the stream of a frame, beside a row of the thinker.
     """
@@ -37,6 +37,7 @@ class Talker:
     layer: int
     speech: SpeechConfig
     ends: tuple[int, ...]
+    terms: tuple[str, ...]
     embed: Callable[[Tree, Mapping[str, Any]], Tensor]
     losses: Callable[[Tree, Tensor, Mapping[str, Any]], dict[str, Mean]]
     frame: Callable[[Tree, Tensor, Tensor, Tensor | None, Sampling], Tensor]

@@ -80,6 +80,7 @@ def open_talking(
         specs=files.specs,
         batch=SPEAKS,
         loss=made.loss,
+        terms=("text", *cfg.talker.terms),
         routed=made.routed if cfg.thinker.text.routers else None,
         logits=made.logits,
         load=files.load,
@@ -174,8 +175,9 @@ class NativeTalking:
         if not any(name in batch for name in speech_packs.LEAVES):
             return made
         speech = speech_packs.prepare(
-            batch, made, self.cfg.talker.speech, frames=frames, states=states, packs=packs, parts=parts
-        )
+            batch, made, self.cfg.talker.speech, frames=frames, states=states, packs=packs, parts=parts,
+            easily=places is not None,
+        )  # fmt: skip
         return {**made, "speech": speech}
 
     def loss(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> WeightedSum:

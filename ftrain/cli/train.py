@@ -12,17 +12,19 @@ import numpy as np
 import torch
 
 from ftrain import checkpoint
+from ftrain.bridge.native_talking import open_talking
 from ftrain.bridge.opened import open as open_model
 from ftrain.bridge.tasks import task_of
 from ftrain.cli.config_file import as_config
 from ftrain.cli.planned import Planned, planned_of
 from ftrain.cli.recipes import DTYPES, at_once, export, jit_options, recipe_of
 from ftrain.cli.told import steps_of, summed_heads, telling, trained_by
-from ftrain.cli.train_options import KINDS, KdTrain, OfPairs, RunOptions, TaskKind, TrainOptions, kind_of
+from ftrain.cli.train_options import KINDS, KdTrain, OfPairs, RunOptions, Sft, TaskKind, TrainOptions, kind_of
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder, Length
 from ftrain.data.media.families import family_of
 from ftrain.data.media_finishing import ReadMedia
+from ftrain.data.speech import Speaking
 from ftrain.modules.model import Model
 from ftrain.resilience.anomalies import BadSteps
 from ftrain.run import folder as run_folder
@@ -37,6 +39,7 @@ from ftrain.run.recipe import Recipe
 from ftrain.run.remembered import Remembered
 from ftrain.run.samples import Samples, documents_of, prompts_of
 from ftrain.run.session import Run, session
+from ftrain.run.speaking import speaking_of
 from ftrain.run.trackers import TRACKERS, require_trackers
 from ftrain.run.training import CHECKPOINTS, Training, prepare, train
 from ftrain.tasks import Embed
@@ -74,8 +77,9 @@ def _run(
     tokenizer = load_tokenizer(options.model)
     length = Length(options.data.tokens, options.truncate) if options.data.cut == "never" else Length()
     family = family_of(options.model, tokenizer, image_pixels=options.data.image_pixels)
-    encoder = ChatEncoder(tokenizer, train=options.train_on, length=length, media=family)
-    model = open_model(options.model, native=options.native, task=task_of(options.model, media=family is not None))
+    speaking = _speaking(options, ranks.device)
+    encoder = ChatEncoder(tokenizer, train=options.train_on, length=length, media=family, speaking=speaking)
+    model = _model(options, media=family is not None)
     report.say(f"{model.name}: {model.why}")
     mesh = ranks.mesh
     if options.data.tokens % mesh.sequence:
@@ -90,7 +94,8 @@ def _run(
     rows: Any = Remembered(encode)
     data = make_data(
         options.data, rows, ranks=mesh.replicate * mesh.shard, seed=options.seed, paired=kind.paired,
-        leaves=leaves, layout=layout_of(model, seen, sequence=mesh.sequence, rows=ready is not None),
+        leaves=leaves, layout=layout_of(model, seen, sequence=mesh.sequence, rows=ready is not None,
+                         codes=0 if speaking is None else speaking.speech.groups),
         finish=None if seen is None else ReadMedia(seen), mine=ranks.rank // mesh.sequence,
         others=None if seen is None or ranks.world == 1 or options.plan else ReadMedia(seen, decoded=False),
     )  # fmt: skip
@@ -129,6 +134,27 @@ def _run(
         export(recipe, state, options, path, tokenizer=tokenizer, say=report.say)
         told["ended"] = f"finished after step {steps_of(state)}"
     return 0
+
+
+def _model(options: TrainOptions, *, media: bool) -> Model:
+    if isinstance(options, Sft) and options.speech:
+        return open_talking(options.model, flows=options.speech_flows)
+    return open_model(options.model, native=options.native, task=task_of(options.model, media=media))
+
+
+def _speaking(options: TrainOptions, device: torch.device) -> Speaking | None:
+    """How the model's talker takes speech, if it is trained. ValueError for options that do not fit."""
+    if not isinstance(options, Sft):
+        return None
+    if not options.speech:
+        if options.speech_flows or options.speech_codec is not None:
+            raise ValueError("--speech-flows and --speech-codec say how a talker is trained: give --speech too")
+        return None
+    if options.data.cut != "never" or options.native == "never":
+        raise ValueError("--speech: rows are not cut (--cut), and a talker is the library's own (--native never)")
+    if options.speech_codec is not None and options.data.workers:
+        raise ValueError("--speech-codec: a codec is run by this process alone: give --workers 0")
+    return speaking_of(options.model, options.speech_codec, device=device)
 
 
 def _rows(

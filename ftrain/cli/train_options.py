@@ -133,6 +133,12 @@ class Sft(TrainOptions):
     """Supervised fine-tuning: chats, of which the assistant's turns are learned, or texts."""
 
     sft: NextToken = field(default_factory=NextToken)
+    speech: bool = False
+    """Train thinker and talker of a whole Qwen3-Omni or Qwen2.5-Omni: assistant's turns may have speech."""
+    speech_flows: bool = False
+    """The gradient of speech goes on into the thinker."""
+    speech_codec: Path | None = None
+    """A folder of Mimi's, which makes codes of the recordings of speech; default: rows give codes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,12 +52,16 @@ def pieces(found: Drawn, packing: Packing, *, since: int) -> list[Waiting]:
     total, tokens = int(found.lengths.sum()), packing.tokens
     if total <= tokens:
         return [Waiting(found, found.lengths, 0, since, found.cost)]
-    if packing.cut == "split" and len(found.lengths) == 1 and not found.group().documents[0].parts:
+    if packing.cut == "split" and len(found.lengths) == 1 and not _has_media(found.group().documents[0]):
         lengths = [min(tokens, total - start) for start in range(0, total, tokens)]
         costs = [None if found.cost is None else found.cost * length / total for length in lengths]
         return [Waiting(found, np.array([n]), i, since, c) for i, (n, c) in enumerate(zip(lengths, costs, strict=True))]
     several = f" in {len(found.lengths)} documents that belong together" if len(found.lengths) > 1 else ""
     raise BadRow(found.where, TOO_LONG, f"it has {total} tokens{several}, and a pack {tokens}")
+
+
+def _has_media(document: Document) -> bool:
+    return bool(document.parts or document.media)
 
 
 class Buffer:

@@ -6,7 +6,7 @@ n tokens of a sample.
 import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,8 @@ from ftrain.data.documents import IGNORE, Document, shifted
 from ftrain.data.media.family import MediaFamily, Seen
 from ftrain.data.media.marks import with_media
 from ftrain.data.rejects import BadRow
-from ftrain.data.sample import Captioned, Chat, Message, Part, Place, Prose, Tokens, say
+from ftrain.data.sample import Captioned, Chat, Message, Part, Place, Prose, Speech, Tokens, say
+from ftrain.data.speech import Speaking
 from ftrain.data.turns import Rendered, Turn, TurnFinder
 
 Train = Literal["assistant", "last", "everything"]
@@ -26,17 +27,18 @@ Truncate = Literal["refuse", "left", "right"]
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """`ids` int64 `[n]` and `trained` bool `[n]`: which ids are labels of the token before them. `parts`: media that
-    some of the ids stand for, in their order, with their row.
+    some of the ids stand for, in their order, with their row; `media`: arrays that are read already, of speech.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     parts: tuple[tuple[Part, Place], ...] = ()
+    media: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def document(self, leaves: Mapping[str, np.ndarray] | None = None) -> Document:
         """A document of them, with shifted labels and further leaves `[n, ...]`. ValueError for other lengths."""
         labels = shifted(np.where(self.trained, self.ids, IGNORE))
-        return Document(self.ids, labels, dict(leaves or {}), self.parts)
+        return Document(self.ids, labels, dict(leaves or {}), self.parts, self.media)
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Length:
         """What may stay. BadRow for a sample that is too long and is refused; those with media are never cut."""
         if self.tokens is None or len(encoded.ids) <= self.tokens:
             return encoded
-        if self.truncate == "refuse" or encoded.parts:
+        if self.truncate == "refuse" or encoded.parts or encoded.media:
             media = f", with its {len(encoded.parts)} pictures, recordings or films" if encoded.parts else ""
+            media += ", with its speech" if encoded.media else ""
             raise BadRow(place, "too long", f"{len(encoded.ids)} tokens{media}, and at most {self.tokens} are taken")
         kept = slice(-self.tokens, None) if self.truncate == "left" else slice(self.tokens)
         return Encoded(encoded.ids[kept], encoded.trained[kept])
@@ -78,6 +81,7 @@ class ChatEncoder:
         options: what the template takes besides messages, such as {"enable_thinking": False}.
         media: how the model sees media (`ftrain.data.media.families.family_of`); None: it does not, and chats with
             media are rejected.
+        speaking: how a talker takes the speech of turns; None: chats with speech are rejected.
 
     ValueError where `train` is none of these, or the tokenizer is a slow one. A template that cannot be used is a
     ValueError when the first chat is encoded.
@@ -92,6 +96,7 @@ class ChatEncoder:
         template: str | None = None,
         options: Mapping[str, Any] | None = None,
         media: MediaFamily | None = None,
+        speaking: Speaking | None = None,
     ) -> None:
         if train not in ("assistant", "last", "everything"):
             raise ValueError(f"train={train!r} is not 'assistant', 'last' or 'everything'")
@@ -99,7 +104,7 @@ class ChatEncoder:
             raise ValueError("a slow tokenizer tells no places of tokens: give a fast one (tokenizer.json)")
         self.tokenizer, self.train, self.length = tokenizer, train, length or Length()
         self._template, self._options = template, options
-        self.media = media
+        self.media, self.speaking = media, speaking
         self._control = _control_tokens(tokenizer)
         self._finder: TurnFinder | None = None
 
@@ -125,7 +130,13 @@ class ChatEncoder:
             encoded = self._chat(sample)
         else:
             encoded = self._prose(sample) if isinstance(sample, Prose) else _tokens(sample)
+        said = [m.speech for m in sample.messages if m.role == "assistant"] if isinstance(sample, Chat) else []
+        spoken = any(said)
+        if spoken:
+            encoded = self._spoken(encoded, said, sample.place)
         fitted = self.length.fit(encoded, sample.place)
+        if self.speaking is not None and not spoken:
+            fitted = replace(fitted, media=self.speaking.leaves(fitted.ids, None, sample.place))
         if not fitted.trained[1:].any():
             cut = " after it was cut" if len(fitted.ids) < len(encoded.ids) else ""
             detail = f"none of its {len(fitted.ids)} tokens is trained on{cut}{_without_assistant(sample)}"
@@ -174,6 +185,16 @@ class ChatEncoder:
             return Encoded(encoded.ids, learned)
         learned &= ~np.isin(encoded.ids, list(self.media.unlearnt))
         return Encoded(encoded.ids, learned, tuple((part, sample.place) for part, _ in seen))
+
+    def _spoken(self, encoded: Encoded, said: Sequence[Speech | None], place: Place) -> Encoded:
+        """With the arrays of its speech, and tokens behind it that stand for nothing where its talker needs more."""
+        if self.speaking is None:
+            detail = "it has speech, which a talker learns: `ftrain train sft --speech` of a whole Qwen omni model"
+            raise BadRow(place, "speech", detail)
+        leaves = self.speaking.leaves(encoded.ids, said, place)
+        more = max(0, self.speaking.room(encoded.ids, leaves, place) - len(encoded.ids))
+        ids, trained = np.pad(encoded.ids, (0, more)), np.pad(encoded.trained, (0, more))
+        return Encoded(ids, trained, encoded.parts, leaves)
 
     def _seen(self, sample: Chat) -> list[tuple[Part, Seen]]:
         """The media of a chat, in reading order, and what the model will see of each."""

@@ -3,7 +3,7 @@
 What comes out depends on neither. Documents travel from a worker in chunks, as a few long arrays.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -178,8 +178,8 @@ class _Chunks:
 class _Chunk:
     """Places one after the other; the arrays of all their documents, joined by name where all have the same ones.
 
-    `counts`: documents of each place; `ends`: int64, of each document in the joined arrays; `parts`: of each document,
-    empty where none has media.
+    `counts`: documents of each place; `ends`: int64, of each document in the joined arrays; `parts`, `media`: of each
+    document, empty where none has some.
     """
 
     places: list[int]
@@ -190,6 +190,7 @@ class _Chunk:
     ends: np.ndarray
     arrays: list[dict[str, np.ndarray]]
     parts: list[tuple[tuple[Part, Place], ...]]
+    media: list[Mapping[str, np.ndarray]]
 
     @staticmethod
     def of(places: list[int], found: Sequence[tuple[Place, Group | BadRow]]) -> "_Chunk":
@@ -208,6 +209,7 @@ class _Chunk:
             np.cumsum([len(document) for document in documents], dtype=np.int64),
             named,
             [d.parts for d in documents] if any(d.parts for d in documents) else [],
+            [d.media for d in documents] if any(d.media for d in documents) else [],
         )
 
     def encoded(self) -> Iterator[Drawn]:
@@ -230,4 +232,5 @@ class _Chunk:
             start = int(self.ends[number - 1]) if number else 0
             arrays = {name: array[start : int(self.ends[number])] for name, array in arrays.items()}
         leaves = {name: array for name, array in arrays.items() if name not in ("tokens", "labels")}
-        return Document(arrays["tokens"], arrays["labels"], leaves, self.parts[number] if self.parts else ())
+        parts, media = self.parts[number] if self.parts else (), self.media[number] if self.media else {}
+        return Document(arrays["tokens"], arrays["labels"], leaves, parts, media)

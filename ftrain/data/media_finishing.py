@@ -38,7 +38,8 @@ class ReadMedia:
                 )
             for name, array in arrays.items():
                 found.setdefault(name, []).append(array)
-        return replace(document, media={name: np.concatenate(arrays) for name, arrays in found.items()})
+        read = {name: np.concatenate(arrays) for name, arrays in found.items()}
+        return replace(document, media={**document.media, **read})
 
     def _arrays(self, part: Part, place: Place) -> dict[str, np.ndarray]:
         return self.family.read(part, place, decoded=self.decoded)

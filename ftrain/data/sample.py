@@ -40,6 +40,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Speech:
+    """How a turn of the assistant is spoken.
+
+    Args:
+        source: codes of its frames, `[frames, codes]`, or a file of them (.npy); of a recording a path, bytes or array.
+        recorded: it is a recording, of which codes are to be made.
+        voice: the name of the speaker, or its id; None: the only one.
+    """
+
+    source: Any
+    recorded: bool = False
+    voice: str | int | None = None
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn of a chat.
 
@@ -48,12 +63,14 @@ class Message:
         parts: texts and media, in reading order.
         train: whether its tokens are labels; None leaves that to the task (turns of the assistant are).
         extra: further fields that the chat template may read: tool_calls, name, reasoning_content.
+        speech: how it is spoken, if it is.
     """
 
     role: str
     parts: tuple[Part, ...]
     train: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    speech: Speech | None = None
 
     @property
     def text(self) -> str:

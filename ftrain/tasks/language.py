@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ftrain.kernels.mean import Mean
+from ftrain.kernels.mean import Mean, WeightedSum
 from ftrain.modules.model import Model
 from ftrain.modules.spec import Tree
 from ftrain.tasks.document_sums import document_ids, first_tokens, sum_by_run
@@ -53,7 +53,7 @@ class NextToken:
         key: Tensor | None = None,
         state: Tree | None = None,
     ) -> tuple[Any, dict[str, Mean]]:
-        """The mean over the labels of the batch, and no terms.
+        """The mean over the labels of the batch, and no terms but those that the model names.
 
         Args:
             model, params: what is trained.
@@ -69,7 +69,9 @@ class NextToken:
                 changed = model.loss if model.rebalanced is None else model.routed
                 return changed(params, batch, key, state=state), {}  # type: ignore[misc]
             found = model.loss(params, batch, key)
-            return found[0] if model.state else found, {}
+            found = found[0] if model.state else found
+            named = isinstance(found, WeightedSum) and len(model.terms) == len(found.terms)
+            return found, dict(zip(model.terms, found.terms, strict=True)) if named else {}
         require_token_losses("next tokens by weights or documents", model)
         losses_T = model.token_losses(params, without(batch, "weights") if self.weighted else batch, key).flatten()  # type: ignore[misc]
         labelled_T = (batch["labels"].flatten() != -100).to(losses_T.dtype)

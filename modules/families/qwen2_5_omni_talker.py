@@ -100,6 +100,7 @@ def talker(cfg: TalkerConfig, chat: ChatIds, *, layer: int, words: int) -> Talke
         layer=layer,
         speech=SpeechConfig(qwen2_5_line, chat, cfg.ids, groups=1, sounds=sounds, voices=words),
         ends=(cfg.ids.pad, cfg.ids.end),
+        terms=("codes",),
         embed=lambda params, batch: embed(params, batch, cfg),
         losses=lambda params, hidden_SD, batch: losses(params, hidden_SD, batch, cfg),
         frame=lambda params, state_BD, first_B, key, how: first_B[:, None],

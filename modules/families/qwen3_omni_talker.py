@@ -168,6 +168,7 @@ def talker(cfg: TalkerConfig, chat: ChatIds) -> Talker:
             qwen3_line, chat, cfg.ids, cfg.predictor.groups, cfg.predictor.stack.vocab, voices=cfg.stack.vocab
         ),
         ends=(cfg.ids.end,),
+        terms=("codes", "residuals"),
         embed=embed,
         losses=lambda params, hidden_SD, batch: losses(params, hidden_SD, batch, cfg),
         frame=frame,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.helpers import hearing_families as laws
-from tests.helpers import tiny_thinkers
+from tests.helpers import talking_models, tiny_thinkers
 from tests.helpers.seeing_folders import PIXELS, TEMPLATE, byte_tokenizer
 
 _TEXTS = {
@@ -31,6 +31,30 @@ def write_thinker(folder: Path, kind: str = "qwen2_5_omni_thinker", *, seed: int
     tokenizer.save_pretrained(folder)
     bands = config.audio_config.num_mel_bins
     told = {**PIXELS, "size": {"shortest_edge": 256, "longest_edge": 4096}, "feature_size": bands, "chunk_length": 9}
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    return folder
+
+
+def write_talker(folder: Path, *, seed: int = 0) -> Path:
+    """A folder of a whole Qwen3-Omni of random weights, whose roles are tokens; its voices are ethan and chelsie."""
+    from transformers import Qwen3OmniMoeForConditionalGeneration
+
+    template = TEMPLATE.replace("{% endif %}{% endfor %}{% endif %}", _HEARS, 1)
+    tokenizer = byte_tokenizer(template, (*SPECIAL, "<|tts_bos|>", "<|tts_eos|>", "<|tts_pad|>"))
+    tokenizer.add_tokens(["user", "assistant"])
+    ids = {name: tokenizer.convert_tokens_to_ids(text) for name, text in _TEXTS.items()}
+    config = talking_models.qwen3_omni(words={"vocab_size": 288})
+    for name, number in ids.items():
+        for one in (config.thinker_config, config.talker_config):
+            if hasattr(one, f"{name}_token_id"):
+                setattr(one, f"{name}_token_id", number)
+    texts = {name: f"<|{name}|>" for name in ("im_start", "im_end", "tts_bos", "tts_eos", "tts_pad")}
+    for name, text in {**texts, "user": "user", "assistant": "assistant"}.items():
+        setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(text))
+    laws.random_model(Qwen3OmniMoeForConditionalGeneration, config, seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    told = {**PIXELS, "patch_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
+    told |= {"feature_size": config.thinker_config.audio_config.num_mel_bins, "chunk_length": 9}
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
     return folder
 

@@ -198,21 +198,25 @@ def positions_of(model: Any, one: dict[str, Any], ids: Tensor) -> Tensor:
 
 def theirs(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
     """The sums of the cross entropies of a conversation, by transformers' modules and its way to prompt the talker."""
-    layer, tokens, codes = model.config.talker_config.accept_hidden_layer, one["tokens"], one["speech"]
+    ids, thinker = model.config, model.config.thinker_config
+    layer, tokens, codes = ids.talker_config.accept_hidden_layer, one["tokens"], one["speech"]
     run = model.thinker(**asked_of(one), output_hidden_states=True)
     entropy = torch.nn.functional.cross_entropy
     found = {"text": entropy(run.logits[0], one["labels"], reduction="sum")}
     if not len(codes):
         return found
     embedded, states = run.hidden_states[0], run.hidden_states[layer]
-    begin = int(((tokens[:-1] == TURN) & (tokens[1:] == ASSISTANT)).nonzero()[-1])
-    end = begin + 3 + int((tokens[begin + 3 :] == STOP).nonzero()[0])
-    media = torch.isin(tokens, torch.tensor([IMAGE, VIDEO, hearing.AUDIO]))[None]
+    begin = int(((tokens[:-1] == ids.im_start_token_id) & (tokens[1:] == ids.assistant_token_id)).nonzero()[-1])
+    end = begin + 3 + int((tokens[begin + 3 :] == ids.im_end_token_id).nonzero()[0])
+    kinds = [thinker.image_token_id, thinker.video_token_id, thinker.audio_token_id]
+    media = torch.isin(tokens, torch.tensor(kinds))[None]
     user = model._get_talker_user_parts(0, begin, media, states, embedded)
-    special = model.thinker.get_input_embeddings()(torch.tensor([[BEGIN, FINISH, PAD]]))
+    special = model.thinker.get_input_embeddings()(
+        torch.tensor([[ids.tts_bos_token_id, ids.tts_eos_token_id, ids.tts_pad_token_id]])
+    )
     words = dict(zip(("bos", "eos", "pad"), model.talker.text_projection(special).chunk(3, 1), strict=True))
     mine, _, trailing = model._get_talker_assistant_parts(
-        begin, end, 20, embedded, *(words[name] for name in ("pad", "bos", "eos"))
+        begin, end, int(one["speech_voices"][-1]), embedded, *(words[name] for name in ("pad", "bos", "eos"))
     )
     missing = max(0, len(codes) - trailing.shape[1])
     beside = torch.cat([trailing[:, : len(codes)], words["pad"].expand(1, missing, -1)], 1)
@@ -220,8 +224,8 @@ def theirs(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
     first = model.talker.get_input_embeddings()(codes[:, 0])
     added = torch.stack([first, *(table(rest[:, g]) for g, table in enumerate(tables))]).sum(0)
     x = torch.cat([user, mine, added + beside], 1)
-    ids = torch.cat([tokens[:begin], torch.full((x.shape[1] - begin,), PAD)])
-    place = positions_of(model, one, ids)
+    line = torch.cat([tokens[:begin], torch.full((x.shape[1] - begin,), ids.tts_pad_token_id)])
+    place = positions_of(model, one, line)
     hidden = model.talker.model(inputs_embeds=x, position_ids=place, use_cache=False)[0][0]
     at = torch.arange(x.shape[1] - len(codes), x.shape[1])
     ends = torch.tensor([talkers.SPEECH["codec_eos_token_id"]])

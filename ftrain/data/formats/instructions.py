@@ -1,6 +1,7 @@
 """Single questions with their answers: alpaca, ms-swift's query and response, prompt and completion."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ftrain.data.formats.fields import Fields, is_list, list_of, maybe_text, text_of, words_of
@@ -64,7 +65,7 @@ def read_completion(fields: Fields, place: Place) -> Chat:
 
 def untrained(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The messages as a prompt, of which nothing is trained on."""
-    return tuple(Message(m.role, m.parts, False, m.extra) for m in messages)
+    return tuple(replace(m, train=False) for m in messages)
 
 
 def said(fields: Fields, name: str, role: str, place: Place) -> tuple[Message, ...]:

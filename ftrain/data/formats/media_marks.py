@@ -84,7 +84,7 @@ def with_marks(messages: tuple[Message, ...], files: Mapping[Kind, Sequence[Any]
             detail = f"{len(sources)} files, and {len(named)} others that parts of the messages name by themselves"
             raise BadRow(place, _DIFFER, detail)
     made = [
-        Message(m.role, tuple(p for part in m.parts for p in _filled(part, rest, i + 1, place)), m.train, m.extra)
+        replace(m, parts=tuple(p for part in m.parts for p in _filled(part, rest, i + 1, place)))
         for i, m in enumerate(messages)
     ]
     left = {kind: sources for kind, sources in rest.items() if sources}
@@ -114,7 +114,7 @@ def _placed_before(messages: tuple[Message, ...], media: Sequence[Part], place: 
         return messages
     for i, message in enumerate(messages):
         if message.role == "user":
-            first = Message(message.role, (*media, *message.parts), message.train, message.extra)
+            first = replace(message, parts=(*media, *message.parts))
             return (*messages[:i], first, *messages[i + 1 :])
     raise BadRow(place, _DIFFER, f"{len(media)} files, and no turn of the user to see them")
 
@@ -125,7 +125,7 @@ def _filled(part: Part, rest: dict[Kind, list[Any]], number: int, place: Place) 
     if part.source is not None:
         return [part]
     if rest.get(part.kind):
-        return [Part(part.kind, source=rest[part.kind].pop(0))]
+        return [replace(part, source=rest[part.kind].pop(0))]
     if part.kind in rest:
         raise BadRow(place, _DIFFER, f"more places of the kind {part.kind} than files")
     detail = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from ftrain.data.formats.fields import Fields, flag_of, list_of, object_of, parsed
 from ftrain.data.rejects import BadRow
-from ftrain.data.sample import Kind, Message, Part, Place
+from ftrain.data.sample import Kind, Message, Part, Place, Speech
 
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 _MEDIA: Mapping[str, Kind] = {
@@ -44,8 +44,32 @@ def _message(fields: Fields, number: int, place: Place) -> Message:
     content = fields.get("content")
     if content is None and not extra.keys() & {"tool_calls", "reasoning_content"}:
         raise BadRow(place, "null field", f"message {number} ({role}) has no content")
-    parts = _parts(content, number, place)
-    return Message(_ROLES.get(role, role), parts, _trained(fields), extra)
+    role = _ROLES.get(role, role)
+    content, speech = _without_speech(content, role, number, place)
+    return Message(role, _parts(content, number, place), _trained(fields), extra, speech)
+
+
+def _without_speech(content: Any, role: str, number: int, place: Place) -> tuple[Any, Speech | None]:
+    """The content without its part of speech, and that. BadRow for more than one, or one of another role."""
+    parts = [content] if isinstance(content, Mapping) else content
+    if not isinstance(parts, list | tuple):
+        return content, None
+    found = [part for part in parts if isinstance(part, Mapping) and part.get("type") == "speech"]
+    if not found:
+        return content, None
+    if len(found) > 1 or role != "assistant":
+        raise BadRow(
+            place, "speech", f"message {number} ({role}) has {len(found)} parts of speech: one of an assistant"
+        )
+    (said,) = found
+    if (said.get("codes") is None) == (said.get("audio") is None):
+        raise BadRow(place, "speech", f"the speech of message {number} needs 'codes' or 'audio', one of them")
+    recorded = said.get("codes") is None
+    source = media_source(said, "audio") if recorded else said["codes"]
+    voice = said.get("voice")
+    if voice is not None and not isinstance(voice, str | int):
+        raise BadRow(place, "wrong type", f"the voice of message {number} is a {type(voice).__name__}")
+    return [part for part in parts if part is not said], Speech(source, recorded, voice)
 
 
 def _trained(fields: Fields) -> bool | None:
