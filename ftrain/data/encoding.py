@@ -130,7 +130,7 @@ class ChatEncoder:
             encoded = self._chat(sample)
         else:
             encoded = self._prose(sample) if isinstance(sample, Prose) else _tokens(sample)
-        said = [m.speech for m in sample.messages if m.role == "assistant"] if isinstance(sample, Chat) else []
+        said = self._said(sample) if isinstance(sample, Chat) else []
         spoken = any(said)
         if spoken:
             encoded = self._spoken(encoded, said, sample.place)
@@ -186,11 +186,19 @@ class ChatEncoder:
         learned &= ~np.isin(encoded.ids, list(self.media.unlearnt))
         return Encoded(encoded.ids, learned, tuple((part, sample.place) for part, _ in seen))
 
+    def _said(self, sample: Chat) -> list[Speech | None]:
+        """The speech of each turn of the assistant that is trained on. BadRow for speech that no talker learns."""
+        if self.speaking is None and any(message.speech for message in sample.messages):
+            detail = "it has speech, which a talker learns: `ftrain train sft --speech` of a whole Qwen omni model"
+            raise BadRow(sample.place, "speech", detail)
+        own = [message for message in sample.messages if message.role == "assistant"]
+        learned = [number for number, message in enumerate(own) if message.train is not False]
+        kept = learned[-1:] if self.train == "last" else learned
+        return [message.speech if number in kept else None for number, message in enumerate(own)]
+
     def _spoken(self, encoded: Encoded, said: Sequence[Speech | None], place: Place) -> Encoded:
         """With the arrays of its speech, and tokens behind it that stand for nothing where its talker needs more."""
-        if self.speaking is None:
-            detail = "it has speech, which a talker learns: `ftrain train sft --speech` of a whole Qwen omni model"
-            raise BadRow(place, "speech", detail)
+        assert self.speaking is not None
         leaves = self.speaking.leaves(encoded.ids, said, place)
         more = max(0, self.speaking.room(encoded.ids, leaves, place) - len(encoded.ids))
         ids, trained = np.pad(encoded.ids, (0, more)), np.pad(encoded.trained, (0, more))

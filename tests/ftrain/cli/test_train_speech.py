@@ -94,6 +94,12 @@ def raw(document):
     return {name: torch.from_numpy(leaf) for name, leaf in leaves.items()}
 
 
+def test_turns_that_are_not_trained_on_are_not_spoken_either(folder):
+    first, last = (talk("yes", frames)["messages"] for frames in (3, 4))
+    _, (group,) = rows_of(folder, [{"messages": [first[0], {**first[1], "train": False}, *last]}])
+    assert group.documents[0].media["speech_frames"].tolist() == [0, 4]
+
+
 def test_a_codec_makes_codes_of_recordings(folder, tmp_path):
     told = {**tiny_mimi.TINY, "codebook_size": 8, "num_quantizers": 5}
     codec = tiny_mimi.module(told)
