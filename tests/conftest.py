@@ -22,10 +22,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays: a search for garbage need not look at it again, thousands of times."""
-    gc.freeze()
-
-
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)

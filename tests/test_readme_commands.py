@@ -2,7 +2,8 @@
 
 `COMMANDS` knows each: a command of README that it does not know fails, as does a row that README no longer has. The
 arguments of all are read as README writes them, by the program's own options; what would take long is then run with
-smaller ones. The few commands that are long even so, are run by `make test-exhaustive`.
+smaller ones. Commands that are long even so, or whose program has a test that runs it, are left to
+`make test-exhaustive`, which runs all of them in a shell.
 """
 
 import ast
@@ -22,7 +23,8 @@ import torch
 import tyro
 
 from ftrain.cli.main import SUBCOMMANDS, parse
-from tests.helpers import readme_folders
+from tests.helpers.rank_processes import Ended, run_program
+from tests.helpers.readme_folders import Folders
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("make", "python", "python3", "ftrain", "torchrun", "pip")
@@ -42,7 +44,7 @@ class Command:
     the test, `{hf}` a small model of Hugging Face's, with the same as a checkpoint in `{hf}/ckpt`, `{chat}` a small
     chat model with an adapter and data files, `{video}` a small pipeline of Wan's with films, a cache and an adapter.
     `ends`: the exit codes that are right, `says`: what is printed, `leaves`: a file that is there afterwards. `long`:
-    more than ten seconds of a core even so.
+    more than five seconds of a core even so, or run as it is by a test of its program.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -61,7 +63,7 @@ COMMANDS = {
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": Command(
         appended="--dry-run --no-deps", says="torch"
     ),
-    "python -m experiments.omni_moe": Command(appended=SMALL, leaves="run/samples.png"),
+    "python -m experiments.omni_moe": Command(appended=SMALL, leaves="run/samples.png", long=True),
     "torchrun --nproc-per-node 8 -m experiments.omni_moe --sequence 2 --expert 4": Command(
         {"8": "2", "4": "2"}, SMALL, says="sequence 2, expert 2 (process)", leaves="run/summary.json", long=True
     ),
@@ -96,12 +98,14 @@ COMMANDS = {
             ("agent", "--small --threads 1 --out {here}/run"),
         )
     },
-    "python -m experiments.recommend": Command(appended="--steps 2 --batch 32 --people 40", says="CTCVR AUC"),
+    "python -m experiments.recommend": Command(
+        appended="--steps 2 --batch 32 --people 40", says="CTCVR AUC", long=True
+    ),
     "python -m experiments.bench.step": Command(
-        appended="--quick --rounds 1 --no-compiled --only overhead", says="overhead of a call"
+        appended="--quick --rounds 1 --no-compiled --only overhead", says="overhead of a call", long=True
     ),
     "python -m experiments.bench.gpu --out results": Command(  # without a card its stages end, and it says so
-        {"results": "{here}/results"}, "--only machine --tiny", ends=(0, 1), leaves="results/gpu.json"
+        {"results": "{here}/results"}, "--only machine --tiny", ends=(0, 1), leaves="results/gpu.json", long=True
     ),
     "python -m experiments.bench.generate": Command(appended="--quick --rounds 1 --only llama", says="llama"),
     "python -m experiments.bench.parallel": Command(  # goals of time are for a machine that does nothing else
@@ -121,7 +125,9 @@ COMMANDS = {
     ),
     "python -m experiments.bench.crash": Command(appended="--kills 1 --mib 1", says="while writing"),
     "python -m experiments.bench.coverage": Command(
-        appended="--set causal_lm --only gpt2 --columns equal --json {here}/coverage-causal_lm.json", says="gpt2"
+        appended="--set causal_lm --only gpt2 --columns equal --json {here}/coverage-causal_lm.json",
+        says="gpt2",
+        long=True,
     ),
     "python -m experiments.bench.pretrained": Command(
         appended="--folder {chat} --steps 2 --new 4 --sides native --meshes 'one device'", says="native", long=True
@@ -133,10 +139,13 @@ COMMANDS = {
     "python -m experiments.bench.omni": Command(
         appended="--quick --models qwen2.5-vl --tokens 512", says="useful tokens", ends=(0, 1), long=True
     ),
-    "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences"),
+    "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences", long=True),
     **{
         f"ftrain train {task} --model DIR --data {file} --out runs/{run}{lora}": Command(
-            {"DIR": "{chat}", file: "{chat}/" + file, f"runs/{run}": "{here}/run"}, SHORT_RUN, leaves=f"run/{leaf}"
+            {"DIR": "{chat}", file: "{chat}/" + file, f"runs/{run}": "{here}/run"},
+            SHORT_RUN,
+            leaves=f"run/{leaf}",
+            long=True,
         )
         for task, file, run, lora, leaf in (
             ("sft", "chat.jsonl", "chat", "", "model"),
@@ -302,42 +311,60 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What commands are run on, by the names of `Command`."""
-    kinds = {"hf": readme_folders.write_model, "chat": readme_folders.write_chat, "video": readme_folders.write_video}
-    return {name: write(tmp_path_factory.mktemp(name)) for name, write in kinds.items()}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory.mktemp)
 
 
-def run(command: str, programs: Path, folders: dict[str, Path], here: Path) -> None:
+def written(command: str, folders: Folders, here: Path) -> str:
+    """The command with its words replaced and its options appended."""
     how, line = COMMANDS[command], command
     for old, new in how.replaced.items():
         line = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", lambda _, new=new: new, line)
-    line = f"{line} {how.appended}"
-    for name, folder in {"here": here, **folders}.items():
-        line = line.replace(f"{{{name}}}", str(folder))
-    packages = [str(ROOT), str(Path(torch.__file__).parents[1])]
-    env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": os.pathsep.join(packages), "FTRAIN_CACHE": str(here / "cache"), "COLUMNS": "160"}
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False
-    )
-    told = f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert done.returncode in how.ends, told
-    assert "Traceback" not in done.stderr, told
-    assert how.says in " ".join(done.stdout.split()), told
+    line = f"{line} {how.appended}".replace("{here}", str(here))
+    return re.sub(r"\{(hf|chat|video)\}", lambda named: str(folders[named[1]]), line)
+
+
+def check(command: str, line: str, ended: Ended, here: Path) -> None:
+    how, told = COMMANDS[command], f"{line}\n{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
+    assert ended.code in how.ends, told
+    assert "Traceback" not in ended.stderr, told
+    assert how.says in " ".join(ended.stdout.split()), told
     assert (here / how.leaves).exists(), told
+
+
+def in_a_shell(line: str, programs: Path, here: Path) -> Ended:
+    packages = [str(ROOT), str(Path(torch.__file__).parents[1])]
+    env = {**os.environ, **surroundings(here), "PYTHONPATH": os.pathsep.join(packages), "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def surroundings(here: Path) -> dict[str, str]:
+    return {"FTRAIN_CACHE": str(here / "cache"), "COLUMNS": "160"}
+
+
+def forked(line: str, here: Path) -> Ended:
+    """The programs of a line one after the other, each in a process that need not import torch again."""
+    for part in line.split(" && "):
+        if (ended := run_program(shlex.split(part), here, surroundings(here), cwd=ROOT)).code != 0:
+            return ended
+    return ended
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SHORT)
-def test_the_command_runs(command: str, programs: Path, folders: dict[str, Path], tmp_path: Path) -> None:
-    run(command, programs, folders, tmp_path)
+def test_the_command_runs(command: str, programs: Path, folders: Folders, tmp_path: Path) -> None:
+    line = written(command, folders, tmp_path)
+    ours = command.startswith(("ftrain ", "python -m experiments."))
+    check(command, line, forked(line, tmp_path) if ours else in_a_shell(line, programs, tmp_path), tmp_path)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("command", LONG)
-def test_the_long_command_runs(command: str, programs: Path, folders: dict[str, Path], tmp_path: Path) -> None:
-    run(command, programs, folders, tmp_path)
+@pytest.mark.parametrize("command", [*SHORT, *LONG])
+def test_the_command_runs_in_a_shell(command: str, programs: Path, folders: Folders, tmp_path: Path) -> None:
+    line = written(command, folders, tmp_path)
+    check(command, line, in_a_shell(line, programs, tmp_path), tmp_path)
 
 
 def absent(modules: list[str]) -> list[str]:

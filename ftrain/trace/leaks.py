@@ -184,8 +184,9 @@ def require_none_left(made: Made, modules: Modules) -> None:
     if not _remaining(made):
         return
     modules.restore()
-    if _remaining(made):
-        gc.collect()
+    for generation in (1, 2):  # young garbage first: to look at all objects of a process takes a part of a second
+        if _remaining(made):
+            gc.collect(generation)
     left = _remaining(made)
     while left:
         where = _holder(left[0], [left])

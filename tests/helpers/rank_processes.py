@@ -6,7 +6,7 @@ import runpy
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -51,17 +51,35 @@ class Ended:
     stderr: str
 
 
-def run_script(script: Path, world: int, *arguments: str, seconds: float = 60) -> list[Ended]:
+def run_script(script: Path, world: int, *arguments: str, seconds: float = 60, cwd: Path | None = None) -> list[Ended]:
     """A script as `torchrun` would run it in `world` processes: with the ranks' variables, as `__main__`.
 
-    Nobody ends a rank because another has failed, as torchrun does. AssertionError if one does not end by itself.
+    `cwd`: the folder that it runs in. Nobody ends a rank because another has failed, as torchrun does. AssertionError
+    if one does not end by itself.
     """
     port = free_port()
     codes = _ended(
-        [(_script, (script, rank, world, port, arguments)) for rank in range(world)], seconds=seconds, lost=()
+        [(_script, (script, rank, world, port, arguments, cwd)) for rank in range(world)], seconds=seconds, lost=()
     )
     said = [[_log(script, rank, name).read_text() for name in ("stdout", "stderr")] for rank in range(world)]
     return [Ended(code, *texts) for code, texts in zip(codes, said, strict=True)]
+
+
+def run_module(module: str, world: int, folder: Path, *arguments: str, seconds: float = 500) -> list[Ended]:
+    """As `run_script`, but for `-m MODULE`; `folder`: where what the ranks say is kept."""
+    script = folder / f"{module.replace('.', '_')}.py"
+    script.write_text(f"import runpy\n\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n")
+    return run_script(script, world, *arguments, seconds=seconds)
+
+
+def run_program(words: list[str], folder: Path, env: Mapping[str, str], *, cwd: Path, seconds: float = 500) -> Ended:
+    """`ftrain ...` or `python -m MODULE ...` as a process of its own, forked where the imports of all are done.
+
+    `folder`: where what it says is kept. AssertionError if it does not end by itself.
+    """
+    log = folder / "program"
+    (code,) = _ended([(_program, (words, log, dict(env), cwd))], seconds=seconds, lost=())
+    return Ended(code, *(_log(log, 0, name).read_text() for name in ("stdout", "stderr")))
 
 
 def free_port() -> int:
@@ -110,9 +128,25 @@ def _log(script: Path, rank: int, name: str) -> Path:
     return script.with_name(f"{script.stem}.{rank}.{name}")
 
 
-def _script(script: Path, rank: int, world: int, port: int, arguments: tuple[str, ...]) -> None:
+def _said_to(file: Path, rank: int) -> None:
+    """What the process says from now on goes to files beside this one."""
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(_log(script, rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(_log(file, rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+
+
+def _program(words: list[str], log: Path, env: dict[str, str], cwd: Path) -> None:
+    _said_to(log, 0)
+    os.environ |= env
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    module = {"ftrain": "ftrain.cli.main"}.get(words[0]) or words[2]
+    sys.argv = [module, *words[1 if words[0] == "ftrain" else 3 :]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _script(script: Path, rank: int, world: int, port: int, arguments: tuple[str, ...], cwd: Path | None) -> None:
+    os.chdir(cwd or os.getcwd())
+    _said_to(script, rank)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)

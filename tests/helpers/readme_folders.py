@@ -1,5 +1,6 @@
 """What the commands of README are run on: small models with random weights, data files, adapters."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tests.helpers.chat_folders import chats, preferences, write_chat_model, wri
 from tests.helpers.tiny_wan_pipeline import write_films, write_pipeline
 
 
-def write_model(folder: Path) -> Path:
+def write_hf(folder: Path) -> Path:
     """A small model in Hugging Face's format, and beneath it as a checkpoint."""
     cfg = decoder.preset("qwen3-moe-tiny")
     save_hf(ftrain.init(decoder.specs(cfg), ftrain.key(0)), folder, hf_config(cfg), decoder_names(cfg))
@@ -46,3 +47,16 @@ def write_video(folder: Path) -> Path:
     adapter = lora.add(native_wan(folder / "wan/transformer"), ["to_q"], rank=2)
     lora.save(adapter.init(ftrain.key(0)), adapter, folder / "adapter", task=None)
     return folder
+
+
+_WRITERS = {"hf": write_hf, "chat": write_chat, "video": write_video}
+
+
+class Folders(dict[str, Path]):
+    """What commands are run on, by the names of `Command`; each is written when it is asked for."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        self._make = make
+
+    def __missing__(self, name: str) -> Path:
+        return self.setdefault(name, _WRITERS[name](self._make(name)))
