@@ -163,9 +163,9 @@ def _relative(a: Tensor, b: Tensor, largest: float) -> float:
 
 @functools.cache
 def on_one_device(model: Model, packs: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """Parameters, batch, and what the step makes of them."""
+    """Parameters, batch, and what the step makes of them, op by op."""
     batch, params = model.batch(packs), model.params(dtype)
-    return params, batch, ftrain.jit(model.step)(params, batch)
+    return params, batch, model.step(params, batch)
 
 
 def plan_for(model: Model, mesh: Mesh, *args: Layout, components: Mapping[str, Layout] = MappingProxyType({})) -> Plan:

@@ -41,7 +41,7 @@ def case(*values, mesh, how, number, every):
 
 
 # Of these, one in so many still has each size of each axis and, but for the ids, each way to share a sequence.
-EVERY = {"dense": 5, "mixture": 11, "diffusion": 5, "diffusion of ids": 11}
+EVERY = {"dense": 5, "mixture": 14, "diffusion": 5, "diffusion of ids": 11}
 CASES = [
     case(name, mesh=mesh, how=how, number=i, every=EVERY[name])
     for name in MODELS

@@ -16,7 +16,7 @@ from tests.helpers.mesh_models import dense, diffusion, mixture, omni, plan_for
 from tests.helpers.rank_processes import run as run_processes
 
 either_way = pytest.mark.parametrize("run", [lambda f: f, ftrain.jit], ids=["eager", "jit"])
-MODELS = {"dense": dense(), "mixture": mixture(), "omni": omni(), "diffusion": diffusion()}
+MODELS = {"dense": dense(layers=1), "mixture": mixture(layers=1), "omni": omni(), "diffusion": diffusion()}
 
 
 def gradients(model, loss=None):
@@ -31,10 +31,10 @@ def gradients(model, loss=None):
 
 @functools.cache
 def whole(name, packs):
-    """The un-accumulated step on one device."""
+    """The un-accumulated step on one device, op by op."""
     model = MODELS[name]
     params, batch = model.params(torch.float64), model.batch(packs)
-    return params, batch, ftrain.jit(gradients(model))(params, batch)
+    return params, batch, gradients(model)(params, batch)
 
 
 def assert_equal(found, expected, *, within=1e-12):
@@ -43,7 +43,10 @@ def assert_equal(found, expected, *, within=1e-12):
         assert float((a - b).abs().max()) <= within * max(1.0, largest), path
 
 
-@pytest.mark.parametrize("name", MODELS)
+LONG = pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture", "diffusion", pytest.param("omni", marks=LONG)])
 def test_the_accumulated_step_is_the_step_on_one_device(name):
     model, (params, batch, expected) = MODELS[name], whole(name, 4)
     loss = ftrain.accumulate(model.loss, 4, has_aux=True, batch=model.rules)
@@ -57,13 +60,13 @@ ULYSSES, RING = Mesh(shard=2, sequence=2, kind="virtual"), Mesh(sequence=4, kind
 @pytest.mark.parametrize(
     ("name", "mesh", "layout"),
     [
-        ("dense", FSDP, Layout()),
+        pytest.param("dense", FSDP, Layout(), marks=LONG),  # other models' meshes are of this axis too
         ("mixture", COPIES, Layout()),
         ("mixture", RING, Layout(sequence=Hybrid(ulysses=2))),
         ("diffusion", ULYSSES, Layout()),
-        pytest.param("omni", FSDP, Layout(), marks=pytest.mark.exhaustive),  # the next one's mesh is of this axis too
+        pytest.param("omni", FSDP, Layout(), marks=LONG),
         ("omni", ULYSSES, Layout()),
-        ("dense", RING, Layout(sequence=Ring())),
+        pytest.param("dense", RING, Layout(sequence=Ring()), marks=LONG),  # a part of the hybrid one
     ],
     ids=["fsdp", "copies", "hybrid", "diffusion", "media", "media-ulysses", "ring"],
 )

@@ -59,14 +59,17 @@ SINKS = of_layers(ATTENTION, mix)
 CAPPED = of_layers(ATTENTION, partial(mix, softcap=2.0, window=9))
 
 
+LONG = pytest.mark.exhaustive
+
+
 @pytest.mark.parametrize("how", HOWS, ids=str)
-@pytest.mark.parametrize("model", [SINKS, CAPPED], ids=["sinks", "sinks and a cap"])
+@pytest.mark.parametrize("model", [pytest.param(SINKS, marks=LONG), CAPPED], ids=["sinks", "sinks and a cap"])
 def test_sinks_are_trained_on_a_mesh(model, how):
     mesh = Mesh(shard=2, sequence=4, kind="virtual")
     assert max(compare(model, plan_for(model, mesh, Layout(sequence=how)), dtype=torch.float64)) < 1e-11
 
 
-@pytest.mark.parametrize("options", [{"remat": "layer"}, {"remat": "all"}], ids=str)
+@pytest.mark.parametrize("options", [{"remat": "layer"}, pytest.param({"remat": "all"}, marks=LONG)], ids=str)
 @pytest.mark.parametrize("model", [SINKS, CAPPED], ids=["sinks", "sinks and a cap"])
 def test_sinks_are_trained_with_recompute(model, options):
     params, batch = model.params(torch.float32), model.batch(1)
@@ -100,23 +103,27 @@ def network(p, x_TD, batch):
 EXPERTS, WHOLE_EXPERTS = of_layers(expert_specs(), network), of_layers(expert_specs(None), network)
 
 
+LAYOUTS = {
+    "dropless": Layout(experts=Dropless()),
+    "chunks": Layout(experts=Dropless(), expert_chunks=2),
+    "capacity": Layout(experts=CapacityFactor(16.0)),
+    "not divided": Layout(experts=None),
+}
+MESHES = [Mesh(shard=2, expert=2, kind="virtual"), Mesh(1, 2, 2, 4, "virtual"), Mesh(2, 4, 1, 2, "virtual")]
+OF_THE_SUITE = [("dropless", 1), ("dropless", 2), ("chunks", 1), ("capacity", 2), ("not divided", 0)]
+"""Each layout and each mesh."""
+
+
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "mesh"),
     [
-        Layout(experts=Dropless()),
-        Layout(experts=Dropless(), expert_chunks=2),
-        Layout(experts=CapacityFactor(16.0)),
-        Layout(experts=None),
+        pytest.param(name, mesh, id=f"{name}-{mesh}", marks=[] if (name, i) in OF_THE_SUITE else LONG)
+        for name in LAYOUTS
+        for i, mesh in enumerate(MESHES)
     ],
-    ids=["dropless", "chunks", "capacity", "not divided"],
 )
-@pytest.mark.parametrize(
-    "mesh",
-    [Mesh(shard=2, expert=2, kind="virtual"), Mesh(1, 2, 2, 4, "virtual"), Mesh(2, 4, 1, 2, "virtual")],
-    ids=str,
-)
-def test_experts_are_trained_on_a_mesh(mesh, layout):
-    assert max(compare(EXPERTS, plan_for(EXPERTS, mesh, layout), dtype=torch.float64)) < 1e-11
+def test_experts_are_trained_on_a_mesh(layout, mesh):
+    assert max(compare(EXPERTS, plan_for(EXPERTS, mesh, LAYOUTS[layout]), dtype=torch.float64)) < 1e-11
 
 
 def test_experts_whose_dim_has_no_name_stay_where_their_tokens_are():
@@ -151,7 +158,7 @@ def test_leaves_may_be_changed_before_they_are_given():
     assert "all_to_all" in text
 
 
-@pytest.mark.parametrize("remat", ["layer", "all"])
+@pytest.mark.parametrize("remat", ["layer", pytest.param("all", marks=LONG)])
 def test_experts_are_computed_again(remat):
     params, batch = EXPERTS.params(torch.float32), EXPERTS.batch(1)
     plain, again = ftrain.jit(EXPERTS.step), ftrain.jit(EXPERTS.step, remat=remat)
