@@ -62,9 +62,14 @@ def test_initial_values_come_from_the_key_alone(model: Model) -> None:
         assert torch.equal(a, c) == bool((a == a.flatten()[0]).all()), f"{path}: constants alone do not see the key"
 
 
-def test_recompute_of_layers_changes_no_bit(model: Model) -> None:
+@pytest.fixture(scope="module")
+def step(model: Model) -> ftrain.Step:
+    return ftrain.jit(model.step)
+
+
+def test_recompute_of_layers_changes_no_bit(model: Model, step: ftrain.Step) -> None:
     params, batch = model.params(torch.float32), model.batch(1)
-    plain = ftrain.jit(model.step)(params, batch)
+    plain = step(params, batch)
     again = ftrain.jit(model.step, remat="layer" if "layers" in model.specs else "all")(params, batch)
     for path, a, b in zip(tree.paths(plain), tree.leaves(plain), tree.leaves(again), strict=True):
         assert torch.equal(a, b), path
@@ -77,8 +82,8 @@ def test_a_mesh_gives_what_one_device_gives(model: Model, mesh: Mesh) -> None:
     assert gradients < 1e-11
 
 
-def test_other_numbers_of_the_same_shapes_are_not_traced_again(model: Model) -> None:
-    step, params = ftrain.jit(model.step), model.params(torch.float32)
+def test_other_numbers_of_the_same_shapes_are_not_traced_again(model: Model, step: ftrain.Step) -> None:
+    params = model.params(torch.float32)
     for n in range(3):
         step(params, tree.map(lambda x, n=n: x * (1 + n) if x.is_floating_point() else x, model.batch(1)))
     assert step.traces == 1
