@@ -181,7 +181,7 @@ def run(options: Slurm | Kubeflow | Skypilot) -> int:
             raise ValueError(f"--{size} {getattr(options, size)} must be at least 1")
     if options.out.exists():
         raise ValueError(f"--out {options.out} is there already")
-    options.out.write_text(options.text())
+    options.out.write_text(options.text(), encoding="utf-8")
     print(f"wrote {options.out}")
     return 0
 

@@ -43,7 +43,7 @@ def run(options: ReportOptions) -> int:
     for name, points in record.series("loss", *record.terms).items():
         console.print(f"{name:>16} {bars([value for _, value in points])} {points[-1][1]:.4f}", markup=False)
     if options.html is not None:
-        options.html.write_text(html_of(record))
+        options.html.write_text(html_of(record), encoding="utf-8")
         console.print(f"wrote {options.html}")
     return 0
 
@@ -92,10 +92,11 @@ def _headline(told: str) -> tuple[str, str]:
 def _samples(path: Path) -> list[list[Cell]]:
     try:
         with Folder(path) as folder:
-            lines = folder.read("samples.jsonl", limit=JSON_BYTES).decode(errors="replace").splitlines()
+            lines = folder.read("samples.jsonl", limit=JSON_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return []
-    rows = [json.loads(line) for line in lines[-_SAMPLES:]]
+    # by the line feed alone: other ends of lines, as U+2028 is one, may stand in an answer
+    rows = [json.loads(line) for line in lines.split("\n") if line][-_SAMPLES:]
     return [[(float(row["step"]), str(row["step"])), str(row["prompt"]), str(row["answer"])] for row in rows]
 
 

@@ -50,7 +50,7 @@ def write_page(result: Result, file: str | Path, *, title: str, cluster: Cluster
         ),
     ]
     subtitle = f"{len(result.prices)} layouts fit, {sum(r.number for r in result.rejected)} are rejected"
-    file.write_text(page(title, subtitle, [], cards, sections))
+    file.write_text(page(title, subtitle, [], cards, sections), encoding="utf-8")
     return file
 
 

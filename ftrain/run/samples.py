@@ -82,6 +82,6 @@ def documents_of(held_out: HeldOut, count: int) -> tuple[Document, ...]:
 
 def write(folder: Path, step: int, answered: Sequence[tuple[str, str]]) -> None:
     """Append prompts and answers to the run's file. OSError where the disk does not take them."""
-    with (folder / FILE).open("a") as file:
+    with (folder / FILE).open("a", encoding="utf-8") as file:
         for prompt, answer in answered:
             file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")

@@ -326,7 +326,8 @@ def answer(t: Training, number: int, state: TrainState) -> None:
     if t.samples is None or not t.samples.prompts:
         return
     answered = t.samples.of(t.recipe, with_average(state) if t.averaged else state)
-    t.report.say(f"  {answered[0][0].splitlines()[-1][-60:]!r} -> {answered[0][1]!r}")
+    prompt, words = answered[0]
+    t.report.say(f"  {prompt.rpartition(chr(10))[2][-60:]!r} -> {words!r}")
     if t.files is not None:
         try:
             write(t.folder, number, answered)

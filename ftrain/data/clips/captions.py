@@ -88,7 +88,7 @@ def _of_list(folder: Path, listed: Path) -> list[Video]:
     if listed.suffix == ".csv":
         rows = list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 2))
     elif listed.suffix == ".jsonl":
-        lines = ((n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())  # U+2028 is of a text
         rows = [(n, parse(line, f"{listed}, row {n}")) for n, line in lines]
     else:
         raise ValueError(f"--captions {listed}: a list is .csv or .jsonl")

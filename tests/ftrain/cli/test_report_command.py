@@ -5,6 +5,7 @@ import pytest
 from ftrain.cli.main import main
 from ftrain.run.folder import read_metrics
 from ftrain.run.record import read_record
+from ftrain.run.samples import write
 from tests.helpers.chat_folders import chats, write_chat_model, write_rows
 
 
@@ -29,6 +30,7 @@ def finished(model, tmp_path_factory):
 
 
 def test_a_run_is_told_on_the_terminal_and_as_a_page(finished, tmp_path, capsys):
+    write(finished, 4, [("asked\u2028of", "said\x85so")])
     assert main(["report", str(finished), "--html", str(tmp_path / "run.html")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     losses = [row["loss"] for row in read_metrics(finished) if "loss" in row]
@@ -45,7 +47,9 @@ def test_a_run_is_told_on_the_terminal_and_as_a_page(finished, tmp_path, capsys)
         "folders adapter",
     ):
         assert words in shown
-    page = (tmp_path / "run.html").read_text()
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "asked\u2028of" in page
+    assert "said\x85so" in page
     assert page.count("<polyline") == 4  # the loss, the held-out one, the norm, the speed
     assert "&quot;rank&quot;: 2" in page
 

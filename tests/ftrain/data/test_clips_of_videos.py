@@ -26,6 +26,8 @@ def test_captions_are_in_a_list_or_beside_the_videos(tmp_path):
     other.write_text('{"video": "a.mp4", "caption": "four"}\n\n{"video": "gone.mp4", "caption": "five"}\n')
     with pytest.raises(ValueError, match=r"other.jsonl, row 3: .*gone.mp4 is missing"):
         videos_of(tmp_path, other)
+    other.write_text('{"video": "a.mp4", "caption": "six\u2028seven\x85"}\n', encoding="utf-8")
+    assert [v.caption for v in videos_of(tmp_path, other)] == ["six\u2028seven\x85"]
     other.write_text('{"video": "a.mp4"}\n')
     with pytest.raises(ValueError, match=r"row 1: a row needs one of file_name, .* and one of text, caption, prompt"):
         videos_of(tmp_path, other)
