@@ -58,8 +58,9 @@ def film_header(source: Any, place: Place, limits: Limits, *, rate: float) -> Fi
 
 
 def frames_at(source: Any, place: Place, limits: Limits, numbers: Sequence[int]) -> np.ndarray:
-    """The frames with these numbers, from 0, in rising order: uint8 `[F, H, W, 3]`. Where a film has fewer frames than
-    its header tells, the last one is taken for those that are missing. BadRow as `film_header`.
+    """The frames with these numbers, from 0, in rising order: uint8 `[F, H, W, 3]`. Headers may tell of some frames too
+    many: the last one is taken for those. BadRow as `film_header`, and for a film that breaks off: it lacks more than
+    two frames, and more than one in twenty.
     """
     if isinstance(source, np.ndarray):
         return source[np.minimum(numbers, len(source) - 1)]
@@ -78,6 +79,9 @@ def frames_at(source: Any, place: Place, limits: Limits, numbers: Sequence[int])
                 break
         if frame is None:
             raise BadRow(place, "broken media", f"{name} has no frame that can be read")
+        if len(found) < len(numbers) and numbers[-1] - number > max(2, numbers[-1] // 20):
+            told = f"{name} breaks off behind frame {number}: its header tells of {numbers[-1] + 1} or more"
+            raise BadRow(place, "broken media", told)
         found += [_array(frame)] * (len(numbers) - len(found))
     return np.stack(found)
 

@@ -7,6 +7,7 @@ pytest.importorskip("av")
 
 import av
 
+from ftrain.data.media.film_frames import film_header, frames_at
 from ftrain.data.media.limits import Limits
 from ftrain.data.media.video import read_video
 from ftrain.data.rejects import BadRow
@@ -22,7 +23,7 @@ def film(frames=24, rate=8, size=(48, 64), sound=False):
         stream = container.add_stream("ffv1", rate=rate)
         stream.height, stream.width, stream.pix_fmt = *size, "bgr0"
         for i in range(frames):
-            array = np.full((*size, 3), 10 * i, np.uint8)
+            array = np.full((*size, 3), 10 * i % 256, np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode(None):
@@ -74,3 +75,16 @@ def test_what_is_too_large_or_no_film_is_a_named_reject(source, limits, kind):
     with pytest.raises(BadRow, match=r"row 4: ") as error:
         read_video(source, PLACE, limits, rate=8)
     assert error.value.kind == kind
+
+
+def test_a_film_that_breaks_off_is_refused_and_one_frame_too_many_in_its_header_is_not():
+    whole = film(60)
+    assert frames_at(whole, PLACE, Limits(), [0, 7, 59, 60, 62]).mean(axis=(1, 2, 3)).tolist() == [
+        0.0, 70.0, 10 * 59 % 256, 10 * 59 % 256, 10 * 59 % 256
+    ]  # fmt: skip
+    cut = whole[: len(whole) // 2]
+    header = film_header(cut, PLACE, Limits(), rate=2.0)
+    assert header.frames == 60
+    with pytest.raises(BadRow, match=r"breaks off behind frame .*: its header tells of 60 or more") as error:
+        frames_at(cut, PLACE, Limits(), range(header.frames))
+    assert error.value.kind == "broken media"
