@@ -44,8 +44,10 @@ class GenerateOptions:
     """Of what is drawn."""
     image: tuple[Path, ...] = ()
     """Pictures that stand before the text of each prompt."""
+    video: tuple[Path, ...] = ()
+    """Films that stand behind the pictures, before the text of each prompt."""
     audio: tuple[Path, ...] = ()
-    """Recordings that stand behind the pictures, before the text of each prompt."""
+    """Recordings that stand behind pictures and films, before the text of each prompt."""
     image_pixels: int | None = None
     """The most pixels of a picture; default: what the model's folder says."""
     native: Native = "auto"
@@ -59,8 +61,7 @@ def run(options: GenerateOptions) -> int:
     if not prompts:
         raise ValueError('nothing is asked: give --prompt "..." or lines on standard input')
     media = family_of(options.model, tokenizer, image_pixels=options.image_pixels)
-    kinds: dict[Kind, tuple[Path, ...]] = {"image": options.image, "audio": options.audio}
-    for option, paths in kinds.items():
+    for option, paths in _files(options).items():
         if paths and (options.plain or media is None or option not in media.marks):
             why = (
                 "a plain text has none" if options.plain else f"how the model of {options.model} reads them is unknown"
@@ -74,7 +75,7 @@ def run(options: GenerateOptions) -> int:
     else:
         family = opened.model.family
         asked = [prompt_ids(tokenizer, prompt, system=options.system, plain=options.plain) for prompt in prompts]
-    if family is None or ((options.image or options.audio) and not isinstance(asked[0], Document)):
+    if family is None or (any(_files(options).values()) and not isinstance(asked[0], Document)):
         what = "generate" if family is None else "generate from media"
         raise ValueError(f"{options.model}: {opened.model.name} does not {what}")
     made = generate(
@@ -93,10 +94,15 @@ def run(options: GenerateOptions) -> int:
     return 0
 
 
+def _files(options: GenerateOptions) -> dict[Kind, tuple[Path, ...]]:
+    """The files of each kind of media, in the order in which they stand before a prompt."""
+    return {"image": options.image, "video": options.video, "audio": options.audio}
+
+
 def _seen(encoder: ChatEncoder, prompt: str, options: GenerateOptions) -> Document:
     """A chat up to where the assistant begins to speak, with its media. ValueError for one that cannot be read."""
-    media = [Part("image", source=str(path.absolute())) for path in options.image]
-    media += [Part("audio", source=str(path.absolute())) for path in options.audio]
+    files = _files(options).items()
+    media = [Part(kind, source=str(path.absolute())) for kind, paths in files for path in paths]
     turns = [say("system", options.system)] if options.system else []
     chat = Chat((*turns, Message("user", (*media, Part("text", prompt)))), place=Place("--prompt", 1))
     group = Group((encoder.ask(chat).document(),))

@@ -14,6 +14,7 @@ from ftrain.cli.main import main
 from ftrain.run.folder import read_metrics
 from tests.helpers.chat_folders import write_chat_model, write_rows
 from tests.helpers.seeing_folders import seen_chats, write_pictures, write_qwen
+from tests.helpers.tiny_wan_pipeline import write_film
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,15 @@ def test_an_adapter_learns_from_pictures(model, chat_file, tmp_path, capsys):
     assert "> what is it?\n" in capsys.readouterr().out
     assert main(["eval", *adapted, "--data", str(chat_file), "--tokens", "192", "--native", "never"]) == 0
     assert "of 16 documents; 0 rows were left out" in capsys.readouterr().out
+
+
+def test_prompts_may_be_about_a_picture_and_a_film(model, chat_file, tmp_path, capsys):
+    pytest.importorskip("av")
+    asked = ["generate", "--model", str(model), "--image", str(chat_file.parent / "0.png"), "--prompt", "which?"]
+    assert main([*asked, "--video", str(write_film(tmp_path / "a.mkv")), "--max-new", "2"]) == 0
+    assert "> which?\n" in capsys.readouterr().out
+    assert main([*asked, "--video", str(chat_file)]) == 2
+    assert "is no whole film of a known kind" in capsys.readouterr().err
 
 
 def test_rows_with_pictures_are_shown_and_counted(model, chat_file, capsys):
