@@ -12,7 +12,7 @@ from ftrain.bridge.opened import open as open_model
 from ftrain.bridge.tasks import task_of
 from ftrain.cli.train_options import KdTrain, RunOptions, TaskKind, TrainOptions
 from ftrain.data.media.families import reads_media
-from ftrain.hf.score_head import add_score_head
+from ftrain.hf.score_head import add_score_head, require_causal
 from ftrain.modules.model import Model
 from ftrain.remat.policy import Remat
 from ftrain.run.averages import with_average
@@ -20,6 +20,7 @@ from ftrain.run.media import copy_processor
 from ftrain.run.parts import trained_paths
 from ftrain.run.ranks import is_main
 from ftrain.run.recipe import START, STATE, Recipe, optimizer
+from ftrain.tasks.heads import Headed
 from ftrain.tasks.task import Task
 from ftrain.trace.precision import Precision
 
@@ -54,6 +55,8 @@ def recipe_with(
             model, flags.targets, rank=flags.rank, alpha=2.0 * flags.rank if flags.alpha is None else flags.alpha,
             rslora=flags.rslora, dora=flags.dora, dropout=flags.dropout,
         )  # fmt: skip
+    if isinstance(task, Headed) and (adapter is None or options.save_merged):
+        require_causal(options.model)
     rate = options.optimizer.schedule(steps, adapter is not None)
     if not 0 <= options.ema < 1:
         raise ValueError(f"--ema {options.ema} must be at least 0 and below 1, such as 0.999")

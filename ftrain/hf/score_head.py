@@ -7,8 +7,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ftrain.hf.files import read_json
+
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 _ONE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+def require_causal(folder: str | Path) -> None:
+    """ValueError for a folder of another model than one of `add_score_head`, as far as its config.json tells."""
+    where = Path(folder)
+    named = read_json(where / _CONFIG if where.is_dir() else where).get("architectures") or []
+    if named and not any(str(name).endswith((CAUSAL, "Model")) for name in named):
+        raise ValueError(
+            f"{folder}: a head of scores is written into the folder of a causal language model, and its config.json "
+            f"names {', '.join(map(str, named))}: train an adapter (--lora.rank 16), beside which the head is a file"
+        )
 
 
 def add_score_head(folder: str | Path, weight_CD: Tensor, *, pad: int | None = None) -> None:

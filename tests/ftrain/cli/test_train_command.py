@@ -25,6 +25,7 @@ from ftrain.run.recipe import Recipe, optimizer
 from ftrain.tasks import NextToken
 from ftrain.tasks.rows import TextRows
 from tests.helpers.chat_folders import chats, judgements, preferences, write_chat_model, write_rows
+from tests.helpers.seeing_folders import write_qwen
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -252,6 +253,13 @@ def test_rewards_of_chosen_answers_are_above_those_of_rejected_ones(model, tmp_p
     rows = read_metrics(out)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert (out / "adapter" / "score.safetensors").is_file()
+
+
+def test_a_head_that_no_folder_could_hold_is_refused_before_it_is_trained(tmp_path, capsys):
+    data, out = write_rows(tmp_path / "c.jsonl", [{"text": "ab", "label": i} for i in (0, 1)]), tmp_path / "run"
+    assert main(command("classify", write_qwen(tmp_path / "sees", layers=1), data, out, "--steps", "1")) == 2
+    assert "names Qwen2_5_VLForConditionalGeneration: train an adapter" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_questions_come_near_their_answers(model, tmp_path):
