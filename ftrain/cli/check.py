@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ftrain.bridge import check, from_transformers
+from ftrain.bridge.tasks import task_of
 from ftrain.kernels import random
 from ftrain.modules.spec import leaves_with_paths
 from ftrain.sharding import Mesh, Plan
@@ -13,8 +14,8 @@ from ftrain.sharding import Mesh, Plan
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """Compare the loss and every gradient of a folder's causal language model, as it is trained here, with those of the
-    plain module of transformers in float64. The exit code is 0 if they are equal, else 1."""
+    """Compare the loss and every gradient of a folder's causal language model, bridged (as --native never trains it),
+    with those of the plain module of transformers in float64. The exit code is 0 if they are equal, else 1."""
 
     model: Path
     """A folder in Hugging Face's format."""
@@ -36,6 +37,11 @@ class CheckOptions:
 
 def run(options: CheckOptions) -> int:
     """The command. ValueError for a folder without such a model, and sizes that do not fit the batch."""
+    if task_of(options.model, media=False) != "causal_lm":
+        raise ValueError(
+            f"{options.model}: its model reads media among its tokens, which this does not compare: ftrain eval with "
+            "--native never and with --native auto tells the loss of transformers' module and of the library's"
+        )
     model = from_transformers(options.model)
     mesh = Mesh(
         replicate=options.replicate, shard=options.shard, sequence=options.sequence, expert=options.expert,

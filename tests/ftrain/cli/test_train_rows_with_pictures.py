@@ -116,6 +116,8 @@ def test_prompts_may_be_about_a_picture_and_a_film(model, chat_file, tmp_path, c
     assert "> which?\n" in capsys.readouterr().out
     assert main([*asked, "--video", str(chat_file)]) == 2
     assert "is no whole film of a known kind" in capsys.readouterr().err
+    assert main(["check", "--model", str(model)]) == 2
+    assert "reads media among its tokens, which this does not compare: ftrain eval" in capsys.readouterr().err
 
 
 def test_rows_with_pictures_are_shown_and_counted(model, chat_file, capsys):
