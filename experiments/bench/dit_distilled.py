@@ -43,8 +43,8 @@ def iteration(*, quick: bool = False) -> Row:
         for made in (_student_step, _critic_step)
     )
     how = (
-        f"FLOPs of traced steps on shapes alone: {layers} blocks of width {cfg.d_model}, {side * side} patches; a critic's "
-        f"update {critic / once:.2f}, a student's {student / once:.2f} and once for {EVERY}, 4 steps of which 2.5 are "
+        f"FLOPs of traced steps on shapes alone: {layers} blocks of width {cfg.d_model}, {side * side} patches; a "
+        f"critic's update {critic / once:.2f}, a student's {student / once:.2f} and once for {EVERY}, 4 steps of which 2.5 are "
         "run in the mean, guidance in two calls, layers recomputed; peer: with all steps run before one is chosen"
     )
     cost = (critic + student / EVERY) / once

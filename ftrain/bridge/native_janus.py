@@ -13,10 +13,12 @@ from torch import Tensor
 from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, documents_of, places_of, require_made, require_tokens
 from ftrain.bridge.native import NativeFiles
+from ftrain.bridge.over_text import OverText
 from ftrain.hf.described import described_in_parts
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.kernels.mean import Mean, WeightedSum, weighted_sum
-from ftrain.modules import decoder, janus
+from ftrain.modules import janus
+from ftrain.modules.decoder_config import DecoderConfig
 from ftrain.modules.families import janus as family
 from ftrain.modules.janus import JanusConfig
 from ftrain.modules.janus_generation import janus_text
@@ -73,7 +75,7 @@ def native_janus(folder: HfFolder) -> Model:
 
 
 @dataclass(frozen=True)
-class NativeJanus:
+class NativeJanus(OverText):
     """The functions of a `Model`. It drops nothing, so a key makes no difference."""
 
     cfg: JanusConfig
@@ -109,30 +111,19 @@ class NativeJanus:
         hidden_TD, codes_n = self._run(params, batch)
         terms = dict[str, Mean]()
         if "labels" in batch:
-            terms["text"] = decoder.loss(params["text"], hidden_TD, batch["labels"].flatten(), self.cfg.text)
+            terms["text"] = self.mean(params, hidden_TD, batch["labels"])
         if codes_n is not None:
             terms["drawn"] = janus.drawn_loss(params, hidden_TD, codes_n, batch["media"]["drawn"]["index"])
         return terms
 
-    def token_losses(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
-        """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. ValueError for a batch that does
-        not fit.
-        """
-        del key
-        hidden_TD, labels_T = self._run(params, batch)[0], batch["labels"].flatten()
-        losses_T = decoder.token_losses(params["text"], hidden_TD, labels_T, self.cfg.text)
-        return losses_T.unflatten(0, batch["tokens"].shape)
+    @property
+    def text(self) -> DecoderConfig:
+        """The decoder."""
+        return self.cfg.text
 
-    def logits(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
-        """The scores of text `[T, V]` or `[B, L, V]`. ValueError for a batch that does not fit."""
-        del key
-        scores_TV = decoder.logits(params["text"], self._run(params, batch)[0], self.cfg.text)
-        return scores_TV.unflatten(0, batch["tokens"].shape)
-
-    def hidden(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
-        """What the heads read, `[T, D]` or `[B, L, D]`. ValueError for a batch that does not fit."""
-        del key
-        return self._run(params, batch)[0].unflatten(0, batch["tokens"].shape)
+    def states(self, params: Tree, batch: Mapping[str, Any]) -> Tensor:
+        """What the heads read of the folded tokens, `[T, D]`. ValueError for a batch that does not fit."""
+        return self._run(params, batch)[0]
 
     def _run(self, params: Tree, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         require_made(batch, RAW)

@@ -15,12 +15,13 @@ from ftrain.bridge.agreement import require_rows_for_tokens
 from ftrain.bridge.batches import LANGUAGE, documents_of, positions, require_made, require_tokens
 from ftrain.bridge.depth import with_layers
 from ftrain.bridge.native import NativeFiles, router_loads
+from ftrain.bridge.over_text import OverText
 from ftrain.hf.described import described_with_sight
 from ftrain.hf.files import CONFIG, HfFolder
 from ftrain.kernels.documents import Segments
 from ftrain.kernels.mean import Mean
 from ftrain.modules import decoder, vision_language
-from ftrain.modules.decoder_config import used_experts
+from ftrain.modules.decoder_config import DecoderConfig, used_experts
 from ftrain.modules.families.vision_language import VisionLanguageFamily
 from ftrain.modules.model import Leaf, Model, Towers
 from ftrain.modules.moe import RouterLoad
@@ -113,7 +114,7 @@ def _with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class NativeSight:
+class NativeSight(OverText):
     """The functions of a `Model` of a language model that sees. It drops nothing, so a key makes no difference."""
 
     cfg: VisionLanguageConfig
@@ -151,28 +152,17 @@ class NativeSight:
         if "labels" not in batch:
             raise ValueError("a loss needs the batch's 'labels'")
         hidden_TD, stats = self._run(params, batch)
-        mean = decoder.loss(params["text"], hidden_TD, batch["labels"].flatten(), self.cfg.text)
+        mean = self.mean(params, hidden_TD, batch["labels"])
         return mean, {f"text.{path}": load for path, load in router_loads(self.cfg.text, stats).items()}
 
-    def token_losses(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
-        """The cross entropy of each label, `[T]` or `[B, L]`, 0 where there is none. ValueError for a batch that does
-        not fit.
-        """
-        del key
-        hidden_TD, labels_T = self._run(params, batch)[0], batch["labels"].flatten()
-        losses_T = decoder.token_losses(params["text"], hidden_TD, labels_T, self.cfg.text)
-        return losses_T.unflatten(0, batch["tokens"].shape)
+    @property
+    def text(self) -> DecoderConfig:
+        """The decoder."""
+        return self.cfg.text
 
-    def logits(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
-        """The scores `[T, V]` or `[B, L, V]`. ValueError for a batch that does not fit."""
-        del key
-        scores_TV = decoder.logits(params["text"], self._run(params, batch)[0], self.cfg.text)
-        return scores_TV.unflatten(0, batch["tokens"].shape)
-
-    def hidden(self, params: Tree, batch: Mapping[str, Any], key: Tensor | None = None) -> Tensor:
-        """What the head reads, `[T, D]` or `[B, L, D]`. ValueError for a batch that does not fit."""
-        del key
-        return self._run(params, batch)[0].unflatten(0, batch["tokens"].shape)
+    def states(self, params: Tree, batch: Mapping[str, Any]) -> Tensor:
+        """What the head reads of the folded tokens, `[T, D]`. ValueError for a batch that does not fit."""
+        return self._run(params, batch)[0]
 
     def given(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Segments | None]:
         """What `ftrain.modules.vision_language` reads of a batch, folded, and its documents. ValueError for a batch
