@@ -39,13 +39,12 @@ def layer_norm(
     _check(x_ND, weight_D, bias_D)
     if choose_backend(backend, x_ND.device, _BACKENDS) == "reference":
         return layer_norm_reference(x_ND, weight_D, bias_D, eps=eps)
-    if all(p is None or p.dtype == x_ND.dtype for p in (weight_D, bias_D)):
-        return torch.nn.functional.layer_norm(x_ND, x_ND.shape[-1:], weight_D, bias_D, eps)
     wide = accumulate_dtype(x_ND.dtype)
-    weight_D, bias_D = (None if p is None else p.to(wide) for p in (weight_D, bias_D))
-    # A CPU mixes narrow rows with wide weights by itself, if all three statistics are wide.
-    if device_type(x_ND) == "cpu" and weight_D is not None and bias_D is not None:
+    given = {p.dtype for p in (weight_D, bias_D) if p is not None}
+    # A CPU sums the gradients of weights by narrow rows in their dtype, row by row: of many rows little would be left.
+    if given <= {x_ND.dtype} and (x_ND.dtype == wide or not given or device_type(x_ND) != "cpu"):
         return torch.nn.functional.layer_norm(x_ND, x_ND.shape[-1:], weight_D, bias_D, eps)
+    weight_D, bias_D = (None if p is None else p.to(wide) for p in (weight_D, bias_D))
     return torch.nn.functional.layer_norm(x_ND.to(wide), x_ND.shape[-1:], weight_D, bias_D, eps).to(x_ND.dtype)
 
 

@@ -5,6 +5,7 @@ Legend: N rows (any leading dims), I inputs, O outputs.
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ftrain.modules.spec import Init, ParamSpec, fan_in, zeros
@@ -36,4 +37,6 @@ def affine(x_NI: Tensor, w_IO: Tensor, b_O: Tensor | None = None) -> Tensor:
     """`x @ w (+ b)`, for blocks that name their weights themselves; raises `ValueError` where the widths differ."""
     if x_NI.shape[-1] != w_IO.shape[0]:
         raise ValueError(f"the last dim of x {list(x_NI.shape)} must be the first dim of the weight {list(w_IO.shape)}")
-    return x_NI @ w_IO if b_O is None else x_NI @ w_IO + b_O
+    if b_O is None:
+        return x_NI @ w_IO
+    return F.linear(x_NI, w_IO.mT, b_O)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftrain.kernels.documents import Documents
+from ftrain.kernels.dtypes import accumulate_dtype
 from ftrain.kernels.embedding import embedding
 from ftrain.modules import encoder_stack, mlp, norm
 from ftrain.modules.encoder_stack import StackConfig
@@ -157,9 +158,10 @@ def pool(params: Any, rows_BnD: Tensor, cfg: PictureConfig) -> Tensor:
     b_q, b_k, b_v = own["b_qkv_3D"].chunk(3)
     q_GK = affine(own["probe_11D"][0, 0], w_q, b_q).unflatten(-1, heads)
     k_BnGK, v_BnGK = (affine(rows_BnD, w, b).unflatten(-1, heads) for w, b in ((w_k, b_k), (w_v, b_v)))
-    scores_BnG = (k_BnGK * q_GK).sum(-1) * heads[1] ** -0.5
-    read_BD = (scores_BnG.softmax(1)[..., None] * v_BnGK).sum(1).flatten(1)
-    x_BD = affine(read_BD, own["w_o_DD"], own["b_o_D"])
+    wide = accumulate_dtype(rows_BnD.dtype)  # products of numbers, which no matrix product sums before they are rounded
+    scores_BnG = (k_BnGK.to(wide) * q_GK.to(wide)).sum(-1) * heads[1] ** -0.5
+    read_BD = (scores_BnG.softmax(1)[..., None] * v_BnGK.to(wide)).sum(1).flatten(1)
+    x_BD = affine(read_BD.to(rows_BnD.dtype), own["w_o_DD"], own["b_o_D"])
     return x_BD + mlp.apply(own["mlp"], norm.apply(own["norm"], x_BD, eps=cfg.eps), cfg=_pool_mlp(cfg))
 
 

@@ -152,7 +152,7 @@ def residuals(model: Any, states: Tensor, codes: Tensor) -> Tensor:
     for g in range(1, GROUPS):  # one prefix after the other, as in generation
         before = [tables[k - 1](codes[:, k]) for k in range(1, g)]
         logits = model.code_predictor(inputs_embeds=torch.stack([states, first, *before], 1), use_cache=False).logits
-        found = found + torch.nn.functional.cross_entropy(logits[:, -1], codes[:, g], reduction="sum")
+        found = found + torch.nn.functional.cross_entropy(logits[:, -1].float(), codes[:, g], reduction="sum")
     return found
 
 

@@ -202,7 +202,7 @@ def theirs(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
     layer, tokens, codes = ids.talker_config.accept_hidden_layer, one["tokens"], one["speech"]
     run = model.thinker(**asked_of(one), output_hidden_states=True)
     entropy = torch.nn.functional.cross_entropy
-    found = {"text": entropy(run.logits[0], one["labels"], reduction="sum")}
+    found = {"text": entropy(run.logits[0].float(), one["labels"], reduction="sum")}
     if not len(codes):
         return found
     embedded, states = run.hidden_states[0], run.hidden_states[layer]
@@ -230,7 +230,7 @@ def theirs(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
     at = torch.arange(x.shape[1] - len(codes), x.shape[1])
     ends = torch.tensor([talkers.SPEECH["codec_eos_token_id"]])
     labels = torch.cat([codes[:, 0], ends])
-    found["codes"] = entropy(model.talker.codec_head(hidden[at[0] - 1 :]), labels, reduction="sum")
+    found["codes"] = entropy(model.talker.codec_head(hidden[at[0] - 1 :]).float(), labels, reduction="sum")
     found["residuals"] = talkers.residuals(model.talker, hidden[at - 1], codes)
     return found
 
@@ -239,7 +239,7 @@ def theirs_of_old(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
     """The same of Qwen2.5-Omni, whose way to prompt its talker is within `generate`."""
     entropy = torch.nn.functional.cross_entropy
     run = model.thinker(**asked_of(one), output_hidden_states=True)
-    found = {"text": entropy(run.logits[0], one["labels"], reduction="sum")}
+    found = {"text": entropy(run.logits[0].float(), one["labels"], reduction="sum")}
     codes = one["speech"][:, 0]
     if not len(codes):
         return found
@@ -251,7 +251,7 @@ def theirs_of_old(model: Any, one: dict[str, Any]) -> dict[str, Tensor]:
     place = torch.cat([place, place[..., -1:] + 1 + torch.arange(len(codes))], -1)
     given = torch.cat([x, coded(codes) + more])[None]
     scores = model.talker(inputs_embeds=given, position_ids=place, use_cache=False).logits[0]
-    found["codes"] = entropy(scores[len(x) - 1 :], torch.cat([codes, torch.tensor([15])]), reduction="sum")
+    found["codes"] = entropy(scores[len(x) - 1 :].float(), torch.cat([codes, torch.tensor([15])]), reduction="sum")
     return found
 
 

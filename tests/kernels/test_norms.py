@@ -47,6 +47,7 @@ def test_gradients_over_many_pieces(dtype):
     calls = {
         "rms_norm": (rms_norm, (a, weight)),
         "rms_norm of heads": (rms_norm, (heads, head_weight)),
+        "layer_norm": (layer_norm, (a, weight.to(dtype), b[0])),
         "swiglu": (swiglu, (a, b)),
     }
     for name, (kernel, inputs) in calls.items():
