@@ -141,7 +141,7 @@ def described_talking(
     talkers, family = _family_of(config, shown), seeing_family_of(config)
     assert family is not None
     described = described_with_sight(config, shown, layers=len(shapes) or _MOST, describe=family.config)
-    thinker = family.laid(described, shapes)
+    thinker = family.laid(config, described, shapes)
     talker, names = talkers.talker(config, thinker, shapes)
     cfg = TalkingConfig(thinker, talker, flows=flows)
     return cfg, (*under(family.names(thinker, shapes), "thinker"), *under(names, "talker"))
