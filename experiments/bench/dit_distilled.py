@@ -44,8 +44,8 @@ def iteration(*, quick: bool = False) -> Row:
     )
     how = (
         f"FLOPs of traced steps on shapes alone: {layers} blocks of width {cfg.d_model}, {side * side} patches; a "
-        f"critic's update {critic / once:.2f}, a student's {student / once:.2f} and once for {EVERY}, 4 steps of which 2.5 are "
-        "run in the mean, guidance in two calls, layers recomputed; peer: with all steps run before one is chosen"
+        f"critic's update {critic / once:.2f}, a student's {student / once:.2f} and once for {EVERY}, 4 steps of which "
+        "2.5 are run in the mean, guidance in two calls, layers recomputed; peer: all steps are run, then one is chosen"
     )
     cost = (critic + student / EVERY) / once
     return row("distribution matching: forward passes of an iteration", cost, "", goal=_GOAL, peer=_OTHERS, how=how)
