@@ -108,6 +108,8 @@ class RunOptions:
     """Of new parameters, the order of the data, and dropout."""
     track: tuple[str, ...] = ()
     """Further logs: tensorboard, trackio, wandb, swanlab, mlflow."""
+    save_merged: bool = False
+    """With an adapter, also write the model with it, as a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,6 @@ class TrainOptions(RunOptions):
     plan: str | None = None
     """auto: search the fastest layout within --budget on these ranks at start-up; or a file that `ftrain plan --apply`
     wrote, whose mesh and packs are then taken."""
-    save_merged: bool = False
-    """With an adapter, also write the model with it, as a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

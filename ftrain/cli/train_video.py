@@ -63,8 +63,6 @@ class VideoTrain(RunOptions):
     show: ShowFlags = field(default_factory=ShowFlags)
     formats: tuple[Style, ...] = ("comfyui", "diffusers")
     """Files of an adapter beside PEFT's folder: comfyui, diffusers (a pipeline's load_lora_weights), kohya."""
-    save_merged: bool = False
-    """With an adapter, also write the transformer with it, as a folder."""
 
 
 def run(options: VideoTrain) -> int:
