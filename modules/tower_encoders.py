@@ -71,15 +71,20 @@ def seen(modality: str, image: np.ndarray, cfg: TowerConfig) -> Media:
     """A picture `[H, W, C]` or a film `[S, H, W, C]`, as numbers that the tower shall see, for the encoder `modality`.
 
     A picture is read as `cfg.frames` equal frames; so many frames of a film become one frame of patches, which attends
-    to itself. Tokens are read frame by frame and row by row. ValueError for sides that are not whole tokens, and for
-    frames that are not whole groups.
+    to itself. Tokens are read frame by frame and row by row. ValueError for sides that are not whole tokens, frames
+    that are not whole groups, and whole numbers, whose range is nobody's to guess.
 
     >>> cfg = TowerConfig(16, layers=1, heads=2, d_hidden=32, d_out=24, patch=2, channels=1, window=1)
     >>> item = seen("image", np.zeros((4, 8, 1)), cfg)
     >>> item.features["pixels_NC"].shape, item.order.tolist()
     ((8, 8), [0, 1])
     """
-    film_SHWC = np.asarray(image, np.float32)
+    film_SHWC = np.asarray(image)
+    if film_SHWC.dtype.kind != "f":
+        raise ValueError(
+            f"a picture of {film_SHWC.dtype}: give floating numbers in the range that the tower is fed with"
+        )
+    film_SHWC = film_SHWC.astype(np.float32)
     if film_SHWC.ndim == 3:
         film_SHWC = np.repeat(film_SHWC[None], cfg.frames, 0)
     token = cfg.patch * cfg.merge

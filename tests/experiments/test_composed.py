@@ -34,7 +34,7 @@ def few():
     time = np.arange(corpus.SAMPLES) / corpus.RATE
     waves = np.stack([np.sin(6.28 * (200 + 90 * n) * time) * (time < 0.4) / 5 for n in range(10)]).astype(np.float32)
     clips = Clips(waves, np.arange(10), np.zeros(10, np.int64), tuple(Delivery("v", 175, 40) for _ in range(10)))
-    images = Digits(*(x[:60] for x in digits.split()[0]))
+    images = Digits(*(x[:70] for x in digits.split()[0]))
     return documents.things((images, images), (clips, clips))
 
 

@@ -150,6 +150,7 @@ EAR = AudioTowerConfig(8, layers=1, heads=2, d_hidden=8, chunk=20, mels=4, table
         (lambda: tower_encoders.seen("read", np.zeros((4, 6, 1)), EYE), r"\[4, 6, 1\].* H and W multiples of 4"),
         (lambda: tower_encoders.seen("read", np.zeros((4, 4, 3)), EYE), r"takes \[H, W, 1\]"),
         (lambda: tower_encoders.seen("read", np.zeros((3, 4, 4, 1)), EYE), "S a multiple of 2"),
+        (lambda: tower_encoders.seen("read", np.zeros((4, 4, 1), np.uint8), EYE), "a picture of uint8"),
         (lambda: tower_encoders.hearing(EAR, 8, merge=4, **MARKS), "merge=4 does not divide the 10 rows"),
         (lambda: tower_encoders.hearing(replace(EAR, paired=True), 8, merge=2, **MARKS), "rows that are not paired"),
         (lambda: tower_encoders.heard("read", np.zeros(0), EAR, merge=2), "no samples"),
