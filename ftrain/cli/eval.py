@@ -56,15 +56,16 @@ def run(options: EvalOptions) -> int:
     console.print("\n".join(data.lines))
     loss = jit(opened.model.loss)
     found: list[Mean] = []
-    documents = rejected = 0
+    documents = rejected = unread = 0
     for step in data.loader:
         with torch.no_grad():
             found.append(loss(opened.params, step.batch))
         documents, rejected = documents + step.facts.documents, step.facts.rejected
+        unread += step.unread
     mean = Mean.pool(found)
     console.print(
         f"loss {mean.item():.4f} (perplexity {math.exp(min(mean.item(), 50)):.2f}) over {int(mean.count):,} tokens of "
-        f"{documents:,} documents; {rejected:,} rows were left out"
+        f"{documents - unread:,} documents; {rejected + unread:,} rows were left out"
     )
     return 0
 

@@ -47,11 +47,14 @@ class Facts(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step's `batch` for this process, facts of the whole step, and the position after it."""
+    """A step's `batch` for this process, facts of the whole step, the position after it, and how many documents that
+    the facts count for this process could not be read when their turn came (`Loader.finish`).
+    """
 
     batch: dict[str, Any]
     facts: Facts
     position: Position
+    unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,9 @@ class Loader:
             rejected=position.rejected,
             imbalance=_imbalance(found.plan, self._dealt(found)),
         )
-        return Step(batch, facts, position)
+        planned = sum(len(group.documents) for pack in self._own(found) for group in pack) if self.finish else 0
+        read = sum(len(group.documents) for pack in packs for group in pack) if self.finish else 0
+        return Step(batch, facts, position, planned - read)
 
 
 def _imbalance(plan: Plan, dealt_RM: np.ndarray) -> float:

@@ -105,8 +105,12 @@ def test_an_adapter_learns_from_pictures(model, chat_file, tmp_path, capsys):
     adapted = ["--model", str(model), "--adapter", str(out / "adapter")]
     assert main(["generate", *adapted, *asked]) == 0
     assert "> what is it?\n" in capsys.readouterr().out
-    assert main(["eval", *adapted, "--data", str(chat_file), "--tokens", "192", "--native", "never"]) == 0
-    assert "of 16 documents; 0 rows were left out" in capsys.readouterr().out
+    whole = chat_file.read_text().splitlines()
+    broken = chat_file.with_name("broken.jsonl")
+    (chat_file.parent / "cut.png").write_bytes((chat_file.parent / "0.png").read_bytes()[:900])  # its header is whole
+    broken.write_text("\n".join([*whole[1:], whole[0].replace("0.png", "cut.png")]))
+    assert main(["eval", *adapted, "--data", str(broken), "--tokens", "192", "--native", "never"]) == 0
+    assert "of 15 documents; 1 rows were left out" in capsys.readouterr().out
 
 
 def test_prompts_may_be_about_a_picture_and_a_film(model, chat_file, tmp_path, capsys):
