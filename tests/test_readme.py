@@ -1,16 +1,15 @@
 """The README's examples run as they stand, its figures are those of the benches, and pages name files that exist."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.helpers.rank_processes import run_script
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -42,15 +41,12 @@ def test_the_script_for_many_ranks_is_short_and_goes_on_on_another_number_of_ran
         + blocks[0]
         + script.replace("(done, 6)", "(done, 2)")
     )
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    env = {**os.environ, "PYTHONPATH": str(README.parent), "OMP_NUM_THREADS": "1"}
-    options: dict = {"env": env, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200}
-    first = subprocess.run([*run, "2", str(file)], **options)
-    assert first.returncode == 0, first.stderr[-3000:]
+    ranks = run_script(file, 2, cwd=tmp_path, seconds=200)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
     file.write_text(file.read_text().replace("(done, 2)", "(done, 4)"))
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(file), run_name="__main__")
-    said = re.findall(r"step (\d+): ([0-9.]+)", first.stdout + capsys.readouterr().out)
+    said = re.findall(r"step (\d+): ([0-9.]+)", ranks[0].stdout + capsys.readouterr().out)
     assert [int(n) for n, _ in said] == [1, 2, 3, 4]
     assert float(said[-1][1]) < float(said[0][1])
 

@@ -14,6 +14,7 @@ import torch
 from experiments.examples import any_model, mlp, module_on_mesh, on_many_ranks, own_block, text
 from ftrain import checkpoint
 from tests.helpers.model_folders import TEXT, write_model
+from tests.helpers.rank_processes import run_module
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,12 +95,9 @@ def gpt2(transformers):
 @pytest.mark.slow
 def test_a_model_that_exists_is_trained_on_two_ranks_and_is_a_folder_again(tmp_path):
     transformers, arguments = folder_of(gpt2, tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = ["-m", "experiments.examples.any_model", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.run([*command, *module], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-    assert job.returncode == 0, job.stderr[-3000:]
-    found = [loss for _, loss in sorted(losses(job.stdout).items())]
+    ranks = run_module("experiments.examples.any_model", 2, tmp_path, *arguments)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
+    found = [loss for _, loss in sorted(losses(ranks[0].stdout).items())]
     assert len(found) == 20
     assert found[-1] < found[0]
     trained, told = transformers.AutoModelForCausalLM.from_pretrained(arguments[1], output_loading_info=True)

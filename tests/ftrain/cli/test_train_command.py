@@ -1,6 +1,9 @@
 """`ftrain train`: a folder and a file in, a run and a folder out, whatever the ranks, and again where it stopped."""
 
+import contextlib
+import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -40,6 +43,26 @@ def chat_file(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "chat.jsonl", chats(60))
 
 
+@pytest.fixture(scope="module")
+def whole(model, chat_file, tmp_path_factory):
+    """A run of one device that trains all parameters, and what it said."""
+    out, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(command("sft", model, chat_file, out, "--held-out", "0.1", "--track", "tensorboard")) == 0
+    return out, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def adapted(model, chat_file, tmp_path_factory):
+    """A run of one device that trains an adapter."""
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    assert main(command("sft", model, chat_file, out, *ADAPTER, "--save-merged")) == 0
+    return out
+
+
+ADAPTER = ("--lora.rank", "4", "--every.save", "2")
+
+
 def command(task, model, data, out, *more):
     """The words of a short run: packs of 128 tokens, 2 in a step."""
     return [
@@ -56,19 +79,18 @@ def held_out(out):
     return [row["held_out"] for row in read_metrics(out) if "held_out" in row]
 
 
-def test_all_parameters_are_trained_and_written_as_a_folder_that_transformers_loads(model, chat_file, tmp_path, capsys):
+def test_all_parameters_are_trained_and_written_as_a_folder_that_transformers_loads(model, whole):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert main(command("sft", model, chat_file, tmp_path / "run", "--held-out", "0.1")) == 0
-    shown = capsys.readouterr().out
+    run, shown = whole
     assert "60 rows of the format" in shown
     assert "54 rows are trained on and 6 held out" in shown
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 0, 4, 4]
     assert samples[0]["prompt"].endswith("<|start|>assistant\n")
-    first, last = held_out(tmp_path / "run")
+    first, last = held_out(run)
     assert last < first - 0.5
-    folder = tmp_path / "run" / "model"
+    folder = run / "model"
     trained = AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.tensor([[5, 6, 7, 8]])
     ours = ftrain.hf.open(folder)
@@ -79,45 +101,47 @@ def test_all_parameters_are_trained_and_written_as_a_folder_that_transformers_lo
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks it
-def test_an_adapter_is_trained_beside_the_frozen_model_and_peft_loads_it(model, chat_file, tmp_path):
+def test_an_adapter_is_trained_beside_the_frozen_model_and_peft_loads_it(model, adapted):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    out = tmp_path / "run"
-    assert main(command("sft", model, chat_file, out, "--lora.rank", "4", "--save-merged")) == 0
-    first, last = held_out(out)
+    first, last = held_out(adapted)
     assert last < first
     tokens = torch.tensor([[5, 6, 7, 8]])
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), out / "adapter")
-    merged = AutoModelForCausalLM.from_pretrained(out / "model")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapted / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(adapted / "model")
     torch.testing.assert_close(theirs(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_goes_on_where_its_last_save_is_with_the_same_bits(model, chat_file, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for out in (whole, cut):
-        assert main(command("sft", model, chat_file, out, "--every.save", "2", "--lora.rank", "4")) == 0
-    shutil.rmtree(cut / "checkpoints" / "global_step_4")
-    (cut / "checkpoints" / "latest").unlink(missing_ok=True)
-    assert main(["train", "sft", "--config", str(cut / "config.json")]) == 0
-    assert losses(cut) == losses(whole)
-    weights = [(out / "adapter" / "adapter_model.safetensors").read_bytes() for out in (whole, cut)]
-    assert weights[0] == weights[1]
+def cut_after_step_2(run, out):
+    """A copy of a run, as it was when its first save was made; the words that let it go on."""
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints" / "global_step_4")
+    (out / "checkpoints" / "latest").unlink(missing_ok=True)
+    return ["train", "sft", "--config", str(out / "config.json"), "--out", str(out)]
 
 
-def test_a_run_goes_on_on_other_ranks_and_its_checkpoint_is_exported(model, chat_file, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for out in (whole, cut):
-        assert main(command("sft", model, chat_file, out, "--every.save", "2", "--lora.rank", "4")) == 0
-    shutil.rmtree(cut / "checkpoints" / "global_step_4")
-    (cut / "checkpoints" / "latest").unlink(missing_ok=True)
+def weights(run):
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_where_its_last_save_is_with_the_same_bits(adapted, tmp_path):
+    cut = tmp_path / "cut"
+    assert main(cut_after_step_2(adapted, cut)) == 0
+    assert losses(cut) == losses(adapted)
+    assert weights(cut) == weights(adapted)
+
+
+def test_a_run_goes_on_on_other_ranks_and_its_checkpoint_is_exported(adapted, tmp_path):
+    cut = tmp_path / "cut"
+    go_on = cut_after_step_2(adapted, cut)
     assert main(["export", str(cut), "--to", str(tmp_path / "half"), "--merged"]) == 0
     assert {path.name for path in (tmp_path / "half").iterdir()} == {"adapter", "model"}
-    assert main(["train", "sft", "--config", str(cut / "config.json"), "--shard", "2"]) == 0
-    assert losses(cut) == pytest.approx(losses(whole), rel=1e-4)
-    assert main(["export", str(whole), "--to", str(tmp_path / "again")]) == 0
-    weights = [(f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (whole, tmp_path / "again")]
-    assert weights[0] == weights[1]
+    assert weights(tmp_path / "half") != weights(adapted)
+    assert main([*go_on, "--shard", "2"]) == 0
+    assert losses(cut) == pytest.approx(losses(adapted), rel=1e-4)
+    assert main(["export", str(adapted), "--to", str(tmp_path / "again")]) == 0
+    assert weights(adapted) == weights(tmp_path / "again")
 
 
 def test_a_run_that_is_stopped_saves_and_goes_on_with_the_same_command(model, chat_file, tmp_path):
@@ -137,11 +161,11 @@ def test_a_run_that_is_stopped_saves_and_goes_on_with_the_same_command(model, ch
 
 
 @pytest.mark.parametrize("sizes", [("--shard", "2"), ("--replicate", "2"), ("--sequence", "2")])
-def test_ranks_train_on_the_same_packs_with_the_same_losses(model, chat_file, tmp_path, sizes):
-    assert main(command("sft", model, chat_file, tmp_path / "one")) == 0
-    assert main(command("sft", model, chat_file, tmp_path / "many", *sizes)) == 0
-    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    facts = [[row["documents"] for row in read_metrics(tmp_path / n) if "loss" in row] for n in ("one", "many")]
+def test_ranks_train_on_the_same_packs_with_the_same_losses(model, chat_file, whole, tmp_path, sizes):
+    one, many = whole[0], tmp_path / "many"
+    assert main(command("sft", model, chat_file, many, "--held-out", "0.1", *sizes)) == 0
+    assert losses(many) == pytest.approx(losses(one), rel=1e-4)
+    facts = [[row["documents"] for row in read_metrics(out) if "loss" in row] for out in (one, many)]
     assert facts[0] == facts[1]
 
 
@@ -160,23 +184,22 @@ _LONG = pytest.mark.exhaustive
     [("sft", "nf4"), pytest.param("dpo", "int8", marks=_LONG), pytest.param("dpo", "nf4", marks=_LONG),
      pytest.param("sft", "int8", marks=_LONG)],
 )  # fmt: skip
-def test_a_quantized_model_is_trained_by_its_adapter(model, chat_file, tmp_path, task, format):
+def test_a_quantized_model_is_trained_by_its_adapter(model, chat_file, adapted, tmp_path, task, format):
     data = chat_file if task == "sft" else write_rows(tmp_path / "p.jsonl", preferences(40))
-    plain, small = tmp_path / "plain", tmp_path / "small"
-    for out, more in ((plain, ()), (small, ("--lora.quantize", format, "--lora.plus", "4"))):
-        assert main(command(task, model, data, out, "--lora.rank", "4", "--rate", "3e-3", *more)) == 0
-    assert losses(small)[0] == pytest.approx(losses(plain)[0], rel=0.05)
+    small, two = tmp_path / "small", tmp_path / "two"
+    options = ("--lora.rank", "4", "--rate", "3e-3", "--lora.quantize", format, "--lora.plus", "4")
+    assert main(command(task, model, data, small, *options)) == 0
+    plain = losses(adapted)[0] if task == "sft" else math.log(2)  # at the first step nothing is preferred yet
+    assert losses(small)[0] == pytest.approx(plain, rel=0.05)
     assert losses(small)[-1] < losses(small)[0]
-    assert main(command(task, model, data, tmp_path / "two", "--lora.rank", "4", "--rate", "3e-3", "--shard", "2",
-                        "--lora.quantize", format, "--lora.plus", "4")) == 0  # fmt: skip
-    assert losses(tmp_path / "two") == pytest.approx(losses(small), rel=1e-4)
+    assert main(command(task, model, data, two, *options, "--shard", "2")) == 0
+    assert losses(two) == pytest.approx(losses(small), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dora", "rslora"])
-def test_other_adapters_begin_at_the_model_and_peft_reads_them(model, chat_file, tmp_path, kind):
-    assert main(command("sft", model, chat_file, tmp_path / "plain", "--lora.rank", "4")) == 0
+def test_other_adapters_begin_at_the_model_and_peft_reads_them(model, chat_file, adapted, tmp_path, kind):
     assert main(command("sft", model, chat_file, tmp_path / kind, "--lora.rank", "4", f"--lora.{kind}")) == 0
-    assert losses(tmp_path / kind)[0] == pytest.approx(losses(tmp_path / "plain")[0], rel=1e-5)
+    assert losses(tmp_path / kind)[0] == pytest.approx(losses(adapted)[0], rel=1e-5)
     assert losses(tmp_path / kind)[-1] < losses(tmp_path / kind)[0]
     config = json.loads((tmp_path / kind / "adapter" / "adapter_config.json").read_text())
     assert config[f"use_{kind}"] is True
@@ -203,7 +226,7 @@ def test_judged_answers_are_trained_on(model, tmp_path):
 @pytest.mark.parametrize(
     "which",
     [
-        ("--only", "layers.1", "norm"),
+        pytest.param(("--only", "layers.1", "norm"), marks=_LONG),  # alike on ranks, which the last one has
         ("--freeze", "embedding", "head", "layers.0"),
         ("--only", "layers.1", "norm", "--shard", "2"),
     ],
@@ -238,7 +261,7 @@ def answers(folder, text):
     return AutoModelForSequenceClassification.from_pretrained(folder)(torch.tensor([ids])).logits[0].detach()
 
 
-@pytest.mark.parametrize("sizes", [(), ("--shard", "2")])
+@pytest.mark.parametrize("sizes", [pytest.param((), marks=_LONG), ("--shard", "2")])
 def test_classes_are_learned_and_the_folder_is_a_classifier_of_transformers(model, tmp_path, sizes):
     rows = [{"text": word * (1 + i % 3), "label": label} for i in range(30) for label, word in enumerate(("ab", "xy"))]
     data, out = write_rows(tmp_path / "c.jsonl", rows), tmp_path / "run"
@@ -278,11 +301,10 @@ def test_a_student_comes_closer_to_its_teacher(model, chat_file, tmp_path):
     assert main(command("kd", model, chat_file, tmp_path / "other", "--teacher", str(strange))) == 2
 
 
-def test_numbers_of_a_run_go_to_tensorboard_too(model, chat_file, tmp_path):
+def test_numbers_of_a_run_go_to_tensorboard_too(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = tmp_path / "run"
-    assert main(command("sft", model, chat_file, out, "--track", "tensorboard")) == 0
+    out, _ = whole
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(out))
@@ -418,8 +440,7 @@ def test_the_seed_chooses_what_dropout_drops(model):
     assert loss(0) != loss(1)
 
 
-def test_a_run_does_not_go_on_with_other_options(model, chat_file, tmp_path, capsys):
-    assert main(command("sft", model, chat_file, tmp_path / "run")) == 0
-    assert main(command("sft", model, chat_file, tmp_path / "run", "--seed", "1")) == 2
+def test_a_run_does_not_go_on_with_other_options(model, chat_file, whole, capsys):
+    assert main(command("sft", model, chat_file, whole[0], "--held-out", "0.1", "--seed", "1")) == 2
     assert "seed = 0, and these options say 1" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+    assert json.loads((whole[0] / "config.json").read_text())["seed"] == 0
