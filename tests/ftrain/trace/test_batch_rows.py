@@ -29,14 +29,41 @@ def hidden(p, b):
     return torch.tanh(b["x"] @ p["w"]) @ p["v"]
 
 
+def eager(loss, batch):
+    """Value and gradients by torch alone."""
+    params = {name: p.clone().requires_grad_() for name, p in PARAMS.items()}
+    value = loss(params, batch).value()
+    if not value.requires_grad:
+        return value, {name: torch.zeros_like(p) for name, p in PARAMS.items()}
+    grads = torch.autograd.grad(value, tuple(params.values()), materialize_grads=True)
+    return value.detach(), dict(zip(params, grads, strict=True))
+
+
 def both(loss, mesh, batch=BATCH):
-    """Value and gradients on one device, and on the mesh."""
+    """Value and gradients on one device, by torch alone, and on the mesh."""
 
     def step(p, batch):
         return ftrain.value_and_grad(loss)(p, batch)
 
     plan = Plan(mesh, Layout())
-    return ftrain.jit(step)(PARAMS, batch), ftrain.jit(step, plan=plan, specs=spec.of(PARAMS))(PARAMS, batch)
+    return eager(loss, batch), ftrain.jit(step, plan=plan, specs=spec.of(PARAMS))(PARAMS, batch)
+
+
+def on_meshes(names, of_the_suite):
+    """Each name on each mesh; `of_the_suite(i, j)` says whether the i-th one is tried on the j-th in the suite."""
+    return pytest.mark.parametrize(
+        ("name", "mesh"),
+        [
+            pytest.param(name, mesh, marks=[] if of_the_suite(i, j) else pytest.mark.exhaustive)
+            for i, name in enumerate(names)
+            for j, mesh in enumerate(MESHES)
+        ],
+        ids=str,
+    )
+
+
+def in_turn(i, j):
+    return i % len(MESHES) == j
 
 
 def assert_equal_on(mesh, loss, batch=BATCH):
@@ -213,8 +240,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", RIGHT)
+@on_meshes(RIGHT, lambda i, j: j > 0)  # the second divides the batch as the first does
 def test_ops_that_mix_rows(mesh, name):
     assert_equal_on(mesh, lambda p, b: Mean.of(RIGHT[name](hidden(p, b)) * b["y"]))
 
@@ -268,8 +294,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", REFUSED)
+@on_meshes(REFUSED, in_turn)
 def test_ops_that_are_refused(mesh, name):
     with pytest.raises(
         ValueError,
@@ -286,8 +311,7 @@ BACKWARDS = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", BACKWARDS)
+@on_meshes(BACKWARDS, in_turn)
 @pytest.mark.parametrize("plain", [False, True], ids=["of a square", "of a plain sum"])
 def test_backwards_of_the_users_own_are_refused(mesh, name, plain):
     def loss(p, b):
@@ -305,8 +329,7 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", INNER)
+@on_meshes(INNER, in_turn)
 def test_gradients_inside_a_loss_are_of_sums(mesh, name):
     with pytest.raises(ValueError, match=r"test_batch_rows.py:\d+ .*a gradient inside of a loss differentiates"):
         both(lambda p, b: Mean.of(INNER[name](hidden(p, b)) * b["y"]), mesh)
