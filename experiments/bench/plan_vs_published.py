@@ -214,13 +214,16 @@ def seeing_rows(only: str = "") -> list[Row]:
         plan = load_plan(file)
         name = f"{plan.workload}, {plan.candidate.ranks} H100, {plan.tokens // 1024}K"
         if only in name:
-            p = price(
-                seeing(tokens=plan.tokens, packs=plan.packs, size=plan.workload), plan.candidate, cluster(plan.cluster)
-            )
+            load, card = seeing(tokens=plan.tokens, packs=plan.packs, size=plan.workload), cluster(plan.cluster)
+            p = price(load, plan.candidate, card)
             how, rate = f"{_PAPER}; {summary(p)}", _RATES.get(plan.workload)
-            told = f"{p.mfu:.1%} MFU causal, {p.mfu_full:.1%} not"
+            attends, others = load.model_shape.attention_flops / 2, load.model_shape.weight_flops
+            told = (
+                f"{p.mfu:.1%} MFU causal, {p.mfu_full:.1%} not; attention is {attends / (attends + others):.0%} of the "
+                f"FLOPs, with which no card of this kind does more than {card.bf16 / (attends + others):.0f}"
+            )
             found += [
-                row(f"{name}: memory", p.peak / GIB, "GiB", goal=MEMORY * cluster(plan.cluster).memory / GIB, how=how),
+                row(f"{name}: memory", p.peak / GIB, "GiB", goal=MEMORY * card.memory / GIB, how=how),
                 row(f"{name}: tokens/s of a GPU", p.tokens_per_second, "1/s", how=how,
                     peer=f"{told}; published {rate:.0f}, of unknown length" if rate else told),
             ]  # fmt: skip
