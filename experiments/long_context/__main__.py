@@ -5,7 +5,7 @@ python -m experiments.long_context [--out FOLDER] [--json FILE] [--small]
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,15 +31,24 @@ from ftrain.run.stages import Stage, always, fold
 
 
 class Part(NamedTuple):
-    """So many `steps` on packs of `documents` documents of `tokens` tokens, with so many needles in each."""
+    """So many `steps` on packs of `documents` documents of `tokens` tokens, with so many needles of `kinds` in each."""
 
+    kinds: tuple[str, ...]
     steps: int
     documents: int
     tokens: int
     needles: int
 
+    @property
+    def name(self) -> str:
+        """What it is called in logs."""
+        return f"{', '.join(self.kinds)} in {self.tokens:,} tokens"
 
-CURRICULUM = (Part(300, 20, 96, 6), Part(80, 4, 512, 8))
+
+WRITTEN = KINDS[:1]
+CURRICULUM = (Part(WRITTEN, 160, 16, 72, 6), Part(KINDS, 320, 16, 96, 8), Part(KINDS, 40, 3, 1024, 8))
+"""How to find a needle is learned from written ones, which need no reading; then to read what is drawn and said."""
+
 LENGTHS = (256, 2048, 8192, 32_768)
 
 
@@ -55,9 +64,9 @@ class Options:
     """A few steps on short documents, to see that all runs."""
     needles: int = 8
     """Digits that are hidden in each held-out document, about a third of each kind."""
-    questions: int = 160
+    questions: int = 96
     """Held-out needles that are looked for at each length."""
-    rate: float = 3e-3
+    rate: float = 1e-2
     """Learning rate."""
     threads: int = 2
     """CPU threads of each op."""
@@ -76,13 +85,13 @@ def main(options: Options) -> dict[str, Any]:
     def say(line: str) -> None:
         console.print(f"{time.monotonic() - began:6.0f} s  {line}", highlight=False)
 
-    parts = (Part(2, 2, 64, 3), Part(1, 1, 256, 6)) if options.small else CURRICULUM
+    parts = (Part(WRITTEN, 2, 2, 64, 3), Part(KINDS, 1, 1, 256, 6)) if options.small else CURRICULUM
     lengths = (256, 512) if options.small else LENGTHS
     of = haystack.load(*model.readers(), takes=1 if options.small else 6, seed=options.seed)
     net = model.omni_model(of)
     say(f"{len(of.train.text_N):,} words of text, {len(of.train.speech.mels_NFM):,} spoken digits, "
         f"{len(of.train.images.labels_N):,} pictures of digits to train on")  # fmt: skip
-    curve = Curve(options.out / "losses.jsonl", 1 if options.small else 10, say)
+    curve = Curve(options.out / "losses.jsonl", 1 if options.small else 20, say)
     state = train(of, net, parts, options, curve)
     asked = []
     for tokens in lengths:
@@ -90,6 +99,7 @@ def main(options: Options) -> dict[str, Any]:
         say(f"{tokens:,} tokens: {_shares(asked[-1]['by_kind'])}")
     table(asked, console)
     found = {**asdict(Machine.here()), "seed": options.seed, "needles": options.needles, "rate": options.rate,
+             "threads": options.threads,
              "curriculum": [part._asdict() for part in parts], "losses": curve.rows(), "held_out": asked}  # fmt: skip
     if options.json is not None:
         write_json(options.json, found)
@@ -97,25 +107,35 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def train(of: Sources, net: OmniModel, parts: Sequence[Part], options: Options, curve: Curve) -> TrainState:
-    """The state after all parts. A folder that holds a part of the training is gone on from."""
+    """The state after all parts. A folder that holds a part of the training is gone on from.
+
+    `curve` gets the losses of each step, and `cpu_s`, the seconds of CPU that it took with its data.
+    """
     tx = model.optimizer(options.rate, sum(part.steps for part in parts))
-    step = ftrain.jit(model.train_step(net, tx), donate="state")
 
     def stage(number: int, part: Part) -> Stage:
         def data(i: int) -> dict[str, Any]:
             return haystack.batch(
                 of, net, split=TRAIN, documents=part.documents, tokens=part.tokens, needles=part.needles,
-                seed=options.seed, number=number << 32 | i,
+                seed=options.seed, number=number << 32 | i, kinds=part.kinds,
             ).batch  # fmt: skip
 
         def start(state: Any, key: Any) -> TrainState:
             return model.init_state(net, tx, key) if number == 0 else state
 
-        return Stage(f"{part.tokens:,} tokens", part.steps, [(always, step)], data, start)
+        step = ftrain.jit(model.train_step(net, tx, part.kinds), donate="state")
+        return Stage(part.name, part.steps, [(always, step)], data, start)
+
+    used_s = time.process_time()
+
+    def log(stage: str, number: int, losses: Mapping[str, Any]) -> None:
+        nonlocal used_s
+        before, used_s = used_s, time.process_time()
+        curve.log(stage, number, {**losses, "cpu_s": used_s - before})
 
     with Checkpointer(options.out / "checkpoints") as checkpoints:
         stages = [stage(number, part) for number, part in enumerate(parts)]
-        state: TrainState = fold(stages, {}, seed=options.seed, checkpoints=checkpoints, save=40, log=curve.log)
+        state: TrainState = fold(stages, {}, seed=options.seed, checkpoints=checkpoints, save=40, log=log)
     return state
 
 

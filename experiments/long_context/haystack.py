@@ -102,8 +102,10 @@ def load(image: VisionConfig, audio: AudioConfig, *, takes: int = 6, copies: int
     )
 
 
-def hide(of: Sources, *, split: str, tokens: int, needles: int, rng: np.random.Generator) -> Hidden:
-    """A document of `tokens` tokens in which as many digits are hidden, of each kind in turn, at even depths.
+def hide(
+    of: Sources, *, split: str, tokens: int, needles: int, rng: np.random.Generator, kinds: Sequence[str] = KINDS
+) -> Hidden:
+    """A document of `tokens` tokens in which `needles` digits are hidden, of each of `kinds` equally many, shuffled.
 
     ValueError for more needles than names, or more than the document has room for.
     """
@@ -112,7 +114,7 @@ def hide(of: Sources, *, split: str, tokens: int, needles: int, rng: np.random.G
     if needles > len(NAMES) or room < needles:
         raise ValueError(f"{needles} needles in {tokens} tokens: there are {len(NAMES)} names, and room for fewer")
     names = rng.permutation(len(NAMES))[:needles]
-    kinds = (rng.permutation(needles)) % len(KINDS)
+    ways = [KINDS.index(kinds[i % len(kinds)]) for i in rng.permutation(needles)]
     places = np.sort(rng.integers(room, size=needles))
     if rng.random() < 0.5:  # half of the documents have one needle in each equal part
         places = (np.arange(needles) + rng.random(needles)) * room // needles
@@ -121,10 +123,10 @@ def hide(of: Sources, *, split: str, tokens: int, needles: int, rng: np.random.G
     for number, place in enumerate(places.astype(int)):
         before = 0 if number == 0 else int(places[number - 1])
         text = _text(source, start + before, place - before)
-        value, digit, size = _value(of, source, KINDS[kinds[number]], rng)
+        value, digit, size = _value(of, source, KINDS[ways[number]], rng)
         parts += [Text([*text, words.id(NAMES[names[number]]), words.id(IS)]), value]
         spent += len(text) + 2
-        found.append(Needle(int(kinds[number]), spent / tokens, digit))
+        found.append(Needle(ways[number], spent / tokens, digit))
         spent += size
     rest = tokens - spent - 3 * needles
     parts.append(Text(_text(source, start + int(places[-1]), rest)))
@@ -166,7 +168,16 @@ class Asked(NamedTuple):
 
 
 def batch(
-    of: Sources, model: OmniModel, *, split: str, documents: int, tokens: int, needles: int, seed: int, number: int
+    of: Sources,
+    model: OmniModel,
+    *,
+    split: str,
+    documents: int,
+    tokens: int,
+    needles: int,
+    seed: int,
+    number: int,
+    kinds: Sequence[str] = KINDS,
 ) -> Asked:
     """Batch `number` of a split: `documents` documents of `tokens` tokens each in one pack, the same for the same seed.
 
@@ -175,7 +186,7 @@ def batch(
     """
     stream = (seed << 1 | (split == HELD_OUT), number)
     rng = np.random.Generator(np.random.Philox(key=np.array(stream, np.uint64)))
-    made = [hide(of, split=split, tokens=tokens, needles=needles, rng=rng) for _ in range(documents)]
+    made = [hide(of, split=split, tokens=tokens, needles=needles, rng=rng, kinds=kinds) for _ in range(documents)]
     laid = pack([m.document for m in made], budget=exact_budget([m.document for m in made], model=model), model=model)
     asked = tuple(needle for i in laid.taken for needle in made[i].needles)
     labels_T = laid.batch["labels_T"]

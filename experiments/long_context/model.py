@@ -3,7 +3,7 @@
 Legend: T tokens, A answers, D width, H query heads, G key/value heads, K head dim.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import log
 from typing import Any
@@ -16,6 +16,7 @@ from experiments.long_context.haystack import KINDS, Sources
 from experiments.omni import corpus
 from ftrain import TrainState, optim
 from ftrain.kernels.pack import take_rows
+from ftrain.kernels.rms_norm import rms_norm
 from ftrain.modules import attention, audio_encoder, decoder, omni, vision_encoder
 from ftrain.modules.attention import AttentionConfig
 from ftrain.modules.audio_encoder import CONV_STRIDE, AudioConfig
@@ -30,6 +31,10 @@ D_MODEL = 64
 WINDOW = 16
 """Below the shortest documents: in a window that holds a whole document needles are found by it, and then no more."""
 
+EMBEDDING = 0.3
+"""The root mean square of a word's row before training, and of the row of a picture or a sound."""
+
+_READERS = 0.3  # of the rate: what encoders are trained with
 _SHORT = 4  # from a picture back to its name
 _HOP = 128
 _FLOOR = 256  # tokens: below, the scores of global layers are as they are
@@ -48,13 +53,15 @@ def readers() -> tuple[VisionConfig, AudioConfig]:
 def foundation(vocab: int) -> DecoderConfig:
     """A sparse mixture of experts: a layer that sees four tokens, one that sees all, one that sees `WINDOW`.
 
-    The short one joins a name to what stands behind it, which an attention over many tokens learns late.
+    The short one joins a name to what stands behind it, which an attention over many tokens learns late. It has no
+    positions: a word stands two tokens behind its name, a picture three, a question one, and what is learned of one
+    holds for all.
     """
     heads = AttentionConfig(D_MODEL, heads=4, kv_heads=2, head_dim=D_MODEL // 4, qk_norm=True, window=WINDOW)
     wide = replace(heads, heads=2, kv_heads=1, head_dim=D_MODEL // 2, window=None, rope_base=None, qk_norm=False)
     experts = MoEConfig(D_MODEL, D_MODEL, experts=8, top_k=2, shared_experts=1, score="sigmoid", balance="bias")
-    cfg = DecoderConfig(vocab, D_MODEL, 3, heads, moe=experts, tie_embeddings=True, init_std=0.3)
-    short = layer_with(cfg, attention=attention_block(replace(heads, window=_SHORT)))
+    cfg = DecoderConfig(vocab, D_MODEL, 3, heads, moe=experts, tie_embeddings=True, init_std=EMBEDDING)
+    short = layer_with(cfg, attention=attention_block(replace(heads, window=_SHORT, rope_base=None)))
     return replace(cfg, pattern=(short, layer_with(cfg, attention=seeing_all(wide)), None))
 
 
@@ -87,10 +94,20 @@ def omni_model(of: Sources) -> OmniModel:
     return OmniModel(foundation(len(of.words)), encoders)
 
 
+def entering(params: Any, batch: Mapping[str, Any], *, model: OmniModel) -> Tensor:
+    """What the first layer reads, `[T, D]`: words, and media as large as words are at first.
+
+    An encoder may make rows that are large and all alike. The name that the first layer adds would drown in them, and
+    the layer that sees all would never look at them, so that the encoder would never learn.
+    """
+    rows, places, _ = omni.media_rows(params, batch, model=model)
+    rows = [rms_norm(row_nD, torch.full_like(row_nD[0], EMBEDDING)) for row_nD in rows]
+    return omni.merge(decoder.embed(params["foundation"], batch["tokens_T"]), rows, places)
+
+
 def thoughts(params: Any, batch: Mapping[str, Any], *, model: OmniModel, balance: Any) -> tuple[Tensor, DecoderStats]:
     """Hidden states `[A, D]` of the tokens that answer, and the foundation's statistics."""
-    rows, places, _ = omni.media_rows(params, batch, model=model)
-    x_TD = omni.merge(decoder.embed(params["foundation"], batch["tokens_T"]), rows, places)
+    x_TD = entering(params, batch, model=model)
     hidden_TD, stats = omni.hidden_states(params, x_TD, batch, model=model, balance=balance)
     return take_rows(hidden_TD, batch["place_A"]), stats
 
@@ -105,8 +122,10 @@ def init_state(model: OmniModel, tx: optim.Transform, key: Tensor) -> TrainState
 Step = Callable[[TrainState, Any, Tensor], tuple[TrainState, dict[str, Any]]]
 
 
-def train_step(model: OmniModel, tx: optim.Transform) -> Step:
-    """The pure step `(state, batch, key) -> (state, losses)`: nats of an answer by kind of needle; no key is used."""
+def train_step(model: OmniModel, tx: optim.Transform, kinds: Sequence[str] = KINDS) -> Step:
+    """The pure step `(state, batch, key) -> (state, losses)`: nats of an answer for each of `kinds` of needles, which
+    weigh alike; no key is used.
+    """
 
     def step(state: TrainState, batch: Any, key: Tensor) -> tuple[TrainState, dict[str, Any]]:
         del key
@@ -115,8 +134,8 @@ def train_step(model: OmniModel, tx: optim.Transform) -> Step:
         def loss_fn(params: Any, batch: Any) -> Any:
             hidden_AD, stats = thoughts(params, batch, model=model, balance=balance)
             terms = {}
-            for number, kind in enumerate(KINDS):
-                labels_A = torch.where(batch["kind_A"] == number, batch["answer_A"], decoder.IGNORE)
+            for kind in kinds:
+                labels_A = torch.where(batch["kind_A"] == KINDS.index(kind), batch["answer_A"], decoder.IGNORE)
                 terms[kind] = decoder.loss(params["foundation"], hidden_AD, labels_A, model.foundation)
             return ftrain.weighted_sum(terms, {}), (terms, stats)
 
@@ -130,11 +149,26 @@ def train_step(model: OmniModel, tx: optim.Transform) -> Step:
 
 
 def optimizer(rate: float, steps: int) -> optim.Transform:
-    """Muon on the matrices of layers, AdamW on all else, warm-up and cosine."""
-    schedule = optim.warmup_cosine(rate, warmup_steps=min(40, steps // 5), total_steps=steps + 1, floor=rate / 20)
-    groups = {
-        "matrices": optim.muon(schedule, weight_decay=0.02, adjust="match_rms_adamw", ns_dtype=None),
-        "others": optim.adamw(schedule, b2=0.98, weight_decay=0.02),
-    }
-    by_path = optim.multi_transform(groups, [("**.layers.*.**.w_*", "matrices"), ("**", "others")])
+    """Muon on the matrices of layers, AdamW on all else; encoders get `_READERS` of the rate.
+
+    `rate` is best high: with a third of 0.01, 160 steps are too few to find written needles.
+    """
+    groups = {}
+    for part, peak in (("encoders", _READERS * rate), ("foundation", rate)):
+        schedule = _schedule(peak, steps)
+        groups[f"{part}, matrices"] = optim.muon(schedule, weight_decay=0.02, adjust="match_rms_adamw", ns_dtype=None)
+        groups[f"{part}, others"] = optim.adamw(schedule, b2=0.98, weight_decay=0.02)
+    paths = [
+        (f"{part}.{below}", f"{part}, {group}")
+        for part in ("encoders", "foundation")
+        for below, group in (("**.layers.*.**.w_*", "matrices"), ("**", "others"))
+    ]
+    by_path = optim.multi_transform(groups, paths)
     return optim.chain(optim.clip_by_global_norm(1.0), optim.skip_nonfinite(by_path))
+
+
+def _schedule(peak: float, steps: int) -> optim.Schedule:
+    """A rise of at most 40 steps, the peak, and a fall in the last third."""
+    rise, fall = min(40, steps // 5), steps // 3
+    stable = steps - rise - fall
+    return optim.wsd(peak, warmup_steps=rise, stable_steps=stable, decay_steps=fall + 1, floor=peak / 20)

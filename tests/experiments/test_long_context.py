@@ -1,5 +1,7 @@
 """Needles stand where they are said to, split by split, and documents of a pack do not see each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from experiments.omni import corpus, digits
 from experiments.omni.corpus import Clips
 from experiments.omni.language import LANGUAGES, SPECIAL, Tokenizer
 from experiments.omni.sources import HELD_OUT, TRAIN, Speech
+from ftrain import tree
 from ftrain.kernels import random
 from ftrain.modules import decoder, omni
 from ftrain.plan.space import Candidate
@@ -55,6 +58,16 @@ def test_a_document_has_its_length_and_its_needles_where_they_are_said_to_be(of)
         haystack.hide(of, split=TRAIN, tokens=40, needles=6, rng=np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS[1:]], ids=" and ".join)
+def test_a_batch_hides_what_it_is_asked_to_and_nothing_else(of, kinds) -> None:
+    net = model.omni_model(of)
+    made = haystack.batch(of, net, split=TRAIN, documents=2, tokens=96, needles=6, seed=0, number=2, kinds=kinds)
+    hidden = [KINDS[kind] for kind in made.batch["kind_A"].tolist()]
+    assert {kind: hidden.count(kind) for kind in hidden} == dict.fromkeys(kinds, 12 // len(kinds))
+    media = {"picture": "image", "sound": "audio"}
+    assert set(made.batch.get("encoders", {})) == {media[kind] for kind in kinds if kind in media}
+
+
 def test_batches_are_functions_of_their_number_and_split(of) -> None:
     net = model.omni_model(of)
 
@@ -86,6 +99,35 @@ def test_a_document_reads_the_same_alone_and_behind_another(of) -> None:
         )
         hidden.append(found[-300:])
     torch.testing.assert_close(hidden[0], hidden[1])
+
+
+def test_the_first_layer_joins_a_name_to_a_token_from_wherever_it_stands_in_the_window(of) -> None:
+    net = model.omni_model(of)
+    cfg = replace(net.foundation, layers=1)
+    params = ftrain.init(decoder.specs(cfg), random.key(0))
+    balance = ftrain.init(decoder.balance_specs(cfg), random.key(1))
+
+    def last(text: str) -> torch.Tensor:
+        tokens_T = torch.tensor(of.words.encode(text))
+        positions, segments = torch.arange(len(tokens_T)), torch.zeros_like(tokens_T)
+        return decoder.apply(params, tokens_T, positions=positions, segments=segments, cfg=cfg, balance=balance)[0][-1]
+
+    torch.testing.assert_close(last("that red is this four"), last("that this is red four"))
+    assert (last("that red is this four") - last("red that is this four")).abs().max() > 0.01
+
+
+def test_media_enter_as_large_as_words_whatever_their_encoders_make(of) -> None:
+    net = model.omni_model(of)
+    params = ftrain.init(omni.specs(net), random.key(0))
+    for encoder in params["encoders"].values():
+        for x in tree.leaves(encoder):
+            x.mul_(3.0)
+    batch = haystack.batch(of, net, split=TRAIN, documents=2, tokens=96, needles=6, seed=0, number=3).batch
+    size_T = model.entering(params, batch, model=net).square().mean(-1).sqrt()
+    place_n = torch.cat([part["index_n"] for part in batch["encoders"].values()])
+    assert len(place_n) == 8
+    torch.testing.assert_close(size_T[place_n], torch.full((8,), model.EMBEDDING))
+    assert size_T.mean() == pytest.approx(model.EMBEDDING, rel=0.05)
 
 
 def test_shares_are_told_by_depth() -> None:
