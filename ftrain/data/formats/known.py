@@ -20,7 +20,7 @@ class Format:
     """How rows are read: `made(fields, place)` makes the sample of the texts, or raises BadRow.
 
     `keys` tells users which fields it has; `makes` is the class of its samples; `matches(fields)` is by names alone, so
-    that a row with null in a field is one of its format.
+    that a row with null in a field is one of its format. `marked`: `<image>` is never a word of its texts.
     """
 
     name: str
@@ -28,10 +28,11 @@ class Format:
     makes: type
     matches: Callable[[Fields], bool]
     made: Callable[[Fields, Place], Sample]
+    marked: bool = False
 
     def read(self, fields: Fields, place: Place) -> Sample:
         """The sample of a row, with the media that its fields name. BadRow where it is none of this format."""
-        return with_files(self.made(fields, place), fields, place)
+        return with_files(self.made(fields, place), fields, place, marked=self.marked)
 
 
 def _has(*names: str) -> Callable[[Fields], bool]:
@@ -71,10 +72,10 @@ FORMATS: tuple[Format, ...] = (
     Format("kto-chat", '"messages" or "conversations", "kto_tag"', samples.Judged, _is_judged_chat,
            judgements.read_judged_chat),
     Format("llava", f'{_SHAREGPT}, "image"', samples.Chat, lambda f: sharegpt.is_sharegpt(f) and has_media(f),
-           sharegpt.read),
+           sharegpt.read, marked=True),
     Format("sharegpt", f'{_SHAREGPT}, "system", "tools"', samples.Chat, sharegpt.is_sharegpt, sharegpt.read),
     Format("swift-messages", f'{_OPENAI}, "images"', samples.Chat, lambda f: is_list(f, "messages") and has_media(f),
-           instructions.read_messages),
+           instructions.read_messages, marked=True),
     Format("openai", f'{_OPENAI}, "tools"', samples.Chat, _has("messages"), instructions.read_messages),
     Format("openai-conversations", '"conversations": [{"role", "content"}]', samples.Chat,
            lambda f: is_list(f, "conversations"),

@@ -19,13 +19,17 @@ _MARK = re.compile(r"<(image|audio|video)>")
 _DIFFER = "marks and media differ"
 
 
-def with_files(sample: Sample, fields: Fields, place: Place) -> Sample:
+def with_files(sample: Sample, fields: Fields, place: Place, *, marked: bool = False) -> Sample:
     """The sample with the files of its row's "image", "images" and so on, in the places that stand for them.
+
+    `marked`: the mark <image> stands for a file in rows without any too; else it is a word there.
 
     Of preferences and judged answers these places are in the prompt. BadRow where files and places differ in number,
     a part of media has no source, or the row is of texts, ids or classes, which have no places.
     """
     files = {kind: sources for kind, sources in media_lists(fields, place).items() if sources}
+    if marked:
+        files.setdefault("image", [])
     if isinstance(sample, Chat):
         return replace(sample, messages=with_marks(sample.messages, files, place))
     if isinstance(sample, Preference):
@@ -74,7 +78,7 @@ def with_marks(messages: tuple[Message, ...], files: Mapping[Kind, Sequence[Any]
     rest = {kind: list(sources) for kind, sources in files.items()}
     before: list[Part] = []
     for kind, sources in files.items():
-        if _stands_for(messages, kind):
+        if not sources or _stands_for(messages, kind):
             continue
         rest[kind] = []
         named = [part.source for message in messages for part in message.media if part.kind == kind]
