@@ -2,7 +2,8 @@
 
 python -m experiments.agent [--out FOLDER] [--json FILE] [--small]
 
-The training is one command, `ftrain train sft`, on trajectories as chats; then the agent's actions are executed.
+The training is one command, `ftrain train sft`, on chats: first on pages, of which it says where each icon is, then on
+trajectories (UI-TARS learns in this order, Qin et al. 2025, arXiv 2501.12326). Then the agent's actions are executed.
 """
 
 import sys
@@ -47,16 +48,22 @@ class Options:
     """Where figures are written."""
     small: bool = False
     """A few trajectories and steps, to see that all runs."""
+    pages: int = 12000
+    """That are described."""
     trajectories: int = 4000
     """To train on."""
+    page_steps: int = 2000
+    """Steps of two packs of 1024 tokens on pages."""
     steps: int = 400
-    """Steps of two packs of 1024 tokens."""
+    """Steps of two packs of 1024 tokens on trajectories."""
     episodes: int = 100
     """Held-out tasks that the agent acts in."""
-    rate: float = 3e-3
-    """Learning rate."""
-    threads: int = 2
-    """CPU threads of each op."""
+    page_rate: float = 5e-3
+    """Learning rate on pages."""
+    rate: float = 2e-3
+    """Learning rate on trajectories."""
+    threads: int = 1
+    """CPU threads of each op; ops are small, and threads of several processes on the same cores wait for each other."""
     seed: int = 0
     """Of weights, tasks and order."""
 
@@ -97,35 +104,49 @@ def main(options: Options) -> dict[str, Any]:
     """Write the data, train, act, tell."""
     torch.set_num_threads(options.threads)
     console = Console(width=110)
-    data, model, run = options.out / "data", options.out / "model", options.out / "run"
-    count, steps, episodes = (32, 4, 4) if options.small else (options.trajectories, options.steps, options.episodes)
-    train, held_out = trajectories.write(data, trajectories=count, held_out=max(8, count // 40), seed=options.seed)
+    data, model, seed = options.out / "data", options.out / "model", options.seed
+    count, episodes = (32, 4) if options.small else (options.trajectories, options.episodes)
+    described = count if options.small else options.pages
+    page_steps, steps = (2, 2) if options.small else (options.page_steps, options.steps)
+    files = trajectories.write(data, pages=described, trajectories=count, held_out=max(8, count // 40), seed=seed)
     if not (model / "config.json").is_file():
-        folder.write(model, words(200, options.seed), seed=options.seed)
-    code = ftrain_command(
-        [
-            "train", "sft", "--model", str(model), "--data", str(train), "--held-out-data", str(held_out),
-            "--out", str(run), "--tokens", "1024", "--packs", "2", "--steps", str(steps), "--rate", str(options.rate),
-            "--every.evaluate", str(max(1, steps // 4)), "--every.samples", "0", "--seed", str(options.seed),
-        ]
-    )  # fmt: skip
-    if code:
-        raise ValueError(f"the training ended with code {code}")
+        folder.write(model, words(200, seed), seed=seed)
+    pages, run = options.out / "pages", options.out / "run"
+    train(model, pages, ["--data", str(files.pages)], steps=page_steps, rate=options.page_rate, seed=seed)
+    acts = ["--data", str(files.train), "--held-out-data", str(files.held_out)]
+    train(pages / "model", run, acts, steps=steps, rate=options.rate, seed=seed)
     rng = np.random.default_rng([options.seed, 2])
     found = act(Agent.of(run / "model"), [make(rng, held_out=True) for _ in range(episodes)])
     table(found, console)
-    rows = read_metrics(run)
-    curve = [{"step": row["step"], "loss": row["held_out"]} for row in rows if "held_out" in row]
-    result = {**asdict(Machine.here()), "seed": options.seed, "steps": steps, "trajectories": count,
-              "held_out_loss": curve, "acting": found}  # fmt: skip
+    result = {**asdict(Machine.here()), "seed": seed, "pages": described, "trajectories": count,
+              "page_steps": page_steps, "steps": steps,
+              "held_out_loss_of_pages": curve(pages), "held_out_loss": curve(run), "acting": found}  # fmt: skip
     if options.json is not None:
         write_json(options.json, result)
     return result
 
 
+def train(model: Path, out: Path, data: list[str], *, steps: int, rate: float, seed: int) -> None:
+    """Train a folder's model on data files by `ftrain train sft`; the trained model is `out`/model."""
+    code = ftrain_command(
+        [
+            "train", "sft", "--model", str(model), *data, "--out", str(out), "--tokens", "1024", "--packs", "2",
+            "--steps", str(steps), "--rate", str(rate), "--every.evaluate", "100", "--every.samples", "0",
+            "--seed", str(seed),
+        ]
+    )  # fmt: skip
+    if code:
+        raise ValueError(f"the training in {out} ended with code {code}")
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """The held-out loss of a run in nats a token, by steps."""
+    return [{"step": row["step"], "loss": row["held_out"]} for row in read_metrics(run) if "held_out" in row]
+
+
 def words(count: int, seed: int) -> list[str]:
     """What is said in so many trajectories, for the tokenizer."""
-    rng, texts = np.random.default_rng([seed, 3]), list[str]()
+    rng, texts = np.random.default_rng([seed, 3]), [trajectories.WHERE] * count
     for _ in range(count):
         desk = make(rng, held_out=False)
         texts.append(str(desk.task))

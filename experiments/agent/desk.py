@@ -19,6 +19,8 @@ COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 230), 
 SHAPES = ("circle", "square", "cross", "bar")
 WORDS = ("moon", "tree", "lamp", "fish", "bird", "coin")
 _PAPER, _FORM, _INK = (245, 245, 245), (205, 220, 235), (20, 20, 20)
+ICONS = 4
+"""Icons of a page, where nothing else is said."""
 _FIELD = 0  # the row of a form in which the word is shown
 
 
@@ -105,6 +107,11 @@ class Desk:
             self.task.sends,
         )
 
+    @property
+    def page(self) -> Page:
+        """The icons that can be clicked on."""
+        return self.home if self.opened is None else self.form
+
     def after(self, action: Action) -> "Desk":
         """The desktop after an action; one that hits nothing changes nothing."""
         now = replace(self, done=(*self.done, action))
@@ -112,8 +119,7 @@ class Desk:
             return replace(now, finished=True)
         if action.kind == "type":
             return replace(now, typed=action.text) if self.opened is not None and self.sent is None else now
-        page = self.home if self.opened is None else self.form
-        hit = next((icon for icon, row, column in page if (row, column) == (action.row, action.column)), None)
+        hit = next((icon for icon, row, column in self.page if (row, column) == (action.row, action.column)), None)
         if hit is None or self.sent is not None:
             return now
         return replace(now, opened=hit) if self.opened is None else replace(now, sent=hit)
@@ -123,8 +129,8 @@ class Desk:
         if self.sent is not None:
             return Action("finish")
         if self.opened is None:
-            return _click(self.home, self.task.opens)
-        return _click(self.form, self.task.sends) if self.typed else Action("type", text=self.task.word)
+            return _click(self.page, self.task.opens)
+        return _click(self.page, self.task.sends) if self.typed else Action("type", text=self.task.word)
 
     def screenshot(self) -> Image.Image:
         """What is seen, `SIDE` x `SIDE` pixels in colours."""
@@ -136,7 +142,7 @@ class Desk:
         if self.sent is not None:
             draw.text((SIDE // 2 - 12, SIDE // 2 - 6), "sent", fill=_INK, font=ImageFont.load_default(12))
             return picture
-        for icon, row, column in self.home if self.opened is None else self.form:
+        for icon, row, column in self.page:
             _draw(draw, icon, column * CELL, row * CELL)
         return picture
 
@@ -158,7 +164,7 @@ def _draw(draw: ImageDraw.ImageDraw, icon: Icon, x: int, y: int) -> None:
         draw.line((x + low, y + high, x + high, y + low), fill=fill, width=3)
 
 
-def make(rng: np.random.Generator, *, held_out: bool, icons: int = 4) -> Desk:
+def make(rng: np.random.Generator, *, held_out: bool, icons: int = ICONS) -> Desk:
     """A task on pages that are drawn at random, with so many icons each.
 
     Of the pairs of an icon that opens and one that sends, one in eight is held out, and never among those of training.

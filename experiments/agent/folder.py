@@ -23,8 +23,10 @@ TEMPLATE = (
     "{% elif p['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ROLES = ("user", "assistant", "tool")
 PATCH, MERGE = 8, 2  # a cell of the desktop is a token
 _MOST = 400  # tokens of text
+_INIT, _WORDS = 0.1, 0.5  # standard deviations of weights, and of embeddings
 
 
 def tokenizer(texts: list[str]) -> Any:
@@ -37,7 +39,8 @@ def tokenizer(texts: list[str]) -> Any:
     words.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=_MOST, initial_alphabet=alphabet, show_progress=False)
+        [*texts, *(f"{role}\n" for role in ROLES for _ in texts)],
+        trainers.BpeTrainer(vocab_size=_MOST, initial_alphabet=alphabet, show_progress=False),
     )
     made = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<|im_end|>", pad_token=MARKS[0], additional_special_tokens=list(MARKS)
@@ -56,13 +59,13 @@ def config(tokens: Any) -> Any:
     text = {
         "vocab_size": len(tokens), "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160, "max_position_embeddings": 4096,
-        "pad_token_id": tokens.pad_token_id, "initializer_range": 0.1,
+        "pad_token_id": tokens.pad_token_id, "initializer_range": _INIT,
         "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10_000.0},
     }  # fmt: skip
     eyes = {
         "hidden_size": 48, "num_heads": 4, "intermediate_size": 128, "depth": 2, "patch_size": PATCH,
         "deepstack_visual_indexes": [0], "num_position_embeddings": (SIDE // PATCH) ** 2, "out_hidden_size": 64,
-        "initializer_range": 0.1,
+        "initializer_range": _INIT,
     }  # fmt: skip
     return Qwen3VLConfig(text_config=text, vision_config=eyes, **ids)
 
@@ -73,11 +76,16 @@ def write(folder: Path, texts: list[str], *, seed: int = 0) -> Path:
 
     tokens = tokenizer(texts)
     torch.manual_seed(seed)
-    transformers.AutoModelForImageTextToText.from_config(config(tokens)).save_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_config(config(tokens))
+    with torch.no_grad():  # words and places as large as what layers add to them
+        model.get_input_embeddings().weight.mul_(_WORDS / _INIT)
+        model.model.visual.pos_embed.weight.mul_(_WORDS / _INIT)
+        model.model.visual.patch_embed.proj.weight.mul_((3 * 2 * PATCH**2) ** -0.5 / _INIT)
+    model.save_pretrained(folder)
     tokens.save_pretrained(folder)
     sizes = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
     size = {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}
-    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    means = {"image_mean": [0.9] * 3, "image_std": [0.25] * 3}  # of the desktop: paper is nearly nought, icons are not
     transformers.Qwen2VLImageProcessorPil(**sizes, **means, size=size).save_pretrained(folder)
     (folder / "video_preprocessor_config.json").write_text(json.dumps({**sizes, **means, "size": size, "fps": 2}))
     return folder

@@ -1,17 +1,25 @@
 """The agent's desktop, its trajectories as chats of which actions are learned, and a run of the whole."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import ftrain
 from experiments.agent import __main__ as command
 from experiments.agent import desk, folder, trajectories
 from experiments.agent.desk import Action
 from ftrain.data.chat_template import load_tokenizer
 from ftrain.data.encoding import ChatEncoder
 from ftrain.data.media.families import family_of
+from ftrain.data.media_finishing import ReadMedia
+from ftrain.data.packing import Plan, Shape
 from ftrain.data.samples import open_samples
+from ftrain.run.media import layout_of
+from ftrain.tasks.rows import TextRows
 
 
 def played(at: desk.Desk) -> desk.Desk:
@@ -63,8 +71,18 @@ def test_actions_are_read_as_they_are_written() -> None:
             desk.parse(text)
 
 
+def test_a_page_is_described_as_it_is_drawn(tmp_path) -> None:
+    for line in trajectories.write(tmp_path, pages=4, trajectories=0, held_out=0).pages.read_text().splitlines():
+        asked, answer = json.loads(line)["messages"]
+        picture = Image.open(tmp_path / asked["content"][1]["image"])
+        for said in answer["content"].split("\n"):
+            action, middle = trajectories.action_of(said), desk.CELL // 2 - 1
+            seen = picture.getpixel((action.column * desk.CELL + middle, action.row * desk.CELL + middle))
+            assert seen == desk.COLOURS[said.split()[0]]
+
+
 def test_only_actions_are_learned_of_a_trajectory_of_screenshots(tmp_path) -> None:
-    train, _ = trajectories.write(tmp_path / "data", trajectories=2, held_out=1)
+    train = trajectories.write(tmp_path / "data", pages=0, trajectories=2, held_out=1).train
     model = folder.write(tmp_path / "model", command.words(20, 0))
     tokenizer = load_tokenizer(model)
     encode = ChatEncoder(tokenizer, media=family_of(model, tokenizer))
@@ -75,3 +93,54 @@ def test_only_actions_are_learned_of_a_trajectory_of_screenshots(tmp_path) -> No
     assert learned == "".join(text + "<|im_end|>" for text in said)
     pictures = document.tokens == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert pictures.sum() == 4 * desk.GRID**2  # four screenshots, a token for each cell
+
+
+def test_thirty_screenshots_share_a_pack_and_have_the_loss_of_transformers(tmp_path) -> None:
+    """Clicks on nothing, which are read and not learned, then what is right; beside a short trajectory."""
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    model = folder.write(tmp_path, command.words(20, 0))
+    tokenizer = load_tokenizer(model)
+    family = family_of(model, tokenizer)
+    long, short = (lost(desk.make(np.random.default_rng(i), held_out=False), n) for i, n in ((3, 26), (4, 0)))
+    rows, read = TextRows(ChatEncoder(tokenizer, media=family)), ReadMedia(family)
+    groups = [read(rows(chat)) for _, chat in (long, short)]
+    net = ftrain.hf.open(model, task="image_text_to_text")
+    tokens = 2048
+    shape = Shape(tokens, 1, (34 * desk.GRID**2, 0))
+    plan = Plan(np.zeros(2, np.int64), np.array([tokens]), np.ones(1), shape)
+    found = net.loss(net.load(), layout_of(net, family).batch([groups], plan, slots=0, leaves=None))
+
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(model).double()
+    looked = transformers.AutoImageProcessor.from_pretrained(model)
+    image, total, count = tokenizer.convert_tokens_to_ids("<|image_pad|>"), 0.0, 0
+    for (screens, _), group in zip((long, short), groups, strict=True):
+        tokens_T, labels_T = (torch.from_numpy(leaf) for leaf in (group.documents[0].tokens, group.documents[0].labels))
+        pictures = looked(images=screens, return_tensors="pt")
+        pictures["pixel_values"] = pictures["pixel_values"].double()
+        with torch.no_grad():
+            seen = theirs(
+                input_ids=tokens_T[None], mm_token_type_ids=(tokens_T == image).int()[None], use_cache=False, **pictures
+            )
+        total += torch.nn.functional.cross_entropy(seen.logits[0], labels_T, reduction="sum").item()
+        count += int((labels_T != -100).sum())
+    assert len(long[0]) == 30
+    assert len(groups[0].documents[0].tokens) > 30 * desk.GRID**2
+    assert found.count.item() == count
+    assert found.total.item() == pytest.approx(total, rel=1e-5)
+
+
+def lost(at: desk.Desk, misses: int):
+    """The screenshots and the chat of one who clicks on nothing so often, without learning it, and then knows."""
+    taken = {(row, column) for _, row, column in at.home}
+    nothing = next(Action("click", r, c) for r in range(desk.GRID) for c in range(desk.GRID) if (r, c) not in taken)
+    screens, said, start = [], [], at
+    while not at.finished:
+        action = nothing if len(said) < misses else at.right_action()
+        screens.append(np.asarray(at.screenshot()))
+        said.append(str(action))
+        at = at.after(action)
+    chat = trajectories.chat(str(start.task), screens, said)
+    spoken = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
+    old = set(spoken[:misses])
+    messages = tuple(replace(m, train=False) if i in old else m for i, m in enumerate(chat.messages))
+    return screens, replace(chat, messages=messages)
