@@ -93,7 +93,9 @@ def lower(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attenti
 def draft(work: WorkloadStep, candidate: Candidate, cluster: Cluster, *, attention_share: float = 1.0) -> Draft:
     """As `lower`, with the same arguments and errors, but communication is not hidden yet."""
     times = DeviceTimes(cluster, attention_share=attention_share)
-    mesh, device = candidate.mesh(), torch.device(cluster.device_type, 0)
+    kind = cluster.device_type
+    # a CPU has no number: "cpu:0" and "cpu" are two devices to a trace
+    mesh, device = candidate.mesh(), torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
     base = work.plan(candidate)
     plan = Plan(base.mesh, base.default, batch=base.batch, link=cluster.link(mesh), components=base.components)
     sharded = ShardedStep(plan, specs=work.specs, arguments=partial(FakeMeshArguments, device=device))
