@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ftrain import lora
+from ftrain import lora, tree
 from ftrain.bridge.opened import open as open_model
 from ftrain.bridge.tasks import task_of
 from ftrain.cli.train_options import KdTrain, RunOptions, TaskKind, TrainOptions
 from ftrain.data.media.families import reads_media
+from ftrain.hf.gather import takes_part
 from ftrain.hf.score_head import add_score_head, require_causal
 from ftrain.modules.model import Model
 from ftrain.remat.policy import Remat
@@ -117,6 +118,8 @@ def export(
     """Write what was trained into a folder, as folders that others load. All ranks call this together. ValueError for a
     model that is written to no folder.
     """
+    if not takes_part(tree.leaves(state)):
+        return
     state = with_average(state) if "export" in options.ema_use else state
     head = recipe.head_weight(state)
     if recipe.adapter is None or options.save_merged:

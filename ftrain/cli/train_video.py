@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from tyro.conf import OmitArgPrefixes
 
-from ftrain import lora
+from ftrain import lora, tree
 from ftrain.bridge.native_wan import native_wan
 from ftrain.bridge.pipelines import WanFolder, shift_of
 from ftrain.cli.config_file import as_config
@@ -19,6 +19,7 @@ from ftrain.cli.recipes import jit_options, recipe_with
 from ftrain.cli.told import steps_of, telling, trained_by
 from ftrain.cli.train import device_of, files_of, folder_of, require_goes_on
 from ftrain.cli.train_options import RunOptions
+from ftrain.hf.gather import takes_part
 from ftrain.run.averages import with_average
 from ftrain.run.clip_data import ClipData, ClipOptions, make_clip_data
 from ftrain.run.film_sampling import Sampling
@@ -171,6 +172,8 @@ def export_video(recipe: Recipe, state: Any, options: VideoTrain, path: Path) ->
     """Write what was trained into a folder: the transformer as diffusers has it, or an adapter as PEFT's folder and as
     single files. Lines for the log. All ranks call this together. ValueError for targets that a form has no names for.
     """
+    if not takes_part(tree.leaves(state)):
+        return []
     state = with_average(state) if "export" in options.ema_use else state
     lines = list[str]()
     if recipe.adapter is None or options.save_merged:

@@ -1,6 +1,6 @@
 """Arrays that are spread over ranks, whole, one after the other, for one rank to write."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch.distributed as dist
 from torch import Tensor
@@ -39,6 +39,13 @@ def write_gathered(leaves: Mapping[str, Tensor], write: Callable[[Leaves], None]
         raise error
     if told[0] is not None:
         raise RuntimeError(f"rank 0 could not write the weights: {told[0]}")
+
+
+def takes_part(leaves: Iterable[Tensor]) -> bool:
+    """Whether this rank has to call what writes `leaves`, of any shapes and dtypes: every rank where one of them is a
+    DTensor, rank 0 alone where each rank has all of them whole, since two writers of a folder are in each other's way.
+    """
+    return any(isinstance(leaf, DTensor) for leaf in leaves) or not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _whole(leaves: Mapping[str, Tensor]) -> Leaves:

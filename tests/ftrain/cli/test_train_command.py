@@ -28,6 +28,7 @@ from ftrain.run.recipe import Recipe, optimizer
 from ftrain.tasks import NextToken
 from ftrain.tasks.rows import TextRows
 from tests.helpers.chat_folders import chats, judgements, preferences, write_chat_model, write_rows
+from tests.helpers.rank_processes import run_module
 from tests.helpers.seeing_folders import write_qwen
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -167,6 +168,15 @@ def test_ranks_train_on_the_same_packs_with_the_same_losses(model, chat_file, wh
     assert losses(many) == pytest.approx(losses(one), rel=1e-4)
     facts = [[row["documents"] for row in read_metrics(out) if "loss" in row] for out in (one, many)]
     assert facts[0] == facts[1]
+
+
+def test_processes_that_have_all_of_the_model_each_write_it_once(model, chat_file, whole, tmp_path):
+    words = command("sft", model, chat_file, tmp_path / "many", "--held-out", "0.1", "--replicate", "2", "--shard", "1")
+    ended = run_module("ftrain", 2, tmp_path, *words)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert losses(tmp_path / "many") == pytest.approx(losses(whole[0]), rel=1e-4)
+    sizes = [(out / "model" / "model.safetensors").stat().st_size for out in (tmp_path / "many", whole[0])]
+    assert sizes[0] == sizes[1]
 
 
 def test_a_layout_that_was_searched_trains_as_one_device(model, chat_file, tmp_path, capsys):
