@@ -17,7 +17,6 @@ except ImportError as absent:
 
 from ftrain.data.media.limits import Limits
 from ftrain.data.media.opening import media_file, name_of
-from ftrain.data.media.video import seconds_of, upright
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Place
 
@@ -43,10 +42,11 @@ def film_header(source: Any, place: Place, limits: Limits, *, rate: float) -> Fi
     with _opened(source, place, limits) as container:
         stream, name = container.streams.video[0], name_of(source)
         per_second = stream.average_rate or stream.guessed_rate
-        seconds = seconds_of(container)
-        if not per_second or not (stream.frames or seconds):
+        count = _told(container, float(per_second or 0.0))
+        if count is None and per_second and container.duration:
+            count = _counted(source, place, limits)
+        if not per_second or not count:
             raise BadRow(place, "broken media", f"{name} does not tell how many frames it has: write it as MP4")
-        count = stream.frames or max(1, round(float(seconds or 0.0) * float(per_second)))
         limits.check("seconds", count / float(per_second), place, name)
         limits.check("pixels", stream.codec_context.width * stream.codec_context.height, place, name)
         first = next(container.decode(video=0), None)
@@ -87,7 +87,9 @@ def frames_at(source: Any, place: Place, limits: Limits, numbers: Sequence[int])
 
 
 def _array(frame: Any) -> np.ndarray:
-    return upright(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0))
+    """A frame upright: phones write films on their side and note the turn, counterclockwise, beside them."""
+    array, turns = frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
 
 
 def _require_frames(array: np.ndarray, place: Place, limits: Limits) -> None:
@@ -110,3 +112,30 @@ def _opened(source: Any, place: Place, limits: Limits) -> Iterator[Any]:
         if isinstance(error, BadRow):
             raise
         raise BadRow(place, "broken media", f"{name} is no whole film of a known kind: {error}") from error
+
+
+def _told(container: Any, per_second: float) -> int | None:
+    """How many frames the header tells of; None where it tells only how long pictures and sound are together."""
+    stream = container.streams.video[0]
+    if stream.frames:
+        return int(stream.frames)
+    if stream.duration is not None and stream.time_base is not None:
+        return max(1, round(float(stream.duration * stream.time_base) * per_second))
+    if container.duration is None or len(container.streams) > 1:
+        return None
+    return max(1, round(container.duration / av.time_base * per_second))
+
+
+def _counted(source: Any, place: Place, limits: Limits) -> int:
+    """How many frames the file holds, none of which is decoded. BadRow for one that ends before its header says."""
+    with _opened(source, place, limits) as container:
+        count, last, all_of_it = 0, 0.0, container.duration / av.time_base
+        limits.check("seconds", all_of_it, place, name_of(source))
+        for packet in container.demux():
+            count += bool(packet.size) and packet.stream.type == "video"
+            if packet.pts is not None:
+                last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if all_of_it - last > max(0.5, all_of_it / 20):
+            told = f"{name_of(source)} breaks off at {last:.1f} s: its header tells of {all_of_it:.1f}"
+            raise BadRow(place, "broken media", told)
+    return count

@@ -2,14 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
-
-
-class SizeRule(Protocol):
-    """Gives a picture its size."""
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """The new height and width."""
 
 
 @dataclass(frozen=True)
@@ -75,34 +67,3 @@ class MultiplesInTime:
             scale = math.sqrt(self.least_pixels / all_pixels)
             high, wide = (math.ceil(side * scale / self.factor) * self.factor for side in (height, width))
         return high, wide
-
-
-@dataclass(frozen=True)
-class Square:
-    """CLIP's and SigLIP's without a crop: one size for all.
-
-    >>> Square(224).size(480, 640)
-    (224, 224)
-    """
-
-    edge: int
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """The new height and width."""
-        return self.edge, self.edge
-
-
-@dataclass(frozen=True)
-class Within:
-    """As large as fits into `most` pixels on the longer side, never larger than it is.
-
-    >>> Within(320).size(480, 640)
-    (240, 320)
-    """
-
-    most: int
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """The new height and width."""
-        scale = min(1.0, self.most / max(height, width))
-        return max(1, round(height * scale)), max(1, round(width * scale))

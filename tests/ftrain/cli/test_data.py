@@ -98,7 +98,7 @@ def test_the_command_loads_no_readers_before_they_are_used():
         ("sources.parquet", "pyarrow", "train"), ("sources.arrow", "pyarrow", "train"),
         ("sources.remote", "fsspec", "train"), ("encoding", "transformers", "train"),
         ("media.images", "PIL", "media"), ("media.audio", "soundfile", "media"), ("media.audio_av", "av", "media"),
-        ("media.video", "av", "media"),
+        ("media.film_frames", "av", "media"),
     ],
 )  # fmt: skip
 def test_an_absent_package_is_named_with_its_extra(module, needs, extra):

@@ -7,7 +7,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from ftrain.data.media.reader import MediaReader
+from ftrain.data.media.audio import read_audio
+from ftrain.data.media.images import read_image
+from ftrain.data.media.limits import Limits
 from ftrain.data.rejects import BadRow, Rejects
 from ftrain.data.sample import Chat, Prose
 from ftrain.data.samples import open_samples
@@ -48,7 +50,7 @@ def picture():
 
 
 def is_the_picture(sample, part):
-    array = MediaReader().read(part, sample.place)
+    array = read_image(part.source, sample.place, Limits())
     return array.shape == (3, 5, 3) and (array == [10, 20, 30]).all()
 
 
@@ -92,7 +94,7 @@ def test_recordings_of_a_saved_dataset_come_at_the_rate_of_the_model(tmp_path):
     rows = {"audio": [{"bytes": file.getvalue(), "path": None}], "transcription": ["silence"]}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     sample = open_samples(tmp_path / "saved")[0]
-    assert len(MediaReader(audio_rate=16_000).read(sample.media, sample.place)) == 1600
+    assert len(read_audio(sample.media.source, sample.place, Limits(), rate=16_000)) == 1600
 
 
 def test_rows_of_a_format_that_a_task_cannot_use_are_called_by_its_name(write):

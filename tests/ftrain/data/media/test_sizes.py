@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftrain.data.media.sizes import Multiples, Square, Within
+from ftrain.data.media.sizes import Multiples
 
 sides = st.integers(1, 5000)
 
@@ -20,15 +20,3 @@ def test_multiples_are_those_of_qwens_processor(height, width, factor):
             rule.size(height, width)
         return
     assert rule.size(height, width) == tuple(wanted)
-
-
-@settings(deadline=None)
-@given(sides, sides, st.integers(1, 2000))
-def test_within_is_never_larger_than_it_was_or_may_be(height, width, most):
-    new = Within(most).size(height, width)
-    assert max(new) <= max(1, min(most, max(height, width)))
-    assert min(new) >= 1
-
-
-def test_square_is_square():
-    assert Square(9).size(3, 500) == (9, 9)

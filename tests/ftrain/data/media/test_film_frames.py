@@ -9,9 +9,9 @@ import av
 
 from ftrain.data.media.film_frames import film_header, frames_at
 from ftrain.data.media.limits import Limits
-from ftrain.data.media.video import read_video
 from ftrain.data.rejects import BadRow
 from ftrain.data.sample import Place
+from tests.helpers.film_files import write_film
 
 PLACE = Place("rows/chat.jsonl", 4)
 
@@ -31,34 +31,6 @@ def film(frames=24, rate=8, size=(48, 64), sound=False):
     return file.getvalue()
 
 
-def greys(found):
-    return [int(frame.mean()) // 10 for frame in found.frames]
-
-
-@pytest.mark.parametrize(
-    ("rate", "most", "wanted"),
-    [
-        (2, None, [0, 4, 8, 12, 16, 20]),
-        (4, None, list(range(0, 24, 2))),
-        (8, None, list(range(24))),
-        (100, None, list(range(24))),
-        (4, 3, [0, 8, 16]),
-        (1, 100, [0, 8, 16]),
-    ],
-)
-def test_frames_are_those_shown_at_the_times_asked_for(rate, most, wanted):
-    found = read_video(film(), PLACE, Limits(), rate=rate, most_frames=most)
-    assert greys(found) == wanted
-    assert found.frames.shape[1:] == (48, 64, 3)
-    assert np.abs(found.times * 8 - wanted).max() < 0.1
-
-
-def test_an_array_is_a_film():
-    array = np.zeros((4, 8, 8, 3), np.uint8)
-    found = read_video(array, PLACE, Limits(), rate=2.0)
-    assert found.times.tolist() == [0.0, 0.5, 1.0, 1.5]
-
-
 @pytest.mark.parametrize(
     ("source", "limits", "kind"),
     [
@@ -72,8 +44,11 @@ def test_an_array_is_a_film():
     ],
 )
 def test_what_is_too_large_or_no_film_is_a_named_reject(source, limits, kind):
+    def read():
+        return frames_at(source, PLACE, limits, range(film_header(source, PLACE, limits, rate=8).frames))
+
     with pytest.raises(BadRow, match=r"row 4: ") as error:
-        read_video(source, PLACE, limits, rate=8)
+        read()
     assert error.value.kind == kind
 
 
@@ -87,4 +62,13 @@ def test_a_film_that_breaks_off_is_refused_and_one_frame_too_many_in_its_header_
     assert header.frames == 60
     with pytest.raises(BadRow, match=r"breaks off behind frame .*: its header tells of 60 or more") as error:
         frames_at(cut, PLACE, Limits(), range(header.frames))
+    assert error.value.kind == "broken media"
+
+
+def test_a_film_whose_sound_is_longer_has_its_own_frames_and_is_refused_where_it_breaks_off(tmp_path):
+    name = tmp_path / write_film(tmp_path / "heard.mkv", frames=12, seconds=8.0)
+    assert film_header(str(name), PLACE, Limits(), rate=2.0).frames == 12
+    cut = name.read_bytes()[: name.stat().st_size // 2]
+    with pytest.raises(BadRow, match=r"breaks off at \d") as error:
+        film_header(cut, PLACE, Limits(), rate=2.0)
     assert error.value.kind == "broken media"
