@@ -139,6 +139,7 @@ COMMANDS = {
     "python -m experiments.bench.omni": Command(
         appended="--quick --models qwen2.5-vl --tokens 512", says="useful tokens", ends=(0, 1), long=True
     ),
+    "python -m experiments.bench.dit": Command(appended="--quick", says="forward passes", ends=(0, 1), long=True),
     "python -m experiments.bench.fuzz": Command(appended="--programs 1", says="silent differences", long=True),
     **{
         f"ftrain train {task} --model DIR --data {file} --out runs/{run}{lora}": Command(

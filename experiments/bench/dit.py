@@ -271,7 +271,7 @@ def _rows(
     rows = [
         row(f"{title}: time of a step over theirs", share(ours), "x", goal=_GOAL[options.device], peer=eager,
             valid=apart <= same, how=f"{how}; peer: theirs in s"),
-        row(f"{title}: the same, each layer recomputed", share(layered), "x", peer=eager, how=how),
+        row(f"{title}: the same, each layer recomputed", share(layered), "x", peer=eager, valid=apart <= same, how=how),
         row(f"{title}: memory above the state over theirs", ours.peak / theirs.peak, "x", peer=theirs.peak / 2**20,
             how=f"{how}; peer: theirs in MiB"),
         row(f"{title}: the same, each layer recomputed", layered.peak / theirs.peak, "x", peer=theirs.peak / 2**20,
