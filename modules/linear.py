@@ -5,6 +5,7 @@ Legend: N rows (any leading dims), I inputs, O outputs.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,4 +40,6 @@ def affine(x_NI: Tensor, w_IO: Tensor, b_O: Tensor | None = None) -> Tensor:
         raise ValueError(f"the last dim of x {list(x_NI.shape)} must be the first dim of the weight {list(w_IO.shape)}")
     if b_O is None:
         return x_NI @ w_IO
-    return F.linear(x_NI, w_IO.mT, b_O)
+    if x_NI.dtype in (torch.bfloat16, torch.float16):  # the product would be rounded before the bias is added
+        return F.linear(x_NI, w_IO.mT, b_O)
+    return x_NI @ w_IO + b_O

@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_transformers(seed, changes, tmp_path):
         hidden_SD, _ = talker.hidden(p, batch, segments=batch["segments"])
         return talker.losses(p, hidden_SD, batch)["codes"]
 
-    talker = family.talker(cfg, CHAT, layer=2)
+    talker = family.talker(cfg, CHAT, layer=2, words=1000)
     hidden_SD, _ = talker.hidden(params, batch, segments=batch["segments"])
     wanted = [theirs(model, one) for one in given]
     scores_SV = torch.cat([scores for scores, _ in wanted])
