@@ -18,8 +18,9 @@ from torch import Tensor
 import ftrain
 from experiments.bench import omni_samples
 from experiments.bench.machine import device_title
-from experiments.bench.omni import DECAY, LARGEST_NORM, RATE, Options, Side
+from experiments.bench.omni import DECAY, LARGEST_NORM, RATE, Options
 from experiments.bench.omni_samples import Kind
+from experiments.bench.side import Side
 from experiments.bench.table import Row, publish, row
 from ftrain.analysis.meter import measure_peak
 from ftrain.modules.model import Model

@@ -13,9 +13,8 @@ blocks of the 14B. MFU counts all of attention.
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor
 import ftrain
 from experiments.bench import dit_distilled
 from experiments.bench.machine import device_title
+from experiments.bench.side import Side
 from experiments.bench.table import Row, publish, row
 from experiments.wan_plan import forward_flops
 from ftrain import lora
@@ -96,24 +96,6 @@ class Options:
     """also write the rows to this file"""
 
 
-@dataclass
-class Side:
-    """One way to run the step: `step()` makes one update and returns the loss."""
-
-    name: str
-    step: Callable[[], float]
-    seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    peak: int = 0
-
-    def run(self, *, kept: bool) -> None:
-        """A step; its time counts if it is `kept`."""
-        began = time.perf_counter()
-        self.losses.append(self.step())
-        if kept:
-            self.seconds.append(time.perf_counter() - began)
-
-
 def main(options: Options) -> int:
     """Run, print the rows, and write them; 1 if a goal is missed."""
     cases = (WHOLE, BLOCKS) if options.device == "cuda" else (SMALL,)
@@ -156,7 +138,7 @@ def compare(case: Case, options: Options, *, adapted: bool) -> list[Row]:
     rounds = 1 if options.quick else options.rounds
     for number in range(rounds):
         for side in sides:
-            side.run(kept=True)
+            side.run(0, kept=True)
         print(f"{_titled(case, adapted)}: step {number + 1} of {rounds}: "
               + ", ".join(f"{s.name} {s.seconds[-1]:.2f} s" for s in sides), flush=True)  # fmt: skip
     return _rows(case, cfg, sides, options, adapted=adapted, dtype=dtype)
@@ -164,9 +146,9 @@ def compare(case: Case, options: Options, *, adapted: bool) -> list[Row]:
 
 def _tried(side: Side) -> None:
     """Two steps that do not count, the second of which is measured for memory."""
-    side.run(kept=False)
+    side.run(0, kept=False)
     gc.collect()
-    side.peak = measure_peak(lambda: side.run(kept=False)).peak
+    side.peak = measure_peak(lambda: side.run(0, kept=False)).peak
 
 
 def _module(case: Case) -> Any:
@@ -194,14 +176,16 @@ def _batch(case: Case, cfg: WanConfig, device: str) -> dict[str, Tensor]:
     return {name: leaf.to(device) for name, leaf in made.items()}
 
 
-def _eager(module: Any, batch: Mapping[str, Tensor], dtype: torch.dtype) -> Callable[[], float]:
-    """A step as trainers write it: float32 weights, autocast where the step is in bfloat16, blocks checkpointed."""
+def _eager(module: Any, batch: Mapping[str, Tensor], dtype: torch.dtype) -> Callable[[int], float]:
+    """A step on the one clip as trainers write it: float32 weights, autocast where the step is in bfloat16, blocks
+    checkpointed.
+    """
     module.enable_gradient_checkpointing()
     learned = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, RATE, weight_decay=DECAY, fused=True)
     asked = {name: leaf for name, leaf in batch.items() if name != "target"}
 
-    def step() -> float:
+    def step(_: int) -> float:
         with torch.autocast(batch["target"].device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             found = module(**asked).sample
         loss = torch.nn.functional.mse_loss(found.float(), batch["target"])
@@ -217,7 +201,7 @@ def _eager(module: Any, batch: Mapping[str, Tensor], dtype: torch.dtype) -> Call
 def _traced(
     model: Model, params: Any, delta: Any, adapter: lora.Adapter | None, batch: Mapping[str, Tensor],
     dtype: torch.dtype, spare: int | None,
-) -> Callable[[], float]:  # fmt: skip
+) -> Callable[[int], float]:  # fmt: skip
     """Our step. `spare`: the bytes beyond its arguments that it may hold; None: each layer is recomputed."""
     tx = chain(clip_by_global_norm(LARGEST_NORM), adamw(RATE, weight_decay=DECAY))
     copied = ftrain.tree.map(lambda x: x.clone(), params if adapter is None else delta)
@@ -243,7 +227,7 @@ def _traced(
         except ImpossibleBudget as refused:  # the least that it can be: the row of memory says how much that is
             jitted = within(refused.smallest)
 
-    def step() -> float:
+    def step(_: int) -> float:
         held[0], loss = jitted(held[0], base, dict(batch))
         return loss.item()
 

@@ -9,9 +9,8 @@ lie in one pack, theirs are rows that are filled up to the longest. What counts 
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import ftrain
 from experiments.bench import omni_samples
 from experiments.bench.machine import device_title
 from experiments.bench.omni_samples import Kind
+from experiments.bench.side import Side
 from experiments.bench.table import Row, publish, row
 from ftrain.analysis.meter import measure_peak
 from ftrain.modules.model import Model
@@ -49,26 +49,6 @@ class Options:
     """tiny models and few rounds: to see that it works, not to judge by"""
     json: Path | None = None
     """also write the rows to this file"""
-
-
-@dataclass
-class Side:
-    """One way to run the step: `step(number)` makes one update with a batch and returns the loss."""
-
-    name: str
-    step: Callable[[int], float]
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    peak: int = 0
-
-    def run(self, number: int, *, kept: bool) -> None:
-        """A step; its time counts if it is `kept`."""
-        began, cpu = time.perf_counter(), time.process_time()
-        self.losses.append(self.step(number))
-        if kept:
-            self.seconds.append(time.perf_counter() - began)
-            self.cpu_seconds.append(time.process_time() - cpu)
 
 
 def main(options: Options) -> int:
