@@ -20,7 +20,7 @@ def write_gathered(leaves: Mapping[str, Tensor], write: Callable[[Leaves], None]
     Raises:
         RuntimeError: on the other ranks, when `write` has failed on rank 0, where its own error is raised.
     """
-    if not any(isinstance(leaf, DTensor) for leaf in leaves.values()):
+    if not _spread(leaves.values()):
         write(_whole(leaves))
         return
     joint_call("gathered a state to write it")
@@ -45,7 +45,11 @@ def takes_part(leaves: Iterable[Tensor]) -> bool:
     """Whether this rank has to call what writes `leaves`, of any shapes and dtypes: every rank where one of them is a
     DTensor, rank 0 alone where each rank has all of them whole, since two writers of a folder are in each other's way.
     """
-    return any(isinstance(leaf, DTensor) for leaf in leaves) or not dist.is_initialized() or dist.get_rank() == 0
+    return _spread(leaves) or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _spread(leaves: Iterable[Tensor]) -> bool:
+    return any(isinstance(leaf, DTensor) for leaf in leaves)
 
 
 def _whole(leaves: Mapping[str, Tensor]) -> Leaves:

@@ -15,7 +15,7 @@ from ftrain.modules.decoder import preset
 from ftrain.passes.overlap import simulate_schedule
 from ftrain.plan.cluster_links import collective_microseconds, simulate_on_cluster
 from ftrain.plan.liveness_by_region import peak_by_region
-from ftrain.plan.lowering import lower
+from ftrain.plan.lowering import draft, lower
 from ftrain.plan.space import Candidate
 from ftrain.sharding import Mesh, Ulysses
 
@@ -127,3 +127,11 @@ def test_paths_of_any_depth_have_the_same_moments():
         kinds.append({kind for kind in peak_by_region(found.plain) if not kind[1].endswith("inner")})
     assert kinds[0] == kinds[1]
     assert ("backward", "state.params.layers.first") in kinds[0]
+
+
+def test_a_cpu_has_no_number():
+    """To a trace "cpu:0" is another device than that of the arrays which a step makes."""
+    on_cpus, plain = replace(H100, device_type="cpu"), Candidate(1, 2, 1, 1, None, 1, "none")
+    drafted = draft(WORKLOAD.make({"layers": 1}, plain), plain, on_cpus)
+    devices = {n.meta["val"].device for n in drafted.module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    assert devices == {torch.device("cpu")} == {drafted.setting.device}
